@@ -1,0 +1,11 @@
+"""Distillation methods: one small file each, and this table of them."""
+
+from distill_at_scale.backends.dc import GradientMatching
+from distill_at_scale.backends.dm import DistributionMatching
+from distill_at_scale.backends.dsa import SiameseMatching
+
+BACKENDS = {
+    "dc": GradientMatching,
+    "dsa": SiameseMatching,
+    "dm": DistributionMatching,
+}

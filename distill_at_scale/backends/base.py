@@ -1,0 +1,151 @@
+"""The contract of a distillation method, and what the methods share: the synthetic images of a worker's own classes.
+
+The loop in `distill.py` calls `prepare` once, then `step(i)` for every outer update, and `finish` at the end; in between it may save
+`state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from (seed, purpose, i), so nothing
+else has to be saved. Keys of a state are `what/label`, so that a state moves between any numbers of workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from distill_at_scale.config import Config
+from distill_at_scale.data.pool import Pool
+from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.pruning.runtime import RuntimePruning
+from distill_at_scale.rng import generator
+from distill_at_scale.workers import Workers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a backend may know about its surroundings."""
+
+    config: Config
+    spec: NetworkSpec
+    class_names: list[str]
+    labels: list[int]  # the classes that this worker owns, ascending
+    workers: Workers
+    device: torch.device
+    steps: int
+
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
+
+class Backend(Protocol):
+    parallel: ClassVar[str]  # "classes": each worker owns some; "replicate": each worker holds all
+    default_steps: ClassVar[int]
+
+    def __init__(self, setting: Setting) -> None: ...
+
+    @staticmethod
+    def init_of(config: Config) -> str:
+        """Where the images start: "noise" or "real" (then a class needs as many kept samples as it gets images)."""
+
+    @staticmethod
+    def protocol(config: Config) -> dict[str, Any]:
+        """The training that the set expects: {"epochs": int, "augment": str}; goes into the card."""
+
+    def prepare(self, real: Pool) -> None:
+        """Called once, with the kept samples of the own classes."""
+
+    def step(self, i: int) -> dict[str, float]:
+        """One outer update; returns what is worth logging.
+
+        Raises DistillationDiverged, before the images are changed, where a loss is not finite.
+        """
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Images float32 [n, *shape] and labels int64 [n] of the own classes, on the CPU."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class ImageBackend:
+    """Synthetic images [own classes, ipc, *shape] with their optimiser: SGD with momentum."""
+
+    parallel: ClassVar[str] = "classes"
+
+    def __init__(self, setting: Setting, init: str, lr: float, momentum: float) -> None:
+        self.setting, self.init, self.lr, self.momentum = setting, init, lr, momentum
+        self.ipc = setting.config.distill.ipc
+        self.pruning = RuntimePruning(setting.config.runtime)
+        self.problem: str | None = None
+
+    def prepare(self, real: Pool) -> None:
+        self.real = real
+        images = torch.stack([self._initial(label) for label in self.setting.labels])
+        self.images = images.to(self.setting.device).requires_grad_(True)
+        self.optimizer = torch.optim.SGD([self.images], lr=self.lr, momentum=self.momentum)
+
+    def update(self, losses: list[Tensor], step: int) -> None:
+        """Step the images along gradients that are already in place; `losses` has one entry per own class.
+
+        Where something is not finite the images stay as they are, for the rest of the step too, and `settle` raises: workers
+        that train a network together must all reach the end of the step.
+        """
+        bad = self._first_broken(losses)
+        if bad is not None and self.problem is None:
+            name = self.setting.class_names[self.setting.labels[bad]]
+            self.problem = (
+                f"the loss or gradient of class {name!r} is not finite at step {step}, image learning rate {self.lr:g}; "
+                f"lower distill.{self.setting.config.distill.method}.image_lr. The last good state is kept."
+            )
+        if self.problem is None:
+            self.optimizer.step()
+
+    def settle(self) -> None:
+        """Raises DistillationDiverged if an update of this step could not be made."""
+        if self.problem is not None:
+            message, self.problem = self.problem, None
+            raise DistillationDiverged(message)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        labels = torch.tensor(self.setting.labels).repeat_interleave(self.ipc)
+        return self.images.detach().flatten(0, 1).cpu(), labels
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"images/{c}": self.images[k].detach().cpu() for k, c in enumerate(self.setting.labels)}
+        buffer = self.optimizer.state.get(self.images, {}).get("momentum_buffer")
+        if buffer is not None:
+            state |= {f"momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.setting.labels)}
+        return state | self.pruning.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        labels, device = self.setting.labels, self.setting.device
+        with torch.no_grad():
+            self.images.copy_(torch.stack([state[f"images/{c}"] for c in labels]))
+        if f"momentum/{labels[0]}" in state:
+            buffer = torch.stack([state[f"momentum/{c}"] for c in labels]).to(device)
+            self.optimizer.state[self.images]["momentum_buffer"] = buffer
+        self.pruning.load_state_dict(state, labels)
+
+    def _initial(self, label: int) -> Tensor:
+        if self.init == "noise":
+            return torch.randn(self.ipc, *self.setting.spec.shape, generator=generator(self.setting.seed, "noise", label))
+        if self.real.count(label) < self.ipc:
+            raise UserError(too_few(self.setting.class_names[label], self.real.count(label), self.ipc))
+        return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
+
+    def _first_broken(self, losses: list[Tensor]) -> int | None:
+        """The first own class whose loss or gradient is not finite."""
+        fine = torch.isfinite(torch.stack([loss.detach() for loss in losses]))
+        if self.images.grad is not None:
+            fine = fine & torch.isfinite(self.images.grad.flatten(1)).all(1)
+        return None if bool(fine.all()) else int((~fine).nonzero()[0])
+
+
+def too_few(name: str, held: int, ipc: int) -> str:
+    return (
+        f"the class {name!r} has {held} samples, fewer than distill.ipc = {ipc} images to be initialised from real ones; "
+        "lower distill.ipc or start from noise (init: noise in the method's section)"
+    )

@@ -1,0 +1,102 @@
+"""The command `distill-at-scale STAGE CONFIG [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distill_at_scale import config as configuration
+from distill_at_scale.config import Config
+from distill_at_scale.errors import UserError
+from distill_at_scale.execution import Executor, Local
+from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.progress import Display
+from distill_at_scale.rundir import STAGES, RunDir
+
+EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages}.
+An interrupted command resumes when it is given again."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    parsed = _parser().parse_args(arguments)
+    errors = Console(stderr=True, highlight=False)
+    try:
+        config = configuration.load(parsed.config, parsed.overrides)
+        _run(config, parsed.stage)
+        return 0
+    except UserError as error:
+        errors.print(f"error: {error}", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        errors.print("interrupted; give the same command again to go on from here")
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        errors.print(f"error: {error.strerror}: {error.filename or 'the run folder'}. Free space or choose another run.dir, and give "
+                     "the same command again; what is finished is kept.", markup=False, soft_wrap=True)  # fmt: skip
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "distill-at-scale", description="Prune a data set and distill it.", epilog=EPILOG.format(stages=", ".join(STAGES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("stage", metavar="STAGE", choices=("run", *STAGES), help="run, or one stage")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1")
+    return parser
+
+
+def _run(config: Config, stage: str) -> None:
+    display = Display()
+    make_executor, close = _executor(config, display)
+    try:
+        Pipeline(config, make_executor, display).run(STAGES if stage == "run" else (stage,))
+    finally:
+        close()
+    if stage in ("run", "evaluate", "report"):
+        show_result(RunDir(config.run.dir), display.console)
+
+
+def _executor(config: Config, display: Display) -> tuple[Callable[[], Executor], Callable[[], None]]:
+    """How to make the executor that the configuration asks for, and how to end it."""
+    if config.cluster.address == "none":
+        return Local, lambda: None
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed; install it, or set cluster.address=none to run in this process alone")
+    from distill_at_scale.cluster.session import Session
+
+    session = Session(config.cluster, display.say)
+    return session.executor, session.close
+
+
+def show_result(run: RunDir, console: Console) -> None:
+    """The small table at the end: accuracy per set and network, and where the report lies."""
+    import json
+
+    path = run / "evaluation.json"
+    if not path.exists():
+        return
+    table = Table(title="top-1 accuracy on the test split, %")
+    for column in ("set", "network", "mean ± std", "n"):
+        table.add_column(column, justify="left" if column in ("set", "network") else "right")
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["summary"]
+    for row in rows:
+        std = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
+        table.add_row(row["set"], row["network"], f"{100 * row['mean']:.1f}{std}", str(row["n"]))
+    console.print(table)
+    if (run / "report.html").exists():
+        console.print(f"report: {(run / 'report.html').resolve()}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

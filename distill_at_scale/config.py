@@ -1,0 +1,292 @@
+"""One strict schema for a whole run: defaults <- YAML file <- dotted overrides.
+
+Every key has a type and a range; an unknown key or a wrong value stops the run before anything is computed and says what
+is allowed. Names of interchangeable parts (a source, a criterion, a backend, a network) are plain strings here and are
+resolved in `registry.py`, so that this module depends on nothing else in the package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from distill_at_scale.errors import UserError
+
+SIAMESE = "color_crop_cutout_flip_scale_rotate"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    dir: str = "runs/run"
+    seed: int = Field(0, ge=0)
+    reuse: str | None = None  # another run's folder: its stages of the same fingerprint are taken over, not recomputed
+
+
+class DataSection(Section):
+    source: str = "digits"
+    path: str | None = None
+    size: int = Field(32, ge=4, le=1024)
+    resize: Literal["square", "crop"] = "square"
+    channels: Literal[1, 3] = 3
+    holdout: float | None = Field(None, gt=0, lt=1)  # a seeded, class-wise test split, where the source has none
+    classes: list[str] | None = None  # a subset of the classes, in this order
+    image_column: str = "image"
+    label_column: str = "label"
+    max_pixels: int = Field(100_000_000, ge=1)  # an image that claims more is rejected unopened (decompression bomb)
+    chunk: int = Field(1024, ge=1)  # samples per unit of ingest and scoring work
+
+
+class ScoreSection(Section):
+    criterion: str | list[str] = "loss"
+    trials: int = Field(5, ge=1)
+    epochs: int = Field(5, ge=1)
+    network: str = "convnet"
+    width: int = Field(128, ge=1)
+    depth: int | None = Field(None, ge=1, le=8)
+    batch: int = Field(256, ge=1)
+    lr: float = Field(0.01, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    compile: Literal["auto", "always", "never"] = "auto"
+
+    @property
+    def criteria(self) -> list[str]:
+        return [self.criterion] if isinstance(self.criterion, str) else list(self.criterion)
+
+    @field_validator("criterion")
+    @classmethod
+    def _no_repeats(cls, value: str | list[str]) -> str | list[str]:
+        names = [value] if isinstance(value, str) else value
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name at least one criterion, and each once")
+        return value
+
+
+class SelectSection(Section):
+    criterion: str | None = None  # default: the first of score.criterion; "random" is the seeded control
+    keep: float = Field(1.0, gt=0, le=1)
+    per_class: int | None = Field(None, ge=1)  # a count, instead of keep
+    scope: Literal["class", "global"] = "class"
+    order: Literal["useful", "useless", "low", "high", "stratum"] = "useful"
+    stratum_start: float = Field(0.0, ge=0, lt=1)  # order: stratum keeps the ranks from here on, by usefulness
+    min_per_class: int | None = Field(None, ge=0)  # default max(1, distill.ipc)
+
+
+class MatchingSection(Section):
+    """Gradient matching (METHOD.md section 4, DC)."""
+
+    image_lr: float = Field(0.1, gt=0)
+    image_momentum: float = Field(0.5, ge=0, lt=1)
+    network_lr: float = Field(0.01, gt=0)
+    outer: int | None = Field(None, ge=1)  # default by images per class: 1, 10, 50
+    inner: int | None = Field(None, ge=1)  # default by images per class: 1, 50, 10
+    real_batch: int = Field(256, ge=1)  # per class; at most what is kept of the class
+    network_batch: int = Field(256, ge=1)
+    init: Literal["noise", "real"] = "noise"
+    augment: str = "none"
+
+
+class SiameseSection(MatchingSection):
+    init: Literal["noise", "real"] = "real"
+    augment: str = SIAMESE
+
+
+class DistributionSection(Section):
+    """Distribution matching (METHOD.md section 4, DM)."""
+
+    image_lr: float | None = Field(None, gt=0)  # default 1, and 10 from 100 images per class on
+    image_momentum: float = Field(0.5, ge=0, lt=1)
+    real_batch: int = Field(256, ge=1)
+    init: Literal["noise", "real"] = "real"
+    augment: str = SIAMESE
+
+
+class DistillSection(Section):
+    method: str = "dc"
+    ipc: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)  # default: the method's own
+    workers: int = Field(1, ge=1)
+    network: str = "convnet"
+    width: int = Field(128, ge=1)
+    depth: int | None = Field(None, ge=1, le=8)
+    evaluate_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(50, ge=1)
+    dc: MatchingSection = MatchingSection()
+    dsa: SiameseSection = SiameseSection()
+    dm: DistributionSection = DistributionSection()
+    options: dict[str, Any] = {}  # for a method of your own (package.module:Object)
+
+
+class RuntimeSection(Section):
+    rule: Literal["none", "loss"] = "none"
+    drop: float = Field(0.3, ge=0, lt=1)
+    refresh: int = Field(10, ge=1)  # feature matching only: all samples are looked at every so many steps
+
+
+class EvaluateSection(Section):
+    networks: list[str] = Field(["convnet"], min_length=1)
+    seeds: int = Field(5, ge=1)
+    epochs: int | None = Field(None, ge=1)  # default: 300, and 1000 with augmentation
+    batch: int = Field(256, ge=1)
+    lr: float = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    bounds: list[Literal["kept", "full"]] = []  # upper bounds: train on what was kept, and on everything
+    bound_epochs: int = Field(30, ge=1)
+
+
+class ClusterSection(Section):
+    address: str | None = None  # null: start Ray here; "none": every stage in this process; else a running cluster
+    gpus_per_worker: float = Field(0, ge=0)
+    actors: int | None = Field(None, ge=1)  # default: as many as the cluster's cores (or GPUs) allow
+    max_failures: int = Field(3, ge=0)
+    object_store_mb: int | None = Field(None, ge=80)
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    score: ScoreSection = ScoreSection()
+    select: SelectSection = SelectSection()
+    distill: DistillSection = DistillSection()
+    runtime: RuntimeSection = RuntimeSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _stratum_fits(self) -> Config:
+        if self.select.order == "stratum" and self.select.stratum_start + self.select.keep > 1 + 1e-9:
+            raise ValueError(
+                f"select.stratum_start + select.keep is {self.select.stratum_start + self.select.keep:g}; "
+                "a stratum must end at or before 1"
+            )
+        return self
+
+    @property
+    def criterion(self) -> str:
+        """The criterion that decides the selection."""
+        return self.select.criterion or self.score.criteria[0]
+
+    @property
+    def min_per_class(self) -> int:
+        return max(1, self.distill.ipc) if self.select.min_per_class is None else self.select.min_per_class
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number and a repeated key is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, and validate.
+
+    Raises UserError that names the key, its origin and what is allowed.
+    """
+    values = _read_yaml(Path(path))
+    origin = {}
+    for text in overrides:
+        key, value = _parse_override(text)
+        _set(values, key.split("."), value, text)
+        origin[key] = "the command line"
+    return validate(values, origin, str(path))
+
+
+def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file: str = "the configuration") -> Config:
+    """Build a Config from nested plain values; every problem is reported at once, in one UserError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, origin or {}, file) for problem in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values of a (nested) section."""
+    items = section.model_dump() if isinstance(section, BaseModel) else section
+    flat: dict[str, Any] = {}
+    for key, value in items.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
+    return flat
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' for the closest known name, else the list of all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}. Is the path right?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise UserError(f"{path} must hold sections (run, data, score, ...), not a {type(values).__name__}")
+    return values or {}
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, sep, value = text.partition("=")
+    if not sep or not key or "." not in key:
+        raise UserError(f"cannot read the override {text!r}; write section.key=value, for example select.keep=0.1")
+    try:
+        return key.strip(), yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"cannot read the value in the override {text!r}") from None
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise UserError(f"the override {text!r} goes below {key}, which is not a section")
+    values[keys[-1]] = value
+
+
+def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    where = origin.get(key, file)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key} (in {where}); {nearest(key, _known_keys(Config))}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    if not key:
+        return f"{where}: {message}"
+    return f"{key} = {problem['input']!r} (in {where}) is not allowed: {message}"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

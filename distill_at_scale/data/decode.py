@@ -1,0 +1,67 @@
+"""Raw sample -> uint8 image of a fixed shape, or the reason why not.
+
+Left out: clips (`T x C x H x W`) and the fast decoders for large JPEG sets.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+class Rejected(Exception):
+    """A sample that cannot be used; the message is the reason that goes to rejected.parquet."""
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Decodes, orients, converts to grey or RGB and resizes; the result has shape (channels, size, size)."""
+
+    size: int
+    channels: int = 3
+    resize: str = "square"  # stretch to a square, or "crop" the centre square
+    max_pixels: int = 100_000_000
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+    def __call__(self, raw: bytes | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Raises Rejected for whatever is wrong with the sample."""
+        image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else self._open(raw)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = self._fit(image)
+        pixels = np.asarray(image, np.uint8)
+        return np.ascontiguousarray(pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1))
+
+    def _open(self, raw: bytes) -> Image.Image:
+        if not raw:
+            raise Rejected("empty file")
+        try:
+            image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            width, height = image.size
+            if width * height > self.max_pixels:
+                raise Rejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
+            image.draft(None, (2 * self.size, 2 * self.size))  # a large JPEG is decoded at a fraction of its size
+            image.load()
+        except UnidentifiedImageError:
+            raise Rejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
+        except Image.DecompressionBombError as error:
+            raise Rejected(f"decompression bomb: {error}") from None
+        except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+            raise Rejected(f"damaged: {error or type(error).__name__}") from None
+        return ImageOps.exif_transpose(image)
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        target = (self.size, self.size)
+        if image.size == target:
+            return image
+        if self.resize == "crop":
+            return ImageOps.fit(image, target, Image.Resampling.BICUBIC)
+        return image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)

@@ -1,0 +1,14 @@
+"""The layouts that data comes in: one file each, and this table of them.
+
+A source says which samples exist (id, label, where) and reads the raw bytes of some of them. It decodes nothing.
+"""
+
+from distill_at_scale.data.sources.digits import Digits
+from distill_at_scale.data.sources.imagefolder import ImageFolder
+from distill_at_scale.data.sources.parquet import HuggingFaceParquet
+
+SOURCES = {
+    "digits": Digits,
+    "parquet": HuggingFaceParquet,
+    "imagefolder": ImageFolder,
+}

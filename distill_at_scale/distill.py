@@ -1,0 +1,228 @@
+"""The one loop: a backend's steps, with checkpoints, resume, a log, and a clean stop where a loss is not finite.
+
+It runs the same in one process and in each worker of a group: every worker owns some classes and their synthetic images.
+State is gathered to rank 0 only to be saved, in one file that is replaced atomically, so all workers resume from the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill_at_scale import evaluate
+from distill_at_scale.backends import BACKENDS
+from distill_at_scale.backends.base import Backend, Setting, too_few
+from distill_at_scale.config import Config
+from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.registry import resolve
+from distill_at_scale.rng import derive
+from distill_at_scale.rundir import publish
+from distill_at_scale.synthetic import SyntheticSet, to_uint8
+from distill_at_scale.workers import Workers
+
+BACKEND_CONTRACT = ("parallel", "default_steps", "init_of", "protocol", "prepare", "step", "finish", "state_dict", "load_state_dict")
+SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
+LOG_LINES = 200  # at most so many lines of the log per run, evenly spaced
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def backend_class(config: Config) -> type[Backend]:
+    return resolve("distill.method", config.distill.method, BACKENDS, BACKEND_CONTRACT)
+
+
+def step_count(config: Config) -> int:
+    return config.distill.steps or backend_class(config).default_steps
+
+
+def check(config: Config, prepared: Prepared, kept_per_class: list[int]) -> None:
+    """What can be known to fail before any worker starts.
+
+    Raises UserError for a class with no kept sample or with fewer than the images to be initialised from real ones, and for
+    more workers than classes.
+    """
+    names = prepared.class_names
+    for name, kept in zip(names, kept_per_class, strict=True):
+        if kept == 0:
+            raise UserError(f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class")
+        if backend_class(config).init_of(config) == "real" and kept < config.distill.ipc:
+            raise UserError(too_few(name, kept, config.distill.ipc))
+    if config.distill.workers > len(names):
+        raise UserError(f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the loop reads and writes."""
+
+    prepared: Path
+    manifest: Path
+    work: Path  # the checkpoint
+    log: Path  # metrics.jsonl
+
+    @property
+    def state(self) -> Path:
+        return self.work / "state.safetensors"
+
+
+class Distillation:
+    """One worker's share of a distillation."""
+
+    def __init__(self, config: Config, places: Places, workers: Workers, device: torch.device, report: Report = lambda _: None):
+        self.config, self.places, self.workers, self.device, self.report = config, places, workers, device, report
+        self.prepared = Prepared(places.prepared)
+        self.steps = step_count(config)
+        names = self.prepared.class_names
+        labels = list(range(len(names)))[workers.rank :: workers.size]
+        section = config.distill
+        spec = NetworkSpec(section.network, self.prepared.shape, len(names), section.width, section.depth)
+        pool = Pool.load(self.prepared, places.manifest, labels, config.run.seed, device)
+        self.normalization: Normalization = pool.normalization
+        self.setting = Setting(config, spec, names, labels, workers, device, self.steps)
+        self.backend = backend_class(config)(self.setting)
+        self.backend.prepare(pool)
+        self.snapshots: dict[int, Tensor] = {}
+
+    def run(self) -> SyntheticSet | None:
+        """All steps from the last checkpoint on; the set on rank 0, None elsewhere.
+
+        Raises DistillationDiverged on every worker where one diverged, after the last good state was saved.
+        """
+        start, spent = self._resume()
+        began = time.perf_counter() - spent
+        log_every = max(1, self.steps // LOG_LINES)
+        for i in range(start, self.steps):
+            if i in self._snapshot_steps():
+                self._snapshot(i)
+            metrics = self._step(i, began)
+            last = i + 1 == self.steps
+            if (i + 1) % log_every == 0 or last:
+                self._log(i + 1, metrics, time.perf_counter() - began)
+            if (i + 1) % self.config.distill.checkpoint_every == 0 or last:
+                self._save(i + 1, time.perf_counter() - began)
+            if self.config.distill.evaluate_every and (i + 1) % self.config.distill.evaluate_every == 0:
+                self._evaluate(i + 1)
+        self._snapshot(self.steps)
+        return self._finish()
+
+    def _step(self, i: int, began: float) -> dict[str, float]:
+        problem: DistillationDiverged | None = None
+        metrics: dict[str, float] = {}
+        try:
+            metrics = self.backend.step(i)
+        except DistillationDiverged as error:
+            problem = error
+        if self.workers.any(problem is not None):
+            self._save(i, time.perf_counter() - began)
+            raise DistillationDiverged(self.workers.first(str(problem) if problem else None))
+        return metrics
+
+    def _snapshot_steps(self) -> set[int]:
+        return {int(self.steps * share) for share in (0, 0.01, 0.05, 0.2, 0.5)}
+
+    def _snapshot(self, step: int) -> None:
+        """Note, on rank 0, the first images of the first classes as they are before step `step`."""
+        images, labels = self._gather()
+        if self.workers.rank == 0:
+            ipc = self.config.distill.ipc
+            shown = (labels < SNAPSHOT_CLASSES) & (torch.arange(len(labels)) % ipc < SNAPSHOT_IPC)
+            self.snapshots[step] = to_uint8(images[shown], self.normalization)
+
+    def _gather(self) -> tuple[Tensor, Tensor]:
+        """All workers' images and labels, sorted by label."""
+        parts = self.workers.gather(self.backend.finish())
+        if self.backend.parallel == "replicate":
+            parts = parts[:1]
+        images, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        order = torch.argsort(labels, stable=True)
+        return images[order], labels[order]
+
+    def _save(self, step: int, seconds: float) -> None:
+        states = self.workers.gather(self.backend.state_dict())
+        if self.workers.rank == 0:
+            state: dict[str, Tensor] = {}
+            for part in states:
+                state |= part
+            state |= {f"snapshot/{k}": v for k, v in self.snapshots.items()}
+            with publish(self.places.state) as temporary:
+                tensors = {k: v.contiguous() for k, v in state.items()}
+                save_file(tensors, temporary, metadata={"step": str(step), "seconds": f"{seconds:.3f}"})
+
+    def _resume(self) -> tuple[int, float]:
+        """(steps done, seconds spent) of the last checkpoint, which is loaded; (0, 0) without one."""
+        here = _read_state(self.places.state) if self.workers.rank == 0 else None
+        state, step, seconds = self.workers.broadcast(here or ({}, 0, 0.0))
+        if state:
+            self.backend.load_state_dict(state)
+            self.snapshots = {int(k.partition("/")[2]): v for k, v in state.items() if k.startswith("snapshot/")}
+        return step, seconds
+
+    def _log(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        every = self.workers.gather((dict(metrics), len(self.setting.labels)))
+        if self.workers.rank == 0:
+            total = sum(weight for _, weight in every)
+            mean = {key: sum(m[key] * weight for m, weight in every) / total for key in metrics}
+            self._write({"step": step, "of": self.steps, "seconds": round(seconds, 3), **mean})
+
+    def _evaluate(self, step: int) -> None:
+        """Train one network on the set as it is, on rank 0, and log its accuracy; the others wait."""
+        images, labels = self._gather()
+        if self.workers.rank != 0:
+            return
+        evaluate.need_test_split(self.prepared)
+        protocol = backend_class(self.config).protocol(self.config)
+        epochs = self.config.evaluate.epochs or protocol["epochs"]
+        seed = derive(self.config.run.seed, "evaluation on the way")
+        network = evaluate.train(self.setting.spec, images, labels, self.config.evaluate, epochs, protocol["augment"], seed, self.device)
+        pixels, targets = (torch.from_numpy(a) for a in self.prepared.load("test"))
+        top1, top5 = evaluate.test(network, pixels, targets, self.normalization, self.device)
+        self._write({"step": step, "of": self.steps, "top1": top1, "top5": top5})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with open(self.places.log, "a") as log:
+            log.write(json.dumps({"stage": "distill", **line}) + "\n")
+        self.report(line)
+
+    def _finish(self) -> SyntheticSet | None:
+        images, labels = self._gather()
+        if self.workers.rank != 0:
+            return None
+        return SyntheticSet(images, labels, self._card(), dict(self.snapshots))
+
+    def _card(self) -> dict[str, Any]:
+        section, options = self.config.distill, getattr(self.config.distill, self.config.distill.method, None)
+        return {
+            "class_names": self.prepared.class_names,
+            "shape": list(self.prepared.shape),
+            "normalization": {"mean": self.prepared.mean, "std": self.prepared.std, "meaning": "(x / 255 - mean) / std per channel"},
+            "whitening": None,
+            "labels": "hard",
+            "method": section.method,
+            "method_options": options.model_dump() if options is not None else section.options,
+            "images_per_class": section.ipc,
+            "steps": self.steps,
+            "network": {"name": section.network, "width": section.width, "depth": section.depth},
+            "runtime": self.config.runtime.model_dump(),
+            "protocol": backend_class(self.config).protocol(self.config),
+            "seed": self.config.run.seed,
+        }
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as handle:
+        facts = handle.metadata()
+    return load_file(path), int(facts["step"]), float(facts["seconds"])

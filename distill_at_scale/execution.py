@@ -1,0 +1,114 @@
+"""How the work of a stage is carried out: the contract of an executor, and the one that uses this process alone.
+
+`Local` never imports Ray. `cluster/executor.py` has the other one, which runs the very same functions on a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+
+from distill_at_scale.config import Config
+from distill_at_scale.data.decode import ImageDecoder
+from distill_at_scale.data.ingest import ingest_chunk, open_source, piece_path
+from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.shards import Chunk, Prepared
+from distill_at_scale.distill import Distillation, Places
+from distill_at_scale.evaluate import Evaluator, Job
+from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring.scorer import Scorer
+from distill_at_scale.workers import workers_here
+
+Advance = Callable[[int], None]  # called with the number of units that were finished
+Report = Callable[[dict[str, Any]], None]
+
+
+class Executor(Protocol):
+    def ingest(self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+        """Decode chunks of a listing into pieces; returns how many samples were rejected. Advances by samples."""
+
+    def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
+        """Train every trial. Advances by epochs."""
+
+    def score(self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+        """Score chunks of the prepared data into pieces. Advances by samples."""
+
+    def distill(self, config: Config, places: Places, report: Report) -> None:
+        """Run the distillation and leave the set in `places.work / "synthetic"`. Reports log lines."""
+
+    def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
+        """Run jobs on (prepared, synthetic, manifest) and report each row."""
+
+
+class Local:
+    """Everything in this process, on a GPU if there is one."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def ingest(self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+        source, decoder, rejected = open_source(config.data), decoder_of(config), 0
+        for split, index, rows in chunks:
+            used, bad = ingest_chunk(source, decoder, rows, piece_path(pieces, split, index))
+            rejected += bad
+            advance(used + bad)
+        return rejected
+
+    def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
+        for trial in range(config.score.trials):
+            run_trial(config, prepared, checkpoints, trial, self.device, advance)
+
+    def score(self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+        with threads(1):  # as each actor of a cluster does, so that the scores are the same bytes
+            scorer = Scorer(config, prepared, checkpoints, self.device)
+            for chunk in chunks:
+                advance(scorer.score_chunk(chunk, score_piece(pieces, chunk)))
+
+    def distill(self, config: Config, places: Places, report: Report) -> None:
+        run_distillation(config, places, self.device, report)
+
+    def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
+        evaluator = Evaluator(config, *folders, self.device)
+        for job in jobs:
+            done(evaluator.run(job))
+
+
+def decoder_of(config: Config) -> ImageDecoder:
+    data = config.data
+    return ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+
+
+def score_piece(pieces: Path, chunk: Chunk) -> Path:
+    return pieces / f"chunk-{chunk.index:06d}.parquet"
+
+
+def run_trial(config: Config, prepared_folder: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance) -> None:
+    """Train one proxy on the whole training split."""
+    prepared = Prepared(prepared_folder)
+    pixels, labels = prepared.load("train")
+    spec = proxy.network_spec(config.score, prepared.shape, len(prepared.class_names))
+    normalization = Normalization(tuple(prepared.mean), tuple(prepared.std))
+    proxy.train_trial(torch.from_numpy(pixels), torch.from_numpy(labels), normalization, spec, config.score, trial,
+                      config.run.seed, checkpoints, device, advance)  # fmt: skip
+
+
+def run_distillation(config: Config, places: Places, device: torch.device, report: Report) -> None:
+    """One worker's part of the distillation; rank 0 leaves the result."""
+    synthetic = Distillation(config, places, workers_here(device), device, report).run()
+    if synthetic is not None:
+        synthetic.save(places.work / "synthetic")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

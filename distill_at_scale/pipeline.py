@@ -1,0 +1,271 @@
+"""The stages in order. Each reads one artefact and writes one, is skipped where its valid output is there, and resumes.
+
+This file says what a stage depends on (its fingerprint), what it calls and what it publishes; how the work is spread is
+the executor's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_at_scale import distill, evaluate, report, synthetic
+from distill_at_scale.augment import Augmentation
+from distill_at_scale.config import Config, flatten
+from distill_at_scale.data import ingest
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.errors import UserError
+from distill_at_scale.execution import Executor, score_piece
+from distill_at_scale.networks import NETWORKS
+from distill_at_scale.progress import Display
+from distill_at_scale.pruning import manifest, static
+from distill_at_scale.registry import resolve
+from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
+from distill_at_scale.scoring import table as score_table
+from distill_at_scale.scoring.scorer import criteria_of
+
+NOT_IN_FINGERPRINT = {
+    "data": ("path",),
+    "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
+}
+
+
+def check_names(config: Config) -> None:
+    """Resolve every name in the configuration before anything is computed.
+
+    Raises UserError for the first that is unknown or does not keep its contract.
+    """
+    resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT)
+    criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
+    criteria_of(config.score.criteria)
+    resolve("select.criterion", config.criterion, criteria) if ":" not in config.criterion else None
+    resolve("score.network", config.score.network, NETWORKS)
+    resolve("distill.network", config.distill.network, NETWORKS)
+    for name in config.evaluate.networks:
+        resolve("evaluate.networks", name, NETWORKS)
+    Augmentation(distill.backend_class(config).protocol(config)["augment"])
+
+
+class Pipeline:
+    """One run: a configuration, its folder, an executor that is made when first needed, and a display."""
+
+    def __init__(self, config: Config, executor: Callable[[], Executor], display: Display):
+        self.config, self.display, self._make_executor = config, display, executor
+        self._executor: Executor | None = None
+        self.dir = RunDir(config.run.dir, config.run.reuse)
+
+    @property
+    def executor(self) -> Executor:
+        if self._executor is None:
+            self._executor = self._make_executor()
+        return self._executor
+
+    def run(self, stages: Sequence[str] = STAGES) -> None:
+        """Run stages in order.
+
+        Raises UserError where an input is missing or the folder holds the output of another configuration.
+        """
+        check_names(self.config)
+        self.dir.create()
+        with self.dir.lock():
+            if not (self.dir / "run.json").exists():
+                self._write_run_json()
+            for stage in stages:
+                self._stage(stage)
+            self._write_run_json()
+
+    def _stage(self, stage: str) -> None:
+        inputs = self.inputs(stage)
+        if self.dir.valid(stage, inputs):
+            self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.path})")
+            return
+        self.display.say(f"{stage}: started")
+        began = time.perf_counter()
+        outputs, facts = getattr(self, f"_{stage}")(inputs)
+        self.dir.complete(stage, inputs, outputs, time.perf_counter() - began, **facts)
+        shutil.rmtree(self.dir.work(stage, inputs))
+        self.display.say(f"{stage}: finished in {time.perf_counter() - began:.1f} s")
+
+    def inputs(self, stage: str) -> Inputs:
+        """The configuration values and contents that a stage depends on."""
+        config, content = self.config, self.dir.content
+        seed = {"run.seed": config.run.seed}
+        if stage == "ingest":
+            return self._ingest_inputs()
+        if stage == "score":
+            return Inputs(self._section("score") | seed, {"ingest": content("ingest")})
+        if stage == "select":
+            resolved = {"select.criterion": config.criterion, "select.min_per_class": config.min_per_class}
+            return Inputs(self._section("select") | resolved | seed, {"score": content("score")})
+        if stage == "distill":
+            own = getattr(config.distill, config.distill.method, None)
+            resolved = {"distill.steps": distill.step_count(config)} | (flatten(own, f"distill.{config.distill.method}.") if own else {})
+            return Inputs(
+                self._section("distill") | resolved | self._runtime() | seed,
+                {"ingest": content("ingest"), "select": content("select")},
+            )
+        if stage == "evaluate":
+            shared = {f"distill.{key}": getattr(config.distill, key) for key in ("ipc", "width", "depth")}
+            return Inputs(self._section("evaluate") | shared | seed, {s: content(s) for s in ("ingest", "select", "distill")})
+        return Inputs({}, {s: content(s) for s in ("ingest", "score", "select", "distill", "evaluate")})
+
+    def _section(self, name: str) -> dict[str, Any]:
+        left_out = {f"{name}.{key}" for key in NOT_IN_FINGERPRINT.get(name, ())}
+        flat = flatten(getattr(self.config, name), f"{name}.")
+        return {k: v for k, v in flat.items() if not any(k == out or k.startswith(out + ".") for out in left_out)}
+
+    def _runtime(self) -> dict[str, Any]:
+        runtime = self.config.runtime
+        return flatten(runtime, "runtime.") if runtime.rule != "none" else {"runtime.rule": "none"}
+
+    def _ingest_inputs(self) -> Inputs:
+        config = self._section("data")
+        if self.config.data.holdout:
+            config["run.seed"] = self.config.run.seed
+        try:
+            self.plan = ingest.plan(self.config)
+        except UserError as error:
+            record = self.dir.record("ingest")
+            if record is None or record["config"] != json.loads(json.dumps(config)):
+                raise
+            self.display.say(f"ingest: the source cannot be read now ({error}); what was ingested before is used")
+            return Inputs(config, record["content"])
+        return Inputs(config, {"source": self.plan.source})
+
+    def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        pieces = self.dir.work("ingest", inputs) / "pieces"
+        pieces.mkdir(exist_ok=True)
+        chunks = self.plan.chunks(self.config.data.chunk)
+        total = sum(rows.num_rows for _, _, rows in chunks)
+        with self.display.meter("decode", total, "samples") as meter:
+            rejected = self.executor.ingest(self.config, chunks, pieces, meter.advance)
+        meta = ingest.merge(self.plan, pieces, self.dir / "prepared", self.config.data.chunk)
+        if rejected:
+            self.display.say(f"  {rejected} of {total} samples were rejected; see {self.dir / 'prepared' / 'rejected.parquet'}")
+        return [self.dir / "prepared"], {"samples": sum(map(sum, meta["counts"].values())), "rejected": rejected}
+
+    def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        work, prepared, score = self.dir.work("score", inputs), self.dir / "prepared", self.config.score
+        checkpoints, pieces = work / "proxies", work / "pieces"
+        began = time.perf_counter()
+        with self.display.meter("proxies", score.trials * score.epochs, "epochs") as meter:
+            self.executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
+        trained = time.perf_counter()
+        data = Prepared(prepared)
+        chunks = data.chunks("train")
+        pieces.mkdir(exist_ok=True)
+        with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
+            self.executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
+        ids, _ = data.index("train")
+        joined = score_table.join([score_piece(pieces, chunk) for chunk in chunks], ids)
+        scores = score_table.aggregate(joined, self.config)
+        score_table.write(self.dir / "scores.parquet", scores)
+        self._keep_proxies(checkpoints)
+        facts = {
+            "train_seconds": round(trained - began, 3),
+            "score_seconds": round(time.perf_counter() - trained, 3),
+            "mean_score": float(scores["score"].to_numpy().mean()),
+        }
+        self.display.say(f"  mean score {facts['mean_score']:.4f} over {scores.num_rows} samples")
+        return [self.dir / "scores.parquet"], facts
+
+    def _keep_proxies(self, checkpoints: Path) -> None:
+        """Move the checkpoints beside the scores that were made with them."""
+        target = self.dir / "proxies"
+        if target.exists():
+            shutil.rmtree(target)  # left by a score stage whose record the user removed
+        os.replace(checkpoints, target)
+
+    def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        scores, facts = score_table.read(self.dir / "scores.parquet")
+        column = self.config.criterion.rpartition(":")[2]
+        low = facts["useful"].get(column, "low") == "low"
+        chosen = static.select(scores, self.config.select, column, low, self.config.min_per_class, self.config.run.seed)
+        path = self.dir / "manifest.parquet"
+        distill.check(self.config, Prepared(self.dir / "prepared"), chosen.facts["kept_per_class"])
+        manifest.write(path, chosen.table, chosen.facts | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint})
+        self.display.say(f"  kept {chosen.facts['kept']} of {chosen.facts['of']} samples ({chosen.facts['reached']:.4%})")
+        if raised := chosen.facts["raised_to_minimum"]:
+            self.display.say(f"  {len(raised)} classes were raised to min_per_class = {self.config.min_per_class}")
+        return [path], {key: chosen.facts[key] for key in ("kept", "of", "reached")}
+
+    def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        _, facts = manifest.read(self.dir / "manifest.parquet")
+        distill.check(self.config, Prepared(self.dir / "prepared"), facts["kept_per_class"])
+        work = self.dir.work("distill", inputs)
+        places = distill.Places(self.dir / "prepared", self.dir / "manifest.parquet", work, self.dir / "metrics.jsonl")
+        if places.state.exists():
+            self.display.say("  going on from the last checkpoint")
+        with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
+
+            def show(line: dict[str, Any]) -> None:
+                note = f"loss {line['loss']:.4g}" if "loss" in line else f"top-1 {line['top1']:.3f}" if "top1" in line else None
+                meter.advance(max(0, line["step"] - meter.done), note)
+
+            self.executor.distill(self.config, places, show)
+        result = synthetic.load(work / "synthetic")
+        result.card["fingerprints"] = {"distill": inputs.fingerprint, **inputs.content}
+        result.save(self.dir / "synthetic")
+        return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
+
+    def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        evaluate.need_test_split(Prepared(self.dir / "prepared"))
+        finished = _Rows(self.dir.work("evaluate", inputs) / "rows.jsonl")
+        todo = [job for job in evaluate.jobs(self.config) if job not in finished.jobs]
+        folders = (self.dir / "prepared", self.dir / "synthetic", self.dir / "manifest.parquet")
+        with self.display.meter("evaluate", len(todo), "networks") as meter:
+
+            def done(row: dict[str, Any]) -> None:
+                finished.add(row)
+                meter.advance(1, f"{row['set']} {row['top1']:.3f}")
+
+            self.executor.evaluate(self.config, todo, folders, done)
+        order = {job: place for place, job in enumerate(evaluate.jobs(self.config))}
+        rows = sorted(finished.rows, key=lambda row: order[_job(row)])
+        path = self.dir / "evaluation.json"
+        write_json(path, {"rows": rows, "summary": evaluate.summarize(rows), "fingerprint": inputs.fingerprint})
+        return [path], {}
+
+    def _report(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        report.write(self.dir, self.config)
+        return [self.dir / "report.html"], {}
+
+    def _write_run_json(self) -> None:
+        stages = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
+        write_json(self.dir / "run.json", {"config": self.config.model_dump(), **environment(), "seconds": stages})
+
+
+class _Rows:
+    """The finished rows of an evaluation, kept as they come."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    self.rows.append(json.loads(line))
+                except ValueError:
+                    break  # a line cut short when the run was interrupted
+            write = "".join(json.dumps(row) + "\n" for row in self.rows)
+            path.write_text(write)
+
+    @property
+    def jobs(self) -> set[evaluate.Job]:
+        return {_job(row) for row in self.rows}
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with open(self.path, "a") as log:
+            log.write(json.dumps(row) + "\n")
+
+
+def _job(row: dict[str, Any]) -> evaluate.Job:
+    return evaluate.Job(row["set"], row["network"], row["seed"])
+
+

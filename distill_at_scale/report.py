@@ -1,0 +1,3 @@
+"""placeholder"""
+def write(run, config):
+    (run / "report.html").write_text("x")

@@ -1,0 +1,36 @@
+"""Every random draw of the product, derived from (seed, purpose, index) and from nothing else.
+
+So a draw does not depend on the number of workers, on what was drawn before, or on whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def derive(seed: int, purpose: str, *index: int | str) -> int:
+    """A 63-bit seed for one purpose and index."""
+    digest = hashlib.sha256(repr((seed, purpose, *index)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, purpose: str, *index: int | str) -> torch.Generator:
+    """A fresh CPU generator; draws are made on the CPU and moved, so that a GPU sees the same numbers."""
+    return torch.Generator().manual_seed(derive(seed, purpose, *index))
+
+
+def numpy_generator(seed: int, purpose: str, *index: int | str) -> np.random.Generator:
+    return np.random.default_rng(derive(seed, purpose, *index))
+
+
+@contextlib.contextmanager
+def default_generator(seed: int) -> Iterator[None]:
+    """Seeds torch's default CPU generator inside the block and puts it back afterwards (for module constructors)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

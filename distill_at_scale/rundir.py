@@ -1,0 +1,249 @@
+"""A run's folder: what each stage read and wrote, by fingerprint; nothing is reused silently and nothing is deleted.
+
+A stage is complete when `stages/<stage>.json` exists. It is written last and atomically, and holds what the stage depended
+on (its configuration and the content hashes of its inputs) and what it wrote (with content hashes). Its fingerprint is the
+hash of the former. Where data lies, how many workers ran and where the run folder is are never part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_at_scale.errors import UserError
+
+STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage depends on: flat configuration values and the content hashes of what it reads."""
+
+    config: Mapping[str, Any]
+    content: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest({"config": dict(self.config), "content": dict(self.content)})
+
+    def difference(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Lines 'key: recorded -> wanted' for everything that differs from a stage record."""
+        lines = []
+        for part, now in (("config", self.config), ("content", self.content)):
+            before = recorded[part]
+            for key in sorted(set(before) | set(now)):
+                if (old := before.get(key, "absent")) != (new := json.loads(json.dumps(now.get(key, "absent")))):
+                    lines.append(f"{key}: {_short(old)} -> {_short(new)}")
+        return lines
+
+
+class RunDir:
+    """Paths, locking and stage records of one run."""
+
+    def __init__(self, path: str | Path, reuse: str | Path | None = None):
+        self.path = Path(path)
+        self.reuse = RunDir(reuse) if reuse else None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises UserError with the reason where it cannot.
+        """
+        try:
+            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{uuid.uuid4().hex[:8]}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write in the run folder {self.path}: {error.strerror}. Choose another run.dir."
+            ) from None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a command works in the folder; a second command is refused instead of mixing with the first."""
+        with open(self.path / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another command is working in {self.path}; wait for it, or choose another run.dir") from None
+            yield
+
+    def work(self, stage: str, inputs: Inputs) -> Path:
+        """The folder for a stage's unfinished work; belongs to one fingerprint, so it can always be resumed from."""
+        folder = self.path / ".work" / f"{stage}-{inputs.fingerprint[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The record of a completed stage, or None."""
+        try:
+            return json.loads((self.path / "stages" / f"{stage}.json").read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}/stages/{stage}.json is damaged ({error}); remove it to run {stage} again") from None
+
+    def valid(self, stage: str, inputs: Inputs) -> bool:
+        """Whether the stage's output for exactly these inputs is there and whole.
+
+        Raises UserError where the folder holds the output of another configuration, with the difference.
+        """
+        record = self.record(stage)
+        if record is None:
+            return self._take_over(stage, inputs)
+        if record["fingerprint"] != inputs.fingerprint:
+            raise UserError(
+                f"{self.path} holds the output of {stage} for another configuration:\n  "
+                + "\n  ".join(inputs.difference(record))
+                + f"\nNothing was changed. Choose another run.dir, or remove {self.path}/stages/{stage}.json to redo {stage} "
+                "here."
+            )
+        return self._whole(stage, record)
+
+    def complete(self, stage: str, inputs: Inputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
+        """Publish the record of a stage whose outputs are all in place."""
+        files = {p.relative_to(self.path).as_posix(): file_digest(p) for path in outputs for p in _files(path)}
+        record = {
+            "stage": stage,
+            "fingerprint": inputs.fingerprint,
+            "config": dict(inputs.config),
+            "content": dict(inputs.content),
+            "outputs": files,
+            "output": digest(files),
+            "seconds": round(seconds, 3),
+            **facts,
+        }
+        write_json(self.path / "stages" / f"{stage}.json", record)
+
+    def content(self, stage: str) -> str:
+        """The content hash of a completed stage's output.
+
+        Raises UserError where the stage has not been run.
+        """
+        record = self.record(stage)
+        if record is None:
+            raise UserError(f"{self.path} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+        return record["output"]
+
+    def _whole(self, stage: str, record: Mapping[str, Any]) -> bool:
+        for name, entry in record["outputs"].items():
+            path = self.path / name
+            if not path.exists() or path.stat().st_size != entry["bytes"]:
+                state = "missing" if not path.exists() else "not what was written"
+                raise UserError(f"{path} is {state}; remove {self.path}/stages/{stage}.json to run {stage} again")
+        return True
+
+    def _take_over(self, stage: str, inputs: Inputs) -> bool:
+        """Link the same output from the run named in run.reuse, if it is there."""
+        record = self.reuse.record(stage) if self.reuse else None
+        if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
+            return False
+        for name in record["outputs"]:
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with publish(target) as temporary:
+                try:
+                    os.link(self.reuse.path / name, temporary)
+                except OSError:
+                    shutil.copyfile(self.reuse.path / name, temporary)
+        write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": str(self.reuse.path)})
+        return True
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there (a file or a folder) replaces `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            os.replace(path, retired)
+            os.replace(temporary, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex, 32 digits) of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as handle:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, for run.json and the report."""
+    import torch
+
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus},
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _installed(name: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(name))
+    return False
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,88 @@
+"""What a stage that runs in several processes needs of the others: sums, a shared stop sign, and gathering to rank 0.
+
+`Solo` is the single process; `Group` is a torch.distributed process group. Neither knows who started the processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Workers(Protocol):
+    rank: int
+    size: int
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Add up tensors over all workers, in place, in one flat all-reduce."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any worker."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, in rank order; only rank 0 may rely on the result."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, everywhere."""
+
+    def first(self, value: Any) -> Any:
+        """The first value, in rank order, that is not None, everywhere."""
+
+
+class Solo:
+    rank, size = 0, 1
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        pass
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def first(self, value: Any) -> Any:
+        return value
+
+
+class Group:
+    """An initialised default process group."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        shared = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(shared)
+        return bool(shared.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def first(self, value: Any) -> Any:
+        return next((v for v in self.gather(value) if v is not None), None)
+
+
+def workers_here(device: torch.device) -> Workers:
+    """The process group where one was initialised with several processes, else Solo."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Group(device) if several else Solo()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -58,31 +59,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(config: Config, stage: str) -> None:
     display = Display()
-    make_executor, close = _executor(config, display)
-    try:
-        Pipeline(config, make_executor, display).run(STAGES if stage == "run" else (stage,))
-    finally:
-        close()
+    Pipeline(config, lambda: make_executor(config, display), display).run(STAGES if stage == "run" else (stage,))
     if stage in ("run", "evaluate", "report"):
         show_result(RunDir(config.run.dir), display.console)
 
 
-def _executor(config: Config, display: Display) -> tuple[Callable[[], Executor], Callable[[], None]]:
-    """How to make the executor that the configuration asks for, and how to end it."""
+def make_executor(config: Config, display: Display) -> Executor:
+    """The executor that cluster.address asks for.
+
+    Raises UserError where Ray is wanted and not installed, or cannot be reached.
+    """
     if config.cluster.address == "none":
-        return Local, lambda: None
+        return Local()
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed; install it, or set cluster.address=none to run in this process alone")
-    from distill_at_scale.cluster.session import Session
+    from distill_at_scale.cluster.executor import RayExecutor
 
-    session = Session(config.cluster, display.say)
-    return session.executor, session.close
+    return RayExecutor(config, display.say)
 
 
 def show_result(run: RunDir, console: Console) -> None:
     """The small table at the end: accuracy per set and network, and where the report lies."""
-    import json
-
     path = run / "evaluation.json"
     if not path.exists():
         return

@@ -79,6 +79,7 @@ class SelectSection(Section):
     order: Literal["useful", "useless", "low", "high", "stratum"] = "useful"
     stratum_start: float = Field(0.0, ge=0, lt=1)  # order: stratum keeps the ranks from here on, by usefulness
     min_per_class: int | None = Field(None, ge=0)  # default max(1, distill.ipc)
+    seed: int | None = Field(None, ge=0)  # of the random control; default run.seed
 
 
 class MatchingSection(Section):
@@ -115,6 +116,7 @@ class DistillSection(Section):
     ipc: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)  # default: the method's own
     workers: int = Field(1, ge=1)
+    seed: int | None = Field(None, ge=0)  # default run.seed; another one repeats the distillation from the same scores
     network: str = "convnet"
     width: int = Field(128, ge=1)
     depth: int | None = Field(None, ge=1, le=8)
@@ -175,6 +177,14 @@ class Config(Section):
     def criterion(self) -> str:
         """The criterion that decides the selection."""
         return self.select.criterion or self.score.criteria[0]
+
+    @property
+    def select_seed(self) -> int:
+        return self.run.seed if self.select.seed is None else self.select.seed
+
+    @property
+    def distill_seed(self) -> int:
+        return self.run.seed if self.distill.seed is None else self.distill.seed
 
     @property
     def min_per_class(self) -> int:

@@ -88,7 +88,7 @@ class Distillation:
         labels = list(range(len(names)))[workers.rank :: workers.size]
         section = config.distill
         spec = NetworkSpec(section.network, self.prepared.shape, len(names), section.width, section.depth)
-        pool = Pool.load(self.prepared, places.manifest, labels, config.run.seed, device)
+        pool = Pool.load(self.prepared, places.manifest, labels, config.distill_seed, device)
         self.normalization: Normalization = pool.normalization
         self.setting = Setting(config, spec, names, labels, workers, device, self.steps)
         self.backend = backend_class(config)(self.setting)
@@ -184,10 +184,11 @@ class Distillation:
         evaluate.need_test_split(self.prepared)
         protocol = backend_class(self.config).protocol(self.config)
         epochs = self.config.evaluate.epochs or protocol["epochs"]
-        seed = derive(self.config.run.seed, "evaluation on the way")
+        seed = derive(self.config.distill_seed, "evaluation on the way")
         network = evaluate.train(self.setting.spec, images, labels, self.config.evaluate, epochs, protocol["augment"], seed, self.device)
         pixels, targets = (torch.from_numpy(a) for a in self.prepared.load("test"))
-        top1, top5 = evaluate.test(network, pixels, targets, self.normalization, self.device)
+        at_once = self.setting.spec.at_once(self.device)
+        top1, top5 = evaluate.test(network, pixels, targets, self.normalization, self.device, at_once)
         self._write({"step": step, "of": self.steps, "top1": top1, "top5": top5})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -216,7 +217,7 @@ class Distillation:
             "network": {"name": section.network, "width": section.width, "depth": section.depth},
             "runtime": self.config.runtime.model_dump(),
             "protocol": backend_class(self.config).protocol(self.config),
-            "seed": self.config.run.seed,
+            "seed": self.config.distill_seed,
         }
 
 

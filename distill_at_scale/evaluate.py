@@ -27,8 +27,6 @@ from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pruning.manifest import kept_ids
 
-TEST_BATCH = 250
-
 
 @dataclass(frozen=True)
 class Job:
@@ -70,7 +68,8 @@ class Evaluator:
         normalization = self.synthetic.normalization if images.dtype == torch.uint8 else None
         network = train(spec, images, labels, self.config.evaluate, self._epochs(job), protocol["augment"], seed, self.device,
                         normalization)  # fmt: skip
-        top1, top5 = test(network, *self.test, self.synthetic.normalization, self.device)
+        at_once = spec.at_once(self.device)
+        top1, top5 = test(network, *self.test, self.synthetic.normalization, self.device, at_once)
         if not all(torch.isfinite(p).all() for p in network.parameters()):
             raise DistillationDiverged(f"evaluation diverged for {job}, at evaluate.lr = {self.config.evaluate.lr}; lower it")
         return {**asdict(job), "top1": top1, "top5": top5, "seconds": round(time.perf_counter() - started, 3)}
@@ -134,13 +133,15 @@ def train(
 
 
 @torch.no_grad()
-def test(network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy on uint8 pixels [n, *shape], as fractions."""
+def test(
+    network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy on uint8 pixels [n, *shape], as fractions; `at_once` images at a time."""
     network.eval()
     right1 = right5 = 0
-    for first in range(0, len(labels), TEST_BATCH):
-        logits = network(normalization.apply(pixels[first : first + TEST_BATCH].to(device)))
-        targets = labels[first : first + TEST_BATCH].to(device)
+    for first in range(0, len(labels), at_once):
+        logits = network(normalization.apply(pixels[first : first + at_once].to(device)))
+        targets = labels[first : first + at_once].to(device)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         right1 += int((best[:, 0] == targets).sum())
         right5 += int((best == targets[:, None]).any(1).sum())

@@ -14,8 +14,7 @@ import pyarrow as pa
 import torch
 
 from distill_at_scale.config import Config
-from distill_at_scale.data.decode import ImageDecoder
-from distill_at_scale.data.ingest import ingest_chunk, open_source, piece_path
+from distill_at_scale.data.ingest import decoder_of, ingest_chunk, open_source, piece_path
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.distill import Distillation, Places
@@ -43,6 +42,9 @@ class Executor(Protocol):
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         """Run jobs on (prepared, synthetic, manifest) and report each row."""
+
+    def close(self) -> None:
+        """Give back what the executor holds."""
 
 
 class Local:
@@ -77,10 +79,8 @@ class Local:
         for job in jobs:
             done(evaluator.run(job))
 
-
-def decoder_of(config: Config) -> ImageDecoder:
-    data = config.data
-    return ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+    def close(self) -> None:
+        pass
 
 
 def score_piece(pieces: Path, chunk: Chunk) -> Path:

@@ -76,8 +76,12 @@ class Pipeline:
         with self.dir.lock():
             if not (self.dir / "run.json").exists():
                 self._write_run_json()
-            for stage in stages:
-                self._stage(stage)
+            try:
+                for stage in stages:
+                    self._stage(stage)
+            finally:
+                if self._executor is not None:
+                    self._executor.close()
             self._write_run_json()
 
     def _stage(self, stage: str) -> None:
@@ -101,13 +105,13 @@ class Pipeline:
         if stage == "score":
             return Inputs(self._section("score") | seed, {"ingest": content("ingest")})
         if stage == "select":
-            resolved = {"select.criterion": config.criterion, "select.min_per_class": config.min_per_class}
-            return Inputs(self._section("select") | resolved | seed, {"score": content("score")})
+            resolved = {"criterion": config.criterion, "min_per_class": config.min_per_class, "seed": config.select_seed}
+            return Inputs(self._section("select") | {f"select.{k}": v for k, v in resolved.items()}, {"score": content("score")})
         if stage == "distill":
             own = getattr(config.distill, config.distill.method, None)
-            resolved = {"distill.steps": distill.step_count(config)} | (flatten(own, f"distill.{config.distill.method}.") if own else {})
+            resolved = {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed} | (flatten(own, f"distill.{config.distill.method}.") if own else {})
             return Inputs(
-                self._section("distill") | resolved | self._runtime() | seed,
+                self._section("distill") | resolved | self._runtime(),
                 {"ingest": content("ingest"), "select": content("select")},
             )
         if stage == "evaluate":
@@ -186,7 +190,7 @@ class Pipeline:
         scores, facts = score_table.read(self.dir / "scores.parquet")
         column = self.config.criterion.rpartition(":")[2]
         low = facts["useful"].get(column, "low") == "low"
-        chosen = static.select(scores, self.config.select, column, low, self.config.min_per_class, self.config.run.seed)
+        chosen = static.select(scores, self.config.select, column, low, self.config.min_per_class, self.config.select_seed)
         path = self.dir / "manifest.parquet"
         distill.check(self.config, Prepared(self.dir / "prepared"), chosen.facts["kept_per_class"])
         manifest.write(path, chosen.table, chosen.facts | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint})

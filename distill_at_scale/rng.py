@@ -9,8 +9,12 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: processes that only decode images need no torch
 
 
 def derive(seed: int, purpose: str, *index: int | str) -> int:
@@ -21,6 +25,8 @@ def derive(seed: int, purpose: str, *index: int | str) -> int:
 
 def generator(seed: int, purpose: str, *index: int | str) -> torch.Generator:
     """A fresh CPU generator; draws are made on the CPU and moved, so that a GPU sees the same numbers."""
+    import torch
+
     return torch.Generator().manual_seed(derive(seed, purpose, *index))
 
 
@@ -31,6 +37,8 @@ def numpy_generator(seed: int, purpose: str, *index: int | str) -> np.random.Gen
 @contextlib.contextmanager
 def default_generator(seed: int) -> Iterator[None]:
     """Seeds torch's default CPU generator inside the block and puts it back afterwards (for module constructors)."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -36,7 +36,7 @@ class Setting:
 
     @property
     def seed(self) -> int:
-        return self.config.run.seed
+        return self.config.distill_seed
 
 
 class Backend(Protocol):

@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.augment import Augmentation
+from distill_at_scale.augment import Augmentation, Draw
 from distill_at_scale.backends.base import ImageBackend, Setting
-from distill_at_scale.backends.gradients import class_gradients, distance, synthetic_gradient
+from distill_at_scale.backends.gradients import distance, losses, real_gradient, synthetic_gradient
 from distill_at_scale.config import Config, MatchingSection
-from distill_at_scale.data.pool import Draw
 from distill_at_scale.rng import derive, generator
-
-TOGETHER = 512  # real images that go through the network at once; bounds memory
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # ipc -> outer, inner
 
@@ -51,6 +48,7 @@ class GradientMatching(ImageBackend):
         outer, inner = default_loops(self.ipc)
         self.outer, self.inner = self.options.outer or outer, self.options.inner or inner
         self.augmentation = Augmentation(self.options.augment)
+        self.at_once = setting.spec.at_once(setting.device)
 
     def step(self, i: int) -> dict[str, float]:
         network = self.setting.spec.build(derive(self.setting.seed, "network", i)).to(self.setting.device).train()
@@ -64,33 +62,30 @@ class GradientMatching(ImageBackend):
 
     def _match(self, network: nn.Module, step: int, outer: int) -> float:
         """One image update; returns the sum of the own classes' distances."""
-        targets = self._real_gradients(network, step, outer)
         self.optimizer.zero_grad()
-        losses = []
+        distances = []
         for k, label in enumerate(self.setting.labels):
-            augmented = self._augment(step, outer, label).apply(self.images[k])
-            loss = distance(targets[k], synthetic_gradient(network, augmented, label))
-            loss.backward(inputs=[self.images])  # class by class: only one second-order graph is alive
-            losses.append(loss.detach())
-        self.update(losses, step)
-        return float(torch.stack(losses).sum())
+            augment = self._augment(step, outer, label)
+            target = self._real_gradient(network, label, augment, step, outer)
+            found = distance(target, synthetic_gradient(network, augment.apply(self.images[k]), label))
+            found.backward(inputs=[self.images])  # class by class: only one second-order graph is alive
+            distances.append(found.detach())
+        self.update(distances, step)
+        return float(torch.stack(distances).sum())
 
-    def _real_gradients(self, network: nn.Module, step: int, outer: int) -> list[list[Tensor]]:
-        gradients: list[list[Tensor]] = []
-        n = self.options.real_batch
-        together = max(1, TOGETHER // n)
-        labels = self.setting.labels
-        for first in range(0, len(labels), together):
-            draws = self.real.draw(labels[first : first + together], n, "real batch", step, outer)
-            batches = [self._augment(step, outer, draw.label).apply(draw.images) for draw in draws]
-            gradients += class_gradients(network, batches, [draw.label for draw in draws], self._keep(draws))
-        return gradients
+    def _real_gradient(self, network: nn.Module, label: int, augment: Draw, step: int, outer: int) -> list[Tensor]:
+        """The gradient of a class's real batch after runtime pruning, under the same augmentation as the synthetic images."""
+        batch = self.real.draw([label], self.options.real_batch, "real batch", step, outer)[0]
+        held, visit = self.real.count(label), step * self.outer + outer
+        kept = self.pruning.forecast(label, batch.rows, held, visit)
+        if kept is None and self.pruning.dropped(len(batch.rows)):
+            values = losses(network, augment.apply(batch.images), label, self.at_once)
+            self.pruning.remember(label, batch.rows, held, values)
+            kept = self.pruning.mask(values)
+        images = batch.images if kept is None else batch.images[kept.to(batch.images.device)]
+        return real_gradient(network, augment.apply(images), label, self.at_once)
 
-    def _keep(self, draws: list[Draw]) -> Any:
-        """The runtime rule, or None where it drops nothing, so that this path is the one without pruning."""
-        return self.pruning.mask if any(self.pruning.dropped(len(d.rows)) for d in draws) else None
-
-    def _augment(self, step: int, outer: int, label: int) -> Any:
+    def _augment(self, step: int, outer: int, label: int) -> Draw:
         """The draw that the real and the synthetic images of a class share."""
         return self.augmentation.draw(generator(self.setting.seed, "siamese", step, outer, label))
 

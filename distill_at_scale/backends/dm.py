@@ -14,10 +14,8 @@ from torch import Tensor
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.backends.base import ImageBackend, Setting
 from distill_at_scale.config import Config
-from distill_at_scale.networks import maybe_compile
+from distill_at_scale.networks import in_parts, maybe_compile
 from distill_at_scale.rng import derive, generator
-
-BATCH = 256  # real images that go through the network at once, a fixed shape
 
 
 class DistributionMatching(ImageBackend):
@@ -37,6 +35,7 @@ class DistributionMatching(ImageBackend):
         default_lr = 10.0 if setting.config.distill.ipc >= 100 else 1.0
         super().__init__(setting, self.options.init, self.options.image_lr or default_lr, self.options.image_momentum)
         self.augmentation = Augmentation(self.options.augment)
+        self.at_once = setting.spec.at_once(setting.device)
         self.network = setting.spec.build(0).to(setting.device).train().requires_grad_(False)
 
     def prepare(self, real: Any) -> None:
@@ -80,9 +79,5 @@ class DistributionMatching(ImageBackend):
 
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
-        """Features [n, features], in batches of one fixed shape, the last one padded."""
-        parts = []
-        for batch in images.split(BATCH):
-            padded = batch if len(batch) == BATCH or len(images) < BATCH else torch.cat([batch, batch.new_zeros(BATCH - len(batch), *batch.shape[1:])])
-            parts.append(self.embed_real(padded)[: len(batch)])
-        return torch.cat(parts)
+        """Features [n, features]."""
+        return in_parts(self.embed_real, images, self.at_once)

@@ -53,6 +53,11 @@ def open_source(data: DataSection) -> Source:
     return resolve("data.source", data.source, SOURCES, CONTRACT)(data)
 
 
+def decoder_of(config: Config) -> ImageDecoder:
+    data = config.data
+    return ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+
+
 def plan(config: Config) -> Plan:
     """List the samples of every split.
 

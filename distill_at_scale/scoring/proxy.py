@@ -19,7 +19,7 @@ from distill_at_scale import rng
 from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.errors import DistillationDiverged
-from distill_at_scale.networks import NetworkSpec, maybe_compile
+from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples
 from distill_at_scale.rundir import publish
 
 Advance = Callable[[int], None]  # called with 1 after each epoch, also for those that were there already
@@ -45,6 +45,7 @@ def train_trial(
     optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     start = _resume(network, optimizer, folder, trial, config.epochs)
     advance(start)
+    at_once = config.batch if mixes_samples(network) else min(config.batch, spec.at_once(device))
     forward = maybe_compile(network, config.compile, len(labels) * config.epochs)
     for epoch in range(start, config.epochs):
         order = torch.randperm(len(labels), generator=rng.generator(seed, "proxy order", trial, epoch))
@@ -52,7 +53,7 @@ def train_trial(
             rows = order[first : first + config.batch]
             if len(rows) < config.batch and first > 0:
                 break  # fixed-shape batches; which samples sit out an epoch is random
-            _step(forward, optimizer, normalization.apply(pixels[rows].to(device)), labels[rows].to(device))
+            _step(forward, optimizer, normalization.apply(pixels[rows].to(device)), labels[rows].to(device), at_once)
         _check_finite(network, trial, epoch, config.lr)
         _save(network, optimizer, checkpoint_path(folder, trial, epoch))
         advance(1)
@@ -66,10 +67,13 @@ def load_proxy(spec: NetworkSpec, path: Path, device: torch.device) -> nn.Module
     return network.to(device).eval().requires_grad_(False)
 
 
-def _step(forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
-    loss = F.cross_entropy(forward(images), labels)
+def _step(
+    forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, at_once: int
+) -> None:
+    """One SGD step on the mean loss of a batch, whose gradient is summed over parts that fit the cache."""
     optimizer.zero_grad()
-    loss.backward()
+    for part, targets in zip(images.split(at_once), labels.split(at_once), strict=True):
+        (F.cross_entropy(forward(part), targets, reduction="sum") / len(labels)).backward()
     optimizer.step()
 
 

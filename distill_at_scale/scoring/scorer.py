@@ -17,7 +17,7 @@ import torch
 from distill_at_scale.config import Config
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Chunk, Prepared, pixels_of
-from distill_at_scale.networks import maybe_compile
+from distill_at_scale.networks import in_parts, maybe_compile
 from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy
@@ -36,12 +36,13 @@ class Scorer:
 
     def __init__(self, config: Config, prepared: Path, checkpoints: Path, device: torch.device):
         score = config.score
-        self.config, self.device = score, device
+        self.device = device
         self.prepared = Prepared(prepared)
         self.normalization = Normalization(tuple(self.prepared.mean), tuple(self.prepared.std))
         self.criteria: Mapping[str, Criterion] = criteria_of(score.criteria)
         spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names))
         self.loaded = spec.build(0).to(device).eval().requires_grad_(False)
+        self.at_once = spec.at_once(device)
         paths = [proxy.checkpoint_path(checkpoints, t, e) for t in range(score.trials) for e in range(score.epochs)]
         self.weights = [proxy.load_proxy(spec, path, device).state_dict() for path in paths]
         images = sum(self.prepared.counts()) * len(paths)
@@ -62,20 +63,16 @@ class Scorer:
         values = {name: np.empty((len(labels), len(self.weights)), np.float32) for name in self.criteria}
         for column, weights in enumerate(self.weights):
             self.loaded.load_state_dict(weights)
-            for first in range(0, len(labels), self.config.batch):
-                rows = slice(first, min(first + self.config.batch, len(labels)))
-                self._score_batch(pixels[rows], labels[rows], values, rows, column)
+            logits = in_parts(self._forward, pixels, self.at_once)
+            for name, criterion in self.criteria.items():
+                values[name][:, column] = criterion.observe(logits, labels).numpy()
         columns = {"sample_id": table["sample_id"], "label": table["label"]}
         columns |= {name: pa.FixedSizeListArray.from_arrays(pa.array(v.reshape(-1)), v.shape[1]) for name, v in values.items()}
         return pa.table(columns)
 
-    def _score_batch(
-        self, pixels: torch.Tensor, labels: torch.Tensor, values: dict[str, np.ndarray], rows: slice, column: int
-    ) -> None:
-        count = len(labels)
-        padded = torch.zeros(self.config.batch, *pixels.shape[1:], dtype=torch.uint8)
-        padded[:count] = pixels
-        logits = self.forward(self.normalization.apply(padded.to(self.device)))[:count].float()
-        on_device = labels.to(self.device)
-        for name, criterion in self.criteria.items():
-            values[name][rows, column] = criterion.observe(logits, on_device).cpu().numpy()
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, *shape] -> logits float32 [n, classes] on the CPU."""
+        count = len(pixels)
+        if count < self.at_once:  # a small chunk is padded too: one shape, one result
+            pixels = torch.cat([pixels, pixels.new_zeros(self.at_once - count, *pixels.shape[1:])])
+        return self.forward(self.normalization.apply(pixels.to(self.device))).float().cpu()[:count]

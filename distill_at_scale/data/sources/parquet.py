@@ -105,7 +105,7 @@ class HuggingFaceParquet:
             raise UserError(f"{file}: column {image!r} must be a struct with the field bytes, it is {kind}")
         columns = [f"{image}.path", label] if "path" in fields else [label]
         table = pq.read_table(file, columns=columns, partitioning=None).flatten()
-        return table.select([*([f"{image}.path"] if "path" in fields else []), label])
+        return table.select([*(name for name in table.column_names if name != label), label])
 
     def _labels(self, table: pa.Table, name: str) -> list[int]:
         labels = table[table.num_columns - 1].to_pylist()

@@ -1,0 +1,58 @@
+"""Evaluation on Ray: every (set, network, seed) is a task of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from distill_at_scale.cluster.pool import cores, cores_each, device
+from distill_at_scale.cluster.session import plain_errors
+from distill_at_scale.config import Config
+from distill_at_scale.evaluate import Evaluator, Job
+from distill_at_scale.execution import Report
+
+
+def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
+    """All jobs, as many at a time as the cluster holds; reports each row when it is there."""
+    cpus = cores_each(min(len(jobs), cores()))
+    options = {"num_cpus": cpus, "num_gpus": config.cluster.gpus_per_worker or None, "max_retries": config.cluster.max_failures}
+    task = _evaluate.options(**options)
+    settings = ray.put(config.model_dump())
+    running = [task.remote(settings, tuple(map(str, folders)), asdict(job), cpus) for job in jobs]
+    with plain_errors():
+        while running:
+            finished, running = ray.wait(running)
+            for row in ray.get(finished):
+                done(row)
+
+
+@ray.remote
+def _evaluate(config: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return _evaluator(_Settings(config), folders).run(Job(**job))
+
+
+class _Settings:
+    """A configuration that can be the key of a cache."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.config = Config.model_validate(values)
+
+    def __hash__(self) -> int:
+        return hash(self.config.model_dump_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Settings) and self.config == other.config
+
+
+@lru_cache(maxsize=1)
+def _evaluator(settings: _Settings, folders: tuple[str, ...]) -> Evaluator:
+    """Kept between the tasks of a process, so that the test split is read once."""
+    prepared, synthetic, manifest = map(Path, folders)
+    return Evaluator(settings.config, prepared, synthetic, manifest, device(settings.config))

@@ -1,0 +1,53 @@
+"""The executor that spreads each stage's work over a Ray cluster; it calls the same functions as the one without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from distill_at_scale.cluster import evaluation, ingest, scoring, training
+from distill_at_scale.cluster.session import Session
+from distill_at_scale.config import Config
+from distill_at_scale.data.shards import Chunk
+from distill_at_scale.distill import Places
+from distill_at_scale.evaluate import Job
+from distill_at_scale.execution import Advance, Report
+
+
+class RayExecutor:
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        """Connects to the cluster that the configuration names.
+
+        Raises UserError where there is none.
+        """
+        self.session = Session(config.cluster, say)
+
+    def ingest(self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+        return ingest.run(absolute(config), chunks, pieces.resolve(), advance)
+
+    def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
+        scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance)
+
+    def score(self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+        scoring.score(absolute(config), prepared.resolve(), checkpoints.resolve(), chunks, pieces.resolve(), advance)
+
+    def distill(self, config: Config, places: Places, report: Report) -> None:
+        here = Places(*(path.resolve() for path in (places.prepared, places.manifest, places.work, places.log)))
+        training.run(absolute(config), here, report)
+
+    def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
+        prepared, synthetic, manifest = (folder.resolve() for folder in folders)
+        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done)
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def absolute(config: Config) -> Config:
+    """Workers may start in another folder: a relative data path becomes absolute."""
+    if config.data.path is None:
+        return config
+    path = str(Path(config.data.path).expanduser().resolve())
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})

@@ -1,0 +1,63 @@
+"""Fixed units of work through a Ray Data actor pool, and how many actors and cores the cluster has for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from distill_at_scale.cluster.session import plain_errors
+from distill_at_scale.config import Config
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: ingest needs none
+
+
+def stream(units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+    """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
+
+    An actor is called with one unit (an Arrow table) and returns a table. A killed actor is restarted and its unit repeated,
+    `cluster.max_failures` times at most.
+    """
+    cluster, size = config.cluster, min(actor_count(config), len(units))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 announces new names for ray_remote_args_fn, and has none yet
+        data = ray.data.from_arrow(list(units)).map_batches(
+            actor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(size=size),
+            fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=cluster.gpus_per_worker or None,
+            ray_remote_args_fn=lambda: {"max_restarts": cluster.max_failures, "max_task_retries": cluster.max_failures},
+        )  # fmt: skip
+    with plain_errors():
+        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+
+
+def actor_count(config: Config) -> int:
+    """cluster.actors, else one per core, or per GPU share where GPUs are asked for."""
+    if config.cluster.actors:
+        return config.cluster.actors
+    if config.cluster.gpus_per_worker:
+        return max(1, int(ray.cluster_resources().get("GPU", 0) / config.cluster.gpus_per_worker))
+    return max(1, cores())
+
+
+def cores() -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def cores_each(tasks: int) -> int:
+    """Cores for each of `tasks` tasks that run side by side; never more than the smallest node has."""
+    smallest = min((int(node["Resources"].get("CPU", 0)) or cores() for node in ray.nodes() if node["Alive"]), default=1)
+    return max(1, min(smallest, cores() // max(1, tasks)))
+
+
+def device(config: Config) -> torch.device:
+    """Inside a worker: the GPU it was given, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,92 @@
+"""Connecting to Ray: a local start that is gentle on small machines, a running cluster, or what is already there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distill_at_scale.config import ClusterSection
+from distill_at_scale.errors import UserError
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` workers use this environment as it is
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+
+import ray
+import ray.data
+import ray.exceptions
+
+OBJECT_STORE_BYTES = 2 * 2**30  # what travels through it are lists of samples, not pixels
+
+
+class Session:
+    """Ray for the duration of one command."""
+
+    def __init__(self, config: ClusterSection, say: Callable[[str], None]):
+        self.config, self.say = config, say
+        self.started = not ray.is_initialized()
+        if self.started:
+            self._start()
+        quieten()
+
+    def close(self) -> None:
+        """End what this session started, and only that."""
+        if self.started:
+            ray.shutdown()
+            self.started = False
+
+    def _start(self) -> None:
+        address = self.config.address or ("auto" if os.environ.get("RAY_ADDRESS") else None)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            options |= {"include_dashboard": False, "object_store_memory": self._object_store()}
+        self.say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
+        try:
+            ray.init(address=address or "local", **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}") from None
+        found = ray.cluster_resources()
+        self.say(f"Ray is ready: {found.get('CPU', 0):g} cores, {found.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
+
+    def _object_store(self) -> int:
+        if self.config.object_store_mb:
+            return self.config.object_store_mb * 2**20
+        return min(OBJECT_STORE_BYTES, int(0.2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+
+
+def quieten() -> None:
+    """Ray's own bars and progress logs off; ours say what happens."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised here, once
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns Ray's wrapped exceptions back into what was raised in the worker, where a user can act on it."""
+    try:
+        yield
+    except Exception as error:
+        cause = root_cause(error)
+        if isinstance(cause, UserError | OSError):
+            raise cause from None
+        raise
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost exception, through RayTaskError.cause, Ray Train's worker failures, and __cause__."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None) or {}
+        inner = next(iter(failures.values()), None) or getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+    return error

@@ -1,0 +1,106 @@
+"""Distillation on Ray Train: workers that each own some classes, restarted together from the last checkpoint if one is lost."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from distill_at_scale.cluster.pool import cores, cores_each
+from distill_at_scale.cluster.session import plain_errors
+from distill_at_scale.config import Config
+from distill_at_scale.distill import Places
+from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.execution import Report, run_distillation
+
+DIVERGED = "diverged.txt"
+POLL = 0.3  # seconds between two looks at the log
+
+
+def run(config: Config, places: Places, report: Report) -> None:
+    """Distil with `distill.workers` workers.
+
+    Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
+    """
+    workers, gpus = config.distill.workers, config.cluster.gpus_per_worker
+    _check_room(workers, gpus)
+    cpus = cores_each(workers)
+    (places.work / DIVERGED).unlink(missing_ok=True)
+    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(), "cpus": cpus, "places": [str(p) for p in _paths(places)]},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="distill", storage_path=str(places.work / "ray"), failure_config=FailureConfig(max_failures=config.cluster.max_failures)
+        ),
+    )
+    with plain_errors(), _Tail(places.log, report):
+        trainer.fit()
+    if (places.work / DIVERGED).exists():
+        raise DistillationDiverged((places.work / DIVERGED).read_text())
+
+
+def _worker(loop: dict[str, Any]) -> None:
+    """One worker. A divergence, which all workers agree on, is noted and ends the run; anything else counts as a failure."""
+    torch.set_num_threads(loop["cpus"])
+    places = Places(*map(Path, loop["places"]))
+    try:
+        run_distillation(Config.model_validate(loop["config"]), places, ray.train.torch.get_device(), lambda line: None)
+    except DistillationDiverged as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            (places.work / DIVERGED).write_text(str(error))
+
+
+def _check_room(workers: int, gpus: float) -> None:
+    have = ray.cluster_resources()
+    if workers > cores():
+        raise UserError(f"distill.workers = {workers} needs as many cores, the cluster has {cores()}; lower distill.workers")
+    if workers * gpus > have.get("GPU", 0):
+        raise UserError(f"{workers} workers with cluster.gpus_per_worker = {gpus:g} do not fit on {have.get('GPU', 0):g} GPUs")
+
+
+def _paths(places: Places) -> tuple[Path, ...]:
+    return places.prepared, places.manifest, places.work, places.log
+
+
+class _Tail:
+    """Reports lines that rank 0 appends to the log, while the block runs."""
+
+    def __init__(self, path: Path, report: Report):
+        self.path, self.report = path, report
+        self.position = path.stat().st_size if path.exists() else 0
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self._read()
+
+    def _watch(self) -> None:
+        while not self.over.is_set():
+            self._read()
+            time.sleep(POLL)
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as log:
+            log.seek(self.position)
+            for line in log:
+                if not line.endswith(b"\n"):
+                    break
+                self.position += len(line)
+                self.report(json.loads(line))

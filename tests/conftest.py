@@ -1,0 +1,119 @@
+"""What all tests share: one torch thread, a tiny configuration, and one tiny prepared run of the digits."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from distill_at_scale import config as configuration
+from distill_at_scale.config import Config
+from distill_at_scale.distill import Places
+from distill_at_scale.execution import Local
+from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.progress import Display
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY: dict[str, Any] = {
+    "data": {"size": 8, "channels": 1, "holdout": 0.25, "chunk": 32, "classes": ["0", "1", "2"]},
+    "score": {"trials": 2, "epochs": 2, "width": 8, "batch": 64},
+    "select": {"keep": 0.2},
+    "distill": {"steps": 3, "width": 8, "checkpoint_every": 2, "dm": {"augment": "color_crop_cutout_scale_rotate"}},
+    "evaluate": {"seeds": 2, "epochs": 3},
+    "cluster": {"address": "none"},
+}
+
+
+def tiny_config(folder: Path | str, **overrides: Any) -> Config:
+    """Three digits, small networks, few steps; keys of sections are joined by two underscores: distill__dc__outer=2."""
+    values: dict[str, Any] = {section: _copied(keys) for section, keys in TINY.items()}
+    values["run"] = {"dir": str(folder), "seed": 0}
+    for name, value in overrides.items():
+        *sections, key = name.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return configuration.validate(values)
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class FixedNetwork:
+    """Stands for a NetworkSpec whose every network starts from the same given weights, whatever the seed."""
+
+    def __init__(self, spec: NetworkSpec, seed: int = 0, at_once: int = 1000):
+        self.shape, self.classes, self.name, self.parts = spec.shape, spec.classes, spec.name, at_once
+        self.network = spec.build(seed)
+
+    def build(self, seed: int) -> nn.Module:
+        return copy.deepcopy(self.network)
+
+    def at_once(self, device: torch.device) -> int:
+        return self.parts
+
+
+class Run:
+    """A pipeline in this process, and what it said."""
+
+    def __init__(self, config: Config):
+        self.said = io.StringIO()
+        self.config, self.dir = config, Path(config.run.dir)
+        self.pipeline = Pipeline(config, Local, Display(Console(file=self.said, width=200)))
+
+    def stages(self, *stages: str) -> Run:
+        self.pipeline.run(stages)
+        return self
+
+    @property
+    def text(self) -> str:
+        return self.said.getvalue()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Config]:
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Run]:
+    """make_run(folder, **overrides): a pipeline with the tiny configuration."""
+    return lambda folder, **overrides: Run(tiny_config(folder, **overrides))
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished tiny run; tests read it and leave it as it is."""
+    run = Run(tiny_config(tmp_path_factory.mktemp("digits") / "run"))
+    return run.stages("ingest", "score", "select", "distill", "evaluate")
+
+
+@pytest.fixture
+def places(digits_run: Run, tmp_path: Path) -> Places:
+    """Where a distillation of the tiny run reads, and an own folder for what it writes."""
+    return Places(digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", tmp_path / "work", tmp_path / "metrics.jsonl")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data that lies beside the repository on development machines only."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real data of {folder} is not here (a fresh clone has none)")
+    return folder

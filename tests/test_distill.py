@@ -1,0 +1,359 @@
+"""The loop: resume, runtime pruning switched off, poisoned samples, divergence, and two workers in a process group."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import tiny_config
+from safetensors.torch import load_file
+
+from distill_at_scale import distill, synthetic
+from distill_at_scale.data.shards import Prepared, pixels_of, to_table
+from distill_at_scale.distill import Distillation, Places
+from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.pruning.manifest import kept_ids
+from distill_at_scale.workers import Group, Solo, workers_here
+
+CPU = torch.device("cpu")
+LOOPS = {"distill__ipc": 2, "distill__dc__outer": 2, "distill__dc__inner": 2, "distill__dc__network_lr": 0.1}
+CASES = {
+    "dc": {**LOOPS, "distill__steps": 5},
+    "dc, runtime": {**LOOPS, "distill__steps": 5, "runtime__rule": "loss", "runtime__drop": 0.3},
+    "dsa": {**LOOPS, "distill__method": "dsa", "distill__dsa__outer": 2, "distill__dsa__inner": 2, "distill__steps": 5},
+    "dm": {"distill__method": "dm", "distill__steps": 5},
+    "dm, runtime": {"distill__method": "dm", "distill__steps": 7, "runtime__rule": "loss", "runtime__refresh": 4},
+}
+
+
+def start(places: Places, workers=None, **overrides) -> Distillation:
+    return Distillation(tiny_config("unused", **overrides), places, workers or Solo(), CPU)
+
+
+def elsewhere(places: Places, name: str) -> Places:
+    return replace(places, work=places.work / name, log=places.log.with_name(f"{name}.jsonl"))
+
+
+def same(first: synthetic.SyntheticSet, second: synthetic.SyntheticSet) -> bool:
+    """Bit for bit, the snapshots too."""
+    tensors = [(first.images, second.images), (first.labels, second.labels)]
+    tensors += [(first.snapshots[k], second.snapshots[k]) for k in first.snapshots]
+    return list(first.snapshots) == list(second.snapshots) and all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in tensors)
+
+
+
+def stop_before(distillation: Distillation, step: int) -> None:
+    """Have the process end at a step, as if it were killed."""
+    whole = distillation.backend.step
+
+    def step_or_stop(i):
+        if i == step:
+            raise KeyboardInterrupt
+        return whole(i)
+
+    distillation.backend.step = step_or_stop
+
+
+def lines(places: Places) -> list[dict]:
+    return [json.loads(line) for line in places.log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resume_equals_an_uninterrupted_run(places, case, stop):
+    """Checkpoints come every two steps: stopped at 1 there is none, at 2 a fresh one, at 3 a step is done again."""
+    whole = start(elsewhere(places, "whole"), **CASES[case]).run()
+    parts = elsewhere(places, "parts")
+    first = start(parts, **CASES[case])
+    stop_before(first, stop)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert parts.state.exists() is (stop > 1)
+    assert same(start(parts, **CASES[case]).run(), whole)
+
+
+def test_a_finished_distillation_is_not_done_again(places):
+    first = start(places).run()
+    again = start(places)
+    stop_before(again, 0)
+    assert same(again.run(), first)
+
+
+@pytest.mark.parametrize("case", ["dc", "dsa", "dm"])
+def test_a_seed_decides_the_set(places, case):
+    first, same_seed = (start(elsewhere(places, name), **CASES[case]).run() for name in ("a", "b"))
+    other = start(elsewhere(places, "c"), run__seed=1, **CASES[case]).run()
+    assert same(first, same_seed)
+    assert not torch.equal(first.images, other.images)
+
+
+@pytest.mark.parametrize("case", ["dc", "dsa", "dm"])
+def test_a_rate_of_zero_is_bit_identical_to_no_runtime_pruning(places, case):
+    none = start(elsewhere(places, "none"), **CASES[case], runtime__rule="none").run()
+    zero = start(elsewhere(places, "zero"), **CASES[case], runtime__rule="loss", runtime__drop=0.0).run()
+    some = start(elsewhere(places, "some"), **CASES[case], runtime__rule="loss", runtime__drop=0.5).run()
+    assert same(none, zero)
+    assert not torch.equal(none.images, some.images)
+
+
+def poison(prepared: Path, kept: set[str]) -> int:
+    """Random pixels for every training sample that is not kept; returns how many."""
+    chance, count = np.random.default_rng(0), 0
+    for path in (prepared / "train").glob("shard-*.parquet"):
+        file = pq.ParquetFile(path)
+        groups = [file.read_row_group(g) for g in range(file.num_row_groups)]
+        with pq.ParquetWriter(path.with_suffix(".new"), file.schema_arrow) as writer:
+            for table in groups:
+                ids, pixels = table["sample_id"].to_pylist(), pixels_of(table).copy()
+                rows = [k for k, name in enumerate(ids) if name not in kept]
+                pixels[rows] = chance.integers(0, 256, pixels[rows].shape, np.uint8)
+                writer.write_table(to_table(ids, table["label"].to_numpy(), pixels))
+                count += len(rows)
+        path.with_suffix(".new").replace(path)
+    return count
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pruned_samples_are_never_read(places, tmp_path, case):
+    poisoned = replace(elsewhere(places, "poisoned"), prepared=tmp_path / "prepared")
+    shutil.copytree(places.prepared, poisoned.prepared)
+    assert poison(poisoned.prepared, set(kept_ids(places.manifest))) > 100
+    assert same(start(poisoned, **CASES[case]).run(), start(elsewhere(places, "clean"), **CASES[case]).run())
+
+
+def test_the_kept_samples_do_matter(places, tmp_path):
+    poisoned = replace(elsewhere(places, "poisoned"), prepared=tmp_path / "prepared")
+    shutil.copytree(places.prepared, poisoned.prepared)
+    poison(poisoned.prepared, set())
+    assert not same(start(poisoned).run(), start(elsewhere(places, "clean")).run())
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
+def test_divergence_names_class_step_and_rate_and_keeps_a_finite_state(places, method):
+    with pytest.raises(DistillationDiverged, match=rf"class '\d' is not finite at step \d+, image learning rate 1e\+30.*{method}\.image_lr"):
+        start(places, distill__method=method, distill__steps=20, **{f"distill__{method}__image_lr": 1e30}).run()
+    state = load_file(places.state)
+    assert {f"images/{c}" for c in range(3)} <= set(state)
+    assert all(torch.isfinite(tensor.float()).all() for tensor in state.values())
+
+
+def test_the_log_has_the_loss_of_every_step(places):
+    start(places, distill__steps=4).run()
+    assert [line["step"] for line in lines(places)] == [1, 2, 3, 4]
+    assert all(line["stage"] == "distill" and line["of"] == 4 and line["loss"] > 0 for line in lines(places))
+
+
+def test_a_long_log_is_thinned_out(places, monkeypatch):
+    monkeypatch.setattr(distill, "LOG_LINES", 3)
+    start(places, distill__steps=10, distill__method="dm").run()
+    assert [line["step"] for line in lines(places)] == [3, 6, 9, 10]
+
+
+def test_accuracy_on_the_way_is_logged_and_changes_nothing(places):
+    plain = start(elsewhere(places, "plain"), distill__steps=4).run()
+    watched = elsewhere(places, "watched")
+    assert same(start(watched, distill__steps=4, distill__evaluate_every=2, evaluate__epochs=1).run(), plain)
+    assert [line["step"] for line in lines(watched) if "top1" in line] == [2, 4]
+
+
+def test_the_card_says_what_the_set_is(places):
+    card = start(places, **CASES["dc, runtime"]).run().card
+    expected = {"class_names": ["0", "1", "2"], "shape": [1, 8, 8], "method": "dc", "images_per_class": 2, "steps": 5, "labels": "hard",
+                "seed": 0, "protocol": {"epochs": 300, "augment": "none"}}  # fmt: skip
+    assert {key: card[key] for key in expected} == expected
+    assert card["runtime"]["rule"] == "loss"
+    assert card["method_options"]["outer"] == 2
+    prepared = Prepared(places.prepared)
+    assert (card["normalization"]["mean"], card["normalization"]["std"]) == (prepared.mean, prepared.std)
+    json.dumps(card)
+
+
+def test_snapshots_are_taken_from_the_start_to_the_end(places):
+    found = start(places, distill__steps=20, distill__method="dm").run()
+    assert list(found.snapshots) == [0, 1, 4, 10, 20]
+    assert {tuple(s.shape) for s in found.snapshots.values()} == {(3, 1, 8, 8)}
+    assert torch.equal(found.snapshots[20], found.pixels())
+
+
+def test_distillation_moves_the_images_towards_the_data(places):
+    start(places, distill__method="dm", distill__steps=60, distill__dm__augment="none").run()
+    losses = [line["loss"] for line in lines(places)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_what_cannot_work_is_refused_before_the_start(places, make_config):
+    prepared = Prepared(places.prepared)
+    with pytest.raises(UserError, match=r"keeps no sample of the class '1'; raise select\.keep"):
+        distill.check(make_config("x"), prepared, [5, 0, 5])
+    with pytest.raises(UserError, match=r"the class '2' has 3 samples, fewer than distill\.ipc = 4"):
+        distill.check(make_config("x", distill__method="dm", distill__ipc=4), prepared, [5, 5, 3])
+    distill.check(make_config("x", distill__method="dc", distill__ipc=4), prepared, [5, 5, 3])  # from noise
+    with pytest.raises(UserError, match=r"distill\.workers = 4 is more than the 3 classes"):
+        distill.check(make_config("x", distill__workers=4), prepared, [5, 5, 5])
+
+
+def test_a_method_of_ones_own(places):
+    found = start(places, distill__method="test_distill:Frozen", distill__options={"level": 0.25}).run()
+    assert torch.equal(found.images, torch.full((3, 1, 8, 8), 0.25))
+    assert found.card["method_options"] == {"level": 0.25}
+
+
+class Frozen:
+    """A method that moves nothing."""
+
+    parallel, default_steps = "classes", 3
+    init_of = staticmethod(lambda config: "noise")
+    protocol = staticmethod(lambda config: {"epochs": 1, "augment": "none"})
+
+    def __init__(self, setting):
+        self.setting = setting
+
+    def prepare(self, real):
+        self.images = torch.full((len(self.setting.labels), *self.setting.spec.shape), self.setting.config.distill.options["level"])
+
+    def step(self, i):
+        return {"loss": 0.0}
+
+    def finish(self):
+        return self.images, torch.tensor(self.setting.labels)
+
+    def state_dict(self):
+        return {f"images/{c}": self.images[k] for k, c in enumerate(self.setting.labels)}
+
+    def load_state_dict(self, state):
+        self.images = torch.stack([state[f"images/{c}"] for c in self.setting.labels])
+
+
+def test_alone_means_solo():
+    workers = workers_here(CPU)
+    assert (workers.rank, workers.size) == (0, 1)
+    assert (workers.gather(3), workers.broadcast(4), workers.any(False), workers.any(True)) == ([3], 4, False, True)
+    assert workers.first(None) is None
+
+
+# Two workers: one process group runs all of it, as starting processes costs seconds.
+
+PAIRS = {
+    "dm": {"distill__method": "dm", "distill__steps": 3, "runtime__rule": "loss"},
+    "dc": {**LOOPS, "distill__dc__inner": 1, "distill__steps": 3},
+    "dsa": {"distill__ipc": 2, "distill__method": "dsa", "distill__dsa__outer": 2, "distill__dsa__inner": 1, "distill__steps": 3},
+}
+DIVERGING = {"distill__steps": 20, "distill__dc__image_lr": 1e30}
+POISONED = {**LOOPS, "distill__steps": 2}
+
+
+def work(rank: int, folder: str, places: Places) -> None:
+    """One of two workers; leaves its findings as files."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        group = Group(CPU)
+        for name, overrides in PAIRS.items():
+            result = start(elsewhere(places, name), group, **overrides).run()
+            assert (result is not None) == (rank == 0)
+            if result is not None:
+                result.save(Path(folder) / name)
+        stopped = elsewhere(places, "resumed")
+        first = start(stopped, group, **PAIRS["dc"])
+        stop_before(first, 2)
+        try:
+            first.run()
+        except KeyboardInterrupt:
+            group.any(True)
+        result = start(stopped, group, **PAIRS["dc"]).run()
+        if result is not None:
+            result.save(Path(folder) / "resumed")
+        messages = [_message(start(elsewhere(places, "diverging"), group, **DIVERGING))]
+        poisoned = start(elsewhere(places, "poisoned"), group, **POISONED)
+        if rank == 1:
+            with torch.no_grad():
+                poisoned.backend.images[0].fill_(float("inf"))
+        messages.append(_message(poisoned))
+        found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
+        group.sum_(list(found.values()))
+        facts = {"messages": messages, "sum": [t.tolist() for t in found.values()], "gather": group.gather(rank),
+                 "broadcast": group.broadcast(10 + rank), "any": [group.any(rank == 1), group.any(False)],
+                 "first": group.first("second" if rank == 1 else None)}  # fmt: skip
+        (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
+    finally:
+        dist.destroy_process_group()
+
+
+def _message(distillation: Distillation) -> str:
+    try:
+        distillation.run()
+    except DistillationDiverged as error:
+        return str(error)
+    return "finished"
+
+
+@pytest.fixture(scope="module")
+def pair(digits_run, tmp_path_factory) -> Path:
+    """The folder with what two workers found."""
+    folder = tmp_path_factory.mktemp("pair")
+    places = Places(digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", folder / "work", folder / "metrics.jsonl")
+    mp.spawn(work, (str(folder), places), nprocs=2)
+    return folder
+
+
+def facts(pair: Path) -> list[dict]:
+    return [json.loads((pair / f"facts-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_workers_give_the_set_of_one(pair, places, name):
+    """Up to the order in which floats are added."""
+    one, two = start(places, **PAIRS[name]).run(), synthetic.load(pair / name)
+    assert torch.equal(one.labels, two.labels)
+    assert torch.allclose(one.images, two.images, rtol=1e-3, atol=1e-3)
+    assert list(one.snapshots) == list(two.snapshots)
+    assert one.card == two.card
+
+
+def test_two_workers_resume_to_the_same_bytes(pair):
+    assert same(synthetic.load(pair / "resumed"), synthetic.load(pair / "dc"))
+
+
+def test_a_state_of_two_workers_is_resumed_by_one(pair, places):
+    """The state belongs to classes, not to workers."""
+    shutil.copytree(pair / "work" / "dm", places.work)
+    again = start(places, **PAIRS["dm"])
+    stop_before(again, 0)
+    assert torch.equal(again.run().images, synthetic.load(pair / "dm").images)
+
+
+def test_the_log_of_two_workers_is_one_log(pair, places):
+    start(places, **PAIRS["dm"]).run()
+    log = [json.loads(line) for line in (pair / "dm.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [line["step"] for line in lines(places)]
+    assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in lines(places)], rel=1e-3)
+
+
+def test_two_workers_stop_together_where_one_diverges(pair):
+    """Class 1 belongs to the second worker; the first stops with its message too."""
+    (first, second) = (found["messages"] for found in facts(pair))
+    assert first == second
+    assert "is not finite at step" in first[0]
+    assert "class '1' is not finite at step 0, image learning rate 0.1" in first[1]
+
+
+def test_the_state_that_diverging_workers_leave_is_finite_where_it_can_be(pair):
+    state = load_file(pair / "work" / "diverging" / "state.safetensors")
+    assert all(torch.isfinite(tensor.float()).all() for tensor in state.values())
+
+
+def test_a_group_adds_gathers_and_tells(pair):
+    for found in facts(pair):
+        assert found["sum"] == [[3.0, 4.0], [[1.0, 1.0], [1.0, 1.0]]]
+        assert found["gather"] == [0, 1]
+        assert found["broadcast"] == 10
+        assert found["any"] == [True, False]
+        assert found["first"] == "second"

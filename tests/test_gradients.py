@@ -1,0 +1,83 @@
+"""The distance and the gradients of gradient matching against a textbook that goes layer by layer and channel by channel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill_at_scale.backends import gradients
+from distill_at_scale.networks import NetworkSpec
+
+SPEC = NetworkSpec("convnet", (3, 8, 8), 4, width=6)
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def textbook_distance(real, synthetic):
+    """Zhao et al.'s `match_loss` for `ours`: all parameters' gradients, vectors left out."""
+    total = torch.zeros(())
+    for a, b in zip(real, synthetic, strict=True):
+        if a.dim() < 2:
+            continue
+        for channel in range(len(a)):
+            x, y = a[channel].reshape(-1), b[channel].reshape(-1)
+            total = total + 1 - torch.dot(x, y) / (torch.sqrt((x * x).sum()) * torch.sqrt((y * y).sum()) + 0.000001)
+    return total
+
+
+def textbook_gradient(network, batch, label, create_graph=False):
+    loss = torch.stack([F.cross_entropy(network(image[None]), torch.tensor([label])) for image in batch]).mean()
+    return torch.autograd.grad(loss, list(network.parameters()), create_graph=create_graph)
+
+
+def test_what_is_matched_are_the_weights_with_two_sides():
+    network = SPEC.build(0)
+    shapes = [tuple(p.shape) for p in gradients.matched_parameters(network)]
+    assert shapes == [(6, 3, 3, 3), (6, 6, 3, 3), (4, 24)]
+
+
+def test_the_distance_and_its_image_gradient_are_the_textbooks():
+    network, real = SPEC.build(0), images(7)
+    synthetic = images(2, seed=1).requires_grad_(True)
+    found = gradients.distance(gradients.real_gradient(network, real, 2, 3), gradients.synthetic_gradient(network, synthetic, 2))
+    expected = textbook_distance(textbook_gradient(network, real, 2), textbook_gradient(network, synthetic, 2, create_graph=True))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    fast, slow = torch.autograd.grad(found, synthetic)[0], torch.autograd.grad(expected, synthetic)[0]
+    assert slow.abs().max() > 1e-3
+    assert torch.allclose(fast, slow, rtol=1e-3, atol=1e-5 * float(slow.abs().max()))
+
+
+def test_the_constant_sits_on_the_product_of_the_norms():
+    """A channel with tiny gradients on both sides counts as orthogonal, though the directions agree."""
+    real, synthetic = torch.tensor([[1e-4, 0.0], [1.0, 0.0]]), torch.tensor([[1e-4, 0.0], [1.0, 0.0]])
+    found = gradients.distance([real], [synthetic]).item()
+    assert found == pytest.approx(1 - 1e-8 / (1e-8 + 1e-6), abs=1e-5)
+
+
+def test_parallel_orthogonal_and_opposite_gradients():
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert gradients.distance([a], [3 * a]).item() == pytest.approx(0, abs=1e-5)
+    assert gradients.distance([a], [b]).item() == pytest.approx(1)
+    assert gradients.distance([a], [-a]).item() == pytest.approx(2, abs=1e-5)
+    assert gradients.distance([a, a], [b, b]).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_the_gradient_in_parts_is_autograds_on_the_whole_batch(at_once):
+    network, batch = SPEC.build(0), images(7)
+    whole = F.cross_entropy(network(batch), torch.full((7,), 1))
+    expected = torch.autograd.grad(whole, gradients.matched_parameters(network))
+    for found, wanted in zip(gradients.real_gradient(network, batch, 1, at_once), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_the_losses_are_each_samples_own(at_once):
+    network, batch = SPEC.build(0), images(5)
+    found = gradients.losses(network, batch, 3, at_once)
+    assert found.tolist() == pytest.approx([F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch])
+    assert not found.requires_grad

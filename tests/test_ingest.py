@@ -1,0 +1,274 @@
+"""From a source to the prepared format: class-sorted, resumable, and with what is broken set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from distill_at_scale import config as configuration
+from distill_at_scale.data import ingest
+from distill_at_scale.data.decode import ImageDecoder
+from distill_at_scale.data.shards import Prepared, pixels_of
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.errors import UserError
+from distill_at_scale.execution import decoder_of
+
+
+def png(level: int, side: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), level, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_config(root: Path, **data) -> configuration.Config:
+    return configuration.validate({"data": {"source": "imagefolder", "path": str(root), "size": 8, "chunk": 4, **data}})
+
+
+def digits_config(seed: int = 0, **data) -> configuration.Config:
+    return configuration.validate({"run": {"seed": seed}, "data": {**TINY["data"], **data}})
+
+
+def decode(plan: ingest.Plan, config: configuration.Config, pieces: Path, backwards: bool = False) -> tuple[int, int]:
+    """Every chunk into its piece; (used, rejected)."""
+    pieces.mkdir(parents=True, exist_ok=True)
+    source, found = ingest.open_source(config.data), []
+    for split, index, rows in plan.chunks(config.data.chunk)[:: -1 if backwards else 1]:
+        found.append(ingest.ingest_chunk(source, decoder_of(config), rows, ingest.piece_path(pieces, split, index)))
+    return sum(used for used, _ in found), sum(bad for _, bad in found)
+
+
+def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> Prepared:
+    plan = ingest.plan(config)
+    decode(plan, config, folder / "pieces", backwards)
+    ingest.merge(plan, folder / "pieces", folder / "prepared", config.data.chunk)
+    return Prepared(folder / "prepared")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes with six flat pictures each, and two test pictures; picture k of class c has the grey level 20 c + k."""
+    root = tmp_path / "pictures"
+    for c, name in enumerate(("cat", "dog")):
+        for split, count in (("train", 6), ("val", 1)):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                (root / split / name / f"{k}.png").write_bytes(png(20 * c + k))
+    return root
+
+
+@pytest.fixture
+def prepared(pictures: Path, tmp_path: Path) -> Prepared:
+    return prepare(folder_config(pictures), tmp_path)
+
+
+def test_every_sample_keeps_its_id_label_and_pixels(prepared):
+    ids, labels = prepared.index("train")
+    assert ids == [f"train/{c}/{k}.png" for c in ("cat", "dog") for k in range(6)]
+    assert labels.tolist() == [0] * 6 + [1] * 6
+    pixels, _ = prepared.load("train")
+    assert pixels.shape == (12, 3, 8, 8)
+    assert pixels[:, 0, 0, 0].tolist() == [*range(6), *range(20, 26)]
+    assert (pixels == pixels[:, :1, :1, :1]).all()
+
+
+def test_rows_are_sorted_by_class_and_id_with_one_class_per_row_group(digits_run):
+    prepared = Prepared(digits_run.dir / "prepared")
+    for split in ("train", "test"):
+        chunks = prepared.chunks(split)
+        assert [c.label for c in chunks] == sorted(c.label for c in chunks)
+        assert [c.index for c in chunks] == list(range(len(chunks)))
+        for chunk in chunks:
+            table = prepared.read(chunk, split)
+            assert set(table["label"].to_pylist()) == {chunk.label}
+            assert table.num_rows == chunk.rows <= 32
+        ids, labels = prepared.index(split)
+        assert list(zip(labels.tolist(), ids, strict=True)) == sorted(zip(labels.tolist(), ids, strict=True))
+
+
+def test_the_dataset_file_describes_what_is_there(prepared):
+    assert prepared.class_names == ["cat", "dog"]
+    assert prepared.shape == (3, 8, 8)
+    assert (prepared.counts("train"), prepared.counts("test")) == ([6, 6], [1, 1])
+    levels = np.array([*range(6), *range(20, 26)])
+    assert prepared.mean == pytest.approx([levels.mean() / 255] * 3, abs=1e-6)
+    assert prepared.std == pytest.approx([levels.std() / 255] * 3, abs=1e-6)
+
+
+def test_the_shards_do_not_depend_on_the_order_of_the_work(tmp_path):
+    config = digits_config()
+    prepare(config, tmp_path / "a")
+    prepare(config, tmp_path / "b", backwards=True)
+    assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
+
+
+def test_the_fingerprint_follows_the_content(pictures, tmp_path):
+    first = prepare(folder_config(pictures), tmp_path / "a").fingerprint
+    assert prepare(folder_config(pictures), tmp_path / "b").fingerprint == first
+    (pictures / "train" / "cat" / "3.png").write_bytes(png(99))
+    assert prepare(folder_config(pictures), tmp_path / "c").fingerprint != first
+
+
+def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
+    config = folder_config(pictures)
+    plan = ingest.plan(config)
+    first = decode(plan, config, tmp_path / "pieces")
+    before = content(tmp_path / "pieces")
+
+    class Unreadable(SOURCES["imagefolder"]):
+        def read(self, rows):
+            raise AssertionError("a finished piece was read again")
+
+    source = Unreadable(config.data)
+    again = [ingest.ingest_chunk(source, ImageDecoder(8), rows, ingest.piece_path(tmp_path / "pieces", split, i))
+             for split, i, rows in plan.chunks(4)]  # fmt: skip
+    assert (sum(u for u, _ in again), sum(b for _, b in again)) == first == (14, 0)
+    assert content(tmp_path / "pieces") == before
+
+
+def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
+    config = folder_config(pictures)
+    plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"
+    pieces.mkdir(parents=True)
+    split, index, rows = plan.chunks(4)[1]
+    ingest.ingest_chunk(ingest.open_source(config.data), decoder_of(config), rows, ingest.piece_path(pieces, split, index))
+    (pieces / ".train-000000.parquet.0a1b.tmp").write_bytes(b"cut off when the process was killed")
+    prepare(config, tmp_path / "a")
+    prepare(config, tmp_path / "b")
+    assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
+
+
+@pytest.fixture
+def broken(pictures: Path) -> dict[str, str]:
+    """Four broken files of the class cat: {id: a part of the reason}."""
+    cat = pictures / "train" / "cat"
+    (cat / "0.png").write_bytes(png(0, 64)[:70])
+    (cat / "1.png").write_bytes(b"")
+    (cat / "2.png").write_bytes(b"just text")
+    (cat / "3.png").write_bytes(png(0, 600))
+    return {"train/cat/0.png": "damaged", "train/cat/1.png": "empty", "train/cat/2.png": "not an image", "train/cat/3.png": "max_pixels"}
+
+
+def test_broken_files_are_set_aside_with_reasons_and_the_rest_is_used(pictures, broken, tmp_path):
+    config = folder_config(pictures, max_pixels=100_000)
+    assert decode(ingest.plan(config), config, tmp_path / "pieces") == (10, 4)
+    prepared = prepare(config, tmp_path)
+    assert prepared.counts("train") == [2, 6]
+    assert prepared.meta["rejected"] == 4
+    rejected = pq.read_table(tmp_path / "prepared" / "rejected.parquet").to_pylist()
+    assert [row["sample_id"] for row in rejected] == sorted(broken)
+    for row in rejected:
+        assert broken[row["sample_id"]] in row["reason"]
+        assert row["location"] == row["sample_id"]
+
+
+def test_a_file_that_vanished_is_set_aside(pictures, tmp_path):
+    config = folder_config(pictures)
+    plan = ingest.plan(config)
+    (pictures / "train" / "dog" / "0.png").unlink()
+    assert decode(plan, config, tmp_path / "pieces") == (13, 1)
+
+
+def test_a_class_that_loses_everything_is_an_error_that_names_it(pictures, tmp_path):
+    (pictures / "train" / "cat" / "0.png").write_bytes(b"")
+    for k in range(6):
+        (pictures / "train" / "dog" / f"{k}.png").write_bytes(b"just text")
+    with pytest.raises(UserError, match=r"'dog' was rejected.*not an image"):
+        prepare(folder_config(pictures), tmp_path)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_class_without_training_samples_is_an_error_that_names_it(pictures):
+    for path in (pictures / "train" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="'dog' has no training sample"):
+        ingest.plan(folder_config(pictures))
+
+
+def test_a_test_split_that_loses_everything_leaves_the_rest(pictures, tmp_path):
+    for path in (pictures / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    prepared = prepare(folder_config(pictures), tmp_path)
+    assert prepared.counts("train") == [6, 6]
+    assert not prepared.has_test()
+
+
+def held_out(config: configuration.Config) -> set[str]:
+    return set(ingest.plan(config).listings["test"]["sample_id"].to_pylist())
+
+
+def test_a_holdout_takes_its_share_of_every_class():
+    plan = ingest.plan(digits_config(holdout=0.25))
+    train, test = (Counter(plan.listings[split]["label"].to_pylist()) for split in ("train", "test"))
+    for label, whole in enumerate((178, 182, 177)):
+        assert (train[label], test[label]) == (whole - int(whole * 0.25 + 0.5), int(whole * 0.25 + 0.5))
+    ids = plan.listings["train"]["sample_id"].to_pylist() + plan.listings["test"]["sample_id"].to_pylist()
+    assert len(set(ids)) == len(ids) == 537
+
+
+def test_a_holdout_is_decided_by_the_seed():
+    assert held_out(digits_config(0)) == held_out(digits_config(0))
+    assert held_out(digits_config(0)) != held_out(digits_config(1))
+
+
+def test_a_holdout_does_not_depend_on_the_order_of_the_listing(monkeypatch):
+    before = held_out(digits_config())
+    plain = SOURCES["digits"].listing
+    monkeypatch.setattr(SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(np.arange(1797)[::-1].copy()))
+    assert held_out(digits_config()) == before
+
+
+def test_a_holdout_is_left_alone_where_the_source_has_a_test_split(pictures):
+    assert ingest.plan(folder_config(pictures, holdout=0.5)).listings["train"].num_rows == 12
+
+
+def test_a_holdout_too_small_for_a_single_sample_is_said_or_leaves_no_test_split(tmp_path):
+    with contextlib.suppress(UserError):
+        assert not prepare(digits_config(holdout=0.001), tmp_path).has_test()
+
+
+def test_a_test_split_without_the_chosen_classes_does_not_stop_the_ingest(pictures, tmp_path):
+    (pictures / "val" / "cat" / "0.png").unlink()
+    prepared = prepare(folder_config(pictures, classes=["cat"]), tmp_path)
+    assert (prepared.counts("train"), prepared.has_test()) == ([6], False)
+
+
+def test_classes_choose_a_subset_in_the_given_order(tmp_path):
+    prepared = prepare(digits_config(classes=["7", "2"]), tmp_path)
+    assert prepared.class_names == ["7", "2"]
+    every = {row["sample_id"]: row["label"] for row in SOURCES["digits"](digits_config().data).listing("train").to_pylist()}
+    ids, labels = prepared.index("train")
+    assert {(every[i], label) for i, label in zip(ids, labels.tolist(), strict=True)} == {(7, 0), (2, 1)}
+    assert sum(prepared.counts("train")) + sum(prepared.counts("test")) == 179 + 177
+
+
+@pytest.mark.parametrize(("classes", "message"), [(["3", "x"], "'x' is not a class"), (["3", "3"], "each once"), ([], "at least one")])
+def test_classes_that_make_no_sense_are_refused(classes, message):
+    with pytest.raises(UserError, match=message):
+        ingest.plan(digits_config(classes=classes))
+
+
+def test_pixels_pass_the_ingest_unchanged(digits_run):
+    source = SOURCES["digits"](digits_run.config.data)
+    prepared = Prepared(digits_run.dir / "prepared")
+    table = prepared.read(prepared.chunks()[0])
+    for name, image in zip(table["sample_id"].to_pylist(), pixels_of(table), strict=True):
+        assert np.array_equal(image[0], source.images[int(name.removeprefix("digits/"))])
+
+
+def test_the_metadata_is_plain_json(prepared):
+    meta = json.loads((prepared.folder / "dataset.json").read_text())
+    assert set(meta) >= {"class_names", "shape", "counts", "mean", "std", "rejected", "fingerprint"}

@@ -1,0 +1,245 @@
+"""The report: offline, worded by the numbers, safe against names that users chose, whole without its optional parts.
+
+One tiny run on the digits is made once; the tests change copies of its artefacts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from distill_at_scale import figures, report, synthetic
+from distill_at_scale.config import validate
+from distill_at_scale.data import shards
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.execution import Local
+from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.progress import Display
+from distill_at_scale.rundir import RunDir
+
+CONFIG = {
+    "data": {"source": "digits", "size": 8, "channels": 1, "holdout": 0.25},
+    "score": {"trials": 1, "epochs": 1, "width": 8, "batch": 64},
+    "select": {"keep": 0.5},
+    "distill": {"steps": 3, "width": 8, "evaluate_every": 2},
+    "evaluate": {"seeds": 2, "epochs": 1, "bounds": ["kept"], "bound_epochs": 1},
+    "cluster": {"address": "none"},
+}
+
+
+def config_in(folder):
+    return validate({**CONFIG, "run": {"dir": str(folder)}})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    Pipeline(config_in(folder), Local, Display(Console(quiet=True))).run()
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return RunDir(shutil.copytree(finished, tmp_path / "run"))
+
+
+def page(run):
+    return report.write(run, config_in(run.path)).read_text(encoding="utf-8")
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def row(name, mean, std, n=5, network="convnet"):
+    return {"set": name, "network": network, "n": n, "mean": mean, "std": std, "mean_top5": mean, "std_top5": std}
+
+
+def says(ours, real):
+    found = report.answer([row("distilled", *ours), row("random_real", *real)])
+    return found["verdict"], f"{found['word']}: {found['text']}".replace("\u00a0", " ")
+
+
+def test_opens_offline(run):
+    text = page(run)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
+    sources = re.findall(r'src="([^"]{0,40})', text)
+    assert len(sources) > 100
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "default-src 'none'" in text
+
+
+def test_has_every_part(run):
+    text = page(run)
+    parts = ("Accuracy", "The synthetic images", "How they came about", "Distillation", "What was kept of the",
+             "The easiest and the hardest", "Where the time went", "Data", "How it was made")  # fmt: skip
+    assert all(f"<h2>{part}" in text for part in parts)
+    assert "Do 10 synthetic images (1 per class), distilled from 50.1\u00a0% of the training set, train" in text
+    assert "All kept samples" in text
+    assert "score: train the proxies" in text
+    assert "min_per_class: 1\n" in text  # resolved, where the configuration leaves it open
+
+
+def test_same_run_same_bytes(run):
+    assert page(run) == page(run)
+
+
+def test_sentence_yes():
+    verdict, text = says((0.834, 0.006), (0.686, 0.028))
+    assert (verdict, text) == ("yes", "Yes: 83.4 ± 0.6 % against 68.6 ± 2.8 % top-1 (n = 5), 14.8 points more")
+
+
+def test_sentence_no():
+    verdict, text = says((0.5, 0.01), (0.6, 0.01, 3))
+    assert (verdict, text) == ("no", "No: 50.0 ± 1.0 % against 60.0 ± 1.0 % top-1 (n = 5 and 3), 10.0 points less")
+
+
+@pytest.mark.parametrize("ours", [0.60, 0.63, 0.57])
+def test_sentence_indistinguishable(ours):
+    verdict, text = says((ours, 0.03), (0.6, 0.04))
+    assert verdict == "unclear"
+    assert text.startswith("Not distinguishable: ")
+    assert text.endswith("points is within the combined deviation of 5.0")
+
+
+def test_combined_deviation_is_the_border():
+    assert report.verdict(row("distilled", 0.66, 0.03), row("random_real", 0.6, 0.04)) == "yes"
+    assert report.verdict(row("distilled", 0.64, 0.03), row("random_real", 0.6, 0.04)) == "unclear"
+
+
+@pytest.mark.parametrize(("ours", "word"), [(0.7, "Yes"), (0.5, "No"), (0.6, "No difference")])
+def test_single_seed_says_so(ours, word):
+    _, text = says((ours, None, 1), (0.6, None, 1))
+    assert text.startswith(f"{word}, on a single seed: {100 * ours:.1f} % against 60.0 % top-1 (n = 1)")
+    assert "chance is not ruled out" in text
+
+
+def test_several_networks_are_all_named():
+    sets = [row("distilled", 0.8, 0.01), row("random_real", 0.6, 0.01),
+            row("distilled", 0.5, 0.01, network="vgg11"), row("random_real", 0.6, 0.01, network="vgg11")]  # fmt: skip
+    found = report.answer(sets)
+    assert "(n = 5, convnet)" in found["text"]
+    assert found["others"] == "Over 2 networks, the distilled set is better with convnet; worse with vgg11."
+
+
+def test_a_class_name_is_text(run):
+    name = "<b>x</b> & $y$"
+
+    def rename(meta):
+        meta["class_names"][0] = name
+
+    edit(run / "prepared" / "dataset.json", rename)
+    edit(run / "synthetic" / "card.json", rename)
+    text = page(run)
+    assert "<b>x" not in text
+    assert "&lt;b&gt;x&lt;/b&gt; &amp; $y$" in text
+    charts = [base64.b64decode(c).decode() for c in re.findall(r"image/svg\+xml;base64,([^\"]+)", text)]
+    assert any("&lt;b&gt;x&lt;/b&gt; &amp; $y$" in chart for chart in charts)
+
+
+def test_missing_optional_parts_are_left_out(run):
+    for name in ("metrics.jsonl", "evaluation.json", "manifest.parquet", "scores.parquet", "run.json",
+                 "synthetic/snapshots.safetensors", "prepared/rejected.parquet"):  # fmt: skip
+        (run / name).unlink()
+    text = page(run)
+    assert "Not evaluated:" in text
+    assert "<h2>Distillation" not in text
+    assert "The synthetic images" in text
+
+
+def test_a_repeated_step_counts_as_done_last(tmp_path, monkeypatch):
+    lines = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0)]
+    log = "".join(json.dumps({"stage": "distill", "step": step, "loss": loss}) + "\n" for step, loss in lines)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(log + '{"stage": "distill", "step": 2, "top1": 0.5}\n{"stage": "other", "loss": 1}\n{"stage": "dis')
+    monkeypatch.setattr(figures, "curve", lambda loss, top1: (loss, top1))
+    assert report._curve(path)["chart"] == ([(1, 9.0), (2, 6.0)], [(2, 50.0)])
+
+
+def test_rejected_samples_are_counted_and_named(run):
+    rows = [{"sample_id": f"broken/{i}.png", "location": "", "reason": "cannot be <decoded>"} for i in range(7)]
+    pq.write_table(pa.Table.from_pylist(rows), run / "prepared" / "rejected.parquet")
+    text = page(run)
+    assert "<dt>Rejected samples</dt><dd>7</dd>" in text
+    assert text.count("cannot be &lt;decoded&gt;") == report.REASONS
+
+
+def test_a_reused_stage_is_marked(run):
+    edit(run / "stages" / "score.json", lambda record: record.update(reused_from="/elsewhere/run"))
+    assert page(run).count("reused from <code>/elsewhere/run</code>") == 2
+
+
+def test_random_selection_is_called_the_control(run):
+    table = pq.read_table(run / "manifest.parquet")
+    facts = json.loads(table.schema.metadata[b"selection"]) | {"criterion": "random"}
+    pq.write_table(table.replace_schema_metadata({"selection": json.dumps(facts)}), run / "manifest.parquet")
+    assert "<b>control</b>" in page(run)
+
+
+def test_easiest_and_hardest_are_the_ends_of_the_scores(run):
+    prepared = Prepared(run / "prepared")
+    labels, scores, _ = report._scores(run)
+    first = report._samples(run, prepared)["rows"][0]
+    pixels, targets = prepared.load("train", labels={0})
+    assert (targets == 0).all()
+    hardest = pixels[np.argsort(scores[labels == 0], kind="stable")[-1]]
+    assert first["high"][-1]["image"] == figures.picture(hardest, report.SMALL_SIDE)
+    assert (first["low"][0]["state"], first["high"][-1]["state"]) == ("kept", "dropped")
+
+
+def test_one_channel_is_shown_grey_and_large_images_small():
+    def opened(shape, limit):
+        uri = figures.picture(np.full(shape, 100, np.uint8), limit)
+        return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+    assert (opened((1, 8, 8), 64).mode, opened((1, 8, 8), 64).size) == ("L", (8, 8))
+    assert (opened((3, 128, 128), 64).mode, opened((3, 128, 128), 64).size) == ("RGB", (64, 64))
+    assert opened((4, 3, 16, 16), 64).size == (16, 16)  # a clip's middle frame
+
+
+def test_cut_marks():
+    scores, flags = np.array([1.0, 2.0, 3.0, 4.0]), lambda *kept: np.array(kept, bool)
+    assert figures.cuts(scores, flags(1, 1, 0, 0)) == [2.5]
+    assert figures.cuts(scores, flags(0, 0, 1, 1)) == [2.5]
+    assert figures.cuts(scores, flags(0, 1, 1, 0)) == [1.5, 3.5]
+    assert figures.cuts(scores, flags(1, 0, 1, 0)) == []
+    assert figures.cuts(scores, flags(1, 1, 1, 1)) == []
+
+
+def test_a_thousand_classes_stay_small(tmp_path):
+    run, classes, shape = RunDir(tmp_path / "many"), 1000, (3, 64, 64)
+    names, draw = [f"class {i}" for i in range(classes)], np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (classes, *shape), np.uint8)
+    tables = ((i, shards.to_table([f"{i:04d}"], [i], pixels[i : i + 1])) for i in range(classes))
+    shards.write_shards(run / "prepared" / "train", tables, shape, 64)
+    scale = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    meta = {"class_names": names, "shape": shape, "counts": {"train": [1] * classes}, **scale}
+    shards.write_meta(run / "prepared", meta, "")
+    card = {"class_names": names, "images_per_class": 1, "method": "dc", "steps": 1, "normalization": scale}
+    images = torch.from_numpy(pixels).float() / 64 - 2
+    shots = {step: torch.from_numpy(pixels[:10].copy()) for step in range(6)}
+    synthetic.SyntheticSet(images, torch.arange(classes), card, shots).save(run / "synthetic")
+    labels, scores = pa.array(range(classes), pa.int32()), draw.random(classes, np.float32)
+    columns = {"sample_id": [f"{i:04d}" for i in range(classes)], "label": labels, "score": scores}
+    pq.write_table(pa.table(columns), run / "scores.parquet")
+    kept = {"rank": pa.array([0] * classes, pa.int32()), "kept": [True] * classes}
+    pq.write_table(pa.table(columns | kept), run / "manifest.parquet")
+    text = page(run)
+    assert len(text) < 5_000_000
+    assert "The first 81 of 1000 classes" in text
+    assert "The chart shows the first 20 of 1000 classes" in text

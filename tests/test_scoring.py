@@ -1,0 +1,243 @@
+"""Proxies, the scoring pass and the score table: exact values, the same bytes however the work is cut, and whole by id."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FixedNetwork
+
+from distill_at_scale.config import ScoreSection
+from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.execution import score_piece, threads
+from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.scoring import proxy, table
+from distill_at_scale.scoring.scorer import Scorer, criteria_of
+
+CPU = torch.device("cpu")
+NORM = Normalization((0.5,), (0.25,))
+SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
+
+
+def samples(count=40):
+    chance = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=chance), torch.arange(count) % 3
+
+
+def train(folder, spec=SPEC, advance=lambda epochs: None, trial=1, seed=0, **section):
+    section = {"epochs": 3, "batch": 16, "lr": 0.1, "width": 4, **section}
+    proxy.train_trial(*samples(), NORM, spec, ScoreSection(**section), trial, seed, folder, CPU, advance)
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_trial_leaves_one_checkpoint_per_epoch(tmp_path):
+    finished = []
+    train(tmp_path, advance=finished.append)
+    assert sorted(files(tmp_path)) == [f"trial-01/epoch-{e:03d}.safetensors" for e in range(3)]
+    assert sum(finished) == 3
+
+
+@pytest.mark.parametrize("section", [{}, {"momentum": 0.9, "weight_decay": 0.01}], ids=["plain", "momentum"])
+def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, section):
+    spec = FixedNetwork(SPEC, at_once=7)
+    train(tmp_path, spec=spec, batch=1000, **section)
+    network, (pixels, labels) = spec.build(0), samples()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, section.get("momentum", 0), weight_decay=section.get("weight_decay", 0))
+    for epoch in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(network((pixels / 255 - 0.5) / 0.25), labels).backward()
+        optimizer.step()
+        saved = proxy.load_proxy(SPEC, proxy.checkpoint_path(tmp_path, 1, epoch), CPU).state_dict()
+        assert all(torch.allclose(saved[k], v, atol=1e-4) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_after):
+    def stop(epochs, left=[stop_after + 1]):  # noqa: B006
+        left[0] -= 1  # the first call tells how many epochs were there already
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    train(tmp_path / "whole", momentum=momentum)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", momentum=momentum, advance=stop)
+    assert len(files(tmp_path / "parts")) == stop_after
+    train(tmp_path / "parts", momentum=momentum)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_finished_trial_is_left_alone(tmp_path):
+    train(tmp_path)
+    before, told = files(tmp_path), []
+    train(tmp_path, advance=told.append)
+    assert files(tmp_path) == before
+    assert told == [3]
+
+
+def test_trials_and_seeds_have_weights_of_their_own(tmp_path):
+    for name, keys in (("a", {}), ("b", {"trial": 2}), ("c", {"seed": 1}), ("d", {})):
+        train(tmp_path / name, epochs=1, **keys)
+    a, b, c, d = (next(iter(files(tmp_path / name).values())) for name in "abcd")
+    assert len({a, b, c}) == 3
+    assert a == d
+
+
+def test_batch_norm_sees_whole_batches(tmp_path):
+    """A network that mixes samples is not fed in parts: its first update must follow the mean over the batch."""
+    spec = FixedNetwork(NetworkSpec("resnet18_bn", (1, 16, 16), 3), at_once=5)
+    chance = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randint(256, (12, 1, 16, 16), dtype=torch.uint8, generator=chance), torch.arange(12) % 3
+    proxy.train_trial(pixels, labels, NORM, spec, ScoreSection(epochs=1, batch=12, lr=0.1), 0, 0, tmp_path, CPU)
+    network = spec.build(0).train()
+    network((pixels / 255 - 0.5) / 0.25)
+    saved = proxy.load_proxy(NetworkSpec("resnet18_bn", (1, 16, 16), 3), proxy.checkpoint_path(tmp_path, 0, 0), CPU)
+    assert torch.allclose(saved.net.bn1.running_mean, network.net.bn1.running_mean, atol=1e-5)
+
+
+def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(DistillationDiverged, match=r"trial 1, epoch \d, at score\.lr = 1e\+30"):
+        train(tmp_path, lr=1e30)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(torch.isfinite(p).all() for p in proxy.load_proxy(SPEC, path, CPU).parameters())
+
+
+def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
+    """Against every sample alone through every checkpoint."""
+    run, prepared, section = digits_run.dir, Prepared(digits_run.dir / "prepared"), digits_run.config.score
+    scores, facts = table.read(run / "scores.parquet")
+    assert (facts["trials"], facts["epochs"], facts["useful"]) == (2, 2, {"loss": "low"})
+    pixels, labels = prepared.load("train")
+    images = Normalization(tuple(prepared.mean), tuple(prepared.std)).apply(torch.from_numpy(pixels))
+    spec = proxy.network_spec(section, prepared.shape, 3)
+    networks = [proxy.load_proxy(spec, proxy.checkpoint_path(run / "proxies", t, e), CPU) for t in range(2) for e in range(2)]
+    values = table.matrix(scores["loss_values"])
+    assert scores["sample_id"].to_pylist() == prepared.index()[0]
+    assert values.shape == (len(labels), 4)
+    for k in range(0, len(labels), 13):
+        each = [F.cross_entropy(n(images[k : k + 1]), torch.tensor([int(labels[k])])).item() for n in networks]
+        assert values[k].tolist() == pytest.approx(each, abs=1e-4)
+        assert scores["score"][k].as_py() == scores["loss"][k].as_py() == pytest.approx(np.mean(each), abs=1e-4)
+
+
+def score(run, folder, shares, backwards=False):
+    """Score the tiny run's chunks with as many scorers as shares."""
+    folder.mkdir()
+    chunks = Prepared(run.dir / "prepared").chunks()
+    with threads(1):
+        for share in range(shares):
+            scorer = Scorer(run.config, run.dir / "prepared", run.dir / "proxies", CPU)
+            for chunk in chunks[share::shares][:: -1 if backwards else 1]:
+                assert scorer.score_chunk(chunk, score_piece(folder, chunk)) == chunk.rows
+    return chunks
+
+
+def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_of_chunks(digits_run, tmp_path):
+    for name, shares, backwards in (("one", 1, False), ("reversed", 1, True), ("three", 3, False)):
+        chunks = score(digits_run, tmp_path / name, shares, backwards)
+        pieces = [score_piece(tmp_path / name, c) for c in (chunks[::-1] if backwards else chunks)]
+        joined = table.join(pieces, Prepared(digits_run.dir / "prepared").index()[0])
+        table.write(tmp_path / f"{name}.parquet", table.aggregate(joined, digits_run.config))
+    assert files(tmp_path / "one") == files(tmp_path / "reversed") == files(tmp_path / "three")
+    whole = (digits_run.dir / "scores.parquet").read_bytes()
+    assert {(tmp_path / f"{name}.parquet").read_bytes() for name in ("one", "reversed", "three")} == {whole}
+
+
+def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
+    chunks = Prepared(digits_run.dir / "prepared").chunks()
+    score_piece(tmp_path, chunks[0]).write_bytes(b"finished")
+    scorer = Scorer(digits_run.config, digits_run.dir / "prepared", digits_run.dir / "proxies", CPU)
+    assert scorer.score_chunk(chunks[0], score_piece(tmp_path, chunks[0])) == chunks[0].rows
+    assert score_piece(tmp_path, chunks[0]).read_bytes() == b"finished"
+
+
+def piece(path, ids, labels=None):
+    values = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(2 * len(ids), dtype=np.float32)), 2)
+    pq.write_table(pa.table({"sample_id": ids, "label": pa.array(labels or [0] * len(ids), pa.int32()), "loss": values}), path)
+    return path
+
+
+def test_pieces_are_joined_by_id_in_any_order(tmp_path):
+    first, second = piece(tmp_path / "1", ["c", "a"], [1, 0]), piece(tmp_path / "2", ["b"], [1])
+    joined = table.join([second, first], ["a", "b", "c"])
+    assert joined["sample_id"].to_pylist() == ["a", "b", "c"]
+    assert table.matrix(joined["loss"]).tolist() == [[2, 3], [0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [(["a", "b", "c", "d"], "1 samples have no score, for example 'd'"), (["a", "b"], "1 scores belong to no sample.*'c'")],
+)
+def test_missing_and_foreign_ids_are_errors(tmp_path, expected, message):
+    with pytest.raises(UserError, match=message):
+        table.join([piece(tmp_path / "1", ["a", "b", "c"])], expected)
+
+
+def test_an_id_that_is_there_twice_is_an_error(tmp_path):
+    pieces = [piece(tmp_path / "1", ["a", "b"]), piece(tmp_path / "2", ["b"])]
+    with pytest.raises(UserError, match="1 samples are scored more than once"):
+        table.join(pieces, ["a", "b"])
+
+
+def test_a_score_table_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="distill-at-scale score"):
+        table.read(tmp_path / "none")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        table.read(tmp_path / "text")
+    with pytest.raises(UserError, match="lacks the columns score"):
+        table.read(piece(tmp_path / "1", ["a"]))
+
+
+class Confidence:
+    """A criterion from the user's own code: the largest logit, kept where it is high, of the last epoch."""
+
+    useful = "high"
+
+    def observe(self, logits, labels):
+        return logits.max(1).values
+
+    def aggregate(self, values):
+        return values[:, :, -1].mean(1)
+
+
+def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
+    run = make_run(tmp_path / "run", score__criterion=["loss", "test_scoring:Confidence"], select__criterion="test_scoring:Confidence")
+    run.stages("ingest", "score", "select")
+    scores, facts = table.read(run.dir / "scores.parquet")
+    assert facts["useful"] == {"loss": "low", "Confidence": "high"}
+    assert scores["score"].to_pylist() == scores["loss"].to_pylist()
+    values = table.matrix(scores["Confidence_values"]).reshape(-1, 2, 2)
+    assert scores["Confidence"].to_numpy() == pytest.approx(values[:, :, 1].mean(1))
+    manifest = pq.read_table(run.dir / "manifest.parquet").to_pylist()
+    for label in range(3):
+        kept, dropped = ([r["score"] for r in manifest if r["label"] == label and r["kept"] is k] for k in (True, False))
+        assert min(kept) >= max(dropped)
+
+
+def test_a_criterion_that_breaks_the_contract_is_refused():
+    with pytest.raises(UserError, match="lacks useful, observe, aggregate"):
+        criteria_of(["json:JSONDecoder"])
+
+
+def test_the_rank_correlation_is_within_classes():
+    labels = np.array([0] * 4 + [1] * 4)
+    first = np.array([1, 2, 3, 4, 101, 102, 103, 104.0])
+    assert table.within_class_spearman(first, first**2, labels) == (1.0, 0.0)
+    mixed = np.array([1, 2, 3, 4, 104, 103, 102, 101.0])
+    assert table.within_class_spearman(first, mixed, labels) == pytest.approx((0.0, 1.0))
+
+
+def test_the_facts_are_plain_json(digits_run):
+    metadata = pq.read_schema(digits_run.dir / "scores.parquet").metadata
+    assert json.loads(metadata[b"scores"])["seed"] == 0

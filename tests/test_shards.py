@@ -1,0 +1,108 @@
+"""The prepared format: what is written is what is read, whole or in part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distill_at_scale.data import shards
+from distill_at_scale.data.shards import Prepared, pixels_of, to_table, write_meta, write_shards
+from distill_at_scale.errors import UserError
+
+SHAPE = (3, 4, 4)
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, *SHAPE), np.uint8)
+IDS = [f"s{k}" for k in range(10)]
+LABELS = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
+
+
+def write(folder, group=4):
+    """Ten samples of three classes, shuffled within each class on the way in."""
+    tables = []
+    for label in range(3):
+        rows = [k for k in range(9, -1, -1) if LABELS[k] == label]
+        tables.append((label, to_table([IDS[k] for k in rows], [label] * len(rows), PIXELS[rows])))
+    write_shards(folder / "train", iter(tables), SHAPE, group)
+    write_meta(folder, {"class_names": ["a", "b", "c"], "shape": list(SHAPE), "counts": {"train": [6, 2, 2]}, "mean": [0.5] * 3, "std": [0.2] * 3}, "x")  # fmt: skip
+    return Prepared(folder)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    return write(tmp_path)
+
+
+def test_a_table_holds_the_pixels_it_was_given():
+    table = to_table(IDS, LABELS, PIXELS)
+    assert table.schema == shards.schema(SHAPE)
+    assert np.array_equal(pixels_of(table), PIXELS)
+    assert np.array_equal(pixels_of(table.slice(3, 2)), PIXELS[3:5])
+    assert np.array_equal(pixels_of(pa.concat_tables([table.slice(5), table.slice(0, 5)])), np.roll(PIXELS, 5, axis=0))
+
+
+def test_row_groups_hold_one_class_and_at_most_a_group(prepared):
+    assert [(c.index, c.label, c.rows) for c in prepared.chunks()] == [(0, 0, 4), (1, 0, 2), (2, 1, 2), (3, 2, 2)]
+    assert prepared.read(prepared.chunks()[0])["sample_id"].to_pylist() == IDS[:4]
+
+
+def test_the_pixel_column_is_a_fixed_shape_tensor_of_bytes(prepared):
+    kind = pq.read_schema(prepared.folder / "train" / "shard-00000.parquet").field("pixels").type
+    assert (kind.value_type, tuple(kind.shape)) == (pa.uint8(), SHAPE)
+
+
+def test_loading_everything_gives_every_sample_in_order(prepared):
+    pixels, labels = prepared.load("train")
+    assert np.array_equal(pixels, PIXELS)
+    assert labels.tolist() == LABELS
+    assert labels.dtype == np.int64
+    ids, found = prepared.index()
+    assert (ids, found.tolist()) == (IDS, LABELS)
+
+
+def test_loading_some_ids_or_classes_gives_just_those(prepared):
+    pixels, labels = prepared.load("train", only=["s9", "s2", "s6", "unknown"])
+    assert np.array_equal(pixels, PIXELS[[2, 6, 9]])
+    assert labels.tolist() == [0, 1, 2]
+    pixels, labels = prepared.load("train", labels=[1, 2])
+    assert np.array_equal(pixels, PIXELS[6:])
+    pixels, labels = prepared.load("train", only=[], labels=[0])
+    assert pixels.shape == (0, *SHAPE)
+    assert labels.shape == (0,)
+
+
+@pytest.mark.parametrize("places", [[], [0], [5], [1, 3, 4], [0, 1, 2, 3, 4, 5]])
+def test_places_within_a_class(prepared, places):
+    assert np.array_equal(prepared.take("train", 0, places), PIXELS[places])
+    assert np.array_equal(prepared.take("train", 2, [1]), PIXELS[[9]])
+
+
+def test_a_split_that_is_not_there_is_empty(prepared):
+    assert prepared.chunks("test") == []
+    assert prepared.counts("test") == [0, 0, 0]
+    assert not prepared.has_test()
+    assert prepared.load("test")[0].shape == (0, *SHAPE)
+
+
+def test_large_data_is_cut_into_several_shards(tmp_path, monkeypatch):
+    whole = write(tmp_path / "one")
+    monkeypatch.setattr(shards, "SHARD_BYTES", 90)
+    cut = write(tmp_path / "many")
+    assert len(list((tmp_path / "many" / "train").glob("shard-*.parquet"))) == 3
+    assert [(c.index, c.label, c.rows) for c in cut.chunks()] == [(c.index, c.label, c.rows) for c in whole.chunks()]
+    assert np.array_equal(cut.load("train")[0], whole.load("train")[0])
+    assert np.array_equal(cut.take("train", 1, [0, 1]), PIXELS[6:8])
+
+
+def test_a_folder_without_prepared_data_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="distill-at-scale ingest"):
+        Prepared(tmp_path)
+
+
+def test_the_fingerprint_covers_metadata_and_content(tmp_path):
+    found = []
+    for meta, content in (({"a": 1}, "x"), ({"a": 1}, "y"), ({"a": 2}, "x"), ({"a": 1}, "x")):
+        write_meta(tmp_path, meta, content)
+        found.append(Prepared(tmp_path).fingerprint)
+    assert len(set(found)) == 3
+    assert found[0] == found[3]

@@ -1,0 +1,264 @@
+"""Which samples a layout holds, their ids and labels, and the raw bytes behind them."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from distill_at_scale.config import DataSection
+from distill_at_scale.data.decode import ImageDecoder
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.data.sources.base import LISTING, listing, split_of
+from distill_at_scale.errors import UserError
+
+
+def png(level: int, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((size, size), level, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path, labels, paths=None, names=None, image="image", label="label", kind=None, rows_per_group=None):
+    """A file in Hugging Face's layout; image i is flat grey of level i."""
+    fields = [("bytes", pa.binary())] + ([("path", pa.string())] if paths is not None else [])
+    rows = [{"bytes": png(i), **({"path": paths[i]} if paths is not None else {})} for i in range(len(labels))]
+    schema = pa.schema([(image, pa.struct(fields)), (label, kind or pa.int64())])
+    if names:
+        features = {label: {"_type": "ClassLabel", "names": names}}
+        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table([pa.array(rows, schema.field(0).type), pa.array(labels)], schema=schema), path, rows_per_group)
+
+
+def parquet(root, **keys):
+    return SOURCES["parquet"](DataSection(source="parquet", path=str(root), **keys))
+
+
+def imagefolder(root):
+    return SOURCES["imagefolder"](DataSection(source="imagefolder", path=str(root)))
+
+
+def touch(root, *names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(i))
+
+
+def test_digits_are_the_embedded_set():
+    source = SOURCES["digits"](DataSection())
+    table = source.listing("train")
+    assert source.splits() == ["train"]
+    assert table.schema == LISTING
+    assert table.num_rows == 1797
+    assert np.bincount(table["label"].to_numpy()).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    images = np.stack(source.read(table.slice(0, 20)))
+    assert (images.shape, images.dtype, images.min(), images.max()) == ((20, 8, 8), np.uint8, 0, 255)
+    assert source.digest("train") == SOURCES["digits"](DataSection()).digest("train")
+
+
+@pytest.mark.parametrize("name", ["train", "train-00000-of-00001.parquet", "Train_1", "test", "val", "valid", "validation-0.parquet"])
+def test_splits_by_name(name):
+    assert split_of(name) == ("train" if name.lower().startswith("train") else "test")
+
+
+@pytest.mark.parametrize("name", ["trained", "valley", "tester", "data.parquet", "n01440764", ""])
+def test_other_names_are_no_split(name):
+    assert split_of(name) is None
+
+
+def test_a_repeated_id_is_named():
+    with pytest.raises(UserError, match="'b' occurs twice"):
+        listing(["a", "b", "b"], [0, 0, 0], ["x"] * 3, [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["parquet", "imagefolder"])
+def test_a_missing_path_is_an_error(name, tmp_path):
+    with pytest.raises(UserError, match=r"data\.path is not set"):
+        SOURCES[name](DataSection(source=name))
+    with pytest.raises(UserError, match="no such folder"):
+        SOURCES[name](DataSection(source=name, path=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="holds no"):
+        SOURCES[name](DataSection(source=name, path=str(tmp_path)))
+
+
+def test_parquet_ids_are_the_paths_where_they_are_unique(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [0, 1, 0], ["a.png", "b.png", "c.png"], ["cat", "dog"])
+    source = parquet(tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert source.listing("train").to_pydict() == {
+        "sample_id": ["a.png", "b.png", "c.png"], "label": [0, 1, 0], "location": ["train-0.parquet"] * 3, "row": [0, 1, 2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("paths", [None, ["a", "b", "a"], ["a", None, "c"]], ids=["no field", "repeated", "a null"])
+def test_parquet_ids_are_file_and_row_otherwise(tmp_path, paths):
+    write_parquet(tmp_path / "train" / "x.parquet", [0, 1, 0], paths)
+    assert parquet(tmp_path).listing("train")["sample_id"].to_pylist() == [f"train/x.parquet:{row}" for row in range(3)]
+
+
+def test_parquet_paths_repeated_across_files_are_not_ids(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [0], ["a"])
+    write_parquet(tmp_path / "train-1.parquet", [1], ["a"])
+    assert parquet(tmp_path).listing("train")["sample_id"].to_pylist() == ["train-0.parquet:0", "train-1.parquet:0"]
+
+
+def test_parquet_splits_come_from_file_or_folder_names(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [0, 1])
+    write_parquet(tmp_path / "validation" / "0.parquet", [1, 1, 0])
+    source = parquet(tmp_path)
+    assert source.splits() == ["train", "test"]
+    assert source.listing("test").num_rows == 3
+
+
+def test_parquet_files_without_a_split_name_are_training_data(tmp_path):
+    write_parquet(tmp_path / "data.parquet", [0, 1])
+    assert parquet(tmp_path).splits() == ["train"]
+
+
+def test_parquet_classes_without_names_are_numbered(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 2, 1])
+    assert parquet(tmp_path).class_names == ["0", "1", "2"]
+
+
+def test_parquet_reads_any_rows_in_any_order(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [0] * 7, rows_per_group=3)
+    write_parquet(tmp_path / "train-1.parquet", [0] * 2)
+    source = parquet(tmp_path)
+    table = source.listing("train").take([8, 0, 6, 3, 2, 7])
+    assert source.read(table) == [png(level) for level in (1, 0, 6, 3, 2, 0)]
+
+
+def test_parquet_columns_can_be_named(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [1, 0], ["a", "b"], image="img", label="fine")
+    source = parquet(tmp_path, image_column="img", label_column="fine")
+    assert source.listing("train")["label"].to_pylist() == [1, 0]
+    assert source.read(source.listing("train"))[1] == png(1)
+
+
+def test_a_missing_column_lists_what_there_is(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0], label="fine")
+    with pytest.raises(UserError, match=r"no column 'label'; set data\.label_column to one of: image, fine"):
+        parquet(tmp_path).listing("train")
+
+
+def test_an_image_column_without_bytes_is_an_error(tmp_path):
+    pq.write_table(pa.table({"image": [b"x"], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="struct with the field bytes"):
+        parquet(tmp_path).listing("train")
+
+
+@pytest.mark.parametrize("bad", [-1, 2, None])
+def test_a_bad_label_names_file_and_row(tmp_path, bad):
+    write_parquet(tmp_path / "train.parquet", [0, 1, bad], names=["cat", "dog"])
+    with pytest.raises(UserError, match=r"train\.parquet, row 2"):
+        parquet(tmp_path).listing("train")
+
+
+def test_labels_that_are_text_are_an_error(tmp_path):
+    write_parquet(tmp_path / "train.parquet", ["cat", "dog"], kind=pa.string())
+    with pytest.raises(UserError, match=r"train\.parquet, row 0: the label 'cat'"):
+        parquet(tmp_path).listing("train")
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(UserError, match=r"train\.parquet is not a readable Parquet file"):
+        parquet(tmp_path)
+
+
+def test_a_second_file_that_is_no_parquet_is_named(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], names=["a", "b"])
+    (tmp_path / "train-1.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-1\.parquet is not a readable Parquet file"):
+        parquet(tmp_path).listing("train")
+
+
+def test_the_digest_of_parquet_follows_the_content(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    before = parquet(tmp_path).digest("train")
+    assert parquet(tmp_path).digest("train") == before
+    write_parquet(tmp_path / "train.parquet", [0, 1, 1])
+    assert parquet(tmp_path).digest("train") != before
+
+
+def test_the_digest_does_not_depend_on_where_the_data_lies(tmp_path):
+    for place in ("here", "there"):
+        write_parquet(tmp_path / place / "train.parquet", [0, 1])
+        touch(tmp_path / f"images-{place}", "train/a/1.png", "train/b/2.png")
+    assert parquet(tmp_path / "here").digest("train") == parquet(tmp_path / "there").digest("train")
+    first, second = imagefolder(tmp_path / "images-here"), imagefolder(tmp_path / "images-there")
+    assert first.digest("train") == second.digest("train")
+
+
+def test_imagefolder_ids_are_posix_paths_with_the_split(tmp_path):
+    touch(tmp_path, "train/dog/2.png", "train/cat/b/1.JPEG", "train/cat/0.png", "val/cat/9.png", "train/cat/notes.txt")
+    source = imagefolder(tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert source.splits() == ["train", "test"]
+    assert source.listing("train")["sample_id"].to_pylist() == ["train/cat/0.png", "train/cat/b/1.JPEG", "train/dog/2.png"]
+    assert source.listing("train")["label"].to_pylist() == [0, 0, 1]
+    assert source.listing("test")["sample_id"].to_pylist() == ["val/cat/9.png"]
+    assert source.read(source.listing("train"))[2] == png(0)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_every_name_of_the_test_split_is_known(tmp_path, name):
+    touch(tmp_path, "train/cat/0.png", f"{name}/cat/1.png")
+    assert imagefolder(tmp_path).listing("test")["sample_id"].to_pylist() == [f"{name}/cat/1.png"]
+
+
+def test_class_folders_right_below_the_root_are_training_data(tmp_path):
+    touch(tmp_path, "cat/0.png", "dog/1.png", "test/cat/2.png", ".hidden/3.png")
+    source = imagefolder(tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert source.listing("train")["sample_id"].to_pylist() == ["cat/0.png", "dog/1.png"]
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    touch(tmp_path, "train/cat/notes.txt")
+    with pytest.raises(UserError, match="holds no images"):
+        imagefolder(tmp_path).listing("train")
+
+
+def test_a_class_that_only_the_test_split_has_is_an_error(tmp_path):
+    touch(tmp_path, "train/cat/0.png", "val/cat/1.png", "val/dog/2.png")
+    with pytest.raises(UserError, match="dog"):
+        imagefolder(tmp_path).listing("test")
+
+
+def test_the_digest_of_a_folder_follows_the_content(tmp_path):
+    touch(tmp_path, "train/cat/0.png")
+    before = imagefolder(tmp_path).digest("train")
+    touch(tmp_path, "train/cat/0.png", "train/cat/1.png")
+    assert imagefolder(tmp_path).digest("train") != before
+
+
+def test_cifar10_is_read_in_the_original_order(shared_data):
+    source = parquet(shared_data / "cifar10")
+    assert source.class_names[:3] == ["airplane", "automobile", "bird"]
+    assert len(source.class_names) == 10
+    train, test = source.listing("train"), source.listing("test")
+    assert (train.num_rows, test.num_rows) == (50_000, 10_000)
+    assert np.bincount(train["label"].to_numpy()).tolist() == [5000] * 10
+    assert train["row"].to_pylist() == list(range(50_000))
+    assert train["label"].to_pylist()[:10] == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]  # the first of data_batch_1
+    assert len(set(train["sample_id"].to_pylist())) == 50_000
+    image = ImageDecoder(32)(source.read(train.slice(0, 1))[0])
+    assert image.shape == (3, 32, 32)
+
+
+def test_imagenette_is_listed_and_decoded(shared_data):
+    source = imagefolder(shared_data / "imagenette")
+    train, test = source.listing("train"), source.listing("test")
+    assert (len(source.class_names), train.num_rows, test.num_rows) == (10, 2000, 600)
+    assert train["sample_id"][0].as_py().startswith("train/n01440764/")
+    decoder = ImageDecoder(64, resize="crop")
+    images = [decoder(raw) for raw in source.read(test.take([0, 300, 599]))]
+    assert {image.shape for image in images} == {(3, 64, 64)}
+    assert min(image.std() for image in images) > 5

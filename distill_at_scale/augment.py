@@ -1,8 +1,8 @@
 """Differentiable siamese augmentation (Zhao & Bilen 2021, "DSA"; METHOD.md section 4).
 
-A draw picks one family of the strategy and its parameters; the same draw is applied to the real and to the synthetic images of
-a class, and gradients flow through it. Color stands for brightness, saturation and contrast together. For the training of
-evaluation networks each image of a batch gets parameters of its own (`per_image`).
+A draw picks one family of the strategy and its parameters; the same draw is applied to the real and to the synthetic
+images of a class, and gradients flow through it. Color stands for brightness, saturation and contrast together. For
+the training of evaluation networks each image of a batch gets parameters of its own (`per_image`).
 """
 
 from __future__ import annotations
@@ -83,8 +83,16 @@ def cutout(images: Tensor, u: Tensor) -> Tensor:
     """A square of CUTOUT of the side, anywhere its centre falls, set to zero."""
     height, width = images.shape[-2:]
     hole = [int(s * CUTOUT + 0.5) for s in (height, width)]
-    row = torch.arange(height, device=images.device)[None] - (u[:, 0] * (height + 1 - hole[0] % 2)).long()[:, None] + hole[0] // 2
-    column = torch.arange(width, device=images.device)[None] - (u[:, 1] * (width + 1 - hole[1] % 2)).long()[:, None] + hole[1] // 2
+    row = (
+        torch.arange(height, device=images.device)[None]
+        - (u[:, 0] * (height + 1 - hole[0] % 2)).long()[:, None]
+        + hole[0] // 2
+    )
+    column = (
+        torch.arange(width, device=images.device)[None]
+        - (u[:, 1] * (width + 1 - hole[1] % 2)).long()[:, None]
+        + hole[1] // 2
+    )
     inside = ((row >= 0) & (row < hole[0]))[:, :, None] & ((column >= 0) & (column < hole[1]))[:, None, :]
     return images * (~inside)[:, None]
 

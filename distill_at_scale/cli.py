@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
-        errors.print(f"error: {error.strerror}: {error.filename or 'the run folder'}. Free space or choose another run.dir, and give "
+        where = error.filename or "the run folder"
+        errors.print(f"error: {error.strerror}: {where}. Free space or choose another run.dir, and give "
                      "the same command again; what is finished is kept.", markup=False, soft_wrap=True)  # fmt: skip
     return 2
 
@@ -53,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("stage", metavar="STAGE", choices=("run", *STAGES), help="run, or one stage")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1")
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1"
+    )
     return parser
 
 

@@ -1,8 +1,8 @@
 """One strict schema for a whole run: defaults <- YAML file <- dotted overrides.
 
-Every key has a type and a range; an unknown key or a wrong value stops the run before anything is computed and says what
-is allowed. Names of interchangeable parts (a source, a criterion, a backend, a network) are plain strings here and are
-resolved in `registry.py`, so that this module depends on nothing else in the package.
+Every key has a type and a range; an unknown key or a wrong value stops the run before anything is computed and says
+what is allowed. Names of interchangeable parts (a source, a criterion, a backend, a network) are plain strings here
+and are resolved in `registry.py`, so that this module depends on nothing else in the package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one loop: a backend's steps, with checkpoints, resume, a log, and a clean stop where a loss is not finite.
 
-It runs the same in one process and in each worker of a group: every worker owns some classes and their synthetic images.
-State is gathered to rank 0 only to be saved, in one file that is replaced atomically, so all workers resume from the same step.
+It runs the same in one process and in each worker of a group: every worker owns some classes and their synthetic
+images. State is gathered to rank 0 only to be saved, in one file that is replaced atomically, so all workers resume
+from the same step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,17 @@ from distill_at_scale.rundir import publish
 from distill_at_scale.synthetic import SyntheticSet, to_uint8
 from distill_at_scale.workers import Workers
 
-BACKEND_CONTRACT = ("parallel", "default_steps", "init_of", "protocol", "prepare", "step", "finish", "state_dict", "load_state_dict")
+BACKEND_CONTRACT = (
+    "parallel",
+    "default_steps",
+    "init_of",
+    "protocol",
+    "prepare",
+    "step",
+    "finish",
+    "state_dict",
+    "load_state_dict",
+)
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
 LOG_LINES = 200  # at most so many lines of the log per run, evenly spaced
 
@@ -56,11 +67,15 @@ def check(config: Config, prepared: Prepared, kept_per_class: list[int]) -> None
     names = prepared.class_names
     for name, kept in zip(names, kept_per_class, strict=True):
         if kept == 0:
-            raise UserError(f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class")
+            raise UserError(
+                f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class"
+            )
         if backend_class(config).init_of(config) == "real" and kept < config.distill.ipc:
             raise UserError(too_few(name, kept, config.distill.ipc))
     if config.distill.workers > len(names):
-        raise UserError(f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}")
+        raise UserError(
+            f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,9 @@ class Places:
 class Distillation:
     """One worker's share of a distillation."""
 
-    def __init__(self, config: Config, places: Places, workers: Workers, device: torch.device, report: Report = lambda _: None):
+    def __init__(
+        self, config: Config, places: Places, workers: Workers, device: torch.device, report: Report = lambda _: None
+    ):
         self.config, self.places, self.workers, self.device, self.report = config, places, workers, device, report
         self.prepared = Prepared(places.prepared)
         self.steps = step_count(config)
@@ -185,7 +202,9 @@ class Distillation:
         protocol = backend_class(self.config).protocol(self.config)
         epochs = self.config.evaluate.epochs or protocol["epochs"]
         seed = derive(self.config.distill_seed, "evaluation on the way")
-        network = evaluate.train(self.setting.spec, images, labels, self.config.evaluate, epochs, protocol["augment"], seed, self.device)
+        network = evaluate.train(
+            self.setting.spec, images, labels, self.config.evaluate, epochs, protocol["augment"], seed, self.device
+        )
         pixels, targets = (torch.from_numpy(a) for a in self.prepared.load("test"))
         at_once = self.setting.spec.at_once(self.device)
         top1, top5 = evaluate.test(network, pixels, targets, self.normalization, self.device, at_once)
@@ -207,7 +226,11 @@ class Distillation:
         return {
             "class_names": self.prepared.class_names,
             "shape": list(self.prepared.shape),
-            "normalization": {"mean": self.prepared.mean, "std": self.prepared.std, "meaning": "(x / 255 - mean) / std per channel"},
+            "normalization": {
+                "mean": self.prepared.mean,
+                "std": self.prepared.std,
+                "meaning": "(x / 255 - mean) / std per channel",
+            },
             "whitening": None,
             "labels": "hard",
             "method": section.method,

@@ -1,7 +1,7 @@
 """How good a set is: train fresh networks on it and test them on real data (hard-label protocol, METHOD.md section 4).
 
-Beside the distilled set always stand random real images of the same count, a new draw per seed; on request also the kept and the
-full training set as upper bounds. One job is one (set, network, seed) and needs nothing of the others.
+Beside the distilled set always stand random real images of the same count, a new draw per seed; on request also the
+kept and the full training set as upper bounds. One job is one (set, network, seed) and needs nothing of the others.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Evaluator:
         at_once = spec.at_once(self.device)
         top1, top5 = test(network, *self.test, self.synthetic.normalization, self.device, at_once)
         if not all(torch.isfinite(p).all() for p in network.parameters()):
-            raise DistillationDiverged(f"evaluation diverged for {job}, at evaluate.lr = {self.config.evaluate.lr}; lower it")
+            raise DistillationDiverged(
+                f"evaluation diverged for {job}, at evaluate.lr = {self.config.evaluate.lr}; lower it"
+            )
         return {**asdict(job), "top1": top1, "top5": top5, "seconds": round(time.perf_counter() - started, 3)}
 
     def _epochs(self, job: Job) -> int:
@@ -97,7 +99,9 @@ def need_test_split(prepared: Prepared) -> None:
                         "or val) or set data.holdout, for example data.holdout=0.2")  # fmt: skip
 
 
-def random_real(prepared: Prepared, ipc: int, seed: int, draw: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def random_real(
+    prepared: Prepared, ipc: int, seed: int, draw: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """ipc random training samples of every class (all of it, if it has fewer): pixels uint8 and labels."""
     pixels, labels = [], []
     for label, count in enumerate(prepared.counts("train")):

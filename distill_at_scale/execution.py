@@ -28,13 +28,17 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Executor(Protocol):
-    def ingest(self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+    def ingest(
+        self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance
+    ) -> int:
         """Decode chunks of a listing into pieces; returns how many samples were rejected. Advances by samples."""
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         """Train every trial. Advances by epochs."""
 
-    def score(self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+    def score(
+        self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
+    ) -> None:
         """Score chunks of the prepared data into pieces. Advances by samples."""
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
@@ -53,7 +57,9 @@ class Local:
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def ingest(self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+    def ingest(
+        self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance
+    ) -> int:
         source, decoder, rejected = open_source(config.data), decoder_of(config), 0
         for split, index, rows in chunks:
             used, bad = ingest_chunk(source, decoder, rows, piece_path(pieces, split, index))
@@ -65,7 +71,9 @@ class Local:
         for trial in range(config.score.trials):
             run_trial(config, prepared, checkpoints, trial, self.device, advance)
 
-    def score(self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+    def score(
+        self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
+    ) -> None:
         with threads(1):  # as each actor of a cluster does, so that the scores are the same bytes
             scorer = Scorer(config, prepared, checkpoints, self.device)
             for chunk in chunks:
@@ -87,7 +95,9 @@ def score_piece(pieces: Path, chunk: Chunk) -> Path:
     return pieces / f"chunk-{chunk.index:06d}.parquet"
 
 
-def run_trial(config: Config, prepared_folder: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance) -> None:
+def run_trial(
+    config: Config, prepared_folder: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance
+) -> None:
     """Train one proxy on the whole training split."""
     prepared = Prepared(prepared_folder)
     pixels, labels = prepared.load("train")

@@ -1,8 +1,9 @@
 """Networks by name, for scoring, matching and evaluation.
 
-ConvNet is the standard network of the field (METHOD.md section 4): blocks of conv 3x3, instance norm (GroupNorm with as many
-groups as channels), ReLU and average pooling, then one linear layer; its depth grows with the resolution. The others take the place
-of the literature's cross-architecture list, sized for small images; ResNet-18 is torchvision's.
+ConvNet is the standard network of the field (METHOD.md section 4): blocks of conv 3x3, instance norm (GroupNorm with
+as many groups as channels), ReLU and average pooling, then one linear layer; its depth grows with the resolution.
+The others take the place of the literature's cross-architecture list, sized for small images; ResNet-18 is
+torchvision's.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ class NetworkSpec:
         """A freshly initialised network on the CPU; the same seed gives the same weights."""
         with rng.default_generator(seed):
             return resolve("network", self.name, NETWORKS)(self)
+
+    def embedding(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The map from images to features, which feature matching needs.
+
+        Raises UserError for a network that has none.
+        """
+        embed = getattr(network, "embed", None)
+        if not callable(embed):
+            raise UserError(f"the network {self.name!r} has no method embed(images), which distribution matching needs")
+        return embed
 
     def at_once(self, device: torch.device) -> int:
         """How many images go through the network at once: on a CPU as many as keep a layer in the cache.
@@ -83,10 +94,20 @@ class AlexNet(nn.Module):
 
     def __init__(self, shape: Sequence[int], classes: int):
         super().__init__()
-        plan = [(shape[0], 128, 5, True), (128, 192, 5, True), (192, 256, 3, False), (256, 192, 3, False), (192, 192, 3, True)]
+        plan = [
+            (shape[0], 128, 5, True),
+            (128, 192, 5, True),
+            (192, 256, 3, False),
+            (256, 192, 3, False),
+            (192, 192, 3, True),
+        ]
         layers: list[nn.Module] = []
         for before, after, kernel, pool in plan:
-            layers += [nn.Conv2d(before, after, kernel, padding=kernel // 2), nn.ReLU(), *([nn.MaxPool2d(2)] if pool else [])]
+            layers += [
+                nn.Conv2d(before, after, kernel, padding=kernel // 2),
+                nn.ReLU(),
+                *([nn.MaxPool2d(2)] if pool else []),
+            ]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.classifier = nn.Linear(_width(self.features, shape), classes)
 
@@ -170,7 +191,9 @@ def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, images: int)
                 if "torch._inductor" not in type(error).__module__ and "torch._dynamo" not in type(error).__module__:
                     raise
                 failed = True
-                warnings.warn(f"torch.compile does not work here ({type(error).__name__}); going on without", stacklevel=2)
+                warnings.warn(
+                    f"torch.compile does not work here ({type(error).__name__}); going on without", stacklevel=2
+                )
         return network(images)
 
     return forward

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ class Pipeline:
         self._executor: Executor | None = None
         self.dir = RunDir(config.run.dir, config.run.reuse)
 
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return environment()
+
     @property
     def executor(self) -> Executor:
         if self._executor is None:
@@ -74,15 +79,15 @@ class Pipeline:
         check_names(self.config)
         self.dir.create()
         with self.dir.lock():
-            if not (self.dir / "run.json").exists():
-                self._write_run_json()
             try:
                 for stage in stages:
+                    if stage == "evaluate" and len(stages) > 1 and not Prepared(self.dir / "prepared").has_test():
+                        self.display.say("evaluate: left out, the data set has no test split (data.holdout makes one)")
+                        continue
                     self._stage(stage)
             finally:
                 if self._executor is not None:
                     self._executor.close()
-            self._write_run_json()
 
     def _stage(self, stage: str) -> None:
         inputs = self.inputs(stage)
@@ -90,9 +95,11 @@ class Pipeline:
             self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.path})")
             return
         self.display.say(f"{stage}: started")
+        self._write_run_json()
         began = time.perf_counter()
         outputs, facts = getattr(self, f"_{stage}")(inputs)
         self.dir.complete(stage, inputs, outputs, time.perf_counter() - began, **facts)
+        self._write_run_json()
         shutil.rmtree(self.dir.work(stage, inputs))
         self.display.say(f"{stage}: finished in {time.perf_counter() - began:.1f} s")
 
@@ -105,19 +112,31 @@ class Pipeline:
         if stage == "score":
             return Inputs(self._section("score") | seed, {"ingest": content("ingest")})
         if stage == "select":
-            resolved = {"criterion": config.criterion, "min_per_class": config.min_per_class, "seed": config.select_seed}
-            return Inputs(self._section("select") | {f"select.{k}": v for k, v in resolved.items()}, {"score": content("score")})
+            resolved = {
+                "criterion": config.criterion,
+                "min_per_class": config.min_per_class,
+                "seed": config.select_seed,
+            }
+            return Inputs(
+                self._section("select") | {f"select.{k}": v for k, v in resolved.items()}, {"score": content("score")}
+            )
         if stage == "distill":
             own = getattr(config.distill, config.distill.method, None)
-            resolved = {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed} | (flatten(own, f"distill.{config.distill.method}.") if own else {})
+            resolved = {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed} | (
+                flatten(own, f"distill.{config.distill.method}.") if own else {}
+            )
             return Inputs(
                 self._section("distill") | resolved | self._runtime(),
                 {"ingest": content("ingest"), "select": content("select")},
             )
         if stage == "evaluate":
             shared = {f"distill.{key}": getattr(config.distill, key) for key in ("ipc", "width", "depth")}
-            return Inputs(self._section("evaluate") | shared | seed, {s: content(s) for s in ("ingest", "select", "distill")})
-        return Inputs({}, {s: content(s) for s in ("ingest", "score", "select", "distill", "evaluate")})
+            return Inputs(
+                self._section("evaluate") | shared | seed, {s: content(s) for s in ("ingest", "select", "distill")}
+            )
+        evaluated = ("evaluate",) if self.dir.record("evaluate") or Prepared(self.dir / "prepared").has_test() else ()
+        stages = ("ingest", "score", "select", "distill", *evaluated)
+        return Inputs({}, {s: content(s) for s in stages} | {"page": report.version()})
 
     def _section(self, name: str) -> dict[str, Any]:
         left_out = {f"{name}.{key}" for key in NOT_IN_FINGERPRINT.get(name, ())}
@@ -151,7 +170,9 @@ class Pipeline:
             rejected = self.executor.ingest(self.config, chunks, pieces, meter.advance)
         meta = ingest.merge(self.plan, pieces, self.dir / "prepared", self.config.data.chunk)
         if rejected:
-            self.display.say(f"  {rejected} of {total} samples were rejected; see {self.dir / 'prepared' / 'rejected.parquet'}")
+            self.display.say(
+                f"  {rejected} of {total} samples were rejected; see {self.dir / 'prepared' / 'rejected.parquet'}"
+            )
         return [self.dir / "prepared"], {"samples": sum(map(sum, meta["counts"].values())), "rejected": rejected}
 
     def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
@@ -190,11 +211,17 @@ class Pipeline:
         scores, facts = score_table.read(self.dir / "scores.parquet")
         column = self.config.criterion.rpartition(":")[2]
         low = facts["useful"].get(column, "low") == "low"
-        chosen = static.select(scores, self.config.select, column, low, self.config.min_per_class, self.config.select_seed)
+        chosen = static.select(
+            scores, self.config.select, column, low, self.config.min_per_class, self.config.select_seed
+        )
         path = self.dir / "manifest.parquet"
         distill.check(self.config, Prepared(self.dir / "prepared"), chosen.facts["kept_per_class"])
-        manifest.write(path, chosen.table, chosen.facts | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint})
-        self.display.say(f"  kept {chosen.facts['kept']} of {chosen.facts['of']} samples ({chosen.facts['reached']:.4%})")
+        manifest.write(
+            path, chosen.table, chosen.facts | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
+        )
+        self.display.say(
+            f"  kept {chosen.facts['kept']} of {chosen.facts['of']} samples ({chosen.facts['reached']:.4%})"
+        )
         if raised := chosen.facts["raised_to_minimum"]:
             self.display.say(f"  {len(raised)} classes were raised to min_per_class = {self.config.min_per_class}")
         return [path], {key: chosen.facts[key] for key in ("kept", "of", "reached")}
@@ -209,7 +236,13 @@ class Pipeline:
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
 
             def show(line: dict[str, Any]) -> None:
-                note = f"loss {line['loss']:.4g}" if "loss" in line else f"top-1 {line['top1']:.3f}" if "top1" in line else None
+                note = (
+                    f"loss {line['loss']:.4g}"
+                    if "loss" in line
+                    else f"top-1 {line['top1']:.3f}"
+                    if "top1" in line
+                    else None
+                )
                 meter.advance(max(0, line["step"] - meter.done), note)
 
             self.executor.distill(self.config, places, show)
@@ -242,7 +275,7 @@ class Pipeline:
 
     def _write_run_json(self) -> None:
         stages = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
-        write_json(self.dir / "run.json", {"config": self.config.model_dump(), **environment(), "seconds": stages})
+        write_json(self.dir / "run.json", {"config": self.config.model_dump(), **self.environment, "seconds": stages})
 
 
 class _Rows:
@@ -271,5 +304,3 @@ class _Rows:
 
 def _job(row: dict[str, Any]) -> evaluate.Job:
     return evaluate.Job(row["set"], row["network"], row["seed"])
-
-

@@ -29,7 +29,9 @@ class Meter:
     def line(self) -> str:
         seconds = max(time.monotonic() - self.began, 1e-9)
         rate = f"{self.done / seconds:,.1f} {self.unit}/s"
-        return f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {rate}" + (f", {self.note}" if self.note else "")
+        return f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {rate}" + (
+            f", {self.note}" if self.note else ""
+        )
 
 
 class Display:
@@ -49,7 +51,8 @@ class Display:
         meter = Meter(self, name, total, unit)
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                       TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+                       TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                       TextColumn("{task.fields[note]}"))  # fmt: skip
             with Progress(*columns, console=self.console, transient=True) as self.bars:
                 self.task = self.bars.add_task(name, total=total, note="")
                 yield meter

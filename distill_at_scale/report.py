@@ -24,7 +24,7 @@ from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.static import RANDOM
-from distill_at_scale.rundir import STAGES, RunDir, publish
+from distill_at_scale.rundir import STAGES, RunDir, digest, publish
 from distill_at_scale.synthetic import SyntheticSet
 
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES, REASONS = 20, 10, 10, 5, 5
@@ -50,6 +50,12 @@ def write(run: RunDir, config: Config) -> Path:
     with publish(run / "report.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return run / "report.html"
+
+
+def version() -> str:
+    """Changes when the page itself does, so that an old report is written anew."""
+    here = Path(__file__).parent
+    return digest([(here / name).read_text() for name in ("report.py", "figures.py", "report.html.j2")])
 
 
 def contents(run: RunDir, config: Config) -> dict[str, Any]:

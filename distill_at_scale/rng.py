@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-
 from typing import TYPE_CHECKING
 
 import numpy as np

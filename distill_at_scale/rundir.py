@@ -1,8 +1,9 @@
 """A run's folder: what each stage read and wrote, by fingerprint; nothing is reused silently and nothing is deleted.
 
-A stage is complete when `stages/<stage>.json` exists. It is written last and atomically, and holds what the stage depended
-on (its configuration and the content hashes of its inputs) and what it wrote (with content hashes). Its fingerprint is the
-hash of the former. Where data lies, how many workers ran and where the run folder is are never part of it.
+A stage is complete when `stages/<stage>.json` exists. It is written last and atomically, and holds what the stage
+depended on (its configuration and the content hashes of its inputs) and what it wrote (with content hashes). Its
+fingerprint is the hash of the former. Where data lies, how many workers ran and where the run folder is are never
+part of it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another command is working in {self.path}; wait for it, or choose another run.dir") from None
+                raise UserError(
+                    f"another command is working in {self.path}; wait for it, or choose another run.dir"
+                ) from None
             yield
 
     def work(self, stage: str, inputs: Inputs) -> Path:
@@ -99,7 +102,9 @@ class RunDir:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}/stages/{stage}.json is damaged ({error}); remove it to run {stage} again") from None
+            raise UserError(
+                f"{self.path}/stages/{stage}.json is damaged ({error}); remove it to run {stage} again"
+            ) from None
 
     def valid(self, stage: str, inputs: Inputs) -> bool:
         """Whether the stage's output for exactly these inputs is there and whole.

@@ -1,7 +1,8 @@
 """The result: a synthetic set with everything needed to use it, saved without pickles and exported to common layouts.
 
-`synthetic.safetensors` holds images (float32, normalised, [n, *shape]), labels (int64 [n]) and, if the method learns it, the
-network's learning rate; `card.json` says what the numbers mean. `load(folder)` is the one call that a user needs.
+`synthetic.safetensors` holds images (float32, normalised, [n, *shape]), labels (int64 [n]) and, if the method learns
+it, the network's learning rate; `card.json` says what the numbers mean. `load(folder)` is the one call that a user
+needs.
 """
 
 from __future__ import annotations
@@ -54,9 +55,15 @@ class SyntheticSet:
         """Publish the set as a folder, in one step."""
         with publish(folder) as temporary:
             temporary.mkdir()
-            save_file({"images": self.images.contiguous(), "labels": self.labels}, temporary / "synthetic.safetensors")
+            save_file(
+                {"images": self.images.clone().contiguous(), "labels": self.labels.clone()},
+                temporary / "synthetic.safetensors",
+            )
             if self.snapshots:
-                save_file({f"{k:08d}": v.contiguous() for k, v in self.snapshots.items()}, temporary / "snapshots.safetensors")
+                save_file(
+                    {f"{k:08d}": v.clone().contiguous() for k, v in self.snapshots.items()},
+                    temporary / "snapshots.safetensors",
+                )
             (temporary / "card.json").write_text(json.dumps(self.card, indent=1) + "\n")
             preview(self).save(temporary / "preview.png", format="PNG")
 
@@ -75,7 +82,9 @@ class SyntheticSet:
         kind = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
         table = pa.table([pa.array(rows, kind.field("image").type), self.labels.numpy()], schema=kind)
         with publish(Path(path)) as temporary:
-            pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), temporary)
+            pq.write_table(
+                table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), temporary
+            )
 
     def export_pt(self, path: str | Path) -> None:
         """A plain `.pt` with images, labels and the card; loads with `torch.load(path, weights_only=True)`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,13 @@ def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-class FixedNetwork:
-    """Stands for a NetworkSpec whose every network starts from the same given weights, whatever the seed."""
+class FixedNetwork(NetworkSpec):
+    """A specification whose every network starts from the same given weights, whatever the seed."""
 
     def __init__(self, spec: NetworkSpec, seed: int = 0, at_once: int = 1000):
-        self.shape, self.classes, self.name, self.parts = spec.shape, spec.classes, spec.name, at_once
-        self.network = spec.build(seed)
+        super().__init__(spec.name, spec.shape, spec.classes, spec.width, spec.depth)
+        object.__setattr__(self, "parts", at_once)
+        object.__setattr__(self, "network", spec.build(seed))
 
     def build(self, seed: int) -> nn.Module:
         return copy.deepcopy(self.network)
@@ -107,7 +108,9 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def places(digits_run: Run, tmp_path: Path) -> Places:
     """Where a distillation of the tiny run reads, and an own folder for what it writes."""
-    return Places(digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", tmp_path / "work", tmp_path / "metrics.jsonl")
+    return Places(
+        digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", tmp_path / "work", tmp_path / "metrics.jsonl"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +120,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real data of {folder} is not here (a fresh clone has none)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One small Ray for all tests that need it."""
+    import ray
+
+    from distill_at_scale.cluster.session import quieten
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    quieten()
+    yield
+    ray.shutdown()

@@ -72,7 +72,14 @@ def slow_rotate(image, u):
     return bilinear(image, [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
-SLOW = {"color": slow_color, "crop": slow_crop, "cutout": slow_cutout, "flip": slow_flip, "scale": slow_scale, "rotate": slow_rotate}
+SLOW = {
+    "color": slow_color,
+    "crop": slow_crop,
+    "cutout": slow_cutout,
+    "flip": slow_flip,
+    "scale": slow_scale,
+    "rotate": slow_rotate,
+}
 
 
 def fixed(family: str, *numbers: float) -> Draw:
@@ -103,8 +110,14 @@ def test_gradients_flow_through_every_family(family):
 
 @pytest.mark.parametrize(
     ("family", "numbers"),
-    [("color", (0.5, 0.5, 0.5)), ("crop", (0.5, 0.5)), ("flip", (0.5,)), ("rotate", (0.5,)), ("scale", ((1 - 1 / 1.2) / (1.2 - 1 / 1.2),) * 2)],
-)  # fmt: skip
+    [
+        ("color", (0.5, 0.5, 0.5)),
+        ("crop", (0.5, 0.5)),
+        ("flip", (0.5,)),
+        ("rotate", (0.5,)),
+        ("scale", ((1 - 1 / 1.2) / (1.2 - 1 / 1.2),) * 2),
+    ],
+)
 def test_the_neutral_parameters_leave_an_image_as_it_is(family, numbers):
     assert torch.allclose(fixed(family, *numbers).apply(IMAGES), IMAGES, atol=1e-5)
 

@@ -30,9 +30,11 @@ def a_pool(held: int = HELD) -> Pool:
 
 
 def backend_of(method: str, pool: Pool, ipc: int = 2, runtime: dict | None = None, labels=None, **options):
-    """A backend over the pool with one fixed network; the whole class is a real batch, the image rate is 1, no momentum."""
+    """A backend with one fixed network; the whole class is a real batch, the image rate is 1, no momentum."""
     section = {"image_lr": 1.0, "image_momentum": 0.0, "real_batch": 256, "augment": "none", **options}
-    config = configuration.validate({"distill": {"method": method, "ipc": ipc, "width": 6, method: section}, "runtime": runtime or {}})
+    config = configuration.validate(
+        {"distill": {"method": method, "ipc": ipc, "width": 6, method: section}, "runtime": runtime or {}}
+    )
     spec = FixedNetwork(NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4)
     labels = list(range(CLASSES)) if labels is None else labels
     backend = BACKENDS[method](Setting(config, spec, ["zero", "one", "two"], labels, Solo(), CPU, 1))
@@ -93,7 +95,7 @@ def test_the_inner_loop_trains_the_network_on_the_synthetic_set():
 
 
 def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
-    """Network batches of two of six images: the sum of the gradients at a rate near zero is that of three mean losses."""
+    """Three batches of two of six images: at a rate near zero, their gradients add up to three times the mean's."""
     pool = a_pool()
     backend = backend_of("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
     network = backend.setting.spec.build(0)
@@ -130,7 +132,11 @@ def test_the_defaults_are_the_official_ones():
     assert BACKENDS["dc"].protocol(config) == {"epochs": 300, "augment": "none"}
     assert BACKENDS["dsa"].protocol(config) == {"epochs": 1000, "augment": configuration.SIAMESE}
     assert BACKENDS["dm"].protocol(config)["epochs"] == 1000
-    assert (config.distill.dc.image_lr, config.distill.dc.image_momentum, config.distill.dc.network_lr) == (0.1, 0.5, 0.01)
+    assert (config.distill.dc.image_lr, config.distill.dc.image_momentum, config.distill.dc.network_lr) == (
+        0.1,
+        0.5,
+        0.01,
+    )
 
 
 @pytest.mark.parametrize("drop", [0.3, 0.5, 0.99])
@@ -142,7 +148,9 @@ def test_the_masked_gradient_is_autograds_on_the_kept_samples(drop):
     network, kept = backend.setting.spec.network, []
     for label in range(CLASSES):
         batch = whole_class(pool, label)
-        order = sorted(range(HELD), key=lambda k: F.cross_entropy(network(batch[k][None]), torch.tensor([label])).item())  # noqa: B023
+        order = sorted(
+            range(HELD), key=lambda k: F.cross_entropy(network(batch[k][None]), torch.tensor([label])).item()
+        )
         kept.append(batch[order[: max(1, HELD - math.floor(drop * HELD))]])
     close(found, textbook_dc(network, kept, before))
 
@@ -161,7 +169,9 @@ def test_a_dm_step_is_the_textbooks():
     images = before.clone().requires_grad_(True)
     loss = torch.zeros(())
     for label in range(CLASSES):
-        feature = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in whole_class(pool, label)]).mean(0)
+        feature = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in whole_class(pool, label)]).mean(
+            0
+        )
         mine = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
         loss = loss + ((feature - mine) ** 2).sum()
     close(found, torch.autograd.grad(loss, images)[0])
@@ -176,7 +186,7 @@ def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
     loss = torch.zeros(())
     for label in range(CLASSES):
         features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
-        order = sorted(range(HELD), key=lambda k: (features[k] - mine).square().sum().item())  # noqa: B023
+        order = sorted(range(HELD), key=lambda k: (features[k] - mine).square().sum().item())
         loss = loss + (features[order[: max(1, HELD - math.floor(drop * HELD))]].mean(0) - mine).square().sum()
     close(found, torch.autograd.grad(loss, images)[0])
 
@@ -221,7 +231,9 @@ def test_real_and_synthetic_images_get_the_same_draw(method, monkeypatch):
 def test_every_class_and_step_has_a_draw_of_its_own(method, monkeypatch):
     seen = []
     for name, family in FAMILIES.items():
-        monkeypatch.setitem(FAMILIES, name, lambda images, u, family=family: (seen.append(u[0].tolist()), family(images, u))[1])
+        monkeypatch.setitem(
+            FAMILIES, name, lambda images, u, family=family: (seen.append(u[0].tolist()), family(images, u))[1]
+        )
     options = {"outer": 1} if method == "dsa" else {}
     backend = backend_of(method, a_pool(), augment=configuration.SIAMESE, **options)
     for step in range(3):
@@ -243,7 +255,9 @@ def test_images_start_from_noise_or_from_distinct_real_samples(method):
     pool = a_pool()
     real, noise = (backend_of(method, pool, ipc=3, init=init).images.detach() for init in ("real", "noise"))
     for label in range(CLASSES):
-        places = [int((whole_class(pool, label) - image).abs().flatten(1).max(1).values.argmin()) for image in real[label]]
+        places = [
+            int((whole_class(pool, label) - image).abs().flatten(1).max(1).values.argmin()) for image in real[label]
+        ]
         assert torch.allclose(whole_class(pool, label)[places], real[label])
         assert len(set(places)) == 3
     assert 0.8 < float(noise.std()) < 1.2
@@ -251,7 +265,7 @@ def test_images_start_from_noise_or_from_distinct_real_samples(method):
 
 
 def test_too_few_real_samples_to_start_from_are_refused():
-    with pytest.raises(UserError, match="'zero' has 2 samples, fewer than distill.ipc = 3"):
+    with pytest.raises(UserError, match=r"'zero' has 2 samples, fewer than distill\.ipc = 3"):
         backend_of("dm", a_pool(held=2), ipc=3, init="real")
 
 
@@ -287,7 +301,9 @@ def test_what_is_not_finite_leaves_the_images_alone_and_names_class_and_step(met
     with torch.no_grad():
         backend.images[1, 0, 0, 0, 0] = float("nan")
     before = backend.images.detach().clone()
-    with pytest.raises(DistillationDiverged, match=f"class 'one' is not finite at step 7, image learning rate 1.*{method}.image_lr"):
+    with pytest.raises(
+        DistillationDiverged, match=f"class 'one' is not finite at step 7, image learning rate 1.*{method}.image_lr"
+    ):
         backend.step(7)
     assert torch.equal(backend.images.detach().nan_to_num(), before.nan_to_num())
 

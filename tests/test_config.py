@@ -31,7 +31,12 @@ def test_an_empty_file_gives_the_defaults(load):
 
 def test_the_file_overrides_defaults_and_the_command_line_overrides_the_file(load):
     found = load("select: {keep: 0.5}\ndistill: {ipc: 10}", "select.keep=0.1", "distill.dc.outer=2")
-    assert (found.select.keep, found.distill.ipc, found.distill.dc.outer, found.distill.dc.real_batch) == (0.1, 10, 2, 256)
+    assert (found.select.keep, found.distill.ipc, found.distill.dc.outer, found.distill.dc.real_batch) == (
+        0.1,
+        10,
+        2,
+        256,
+    )
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001"])

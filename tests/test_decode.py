@@ -45,7 +45,10 @@ def test_an_array_is_taken_as_it_is():
 def test_square_stretches_and_crop_cuts_the_centre():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 255
-    stretched, cropped = ImageDecoder(8)(encoded(Image.fromarray(wide))), ImageDecoder(8, resize="crop")(encoded(Image.fromarray(wide)))
+    stretched, cropped = (
+        ImageDecoder(8)(encoded(Image.fromarray(wide))),
+        ImageDecoder(8, resize="crop")(encoded(Image.fromarray(wide))),
+    )
     assert cropped.min() == 255
     assert stretched[0, 0, 0] == 0
     assert stretched[0, 0, 4] > 200

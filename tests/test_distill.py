@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -46,8 +47,9 @@ def same(first: synthetic.SyntheticSet, second: synthetic.SyntheticSet) -> bool:
     """Bit for bit, the snapshots too."""
     tensors = [(first.images, second.images), (first.labels, second.labels)]
     tensors += [(first.snapshots[k], second.snapshots[k]) for k in first.snapshots]
-    return list(first.snapshots) == list(second.snapshots) and all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in tensors)
-
+    return list(first.snapshots) == list(second.snapshots) and all(
+        a.numpy().tobytes() == b.numpy().tobytes() for a, b in tensors
+    )
 
 
 def stop_before(distillation: Distillation, step: int) -> None:
@@ -138,7 +140,10 @@ def test_the_kept_samples_do_matter(places, tmp_path):
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_divergence_names_class_step_and_rate_and_keeps_a_finite_state(places, method):
-    with pytest.raises(DistillationDiverged, match=rf"class '\d' is not finite at step \d+, image learning rate 1e\+30.*{method}\.image_lr"):
+    with pytest.raises(
+        DistillationDiverged,
+        match=rf"class '\d' is not finite at step \d+, image learning rate 1e\+30.*{method}\.image_lr",
+    ):
         start(places, distill__method=method, distill__steps=20, **{f"distill__{method}__image_lr": 1e30}).run()
     state = load_file(places.state)
     assert {f"images/{c}" for c in range(3)} <= set(state)
@@ -149,6 +154,15 @@ def test_the_log_has_the_loss_of_every_step(places):
     start(places, distill__steps=4).run()
     assert [line["step"] for line in lines(places)] == [1, 2, 3, 4]
     assert all(line["stage"] == "distill" and line["of"] == 4 and line["loss"] > 0 for line in lines(places))
+
+
+def test_a_step_that_is_done_again_is_logged_once(places):
+    first = start(places, distill__steps=6)
+    stop_before(first, 3)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    start(places, distill__steps=6).run()
+    assert [line["step"] for line in lines(places)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_long_log_is_thinned_out(places, monkeypatch):
@@ -166,8 +180,16 @@ def test_accuracy_on_the_way_is_logged_and_changes_nothing(places):
 
 def test_the_card_says_what_the_set_is(places):
     card = start(places, **CASES["dc, runtime"]).run().card
-    expected = {"class_names": ["0", "1", "2"], "shape": [1, 8, 8], "method": "dc", "images_per_class": 2, "steps": 5, "labels": "hard",
-                "seed": 0, "protocol": {"epochs": 300, "augment": "none"}}  # fmt: skip
+    expected = {
+        "class_names": ["0", "1", "2"],
+        "shape": [1, 8, 8],
+        "method": "dc",
+        "images_per_class": 2,
+        "steps": 5,
+        "labels": "hard",
+        "seed": 0,
+        "protocol": {"epochs": 300, "augment": "none"},
+    }
     assert {key: card[key] for key in expected} == expected
     assert card["runtime"]["rule"] == "loss"
     assert card["method_options"]["outer"] == 2
@@ -217,7 +239,9 @@ class Frozen:
         self.setting = setting
 
     def prepare(self, real):
-        self.images = torch.full((len(self.setting.labels), *self.setting.spec.shape), self.setting.config.distill.options["level"])
+        self.images = torch.full(
+            (len(self.setting.labels), *self.setting.spec.shape), self.setting.config.distill.options["level"]
+        )
 
     def step(self, i):
         return {"loss": 0.0}
@@ -244,10 +268,16 @@ def test_alone_means_solo():
 PAIRS = {
     "dm": {"distill__method": "dm", "distill__steps": 3, "runtime__rule": "loss"},
     "dc": {**LOOPS, "distill__dc__inner": 1, "distill__steps": 3},
-    "dsa": {"distill__ipc": 2, "distill__method": "dsa", "distill__dsa__outer": 2, "distill__dsa__inner": 1, "distill__steps": 3},
+    "dsa": {
+        "distill__ipc": 2,
+        "distill__method": "dsa",
+        "distill__dsa__outer": 2,
+        "distill__dsa__inner": 1,
+        "distill__steps": 3,
+    },
 }
 DIVERGING = {"distill__steps": 20, "distill__dc__image_lr": 1e30}
-POISONED = {**LOOPS, "distill__steps": 2}
+POISONED = [{"distill__steps": 2}, {**LOOPS, "distill__steps": 2}]  # nothing shared between classes; a shared network
 
 
 def work(rank: int, folder: str, places: Places) -> None:
@@ -264,24 +294,28 @@ def work(rank: int, folder: str, places: Places) -> None:
         stopped = elsewhere(places, "resumed")
         first = start(stopped, group, **PAIRS["dc"])
         stop_before(first, 2)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             first.run()
-        except KeyboardInterrupt:
-            group.any(True)
         result = start(stopped, group, **PAIRS["dc"]).run()
         if result is not None:
             result.save(Path(folder) / "resumed")
         messages = [_message(start(elsewhere(places, "diverging"), group, **DIVERGING))]
-        poisoned = start(elsewhere(places, "poisoned"), group, **POISONED)
-        if rank == 1:
-            with torch.no_grad():
-                poisoned.backend.images[0].fill_(float("inf"))
-        messages.append(_message(poisoned))
+        for k, overrides in enumerate(POISONED):
+            poisoned = start(elsewhere(places, f"poisoned-{k}"), group, **overrides)
+            if rank == 1:
+                with torch.no_grad():
+                    poisoned.backend.images[0].fill_(float("inf"))
+            messages.append(_message(poisoned))
         found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
         group.sum_(list(found.values()))
-        facts = {"messages": messages, "sum": [t.tolist() for t in found.values()], "gather": group.gather(rank),
-                 "broadcast": group.broadcast(10 + rank), "any": [group.any(rank == 1), group.any(False)],
-                 "first": group.first("second" if rank == 1 else None)}  # fmt: skip
+        facts = {
+            "messages": messages,
+            "sum": [t.tolist() for t in found.values()],
+            "gather": group.gather(rank),
+            "broadcast": group.broadcast(10 + rank),
+            "any": [group.any(rank == 1), group.any(False)],
+            "first": group.first("second" if rank == 1 else None),
+        }
         (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
     finally:
         dist.destroy_process_group()
@@ -299,7 +333,9 @@ def _message(distillation: Distillation) -> str:
 def pair(digits_run, tmp_path_factory) -> Path:
     """The folder with what two workers found."""
     folder = tmp_path_factory.mktemp("pair")
-    places = Places(digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", folder / "work", folder / "metrics.jsonl")
+    places = Places(
+        digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", folder / "work", folder / "metrics.jsonl"
+    )
     mp.spawn(work, (str(folder), places), nprocs=2)
     return folder
 
@@ -345,7 +381,12 @@ def test_two_workers_stop_together_where_one_diverges(pair):
     assert "class '1' is not finite at step 0, image learning rate 0.1" in first[1]
 
 
-def test_the_state_that_diverging_workers_leave_is_finite_where_it_can_be(pair):
+def test_the_class_that_diverged_first_is_named_not_one_that_it_dragged_along(pair):
+    """In the second outer iteration the shared network, and so every class, is broken too."""
+    assert "class '1' is not finite at step 0" in facts(pair)[0]["messages"][2]
+
+
+def test_the_state_that_diverging_workers_leave_is_finite(pair):
     state = load_file(pair / "work" / "diverging" / "state.safetensors")
     assert all(torch.isfinite(tensor.float()).all() for tensor in state.values())
 

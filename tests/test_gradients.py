@@ -1,4 +1,4 @@
-"""The distance and the gradients of gradient matching against a textbook that goes layer by layer and channel by channel."""
+"""Distance and gradients of gradient matching against a textbook that goes layer by layer, channel by channel."""
 
 from __future__ import annotations
 
@@ -42,8 +42,12 @@ def test_what_is_matched_are_the_weights_with_two_sides():
 def test_the_distance_and_its_image_gradient_are_the_textbooks():
     network, real = SPEC.build(0), images(7)
     synthetic = images(2, seed=1).requires_grad_(True)
-    found = gradients.distance(gradients.real_gradient(network, real, 2, 3), gradients.synthetic_gradient(network, synthetic, 2))
-    expected = textbook_distance(textbook_gradient(network, real, 2), textbook_gradient(network, synthetic, 2, create_graph=True))
+    found = gradients.distance(
+        gradients.real_gradient(network, real, 2, 3), gradients.synthetic_gradient(network, synthetic, 2)
+    )
+    expected = textbook_distance(
+        textbook_gradient(network, real, 2), textbook_gradient(network, synthetic, 2, create_graph=True)
+    )
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     fast, slow = torch.autograd.grad(found, synthetic)[0], torch.autograd.grad(expected, synthetic)[0]
     assert slow.abs().max() > 1e-3
@@ -79,5 +83,7 @@ def test_the_gradient_in_parts_is_autograds_on_the_whole_batch(at_once):
 def test_the_losses_are_each_samples_own(at_once):
     network, batch = SPEC.build(0), images(5)
     found = gradients.losses(network, batch, 3, at_once)
-    assert found.tolist() == pytest.approx([F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch])
+    assert found.tolist() == pytest.approx(
+        [F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch]
+    )
     assert not found.requires_grad

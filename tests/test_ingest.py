@@ -55,12 +55,16 @@ def prepare(config: configuration.Config, folder: Path, backwards: bool = False)
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Two classes with six flat pictures each, and two test pictures; picture k of class c has the grey level 20 c + k."""
+    """Two classes of six flat training pictures and a test picture; picture k of class c has grey level 20 c + k."""
     root = tmp_path / "pictures"
     for c, name in enumerate(("cat", "dog")):
         for split, count in (("train", 6), ("val", 1)):
@@ -133,8 +137,10 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
             raise AssertionError("a finished piece was read again")
 
     source = Unreadable(config.data)
-    again = [ingest.ingest_chunk(source, ImageDecoder(8), rows, ingest.piece_path(tmp_path / "pieces", split, i))
-             for split, i, rows in plan.chunks(4)]  # fmt: skip
+    again = [
+        ingest.ingest_chunk(source, ImageDecoder(8), rows, ingest.piece_path(tmp_path / "pieces", split, i))
+        for split, i, rows in plan.chunks(4)
+    ]
     assert (sum(u for u, _ in again), sum(b for _, b in again)) == first == (14, 0)
     assert content(tmp_path / "pieces") == before
 
@@ -144,7 +150,9 @@ def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
     plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"
     pieces.mkdir(parents=True)
     split, index, rows = plan.chunks(4)[1]
-    ingest.ingest_chunk(ingest.open_source(config.data), decoder_of(config), rows, ingest.piece_path(pieces, split, index))
+    ingest.ingest_chunk(
+        ingest.open_source(config.data), decoder_of(config), rows, ingest.piece_path(pieces, split, index)
+    )
     (pieces / ".train-000000.parquet.0a1b.tmp").write_bytes(b"cut off when the process was killed")
     prepare(config, tmp_path / "a")
     prepare(config, tmp_path / "b")
@@ -159,7 +167,12 @@ def broken(pictures: Path) -> dict[str, str]:
     (cat / "1.png").write_bytes(b"")
     (cat / "2.png").write_bytes(b"just text")
     (cat / "3.png").write_bytes(png(0, 600))
-    return {"train/cat/0.png": "damaged", "train/cat/1.png": "empty", "train/cat/2.png": "not an image", "train/cat/3.png": "max_pixels"}
+    return {
+        "train/cat/0.png": "damaged",
+        "train/cat/1.png": "empty",
+        "train/cat/2.png": "not an image",
+        "train/cat/3.png": "max_pixels",
+    }
 
 
 def test_broken_files_are_set_aside_with_reasons_and_the_rest_is_used(pictures, broken, tmp_path):
@@ -227,7 +240,9 @@ def test_a_holdout_is_decided_by_the_seed():
 def test_a_holdout_does_not_depend_on_the_order_of_the_listing(monkeypatch):
     before = held_out(digits_config())
     plain = SOURCES["digits"].listing
-    monkeypatch.setattr(SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(np.arange(1797)[::-1].copy()))
+    monkeypatch.setattr(
+        SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(np.arange(1797)[::-1].copy())
+    )
     assert held_out(digits_config()) == before
 
 
@@ -249,13 +264,17 @@ def test_a_test_split_without_the_chosen_classes_does_not_stop_the_ingest(pictur
 def test_classes_choose_a_subset_in_the_given_order(tmp_path):
     prepared = prepare(digits_config(classes=["7", "2"]), tmp_path)
     assert prepared.class_names == ["7", "2"]
-    every = {row["sample_id"]: row["label"] for row in SOURCES["digits"](digits_config().data).listing("train").to_pylist()}
+    every = {
+        row["sample_id"]: row["label"] for row in SOURCES["digits"](digits_config().data).listing("train").to_pylist()
+    }
     ids, labels = prepared.index("train")
     assert {(every[i], label) for i, label in zip(ids, labels.tolist(), strict=True)} == {(7, 0), (2, 1)}
     assert sum(prepared.counts("train")) + sum(prepared.counts("test")) == 179 + 177
 
 
-@pytest.mark.parametrize(("classes", "message"), [(["3", "x"], "'x' is not a class"), (["3", "3"], "each once"), ([], "at least one")])
+@pytest.mark.parametrize(
+    ("classes", "message"), [(["3", "x"], "'x' is not a class"), (["3", "3"], "each once"), ([], "at least one")]
+)
 def test_classes_that_make_no_sense_are_refused(classes, message):
     with pytest.raises(UserError, match=message):
         ingest.plan(digits_config(classes=classes))

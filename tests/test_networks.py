@@ -10,7 +10,15 @@ from torch import nn
 
 from distill_at_scale import networks
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import NETWORKS, ConvNet, NetworkSpec, default_depth, in_parts, maybe_compile, mixes_samples
+from distill_at_scale.networks import (
+    NETWORKS,
+    ConvNet,
+    NetworkSpec,
+    default_depth,
+    in_parts,
+    maybe_compile,
+    mixes_samples,
+)
 
 SMALLEST = {"convnet": 8, "alexnet": 8, "vgg11": 8, "resnet18": 16, "resnet18_bn": 16}
 
@@ -40,7 +48,9 @@ def test_the_convnet_is_the_standard_one():
     """Three blocks of conv, instance norm, ReLU, pool: 320,010 parameters at width 128, 32 x 32, 10 classes."""
     network = ConvNet((3, 32, 32), 10)
     assert sum(p.numel() for p in network.parameters()) == 320_010
-    assert [type(m).__name__ for m in network.features] == ["Conv2d", "GroupNorm", "ReLU", "AvgPool2d"] * 3 + ["Flatten"]
+    assert [type(m).__name__ for m in network.features] == ["Conv2d", "GroupNorm", "ReLU", "AvgPool2d"] * 3 + [
+        "Flatten"
+    ]
     assert all(m.num_groups == m.num_channels and m.affine for m in network.modules() if isinstance(m, nn.GroupNorm))
 
 
@@ -48,7 +58,9 @@ def test_the_convnet_pads_mnist_to_32():
     assert ConvNet((1, 28, 28), 10).embed(torch.zeros(1, 1, 28, 28)).shape == (1, 128 * 4 * 4)
 
 
-@pytest.mark.parametrize(("pixels", "depth"), [(4, 1), (8, 2), (16, 2), (28, 3), (32, 3), (64, 4), (128, 5), (224, 6), (256, 6)])
+@pytest.mark.parametrize(
+    ("pixels", "depth"), [(4, 1), (8, 2), (16, 2), (28, 3), (32, 3), (64, 4), (128, 5), (224, 6), (256, 6)]
+)
 def test_depth_grows_with_the_resolution(pixels, depth):
     assert default_depth(pixels) == depth
 
@@ -66,7 +78,9 @@ def test_an_unknown_network_names_the_nearest():
 
 
 def test_only_batch_norm_mixes_samples():
-    assert {name for name in NETWORKS if mixes_samples(NetworkSpec(name, (3, 16, 16), 2, 8).build(0))} == {"resnet18_bn"}
+    assert {name for name in NETWORKS if mixes_samples(NetworkSpec(name, (3, 16, 16), 2, 8).build(0))} == {
+        "resnet18_bn"
+    }
 
 
 @pytest.mark.parametrize("name", ["convnet", "alexnet", "vgg11", "resnet18"])

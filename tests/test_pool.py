@@ -17,7 +17,10 @@ NORM = Normalization((0.5, 0.25), (0.2, 0.1))
 @pytest.fixture
 def pool():
     """Two classes; pixel values are the sample's place."""
-    held = {c: torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 2, 2, 2) + 100 * c for c, n in ((0, 10), (1, 4))}
+    held = {
+        c: torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 2, 2, 2) + 100 * c
+        for c, n in ((0, 10), (1, 4))
+    }
     return Pool(held, Normalization((0.0, 0.0), (1 / 255, 1 / 255)), seed=3)
 
 

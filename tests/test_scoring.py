@@ -1,4 +1,4 @@
-"""Proxies, the scoring pass and the score table: exact values, the same bytes however the work is cut, and whole by id."""
+"""Proxies, scoring pass and score table: exact values, the same bytes however the work is cut, whole by id."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, section):
     spec = FixedNetwork(SPEC, at_once=7)
     train(tmp_path, spec=spec, batch=1000, **section)
     network, (pixels, labels) = spec.build(0), samples()
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, section.get("momentum", 0), weight_decay=section.get("weight_decay", 0))
+    optimizer = torch.optim.SGD(
+        network.parameters(), 0.1, section.get("momentum", 0), weight_decay=section.get("weight_decay", 0)
+    )
     for epoch in range(3):
         optimizer.zero_grad()
         F.cross_entropy(network((pixels / 255 - 0.5) / 0.25), labels).backward()
@@ -120,7 +122,9 @@ def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
     pixels, labels = prepared.load("train")
     images = Normalization(tuple(prepared.mean), tuple(prepared.std)).apply(torch.from_numpy(pixels))
     spec = proxy.network_spec(section, prepared.shape, 3)
-    networks = [proxy.load_proxy(spec, proxy.checkpoint_path(run / "proxies", t, e), CPU) for t in range(2) for e in range(2)]
+    networks = [
+        proxy.load_proxy(spec, proxy.checkpoint_path(run / "proxies", t, e), CPU) for t in range(2) for e in range(2)
+    ]
     values = table.matrix(scores["loss_values"])
     assert scores["sample_id"].to_pylist() == prepared.index()[0]
     assert values.shape == (len(labels), 4)
@@ -163,7 +167,9 @@ def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
 
 def piece(path, ids, labels=None):
     values = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(2 * len(ids), dtype=np.float32)), 2)
-    pq.write_table(pa.table({"sample_id": ids, "label": pa.array(labels or [0] * len(ids), pa.int32()), "loss": values}), path)
+    pq.write_table(
+        pa.table({"sample_id": ids, "label": pa.array(labels or [0] * len(ids), pa.int32()), "loss": values}), path
+    )
     return path
 
 
@@ -176,7 +182,10 @@ def test_pieces_are_joined_by_id_in_any_order(tmp_path):
 
 @pytest.mark.parametrize(
     ("expected", "message"),
-    [(["a", "b", "c", "d"], "1 samples have no score, for example 'd'"), (["a", "b"], "1 scores belong to no sample.*'c'")],
+    [
+        (["a", "b", "c", "d"], "1 samples have no score, for example 'd'"),
+        (["a", "b"], "1 scores belong to no sample.*'c'"),
+    ],
 )
 def test_missing_and_foreign_ids_are_errors(tmp_path, expected, message):
     with pytest.raises(UserError, match=message):
@@ -212,7 +221,11 @@ class Confidence:
 
 
 def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
-    run = make_run(tmp_path / "run", score__criterion=["loss", "test_scoring:Confidence"], select__criterion="test_scoring:Confidence")
+    run = make_run(
+        tmp_path / "run",
+        score__criterion=["loss", "test_scoring:Confidence"],
+        select__criterion="test_scoring:Confidence",
+    )
     run.stages("ingest", "score", "select")
     scores, facts = table.read(run.dir / "scores.parquet")
     assert facts["useful"] == {"loss": "low", "Confidence": "high"}
@@ -221,7 +234,9 @@ def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
     assert scores["Confidence"].to_numpy() == pytest.approx(values[:, :, 1].mean(1))
     manifest = pq.read_table(run.dir / "manifest.parquet").to_pylist()
     for label in range(3):
-        kept, dropped = ([r["score"] for r in manifest if r["label"] == label and r["kept"] is k] for k in (True, False))
+        kept, dropped = (
+            [r["score"] for r in manifest if r["label"] == label and r["kept"] is k] for k in (True, False)
+        )
         assert min(kept) >= max(dropped)
 
 

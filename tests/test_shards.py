@@ -24,7 +24,17 @@ def write(folder, group=4):
         rows = [k for k in range(9, -1, -1) if LABELS[k] == label]
         tables.append((label, to_table([IDS[k] for k in rows], [label] * len(rows), PIXELS[rows])))
     write_shards(folder / "train", iter(tables), SHAPE, group)
-    write_meta(folder, {"class_names": ["a", "b", "c"], "shape": list(SHAPE), "counts": {"train": [6, 2, 2]}, "mean": [0.5] * 3, "std": [0.2] * 3}, "x")  # fmt: skip
+    write_meta(
+        folder,
+        {
+            "class_names": ["a", "b", "c"],
+            "shape": list(SHAPE),
+            "counts": {"train": [6, 2, 2]},
+            "mean": [0.5] * 3,
+            "std": [0.2] * 3,
+        },
+        "x",
+    )
     return Prepared(folder)
 
 

@@ -33,7 +33,9 @@ def write_parquet(path, labels, paths=None, names=None, image="image", label="la
         features = {label: {"_type": "ClassLabel", "names": names}}
         schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table([pa.array(rows, schema.field(0).type), pa.array(labels)], schema=schema), path, rows_per_group)
+    pq.write_table(
+        pa.table([pa.array(rows, schema.field(0).type), pa.array(labels)], schema=schema), path, rows_per_group
+    )
 
 
 def parquet(root, **keys):
@@ -62,7 +64,9 @@ def test_digits_are_the_embedded_set():
     assert source.digest("train") == SOURCES["digits"](DataSection()).digest("train")
 
 
-@pytest.mark.parametrize("name", ["train", "train-00000-of-00001.parquet", "Train_1", "test", "val", "valid", "validation-0.parquet"])
+@pytest.mark.parametrize(
+    "name", ["train", "train-00000-of-00001.parquet", "Train_1", "test", "val", "valid", "validation-0.parquet"]
+)
 def test_splits_by_name(name):
     assert split_of(name) == ("train" if name.lower().startswith("train") else "test")
 
@@ -92,8 +96,11 @@ def test_parquet_ids_are_the_paths_where_they_are_unique(tmp_path):
     source = parquet(tmp_path)
     assert source.class_names == ["cat", "dog"]
     assert source.listing("train").to_pydict() == {
-        "sample_id": ["a.png", "b.png", "c.png"], "label": [0, 1, 0], "location": ["train-0.parquet"] * 3, "row": [0, 1, 2],
-    }  # fmt: skip
+        "sample_id": ["a.png", "b.png", "c.png"],
+        "label": [0, 1, 0],
+        "location": ["train-0.parquet"] * 3,
+        "row": [0, 1, 2],
+    }
 
 
 @pytest.mark.parametrize("paths", [None, ["a", "b", "a"], ["a", None, "c"]], ids=["no field", "repeated", "a null"])
@@ -201,7 +208,11 @@ def test_imagefolder_ids_are_posix_paths_with_the_split(tmp_path):
     source = imagefolder(tmp_path)
     assert source.class_names == ["cat", "dog"]
     assert source.splits() == ["train", "test"]
-    assert source.listing("train")["sample_id"].to_pylist() == ["train/cat/0.png", "train/cat/b/1.JPEG", "train/dog/2.png"]
+    assert source.listing("train")["sample_id"].to_pylist() == [
+        "train/cat/0.png",
+        "train/cat/b/1.JPEG",
+        "train/dog/2.png",
+    ]
     assert source.listing("train")["label"].to_pylist() == [0, 0, 1]
     assert source.listing("test")["sample_id"].to_pylist() == ["val/cat/9.png"]
     assert source.read(source.listing("train"))[2] == png(0)

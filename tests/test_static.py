@@ -35,7 +35,10 @@ def by_hand(table, number_of, start_of=lambda n: 0, reverse=False):
     """The slow reference: sort each class by (score, id), cut."""
     rows, found = table.to_pylist(), set()
     for label in {row["label"] for row in rows}:
-        ranked = sorted((r for r in rows if r["label"] == label), key=lambda r: (-r["loss"] if reverse else r["loss"], r["sample_id"]))
+        ranked = sorted(
+            (r for r in rows if r["label"] == label),
+            key=lambda r: (-r["loss"] if reverse else r["loss"], r["sample_id"]),
+        )
         start, number = start_of(len(ranked)), number_of(len(ranked))
         start = min(start, len(ranked) - number)
         found |= {r["sample_id"] for r in ranked[start : start + number]}
@@ -57,7 +60,19 @@ def test_the_count_is_the_rounded_share_of_every_class(keep):
     assert kept(found) == by_hand(table, lambda n: max(1, int(keep * n + 0.5)))
 
 
-@pytest.mark.parametrize(("share", "count", "minimum", "expected"), [(0.25, 10, 0, 3), (0.24, 10, 0, 2), (0.05, 10, 0, 1), (0.04, 10, 0, 0), (0.04, 10, 3, 3), (0.5, 2, 9, 2), (1.0, 7, 0, 7), (0.35, 10, 0, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("share", "count", "minimum", "expected"),
+    [
+        (0.25, 10, 0, 3),
+        (0.24, 10, 0, 2),
+        (0.05, 10, 0, 1),
+        (0.04, 10, 0, 0),
+        (0.04, 10, 3, 3),
+        (0.5, 2, 9, 2),
+        (1.0, 7, 0, 7),
+        (0.35, 10, 0, 4),
+    ],
+)
 def test_the_quota_rounds_half_up_and_keeps_the_minimum(share, count, minimum, expected):
     assert static.quota(share, count, minimum) == expected
 
@@ -70,12 +85,22 @@ def test_the_quota_does_not_suffer_from_the_inexactness_of_decimals(count):
 
 @pytest.mark.parametrize(
     ("order", "low", "reverse"),
-    [("useful", True, False), ("useful", False, True), ("useless", True, True), ("useless", False, False),
-     ("low", True, False), ("low", False, False), ("high", True, True), ("high", False, True)],
-)  # fmt: skip
+    [
+        ("useful", True, False),
+        ("useful", False, True),
+        ("useless", True, True),
+        ("useless", False, False),
+        ("low", True, False),
+        ("low", False, False),
+        ("high", True, True),
+        ("high", False, True),
+    ],
+)
 def test_every_order_takes_its_end_of_the_scale(order, low, reverse):
     table = scores_of([20, 9])
-    assert kept(choose(table, low=low, order=order, keep=0.3)) == by_hand(table, lambda n: int(0.3 * n + 0.5), reverse=reverse)
+    assert kept(choose(table, low=low, order=order, keep=0.3)) == by_hand(
+        table, lambda n: int(0.3 * n + 0.5), reverse=reverse
+    )
 
 
 @pytest.mark.parametrize("low", [True, False])
@@ -134,7 +159,9 @@ def test_the_global_scope_ranks_all_classes_together():
 @pytest.mark.parametrize("order", ["useful", "useless", "stratum"])
 def test_the_global_scope_raises_a_class_to_the_minimum_and_no_further(order, seed):
     table = scores_of([40, 12], seed, decimals=5)
-    found = choose(table, scope="global", order=order, stratum_start=0.3 if order == "stratum" else 0.0, keep=0.1, minimum=4)
+    found = choose(
+        table, scope="global", order=order, stratum_start=0.3 if order == "stratum" else 0.0, keep=0.1, minimum=4
+    )
     for label in found.facts["raised_to_minimum"]:
         assert found.facts["kept_per_class"][label] == 4
     assert min(found.facts["kept_per_class"]) >= 4
@@ -183,8 +210,19 @@ def test_the_manifest_holds_the_table_and_its_facts(tmp_path):
     rows = [(row["label"], row["sample_id"]) for row in table.to_pylist()]
     assert rows == sorted(rows)
     assert len(rows) == 12
-    expected = {"criterion": "loss", "order": "useful", "scope": "class", "kept": 3, "of": 12, "reached": 0.25, "seed": 7,
-                "fingerprint": "abc", "kept_per_class": [2, 1], "min_per_class": 1, "raised_to_minimum": []}  # fmt: skip
+    expected = {
+        "criterion": "loss",
+        "order": "useful",
+        "scope": "class",
+        "kept": 3,
+        "of": 12,
+        "reached": 0.25,
+        "seed": 7,
+        "fingerprint": "abc",
+        "kept_per_class": [2, 1],
+        "min_per_class": 1,
+        "raised_to_minimum": [],
+    }
     assert {key: facts[key] for key in expected} == expected
     assert set(manifest.kept_ids(tmp_path / "m.parquet")) == kept(found)
 

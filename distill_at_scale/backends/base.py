@@ -1,8 +1,9 @@
 """The contract of a distillation method, and what the methods share: the synthetic images of a worker's own classes.
 
-The loop in `distill.py` calls `prepare` once, then `step(i)` for every outer update, and `finish` at the end; in between it may save
-`state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from (seed, purpose, i), so nothing
-else has to be saved. Keys of a state are `what/label`, so that a state moves between any numbers of workers.
+The loop in `distill.py` calls `prepare` once, then `step(i)` for every outer update, and `finish` at the end; in
+between it may save `state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from
+(seed, purpose, i), so nothing else has to be saved. Keys of a state are `what/label`, so that a state moves between
+any numbers of workers.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ class ImageBackend:
 
     def _initial(self, label: int) -> Tensor:
         if self.init == "noise":
-            return torch.randn(self.ipc, *self.setting.spec.shape, generator=generator(self.setting.seed, "noise", label))
+            return torch.randn(
+                self.ipc, *self.setting.spec.shape, generator=generator(self.setting.seed, "noise", label)
+            )
         if self.real.count(label) < self.ipc:
             raise UserError(too_few(self.setting.class_names[label], self.real.count(label), self.ipc))
         return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()

@@ -1,7 +1,7 @@
 """DC, gradient matching (Zhao, Mopuri & Bilen 2021, arXiv 2006.05929; METHOD.md section 4).
 
-Every step draws a new network; per outer iteration the synthetic images of each class move so that their gradient agrees with
-that of the class's real batch, and then the network is trained on the synthetic set for `inner` epochs.
+Every step draws a new network; per outer iteration the synthetic images of each class move so that their gradient
+agrees with that of the class's real batch, and then the network is trained on the synthetic set for `inner` epochs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DM, distribution matching (Zhao & Bilen 2023, arXiv 2110.04181; METHOD.md section 4).
 
-Every step draws a new random network and moves each class's synthetic images so that their mean feature agrees with that of the
-class's real batch, under a shared siamese augmentation. Classes are independent, so workers need not talk to each other.
+Every step draws a new random network and moves each class's synthetic images so that their mean feature agrees with
+that of the class's real batch, under a shared siamese augmentation. Classes are independent, so workers need not
+talk to each other.
 """
 
 from __future__ import annotations
@@ -37,18 +38,19 @@ class DistributionMatching(ImageBackend):
         self.augmentation = Augmentation(self.options.augment)
         self.at_once = setting.spec.at_once(setting.device)
         self.network = setting.spec.build(0).to(setting.device).train().requires_grad_(False)
+        self.embed = setting.spec.embedding(self.network)
 
     def prepare(self, real: Any) -> None:
         super().prepare(real)
         per_step = sum(min(self.options.real_batch, real.count(label)) for label in self.setting.labels)
-        self.embed_real = maybe_compile(self.network.embed, "auto", per_step * self.setting.steps)
+        self.embed_real = maybe_compile(self.embed, "auto", per_step * self.setting.steps)
 
     def step(self, i: int) -> dict[str, float]:
         fresh = self.setting.spec.build(derive(self.setting.seed, "network", i))
         self.network.load_state_dict(fresh.state_dict())
         draws = [self.augmentation.draw(generator(self.setting.seed, "siamese", i, c)) for c in self.setting.labels]
         synthetic = torch.cat([draw.apply(self.images[k]) for k, draw in enumerate(draws)])
-        means = self.network.embed(synthetic).view(len(draws), self.ipc, -1).mean(1)  # own classes x features
+        means = self.embed(synthetic).view(len(draws), self.ipc, -1).mean(1)  # own classes x features
         targets, share = self._real_means(means.detach(), draws, i)
         losses = (targets - means).square().sum(1)
         self.optimizer.zero_grad()

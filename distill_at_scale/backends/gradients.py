@@ -1,8 +1,8 @@
 """Gradients of a class's real batch, and the distance between gradients (arXiv 2006.05929, DC; METHOD.md section 4).
 
-A class's gradient is that of its mean cross-entropy over the samples that count. The batch goes through the network in parts that
-fit the processor's cache, which halves the time on a CPU; the sum over the parts is the gradient of the whole. The networks'
-normalisation works sample by sample, so the parts do not see each other.
+A class's gradient is that of its mean cross-entropy over the samples that count. The batch goes through the network
+in parts that fit the processor's cache, which halves the time on a CPU; the sum over the parts is the gradient of
+the whole. The networks' normalisation works sample by sample, so the parts do not see each other.
 """
 
 from __future__ import annotations

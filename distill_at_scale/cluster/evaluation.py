@@ -21,7 +21,11 @@ from distill_at_scale.execution import Report
 def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
     """All jobs, as many at a time as the cluster holds; reports each row when it is there."""
     cpus = cores_each(min(len(jobs), cores()))
-    options = {"num_cpus": cpus, "num_gpus": config.cluster.gpus_per_worker or None, "max_retries": config.cluster.max_failures}
+    options = {
+        "num_cpus": cpus,
+        "num_gpus": config.cluster.gpus_per_worker or None,
+        "max_retries": config.cluster.max_failures,
+    }
     task = _evaluate.options(**options)
     settings = ray.put(config.model_dump())
     running = [task.remote(settings, tuple(map(str, folders)), asdict(job), cpus) for job in jobs]

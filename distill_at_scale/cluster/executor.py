@@ -24,13 +24,17 @@ class RayExecutor:
         """
         self.session = Session(config.cluster, say)
 
-    def ingest(self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+    def ingest(
+        self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance
+    ) -> int:
         return ingest.run(absolute(config), chunks, pieces.resolve(), advance)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance)
 
-    def score(self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+    def score(
+        self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
+    ) -> None:
         scoring.score(absolute(config), prepared.resolve(), checkpoints.resolve(), chunks, pieces.resolve(), advance)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:

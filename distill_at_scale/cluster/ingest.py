@@ -1,7 +1,7 @@
 """Ingest on Ray Data: a pool of actors, each of which reads and decodes fixed chunks of the listing.
 
-Only ids and locations travel in the blocks; an actor opens the source itself and publishes each chunk as a piece on the run
-folder's (shared) disk.
+Only ids and locations travel in the blocks; an actor opens the source itself and publishes each chunk as a piece on
+the run folder's (shared) disk.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
 
 
-def stream(units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+def stream(
+    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config
+) -> Iterator[dict[str, Any]]:
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
     An actor is called with one unit (an Arrow table) and returns a table. A killed actor is restarted and its unit repeated,
@@ -34,6 +36,7 @@ def stream(units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], co
         )  # fmt: skip
     with plain_errors():
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(batch, pa.Table)
             yield from batch.to_pylist()
 
 
@@ -52,7 +55,9 @@ def cores() -> int:
 
 def cores_each(tasks: int) -> int:
     """Cores for each of `tasks` tasks that run side by side; never more than the smallest node has."""
-    smallest = min((int(node["Resources"].get("CPU", 0)) or cores() for node in ray.nodes() if node["Alive"]), default=1)
+    smallest = min(
+        (int(node["Resources"].get("CPU", 0)) or cores() for node in ray.nodes() if node["Alive"]), default=1
+    )
     return max(1, min(smallest, cores() // max(1, tasks)))
 
 

@@ -1,4 +1,6 @@
-"""Scoring on Ray: proxy trials as parallel tasks, then one Ray Data pass in which an actor pool scores with all checkpoints."""
+"""Scoring on Ray: proxy trials as parallel tasks, then one Ray Data pass in which an actor pool scores with all
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,15 @@ POLL = 0.5  # seconds between two looks at the finished epochs
 def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
     """All trials, as many at a time as the cluster holds."""
     cpus = cores_each(min(config.score.trials, max(cores(), 1)))
-    options = {"num_cpus": cpus, "num_gpus": config.cluster.gpus_per_worker or None, "max_retries": config.cluster.max_failures}
+    options = {
+        "num_cpus": cpus,
+        "num_gpus": config.cluster.gpus_per_worker or None,
+        "max_retries": config.cluster.max_failures,
+    }
     task = _trial.options(**options)
-    running = [task.remote(config.model_dump(), str(prepared), str(checkpoints), t, cpus) for t in range(config.score.trials)]
+    running = [
+        task.remote(config.model_dump(), str(prepared), str(checkpoints), t, cpus) for t in range(config.score.trials)
+    ]
     done = 0
     with plain_errors():
         while running:
@@ -50,7 +58,9 @@ def _finished_epochs(config: Config, checkpoints: Path) -> int:
     return sum(checkpoint_path(checkpoints, t, e).exists() for t in range(score.trials) for e in range(score.epochs))
 
 
-def score(config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance) -> None:
+def score(
+    config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
+) -> None:
     """Score every chunk that has no piece yet."""
     units = []
     for chunk in chunks:

@@ -50,7 +50,9 @@ class Session:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}") from None
         found = ray.cluster_resources()
-        self.say(f"Ray is ready: {found.get('CPU', 0):g} cores, {found.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)")
+        self.say(
+            f"Ray is ready: {found.get('CPU', 0):g} cores, {found.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
+        )
 
     def _object_store(self) -> int:
         if self.config.object_store_mb:

@@ -1,4 +1,6 @@
-"""Distillation on Ray Train: workers that each own some classes, restarted together from the last checkpoint if one is lost."""
+"""Distillation on Ray Train: workers that each own some classes, restarted together from the last checkpoint if one is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def run(config: Config, places: Places, report: Report) -> None:
         train_loop_config={"config": config.model_dump(), "cpus": cpus, "places": [str(p) for p in _paths(places)]},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            name="distill", storage_path=str(places.work / "ray"), failure_config=FailureConfig(max_failures=config.cluster.max_failures)
+            name="distill",
+            storage_path=str(places.work / "ray"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
     with plain_errors(), _Tail(places.log, report):
@@ -63,9 +67,13 @@ def _worker(loop: dict[str, Any]) -> None:
 def _check_room(workers: int, gpus: float) -> None:
     have = ray.cluster_resources()
     if workers > cores():
-        raise UserError(f"distill.workers = {workers} needs as many cores, the cluster has {cores()}; lower distill.workers")
+        raise UserError(
+            f"distill.workers = {workers} needs as many cores, the cluster has {cores()}; lower distill.workers"
+        )
     if workers * gpus > have.get("GPU", 0):
-        raise UserError(f"{workers} workers with cluster.gpus_per_worker = {gpus:g} do not fit on {have.get('GPU', 0):g} GPUs")
+        raise UserError(
+            f"{workers} workers with cluster.gpus_per_worker = {gpus:g} do not fit on {have.get('GPU', 0):g} GPUs"
+        )
 
 
 def _paths(places: Places) -> tuple[Path, ...]:

@@ -98,7 +98,9 @@ def ingest_chunk(source: Source, decoder: ImageDecoder, rows: pa.Table, target: 
     array = np.stack(pixels) if pixels else np.zeros((0, *decoder.shape), np.uint8)
     table = shards.to_table(kept["sample_id"].to_pylist(), kept["label"].to_numpy(), array).sort_by("label")
     with publish(_rejected(target)) as temporary:
-        pq.write_table(pa.Table.from_pylist([dict(zip(REJECTED.names, b, strict=True)) for b in bad], REJECTED), temporary)
+        pq.write_table(
+            pa.Table.from_pylist([dict(zip(REJECTED.names, b, strict=True)) for b in bad], REJECTED), temporary
+        )
     with publish(target) as temporary:
         _write_by_class(table, temporary)
     return len(good), len(bad)
@@ -118,8 +120,10 @@ def merge(plan: Plan, pieces: Path, prepared: Path, group: int) -> dict[str, Any
             shape = tuple(files[0].schema_arrow.field("pixels").type.shape)
             labels = range(len(plan.class_names))
             classes = ((label, _rows_of(files, label)) for label in labels)
+            found: dict[int, int] = {}
+            sums: list[Any] = []
             nonempty = (pair for pair in classes if pair[1].num_rows)
-            shards.write_shards(temporary / split, _measured(nonempty, found := {}, sums := []), shape, group)
+            shards.write_shards(temporary / split, _measured(nonempty, found, sums), shape, group)
             counts[split] = [found.get(label, 0) for label in labels]
             if split == "train":
                 moments = np.sum(sums, axis=0) if sums else np.zeros((3, shape[0]))
@@ -128,7 +132,9 @@ def merge(plan: Plan, pieces: Path, prepared: Path, group: int) -> dict[str, Any
         if 0 in counts["train"]:
             name = plan.class_names[counts["train"].index(0)]
             reasons = rejected["reason"].to_pylist()[:1]
-            raise UserError(f"every training sample of the class {name!r} was rejected (first reason: {reasons}); see {pieces}")
+            raise UserError(
+                f"every training sample of the class {name!r} was rejected (first reason: {reasons}); see {pieces}"
+            )
         mean, std = _statistics(moments)
         meta = {"class_names": plan.class_names, "shape": list(shape or ()), "counts": counts, "mean": mean, "std": std,
                 "rejected": rejected.num_rows}  # fmt: skip
@@ -167,7 +173,9 @@ def _rows_of(files: list[pq.ParquetFile], label: int) -> pa.Table:
     return pa.concat_tables(parts) if parts else files[0].schema_arrow.empty_table()
 
 
-def _measured(classes: Iterator[tuple[int, pa.Table]], counts: dict[int, int], sums: list[Any]) -> Iterator[tuple[int, pa.Table]]:
+def _measured(
+    classes: Iterator[tuple[int, pa.Table]], counts: dict[int, int], sums: list[Any]
+) -> Iterator[tuple[int, pa.Table]]:
     """Passes tables through, noting counts and exact channel sums (n, sum x, sum x^2) [3, channels]."""
     for label, table in classes:
         pixels = shards.pixels_of(table)

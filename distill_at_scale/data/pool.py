@@ -1,6 +1,7 @@
 """The one door to real data during distillation: class-wise draws from the kept samples.
 
-Only what the manifest keeps is ever loaded. Images stay uint8 in memory and become normalised float32 when they are drawn.
+Only what the manifest keeps is ever loaded. Images stay uint8 in memory and become normalised float32 when they are
+drawn.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Pool:
         for label, held in by_class.items():
             if not len(held):
                 name = prepared.class_names[label]
-                raise UserError(f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class")
+                raise UserError(
+                    f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class"
+                )
         return cls(by_class, Normalization(tuple(prepared.mean), tuple(prepared.std)), seed)
 
     def count(self, label: int) -> int:

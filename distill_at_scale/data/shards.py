@@ -1,8 +1,8 @@
 """The prepared format: class-sorted Parquet shards of uint8 tensors, and reading them.
 
-`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and pixels (fixed-shape
-uint8 tensor, C x H x W). Rows are sorted by class and, within it, by id; a row group holds one class. `dataset.json` holds class
-names, shape, counts, channel statistics and the content fingerprint.
+`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and pixels
+(fixed-shape uint8 tensor, C x H x W). Rows are sorted by class and, within it, by id; a row group holds one class.
+`dataset.json` holds class names, shape, counts, channel statistics and the content fingerprint.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class Prepared:
         try:
             self.meta = json.loads((self.folder / "dataset.json").read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.folder} holds no prepared data; run `distill-at-scale ingest CONFIG` first") from None
+            raise UserError(
+                f"{self.folder} holds no prepared data; run `distill-at-scale ingest CONFIG` first"
+            ) from None
 
     @property
     def class_names(self) -> list[str]:
@@ -128,7 +130,9 @@ class Prepared:
         table = pa.concat_tables(tables)
         return table["sample_id"].to_pylist(), table["label"].to_numpy()
 
-    def load(self, split: str, only: Collection[str] | None = None, labels: Collection[int] | None = None) -> tuple[Array, Array]:
+    def load(
+        self, split: str, only: Collection[str] | None = None, labels: Collection[int] | None = None
+    ) -> tuple[Array, Array]:
         """Pixels uint8 [n, *shape] and labels int64 [n], in shard order; `only` keeps these ids, `labels` these classes."""
         wanted = None if only is None else pa.array(sorted(only), pa.string())
         pixels, found = [np.zeros((0, *self.shape), np.uint8)], [np.zeros(0, np.int64)]

@@ -1,7 +1,8 @@
 """The manifest: which training samples are kept, and why; the only thing that distillation reads of the selection.
 
-Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label and id.
-The schema's metadata holds rule, rate asked and reached, seed and fingerprints as JSON under the key `selection`.
+Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label
+and id. The schema's metadata holds rule, rate asked and reached, seed and fingerprints as JSON under the key
+`selection`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 
 SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("label", pa.int32()), ("score", pa.float32()), ("rank", pa.int32()), ("kept", pa.bool_())]
+    [
+        ("sample_id", pa.string()),
+        ("label", pa.int32()),
+        ("score", pa.float32()),
+        ("rank", pa.int32()),
+        ("kept", pa.bool_()),
+    ]
 )
 
 

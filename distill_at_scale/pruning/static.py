@@ -1,7 +1,7 @@
 """Level 1, static pruning: scores -> kept ids (arXiv 2305.18381, section 3; METHOD.md section 2).
 
-Samples are ranked by usefulness, within each class or over all, ties by sample id, and the first are kept. Per class at least
-`min_per_class` samples stay; where that overrode the rate, the manifest's metadata says so.
+Samples are ranked by usefulness, within each class or over all, ties by sample id, and the first are kept. Per class
+at least `min_per_class` samples stay; where that overrode the rate, the manifest's metadata says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Selection:
     facts: dict[str, Any]
 
 
-def select(scores: pa.Table, config: SelectSection, criterion: str, low_is_useful: bool, minimum: int, seed: int) -> Selection:
+def select(
+    scores: pa.Table, config: SelectSection, criterion: str, low_is_useful: bool, minimum: int, seed: int
+) -> Selection:
     """Choose what to keep.
 
     `scores` has sample_id, label and a column `criterion` (none is needed for "random"). Raises UserError for an unknown
@@ -43,7 +45,13 @@ def select(scores: pa.Table, config: SelectSection, criterion: str, low_is_usefu
     else:
         kept, raised = _cut_global(values, labels, places, config, minimum, _ascending(config.order, low_is_useful))
     out = pa.table(
-        {"sample_id": table["sample_id"], "label": labels, "score": values.astype(np.float32), "rank": places, "kept": kept}
+        {
+            "sample_id": table["sample_id"],
+            "label": labels,
+            "score": values.astype(np.float32),
+            "rank": places,
+            "kept": kept,
+        }
     )
     return Selection(out, _facts(config, criterion, minimum, seed, labels, kept, raised))
 
@@ -64,7 +72,13 @@ def ranks(values: Array, labels: Array, ascending: bool) -> Array:
 
 def _ascending(order: str, low_is_useful: bool) -> bool:
     """Whether the samples to keep are those with the smallest scores."""
-    return {"low": True, "high": False, "useful": low_is_useful, "stratum": low_is_useful, "useless": not low_is_useful}[order]
+    return {
+        "low": True,
+        "high": False,
+        "useful": low_is_useful,
+        "stratum": low_is_useful,
+        "useless": not low_is_useful,
+    }[order]
 
 
 def _values(table: pa.Table, criterion: str, seed: int) -> Array:
@@ -75,7 +89,9 @@ def _values(table: pa.Table, criterion: str, seed: int) -> Array:
         raise UserError(f"select.criterion = {criterion!r} has no scores; scored are: {', '.join(have)} (or {RANDOM})")
     values = table[criterion].to_numpy().astype(np.float64)
     if (broken := np.flatnonzero(~np.isfinite(values))).size:
-        raise UserError(f"the score {criterion} of sample {table['sample_id'][int(broken[0])].as_py()!r} is not finite; score again")
+        raise UserError(
+            f"the score {criterion} of sample {table['sample_id'][int(broken[0])].as_py()!r} is not finite; score again"
+        )
     return values
 
 
@@ -99,7 +115,11 @@ def _cut_global(
     values: Array, labels: Array, places: Array, config: SelectSection, minimum: int, ascending: bool
 ) -> tuple[Array, list[int]]:
     total, counts = len(values), np.bincount(labels)
-    number = min(config.per_class * int(np.count_nonzero(counts)), total) if config.per_class else quota(config.keep, total, 1)
+    number = (
+        min(config.per_class * int(np.count_nonzero(counts)), total)
+        if config.per_class
+        else quota(config.keep, total, 1)
+    )
     start = min(int(np.floor(config.stratum_start * total + 0.5)), total - number) if config.order == "stratum" else 0
     overall = ranks(values, np.zeros(total, np.int64), ascending)
     kept = (overall >= start) & (overall < start + number)

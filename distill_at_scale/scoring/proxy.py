@@ -102,4 +102,6 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, 
 
 def _check_finite(network: nn.Module, trial: int, epoch: int, lr: float) -> None:
     if not all(torch.isfinite(p).all() for p in network.parameters()):
-        raise DistillationDiverged(f"proxy training diverged in trial {trial}, epoch {epoch}, at score.lr = {lr}; lower score.lr")
+        raise DistillationDiverged(
+            f"proxy training diverged in trial {trial}, epoch {epoch}, at score.lr = {lr}; lower score.lr"
+        )

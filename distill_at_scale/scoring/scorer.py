@@ -1,7 +1,8 @@
 """One pass over the data in which every sample is scored with every proxy checkpoint.
 
-The work is cut into the fixed chunks of the prepared shards and, within them, into batches of one fixed size (the last one
-padded), so the numbers do not depend on how many scorers share the work. A chunk is published when it is scored and not done again.
+The work is cut into the fixed chunks of the prepared shards and, within them, into batches of one fixed size (the
+last one padded), so the numbers do not depend on how many scorers share the work. A chunk is published when it is
+scored and not done again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Scorer:
     @torch.no_grad()
     def _score(self, table: pa.Table) -> pa.Table:
         """sample_id, label and, per criterion, float32 lists [trials * epochs]."""
-        pixels, labels = torch.from_numpy(np.array(pixels_of(table))), torch.from_numpy(table["label"].to_numpy().astype(np.int64))
+        pixels, labels = (
+            torch.from_numpy(np.array(pixels_of(table))),
+            torch.from_numpy(table["label"].to_numpy().astype(np.int64)),
+        )
         values = {name: np.empty((len(labels), len(self.weights)), np.float32) for name in self.criteria}
         for column, weights in enumerate(self.weights):
             self.loaded.load_state_dict(weights)
@@ -67,7 +71,9 @@ class Scorer:
             for name, criterion in self.criteria.items():
                 values[name][:, column] = criterion.observe(logits, labels).numpy()
         columns = {"sample_id": table["sample_id"], "label": table["label"]}
-        columns |= {name: pa.FixedSizeListArray.from_arrays(pa.array(v.reshape(-1)), v.shape[1]) for name, v in values.items()}
+        columns |= {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(v.reshape(-1)), v.shape[1]) for name, v in values.items()
+        }
         return pa.table(columns)
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:

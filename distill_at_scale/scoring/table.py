@@ -1,8 +1,8 @@
 """scores.parquet: joining the scored chunks by sample id, proving that none is missing or doubled, and aggregating.
 
-Columns: sample_id, label, one float32 column per criterion, `score` (the first of them) and, behind every criterion, its values
-`<criterion>_values` as float32 lists [trials * epochs], trial by trial. Rows are sorted by label and id. The schema's
-metadata holds, under `scores`, the shape of the lists and each criterion's direction.
+Columns: sample_id, label, one float32 column per criterion, `score` (the first of them) and, behind every criterion,
+its values `<criterion>_values` as float32 lists [trials * epochs], trial by trial. Rows are sorted by label and id.
+The schema's metadata holds, under `scores`, the shape of the lists and each criterion's direction.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def prove_whole(found: Sequence[str], expected: Sequence[str]) -> None:
     if extra := have - wanted:
         raise UserError(f"{len(extra)} scores belong to no sample of this data set, for example {min(extra)!r}")
     if len(found) != len(have):
-        raise UserError(f"{len(found) - len(have)} samples are scored more than once; remove the score work folder and run `score` again")
+        raise UserError(
+            f"{len(found) - len(have)} samples are scored more than once; remove the score work folder and run `score` again"
+        )
 
 
 def aggregate(joined: pa.Table, config: Config) -> pa.Table:
@@ -84,7 +86,11 @@ def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 def matrix(column: pa.ChunkedArray) -> Array:
     """A list column as float32 [n, values]."""
-    return np.stack(column.combine_chunks().to_numpy(zero_copy_only=False)) if len(column) else np.zeros((0, 1), np.float32)
+    return (
+        np.stack(column.combine_chunks().to_numpy(zero_copy_only=False))
+        if len(column)
+        else np.zeros((0, 1), np.float32)
+    )
 
 
 def within_class_spearman(first: Array, second: Array, labels: Array) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The contract of a source, and the listing that every source returns.
 
-A listing is an Arrow table with the columns sample_id (string, unique), label (int32), location (string) and row (int64):
-whatever the source needs to find the sample again. Splits are called "train" and "test".
+A listing is an Arrow table with the columns sample_id (string, unique), label (int32), location (string) and row
+(int64): whatever the source needs to find the sample again. Splits are called "train" and "test".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Images in one folder per class: `train/<class>/*.JPEG`, and `val/` or `test/` where there is one.
 
-Ids are the POSIX paths relative to the root, split included. Without a `train` folder, class folders right below the root
-are the training split. Classes are in the order of their sorted names, from the training split.
+Ids are the POSIX paths relative to the root, split included. Without a `train` folder, class folders right below the
+root are the training split. Classes are in the order of their sorted names, from the training split.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ImageFolder:
     def __init__(self, config: DataSection) -> None:
         self.root = data_root(config)
         folders = {split_of(p.name): p for p in sorted(self.root.iterdir()) if p.is_dir()}
-        self.folders = {split: folders[split] for split in ("train", "test") if split in folders}
+        self.folders: dict[str, Path] = {split: folders[split] for split in ("train", "test") if split in folders}
         if "train" not in self.folders:
             self.folders["train"] = self.root
         train = self.folders["train"]

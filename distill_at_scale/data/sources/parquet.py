@@ -1,7 +1,8 @@
-"""Hugging Face's image layout: Parquet files `train-*.parquet`, `test-*.parquet` with `image: struct<bytes, path>` and `label`.
+"""Hugging Face's image layout: Parquet files `train-*.parquet`, `test-*.parquet` with `image: struct<bytes, path>` and
+`label`.
 
-Class names come from the metadata that the datasets library writes into the schema. A sample's id is `image.path` where it
-is present and unique within the split, else `<file>:<row>`. Files may also lie in a folder per split.
+Class names come from the metadata that the datasets library writes into the schema. A sample's id is `image.path`
+where it is present and unique within the split, else `<file>:<row>`. Files may also lie in a folder per split.
 """
 
 from __future__ import annotations

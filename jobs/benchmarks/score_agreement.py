@@ -1,0 +1,45 @@
+"""How well a short scoring ranks samples like a longer one: mean within-class Spearman correlation of two score tables.
+
+python jobs/benchmarks/score_agreement.py RUN_A RUN_B [--trials T] [--epochs E]
+
+RUN_A and RUN_B are run folders of the same data set in which `score` is done. With --trials and --epochs only the first
+trials and epochs of RUN_A's losses are used. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill_at_scale.scoring import table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--epochs", type=int)
+    options = parser.parse_args()
+    ids, labels, a = _scores(options.first, options.trials, options.epochs)
+    other, _, b = _scores(options.second, None, None)
+    if ids != other:
+        raise SystemExit("the two runs score different samples; agreement needs the same data set")
+    mean, std = table.within_class_spearman(a, b, labels)
+    print(json.dumps({"spearman_mean": round(mean, 4), "spearman_std_over_classes": round(std, 4), "samples": len(ids),
+                      "mean_score": [round(float(a.mean()), 4), round(float(b.mean()), 4)]}))  # fmt: skip
+
+
+def _scores(run: Path, trials: int | None, epochs: int | None) -> tuple[list[str], Any, Any]:
+    scores, facts = table.read(run / "scores.parquet")
+    values = table.matrix(scores["loss_values"]).reshape(-1, facts["trials"], facts["epochs"])
+    values = values[:, : trials or facts["trials"], : epochs or facts["epochs"]]
+    return scores["sample_id"].to_pylist(), scores["label"].to_numpy(), np.mean(values, axis=(1, 2), dtype=np.float64)
+
+
+if __name__ == "__main__":
+    main()

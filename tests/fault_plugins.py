@@ -1,0 +1,34 @@
+"""Plug-ins that misbehave on purpose, for the tests of what survives: a source and a backend that kill their process once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from distill_at_scale.backends.dm import DistributionMatching
+from distill_at_scale.data.sources.digits import Digits
+
+
+class KillingSource(Digits):
+    """Kills the process that reads row 700, once per data.path."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.marker = Path(config.path)
+
+    def read(self, rows):
+        if 700 in rows["row"].to_pylist() and not self.marker.exists():
+            self.marker.touch()
+            os._exit(1)
+        return super().read(rows)
+
+
+class KillingBackend(DistributionMatching):
+    """DM whose worker dies in step 6, once; distill.options.marker names the file that remembers it."""
+
+    def step(self, i):
+        marker = Path(self.setting.config.distill.options["marker"])
+        if i == 6 and self.setting.workers.rank == self.setting.workers.size - 1 and not marker.exists():
+            marker.touch()
+            os._exit(1)
+        return super().step(i)

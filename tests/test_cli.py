@@ -1,0 +1,123 @@
+"""The command: exit status, messages without tracebacks, and the table at the end."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import yaml
+from conftest import TINY
+
+from distill_at_scale import cli
+from distill_at_scale.rundir import STAGES
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    return str(path)
+
+
+def said(capsys) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.out, captured.err
+
+
+def test_one_stage_runs_and_a_second_time_is_skipped(tiny_file, tmp_path, capsys):
+    assert cli.main(["ingest", tiny_file]) == 0
+    assert (tmp_path / "run" / "prepared" / "dataset.json").is_file()
+    assert "ingest: finished" in said(capsys)[0]
+    assert cli.main(["ingest", tiny_file]) == 0
+    assert "already done" in said(capsys)[0]
+
+
+def test_overrides_reach_the_run(tiny_file, tmp_path):
+    assert cli.main(["ingest", tiny_file, "data.classes=['8', '9']", f"run.dir={tmp_path / 'other'}"]) == 0
+    assert json.loads((tmp_path / "other" / "prepared" / "dataset.json").read_text())["class_names"] == ["8", "9"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score"], "distill-at-scale ingest"),
+        (["run", "select.kep=1"], "did you mean select.keep?"),
+        (["run", "select.keep=2"], "select.keep = 2"),
+        (["run", "distill.method=dcc"], "distill.method = 'dcc' is unknown; did you mean dc?"),
+        (["run", "data.source=imagefolder", "data.path=/no/such/folder"], "no such folder"),
+        (["run", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_the_user_can_mend_is_said_in_a_line_and_exits_with_two(tiny_file, capsys, arguments, message):
+    assert cli.main([arguments[0], tiny_file, *arguments[1:]]) == 2
+    out, err = said(capsys)
+    assert message in err
+    assert err.startswith("error: ")
+    assert "started" not in out
+
+
+def test_a_configuration_that_is_not_there_is_named(capsys):
+    assert cli.main(["run", "no/such/file.yaml"]) == 2
+    assert "no/such/file.yaml" in said(capsys)[1]
+
+
+def test_a_message_is_not_mistaken_for_markup(tiny_file, capsys):
+    assert cli.main(["run", tiny_file, "data.classes=['[red]x']"]) == 2
+    assert "'[red]x' is not a class" in said(capsys)[1]
+
+
+@pytest.mark.parametrize("arguments", [["fly", "x.yaml"], [], ["run"]])
+def test_wrong_usage_exits_with_two_and_shows_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert "usage: distill-at-scale" in capsys.readouterr().err
+
+
+def test_the_help_names_every_stage(capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["--help"])
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    assert all(stage in out for stage in ("run", *STAGES))
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "same command again"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "No space left on device: /x/y"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "Permission denied: /x/y"),
+    ],
+)
+def test_interruption_and_a_full_disk_end_with_advice(tiny_file, capsys, monkeypatch, raised, status, message):
+    def fail(*arguments):
+        raise raised
+
+    monkeypatch.setattr(cli.Pipeline, "run", fail)
+    assert cli.main(["run", tiny_file]) == status
+    assert message in said(capsys)[1]
+
+
+def test_a_bug_is_not_hidden(tiny_file, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(cli.Pipeline, "run", fail)
+    with pytest.raises(RuntimeError, match="bug"):
+        cli.main(["run", tiny_file])
+
+
+def test_the_table_at_the_end_has_every_set(digits_run, capsys):
+    from rich.console import Console
+
+    from distill_at_scale.rundir import RunDir
+
+    cli.show_result(RunDir(digits_run.dir), Console(width=120))
+    out = capsys.readouterr().out
+    summary = json.loads((digits_run.dir / "evaluation.json").read_text())["summary"]
+    for row in summary:
+        assert row["set"] in out
+        assert f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" in out

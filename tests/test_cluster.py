@@ -1,0 +1,155 @@
+"""The same functions on Ray: equal results for any number of actors and workers, and after lost processes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_at_scale import distill, synthetic
+from distill_at_scale.config import Config, validate
+from distill_at_scale.data import ingest
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.execution import Local, score_piece
+from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.progress import Display
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def settings(tmp_path: Path, **sections) -> Config:
+    values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "data": {"source": "digits", "size": 8, "channels": 1, "holdout": 0.25, "chunk": 200},
+        "score": {"trials": 2, "epochs": 2, "width": 8, "batch": 128},
+        "select": {"keep": 0.2},
+        "distill": {"method": "dm", "steps": 8, "width": 8, "workers": 2, "checkpoint_every": 2, "dm": {"augment": "color_crop"}},
+        "runtime": {"rule": "loss", "drop": 0.3, "refresh": 3},
+        "evaluate": {"seeds": 2, "epochs": 5},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return validate(values)
+
+
+def executor(config: Config):
+    from distill_at_scale.cluster.executor import RayExecutor
+
+    return RayExecutor(config, lambda text: None)
+
+
+def quiet() -> Display:
+    from rich.console import Console
+
+    return Display(Console(quiet=True))
+
+
+def run_local(config: Config, stages=("ingest", "score", "select")) -> Path:
+    Pipeline(config, Local, quiet()).run(stages)
+    return Path(config.run.dir)
+
+
+def distilled(config: Config, run: Path, work: Path) -> synthetic.SyntheticSet:
+    work.mkdir(parents=True, exist_ok=True)
+    places = distill.Places(run / "prepared", run / "manifest.parquet", work, work / "metrics.jsonl")
+    executor(config).distill(config, places, lambda line: None)
+    return synthetic.load(work / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run whose first three stages were done without Ray."""
+    return run_local(settings(tmp_path_factory.mktemp("local")))
+
+
+def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, finished):
+    config = settings(tmp_path)
+    lines: list[str] = []
+    display = quiet()
+    display.say = lines.append  # type: ignore[method-assign]
+    Pipeline(config, lambda: executor(config), display).run()
+    run = Path(config.run.dir)
+    for name in ("scores.parquet", "manifest.parquet", "synthetic/card.json", "evaluation.json", "metrics.jsonl", "report.html"):
+        assert (run / name).exists(), name
+    assert Prepared(run / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
+    assert any(line.startswith("  distill: 8 of 8 steps") for line in lines)
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_path, finished, actors):
+    config = settings(tmp_path, cluster={"actors": actors})
+    prepared, proxies = finished / "prepared", finished / "proxies"
+    chunks = Prepared(prepared).chunks("train")
+    for name, by in (("ray", executor(config)), ("local", Local())):
+        (tmp_path / name).mkdir()
+        by.score(config, prepared, proxies, chunks, tmp_path / name, lambda count: None)
+    for chunk in chunks:
+        here, there = score_piece(tmp_path / "ray", chunk), score_piece(tmp_path / "local", chunk)
+        assert here.read_bytes() == there.read_bytes(), chunk
+
+
+def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
+    config = settings(tmp_path)
+    places = distill.Places(finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path / "log")
+    Local().distill(config, places, lambda line: None)
+    alone = synthetic.load(tmp_path / "synthetic")
+    both = distilled(config, finished, tmp_path / "ray")
+    assert torch.equal(alone.labels, both.labels)
+    torch.testing.assert_close(both.images, alone.images, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path, finished):
+    def plugged(marker: Path) -> Config:
+        return settings(tmp_path, distill={"method": "fault_plugins:KillingBackend", "options": {"marker": str(marker)}})
+
+    spared = tmp_path / "spared"
+    spared.touch()
+    expected = distilled(plugged(spared), finished, tmp_path / "whole")
+    found = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken")
+    assert (tmp_path / "killed").exists(), "nothing was killed, so nothing was tested"
+    assert torch.equal(found.images, expected.images)
+
+
+@pytest.mark.slow
+def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
+    marker = tmp_path / "killed"
+    config = settings(tmp_path, data={"source": "fault_plugins:KillingSource", "path": str(marker)}, cluster={"actors": 1})
+    Pipeline(config, lambda: executor(config), quiet()).run(("ingest",))
+    assert marker.exists(), "nothing was killed, so nothing was tested"
+    assert Prepared(Path(config.run.dir) / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
+
+
+def test_a_divergence_names_class_and_step_and_keeps_the_last_good_state(tmp_path, finished):
+    config = settings(tmp_path, distill={"dm": {"image_lr": 1e30, "augment": "none"}, "checkpoint_every": 1000})
+    work = tmp_path / "work"
+    with pytest.raises(DistillationDiverged, match=r"class '\d' .* at step \d+, image learning rate 1e\+30"):
+        distilled(config, finished, work)
+    from safetensors.torch import load_file
+
+    state = load_file(work / "state.safetensors")
+    images = [value for key, value in state.items() if key.startswith("images/")]
+    assert len(images) == 10
+    assert all(torch.isfinite(image).all() for image in images)
+
+
+def test_more_workers_than_cores_are_refused_before_anything_starts(tmp_path, finished):
+    config = settings(tmp_path, distill={"workers": 9})
+    with pytest.raises(UserError, match=r"distill\.workers = 9 needs as many cores"):
+        distilled(config, finished, tmp_path / "work")
+
+
+def test_a_users_error_inside_an_actor_arrives_as_it_is(tmp_path):
+    folder = tmp_path / "images" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "x.png").write_bytes(b"")
+    config = settings(tmp_path, data={"source": "imagefolder", "path": str(tmp_path / "images"), "holdout": None})
+    plan = ingest.plan(config)
+    shutil.rmtree(tmp_path / "images")
+    (tmp_path / "pieces").mkdir()
+    with pytest.raises(UserError, match="there is no such folder"):
+        executor(config).ingest(config, plan.chunks(200), tmp_path / "pieces", lambda count: None)

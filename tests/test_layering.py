@@ -1,0 +1,150 @@
+"""The house rules, read from the source: imports go down only, one folder knows Ray, nothing but the command prints."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+
+PACKAGE = ROOT / "distill_at_scale"
+LAYERS = [  # a module may import from its own layer and from those below it
+    {"errors", "rng", "progress"},
+    {"config"},
+    {"registry", "rundir", "workers"},
+    {"data", "networks", "augment", "pruning", "scoring", "synthetic"},
+    {"backends"},
+    {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "report"},
+    {"cluster"},
+    {"pipeline"},
+    {"cli"},
+    {"jobs"},
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]:
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in it; of `from x import y` x.y where that is one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inner if name in MODULES}
+            if inner - found:
+                found.add(str(node.module))
+    return found
+
+
+def layer(module: str) -> int:
+    parts = module.split(".")
+    head = parts[0] if parts[0] == "jobs" else parts[1]
+    return next(height for height, names in enumerate(LAYERS) if head in names)
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(MODULES[module]) if name in MODULES and name not in ("distill_at_scale", module)}
+
+
+def test_every_module_has_a_layer():
+    heads = {m.split(".")[0] if m.startswith("jobs") else m.split(".")[1] for m in MODULES if m != "distill_at_scale"}
+    assert heads - set().union(*LAYERS) == set()
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m != "distill_at_scale"))
+def test_imports_go_down_only(module):
+    assert {name for name in own_imports(module) if layer(name) > layer(module)} == set()
+
+
+def test_there_are_no_import_cycles():
+    waiting = {module: own_imports(module) for module in MODULES}
+    while free := [module for module, needs in waiting.items() if not needs & set(waiting)]:
+        for module in free:
+            del waiting[module]
+    assert waiting == {}
+
+
+def test_only_the_cluster_folder_imports_ray():
+    users = {m for m, path in MODULES.items() if any(name.split(".")[0] == "ray" for name in imports(path))}
+    assert users
+    assert {m for m in users if not m.startswith(("distill_at_scale.cluster", "jobs"))} == set()
+
+
+def test_core_modules_do_not_import_the_cluster():
+    above = ("distill_at_scale.cluster", "distill_at_scale.cli", "distill_at_scale.pipeline", "jobs")
+    for module in MODULES:
+        if not module.startswith(above):
+            assert not any(name.startswith("distill_at_scale.cluster") for name in own_imports(module)), module
+
+
+def test_core_modules_never_print():
+    for module, path in MODULES.items():
+        if module.startswith("jobs") or module in ("distill_at_scale.cli", "distill_at_scale.progress"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path}:{node.lineno} prints"
+
+
+def test_core_modules_read_no_environment():
+    for module, path in MODULES.items():
+        if module.startswith(("jobs", "distill_at_scale.cluster", "distill_at_scale.cli")):
+            continue
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"environ", "getenv"}, module
+
+
+def test_every_module_says_what_it_does():
+    for path in MODULES.values():
+        text = path.read_text()
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), path
+
+
+def test_folders_that_are_no_tables_have_empty_init_files():
+    tables = {"distill_at_scale.backends", "distill_at_scale.data.sources", "distill_at_scale.scoring.criteria"}
+    for module, path in MODULES.items():
+        if path.name == "__init__.py" and module not in tables and module.startswith("distill_at_scale"):
+            assert path.read_text() == "", module
+
+
+WITHOUT_RAY = """
+import importlib, sys
+sys.modules["ray"] = None
+import torch
+torch.set_num_threads(1)
+for name in {modules!r}:
+    importlib.import_module(name)
+from distill_at_scale.cli import main
+sys.exit(main(["run", {config!r}]))
+"""
+
+
+def test_the_core_works_with_ray_blocked(tmp_path):
+    """Every core module imports, and the whole command runs a tiny configuration, where `import ray` fails."""
+    import yaml
+
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    core = sorted(m for m in MODULES if m.startswith("distill_at_scale") and ".cluster" not in m)
+    code = WITHOUT_RAY.format(modules=core, config=str(config))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert "distilled" in done.stdout

@@ -1,0 +1,169 @@
+"""A synthetic set: saved and loaded whole, and exported to layouts that others read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from distill_at_scale import synthetic
+from distill_at_scale.config import DataSection
+from distill_at_scale.data.decode import ImageDecoder
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.errors import UserError
+from distill_at_scale.synthetic import SyntheticSet
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def a_set(names=NAMES, channels=3, ipc=2, snapshots=True):
+    """Pixels are whole numbers, so that eight bits hold them exactly."""
+    count = len(names) * ipc
+    pixels = torch.randint(256, (count, channels, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    mean, std = [0.5, 0.4, 0.3][:channels], [0.2, 0.25, 0.3][:channels]
+    shape = (1, channels, 1, 1)
+    images = (pixels / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    card = {
+        "class_names": list(names),
+        "normalization": {"mean": mean, "std": std},
+        "protocol": {"epochs": 3, "augment": "none"},
+    }
+    shots = {0: pixels[:2].to(torch.uint8), 10: pixels[2:4].to(torch.uint8)} if snapshots else {}
+    return SyntheticSet(images, torch.arange(len(names)).repeat_interleave(ipc), card, shots)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    before = a_set()
+    before.save(tmp_path / "synthetic")
+    for folder in (tmp_path / "synthetic", tmp_path, str(tmp_path)):
+        after = synthetic.load(folder)
+        assert torch.equal(after.images, before.images)
+        assert torch.equal(after.labels, before.labels)
+        assert after.card == before.card
+        assert list(after.snapshots) == [0, 10]
+        assert torch.equal(after.snapshots[10], before.snapshots[10])
+
+
+def test_a_set_without_snapshots(tmp_path):
+    a_set(snapshots=False).save(tmp_path / "s")
+    assert synthetic.load(tmp_path / "s").snapshots == {}
+
+
+def test_equal_sets_are_equal_bytes(tmp_path):
+    for name in "ab":
+        a_set().save(tmp_path / name)
+    for file in ("synthetic.safetensors", "snapshots.safetensors", "card.json", "preview.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_folder_without_a_set_says_what_to_do(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="distill-at-scale distill"):
+            synthetic.load(folder)
+
+
+@pytest.mark.parametrize("file", ["synthetic.safetensors", "card.json", "snapshots.safetensors"])
+def test_a_damaged_set_is_named(tmp_path, file):
+    a_set().save(tmp_path / "s")
+    (tmp_path / "s" / file).write_bytes((tmp_path / "s" / file).read_bytes()[:20])
+    with pytest.raises(UserError, match="damaged"):
+        synthetic.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_undo_the_normalisation_and_are_clipped(channels):
+    found = a_set(channels=channels)
+    pixels = torch.randint(256, (6, channels, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert torch.equal(found.pixels(), pixels)
+    found.images[0], found.images[1] = 100, -100
+    assert found.pixels()[:2, 0, 0, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_image_folder_is_read_by_torchvision_and_by_our_own_source(tmp_path, channels):
+    found = a_set(channels=channels)
+    found.export_imagefolder(tmp_path / "out")
+    theirs = ImageFolder(str(tmp_path / "out"))
+    assert theirs.classes == NAMES
+    assert [label for _, label in theirs.samples] == found.labels.tolist()
+    ours = SOURCES["imagefolder"](DataSection(source="imagefolder", path=str(tmp_path / "out")))
+    decoder = ImageDecoder(8, channels)
+    pixels = np.stack([decoder(raw) for raw in ours.read(ours.listing("train"))])
+    assert np.array_equal(pixels, found.pixels().numpy())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_parquet_file_is_read_by_our_own_source(tmp_path, channels):
+    found = a_set(channels=channels)
+    found.export_parquet(tmp_path / "out" / "train-00000.parquet")
+    source = SOURCES["parquet"](DataSection(source="parquet", path=str(tmp_path / "out")))
+    assert source.class_names == NAMES
+    rows = source.listing("train")
+    assert rows["label"].to_pylist() == found.labels.tolist()
+    assert np.array_equal(
+        np.stack([ImageDecoder(8, channels)(raw) for raw in source.read(rows)]), found.pixels().numpy()
+    )
+
+
+def test_the_parquet_file_has_the_layout_that_hugging_face_writes(tmp_path):
+    a_set().export_parquet(tmp_path / "x.parquet")
+    schema = pq.read_schema(tmp_path / "x.parquet")
+    assert [str(schema.field(k).type) for k in ("image", "label")] == ["struct<bytes: binary, path: string>", "int64"]
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert features == {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": NAMES}}
+
+
+def test_the_plain_file_loads_without_pickled_code(tmp_path):
+    found = a_set()
+    found.export_pt(tmp_path / "x.pt")
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert torch.equal(loaded["images"], found.images)
+    assert torch.equal(loaded["labels"], found.labels)
+    assert loaded["card"] == found.card
+
+
+@pytest.mark.parametrize(
+    "names", [["a/b", "../up", "/abs"], ["..", ".", ""], ["a\\b", "nul\0", " "], ["n0 tench", "ä", "x" * 50]]
+)
+def test_no_class_name_leaves_the_folder(tmp_path, names):
+    a_set(names).export_imagefolder(tmp_path / "deep" / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    folders = sorted(p for p in (tmp_path / "deep" / "out").iterdir())
+    assert len(folders) == 3
+    assert all(len(list(folder.glob("*.png"))) == 2 for folder in folders)
+
+
+@pytest.mark.parametrize("names", [["a/b", "a_b", "c"], ["a", " a", "c"]])
+def test_classes_with_similar_names_are_not_mixed(tmp_path, names):
+    a_set(names).export_imagefolder(tmp_path / "out")
+    assert sorted(len(list(folder.glob("*.png"))) for folder in (tmp_path / "out").iterdir()) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("classes", "ipc"), [(3, 1), (12, 1), (3, 5), (2, 30), (150, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_there_is_a_preview_of_any_set(tmp_path, classes, ipc, channels):
+    a_set([str(k) for k in range(classes)], channels, ipc).save(tmp_path / "s")
+    with Image.open(tmp_path / "s" / "preview.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.width <= 10 * 66 + 2
+
+
+def test_a_grid_shows_each_tile_in_its_place():
+    tiles = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 4, 4) * 40
+    sheet = np.asarray(synthetic.grid(tiles, columns=3, side=4, gap=2))[:, :, 0]
+    assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2)
+    for k in range(6):
+        row, column = k // 3 * 6 + 2, k % 3 * 6 + 2
+        assert (sheet[row : row + 4, column : column + 4] == 40 * k).all()
+
+
+def test_a_finished_run_carries_its_fingerprints(digits_run):
+    card = synthetic.load(digits_run.dir).card
+    assert set(card["fingerprints"]) == {"distill", "ingest", "select"}
+    assert card["fingerprints"]["distill"] == digits_run.pipeline.dir.record("distill")["fingerprint"]

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from distill_at_scale.errors import UserError
 
+LARGEST_RATE = 3e38  # what a 32-bit float holds
 SIAMESE = "color_crop_cutout_flip_scale_rotate"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -53,7 +54,7 @@ class ScoreSection(Section):
     width: int = Field(128, ge=1)
     depth: int | None = Field(None, ge=1, le=8)
     batch: int = Field(256, ge=1)
-    lr: float = Field(0.01, gt=0)
+    lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     compile: Literal["auto", "always", "never"] = "auto"
@@ -85,9 +86,9 @@ class SelectSection(Section):
 class MatchingSection(Section):
     """Gradient matching (METHOD.md section 4, DC)."""
 
-    image_lr: float = Field(0.1, gt=0)
+    image_lr: float = Field(0.1, gt=0, le=LARGEST_RATE)
     image_momentum: float = Field(0.5, ge=0, lt=1)
-    network_lr: float = Field(0.01, gt=0)
+    network_lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
     outer: int | None = Field(None, ge=1)  # default by images per class: 1, 10, 50
     inner: int | None = Field(None, ge=1)  # default by images per class: 1, 50, 10
     real_batch: int = Field(256, ge=1)  # per class; at most what is kept of the class
@@ -104,7 +105,7 @@ class SiameseSection(MatchingSection):
 class DistributionSection(Section):
     """Distribution matching (METHOD.md section 4, DM)."""
 
-    image_lr: float | None = Field(None, gt=0)  # default 1, and 10 from 100 images per class on
+    image_lr: float | None = Field(None, gt=0, le=LARGEST_RATE)  # default 1, and 10 from 100 images per class on
     image_momentum: float = Field(0.5, ge=0, lt=1)
     real_batch: int = Field(256, ge=1)
     init: Literal["noise", "real"] = "real"
@@ -131,7 +132,9 @@ class DistillSection(Section):
 class RuntimeSection(Section):
     rule: Literal["none", "loss"] = "none"
     drop: float = Field(0.3, ge=0, lt=1)
-    refresh: int = Field(10, ge=1)  # feature matching only: all samples are looked at every so many steps
+    refresh: int = Field(
+        10, ge=1
+    )  # a batch is looked at in full every so many steps; in between remembered values decide
 
 
 class EvaluateSection(Section):
@@ -139,7 +142,7 @@ class EvaluateSection(Section):
     seeds: int = Field(5, ge=1)
     epochs: int | None = Field(None, ge=1)  # default: 300, and 1000 with augmentation
     batch: int = Field(256, ge=1)
-    lr: float = Field(0.01, gt=0)
+    lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     bounds: list[Literal["kept", "full"]] = []  # upper bounds: train on what was kept, and on everything
@@ -166,7 +169,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stratum_fits(self) -> Config:
-        if self.select.order == "stratum" and self.select.stratum_start + self.select.keep > 1 + 1e-9:
+        if (
+            self.select.order == "stratum"
+            and not self.select.per_class
+            and self.select.stratum_start + self.select.keep > 1 + 1e-9
+        ):
             raise ValueError(
                 f"select.stratum_start + select.keep is {self.select.stratum_start + self.select.keep:g}; "
                 "a stratum must end at or before 1"
@@ -228,7 +235,7 @@ def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [_explain(problem, origin or {}, file) for problem in error.errors()]
-        raise UserError("\n".join(lines)) from None
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
 def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,7 +268,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold sections (run, data, score, ...), not a {type(values).__name__}")
-    return values or {}
+    return {key: {} if value is None else value for key, value in (values or {}).items()}
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -283,14 +290,24 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None
 
 
 def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    where = origin.get(key, file)
+    key, known = _key_of(problem["loc"]), _known_keys(Config)
+    given = [
+        place for name, place in origin.items() if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
+    ]
+    where = given[0] if given and key else file
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key} (in {where}); {nearest(key, _known_keys(Config))}"
+        return f"unknown key {key} (in {where}); {nearest(key, known)}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if not key:
         return f"{where}: {message}"
+    if key == "score.criterion" and "valid" in message:
+        message = "it should be a name or a list of names"
     return f"{key} = {problem['input']!r} (in {where}) is not allowed: {message}"
+
+
+def _key_of(place: tuple[str | int, ...]) -> str:
+    """The dotted key of a problem's place; pydantic adds the names of tried types, which are left out."""
+    return ".".join(str(part) for part in place if str(part) not in ("str", "list[str]"))
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -143,7 +143,8 @@ class Distillation:
             problem = error
         if self.workers.any(problem is not None):
             self._save(i, time.perf_counter() - began)
-            raise DistillationDiverged(self.workers.first(str(problem) if problem else None))
+            visit, message = self.workers.first((problem.visit, str(problem)) if problem else None)
+            raise DistillationDiverged(message, visit)
         return metrics
 
     def _snapshot_steps(self) -> set[int]:
@@ -180,6 +181,8 @@ class Distillation:
     def _resume(self) -> tuple[int, float]:
         """(steps done, seconds spent) of the last checkpoint, which is loaded; (0, 0) without one."""
         here = _read_state(self.places.state) if self.workers.rank == 0 else None
+        if self.workers.rank == 0:
+            _trim_log(self.places.log, here[1] if here else 0)
         state, step, seconds = self.workers.broadcast(here or ({}, 0, 0.0))
         if state:
             self.backend.load_state_dict(state)
@@ -250,3 +253,16 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
     with safe_open(path, "pt") as handle:
         facts = handle.metadata()
     return load_file(path), int(facts["step"]), float(facts["seconds"])
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop the distillation's lines after a step: what follows is about to be done (again)."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and not _is_later(json.loads(line), step)]
+        with publish(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+
+
+def _is_later(line: dict[str, Any], step: int) -> bool:
+    return line.get("stage") == "distill" and line.get("step", 0) > step

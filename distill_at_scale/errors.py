@@ -6,4 +6,11 @@ class UserError(ValueError):
 
 
 class DistillationDiverged(UserError):
-    """A loss became NaN or infinite; the last good state is kept on disk."""
+    """A loss became NaN or infinite; the last good state is kept on disk. `visit` orders several within one step."""
+
+    def __init__(self, message: str, visit: int = 0):
+        super().__init__(message)
+        self.visit = visit
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.visit)

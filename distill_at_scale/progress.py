@@ -55,8 +55,10 @@ class Display:
                        TextColumn("{task.fields[note]}"))  # fmt: skip
             with Progress(*columns, console=self.console, transient=True) as self.bars:
                 self.task = self.bars.add_task(name, total=total, note="")
-                yield meter
-            self.bars = None
+                try:
+                    yield meter
+                finally:
+                    self.bars = None
         else:
             yield meter
         self.say(f"  {meter.line()}, {time.monotonic() - meter.began:.1f} s")

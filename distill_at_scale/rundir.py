@@ -65,8 +65,12 @@ class RunDir:
     def create(self) -> None:
         """Make the folder and prove that it can be written.
 
-        Raises UserError with the reason where it cannot.
+        Raises UserError with the reason where it cannot, or where run.reuse names no run.
         """
+        if self.reuse and not (self.reuse / "stages").is_dir():
+            raise UserError(
+                f"run.reuse = {str(self.reuse.path)!r} is no run folder; give the run.dir of a finished run"
+            )
         try:
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{uuid.uuid4().hex[:8]}"
@@ -146,6 +150,7 @@ class RunDir:
         record = self.record(stage)
         if record is None:
             raise UserError(f"{self.path} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+        self._whole(stage, record)
         return record["output"]
 
     def _whole(self, stage: str, record: Mapping[str, Any]) -> bool:
@@ -161,6 +166,7 @@ class RunDir:
         record = self.reuse.record(stage) if self.reuse else None
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
             return False
+        self.reuse._whole(stage, record)
         for name in record["outputs"]:
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)

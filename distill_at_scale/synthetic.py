@@ -69,9 +69,10 @@ class SyntheticSet:
 
     def export_imagefolder(self, folder: str | Path) -> None:
         """`<class>/<number>.png`, 8 bits per channel (clipped); torchvision's ImageFolder reads it."""
+        names = _folder_names(self.class_names)
         with publish(Path(folder)) as temporary:
             for i, (pixels, label) in enumerate(zip(self.pixels(), self.labels.tolist(), strict=True)):
-                target = temporary / _folder_name(self.class_names[label], label) / f"{i:05d}.png"
+                target = temporary / names[label] / f"{i:05d}.png"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 to_image(pixels).save(target)
 
@@ -103,11 +104,11 @@ def load(folder: str | Path) -> SyntheticSet:
     try:
         tensors = load_file(folder / "synthetic.safetensors")
         card = json.loads((folder / "card.json").read_text())
+        shots = load_file(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
         raise UserError(f"the synthetic set in {folder} is damaged: {error}") from None
-    shots = load_file(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
     return SyntheticSet(tensors["images"], tensors["labels"], card, {int(k): v for k, v in sorted(shots.items())})
 
 
@@ -147,7 +148,11 @@ def _png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _folder_name(name: str, label: int) -> str:
-    """A class name that is safe as a folder name."""
-    safe = "".join("_" if c in (os.sep, "/", "\\", "\0") else c for c in name).strip()
-    return safe if safe not in ("", ".", "..") else f"class-{label}"
+def _folder_names(names: list[str]) -> list[str]:
+    """Class names made safe as folder names; one that is unusable or taken gets its label's number."""
+    found: list[str] = []
+    for label, name in enumerate(names):
+        safe = "".join("_" if c in (os.sep, "/", "\\", "\0") else c for c in name).strip()
+        usable = safe not in ("", ".", "..") and safe.casefold() not in {other.casefold() for other in found}
+        found.append(safe if usable else f"class-{label}")
+    return found

@@ -29,7 +29,7 @@ class Workers(Protocol):
         """Rank 0's value, everywhere."""
 
     def first(self, value: Any) -> Any:
-        """The first value, in rank order, that is not None, everywhere."""
+        """The smallest value that is not None, everywhere."""
 
 
 class Solo:
@@ -79,7 +79,7 @@ class Group:
         return box[0]
 
     def first(self, value: Any) -> Any:
-        return next((v for v in self.gather(value) if v is not None), None)
+        return min((v for v in self.gather(value) if v is not None), default=None)
 
 
 def workers_here(device: torch.device) -> Workers:

@@ -27,7 +27,14 @@ def settings(tmp_path: Path, **sections) -> Config:
         "data": {"source": "digits", "size": 8, "channels": 1, "holdout": 0.25, "chunk": 200},
         "score": {"trials": 2, "epochs": 2, "width": 8, "batch": 128},
         "select": {"keep": 0.2},
-        "distill": {"method": "dm", "steps": 8, "width": 8, "workers": 2, "checkpoint_every": 2, "dm": {"augment": "color_crop"}},
+        "distill": {
+            "method": "dm",
+            "steps": 8,
+            "width": 8,
+            "workers": 2,
+            "checkpoint_every": 2,
+            "dm": {"augment": "color_crop"},
+        },
         "runtime": {"rule": "loss", "drop": 0.3, "refresh": 3},
         "evaluate": {"seeds": 2, "epochs": 5},
     }
@@ -73,7 +80,14 @@ def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, fin
     display.say = lines.append  # type: ignore[method-assign]
     Pipeline(config, lambda: executor(config), display).run()
     run = Path(config.run.dir)
-    for name in ("scores.parquet", "manifest.parquet", "synthetic/card.json", "evaluation.json", "metrics.jsonl", "report.html"):
+    for name in (
+        "scores.parquet",
+        "manifest.parquet",
+        "synthetic/card.json",
+        "evaluation.json",
+        "metrics.jsonl",
+        "report.html",
+    ):
         assert (run / name).exists(), name
     assert Prepared(run / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
     assert any(line.startswith("  distill: 8 of 8 steps") for line in lines)
@@ -105,7 +119,9 @@ def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
 @pytest.mark.slow
 def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path, finished):
     def plugged(marker: Path) -> Config:
-        return settings(tmp_path, distill={"method": "fault_plugins:KillingBackend", "options": {"marker": str(marker)}})
+        return settings(
+            tmp_path, distill={"method": "fault_plugins:KillingBackend", "options": {"marker": str(marker)}}
+        )
 
     spared = tmp_path / "spared"
     spared.touch()
@@ -118,7 +134,9 @@ def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path,
 @pytest.mark.slow
 def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
     marker = tmp_path / "killed"
-    config = settings(tmp_path, data={"source": "fault_plugins:KillingSource", "path": str(marker)}, cluster={"actors": 1})
+    config = settings(
+        tmp_path, data={"source": "fault_plugins:KillingSource", "path": str(marker)}, cluster={"actors": 1}
+    )
     Pipeline(config, lambda: executor(config), quiet()).run(("ingest",))
     assert marker.exists(), "nothing was killed, so nothing was tested"
     assert Prepared(Path(config.run.dir) / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint

@@ -80,7 +80,7 @@ def test_an_unknown_key_of_the_file_names_the_file(load):
         ("runtime.drop=1.0", "runtime.drop", "1.0", "less than 1"),
         ("run.seed='0'", "run.seed", "'0'", "integer"),
         ("evaluate.networks=[]", "evaluate.networks", "[]", "at least 1"),
-        ("score.lr=.nan", "score.lr", "nan", "greater than 0"),
+        ("score.lr=.nan", "score.lr", "nan", "finite number"),
         ("score.criterion=[loss, loss]", "score.criterion", "loss", "each once"),
     ],
 )

@@ -80,7 +80,8 @@ class ImageBackend:
         self.setting, self.init, self.lr, self.momentum = setting, init, lr, momentum
         self.ipc = setting.config.distill.ipc
         self.pruning = RuntimePruning(setting.config.runtime)
-        self.problem: str | None = None
+        self.problem: DistillationDiverged | None = None
+        self.visit = 0
 
     def prepare(self, real: Pool) -> None:
         self.real = real
@@ -91,24 +92,44 @@ class ImageBackend:
     def update(self, losses: list[Tensor], step: int) -> None:
         """Step the images along gradients that are already in place; `losses` has one entry per own class.
 
-        Where something is not finite the images stay as they are, for the rest of the step too, and `settle` raises: workers
-        that train a network together must all reach the end of the step.
+        Where something is not finite the images stay as they are, for the rest of the step too, and `settle` raises:
+        workers that train a network together must all reach the end of the step.
         """
-        bad = self._first_broken(losses)
-        if bad is not None and self.problem is None:
+        self.visit += 1
+        if self.problem is not None:
+            return
+        bad = _first_broken(torch.stack([loss.detach() for loss in losses]), self.images.grad)
+        if bad is None:
+            bad = self._move()
+        if bad is not None:
             name = self.setting.class_names[self.setting.labels[bad]]
-            self.problem = (
+            method = self.setting.config.distill.method
+            self.problem = DistillationDiverged(
                 f"the loss or gradient of class {name!r} is not finite at step {step}, image learning rate {self.lr:g}; "
-                f"lower distill.{self.setting.config.distill.method}.image_lr. The last good state is kept."
+                f"lower distill.{method}.image_lr. The last good state is kept.",
+                self.visit,
             )
-        if self.problem is None:
-            self.optimizer.step()
 
     def settle(self) -> None:
         """Raises DistillationDiverged if an update of this step could not be made."""
-        if self.problem is not None:
-            message, self.problem = self.problem, None
-            raise DistillationDiverged(message)
+        problem, self.problem, self.visit = self.problem, None, 0
+        if problem is not None:
+            raise problem
+
+    def _move(self) -> int | None:
+        """One optimiser step; undone, with the place of the class returned, if images overflow."""
+        images, state = self.images.detach().clone(), self._momentum()
+        before = None if state is None else state.clone()
+        self.optimizer.step()
+        bad = _first_broken(self.images.detach().flatten(1).sum(1), self.images.detach())
+        if bad is not None:
+            with torch.no_grad():
+                self.images.copy_(images)
+            self.optimizer.state[self.images]["momentum_buffer"] = before
+        return bad
+
+    def _momentum(self) -> Tensor | None:
+        return self.optimizer.state.get(self.images, {}).get("momentum_buffer")
 
     def finish(self) -> tuple[Tensor, Tensor]:
         labels = torch.tensor(self.setting.labels).repeat_interleave(self.ipc)
@@ -116,7 +137,7 @@ class ImageBackend:
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"images/{c}": self.images[k].detach().cpu() for k, c in enumerate(self.setting.labels)}
-        buffer = self.optimizer.state.get(self.images, {}).get("momentum_buffer")
+        buffer = self._momentum()
         if buffer is not None:
             state |= {f"momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.setting.labels)}
         return state | self.pruning.state_dict()
@@ -139,12 +160,13 @@ class ImageBackend:
             raise UserError(too_few(self.setting.class_names[label], self.real.count(label), self.ipc))
         return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
 
-    def _first_broken(self, losses: list[Tensor]) -> int | None:
-        """The first own class whose loss or gradient is not finite."""
-        fine = torch.isfinite(torch.stack([loss.detach() for loss in losses]))
-        if self.images.grad is not None:
-            fine = fine & torch.isfinite(self.images.grad.flatten(1)).all(1)
-        return None if bool(fine.all()) else int((~fine).nonzero()[0])
+
+def _first_broken(values: Tensor, images: Tensor | None) -> int | None:
+    """The first class whose value or whose part of a tensor [classes, ...] is not finite."""
+    fine = (
+        torch.isfinite(values) if images is None else torch.isfinite(values) & torch.isfinite(images.flatten(1)).all(1)
+    )
+    return None if bool(fine.all()) else int((~fine).nonzero()[0])
 
 
 def too_few(name: str, held: int, ipc: int) -> str:

@@ -105,6 +105,8 @@ class _Tail:
     def _read(self) -> None:
         if not self.path.exists():
             return
+        if self.path.stat().st_size < self.position:
+            self.position = 0  # rank 0 dropped the lines of steps that are done again
         with open(self.path, "rb") as log:
             log.seek(self.position)
             for line in log:

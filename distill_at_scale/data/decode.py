@@ -34,28 +34,29 @@ class ImageDecoder:
 
     def __call__(self, raw: bytes | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Raises Rejected for whatever is wrong with the sample."""
-        image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else self._open(raw)
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        image = self._fit(image)
+        try:
+            image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else self._open(raw)
+            image = self._fit(_eight_bits(image).convert("L" if self.channels == 1 else "RGB"))
+        except Rejected:
+            raise
+        except UnidentifiedImageError:
+            raise Rejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
+        except Image.DecompressionBombError as error:
+            raise Rejected(f"decompression bomb: {error}") from None
+        except Exception as error:  # a decoder fed with damaged bytes raises almost anything
+            raise Rejected(f"damaged: {error or type(error).__name__}") from None
         pixels = np.asarray(image, np.uint8)
         return np.ascontiguousarray(pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1))
 
     def _open(self, raw: bytes) -> Image.Image:
         if not raw:
             raise Rejected("empty file")
-        try:
-            image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
-            width, height = image.size
-            if width * height > self.max_pixels:
-                raise Rejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
-            image.draft(None, (2 * self.size, 2 * self.size))  # a large JPEG is decoded at a fraction of its size
-            image.load()
-        except UnidentifiedImageError:
-            raise Rejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
-        except Image.DecompressionBombError as error:
-            raise Rejected(f"decompression bomb: {error}") from None
-        except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
-            raise Rejected(f"damaged: {error or type(error).__name__}") from None
+        image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        width, height = image.size
+        if width * height > self.max_pixels:
+            raise Rejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
+        image.draft(None, (2 * self.size, 2 * self.size))  # a large JPEG is decoded at a fraction of its size
+        image.load()
         return ImageOps.exif_transpose(image)
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -65,3 +66,12 @@ class ImageDecoder:
         if self.resize == "crop":
             return ImageOps.fit(image, target, Image.Resampling.BICUBIC)
         return image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey levels become 8-bit ones; Pillow's own conversion would clip them to white."""
+    if image.mode == "F":
+        raise Rejected("floating-point pixels; convert the image to 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 257).astype(np.uint8))

@@ -72,6 +72,7 @@ def plan(config: Config) -> Plan:
         listings = {split: _relabel(table, source.class_names, names) for split, table in listings.items()}
     if "test" not in listings and data.holdout:
         listings["train"], listings["test"] = _hold_out(listings["train"], data.holdout, config.run.seed)
+    listings = {split: table for split, table in listings.items() if table.num_rows or split == "train"}
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
         raise UserError(f"the class {names[empty[0]]!r} has no training sample in {data.path or data.source}")
@@ -130,11 +131,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, group: int) -> dict[str, Any
         rejected = pa.concat_tables([pq.read_table(p) for p in sorted(pieces.glob("*.rejected"))])
         pq.write_table(rejected.sort_by("sample_id"), temporary / "rejected.parquet")
         if 0 in counts["train"]:
-            name = plan.class_names[counts["train"].index(0)]
-            reasons = rejected["reason"].to_pylist()[:1]
-            raise UserError(
-                f"every training sample of the class {name!r} was rejected (first reason: {reasons}); see {pieces}"
-            )
+            raise UserError(_all_rejected(plan, counts["train"].index(0), rejected, pieces))
         mean, std = _statistics(moments)
         meta = {"class_names": plan.class_names, "shape": list(shape or ()), "counts": counts, "mean": mean, "std": std,
                 "rejected": rejected.num_rows}  # fmt: skip
@@ -142,6 +139,16 @@ def merge(plan: Plan, pieces: Path, prepared: Path, group: int) -> dict[str, Any
         content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in files_written}
         shards.write_meta(temporary, meta, content)
     return meta
+
+
+def _all_rejected(plan: Plan, label: int, rejected: pa.Table, pieces: Path) -> str:
+    listing = plan.listings["train"]
+    lost = listing.filter(pc.equal(listing["label"], label))["sample_id"]
+    first = rejected.filter(pc.is_in(rejected["sample_id"], lost.combine_chunks())).slice(0, 1).to_pylist()[0]
+    return (
+        f"every training sample of the class {plan.class_names[label]!r} was rejected, for example {first['sample_id']!r}: "
+        f"{first['reason']}. Mend or remove the class; all reasons are in {pieces}/*.rejected (Parquet)."
+    )
 
 
 def piece_path(folder: Path, split: str, index: int) -> Path:

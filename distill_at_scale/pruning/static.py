@@ -58,7 +58,7 @@ def select(
 
 def quota(share: float, count: int, minimum: int) -> int:
     """How many of `count` are kept: max(minimum, floor(share * count + 0.5)), at most all."""
-    return min(count, max(minimum, int(np.floor(share * count + 0.5))))
+    return min(count, max(minimum, int(np.floor(share * count + 0.5 + 1e-9))))
 
 
 def ranks(values: Array, labels: Array, ascending: bool) -> Array:
@@ -85,7 +85,11 @@ def _values(table: pa.Table, criterion: str, seed: int) -> Array:
     if criterion == RANDOM:
         return rng.numpy_generator(seed, "random selection").random(table.num_rows)
     if criterion not in table.column_names:
-        have = [name for name in table.column_names if name not in ("sample_id", "label", "score")]
+        have = [
+            name
+            for name in table.column_names
+            if name not in ("sample_id", "label", "score") and not name.endswith("_values")
+        ]
         raise UserError(f"select.criterion = {criterion!r} has no scores; scored are: {', '.join(have)} (or {RANDOM})")
     values = table[criterion].to_numpy().astype(np.float64)
     if (broken := np.flatnonzero(~np.isfinite(values))).size:
@@ -125,7 +129,9 @@ def _cut_global(
     kept = (overall >= start) & (overall < start + number)
     raised = [int(c) for c in np.flatnonzero(counts) if np.count_nonzero(kept[labels == c]) < min(minimum, counts[c])]
     for label in raised:
-        kept |= (labels == label) & (places < minimum)
+        spare = np.flatnonzero((labels == label) & ~kept)
+        missing = min(minimum, int(counts[label])) - np.count_nonzero(kept[labels == label])
+        kept[spare[np.argsort(places[spare])][:missing]] = True
     return kept, raised
 
 

@@ -40,8 +40,12 @@ def main() -> None:
     rows: dict[str, Callable[[int], object]] = {
         "textbook": _textbook(options, pool, device),
         "ours": _ours(options, pool, device, {"rule": "none"}),
-        "ours, drop 0.3, every batch looked at": _ours(options, pool, device, {"rule": "loss", "drop": 0.3, "refresh": 1}),
-        "ours, drop 0.3, remembered, refresh 10": _ours(options, pool, device, {"rule": "loss", "drop": 0.3, "refresh": 10}),
+        "ours, drop 0.3, every batch looked at": _ours(
+            options, pool, device, {"rule": "loss", "drop": 0.3, "refresh": 1}
+        ),
+        "ours, drop 0.3, remembered, refresh 10": _ours(
+            options, pool, device, {"rule": "loss", "drop": 0.3, "refresh": 10}
+        ),
     }
     seconds = _measure(rows, options.repeats, device)
     about = environment()
@@ -62,11 +66,15 @@ def _options() -> argparse.Namespace:
 
 def _pool(held: int, device: torch.device) -> Pool:
     generator = torch.Generator().manual_seed(0)
-    pixels = {c: torch.randint(256, (held, *SHAPE), generator=generator, dtype=torch.uint8).to(device) for c in range(CLASSES)}
+    pixels = {
+        c: torch.randint(256, (held, *SHAPE), generator=generator, dtype=torch.uint8).to(device) for c in range(CLASSES)
+    }
     return Pool(pixels, Normalization((0.5,) * 3, (0.25,) * 3), seed=0)
 
 
-def _ours(options: argparse.Namespace, pool: Pool, device: torch.device, runtime: dict[str, object]) -> Callable[[int], object]:
+def _ours(
+    options: argparse.Namespace, pool: Pool, device: torch.device, runtime: dict[str, object]
+) -> Callable[[int], object]:
     section = {"real_batch": options.real}
     config = validate({"distill": {"method": options.method, options.method: section}, "runtime": runtime})
     spec = NetworkSpec("convnet", SHAPE, CLASSES)

@@ -31,6 +31,11 @@ class HuggingFaceParquet:
             relative = path.relative_to(self.root)
             split = split_of(path.name) or next((s for part in relative.parts[:-1] if (s := split_of(part))), "train")
             self.files.setdefault(split, []).append(path)
+        validation = [
+            path for path in self.files.get("test", []) if "val" in path.relative_to(self.root).as_posix().lower()
+        ]
+        if validation:
+            self.files["test"] = validation  # where there are both, test often comes without labels
         if "train" not in self.files:
             raise UserError(f"{self.root} holds no training Parquet files (train-*.parquet)")
         self.class_names = self._class_names()

@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ An interrupted command resumes when it is given again."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     parsed = _parser().parse_args(arguments)
+    sys.path.append(os.getcwd())  # so that package.module:Object is found in the current folder
     errors = Console(stderr=True, highlight=False)
     try:
         config = configuration.load(parsed.config, parsed.overrides)

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from distill_at_scale.cluster.pool import cores, cores_each, device
-from distill_at_scale.cluster.session import plain_errors
+from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.execution import Report
@@ -27,7 +27,7 @@ def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], d
         "max_retries": config.cluster.max_failures,
     }
     task = _evaluate.options(**options)
-    settings = ray.put(config.model_dump())
+    settings = ray.put(pack(config))
     running = [task.remote(settings, tuple(map(str, folders)), asdict(job), cpus) for job in jobs]
     with plain_errors():
         while running:
@@ -37,16 +37,16 @@ def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], d
 
 
 @ray.remote
-def _evaluate(config: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int) -> dict[str, Any]:
+def _evaluate(packed: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return _evaluator(_Settings(config), folders).run(Job(**job))
+    return _evaluator(_Settings(packed), folders).run(Job(**job))
 
 
 class _Settings:
     """A configuration that can be the key of a cache."""
 
-    def __init__(self, values: dict[str, Any]):
-        self.config = Config.model_validate(values)
+    def __init__(self, packed: dict[str, Any]):
+        self.config = unpack(packed)
 
     def __hash__(self) -> int:
         return hash(self.config.model_dump_json())

@@ -7,14 +7,18 @@ the run folder's (shared) disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.cluster.pool import stream
+from distill_at_scale.cluster.pool import reporting, stream
+from distill_at_scale.cluster.session import pack, unpack
 from distill_at_scale.config import Config
+from distill_at_scale.data.decode import ImageDecoder
 from distill_at_scale.data.ingest import decoder_of, ingest_chunk, open_source, piece_path
+from distill_at_scale.data.sources.base import Source
 
 Advance = Callable[[int], None]
 
@@ -31,22 +35,28 @@ def run(config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Pat
             advance(used + bad)
         else:
             units.append(pa.table({"path": [str(path)], "rows": [to_bytes(rows)]}))
-    for result in stream(units, Ingester, {"config": config.model_dump()}, config) if units else ():
+    for result in stream(units, Ingester, {"packed": pack(config)}, config) if units else ():
         rejected += result["rejected"]
         advance(result["used"] + result["rejected"])
     return rejected
 
 
 class Ingester:
-    """An actor: one open source and one decoder."""
+    """An actor: one open source and one decoder, made on the first call."""
 
-    def __init__(self, config: dict[str, Any]):
-        self.config = Config.model_validate(config)
-        self.source, self.decoder = open_source(self.config.data), decoder_of(self.config)
+    def __init__(self, packed: dict[str, Any]):
+        self.packed = packed
 
+    @cached_property
+    def tools(self) -> tuple[Source, ImageDecoder]:
+        config = unpack(self.packed)
+        return open_source(config.data), decoder_of(config)
+
+    @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
+        source, decoder = self.tools
         rows = from_bytes(unit["rows"][0].as_py())
-        used, rejected = ingest_chunk(self.source, self.decoder, rows, Path(unit["path"][0].as_py()))
+        used, rejected = ingest_chunk(source, decoder, rows, Path(unit["path"][0].as_py()))
         return pa.table({"used": [used], "rejected": [rejected]})
 
 

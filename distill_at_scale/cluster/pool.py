@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from ray.data import ActorPoolStrategy
 
 from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config import Config
+from distill_at_scale.errors import UserError
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
@@ -37,7 +39,35 @@ def stream(
     with plain_errors():
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(batch, pa.Table)
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                _raise_reported(row)
+                yield row
+
+
+def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
+    """For an actor's __call__: what a user can mend comes back as a row, since Ray Data keeps only the text of exceptions."""
+
+    @wraps(call)
+    def guarded(self: Any, unit: pa.Table) -> pa.Table:
+        try:
+            return call(self, unit)
+        except UserError as error:
+            return pa.table({"error": [str(error)], "errno": [0], "file": [""]})
+        except OSError as error:
+            return pa.table(
+                {
+                    "error": [error.strerror or str(error)],
+                    "errno": [error.errno or 0],
+                    "file": [str(error.filename or "")],
+                }
+            )
+
+    return guarded
+
+
+def _raise_reported(row: dict[str, Any]) -> None:
+    if "error" in row:
+        raise OSError(row["errno"], row["error"], row["file"]) if row["errno"] else UserError(row["error"])
 
 
 def actor_count(config: Config) -> int:

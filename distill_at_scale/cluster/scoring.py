@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pyarrow as pa
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import cores, cores_each, device, stream
-from distill_at_scale.cluster.session import plain_errors
+from distill_at_scale.cluster.pool import cores, cores_each, device, reporting, stream
+from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.execution import Advance, run_trial, score_piece
@@ -33,9 +34,7 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -
         "max_retries": config.cluster.max_failures,
     }
     task = _trial.options(**options)
-    running = [
-        task.remote(config.model_dump(), str(prepared), str(checkpoints), t, cpus) for t in range(config.score.trials)
-    ]
+    running = [task.remote(pack(config), str(prepared), str(checkpoints), t, cpus) for t in range(config.score.trials)]
     done = 0
     with plain_errors():
         while running:
@@ -47,8 +46,8 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -
 
 
 @ray.remote
-def _trial(config: dict[str, Any], prepared: str, checkpoints: str, trial: int, threads: int) -> None:
-    settings = Config.model_validate(config)
+def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, threads: int) -> None:
+    settings = unpack(packed)
     torch.set_num_threads(threads)
     run_trial(settings, Path(prepared), Path(checkpoints), trial, device(settings), lambda epochs: None)
 
@@ -69,19 +68,24 @@ def score(
             advance(chunk.rows)
         else:
             units.append(pa.table({key: [value] for key, value in {**asdict(chunk), "path": str(path)}.items()}))
-    arguments = {"config": config.model_dump(), "prepared": str(prepared), "checkpoints": str(checkpoints)}
+    arguments = {"packed": pack(config), "prepared": str(prepared), "checkpoints": str(checkpoints)}
     for result in stream(units, ScoringActor, arguments, config) if units else ():
         advance(result["rows"])
 
 
 class ScoringActor:
-    """An actor: every checkpoint of every trial, on one core or GPU."""
+    """An actor: every checkpoint of every trial, on one core or GPU, loaded on the first call."""
 
-    def __init__(self, config: dict[str, Any], prepared: str, checkpoints: str):
-        settings = Config.model_validate(config)
+    def __init__(self, packed: dict[str, Any], prepared: str, checkpoints: str):
+        self.packed, self.prepared, self.checkpoints = packed, Path(prepared), Path(checkpoints)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        settings = unpack(self.packed)
         torch.set_num_threads(1)
-        self.scorer = Scorer(settings, Path(prepared), Path(checkpoints), device(settings))
+        return Scorer(settings, self.prepared, self.checkpoints, device(settings))
 
+    @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
         row = unit.to_pylist()[0]
         target = Path(row.pop("path"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from distill_at_scale.config import ClusterSection
+from distill_at_scale.config import ClusterSection, Config
 from distill_at_scale.errors import UserError
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` workers use this environment as it is
@@ -58,6 +59,17 @@ class Session:
         if self.config.object_store_mb:
             return self.config.object_store_mb * 2**20
         return min(OBJECT_STORE_BYTES, int(0.2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+
+
+def pack(config: Config) -> dict[str, Any]:
+    """A configuration for a worker, with the folders in which this process finds modules, plug-ins among them."""
+    return {"config": config.model_dump(), "path": [entry or os.getcwd() for entry in sys.path]}
+
+
+def unpack(packed: dict[str, Any]) -> Config:
+    """In the worker: the configuration; modules are then found as they were in the driver, after the worker's own."""
+    sys.path.extend(entry for entry in packed["path"] if entry not in sys.path)
+    return Config.model_validate(packed["config"])
 
 
 def quieten() -> None:

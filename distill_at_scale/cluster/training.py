@@ -17,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from distill_at_scale.cluster.pool import cores, cores_each
-from distill_at_scale.cluster.session import plain_errors
+from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places
 from distill_at_scale.errors import DistillationDiverged, UserError
@@ -39,7 +39,7 @@ def run(config: Config, places: Places, report: Report) -> None:
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(), "cpus": cpus, "places": [str(p) for p in _paths(places)]},
+        train_loop_config={"packed": pack(config), "cpus": cpus, "places": [str(p) for p in _paths(places)]},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name="distill",
@@ -58,7 +58,7 @@ def _worker(loop: dict[str, Any]) -> None:
     torch.set_num_threads(loop["cpus"])
     places = Places(*map(Path, loop["places"]))
     try:
-        run_distillation(Config.model_validate(loop["config"]), places, ray.train.torch.get_device(), lambda line: None)
+        run_distillation(unpack(loop["packed"]), places, ray.train.torch.get_device(), lambda line: None)
     except DistillationDiverged as error:
         if ray.train.get_context().get_world_rank() == 0:
             (places.work / DIVERGED).write_text(str(error))

@@ -2,10 +2,10 @@
 
     python jobs/benchmarks/step_time.py [--method dc] [--real 256] [--held 500] [--repeats 5] [--threads 2]
 
-One process, made-up pixels in CIFAR-10's shape (10 classes, 3 x 32 x 32), ConvNet-3 of width 128, one image per class. The textbook
-step loops over the classes and sends each real batch through the network at once, as the published code does. Rows are
-measured in turn, round by round, so that they share whatever else the machine does; the first round is not counted.
-Prints one JSON object with mean and standard deviation in seconds, ratios to the textbook, hardware and commit.
+One process, made-up pixels in CIFAR-10's shape (10 classes, 3 x 32 x 32), ConvNet-3 of width 128, one image per class.
+The textbook step loops over the classes and sends each real batch through the network at once, as the published code does.
+Rows are measured in turn, round by round, so that they share whatever else the machine does; the first round is not
+counted. Prints one JSON object with mean and standard deviation in seconds, ratios to the textbook, hardware and commit.
 """
 
 from __future__ import annotations

@@ -34,8 +34,11 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -
         "max_retries": config.cluster.max_failures,
     }
     task = _trial.options(**options)
-    running = [task.remote(pack(config), str(prepared), str(checkpoints), t, cpus) for t in range(config.score.trials)]
-    done = 0
+    last = config.score.epochs - 1
+    todo = [t for t in range(config.score.trials) if not checkpoint_path(checkpoints, t, last).exists()]
+    running = [task.remote(pack(config), str(prepared), str(checkpoints), t, cpus) for t in todo]
+    done = _finished_epochs(config, checkpoints)
+    advance(done)
     with plain_errors():
         while running:
             finished, running = ray.wait(running, timeout=POLL)

@@ -14,7 +14,7 @@ from distill_at_scale.errors import UserError
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` workers use this environment as it is
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core writes past Python; its log files have it all
 
 import ray
 import ray.data
@@ -47,7 +47,8 @@ class Session:
             options |= {"include_dashboard": False, "object_store_memory": self._object_store()}
         self.say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
         try:
-            ray.init(address=address or "local", **options)
+            with _silent_stderr():
+                ray.init(address=address or "local", **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}") from None
         found = ray.cluster_resources()
@@ -59,6 +60,20 @@ class Session:
         if self.config.object_store_mb:
             return self.config.object_store_mb * 2**20
         return min(OBJECT_STORE_BYTES, int(0.2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Hides what Ray's C++ core writes to the terminal while it starts; Python exceptions are not touched."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def pack(config: Config) -> dict[str, Any]:

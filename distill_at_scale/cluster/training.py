@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,8 @@ def run(config: Config, places: Places, report: Report) -> None:
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    with plain_errors(), _Tail(places.log, report):
-        trainer.fit()
+    with plain_errors():
+        _fit(trainer, _Tail(places.log, report))
     if (places.work / DIVERGED).exists():
         raise DistillationDiverged((places.work / DIVERGED).read_text())
 
@@ -80,29 +79,36 @@ def _paths(places: Places) -> tuple[Path, ...]:
     return places.prepared, places.manifest, places.work, places.log
 
 
+def _fit(trainer: TorchTrainer, tail: _Tail) -> None:
+    """trainer.fit() in a thread, while this one follows the log.
+
+    In the main thread Ray Train would take over Ctrl-C for good and end the process with status 0.
+    """
+    problem: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            problem.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL)
+        tail.read()
+    if problem:
+        raise problem[0]
+
+
 class _Tail:
-    """Reports lines that rank 0 appends to the log, while the block runs."""
+    """Reports lines that rank 0 appends to the log."""
 
     def __init__(self, path: Path, report: Report):
         self.path, self.report = path, report
         self.position = path.stat().st_size if path.exists() else 0
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self._read()
-
-    def _watch(self) -> None:
-        while not self.over.is_set():
-            self._read()
-            time.sleep(POLL)
-
-    def _read(self) -> None:
+    def read(self) -> None:
         if not self.path.exists():
             return
         if self.path.stat().st_size < self.position:

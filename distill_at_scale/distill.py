@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_at_scale import evaluate
+from distill_at_scale import evaluate, tensors
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.backends.base import Backend, Setting, too_few
 from distill_at_scale.config import Config
@@ -174,9 +173,7 @@ class Distillation:
             for part in states:
                 state |= part
             state |= {f"snapshot/{k}": v for k, v in self.snapshots.items()}
-            with publish(self.places.state) as temporary:
-                tensors = {k: v.contiguous() for k, v in state.items()}
-                save_file(tensors, temporary, metadata={"step": str(step), "seconds": f"{seconds:.3f}"})
+            tensors.save(self.places.state, state, {"step": str(step), "seconds": f"{seconds:.3f}"})
 
     def _resume(self) -> tuple[int, float]:
         """(steps done, seconds spent) of the last checkpoint, which is loaded; (0, 0) without one."""
@@ -252,7 +249,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
         return None
     with safe_open(path, "pt") as handle:
         facts = handle.metadata()
-    return load_file(path), int(facts["step"]), float(facts["seconds"])
+    return tensors.load(path), int(facts["step"]), float(facts["seconds"])
 
 
 def _trim_log(path: Path, step: int) -> None:

@@ -15,65 +15,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from distill_at_scale import distill, evaluate, report, synthetic
-from distill_at_scale.augment import Augmentation
+from distill_at_scale import distill, evaluate, report, synthetic, validate
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data import ingest
 from distill_at_scale.data.shards import Prepared
-from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, score_piece
-from distill_at_scale.networks import NETWORKS, NetworkSpec
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
-from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
 from distill_at_scale.scoring import table as score_table
-from distill_at_scale.scoring.scorer import criteria_of
 
 NOT_IN_FINGERPRINT = {
     "data": ("path",),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
 }
-
-
-def check_names(config: Config) -> None:
-    """Resolve every name in the configuration before anything is computed.
-
-    Raises UserError for the first that is unknown or does not keep its contract.
-    """
-    resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT)
-    criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
-    criteria_of(config.score.criteria)
-    resolve("select.criterion", config.criterion, criteria) if ":" not in config.criterion else None
-    resolve("score.network", config.score.network, NETWORKS)
-    resolve("distill.network", config.distill.network, NETWORKS)
-    for name in config.evaluate.networks:
-        resolve("evaluate.networks", name, NETWORKS)
-    Augmentation(distill.backend_class(config).protocol(config)["augment"])
-
-
-def check_networks(config: Config, prepared: Prepared) -> None:
-    """Build every network of the run once, for the data's shape, and send one image through it.
-
-    Raises UserError for one that does not fit, before anything is trained.
-    """
-    score, made = config.score, config.distill
-    wanted = [
-        ("score.network", score.network, score.width, score.depth),
-        ("distill.network", made.network, made.width, made.depth),
-    ]
-    wanted += [("evaluate.networks", name, made.width, made.depth) for name in config.evaluate.networks]
-    for key, name, width, depth in wanted:
-        try:
-            network = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth).build(0)
-            network.eval()(torch.zeros(1, *prepared.shape))
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{key} = {name!r} cannot take images of shape {prepared.shape}: {error}") from None
 
 
 class Pipeline:
@@ -99,7 +55,7 @@ class Pipeline:
 
         Raises UserError where an input is missing or the folder holds the output of another configuration.
         """
-        check_names(self.config)
+        validate.check_names(self.config)
         self.dir.create()
         with self.dir.lock():
             try:
@@ -199,7 +155,7 @@ class Pipeline:
         return [self.dir / "prepared"], {"samples": sum(map(sum, meta["counts"].values())), "rejected": rejected}
 
     def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        check_networks(self.config, Prepared(self.dir / "prepared"))
+        validate.check_networks(self.config, Prepared(self.dir / "prepared"))
         work, prepared, score = self.dir.work("score", inputs), self.dir / "prepared", self.config.score
         checkpoints, pieces = work / "proxies", work / "pieces"
         began = time.perf_counter()

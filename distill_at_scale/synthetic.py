@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill_at_scale import tensors
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
@@ -55,15 +55,10 @@ class SyntheticSet:
         """Publish the set as a folder, in one step."""
         with publish(folder) as temporary:
             temporary.mkdir()
-            save_file(
-                {"images": self.images.clone().contiguous(), "labels": self.labels.clone()},
-                temporary / "synthetic.safetensors",
-            )
+            tensors.write(temporary / "synthetic.safetensors", {"images": self.images, "labels": self.labels})
             if self.snapshots:
-                save_file(
-                    {f"{k:08d}": v.clone().contiguous() for k, v in self.snapshots.items()},
-                    temporary / "snapshots.safetensors",
-                )
+                shots = {f"{step:08d}": pixels for step, pixels in self.snapshots.items()}
+                tensors.write(temporary / "snapshots.safetensors", shots)
             (temporary / "card.json").write_text(json.dumps(self.card, indent=1) + "\n")
             preview(self).save(temporary / "preview.png", format="PNG")
 
@@ -102,14 +97,14 @@ def load(folder: str | Path) -> SyntheticSet:
     if (folder / "synthetic").is_dir():
         folder = folder / "synthetic"
     try:
-        tensors = load_file(folder / "synthetic.safetensors")
+        saved = tensors.load(folder / "synthetic.safetensors")
         card = json.loads((folder / "card.json").read_text())
-        shots = load_file(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
+        shots = tensors.load(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
         raise UserError(f"the synthetic set in {folder} is damaged: {error}") from None
-    return SyntheticSet(tensors["images"], tensors["labels"], card, {int(k): v for k, v in sorted(shots.items())})
+    return SyntheticSet(saved["images"], saved["labels"], card, {int(k): v for k, v in sorted(shots.items())})
 
 
 def to_uint8(images: Tensor, normalization: Normalization) -> Tensor:

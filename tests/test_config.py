@@ -11,8 +11,8 @@ from distill_at_scale import config
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
-from distill_at_scale.pipeline import check_names
 from distill_at_scale.registry import resolve
+from distill_at_scale.validate import check_names
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "distill_at_scale"
 LAYERS = [  # a module may import from its own layer and from those below it
     {"errors", "rng", "progress"},
     {"config"},
-    {"registry", "rundir", "workers"},
+    {"registry", "rundir", "workers", "tensors"},
     {"data", "networks", "augment", "pruning", "scoring", "synthetic"},
     {"backends"},
     {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "report"},

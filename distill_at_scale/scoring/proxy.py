@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_at_scale import rng
+from distill_at_scale import rng, tensors
 from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.errors import DistillationDiverged
 from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples
-from distill_at_scale.rundir import publish
 
 Advance = Callable[[int], None]  # called with 1 after each epoch, also for those that were there already
 
@@ -62,7 +60,7 @@ def train_trial(
 def load_proxy(spec: NetworkSpec, path: Path, device: torch.device) -> nn.Module:
     """A proxy in evaluation mode, from a checkpoint."""
     network = spec.build(0)
-    weights = {k.removeprefix("weight."): v for k, v in load_file(path).items() if k.startswith("weight.")}
+    weights = {k.removeprefix("weight."): v for k, v in tensors.load(path).items() if k.startswith("weight.")}
     network.load_state_dict(weights)
     return network.to(device).eval().requires_grad_(False)
 
@@ -78,13 +76,12 @@ def _step(
 
 
 def _save(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    tensors = {f"weight.{k}": v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    found = {f"weight.{k}": v for k, v in network.state_dict().items()}
     for i, parameter in enumerate(network.parameters()):
         buffer: Any = optimizer.state.get(parameter, {}).get("momentum_buffer")
         if buffer is not None:
-            tensors[f"momentum.{i}"] = buffer.detach().cpu().contiguous()
-    with publish(path) as temporary:
-        save_file(tensors, temporary)
+            found[f"momentum.{i}"] = buffer
+    tensors.save(path, found)
 
 
 def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, trial: int, epochs: int) -> int:
@@ -92,11 +89,11 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, 
     while done < epochs and checkpoint_path(folder, trial, done).exists():
         done += 1
     if 0 < done < epochs:
-        tensors = load_file(checkpoint_path(folder, trial, done - 1))
-        network.load_state_dict({k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
+        saved = tensors.load(checkpoint_path(folder, trial, done - 1))
+        network.load_state_dict({k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")})
         for i, parameter in enumerate(network.parameters()):
-            if f"momentum.{i}" in tensors:
-                optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{i}"].to(parameter.device)
+            if f"momentum.{i}" in saved:
+                optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
     return done
 
 

@@ -1,0 +1,39 @@
+"""Named tensors in one safetensors file, written in one step; a full disk shows as the OSError that it is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill_at_scale.rundir import publish
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """Publish tensors and, as the file's metadata, some facts.
+
+    Raises OSError where the disk is full or cannot be written.
+    """
+    with publish(path) as temporary:
+        write(temporary, tensors, facts)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """As `save`, straight to the path: for a file inside a folder that is published as a whole."""
+    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata=facts)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            code = int(found.group(1))
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

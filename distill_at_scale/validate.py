@@ -1,0 +1,57 @@
+"""What can be known to be wrong before a run: names that mean nothing, and networks that do not fit the data.
+
+Left out: looking at every sample for damage.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distill_at_scale import distill
+from distill_at_scale.augment import Augmentation
+from distill_at_scale.config import Config
+from distill_at_scale.data import ingest
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.errors import UserError
+from distill_at_scale.networks import NETWORKS, NetworkSpec
+from distill_at_scale.pruning import static
+from distill_at_scale.registry import resolve
+from distill_at_scale.scoring.scorer import criteria_of
+
+
+def check_names(config: Config) -> None:
+    """Resolve every name in the configuration before anything is computed.
+
+    Raises UserError for the first that is unknown or does not keep its contract.
+    """
+    resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT)
+    criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
+    criteria_of(config.score.criteria)
+    resolve("select.criterion", config.criterion, criteria) if ":" not in config.criterion else None
+    resolve("score.network", config.score.network, NETWORKS)
+    resolve("distill.network", config.distill.network, NETWORKS)
+    for name in config.evaluate.networks:
+        resolve("evaluate.networks", name, NETWORKS)
+    Augmentation(distill.backend_class(config).protocol(config)["augment"])
+
+
+def check_networks(config: Config, prepared: Prepared) -> None:
+    """Build every network of the run once, for the data's shape, and send one image through it.
+
+    Raises UserError for one that does not fit, before anything is trained.
+    """
+    score, made = config.score, config.distill
+    wanted = [
+        ("score.network", score.network, score.width, score.depth),
+        ("distill.network", made.network, made.width, made.depth),
+    ]
+    wanted += [("evaluate.networks", name, made.width, made.depth) for name in config.evaluate.networks]
+    for key, name, width, depth in wanted:
+        try:
+            network = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth).build(0)
+            network.eval()(torch.zeros(1, *prepared.shape))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{key} = {name!r} cannot take images of shape {prepared.shape}: {error}") from None

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
         where = error.filename or "the run folder"
-        errors.print(f"error: {error.strerror}: {where}. Free space or choose another run.dir, and give "
+        advice = "Free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Check its permissions"
+        errors.print(f"error: {error.strerror}: {where}. {advice} or choose another place, and give "
                      "the same command again; what is finished is kept.", markup=False, soft_wrap=True)  # fmt: skip
     return 2
 

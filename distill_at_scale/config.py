@@ -42,7 +42,9 @@ class DataSection(Section):
     classes: list[str] | None = None  # a subset of the classes, in this order
     image_column: str = "image"
     label_column: str = "label"
-    max_pixels: int = Field(100_000_000, ge=1)  # an image that claims more is rejected unopened (decompression bomb)
+    max_pixels: int = Field(
+        100_000_000, ge=1, le=170_000_000
+    )  # an image that claims more is rejected unopened (decompression bomb)
     chunk: int = Field(1024, ge=1)  # samples per unit of ingest and scoring work
 
 
@@ -147,6 +149,13 @@ class EvaluateSection(Section):
     weight_decay: float = Field(5e-4, ge=0)
     bounds: list[Literal["kept", "full"]] = []  # upper bounds: train on what was kept, and on everything
     bound_epochs: int = Field(30, ge=1)
+
+    @field_validator("networks", "bounds")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("each may be named once")
+        return value
 
 
 class ClusterSection(Section):

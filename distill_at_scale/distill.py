@@ -21,7 +21,7 @@ from torch import Tensor
 from distill_at_scale import evaluate, tensors
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.backends.base import Backend, Setting, too_few
-from distill_at_scale.config import Config
+from distill_at_scale.config import Config, EvaluateSection
 from distill_at_scale.data.pool import Normalization, Pool
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
@@ -44,6 +44,9 @@ BACKEND_CONTRACT = (
     "load_state_dict",
 )
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
+STANDARD_TRAINING = {"optimizer": "SGD, learning rate / 10 at half time"} | EvaluateSection().model_dump(
+    include={"batch", "lr", "momentum", "weight_decay"}
+)
 LOG_LINES = 200  # at most so many lines of the log per run, evenly spaced
 
 Report = Callable[[dict[str, Any]], None]
@@ -60,8 +63,8 @@ def step_count(config: Config) -> int:
 def check(config: Config, prepared: Prepared, kept_per_class: list[int]) -> None:
     """What can be known to fail before any worker starts.
 
-    Raises UserError for a class with no kept sample or with fewer than the images to be initialised from real ones, and for
-    more workers than classes.
+    Raises UserError for a class with no kept sample or with fewer than the images to be initialised from real ones, for
+    more workers than classes, and for evaluation on the way without a test split.
     """
     names = prepared.class_names
     for name, kept in zip(names, kept_per_class, strict=True):
@@ -71,6 +74,8 @@ def check(config: Config, prepared: Prepared, kept_per_class: list[int]) -> None
             )
         if backend_class(config).init_of(config) == "real" and kept < config.distill.ipc:
             raise UserError(too_few(name, kept, config.distill.ipc))
+    if config.distill.evaluate_every:
+        evaluate.need_test_split(prepared)
     if config.distill.workers > len(names):
         raise UserError(
             f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}"
@@ -101,7 +106,9 @@ class Distillation:
         self.prepared = Prepared(places.prepared)
         self.steps = step_count(config)
         names = self.prepared.class_names
-        labels = list(range(len(names)))[workers.rank :: workers.size]
+        labels = list(range(len(names)))
+        if backend_class(config).parallel == "classes":
+            labels = labels[workers.rank :: workers.size]
         section = config.distill
         spec = NetworkSpec(section.network, self.prepared.shape, len(names), section.width, section.depth)
         pool = Pool.load(self.prepared, places.manifest, labels, config.distill_seed, device)
@@ -239,7 +246,7 @@ class Distillation:
             "steps": self.steps,
             "network": {"name": section.network, "width": section.width, "depth": section.depth},
             "runtime": self.config.runtime.model_dump(),
-            "protocol": backend_class(self.config).protocol(self.config),
+            "protocol": backend_class(self.config).protocol(self.config) | STANDARD_TRAINING,
             "seed": self.config.distill_seed,
         }
 

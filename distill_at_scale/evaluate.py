@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,6 @@ def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         summary.append({"set": name, "network": network, "n": len(members), "mean": statistics.fmean(top1), "std": _std(top1),
                         "mean_top5": statistics.fmean(top5), "std_top5": _std(top5)})  # fmt: skip
     return summary
-
-
-def run_all(evaluator: Evaluator, work: list[Job], done: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
-    """Every job in this process, one after the other."""
-    rows = []
-    for job in work:
-        rows.append(evaluator.run(job))
-        done(rows[-1])
-    return rows
 
 
 def _std(values: list[float]) -> float | None:

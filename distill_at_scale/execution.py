@@ -109,7 +109,8 @@ def run_trial(
 
 def run_distillation(config: Config, places: Places, device: torch.device, report: Report) -> None:
     """One worker's part of the distillation; rank 0 leaves the result."""
-    synthetic = Distillation(config, places, workers_here(device), device, report).run()
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+        synthetic = Distillation(config, places, workers_here(device), device, report).run()
     if synthetic is not None:
         synthetic.save(places.work / "synthetic")
 

@@ -70,7 +70,7 @@ class Pipeline:
 
     def _stage(self, stage: str) -> None:
         inputs = self.inputs(stage)
-        if self.dir.valid(stage, inputs):
+        if self.dir.valid(stage, inputs, redo=stage == "report"):
             self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.path})")
             return
         self.display.say(f"{stage}: started")
@@ -149,20 +149,22 @@ class Pipeline:
             rejected = self.executor.ingest(self.config, chunks, pieces, meter.advance)
         meta = ingest.merge(self.plan, pieces, self.dir / "prepared", self.config.data.chunk)
         if rejected:
-            self.display.say(
-                f"  {rejected} of {total} samples were rejected; see {self.dir / 'prepared' / 'rejected.parquet'}"
-            )
-        return [self.dir / "prepared"], {"samples": sum(map(sum, meta["counts"].values())), "rejected": rejected}
+            self.display.say(f"  {rejected} of {total} samples were rejected; see {self.dir / 'rejected.parquet'}")
+        return [self.dir / "prepared", self.dir / "rejected.parquet"], {
+            "samples": sum(map(sum, meta["counts"].values())),
+            "rejected": rejected,
+        }
 
     def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        validate.check_networks(self.config, Prepared(self.dir / "prepared"))
+        data = Prepared(self.dir / "prepared")
+        validate.check_networks(self.config, data)
+        distill.check(self.config, data, data.counts("train"))  # what no selection can mend
         work, prepared, score = self.dir.work("score", inputs), self.dir / "prepared", self.config.score
         checkpoints, pieces = work / "proxies", work / "pieces"
         began = time.perf_counter()
         with self.display.meter("proxies", score.trials * score.epochs, "epochs") as meter:
             self.executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
         trained = time.perf_counter()
-        data = Prepared(prepared)
         chunks = data.chunks("train")
         pieces.mkdir(exist_ok=True)
         with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
@@ -208,7 +210,9 @@ class Pipeline:
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         _, facts = manifest.read(self.dir / "manifest.parquet")
-        distill.check(self.config, Prepared(self.dir / "prepared"), facts["kept_per_class"])
+        data = Prepared(self.dir / "prepared")
+        validate.check_networks(self.config, data)
+        distill.check(self.config, data, facts["kept_per_class"])
         work = self.dir.work("distill", inputs)
         places = distill.Places(self.dir / "prepared", self.dir / "manifest.parquet", work, self.dir / "metrics.jsonl")
         if places.state.exists():
@@ -227,12 +231,16 @@ class Pipeline:
 
             self.executor.distill(self.config, places, show)
         result = synthetic.load(work / "synthetic")
-        result.card["fingerprints"] = {"distill": inputs.fingerprint, **inputs.content}
+        records = {stage: self.dir.record(stage) or {} for stage in ("ingest", "score", "select")}
+        earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
+        result.card["fingerprints"] = {**earlier, "distill": inputs.fingerprint}
         result.save(self.dir / "synthetic")
         return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
 
     def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        evaluate.need_test_split(Prepared(self.dir / "prepared"))
+        data = Prepared(self.dir / "prepared")
+        evaluate.need_test_split(data)
+        validate.check_networks(self.config, data)
         finished = _Rows(self.dir.work("evaluate", inputs) / "rows.jsonl")
         todo = [job for job in evaluate.jobs(self.config) if job not in finished.jobs]
         folders = (self.dir / "prepared", self.dir / "synthetic", self.dir / "manifest.parquet")

@@ -81,7 +81,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "samples": _samples(run, prepared),
         "times": _times(records),
         "data": prepared.meta,
-        "rejected": _rejected(run / "prepared" / "rejected.parquet"),
+        "rejected": _rejected(run / "rejected.parquet"),
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100),
         "about": about,
         "records": records,

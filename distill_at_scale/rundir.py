@@ -56,7 +56,7 @@ class RunDir:
     """Paths, locking and stage records of one run."""
 
     def __init__(self, path: str | Path, reuse: str | Path | None = None):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.reuse = RunDir(reuse) if reuse else None
 
     def __truediv__(self, name: str) -> Path:
@@ -110,15 +110,18 @@ class RunDir:
                 f"{self.path}/stages/{stage}.json is damaged ({error}); remove it to run {stage} again"
             ) from None
 
-    def valid(self, stage: str, inputs: Inputs) -> bool:
+    def valid(self, stage: str, inputs: Inputs, redo: bool = False) -> bool:
         """Whether the stage's output for exactly these inputs is there and whole.
 
-        Raises UserError where the folder holds the output of another configuration, with the difference.
+        Raises UserError where the folder holds the output of another configuration, with the difference; with `redo` that
+        only makes it invalid.
         """
         record = self.record(stage)
         if record is None:
             return self._take_over(stage, inputs)
         if record["fingerprint"] != inputs.fingerprint:
+            if redo:
+                return False
             raise UserError(
                 f"{self.path} holds the output of {stage} for another configuration:\n  "
                 + "\n  ".join(inputs.difference(record))
@@ -166,6 +169,10 @@ class RunDir:
         record = self.reuse.record(stage) if self.reuse else None
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
             return False
+        if outside := [name for name in record["outputs"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise UserError(
+                f"{self.reuse.path}/stages/{stage}.json names {outside[0]!r}, outside its folder; it is not reused"
+            )
         self.reuse._whole(stage, record)
         for name in record["outputs"]:
             target = self.path / name

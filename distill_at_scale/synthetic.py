@@ -63,8 +63,13 @@ class SyntheticSet:
             preview(self).save(temporary / "preview.png", format="PNG")
 
     def export_imagefolder(self, folder: str | Path) -> None:
-        """`<class>/<number>.png`, 8 bits per channel (clipped); torchvision's ImageFolder reads it."""
+        """`<class>/<number>.png`, 8 bits per channel (clipped); torchvision's ImageFolder reads it.
+
+        Raises UserError where the folder is there and not empty.
+        """
         names = _folder_names(self.class_names)
+        if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+            raise UserError(f"{folder} is there already and not empty; export to a new folder")
         with publish(Path(folder)) as temporary:
             for i, (pixels, label) in enumerate(zip(self.pixels(), self.labels.tolist(), strict=True)):
                 target = temporary / names[label] / f"{i:05d}.png"

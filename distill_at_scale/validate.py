@@ -14,7 +14,7 @@ from distill_at_scale.data import ingest
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import NETWORKS, NetworkSpec
+from distill_at_scale.networks import NETWORKS, NetworkSpec, mixes_samples
 from distill_at_scale.pruning import static
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring.scorer import criteria_of
@@ -50,6 +50,11 @@ def check_networks(config: Config, prepared: Prepared) -> None:
     for key, name, width, depth in wanted:
         try:
             network = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth).build(0)
+            if key == "distill.network" and mixes_samples(network):
+                raise UserError(
+                    f"{key} = {name!r} has batch norm, under which the samples of a batch are not independent, as "
+                    "matching needs; take a network with instance norm (convnet, resnet18)"
+                )
             network.eval()(torch.zeros(1, *prepared.shape))
         except UserError:
             raise

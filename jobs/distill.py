@@ -1,8 +1,11 @@
 """The stage distill alone: `ray job submit --working-dir . -- python jobs/distill.py CONFIG [section.key=value ...]`."""
 
 import sys
+from os.path import abspath, dirname
 
-from distill_at_scale.cli import main
+sys.path[0] = dirname(dirname(abspath(__file__)))  # this folder's select.py must not stand for Python's own
+
+from distill_at_scale.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(["distill", *sys.argv[1:]]))

@@ -188,7 +188,7 @@ def test_the_card_says_what_the_set_is(places):
         "steps": 5,
         "labels": "hard",
         "seed": 0,
-        "protocol": {"epochs": 300, "augment": "none"},
+        "protocol": {"epochs": 300, "augment": "none"} | distill.STANDARD_TRAINING,
     }
     assert {key: card[key] for key in expected} == expected
     assert card["runtime"]["rule"] == "loss"

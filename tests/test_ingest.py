@@ -181,7 +181,7 @@ def test_broken_files_are_set_aside_with_reasons_and_the_rest_is_used(pictures, 
     prepared = prepare(config, tmp_path)
     assert prepared.counts("train") == [2, 6]
     assert prepared.meta["rejected"] == 4
-    rejected = pq.read_table(tmp_path / "prepared" / "rejected.parquet").to_pylist()
+    rejected = pq.read_table(tmp_path / "rejected.parquet").to_pylist()
     assert [row["sample_id"] for row in rejected] == sorted(broken)
     for row in rejected:
         assert broken[row["sample_id"]] in row["reason"]

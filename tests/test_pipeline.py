@@ -40,7 +40,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 def test_a_run_leaves_its_artefacts(digits_run):
     for name in (
         "prepared/dataset.json",
-        "prepared/rejected.parquet",
+        "rejected.parquet",
         "scores.parquet",
         "manifest.parquet",
         "synthetic/card.json",

@@ -154,7 +154,7 @@ def test_a_class_name_is_text(run):
 
 def test_missing_optional_parts_are_left_out(run):
     for name in ("metrics.jsonl", "evaluation.json", "manifest.parquet", "scores.parquet", "run.json",
-                 "synthetic/snapshots.safetensors", "prepared/rejected.parquet"):  # fmt: skip
+                 "synthetic/snapshots.safetensors", "rejected.parquet"):  # fmt: skip
         (run / name).unlink()
     text = page(run)
     assert "Not evaluated:" in text
@@ -173,7 +173,7 @@ def test_a_repeated_step_counts_as_done_last(tmp_path, monkeypatch):
 
 def test_rejected_samples_are_counted_and_named(run):
     rows = [{"sample_id": f"broken/{i}.png", "location": "", "reason": "cannot be <decoded>"} for i in range(7)]
-    pq.write_table(pa.Table.from_pylist(rows), run / "prepared" / "rejected.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), run / "rejected.parquet")
     text = page(run)
     assert "<dt>Rejected samples</dt><dd>7</dd>" in text
     assert text.count("cannot be &lt;decoded&gt;") == report.REASONS

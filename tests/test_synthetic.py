@@ -165,5 +165,5 @@ def test_a_grid_shows_each_tile_in_its_place():
 
 def test_a_finished_run_carries_its_fingerprints(digits_run):
     card = synthetic.load(digits_run.dir).card
-    assert set(card["fingerprints"]) == {"distill", "ingest", "select"}
+    assert set(card["fingerprints"]) == {"distill", "ingest", "score", "select"}
     assert card["fingerprints"]["distill"] == digits_run.pipeline.dir.record("distill")["fingerprint"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from distill_at_scale.cluster import evaluation, ingest, scoring, training
+from distill_at_scale.cluster.pool import check_gpus
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -20,9 +21,10 @@ class RayExecutor:
     def __init__(self, config: Config, say: Callable[[str], None]):
         """Connects to the cluster that the configuration names.
 
-        Raises UserError where there is none.
+        Raises UserError where there is none, or where it lacks the GPUs that a worker is to have.
         """
         self.session = Session(config.cluster, say)
+        check_gpus(config.cluster.gpus_per_worker)
 
     def ingest(
         self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance

@@ -35,7 +35,7 @@ def run(config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Pat
             advance(used + bad)
         else:
             units.append(pa.table({"path": [str(path)], "rows": [to_bytes(rows)]}))
-    for result in stream(units, Ingester, {"packed": pack(config)}, config) if units else ():
+    for result in stream(units, Ingester, {"packed": pack(config)}, config, gpus=0) if units else ():
         rejected += result["rejected"]
         advance(result["used"] + result["rejected"])
     return rejected

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 def stream(
-    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config
+    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float
 ) -> Iterator[dict[str, Any]]:
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
     An actor is called with one unit (an Arrow table) and returns a table. A killed actor is restarted and its unit repeated,
     `cluster.max_failures` times at most.
     """
-    cluster, size = config.cluster, min(actor_count(config), len(units))
+    cluster, size = config.cluster, min(actor_count(config, gpus), len(units))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 announces new names for ray_remote_args_fn, and has none yet
         data = ray.data.from_arrow(list(units)).map_batches(
             actor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(size=size),
-            fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=cluster.gpus_per_worker or None,
+            fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=gpus or None,
             ray_remote_args_fn=lambda: {"max_restarts": cluster.max_failures, "max_task_retries": cluster.max_failures},
         )  # fmt: skip
     with plain_errors():
@@ -70,12 +70,12 @@ def _raise_reported(row: dict[str, Any]) -> None:
         raise OSError(row["errno"], row["error"], row["file"]) if row["errno"] else UserError(row["error"])
 
 
-def actor_count(config: Config) -> int:
-    """cluster.actors, else one per core, or per GPU share where GPUs are asked for."""
+def actor_count(config: Config, gpus: float) -> int:
+    """cluster.actors, else one per core, or per GPU share where an actor takes `gpus` of them."""
     if config.cluster.actors:
         return config.cluster.actors
-    if config.cluster.gpus_per_worker:
-        return max(1, int(ray.cluster_resources().get("GPU", 0) / config.cluster.gpus_per_worker))
+    if gpus:
+        return max(1, int(ray.cluster_resources().get("GPU", 0) / gpus))
     return max(1, cores())
 
 
@@ -84,11 +84,26 @@ def cores() -> int:
 
 
 def cores_each(tasks: int) -> int:
-    """Cores for each of `tasks` tasks that run side by side; never more than the smallest node has."""
-    smallest = min(
-        (int(node["Resources"].get("CPU", 0)) or cores() for node in ray.nodes() if node["Alive"]), default=1
-    )
-    return max(1, min(smallest, cores() // max(1, tasks)))
+    """Cores for each of `tasks` tasks that run side by side, such that the nodes can hold them all (at least one each)."""
+    nodes = _per_node("CPU")
+    each = max(1, min(max(nodes, default=1), cores() // max(1, tasks)))
+    while each > 1 and sum(node // each for node in nodes) < tasks:
+        each -= 1
+    return each
+
+
+def check_gpus(share: float) -> None:
+    """Raises UserError where no node has the GPUs that one worker or actor asks for; Ray would wait for ever."""
+    most = max(_per_node("GPU"), default=0)
+    if share > most:
+        raise UserError(
+            f"cluster.gpus_per_worker = {share:g}, but the largest node of this cluster has {most} GPUs; "
+            "lower it (0 runs on CPUs)"
+        )
+
+
+def _per_node(kind: str) -> list[int]:
+    return [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
 
 
 def device(config: Config) -> torch.device:

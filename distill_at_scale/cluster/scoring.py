@@ -72,7 +72,7 @@ def score(
         else:
             units.append(pa.table({key: [value] for key, value in {**asdict(chunk), "path": str(path)}.items()}))
     arguments = {"packed": pack(config), "prepared": str(prepared), "checkpoints": str(checkpoints)}
-    for result in stream(units, ScoringActor, arguments, config) if units else ():
+    for result in stream(units, ScoringActor, arguments, config, config.cluster.gpus_per_worker) if units else ():
         advance(result["rows"])
 
 

@@ -4,6 +4,7 @@ lost.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from distill_at_scale.cluster.pool import cores, cores_each
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
@@ -22,7 +23,7 @@ from distill_at_scale.distill import Places
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import Report, run_distillation
 
-DIVERGED = "diverged.txt"
+DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
 POLL = 0.3  # seconds between two looks at the log
 
 
@@ -34,11 +35,13 @@ def run(config: Config, places: Places, report: Report) -> None:
     workers, gpus = config.distill.workers, config.cluster.gpus_per_worker
     _check_room(workers, gpus)
     cpus = cores_each(workers)
-    (places.work / DIVERGED).unlink(missing_ok=True)
+    for note in (DIVERGED, REFUSED):
+        (places.work / note).unlink(missing_ok=True)
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"packed": pack(config), "cpus": cpus, "places": [str(p) for p in _paths(places)]},
+        torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name="distill",
@@ -46,21 +49,36 @@ def run(config: Config, places: Places, report: Report) -> None:
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    with plain_errors():
-        _fit(trainer, _Tail(places.log, report))
+    try:
+        with plain_errors():
+            _fit(trainer, _Tail(places.log, report))
+    except Exception:
+        if not (places.work / REFUSED).exists():
+            raise
     if (places.work / DIVERGED).exists():
         raise DistillationDiverged((places.work / DIVERGED).read_text())
+    if (places.work / REFUSED).exists():
+        raise UserError((places.work / REFUSED).read_text())
 
 
 def _worker(loop: dict[str, Any]) -> None:
-    """One worker. A divergence, which all workers agree on, is noted and ends the run; anything else counts as a failure."""
+    """One worker.
+
+    A divergence, which all workers agree on, is noted and ends the run. What a user must mend is noted and ends it when Ray
+    starts the workers again; any other exception is a failure, after which they resume.
+    """
     torch.set_num_threads(loop["cpus"])
     places = Places(*map(Path, loop["places"]))
+    if (places.work / REFUSED).exists():
+        return
     try:
         run_distillation(unpack(loop["packed"]), places, ray.train.torch.get_device(), lambda line: None)
     except DistillationDiverged as error:
         if ray.train.get_context().get_world_rank() == 0:
             (places.work / DIVERGED).write_text(str(error))
+    except UserError as error:
+        (places.work / REFUSED).write_text(str(error))
+        raise
 
 
 def _check_room(workers: int, gpus: float) -> None:
@@ -119,4 +137,5 @@ class _Tail:
                 if not line.endswith(b"\n"):
                     break
                 self.position += len(line)
-                self.report(json.loads(line))
+                with contextlib.suppress(ValueError):  # a line may be cut where the log was replaced meanwhile
+                    self.report(json.loads(line))

@@ -37,14 +37,14 @@ class ImageDecoder:
         try:
             image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else self._open(raw)
             image = self._fit(_eight_bits(image).convert("L" if self.channels == 1 else "RGB"))
-        except Rejected:
+        except (Rejected, MemoryError):
             raise
         except UnidentifiedImageError:
             raise Rejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
         except Image.DecompressionBombError as error:
             raise Rejected(f"decompression bomb: {error}") from None
         except Exception as error:  # a decoder fed with damaged bytes raises almost anything
-            raise Rejected(f"damaged: {error or type(error).__name__}") from None
+            raise Rejected(f"damaged: {str(error) or type(error).__name__}") from None
         pixels = np.asarray(image, np.uint8)
         return np.ascontiguousarray(pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1))
 

@@ -7,6 +7,7 @@ chunks do not depend on the number of workers, neither do the shards. Ray is not
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import file_digest, publish
 
 REJECTED = pa.schema([("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string())])
+ONE_FILE = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a single file
 CONTRACT = ("splits", "listing", "digest", "read")
 
 
@@ -93,7 +95,11 @@ def ingest_chunk(source: Source, decoder: ImageDecoder, rows: pa.Table, target: 
         try:
             pixels.append(decoder(source.read(row)[0]))
             good.append(i)
-        except (Rejected, OSError) as error:
+        except OSError as error:
+            if error.errno not in ONE_FILE:
+                raise  # the disk or the network, not this sample
+            bad.append((row["sample_id"][0].as_py(), row["location"][0].as_py(), error.strerror or str(error)))
+        except Rejected as error:
             bad.append((row["sample_id"][0].as_py(), row["location"][0].as_py(), str(error)))
     kept = rows.take(pa.array(good, pa.int64()))
     array = np.stack(pixels) if pixels else np.zeros((0, *decoder.shape), np.uint8)
@@ -129,7 +135,8 @@ def merge(plan: Plan, pieces: Path, prepared: Path, group: int) -> dict[str, Any
             if split == "train":
                 moments = np.sum(sums, axis=0) if sums else np.zeros((3, shape[0]))
         rejected = pa.concat_tables([pq.read_table(p) for p in sorted(pieces.glob("*.rejected"))])
-        pq.write_table(rejected.sort_by("sample_id"), temporary / "rejected.parquet")
+        with publish(prepared.parent / "rejected.parquet") as listed:
+            pq.write_table(rejected.sort_by("sample_id"), listed)
         if 0 in counts["train"]:
             raise UserError(_all_rejected(plan, counts["train"].index(0), rejected, pieces))
         mean, std = _statistics(moments)
@@ -195,11 +202,11 @@ def _measured(
 
 
 def _statistics(moments: np.ndarray[Any, Any]) -> tuple[list[float], list[float]]:
-    """Channel mean and standard deviation of the training pixels, on the scale 0..1."""
+    """Channel mean and standard deviation of the training pixels, on the scale 0..1; 1 for a channel that is constant."""
     count, total, squares = moments
     mean = total / np.maximum(count, 1)
     std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 1e-12))
-    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]
+    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) or 1.0 for s in std]
 
 
 def _subset(wanted: list[str], known: list[str]) -> list[str]:

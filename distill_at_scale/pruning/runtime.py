@@ -2,7 +2,7 @@
 
 The matching core asks; a backend does not know the rule. Rule `loss` drops the floor(drop * n) samples with the
 largest value: the cross-entropy that the matching forward pass computes (DC, DSA), or the distance to the synthetic
-mean in feature space (DM). Where the forward pass itself is the cost (DM), values are remembered per sample: a full
+mean in feature space (DM). A look costs a forward pass, so values are remembered per sample: a full
 look every `refresh` steps, and in between the samples to be dropped are not even loaded into the network.
 """
 

@@ -75,7 +75,7 @@ def _pool(held: int, device: torch.device) -> Pool:
 def _ours(
     options: argparse.Namespace, pool: Pool, device: torch.device, runtime: dict[str, object]
 ) -> Callable[[int], object]:
-    section = {"real_batch": options.real}
+    section = {"real_batch": options.real, "augment": "none"}
     config = validate({"distill": {"method": options.method, options.method: section}, "runtime": runtime})
     spec = NetworkSpec("convnet", SHAPE, CLASSES)
     setting = Setting(config, spec, [str(c) for c in range(CLASSES)], list(range(CLASSES)), Solo(), device, 1000)
@@ -119,7 +119,7 @@ def _textbook_dc(network: torch.nn.Module, real: torch.Tensor, synthetic: torch.
 
 
 def _textbook_dm(network: torch.nn.Module, real: torch.Tensor, synthetic: torch.Tensor, label: int) -> torch.Tensor:
-    embed = network.embed
+    embed = network.requires_grad_(False).embed
     with torch.no_grad():
         target = embed(real).mean(0)
     return (target - embed(synthetic).mean(0)).square().sum()

@@ -23,7 +23,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", 
 
 class ImageFolder:
     def __init__(self, config: DataSection) -> None:
-        self.root = data_root(config)
+        self.config, self.root = config, data_root(config)
         folders = {split_of(p.name): p for p in sorted(self.root.iterdir()) if p.is_dir()}
         self.folders: dict[str, Path] = {split: folders[split] for split in ("train", "test") if split in folders}
         if "train" not in self.folders:
@@ -53,10 +53,21 @@ class ImageFolder:
 
     def digest(self, split: str) -> str:
         paths = self.listing(split)["location"].to_pylist()
-        return digest([(path, (self.root / path).stat().st_size) for path in paths])
+        return digest([(path, _size(self.root / path)) for path in paths])
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
-        return [(self.root / path).read_bytes() for path in rows["location"].to_pylist()]
+        try:
+            return [(self.root / path).read_bytes() for path in rows["location"].to_pylist()]
+        except FileNotFoundError:
+            data_root(self.config)  # all of it gone is no matter of one sample
+            raise
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1  # a dangling link; reading it rejects the sample
 
 
 def _visible_folders(folder: Path) -> list[Path]:

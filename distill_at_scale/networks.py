@@ -23,7 +23,7 @@ from distill_at_scale.registry import resolve
 
 CACHE = 8 * 2**20  # bytes of one layer's activations that a CPU core keeps close
 GPU_BYTES = 512 * 2**20  # the same for a GPU, where more at once only costs memory
-COMPILE_FROM = 400_000  # images through the network; below, compiling (10-30 s) costs more than it saves
+COMPILE_FROM = 25 * 10**9  # bytes of widest layers to compute; below, compiling (10-30 s) costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ class NetworkSpec:
 
         Measured on an EPYC (Zen 5) core with a ConvNet of width 128 at 32 x 32: 16 at once take half the time per image of 256.
         """
-        layer = self.width * self.shape[-1] * self.shape[-2] * 4  # bytes of one image in the widest layer
-        return max(4, (CACHE if device.type == "cpu" else GPU_BYTES) // layer)
+        return max(4, (CACHE if device.type == "cpu" else GPU_BYTES) // self.work(1))
+
+    def work(self, images: int) -> int:
+        """Bytes of the widest layer for so many images: a measure of what is to be computed."""
+        return images * self.width * self.shape[-1] * self.shape[-2] * 4
 
 
 def instance_norm(channels: int) -> nn.GroupNorm:
@@ -175,9 +178,9 @@ NETWORKS: dict[str, Callable[[NetworkSpec], nn.Module]] = {
 }
 
 
-def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, images: int) -> Callable[[Tensor], Tensor]:
-    """torch.compile where it pays; eager, with a warning, where there is no working compiler."""
-    if choice == "never" or (choice == "auto" and images < COMPILE_FROM):
+def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -> Callable[[Tensor], Tensor]:
+    """torch.compile where it pays for so much work (NetworkSpec.work); eager, with a warning, where no compiler works."""
+    if choice == "never" or (choice == "auto" and work < COMPILE_FROM):
         return network
     compiled = torch.compile(network)
     failed = False

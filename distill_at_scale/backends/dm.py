@@ -42,8 +42,8 @@ class DistributionMatching(ImageBackend):
 
     def prepare(self, real: Any) -> None:
         super().prepare(real)
-        per_step = sum(min(self.options.real_batch, real.count(label)) for label in self.setting.labels)
-        self.embed_real = maybe_compile(self.embed, "auto", per_step * self.setting.steps)
+        images = self.options.real_batch * self.setting.spec.classes * self.setting.steps  # whoever owns the classes
+        self.embed_real = maybe_compile(self.embed, "auto", self.setting.spec.work(images))
 
     def step(self, i: int) -> dict[str, float]:
         fresh = self.setting.spec.build(derive(self.setting.seed, "network", i))

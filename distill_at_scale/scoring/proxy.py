@@ -44,7 +44,7 @@ def train_trial(
     start = _resume(network, optimizer, folder, trial, config.epochs)
     advance(start)
     at_once = config.batch if mixes_samples(network) else min(config.batch, spec.at_once(device))
-    forward = maybe_compile(network, config.compile, len(labels) * config.epochs)
+    forward = maybe_compile(network, config.compile, spec.work(len(labels) * config.epochs))
     for epoch in range(start, config.epochs):
         order = torch.randperm(len(labels), generator=rng.generator(seed, "proxy order", trial, epoch))
         for first in range(0, len(order), config.batch):

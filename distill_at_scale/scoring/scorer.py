@@ -47,7 +47,7 @@ class Scorer:
         paths = [proxy.checkpoint_path(checkpoints, t, e) for t in range(score.trials) for e in range(score.epochs)]
         self.weights = [proxy.load_proxy(spec, path, device).state_dict() for path in paths]
         images = sum(self.prepared.counts()) * len(paths)
-        self.forward = maybe_compile(self.loaded, score.compile, images)
+        self.forward = maybe_compile(self.loaded, score.compile, spec.work(images))
 
     def score_chunk(self, chunk: Chunk, target: Path) -> int:
         """Score the samples of one chunk and publish them as `target`; returns how many there are."""

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_at_scale import distill, evaluate, report, synthetic, validate
-from distill_at_scale.config import Config, flatten
+from distill_at_scale import distill, evaluate, fingerprints, report, synthetic, validate
+from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
@@ -25,11 +25,6 @@ from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
 from distill_at_scale.scoring import table as score_table
-
-NOT_IN_FINGERPRINT = {
-    "data": ("path",),
-    "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
-}
 
 
 class Pipeline:
@@ -84,52 +79,10 @@ class Pipeline:
 
     def inputs(self, stage: str) -> Inputs:
         """The configuration values and contents that a stage depends on."""
-        config, content = self.config, self.dir.content
-        seed = {"run.seed": config.run.seed}
-        if stage == "ingest":
-            return self._ingest_inputs()
-        if stage == "score":
-            return Inputs(self._section("score") | seed, {"ingest": content("ingest")})
-        if stage == "select":
-            resolved = {
-                "criterion": config.criterion,
-                "min_per_class": config.min_per_class,
-                "seed": config.select_seed,
-            }
-            return Inputs(
-                self._section("select") | {f"select.{k}": v for k, v in resolved.items()}, {"score": content("score")}
-            )
-        if stage == "distill":
-            own = getattr(config.distill, config.distill.method, None)
-            resolved = {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed} | (
-                flatten(own, f"distill.{config.distill.method}.") if own else {}
-            )
-            return Inputs(
-                self._section("distill") | resolved | self._runtime(),
-                {"ingest": content("ingest"), "select": content("select")},
-            )
-        if stage == "evaluate":
-            shared = {f"distill.{key}": getattr(config.distill, key) for key in ("ipc", "width", "depth")}
-            return Inputs(
-                self._section("evaluate") | shared | seed, {s: content(s) for s in ("ingest", "select", "distill")}
-            )
-        evaluated = ("evaluate",) if self.dir.record("evaluate") or Prepared(self.dir / "prepared").has_test() else ()
-        stages = ("ingest", "score", "select", "distill", *evaluated)
-        return Inputs({}, {s: content(s) for s in stages} | {"page": report.version()})
-
-    def _section(self, name: str) -> dict[str, Any]:
-        left_out = {f"{name}.{key}" for key in NOT_IN_FINGERPRINT.get(name, ())}
-        flat = flatten(getattr(self.config, name), f"{name}.")
-        return {k: v for k, v in flat.items() if not any(k == out or k.startswith(out + ".") for out in left_out)}
-
-    def _runtime(self) -> dict[str, Any]:
-        runtime = self.config.runtime
-        return flatten(runtime, "runtime.") if runtime.rule != "none" else {"runtime.rule": "none"}
+        return self._ingest_inputs() if stage == "ingest" else fingerprints.inputs(stage, self.config, self.dir)
 
     def _ingest_inputs(self) -> Inputs:
-        config = self._section("data")
-        if self.config.data.holdout:
-            config["run.seed"] = self.config.run.seed
+        config = fingerprints.data(self.config)
         try:
             self.plan = ingest.plan(self.config)
         except UserError as error:

@@ -20,7 +20,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
     {"backends"},
     {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "report"},
     {"cluster"},
-    {"pipeline"},
+    {"fingerprints", "pipeline"},
     {"cli"},
     {"jobs"},
 ]

@@ -1,0 +1,74 @@
+"""What each stage depends on: its own configuration and the contents that it reads, and nothing else.
+
+Where data lies, the run folder, the cluster and the number of workers are left out, so a run resumes on another machine and
+scores are shared by every selection made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill_at_scale import distill, report
+from distill_at_scale.config import Config, flatten
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.rundir import Inputs, RunDir
+
+LEFT_OUT = {
+    "data": ("path",),
+    "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
+}
+
+
+def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
+    """The inputs of a stage after ingest.
+
+    Raises UserError where an earlier stage has not been run, or its output is no longer whole.
+    """
+    values, reads = {"score": score, "select": select, "distill": distillation, "evaluate": evaluation, "report": page}[
+        stage
+    ](config, run)
+    return Inputs(
+        values, {name: run.content(name) for name in reads} | ({"page": report.version()} if stage == "report" else {})
+    )
+
+
+Dependence = tuple[dict[str, Any], tuple[str, ...]]  # configuration values, and the stages whose output is read
+
+
+def data(config: Config) -> dict[str, Any]:
+    """The configuration behind the prepared data; the seed counts only where it splits them."""
+    return _section(config, "data") | ({"run.seed": config.run.seed} if config.data.holdout else {})
+
+
+def score(config: Config, run: RunDir) -> Dependence:
+    return _section(config, "score") | {"run.seed": config.run.seed}, ("ingest",)
+
+
+def select(config: Config, run: RunDir) -> Dependence:
+    resolved = {"criterion": config.criterion, "min_per_class": config.min_per_class, "seed": config.select_seed}
+    return _section(config, "select") | {f"select.{key}": value for key, value in resolved.items()}, ("score",)
+
+
+def distillation(config: Config, run: RunDir) -> Dependence:
+    method = config.distill.method
+    own = getattr(config.distill, method, None)
+    values = _section(config, "distill") | (flatten(own, f"distill.{method}.") if own else {})
+    values |= {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed}
+    runtime = flatten(config.runtime, "runtime.") if config.runtime.rule != "none" else {"runtime.rule": "none"}
+    return values | runtime, ("ingest", "select")
+
+
+def evaluation(config: Config, run: RunDir) -> Dependence:
+    shared = {f"distill.{key}": getattr(config.distill, key) for key in ("ipc", "width", "depth")}
+    return _section(config, "evaluate") | shared | {"run.seed": config.run.seed}, ("ingest", "select", "distill")
+
+
+def page(config: Config, run: RunDir) -> Dependence:
+    evaluated = run.record("evaluate") is not None or Prepared(run / "prepared").has_test()
+    return {}, ("ingest", "score", "select", "distill", *(("evaluate",) if evaluated else ()))
+
+
+def _section(config: Config, name: str) -> dict[str, Any]:
+    left_out = {f"{name}.{key}" for key in LEFT_OUT.get(name, ())}
+    flat = flatten(getattr(config, name), f"{name}.")
+    return {k: v for k, v in flat.items() if not any(k == out or k.startswith(out + ".") for out in left_out)}

@@ -173,14 +173,7 @@ class Pipeline:
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
 
             def show(line: dict[str, Any]) -> None:
-                note = (
-                    f"loss {line['loss']:.4g}"
-                    if "loss" in line
-                    else f"top-1 {line['top1']:.3f}"
-                    if "top1" in line
-                    else None
-                )
-                meter.advance(max(0, line["step"] - meter.done), note)
+                meter.advance(max(0, line["step"] - meter.done), _note(line))
 
             self.executor.distill(self.config, places, show)
         result = synthetic.load(work / "synthetic")
@@ -245,3 +238,10 @@ class _Rows:
 
 def _job(row: dict[str, Any]) -> evaluate.Job:
     return evaluate.Job(row["set"], row["network"], row["seed"])
+
+
+def _note(line: dict[str, Any]) -> str | None:
+    """What a line of the distillation's log says beside the step."""
+    if "loss" in line:
+        return f"loss {line['loss']:.4g}"
+    return f"top-1 {line['top1']:.3f}" if "top1" in line else None

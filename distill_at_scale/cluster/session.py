@@ -55,6 +55,8 @@ class Session:
         self.say(
             f"Ray is ready: {found.get('CPU', 0):g} cores, {found.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
         )
+        if found.get("GPU") and not self.config.gpus_per_worker:
+            self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
 
     def _object_store(self) -> int:
         if self.config.object_store_mb:

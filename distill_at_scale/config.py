@@ -38,8 +38,15 @@ class DataSection(Section):
     size: int = Field(32, ge=4, le=1024)
     resize: Literal["square", "crop"] = "square"
     channels: Literal[1, 3] = 3
+    store: Literal["auto", "raw", "jpeg"] = (
+        "auto"  # how prepared pixels are kept; auto: raw up to 128 pixels, then JPEG
+    )
+    quality: int = Field(95, ge=50, le=100)  # of store: jpeg
     holdout: float | None = Field(None, gt=0, lt=1)  # a seeded, class-wise test split, where the source has none
-    classes: list[str] | None = None  # a subset of the classes, in this order
+    classes: list[str] | str | None = None  # a subset, in this order: names, a known subset (imagenette) or a text file
+    class_names: str | None = None  # text file: every class of the source, one a line, in the order of the labels
+    val_labels: str | None = None  # ImageNet's flat val: its list of labels; default: found by its usual names
+    synsets: str | None = None  # what class numbers of that list mean; default: found by its usual names
     image_column: str = "image"
     label_column: str = "label"
     max_pixels: int = Field(
@@ -52,6 +59,11 @@ class ScoreSection(Section):
     criterion: str | list[str] = "loss"
     trials: int = Field(5, ge=1)
     epochs: int = Field(5, ge=1)
+    weights: str | list[str] | None = (
+        None  # ready-made checkpoints instead of trained ones: files, or torchvision's names
+    )
+    share: float = Field(1.0, gt=0, le=1)  # of the training split that proxies are trained on, class by class
+    workers: int = Field(1, ge=1)  # data-parallel workers per proxy; 1: the trials side by side
     network: str = "convnet"
     width: int = Field(128, ge=1)
     depth: int | None = Field(None, ge=1, le=8)
@@ -60,10 +72,21 @@ class ScoreSection(Section):
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     compile: Literal["auto", "always", "never"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
 
     @property
     def criteria(self) -> list[str]:
         return [self.criterion] if isinstance(self.criterion, str) else list(self.criterion)
+
+    @property
+    def given_weights(self) -> list[str]:
+        """The ready-made checkpoints; empty where proxies are trained."""
+        return [self.weights] if isinstance(self.weights, str) else list(self.weights or [])
+
+    @property
+    def checkpoints(self) -> tuple[int, int]:
+        """Trials and epochs behind every score; a ready-made checkpoint is a trial of one epoch."""
+        return (len(self.given_weights), 1) if self.weights is not None else (self.trials, self.epochs)
 
     @field_validator("criterion")
     @classmethod
@@ -71,6 +94,14 @@ class ScoreSection(Section):
         names = [value] if isinstance(value, str) else value
         if not names or len(set(names)) != len(names):
             raise ValueError("name at least one criterion, and each once")
+        return value
+
+    @field_validator("weights")
+    @classmethod
+    def _some_weights(cls, value: str | list[str] | None) -> str | list[str] | None:
+        names = [value] if isinstance(value, str) else value
+        if names is not None and (not names or not all(names) or len(set(names)) != len(names)):
+            raise ValueError("name at least one file, and each once")
         return value
 
 
@@ -309,7 +340,7 @@ def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if not key:
         return f"{where}: {message}"
-    if key == "score.criterion" and "valid" in message:
+    if key in ("score.criterion", "score.weights", "data.classes") and "valid" in message:
         message = "it should be a name or a list of names"
     return f"{key} = {problem['input']!r} (in {where}) is not allowed: {message}"
 

@@ -100,6 +100,7 @@ def test_parquet_ids_are_the_paths_where_they_are_unique(tmp_path):
         "label": [0, 1, 0],
         "location": ["train-0.parquet"] * 3,
         "row": [0, 1, 2],
+        "size": [0, 0, 0],
     }
 
 

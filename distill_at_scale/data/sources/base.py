@@ -1,7 +1,8 @@
 """The contract of a source, and the listing that every source returns.
 
-A listing is an Arrow table with the columns sample_id (string, unique), label (int32), location (string) and row
-(int64): whatever the source needs to find the sample again. Splits are called "train" and "test".
+A listing is an Arrow table with the columns sample_id (string, unique), label (int32), location (string), row (int64)
+and size (int64, bytes; 0 where unknown): whatever the source needs to find the sample again. In an archive `row` is the
+byte offset. Rows come in the order in which they are best read. Splits are called "train" and "test".
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import pyarrow as pa
 from distill_at_scale.config import DataSection
 from distill_at_scale.errors import UserError
 
-LISTING = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("location", pa.string()), ("row", pa.int64())])
+LISTING = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("label", pa.int32()),
+        ("location", pa.string()),
+        ("row", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 
 
@@ -39,13 +48,17 @@ class Source(Protocol):
         """The raw form of some rows of a listing, in order: encoded bytes, or a uint8 array H x W (x C)."""
 
 
-def listing(ids: Sequence[str], labels: Sequence[int], locations: Sequence[str], rows: Sequence[int]) -> pa.Table:
+def listing(
+    ids: Sequence[str], labels: Sequence[int], locations: Sequence[str], rows: Sequence[int],
+    sizes: Sequence[int] | None = None,
+) -> pa.Table:  # fmt: skip
     """Builds a listing.
 
     Raises UserError for a repeated id, naming it.
     """
     table = pa.table([pa.array(ids, pa.string()), np.asarray(labels, np.int32), pa.array(locations, pa.string()),
-                      np.asarray(rows, np.int64)], schema=LISTING)  # fmt: skip
+                      np.asarray(rows, np.int64), np.asarray([0] * len(ids) if sizes is None else sizes, np.int64)],
+                     schema=LISTING)  # fmt: skip
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]

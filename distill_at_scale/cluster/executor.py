@@ -12,6 +12,7 @@ from distill_at_scale.cluster.pool import check_gpus
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
+from distill_at_scale.data.storage import is_uri
 from distill_at_scale.distill import Places
 from distill_at_scale.evaluate import Job
 from distill_at_scale.execution import Advance, Report
@@ -53,7 +54,7 @@ class RayExecutor:
 
 def absolute(config: Config) -> Config:
     """Workers may start in another folder: a relative data path becomes absolute."""
-    if config.data.path is None:
+    if config.data.path is None or is_uri(config.data.path):
         return config
     path = str(Path(config.data.path).expanduser().resolve())
     return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})

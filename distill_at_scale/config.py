@@ -64,6 +64,7 @@ class ScoreSection(Section):
     )
     share: float = Field(1.0, gt=0, le=1)  # of the training split that proxies are trained on, class by class
     workers: int = Field(1, ge=1)  # data-parallel workers per proxy; 1: the trials side by side
+    shards: int = Field(8, ge=1, le=1024)  # logical shards of a proxy's batches, whatever the number of workers
     network: str = "convnet"
     width: int = Field(128, ge=1)
     depth: int | None = Field(None, ge=1, le=8)

@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 
 from distill_at_scale.config import Config
-from distill_at_scale.data.ingest import decoder_of, ingest_chunk, open_source, piece_path
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.ingest import open_source
+from distill_at_scale.data.pieces import check_chunk, ingest_chunk, piece_path, recipe_of
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.evaluate import Evaluator, Job
@@ -25,13 +25,15 @@ from distill_at_scale.workers import workers_here
 
 Advance = Callable[[int], None]  # called with the number of units that were finished
 Report = Callable[[dict[str, Any]], None]
+Chunks = Sequence[tuple[str, int, pa.Table]]  # split, index and rows of a listing
 
 
 class Executor(Protocol):
-    def ingest(
-        self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance
-    ) -> int:
-        """Decode chunks of a listing into pieces; returns how many samples were rejected. Advances by samples."""
+    def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
+        """Decode chunks of a listing into pieces; returns how many samples were rejected. Advances by samples.
+
+        With `check` only the lists of rejected samples are kept.
+        """
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         """Train every trial. Advances by epochs."""
@@ -57,12 +59,11 @@ class Local:
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def ingest(
-        self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance
-    ) -> int:
-        source, decoder, rejected = open_source(config.data), decoder_of(config), 0
+    def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
+        source, recipe, rejected = open_source(config.data), recipe_of(config), 0
         for split, index, rows in chunks:
-            used, bad = ingest_chunk(source, decoder, rows, piece_path(pieces, split, index))
+            make = check_chunk if check else ingest_chunk
+            used, bad = make(source, recipe, rows, piece_path(pieces, split, index))
             rejected += bad
             advance(used + bad)
         return rejected
@@ -76,8 +77,8 @@ class Local:
     ) -> None:
         with threads(1):  # as each actor of a cluster does, so that the scores are the same bytes
             scorer = Scorer(config, prepared, checkpoints, self.device)
-            for chunk in chunks:
-                advance(scorer.score_chunk(chunk, score_piece(pieces, chunk)))
+            for rows in scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in chunks]):
+                advance(rows)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         run_distillation(config, places, self.device, report)
@@ -96,15 +97,11 @@ def score_piece(pieces: Path, chunk: Chunk) -> Path:
 
 
 def run_trial(
-    config: Config, prepared_folder: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance
+    config: Config, prepared: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance
 ) -> None:
-    """Train one proxy on the whole training split."""
-    prepared = Prepared(prepared_folder)
-    pixels, labels = prepared.load("train")
-    spec = proxy.network_spec(config.score, prepared.shape, len(prepared.class_names))
-    normalization = Normalization(tuple(prepared.mean), tuple(prepared.std))
-    proxy.train_trial(torch.from_numpy(pixels), torch.from_numpy(labels), normalization, spec, config.score, trial,
-                      config.run.seed, checkpoints, device, advance)  # fmt: skip
+    """Train one proxy, together with the other workers of a process group, if there is one."""
+    workers = workers_here(device)
+    proxy.Trial(Prepared(prepared), config.score, trial, config.run.seed, checkpoints, device, workers).run(advance)
 
 
 def run_distillation(config: Config, places: Places, device: torch.device, report: Report) -> None:

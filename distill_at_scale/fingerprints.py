@@ -11,10 +11,12 @@ from typing import Any
 from distill_at_scale import distill, report
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.subsets import class_list
 from distill_at_scale.rundir import Inputs, RunDir
 
 LEFT_OUT = {
-    "data": ("path",),
+    "data": ("path", "class_names", "val_labels", "synsets"),
+    "score": ("workers", "weights"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
 }
 
@@ -37,7 +39,8 @@ Dependence = tuple[dict[str, Any], tuple[str, ...]]  # configuration values, and
 
 def data(config: Config) -> dict[str, Any]:
     """The configuration behind the prepared data; the seed counts only where it splits them."""
-    return _section(config, "data") | ({"run.seed": config.run.seed} if config.data.holdout else {})
+    classes = {} if config.data.classes is None else {"data.classes": class_list(config.data.classes)}
+    return _section(config, "data") | classes | ({"run.seed": config.run.seed} if config.data.holdout else {})
 
 
 def score(config: Config, run: RunDir) -> Dependence:

@@ -18,6 +18,7 @@ from typing import Any
 from distill_at_scale import distill, evaluate, fingerprints, report, synthetic, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
+from distill_at_scale.data.merge import merge
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, score_piece
@@ -97,10 +98,10 @@ class Pipeline:
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
         chunks = self.plan.chunks(self.config.data.chunk)
-        total = sum(rows.num_rows for _, _, rows in chunks)
+        total = self.plan.samples
         with self.display.meter("decode", total, "samples") as meter:
             rejected = self.executor.ingest(self.config, chunks, pieces, meter.advance)
-        meta = ingest.merge(self.plan, pieces, self.dir / "prepared", self.config.data.chunk)
+        meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data)
         if rejected:
             self.display.say(f"  {rejected} of {total} samples were rejected; see {self.dir / 'rejected.parquet'}")
         return [self.dir / "prepared", self.dir / "rejected.parquet"], {

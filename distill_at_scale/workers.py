@@ -19,6 +19,9 @@ class Workers(Protocol):
     def sum_(self, tensors: list[Tensor]) -> None:
         """Add up tensors over all workers, in place, in one flat all-reduce."""
 
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """Every worker's tensor of one shape, in rank order, everywhere."""
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any worker."""
 
@@ -37,6 +40,9 @@ class Solo:
 
     def sum_(self, tensors: list[Tensor]) -> None:
         pass
+
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -62,6 +68,11 @@ class Group:
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor)
+        return found
 
     def any(self, flag: bool) -> bool:
         shared = torch.tensor([float(flag)], device=self.device)

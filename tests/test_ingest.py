@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import TINY
@@ -17,11 +18,12 @@ from PIL import Image
 
 from distill_at_scale import config as configuration
 from distill_at_scale.data import ingest
-from distill_at_scale.data.decode import ImageDecoder
+from distill_at_scale.data import merge as merging
+from distill_at_scale.data.merge import merge
+from distill_at_scale.data.pieces import ingest_chunk, piece_path, recipe_of
 from distill_at_scale.data.shards import Prepared, pixels_of
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
-from distill_at_scale.execution import decoder_of
 
 
 def png(level: int, side: int = 8) -> bytes:
@@ -43,14 +45,14 @@ def decode(plan: ingest.Plan, config: configuration.Config, pieces: Path, backwa
     pieces.mkdir(parents=True, exist_ok=True)
     source, found = ingest.open_source(config.data), []
     for split, index, rows in plan.chunks(config.data.chunk)[:: -1 if backwards else 1]:
-        found.append(ingest.ingest_chunk(source, decoder_of(config), rows, ingest.piece_path(pieces, split, index)))
+        found.append(ingest_chunk(source, recipe_of(config), rows, piece_path(pieces, split, index)))
     return sum(used for used, _ in found), sum(bad for _, bad in found)
 
 
 def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> Prepared:
     plan = ingest.plan(config)
     decode(plan, config, folder / "pieces", backwards)
-    ingest.merge(plan, folder / "pieces", folder / "prepared", config.data.chunk)
+    merge(plan, folder / "pieces", folder / "prepared", config.data)
     return Prepared(folder / "prepared")
 
 
@@ -92,13 +94,15 @@ def test_every_sample_keeps_its_id_label_and_pixels(prepared):
 def test_rows_are_sorted_by_class_and_id_with_one_class_per_row_group(digits_run):
     prepared = Prepared(digits_run.dir / "prepared")
     for split in ("train", "test"):
+        groups = prepared.groups(split)
+        assert [g.label for g in groups] == sorted(g.label for g in groups)
+        for group in groups:
+            table = prepared.read(group, split)
+            assert set(table["label"].to_pylist()) == {group.label}
+            assert table.num_rows == group.rows <= 32
         chunks = prepared.chunks(split)
-        assert [c.label for c in chunks] == sorted(c.label for c in chunks)
         assert [c.index for c in chunks] == list(range(len(chunks)))
-        for chunk in chunks:
-            table = prepared.read(chunk, split)
-            assert set(table["label"].to_pylist()) == {chunk.label}
-            assert table.num_rows == chunk.rows <= 32
+        assert all(prepared.read(chunk, split).num_rows == chunk.rows <= 32 for chunk in chunks)
         ids, labels = prepared.index(split)
         assert list(zip(labels.tolist(), ids, strict=True)) == sorted(zip(labels.tolist(), ids, strict=True))
 
@@ -138,7 +142,7 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
 
     source = Unreadable(config.data)
     again = [
-        ingest.ingest_chunk(source, ImageDecoder(8), rows, ingest.piece_path(tmp_path / "pieces", split, i))
+        ingest_chunk(source, recipe_of(config), rows, piece_path(tmp_path / "pieces", split, i))
         for split, i, rows in plan.chunks(4)
     ]
     assert (sum(u for u, _ in again), sum(b for _, b in again)) == first == (14, 0)
@@ -150,10 +154,8 @@ def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
     plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"
     pieces.mkdir(parents=True)
     split, index, rows = plan.chunks(4)[1]
-    ingest.ingest_chunk(
-        ingest.open_source(config.data), decoder_of(config), rows, ingest.piece_path(pieces, split, index)
-    )
-    (pieces / ".train-000000.parquet.0a1b.tmp").write_bytes(b"cut off when the process was killed")
+    ingest_chunk(ingest.open_source(config.data), recipe_of(config), rows, piece_path(pieces, split, index))
+    (pieces / ".train-000000.arrow.0a1b.tmp").write_bytes(b"cut off when the process was killed")
     prepare(config, tmp_path / "a")
     prepare(config, tmp_path / "b")
     assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
@@ -286,6 +288,42 @@ def test_pixels_pass_the_ingest_unchanged(digits_run):
     table = prepared.read(prepared.chunks()[0])
     for name, image in zip(table["sample_id"].to_pylist(), pixels_of(table), strict=True):
         assert np.array_equal(image[0], source.images[int(name.removeprefix("digits/"))])
+
+
+def shuffled(config: configuration.Config, monkeypatch) -> configuration.Config:
+    """The digits in an order that mixes all classes, as Parquet files and archives often do."""
+    plain, order = SOURCES["digits"].listing, np.random.default_rng(0).permutation(1797)
+    monkeypatch.setattr(SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(order))
+    return config
+
+
+@pytest.mark.parametrize("span", [1, 64 * 50, 10**9])
+def test_the_shards_do_not_depend_on_the_order_of_the_source_or_the_memory_of_the_merge(tmp_path, monkeypatch, span):
+    prepare(digits_config(), tmp_path / "a")
+    monkeypatch.setattr(merging, "SPAN_BYTES", span)
+    prepare(shuffled(digits_config(), monkeypatch), tmp_path / "b")
+    assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
+
+
+def test_large_images_are_kept_as_jpegs(tmp_path, monkeypatch):
+    root, draw = tmp_path / "photos", np.random.default_rng(0)
+    for k in range(6):
+        path = root / "train" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        smooth = Image.fromarray(draw.integers(0, 256, (6, 8, 3), np.uint8)).resize(
+            (160, 120), Image.Resampling.BICUBIC
+        )
+        smooth.save(path)
+    raw, jpeg = (
+        prepare(folder_config(root, size=144, resize="crop", store=store), tmp_path / store)
+        for store in ("raw", "auto")
+    )
+    assert raw.index()[0] == jpeg.index()[0]
+    assert jpeg.read(jpeg.groups()[0]).column_names == ["sample_id", "label", "jpeg"]
+    first, second = raw.load("train")[0], jpeg.load("train", only=pa.array(jpeg.index()[0]))[0]
+    assert first.shape == second.shape == (6, 3, 144, 144)
+    assert np.abs(first.astype(int) - second).mean() < 3
+    assert np.array_equal(jpeg.take("train", 1, [0, 2]), jpeg.load("train", labels=[1])[0][[0, 2]])
 
 
 def test_the_metadata_is_plain_json(prepared):

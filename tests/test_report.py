@@ -225,8 +225,8 @@ def test_a_thousand_classes_stay_small(tmp_path):
     run, classes, shape = RunDir(tmp_path / "many"), 1000, (3, 64, 64)
     names, draw = [f"class {i}" for i in range(classes)], np.random.default_rng(0)
     pixels = draw.integers(0, 256, (classes, *shape), np.uint8)
-    tables = ((i, shards.to_table([f"{i:04d}"], [i], pixels[i : i + 1])) for i in range(classes))
-    shards.write_shards(run / "prepared" / "train", tables, shape, 64)
+    tables = (shards.to_table([f"{i:04d}"], [i], pixels[i : i + 1]) for i in range(classes))
+    shards.write_shards(run / "prepared" / "train", tables, shards.schema(shape), 64)
     scale = {"mean": [0.5] * 3, "std": [0.25] * 3}
     meta = {"class_names": names, "shape": shape, "counts": {"train": [1] * classes}, **scale}
     shards.write_meta(run / "prepared", meta, "")

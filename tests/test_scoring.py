@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedNetwork
+from conftest import FixedNetwork, write_prepared
 
 from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
@@ -22,18 +23,32 @@ from distill_at_scale.scoring import proxy, table
 from distill_at_scale.scoring.scorer import Scorer, criteria_of
 
 CPU = torch.device("cpu")
-NORM = Normalization((0.5,), (0.25,))
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
 
 
 def samples(count=40):
+    """Sorted by class, as they are prepared."""
     chance = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=chance), torch.arange(count) % 3
+    labels = (torch.arange(count) % 3).sort().values
+    return torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=chance), labels
 
 
-def train(folder, spec=SPEC, advance=lambda epochs: None, trial=1, seed=0, **section):
+def trial_of(folder, trial=1, seed=0, workers=None, data=None, **section):
+    """A trial on the samples, whose prepared form lies beside its folder."""
     section = {"epochs": 3, "batch": 16, "lr": 0.1, "width": 4, **section}
-    proxy.train_trial(*samples(), NORM, spec, ScoreSection(**section), trial, seed, folder, CPU, advance)
+    beside = folder.parent / f"{folder.name}-data"
+    if not beside.exists():
+        write_prepared(beside, *(tensor.numpy() for tensor in data or samples()))
+    return proxy.Trial(Prepared(beside), ScoreSection(**section), trial, seed, folder, CPU, workers)
+
+
+def train(folder, advance=lambda epochs: None, **keys):
+    trial_of(folder, **keys).run(advance)
+
+
+def start_from(monkeypatch, spec):
+    """Every proxy starts from the weights of a given specification."""
+    monkeypatch.setattr(proxy, "network_spec", lambda config, shape, classes: spec)
 
 
 def files(folder):
@@ -48,9 +63,11 @@ def test_a_trial_leaves_one_checkpoint_per_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("section", [{}, {"momentum": 0.9, "weight_decay": 0.01}], ids=["plain", "momentum"])
-def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, section):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, monkeypatch, section, shards):
     spec = FixedNetwork(SPEC, at_once=7)
-    train(tmp_path, spec=spec, batch=1000, **section)
+    start_from(monkeypatch, spec)
+    train(tmp_path, batch=1000, shards=shards, **section)
     network, (pixels, labels) = spec.build(0), samples()
     optimizer = torch.optim.SGD(
         network.parameters(), 0.1, section.get("momentum", 0), weight_decay=section.get("weight_decay", 0)
@@ -95,16 +112,86 @@ def test_trials_and_seeds_have_weights_of_their_own(tmp_path):
     assert a == d
 
 
-def test_batch_norm_sees_whole_batches(tmp_path):
+def test_batch_norm_sees_a_logical_shard_as_a_whole(tmp_path, monkeypatch):
     """A network that mixes samples is not fed in parts: its first update must follow the mean over the batch."""
-    spec = FixedNetwork(NetworkSpec("resnet18_bn", (1, 16, 16), 3), at_once=5)
+    bare = NetworkSpec("resnet18_bn", (1, 16, 16), 3)
+    spec = FixedNetwork(bare, at_once=5)
+    start_from(monkeypatch, spec)
     chance = torch.Generator().manual_seed(0)
     pixels, labels = torch.randint(256, (12, 1, 16, 16), dtype=torch.uint8, generator=chance), torch.arange(12) % 3
-    proxy.train_trial(pixels, labels, NORM, spec, ScoreSection(epochs=1, batch=12, lr=0.1), 0, 0, tmp_path, CPU)
+    train(tmp_path, trial=0, data=(pixels, labels), epochs=1, batch=12, shards=1)
     network = spec.build(0).train()
     network((pixels / 255 - 0.5) / 0.25)
-    saved = proxy.load_proxy(NetworkSpec("resnet18_bn", (1, 16, 16), 3), proxy.checkpoint_path(tmp_path, 0, 0), CPU)
+    saved = proxy.load_proxy(bare, proxy.checkpoint_path(tmp_path, 0, 0), CPU)
     assert torch.allclose(saved.net.bn1.running_mean, network.net.bn1.running_mean, atol=1e-5)
+
+
+class Pair:
+    """One of two workers in threads: what a process group would do."""
+
+    size = 2
+
+    def __init__(self, rank, shared):
+        self.rank, self.shared = rank, shared
+
+    def gather_tensors(self, tensor):
+        place = self.shared["values"]
+        place[self.rank] = tensor
+        self.shared["barrier"].wait()
+        found = list(place)
+        self.shared["barrier"].wait()
+        return found
+
+    def any(self, flag):
+        return any(self.gather_tensors(flag))
+
+    def broadcast(self, value):
+        return self.gather_tensors(value)[0]
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            tensor.copy_(sum(self.gather_tensors(tensor.clone())))
+
+
+def train_in_pairs(folder, **keys):
+    shared = {"values": [None, None], "barrier": threading.Barrier(2, timeout=60)}
+    trials = [trial_of(folder, workers=Pair(rank, shared), **keys) for rank in range(2)]
+    running = [threading.Thread(target=trial.run) for trial in trials]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_two_workers_end_with_the_bytes_of_one(tmp_path, momentum):
+    train(tmp_path / "one", shards=4, momentum=momentum, batch=10)
+    train_in_pairs(tmp_path / "two", shards=4, momentum=momentum, batch=10)
+    assert len(files(tmp_path / "one")) == 3
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_two_workers_resume_together(tmp_path):
+    train(tmp_path / "one", shards=2)
+    train(tmp_path / "two", shards=2, epochs=1)
+    train_in_pairs(tmp_path / "two", shards=2)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_number_of_workers_that_does_not_divide_the_shards_is_refused(tmp_path):
+    data = write_prepared(tmp_path, *(tensor.numpy() for tensor in samples()))
+    proxy.check_workers(data, ScoreSection(workers=2), 0)
+    with pytest.raises(UserError, match=r"score\.workers = 3 cannot share 2 logical shards evenly"):
+        proxy.check_workers(data, ScoreSection(workers=3), 0)
+
+
+def test_the_sum_of_a_tree_does_not_depend_on_who_adds_which_half():
+    values = [torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    whole = proxy.pairwise(values)
+    for workers in (2, 4):
+        each = 8 // workers
+        halves = [proxy.pairwise(values[i : i + each]) for i in range(0, 8, each)]
+        assert torch.equal(proxy.pairwise(halves), whole)
 
 
 def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path):
@@ -141,8 +228,9 @@ def score(run, folder, shares, backwards=False):
     with threads(1):
         for share in range(shares):
             scorer = Scorer(run.config, run.dir / "prepared", run.dir / "proxies", CPU)
-            for chunk in chunks[share::shares][:: -1 if backwards else 1]:
-                assert scorer.score_chunk(chunk, score_piece(folder, chunk)) == chunk.rows
+            own = chunks[share::shares][:: -1 if backwards else 1]
+            done = scorer.score([(chunk, score_piece(folder, chunk)) for chunk in own])
+            assert list(done) == [chunk.rows for chunk in own]
     return chunks
 
 
@@ -161,7 +249,7 @@ def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
     chunks = Prepared(digits_run.dir / "prepared").chunks()
     score_piece(tmp_path, chunks[0]).write_bytes(b"finished")
     scorer = Scorer(digits_run.config, digits_run.dir / "prepared", digits_run.dir / "proxies", CPU)
-    assert scorer.score_chunk(chunks[0], score_piece(tmp_path, chunks[0])) == chunks[0].rows
+    assert list(scorer.score([(chunks[0], score_piece(tmp_path, chunks[0]))])) == [chunks[0].rows]
     assert score_piece(tmp_path, chunks[0]).read_bytes() == b"finished"
 
 

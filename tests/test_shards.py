@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_at_scale.data import shards
-from distill_at_scale.data.shards import Prepared, pixels_of, to_table, write_meta, write_shards
+from distill_at_scale.data.shards import Prepared, pixels_of, schema, to_table, write_meta, write_shards
 from distill_at_scale.errors import UserError
 
 SHAPE = (3, 4, 4)
@@ -18,12 +18,10 @@ LABELS = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
 
 
 def write(folder, group=4):
-    """Ten samples of three classes, shuffled within each class on the way in."""
-    tables = []
-    for label in range(3):
-        rows = [k for k in range(9, -1, -1) if LABELS[k] == label]
-        tables.append((label, to_table([IDS[k] for k in rows], [label] * len(rows), PIXELS[rows])))
-    write_shards(folder / "train", iter(tables), SHAPE, group)
+    """Ten samples of three classes; what comes in is cut anywhere."""
+    whole = to_table(IDS, LABELS, PIXELS)
+    cuts = [(0, 3), (3, 2), (5, 2), (7, 3)]
+    write_shards(folder / "train", (whole.slice(*cut) for cut in cuts), schema(SHAPE), group)
     write_meta(
         folder,
         {
@@ -32,6 +30,7 @@ def write(folder, group=4):
             "counts": {"train": [6, 2, 2]},
             "mean": [0.5] * 3,
             "std": [0.2] * 3,
+            "chunk": 6,
         },
         "x",
     )
@@ -52,8 +51,13 @@ def test_a_table_holds_the_pixels_it_was_given():
 
 
 def test_row_groups_hold_one_class_and_at_most_a_group(prepared):
-    assert [(c.index, c.label, c.rows) for c in prepared.chunks()] == [(0, 0, 4), (1, 0, 2), (2, 1, 2), (3, 2, 2)]
-    assert prepared.read(prepared.chunks()[0])["sample_id"].to_pylist() == IDS[:4]
+    assert [(g.number, g.label, g.rows) for g in prepared.groups()] == [(0, 0, 4), (1, 0, 2), (2, 1, 2), (3, 2, 2)]
+    assert prepared.read(prepared.groups()[1])["sample_id"].to_pylist() == IDS[4:6]
+
+
+def test_a_chunk_is_a_run_of_row_groups(prepared):
+    assert [(c.index, c.first, c.groups, c.rows) for c in prepared.chunks()] == [(0, 0, 2, 6), (1, 2, 2, 4)]
+    assert [prepared.read(c)["sample_id"].to_pylist() for c in prepared.chunks()] == [IDS[:6], IDS[6:]]
 
 
 def test_the_pixel_column_is_a_fixed_shape_tensor_of_bytes(prepared):
@@ -98,8 +102,10 @@ def test_large_data_is_cut_into_several_shards(tmp_path, monkeypatch):
     whole = write(tmp_path / "one")
     monkeypatch.setattr(shards, "SHARD_BYTES", 90)
     cut = write(tmp_path / "many")
-    assert len(list((tmp_path / "many" / "train").glob("shard-*.parquet"))) == 3
-    assert [(c.index, c.label, c.rows) for c in cut.chunks()] == [(c.index, c.label, c.rows) for c in whole.chunks()]
+    assert len(list((tmp_path / "many" / "train").glob("shard-*.parquet"))) == 4
+    assert [(g.label, g.rows) for g in cut.groups()] == [(g.label, g.rows) for g in whole.groups()]
+    assert all(len({c.file}) == 1 for c in cut.chunks())
+    assert sum(c.rows for c in cut.chunks()) == 10
     assert np.array_equal(cut.load("train")[0], whole.load("train")[0])
     assert np.array_equal(cut.take("train", 1, [0, 1]), PIXELS[6:8])
 

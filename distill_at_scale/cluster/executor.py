@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-
 from distill_at_scale.cluster import evaluation, ingest, scoring, training
 from distill_at_scale.cluster.pool import check_gpus
 from distill_at_scale.cluster.session import Session
@@ -15,7 +13,7 @@ from distill_at_scale.data.shards import Chunk
 from distill_at_scale.data.storage import is_uri
 from distill_at_scale.distill import Places
 from distill_at_scale.evaluate import Job
-from distill_at_scale.execution import Advance, Report
+from distill_at_scale.execution import Advance, Chunks, Report
 
 
 class RayExecutor:
@@ -27,10 +25,8 @@ class RayExecutor:
         self.session = Session(config.cluster, say)
         check_gpus(config.cluster.gpus_per_worker)
 
-    def ingest(
-        self, config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance
-    ) -> int:
-        return ingest.run(absolute(config), chunks, pieces.resolve(), advance)
+    def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
+        return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance)

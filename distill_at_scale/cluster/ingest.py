@@ -6,7 +6,6 @@ the run folder's (shared) disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,33 @@ import pyarrow as pa
 from distill_at_scale.cluster.pool import reporting, stream
 from distill_at_scale.cluster.session import pack, unpack
 from distill_at_scale.config import Config
-from distill_at_scale.data.decode import ImageDecoder
-from distill_at_scale.data.ingest import decoder_of, ingest_chunk, open_source, piece_path
+from distill_at_scale.data.ingest import open_source
+from distill_at_scale.data.pieces import (
+    Recipe,
+    check_chunk,
+    finished,
+    ingest_chunk,
+    piece_path,
+    recipe_of,
+    rejected_path,
+)
 from distill_at_scale.data.sources.base import Source
+from distill_at_scale.execution import Advance, Chunks
 
-Advance = Callable[[int], None]
 
-
-def run(config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Path, advance: Advance) -> int:
+def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool) -> int:
     """Decode every chunk that has no piece yet; returns the number of rejected samples, of earlier pieces too."""
-    source, decoder, rejected, units = None, decoder_of(config), 0, []
+    rejected, units = 0, []
     for split, index, rows in chunks:
         path = piece_path(pieces, split, index)
-        if path.exists():
-            source = source or open_source(config.data)
-            used, bad = ingest_chunk(source, decoder, rows, path)
+        if (rejected_path(path) if check else path).exists():
+            used, bad = finished(path, rows, check)
             rejected += bad
             advance(used + bad)
         else:
             units.append(pa.table({"path": [str(path)], "rows": [to_bytes(rows)]}))
-    for result in stream(units, Ingester, {"packed": pack(config)}, config, gpus=0) if units else ():
+    arguments = {"packed": pack(config), "check": check}
+    for result in stream(units, Ingester, arguments, config, gpus=0) if units else ():
         rejected += result["rejected"]
         advance(result["used"] + result["rejected"])
     return rejected
@@ -44,19 +50,19 @@ def run(config: Config, chunks: Sequence[tuple[str, int, pa.Table]], pieces: Pat
 class Ingester:
     """An actor: one open source and one decoder, made on the first call."""
 
-    def __init__(self, packed: dict[str, Any]):
-        self.packed = packed
+    def __init__(self, packed: dict[str, Any], check: bool):
+        self.packed, self.make = packed, check_chunk if check else ingest_chunk
 
     @cached_property
-    def tools(self) -> tuple[Source, ImageDecoder]:
+    def tools(self) -> tuple[Source, Recipe]:
         config = unpack(self.packed)
-        return open_source(config.data), decoder_of(config)
+        return open_source(config.data), recipe_of(config)
 
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
-        source, decoder = self.tools
+        source, recipe = self.tools
         rows = from_bytes(unit["rows"][0].as_py())
-        used, rejected = ingest_chunk(source, decoder, rows, Path(unit["path"][0].as_py()))
+        used, rejected = self.make(source, recipe, rows, Path(unit["path"][0].as_py()))
         return pa.table({"used": [used], "rejected": [rejected]})
 
 

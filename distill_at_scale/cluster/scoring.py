@@ -1,10 +1,11 @@
-"""Scoring on Ray: proxy trials as parallel tasks, then one Ray Data pass in which an actor pool scores with all
-checkpoints.
+"""Scoring on Ray: proxy trials as parallel tasks or on Ray Train, then one Ray Data pass in which an actor pool scores
+with all checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.train.torch
 import torch
 
-from distill_at_scale.cluster.pool import cores, cores_each, device, reporting, stream
+from distill_at_scale.cluster import training
+from distill_at_scale.cluster.pool import actor_count, cores, cores_each, device, reporting, stream
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -23,29 +26,54 @@ from distill_at_scale.scoring.proxy import checkpoint_path
 from distill_at_scale.scoring.scorer import Scorer
 
 POLL = 0.5  # seconds between two looks at the finished epochs
+CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 
 
 def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-    """All trials, as many at a time as the cluster holds."""
-    cpus = cores_each(min(config.score.trials, max(cores(), 1)))
+    """All trials: side by side as tasks, or one after the other with `score.workers` data-parallel workers each."""
+    done = 0
+
+    def look() -> None:
+        nonlocal done
+        epochs = _finished_epochs(config, checkpoints)
+        advance(epochs - done)
+        done = epochs
+
+    look()
+    trials, epochs = config.score.checkpoints
+    todo = [t for t in range(trials) if not checkpoint_path(checkpoints, t, epochs - 1).exists()]
+    if todo and config.score.workers > 1:
+        places = {"prepared": str(prepared), "checkpoints": str(checkpoints), "trials": todo}
+        training.fit("score", _together, config, config.score.workers, places, checkpoints.parent / "train", look)
+    elif todo:
+        _side_by_side(config, prepared, checkpoints, todo, look)
+    look()
+
+
+def _together(config: Config, arguments: dict[str, Any]) -> None:
+    """In one of a group of workers: every trial, its batches shared with the others."""
+    for trial in arguments["trials"]:
+        folders = Path(arguments["prepared"]), Path(arguments["checkpoints"])
+        run_trial(config, *folders, trial, ray.train.torch.get_device(), lambda epochs: None)
+
+
+def _side_by_side(
+    config: Config, prepared: Path, checkpoints: Path, trials: Sequence[int], look: Callable[[], None]
+) -> None:
+    """As many trials at a time as the cluster holds."""
+    cpus = cores_each(min(len(trials), max(cores(), 1)))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
         "max_retries": config.cluster.max_failures,
     }
     task = _trial.options(**options)
-    last = config.score.epochs - 1
-    todo = [t for t in range(config.score.trials) if not checkpoint_path(checkpoints, t, last).exists()]
-    running = [task.remote(pack(config), str(prepared), str(checkpoints), t, cpus) for t in todo]
-    done = _finished_epochs(config, checkpoints)
-    advance(done)
+    running = [task.remote(pack(config), str(prepared), str(checkpoints), t, cpus) for t in trials]
     with plain_errors():
         while running:
             finished, running = ray.wait(running, timeout=POLL)
             ray.get(finished)
-            epochs = _finished_epochs(config, checkpoints)
-            advance(epochs - done)
-            done = epochs
+            look()
 
 
 @ray.remote
@@ -56,28 +84,35 @@ def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, 
 
 
 def _finished_epochs(config: Config, checkpoints: Path) -> int:
-    score = config.score
-    return sum(checkpoint_path(checkpoints, t, e).exists() for t in range(score.trials) for e in range(score.epochs))
+    trials, epochs = config.score.checkpoints
+    return sum(checkpoint_path(checkpoints, t, e).exists() for t in range(trials) for e in range(epochs))
 
 
 def score(
     config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
 ) -> None:
-    """Score every chunk that has no piece yet."""
-    units = []
+    """Score every chunk that has no piece yet; an actor gets several chunks at a time and reads ahead within them."""
+    waiting = []
     for chunk in chunks:
-        path = score_piece(pieces, chunk)
-        if path.exists():
+        if score_piece(pieces, chunk).exists():
             advance(chunk.rows)
         else:
-            units.append(pa.table({key: [value] for key, value in {**asdict(chunk), "path": str(path)}.items()}))
+            waiting.append(chunk)
+    gpus = config.cluster.gpus_per_worker
+    size = max(1, min(CHUNKS_AT_ONCE, len(waiting) // (UNITS_EACH * actor_count(config, gpus))))
+    units = [_unit(waiting[i : i + size], pieces) for i in range(0, len(waiting), size)]
     arguments = {"packed": pack(config), "prepared": str(prepared), "checkpoints": str(checkpoints)}
-    for result in stream(units, ScoringActor, arguments, config, config.cluster.gpus_per_worker) if units else ():
+    for result in stream(units, ScoringActor, arguments, config, gpus) if units else ():
         advance(result["rows"])
 
 
+def _unit(chunks: Sequence[Chunk], pieces: Path) -> pa.Table:
+    work = [{**asdict(chunk), "path": str(score_piece(pieces, chunk))} for chunk in chunks]
+    return pa.table({"work": [json.dumps(work)]})
+
+
 class ScoringActor:
-    """An actor: every checkpoint of every trial, on one core or GPU, loaded on the first call."""
+    """An actor: every checkpoint of every trial, on one core or a GPU (or a share of one), loaded on the first call."""
 
     def __init__(self, packed: dict[str, Any], prepared: str, checkpoints: str):
         self.packed, self.prepared, self.checkpoints = packed, Path(prepared), Path(checkpoints)
@@ -90,6 +125,10 @@ class ScoringActor:
 
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
-        row = unit.to_pylist()[0]
-        target = Path(row.pop("path"))
-        return pa.table({"rows": [self.scorer.score_chunk(Chunk(**row), target)]})
+        work = json.loads(unit["work"][0].as_py())
+        targets = [Path(item.pop("path")) for item in work]
+        return pa.table({"rows": [sum(self.scorer.score(list(zip(map(_chunk, work), targets, strict=True))))]})
+
+
+def _chunk(fields: dict[str, Any]) -> Chunk:
+    return Chunk(**fields)

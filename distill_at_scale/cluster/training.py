@@ -1,12 +1,11 @@
-"""Distillation on Ray Train: workers that each own some classes, restarted together from the last checkpoint if one is
-lost.
-"""
+"""Groups of workers on Ray Train, restarted together from the last checkpoint if one is lost; and distillation in one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from distill_at_scale.distill import Places
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import Report, run_distillation
 
+Body = Callable[[Config, dict[str, Any]], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
 POLL = 0.3  # seconds between two looks at the log
 
@@ -32,33 +32,58 @@ def run(config: Config, places: Places, report: Report) -> None:
 
     Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
     """
-    workers, gpus = config.distill.workers, config.cluster.gpus_per_worker
-    _check_room(workers, gpus)
+    paths = [str(p) for p in (places.prepared, places.manifest, places.work, places.log)]
+    tail = _Tail(places.log, report)
+    fit("distill", _distill, config, config.distill.workers, {"places": paths}, places.work, tail.read)
+
+
+def _distill(config: Config, arguments: dict[str, Any]) -> None:
+    places = Places(*map(Path, arguments["places"]))
+    run_distillation(config, places, ray.train.torch.get_device(), lambda line: None)
+
+
+def fit(
+    stage: str,
+    body: Body,
+    config: Config,
+    workers: int,
+    arguments: dict[str, Any],
+    work: Path,
+    poll: Callable[[], None],
+) -> None:
+    """Run `body(config, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile.
+
+    Raises UserError where they cannot be placed, and what a user must mend as it was raised.
+    """
+    gpus = config.cluster.gpus_per_worker
+    _check_room(stage, workers, gpus)
     cpus = cores_each(workers)
+    work.mkdir(parents=True, exist_ok=True)
     for note in (DIVERGED, REFUSED):
-        (places.work / note).unlink(missing_ok=True)
+        (work / note).unlink(missing_ok=True)
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    loop = {"packed": pack(config), "cpus": cpus, "body": body, "arguments": arguments, "work": str(work)}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"packed": pack(config), "cpus": cpus, "places": [str(p) for p in _paths(places)]},
+        train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            name="distill",
-            storage_path=str(places.work / "ray"),
+            name=stage,
+            storage_path=str(work / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
     try:
         with plain_errors():
-            _fit(trainer, _Tail(places.log, report))
+            _in_a_thread(trainer, poll)
     except Exception:
-        if not (places.work / REFUSED).exists():
+        if not (work / REFUSED).exists():
             raise
-    if (places.work / DIVERGED).exists():
-        raise DistillationDiverged((places.work / DIVERGED).read_text())
-    if (places.work / REFUSED).exists():
-        raise UserError((places.work / REFUSED).read_text())
+    if (work / DIVERGED).exists():
+        raise DistillationDiverged((work / DIVERGED).read_text())
+    if (work / REFUSED).exists():
+        raise UserError((work / REFUSED).read_text())
 
 
 def _worker(loop: dict[str, Any]) -> None:
@@ -68,24 +93,24 @@ def _worker(loop: dict[str, Any]) -> None:
     starts the workers again; any other exception is a failure, after which they resume.
     """
     torch.set_num_threads(loop["cpus"])
-    places = Places(*map(Path, loop["places"]))
-    if (places.work / REFUSED).exists():
+    work = Path(loop["work"])
+    if (work / REFUSED).exists():
         return
     try:
-        run_distillation(unpack(loop["packed"]), places, ray.train.torch.get_device(), lambda line: None)
+        loop["body"](unpack(loop["packed"]), loop["arguments"])
     except DistillationDiverged as error:
         if ray.train.get_context().get_world_rank() == 0:
-            (places.work / DIVERGED).write_text(str(error))
+            (work / DIVERGED).write_text(str(error))
     except UserError as error:
-        (places.work / REFUSED).write_text(str(error))
+        (work / REFUSED).write_text(str(error))
         raise
 
 
-def _check_room(workers: int, gpus: float) -> None:
+def _check_room(stage: str, workers: int, gpus: float) -> None:
     have = ray.cluster_resources()
     if workers > cores():
         raise UserError(
-            f"distill.workers = {workers} needs as many cores, the cluster has {cores()}; lower distill.workers"
+            f"{stage}.workers = {workers} needs as many cores, the cluster has {cores()}; lower {stage}.workers"
         )
     if workers * gpus > have.get("GPU", 0):
         raise UserError(
@@ -93,28 +118,24 @@ def _check_room(workers: int, gpus: float) -> None:
         )
 
 
-def _paths(places: Places) -> tuple[Path, ...]:
-    return places.prepared, places.manifest, places.work, places.log
-
-
-def _fit(trainer: TorchTrainer, tail: _Tail) -> None:
-    """trainer.fit() in a thread, while this one follows the log.
+def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None]) -> None:
+    """trainer.fit() in a thread, while this one polls.
 
     In the main thread Ray Train would take over Ctrl-C for good and end the process with status 0.
     """
     problem: list[BaseException] = []
 
-    def fit() -> None:
+    def work() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             problem.append(error)
 
-    thread = threading.Thread(target=fit, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(POLL)
-        tail.read()
+        poll()
     if problem:
         raise problem[0]
 

@@ -1,45 +1,62 @@
-"""The prepared format: class-sorted Parquet shards of uint8 tensors, and reading them.
+"""The prepared format: class-sorted Parquet shards of uint8 images, and reading them.
 
-`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and pixels
-(fixed-shape uint8 tensor, C x H x W). Rows are sorted by class and, within it, by id; a row group holds one class.
-`dataset.json` holds class names, shape, counts, channel statistics and the content fingerprint.
+`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and either pixels
+(fixed-shape uint8 tensor, C x H x W) or, for large images, jpeg (binary: the resized image, encoded again). Rows are
+sorted by class and, within it, by id; a row group holds one class and few rows, so that any part of the set is read
+without the rest. `dataset.json` holds class names, shape, counts, channel statistics and the content fingerprint.
 """
 
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from distill_at_scale.data.decode import decode_stored
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest, publish
 
 SHARD_BYTES = 128 * 2**20
+GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least
+JPEG_PART = 0.2  # of an image's raw bytes that its JPEG takes, about; only sizes depend on it
+OPEN_FILES = 64
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One row group: the fixed unit of scoring work. `index` counts over the whole split."""
+class Group:
+    """One row group: some samples of one class."""
 
-    index: int
     file: str
-    row_group: int
+    number: int
     label: int
     rows: int
 
 
-def schema(shape: Sequence[int]) -> pa.Schema:
-    pixels = pa.fixed_shape_tensor(pa.uint8(), list(shape))
-    return pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("pixels", pixels)])
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive row groups of one file: the fixed unit of scoring work. `index` counts over the whole split."""
+
+    index: int
+    file: str
+    first: int
+    groups: int
+    rows: int
+
+
+def schema(shape: Sequence[int], jpeg: bool = False) -> pa.Schema:
+    image = ("jpeg", pa.binary()) if jpeg else ("pixels", pa.fixed_shape_tensor(pa.uint8(), list(shape)))
+    return pa.schema([("sample_id", pa.string()), ("label", pa.int32()), image])
 
 
 def to_table(ids: Sequence[str], labels: Sequence[int], pixels: Array) -> pa.Table:
@@ -51,28 +68,62 @@ def to_table(ids: Sequence[str], labels: Sequence[int], pixels: Array) -> pa.Tab
     return pa.table([pa.array(ids, pa.string()), np.asarray(labels, np.int32), tensor], schema=kind)
 
 
-def pixels_of(table: pa.Table) -> Array:
-    """The pixels of a table as uint8 [n, *shape] (read-only where Arrow allows no copy)."""
+def to_jpeg_table(ids: Sequence[str], labels: Sequence[int], images: Sequence[bytes]) -> pa.Table:
+    """The same for images that are kept as JPEG."""
+    columns = [pa.array(ids, pa.string()), np.asarray(labels, np.int32), pa.array(images, pa.binary())]
+    return pa.table(columns, schema=schema((), jpeg=True))
+
+
+def pixels_of(table: pa.Table, shape: Sequence[int] = ()) -> Array:
+    """The images of a table as uint8 [n, *shape] (read-only where Arrow allows no copy); JPEGs are decoded."""
+    if "jpeg" in table.column_names:
+        images = [decode_stored(data, tuple(shape)) for data in table["jpeg"].to_pylist()]
+        return np.stack(images) if images else np.zeros((0, *shape), np.uint8)
     column = table["pixels"].combine_chunks()
     chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     return chunk.to_numpy_ndarray()
 
 
-def write_shards(folder: Path, classes: Iterable[tuple[int, pa.Table]], shape: Sequence[int], group: int) -> None:
-    """Write (label, rows) pairs, in class order, as shards with row groups of one class and at most `group` rows."""
+def group_rows(shape: Sequence[int], jpeg: bool, chunk: int) -> int:
+    """Rows of a row group: few enough to be read at random, enough to be read fast."""
+    size = int(np.prod(shape)) * (JPEG_PART if jpeg else 1)
+    return max(1, min(GROUP_ROWS, chunk, int(GROUP_BYTES / size)))
+
+
+def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:
+    """Write tables, which are sorted by class and id, as shards whose row groups have one class and at most `group` rows."""
     folder.mkdir(parents=True)
-    kind, writer, size, count = schema(shape), None, 0, 0
-    for _, table in classes:
-        ordered = table.sort_by("sample_id")
+    writer, size, count = None, 0, 0
+    options: dict[str, Any] = {"use_dictionary": ["label"], "compression": "none" if "jpeg" in kind.names else "zstd"}
+    for table in _cut(tables, group):
         if writer is None or size >= SHARD_BYTES:
             if writer is not None:
                 writer.close()
-            writer = pq.ParquetWriter(folder / f"shard-{count:05d}.parquet", kind, compression="zstd")
+            writer = pq.ParquetWriter(folder / f"shard-{count:05d}.parquet", kind, **options)
             size, count = 0, count + 1
-        writer.write_table(ordered, row_group_size=group)
-        size += ordered.num_rows * int(np.prod(shape))
+        writer.write_table(table)
+        size += table.nbytes
     if writer is not None:
         writer.close()
+
+
+def _cut(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:
+    """Tables of one class and at most `group` rows; where an incoming table ends, so does a group only if its class does."""
+    held: pa.Table | None = None
+    for table in tables:
+        table = table if held is None else pa.concat_tables([held, table])
+        labels = table["label"].to_numpy()
+        ends = [*(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
+        start, held = 0, None
+        for end in ends:
+            while end - start >= group or (start < end and end < len(labels)):
+                rows = min(group, end - start)
+                yield table.slice(start, rows)
+                start += rows
+        if start < len(labels):
+            held = table.slice(start)
+    if held is not None:
+        yield held
 
 
 class Prepared:
@@ -80,6 +131,7 @@ class Prepared:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._files: OrderedDict[tuple[str, str], pq.ParquetFile] = OrderedDict()
         try:
             self.meta = json.loads((self.folder / "dataset.json").read_text())
         except FileNotFoundError:
@@ -90,6 +142,11 @@ class Prepared:
     @property
     def class_names(self) -> list[str]:
         return self.meta["class_names"]
+
+    @property
+    def source_class_names(self) -> list[str]:
+        """Every class of the source, also where only some were taken."""
+        return self.meta.get("source_class_names", self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,16 +170,29 @@ class Prepared:
     def has_test(self) -> bool:
         return sum(self.counts("test")) > 0
 
-    @cached_property
-    def _chunks(self) -> dict[str, list[Chunk]]:
-        return {split: list(self._scan(split)) for split in ("train", "test")}
+    def groups(self, split: str = "train") -> list[Group]:
+        """Every row group of a split, in class order."""
+        return self._groups[split]
 
     def chunks(self, split: str = "train") -> list[Chunk]:
-        """Every row group of a split, in class order."""
-        return self._chunks[split]
+        """The whole split in units of at most `data.chunk` samples (one row group at least)."""
+        most = self.meta.get("chunk", 1024)
+        found: list[Chunk] = []
+        for group in self.groups(split):
+            last = found[-1] if found else None
+            if last is not None and last.file == group.file and last.rows + group.rows <= most:
+                found[-1] = replace(last, groups=last.groups + 1, rows=last.rows + group.rows)
+            else:
+                found.append(Chunk(len(found), group.file, group.number, 1, group.rows))
+        return found
 
-    def read(self, chunk: Chunk, split: str = "train", columns: Sequence[str] | None = None) -> pa.Table:
-        return pq.ParquetFile(self.folder / split / chunk.file).read_row_group(chunk.row_group, columns=columns)
+    def read(self, part: Chunk | Group, split: str = "train", columns: Sequence[str] | None = None) -> pa.Table:
+        numbers = [part.number] if isinstance(part, Group) else range(part.first, part.first + part.groups)
+        return self._open(split, part.file).read_row_groups(list(numbers), columns=columns, use_threads=False)
+
+    def pixels(self, table: pa.Table) -> Array:
+        """The images of a table that was read here: uint8 [n, *shape]."""
+        return pixels_of(table, self.shape)
 
     def index(self, split: str = "train") -> tuple[list[str], Array]:
         """All ids and labels of a split, in the order of the shards, without touching pixels."""
@@ -131,40 +201,72 @@ class Prepared:
         return table["sample_id"].to_pylist(), table["label"].to_numpy()
 
     def load(
-        self, split: str, only: Collection[str] | None = None, labels: Collection[int] | None = None
+        self, split: str, only: Collection[str] | pa.Array | None = None, labels: Collection[int] | None = None
     ) -> tuple[Array, Array]:
-        """Pixels uint8 [n, *shape] and labels int64 [n], in shard order; `only` keeps these ids, `labels` these classes."""
-        wanted = None if only is None else pa.array(sorted(only), pa.string())
-        pixels, found = [np.zeros((0, *self.shape), np.uint8)], [np.zeros(0, np.int64)]
-        for chunk in self.chunks(split):
-            if labels is not None and chunk.label not in labels:
-                continue
-            table = self.read(chunk, split)
-            if wanted is not None:
-                table = table.filter(pa.compute.is_in(table["sample_id"], wanted))
-            if table.num_rows:
-                pixels.append(pixels_of(table))
-                found.append(table["label"].to_numpy().astype(np.int64))
+        """Pixels uint8 [n, *shape] and labels int64 [n], in shard order; `only` keeps these ids, `labels` these classes.
+
+        Row groups without a wanted sample are not read.
+        """
+        groups = [g for g in self.groups(split) if labels is None or g.label in labels]
+        mask = None if only is None else self._wanted(split, groups, only)
+        pixels, found, start = [np.zeros((0, *self.shape), np.uint8)], [np.zeros(0, np.int64)], 0
+        for group in groups:
+            inside = None if mask is None else mask[start : start + group.rows]
+            start += group.rows
+            if inside is None or inside.any():
+                table = self.read(group, split)
+                pixels.append(self.pixels(table if inside is None else table.filter(pa.array(inside))))
+                found.append(np.full(len(pixels[-1]), group.label, np.int64))
         return np.concatenate(pixels), np.concatenate(found)
+
+    def _wanted(self, split: str, groups: Sequence[Group], only: Collection[str] | pa.Array) -> Array:
+        """Which samples of some row groups are among `only`: bool [rows]; looked up at once, as the set is built once."""
+        wanted = only if isinstance(only, pa.Array | pa.ChunkedArray) else pa.array(list(only), pa.string())
+        numbers: dict[str, list[int]] = {}
+        for group in groups:
+            numbers.setdefault(group.file, []).append(group.number)
+        ids = [self._open(split, f).read_row_groups(n, columns=["sample_id"])["sample_id"] for f, n in numbers.items()]
+        chunks = [chunk for column in ids for chunk in column.chunks]
+        return pc.is_in(pa.chunked_array(chunks, pa.string()), wanted).to_numpy()
 
     def take(self, split: str, label: int, places: Sequence[int]) -> Array:
         """Pixels uint8 [n, *shape] at some places (ascending) within a class; reads only the row groups that hold them."""
         parts, start = [np.zeros((0, *self.shape), np.uint8)], 0
-        for chunk in (c for c in self.chunks(split) if c.label == label):
-            inside = [place - start for place in places if start <= place < start + chunk.rows]
+        for group in self._by_label[split].get(label, []):
+            inside = [place - start for place in places if start <= place < start + group.rows]
             if inside:
-                parts.append(pixels_of(self.read(chunk, split))[inside])
-            start += chunk.rows
+                parts.append(self.pixels(self.read(group, split).take(inside)))
+            start += group.rows
         return np.concatenate(parts)
 
-    def _scan(self, split: str) -> Iterator[Chunk]:
-        index = 0
+    @cached_property
+    def _groups(self) -> dict[str, list[Group]]:
+        return {split: list(self._scan(split)) for split in ("train", "test")}
+
+    @cached_property
+    def _by_label(self) -> dict[str, dict[int, list[Group]]]:
+        found: dict[str, dict[int, list[Group]]] = {split: {} for split in self._groups}
+        for split, groups in self._groups.items():
+            for group in groups:
+                found[split].setdefault(group.label, []).append(group)
+        return found
+
+    def _scan(self, split: str) -> Iterator[Group]:
         for path in sorted((self.folder / split).glob("shard-*.parquet")):
             metadata = pq.read_metadata(path)
-            for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group)
-                yield Chunk(index, path.name, group, int(rows.column(1).statistics.min), rows.num_rows)
-                index += 1
+            for number in range(metadata.num_row_groups):
+                rows = metadata.row_group(number)
+                yield Group(path.name, number, int(rows.column(1).statistics.min), rows.num_rows)
+
+    def _open(self, split: str, file: str) -> pq.ParquetFile:
+        """Files stay open between reads, the last few of them: a footer takes longer to read than a row group."""
+        key = (split, file)
+        if key not in self._files:
+            self._files[key] = pq.ParquetFile(self.folder / split / file)
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(key)
+        return self._files[key]
 
 
 def write_meta(folder: Path, meta: dict[str, Any], content: Any) -> None:

@@ -1,12 +1,15 @@
-"""Proxies: networks trained from scratch on all the data, with a checkpoint after every epoch.
+"""Proxies: networks trained from scratch on the training split, with a checkpoint after every epoch.
 
-One trial is one network with its own initialisation and order of batches; trials are independent, so they run anywhere.
-An interrupted trial goes on from its last checkpoint and ends with the same weights.
+One trial is one network with its own initialisation and order of batches. Trials are independent, so they run anywhere;
+within a trial several workers may each take some of its logical shards (`stream.py`). On CPUs the gradients of the
+logical shards are added up in one fixed order, so the weights are the same bytes for any number of workers (networks
+with batch norm excepted: their running statistics are averaged). An interrupted trial goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,11 @@ from torch import Tensor, nn
 from distill_at_scale import rng, tensors
 from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
-from distill_at_scale.errors import DistillationDiverged
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples
+from distill_at_scale.scoring.stream import Batch, Stream
+from distill_at_scale.workers import Solo, Workers
 
 Advance = Callable[[int], None]  # called with 1 after each epoch, also for those that were there already
 
@@ -31,74 +37,153 @@ def checkpoint_path(folder: Path, trial: int, epoch: int) -> Path:
     return folder / f"trial-{trial:02d}" / f"epoch-{epoch:03d}.safetensors"
 
 
-def train_trial(
-    pixels: Tensor, labels: Tensor, normalization: Normalization, spec: NetworkSpec, config: ScoreSection,
-    trial: int, seed: int, folder: Path, device: torch.device, advance: Advance = lambda epochs: None,
-) -> None:  # fmt: skip
-    """Train one proxy on uint8 pixels [n, *shape] and labels [n]; writes a checkpoint per epoch into `folder`.
+def check_workers(prepared: Prepared, config: ScoreSection, seed: int) -> None:
+    """Raises UserError where the workers of a proxy cannot share its logical shards evenly."""
+    shards = Stream(prepared, seed, config.batch, config.shards, config.share).logical_shards
+    if shards % config.workers:
+        raise UserError(
+            f"score.workers = {config.workers} cannot share {shards} logical shards evenly; take a power of two up to "
+            f"{shards}, or raise score.shards (now {config.shards})"
+        )
 
-    Raises DistillationDiverged with trial, epoch and learning rate where the loss is not finite.
-    """
-    network = spec.build(rng.derive(seed, "proxy", trial)).to(device)
-    optimizer = torch.optim.SGD(network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    start = _resume(network, optimizer, folder, trial, config.epochs)
-    advance(start)
-    at_once = config.batch if mixes_samples(network) else min(config.batch, spec.at_once(device))
-    forward = maybe_compile(network, config.compile, spec.work(len(labels) * config.epochs))
-    for epoch in range(start, config.epochs):
-        order = torch.randperm(len(labels), generator=rng.generator(seed, "proxy order", trial, epoch))
-        for first in range(0, len(order), config.batch):
-            rows = order[first : first + config.batch]
-            if len(rows) < config.batch and first > 0:
-                break  # fixed-shape batches; which samples sit out an epoch is random
-            _step(forward, optimizer, normalization.apply(pixels[rows].to(device)), labels[rows].to(device), at_once)
-        _check_finite(network, trial, epoch, config.lr)
-        _save(network, optimizer, checkpoint_path(folder, trial, epoch))
-        advance(1)
+
+class Trial:
+    """The training of one proxy, as far as one worker is concerned."""
+
+    def __init__(self, prepared: Prepared, config: ScoreSection, trial: int, seed: int, folder: Path, device: torch.device,
+                 workers: Workers | None = None):  # fmt: skip
+        self.config, self.trial, self.seed, self.folder, self.device = config, trial, seed, folder, device
+        self.workers = workers or Solo()
+        self.prepared = prepared
+        self.spec = network_spec(config, prepared.shape, len(prepared.class_names))
+        self.normalization = Normalization(tuple(prepared.mean), tuple(prepared.std))
+        self.stream = Stream(prepared, seed, config.batch, config.shards, config.share)
+        self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
+        if device.type == "cuda":
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+        self.mixes = mixes_samples(self.network)
+        self.forward = maybe_compile(
+            self._logits, config.compile, self.spec.work(self.stream.samples * config.epochs // self.workers.size)
+        )
+
+    def run(self, advance: Advance = lambda epochs: None) -> None:
+        """Train all epochs that have no checkpoint yet.
+
+        Raises DistillationDiverged with trial, epoch and learning rate where a weight is not finite.
+        """
+        start = self._resume()
+        advance(start)
+        for epoch in range(start, self.config.epochs):
+            self._epoch(epoch)
+            if self.workers.rank == 0:
+                self._save(checkpoint_path(self.folder, self.trial, epoch))
+            self.workers.any(False)  # nobody goes on before it is there
+            advance(1)
+
+    def _epoch(self, epoch: int) -> None:
+        dealt = self.stream.deal(self.trial, epoch)
+        each = len(dealt) // self.workers.size
+        own = range(self.workers.rank * each, (self.workers.rank + 1) * each)
+        total = sum(self.stream.sizes(dealt))
+        for parts in self.stream.batches(self.trial, epoch, dealt, own):
+            if self.device.type == "cpu":
+                self._set_gradient(self._exact_sum(parts, total))
+            else:
+                self._set_gradient(self._fast_sum(parts, total))
+            self.optimizer.step()
+        self._average_statistics()
+        if not all(torch.isfinite(p).all() for p in self.network.parameters()):
+            raise DistillationDiverged(f"proxy training diverged in trial {self.trial}, epoch {epoch}, at score.lr = "
+                                       f"{self.config.lr}; lower score.lr")  # fmt: skip
+
+    def _exact_sum(self, parts: Sequence[Batch], total: int) -> Tensor:
+        """The gradient of the batch: those of the logical shards, added up pairwise in one fixed order."""
+        own = pairwise([self._gradient(images, labels, total) for images, labels in parts])
+        return pairwise(self.workers.gather_tensors(own))
+
+    def _fast_sum(self, parts: Sequence[Batch], total: int) -> Tensor:
+        """The same up to rounding, in one pass; batch norm still sees logical shards apart."""
+        if self.mixes:
+            own = pairwise([self._gradient(images, labels, total) for images, labels in parts])
+        else:
+            images, labels = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
+            own = self._gradient(images, labels, total)
+        self.workers.sum_([own])
+        return own
+
+    def _gradient(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
+        """Flat gradient of (sum of losses) / total, summed over parts that fit the cache."""
+        self.optimizer.zero_grad()
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        at_once = len(images) if self.mixes else min(len(images), self.spec.at_once(self.device))
+        for part, targets in zip(images.split(at_once), labels.split(at_once), strict=True):
+            (F.cross_entropy(self.forward(part), targets, reduction="sum") / total).backward()
+        return torch.cat([parameter.grad.reshape(-1) for parameter in self.network.parameters()])  # type: ignore[union-attr]
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        images = self.normalization.apply(pixels)
+        if self.device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.config.precision, self.device):
+            return self.network(images).float()
+
+    def _set_gradient(self, flat: Tensor) -> None:
+        parameters = list(self.network.parameters())
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _average_statistics(self) -> None:
+        buffers = [b for b in self.network.buffers() if b.is_floating_point()]
+        if self.workers.size > 1 and buffers:
+            self.workers.sum_(buffers)
+            for buffer in buffers:
+                buffer.div_(self.workers.size)
+
+    def _save(self, path: Path) -> None:
+        found = {f"weight.{k}": v for k, v in self.network.state_dict().items()}
+        for i, parameter in enumerate(self.network.parameters()):
+            buffer: Any = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                found[f"momentum.{i}"] = buffer
+        tensors.save(path, found, {"class_names": json.dumps(self.prepared.class_names)})
+
+    def _resume(self) -> int:
+        done = 0
+        while done < self.config.epochs and checkpoint_path(self.folder, self.trial, done).exists():
+            done += 1
+        done = self.workers.broadcast(done)
+        if 0 < done < self.config.epochs:
+            saved = tensors.load(checkpoint_path(self.folder, self.trial, done - 1))
+            self.network.load_state_dict(weights_of(saved))
+            for i, parameter in enumerate(self.network.parameters()):
+                if f"momentum.{i}" in saved:
+                    self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
+        return done
 
 
 def load_proxy(spec: NetworkSpec, path: Path, device: torch.device) -> nn.Module:
     """A proxy in evaluation mode, from a checkpoint."""
     network = spec.build(0)
-    weights = {k.removeprefix("weight."): v for k, v in tensors.load(path).items() if k.startswith("weight.")}
-    network.load_state_dict(weights)
+    network.load_state_dict(weights_of(tensors.load(path)))
     return network.to(device).eval().requires_grad_(False)
 
 
-def _step(
-    forward: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, at_once: int
-) -> None:
-    """One SGD step on the mean loss of a batch, whose gradient is summed over parts that fit the cache."""
-    optimizer.zero_grad()
-    for part, targets in zip(images.split(at_once), labels.split(at_once), strict=True):
-        (F.cross_entropy(forward(part), targets, reduction="sum") / len(labels)).backward()
-    optimizer.step()
+def weights_of(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's part of a checkpoint."""
+    return {key.removeprefix("weight."): value for key, value in saved.items() if key.startswith("weight.")}
 
 
-def _save(network: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    found = {f"weight.{k}": v for k, v in network.state_dict().items()}
-    for i, parameter in enumerate(network.parameters()):
-        buffer: Any = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            found[f"momentum.{i}"] = buffer
-    tensors.save(path, found)
+def pairwise(values: Sequence[Tensor]) -> Tensor:
+    """The sum of a power of two of tensors, in the order of a binary tree: the same whoever adds up which half."""
+    while len(values) > 1:
+        values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, trial: int, epochs: int) -> int:
-    done = 0
-    while done < epochs and checkpoint_path(folder, trial, done).exists():
-        done += 1
-    if 0 < done < epochs:
-        saved = tensors.load(checkpoint_path(folder, trial, done - 1))
-        network.load_state_dict({k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")})
-        for i, parameter in enumerate(network.parameters()):
-            if f"momentum.{i}" in saved:
-                optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
-    return done
-
-
-def _check_finite(network: nn.Module, trial: int, epoch: int, lr: float) -> None:
-    if not all(torch.isfinite(p).all() for p in network.parameters()):
-        raise DistillationDiverged(
-            f"proxy training diverged in trial {trial}, epoch {epoch}, at score.lr = {lr}; lower score.lr"
-        )
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 arithmetic where it is asked for, or by default on a GPU."""
+    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)

@@ -1,0 +1,138 @@
+"""From pieces, in the order in which the source is best read, to shards sorted by class: a merge in bounded memory.
+
+The order of all samples is computed from ids and labels alone; the shards are then written span by span, and of every
+piece, which is sorted too, one contiguous slice is read per span.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from distill_at_scale.config import DataSection
+from distill_at_scale.data import shards
+from distill_at_scale.data.ingest import Plan
+from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path
+from distill_at_scale.errors import UserError
+from distill_at_scale.rundir import file_digest, publish
+
+SPAN_BYTES = 256 * 2**20  # of images in memory at once
+
+Array = np.ndarray[Any, Any]
+
+
+def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[str, Any]:
+    """Sort all pieces by class into `prepared/`; returns the metadata that goes to dataset.json.
+
+    Raises UserError where a class lost all its training samples, naming it and the list of reasons.
+    """
+    counts: dict[str, list[int]] = {}
+    shape = (data.channels, data.size, data.size)
+    sums = np.zeros((3, data.channels), np.int64)
+    rejected = write_rejected(plan, pieces, prepared.parent / "rejected.parquet", data.chunk)
+    with publish(prepared) as temporary:
+        temporary.mkdir()
+        for split, listing in plan.listings.items():
+            paths = [piece_path(pieces, split, i) for i in range(-(-listing.num_rows // data.chunk))]
+            labels, order, starts = _order(paths)
+            counts[split] = np.bincount(labels, minlength=len(plan.class_names)).tolist()
+            if split == "train":
+                if 0 in counts["train"]:
+                    raise UserError(_all_rejected(plan, counts["train"].index(0), rejected, prepared.parent))
+                sums = np.sum([_sums(path) for path in paths], axis=0)
+            _write(temporary / split, paths, order, starts, shape, data)
+        mean, std = _statistics(sums)
+        meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
+                "counts": counts, "mean": mean, "std": std, "chunk": data.chunk, "rejected": rejected.num_rows}  # fmt: skip
+        written = sorted(temporary.rglob("*.parquet"))
+        content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
+        shards.write_meta(temporary, meta, content)
+    return meta
+
+
+def write_rejected(plan: Plan, pieces: Path, target: Path, chunk: int) -> pa.Table:
+    """One list, sorted by id, of everything that was set aside."""
+    paths = [rejected_path(piece_path(pieces, split, index)) for split, index, _ in plan.chunks(chunk)]
+    table = pa.concat_tables([REJECTED.empty_table(), *(pq.read_table(path) for path in paths)]).sort_by("sample_id")
+    with publish(target) as temporary:
+        pq.write_table(table, temporary)
+    return table
+
+
+def _order(paths: list[Path]) -> tuple[Array, Array, Array]:
+    """Sorted labels [n], the order of all rows by label and id [n], and where each piece's rows begin [pieces + 1]."""
+    tables = []
+    for path in paths:
+        with pa.memory_map(str(path)) as mapped:
+            tables.append(
+                pa.ipc.open_file(mapped).read_all().select(["sample_id", "label"]).replace_schema_metadata(None)
+            )
+    index = pa.concat_tables(tables)
+    order = pc.sort_indices(index, [("label", "ascending"), ("sample_id", "ascending")]).to_numpy()
+    starts = np.concatenate([[0], np.cumsum([table.num_rows for table in tables])]).astype(np.int64)
+    return index["label"].to_numpy()[order], order.astype(np.int64), starts
+
+
+def _write(
+    folder: Path, paths: list[Path], order: Array, starts: Array, shape: tuple[int, ...], data: DataSection
+) -> None:
+    with pa.memory_map(str(paths[0])) as mapped:
+        kind = pa.ipc.open_file(mapped).schema.remove_metadata()
+    jpeg = "jpeg" in kind.names
+    size = int(np.prod(shape)) * (shards.JPEG_PART if jpeg else 1)
+    span = max(1, int(SPAN_BYTES / size))
+    tables = (_span(paths, order[i : i + span], starts) for i in range(0, len(order), span))
+    shards.write_shards(folder, tables, kind, shards.group_rows(shape, jpeg, data.chunk))
+
+
+def _span(paths: list[Path], wanted: Array, starts: Array) -> pa.Table:
+    """The rows at some places of the concatenated pieces, in that order."""
+    inside = np.searchsorted(starts, wanted, side="right") - 1  # which piece
+    parts, places = [], np.empty(len(wanted), np.int64)
+    have = 0
+    for piece, members in _members(inside):
+        rows = wanted[members] - starts[piece]
+        first, count = int(rows.min()), int(rows.max() - rows.min()) + 1
+        with pa.memory_map(str(paths[piece])) as mapped:
+            table = pa.ipc.open_file(mapped).read_all().slice(first, count)
+            parts.append(table.take(pa.array(rows - first)).replace_schema_metadata(None))
+        places[members] = have + np.arange(len(rows))
+        have += len(rows)
+    return pa.concat_tables(parts).take(pa.array(places))
+
+
+def _members(pieces: Array) -> Iterator[tuple[int, Array]]:
+    """(piece, the places at which it occurs), by piece."""
+    by_piece = np.argsort(pieces, kind="stable")
+    found, begins = np.unique(pieces[by_piece], return_index=True)
+    yield from zip(found.tolist(), np.split(by_piece, begins[1:]), strict=True)
+
+
+def _sums(piece: Path) -> Array:
+    with pa.memory_map(str(piece)) as mapped:
+        return np.array(json.loads(pa.ipc.open_file(mapped).schema.metadata[b"sums"]), np.int64)
+
+
+def _statistics(sums: Array) -> tuple[list[float], list[float]]:
+    """Channel mean and standard deviation of the training pixels, on the scale 0..1; 1 for a channel that is constant."""
+    count, total, squares = sums.astype(np.float64)
+    mean = total / np.maximum(count, 1)
+    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 1e-12))
+    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) or 1.0 for s in std]
+
+
+def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:
+    listing = plan.listings["train"]
+    lost = listing.filter(pc.equal(listing["label"], label))["sample_id"]
+    first = rejected.filter(pc.is_in(rejected["sample_id"], lost.combine_chunks())).slice(0, 1).to_pylist()[0]
+    return (
+        f"every training sample of the class {plan.class_names[label]!r} was rejected, for example {first['sample_id']!r}: "
+        f"{first['reason']}. Mend or remove the class; all reasons are in {folder / 'rejected.parquet'}."
+    )

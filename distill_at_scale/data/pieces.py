@@ -1,0 +1,164 @@
+"""One chunk of a listing, read, decoded and published as a piece; what is broken is set aside with its reason.
+
+A piece is an Arrow file of the prepared schema, sorted by class and id, beside a list of rejected samples. A piece that
+exists is finished, so an interrupted ingest resumes. Its metadata holds the exact sums behind the channel statistics.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill_at_scale.config import Config, DataSection
+from distill_at_scale.data import shards
+from distill_at_scale.data.decode import ImageDecoder, Rejected, encode
+from distill_at_scale.data.prefetch import ahead
+from distill_at_scale.data.sources.base import Source
+from distill_at_scale.rundir import publish
+
+REJECTED = pa.schema([("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string())])
+ONE_FILE = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a single file
+READ_AT_ONCE = 64  # samples; encoded bytes of two such reads are in memory
+JPEG_FROM = 129  # pixels a side; below, raw pixels compress as well and cost nothing to decode
+
+Raw = bytes | np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a sample becomes what is stored."""
+
+    decoder: ImageDecoder
+    quality: int | None  # of the stored JPEG; None stores raw pixels
+
+    @property
+    def jpeg(self) -> bool:
+        return self.quality is not None
+
+
+def recipe_of(config: Config) -> Recipe:
+    data = config.data
+    decoder = ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+    return Recipe(decoder, data.quality if stores_jpeg(data) else None)
+
+
+def stores_jpeg(data: DataSection) -> bool:
+    return data.store == "jpeg" or (data.store == "auto" and data.size >= JPEG_FROM)
+
+
+def piece_path(folder: Path, split: str, index: int) -> Path:
+    return folder / f"{split}-{index:06d}.arrow"
+
+
+def rejected_path(piece: Path) -> Path:
+    return piece.with_suffix(".rejected")
+
+
+def ingest_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -> tuple[int, int]:
+    """Decode some rows of a listing and publish them, sorted by class and id, as the piece `target`.
+
+    Returns the number of samples used and rejected. A piece that is there already is not made again.
+    """
+    if not target.exists():
+        order = rows.sort_by([("label", "ascending"), ("sample_id", "ascending")]).select(["sample_id", "label"])
+        made = _Made(recipe)
+        bad = list(_decoded(source, recipe.decoder, rows, made.add))
+        table = made.table(order)
+        _publish_rejected(target, bad)
+        with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+            writer.write_table(table)
+    return finished(target, rows, check=False)
+
+
+def check_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -> tuple[int, int]:
+    """As `ingest_chunk`, but keeps only the list of what would be rejected."""
+    if not rejected_path(target).exists():
+        _publish_rejected(target, list(_decoded(source, recipe.decoder, rows, lambda name, pixels: None)))
+    return finished(target, rows, check=True)
+
+
+def finished(piece: Path, rows: pa.Table, check: bool) -> tuple[int, int]:
+    """How many samples a finished piece (or, with `check`, its list of rejected ones) says were used and rejected."""
+    bad = pq.read_metadata(rejected_path(piece)).num_rows
+    if check:
+        return rows.num_rows - bad, bad
+    with pa.memory_map(str(piece)) as data:
+        return pa.ipc.open_file(data).read_all().num_rows, bad
+
+
+@dataclass
+class _Made:
+    """What was decoded so far, by sample id."""
+
+    recipe: Recipe
+    images: dict[str, Raw] = field(default_factory=dict)
+    sums: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0)))  # [3, C]: n, sum x, sum x^2
+
+    def __post_init__(self) -> None:
+        self.sums = np.zeros((3, self.recipe.decoder.shape[0]), np.int64)
+
+    def add(self, name: str, pixels: np.ndarray[Any, Any]) -> None:
+        flat = pixels.reshape(len(pixels), -1).astype(np.float64)  # sums of whole numbers: exact
+        self.sums[0] += flat.shape[1]
+        self.sums[1] += flat.sum(1).astype(np.int64)
+        self.sums[2] += np.einsum("ci,ci->c", flat, flat).astype(np.int64)
+        self.images[name] = encode(pixels, self.recipe.quality) if self.recipe.quality is not None else pixels
+
+    def table(self, order: pa.Table) -> pa.Table:
+        names, labels = order["sample_id"].to_pylist(), order["label"].to_numpy()
+        kept = [i for i, name in enumerate(names) if name in self.images]
+        ids, images = [names[i] for i in kept], [self.images[names[i]] for i in kept]
+        if self.recipe.jpeg:
+            table = shards.to_jpeg_table(ids, labels[kept], images)  # type: ignore[arg-type]
+        else:
+            pixels = np.stack(images) if images else np.zeros((0, *self.recipe.decoder.shape), np.uint8)
+            table = shards.to_table(ids, labels[kept], pixels)
+        return table.replace_schema_metadata({"sums": json.dumps(self.sums.tolist())})
+
+
+def _decoded(source: Source, decoder: ImageDecoder, rows: pa.Table, use: Any) -> Iterator[tuple[str, str, str]]:
+    """Decode rows in order and hand each over; yields (sample_id, location, reason) of what cannot be used."""
+    for part, raws in ahead(_read(source, rows)):
+        names = part["sample_id"].to_pylist()
+        for i, raw in enumerate(raws):
+            try:
+                if isinstance(raw, OSError):
+                    raise Rejected(raw.strerror or str(raw))
+                pixels = decoder(raw)
+            except Rejected as error:
+                yield names[i], part["location"][i].as_py(), str(error)
+            else:
+                use(names[i], pixels)
+
+
+def _read(source: Source, rows: pa.Table) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
+    """Raw samples, some at a time; where a read fails, one by one, so that the failure concerns one sample."""
+    for start in range(0, rows.num_rows, READ_AT_ONCE):
+        part = rows.slice(start, READ_AT_ONCE)
+        try:
+            yield part, source.read(part)
+        except OSError:
+            yield part, [_read_one(source, part.slice(i, 1)) for i in range(part.num_rows)]
+
+
+def _read_one(source: Source, row: pa.Table) -> Raw | OSError:
+    try:
+        return source.read(row)[0]
+    except OSError as error:
+        if error.errno not in ONE_FILE and error.errno is not None:
+            raise  # the disk or the network, not this sample
+        return error
+
+
+def _publish_rejected(target: Path, bad: list[tuple[str, str, str]]) -> None:
+    table = pa.Table.from_pylist([dict(zip(REJECTED.names, b, strict=True)) for b in bad], REJECTED)
+    with publish(rejected_path(target)) as temporary:
+        pq.write_table(table, temporary)

@@ -71,6 +71,13 @@ class NetworkSpec:
         """
         return max(4, (CACHE if device.type == "cpu" else GPU_BYTES) // self.work(1))
 
+    def layout(self) -> torch.memory_format:
+        """How images and weights lie in memory for the fastest inference: channels last.
+
+        Measured on an EPYC (Zen 5) core: eager 1.6 (ResNet-18 at 224 x 224) to 3 times (ConvNet) as fast, compiled the same.
+        """
+        return torch.channels_last
+
     def work(self, images: int) -> int:
         """Bytes of the widest layer for so many images: a measure of what is to be computed."""
         return images * widest_layer(self)
@@ -110,20 +117,13 @@ class AlexNet(nn.Module):
 
     def __init__(self, shape: Sequence[int], classes: int):
         super().__init__()
-        plan = [
-            (shape[0], 128, 5, True),
-            (128, 192, 5, True),
-            (192, 256, 3, False),
-            (256, 192, 3, False),
-            (192, 192, 3, True),
-        ]
+        plan = [(128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)]
         layers: list[nn.Module] = []
-        for before, after, kernel, pool in plan:
-            layers += [
-                nn.Conv2d(before, after, kernel, padding=kernel // 2),
-                nn.ReLU(),
-                *([nn.MaxPool2d(2)] if pool else []),
-            ]
+        before = shape[0]
+        for after, kernel, pool in plan:
+            layers += [nn.Conv2d(before, after, kernel, padding=kernel // 2), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if pool else []
+            before = after
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.classifier = nn.Linear(_width(self.features, shape), classes)
 

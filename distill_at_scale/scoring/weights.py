@@ -211,20 +211,16 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
     """The network's state dict with these tensors; raises UserError with the first names that do not fit."""
     network = spec.skeleton()
     expected = network.state_dict()
-    wrong = [
-        f"{key} is {_kind(state[key])} where {_kind(wanted)} is expected"
-        for key, wanted in expected.items()
-        if key in state and (state[key].shape != wanted.shape or _no_float(state[key], wanted))
-    ]
-    cast = {k: v.to(expected[k].dtype) if k in expected else v for k, v in state.items()}
-    if not wrong:
-        missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
-        wrong += [f"it lacks {_first(missing)}"] if missing else []
-        wrong += [f"it has {_first(unexpected)}, which the network has not"] if unexpected else []
+    odd = [k for k, v in expected.items() if k in state and (state[k].shape != v.shape or _no_float(state[k], v))]
+    cast = {k: v.to(expected[k].dtype) if k in expected else v for k, v in state.items() if k not in odd}
+    missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
+    wrong = [f"{key} is {_kind(state[key])} where {_kind(expected[key])} is expected" for key in odd[:1]]
+    wrong += [f"it lacks {_first(lacking)}"] if (lacking := [key for key in missing if key not in odd]) else []
+    wrong += [f"it has {_first(unexpected)}, which the network has not"] if unexpected else []
     if wrong:
         hint = f" (torchvision published them for {TORCHVISION}{published.network})" if published else ""
         raise UserError(
-            f"{file} does not fit score.network = {spec.name!r} for images of shape {spec.shape}: {'; '.join(wrong[:2])}. "
+            f"{file} does not fit score.network = {spec.name!r} for images of shape {spec.shape}: {'; '.join(wrong)}. "
             f"Set score.network, width, depth and data.size to what the weights were trained with{hint}"
         )
     return {key: value.detach() for key, value in network.state_dict().items()}

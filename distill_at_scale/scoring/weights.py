@@ -13,6 +13,7 @@ import difflib
 import json
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -212,7 +213,11 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
     network = spec.skeleton()
     expected = network.state_dict()
     odd = [k for k, v in expected.items() if k in state and (state[k].shape != v.shape or _no_float(state[k], v))]
-    cast = {k: v.to(expected[k].dtype) if k in expected else v for k, v in state.items() if k not in odd}
+    cast: Any = OrderedDict(
+        (k, v.to(expected[k].dtype if k in expected else v.dtype)) for k, v in state.items() if k not in odd
+    )
+    if cast.keys() == expected.keys():
+        cast._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # nothing of an older version
     missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
     wrong = [f"{key} is {_kind(state[key])} where {_kind(expected[key])} is expected" for key in odd[:1]]
     wrong += [f"it lacks {_first(lacking)}"] if (lacking := [key for key in missing if key not in odd]) else []
@@ -223,7 +228,7 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
             f"{file} does not fit score.network = {spec.name!r} for images of shape {spec.shape}: {'; '.join(wrong)}. "
             f"Set score.network, width, depth and data.size to what the weights were trained with{hint}"
         )
-    return {key: value.detach() for key, value in network.state_dict().items()}
+    return network.state_dict()
 
 
 def _kind(tensor: Tensor) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from distill_at_scale import tensors
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
-from distill_at_scale.validate import check_networks
+from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.validate import check_names, check_networks
 
 
 def test_networks_that_fit_pass(tmp_path, make_config, digits_run):
@@ -33,3 +35,25 @@ def test_batch_norm_is_refused_for_matching(tmp_path, make_run):
     run = make_run(tmp_path / "run", data__size=32, distill__network="resnet18_bn").stages("ingest")
     with pytest.raises(UserError, match="has batch norm"):
         run.stages("score")
+
+
+def test_torchvisions_classifiers_may_be_named(tmp_path, make_config):
+    check_names(make_config(tmp_path, score__network="torchvision:resnet18", evaluate__networks=["torchvision:vgg11"]))
+    for key in ("score__network", "distill__network"):
+        with pytest.raises(UserError, match=rf"{key.replace('__', '.')} = 'torchvision:resnet8' is no classifier"):
+            check_names(make_config(tmp_path, **{key: "torchvision:resnet8"}))
+
+
+def test_given_weights_are_loaded_before_the_run(tmp_path, make_config, digits_run):
+    """Of three digits, out of a source of ten."""
+    prepared = Prepared(digits_run.dir / "prepared")
+    files = {count: str(tmp_path / f"{count}.safetensors") for count in (3, 4, 10)}
+    for count, file in files.items():
+        tensors.save(tmp_path / file, NetworkSpec("convnet", prepared.shape, count, width=8).build(0).state_dict())
+    prepared.meta["source_class_names"] = [str(digit) for digit in range(10)]
+    check_networks(make_config(tmp_path, score__weights=[files[3], files[10]]), prepared)
+    with pytest.raises(UserError, match=r"4\.safetensors has outputs for 4 classes, the data has 3 \(of 10"):
+        check_networks(make_config(tmp_path, score__weights=[files[3], files[4]]), prepared)
+    del prepared.meta["source_class_names"]  # as in data prepared before it was recorded
+    with pytest.raises(UserError, match=r"10\.safetensors has outputs for 10 classes, the data has 3;"):
+        check_networks(make_config(tmp_path, score__weights=files[10]), prepared)

@@ -22,19 +22,19 @@ from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, RunDir
 
-EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages}.
+EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
+or validate (looks at every sample before anything is computed, and lists what is broken).
 An interrupted command resumes when it is given again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where validate found broken samples; 2 for what the user can mend; 130 after Ctrl-C."""
     parsed = _parser().parse_args(arguments)
     sys.path.append(os.getcwd())  # so that package.module:Object is found in the current folder
     errors = Console(stderr=True, highlight=False)
     try:
         config = configuration.load(parsed.config, parsed.overrides)
-        _run(config, parsed.stage)
-        return 0
+        return _run(config, parsed.stage)
     except UserError as error:
         errors.print(f"error: {error}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "distill-at-scale", description="Prune a data set and distill it.", epilog=EPILOG.format(stages=", ".join(STAGES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("stage", metavar="STAGE", choices=("run", *STAGES), help="run, or one stage")
+    parser.add_argument("stage", metavar="STAGE", choices=("run", "validate", *STAGES), help="run, or one stage")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1"
@@ -63,11 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(config: Config, stage: str) -> None:
+def _run(config: Config, stage: str) -> int:
     display = Display()
-    Pipeline(config, lambda: make_executor(config, display), display).run(STAGES if stage == "run" else (stage,))
+    pipeline = Pipeline(config, lambda: make_executor(config, display), display)
+    if stage == "validate":
+        return 1 if pipeline.validate() else 0
+    pipeline.run(STAGES if stage == "run" else (stage,))
     if stage in ("run", "evaluate", "report"):
         show_result(RunDir(config.run.dir), display.console)
+    return 0
 
 
 def make_executor(config: Config, display: Display) -> Executor:

@@ -13,12 +13,14 @@ from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.scoring import weights
 
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets"),
     "score": ("workers", "weights"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
 }
+TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
 
 
 def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
@@ -29,9 +31,14 @@ def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
     values, reads = {"score": score, "select": select, "distill": distillation, "evaluate": evaluation, "report": page}[
         stage
     ](config, run)
-    return Inputs(
-        values, {name: run.content(name) for name in reads} | ({"page": report.version()} if stage == "report" else {})
-    )
+    content = {name: run.content(name) for name in reads}
+    if stage == "report":
+        content["page"] = report.version()
+    if stage == "score":
+        content |= {
+            f"weights {i}": found for i, found in enumerate(weights.digests(config.score.given_weights).values())
+        }
+    return Inputs(values, content)
 
 
 Dependence = tuple[dict[str, Any], tuple[str, ...]]  # configuration values, and the stages whose output is read
@@ -44,7 +51,11 @@ def data(config: Config) -> dict[str, Any]:
 
 
 def score(config: Config, run: RunDir) -> Dependence:
-    return _section(config, "score") | {"run.seed": config.run.seed}, ("ingest",)
+    training = () if config.score.weights is None else TRAINING
+    values = {
+        key: value for key, value in _section(config, "score").items() if key.removeprefix("score.") not in training
+    }
+    return values | ({} if training else {"run.seed": config.run.seed}), ("ingest",)
 
 
 def select(config: Config, run: RunDir) -> Dependence:

@@ -18,13 +18,14 @@ from typing import Any
 from distill_at_scale import distill, evaluate, fingerprints, report, synthetic, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
-from distill_at_scale.data.merge import merge
+from distill_at_scale.data.merge import merge, write_rejected
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
+from distill_at_scale.scoring import proxy
 from distill_at_scale.scoring import table as score_table
 
 
@@ -64,6 +65,40 @@ class Pipeline:
                 if self._executor is not None:
                     self._executor.close()
 
+    def validate(self) -> int:
+        """Look at the configuration and at every sample of the source; lists what would be rejected in validation.parquet.
+
+        Returns the number of such samples. Raises UserError for whatever would stop a run.
+        """
+        validate.check_names(self.config)
+        self.dir.create()
+        with self.dir.lock():
+            try:
+                return self._validate()
+            finally:
+                if self._executor is not None:
+                    self._executor.close()
+
+    def _validate(self) -> int:
+        plan = ingest.plan(self.config)
+        validate.check_networks(self.config, validate.planned(self.config, plan))
+        inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
+        work = self.dir.work("validate", inputs)
+        self._say_space(plan)
+        with self.display.meter("look", plan.samples, "samples") as meter:
+            self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
+        bad = write_rejected(plan, work, self.dir / "validation.parquet", self.config.data.chunk)
+        shutil.rmtree(work)
+        for line in validate.summary(plan, bad, self.dir / "validation.parquet"):
+            self.display.say(line)
+        return bad.num_rows
+
+    def _say_space(self, plan: ingest.Plan) -> None:
+        needed, free = validate.space(self.config, plan), shutil.disk_usage(self.dir.path).free
+        self.display.say(
+            f"  ingest needs about {needed / 1e9:.1f} GB on the run folder's disk, {free / 1e9:.1f} GB are free"
+        )
+
     def _stage(self, stage: str) -> None:
         inputs = self.inputs(stage)
         if self.dir.valid(stage, inputs, redo=stage == "report"):
@@ -97,6 +132,7 @@ class Pipeline:
     def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
+        self._say_space(self.plan)
         chunks = self.plan.chunks(self.config.data.chunk)
         total = self.plan.samples
         with self.display.meter("decode", total, "samples") as meter:
@@ -113,11 +149,11 @@ class Pipeline:
         data = Prepared(self.dir / "prepared")
         validate.check_networks(self.config, data)
         distill.check(self.config, data, data.counts("train"))  # what no selection can mend
-        work, prepared, score = self.dir.work("score", inputs), self.dir / "prepared", self.config.score
+        work, prepared = self.dir.work("score", inputs), self.dir / "prepared"
         checkpoints, pieces = work / "proxies", work / "pieces"
         began = time.perf_counter()
-        with self.display.meter("proxies", score.trials * score.epochs, "epochs") as meter:
-            self.executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
+        if self.config.score.weights is None:
+            self._train_proxies(data, prepared, checkpoints)
         trained = time.perf_counter()
         chunks = data.chunks("train")
         pieces.mkdir(exist_ok=True)
@@ -136,12 +172,19 @@ class Pipeline:
         self.display.say(f"  mean score {facts['mean_score']:.4f} over {scores.num_rows} samples")
         return [self.dir / "scores.parquet"], facts
 
+    def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
+        score = self.config.score
+        proxy.check_workers(data, score, self.config.run.seed)
+        with self.display.meter("proxies", score.trials * score.epochs, "epochs") as meter:
+            self.executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
+
     def _keep_proxies(self, checkpoints: Path) -> None:
         """Move the checkpoints beside the scores that were made with them."""
         target = self.dir / "proxies"
         if target.exists():
             shutil.rmtree(target)  # left by a score stage whose record the user removed
-        os.replace(checkpoints, target)
+        if checkpoints.exists():
+            os.replace(checkpoints, target)
 
     def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         scores, facts = score_table.read(self.dir / "scores.parquet")

@@ -1,17 +1,26 @@
 """What can be known to be wrong before a run: names that mean nothing, and networks or weights that do not fit the data.
 
-Left out: looking at every sample for damage.
+What is broken in the samples themselves is found by the decoder, in `pipeline.Pipeline.validate`.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.pieces import recipe_of, stores_jpeg
+from distill_at_scale.data.shards import JPEG_PART
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec, builder, mixes_samples
@@ -37,15 +46,39 @@ def check_names(config: Config) -> None:
     Augmentation(distill.backend_class(config).protocol(config)["augment"])
 
 
-def check_networks(config: Config, prepared: Prepared) -> None:
+class Shaped(Protocol):
+    """What networks are checked against: prepared data, or what will be."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    @property
+    def source_class_names(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    shape: tuple[int, ...]
+    class_names: list[str]
+    source_class_names: list[str]
+
+
+def planned(config: Config, plan: ingest.Plan) -> Planned:
+    """What the prepared data will be."""
+    return Planned(recipe_of(config).decoder.shape, plan.class_names, plan.source_class_names)
+
+
+def check_networks(config: Config, prepared: Shaped) -> None:
     """Build every network of the run once, for the data's shape, send one image through it, and load given weights.
 
     Raises UserError for one that does not fit, before anything is trained.
     """
     for key, name, width, depth in _wanted(config):
         _check_network(key, NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth))
-    source_class_names = prepared.meta.get("source_class_names", prepared.class_names)
-    weights.check(config, prepared.shape, prepared.class_names, source_class_names)
+    weights.check(config, prepared.shape, prepared.class_names, prepared.source_class_names)
 
 
 def _wanted(config: Config) -> list[tuple[str, str, int, int | None]]:
@@ -73,3 +106,26 @@ def _check_network(key: str, spec: NetworkSpec) -> None:
         raise
     except Exception as error:
         raise UserError(f"{key} = {spec.name!r} cannot take images of shape {spec.shape}: {error}") from None
+
+
+def space(config: Config, plan: ingest.Plan) -> int:
+    """Bytes on disk that an ingest needs at its end, when pieces and shards are both there."""
+    part = JPEG_PART if stores_jpeg(config.data) else 1
+    return int(2 * plan.samples * math.prod(recipe_of(config).decoder.shape) * part)
+
+
+def summary(plan: ingest.Plan, bad: pa.Table, path: Path) -> list[str]:
+    """What a user wants to read after every sample was looked at.
+
+    Raises UserError where a class would lose all its training samples.
+    """
+    train = plan.listings["train"]
+    left = train.filter(pc.invert(pc.is_in(train["sample_id"], bad["sample_id"].combine_chunks())))
+    counts = np.bincount(left["label"].to_numpy(), minlength=len(plan.class_names))
+    if (lost := np.flatnonzero(counts == 0)).size:
+        raise UserError(f"no training sample of the class {plan.class_names[lost[0]]!r} can be used; see {path}")
+    if not bad.num_rows:
+        return [f"  all {plan.samples} samples can be used"]
+    some = [f"  {row['sample_id']}: {row['reason']}" for row in bad.slice(0, 5).to_pylist()]
+    more = [f"  ... and {bad.num_rows - 5} more"] if bad.num_rows > 5 else []
+    return [f"  {bad.num_rows} of {plan.samples} samples cannot be used; all are listed in {path}", *some, *more]

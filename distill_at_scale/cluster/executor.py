@@ -49,8 +49,14 @@ class RayExecutor:
 
 
 def absolute(config: Config) -> Config:
-    """Workers may start in another folder: a relative data path becomes absolute."""
-    if config.data.path is None or is_uri(config.data.path):
-        return config
-    path = str(Path(config.data.path).expanduser().resolve())
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    """Workers may start in another folder: relative paths of data and weights become absolute."""
+    data, score = config.data, config.score
+    found = {key: _absolute(value) for key in ("path", "class_names") if (value := getattr(data, key)) is not None}
+    weights = [_absolute(name) if Path(name).is_file() else name for name in score.given_weights] or None
+    return config.model_copy(
+        update={"data": data.model_copy(update=found), "score": score.model_copy(update={"weights": weights})}
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if is_uri(path) else str(Path(path).expanduser().resolve())

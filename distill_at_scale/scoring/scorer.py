@@ -7,23 +7,25 @@ scored and not done again; the next one is read meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill_at_scale.config import Config
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale import tensors
+from distill_at_scale.config import Config, ScoreSection
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Prepared
-from distill_at_scale.networks import in_parts, maybe_compile
+from distill_at_scale.networks import NetworkSpec, in_parts, maybe_compile
 from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import publish
-from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring import proxy, weights
 from distill_at_scale.scoring.criteria import CRITERIA
 from distill_at_scale.scoring.criteria.base import Criterion
 
@@ -35,24 +37,68 @@ def criteria_of(names: Sequence[str]) -> dict[str, Criterion]:
     return {name: resolve("score.criterion", name, CRITERIA, CRITERION_CONTRACT)() for name in names}
 
 
+class Classifier(nn.Module):
+    """uint8 pixels [n, *shape] -> logits float32 [n, classes]; the normalisation is part of the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device):
+        super().__init__()
+        self.precision, self.device, self.layout = precision, device, spec.layout()
+        self.network = spec.build(0)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.zeros(spec.shape[0]))
+        self.to(device, memory_format=self.layout).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        columns = (1, -1, *(1,) * (pixels.dim() - 2))
+        images = (pixels.float() / 255 - self.mean.view(columns)) / self.std.view(columns)
+        with proxy.autocast(self.precision, self.device):
+            return self.network(images.contiguous(memory_format=self.layout)).float()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a Classifier with so many outputs, and which of them are the data's classes (None: all)."""
+
+    state: dict[str, Tensor]
+    outputs: int
+    columns: list[int] | None = None
+
+
 class Scorer:
     """Holds every checkpoint of every trial on one device and scores chunks."""
 
     def __init__(self, config: Config, prepared: Path, checkpoints: Path, device: torch.device):
-        score = config.score
-        self.device, self.precision = device, score.precision
+        score, self.device = config.score, device
         self.prepared = Prepared(prepared)
-        self.normalization = Normalization(tuple(self.prepared.mean), tuple(self.prepared.std))
         self.criteria: Mapping[str, Criterion] = criteria_of(score.criteria)
-        spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names))
+        self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names))
+        self.at_once = self.spec.at_once(device)
+        self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
+        work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
+        self.classifiers: dict[int, tuple[Classifier, Callable[[Tensor], Tensor]]] = {}
+        for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
+            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device)
+            self.classifiers[outputs] = classifier, maybe_compile(classifier, score.compile, work)
+
+    def _trained(self, score: ScoreSection, folder: Path) -> list[Checkpoint]:
         trials, epochs = score.checkpoints
-        paths = [proxy.checkpoint_path(checkpoints, t, e) for t in range(trials) for e in range(epochs)]
-        self.weights = [proxy.load_proxy(spec, path, device).state_dict() for path in paths]
-        self.network = spec.build(0).to(device).eval().requires_grad_(False)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.at_once = spec.at_once(device)
-        images = sum(self.prepared.counts()) * len(paths)
-        self.forward = maybe_compile(self._logits, score.compile, spec.work(images))
+        paths = [proxy.checkpoint_path(folder, t, e) for t in range(trials) for e in range(epochs)]
+        found = (proxy.weights_of(tensors.load(path)) for path in paths)
+        return [Checkpoint(self._state(state, None), self.spec.classes) for state in found]
+
+    def _given(self, score: ScoreSection) -> list[Checkpoint]:
+        names = self.prepared.class_names, self.prepared.source_class_names
+        found = [weights.load(name, self.spec, *names) for name in score.given_weights]
+        return [Checkpoint(self._state(g.state, g.normalization), g.outputs, g.classes) for g in found]
+
+    def _state(self, network: Mapping[str, Tensor], normalization: tuple[Any, Any] | None) -> dict[str, Tensor]:
+        mean, std = normalization or (self.prepared.mean, self.prepared.std)
+        state = {f"network.{key}": value for key, value in network.items()}
+        state |= {"mean": torch.tensor(mean), "std": torch.tensor(std)}
+        return {key: value.to(self.device) for key, value in state.items()}
 
     def score(self, units: Sequence[Unit]) -> Iterator[int]:
         """Score and publish chunks; yields the number of samples of each, also of those that were there already."""
@@ -71,9 +117,8 @@ class Scorer:
         labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
         pixels = self._padded(torch.from_numpy(np.array(self.prepared.pixels(table))).to(self.device))
         values: dict[str, list[Tensor]] = {name: [] for name in self.criteria}
-        for weights in self.weights:
-            self.network.load_state_dict(weights)
-            logits = in_parts(self.forward, pixels, self.at_once)[: len(labels)]
+        for checkpoint in self.checkpoints:
+            logits = self._logits(checkpoint, pixels)[: len(labels)]
             for name, criterion in self.criteria.items():
                 values[name].append(criterion.observe(logits, labels))
         columns = {"sample_id": table["sample_id"], "label": table["label"]}
@@ -85,12 +130,12 @@ class Scorer:
         missing = -len(pixels) % self.at_once
         return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
 
-    def _logits(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, *shape] -> logits float32 [n, classes]."""
-        images = self.normalization.apply(pixels).contiguous(memory_format=torch.channels_last)
-        with proxy.autocast(self.precision, self.device):
-            return self.network(images).float()
+    def _logits(self, checkpoint: Checkpoint, pixels: Tensor) -> Tensor:
+        classifier, forward = self.classifiers[checkpoint.outputs]
+        classifier.load_state_dict(checkpoint.state)
+        logits = in_parts(forward, pixels, self.at_once)
+        return logits if checkpoint.columns is None else logits[:, checkpoint.columns]
 
 
-def _lists(values: np.ndarray) -> pa.FixedSizeListArray:
+def _lists(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

@@ -1,0 +1,112 @@
+"""Ingest on Ray against decoding and resizing alone, in images per second of the same bytes.
+
+    python jobs/benchmarks/ingest.py --path IMAGEFOLDER [--size 64] [--copies 40] [--large 500x375] [--rounds 2]
+
+IMAGEFOLDER holds `train/<class>/*.JPEG`. Its files are linked `copies` times, so that a measurement takes at least a minute;
+with `--large` they are first scaled up to that size (JPEG, quality 90). The roof is one plain process per core that reads
+a file, decodes and resizes it and drops the pixels. Ours is the product's ingest with one actor per core, from its first
+pieces to its last one; roof and ours take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+from side_by_side import Clock, roof, show
+
+from distill_at_scale.config import Config, validate
+
+
+def main() -> None:
+    options = _options()
+    folder = Path(tempfile.mkdtemp(prefix="ingest-"))
+    try:
+        files = _inputs(options, folder / "images")
+        config = validate({
+            "data": {"source": "imagefolder", "path": str(folder / "images"), "size": options.size, "chunk": 512},
+            "cluster": {"actors": options.cores},
+        })  # fmt: skip
+        roofs, ours, seconds = [], [], []
+        for number in range(options.rounds):
+            roofs.append(roof(decode_alone, options.cores, files, options.size))
+            clock = _ingest(config, folder / f"pieces-{number}", options.cores)
+            ours.append(clock.rate)
+            seconds.append(clock.seconds)
+        base = statistics.fmean(roofs)
+        rows = [(f"roof: decode and resize in {options.cores} plain processes", base, None),
+                ("ingest on Ray, pieces published", statistics.fmean(ours), statistics.fmean(ours) / base)]  # fmt: skip
+        show(f"images to {options.size} x {options.size}", rows, {
+            "images": len(files), "roofs": roofs, "ours": ours, "seconds": seconds, "options": vars(options),
+        })  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", required=True, help="an ImageFolder with train/<class>/*")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--copies", type=int, default=40)
+    parser.add_argument("--large", help="WIDTHxHEIGHT to scale the images up to first")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def _inputs(options: argparse.Namespace, folder: Path) -> list[str]:
+    found = []
+    for path in sorted(Path(options.path, "train").rglob("*.*")):
+        source = _enlarged(path, options.large, folder.parent / "large") if options.large else path.resolve()
+        for copy in range(options.copies):
+            link = folder / "train" / path.parent.name / f"{copy:03d}-{path.name}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source)
+            found.append(str(link))
+    return found
+
+
+def _enlarged(path: Path, size: str, folder: Path) -> Path:
+    from PIL import Image
+
+    width, height = map(int, size.split("x"))
+    target = folder / path.parent.name / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC).save(target, "JPEG", quality=90)
+    return target
+
+
+def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[str], size: int) -> int:
+    from distill_at_scale.data.decode import ImageDecoder
+
+    decoder, own = ImageDecoder(size), files[core::cores]
+    ready()
+    for file in own:
+        decoder(Path(file).read_bytes())
+    return len(own)
+
+
+def _ingest(config: Config, pieces: Path, actors: int) -> Clock:
+    from distill_at_scale.cluster.executor import RayExecutor
+    from distill_at_scale.data import ingest
+
+    pieces.mkdir()
+    executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)
+    try:
+        executor.ingest(config, ingest.plan(config).chunks(config.data.chunk), pieces, clock)
+    finally:
+        executor.close()
+    shutil.rmtree(pieces)
+    return clock
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A full-size rehearsal: ImageNet-1K's cardinality through ingest, score and select, with every process's peak memory.
+
+    python jobs/benchmarks/rehearsal.py [--folder DIR] [--share 1] [--actors 2] [--size 16] [--width 16]
+
+Runs `made_up:ImageNetSized` (1,281,167 images of 16 x 16, 1000 classes) through the product's own pipeline on Ray: a proxy
+of width 16 trained on a tenth of every class for two epochs, its two checkpoints over all images, then the selection of
+10 %. A second, idle process looks at all processes ten times a second. `--share 0.1` is the same with a tenth of the
+samples: the peaks of both are what "bounded memory" means. Prints a table and one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+from distill_at_scale.cluster.executor import RayExecutor
+from distill_at_scale.config import Config, validate
+from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.progress import Display
+from distill_at_scale.rundir import environment
+
+STAGES = ("ingest", "score", "select")
+EVERY = 0.1  # seconds between two looks at the processes
+
+
+def main() -> None:
+    options = _options()
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="rehearsal-"))
+    config = _config(options, folder)
+    began = time.perf_counter()
+    seconds, peaks = _run(config)
+    total = time.perf_counter() - began
+    records = {stage: json.loads((folder / "stages" / f"{stage}.json").read_text()) for stage in STAGES}
+    _print(seconds, total, peaks)
+    about = environment()
+    facts = {"samples": records["select"]["of"], "kept": records["select"]["kept"], "seconds": seconds, "total": total,
+             "train_seconds": records["score"]["train_seconds"], "score_seconds": records["score"]["score_seconds"],
+             "peak_mb": peaks, "options": vars(options), "hardware": about["hardware"], "versions": about["versions"],
+             "commit": about["commit"]}  # fmt: skip
+    print(json.dumps(facts, indent=1))
+    if not options.folder:
+        shutil.rmtree(folder)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", help="the run folder, kept; default: a temporary one")
+    parser.add_argument("--share", type=float, default=1.0, help="of ImageNet-1K's cardinality")
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument(
+        "--proxy-share", type=float, default=0.1, help="of the training split that the proxy is trained on"
+    )
+    return parser.parse_args()
+
+
+def _config(options: argparse.Namespace, folder: Path) -> Config:
+    return validate({
+        "run": {"dir": str(folder)},
+        "data": {"source": "made_up:ImageNetSized", "path": str(options.share), "size": 16},
+        "score": {"trials": 1, "epochs": 2, "width": options.width, "share": options.proxy_share},
+        "select": {"keep": 0.1},
+        "cluster": {"actors": options.actors},
+    })  # fmt: skip
+
+
+def _run(config: Config) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Seconds per stage, and peak megabytes per kind of process: the largest one, and all of that kind together."""
+    display, seconds = Display(), {}
+    end, results = multiprocessing.Event(), multiprocessing.Queue()
+    watcher = multiprocessing.Process(target=_watch, args=(os.getpid(), end, results), daemon=True)
+    watcher.start()
+    pipeline = Pipeline(config, lambda: RayExecutor(config, display.say), display)
+    began = time.perf_counter()
+    pipeline.executor  # noqa: B018 - the cluster starts here, apart from the stages
+    seconds["start of Ray"] = round(time.perf_counter() - began, 1)
+    pipeline.run(STAGES)
+    for stage in STAGES:
+        seconds[stage] = (pipeline.dir.record(stage) or {})["seconds"]
+    end.set()
+    return seconds, results.get()
+
+
+def _watch(root: int, end: Any, results: Any) -> None:
+    peaks: dict[str, dict[str, float]] = defaultdict(lambda: {"largest": 0.0, "together": 0.0, "processes": 0})
+    while not end.wait(EVERY):
+        now: dict[str, list[float]] = defaultdict(list)
+        for pid in _family(root) - {os.getpid()}:
+            if (found := _memory(pid)) is not None:
+                now["all processes"].append(found)
+                now[_kind(pid, root)].append(found)
+        for kind, sizes in now.items():
+            peak = peaks[kind]
+            peak["largest"] = max(peak["largest"], round(max(sizes), 1))
+            peak["together"] = max(peak["together"], round(sum(sizes), 1))
+            peak["processes"] = max(peak["processes"], len(sizes))
+    results.put(dict(peaks))
+
+
+def _memory(pid: int) -> float | None:
+    """Megabytes that a process holds for itself: without mapped files, which the kernel drops when it needs the room."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
+    return int(fields["RssAnon"][0]) / 1024 if "RssAnon" in fields else None
+
+
+def _family(root: int) -> set[int]:
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in os.listdir("/proc"):
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_text() if entry.isdigit() else ""
+        except OSError:
+            continue
+        if stat:
+            children[int(stat.rpartition(")")[2].split()[1])].append(int(entry))
+    found, waiting = set(), [root]
+    while waiting:
+        pid = waiting.pop()
+        found.add(pid)
+        waiting += children[pid]
+    return found
+
+
+def _kind(pid: int, root: int) -> str:
+    if pid == root:
+        return "driver"
+    try:
+        name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return "other"
+    for word, kind in (("ray::", "actor or task: "), ("raylet", "raylet"), ("gcs_server", "gcs server")):
+        if word in name:
+            return kind + re.split(r"[.( ]", name.removeprefix("ray::"))[0] if word == "ray::" else kind
+    return "other"
+
+
+def _print(seconds: dict[str, float], total: float, peaks: dict[str, dict[str, float]]) -> None:
+    print(f"\n{'stage':<44}{'seconds':>10}")
+    for stage, value in [*seconds.items(), ("in all", round(total, 1))]:
+        print(f"{stage:<44}{value:>10.1f}")
+    print(f"\n{'peak memory, MB (without mapped files)':<44}{'largest':>10}{'together':>10}{'number':>8}")
+    for kind, peak in sorted(peaks.items(), key=lambda item: -item[1]["together"]):
+        print(f"{kind[:43]:<44}{peak['largest']:>10.0f}{peak['together']:>10.0f}{peak['processes']:>8}")
+
+
+if __name__ == "__main__":
+    main()

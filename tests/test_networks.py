@@ -210,6 +210,16 @@ def test_without_a_working_compiler_the_network_runs_as_it_is(monkeypatch):
         assert torch.equal(forward(torch.ones(2)), torch.ones(2))  # said once
 
 
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+@torch.no_grad()
+def test_the_layout_in_memory_does_not_change_the_logits(name):
+    spec = NetworkSpec(name, (3, 32, 32), 3, width=8)
+    network, images = spec.build(0).eval(), torch.randn(2, 3, 32, 32)
+    wanted = network(images)
+    found = network.to(memory_format=spec.layout())(images.contiguous(memory_format=spec.layout()))
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
 WITHOUT_COMPILER = """
 import warnings, torch
 from distill_at_scale.networks import NetworkSpec, maybe_compile

@@ -314,6 +314,10 @@ def test_other_networks_of_torchvision_take_their_weights(tmp_path, name):
     given = load(tmp_path / "w.safetensors", spec)
     assert same(given.state, state)
     spec.build(0).load_state_dict(given.state)
+    del state[next(iter(state))]
+    tensors.save(tmp_path / "w.safetensors", state)
+    with pytest.raises(UserError, match=rf"w\.safetensors does not fit score\.network = 'torchvision:{name}'"):
+        load(tmp_path / "w.safetensors", spec)
 
 
 def test_published_weights_that_are_not_here_say_which_file_goes_where(hub):
@@ -340,14 +344,16 @@ def test_published_weights_take_the_class_names_that_torchvision_lists(hub, resn
     spec = NetworkSpec("resnet18_bn", (3, 96, 96), 1000)
     assert load(RESNET, spec, names).classes is None
     names[3], names[4] = names[4], names[3]
-    with pytest.raises(UserError, match=r"class 0 is 'tench', where the next id in order"):
+    with pytest.raises(UserError, match=r"class 3 is 'hammerhead' where 'tiger shark' should be"):
         load(RESNET, spec, names)
 
 
 def test_published_weights_refuse_ids_out_of_order(hub, resnets):
     torch.save(resnets[18].state_dict(), hub / RESNET_FILE)
     swapped = [*IDS[:10], IDS[11], IDS[10], *IDS[12:]]
-    with pytest.raises(UserError, match=rf"the data's class 11 is '{IDS[10]}', where the next id.*data\.class_names"):
+    with pytest.raises(
+        UserError, match=rf"the data's class 11 is '{IDS[10]}' where the next id in order should.*data\.class_names"
+    ):
         load(RESNET, NetworkSpec("resnet18_bn", (3, 96, 96), 1000), swapped)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
@@ -31,7 +31,6 @@ from distill_at_scale.rundir import file_digest
 State = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "weight.")  # of DataParallel, torch.compile, Lightning and our proxies
-IMAGENET = 1000  # classes of every classifier that torchvision publishes
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -65,10 +64,9 @@ class Published:
 def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_names: list[str]) -> Given:
     """The weights called `name` for the network of `spec`, whose `classes` and `class_names` are the data's.
 
-    `source_class_names` are all classes of the source, of which the data may be a subset.
+    `source_class_names` are all classes of the source, of which the data may be a subset, in the labels' order.
 
-    Raises UserError for a file that is missing, damaged, a program rather than tensors, not finite, of another network,
-    or for other classes.
+    Raises UserError for a file that is missing, damaged, no plain tensors, not finite, of another network or classes.
     """
     file, published = _find(name)
     state, trained_on = _read(file)
@@ -79,8 +77,7 @@ def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_name
     fitted = _fit(file, state, replace(spec, classes=outputs), published)
     order = _class_order(file, trained_on, published, outputs, class_names, source_class_names)
     columns = None if order == class_names else _columns(file, order, class_names)
-    normalization = published.normalization if published else None
-    return Given(fitted, outputs, columns, normalization, file_digest(file)["sha256"])
+    return Given(fitted, outputs, columns, published.normalization if published else None, file_digest(file)["sha256"])
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:
@@ -117,10 +114,8 @@ def _published(name: str) -> Published | None:
     """Weights by torchvision's name for them (ResNet18_Weights.IMAGENET1K_V1) or for their file (resnet18-f37072fd.pth)."""
     for network, names, weights in _all_published():
         if name in names:
-            transforms, categories = weights.transforms(), weights.meta["categories"] or []
-            return Published(
-                network, names[1], weights.url, categories, (tuple(transforms.mean), tuple(transforms.std))
-            )
+            expected = (tuple(weights.transforms().mean), tuple(weights.transforms().std))
+            return Published(network, names[1], weights.url, weights.meta["categories"] or [], expected)
     return None
 
 
@@ -195,7 +190,7 @@ def _renamed(state: State, expected: Collection[str]) -> State:
         state = {key.removeprefix(shared[0]): value for key, value in state.items()}
     if "net.conv1.weight" in expected and "conv1.weight" in state:  # our ResNet around torchvision's
         state = {f"classifier{k[2:]}" if k.startswith("fc.") else f"net.{k}": v for k, v in state.items()}
-    # DenseNet's files are older than the names of its layers
+    # torchvision's own DenseNets lie in files that are older than the names of their layers
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value for key, value in state.items()}
 
 
@@ -203,7 +198,7 @@ def _outputs(state: State, spec: NetworkSpec) -> int:
     """How many classes the weights tell apart: the size of what grows with the number of classes."""
     one_more = replace(spec, classes=spec.classes + 1).skeleton().state_dict()
     for key, value in spec.skeleton().state_dict().items():
-        if value.shape != one_more[key].shape and key in state and state[key].dim():
+        if value.shape != one_more.get(key, value).shape and key in state and state[key].dim():
             return len(state[key])
     return spec.classes  # another network: _fit says so
 
@@ -211,24 +206,29 @@ def _outputs(state: State, spec: NetworkSpec) -> int:
 def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | None) -> State:
     """The network's state dict with these tensors; raises UserError with the first names that do not fit."""
     network = spec.skeleton()
-    expected = network.state_dict()
-    odd = [k for k, v in expected.items() if k in state and (state[k].shape != v.shape or _no_float(state[k], v))]
-    cast: Any = OrderedDict(
-        (k, v.to(expected[k].dtype if k in expected else v.dtype)) for k, v in state.items() if k not in odd
-    )
-    if cast.keys() == expected.keys():
-        cast._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # nothing of an older version
-    missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
-    wrong = [f"{key} is {_kind(state[key])} where {_kind(expected[key])} is expected" for key in odd[:1]]
-    wrong += [f"it lacks {_first(lacking)}"] if (lacking := [key for key in missing if key not in odd]) else []
-    wrong += [f"it has {_first(unexpected)}, which the network has not"] if unexpected else []
-    if wrong:
+    if wrong := _misfits(network, state):
         hint = f" (torchvision published them for {TORCHVISION}{published.network})" if published else ""
         raise UserError(
             f"{file} does not fit score.network = {spec.name!r} for images of shape {spec.shape}: {'; '.join(wrong)}. "
             f"Set score.network, width, depth and data.size to what the weights were trained with{hint}"
         )
     return network.state_dict()
+
+
+def _misfits(network: nn.Module, state: State) -> list[str]:
+    """Put the tensors into the network; returns what is wrong with them."""
+    kept = network.state_dict()
+    odd = [k for k, v in kept.items() if k in state and (state[k].shape != v.shape or _no_float(state[k], v))]
+    cast: Any = OrderedDict((k, v.to(kept[k].dtype) if k in kept else v) for k, v in state.items() if k not in odd)
+    if cast.keys() == kept.keys():
+        cast._metadata = getattr(kept, "_metadata", None)  # else torchvision takes the names for an older version's
+    try:
+        missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
+    except (RuntimeError, ValueError) as error:  # of a network with rules of its own
+        return [str(error)]
+    wrong = [f"{key} is {_kind(state[key])} where {_kind(kept[key])} is expected" for key in odd[:1]]
+    wrong += [f"it lacks {_first(lacking)}"] if (lacking := [key for key in missing if key not in odd]) else []
+    return wrong + ([f"it has {_first(unexpected)}, which the network has not"] if unexpected else [])
 
 
 def _kind(tensor: Tensor) -> str:
@@ -253,7 +253,7 @@ def _class_order(
         if trained_on not in candidates:
             raise UserError(_wrong_order(file, trained_on, outputs, candidates[0]))
         return trained_on
-    if published and outputs == IMAGENET:
+    if published and outputs == len(published.categories):
         fitting = [names for names in candidates if _is_imagenet(names, published.categories)]
         if not fitting:
             raise UserError(_not_imagenet(file, candidates[-1], published.categories))
@@ -283,18 +283,18 @@ def _wrong_order(file: Path, trained_on: list[str], outputs: int, names: list[st
 
 
 def _not_imagenet(file: Path, names: list[str], categories: list[str]) -> str:
-    odd = [i for i, name in enumerate(names) if not WORDNET_ID.fullmatch(name) or (i and name <= names[i - 1])]
-    expected = f" or {categories[odd[0]]!r}" if categories else ""
+    pairs = zip(["", *names], names, strict=False)
+    ids = [bool(WORDNET_ID.fullmatch(name)) and name > before for before, name in pairs]
+    i = ids.index(False) if ids[0] else next(i for i, name in enumerate(names) if name != categories[i])
     return (
-        f"{file} expects ImageNet's 1000 classes in the order of their WordNet ids; the data's class {odd[0]} is "
-        f"{names[odd[0]]!r}, where the next id in order (n...){expected} should be; name the classes in that order in "
-        "the file data.class_names, if the labels follow it"
+        f"{file} expects ImageNet's 1000 classes in the order of their WordNet ids; the data's class {i} is {names[i]!r} "
+        f"where {'the next id in order' if ids[0] else repr(categories[i])} should be; name the ids (n...) in that order "
+        "in the file data.class_names, if the labels follow it"
     )
 
 
 def _wrong_count(file: Path, outputs: int, names: list[str], source: list[str], published: Published | None) -> str:
     whole = "" if len(source) == len(names) else f" (of {len(source)} in its source)"
     action = "take weights that were trained on these classes"
-    if published:
-        action += ", or list all of ImageNet's 1000 in the file data.class_names and your subset in data.classes"
-    return f"{file} has outputs for {outputs} classes, the data has {len(names)}{whole}; {action}"
+    subset = ", or list all of ImageNet's 1000 in the file data.class_names and your subset in data.classes"
+    return f"{file} has outputs for {outputs} classes, the data has {len(names)}{whole}; {action}{subset if published else ''}"

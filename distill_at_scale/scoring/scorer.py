@@ -60,9 +60,11 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a Classifier with so many outputs, and which of them are the data's classes (None: all)."""
+    """Weights of a network with so many outputs, what it expects, and which outputs are the data's classes (None: all)."""
 
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
+    mean: Tensor
+    std: Tensor
     outputs: int
     columns: list[int] | None = None
 
@@ -87,18 +89,24 @@ class Scorer:
         trials, epochs = score.checkpoints
         paths = [proxy.checkpoint_path(folder, t, e) for t in range(trials) for e in range(epochs)]
         found = (proxy.weights_of(tensors.load(path)) for path in paths)
-        return [Checkpoint(self._state(state, None), self.spec.classes) for state in found]
+        return [self._checkpoint(state, self.spec, None, None) for state in found]
 
     def _given(self, score: ScoreSection) -> list[Checkpoint]:
         names = self.prepared.class_names, self.prepared.source_class_names
-        found = [weights.load(name, self.spec, *names) for name in score.given_weights]
-        return [Checkpoint(self._state(g.state, g.normalization), g.outputs, g.classes) for g in found]
+        found = (weights.load(name, self.spec, *names) for name in score.given_weights)
+        return [
+            self._checkpoint(g.state, replace(self.spec, classes=g.outputs), g.normalization, g.classes) for g in found
+        ]
 
-    def _state(self, network: Mapping[str, Tensor], normalization: tuple[Any, Any] | None) -> dict[str, Tensor]:
+    def _checkpoint(
+        self, state: Mapping[str, Tensor], spec: NetworkSpec, normalization: Any, columns: list[int] | None
+    ) -> Checkpoint:
+        """Through a network of the kind, so that what belongs to a state beside its tensors stays with it."""
+        network = spec.build(0)
+        network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
-        state = {f"network.{key}": value for key, value in network.items()}
-        state |= {"mean": torch.tensor(mean), "std": torch.tensor(std)}
-        return {key: value.to(self.device) for key, value in state.items()}
+        scale = [torch.tensor(values, device=self.device) for values in (mean, std)]
+        return Checkpoint(network.to(self.device).state_dict(), *scale, spec.classes, columns)
 
     def score(self, units: Sequence[Unit]) -> Iterator[int]:
         """Score and publish chunks; yields the number of samples of each, also of those that were there already."""
@@ -132,7 +140,9 @@ class Scorer:
 
     def _logits(self, checkpoint: Checkpoint, pixels: Tensor) -> Tensor:
         classifier, forward = self.classifiers[checkpoint.outputs]
-        classifier.load_state_dict(checkpoint.state)
+        classifier.network.load_state_dict(checkpoint.state)
+        classifier.mean.copy_(checkpoint.mean)
+        classifier.std.copy_(checkpoint.std)
         logits = in_parts(forward, pixels, self.at_once)
         return logits if checkpoint.columns is None else logits[:, checkpoint.columns]
 

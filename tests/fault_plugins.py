@@ -1,12 +1,18 @@
-"""Plug-ins that misbehave on purpose, for the tests of what survives: a source and a backend that kill their process once."""
+"""Plug-ins that misbehave on purpose, for the tests of what survives: each kills its process once."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+import time
 from pathlib import Path
 
 from distill_at_scale.backends.dm import DistributionMatching
 from distill_at_scale.data.sources.digits import Digits
+from distill_at_scale.scoring.criteria.loss import Loss
+
+ARMED = Path(tempfile.gettempdir()) / f"distill-at-scale-kill-a-scorer-{os.getuid()}"  # the next one to score dies
+SLOW = ARMED.with_name(ARMED.name + "-slowly")  # while it is there, every observation takes a while
 
 
 class KillingSource(Digits):
@@ -32,3 +38,19 @@ class KillingBackend(DistributionMatching):
             marker.touch()
             os._exit(1)
         return super().step(i)
+
+
+class KillingLoss(Loss):
+    """The loss, whose process dies at its fifth observation while ARMED is there, which it removes."""
+
+    def __init__(self):
+        self.observed = 0
+
+    def observe(self, logits, labels):
+        self.observed += 1
+        if SLOW.exists():
+            time.sleep(0.2)
+        if self.observed == 5 and ARMED.exists():
+            ARMED.unlink()
+            os._exit(1)
+        return super().observe(logits, labels)

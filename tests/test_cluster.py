@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fault_plugins
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import Local, score_piece
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
+from distill_at_scale.scoring import proxy
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -140,6 +142,31 @@ def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
     Pipeline(config, lambda: executor(config), quiet()).run(("ingest",))
     assert marker.exists(), "nothing was killed, so nothing was tested"
     assert Prepared(Path(config.run.dir) / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
+
+
+@pytest.mark.slow
+def test_a_killed_scoring_actor_loses_and_doubles_nothing(tmp_path, finished):
+    config = settings(tmp_path, score={"criterion": "fault_plugins:KillingLoss"}, cluster={"actors": 2})
+    chunks = Prepared(finished / "prepared").chunks("train")
+    tables = []
+    for name, by in (("ray", executor(config)), ("local", Local())):
+        (tmp_path / name).mkdir()
+        if name == "ray":
+            fault_plugins.ARMED.touch()
+        by.score(config, finished / "prepared", finished / "proxies", chunks, tmp_path / name, lambda count: None)
+        assert not fault_plugins.ARMED.exists(), "nothing was killed, so nothing was tested"
+        tables.append([score_piece(tmp_path / name, chunk).read_bytes() for chunk in chunks])
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_proxy_end_with_the_bytes_of_one(tmp_path, finished):
+    for workers in (1, 2):
+        config = settings(tmp_path, score={"workers": workers, "trials": 1})
+        executor(config).train_proxies(config, finished / "prepared", tmp_path / f"{workers}" / "p", lambda count: None)
+    for epoch in range(2):
+        one, two = (proxy.checkpoint_path(tmp_path / f"{workers}" / "p", 0, epoch) for workers in (1, 2))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_a_divergence_names_class_and_step_and_keeps_the_last_good_state(tmp_path, finished):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from ray.data import ActorPoolStrategy
 
 from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
+
+LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
+        ray.exceptions.NodeDiedError)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
@@ -26,12 +30,28 @@ def stream(
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
     An actor is called with one unit (an Arrow table) and returns a table. A killed actor is restarted and its unit repeated,
-    `cluster.max_failures` times at most.
+    and where a whole node was lost the units without a result are sent again, `cluster.max_failures` times at most each.
     """
+    waiting = dict(enumerate(units))
+    for failures in range(config.cluster.max_failures + 1):
+        try:
+            for row in _stream_once(waiting, actor, arguments, config, gpus):
+                del waiting[row["unit"]]
+                yield row
+            return
+        except LOST as error:
+            if failures == config.cluster.max_failures:
+                raise UserError(_gave_up(failures + 1, waiting, error)) from None
+
+
+def _stream_once(
+    units: Mapping[int, pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float
+) -> Iterator[dict[str, Any]]:
     cluster, size = config.cluster, min(actor_count(config, gpus), len(units))
+    numbered = [table.append_column("unit", pa.array([number])) for number, table in units.items()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 announces new names for ray_remote_args_fn, and has none yet
-        data = ray.data.from_arrow(list(units)).map_batches(
+        data = ray.data.from_arrow(numbered).map_batches(
             actor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(size=size),
             fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=gpus or None,
             ray_remote_args_fn=lambda: {"max_restarts": cluster.max_failures, "max_task_retries": cluster.max_failures},
@@ -44,23 +64,28 @@ def stream(
                 yield row
 
 
+def _gave_up(times: int, waiting: Mapping[int, pa.Table], error: BaseException) -> str:
+    return (
+        f"workers were lost {times} times ({str(error).splitlines()[0]}), with {len(waiting)} units of work left. What is "
+        "finished is kept: give the same command again, with more memory per worker (fewer cluster.actors) if they ran out of it"
+    )
+
+
 def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
-    """For an actor's __call__: what a user can mend comes back as a row, since Ray Data keeps only the text of exceptions."""
+    """For an actor's __call__: the result says which unit it belongs to, and what a user can mend comes back as a row, since
+    Ray Data keeps only the text of exceptions.
+    """
 
     @wraps(call)
     def guarded(self: Any, unit: pa.Table) -> pa.Table:
         try:
-            return call(self, unit)
+            found = call(self, unit)
         except UserError as error:
-            return pa.table({"error": [str(error)], "errno": [0], "file": [""]})
+            found = pa.table({"error": [str(error)], "errno": [0], "file": [""]})
         except OSError as error:
-            return pa.table(
-                {
-                    "error": [error.strerror or str(error)],
-                    "errno": [error.errno or 0],
-                    "file": [str(error.filename or "")],
-                }
-            )
+            what, where = error.strerror or str(error), str(error.filename or "")
+            found = pa.table({"error": [what], "errno": [error.errno or 0], "file": [where]})
+        return found.append_column("unit", unit["unit"])
 
     return guarded
 

@@ -105,7 +105,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except Exception as error:
         cause = root_cause(error)
-        if isinstance(cause, UserError | OSError):
+        if isinstance(cause, UserError | OSError | ray.exceptions.RayActorError):
             raise cause from None
         raise
 

@@ -105,8 +105,8 @@ class Scorer:
         network = spec.build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
-        scale = [torch.tensor(values, device=self.device) for values in (mean, std)]
-        return Checkpoint(network.to(self.device).state_dict(), *scale, spec.classes, columns)
+        mean, std = (torch.tensor(values, device=self.device) for values in (mean, std))
+        return Checkpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns)
 
     def score(self, units: Sequence[Unit]) -> Iterator[int]:
         """Score and publish chunks; yields the number of samples of each, also of those that were there already."""

@@ -67,7 +67,7 @@ def _stream_once(
 def _gave_up(times: int, waiting: Mapping[int, pa.Table], error: BaseException) -> str:
     return (
         f"workers were lost {times} times ({str(error).splitlines()[0]}), with {len(waiting)} units of work left. What is "
-        "finished is kept: give the same command again, with more memory per worker (fewer cluster.actors) if they ran out of it"
+        "finished is kept: give the same command again, with fewer cluster.actors if they ran out of memory"
     )
 
 

@@ -1,0 +1,128 @@
+"""Images in one folder per class, listed at scale: what ImageFolder, ImageNet and Tiny-ImageNet have in common.
+
+Paths stay Arrow columns, so that a million files cost seconds. Ids are the POSIX paths relative to the root. Nothing is
+opened while listing; hidden files and files that are no images are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from distill_at_scale.config import DataSection
+from distill_at_scale.data.sources.base import data_store, listing, split_of
+from distill_at_scale.data.storage import Store
+from distill_at_scale.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+class FolderSource:
+    """The contract of a source for `train/<class>/...` and a test split beside it; layouts refine `listing_of`."""
+
+    def __init__(self, config: DataSection) -> None:
+        self.config, self.store = config, data_store(config)
+        self.folders = split_folders(self.store)
+        self.class_names = self.find_classes()
+        self._listings: dict[str, pa.Table] = {}
+
+    def find_classes(self) -> list[str]:
+        """The sorted folders of the training split.
+
+        Raises UserError where there are none.
+        """
+        if "train" not in self.folders:
+            raise UserError(f"{self.store.place()} has no folder train/; the layout is train/<class>/<image>.JPEG")
+        names = self.store.names(self.folders["train"])[0]
+        if not names:
+            place = self.store.place(self.folders["train"])
+            raise UserError(f"{place} holds no class folders; the layout is train/<class>/<image>.jpg")
+        return names
+
+    def splits(self) -> list[str]:
+        return [split for split in ("train", "test") if split in self.folders]
+
+    def listing(self, split: str) -> pa.Table:
+        """Every image of a split, class by class; listed once and then remembered."""
+        if split not in self._listings:
+            self._listings[split] = self.listing_of(split)
+        return self._listings[split]
+
+    def listing_of(self, split: str) -> pa.Table:
+        return class_listing(self.store, self.folders[split], self.class_names)
+
+    def digest(self, split: str) -> str:
+        """Hash of all paths, labels and sizes; no file is opened."""
+        return listing_digest(self.listing(split))
+
+    def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
+        return self.store.read_many(rows["location"].to_pylist())
+
+
+def split_folders(store: Store) -> dict[str, str]:
+    """The folder of each split, by its name."""
+    named = {split_of(name): name for name in store.names()[0]}
+    return {split: named[split] for split in ("train", "test") if split in named}
+
+
+def images(store: Store, folder: str) -> tuple[pa.Array, pa.Array]:
+    """Paths (string) and sizes (int64) of the images below a folder, sorted by path."""
+    paths, sizes = store.table(folder)
+    endings = "|".join(re.escape(extension) for extension in EXTENSIONS)
+    mask = pc.match_substring_regex(paths, f"(?:{endings})$", ignore_case=True)
+    return paths.filter(mask), sizes.filter(mask)
+
+
+def class_listing(
+    store: Store, folder: str, class_names: Sequence[str], ignore: Sequence[str] = ()
+) -> pa.Table:  # fmt: skip
+    """The images below the class folders of `folder`, sorted by label and path; images in no class folder are left out.
+
+    Raises UserError for a folder with images that is no class, or where there is no image.
+    """
+    paths, sizes = images(store, folder)
+    parts = pc.split_pattern(paths, "/", max_splits=folder.count("/") + 2 if folder else 1)
+    depth = folder.count("/") + 1 if folder else 0
+    inside = pc.greater(pc.list_value_length(parts), depth + 1)
+    paths, sizes, parts = paths.filter(inside), sizes.filter(inside), parts.filter(inside)
+    owners = pc.list_element(parts, depth) if len(paths) else pa.array([], pa.string())
+    if ignore:
+        others = pc.invert(pc.is_in(owners, pa.array(ignore, pa.string())))
+        paths, sizes, owners = paths.filter(others), sizes.filter(others), owners.filter(others)
+    labels = pc.index_in(owners, pa.array(class_names, pa.string()))
+    if labels.null_count:
+        extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
+        place = store.place(f"{folder}/{extra}" if folder else extra)
+        raise UserError(
+            f"{place} is a class that the training split does not have; remove the folder or complete train/"
+        )
+    if not len(paths):
+        raise UserError(f"{store.place(folder)} holds no images in class folders ({', '.join(EXTENSIONS)})")
+    order = np.argsort(labels.to_numpy(zero_copy_only=False), kind="stable")  # paths are sorted already
+    paths, labels, sizes = paths.take(pa.array(order)), labels.take(pa.array(order)), sizes.take(pa.array(order))
+    return listing(paths, labels, paths, np.zeros(len(paths), np.int64), sizes)
+
+
+def complete(store: Store, folder: str, table: pa.Table, class_names: Sequence[str]) -> None:
+    """Raises UserError for a class that has no image in a listing, naming its folder."""
+    counts = np.bincount(table["label"].to_numpy(), minlength=len(class_names))
+    if (empty := np.flatnonzero(counts == 0)).size:
+        more = f" (and {empty.size - 1} more classes)" if empty.size > 1 else ""
+        raise UserError(
+            f"{store.place(folder)}/{class_names[empty[0]]} is missing or holds no image{more}; "
+            "complete the split, or remove the class everywhere"
+        )
+
+
+def listing_digest(table: pa.Table) -> str:
+    """A hash of ids, labels and sizes."""
+    sha = hashlib.sha256("\n".join(table["sample_id"].to_pylist()).encode(errors="surrogateescape"))
+    for column in ("label", "size"):
+        sha.update(np.ascontiguousarray(table[column].to_numpy(), np.int64).tobytes())
+    return sha.hexdigest()

@@ -80,7 +80,7 @@ def explicit_order(source_names: Sequence[str], path: str) -> tuple[list[str], l
             )
         return names, list(range(len(names)))
     for wanted, held, fault in ((known, set(names), "lacks the class"), (names, set(known), "names an unknown class:")):
-        if odd := next((name for name in wanted if name not in held), None):
+        if (odd := next((name for name in wanted if name not in held), None)) is not None:
             raise UserError(
                 f"data.class_names = {path!r} {fault} {odd!r}; it must hold every class of the data set "
                 f"({len(known)}) once, in the order of the labels"

@@ -8,6 +8,7 @@ from distill_at_scale.data.sources.imagefolder import ImageFolder
 from distill_at_scale.data.sources.imagenet import Imagenet
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.sources.tiny_imagenet import TinyImagenet
+from distill_at_scale.data.sources.torchvision import TorchvisionSet
 
 SOURCES = {
     "digits": Digits,
@@ -15,4 +16,5 @@ SOURCES = {
     "imagefolder": ImageFolder,
     "imagenet": Imagenet,
     "tiny_imagenet": TinyImagenet,
+    "torchvision": TorchvisionSet,
 }

@@ -22,7 +22,7 @@ OPTIONS = {
     "request_timeout": float,
     "attempts": int,
 }
-DEFAULTS = {"connect_timeout": 5.0, "request_timeout": 60.0}  # seconds
+DEFAULTS = {"connect_timeout": 5.0, "request_timeout": 10.0}  # seconds without an answer, of each attempt
 
 
 def connect(uri: str) -> tuple[Any, str]:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
@@ -67,12 +66,11 @@ class Store:
     def table(self, folder: str = "") -> tuple[pa.Array, pa.Array]:
         """Paths (string) and sizes (int64) of every file below a folder, sorted by path; hidden ones are left out."""
         found = self._local_files(folder) if self.local else self._remote_files(folder)
-        try:
-            paths = pa.array([path for path, _ in found], pa.string())
-        except UnicodeEncodeError as error:
-            raise UserError(f"{self.place(folder)}: a file name is not UTF-8: {error.object!r}; rename it") from None
+        parts = list(found)
+        paths = pa.chunked_array([paths for paths, _ in parts], pa.string()).combine_chunks()
+        sizes = pa.chunked_array([sizes for _, sizes in parts], pa.int64()).combine_chunks()
         order = pc.sort_indices(paths)
-        return paths.take(order), pa.array(np.fromiter((size for _, size in found), np.int64, len(found))).take(order)
+        return paths.take(order), sizes.take(order)
 
     def files(self, folder: str = "") -> list[Entry]:
         """Every file below a folder, at any depth, sorted by path; hidden ones are left out."""
@@ -161,25 +159,34 @@ class Store:
     def _join(self, file: str) -> str:
         return f"{self._root.rstrip('/')}/{file}" if file else self._root
 
-    def _local_files(self, folder: str) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = []
+    def _local_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
+        """Paths and sizes, folder by folder, level by level."""
         waiting = [folder] if os.path.isdir(os.path.join(self._root, folder)) else []
         with ThreadPoolExecutor(SCANNERS) as pool:
             while waiting:
-                scanned = [entry for part in pool.map(self._scanned, waiting) for entry in part]
-                found += [(path, size) for path, size in scanned if size is not None]
-                waiting = [path for path, size in scanned if size is None]
-        return found
+                level, waiting = waiting, []
+                for folders, files in pool.map(self._scanned, level):
+                    waiting += folders
+                    yield files
 
-    def _scanned(self, folder: str) -> list[tuple[str, int | None]]:
-        return self._asked(lambda: _scan(self._root, folder))
+    def _scanned(self, folder: str) -> tuple[list[str], tuple[pa.Array, pa.Array]]:
+        """The folders right below a folder, and the files."""
+        scanned = self._asked(lambda: _scan(self._root, folder))
+        files = self._arrays([(path, size) for path, size in scanned if size is not None])
+        return [path for path, size in scanned if size is None], files
 
-    def _remote_files(self, folder: str) -> list[tuple[str, int]]:
+    def _remote_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
         selector = fs.FileSelector(self._join(folder), recursive=True, allow_not_found=True)
         infos = self._asked(lambda: self._fs.get_file_info(selector))
         start = len(self._root.rstrip("/")) + 1
-        files = ((info.path[start:], info.size) for info in infos if info.type == fs.FileType.File)
-        return [(path, size) for path, size in files if not path.startswith(".") and "/." not in path]
+        files = [(info.path[start:], info.size) for info in infos if info.type == fs.FileType.File]
+        yield self._arrays([(path, size) for path, size in files if not path.startswith(".") and "/." not in path])
+
+    def _arrays(self, files: list[tuple[str, int]]) -> tuple[pa.Array, pa.Array]:
+        try:
+            return pa.array([path for path, _ in files], pa.string()), pa.array([size for _, size in files], pa.int64())
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self.place()}: the file name {error.object!r} is not UTF-8; rename the file") from None
 
     def _asked(self, question: Callable[[], T]) -> T:
         """Raises UserError where the storage refuses to answer: no such bucket, no permission, no network."""

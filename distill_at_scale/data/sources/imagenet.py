@@ -15,7 +15,7 @@ import pyarrow as pa
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import ground_truth
 from distill_at_scale.data.sources.base import listing
-from distill_at_scale.data.sources.folders import FolderSource, complete, images
+from distill_at_scale.data.sources.folders import EXTENSIONS, FolderSource, complete, images
 from distill_at_scale.data.sources.ground_truth import Labels
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
@@ -39,9 +39,17 @@ class Imagenet(FolderSource):
             ids = paths.to_pylist()
             labels = val_labels(self.store, self.config, ids, self.class_names)
             return listing(paths, labels, paths, [0] * len(ids), sizes)
+        if split == "test" and (stray := _stray(self.store, self.folders["test"])):
+            raise UserError(
+                f"{self.store.place(stray)} lies beside class folders; sort it into its folder or remove it"
+            )
         found = super().listing_of(split)
         complete(self.store, self.folders[split], found, self.class_names)
         return found
+
+
+def _stray(store: Store, folder: str) -> str | None:
+    return next((f"{folder}/{name}" for name in store.names(folder)[1] if name.lower().endswith(EXTENSIONS)), None)
 
 
 def val_labels(

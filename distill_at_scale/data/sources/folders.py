@@ -87,11 +87,10 @@ def class_listing(
     Raises UserError for a folder with images that is no class, or where there is no image.
     """
     paths, sizes = images(store, folder)
-    parts = pc.split_pattern(paths, "/", max_splits=folder.count("/") + 2 if folder else 1)
-    depth = folder.count("/") + 1 if folder else 0
-    inside = pc.greater(pc.list_value_length(parts), depth + 1)
-    paths, sizes, parts = paths.filter(inside), sizes.filter(inside), parts.filter(inside)
-    owners = pc.list_element(parts, depth) if len(paths) else pa.array([], pa.string())
+    below = pc.utf8_slice_codeunits(paths, len(folder) + 1) if folder else paths
+    owners = pc.struct_field(pc.extract_regex(below, "^(?P<owner>[^/]+)/"), "owner")
+    inside = pc.is_valid(owners)
+    paths, sizes, owners = paths.filter(inside), sizes.filter(inside), owners.filter(inside)
     if ignore:
         others = pc.invert(pc.is_in(owners, pa.array(ignore, pa.string())))
         paths, sizes, owners = paths.filter(others), sizes.filter(others), owners.filter(others)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import DataSection
-from distill_at_scale.data.sources.base import data_store, listing, split_of
+from distill_at_scale.data.sources.base import data_store, listing, repeated, split_of
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
 
@@ -189,7 +189,7 @@ class HuggingFaceParquet:
 def _ids(tables: list[pa.Table], locations: pa.Array, rows: np.ndarray[Any, Any]) -> pa.Array:
     if all("path" in table.column_names for table in tables):
         paths = pa.chunked_array([chunk for table in tables for chunk in table["path"].chunks], pa.string())
-        if not paths.null_count and pc.count_distinct(paths).as_py() == len(paths):
+        if not paths.null_count and repeated(paths) is None:
             return paths.combine_chunks()
     return pc.binary_join_element_wise(locations, pa.array(rows).cast(pa.string()), ":")
 

@@ -204,4 +204,4 @@ def _leaf(kind: pa.DataType, column: str) -> str | None:
 def _runs(names: list[str]) -> Iterator[tuple[int, int]]:
     """The stretches of equal names, as (first, one after the last)."""
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    yield from zip(starts, [*starts[1:], len(names)], strict=True)
+    yield from zip(starts, [*starts, len(names)][1:], strict=True)

@@ -328,6 +328,12 @@ def test_an_empty_class_folder_is_named(tmp_path):
         imagefolder(tmp_path).listing("train")
 
 
+def test_an_empty_class_folder_outside_the_wanted_classes_does_not_matter(tmp_path):
+    touch(tmp_path, "train/cat/0.png", "train/dog/notes.txt")
+    source = SOURCES["imagefolder"](DataSection(source="imagefolder", path=str(tmp_path), classes=["cat"]))
+    assert source.listing("train")["label"].to_pylist() == [0]
+
+
 def test_a_flat_val_is_sent_to_the_right_source(tmp_path):
     touch(tmp_path, "train/cat/0.png", "val/1.png")
     with pytest.raises(UserError, match=r"val holds images but no class folders; .*set data\.source to imagenet"):

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import data_store, listing, split_of
 from distill_at_scale.data.storage import Store
+from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -97,7 +98,7 @@ def class_listing(
     labels = pc.index_in(owners, pa.array(class_names, pa.string()))
     if labels.null_count:
         extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
-        place = store.place(f"{folder}/{extra}" if folder else extra)
+        place = store.place(_joined(folder, extra))
         raise UserError(
             f"{place} is a class that the training split does not have; remove the folder or complete train/"
         )
@@ -108,15 +109,23 @@ def class_listing(
     return listing(paths, labels, paths, np.zeros(len(paths), np.int64), sizes)
 
 
-def complete(store: Store, folder: str, table: pa.Table, class_names: Sequence[str]) -> None:
-    """Raises UserError for a class that has no image in a listing, naming its folder."""
-    counts = np.bincount(table["label"].to_numpy(), minlength=len(class_names))
-    if (empty := np.flatnonzero(counts == 0)).size:
-        more = f" (and {empty.size - 1} more classes)" if empty.size > 1 else ""
+def complete(source: FolderSource, split: str, table: pa.Table) -> None:
+    """Raises UserError for a class that has no image in a listing, naming its folder; of a subset only its classes count."""
+    names = source.class_names
+    wanted = set(names if source.config.classes is None else class_list(source.config.classes))
+    counts = np.bincount(table["label"].to_numpy(), minlength=len(names))
+    empty = [name for name, count in zip(names, counts, strict=True) if count == 0 and name in wanted]
+    if empty:
+        more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
+        sample = "training sample" if split == "train" else "test sample"
         raise UserError(
-            f"{store.place(folder)}/{class_names[empty[0]]} is missing or holds no image{more}; "
-            "complete the split, or remove the class everywhere"
+            f"the class {empty[0]!r} has no {sample}: {source.store.place(_joined(source.folders[split], empty[0]))} "
+            f"is missing or holds no image{more}; complete the split, or remove the class everywhere"
         )
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def listing_digest(table: pa.Table) -> str:

@@ -39,5 +39,5 @@ class ImageFolder(FolderSource):
             )
         found = class_listing(self.store, folder, self.class_names, others)
         if split == "train":
-            complete(self.store, folder, found, self.class_names)
+            complete(self, split, found)
         return found

@@ -44,7 +44,7 @@ class Imagenet(FolderSource):
                 f"{self.store.place(stray)} lies beside class folders; sort it into its folder or remove it"
             )
         found = super().listing_of(split)
-        complete(self.store, self.folders[split], found, self.class_names)
+        complete(self, split, found)
         return found
 
 

@@ -42,7 +42,7 @@ class TinyImagenet(FolderSource):
         if split == "test" and "images" in self.store.names(folder)[0]:
             return self._annotated(f"{folder}/images")
         found = class_listing(self.store, folder, self.class_names)
-        complete(self.store, folder, found, self.class_names)
+        complete(self, split, found)
         return found
 
     def _annotated(self, folder: str) -> pa.Table:

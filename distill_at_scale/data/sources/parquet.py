@@ -114,7 +114,7 @@ class HuggingFaceParquet:
         return self._open[1:]
 
     def _parquet(self, name: str) -> Any:
-        return self._asked(name, lambda: pq.ParquetFile(self.store.open(name), pre_buffer=not self.store.local))
+        return self._asked(name, lambda: pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local))
 
     def _asked(self, name: str, question: Callable[[], T]) -> T:
         """Raises UserError for a file that is missing or no Parquet file, or a storage that does not answer."""

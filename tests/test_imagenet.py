@@ -231,6 +231,12 @@ def test_images_beside_class_folders_in_val_are_named(tmp_path):
         labels(tmp_path)
 
 
+def test_the_official_test_folder_is_no_split(tmp_path):
+    flat(tmp_path, [])
+    put(tmp_path, "test/ILSVRC2012_test_00000001.JPEG")
+    assert imagenet(tmp_path).splits() == ["train"]
+
+
 def test_an_empty_training_class_is_named(tmp_path):
     (flat(tmp_path) / "train" / "n05000000").mkdir()
     with pytest.raises(UserError, match="train/n05000000 is missing or holds no image"):

@@ -316,6 +316,16 @@ def test_class_folders_right_below_the_root_are_training_data(tmp_path):
     assert source.listing("train")["sample_id"].to_pylist() == ["cat/0.png", "dog/1.png"]
 
 
+def test_several_training_folders_are_an_error_and_train_itself_wins(tmp_path):
+    touch(tmp_path, "train.X1/cat/0.png", "train.X2/dog/1.png")
+    with pytest.raises(UserError, match=r"several training folders \(train\.X1, train\.X2\)"):
+        imagefolder(tmp_path)
+    touch(tmp_path, "train/cow/0.png", "test/cow/1.png", "val/cow/2.png")
+    source = imagefolder(tmp_path)
+    assert source.class_names == ["cow"]
+    assert source.listing("test")["sample_id"].to_pylist() == ["val/cow/2.png"]
+
+
 def test_a_folder_without_images_is_an_error(tmp_path):
     touch(tmp_path, "train/cat/notes.txt")
     with pytest.raises(UserError, match="holds no images"):

@@ -30,7 +30,7 @@ def connect(uri: str) -> tuple[Any, str]:
 
     Raises ValueError for an unknown option or a wrong value, and OSError where the bucket's region cannot be found.
     """
-    parts = urlsplit(uri)
+    parts = urlsplit(uri, allow_fragments=False)
     bucket = parts.netloc.rpartition("@")[2]
     if not bucket:
         raise ValueError("it names no bucket; write s3://bucket/folder")

@@ -67,9 +67,19 @@ class FolderSource:
 
 
 def split_folders(store: Store) -> dict[str, str]:
-    """The folder of each split, by its name."""
-    named = {split_of(name): name for name in store.names()[0]}
-    return {split: named[split] for split in ("train", "test") if split in named}
+    """The folder of each split, by its name.
+
+    Raises UserError where several could be the training split.
+    """
+    names = store.names()[0]
+    train = [name for name in names if split_of(name) == "train"]
+    if len(train) > 1 and "train" not in train:
+        raise UserError(
+            f"{store.place()} holds several training folders ({', '.join(train)}); put them into one, train/"
+        )
+    test = [name for name in names if split_of(name) == "test"]
+    found = {"train": "train" if "train" in train else train[0]} if train else {}
+    return found | ({"test": test[-1]} if test else {})  # val rather than test, which often has no labels
 
 
 def images(store: Store, folder: str) -> tuple[pa.Array, pa.Array]:

@@ -177,10 +177,10 @@ def _places(store: Store) -> list[tuple[str, set[str]]]:
     """The root and the folders two levels below it with the names of their files; not the class folders."""
     top, files = store.names()
     places = [("", set(files))]
-    for folder in top:
+    for folder in (name for name in top if not name.lower().startswith("test")):
         below, files = ([], []) if folder.lower().startswith("train") else store.names(folder)
         places.append((folder, set(files)))
-        if not folder.lower().startswith(("val", "test")):
+        if not folder.lower().startswith("val"):  # its folders are classes
             places += [(_joined(folder, name), set(store.names(_joined(folder, name))[1])) for name in below[:20]]
     return places
 

@@ -28,7 +28,13 @@ GET_MAPPING = "put the devkit (ILSVRC2012_devkit_t12.tar.gz or its meta.mat) the
 
 
 class Imagenet(FolderSource):
-    """The folders; a `val/` without class folders is flat."""
+    """The folders; a `val/` without class folders is flat, and a flat `test/` has no labels and is no split."""
+
+    def __init__(self, config: DataSection) -> None:
+        super().__init__(config)
+        folder = self.folders.get("test", "")
+        if folder.lower().startswith("test") and not self.store.names(folder)[0]:
+            del self.folders["test"]
 
     def listing_of(self, split: str) -> pa.Table:
         """Raises UserError where folders and classes differ, or images and labels do."""

@@ -67,6 +67,7 @@ class HuggingFaceParquet:
         labels = np.concatenate([self._labels(table["label"], file) for table, file in zip(tables, files, strict=True)])
         rows = np.concatenate([np.arange(count) for count in counts])
         locations = pa.array(files, pa.string()).take(pa.array(np.repeat(np.arange(len(files)), counts)))
+        del self._columns[split]  # a million paths need not be kept twice
         return listing(_ids(tables, locations, rows), labels, locations, rows)
 
     def digest(self, split: str) -> str:

@@ -188,6 +188,20 @@ def test_plain_arrays_survive_every_protocol(kind, protocol):
         assert found[1] == ("text", b"raw", None, 1.5)
 
 
+PYTHON_2 = (  # as CIFAR's files were written: {"data": array([[97, 98, 99], [255, 0, 1]], u1), "labels": [1]}
+    b"\x80\x02}q\x01(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    b"(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    b"\x89U\x06abc\xff\x00\x01tbU\x06labels]K\x01au."
+)
+
+
+def test_a_pickle_of_python_2_is_read():
+    found = plain_pickle.load(PYTHON_2)
+    assert found["data"].tolist() == [[97, 98, 99], [255, 0, 1]]
+    assert found["data"].dtype == np.uint8
+    assert found["labels"] == [1]
+
+
 def test_a_pickle_cannot_grow_without_end():
     value = ["x"]
     for _ in range(60):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -149,3 +151,38 @@ def ray_session() -> Iterator[None]:
     quieten()
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class S3:
+    """A real S3 server on this machine: a client to fill it, and URIs for buckets and prefixes in it."""
+
+    client: Any
+    address: str
+
+    def __call__(self, path: str, **options: str) -> str:
+        query = {"endpoint_override": self.address, "scheme": "http", "region": "us-east-1", **options}
+        return f"s3://{path}?{urlencode(query)}"
+
+    def upload(self, folder: Path, bucket: str, prefix: str = "") -> None:
+        self.client.create_bucket(Bucket=bucket)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            self.client.put_object(
+                Bucket=bucket, Key=f"{prefix}{path.relative_to(folder).as_posix()}", Body=path.read_bytes()
+            )
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """s3("bucket/prefix") is a URI; credentials come from the environment alone."""
+    boto3, server_module = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.delenv("AWS_PROFILE", raising=False)
+        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        yield S3(boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1"), f"{host}:{port}")
+        server.stop()

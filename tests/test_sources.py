@@ -156,8 +156,8 @@ def test_a_missing_column_lists_what_there_is(tmp_path):
 
 
 def test_an_image_column_without_bytes_is_an_error(tmp_path):
-    pq.write_table(pa.table({"image": [b"x"], "label": [0]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="struct with the field bytes"):
+    pq.write_table(pa.table({"image": [7], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="must be binary or a struct with the field bytes"):
         parquet(tmp_path).listing("train")
 
 
@@ -185,6 +185,90 @@ def test_a_second_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "train-1.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"train-1\.parquet is not a readable Parquet file"):
         parquet(tmp_path).listing("train")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_an_image_column_may_be_plain_bytes(tmp_path, kind):
+    table = pa.table({"image": pa.array([png(i) for i in range(5)], kind), "label": [0, 1, 0, 1, 0]})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=2)
+    source = parquet(tmp_path)
+    rows = source.listing("train")
+    assert rows["sample_id"].to_pylist() == [f"train.parquet:{row}" for row in range(5)]
+    assert source.read(rows.slice(1, 3)) == [png(1), png(2), png(3)]
+
+
+def test_a_null_image_is_read_as_nothing(tmp_path):
+    images = pa.array([{"bytes": png(0)}, None, {"bytes": None}], pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"image": images, "label": [0, 0, 0]}), tmp_path / "train.parquet")
+    source = parquet(tmp_path)
+    assert source.read(source.listing("train")) == [png(0), b"", b""]
+
+
+def test_many_files_read_in_any_order_are_the_rows_asked_for(tmp_path):
+    for part in range(9):
+        write_parquet(tmp_path / f"train-{part}.parquet", [part % 3] * (part + 1), rows_per_group=2)
+    source = parquet(tmp_path)
+    table = source.listing("train")
+    assert table["label"].to_pylist() == [part % 3 for part in range(9) for _ in range(part + 1)]
+    shuffled = table.take(pa.array(np.random.default_rng(0).permutation(table.num_rows)))
+    assert source.read(shuffled) == [png(row) for row in shuffled["row"].to_pylist()]
+    assert source.read(table.slice(0, 0)) == []
+
+
+def test_a_column_missing_from_one_of_many_files_names_that_file(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], names=["a", "b"])
+    write_parquet(tmp_path / "train-1.parquet", [0, 1], label="fine")
+    with pytest.raises(UserError, match=r"train-1\.parquet has no column 'label'"):
+        parquet(tmp_path).listing("train")
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
+def test_a_truncated_parquet_file_is_named(tmp_path, keep):
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], names=["a", "b"])
+    write_parquet(tmp_path / "train-1.parquet", [0, 1], names=["a", "b"])
+    content = (tmp_path / "train-1.parquet").read_bytes()
+    (tmp_path / "train-1.parquet").write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(UserError, match=r"train-1\.parquet is not a readable Parquet file.*Download it again"):
+        parquet(tmp_path).listing("train")
+
+
+def test_a_parquet_file_damaged_inside_is_named_when_read(tmp_path):
+    pq.write_table(
+        pa.table({"image": [png(i) for i in range(50)], "label": [0] * 50}), tmp_path / "train.parquet",
+        use_dictionary=False, compression="zstd",
+    )  # fmt: skip
+    source = parquet(tmp_path)
+    rows = source.listing("train")
+    content = bytearray((tmp_path / "train.parquet").read_bytes())
+    content[40:140] = bytes(100)
+    (tmp_path / "train.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.parquet is not a readable Parquet file"):
+        source.read(rows)
+
+
+def test_a_parquet_file_that_shrank_after_listing_is_named(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0] * 5)
+    source = parquet(tmp_path)
+    rows = source.listing("train")
+    write_parquet(tmp_path / "train.parquet", [0] * 3)
+    with pytest.raises(UserError, match=r"train\.parquet has no row 3"):
+        source.read(rows)
+
+
+def test_hidden_parquet_files_are_left_out(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    (tmp_path / ".train-1.parquet").write_bytes(b"x")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "train.parquet").write_bytes(b"x")
+    assert parquet(tmp_path).files == {"train": ["train.parquet"]}
+
+
+def test_a_path_that_is_missing_or_unset_is_an_error():
+    for name in ("imagefolder", "parquet", "imagenet", "tiny_imagenet", "torchvision"):
+        with pytest.raises(UserError, match=r"data\.path is not set"):
+            SOURCES[name](DataSection(source=name))
+        with pytest.raises(UserError, match="there is no such folder"):
+            SOURCES[name](DataSection(source=name, path="/nowhere/at/all"))
 
 
 def test_the_digest_of_parquet_follows_the_content(tmp_path):
@@ -232,10 +316,51 @@ def test_class_folders_right_below_the_root_are_training_data(tmp_path):
     assert source.listing("train")["sample_id"].to_pylist() == ["cat/0.png", "dog/1.png"]
 
 
+def test_several_training_folders_are_an_error_and_train_itself_wins(tmp_path):
+    touch(tmp_path, "train.X1/cat/0.png", "train.X2/dog/1.png")
+    with pytest.raises(UserError, match=r"several training folders \(train\.X1, train\.X2\)"):
+        imagefolder(tmp_path)
+    touch(tmp_path, "train/cow/0.png", "test/cow/1.png", "val/cow/2.png")
+    source = imagefolder(tmp_path)
+    assert source.class_names == ["cow"]
+    assert source.listing("test")["sample_id"].to_pylist() == ["val/cow/2.png"]
+
+
 def test_a_folder_without_images_is_an_error(tmp_path):
     touch(tmp_path, "train/cat/notes.txt")
     with pytest.raises(UserError, match="holds no images"):
         imagefolder(tmp_path).listing("train")
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    touch(tmp_path, "train/cat/0.png", "train/dog/.hidden.png", "train/dog/notes.txt")
+    with pytest.raises(UserError, match="train/dog is missing or holds no image; complete the split, or remove"):
+        imagefolder(tmp_path).listing("train")
+
+
+def test_an_empty_class_folder_outside_the_wanted_classes_does_not_matter(tmp_path):
+    touch(tmp_path, "train/cat/0.png", "train/dog/notes.txt")
+    source = SOURCES["imagefolder"](DataSection(source="imagefolder", path=str(tmp_path), classes=["cat"]))
+    assert source.listing("train")["label"].to_pylist() == [0]
+
+
+def test_a_flat_val_is_sent_to_the_right_source(tmp_path):
+    touch(tmp_path, "train/cat/0.png", "val/1.png")
+    with pytest.raises(UserError, match=r"val holds images but no class folders; .*set data\.source to imagenet"):
+        imagefolder(tmp_path).listing("test")
+
+
+def test_sizes_are_listed(tmp_path):
+    touch(tmp_path, "train/cat/0.png", "train/cat/1.png")
+    sizes = imagefolder(tmp_path).listing("train")["size"].to_pylist()
+    assert sizes == [len(png(0)), len(png(1))]
+
+
+def test_classes_whose_names_sort_around_the_slash_stay_together(tmp_path):
+    touch(tmp_path, "train/a/0.png", "train/a-b/1.png", "train/a/z.png", "train/a b/2.png")
+    table = imagefolder(tmp_path).listing("train")
+    assert table["label"].to_pylist() == [0, 0, 1, 2]
+    assert [i.split("/")[1] for i in table["sample_id"].to_pylist()] == ["a", "a", "a b", "a-b"]
 
 
 def test_a_class_that_only_the_test_split_has_is_an_error(tmp_path):

@@ -2,22 +2,31 @@
 
 Files are named by their POSIX path relative to the root. Nothing is ever written here. Credentials and endpoints are
 what `pyarrow.fs` takes: the usual environment variables of the cloud, and options in the URI
-(`s3://bucket/folder?endpoint_override=localhost:9000&scheme=http&region=us-east-1`).
+(`s3://bucket/folder?endpoint_override=localhost:9000&scheme=http&region=us-east-1`); the options for S3 are in `s3.py`.
+A single file that is missing is an OSError; a storage that refuses to answer is a UserError.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
+from distill_at_scale.data import s3
 from distill_at_scale.errors import UserError
+
+T = TypeVar("T")
+READERS = 16  # threads for many small files on remote storage
+SCANNERS = 8  # threads that list local folders; a network disk answers each slowly
 
 
 def is_uri(path: str) -> bool:
@@ -41,36 +50,38 @@ class Store:
 
     def __init__(self, path: str, key: str = "data.path"):
         self.path, self.key = path, key
-        self.local = not is_uri(path)
+        self.local = not is_uri(path) or path.startswith("file://")
         self.check()
 
     def check(self) -> None:
         """Raises UserError unless the folder is there and can be read."""
         if self.local:
             if not os.path.isdir(self._root):
-                raise UserError(f"{self.key} = {self.path!r}: there is no such folder; give the data set's root folder")
+                raise UserError(f"{self._named}: there is no such folder; give the data set's root folder")
             return
         kind = self._asked(lambda: self._fs.get_file_info(self._root).type)
         if kind != fs.FileType.Directory:
-            raise UserError(f"{self.key} = {self.path!r}: there is no such folder; check bucket and prefix")
+            raise UserError(f"{self._named}: there is no such folder; check bucket and prefix")
+
+    def table(self, folder: str = "") -> tuple[pa.Array, pa.Array]:
+        """Paths (string) and sizes (int64) of every file below a folder, sorted by path; hidden ones are left out."""
+        found = self._local_files(folder) if self.local else self._remote_files(folder)
+        parts = list(found)
+        paths = pa.chunked_array([paths for paths, _ in parts], pa.string()).combine_chunks()
+        sizes = pa.chunked_array([sizes for _, sizes in parts], pa.int64()).combine_chunks()
+        order = pc.sort_indices(paths)
+        return paths.take(order), sizes.take(order)
 
     def files(self, folder: str = "") -> list[Entry]:
         """Every file below a folder, at any depth, sorted by path; hidden ones are left out."""
-        if self.local:
-            found = _walk(os.path.join(self._root, folder))
-            below = [Entry(os.path.relpath(name, self._root), size) for name, size in found]
-            return sorted(below, key=lambda entry: entry.path)
-        selector = fs.FileSelector(self._join(folder), recursive=True, allow_not_found=True)
-        infos = self._asked(lambda: self._fs.get_file_info(selector))
-        entries = [Entry(self._relative(i.path), i.size) for i in infos if i.type == fs.FileType.File]
-        hidden = (any(part.startswith(".") for part in entry.path.split("/")) for entry in entries)
-        return sorted((e for e, h in zip(entries, hidden, strict=True) if not h), key=lambda entry: entry.path)
+        paths, sizes = self.table(folder)
+        return [Entry(path, size) for path, size in zip(paths.to_pylist(), sizes.to_pylist(), strict=True)]
 
     def names(self, folder: str = "") -> tuple[list[str], list[str]]:
         """The names of the folders and of the files right below a folder, sorted; hidden ones are left out."""
         if self.local:
-            with os.scandir(os.path.join(self._root, folder)) as entries:
-                pairs = [(entry.name, entry.is_dir()) for entry in entries]
+            scanned = self._asked(lambda: _scan(self._root, folder))
+            pairs = [(path.rpartition("/")[2], size is None) for path, size in scanned]
         else:
             infos = self._asked(lambda: self._fs.get_file_info(fs.FileSelector(self._join(folder))))
             pairs = [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
@@ -88,36 +99,60 @@ class Store:
     def read(self, file: str) -> bytes:
         """The whole file.
 
-        Raises OSError (FileNotFoundError among them) where that one file cannot be read.
+        Raises OSError (FileNotFoundError among them) where that one file cannot be read, and UserError where the whole
+        folder is gone or a remote storage refuses.
         """
-        if self.local:
-            return Path(self._root, file).read_bytes()
         with self.open(file) as handle:
-            return handle.read()
+            return self._asked_of(file, handle.read)
+
+    def read_many(self, files: Sequence[str]) -> list[bytes]:
+        """Whole files, in order; on remote storage many at a time. Raises what `read` raises."""
+        if self.local or len(files) < 2:
+            return [self.read(file) for file in files]
+        with ThreadPoolExecutor(min(READERS, len(files))) as pool:
+            return list(pool.map(self.read, files))
 
     def read_range(self, file: str, offset: int, size: int) -> bytes:
         """Some bytes of a file; fewer where it ends before."""
         with self.open(file) as handle:
             handle.seek(offset)
-            return handle.read(size)
+            return self._asked_of(file, lambda: handle.read(size))
 
     def open(self, file: str) -> Any:
-        """A file for random access (pyarrow.NativeFile, or a Python file where the disk is local)."""
-        return open(os.path.join(self._root, file), "rb") if self.local else self._fs.open_input_file(self._join(file))
+        """A file for random access (pyarrow.NativeFile, or a Python file where the disk is local).
+
+        Raises as `read` does.
+        """
+        if self.local:
+            return self._asked_of(file, lambda: open(os.path.join(self._root, file), "rb"))
+        return self._asked_of(file, lambda: self._fs.open_input_file(self._join(file)))
+
+    def open_native(self, file: str) -> Any:
+        """As `open`, but always a pyarrow.NativeFile, which Parquet reads without Python."""
+        if self.local:
+            return self._asked_of(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
+        return self.open(file)
 
     def place(self, file: str = "") -> str:
-        """The full name of a file, for messages."""
-        base = self.path.partition("?")[0].rstrip("/")
+        """The full name of a file, for messages; without credentials."""
+        base = _without_secret(self.path).partition("?")[0].rstrip("/") if is_uri(self.path) else self.path.rstrip("/")
         return f"{base}/{file}" if file else base
+
+    @property
+    def _named(self) -> str:
+        return f"{self.key} = {_without_secret(self.path)!r}"
 
     @cached_property
     def _located(self) -> tuple[Any, str]:
-        if self.local:
+        if not is_uri(self.path):
             return None, os.path.expanduser(self.path)
         try:
+            if self.path.startswith("s3://"):
+                return s3.connect(self.path)
             return fs.FileSystem.from_uri(self.path)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise UserError(f"{self.key} = {self.path!r} cannot be opened: {error}") from None
+        except (ValueError, pa.ArrowNotImplementedError, OSError) as error:
+            reason = str(error).replace(self.path, _without_secret(self.path))
+            raise UserError(f"{self._named} cannot be opened: {reason}") from None
 
     @property
     def _fs(self) -> Any:
@@ -130,35 +165,96 @@ class Store:
     def _join(self, file: str) -> str:
         return f"{self._root.rstrip('/')}/{file}" if file else self._root
 
-    def _relative(self, path: str) -> str:
-        return path.removeprefix(self._root.rstrip("/") + "/")
+    def _local_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
+        """Paths and sizes, folder by folder, level by level."""
+        waiting = [folder] if os.path.isdir(os.path.join(self._root, folder)) else []
+        with ThreadPoolExecutor(SCANNERS) as pool:
+            while waiting:
+                level, waiting = waiting, []
+                for folders, files in pool.map(self._scanned, level):
+                    waiting += folders
+                    yield files
 
-    def _asked(self, question: Any) -> Any:
+    def _scanned(self, folder: str) -> tuple[list[str], tuple[pa.Array, pa.Array]]:
+        """The folders right below a folder, and the files."""
+        scanned = self._asked(lambda: _scan(self._root, folder))
+        files = self._arrays([(path, size) for path, size in scanned if size is not None])
+        return [path for path, size in scanned if size is None], files
+
+    def _remote_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
+        """As `_local_files`; the folders right below are listed side by side, for a page of 1000 names takes a round trip."""
+        infos = self._infos(self._join(folder), recursive=False)
+        yield self._files_of(infos)
+        folders = [info.path for info in infos if info.type == fs.FileType.Directory and info.base_name[:1] != "."]
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(lambda path: self._files_of(self._infos(path, recursive=True)), folders)
+
+    def _infos(self, path: str, recursive: bool) -> list[Any]:
+        selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+        return self._asked(lambda: self._fs.get_file_info(selector))
+
+    def _files_of(self, infos: list[Any]) -> tuple[pa.Array, pa.Array]:
+        start = len(self._root.rstrip("/")) + 1
+        files = [(info.path[start:], info.size) for info in infos if info.type == fs.FileType.File]
+        return self._arrays([(path, size) for path, size in files if not path.startswith(".") and "/." not in path])
+
+    def _arrays(self, files: list[tuple[str, int]]) -> tuple[pa.Array, pa.Array]:
+        try:
+            return pa.array([path for path, _ in files], pa.string()), pa.array([size for _, size in files], pa.int64())
+        except UnicodeEncodeError as error:
+            raise UserError(f"{self.place()}: the file name {error.object!r} is not UTF-8; rename the file") from None
+
+    def _asked(self, question: Callable[[], T]) -> T:
         """Raises UserError where the storage refuses to answer: no such bucket, no permission, no network."""
         try:
             return question()
         except OSError as error:
-            raise UserError(
-                f"{self.key} = {self.path!r} cannot be read: {error}. Check the address, the credentials and the network."
-            ) from None
+            raise self._refusal(error) from None
+
+    def _asked_of(self, file: str, question: Callable[[], T]) -> T:
+        """As `_asked`, but what is wrong with one file alone stays an OSError."""
+        try:
+            return question()
+        except FileNotFoundError:
+            self.check()  # all of it gone is no matter of one file
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(file)) from None
+        except OSError as error:
+            if self.local:
+                raise
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: OSError) -> UserError:
+        reason = " ".join(str(error).split())
+        advice = "Check the permissions." if self.local else "Check the address, the credentials and the network."
+        return UserError(f"{self._named} cannot be read: {reason}. {advice}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_located"}
 
 
-def _walk(folder: str) -> Sequence[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    waiting = [folder] if os.path.isdir(folder) else []
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(entry.path)
-                else:
-                    try:
-                        found.append((entry.path, entry.stat().st_size))
-                    except OSError:
-                        found.append((entry.path, -1))  # a dangling link; reading it rejects the sample
+def _scan(root: str, folder: str) -> list[tuple[str, int | None]]:
+    """(path relative to the root, size) of what lies in a folder, hidden things left out; folders have the size None."""
+    found: list[tuple[str, int | None]] = []
+    prefix = f"{folder}/" if folder else ""
+    with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_folder = entry.is_dir() and not _loops(entry)
+                size = None if is_folder else entry.stat().st_size
+            except OSError:
+                size = -1  # a dangling link; reading it rejects the sample
+            found.append((prefix + entry.name, size))
     return found
+
+
+def _loops(entry: os.DirEntry[str]) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    if not entry.is_symlink():
+        return False
+    return f"{os.path.realpath(os.path.dirname(entry.path))}/".startswith(f"{os.path.realpath(entry.path)}/")
+
+
+def _without_secret(path: str) -> str:
+    return re.sub(r"://[^/?]*@", "://", path)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill_at_scale.config import DataSection
+from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
 
 LISTING = pa.schema(
@@ -27,6 +28,7 @@ LISTING = pa.schema(
         ("size", pa.int64()),
     ]
 )
+Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 
 
@@ -49,34 +51,46 @@ class Source(Protocol):
 
 
 def listing(
-    ids: Sequence[str], labels: Sequence[int], locations: Sequence[str], rows: Sequence[int],
-    sizes: Sequence[int] | None = None,
+    ids: Column, labels: Column, locations: Column, rows: Column, sizes: Column | None = None
 ) -> pa.Table:  # fmt: skip
-    """Builds a listing.
+    """Builds a listing from columns: sequences, numpy or Arrow arrays, all of one length; without sizes they are 0.
 
-    Raises UserError for a repeated id, naming it.
+    Raises UserError for a repeated id, naming it and where it occurs.
     """
-    table = pa.table([pa.array(ids, pa.string()), np.asarray(labels, np.int32), pa.array(locations, pa.string()),
-                      np.asarray(rows, np.int64), np.asarray([0] * len(ids) if sizes is None else sizes, np.int64)],
-                     schema=LISTING)  # fmt: skip
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise UserError(f"the sample id {twice!r} occurs twice; ids must be unique within a split")
+    given = [ids, labels, locations, rows, np.zeros(len(ids), np.int64) if sizes is None else sizes]
+    table = pa.table([_column(c, field.type) for c, field in zip(given, LISTING, strict=True)], schema=LISTING)
+    if (twice := repeated(table["sample_id"])) is not None:
+        places = table["location"].filter(pc.equal(table["sample_id"], twice)).to_pylist()[:2]
+        raise UserError(
+            f"the sample id {twice!r} occurs twice (in {' and '.join(places)}); ids must be unique within a split: "
+            "remove or rename one of the two"
+        )
     return table
 
 
-def data_root(config: DataSection) -> Path:
-    """The folder named by data.path.
+def repeated(values: pa.ChunkedArray) -> str | None:
+    """A text that occurs more than once, or None; sorts, which takes less time and memory than a table of all texts."""
+    sorted_values = values.take(pc.sort_indices(values)).combine_chunks()
+    if len(sorted_values) < 2:
+        return None
+    same = sorted_values[1:].filter(pc.equal(sorted_values[1:], sorted_values[:-1]))
+    return same[0].as_py() if len(same) else None
 
-    Raises UserError where it is missing from the configuration or from the disk.
+
+def _column(values: Column, kind: pa.DataType) -> Any:
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values.cast(kind)
+    return pa.array(values, kind)
+
+
+def data_store(config: DataSection) -> Store:
+    """The folder or URI named by data.path.
+
+    Raises UserError where it is missing from the configuration or from the disk, or cannot be reached.
     """
     if config.path is None:
         raise UserError(f"data.path is not set; the source {config.source!r} needs the folder that holds the data")
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data.path = {config.path!r}: there is no such folder; give the data set's root folder")
-    return root
+    return Store(config.path)
 
 
 def split_of(name: str) -> str | None:

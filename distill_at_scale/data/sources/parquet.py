@@ -1,135 +1,208 @@
 """Hugging Face's image layout: Parquet files `train-*.parquet`, `test-*.parquet` with `image: struct<bytes, path>` and
-`label`.
+`label`. An image column of plain bytes is taken as well.
 
 Class names come from the metadata that the datasets library writes into the schema. A sample's id is `image.path`
-where it is present and unique within the split, else `<file>:<row>`. Files may also lie in a folder per split.
+where it is present and unique within the split, else `<file>:<row>`. Files may also lie in a folder per split. Files are
+looked at side by side; while listing only labels and paths are read, never images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import DataSection
-from distill_at_scale.data.sources.base import data_root, listing, split_of
+from distill_at_scale.data.sources.base import data_store, listing, repeated, split_of
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
+
+T = TypeVar("T")
+READERS = 8  # files that are looked at side by side
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
 class HuggingFaceParquet:
     def __init__(self, config: DataSection) -> None:
-        self.config, self.root = config, data_root(config)
-        self.files: dict[str, list[Path]] = {}
-        for path in sorted(self.root.rglob("*.parquet")):
-            relative = path.relative_to(self.root)
-            split = split_of(path.name) or next((s for part in relative.parts[:-1] if (s := split_of(part))), "train")
-            self.files.setdefault(split, []).append(path)
-        validation = [
-            path for path in self.files.get("test", []) if "val" in path.relative_to(self.root).as_posix().lower()
-        ]
-        if validation:
+        self.config, self.store = config, data_store(config)
+        self.files: dict[str, list[str]] = {}
+        for name in [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]:
+            *folders, file = name.split("/")
+            split = split_of(file) or next((s for part in folders if (s := split_of(part))), "train")
+            self.files.setdefault(split, []).append(name)
+        if validation := [name for name in self.files.get("test", []) if "val" in name.lower()]:
             self.files["test"] = validation  # where there are both, test often comes without labels
         if "train" not in self.files:
-            raise UserError(f"{self.root} holds no training Parquet files (train-*.parquet)")
-        self.class_names = self._class_names()
-        self._open: tuple[str, int, pa.Table] | None = None
+            raise UserError(f"{self.store.place()} holds no training Parquet files (train-*.parquet)")
+        self._declared = self._declared_names()
+        self._columns: dict[str, list[pa.Table]] = {}
+        self._open: tuple[str, Any, np.ndarray[Any, Any]] | None = None
+        self._group: tuple[str, int, pa.ChunkedArray] | None = None
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The declared names, else "0".."max" of the training labels."""
+        if self._declared:
+            return self._declared
+        labels = [table["label"] for table in self._tables("train") if pa.types.is_integer(table["label"].type)]
+        return [str(label) for label in range(max((pc.max(column).as_py() or 0 for column in labels), default=0) + 1)]
 
     def splits(self) -> list[str]:
         return [split for split in ("train", "test") if split in self.files]
 
     def listing(self, split: str) -> pa.Table:
         """Raises UserError for a missing column, an unlabelled row, or a split without rows; names file and row."""
-        paths: list[str | None] = []
-        labels: list[int] = []
-        locations: list[str] = []
-        rows: list[int] = []
-        for file in self.files[split]:
-            name = file.relative_to(self.root).as_posix()
-            table = self._read_columns(file)
-            count = table.num_rows
-            paths += table[0].to_pylist() if table.num_columns > 1 else [None] * count
-            labels += self._labels(table, name)
-            locations += [name] * count
-            rows += range(count)
-        if not rows:
-            raise UserError(f"the {split} files in {self.root} hold no rows")
-        usable = None not in paths and len(set(paths)) == len(paths)
-        ids = [str(p) for p in paths] if usable else [f"{f}:{r}" for f, r in zip(locations, rows, strict=True)]
-        return listing(ids, labels, locations, rows)
+        files, tables = self.files[split], self._tables(split)
+        counts = [table.num_rows for table in tables]
+        if not sum(counts):
+            raise UserError(f"the {split} files in {self.store.place()} hold no rows")
+        labels = np.concatenate([self._labels(table["label"], file) for table, file in zip(tables, files, strict=True)])
+        rows = np.concatenate([np.arange(count) for count in counts])
+        locations = pa.array(files, pa.string()).take(pa.array(np.repeat(np.arange(len(files)), counts)))
+        del self._columns[split]  # a million paths need not be kept twice
+        return listing(_ids(tables, locations, rows), labels, locations, rows)
 
     def digest(self, split: str) -> str:
         """Hash of every file's footer: its schema, and sizes and statistics of all column chunks."""
-        footers = []
-        for file in self.files[split]:
-            with open(file, "rb") as handle:
-                handle.seek(-8, 2)
-                length = int.from_bytes(handle.read(4), "little")
-                handle.seek(-8 - length, 2)
-                footers.append([file.name, hashlib.sha256(handle.read(length)).hexdigest(), file.stat().st_size])
-        return digest(footers)
+        return digest(self._of_all(self._footer, self.files[split]))
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
-        """Reads each row group once when rows come in file order; the last one stays open between calls."""
-        return [self._row(f, r) for f, r in zip(rows["location"].to_pylist(), rows["row"].to_pylist(), strict=True)]
+        """Reads each row group once when rows come in file order; the last one stays open between calls.
 
-    def _row(self, name: str, row: int) -> bytes:
-        if self._open is None or self._open[0] != name or not 0 <= row - self._open[1] < self._open[2].num_rows:
-            self._open = self._row_group(name, row)
-        return self._open[2][0][row - self._open[1]].as_py() or b""
+        Raises UserError where a file is damaged: that concerns all of its rows.
+        """
+        names, numbers = rows["location"].to_pylist(), rows["row"].to_numpy()
+        found: list[bytes | np.ndarray[Any, Any]] = []
+        for first, last in _runs(names):
+            while first < last:
+                start, images = self._images(names[first], int(numbers[first]))
+                inside = (numbers[first:last] >= start) & (numbers[first:last] < start + len(images))
+                stop = last if inside.all() else first + int(np.argmin(inside))
+                found += [raw or b"" for raw in images.take(pa.array(numbers[first:stop] - start)).to_pylist()]
+                first = stop
+        return found
 
-    def _row_group(self, name: str, row: int) -> tuple[str, int, pa.Table]:
-        file, start = pq.ParquetFile(self.root / name), 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if row < start + count:
-                return name, start, file.read_row_group(group, columns=[f"{self.config.image_column}.bytes"]).flatten()
-            start += count
-        raise UserError(f"{self.root / name} has no row {row}; did the file change after it was listed?")
+    def _images(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
+        """The first row of the row group that holds a row, and the group's images."""
+        if self._group is None or self._group[0] != name or not 0 <= row - self._group[1] < len(self._group[2]):
+            self._group = (name, *self._row_group(name, row))
+        return self._group[1:]
 
-    def _schema(self, file: Path) -> pa.Schema:
+    def _row_group(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
+        file, ends = self._opened(name)
+        group = int(np.searchsorted(ends, row, side="right"))
+        if not 0 <= row < (ends[-1] if len(ends) else 0):
+            raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
+        leaf = _leaf(file.schema_arrow.field(self.config.image_column).type, self.config.image_column)
+        table = self._asked(name, lambda: file.read_row_group(group, columns=[leaf]))
+        column = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
+        return int(ends[group]) - table.num_rows, column
+
+    def _opened(self, name: str) -> tuple[Any, np.ndarray[Any, Any]]:
+        """The last file that was read from, and the row after each of its row groups."""
+        if self._open is None or self._open[0] != name:
+            file = self._parquet(name)
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._open = name, file, np.cumsum(sizes)
+        return self._open[1:]
+
+    def _parquet(self, name: str) -> Any:
+        return self._asked(name, lambda: pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local))
+
+    def _asked(self, name: str, question: Callable[[], T]) -> T:
+        """Raises UserError for a file that is missing or no Parquet file, or a storage that does not answer."""
         try:
-            return pq.read_schema(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} is not a readable Parquet file: {error}. Download it again.") from None
+            return question()
+        except FileNotFoundError:
+            raise UserError(f"{self.store.place(name)} is gone; restore it, or list the data again") from None
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again."
+            ) from None
 
-    def _read_columns(self, file: Path) -> pa.Table:
-        """The columns image.path (where it exists) and label."""
-        schema, image, label = self._schema(file), self.config.image_column, self.config.label_column
-        for key, column in (("data.image_column", image), ("data.label_column", label)):
-            if column not in schema.names:
-                raise UserError(f"{file} has no column {column!r}; set {key} to one of: {', '.join(schema.names)}")
-        kind = schema.field(image).type
-        fields = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-        if "bytes" not in fields:
-            raise UserError(f"{file}: column {image!r} must be a struct with the field bytes, it is {kind}")
-        columns = [f"{image}.path", label] if "path" in fields else [label]
-        table = pq.read_table(file, columns=columns, partitioning=None).flatten()
-        return table.select([*(name for name in table.column_names if name != label), label])
+    def _of_all(self, question: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        with ThreadPoolExecutor(min(READERS, len(names))) as pool:
+            return list(pool.map(question, names))
 
-    def _labels(self, table: pa.Table, name: str) -> list[int]:
-        labels = table[table.num_columns - 1].to_pylist()
-        for row, label in enumerate(labels):
-            if not isinstance(label, int) or not 0 <= label < len(self.class_names):
+    def _tables(self, split: str) -> list[pa.Table]:
+        if split not in self._columns:
+            self._columns[split] = self._of_all(self._read_columns, self.files[split])
+        return self._columns[split]
+
+    def _read_columns(self, name: str) -> pa.Table:
+        """The columns `label` and, where it exists, `path` of one file."""
+        with self._parquet(name) as file:
+            schema, image, label = file.schema_arrow, self.config.image_column, self.config.label_column
+            place = self.store.place(name)
+            for key, column in (("data.image_column", image), ("data.label_column", label)):
+                if column not in schema.names:
+                    raise UserError(f"{place} has no column {column!r}; set {key} to one of: {', '.join(schema.names)}")
+            kind = schema.field(image).type
+            if _leaf(kind, image) is None:
                 raise UserError(
-                    f"{name}, row {row}: the label {label!r} is not one of 0..{len(self.class_names) - 1}; "
-                    "remove the row or the split"
+                    f"{place}: column {image!r} must be binary or a struct with the field bytes, it is {kind}; "
+                    "set data.image_column to the column that holds encoded images"
                 )
-        return labels
+            paths = [f"{image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
+            table = self._asked(name, lambda: file.read(columns=[label, *paths]))
+        columns = {"label": table[label]}
+        if paths:
+            columns["path"] = pc.struct_field(table[image], "path").cast(pa.string())
+        return pa.table(columns)
 
-    def _class_names(self) -> list[str]:
-        schema = self._schema(self.files["train"][0])
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    def _labels(self, column: pa.ChunkedArray, name: str) -> np.ndarray[Any, Any]:
+        classes = len(self.class_names)
+        if pa.types.is_integer(column.type):
+            filled = column.cast(pa.int64()).fill_null(-1).to_numpy()
+            bad = np.flatnonzero((filled < 0) | (filled >= classes))
+        else:
+            filled, bad = np.zeros(len(column), np.int64), np.arange(len(column))
+        if bad.size:
+            raise UserError(
+                f"{self.store.place(name)}, row {bad[0]}: the label {column[int(bad[0])].as_py()!r} is not one of "
+                f"0..{classes - 1}; remove the row or the split"
+            )
+        return filled
+
+    def _footer(self, name: str) -> list[Any]:
+        size = self.store.size(name) or 0
+        length = int.from_bytes(self.store.read_range(name, max(0, size - 8), 4), "little")
+        footer = self.store.read_range(name, max(0, size - 8 - length), length)
+        return [name.rpartition("/")[2], hashlib.sha256(footer).hexdigest(), size]
+
+    def _declared_names(self) -> list[str]:
+        """Class names in the metadata of the first training file."""
+        with self._parquet(self.files["train"][0]) as file:
+            metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         feature = metadata.get("info", {}).get("features", {}).get(self.config.label_column, {})
-        if names := feature.get("names"):
-            return [str(name) for name in names]
-        tables = [self._read_columns(file) for file in self.files["train"]]
-        labels = {label for table in tables for label in table[table.num_columns - 1].to_pylist()}
-        numbers = [label for label in labels if isinstance(label, int)]
-        return [str(label) for label in range(max(numbers, default=0) + 1)]
+        return [str(name) for name in feature.get("names") or []]
+
+
+def _ids(tables: list[pa.Table], locations: pa.Array, rows: np.ndarray[Any, Any]) -> pa.Array:
+    if all("path" in table.column_names for table in tables):
+        paths = pa.chunked_array([chunk for table in tables for chunk in table["path"].chunks], pa.string())
+        if not paths.null_count and repeated(paths) is None:
+            return paths.combine_chunks()
+    return pc.binary_join_element_wise(locations, pa.array(rows).cast(pa.string()), ":")
+
+
+def _leaf(kind: pa.DataType, column: str) -> str | None:
+    """The Parquet column that holds the encoded images, or None where there is none."""
+    if pa.types.is_struct(kind):
+        return f"{column}.bytes" if kind.get_field_index("bytes") >= 0 else None
+    return column if any(is_kind(kind) for is_kind in BINARY) else None
+
+
+def _runs(names: list[str]) -> Iterator[tuple[int, int]]:
+    """The stretches of equal names, as (first, one after the last)."""
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    yield from zip(starts, [*starts, len(names)][1:], strict=True)

@@ -42,6 +42,7 @@ TURNS = {
 }
 
 Array = np.ndarray[Any, Any]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Rejected(Exception):
@@ -90,14 +91,14 @@ class ImageDecoder:
     def _image(self, raw: bytes | Array) -> Image.Image:
         if isinstance(raw, np.ndarray):
             image = Image.fromarray(raw)
-            return self._fit(image, image.size)
-        image, extent = self._open(raw)
+            return self._fit(image, self._box(*image.size))
+        image, box = self._open(raw)
         turn = TURNS.get(_orientation(image))
-        image = self._fit(image, extent)
+        image = self._fit(image, box)
         return image if turn is None else image.transpose(turn)  # the small square is the cheaper one to turn
 
-    def _open(self, raw: bytes) -> tuple[Image.Image, tuple[float, float]]:
-        """The decoded image and its extent (width, height): fractional where a JPEG was scaled down in decoding."""
+    def _open(self, raw: bytes) -> tuple[Image.Image, Box]:
+        """The decoded image, a JPEG perhaps scaled down, and the part of it to use."""
         if not raw:
             raise Rejected("empty file")
         image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
@@ -107,25 +108,31 @@ class ImageDecoder:
         least = math.ceil(MARGIN * self.size)
         drafted = image.draft("L" if self.channels == 1 else None, (least, least))  # None for all but JPEG
         image.load()
-        return image, drafted[1][2:] if drafted else image.size
+        return image, self._box(width, height, width / drafted[1][2] if drafted else 1)
 
-    def _fit(self, image: Image.Image, extent: tuple[float, float]) -> Image.Image:
-        target, box = (self.size, self.size), (0.0, 0.0, *extent)
-        image.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn about some palettes
-        image = _eight_bits(image).convert("L" if self.channels == 1 else "RGB")
+    def _box(self, width: int, height: int, scale: float = 1) -> Box:
+        """The part to use: cut in whole pixels of the original, given in pixels of its `scale` times smaller form."""
+        left, top, right, bottom = 0, 0, width, height
         if self.resize == "crop":
-            side, (width, height) = min(extent), extent
-            box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-        if box == (0, 0, *target):
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            right, bottom = left + side, top + side
+        return left / scale, top / scale, right / scale, bottom / scale
+
+    def _fit(self, image: Image.Image, box: Box) -> Image.Image:
+        image.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn about some palettes
+        image, mode = _eight_bits(image), "L" if self.channels == 1 else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
+        if image.size == (self.size, self.size):
             return image
-        return image.resize(target, Image.Resampling.BICUBIC, box, REDUCING_GAP)
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box, REDUCING_GAP)
 
 
 def encode(pixels: Array, quality: int) -> bytes:
     """uint8 [C, H, W], C = 1 or 3 -> the stored form; the same bytes for the same pixels. `quality`: 1 to 100."""
-    image = np.ascontiguousarray(pixels.transpose(1, 2, 0))
-    space, sampling = ("GRAY", "Gray") if len(pixels) == 1 else ("RGB", "444")
-    return bytes(simplejpeg.encode_jpeg(image, quality, space, sampling, fastdct=False))
+    buffer, rows = io.BytesIO(), pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(rows)).save(buffer, "JPEG", quality=quality, subsampling="4:4:4")
+    return buffer.getvalue()
 
 
 def decode_stored(data: bytes, shape: Sequence[int]) -> Array:
@@ -133,15 +140,15 @@ def decode_stored(data: bytes, shape: Sequence[int]) -> Array:
 
     Raises Rejected where the bytes are cut or damaged, or hold another shape.
     """
-    channels, *size = shape
     try:
-        image = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGBX", fastdct=False, fastupsample=False)
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        found, wanted = (1 if space == "Gray" else 3, height, width), tuple(shape)
+        if found != wanted:
+            raise Rejected(f"stored image has the shape {found} (C, H, W), not {wanted}")
+        image = simplejpeg.decode_jpeg(data, "GRAY" if shape[0] == 1 else "RGBX", fastdct=False, fastupsample=False)
     except ValueError as error:
         raise Rejected(f"stored image is damaged: {error}") from None
-    if image.shape[:2] != tuple(size):
-        found, wanted = " x ".join(map(str, image.shape[:2])), " x ".join(map(str, size))
-        raise Rejected(f"stored image has {found} pixels (height x width), not {wanted}")
-    if channels == 1:
+    if shape[0] == 1:
         return image.reshape(shape)
     words = image.view("<u4")[..., 0]  # R, G, B and padding: taking planes out of words is faster than out of bytes
     planes = np.empty(shape, np.uint8)

@@ -1,18 +1,22 @@
 """Raw sample -> uint8 image of a fixed shape, or the reason why not; and the compressed form of large prepared images.
 
-Reading. Pillow decodes, and decides what is damaged. A JPEG is scaled down inside its inverse DCT to at least 1.25 times the
-size asked (on both sides; for `crop` that is the shorter one), the rest is antialiased bicubic on the exact, fractional
-extent of the scaled image. By `jobs/benchmarks/decode.py` that is 3 times (64 pixels) and 2 times (128 pixels) the rate of
-a full decode for 500 x 375 JPEGs, at 45 and 49 dB from its result; asking for 1x gains little and falls to 35 dB where
-the scaled image is hardly larger than the target, asking for 2x (or ignoring the fraction) loses the speed (or 14 dB).
-simplejpeg with the same scaling is only about 1.1 times as fast, since the resize remains, so it is not used here.
+Reading. Pillow decodes, and decides what is damaged. A JPEG is scaled down inside its inverse DCT to at least 1.25
+times the size asked on both sides, and the rest is antialiased bicubic on the exact, fractional extent of the scaled
+image. For 500 x 375 JPEGs that is 3 times (64 pixels) and 2 times (128 pixels) the rate of a full decode, 45 and 49
+dB from its result, and 40 dB where 1.25 is just met (`jobs/benchmarks/decode.py`). A margin of 1 falls to 35 dB, one
+of 1.5 or 2 makes this most common size of ImageNet a third to a half slower, ignoring the fraction costs 14 dB.
+simplejpeg at the same scale is 1.0 to 1.1 times as fast, as the resize remains: not worth a second path. torch's
+resize is vectorised, which at 224 pixels is 2.6 times the rate in all, but processes that only decode shall not load
+torch. One channel is decoded from the JPEG's own grey, twice as fast at 224 pixels.
 
-Storing. Above 128 pixels raw tensors outgrow the original files (193 GB for ImageNet-1K at 224), so images are kept as
-JPEG, 4:4:4: at 224 pixels and quality 90 it is smaller AND nearer to the original than 4:2:0 at quality 95. There is no resize
-here, so simplejpeg pays: 1.25 to 1.5 times Pillow's rate with the same bits. WebP and PNG decode at a third of that rate.
+Storing. Above 128 pixels raw tensors outgrow the original files (193 GB against 140 GB for ImageNet-1K at 224
+pixels), so images are kept as JPEG, 4:4:4. On scaled-down photos quality 90 is 23 KB an image (30 GB) at 39 dB; 4:2:0
+needs quality 95 and a fifth more bytes to come as near. There is no resize here, so simplejpeg pays: 1.25 to 1.5
+times Pillow's rate with the same bits. WebP and PNG decode at a third of the rate or less.
 
-Left out: clips (`T x C x H x W`), alpha (dropped, as in torchvision, not blended), animations (the first frame counts),
-colour profiles, and a JPEG that was cut and closed again with an end marker (Pillow cannot tell it from a whole one).
+Left out: clips (`T x C x H x W`), alpha (dropped, as in torchvision, not blended), animations (the first frame
+counts), colour profiles, and a JPEG that was cut and closed again with an end marker (Pillow cannot tell it from a
+whole one).
 """
 
 from __future__ import annotations
@@ -145,7 +149,7 @@ def decode_stored(data: bytes, shape: Sequence[int]) -> Array:
         found, wanted = (1 if space == "Gray" else 3, height, width), tuple(shape)
         if found != wanted:
             raise Rejected(f"stored image has the shape {found} (C, H, W), not {wanted}")
-        image = simplejpeg.decode_jpeg(data, "GRAY" if shape[0] == 1 else "RGBX", fastdct=False, fastupsample=False)
+        image = simplejpeg.decode_jpeg(data, "GRAY" if shape[0] == 1 else "RGBX", fastdct=False)
     except ValueError as error:
         raise Rejected(f"stored image is damaged: {error}") from None
     if shape[0] == 1:

@@ -122,10 +122,11 @@ def _decoders() -> dict[str, Decode]:
 def _pillow(factor: float | None, exact: bool = True) -> Decode:
     def decode(raw: bytes, size: int, mode: str) -> Array:
         image = Image.open(io.BytesIO(raw), formats=("JPEG",))
-        least = math.ceil((factor or 0) * size)
+        whole, least = image.size, math.ceil((factor or 0) * size)
         drafted = image.draft(None, (least, least)) if factor else None
-        extent = drafted[1][2:] if drafted and exact else image.size
-        return _resized(image.convert("RGB"), extent, size, mode)
+        if not drafted or not exact:
+            return _resized(image.convert("RGB"), image.size, 1, size, mode)
+        return _resized(image.convert("RGB"), whole, whole[0] / drafted[1][2], size, mode)
 
     return decode
 
@@ -142,7 +143,7 @@ def _simplejpeg(factor: float | None, fast: bool) -> Decode:
         pixels = simplejpeg.decode_jpeg(
             raw, "RGB", fastdct=fast, fastupsample=fast, min_height=least[0], min_width=least[1]
         )
-        return _resized(Image.fromarray(pixels), (width * eighths / 8, height * eighths / 8), size, mode)
+        return _resized(Image.fromarray(pixels), header.size, 8 / eighths, size, mode)
 
     return decode
 
@@ -155,13 +156,18 @@ def _torchvision(raw: bytes, size: int, mode: str) -> Array:
     return transforms.resize(image, [size, size], transforms.InterpolationMode.BICUBIC, antialias=True).numpy()
 
 
-def _resized(image: Image.Image, extent: tuple[float, float], size: int, mode: str) -> Array:
-    box, side = (0.0, 0.0, *extent), min(extent)
+def _resized(image: Image.Image, whole: tuple[int, int], scale: float, size: int, mode: str) -> Array:
+    """`image` is the `scale` times smaller form of an image of `whole` (width, height) pixels."""
+    left = top = 0
+    right, bottom = whole
     if mode == "crop":
-        left, top = (extent[0] - side) / 2, (extent[1] - side) / 2
-        box = (left, top, left + side, top + side)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        side = min(whole)
+        left, top = (right - side) // 2, (bottom - side) // 2
+        right, bottom = left + side, top + side
+    box = (left / scale, top / scale, right / scale, bottom / scale)
+    return np.ascontiguousarray(
+        np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
+    )
 
 
 def _compare(raws: list[bytes], size: int, mode: str, rounds: int) -> list[Row]:

@@ -41,7 +41,7 @@ class DataSection(Section):
     store: Literal["auto", "raw", "jpeg"] = (
         "auto"  # how prepared pixels are kept; auto: raw up to 128 pixels, then JPEG
     )
-    quality: int = Field(95, ge=50, le=100)  # of store: jpeg
+    quality: int = Field(90, ge=50, le=100)  # of store: jpeg
     holdout: float | None = Field(None, gt=0, lt=1)  # a seeded, class-wise test split, where the source has none
     classes: list[str] | str | None = None  # a subset, in this order: names, a known subset (imagenette) or a text file
     class_names: str | None = None  # text file: every class of the source, one a line, in the order of the labels

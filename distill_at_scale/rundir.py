@@ -27,7 +27,7 @@ from typing import Any
 from distill_at_scale.errors import UserError
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
-PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "scikit-learn")
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "simplejpeg", "scikit-learn")
 
 
 @dataclass(frozen=True)

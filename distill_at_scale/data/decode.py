@@ -183,14 +183,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     return Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 257).astype(np.uint8))
-
-
-def encode(pixels: np.ndarray[Any, Any], quality: int) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(sink, "JPEG", quality=quality)
-    return sink.getvalue()
-
-
-def decode_stored(data: bytes, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    pixels = np.asarray(Image.open(io.BytesIO(data)))
-    return pixels[None] if shape[0] == 1 else pixels.transpose(2, 0, 1)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data.decode import decode_stored
+from distill_at_scale.data.decode import Rejected, decode_stored
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest, publish
 
@@ -77,8 +77,15 @@ def to_jpeg_table(ids: Sequence[str], labels: Sequence[int], images: Sequence[by
 def pixels_of(table: pa.Table, shape: Sequence[int] = ()) -> Array:
     """The images of a table as uint8 [n, *shape] (read-only where Arrow allows no copy); JPEGs are decoded."""
     if "jpeg" in table.column_names:
-        images = [decode_stored(data, tuple(shape)) for data in table["jpeg"].to_pylist()]
-        return np.stack(images) if images else np.zeros((0, *shape), np.uint8)
+        images = np.empty((table.num_rows, *shape), np.uint8)
+        for i, data in enumerate(table["jpeg"].to_pylist()):
+            try:
+                images[i] = decode_stored(data, tuple(shape))
+            except Rejected as error:
+                raise UserError(
+                    f"the prepared image of {table['sample_id'][i].as_py()!r} is damaged ({error}); ingest again"
+                ) from None
+        return images
     column = table["pixels"].combine_chunks()
     chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     return chunk.to_numpy_ndarray()

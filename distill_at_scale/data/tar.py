@@ -172,7 +172,7 @@ class _Archive:
             length, _, rest = content.partition(b" ")
             count = int(length) if length.isdigit() and len(length) < 9 else 0
             key, equals, value = rest[: max(0, count - len(length) - 1)].partition(b"=")
-            if not equals or not value.endswith(b"\n"):
+            if not equals or not value.endswith(b"\n") or count > len(content):
                 raise self._damaged(f"the pax header at byte {offset:,} cannot be read")
             found[_text(key)] = _text(value[:-1])
             content = content[count:]

@@ -30,8 +30,7 @@ from distill_at_scale.rundir import digest
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 LARGEST_FILE = 2**24  # bytes of a cls or json file
-LARGEST_LABEL = 10**6
-MOST_SHARDS = 10**6
+LARGEST_LABEL = MOST_SHARDS = 10**6
 LOCAL_THREADS = 4
 INDEX = pa.schema({"key": pa.string(), "shard": pa.string(), "row": pa.int64(), "size": pa.int64(),
                    "label": pa.string(), "numbered": pa.bool_()})  # fmt: skip
@@ -43,11 +42,10 @@ class WebDataset:
 
     def __init__(self, config: DataSection) -> None:
         if config.path is None:
-            raise UserError(
-                f"data.path is not set; the source {config.source!r} needs a folder with shards or a pattern"
-            )
+            raise UserError(f"data.path is not set; {config.source!r} needs a folder with shards or their pattern")
         root, self.named = _located(config.path)
         self.config, self.store = config, Store(root)
+        self.threads = LOCAL_THREADS if self.store.local else tar.REMOTE_THREADS
         self._indices: dict[str, pa.Table] = {}
 
     def splits(self) -> list[str]:
@@ -59,7 +57,8 @@ class WebDataset:
         """The bytes of every shard, by split and by path below the root."""
         found: dict[str, dict[str, int]] = {}
         for shard, size in self._sizes().items():
-            found.setdefault(_split_of(shard), {})[shard] = size
+            split = "test" if _split_word(shard) in SPLIT_NAMES["test"] else "train"
+            found.setdefault(split, {})[shard] = size
         validation = {shard: size for shard, size in found.get("test", {}).items() if _split_word(shard) != "test"}
         if validation:
             found["test"] = validation  # where there are both, test often comes without labels
@@ -100,28 +99,20 @@ class WebDataset:
         if self.named is None:
             files = {entry.path: entry.size for entry in self.store.files() if ARCHIVE.search(entry.path)}
         else:
-            sizes = tar.in_threads(self.store.size, self.named, self._threads)
+            sizes = tar.in_threads(self.store.size, self.named, self.threads)
             files = {shard: -1 if size is None else size for shard, size in zip(self.named, sizes, strict=True)}
         for shard, size in files.items():
             if not shard.lower().endswith(".tar"):
-                raise UserError(
-                    f"{self.store.place(shard)} is no plain tar, so single samples cannot be read; unpack it to one"
-                )
+                raise UserError(f"{self.store.place(shard)} is compressed, so no sample can be read alone; unpack it")
             if size < 0:
-                raise UserError(
-                    f"{self.store.place(shard)} is missing; download it, or correct data.path = {self.config.path!r}"
-                )
+                raise UserError(f"{self.store.place(shard)} is missing; download it, or correct data.path")
         return files
-
-    @property
-    def _threads(self) -> int:
-        return LOCAL_THREADS if self.store.local else tar.REMOTE_THREADS
 
     def _index(self, split: str) -> pa.Table:
         """What lies in the shards of a split (schema INDEX)."""
         if split not in self._indices:
             work = partial(index_shard, self.store, label_keys=(self.config.label_column, "cls"))
-            found = pa.concat_tables(tar.in_threads(work, sorted(self.shards[split]), self._threads))
+            found = pa.concat_tables(tar.in_threads(work, sorted(self.shards[split]), self.threads))
             if not found.num_rows:
                 raise UserError(f"the {split} shards in {self.store.place()} hold no samples; check data.path")
             self._refuse_mixed(found)
@@ -140,9 +131,7 @@ class WebDataset:
         places = pc.index_in(index["label"], pc.unique(self._index("train")["label"]))
         if places.null_count:
             odd = pc.index(pc.is_null(places), True).as_py()
-            raise self._at(
-                index, odd, "does not occur in the training split; correct it, or complete the training shards"
-            )
+            raise self._at(index, odd, "does not occur in the training split; correct it, or complete that split")
         return pc.index_in(index["label"], pa.array(self.class_names, pa.string()))
 
     def _at(self, index: pa.Table, i: int, what: str) -> UserError:
@@ -184,9 +173,7 @@ class _Sample:
             raise self.fault(f"has a json file that cannot be read ({error})") from None
         key = next((k for k in json_keys if isinstance(values, dict) and k in values), None)
         if key is None:
-            raise self.fault(
-                f"has a json file without a label ({' or '.join(map(repr, json_keys))}; data.label_column names it)"
-            )
+            raise self.fault(f"has a json file without {' or '.join(map(repr, json_keys))} (data.label_column)")
         return self._checked(values[key])
 
     def _text(self, extension: str) -> str:
@@ -199,9 +186,9 @@ class _Sample:
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
             value = int(value)
         if isinstance(value, str) and value.strip():
-            return value.strip()
+            return value.strip().encode("utf-8", "backslashreplace").decode()
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fault(f"has the label {value!r}, which is neither an integer nor a class name")
+            raise self.fault(f"has the label {value!r:.100}, which is neither an integer nor a class name")
         if not 0 <= value <= LARGEST_LABEL:
             raise self.fault(f"has the label {value}, outside 0..{LARGEST_LABEL:,}")
         return value
@@ -221,9 +208,8 @@ def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> pa.Table
             if sample.image is None:
                 raise sample.fault(f"has no image ({', '.join(IMAGES)})")
             seen.add(sample.key)
-            label = sample.label(label_keys)
-            image = sample.image
-            found.append((sample.key, shard, image.offset, image.size, str(label), isinstance(label, int)))
+            label, (_, offset, size) = sample.label(label_keys), sample.image
+            found.append((sample.key, shard, offset, size, str(label), isinstance(label, int)))
     columns = zip(*found, strict=True) if found else [()] * len(INDEX)
     return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, INDEX, strict=True)], schema=INDEX)
 
@@ -258,8 +244,7 @@ def _located(path: str) -> tuple[str, list[str] | None]:
         return path, None
     cut = base.partition("{")[0].rfind("/") + 1
     root = base[: cut - 1] if cut > 1 and base[cut - 2] != "/" else base[:cut] or "."
-    shards = expand(base[cut:])
-    return root + question + query, list(dict.fromkeys(shards))
+    return root + question + query, list(dict.fromkeys(expand(base[cut:])))
 
 
 def _split_word(shard: str) -> str | None:
@@ -267,11 +252,6 @@ def _split_word(shard: str) -> str | None:
     known = {word for words in SPLIT_NAMES.values() for word in words}
     parts = reversed(shard.lower().split("/"))
     return next((word for part in parts for word in re.split(r"[^a-z]+", part) if word in known), None)
-
-
-def _split_of(shard: str) -> str:
-    word = _split_word(shard)
-    return next((split for split, words in SPLIT_NAMES.items() if word in words), "train")
 
 
 def expand(pattern: str) -> list[str]:
@@ -310,9 +290,7 @@ def _range(text: str, pattern: str) -> list[str]:
     ends = re.fullmatch(r"([0-9]{1,12})\.\.([0-9]{1,12})", text)
     first, last = ends.groups() if ends else ("", "")
     if not ends or not 0 <= int(last) - int(first) < MOST_SHARDS:
-        raise _wrong(
-            pattern, f"{{{text}}} is neither a rising range such as {{000..127}} nor a choice such as {{train,val}}"
-        )
+        raise _wrong(pattern, f"{{{text}}} is neither a rising range ({{000..127}}) nor a choice ({{train,val}})")
     padded = any(end.startswith("0") and len(end) > 1 for end in (first, last))
     width = max(len(first), len(last)) if padded else 0
     return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]

@@ -40,8 +40,11 @@ def train_tar(images):
     return tar_of({f"{wnid}.tar": tar_of(files) for wnid, files in images.items()})
 
 
-def source_of(root, **keys):
-    return ImagenetTar(DataSection(source="imagenet_tar", path=str(root), **keys))
+def source_of(root):
+    """A source; a URI stands for remote storage, also where it leads to this disk."""
+    source = ImagenetTar(DataSection(source="imagenet_tar", path=str(root)))
+    source.store.local = "://" not in str(root)
+    return source
 
 
 @pytest.fixture(params=["local", "uri"])

@@ -245,10 +245,16 @@ def rows_of(file, raw):
                    [m.size for m in parts])  # fmt: skip
 
 
-@pytest.fixture(params=["local", "uri"])
+@pytest.fixture(params=["local", "remote"])
 def store_of(request):
-    """A store for a folder, opened as a path or as a URI (the way of remote storage)."""
-    return lambda folder: Store(str(folder) if request.param == "local" else folder.as_uri())
+    """A store for a folder, which is a path or stands for remote storage."""
+
+    def made(folder):
+        store = Store(str(folder) if request.param == "local" else folder.as_uri())
+        store.local = request.param == "local"
+        return store
+
+    return made
 
 
 def test_rows_are_read_in_the_order_asked_for(tmp_path, store_of):

@@ -45,7 +45,10 @@ def sample(key, label, image=b"jpeg"):
 
 
 def source_of(path, **keys):
-    return WebDataset(DataSection(source="webdataset", path=str(path), **keys))
+    """A source; a URI stands for remote storage, also where it leads to this disk."""
+    source = WebDataset(DataSection(source="webdataset", path=str(path), **keys))
+    source.store.local = "://" not in str(path)
+    return source
 
 
 def labels_of(source, split="train"):

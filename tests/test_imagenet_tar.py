@@ -98,6 +98,19 @@ def test_val_gets_its_labels_from_the_list(root, asked):
     assert source.read(table) == list(VALIDATION.values())
 
 
+def test_the_lists_that_go_with_the_folders_label_the_archive_too(tmp_path):
+    pytest.importorskip("distill_at_scale.data.sources.imagenet", reason="the source imagenet is not here")
+    wnids = ["n00000001", "n00000002"]
+    (tmp_path / TRAIN).write_bytes(train_tar({wnid: {f"{wnid}_1.JPEG": b"x"} for wnid in wnids}))
+    (tmp_path / VAL).write_bytes(tar_of(VALIDATION))
+    rows = [f"{name.removesuffix('.JPEG')},{wnids[i % 2]} 1 2 3 4" for i, name in enumerate(VALIDATION)]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
+    assert source_of(tmp_path).listing("test")["label"].to_pylist() == [0, 1, 0]
+    (tmp_path / "LOC_val_solution.csv").unlink()
+    with pytest.raises(UserError, match="no list"):
+        source_of(tmp_path).listing("test")
+
+
 def test_without_the_val_archive_there_is_only_train(root, tmp_path):
     (tmp_path / VAL).unlink()
     assert source_of(root).splits() == ["train"]

@@ -41,7 +41,7 @@ ABOUT_OTHERS = (b"L", b"K", b"x", b"g")  # GNU long name and link target, pax he
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REMOTE_THREADS = 32
 DIGESTED = 2**16  # rows
-GAP, SPAN = 2**16, 2**23  # bytes: neighbours nearer than GAP are fetched together, up to SPAN at once
+GAP, SPAN = 2**16, 2**20  # bytes: neighbours nearer than GAP are fetched together, up to SPAN at once
 AGAIN = "Download or build the archive again"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +29,16 @@ def kept(selection):
     return {row["sample_id"] for row in selection.table.to_pylist() if row["kept"]}
 
 
-def choose(table, minimum=1, low=True, criterion="loss", seed=0, **section):
-    return static.select(table, SelectSection(**section), criterion, low, minimum, seed)
+@dataclass
+class Found:
+    table: pa.Table
+    facts: dict
+
+
+def choose(source, minimum=1, low=True, criterion="loss", seed=0, **section):
+    out = []
+    facts = static.select(source, out, SelectSection(**section), criterion, low, minimum, seed)
+    return Found(pa.concat_tables(out).combine_chunks(), facts)
 
 
 def by_hand(table, number_of, start_of=lambda n: 0, reverse=False):

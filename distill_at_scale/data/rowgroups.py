@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.errors import UserError
 
-BATCH = 2**17  # rows decoded at a time
+BATCH = 2**15  # rows decoded at a time: some MB, so that they are still in the cache when they are used
 
 T = TypeVar("T")
 
@@ -36,7 +36,10 @@ class RowGroupWriter:
         self.path, self.schema, self.key, self.rows, self.encoding = path, schema, key, rows, encoding
         self.facts: dict[str, Any] = {}
         self._thread = ThreadPoolExecutor(1)
-        self._start()
+        self._waiting: list[pa.Table] = []
+        self._held = 0
+        self._encoding: Future[None] | None = None
+        self._writer = self._open()
 
     def __enter__(self) -> RowGroupWriter:
         return self
@@ -62,13 +65,10 @@ class RowGroupWriter:
     def clear(self) -> None:
         self._settle()
         self._writer.close()
-        self._start()
+        self._waiting, self._held, self._writer = [], 0, self._open()
 
-    def _start(self) -> None:
-        self._writer = pq.ParquetWriter(self.path, self.schema, **self.encoding)
-        self._waiting: list[pa.Table] = []
-        self._held = 0
-        self._encoding: Future[None] | None = None
+    def _open(self) -> pq.ParquetWriter:
+        return pq.ParquetWriter(self.path, self.schema, **self.encoding)
 
     def _finish(self) -> None:
         if self._held:
@@ -92,7 +92,7 @@ class RowGroupWriter:
             self._encoding = None
 
 
-def ahead(items: Iterable[T], depth: int = 4) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 16) -> Iterator[T]:
     """The same items, up to `depth` of them made in another thread while the one before is used."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data.rowgroups import BATCH, RowGroupWriter, facts_of, open_table, reading
+from distill_at_scale.data.rowgroups import RowGroupWriter, facts_of, open_table, reading
 from distill_at_scale.rundir import publish
 
 SCHEMA = pa.schema(
@@ -29,10 +29,12 @@ SCHEMA = pa.schema(
     ]
 )
 KEY = "selection"
+ROWS = 2**17  # of a row group
 ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compress
     "use_dictionary": ["label"],
     "compression": {"sample_id": "lz4", "label": "lz4", "score": "none", "rank": "none", "kept": "none"},
     "write_statistics": ["label", "kept"],
+    "write_batch_size": 2**14,
     "store_schema": False,  # else readers take the metadata from the schema as it was before the facts were known
 }
 
@@ -40,7 +42,7 @@ ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compres
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[RowGroupWriter]:
     """Yields what takes the rows (`append`) and the `facts`; the manifest appears at `path` when the block has ended well."""
-    with publish(path) as temporary, RowGroupWriter(temporary, SCHEMA, KEY, BATCH, **ENCODING) as out:
+    with publish(path) as temporary, RowGroupWriter(temporary, SCHEMA, KEY, ROWS, **ENCODING) as out:
         yield out
 
 

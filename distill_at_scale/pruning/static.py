@@ -70,11 +70,12 @@ def quota(share: float, count: int, minimum: int) -> int:
 
 def sort_keys(values: Array, ascending: bool) -> Array:
     """Unsigned integers that sort as the finite floats [n] do: uint32 for float32, uint64 for all others; -0 equals 0."""
-    bits, sign = (np.uint32, 31) if values.dtype == np.float32 else (np.uint64, 63)
-    values = values + values.dtype.type(0) if bits is np.uint32 else values.astype(np.float64) + 0.0  # -0 + 0 is 0
-    raw = values.view(bits)
-    flip = (raw.view(f"i{raw.itemsize}") >> sign).view(bits) | bits(1 << sign)  # all bits of a negative, else the sign
-    return raw ^ flip if ascending else ~(raw ^ flip)
+    floats: Array = values if values.dtype == np.float32 else values.astype(np.float64)
+    keys: Array = (floats + floats.dtype.type(0)).view(f"u{floats.itemsize}")  # -0 + 0 is 0
+    flip: Array = keys.view(f"i{floats.itemsize}") >> (8 * floats.itemsize - 1)  # all bits of a negative, else none,
+    flip |= np.iinfo(flip.dtype).min  # and the sign
+    keys ^= flip.view(keys.dtype)
+    return keys if ascending else np.invert(keys, out=keys)
 
 
 def places(keys: Array) -> Array:
@@ -82,11 +83,14 @@ def places(keys: Array) -> Array:
 
     Key and position of a uint32 key share one 64-bit number, which numpy sorts several times faster than it argsorts.
     """
+    order: Array
     if keys.dtype == np.uint32:
-        packed = keys.astype(np.uint64) << np.uint64(32)
-        packed |= np.arange(len(keys), dtype=np.uint64)
-        packed.sort()
-        order = packed.astype(np.uint32)  # the low half: the position
+        order = keys.astype(np.uint64)
+        order <<= np.uint64(32)
+        order |= np.arange(len(keys), dtype=np.uint64)
+        order.sort()
+        order &= np.uint64(2**32 - 1)
+        order = order.view(np.int64)
     else:
         order = np.argsort(keys, kind="stable")
     found = np.empty(len(keys), np.int32)
@@ -147,7 +151,10 @@ class ClassCut:
         wanted = min(self.config.per_class or quota(self.config.keep, count, 0), count)
         number = min(count, max(wanted, self.minimum))
         start = _start(self.config, count, number)
-        return (ranks >= start) & (ranks < start + number), number > wanted
+        kept: Array = ranks < start + number
+        if start:
+            kept &= ranks >= start
+        return kept, number > wanted
 
 
 class GlobalCut:

@@ -102,7 +102,7 @@ class Total(Last):
 
 def test_a_criterion_that_does_not_score_every_sample_is_refused(tmp_path):
     whole = rows(9).rename_columns(["sample_id", "label", "test_table:Total"])
-    with pytest.raises(UserError, match="Total makes scores of shape .. of 9 samples"):
+    with pytest.raises(UserError, match=r"Total makes scores of shape .. of 9 samples"):
         write(tmp_path, *cut(tmp_path / "p", whole, []), score__criterion="test_table:Total")
 
 
@@ -150,7 +150,7 @@ def test_a_missing_or_damaged_piece_is_an_error_and_the_old_table_stays(tmp_path
     before = (tmp_path / "scores.parquet").read_bytes()
     data = pieces[1].read_bytes()
     pieces[1].write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="001000.parquet is not a readable Parquet file"):
+    with pytest.raises(UserError, match=r"001000.parquet is not a readable Parquet file"):
         write(tmp_path, pieces, ids)
     pieces[1].unlink()
     with pytest.raises(UserError, match=r"001000.parquet is missing; run `distill-at-scale score CONFIG`"):

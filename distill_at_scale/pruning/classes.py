@@ -1,7 +1,8 @@
-"""A table of scored samples, class after class, in memory that holds the largest class and not the table.
+"""A table of scored samples, read as two streams: the numbers class after class, and the ids some at a time.
 
-Rows should come sorted by label and sample id, which is proved on the way; a smaller table that is not sorted is sorted
-in memory. Left out: a single class that does not fit into memory (a class is handed out whole).
+Ids are most of the bytes and need no ranking, so memory holds the numbers of the largest class and never its ids. Rows
+should come sorted by label and sample id, which is proved on the way; a smaller table that is not sorted is sorted in
+memory. Left out: a class whose numbers do not fit into memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from distill_at_scale.data.rowgroups import BATCH, ahead, batches, open_table, reading
 from distill_at_scale.errors import UserError
@@ -53,14 +55,31 @@ class Samples:
         return ahead(self._batches(columns))
 
     def classes(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-        """(label, sample_id and `columns` of its rows), labels ascending, rows by ascending id.
+        """(label, its rows with label and `columns`), labels ascending.
 
-        Raises Unsorted where the rows lie otherwise, and UserError for an id that is there twice, and for labels that are
-        missing or no class numbers.
+        Raises Unsorted where they are not, and UserError for labels that are missing or no class numbers.
         """
-        runs = _runs(ahead(self._proved(columns)))
-        for label, parts in itertools.groupby(runs, key=itemgetter(0)):
+        last = -1
+        for label, parts in itertools.groupby(self._runs(["label", *columns]), key=itemgetter(0)):
+            if label < last:
+                raise Unsorted(f"label {label} comes after label {last}")
             yield label, pa.Table.from_batches([part for _, part in parts])
+            last = label
+
+    def ids(self) -> Iterator[pa.Array]:
+        """The sample ids of all rows, some at a time, proved to ascend by label and id; read ahead in another thread.
+
+        Raises Unsorted where they do not, and UserError for an id that is missing, or there twice in its class.
+        """
+        return ahead(self._proved_ids())
+
+    def id_of(self, row: int) -> str:
+        """The sample id of one row, for a message."""
+        for batch in self._batches(["sample_id"]):
+            if row < batch.num_rows:
+                return str(batch["sample_id"][row])
+            row -= batch.num_rows
+        raise IndexError(row)
 
     def sorted(self, why: Unsorted) -> Samples:
         """The same rows in order, in memory.
@@ -79,31 +98,45 @@ class Samples:
         return str(self.source) if isinstance(self.source, Path) else "the score table"
 
     @cached_property
-    def _file(self) -> Any:
+    def _file(self) -> pq.ParquetFile:
+        return self._open()
+
+    def _open(self) -> pq.ParquetFile:
         return open_table(Path(self.source), "score", ("sample_id", "label"), "score table")
 
     def _batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         if isinstance(self.source, pa.Table):
             yield from self.source.select(columns).to_batches(BATCH)
         else:
+            file = self._open()  # one of its own: two threads that read through one ParquetFile disturb each other
             with reading(self.source, "score"):
-                yield from batches(self._file, columns)
+                yield from batches(file, columns)
 
-    def _proved(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Batches whose rows are in order, within and across them; at most one row is carried over."""
-        last: tuple[int, str] | None = None
-        for batch in self._batches([*ORDER, *columns]):
+    def _runs(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(label, slice of one batch and one label), as they lie."""
+        for batch in self._batches(columns):
             if batch.num_rows:
                 self._check_labels(batch["label"])
-                first = (batch["label"][0].as_py(), batch["sample_id"][0].as_py())
+                labels = batch["label"].to_numpy()
+                starts = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
+                for start, end in itertools.pairwise(starts):
+                    yield int(labels[start]), batch.slice(start, end - start)
+
+    def _proved_ids(self) -> Iterator[pa.Array]:
+        """Ids in order within and across batches; one row is carried over."""
+        last: tuple[int, str] | None = None
+        for batch in self._batches(ORDER):
+            if batch.num_rows:
+                self._check_labels(batch["label"])
+                first, end = ((batch["label"][k].as_py(), batch["sample_id"][k].as_py()) for k in (0, -1))
+                self._check_order(batch)
                 if last is not None and first <= last:
                     self._complain(first, last)
-                self._check_order(batch)
-                last = (batch["label"][-1].as_py(), batch["sample_id"][-1].as_py())
-                yield batch
+                last = end
+                yield batch["sample_id"]
 
     def _check_labels(self, labels: pa.Array) -> None:
-        if not pa.types.is_integer(labels.type) or labels.null_count or labels[0].as_py() < 0:
+        if not pa.types.is_integer(labels.type) or labels.null_count or pc.min(labels).as_py() < 0:
             raise UserError(f"{self}: the column label must hold class numbers from 0 on; run `score` again")
 
     def _check_order(self, batch: pa.RecordBatch) -> None:
@@ -122,13 +155,3 @@ class Samples:
         if row == before:
             raise UserError(f"{self}: the sample {row[1]!r} is there twice; run `score` again")
         raise Unsorted(f"{row[1]!r} of label {row[0]} comes after {before[1]!r} of label {before[0]}")
-
-
-def _runs(ordered: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(label, slice of one batch and one label), in order."""
-    for batch in ordered:
-        labels = batch["label"].to_numpy()
-        starts = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
-        rows = batch.drop_columns("label")
-        for start, end in itertools.pairwise(starts):
-            yield int(labels[start]), rows.slice(start, end - start)

@@ -1,14 +1,15 @@
 """Level 1, static pruning: scores -> kept ids (arXiv 2305.18381, section 3; METHOD.md section 2).
 
 Samples are ranked by usefulness, within each class or over all, ties by sample id, and the first are kept. Per class
-at least `min_per_class` samples stay; where that overrode the rate, the manifest's metadata says so. Classes stream
-through: memory holds the largest one, and for the global scope a 32-bit key of every sample. Left out: where the scores
-come from, and what becomes of the manifest's rows.
+at least `min_per_class` samples stay; where that overrode the rate, the manifest's metadata says so. Rows stream
+through: memory holds the numbers of the largest class, and for the global scope a 32-bit key of every sample.
+Left out: where the scores come from, and what becomes of the manifest's rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 
 from distill_at_scale import rng
 from distill_at_scale.config import SelectSection
+from distill_at_scale.data.rowgroups import ahead
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning.classes import Samples, Unsorted
 
@@ -43,7 +45,7 @@ def select(
     minimum: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Choose what to keep: appends the manifest's rows to `out`, class by class, and returns the manifest's facts.
+    """Choose what to keep: appends the manifest's rows to `out`, in order, and returns the manifest's facts.
 
     `scores` has sample_id, label and a column `criterion` (none is needed for "random"). Raises UserError for an unknown
     criterion, a score that is not finite (naming the sample), an id that is there twice, and a table that is damaged,
@@ -55,8 +57,8 @@ def select(
     cut = ClassCut(config, minimum) if config.scope == "class" else GlobalCut(config, minimum, samples, ranking)
     tally = _Tally()
     try:
-        for label, rows in samples.classes(ranking.columns):
-            out.append(_manifest_rows(label, rows, ranking, cut, tally))
+        for rows in _with_ids(samples, ahead(_ranked(samples, ranking, cut, tally), 2)):
+            out.append(rows)
     except Unsorted as why:
         out.clear()
         return select(samples.sorted(why).source, out, config, criterion, low_is_useful, minimum, seed)
@@ -124,13 +126,7 @@ class Ranking:
 
     def values(self, label: int, rows: pa.Table) -> Array:
         """The numbers of a class [n]; random ones depend on seed, label and count alone."""
-        if self.criterion == RANDOM:
-            return self.draw(label, rows.num_rows)
-        values = rows[self.criterion].to_numpy()
-        if not (finite := np.isfinite(values)).all():
-            broken = rows["sample_id"][int(np.argmin(finite))].as_py()
-            raise UserError(f"the score {self.criterion} of sample {broken!r} is not finite; score again")
-        return values
+        return self.draw(label, rows.num_rows) if self.criterion == RANDOM else rows[self.criterion].to_numpy()
 
     def draw(self, label: int, count: int) -> Array:
         return rng.numpy_generator(self.seed, "random selection", label).random(count, np.float32)
@@ -227,15 +223,34 @@ class _Tally:
         }
 
 
-def _manifest_rows(label: int, rows: pa.Table, ranking: Ranking, cut: ClassCut | GlobalCut, tally: _Tally) -> pa.Table:
-    """The manifest's rows of one class: ids are passed on as they are, never gathered."""
-    values = ranking.values(label, rows)
-    keys = ranking.keys(values)
-    ranks = places(keys)
-    kept, raised = cut(keys, ranks)
-    tally.add(label, kept, raised)
-    columns = {"label": np.full(len(ranks), label, np.int32), "score": values.astype(np.float32, copy=False)}
-    return pa.table({"sample_id": rows["sample_id"], **columns, "rank": ranks, "kept": kept})
+def _ranked(samples: Samples, ranking: Ranking, cut: ClassCut | GlobalCut, tally: _Tally) -> Iterator[pa.Table]:
+    """The manifest's columns but the ids, class by class.
+
+    Raises UserError for a score that is not finite.
+    """
+    done = 0
+    for label, rows in samples.classes(ranking.columns):
+        values = ranking.values(label, rows)
+        if not (finite := np.isfinite(values)).all():
+            broken = samples.id_of(done + int(np.argmin(finite)))
+            raise UserError(f"the score {ranking.criterion} of sample {broken!r} is not finite; score again")
+        keys = ranking.keys(values)
+        ranks = places(keys)
+        kept, raised = cut(keys, ranks)
+        tally.add(label, kept, raised)
+        labels = rows["label"].cast(pa.int32())
+        yield pa.table({"label": labels, "score": values.astype(np.float32, copy=False), "rank": ranks, "kept": kept})
+        done += len(ranks)
+
+
+def _with_ids(samples: Samples, ranked: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The manifest's rows as many at a time as ids come; the ids are passed on, never gathered or held."""
+    held = next(ranked)
+    for ids in samples.ids():
+        while held.num_rows < len(ids):
+            held = pa.concat_tables([held, next(ranked)])
+        yield held.slice(0, len(ids)).add_column(0, "sample_id", ids)
+        held = held.slice(len(ids))
 
 
 def _all_keys(samples: Samples, ranking: Ranking) -> tuple[Array, int]:

@@ -124,7 +124,7 @@ def open_table(path: Path, stage: str, required: Iterable[str], what: str) -> pq
     Raises UserError where the file is missing, is no Parquet file, or is no such table.
     """
     with reading(path, stage):
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)  # else iter_batches holds all that it has read, still compressed
     if missing := [name for name in required if name not in file.schema_arrow.names]:
         raise UserError(f"{path} is no {what}: it lacks the columns {', '.join(missing)}")
     return file

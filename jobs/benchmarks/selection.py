@@ -122,7 +122,7 @@ def read_columns(path: Path, threads: int) -> None:
     """Decode every row group and let it go; each thread has a share of the row groups and a reader of its own."""
 
     def share(first: int) -> None:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)
         for group in range(first, file.num_row_groups, threads):
             file.read_row_group(group, COLUMNS, use_threads=False)
 
@@ -133,7 +133,7 @@ def read_columns(path: Path, threads: int) -> None:
 def read_and_write(path: Path) -> None:
     """The columns as they are, with two more of a manifest's, through the same reader and writer."""
     with manifest.writing(path.with_suffix(".copy")) as out:
-        for batch in ahead(batches(pq.ParquetFile(path), COLUMNS)):
+        for batch in ahead(batches(pq.ParquetFile(path, pre_buffer=False), COLUMNS)):
             ranks = pa.array(np.arange(batch.num_rows, dtype=np.int32))
             kept = pa.nulls(batch.num_rows, pa.bool_()).fill_null(False)
             out.append(pa.table([*batch.columns, ranks, kept], schema=manifest.SCHEMA))

@@ -159,17 +159,16 @@ class Pipeline:
         pieces.mkdir(exist_ok=True)
         with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
             self.executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
-        ids, _ = data.index("train")
-        joined = score_table.join([score_piece(pieces, chunk) for chunk in chunks], ids)
-        scores = score_table.aggregate(joined, self.config)
-        score_table.write(self.dir / "scores.parquet", scores)
+        expected = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
+        paths = [score_piece(pieces, chunk) for chunk in chunks]
+        written = score_table.write_scores(self.dir / "scores.parquet", paths, expected, self.config)
         self._keep_proxies(checkpoints)
         facts = {
             "train_seconds": round(trained - began, 3),
             "score_seconds": round(time.perf_counter() - trained, 3),
-            "mean_score": float(scores["score"].to_numpy().mean()),
+            "mean_score": written["mean_score"],
         }
-        self.display.say(f"  mean score {facts['mean_score']:.4f} over {scores.num_rows} samples")
+        self.display.say(f"  mean score {facts['mean_score']:.4f} over {written['rows']} samples")
         return [self.dir / "scores.parquet"], facts
 
     def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
@@ -187,23 +186,18 @@ class Pipeline:
             os.replace(checkpoints, target)
 
     def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        scores, facts = score_table.read(self.dir / "scores.parquet")
+        scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
         column = self.config.criterion.rpartition(":")[2]
-        low = facts["useful"].get(column, "low") == "low"
-        chosen = static.select(
-            scores, self.config.select, column, low, self.config.min_per_class, self.config.select_seed
-        )
-        path = self.dir / "manifest.parquet"
-        distill.check(self.config, Prepared(self.dir / "prepared"), chosen.facts["kept_per_class"])
-        manifest.write(
-            path, chosen.table, chosen.facts | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
-        )
-        self.display.say(
-            f"  kept {chosen.facts['kept']} of {chosen.facts['of']} samples ({chosen.facts['reached']:.4%})"
-        )
-        if raised := chosen.facts["raised_to_minimum"]:
-            self.display.say(f"  {len(raised)} classes were raised to min_per_class = {self.config.min_per_class}")
-        return [path], {key: chosen.facts[key] for key in ("kept", "of", "reached")}
+        low = score_table.facts(scores)["useful"].get(column, "low") == "low"
+        minimum, seed = self.config.min_per_class, self.config.select_seed
+        with manifest.writing(path) as out:
+            chosen = static.select(scores, out, self.config.select, column, low, minimum, seed)
+            distill.check(self.config, Prepared(self.dir / "prepared"), chosen["kept_per_class"])
+            out.facts = chosen | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
+        self.display.say(f"  kept {chosen['kept']} of {chosen['of']} samples ({chosen['reached']:.4%})")
+        if raised := chosen["raised_to_minimum"]:
+            self.display.say(f"  {len(raised)} classes were raised to min_per_class = {minimum}")
+        return [path], {key: chosen[key] for key in ("kept", "of", "reached")}
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         _, facts = manifest.read(self.dir / "manifest.parquet")

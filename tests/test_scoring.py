@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import threading
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -237,9 +235,10 @@ def score(run, folder, shares, backwards=False):
 def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_of_chunks(digits_run, tmp_path):
     for name, shares, backwards in (("one", 1, False), ("reversed", 1, True), ("three", 3, False)):
         chunks = score(digits_run, tmp_path / name, shares, backwards)
-        pieces = [score_piece(tmp_path / name, c) for c in (chunks[::-1] if backwards else chunks)]
-        joined = table.join(pieces, Prepared(digits_run.dir / "prepared").index()[0])
-        table.write(tmp_path / f"{name}.parquet", table.aggregate(joined, digits_run.config))
+        pieces = [score_piece(tmp_path / name, c) for c in chunks]
+        prepared = Prepared(digits_run.dir / "prepared")
+        expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
+        table.write_scores(tmp_path / f"{name}.parquet", pieces, expected, digits_run.config)
     assert files(tmp_path / "one") == files(tmp_path / "reversed") == files(tmp_path / "three")
     whole = (digits_run.dir / "scores.parquet").read_bytes()
     assert {(tmp_path / f"{name}.parquet").read_bytes() for name in ("one", "reversed", "three")} == {whole}
@@ -251,49 +250,6 @@ def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
     scorer = Scorer(digits_run.config, digits_run.dir / "prepared", digits_run.dir / "proxies", CPU)
     assert list(scorer.score([(chunks[0], score_piece(tmp_path, chunks[0]))])) == [chunks[0].rows]
     assert score_piece(tmp_path, chunks[0]).read_bytes() == b"finished"
-
-
-def piece(path, ids, labels=None):
-    values = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(2 * len(ids), dtype=np.float32)), 2)
-    pq.write_table(
-        pa.table({"sample_id": ids, "label": pa.array(labels or [0] * len(ids), pa.int32()), "loss": values}), path
-    )
-    return path
-
-
-def test_pieces_are_joined_by_id_in_any_order(tmp_path):
-    first, second = piece(tmp_path / "1", ["c", "a"], [1, 0]), piece(tmp_path / "2", ["b"], [1])
-    joined = table.join([second, first], ["a", "b", "c"])
-    assert joined["sample_id"].to_pylist() == ["a", "b", "c"]
-    assert table.matrix(joined["loss"]).tolist() == [[2, 3], [0, 1], [0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("expected", "message"),
-    [
-        (["a", "b", "c", "d"], "1 samples have no score, for example 'd'"),
-        (["a", "b"], "1 scores belong to no sample.*'c'"),
-    ],
-)
-def test_missing_and_foreign_ids_are_errors(tmp_path, expected, message):
-    with pytest.raises(UserError, match=message):
-        table.join([piece(tmp_path / "1", ["a", "b", "c"])], expected)
-
-
-def test_an_id_that_is_there_twice_is_an_error(tmp_path):
-    pieces = [piece(tmp_path / "1", ["a", "b"]), piece(tmp_path / "2", ["b"])]
-    with pytest.raises(UserError, match="1 samples are scored more than once"):
-        table.join(pieces, ["a", "b"])
-
-
-def test_a_score_table_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="distill-at-scale score"):
-        table.read(tmp_path / "none")
-    (tmp_path / "text").write_text("text")
-    with pytest.raises(UserError, match="not a readable Parquet file"):
-        table.read(tmp_path / "text")
-    with pytest.raises(UserError, match="lacks the columns score"):
-        table.read(piece(tmp_path / "1", ["a"]))
 
 
 class Confidence:
@@ -331,16 +287,3 @@ def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
 def test_a_criterion_that_breaks_the_contract_is_refused():
     with pytest.raises(UserError, match="lacks useful, observe, aggregate"):
         criteria_of(["json:JSONDecoder"])
-
-
-def test_the_rank_correlation_is_within_classes():
-    labels = np.array([0] * 4 + [1] * 4)
-    first = np.array([1, 2, 3, 4, 101, 102, 103, 104.0])
-    assert table.within_class_spearman(first, first**2, labels) == (1.0, 0.0)
-    mixed = np.array([1, 2, 3, 4, 104, 103, 102, 101.0])
-    assert table.within_class_spearman(first, mixed, labels) == pytest.approx((0.0, 1.0))
-
-
-def test_the_facts_are_plain_json(digits_run):
-    metadata = pq.read_schema(digits_run.dir / "scores.parquet").metadata
-    assert json.loads(metadata[b"scores"])["seed"] == 0

@@ -1,6 +1,8 @@
-"""Static pruning against a plain sort: exact counts, directions, ties, and what the manifest says about it."""
+"""Static pruning against a plain sort: exact counts, directions, ties, streaming, and what it says of what it did."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pytest
 
 from distill_at_scale.config import SelectSection
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning import manifest, static
+from distill_at_scale.pruning import classes, static
 
 
 def scores_of(sizes, seed=0, decimals=1):
@@ -27,8 +29,16 @@ def kept(selection):
     return {row["sample_id"] for row in selection.table.to_pylist() if row["kept"]}
 
 
-def choose(table, minimum=1, low=True, criterion="loss", seed=0, **section):
-    return static.select(table, SelectSection(**section), criterion, low, minimum, seed)
+@dataclass
+class Found:
+    table: pa.Table
+    facts: dict
+
+
+def choose(source, minimum=1, low=True, criterion="loss", seed=0, **section):
+    out = []
+    facts = static.select(source, out, SelectSection(**section), criterion, low, minimum, seed)
+    return Found(pa.concat_tables(out).combine_chunks(), facts)
 
 
 def by_hand(table, number_of, start_of=lambda n: 0, reverse=False):
@@ -202,44 +212,200 @@ def test_a_criterion_without_scores_lists_those_there_are():
     assert str(error.value) == "select.criterion = 'el2n' has no scores; scored are: loss (or random)"
 
 
-def test_the_manifest_holds_the_table_and_its_facts(tmp_path):
-    found = choose(scores_of([8, 4]), keep=0.25, seed=7)
-    manifest.write(tmp_path / "m.parquet", found.table, found.facts | {"fingerprint": "abc"})
-    table, facts = manifest.read(tmp_path / "m.parquet")
-    assert table.schema.remove_metadata() == manifest.SCHEMA
-    rows = [(row["label"], row["sample_id"]) for row in table.to_pylist()]
-    assert rows == sorted(rows)
-    assert len(rows) == 12
-    expected = {
-        "criterion": "loss",
-        "order": "useful",
-        "scope": "class",
-        "kept": 3,
-        "of": 12,
-        "reached": 0.25,
-        "seed": 7,
-        "fingerprint": "abc",
-        "kept_per_class": [2, 1],
-        "min_per_class": 1,
-        "raised_to_minimum": [],
-    }
-    assert {key: facts[key] for key in expected} == expected
-    assert set(manifest.kept_ids(tmp_path / "m.parquet")) == kept(found)
+def reference(table, config, minimum, low, label_wise):
+    """One numpy lexsort of everything: (sample ids in order, rank within the class, kept)."""
+    table = table.sort_by([("label", "ascending"), ("sample_id", "ascending")])
+    labels, values = table["label"].to_numpy(), table["loss"].to_numpy().astype(np.float64)
+    values = values if low else -values
+    ids = np.array(table["sample_id"].to_pylist())
+    ranks, kept = np.empty(len(ids), int), np.zeros(len(ids), bool)
+    order = np.lexsort((ids, labels, values))  # the whole table by (score, label, id)
+    windows = [order[labels[order] == c] for c in np.unique(labels)]
+    for members in windows:
+        ranks[members] = np.arange(len(members))
+    for members in windows if label_wise else [order]:
+        n = len(members)
+        floor = minimum if label_wise else 1
+        number = static.quota(config.keep, n, floor)
+        if config.per_class:
+            number = min(n, max(config.per_class, minimum) if label_wise else config.per_class * len(windows))
+        start = int(config.stratum_start * n + 0.5) if config.order == "stratum" else 0
+        kept[members[min(start, n - number) :][:number]] = True
+    for members in windows:
+        lacking = min(minimum, len(members)) - kept[members].sum()
+        kept[members[~kept[members]][: max(0, lacking)]] = True
+    return ids.tolist(), ranks.tolist(), kept.tolist()
 
 
-def test_equal_selections_are_equal_bytes(tmp_path):
-    for name in ("a", "b"):
-        found = choose(scores_of([8, 4]), keep=0.25)
-        manifest.write(tmp_path / name, found.table, found.facts)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+def skewed(seed, decimals=1, top=120):
+    """Some classes of very different sizes, one label unused, values of both signs, many ties, rows shuffled."""
+    chance = np.random.default_rng([7, seed])
+    sizes = (top / (chance.permutation(7) + 1) ** 1.5).astype(int) + 1
+    sizes[chance.integers(0, 6)] = 0
+    table = scores_of(sizes, seed, decimals)
+    values = ((table["loss"].to_numpy() - 0.5) * 4).round(decimals).astype(np.float32)
+    return table.set_column(2, "loss", pa.array(values))
 
 
-def test_a_manifest_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="distill-at-scale select"):
-        manifest.read(tmp_path / "none.parquet")
-    (tmp_path / "text").write_text("text")
-    with pytest.raises(UserError, match="not a readable Parquet file"):
-        manifest.read(tmp_path / "text")
-    pq.write_table(pa.table({"sample_id": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(UserError, match="lacks the columns label, score, rank, kept"):
-        manifest.read(tmp_path / "other.parquet")
+OPTIONS = {
+    "keep": {"keep": 0.3},
+    "little": {"keep": 0.01},
+    "all": {"keep": 1.0},
+    "useless": {"keep": 0.3, "order": "useless"},
+    "high": {"keep": 0.45, "order": "high"},
+    "low": {"keep": 0.45, "order": "low"},
+    "stratum": {"keep": 0.2, "order": "stratum", "stratum_start": 0.35},
+    "stratum at the end": {"keep": 0.5, "order": "stratum", "stratum_start": 0.9},
+    "count": {"per_class": 6},
+    "count from the top": {"per_class": 6, "order": "high"},
+}
+
+
+@pytest.mark.parametrize("scope", ["class", "global"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_ranks_and_kept_equal_a_full_sort_on_random_tables_with_many_ties(name, scope):
+    for seed in range(12):
+        table, minimum, low = skewed(seed, decimals=seed % 3), seed % 4, seed % 2 == 0
+        config = SelectSection(**OPTIONS[name], scope=scope)
+        up = {"useless": not low, "high": False, "low": True}.get(config.order, low)
+        found = choose(table, minimum, low, **OPTIONS[name], scope=scope)
+        ids, ranks, kept_there = reference(table, config, minimum, up, scope == "class")
+        assert found.table["sample_id"].to_pylist() == ids
+        assert found.table["rank"].to_pylist() == ranks
+        assert found.table["kept"].to_pylist() == kept_there
+        counts = np.bincount(found.table["label"].to_numpy()[kept_there], minlength=len(found.facts["kept_per_class"]))
+        assert found.facts["kept_per_class"] == counts.tolist()
+        assert (found.facts["kept"], found.facts["of"]) == (sum(kept_there), len(ids))
+
+
+@pytest.mark.parametrize("kind", ["float64", "int32", "float16"])
+def test_scores_of_other_types_rank_as_their_values_do(kind):
+    table = skewed(3, decimals=0)
+    table = table.set_column(2, "loss", pa.array(table["loss"].to_numpy().astype(kind)))
+    for scope in ("class", "global"):
+        _, ranks, there = reference(table, SelectSection(keep=0.3), 1, True, scope == "class")
+        found = choose(table, keep=0.3, scope=scope)
+        assert (found.table["rank"].to_pylist(), found.table["kept"].to_pylist()) == (ranks, there)
+
+
+def test_doubles_that_are_one_float_still_rank_apart():
+    table = pa.table({"sample_id": ["a", "b"], "label": [0, 0], "loss": [1 + 1e-12, 1.0]})
+    assert kept(choose(table, per_class=1)) == {"b"}
+    assert kept(choose(table, per_class=1, scope="global")) == {"b"}
+
+
+def test_keys_sort_as_the_numbers_do():
+    edges = [-3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, np.nextafter(np.float32(1), np.float32(2)), 3e38]
+    for kind in (np.float32, np.float64):
+        values = np.array(edges, kind)
+        up, down = static.sort_keys(values, True), static.sort_keys(values, False)
+        for i in range(len(values)):
+            for j in range(len(values)):
+                assert (up[i] < up[j], down[i] < down[j]) == (values[i] < values[j], values[i] > values[j])
+
+
+def test_minus_zero_ties_with_zero():
+    table = pa.table({"sample_id": ["a", "b", "c"], "label": [0] * 3, "loss": pa.array([0.0, -0.0, 0.0], pa.float32())})
+    for order in ("low", "high"):
+        assert choose(table, order=order).table["rank"].to_pylist() == [0, 1, 2]
+
+
+def on_disk(folder, table, rows=50):
+    path = folder / "scores.parquet"
+    pq.write_table(table.sort_by([("label", "ascending"), ("sample_id", "ascending")]), path, row_group_size=rows)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("scope", ["class", "global"])
+@pytest.mark.parametrize("criterion", ["loss", "random"])
+def test_streaming_from_disk_equals_what_is_found_in_memory(tmp_path, monkeypatch, batch, scope, criterion):
+    table = skewed(1)
+    there = choose(table, 2, scope=scope, criterion=criterion, keep=0.3)
+    monkeypatch.setattr("distill_at_scale.data.rowgroups.BATCH", batch)
+    monkeypatch.setattr(classes, "SORTABLE", 0)
+    found = choose(on_disk(tmp_path, table), 2, scope=scope, criterion=criterion, keep=0.3)
+    assert found.table.equals(there.table)
+    assert found.facts == there.facts
+
+
+def test_rows_are_handed_on_as_they_are_read_and_classes_are_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_at_scale.data.rowgroups.BATCH", 20)
+    out = []
+    static.select(on_disk(tmp_path, scores_of([30, 1, 20])), out, SelectSection(), "loss", True, 1, 0)
+    assert [part.num_rows for part in out] == [20, 20, 11]
+
+
+@pytest.mark.parametrize("place", ["first", "batch's edge", "last"])
+@pytest.mark.parametrize("scope", ["class", "global"])
+def test_a_table_with_two_rows_exchanged_is_sorted_if_it_is_small(tmp_path, monkeypatch, place, scope):
+    monkeypatch.setattr("distill_at_scale.data.rowgroups.BATCH", 50)
+    table = skewed(2).sort_by([("label", "ascending"), ("sample_id", "ascending")])
+    k = {"first": 0, "batch's edge": 49, "last": table.num_rows - 2}[place]
+    order = np.arange(table.num_rows)
+    order[[k, k + 1]] = [k + 1, k]
+    pq.write_table(table.take(order), tmp_path / "scores.parquet")
+    expected = choose(table, scope=scope, keep=0.3)
+    found = choose(tmp_path / "scores.parquet", scope=scope, keep=0.3)
+    assert found.table.equals(expected.table)
+    monkeypatch.setattr(classes, "SORTABLE", table.num_rows)
+    with pytest.raises(UserError, match=r"scores.parquet are not sorted by label and sample_id .*or run `score` again"):
+        choose(tmp_path / "scores.parquet", scope=scope, keep=0.3)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_an_id_that_is_there_twice_in_its_class_is_an_error(tmp_path, shuffled):
+    table = scores_of([20, 9])
+    table = pa.concat_tables([table, table.slice(12, 1)])
+    name = table["sample_id"][12].as_py()
+    source = table if shuffled else on_disk(tmp_path, table)
+    with pytest.raises(UserError, match=f"the sample '{name}' is there twice"):
+        choose(source)
+
+
+@pytest.mark.parametrize("scope", ["class", "global"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_score_on_disk_that_is_not_finite_names_its_sample(tmp_path, scope, bad):
+    table = scores_of([60, 40]).sort_by([("label", "ascending"), ("sample_id", "ascending")])
+    values = table["loss"].to_pylist()
+    values[77] = bad
+    table = table.set_column(2, "loss", pa.array(values, pa.float32()))
+    with pytest.raises(UserError, match=f"'{table['sample_id'][77].as_py()}' is not finite"):
+        choose(on_disk(tmp_path, table), scope=scope, keep=0.5)
+
+
+@pytest.mark.parametrize("labels", [[-1, 0], [0, None], [0.0, 1.0], ["x", "y"]])
+def test_labels_that_are_no_class_numbers_are_refused(labels):
+    with pytest.raises(UserError, match="label must hold class numbers from 0 on"):
+        choose(pa.table({"sample_id": ["a", "b"], "label": labels, "loss": [1.0, 2.0]}))
+
+
+def test_a_missing_id_is_refused():
+    with pytest.raises(UserError, match="1 rows have no sample_id"):
+        choose(pa.table({"sample_id": ["a", None], "label": [0, 0], "loss": [1.0, 2.0]}))
+
+
+def test_a_table_without_rows_is_refused():
+    with pytest.raises(UserError, match="holds no sample; run `score` again"):
+        choose(scores_of([3]).slice(0, 0))
+
+
+def test_a_table_that_is_cut_short_or_damaged_inside_is_refused(tmp_path):
+    path = on_disk(tmp_path, scores_of([3000, 2000], decimals=5), rows=1000)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"scores.parquet is not a readable Parquet file"):
+        choose(path)
+    path.write_bytes(data[:2000] + bytes(len(data) // 3) + data[2000 + len(data) // 3 :])
+    with pytest.raises(UserError, match=r"scores.parquet is not a readable Parquet file.*run `score` again"):
+        choose(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"scores.parquet is missing; run `distill-at-scale score CONFIG` first"):
+        choose(path)
+
+
+def test_a_random_draw_of_a_class_does_not_depend_on_the_other_classes():
+    table = scores_of([40, 40, 40]).select(["sample_id", "label"])
+    alone = table.filter(pa.compute.field("label") == 1)
+    three, one = (choose(t, criterion="random", keep=0.25).table for t in (table, alone))
+    assert three.filter(pa.compute.field("label") == 1).equals(one)

@@ -2,12 +2,13 @@
 
 Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label
 and id. The schema's metadata holds rule, rate asked and reached, seed and fingerprints as JSON under the key
-`selection`.
+`selection`. Left out: how the rows are chosen (`static.py`).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.errors import UserError
+from distill_at_scale.data.rowgroups import RowGroupWriter, facts_of, open_table, reading
 from distill_at_scale.rundir import publish
 
 SCHEMA = pa.schema(
@@ -27,30 +28,61 @@ SCHEMA = pa.schema(
         ("kept", pa.bool_()),
     ]
 )
+KEY = "selection"
+ROWS = 2**17  # of a row group
+ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compress
+    "use_dictionary": ["label"],
+    "compression": {"sample_id": "lz4", "label": "lz4", "score": "none", "rank": "none", "kept": "none"},
+    "write_statistics": ["label", "kept"],
+    "write_batch_size": 2**14,
+    "store_schema": False,  # else readers take the metadata from the schema as it was before the facts were known
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[RowGroupWriter]:
+    """Yields what takes the rows (`append`) and the `facts`; the manifest appears at `path` when the block has ended well."""
+    with publish(path) as temporary, RowGroupWriter(temporary, SCHEMA, KEY, ROWS, **ENCODING) as out:
+        yield out
 
 
 def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
-    labelled = table.select(SCHEMA.names).cast(SCHEMA)
-    with publish(path) as temporary:
-        pq.write_table(labelled.replace_schema_metadata({"selection": json.dumps(facts, sort_keys=True)}), temporary)
+    """A manifest from rows in memory that are sorted by label and id."""
+    with writing(path) as out:
+        out.append(table)
+        out.facts = facts
 
 
-def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and its facts.
+def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, dict[str, Any]]:
+    """Some columns of all rows, and the facts.
 
     Raises UserError where the file is missing or is no manifest.
     """
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run `distill-at-scale select CONFIG` first") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise UserError(f"{path} is no manifest: it lacks the columns {', '.join(missing)}")
-    return table, json.loads((table.schema.metadata or {}).get(b"selection", b"{}"))
+    file = _open(path)
+    with reading(path, "select"):
+        return file.read(list(columns)), facts_of(file, KEY)
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """The facts alone, from the file's footer."""
+    return facts_of(_open(path), KEY)
+
+
+def kept(path: Path) -> pa.ChunkedArray:
+    """The ids of the kept samples, in the order of the manifest; ids are read only of row groups that keep any."""
+    file, found = _open(path), []
+    with reading(path, "select"):
+        for group in range(file.num_row_groups):
+            mask = file.read_row_group(group, ["kept"])["kept"]
+            if pc.any(mask).as_py():
+                found += file.read_row_group(group, ["sample_id"])["sample_id"].filter(mask).chunks
+    return pa.chunked_array(found, pa.string())
 
 
 def kept_ids(path: Path) -> list[str]:
-    table, _ = read(path)
-    return table.filter(pc.field("kept"))["sample_id"].to_pylist()
+    """The same as Python strings, for what is small."""
+    return kept(path).to_pylist()
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    return open_table(path, "select", SCHEMA.names, "manifest")

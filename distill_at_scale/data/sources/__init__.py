@@ -6,15 +6,19 @@ A source says which samples exist (id, label, where) and reads the raw bytes of 
 from distill_at_scale.data.sources.digits import Digits
 from distill_at_scale.data.sources.imagefolder import ImageFolder
 from distill_at_scale.data.sources.imagenet import Imagenet
+from distill_at_scale.data.sources.imagenet_tar import ImagenetTar
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.sources.tiny_imagenet import TinyImagenet
 from distill_at_scale.data.sources.torchvision import TorchvisionSet
+from distill_at_scale.data.sources.webdataset import WebDataset
 
 SOURCES = {
     "digits": Digits,
     "parquet": HuggingFaceParquet,
     "imagefolder": ImageFolder,
     "imagenet": Imagenet,
+    "imagenet_tar": ImagenetTar,
     "tiny_imagenet": TinyImagenet,
     "torchvision": TorchvisionSet,
+    "webdataset": WebDataset,
 }

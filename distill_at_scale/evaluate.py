@@ -25,7 +25,7 @@ from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.pruning.manifest import kept_ids
+from distill_at_scale.pruning.manifest import kept
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Evaluator:
         if job.set == "random_real":
             pixels, found = random_real(self.prepared, self.config.distill.ipc, self.config.run.seed, job.seed)
         else:
-            pixels, found = self.prepared.load("train", only=kept_ids(self.manifest) if job.set == "kept" else None)
+            pixels, found = self.prepared.load("train", only=kept(self.manifest) if job.set == "kept" else None)
         return torch.from_numpy(pixels), torch.from_numpy(found)
 
 

@@ -244,3 +244,16 @@ def test_imagenette_packed_the_official_way_equals_its_folders(shared_data, tmp_
 def by_id(source, split):
     table = source.listing(split)
     return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def test_archives_on_a_real_s3_server_are_those_on_the_disk(s3, tmp_path, asked):
+    (tmp_path / TRAIN).write_bytes(train_tar(IMAGES))
+    (tmp_path / VAL).write_bytes(tar_of(VALIDATION))
+    s3.upload(tmp_path, "archives", "set/")
+    local, remote = source_of(tmp_path), source_of(s3("archives/set"))
+    assert remote.splits() == ["train", "test"]
+    for split in remote.splits():
+        assert remote.digest(split) == local.digest(split)
+        assert remote.read(remote.listing(split)) == local.read(local.listing(split))
+    with pytest.raises(UserError, match="no such folder"):
+        source_of(s3("archives/elsewhere"))

@@ -397,3 +397,23 @@ def test_imagenette_in_shards_equals_its_folders(shared_data, tmp_path):
         table["sample_id"].to_pylist(), table["label"].to_pylist(), source.read(table), strict=True
     ):
         assert (label, raw) == expected[f"{key}.JPEG"]
+
+
+def test_shards_on_a_real_s3_server_are_those_on_the_disk(s3, tmp_path):
+    for i in range(3):
+        write(
+            tmp_path,
+            f"train-{i:02d}.tar",
+            *[pair for j in range(40) for pair in sample(f"{i}x{j}", j % 3, bytes(900 * j))],
+        )
+    write(tmp_path, "val-00.tar", *sample("v", 1))
+    s3.upload(tmp_path, "webdataset", "set/")
+    local = source_of(tmp_path)
+    for path in (s3("webdataset/set"), s3("webdataset/set/{train-{00..02},val-00}.tar")):
+        remote = source_of(path)
+        assert (remote.splits(), remote.class_names) == (local.splits(), local.class_names)
+        assert [remote.digest(split) for split in remote.splits()] == [local.digest(split) for split in local.splits()]
+        table = remote.listing("train").take(np.random.default_rng(0).permutation(120))
+        assert remote.read(table) == local.read(table)
+    with pytest.raises(UserError, match=r"s3://webdataset/set/train-03\.tar is missing"):
+        source_of(s3("webdataset/set/train-{00..03}.tar")).splits()

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill_at_scale import rng
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning.manifest import kept_ids
+from distill_at_scale.pruning.manifest import kept
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Pool:
 
         Raises UserError for a class of which nothing is kept.
         """
-        pixels, found = prepared.load("train", only=kept_ids(manifest), labels=labels)
+        pixels, found = prepared.load("train", only=kept(manifest), labels=labels)
         by_class = {label: torch.from_numpy(pixels[found == label]).to(device) for label in sorted(labels)}
         for label, held in by_class.items():
             if not len(held):

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +20,6 @@ import pyarrow.parquet as pq
 from distill_at_scale.errors import UserError
 
 BATCH = 2**15  # rows decoded at a time: some MB, so that they are still in the cache when they are used
-
-T = TypeVar("T")
 
 
 class RowGroupWriter:
@@ -90,20 +87,6 @@ class RowGroupWriter:
         if self._encoding is not None:
             self._encoding.result()
             self._encoding = None
-
-
-def ahead(items: Iterable[T], depth: int = 16) -> Iterator[T]:
-    """The same items, up to `depth` of them made in another thread while the one before is used."""
-    source, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = deque(thread.submit(next, source, end) for _ in range(depth))
-        try:
-            while (item := coming.popleft().result()) is not end:
-                coming.append(thread.submit(next, source, end))
-                yield item  # type: ignore[misc]
-        finally:
-            for future in coming:
-                future.cancel()
 
 
 @contextlib.contextmanager

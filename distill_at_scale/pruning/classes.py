@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data.rowgroups import BATCH, ahead, batches, open_table, reading
+from distill_at_scale.data.prefetch import ahead
+from distill_at_scale.data.rowgroups import BATCH, batches, open_table, reading
 from distill_at_scale.errors import UserError
 
 SORTABLE = 5_000_000  # a table of fewer rows is sorted in memory if need be
@@ -52,7 +53,7 @@ class Samples:
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of all rows, as they lie; read ahead in another thread."""
-        return ahead(self._batches(columns))
+        return ahead(self._batches(columns), 16)
 
     def classes(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """(label, its rows with label and `columns`), labels ascending.
@@ -71,7 +72,7 @@ class Samples:
 
         Raises Unsorted where they do not, and UserError for an id that is missing, or there twice in its class.
         """
-        return ahead(self._proved_ids())
+        return ahead(self._proved_ids(), 16)
 
     def id_of(self, row: int) -> str:
         """The sample id of one row, for a message."""

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from distill_at_scale import rng
 from distill_at_scale.config import SelectSection
-from distill_at_scale.data.rowgroups import ahead
+from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning.classes import Samples, Unsorted
 

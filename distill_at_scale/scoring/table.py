@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 
 from distill_at_scale.config import Config
-from distill_at_scale.data.rowgroups import RowGroupWriter, ahead, facts_of, open_table, reading
+from distill_at_scale.data.prefetch import ahead
+from distill_at_scale.data.rowgroups import RowGroupWriter, facts_of, open_table, reading
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring.criteria.base import Criterion

@@ -35,7 +35,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import SelectSection, validate
-from distill_at_scale.data.rowgroups import RowGroupWriter, ahead, batches
+from distill_at_scale.data.prefetch import ahead
+from distill_at_scale.data.rowgroups import RowGroupWriter, batches
 from distill_at_scale.pruning import manifest, static
 
 IMAGENET, LOSSES, PIECE = 1_281_167, (5, 5), 1024
@@ -133,7 +134,7 @@ def read_columns(path: Path, threads: int) -> None:
 def read_and_write(path: Path) -> None:
     """The columns as they are, with two more of a manifest's, through the same reader and writer."""
     with manifest.writing(path.with_suffix(".copy")) as out:
-        for batch in ahead(batches(pq.ParquetFile(path, pre_buffer=False), COLUMNS)):
+        for batch in ahead(batches(pq.ParquetFile(path, pre_buffer=False), COLUMNS), 16):
             ranks = pa.array(np.arange(batch.num_rows, dtype=np.int32))
             kept = pa.nulls(batch.num_rows, pa.bool_()).fill_null(False)
             out.append(pa.table([*batch.columns, ranks, kept], schema=manifest.SCHEMA))

@@ -159,19 +159,21 @@ def test_a_missing_or_damaged_piece_is_an_error_and_the_old_table_stays(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "scores.parquet"]
 
 
+POOLS = []  # kept to the end: a buffer that outlives its pool crashes the process
+
+
 def test_memory_does_not_grow_with_the_number_of_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "ROWS", 1000)
-    peaks = []
+    before, peaks = pa.default_memory_pool(), []
     for count in (20_000, 100_000):
         pieces, ids = cut(tmp_path / str(count), rows(count), list(range(500, count, 500)))
-        pool = pa.proxy_memory_pool(pa.default_memory_pool())
-        before = pa.default_memory_pool()
-        pa.set_memory_pool(pool)
+        POOLS.append(pa.proxy_memory_pool(before))
+        pa.set_memory_pool(POOLS[-1])
         try:
             write(tmp_path / str(count), pieces, ids)
         finally:
             pa.set_memory_pool(before)
-        peaks.append(pool.max_memory())
+        peaks.append(POOLS[-1].max_memory())
     assert peaks[1] < 1.5 * peaks[0]
 
 

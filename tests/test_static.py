@@ -353,19 +353,13 @@ def peak_memory(path, target):
     return pool.max_memory()
 
 
-def test_memory_does_not_grow_with_the_number_of_classes(tmp_path, monkeypatch):
+def test_memory_holds_a_small_part_of_many_classes(tmp_path, monkeypatch):
     monkeypatch.setattr("distill_at_scale.data.rowgroups.BATCH", 500)
     monkeypatch.setattr(manifest, "ROWS", 1000)
-    peaks = []
-    for count in (60, 300):
-        names = np.random.default_rng(0).bytes(12 * count * 1000).hex()
-        ids = sorted(names[k : k + 24] for k in range(0, len(names), 24))
-        labels = pa.array(np.repeat(np.arange(count), 1000), pa.int32())
-        table = pa.table(
-            {"sample_id": ids, "label": labels, "loss": np.random.default_rng(1).random(len(ids), np.float32)}
-        )
-        peaks.append(peak_memory(on_disk(tmp_path, table, rows=1000), tmp_path / "manifest.parquet"))
-    assert peaks[1] < 1.3 * peaks[0], peaks
+    ids, labels = [f"s{k:023d}" for k in range(200_000)], pa.array(np.repeat(np.arange(200), 1000), pa.int32())
+    loss = np.random.default_rng(1).random(len(ids), np.float32)
+    table = pa.table({"sample_id": ids, "label": labels, "loss": loss})
+    assert peak_memory(on_disk(tmp_path, table, rows=1000), tmp_path / "manifest.parquet") < table.nbytes / 5
 
 
 @pytest.mark.parametrize("place", ["first", "batch's edge", "last"])

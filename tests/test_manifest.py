@@ -62,6 +62,8 @@ def test_the_manifest_holds_the_selection_and_its_facts(tmp_path):
 
 def test_the_bytes_do_not_depend_on_how_the_rows_arrived(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "ROWS", 1000)
+    small_pages = {"data_page_size": 500, "write_batch_size": 16}  # so that a row group has many, as a long one has
+    monkeypatch.setattr(manifest, "ENCODING", manifest.ENCODING | small_pages)
     table, found = rows(4700), set()
     for name, step in {"one": 4700, "small": 7, "odd": 1301}.items():
         with manifest.writing(tmp_path / name) as out:

@@ -11,7 +11,7 @@ import pytest
 
 from distill_at_scale.config import SelectSection
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning import classes, static
+from distill_at_scale.pruning import classes, manifest, static
 
 
 def scores_of(sizes, seed=0, decimals=1):
@@ -334,6 +334,32 @@ def test_rows_are_handed_on_as_they_are_read_and_classes_are_not_held(tmp_path, 
     out = []
     static.select(on_disk(tmp_path, scores_of([30, 1, 20])), out, SelectSection(), "loss", True, 1, 0)
     assert [part.num_rows for part in out] == [20, 20, 11]
+
+
+POOLS = []  # kept to the end: a buffer that outlives its pool crashes the process
+
+
+def peak_memory(path, target):
+    """The most bytes that Arrow held while selecting from disk to disk."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    POOLS.append(pool)
+    pa.set_memory_pool(pool)
+    try:
+        with manifest.writing(target) as out:
+            out.facts = static.select(path, out, SelectSection(keep=0.1), "loss", True, 1, 0)
+    finally:
+        pa.set_memory_pool(before)
+    return pool.max_memory()
+
+
+def test_memory_holds_a_small_part_of_many_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_at_scale.data.rowgroups.BATCH", 500)
+    monkeypatch.setattr(manifest, "ROWS", 1000)
+    ids, labels = [f"s{k:023d}" for k in range(200_000)], pa.array(np.repeat(np.arange(200), 1000), pa.int32())
+    loss = np.random.default_rng(1).random(len(ids), np.float32)
+    table = pa.table({"sample_id": ids, "label": labels, "loss": loss})
+    assert peak_memory(on_disk(tmp_path, table, rows=1000), tmp_path / "manifest.parquet") < table.nbytes / 5
 
 
 @pytest.mark.parametrize("place", ["first", "batch's edge", "last"])

@@ -164,20 +164,6 @@ POOLS = []  # kept to the end: a buffer that outlives its pool crashes the proce
 
 def test_memory_holds_a_small_part_of_many_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "ROWS", 1000)
-<<<<<<< HEAD
-    peaks = []
-    for count in (20_000, 100_000):
-        pieces, ids = cut(tmp_path / str(count), rows(count), list(range(500, count, 500)))
-        pool = pa.proxy_memory_pool(pa.default_memory_pool())
-        before = pa.default_memory_pool()
-        pa.set_memory_pool(pool)
-        try:
-            write(tmp_path / str(count), pieces, ids)
-        finally:
-            pa.set_memory_pool(before)
-        peaks.append(pool.max_memory())
-    assert peaks[1] < max(1.5 * peaks[0], rows(100_000).nbytes / 8)
-=======
     whole, before = rows(100_000), pa.default_memory_pool()
     pieces, ids = cut(tmp_path, whole, list(range(500, 100_000, 500)))
     POOLS.append(pa.proxy_memory_pool(before))
@@ -187,7 +173,6 @@ def test_memory_holds_a_small_part_of_many_pieces(tmp_path, monkeypatch):
     finally:
         pa.set_memory_pool(before)
     assert POOLS[-1].max_memory() < whole.nbytes / 5
->>>>>>> select
 
 
 def test_a_score_table_that_is_none_is_refused(tmp_path):

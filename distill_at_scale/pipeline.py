@@ -85,6 +85,7 @@ class Pipeline:
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
         self._say_space(plan)
+        plan = plan.on_disk(work)
         with self.display.meter("look", plan.samples, "samples") as meter:
             self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
         bad = write_rejected(plan, work, self.dir / "validation.parquet", self.config.data.chunk)
@@ -133,6 +134,7 @@ class Pipeline:
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
         self._say_space(self.plan)
+        self.plan = self.plan.on_disk(pieces)
         chunks = self.plan.chunks(self.config.data.chunk)
         total = self.plan.samples
         with self.display.meter("decode", total, "samples") as meter:
@@ -200,7 +202,7 @@ class Pipeline:
         return [path], {key: chosen[key] for key in ("kept", "of", "reached")}
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        _, facts = manifest.read(self.dir / "manifest.parquet")
+        facts = manifest.facts(self.dir / "manifest.parquet")
         data = Prepared(self.dir / "prepared")
         validate.check_networks(self.config, data)
         distill.check(self.config, data, facts["kept_per_class"])

@@ -194,8 +194,8 @@ def test_a_users_error_inside_an_actor_arrives_as_it_is(tmp_path):
     folder.mkdir(parents=True)
     (folder / "x.png").write_bytes(b"")
     config = settings(tmp_path, data={"source": "imagefolder", "path": str(tmp_path / "images"), "holdout": None})
-    plan = ingest.plan(config)
-    shutil.rmtree(tmp_path / "images")
     (tmp_path / "pieces").mkdir()
+    plan = ingest.plan(config).on_disk(tmp_path / "pieces")
+    shutil.rmtree(tmp_path / "images")
     with pytest.raises(UserError, match="there is no such folder"):
         executor(config).ingest(config, plan.chunks(200), tmp_path / "pieces", lambda count: None)

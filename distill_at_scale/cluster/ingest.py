@@ -1,7 +1,7 @@
 """Ingest on Ray Data: a pool of actors, each of which reads and decodes fixed chunks of the listing.
 
-Only ids and locations travel in the blocks; an actor opens the source itself and publishes each chunk as a piece on
-the run folder's (shared) disk.
+What travels in the blocks is where a chunk begins in the listing, which lies on the run folder's (shared) disk (`Plan.on_disk`
+in the folder of the pieces); an actor opens the source itself and publishes each chunk as a piece.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 from distill_at_scale.cluster.pool import reporting, stream
 from distill_at_scale.cluster.session import pack, unpack
 from distill_at_scale.config import Config
-from distill_at_scale.data.ingest import open_source
+from distill_at_scale.data.ingest import listing_path, mapped, open_source
 from distill_at_scale.data.pieces import (
     Recipe,
     check_chunk,
@@ -39,7 +39,12 @@ def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: b
             rejected += bad
             advance(used + bad)
         else:
-            units.append(pa.table({"path": [str(path)], "rows": [to_bytes(rows)]}))
+            place = {
+                "listing": str(listing_path(pieces, split)),
+                "start": index * config.data.chunk,
+                "count": rows.num_rows,
+            }
+            units.append(pa.table({"path": [str(path)], **{key: [value] for key, value in place.items()}}))
     arguments = {"packed": pack(config), "check": check}
     for result in stream(units, Ingester, arguments, config, gpus=0) if units else ():
         rejected += result["rejected"]
@@ -61,17 +66,7 @@ class Ingester:
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
         source, recipe = self.tools
-        rows = from_bytes(unit["rows"][0].as_py())
-        used, rejected = self.make(source, recipe, rows, Path(unit["path"][0].as_py()))
+        place = unit.to_pylist()[0]
+        rows = mapped(Path(place["listing"])).slice(place["start"], place["count"])
+        used, rejected = self.make(source, recipe, rows, Path(place["path"]))
         return pa.table({"used": [used], "rejected": [rejected]})
-
-
-def to_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def from_bytes(data: bytes) -> pa.Table:
-    return pa.ipc.open_stream(data).read_all()

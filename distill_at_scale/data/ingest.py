@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from distill_at_scale.data.sources.base import Source
 from distill_at_scale.data.subsets import class_list, explicit_order
 from distill_at_scale.errors import UserError
 from distill_at_scale.registry import resolve
-from distill_at_scale.rundir import digest
+from distill_at_scale.rundir import digest, publish
 
 CONTRACT = ("splits", "listing", "digest", "read")
 Array = np.ndarray[Any, Any]
@@ -44,9 +45,29 @@ class Plan:
             for i in range(-(-table.num_rows // size))
         ]
 
+    def on_disk(self, folder: Path) -> Plan:
+        """The same plan, whose listings lie in files: every process maps them, and none holds or is sent them."""
+        kept = {}
+        for split, table in self.listings.items():
+            path = listing_path(folder, split)
+            with publish(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            kept[split] = mapped(path)
+        return replace(self, listings=kept)
+
     @property
     def samples(self) -> int:
         return sum(table.num_rows for table in self.listings.values())
+
+
+def listing_path(folder: Path, split: str) -> Path:
+    return folder / f"{split}.listing"
+
+
+def mapped(path: Path) -> pa.Table:
+    """An Arrow file as a table whose memory is the file."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
 
 
 def open_source(data: DataSection) -> Source:

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config import DataSection
 from distill_at_scale.data import shards
-from distill_at_scale.data.ingest import Plan
+from distill_at_scale.data.ingest import Plan, mapped
 from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import file_digest, publish
 
-SPAN_BYTES = 256 * 2**20  # of images in memory at once
+SPAN_BYTES = 128 * 2**20  # of images in memory at once
 
 Array = np.ndarray[Any, Any]
 
@@ -83,8 +83,7 @@ def _order(paths: list[Path]) -> tuple[Array, Array, Array]:
 def _write(
     folder: Path, paths: list[Path], order: Array, starts: Array, shape: tuple[int, ...], data: DataSection
 ) -> None:
-    with pa.memory_map(str(paths[0])) as mapped:
-        kind = pa.ipc.open_file(mapped).schema.remove_metadata()
+    kind = mapped(paths[0]).schema.remove_metadata()
     jpeg = "jpeg" in kind.names
     size = int(np.prod(shape)) * (shards.JPEG_PART if jpeg else 1)
     span = max(1, int(SPAN_BYTES / size))
@@ -100,9 +99,8 @@ def _span(paths: list[Path], wanted: Array, starts: Array) -> pa.Table:
     for piece, members in _members(inside):
         rows = wanted[members] - starts[piece]
         first, count = int(rows.min()), int(rows.max() - rows.min()) + 1
-        with pa.memory_map(str(paths[piece])) as mapped:
-            table = pa.ipc.open_file(mapped).read_all().slice(first, count)
-            parts.append(table.take(pa.array(rows - first)).replace_schema_metadata(None))
+        table = mapped(paths[piece]).slice(first, count)
+        parts.append(table.take(pa.array(rows - first)).replace_schema_metadata(None))
         places[members] = have + np.arange(len(rows))
         have += len(rows)
     return pa.concat_tables(parts).take(pa.array(places))
@@ -116,8 +114,7 @@ def _members(pieces: Array) -> Iterator[tuple[int, Array]]:
 
 
 def _sums(piece: Path) -> Array:
-    with pa.memory_map(str(piece)) as mapped:
-        return np.array(json.loads(pa.ipc.open_file(mapped).schema.metadata[b"sums"]), np.int64)
+    return np.array(json.loads(mapped(piece).schema.metadata[b"sums"]), np.int64)
 
 
 def _statistics(sums: Array) -> tuple[list[float], list[float]]:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import Config, DataSection
 from distill_at_scale.data import shards
 from distill_at_scale.data.decode import ImageDecoder, Rejected, encode
+from distill_at_scale.data.ingest import mapped
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.rundir import publish
@@ -90,8 +91,7 @@ def finished(piece: Path, rows: pa.Table, check: bool) -> tuple[int, int]:
     bad = pq.read_metadata(rejected_path(piece)).num_rows
     if check:
         return rows.num_rows - bad, bad
-    with pa.memory_map(str(piece)) as data:
-        return pa.ipc.open_file(data).read_all().num_rows, bad
+    return mapped(piece).num_rows, bad
 
 
 @dataclass

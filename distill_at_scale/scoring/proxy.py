@@ -3,7 +3,8 @@
 One trial is one network with its own initialisation and order of batches. Trials are independent, so they run anywhere;
 within a trial several workers may each take some of its logical shards (`stream.py`). On CPUs the gradients of the
 logical shards are added up in one fixed order, so the weights are the same bytes for any number of workers that have
-the same number of threads (networks with batch norm excepted: their running statistics are averaged). An interrupted trial goes on from its last checkpoint.
+the same number of threads (networks with batch norm excepted: their running statistics are averaged). An interrupted
+trial goes on from its last checkpoint.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _ingest(config: Config, pieces: Path, actors: int) -> Clock:
     pieces.mkdir()
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)
     try:
-        executor.ingest(config, ingest.plan(config).chunks(config.data.chunk), pieces, clock)
+        executor.ingest(config, ingest.plan(config).on_disk(pieces).chunks(config.data.chunk), pieces, clock)
     finally:
         executor.close()
     shutil.rmtree(pieces)

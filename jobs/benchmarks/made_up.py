@@ -9,12 +9,12 @@ for all of it; 0.1 gives a tenth of every class).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import listing
@@ -54,11 +54,14 @@ class ImageNetSized:
 
     def listing(self, split: str) -> pa.Table:
         labels, places = (
-            self.order if split == "train" else (np.arange(CLASSES).repeat(TEST_EACH), np.arange(2 * CLASSES))
+            self._order() if split == "train" else (np.arange(CLASSES).repeat(TEST_EACH), np.arange(2 * CLASSES))
         )
-        ids = [f"{split}/n{label:08d}/n{label:08d}_{place}.JPEG" for label, place in zip(labels, places, strict=True)]
+        wnids = pa.array(self.class_names).take(pa.array(labels))
+        ids = pc.binary_join_element_wise(
+            split, wnids, pc.binary_join_element_wise(wnids, pa.array(places).cast("string"), "_"), "/"
+        )
         offset = 0 if split == "train" else SAMPLES
-        return listing(ids, labels.tolist(), ["made up"] * len(ids), (np.arange(len(ids)) + offset).tolist())
+        return listing(ids, labels, pa.array(["made up"]).take(pa.array(labels * 0)), np.arange(len(ids)) + offset)
 
     def digest(self, split: str) -> str:
         return digest([split, self.sizes.tolist()])
@@ -69,8 +72,7 @@ class ImageNetSized:
         noise = self.noise[starts[:, None] + np.arange(SIDE * SIDE * 3)].reshape(-1, SIDE, SIDE, 3)
         return list((self.patterns[labels] + noise).clip(0, 255).astype(np.uint8))
 
-    @cached_property
-    def order(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _order(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         labels = np.arange(CLASSES).repeat(self.sizes)
         places = np.concatenate([np.arange(size) for size in self.sizes])
         shuffled = np.random.default_rng(2).permutation(len(labels))

@@ -117,7 +117,7 @@ class _Made:
         kept = [i for i, name in enumerate(names) if name in self.images]
         ids, images = [names[i] for i in kept], [self.images[names[i]] for i in kept]
         if self.recipe.jpeg:
-            table = shards.to_jpeg_table(ids, labels[kept], images)  # type: ignore[arg-type]
+            table = shards.to_jpeg_table(ids, labels[kept], images, self.recipe.decoder.shape)  # type: ignore[arg-type]
         else:
             pixels = np.stack(images) if images else np.zeros((0, *self.recipe.decoder.shape), np.uint8)
             table = shards.to_table(ids, labels[kept], pixels)

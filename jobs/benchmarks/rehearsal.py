@@ -70,7 +70,8 @@ def _config(options: argparse.Namespace, folder: Path) -> Config:
     return validate({
         "run": {"dir": str(folder)},
         "data": {"source": "made_up:ImageNetSized", "path": str(options.share), "size": 16},
-        "score": {"trials": 1, "epochs": 2, "width": options.width, "share": options.proxy_share},
+        "score": {"trials": 1, "epochs": 2, "width": options.width, "share": options.proxy_share,
+                  "compile": "always"},
         "select": {"keep": 0.1},
         "cluster": {"actors": options.actors},
     })  # fmt: skip

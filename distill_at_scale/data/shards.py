@@ -1,7 +1,7 @@
 """The prepared format: class-sorted Parquet shards of uint8 images, and reading them.
 
 `train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and either pixels
-(fixed-size binary: the bytes of a uint8 tensor C x H x W, whose shape is in the field's metadata; Parquet would store a
+(fixed-size binary: the bytes of a uint8 tensor C x H x W, whose shape is in the metadata; Parquet would store a
 list of bytes as 32-bit numbers, which takes 13 times as long to read) or, for large images, jpeg (binary: the resized
 image, encoded again). Rows are sorted by class and, within it, by id; a row group holds one class and few rows, so that
 any part of the set is read without the rest. `dataset.json` holds class names, shape, counts, channel statistics and the content fingerprint.

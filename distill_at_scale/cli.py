@@ -26,6 +26,10 @@ EPILOG = """STAGE is run (all stages in order, each skipped when its valid outpu
 or validate (looks at every sample before anything is computed, and lists what is broken).
 An interrupted command resumes when it is given again."""
 
+FULL, CLOSED = "Free space or choose another place", "Check its permissions or choose another place"
+ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: CLOSED, errno.EROFS: CLOSED, errno.EPERM: CLOSED}
+OTHER_ADVICE = "Check the disk, and that every node sees it at this path"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where validate found broken samples; 2 for what the user can mend; 130 after Ctrl-C."""
@@ -41,12 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print("interrupted; give the same command again to go on from here")
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno is None:
             raise
-        where = error.filename or "the run folder"
-        advice = "Free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Check its permissions"
-        errors.print(f"error: {error.strerror}: {where}. {advice} or choose another place, and give "
-                     "the same command again; what is finished is kept.", markup=False, soft_wrap=True)  # fmt: skip
+        where, advice = error.filename or "the run folder", ADVICE.get(error.errno, OTHER_ADVICE)
+        errors.print(f"error: {error.strerror}: {where}. {advice}, and give the same command again; what is finished is "
+                     "kept.", markup=False, soft_wrap=True)  # fmt: skip
     return 2
 
 

@@ -14,3 +14,7 @@ class DistillationDiverged(UserError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int]]:
         return type(self), (str(self), self.visit)
+
+
+class Unreachable(UserError):
+    """The source of the data cannot be reached or read now; what was made of it before is still there."""

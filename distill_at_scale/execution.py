@@ -75,9 +75,13 @@ class Local:
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
+        waiting = [chunk for chunk in chunks if not score_piece(pieces, chunk).exists()]
+        advance(sum(chunk.rows for chunk in chunks) - sum(chunk.rows for chunk in waiting))
+        if not waiting:
+            return
         with threads(1):  # as each actor of a cluster does, so that the scores are the same bytes
             scorer = Scorer(config, prepared, checkpoints, self.device)
-            for rows in scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in chunks]):
+            for rows in scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in waiting]):
                 advance(rows)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:

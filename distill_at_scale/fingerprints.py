@@ -12,6 +12,7 @@ from distill_at_scale import distill, report
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.subsets import class_list
+from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import Inputs, RunDir
 from distill_at_scale.scoring import weights
 
@@ -35,10 +36,20 @@ def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
     if stage == "report":
         content["page"] = report.version()
     if stage == "score":
-        content |= {
-            f"weights {i}": found for i, found in enumerate(weights.digests(config.score.given_weights).values())
-        }
+        content |= _weights(config, run)
     return Inputs(values, content)
+
+
+def _weights(config: Config, run: RunDir) -> dict[str, str]:
+    """Ready-made checkpoints by content; where they are gone, what the finished stage was made with."""
+    try:
+        found = weights.digests(config.score.given_weights)
+    except UserError:
+        record = run.record("score")
+        if record is None:
+            raise
+        return {name: value for name, value in record["content"].items() if name.startswith("weights ")}
+    return {f"weights {number}": value for number, value in enumerate(found.values())}
 
 
 Dependence = tuple[dict[str, Any], tuple[str, ...]]  # configuration values, and the stages whose output is read

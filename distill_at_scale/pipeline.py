@@ -20,7 +20,8 @@ from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.data.merge import merge, write_rejected
 from distill_at_scale.data.shards import Prepared
-from distill_at_scale.errors import UserError
+from distill_at_scale.data.storage import shown
+from distill_at_scale.errors import Unreachable
 from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
@@ -81,7 +82,9 @@ class Pipeline:
 
     def _validate(self) -> int:
         plan = ingest.plan(self.config)
-        validate.check_networks(self.config, validate.planned(self.config, plan))
+        planned = validate.planned(self.config, plan)
+        validate.check_networks(self.config, planned)
+        validate.check_weights(self.config, planned)
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
         self._say_space(plan)
@@ -106,6 +109,7 @@ class Pipeline:
             self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.path})")
             return
         self.display.say(f"{stage}: started")
+        self.dir.sweep()
         self._write_run_json()
         began = time.perf_counter()
         outputs, facts = getattr(self, f"_{stage}")(inputs)
@@ -122,7 +126,7 @@ class Pipeline:
         config = fingerprints.data(self.config)
         try:
             self.plan = ingest.plan(self.config)
-        except UserError as error:
+        except Unreachable as error:
             record = self.dir.record("ingest")
             if record is None or record["config"] != json.loads(json.dumps(config)):
                 raise
@@ -150,19 +154,20 @@ class Pipeline:
     def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         data = Prepared(self.dir / "prepared")
         validate.check_networks(self.config, data)
+        validate.check_weights(self.config, data)
         distill.check(self.config, data, data.counts("train"))  # what no selection can mend
         work, prepared = self.dir.work("score", inputs), self.dir / "prepared"
         checkpoints, pieces = work / "proxies", work / "pieces"
         began = time.perf_counter()
-        if self.config.score.weights is None:
-            self._train_proxies(data, prepared, checkpoints)
-        trained = time.perf_counter()
         chunks = data.chunks("train")
         pieces.mkdir(exist_ok=True)
+        paths = [score_piece(pieces, chunk) for chunk in chunks]
+        if self.config.score.weights is None and not all(path.exists() for path in paths):
+            self._train_proxies(data, prepared, checkpoints)
+        trained = time.perf_counter()
         with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
             self.executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
         expected = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
-        paths = [score_piece(pieces, chunk) for chunk in chunks]
         written = score_table.write_scores(self.dir / "scores.parquet", paths, expected, self.config)
         self._keep_proxies(checkpoints)
         facts = {
@@ -182,9 +187,9 @@ class Pipeline:
     def _keep_proxies(self, checkpoints: Path) -> None:
         """Move the checkpoints beside the scores that were made with them."""
         target = self.dir / "proxies"
-        if target.exists():
-            shutil.rmtree(target)  # left by a score stage whose record the user removed
         if checkpoints.exists():
+            if target.exists():
+                shutil.rmtree(target)  # left by a score stage whose record the user removed
             os.replace(checkpoints, target)
 
     def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
@@ -249,7 +254,15 @@ class Pipeline:
 
     def _write_run_json(self) -> None:
         stages = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
-        write_json(self.dir / "run.json", {"config": self.config.model_dump(), **self.environment, "seconds": stages})
+        write_json(self.dir / "run.json", {"config": self._shown_config(), **self.environment, "seconds": stages})
+
+    def _shown_config(self) -> dict[str, Any]:
+        """The configuration without credentials that its paths may hold."""
+        values = self.config.model_dump()
+        for key in ("path", "val_labels", "synsets"):
+            if values["data"][key] is not None:
+                values["data"][key] = shown(values["data"][key])
+        return values
 
 
 class _Rows:

@@ -93,6 +93,11 @@ class RunDir:
                 ) from None
             yield
 
+    def sweep(self) -> None:
+        """Remove what a killed command left half-written; only to be called by the one that holds the lock."""
+        for left in [*self.path.glob(".*.tmp"), *self.path.glob(".*.old"), *self.path.glob("stages/.*.tmp")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
     def work(self, stage: str, inputs: Inputs) -> Path:
         """The folder for a stage's unfinished work; belongs to one fingerprint, so it can always be resumed from."""
         folder = self.path / ".work" / f"{stage}-{inputs.fingerprint[:16]}"

@@ -72,12 +72,16 @@ def planned(config: Config, plan: ingest.Plan) -> Planned:
 
 
 def check_networks(config: Config, prepared: Shaped) -> None:
-    """Build every network of the run once, for the data's shape, send one image through it, and load given weights.
+    """Build every network of the run once, for the data's shape, and send one image through it.
 
     Raises UserError for one that does not fit, before anything is trained.
     """
     for key, name, width, depth in _wanted(config):
         _check_network(key, NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth))
+
+
+def check_weights(config: Config, prepared: Shaped) -> None:
+    """Load every ready-made checkpoint once; raises UserError for one that does not fit."""
     weights.check(config, prepared.shape, prepared.class_names, prepared.source_class_names)
 
 

@@ -39,6 +39,12 @@ def test_overrides_reach_the_run(tiny_file, tmp_path):
     assert json.loads((tmp_path / "other" / "prepared" / "dataset.json").read_text())["class_names"] == ["8", "9"]
 
 
+def test_validate_says_that_all_is_well_or_exits_with_one(tiny_file, tmp_path, capsys):
+    assert cli.main(["validate", tiny_file]) == 0
+    assert "all 537 samples can be used" in said(capsys)[0]
+    assert not (tmp_path / "run" / "prepared").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -189,6 +189,16 @@ def test_more_workers_than_cores_are_refused_before_anything_starts(tmp_path, fi
         distilled(config, finished, tmp_path / "work")
 
 
+def test_links_to_weights_and_data_keep_their_names_for_the_workers(tmp_path):
+    from distill_at_scale.cluster.executor import absolute
+
+    (tmp_path / "blob").write_bytes(b"")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    config = settings(tmp_path, score={"weights": str(tmp_path / "model.safetensors")}, data={"path": "s3://bucket/x"})
+    assert absolute(config).score.given_weights == [str(tmp_path / "model.safetensors")]
+    assert absolute(config).data.path == "s3://bucket/x"
+
+
 def test_a_users_error_inside_an_actor_arrives_as_it_is(tmp_path):
     folder = tmp_path / "images" / "train" / "a"
     folder.mkdir(parents=True)

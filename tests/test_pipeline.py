@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from distill_at_scale import distill, evaluate
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local
 from distill_at_scale.pruning import manifest
+from distill_at_scale.rundir import RunDir
 
 CORE = ("ingest", "score", "select", "distill", "evaluate")
 
@@ -53,6 +57,86 @@ def test_a_run_leaves_its_artefacts(digits_run):
         assert (digits_run.dir / name).is_file()
     assert not any((digits_run.dir / ".work").iterdir())
     assert not list(digits_run.dir.rglob("*.tmp"))
+
+
+def test_a_killed_commands_leftovers_are_swept(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run" / ".prepared.0a1b.tmp").mkdir(parents=True)
+    (tmp_path / "run" / ".prepared.0a1b.tmp" / "half").write_bytes(b"x")
+    (tmp_path / "run" / ".scores.parquet.0a1b.tmp").write_bytes(b"x")
+    run.stages("ingest")
+    assert [p.name for p in (tmp_path / "run").glob(".*.tmp")] == []
+
+
+def test_a_kill_after_the_last_chunk_does_not_train_again(make_run, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run").stages("ingest")
+    monkeypatch.setattr(RunDir, "complete", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("score")
+    before = (tmp_path / "run" / "scores.parquet").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr(Local, "train_proxies", lambda *a, **k: pytest.fail("trained again"))
+    make_run(tmp_path / "run").stages("score", "select")
+    assert (tmp_path / "run" / "scores.parquet").read_bytes() == before
+    assert (tmp_path / "run" / "proxies" / "trial-00" / "epoch-000.safetensors").exists()
+
+
+def with_weights(make_run, digits_run, folder, place):
+    """A run that scores with the checkpoints of another one."""
+    place.mkdir(exist_ok=True)
+    files = []
+    for epoch in range(2):
+        files.append(str(place / f"{epoch}.safetensors"))
+        shutil.copy(digits_run.dir / "proxies" / "trial-00" / f"epoch-{epoch:03d}.safetensors", files[-1])
+    return make_run(folder, score__weights=files)
+
+
+def test_ready_made_weights_score_as_the_proxies_they_came_from(make_run, digits_run, tmp_path):
+    run = with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
+    assert "proxies" not in run.text
+    ours, theirs = (pq.read_table(folder / "scores.parquet") for folder in (run.dir, digits_run.dir))
+    given = np.stack(ours["loss_values"].to_numpy())
+    trained = np.stack(theirs["loss_values"].to_numpy())
+    assert given.shape[1] == 2
+    assert np.array_equal(given, trained[:, :2])
+
+
+def test_a_scored_run_needs_its_weights_no_more_wherever_they_lie(make_run, digits_run, tmp_path):
+    with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
+    os.rename(tmp_path / "weights", tmp_path / "moved")
+    files = [str(tmp_path / "moved" / f"{epoch}.safetensors") for epoch in range(2)]
+    moved = make_run(tmp_path / "run", score__weights=files).stages("score", "select")
+    assert moved.text.count("already done") == 2
+    shutil.rmtree(tmp_path / "moved")
+    gone = make_run(tmp_path / "run", score__weights=files).stages("score", "select", "distill")
+    assert "distill: finished" in gone.text
+
+
+def test_validate_lists_what_is_broken_and_changes_nothing(make_run, tmp_path):
+    for k in range(4):
+        for name in ("a", "b"):
+            path = tmp_path / "data" / "train" / name / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 9 * k, np.uint8)).save(path)
+    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
+    (tmp_path / "data" / "train" / "b" / "1.png").unlink()
+    (tmp_path / "data" / "train" / "b" / "1.png").symlink_to(tmp_path / "nowhere.png")
+    keys = {
+        "data__source": "imagefolder",
+        "data__path": str(tmp_path / "data"),
+        "data__classes": None,
+        "data__holdout": None,
+    }
+    run = make_run(tmp_path / "run", **keys)
+    assert run.pipeline.validate() == 2
+    found = pq.read_table(tmp_path / "run" / "validation.parquet").to_pylist()
+    assert [row["sample_id"] for row in found] == ["train/a/0.png", "train/b/1.png"]
+    assert "2 of 8 samples cannot be used" in run.text
+    assert not (tmp_path / "run" / "prepared").exists()
+    for k in range(4):
+        (tmp_path / "data" / "train" / "a" / f"{k}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="no training sample of the class 'a' can be used"):
+        make_run(tmp_path / "run", **keys).pipeline.validate()
 
 
 def test_the_run_file_records_configuration_and_surroundings(digits_run):

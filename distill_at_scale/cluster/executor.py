@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -52,11 +53,13 @@ def absolute(config: Config) -> Config:
     """Workers may start in another folder: relative paths of data and weights become absolute."""
     data, score = config.data, config.score
     found = {key: _absolute(value) for key in ("path", "class_names") if (value := getattr(data, key)) is not None}
-    weights = [_absolute(name) if Path(name).is_file() else name for name in score.given_weights] or None
+    files = (_absolute(name) if Path(name).expanduser().is_file() else name for name in score.given_weights)
+    weights = list(files) or None
     return config.model_copy(
         update={"data": data.model_copy(update=found), "score": score.model_copy(update={"weights": weights})}
     )
 
 
 def _absolute(path: str) -> str:
-    return path if is_uri(path) else str(Path(path).expanduser().resolve())
+    """Links stay as they are: what a file is called tells what it is."""
+    return path if is_uri(path) else os.path.abspath(os.path.expanduser(path))

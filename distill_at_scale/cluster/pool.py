@@ -29,8 +29,9 @@ def stream(
 ) -> Iterator[dict[str, Any]]:
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
-    An actor is called with one unit (an Arrow table) and returns a table. A killed actor is restarted and its unit repeated,
-    and where a whole node was lost the units without a result are sent again, `cluster.max_failures` times at most each.
+    An actor is called with one unit (an Arrow table, whose `path` is what it makes) and returns a table. A killed actor is
+    restarted and its unit repeated, and where a whole node was lost the units without a result are sent again,
+    `cluster.max_failures` times at most each.
     """
     waiting = dict(enumerate(units))
     for failures in range(config.cluster.max_failures + 1):
@@ -48,11 +49,12 @@ def _stream_once(
     units: Mapping[int, pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float
 ) -> Iterator[dict[str, Any]]:
     cluster, size = config.cluster, min(actor_count(config, gpus), len(units))
+    most = size if cluster.actors else len(units)  # a pool that nobody limits grows with the cluster
     numbered = [table.append_column("unit", pa.array([number])) for number, table in units.items()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 announces new names for ray_remote_args_fn, and has none yet
         data = ray.data.from_arrow(numbered).map_batches(
-            actor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(size=size),
+            actor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(min_size=size, max_size=most),
             fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=gpus or None,
             ray_remote_args_fn=lambda: {"max_restarts": cluster.max_failures, "max_task_retries": cluster.max_failures},
         )  # fmt: skip
@@ -65,9 +67,11 @@ def _stream_once(
 
 
 def _gave_up(times: int, waiting: Mapping[int, pa.Table], error: BaseException) -> str:
+    first = next(iter(waiting.values()))["path"][0].as_py()
     return (
-        f"workers were lost {times} times ({str(error).splitlines()[0]}), with {len(waiting)} units of work left. What is "
-        "finished is kept: give the same command again, with fewer cluster.actors if they ran out of memory"
+        f"workers were lost {times} times ({str(error).splitlines()[0]}), with {len(waiting)} units of work left, the first of "
+        f"which makes {first}. What is finished is kept: give the same command again, with fewer cluster.actors if they ran "
+        "out of memory; if it ends here again, a sample of that unit kills its process (`validate` finds such samples)"
     )
 
 

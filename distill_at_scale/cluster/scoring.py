@@ -108,7 +108,7 @@ def score(
 
 def _unit(chunks: Sequence[Chunk], pieces: Path) -> pa.Table:
     work = [{**asdict(chunk), "path": str(score_piece(pieces, chunk))} for chunk in chunks]
-    return pa.table({"work": [json.dumps(work)]})
+    return pa.table({"path": [work[0]["path"]], "work": [json.dumps(work)]})
 
 
 class ScoringActor:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import DataSection
 from distill_at_scale.data import shards
 from distill_at_scale.data.ingest import Plan, mapped
-from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path
+from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, stores_jpeg
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import file_digest, publish
 
@@ -50,7 +50,8 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
             _write(temporary / split, paths, order, starts, shape, data)
         mean, std = _statistics(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
-                "counts": counts, "mean": mean, "std": std, "chunk": data.chunk, "rejected": rejected.num_rows}  # fmt: skip
+                "counts": counts, "mean": mean, "std": std, "chunk": data.chunk,
+                "jpeg": stores_jpeg(data), "rejected": rejected.num_rows}  # fmt: skip
         written = sorted(temporary.rglob("*.parquet"))
         content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
         shards.write_meta(temporary, meta, content)
@@ -70,10 +71,8 @@ def _order(paths: list[Path]) -> tuple[Array, Array, Array]:
     """Sorted labels [n], the order of all rows by label and id [n], and where each piece's rows begin [pieces + 1]."""
     tables = []
     for path in paths:
-        with pa.memory_map(str(path)) as mapped:
-            tables.append(
-                pa.ipc.open_file(mapped).read_all().select(["sample_id", "label"]).replace_schema_metadata(None)
-            )
+        table = mapped(path).select(["sample_id", "label"]).replace_schema_metadata(None)
+        tables.append(table.take(np.arange(table.num_rows)))  # a copy, which does not hold the file
     index = pa.concat_tables(tables)
     order = pc.sort_indices(index, [("label", "ascending"), ("sample_id", "ascending")]).to_numpy()
     starts = np.concatenate([[0], np.cumsum([table.num_rows for table in tables])]).astype(np.int64)

@@ -12,7 +12,7 @@ END = object()
 
 
 def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items in the same order, at most `depth` of them made in advance; an exception arrives in its place."""
+    """The same items in the same order; at most `depth` wait and one is in the making. An exception arrives in its place."""
     ready: queue.Queue[tuple[object, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 

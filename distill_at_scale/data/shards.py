@@ -1,17 +1,20 @@
 """The prepared format: class-sorted Parquet shards of uint8 images, and reading them.
 
 `train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and either pixels
-(fixed-size binary: the bytes of a uint8 tensor C x H x W, whose shape is in the metadata; Parquet would store a
+(fixed-size binary: the bytes of a uint8 tensor C x H x W, whose shape is in the field's metadata; Parquet would store a
 list of bytes as 32-bit numbers, which takes 13 times as long to read) or, for large images, jpeg (binary: the resized
 image, encoded again). Rows are sorted by class and, within it, by id; a row group holds one class and few rows, so that
-any part of the set is read without the rest. `dataset.json` holds class names, shape, counts, channel statistics and the content fingerprint.
+any part of the set is read without the rest. `dataset.json` holds class names, shape, counts, channel statistics and the
+content fingerprint.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +78,7 @@ def to_jpeg_table(ids: Sequence[str], labels: Sequence[int], images: Sequence[by
     return pa.table(columns, schema=schema(shape, jpeg=True))
 
 
-def pixels_of(table: pa.Table) -> Array:
+def pixels_of(table: pa.Table, threads: int = 1) -> Array:
     """The images of a table as uint8 [n, *shape] (raw ones read-only: Arrow's own memory); JPEGs are decoded.
 
     Raises UserError for a JPEG that is damaged, naming the sample.
@@ -83,21 +86,25 @@ def pixels_of(table: pa.Table) -> Array:
     name = table.column_names[-1]
     shape = tuple(json.loads(table.schema.field(name).metadata[b"shape"]))
     if name == "jpeg":
-        return _decoded(table, shape)
+        return _decoded(table, shape, threads)
     column = table[name].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)[column.offset * column.type.byte_width :]
     return flat[: len(column) * column.type.byte_width].reshape(len(column), *shape)
 
 
-def _decoded(table: pa.Table, shape: tuple[int, ...]) -> Array:
+def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
     images = np.empty((table.num_rows, *shape), np.uint8)
-    for i, data in enumerate(table["jpeg"].to_pylist()):
+
+    def decode(i: int, data: bytes) -> None:
         try:
             images[i] = decode_stored(data, shape)
         except Rejected as error:
             name = table["sample_id"][i].as_py()
             raise UserError(f"the prepared image of {name!r} is damaged ({error}); ingest again") from None
+
+    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+        deque((pool.map if pool else map)(decode, range(len(images)), table["jpeg"].to_pylist()), maxlen=0)
     return images
 
 
@@ -178,6 +185,11 @@ class Prepared:
         return self.meta["std"]
 
     @property
+    def image_bytes(self) -> int:
+        """About what one image takes as it is stored."""
+        return max(1, int(np.prod(self.shape) * (JPEG_PART if self.meta.get("jpeg") else 1)))
+
+    @property
     def fingerprint(self) -> str:
         return self.meta["fingerprint"]
 
@@ -207,9 +219,9 @@ class Prepared:
         numbers = [part.number] if isinstance(part, Group) else range(part.first, part.first + part.groups)
         return self._open(split, part.file).read_row_groups(list(numbers), columns=columns, use_threads=False)
 
-    def pixels(self, table: pa.Table) -> Array:
-        """The images of a table that was read here: uint8 [n, *shape]."""
-        return pixels_of(table)
+    def pixels(self, table: pa.Table, threads: int = 1) -> Array:
+        """The images of a table that was read here: uint8 [n, *shape]; JPEGs are decoded in so many threads."""
+        return pixels_of(table, threads)
 
     def index(self, split: str = "train") -> tuple[list[str], Array]:
         """All ids and labels of a split, in the order of the shards, without touching pixels."""

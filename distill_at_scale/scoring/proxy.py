@@ -66,9 +66,8 @@ class Trial:
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
         self.mixes = mixes_samples(self.network)
-        self.forward = maybe_compile(
-            self._logits, config.compile, self.spec.work(self.stream.samples * config.epochs // self.workers.size)
-        )
+        work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike
+        self.forward = maybe_compile(self._logits, config.compile, work)
 
     def run(self, advance: Advance = lambda epochs: None) -> None:
         """Train all epochs that have no checkpoint yet.

@@ -7,6 +7,7 @@ scored and not done again; the next one is read meanwhile.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,17 +114,23 @@ class Scorer:
         there = {target for _, target in units if target.exists()}
         yield from (chunk.rows for chunk, target in units if target in there)
         missing = [unit for unit in units if unit[1] not in there]
-        tables = ahead(self.prepared.read(chunk) for chunk, _ in missing)
-        for (chunk, target), table in zip(missing, tables, strict=True):
+        for (chunk, target), (table, pixels) in zip(missing, ahead(self._read(c) for c, _ in missing), strict=True):
             with publish(target) as temporary:
-                pq.write_table(self._score(table), temporary)
+                pq.write_table(self._score(table, pixels), temporary)
             yield chunk.rows
 
+    def _read(self, chunk: Chunk) -> tuple[pa.Table, Tensor]:
+        """Ids and labels, and the pixels uint8 [n, *shape], decoded where they are JPEGs; runs ahead in a thread."""
+        table = self.prepared.read(chunk)
+        pixels = torch.from_numpy(np.array(self.prepared.pixels(table, decoding_threads(self.device))))
+        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+        return table.select(["sample_id", "label"]), pixels
+
     @torch.no_grad()
-    def _score(self, table: pa.Table) -> pa.Table:
+    def _score(self, table: pa.Table, pixels: Tensor) -> pa.Table:
         """sample_id, label and, per criterion, float32 lists [checkpoints]."""
         labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
-        pixels = self._padded(torch.from_numpy(np.array(self.prepared.pixels(table))).to(self.device))
+        pixels = self._padded(pixels.to(self.device, non_blocking=True))
         values: dict[str, list[Tensor]] = {name: [] for name in self.criteria}
         for checkpoint in self.checkpoints:
             logits = self._logits(checkpoint, pixels)[: len(labels)]
@@ -145,6 +152,11 @@ class Scorer:
         classifier.std.copy_(checkpoint.std)
         logits = in_parts(forward, pixels, self.at_once)
         return logits if checkpoint.columns is None else logits[:, checkpoint.columns]
+
+
+def decoding_threads(device: torch.device) -> int:
+    """A GPU waits for its share of the machine's cores; a scorer on a CPU has one core for everything."""
+    return max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device.type == "cuda" else 1
 
 
 def _lists(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:

@@ -109,7 +109,7 @@ class Stream:
 
 def _windows(groups: Sequence[Group], size: int, prepared: Prepared) -> Iterator[list[Group]]:
     """Consecutive row groups of at most so many bytes (one at least)."""
-    each = int(np.prod(prepared.shape))
+    each = prepared.image_bytes
     window: list[Group] = []
     held = 0
     for group in groups:

@@ -147,7 +147,8 @@ def _schema(criteria: Mapping[str, Criterion], config: Config) -> pa.Schema:
     names, (trials, epochs) = [_column(name) for name in criteria], config.score.checkpoints
     lists = pa.list_(pa.float32(), trials * epochs)
     useful = {_column(name): criterion.useful for name, criterion in criteria.items()}
-    facts = {"trials": trials, "epochs": epochs, "useful": useful, "seed": config.run.seed}
+    seed = {} if config.score.weights is not None else {"seed": config.run.seed}  # ready-made weights depend on none
+    facts = {"trials": trials, "epochs": epochs, "useful": useful, **seed}
     return pa.schema(
         [("sample_id", pa.string()), ("label", pa.int32())]
         + [(name, pa.float32()) for name in (*names, "score")]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import TORCHVISION, NetworkSpec
-from distill_at_scale.rundir import file_digest
+from distill_at_scale.rundir import digest, file_digest
 
 State = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
@@ -81,8 +80,10 @@ def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_name
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:
-    """The SHA-256 of every named file: what scores depend on, wherever the files lie."""
-    return {name: file_digest(_find(name)[0])["sha256"] for name in names}
+    """What scores depend on, wherever the files lie: content and, where the name tells it, what torchvision expects of them."""
+    found = {name: _find(name) for name in names}
+    told = {name: [p.network, p.normalization] if p else None for name, (_, p) in found.items()}
+    return {name: digest([file_digest(path)["sha256"], told[name]]) for name, (path, _) in found.items()}
 
 
 def check(config: Config, shape: Sequence[int], class_names: list[str], source_class_names: list[str]) -> None:
@@ -95,7 +96,7 @@ def check(config: Config, shape: Sequence[int], class_names: list[str], source_c
 
 def _find(name: str) -> tuple[Path, Published | None]:
     """Where the weights called `name` lie, and what torchvision says about them if it publishes them."""
-    path = Path(name)
+    path = Path(name).expanduser()
     published = _published(path.name) if path.suffix == ".pth" or "_Weights." in name else None
     if path.is_file():
         return path, published
@@ -165,7 +166,9 @@ def _read_safetensors(file: Path) -> tuple[State, list[str] | None]:
 def _read_pickle(file: Path) -> State:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle raises almost anything
         wants = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it wants to run {wants[1]}" if wants else "it is damaged, or more than tensors"
         raise UserError(

@@ -1,6 +1,6 @@
 """A full-size rehearsal: ImageNet-1K's cardinality through ingest, score and select, with every process's peak memory.
 
-    python jobs/benchmarks/rehearsal.py [--folder DIR] [--share 1] [--actors 2] [--size 16] [--width 16]
+    python jobs/benchmarks/rehearsal.py [--folder DIR] [--share 1] [--actors 2] [--width 16]
 
 Runs `made_up:ImageNetSized` (1,281,167 images of 16 x 16, 1000 classes) through the product's own pipeline on Ray: a proxy
 of width 16 trained on a tenth of every class for two epochs, its two checkpoints over all images, then the selection of
@@ -154,7 +154,7 @@ def _print(seconds: dict[str, float], total: float, peaks: dict[str, dict[str, f
     print(f"\n{'stage':<44}{'seconds':>10}")
     for stage, value in [*seconds.items(), ("in all", round(total, 1))]:
         print(f"{stage:<44}{value:>10.1f}")
-    print(f"\n{'peak memory, MB (without mapped files)':<44}{'largest':>10}{'together':>10}{'number':>8}")
+    print(f"\n{'peak memory, MB (own, not mapped or shared)':<44}{'largest':>10}{'together':>10}{'number':>8}")
     for kind, peak in sorted(peaks.items(), key=lambda item: -item[1]["together"]):
         print(f"{kind[:43]:<44}{peak['largest']:>10.0f}{peak['together']:>10.0f}{peak['processes']:>8}")
 

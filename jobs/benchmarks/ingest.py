@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,15 +36,17 @@ def main() -> None:
             "data": {"source": "imagefolder", "path": str(folder / "images"), "size": options.size, "chunk": 512},
             "cluster": {"actors": options.cores},
         })  # fmt: skip
-        roofs, ours, seconds = [], [], []
+        roofs, ours, seconds, merged = [], [], [], []
         for number in range(options.rounds):
             roofs.append(roof(decode_alone, options.cores, files, options.size))
-            clock = _ingest(config, folder / f"pieces-{number}", options.cores)
+            clock, merging = _ingest(config, folder / f"pieces-{number}", options.cores)
             ours.append(clock.rate)
             seconds.append(clock.seconds)
+            merged.append(len(files) / merging)
         base = statistics.fmean(roofs)
         rows = [(f"roof: decode and resize in {options.cores} plain processes", base, None),
-                ("ingest on Ray, pieces published", statistics.fmean(ours), statistics.fmean(ours) / base)]  # fmt: skip
+                ("ingest on Ray, pieces published", statistics.fmean(ours), statistics.fmean(ours) / base),
+                ("the merge into shards that follows, one thread", statistics.fmean(merged), None)]  # fmt: skip
         show(f"images to {options.size} x {options.size}", rows, {
             "images": len(files), "roofs": roofs, "ours": ours, "seconds": seconds, "options": vars(options),
         })  # fmt: skip
@@ -94,18 +97,24 @@ def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[s
     return len(own)
 
 
-def _ingest(config: Config, pieces: Path, actors: int) -> Clock:
+def _ingest(config: Config, pieces: Path, actors: int) -> tuple[Clock, float]:
+    """The clock of the decoding, and the seconds of the merge after it."""
     from distill_at_scale.cluster.executor import RayExecutor
     from distill_at_scale.data import ingest
+    from distill_at_scale.data.merge import merge
 
     pieces.mkdir()
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)
+    plan = ingest.plan(config).on_disk(pieces)
     try:
-        executor.ingest(config, ingest.plan(config).on_disk(pieces).chunks(config.data.chunk), pieces, clock)
+        executor.ingest(config, plan.chunks(config.data.chunk), pieces, clock)
     finally:
         executor.close()
+    began = time.perf_counter()
+    merge(plan, pieces, pieces / "out" / "prepared", config.data)
+    merging = time.perf_counter() - began
     shutil.rmtree(pieces)
-    return clock
+    return clock, merging
 
 
 if __name__ == "__main__":

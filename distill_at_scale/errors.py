@@ -1,8 +1,12 @@
-"""The one exception that a user is meant to read: what is wrong, where, and what to do next."""
+"""What a user is meant to read: what is wrong, where, and what to do next."""
 
 
 class UserError(ValueError):
     """Bad input or an impossible request; the command prints the message without a traceback and exits with 2."""
+
+
+class Unreachable(UserError):
+    """The source cannot be reached or read now: no such folder or bucket, no permission, or no network."""
 
 
 class DistillationDiverged(UserError):

@@ -133,7 +133,7 @@ def test_credentials_in_a_uri_are_used_and_never_shown(monkeypatch):
     assert root == "bucket/a b"
     assert (given["access_key"], given["secret_key"], given["region"]) == ("key", "sec/ret", "eu-west-1")
     assert given["anonymous"] is True
-    assert "sec" not in storage._without_secret("s3://key:sec%2Fret@bucket/x?region=x")
+    assert "sec" not in storage.shown("s3://key:sec%2Fret@bucket/x?region=x")
     with pytest.raises(UserError) as caught:
         Store("s3://key:sec%2Fret@bucket/x?unknown=1")
     assert "sec" not in str(caught.value)

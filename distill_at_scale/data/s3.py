@@ -36,9 +36,7 @@ def connect(uri: str) -> tuple[Any, str]:
     if not bucket:
         raise ValueError("it names no bucket; write s3://bucket/folder")
     if ":" in bucket:
-        raise ValueError(
-            "the bucket's name holds a ':'; in a key or secret before '@', write '/' as %2F and '?' as %3F"
-        )
+        raise ValueError("the bucket's name holds a ':'; in credentials before '@' write '/' as %2F and '?' as %3F")
     options: dict[str, Any] = {**DEFAULTS, **_options(parts.query)}
     attempts = options.pop("attempts", 3)
     if parts.username:

@@ -62,9 +62,8 @@ class WebDataset:
         if test := found.get("test"):
             found["test"] = {shard: test[shard] for shard in labelled({shard: _split_word(shard) for shard in test})}
         if "train" not in found:
-            raise UserError(
-                f"{shown(self.config.path or '')} holds no training shards (train-000000.tar); check data.path"
-            )
+            place = shown(str(self.config.path))
+            raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
         return found
 
     @cached_property

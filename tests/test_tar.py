@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -339,3 +340,13 @@ def test_an_archive_that_cannot_be_indexed_now_is_unreachable(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of(CONTENTS))
     with pytest.raises(Unreachable, match=r"x\.tar cannot be read: reset"), tar.opened(Store(str(tmp_path)), "x.tar"):
         raise OSError("reset")
+
+
+def test_an_archive_without_permission_is_no_matter_of_single_samples(tmp_path):
+    def refuse(file):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    store = Store(str(tmp_path))
+    store.open = refuse
+    with pytest.raises(Unreachable, match=r"Permission denied: 'x\.tar'\. Check the permissions"):
+        tar.read(store, rows_of("x.tar", tar_of(CONTENTS)))

@@ -231,7 +231,7 @@ def read(store: Store, rows: pa.Table) -> list[bytes]:
 
     An archive stays open between its rows; from remote storage many samples are fetched at once, neighbours together.
     Raises FileNotFoundError for a sample whose archive ends before it does, OSError where the local disk fails, Unreachable
-    where remote storage does not answer, and UserError for an archive that is not there any more.
+    where remote storage does not answer or an archive may not be opened, and UserError for an archive that is gone.
     """
     columns = (rows[name].to_pylist() for name in ("location", "row", "size"))
     wanted = sorted((*row, i) for i, row in enumerate(zip(*columns, strict=True)))
@@ -252,6 +252,8 @@ def _contents(store: Store, file: str, pieces: list[Piece]) -> Iterator[tuple[Pi
     except FileNotFoundError:
         store.check()
         raise UserError(f"{store.place(file)} is not there any more; put it back and run the command again") from None
+    except OSError as error:  # no permission for a whole archive is no matter of single samples
+        raise store.refusal(error) from None
     with closing(handle):
         if store.local:
             for piece in pieces:

@@ -1,8 +1,12 @@
-"""The one exception that a user is meant to read: what is wrong, where, and what to do next."""
+"""What a user is meant to read: what is wrong, where, and what to do next."""
 
 
 class UserError(ValueError):
     """Bad input or an impossible request; the command prints the message without a traceback and exits with 2."""
+
+
+class Unreachable(UserError):
+    """The source cannot be reached or read now: no such folder or bucket, no permission, or no network."""
 
 
 class DistillationDiverged(UserError):
@@ -14,7 +18,3 @@ class DistillationDiverged(UserError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int]]:
         return type(self), (str(self), self.visit)
-
-
-class Unreachable(UserError):
-    """The source of the data cannot be reached or read now; what was made of it before is still there."""

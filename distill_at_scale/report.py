@@ -22,6 +22,7 @@ import yaml
 from distill_at_scale import figures, synthetic
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.storage import shown
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.static import RANDOM
 from distill_at_scale.rundir import STAGES, RunDir, digest, publish
@@ -67,7 +68,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
     source = settings["data"]
     selection = _selection(run, prepared)
     return {
-        "name": Path(source["path"] or "").name or source["source"],
+        "name": _name(source["path"] or "") or source["source"],
         "card": made.card,
         "colors": figures.COLORS,
         "set_names": figures.SET_NAMES,
@@ -275,8 +276,20 @@ def _settings(about: Mapping[str, Any], records: Mapping[str, Any], config: Conf
         inner = nested
         for section in sections:
             inner = inner.setdefault(section, {})
-        inner[name] = value
+        inner[name] = _public(value)
     return nested
+
+
+def _name(path: str) -> str:
+    """The last part of a path or URI, never of its credentials or options."""
+    return Path(shown(path).partition("?")[0] if "://" in path else path).name
+
+
+def _public(value: Any) -> Any:
+    """A setting as it may be shown: addresses in it lose their credentials."""
+    if isinstance(value, list):
+        return [_public(part) for part in value]
+    return shown(value) if isinstance(value, str) and "://" in value else value
 
 
 def accuracy(row: Summary, suffix: str = "") -> str:

@@ -119,12 +119,13 @@ def space(config: Config, plan: ingest.Plan) -> int:
 
 
 def summary(plan: ingest.Plan, bad: pa.Table, path: Path) -> list[str]:
-    """What a user wants to read after every sample was looked at.
+    """What a user wants to read after every sample was looked at; `bad` has the schema `merge.SET_ASIDE`.
 
     Raises UserError where a class would lose all its training samples.
     """
     train = plan.listings["train"]
-    left = train.filter(pc.invert(pc.is_in(train["sample_id"], bad["sample_id"].combine_chunks())))
+    unusable = bad.filter(pc.equal(bad["split"], "train"))["sample_id"].combine_chunks()
+    left = train.filter(pc.invert(pc.is_in(train["sample_id"], unusable)))
     counts = np.bincount(left["label"].to_numpy(), minlength=len(plan.class_names))
     if (lost := np.flatnonzero(counts == 0)).size:
         raise UserError(f"no training sample of the class {plan.class_names[lost[0]]!r} can be used; see {path}")

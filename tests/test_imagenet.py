@@ -10,7 +10,7 @@ import pytest
 from scipy.io import savemat
 
 from distill_at_scale.config import DataSection
-from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.data.sources import SOURCES, ground_truth
 from distill_at_scale.data.sources.imagenet import val_labels
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
@@ -283,3 +283,17 @@ def test_a_flat_val_of_real_images_has_the_labels_of_its_class_folders(tmp_path,
     assert found.num_rows == 600
     assert found["label"].to_pylist() == [by_folder[i.rpartition("/")[2]] for i in found["sample_id"].to_pylist()]
     assert source.listing("train")["sample_id"].to_pylist() == folders.listing("train")["sample_id"].to_pylist()
+
+
+def test_a_list_at_an_address_is_named_without_its_credentials(tmp_path, monkeypatch):
+    class There(Store):
+        def __init__(self, path, key):
+            super().__init__(str(tmp_path), key)
+
+    monkeypatch.setattr(ground_truth, "Store", There)
+    address = "s3://KEYID:sec/ret@bucket/list.txt?region=x"
+    with pytest.raises(UserError, match=r"data\.val_labels = 's3://bucket/list\.txt\?region=x' cannot be read"):
+        ground_truth.named_file(Store(str(tmp_path)), address, "data.val_labels")
+    (tmp_path / "list.txt").write_text("1")
+    found = ground_truth.named_file(Store(str(tmp_path)), address, "data.val_labels")
+    assert found == ground_truth.File("s3://bucket/list.txt", b"1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -17,12 +18,14 @@ from conftest import TINY
 from PIL import Image
 
 from distill_at_scale import config as configuration
-from distill_at_scale.data import ingest
+from distill_at_scale import validate
+from distill_at_scale.data import ingest, pieces
 from distill_at_scale.data import merge as merging
 from distill_at_scale.data.merge import merge
 from distill_at_scale.data.pieces import ingest_chunk, piece_path, recipe_of
 from distill_at_scale.data.shards import Prepared, pixels_of
 from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.data.sources.base import listing
 from distill_at_scale.errors import UserError
 
 
@@ -329,3 +332,84 @@ def test_large_images_are_kept_as_jpegs(tmp_path, monkeypatch):
 def test_the_metadata_is_plain_json(prepared):
     meta = json.loads((prepared.folder / "dataset.json").read_text())
     assert set(meta) >= {"class_names", "shape", "counts", "mean", "std", "rejected", "fingerprint"}
+
+
+def reading(error: OSError) -> type:
+    """The image folder's source, where the first sample of the class cat cannot be read."""
+
+    class Failing(SOURCES["imagefolder"]):
+        def read(self, rows):
+            if "train/cat/0.png" in rows["sample_id"].to_pylist():
+                raise error
+            return super().read(rows)
+
+    return Failing
+
+
+def test_an_error_of_the_network_stops_the_ingest_and_sets_no_sample_aside(pictures, tmp_path):
+    config = folder_config(pictures)
+    split, index, rows = ingest.plan(config).chunks(4)[0]
+    target, recipe = piece_path(tmp_path, split, index), recipe_of(config)
+    for error in (OSError("AWS Error SLOW_DOWN during GetObject operation"), OSError(errno.EIO, "Input/output error")):
+        with pytest.raises(OSError, match=r"SLOW_DOWN|Input/output"):
+            ingest_chunk(reading(error)(config.data), recipe, rows, target)
+        assert not target.exists()
+    gone = FileNotFoundError(errno.ENOENT, "the archive ends inside the sample")
+    assert ingest_chunk(reading(gone)(config.data), recipe, rows, target) == (3, 1)
+
+
+def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
+    """One is decoded, two wait, one is being read."""
+    config = digits_config()
+    rows, started, decoded, most = ingest.plan(config).listings["train"].slice(0, 60), [], [], []
+
+    class Counting(SOURCES["digits"]):
+        def read(self, rows):
+            started.append(rows.num_rows)
+            most.append(len(started) - len(decoded) // 5)
+            return super().read(rows)
+
+    monkeypatch.setattr(pieces, "READ_AT_ONCE", 5)
+    recipe = recipe_of(config)
+    for _ in pieces._decoded(Counting(config.data), recipe.decoder, rows, lambda name, pixels: decoded.append(name)):
+        pass
+    assert (len(started), len(decoded)) == (12, 60)
+    assert max(most) <= 4
+
+
+def same_ids(listings: dict[str, list[int]]) -> ingest.Plan:
+    """A plan whose splits use the same ids, as WebDataset's keys and Hugging Face's paths may."""
+    tables = {
+        split: listing([f"{i}.png" for i in range(len(labels))], labels, [split] * len(labels), [0] * len(labels))
+        for split, labels in listings.items()
+    }
+    return ingest.Plan(["cat", "dog"], ["cat", "dog"], tables, "")
+
+
+def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:
+    table = pa.Table.from_pylist(
+        [{"sample_id": i, "location": split, "reason": why} for i, why in bad], pieces.REJECTED
+    )
+    pq.write_table(table, pieces.rejected_path(piece_path(folder, split, 0)))
+
+
+def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_same_id(tmp_path):
+    plan = same_ids({"train": [0, 1], "test": [0, 1]})
+    rejected(tmp_path, "train")
+    rejected(tmp_path, "test", ("1.png", "empty"))
+    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
+    assert bad.to_pylist() == [{"sample_id": "1.png", "location": "test", "reason": "empty", "split": "test"}]
+    assert pq.read_table(tmp_path / "rejected.parquet").equals(bad)
+    assert "1 of 4 samples cannot be used" in validate.summary(plan, bad, tmp_path)[0]
+    rejected(tmp_path, "train", ("1.png", "damaged"))
+    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
+    with pytest.raises(UserError, match="no training sample of the class 'dog' can be used"):
+        validate.summary(plan, bad, tmp_path)
+
+
+def test_the_reason_why_a_class_lost_everything_is_that_of_a_training_sample(tmp_path):
+    plan = same_ids({"train": [0, 1], "test": [0, 1]})
+    rejected(tmp_path, "train", ("1.png", "damaged"))
+    rejected(tmp_path, "test", ("1.png", "empty"))
+    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
+    assert "'1.png': damaged" in merging._all_rejected(plan, 1, bad, tmp_path)

@@ -243,3 +243,13 @@ def test_a_thousand_classes_stay_small(tmp_path):
     assert len(text) < 5_000_000
     assert "The first 81 of 1000 classes" in text
     assert "The chart shows the first 20 of 1000 classes" in text
+
+
+def test_the_report_shows_no_credentials_of_an_address(run):
+    secret = "s3://KEYID:hush/hush@bucket"
+    data = {"source": "imagenet", "path": secret, "val_labels": f"{secret}/list?secret_key=hush", "classes": [secret]}
+    config = validate({**CONFIG, "run": {"dir": str(run.path)}, "data": {**CONFIG["data"], **data}})
+    settings = report._settings({}, {}, config)
+    assert settings["data"]["path"] == "s3://bucket"
+    assert "hush" not in str(settings)
+    assert [report._name(p) for p in (secret, f"{secret}/set/?a=b/c", "data/x?y", "")] == ["bucket", "set", "x?y", ""]

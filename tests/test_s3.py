@@ -17,9 +17,10 @@ from conftest import ROOT
 from PIL import Image
 
 from distill_at_scale.config import DataSection
+from distill_at_scale.data import tar
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.storage import Store
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 
 ThreadedMotoServer = pytest.importorskip("moto.server", reason='moto is not here: install ".[test]"').ThreadedMotoServer
 PATIENCE = {"connect_timeout": "1", "request_timeout": "1", "attempts": "1"}
@@ -129,7 +130,7 @@ def test_two_processes_open_a_set_without_credentials_in_the_configuration(s3, e
 @pytest.mark.parametrize("path", ["no-such-bucket/deep", "imagefolder-set/no-such-prefix"])
 def test_a_missing_bucket_or_prefix_is_one_error(s3, everywhere, path):
     with pytest.raises(
-        UserError, match=rf"data\.path = 's3://{path}.*there is no such folder; check bucket and prefix"
+        Unreachable, match=rf"data\.path = 's3://{path}.*there is no such folder; check bucket and prefix"
     ):
         source("imagefolder", s3(path))
 
@@ -173,7 +174,7 @@ def test_an_address_where_nothing_listens_is_one_error(s3):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UserError, match=r"cannot be read: .*NETWORK_CONNECTION.*Check the address"):
+        with pytest.raises(Unreachable, match=r"cannot be read: .*NETWORK_CONNECTION.*Check the address"):
             Store(s3("bucket/x", endpoint_override=address))
 
 
@@ -204,7 +205,7 @@ def test_wrong_credentials_are_one_error(s3):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbidding) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_address[1]}"
-        with pytest.raises(UserError, match=r"cannot be read: .*ACCESS_DENIED.*Check the address, the credentials"):
+        with pytest.raises(Unreachable, match=r"cannot be read: .*ACCESS_DENIED.*Check the address, the credentials"):
             source("imagefolder", s3("bucket/x", endpoint_override=address, **PATIENCE))
         server.shutdown()
 
@@ -216,6 +217,27 @@ def test_a_server_that_goes_away_while_reading_stops_the_run(s3, everywhere):
     there = source("imagefolder", s3("imagefolder-set/deep/set", endpoint_override=address, **PATIENCE))
     rows = there.listing("train")
     assert len(there.read(rows)) == 12
+    of_parquet = source("parquet", s3("parquet-set/deep/set", endpoint_override=address, **PATIENCE))
+    groups = of_parquet.listing("train")
+    of_parquet.read(groups.slice(0, 1))  # its file stays open
+    store = Store(s3("imagefolder-set/deep/set", endpoint_override=address, **PATIENCE))
+    handle = store.open("train/a dog/0.png")
     server.stop()
-    with pytest.raises(UserError, match=r"cannot be read: .*NETWORK_CONNECTION"):
+    with pytest.raises(Unreachable, match=r"cannot be read: .*NETWORK_CONNECTION"):
         there.read(rows)
+    for asked in (groups.slice(6, 1), groups.slice(10, 1)):  # of the open file, and of another one
+        with pytest.raises(Unreachable, match=r"cannot be read: .*NETWORK_CONNECTION"):
+            of_parquet.read(asked)
+    store.open = lambda file: handle
+    sample = pa.table({"location": ["train/a dog/0.png"], "row": [0], "size": [20]})
+    with pytest.raises(Unreachable, match=r"cannot be read: .*NETWORK_CONNECTION"):
+        tar.read(store, sample)
+
+
+def test_an_archive_that_became_shorter_on_s3_concerns_single_samples(s3, tmp_path):
+    put(tmp_path, "x.tar", bytes(1000))
+    s3.upload(tmp_path, "short-archive")
+    store = Store(s3("short-archive"))
+    for row in (900, 1000, 5000):
+        with pytest.raises(FileNotFoundError, match="the archive ends inside the sample"):
+            tar.read(store, pa.table({"location": ["x.tar"], "row": [row], "size": [200]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 
@@ -14,8 +15,8 @@ from PIL import Image
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.decode import ImageDecoder
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import LISTING, listing, split_of
-from distill_at_scale.errors import UserError
+from distill_at_scale.data.sources.base import LISTING, labelled, listing, split_of
+from distill_at_scale.errors import Unreachable, UserError
 
 
 def png(level: int, size: int = 8) -> bytes:
@@ -34,7 +35,7 @@ def write_parquet(path, labels, paths=None, names=None, image="image", label="la
         schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
-        pa.table([pa.array(rows, schema.field(0).type), pa.array(labels)], schema=schema), path, rows_per_group
+        pa.table([pa.array(rows, schema.field(0).type), pa.array(labels, kind)], schema=schema), path, rows_per_group
     )
 
 
@@ -168,10 +169,98 @@ def test_a_bad_label_names_file_and_row(tmp_path, bad):
         parquet(tmp_path).listing("train")
 
 
-def test_labels_that_are_text_are_an_error(tmp_path):
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_labels_that_are_text_are_classes_sorted_by_name(tmp_path, kind):
+    write_parquet(tmp_path / "train-0.parquet", ["dog", "cat", "dog"], kind=kind)
+    write_parquet(tmp_path / "train-1.parquet", ["ape"], kind=kind)
+    write_parquet(tmp_path / "test-0.parquet", ["cat"], kind=kind)
+    source = parquet(tmp_path)
+    assert source.class_names == ["ape", "cat", "dog"]
+    assert source.listing("train")["label"].to_pylist() == [2, 1, 2, 0]
+    assert source.listing("test")["label"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize("bad", ["cow", None, " "])
+def test_a_text_that_is_no_class_names_file_row_and_action(tmp_path, bad):
     write_parquet(tmp_path / "train.parquet", ["cat", "dog"], kind=pa.string())
-    with pytest.raises(UserError, match=r"train\.parquet, row 0: the label 'cat'"):
+    write_parquet(tmp_path / "test.parquet", ["cat", bad], kind=pa.string())
+    with pytest.raises(UserError, match=r"test\.parquet, row 1: the label .* is not a class of .*data\.label_column"):
+        parquet(tmp_path).listing("test")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_text_and_numbers_are_not_mixed(tmp_path, first):
+    write_parquet(tmp_path / f"train-{first}.parquet", [0, 1])
+    write_parquet(tmp_path / f"train-{1 - first}.parquet", ["0", "dog"], kind=pa.string())
+    with pytest.raises(UserError, match=rf"train-{first}\.parquet, row 0: the label 0 is not a text"):
         parquet(tmp_path).listing("train")
+
+
+@pytest.mark.parametrize(("values", "kind"), [([0.5], "double"), ([[0, 1]], "list"), ([True], "bool")])
+def test_labels_of_another_kind_name_file_column_and_action(tmp_path, values, kind):
+    pq.write_table(pa.table({"image": [png(0)], "label": values}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=rf"train\.parquet: column 'label' holds {kind}.*set data\.label_column"):
+        parquet(tmp_path).listing("train")
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64()])
+def test_a_number_that_no_class_can_have_names_file_row_and_action(tmp_path, kind):
+    write_parquet(tmp_path / "train-0.parquet", [0, 1])
+    write_parquet(tmp_path / "train-1.parquet", [0, 3, 2**40], kind=kind)
+    with pytest.raises(UserError, match=r"train-1\.parquet, row 2: the label 1099511627776 .*set data\.label_column"):
+        parquet(tmp_path).listing("train")
+
+
+def test_a_number_beyond_all_integers_is_no_declared_class(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 2**63 + 1], names=["a", "b"], kind=pa.uint64())
+    with pytest.raises(UserError, match=r"row 1: the label 9223372036854775809 is not one of 0\.\.1"):
+        parquet(tmp_path).listing("train")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"{cut",
+        b"\xff",
+        b"[1]",
+        b'{"info": null}',
+        json.dumps({"info": {"features": {"label": [{"names": ["a"]}]}}}).encode(),
+        json.dumps({"info": {"features": {"label": {"names": "ab"}}}}).encode(),
+    ],
+)
+def test_metadata_that_cannot_be_read_is_as_if_it_were_not_there(tmp_path, metadata):
+    table = pa.table({"image": [png(0), png(1)], "label": [0, 1]}).replace_schema_metadata({b"huggingface": metadata})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert parquet(tmp_path).class_names == ["0", "1"]
+
+
+def test_validation_is_a_word_not_a_part_of_one(tmp_path):
+    for name in ("retrieval/train-0", "retrieval/test-0", "retrieval/val/0"):
+        write_parquet(tmp_path / f"{name}.parquet", [0])
+    assert parquet(tmp_path).files["test"] == ["retrieval/val/0.parquet"]
+
+
+def test_the_validation_split_is_taken_where_there_is_a_test_split_too():
+    assert labelled({"a": "test", "b": "val", "c": "validation"}) == ["b", "c"]
+    assert labelled({"a": "test", "b": "test"}) == ["a", "b"]
+    assert labelled({}) == []
+
+
+def test_an_unreadable_disk_is_not_taken_for_a_damaged_parquet_file(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    source = parquet(tmp_path)
+    said = [
+        OSError("AWS Error SLOW_DOWN during GetObject operation"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ]
+    for error in said:
+
+        def refuse(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(pq, "ParquetFile", refuse)
+        with pytest.raises(Unreachable, match=r"cannot be read: .*(SLOW_DOWN|Permission denied)"):
+            source.listing("train")
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path):

@@ -12,7 +12,7 @@ from distill_at_scale.config import DataSection
 from distill_at_scale.data import s3, storage
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.storage import Entry, Store
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 
 
 def put(root, *names):
@@ -133,7 +133,70 @@ def test_credentials_in_a_uri_are_used_and_never_shown(monkeypatch):
     assert root == "bucket/a b"
     assert (given["access_key"], given["secret_key"], given["region"]) == ("key", "sec/ret", "eu-west-1")
     assert given["anonymous"] is True
-    assert "sec" not in storage._without_secret("s3://key:sec%2Fret@bucket/x?region=x")
+    assert "sec" not in storage.shown("s3://key:sec%2Fret@bucket/x?region=x")
     with pytest.raises(UserError) as caught:
         Store("s3://key:sec%2Fret@bucket/x?unknown=1")
     assert "sec" not in str(caught.value)
+
+
+SECRETS = [
+    "s3://KEYID:sec/ret@bucket/set",
+    "s3://KEYID:sec%2Fret@bucket/set?region=x",
+    "s3://KEYID:s@c/ret@bucket/set",
+    "s3://KEYID:sec?ret@bucket/set",
+    "gs://bucket/set?access_token=secret&project=p",
+    "s3://bucket/set?region=x&secret_key=secret",
+]
+
+
+@pytest.mark.parametrize("path", SECRETS)
+def test_nothing_secret_is_shown_of_an_address(path):
+    shown = storage.shown(path)
+    assert "KEYID" not in shown
+    assert "sec" not in shown.replace("secret_key", "")
+    assert "ret" not in shown.replace("secret_key", "")
+    assert "bucket/set" in shown
+
+
+def test_what_is_not_secret_is_shown_as_it_is():
+    for path in ("data/a@b", "/mnt/c:/x", "s3://bucket/set?region=eu-west-1&scheme=http", "file:///data/x"):
+        assert storage.shown(path) == path
+
+
+@pytest.mark.parametrize("path", [*SECRETS[:4], "nothing://KEYID:sec/ret@bucket/x", "gs://KEYID:sec/ret@bu cket/x"])
+def test_an_address_that_cannot_be_opened_is_named_without_its_credentials(path):
+    with pytest.raises(UserError) as caught:
+        Store(path + ("&" if "=" in path else "?") + "unknown=1")
+    assert not any(part in str(caught.value) for part in ("KEYID", "sec", "s@c", "ret@"))
+
+
+def test_what_another_library_says_loses_its_credentials(tmp_path):
+    store = Store(str(tmp_path))
+    store.path = "s3://KEYID:sec/ret+x@bucket/x"
+    said = str(store.refusal(OSError(f"no access to {store.path} by KEYID with ret+x")))
+    assert "KEYID" not in said
+    assert "ret+x" not in said
+
+
+def test_a_source_that_cannot_be_reached_is_told_from_other_bad_input(tmp_path):
+    with pytest.raises(Unreachable, match="no such folder"):
+        Store(str(tmp_path / "none"))
+    with pytest.raises(UserError) as caught:
+        Store("s3://bucket/x?unknown=1")
+    assert not isinstance(caught.value, Unreachable)
+    with pytest.raises(UserError, match="is not set") as caught:
+        SOURCES["imagefolder"](DataSection(source="imagefolder"))
+    assert not isinstance(caught.value, Unreachable)
+
+
+def test_a_folder_without_permission_is_unreachable(tmp_path, monkeypatch):
+    put(tmp_path, "1")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(Unreachable, match="Check the permissions"):
+        Store(str(tmp_path)).files()
+    with pytest.raises(Unreachable, match="Check the permissions"):
+        Store(str(tmp_path)).names()

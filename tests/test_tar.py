@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -13,7 +14,7 @@ import pytest
 from distill_at_scale.data import tar
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.data.storage import Store
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 
 BLOCK = 512
 CONTENTS = {"a.jpg": b"x" * 700, "folder/b.jpg": b"y" * 512, "empty": b"", "c.cls": b"7"}
@@ -314,3 +315,38 @@ def test_the_digest_of_an_index_does_not_depend_on_chunks_and_sees_every_column(
 def test_a_file_that_cannot_be_opened_is_named(tmp_path, store_of):
     with pytest.raises(UserError, match=r"x\.tar cannot be read"), tar.opened(store_of(tmp_path), "x.tar"):
         pass
+
+
+def test_a_throttled_read_is_no_matter_of_single_samples(tmp_path):
+    """Network errors of pyarrow are OSErrors without a number."""
+
+    class Throttled:
+        def size(self):
+            return 10**6
+
+        def read_at(self, size, offset):
+            raise OSError("When reading information for key 'x.tar': AWS Error SLOW_DOWN during GetObject operation")
+
+        def close(self):
+            pass
+
+    store = Store(str(tmp_path))
+    store.local, store.open = False, lambda file: Throttled()
+    with pytest.raises(Unreachable, match="SLOW_DOWN"):
+        tar.read(store, rows_of("x.tar", tar_of(CONTENTS)))
+
+
+def test_an_archive_that_cannot_be_indexed_now_is_unreachable(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of(CONTENTS))
+    with pytest.raises(Unreachable, match=r"x\.tar cannot be read: reset"), tar.opened(Store(str(tmp_path)), "x.tar"):
+        raise OSError("reset")
+
+
+def test_an_archive_without_permission_is_no_matter_of_single_samples(tmp_path):
+    def refuse(file):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    store = Store(str(tmp_path))
+    store.open = refuse
+    with pytest.raises(Unreachable, match=r"Permission denied: 'x\.tar'\. Check the permissions"):
+        tar.read(store, rows_of("x.tar", tar_of(CONTENTS)))

@@ -8,7 +8,7 @@ from distill_at_scale import tensors
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.validate import check_names, check_networks
+from distill_at_scale.validate import check_names, check_networks, check_weights
 
 
 def test_networks_that_fit_pass(tmp_path, make_config, digits_run):
@@ -51,9 +51,9 @@ def test_given_weights_are_loaded_before_the_run(tmp_path, make_config, digits_r
     for count, file in files.items():
         tensors.save(tmp_path / file, NetworkSpec("convnet", prepared.shape, count, width=8).build(0).state_dict())
     prepared.meta["source_class_names"] = [str(digit) for digit in range(10)]
-    check_networks(make_config(tmp_path, score__weights=[files[3], files[10]]), prepared)
+    check_weights(make_config(tmp_path, score__weights=[files[3], files[10]]), prepared)
     with pytest.raises(UserError, match=r"4\.safetensors has outputs for 4 classes, the data has 3 \(of 10"):
-        check_networks(make_config(tmp_path, score__weights=[files[3], files[4]]), prepared)
+        check_weights(make_config(tmp_path, score__weights=[files[3], files[4]]), prepared)
     del prepared.meta["source_class_names"]  # as in data prepared before it was recorded
     with pytest.raises(UserError, match=r"10\.safetensors has outputs for 10 classes, the data has 3;"):
-        check_networks(make_config(tmp_path, score__weights=files[10]), prepared)
+        check_weights(make_config(tmp_path, score__weights=files[10]), prepared)

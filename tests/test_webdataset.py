@@ -417,3 +417,11 @@ def test_shards_on_a_real_s3_server_are_those_on_the_disk(s3, tmp_path):
         assert remote.read(table) == local.read(table)
     with pytest.raises(UserError, match=r"s3://webdataset/set/train-03\.tar is missing"):
         source_of(s3("webdataset/set/train-{00..03}.tar")).splits()
+
+
+def test_a_set_without_training_shards_is_named_without_its_credentials(tmp_path):
+    write(tmp_path, "test-0.tar", *sample("a", 0))
+    source = source_of(tmp_path)
+    source.config = source.config.model_copy(update={"path": "s3://KEYID:sec/ret@bucket/x"})
+    with pytest.raises(UserError, match=r"^s3://bucket/x holds no training shards"):
+        source.splits()

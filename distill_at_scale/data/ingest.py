@@ -19,6 +19,7 @@ from distill_at_scale import rng
 from distill_at_scale.config import Config, DataSection, nearest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import Source
+from distill_at_scale.data.storage import shown
 from distill_at_scale.data.subsets import class_list, explicit_order
 from distill_at_scale.errors import UserError
 from distill_at_scale.registry import resolve
@@ -96,7 +97,7 @@ def plan(config: Config) -> Plan:
     listings = {split: table for split, table in listings.items() if table.num_rows or split == "train"}
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
-        raise UserError(f"the class {names[empty[0]]!r} has no training sample in {data.path or data.source}")
+        raise UserError(f"the class {names[empty[0]]!r} has no training sample in {shown(data.path or data.source)}")
     return Plan(names, every, listings, _content(source, names, every, listings))
 
 

@@ -24,6 +24,7 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import file_digest, publish
 
 SPAN_BYTES = 128 * 2**20  # of images in memory at once
+SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique within its split only
 
 Array = np.ndarray[Any, Any]
 
@@ -59,9 +60,12 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
 
 
 def write_rejected(plan: Plan, pieces: Path, target: Path, chunk: int) -> pa.Table:
-    """One list, sorted by id, of everything that was set aside."""
-    paths = [rejected_path(piece_path(pieces, split, index)) for split, index, _ in plan.chunks(chunk)]
-    table = pa.concat_tables([REJECTED.empty_table(), *(pq.read_table(path) for path in paths)]).sort_by("sample_id")
+    """One list (schema SET_ASIDE), sorted by id and split, of everything that was set aside."""
+    found = [SET_ASIDE.empty_table()]
+    for split, index, _ in plan.chunks(chunk):
+        part = pq.read_table(rejected_path(piece_path(pieces, split, index)))
+        found.append(part.append_column(SET_ASIDE.field("split"), pa.array([split] * part.num_rows, pa.string())))
+    table = pa.concat_tables(found).sort_by([("sample_id", "ascending"), ("split", "ascending")])
     with publish(target) as temporary:
         pq.write_table(table, temporary)
     return table
@@ -127,7 +131,8 @@ def _statistics(sums: Array) -> tuple[list[float], list[float]]:
 def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:
     listing = plan.listings["train"]
     lost = listing.filter(pc.equal(listing["label"], label))["sample_id"]
-    first = rejected.filter(pc.is_in(rejected["sample_id"], lost.combine_chunks())).slice(0, 1).to_pylist()[0]
+    train = rejected.filter(pc.equal(rejected["split"], "train"))
+    first = train.filter(pc.is_in(train["sample_id"], lost.combine_chunks())).slice(0, 1).to_pylist()[0]
     return (
         f"every training sample of the class {plan.class_names[label]!r} was rejected, for example {first['sample_id']!r}: "
         f"{first['reason']}. Mend or remove the class; all reasons are in {folder / 'rejected.parquet'}."

@@ -27,7 +27,7 @@ from distill_at_scale.rundir import publish
 
 REJECTED = pa.schema([("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string())])
 ONE_FILE = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a single file
-READ_AT_ONCE = 64  # samples; encoded bytes of two such reads are in memory
+READ_AT_ONCE = 64  # samples; up to four such reads are in memory: one is decoded, two wait, one is being read
 JPEG_FROM = 129  # pixels a side; below, raw pixels compress as well and cost nothing to decode
 
 Raw = bytes | np.ndarray[Any, Any]
@@ -153,8 +153,8 @@ def _read_one(source: Source, row: pa.Table) -> Raw | OSError:
     try:
         return source.read(row)[0]
     except OSError as error:
-        if error.errno not in ONE_FILE and error.errno is not None:
-            raise  # the disk or the network, not this sample
+        if error.errno not in ONE_FILE:
+            raise  # the disk or the network, not this sample; what pyarrow's network errors say has no number
         return error
 
 

@@ -28,12 +28,15 @@ DEFAULTS = {"connect_timeout": 5.0, "request_timeout": 10.0}  # seconds without 
 def connect(uri: str) -> tuple[Any, str]:
     """The file system, and the folder of the URI in it.
 
-    Raises ValueError for an unknown option or a wrong value, and OSError where the bucket's region cannot be found.
+    Raises ValueError for an unknown option, a wrong value or credentials that are not escaped, and OSError where the bucket's
+    region cannot be found.
     """
     parts = urlsplit(uri, allow_fragments=False)
     bucket = parts.netloc.rpartition("@")[2]
     if not bucket:
         raise ValueError("it names no bucket; write s3://bucket/folder")
+    if ":" in bucket:
+        raise ValueError("the bucket's name holds a ':'; in credentials before '@' write '/' as %2F and '?' as %3F")
     options: dict[str, Any] = {**DEFAULTS, **_options(parts.query)}
     attempts = options.pop("attempts", 3)
     if parts.username:

@@ -3,7 +3,8 @@
 Files are named by their POSIX path relative to the root. Nothing is ever written here. Credentials and endpoints are
 what `pyarrow.fs` takes: the usual environment variables of the cloud, and options in the URI
 (`s3://bucket/folder?endpoint_override=localhost:9000&scheme=http&region=us-east-1`); the options for S3 are in `s3.py`.
-A single file that is missing is an OSError; a storage that refuses to answer is a UserError.
+A single file that is missing is an OSError; a storage that refuses to answer is Unreachable. Credentials in a URI are never
+shown: messages name an address by `shown` alone.
 """
 
 from __future__ import annotations
@@ -22,15 +23,31 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from distill_at_scale.data import s3
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 
 T = TypeVar("T")
 READERS = 16  # threads for many small files on remote storage
 SCANNERS = 8  # threads that list local folders; a network disk answers each slowly
+LEAST_SECRET = 4  # letters; shorter parts of credentials cannot be told from other text
+SECRET_OPTION = re.compile(r"([?&][^=&]*(?:secret|token|passw|key|sig|credential)[^=&]*=)[^&]*", re.IGNORECASE)
+OF_A_SERVICE = re.compile(r"AWS Error|google::cloud|Azure Error|curl|timed? ?out", re.IGNORECASE)
 
 
 def is_uri(path: str) -> bool:
     return "://" in path
+
+
+def shown(path: str) -> str:
+    """A path or URI for messages: what stands before the last "@" of the address is hidden, and so are secret options."""
+    base, question, query = path.partition("?")
+    if "@" in query and "@" not in base and ":" in base.partition("://")[2]:  # a secret that holds a "?"
+        base, question, query = path, "", ""
+    return SECRET_OPTION.sub(r"\1***", re.sub(r"://.*@", "://", base, flags=re.DOTALL) + question + query)
+
+
+def unanswered(error: OSError) -> bool:
+    """Whether an error tells of the disk or the network, not of the bytes in a file (which pyarrow gives no number)."""
+    return error.errno is not None or OF_A_SERVICE.search(str(error)) is not None
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,8 @@ class Entry:
 class Store:
     """The folder that a configuration key names.
 
-    Opens connections when they are first needed, so that it can be pickled. Raises UserError where there is no such folder
-    or bucket, or where it cannot be read.
+    Opens connections when they are first needed, so that it can be pickled. Raises Unreachable where there is no such
+    folder or bucket, or where it cannot be read, and UserError for an address that cannot be.
     """
 
     def __init__(self, path: str, key: str = "data.path"):
@@ -54,14 +71,14 @@ class Store:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError unless the folder is there and can be read."""
+        """Raises Unreachable unless the folder is there and can be read."""
         if self.local:
             if not os.path.isdir(self._root):
-                raise UserError(f"{self._named}: there is no such folder; give the data set's root folder")
+                raise Unreachable(f"{self._named}: there is no such folder; give the data set's root folder")
             return
         kind = self._asked(lambda: self._fs.get_file_info(self._root).type)
         if kind != fs.FileType.Directory:
-            raise UserError(f"{self._named}: there is no such folder; check bucket and prefix")
+            raise Unreachable(f"{self._named}: there is no such folder; check bucket and prefix")
 
     def table(self, folder: str = "") -> tuple[pa.Array, pa.Array]:
         """Paths (string) and sizes (int64) of every file below a folder, sorted by path; hidden ones are left out."""
@@ -99,11 +116,11 @@ class Store:
     def read(self, file: str) -> bytes:
         """The whole file.
 
-        Raises OSError (FileNotFoundError among them) where that one file cannot be read, and UserError where the whole
-        folder is gone or a remote storage refuses.
+        Raises OSError (FileNotFoundError among them) where that one file cannot be read, and Unreachable where the
+        whole folder is gone or a remote storage refuses.
         """
         with self.open(file) as handle:
-            return self._asked_of(file, handle.read)
+            return self.asked(file, handle.read)
 
     def read_many(self, files: Sequence[str]) -> list[bytes]:
         """Whole files, in order; on remote storage many at a time. Raises what `read` raises."""
@@ -115,8 +132,8 @@ class Store:
     def read_range(self, file: str, offset: int, size: int) -> bytes:
         """Some bytes of a file; fewer where it ends before."""
         with self.open(file) as handle:
-            handle.seek(offset)
-            return self._asked_of(file, lambda: handle.read(size))
+            self.asked(file, lambda: handle.seek(offset))
+            return self.asked(file, lambda: handle.read(size))
 
     def open(self, file: str) -> Any:
         """A file for random access (pyarrow.NativeFile, or a Python file where the disk is local).
@@ -124,23 +141,31 @@ class Store:
         Raises as `read` does.
         """
         if self.local:
-            return self._asked_of(file, lambda: open(os.path.join(self._root, file), "rb"))
-        return self._asked_of(file, lambda: self._fs.open_input_file(self._join(file)))
+            return self.asked(file, lambda: open(os.path.join(self._root, file), "rb"))
+        return self.asked(file, lambda: self._fs.open_input_file(self._join(file)))
 
     def open_native(self, file: str) -> Any:
         """As `open`, but always a pyarrow.NativeFile, which Parquet reads without Python."""
         if self.local:
-            return self._asked_of(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
+            return self.asked(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
         return self.open(file)
 
     def place(self, file: str = "") -> str:
         """The full name of a file, for messages; without credentials."""
-        base = _without_secret(self.path).partition("?")[0].rstrip("/") if is_uri(self.path) else self.path.rstrip("/")
+        base = shown(self.path).partition("?")[0].rstrip("/") if is_uri(self.path) else self.path.rstrip("/")
         return f"{base}/{file}" if file else base
 
     @property
     def _named(self) -> str:
-        return f"{self.key} = {_without_secret(self.path)!r}"
+        return f"{self.key} = {shown(self.path)!r}"
+
+    def _public(self, reason: str) -> str:
+        """What another library says, without the address's credentials."""
+        reason = reason.replace(self.path, shown(self.path))
+        hidden = re.search(r"://(.*)@", self.path.partition("?")[0], re.DOTALL)
+        for part in re.split("[:/@]", hidden[1]) if hidden else []:
+            reason = reason.replace(part, "***") if len(part) >= LEAST_SECRET else reason
+        return reason
 
     @cached_property
     def _located(self) -> tuple[Any, str]:
@@ -150,9 +175,10 @@ class Store:
             if self.path.startswith("s3://"):
                 return s3.connect(self.path)
             return fs.FileSystem.from_uri(self.path)
-        except (ValueError, pa.ArrowNotImplementedError, OSError) as error:
-            reason = str(error).replace(self.path, _without_secret(self.path))
-            raise UserError(f"{self._named} cannot be opened: {reason}") from None
+        except OSError as error:
+            raise self.refusal(error) from None
+        except (ValueError, pa.ArrowNotImplementedError) as error:
+            raise UserError(f"{self._named} cannot be opened: {self._public(str(error))}") from None
 
     @property
     def _fs(self) -> Any:
@@ -205,14 +231,17 @@ class Store:
             raise UserError(f"{self.place()}: the file name {error.object!r} is not UTF-8; rename the file") from None
 
     def _asked(self, question: Callable[[], T]) -> T:
-        """Raises UserError where the storage refuses to answer: no such bucket, no permission, no network."""
+        """Raises Unreachable where the storage refuses to answer: no such bucket, no permission, no network."""
         try:
             return question()
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self.refusal(error) from None
 
-    def _asked_of(self, file: str, question: Callable[[], T]) -> T:
-        """As `_asked`, but what is wrong with one file alone stays an OSError."""
+    def asked(self, file: str, question: Callable[[], T]) -> T:
+        """The answer to a question about one file, such as a read from what `open` gave.
+
+        Raises OSError for what is wrong with that file alone, and Unreachable where the storage refuses to answer.
+        """
         try:
             return question()
         except FileNotFoundError:
@@ -221,12 +250,13 @@ class Store:
         except OSError as error:
             if self.local:
                 raise
-            raise self._refusal(error) from None
+            raise self.refusal(error) from None
 
-    def _refusal(self, error: OSError) -> UserError:
-        reason = " ".join(str(error).split())
+    def refusal(self, error: OSError) -> Unreachable:
+        """What a user reads where the storage does not answer."""
+        reason = self._public(" ".join(str(error).split()))
         advice = "Check the permissions." if self.local else "Check the address, the credentials and the network."
-        return UserError(f"{self._named} cannot be read: {reason}. {advice}")
+        return Unreachable(f"{self._named} cannot be read: {reason}. {advice}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_located"}
@@ -254,11 +284,3 @@ def _loops(entry: os.DirEntry[str]) -> bool:
     if not entry.is_symlink():
         return False
     return f"{os.path.realpath(os.path.dirname(entry.path))}/".startswith(f"{os.path.realpath(entry.path)}/")
-
-
-def _without_secret(path: str) -> str:
-    return re.sub(r"://[^/?]*@", "://", path)
-
-
-def shown(path: str) -> str:
-    return path

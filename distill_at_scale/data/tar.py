@@ -19,13 +19,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from distill_at_scale.data.storage import Store
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,13 +89,13 @@ class Window:
 def opened(store: Store, file: str) -> Iterator[Window]:
     """An archive for indexing.
 
-    Raises UserError, naming the file, where it cannot be opened or where the body fails to read it.
+    Raises Unreachable, naming the file, where it cannot be opened or where the body fails to read it.
     """
     try:
         with closing(store.open(file)) as handle:
             yield Window(handle, store.place(file))
     except OSError as error:
-        raise UserError(f"{store.place(file)} cannot be read: {error}; check the file and try again") from None
+        raise Unreachable(f"{store.place(file)} cannot be read: {error}; check the file and try again") from None
 
 
 def members(handle: Any, start: int = 0, end: int | None = None) -> Iterator[Member]:
@@ -229,8 +230,8 @@ def read(store: Store, rows: pa.Table) -> list[bytes]:
     """The bytes of some rows of a listing (location: archive, row: offset, size), in order.
 
     An archive stays open between its rows; from remote storage many samples are fetched at once, neighbours together.
-    Raises FileNotFoundError for a sample whose archive ends before it does, OSError where reading fails, and UserError for
-    an archive that is not there any more.
+    Raises FileNotFoundError for a sample whose archive ends before it does, OSError where the local disk fails, Unreachable
+    where remote storage does not answer or an archive may not be opened, and UserError for an archive that is gone.
     """
     columns = (rows[name].to_pylist() for name in ("location", "row", "size"))
     wanted = sorted((*row, i) for i, row in enumerate(zip(*columns, strict=True)))
@@ -251,6 +252,8 @@ def _contents(store: Store, file: str, pieces: list[Piece]) -> Iterator[tuple[Pi
     except FileNotFoundError:
         store.check()
         raise UserError(f"{store.place(file)} is not there any more; put it back and run the command again") from None
+    except OSError as error:  # no permission for a whole archive is no matter of single samples
+        raise store.refusal(error) from None
     with closing(handle):
         if store.local:
             for piece in pieces:
@@ -258,7 +261,9 @@ def _contents(store: Store, file: str, pieces: list[Piece]) -> Iterator[tuple[Pi
                 yield piece, handle.read(piece.size)
             return
         with ThreadPoolExecutor(REMOTE_THREADS, "samples") as pool:
-            for span in pool.map(lambda span: _cut_up(handle, span), _spans(pieces)):
+            size = store.asked(file, handle.size)
+            cuts = [partial(_cut_up, handle, span, size) for span in _spans(pieces)]
+            for span in pool.map(partial(store.asked, file), cuts):
                 yield from span
 
 
@@ -275,9 +280,10 @@ def _spans(pieces: list[Piece]) -> list[list[Piece]]:
     return spans
 
 
-def _cut_up(handle: Any, span: list[Piece]) -> list[tuple[Piece, bytes]]:
-    start = span[0].offset
-    content = handle.read_at(max(piece.offset + piece.size for piece in span) - start, start)
+def _cut_up(handle: Any, span: list[Piece], size: int) -> list[tuple[Piece, bytes]]:
+    """A read that begins behind the end of the file is an error to pyarrow, so there it is left out."""
+    start, end = span[0].offset, min(size, max(piece.offset + piece.size for piece in span))
+    content = handle.read_at(end - start, start) if end > start else b""
     return [(piece, content[piece.offset - start :][: piece.size]) for piece in span]
 
 

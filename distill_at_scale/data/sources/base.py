@@ -8,7 +8,7 @@ byte offset. Rows come in the order in which they are best read. Splits are call
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ LISTING = pa.schema(
 )
 Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+LARGEST_LABEL = 10**6  # of classes that have numbers for names
 
 
 class Source(Protocol):
@@ -86,7 +87,7 @@ def _column(values: Column, kind: pa.DataType) -> Any:
 def data_store(config: DataSection) -> Store:
     """The folder or URI named by data.path.
 
-    Raises UserError where it is missing from the configuration or from the disk, or cannot be reached.
+    Raises UserError where it is missing from the configuration, and Unreachable where there is none or it does not answer.
     """
     if config.path is None:
         raise UserError(f"data.path is not set; the source {config.source!r} needs the folder that holds the data")
@@ -95,5 +96,19 @@ def data_store(config: DataSection) -> Store:
 
 def split_of(name: str) -> str | None:
     """Which split a folder or file name belongs to: `train*` or `val*|validation*|test*`."""
-    word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
+    word = split_word(name)
     return next((split for split, words in SPLIT_NAMES.items() if word in words), None)
+
+
+def split_word(name: str) -> str | None:
+    """The word of SPLIT_NAMES that a folder or file name begins with."""
+    word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
+    return word if any(word in words for words in SPLIT_NAMES.values()) else None
+
+
+def labelled(tests: Mapping[str, str | None]) -> list[str]:
+    """Of the files or folders of the test split, given with their words, those to use.
+
+    They are those of a validation split where there are any: where there are both, "test" often comes without labels.
+    """
+    return [name for name, word in tests.items() if word != "test"] or list(tests)

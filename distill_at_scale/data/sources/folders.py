@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.config import DataSection
-from distill_at_scale.data.sources.base import data_store, listing, split_of
+from distill_at_scale.data.sources.base import data_store, labelled, listing, split_of, split_word
 from distill_at_scale.data.storage import Store
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
@@ -77,9 +77,9 @@ def split_folders(store: Store) -> dict[str, str]:
         raise UserError(
             f"{store.place()} holds several training folders ({', '.join(train)}); put them into one, train/"
         )
-    test = [name for name in names if split_of(name) == "test"]
+    test = labelled({name: split_word(name) for name in names if split_of(name) == "test"})
     found = {"train": "train" if "train" in train else train[0]} if train else {}
-    return found | ({"test": test[-1]} if test else {})  # val rather than test, which often has no labels
+    return found | ({"test": test[-1]} if test else {})
 
 
 def images(store: Store, folder: str) -> tuple[pa.Array, pa.Array]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distill_at_scale.data.storage import Store, is_uri
+from distill_at_scale.data.storage import Store, is_uri, shown
 from distill_at_scale.errors import UserError
 
 LISTS = (  # those that name WordNet ids first: nothing in them can be misread
@@ -123,19 +123,19 @@ def stem(name: str) -> str:
 def named_file(store: Store, path: str, key: str) -> File:
     """The file that a configuration key names: absolute, a URI, or relative to the root of the data.
 
-    Raises UserError where it cannot be read.
+    Raises UserError where it cannot be read, Unreachable among them.
     """
     try:
         if is_uri(path):
             folder, _, rest = path.partition("?")
             parent, _, name = folder.rpartition("/")
-            return File(folder, Store(parent + (f"?{rest}" if rest else ""), key).read(name))
+            return File(shown(folder), Store(parent + (f"?{rest}" if rest else ""), key).read(name))
         if Path(path).expanduser().is_absolute():
             return File(path, Path(path).expanduser().read_bytes())
         return File(store.place(path), store.read(path))
     except OSError as error:
         raise UserError(
-            f"{key} = {path!r} cannot be read ({error.strerror or error}); "
+            f"{key} = {shown(path)!r} cannot be read ({error.strerror or error}); "
             f"give a path relative to {store.place()}, or an absolute one"
         ) from None
 

@@ -1,7 +1,8 @@
 """Hugging Face's image layout: Parquet files `train-*.parquet`, `test-*.parquet` with `image: struct<bytes, path>` and
 `label`. An image column of plain bytes is taken as well.
 
-Class names come from the metadata that the datasets library writes into the schema. A sample's id is `image.path`
+Class names come from the metadata that the datasets library writes into the schema; without it, numbered classes are called
+"0" to the largest number of the training split, and labels that are text are sorted by name. A sample's id is `image.path`
 where it is present and unique within the split, else `<file>:<row>`. Files may also lie in a folder per split. Files are
 looked at side by side; while listing only labels and paths are read, never images.
 """
@@ -21,12 +22,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import DataSection
-from distill_at_scale.data.sources.base import data_store, listing, repeated, split_of
+from distill_at_scale.data.sources.base import (
+    LARGEST_LABEL,
+    data_store,
+    labelled,
+    listing,
+    repeated,
+    split_of,
+    split_word,
+)
+from distill_at_scale.data.storage import unanswered
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
 
 T = TypeVar("T")
 READERS = 8  # files that are looked at side by side
+TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
@@ -35,11 +46,9 @@ class HuggingFaceParquet:
         self.config, self.store = config, data_store(config)
         self.files: dict[str, list[str]] = {}
         for name in [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]:
-            *folders, file = name.split("/")
-            split = split_of(file) or next((s for part in folders if (s := split_of(part))), "train")
-            self.files.setdefault(split, []).append(name)
-        if validation := [name for name in self.files.get("test", []) if "val" in name.lower()]:
-            self.files["test"] = validation  # where there are both, test often comes without labels
+            self.files.setdefault(split_of(_split_part(name)) or "train", []).append(name)
+        if test := self.files.get("test"):
+            self.files["test"] = labelled({name: split_word(_split_part(name)) for name in test})
         if "train" not in self.files:
             raise UserError(f"{self.store.place()} holds no training Parquet files (train-*.parquet)")
         self._declared = self._declared_names()
@@ -49,11 +58,34 @@ class HuggingFaceParquet:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The declared names, else "0".."max" of the training labels."""
+        """The declared names, else the sorted training labels that are text, else "0".."max" of those that are numbers.
+
+        Raises UserError for a number that no class can have, naming file and row.
+        """
         if self._declared:
             return self._declared
-        labels = [table["label"] for table in self._tables("train") if pa.types.is_integer(table["label"].type)]
-        return [str(label) for label in range(max((pc.max(column).as_py() or 0 for column in labels), default=0) + 1)]
+        tables = self._tables("train")
+        if self._textual:
+            texts = (pc.unique(table["label"]).to_pylist() for table in tables if _is_text(table["label"].type))
+            return sorted({text for found in texts for text in found if text and text.strip()})
+        largest = [self._largest(t["label"], name) for t, name in zip(tables, self.files["train"], strict=True)]
+        return [str(label) for label in range(max(largest) + 1)]
+
+    @cached_property
+    def _textual(self) -> bool:
+        """Whether training labels are text."""
+        return any(_is_text(table["label"].type) for table in self._tables("train"))
+
+    def _largest(self, column: pa.ChunkedArray, name: str) -> int:
+        """The largest label of a file of numbers, 0 where it has none."""
+        found = pc.max(column)
+        label = found.as_py() or 0
+        if label > LARGEST_LABEL:
+            raise UserError(
+                f"{self.store.place(name)}, row {pc.index(column, found).as_py()}: the label {label} is more than "
+                f"{LARGEST_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
+            )
+        return max(0, label)
 
     def splits(self) -> list[str]:
         return [split for split in ("train", "test") if split in self.files]
@@ -72,7 +104,7 @@ class HuggingFaceParquet:
 
     def digest(self, split: str) -> str:
         """Hash of every file's footer: its schema, and sizes and statistics of all column chunks."""
-        return digest(self._of_all(self._footer, self.files[split]))
+        return digest(self._of_all(lambda name: self._asked(name, lambda: self._footer(name)), self.files[split]))
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
         """Reads each row group once when rows come in file order; the last one stays open between calls.
@@ -118,12 +150,14 @@ class HuggingFaceParquet:
         return self._asked(name, lambda: pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local))
 
     def _asked(self, name: str, question: Callable[[], T]) -> T:
-        """Raises UserError for a file that is missing or no Parquet file, or a storage that does not answer."""
+        """Raises UserError for a file that is missing or no Parquet file, and Unreachable where the storage refuses."""
         try:
             return question()
         except FileNotFoundError:
             raise UserError(f"{self.store.place(name)} is gone; restore it, or list the data again") from None
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and unanswered(error):
+                raise self.store.refusal(error) from None
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again."
@@ -154,22 +188,28 @@ class HuggingFaceParquet:
                 )
             paths = [f"{image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
             table = self._asked(name, lambda: file.read(columns=[label, *paths]))
-        columns = {"label": table[label]}
+        columns = {"label": _plain(table[label], f"{place}: column {label!r}")}
         if paths:
             columns["path"] = pc.struct_field(table[image], "path").cast(pa.string())
         return pa.table(columns)
 
     def _labels(self, column: pa.ChunkedArray, name: str) -> np.ndarray[Any, Any]:
-        classes = len(self.class_names)
-        if pa.types.is_integer(column.type):
-            filled = column.cast(pa.int64()).fill_null(-1).to_numpy()
-            bad = np.flatnonzero((filled < 0) | (filled >= classes))
+        """The place of every label of a file in class_names."""
+        names, is_text = self.class_names, _is_text(column.type)
+        places = pc.index_in(column, pa.array(names, pa.string())) if is_text else column.cast(pa.int64(), safe=False)
+        filled = places.cast(pa.int64()).fill_null(-1).to_numpy()
+        if not self._declared and is_text != self._textual:
+            bad, wanted = (
+                np.arange(len(column)),
+                f"a {'text' if self._textual else 'number'}, as in other training files",
+            )
         else:
-            filled, bad = np.zeros(len(column), np.int64), np.arange(len(column))
+            bad = np.flatnonzero((filled < 0) | (filled >= len(names)))
+            wanted = "a class of the training split" if is_text else f"one of 0..{len(names) - 1}"
         if bad.size:
             raise UserError(
-                f"{self.store.place(name)}, row {bad[0]}: the label {column[int(bad[0])].as_py()!r} is not one of "
-                f"0..{classes - 1}; remove the row or the split"
+                f"{self.store.place(name)}, row {bad[0]}: the label {column[int(bad[0])].as_py()!r} is not {wanted}; "
+                "correct or remove the row or the file, or set data.label_column to the column with the classes"
             )
         return filled
 
@@ -182,9 +222,38 @@ class HuggingFaceParquet:
     def _declared_names(self) -> list[str]:
         """Class names in the metadata of the first training file."""
         with self._parquet(self.files["train"][0]) as file:
-            metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-        feature = metadata.get("info", {}).get("features", {}).get(self.config.label_column, {})
-        return [str(name) for name in feature.get("names") or []]
+            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        try:
+            found = json.loads(metadata)
+        except (ValueError, RecursionError):
+            return []  # damaged, as if it were not there
+        for key in ("info", "features", self.config.label_column, "names"):
+            found = found.get(key) if isinstance(found, dict) else None
+        return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _split_part(path: str) -> str:
+    """The file's name, else the first folder, that says the split; the file's name where none does."""
+    *folders, file = path.split("/")
+    return next((part for part in (file, *folders) if split_of(part)), file)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in TEXT)
+
+
+def _plain(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
+    """Labels as integers or as strings, whatever their encoding; raises UserError for labels that are neither."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if _is_text(column.type):
+        return column.cast(pa.string())
+    if not pa.types.is_integer(column.type):
+        raise UserError(
+            f"{place} holds {column.type}, neither whole numbers nor text; set data.label_column to the column with the "
+            "classes"
+        )
+    return column
 
 
 def _ids(tables: list[pa.Table], locations: pa.Array, rows: np.ndarray[Any, Any]) -> pa.Array:

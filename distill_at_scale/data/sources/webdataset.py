@@ -22,15 +22,15 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config import DataSection
 from distill_at_scale.data import tar
-from distill_at_scale.data.sources.base import LISTING, SPLIT_NAMES
-from distill_at_scale.data.storage import Store, is_uri
+from distill_at_scale.data.sources.base import LARGEST_LABEL, LISTING, SPLIT_NAMES, labelled
+from distill_at_scale.data.storage import Store, is_uri, shown
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 LARGEST_FILE = 2**24  # bytes of a cls or json file
-LARGEST_LABEL = MOST_SHARDS = 10**6
+MOST_SHARDS = 10**6
 LOCAL_THREADS = 4
 INDEX = pa.schema({"key": pa.string(), "shard": pa.string(), "row": pa.int64(), "size": pa.int64(),
                    "label": pa.string(), "numbered": pa.bool_()})  # fmt: skip
@@ -59,11 +59,11 @@ class WebDataset:
         for shard, size in self._sizes().items():
             split = "test" if _split_word(shard) in SPLIT_NAMES["test"] else "train"
             found.setdefault(split, {})[shard] = size
-        validation = {shard: size for shard, size in found.get("test", {}).items() if _split_word(shard) != "test"}
-        if validation:
-            found["test"] = validation  # where there are both, test often comes without labels
+        if test := found.get("test"):
+            found["test"] = {shard: test[shard] for shard in labelled({shard: _split_word(shard) for shard in test})}
         if "train" not in found:
-            raise UserError(f"{self.config.path} holds no training shards (train-000000.tar); check data.path")
+            place = shown(str(self.config.path))
+            raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
         return found
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.cluster.pool import reporting, stream
+from distill_at_scale.cluster.pool import grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import listing_path, mapped, open_source
@@ -31,7 +31,7 @@ from distill_at_scale.execution import Advance, Chunks
 
 def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool) -> int:
     """Decode every chunk that has no piece yet; returns the number of rejected samples, of earlier pieces too."""
-    rejected, units = 0, []
+    rejected, waiting = 0, []
     for split, index, rows in chunks:
         path = piece_path(pieces, split, index)
         if (rejected_path(path) if check else path).exists():
@@ -44,9 +44,9 @@ def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: b
                 "start": index * config.data.chunk,
                 "count": rows.num_rows,
             }
-            units.append(pa.table({"path": [str(path)], **{key: [value] for key, value in place.items()}}))
+            waiting.append({"path": str(path), **place})
     arguments = {"packed": pack(config), "check": check}
-    for result in stream(units, Ingester, arguments, config, gpus=0) if units else ():
+    for result in stream(grouped(waiting, config, gpus=0), Ingester, arguments, config, gpus=0) if waiting else ():
         rejected += result["rejected"]
         advance(result["used"] + result["rejected"])
     return rejected
@@ -66,7 +66,9 @@ class Ingester:
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
         source, recipe = self.tools
-        place = unit.to_pylist()[0]
-        rows = mapped(Path(place["listing"])).slice(place["start"], place["count"])
-        used, rejected = self.make(source, recipe, rows, Path(place["path"]))
-        return pa.table({"used": [used], "rejected": [rejected]})
+        counts = [0, 0]
+        for place in work_of(unit):
+            rows = mapped(Path(place["listing"])).slice(place["start"], place["count"])
+            used, rejected = self.make(source, recipe, rows, Path(place["path"]))
+            counts = [counts[0] + used, counts[1] + rejected]
+        return pa.table({"used": [counts[0]], "rejected": [counts[1]]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
@@ -17,11 +18,24 @@ from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 
+CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
+
+
+def grouped(chunks: Sequence[dict[str, Any]], config: Config, gpus: float) -> list[pa.Table]:
+    """Units of several chunks, each a dict with the `path` that it makes: few enough for Ray, enough for all actors."""
+    size = max(1, min(CHUNKS_AT_ONCE, len(chunks) // (UNITS_EACH * actor_count(config, gpus))))
+    parts = (chunks[i : i + size] for i in range(0, len(chunks), size))
+    return [pa.table({"path": [part[0]["path"]], "work": [json.dumps(part)]}) for part in parts]
+
+
+def work_of(unit: pa.Table) -> list[dict[str, Any]]:
+    """The chunks of a unit."""
+    return json.loads(unit["work"][0].as_py())
 
 
 def stream(

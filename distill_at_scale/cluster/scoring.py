@@ -4,7 +4,6 @@ with all checkpoints.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -17,7 +16,7 @@ import ray.train.torch
 import torch
 
 from distill_at_scale.cluster import training
-from distill_at_scale.cluster.pool import actor_count, cores, cores_each, device, reporting, stream
+from distill_at_scale.cluster.pool import cores, cores_each, device, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -26,7 +25,6 @@ from distill_at_scale.scoring.proxy import checkpoint_path
 from distill_at_scale.scoring.scorer import Scorer
 
 POLL = 0.5  # seconds between two looks at the finished epochs
-CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 
 
 def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
@@ -92,23 +90,17 @@ def score(
     config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
 ) -> None:
     """Score every chunk that has no piece yet; an actor gets several chunks at a time and reads ahead within them."""
-    waiting = []
+    waiting: list[dict[str, Any]] = []
     for chunk in chunks:
-        if score_piece(pieces, chunk).exists():
+        path = score_piece(pieces, chunk)
+        if path.exists():
             advance(chunk.rows)
         else:
-            waiting.append(chunk)
+            waiting.append({**asdict(chunk), "path": str(path)})
     gpus = config.cluster.gpus_per_worker
-    size = max(1, min(CHUNKS_AT_ONCE, len(waiting) // (UNITS_EACH * actor_count(config, gpus))))
-    units = [_unit(waiting[i : i + size], pieces) for i in range(0, len(waiting), size)]
     arguments = {"packed": pack(config), "prepared": str(prepared), "checkpoints": str(checkpoints)}
-    for result in stream(units, ScoringActor, arguments, config, gpus) if units else ():
+    for result in stream(grouped(waiting, config, gpus), ScoringActor, arguments, config, gpus) if waiting else ():
         advance(result["rows"])
-
-
-def _unit(chunks: Sequence[Chunk], pieces: Path) -> pa.Table:
-    work = [{**asdict(chunk), "path": str(score_piece(pieces, chunk))} for chunk in chunks]
-    return pa.table({"path": [work[0]["path"]], "work": [json.dumps(work)]})
 
 
 class ScoringActor:
@@ -125,7 +117,7 @@ class ScoringActor:
 
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
-        work = json.loads(unit["work"][0].as_py())
+        work = work_of(unit)
         targets = [Path(item.pop("path")) for item in work]
         return pa.table({"rows": [sum(self.scorer.score(list(zip(map(_chunk, work), targets, strict=True))))]})
 

@@ -33,7 +33,7 @@ def main() -> None:
     try:
         files = _inputs(options, folder / "images")
         config = validate({
-            "data": {"source": "imagefolder", "path": str(folder / "images"), "size": options.size, "chunk": 512},
+            "data": {"source": "imagefolder", "path": str(folder / "images"), "size": options.size},
             "cluster": {"actors": options.cores},
         })  # fmt: skip
         roofs, ours, seconds, merged = [], [], [], []

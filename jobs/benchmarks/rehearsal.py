@@ -68,7 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--decode-rate", type=float, default=2200, help="500 x 375 JPEGs to 64 x 64, measured: decode.py"
     )
-    parser.add_argument("--merge-rate", type=float, default=25_000, help="images of 64 x 64, measured: ingest.py")
+    parser.add_argument("--merge-rate", type=float, default=20_000, help="images of 64 x 64, measured: ingest.py")
     parser.add_argument("--score-rate", type=float, default=30_000, help="an assumption: no GPU was at hand")
     parser.add_argument("--train-rate", type=float, default=10_000, help="an assumption: a third of the score rate")
     return parser.parse_args()

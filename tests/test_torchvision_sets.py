@@ -169,7 +169,7 @@ def test_a_hostile_pickle_is_refused_without_running(tmp_path, file):
 
 @pytest.mark.parametrize(
     "value",
-    [np.array([Hostile("x"), None], object), np.array(["a"]), {1, 2}, 1j, np.float64(1), np.dtype("u1"), print],
+    [np.array([Hostile("x"), None], object), np.array(["a"]), {1, 2}, 1j, np.float64(1), np.dtype("u1"), len],
     ids=["objects", "text array", "set", "complex", "scalar", "dtype", "function"],
 )
 def test_what_is_no_plain_data_is_refused(value):

@@ -317,6 +317,7 @@ def work(rank: int, folder: str, places: Places) -> None:
             "first": group.first("second" if rank == 1 else None),
         }
         (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
+        dist.barrier()  # nobody takes the group apart while the other still talks
     finally:
         dist.destroy_process_group()
 

@@ -21,7 +21,7 @@ from distill_at_scale import distill, synthetic
 from distill_at_scale.data.shards import Prepared, pixels_of, to_table
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.errors import DistillationDiverged, UserError
-from distill_at_scale.pruning.manifest import kept_ids
+from distill_at_scale.pruning.manifest import kept
 from distill_at_scale.workers import Group, Solo, workers_here
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def poison(prepared: Path, kept: set[str]) -> int:
 def test_pruned_samples_are_never_read(places, tmp_path, case):
     poisoned = replace(elsewhere(places, "poisoned"), prepared=tmp_path / "prepared")
     shutil.copytree(places.prepared, poisoned.prepared)
-    assert poison(poisoned.prepared, set(kept_ids(places.manifest))) > 100
+    assert poison(poisoned.prepared, set(kept(places.manifest).to_pylist())) > 100
     assert same(start(poisoned, **CASES[case]).run(), start(elsewhere(places, "clean"), **CASES[case]).run())
 
 

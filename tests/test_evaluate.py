@@ -18,7 +18,7 @@ from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.pruning.manifest import kept_ids
+from distill_at_scale.pruning.manifest import kept
 
 CPU = torch.device("cpu")
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
@@ -61,7 +61,7 @@ def test_each_job_trains_on_its_set(evaluator, digits_run):
     assert sizes == {
         "distilled": 3,
         "random_real": 3,
-        "kept": len(kept_ids(digits_run.dir / "manifest.parquet")),
+        "kept": len(kept(digits_run.dir / "manifest.parquet")),
         "full": sum(run.counts()),
     }
 

@@ -114,13 +114,13 @@ def test_the_kept_ids_come_in_order_from_all_row_groups(tmp_path, monkeypatch, e
     table = rows(1950, every)
     manifest.write(tmp_path / "m", table, {})
     assert manifest.kept(tmp_path / "m").to_pylist() == table["sample_id"].to_pylist()[::every]
-    assert manifest.kept_ids(tmp_path / "m") == table["sample_id"].to_pylist()[::every]
+    assert manifest.kept(tmp_path / "m").to_pylist() == table["sample_id"].to_pylist()[::every]
 
 
 def test_nothing_kept_is_an_empty_array_of_strings(tmp_path):
     manifest.write(tmp_path / "m", rows(9).set_column(4, "kept", pa.array([False] * 9)), {})
     assert manifest.kept(tmp_path / "m").type == pa.string()
-    assert manifest.kept_ids(tmp_path / "m") == []
+    assert manifest.kept(tmp_path / "m").to_pylist() == []
 
 
 def test_a_folder_with_an_equals_sign_adds_no_column(tmp_path):

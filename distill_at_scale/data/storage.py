@@ -33,6 +33,11 @@ SECRET_OPTION = re.compile(r"([?&][^=&]*(?:secret|token|passw|key|sig|credential
 OF_A_SERVICE = re.compile(r"AWS Error|google::cloud|Azure Error|curl|timed? ?out", re.IGNORECASE)
 
 
+def joined(folder: str, name: str) -> str:
+    """The relative path of a file or folder in a folder; "" is the root."""
+    return f"{folder}/{name}" if folder else name
+
+
 def is_uri(path: str) -> bool:
     return "://" in path
 

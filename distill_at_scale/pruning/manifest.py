@@ -79,10 +79,5 @@ def kept(path: Path) -> pa.ChunkedArray:
     return pa.chunked_array(found, pa.string())
 
 
-def kept_ids(path: Path) -> list[str]:
-    """The same as Python strings, for what is small."""
-    return kept(path).to_pylist()
-
-
 def _open(path: Path) -> pq.ParquetFile:
     return open_table(path, "select", SCHEMA.names, "manifest")

@@ -11,7 +11,6 @@ pieces to its last one; roof and ours take turns.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from side_by_side import Clock, roof, show
+from side_by_side import Clock, image_options, roof, show
 
 from distill_at_scale.config import Config, validate
 
@@ -55,13 +54,10 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", required=True, help="an ImageFolder with train/<class>/*")
-    parser.add_argument("--size", type=int, default=64)
+    parser = image_options(__doc__)
     parser.add_argument("--copies", type=int, default=40)
     parser.add_argument("--large", help="WIDTHxHEIGHT to scale the images up to first")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
     return parser.parse_args()
 
 

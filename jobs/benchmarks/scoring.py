@@ -13,7 +13,6 @@ sample counts once.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from side_by_side import Clock, Row, roof, show
+from side_by_side import Clock, Row, image_options, roof, show
 from torch import Tensor, nn
 
 from distill_at_scale import tensors
@@ -67,13 +66,10 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", required=True, help="an ImageFolder with train/<class>/*")
-    parser.add_argument("--size", type=int, default=64)
+    parser = image_options(__doc__)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--samples", type=int, default=600_000, help="with one checkpoint; a tenth with ten")
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
     return parser.parse_args()
 
 

@@ -6,8 +6,10 @@ the first finished piece of work to the last one, so that starting up does not c
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +41,15 @@ class Clock:
     @property
     def rate(self) -> float:
         return self.samples / max(self.seconds, 1e-9)
+
+
+def image_options(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that reads an ImageFolder."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--path", required=True, help="an ImageFolder with train/<class>/*")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    return parser
 
 
 def roof(work: Callable[..., int], cores: int, *arguments: Any) -> float:

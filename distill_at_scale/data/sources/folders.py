@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import data_store, labelled, listing, split_of, split_word
-from distill_at_scale.data.storage import Store
+from distill_at_scale.data.storage import Store, joined
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 
@@ -108,7 +108,7 @@ def class_listing(
     labels = pc.index_in(owners, pa.array(class_names, pa.string()))
     if labels.null_count:
         extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
-        place = store.place(_joined(folder, extra))
+        place = store.place(joined(folder, extra))
         raise UserError(
             f"{place} is a class that the training split does not have; remove the folder or complete train/"
         )
@@ -129,13 +129,9 @@ def complete(source: FolderSource, split: str, table: pa.Table) -> None:
         more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
         sample = "training sample" if split == "train" else "test sample"
         raise UserError(
-            f"the class {empty[0]!r} has no {sample}: {source.store.place(_joined(source.folders[split], empty[0]))} "
+            f"the class {empty[0]!r} has no {sample}: {source.store.place(joined(source.folders[split], empty[0]))} "
             f"is missing or holds no image{more}; complete the split, or remove the class everywhere"
         )
-
-
-def _joined(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
 
 
 def listing_digest(table: pa.Table) -> str:

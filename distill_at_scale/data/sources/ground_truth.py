@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distill_at_scale.data.storage import Store, is_uri, shown
+from distill_at_scale.data.storage import Store, is_uri, joined, shown
 from distill_at_scale.errors import UserError
 
 LISTS = (  # those that name WordNet ids first: nothing in them can be misread
@@ -146,11 +146,11 @@ def find(store: Store, names: Sequence[str]) -> Iterator[File]:
     for name in names:
         for folder, files in places:
             if name in files:
-                yield File(store.place(_joined(folder, name)), store.read(_joined(folder, name)))
+                yield File(store.place(joined(folder, name)), store.read(joined(folder, name)))
     for folder, files in places:
         for archive in files:
             if "devkit" in archive and archive.endswith((".tar.gz", ".tgz", ".tar")):
-                yield from _in_archive(store, _joined(folder, archive), names)
+                yield from _in_archive(store, joined(folder, archive), names)
 
 
 def _in_archive(store: Store, archive: str, names: Sequence[str]) -> Iterator[File]:
@@ -181,9 +181,5 @@ def _places(store: Store) -> list[tuple[str, set[str]]]:
         below, files = ([], []) if folder.lower().startswith("train") else store.names(folder)
         places.append((folder, set(files)))
         if not folder.lower().startswith("val"):  # its folders are classes
-            places += [(_joined(folder, name), set(store.names(_joined(folder, name))[1])) for name in below[:20]]
+            places += [(joined(folder, name), set(store.names(joined(folder, name))[1])) for name in below[:20]]
     return places
-
-
-def _joined(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name

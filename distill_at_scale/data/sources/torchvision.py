@@ -23,7 +23,7 @@ import pyarrow as pa
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import plain_pickle
 from distill_at_scale.data.sources.base import data_store, listing
-from distill_at_scale.data.storage import Store
+from distill_at_scale.data.storage import Store, joined
 from distill_at_scale.errors import UserError
 
 Array = np.ndarray[Any, Any]
@@ -94,7 +94,7 @@ class TorchvisionSet:
 def _recognise(store: Store) -> tuple[Layout, str]:
     found = [(layout, folder) for layout in LAYOUTS for folder in layout.folders if _is_there(store, layout, folder)]
     if not found:
-        known = ", ".join(f"{layout.name}: {_joined(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
+        known = ", ".join(f"{layout.name}: {joined(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
         raise UserError(
             f"{store.place()} holds none of the sets that torchvision stores ({known}); give their root folder"
         )
@@ -106,15 +106,15 @@ def _recognise(store: Store) -> tuple[Layout, str]:
 
 def _is_there(store: Store, layout: Layout, folder: str) -> bool:
     """A folder with the right files; without an own folder the path must say which of two alike sets it is."""
-    file = _joined(folder, layout.marker)
+    file = joined(folder, layout.marker)
     root = os.path.abspath(store.place()) if store.local else store.place()
-    named = layout.own_name in f"{_joined(root, folder)}/"
+    named = layout.own_name in f"{joined(root, folder)}/"
     return named and (store.size(file) is not None or store.size(file + ".gz") is not None)
 
 
 def _content(store: Store, folder: str, name: str, packed: bool = False) -> bytes:
     """A file's bytes; with `packed`, those in name.gz where the file itself is not there."""
-    file = _joined(folder, name)
+    file = joined(folder, name)
     if packed and store.size(file) is None and store.size(file + ".gz") is not None:
         try:
             return gzip.decompress(store.read(file + ".gz"))
@@ -127,7 +127,7 @@ def _content(store: Store, folder: str, name: str, packed: bool = False) -> byte
 
 
 def _pickled(store: Store, folder: str, name: str) -> dict[Any, Any]:
-    content, place = _content(store, folder, name), store.place(_joined(folder, name))
+    content, place = _content(store, folder, name), store.place(joined(folder, name))
     try:
         value = plain_pickle.load(content)
     except plain_pickle.Refused as error:
@@ -142,7 +142,7 @@ def _pickled(store: Store, folder: str, name: str) -> dict[Any, Any]:
 def _cifar(store: Store, folder: str, names: Sequence[str], key: str) -> tuple[Array, Array]:
     images, labels = [], []
     for name in names:
-        batch, place = _pickled(store, folder, name), store.place(_joined(folder, name))
+        batch, place = _pickled(store, folder, name), store.place(joined(folder, name))
         data, found = batch.get("data"), batch.get(key)
         if not isinstance(data, np.ndarray) or data.shape[1:] != (3072,) or data.dtype != np.uint8:
             raise UserError(f"{place} holds no images of 3 x 32 x 32 bytes; download it again")
@@ -166,7 +166,7 @@ def _meta(name: str, key: str, count: int) -> Callable[[Store, str], list[str]]:
     def names(store: Store, folder: str) -> list[str]:
         found = _pickled(store, folder, name).get(key)
         if not isinstance(found, list) or len(found) != count:
-            raise UserError(f"{store.place(_joined(folder, name))} does not name {count} classes; download it again")
+            raise UserError(f"{store.place(joined(folder, name))} does not name {count} classes; download it again")
         return [str(word) for word in found]
 
     return names
@@ -175,7 +175,7 @@ def _meta(name: str, key: str, count: int) -> Callable[[Store, str], list[str]]:
 def _svhn(store: Store, folder: str, split: str) -> tuple[Array, Array]:
     from scipy.io import loadmat
 
-    content, place = _content(store, folder, f"{split}_32x32.mat"), store.place(_joined(folder, f"{split}_32x32.mat"))
+    content, place = _content(store, folder, f"{split}_32x32.mat"), store.place(joined(folder, f"{split}_32x32.mat"))
     try:
         held = loadmat(io.BytesIO(content), variable_names=["X", "y"])
         images, labels = held["X"], held["y"].reshape(-1).astype(np.int64)
@@ -195,7 +195,7 @@ def _mnist(store: Store, folder: str, split: str) -> tuple[Array, Array]:
 
 def _idx(store: Store, folder: str, name: str, dimensions: int) -> Array:
     """An array of bytes: magic 0x000008 and the number of dimensions, then each as a big-endian uint32, then the data."""
-    content, place = _content(store, folder, name, packed=True), store.place(_joined(folder, name))
+    content, place = _content(store, folder, name, packed=True), store.place(joined(folder, name))
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
         raise UserError(f"{place} is no idx file of bytes with {dimensions} dimensions; download it again")
@@ -205,10 +205,6 @@ def _idx(store: Store, folder: str, name: str, dimensions: int) -> Array:
             f"{place} has {len(content):,} bytes, its header says {start + math.prod(shape):,}; download it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _joined(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
 
 
 def _fixed(names: Sequence[str]) -> Callable[[Store, str], list[str]]:

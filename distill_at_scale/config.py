@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from distill_at_scale.errors import UserError
 
 LARGEST_RATE = 3e38  # what a 32-bit float holds
+CLIPS_AT_ONCE = 64  # in a chunk
 SIAMESE = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -52,7 +53,32 @@ class DataSection(Section):
     max_pixels: int = Field(
         100_000_000, ge=1, le=170_000_000
     )  # an image that claims more is rejected unopened (decompression bomb)
-    chunk: int = Field(1024, ge=1)  # samples per unit of ingest and scoring work
+    chunk: int = Field(1024, ge=1)  # samples per unit of ingest and scoring work; of clips 64 unless it is given
+    train_split: Literal["train", "val", "test"] = "train"  # which split of the source is distilled
+    # clips (data.frames set); the rest of the section holds for them too
+    frames: int | None = Field(None, ge=2, le=256)  # of a clip; null: the data are images
+    sampling: Literal["uniform", "segment", "dense"] = (
+        "uniform"  # uniform: middles of equal segments; segment: random within them; dense: every stride-th from a random start
+    )
+    stride: int = Field(4, ge=1)  # of sampling: dense, in frames of the video
+    decoder: Literal["auto", "decord", "pyav"] = "auto"  # auto: decord where it is installed, PyAV where it fails
+    seek: Literal["exact", "fast"] = "exact"  # fast: the nearest frame that other frames are predicted from
+    short: Literal["repeat", "reject"] = "repeat"  # clips with fewer frames: repeat the last one (listed), or leave out
+    time_limit: float = Field(60.0, gt=0)  # seconds for one clip; then its decoder is killed and the clip rejected
+    max_seconds: float = Field(600.0, gt=0)  # of a video; longer ones are rejected
+    max_bytes: int = Field(2**30, ge=1)  # of a sample's file; larger ones are rejected unread
+    annotations: str | None = (
+        None  # list(s) of labels: a file, or a folder of them; default: found by their usual names
+    )
+    fold: int = Field(1, ge=1, le=3)  # of the official splits of UCF-101 and HMDB-51
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chunk_of_clips(cls, values: Any) -> Any:
+        """A clip takes some hundred times as long to decode as an image."""
+        if isinstance(values, dict) and values.get("frames") is not None:
+            return {"chunk": CLIPS_AT_ONCE, **values}
+        return values
 
 
 class ScoreSection(Section):

@@ -17,10 +17,11 @@ from distill_at_scale.rundir import Inputs, RunDir
 from distill_at_scale.scoring import weights
 
 LEFT_OUT = {
-    "data": ("path", "class_names", "val_labels", "synsets"),
+    "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
     "score": ("workers", "weights"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
 }
+OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds", "fold")
 TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
 
 
@@ -56,9 +57,14 @@ Dependence = tuple[dict[str, Any], tuple[str, ...]]  # configuration values, and
 
 
 def data(config: Config) -> dict[str, Any]:
-    """The configuration behind the prepared data; the seed counts only where it splits them."""
-    classes = {} if config.data.classes is None else {"data.classes": class_list(config.data.classes)}
-    return _section(config, "data") | classes | ({"run.seed": config.run.seed} if config.data.holdout else {})
+    """The configuration behind the prepared data; the seed counts only where it splits them or picks their frames."""
+    values, section = _section(config, "data"), config.data
+    if section.frames is None:
+        values = {key: value for key, value in values.items() if key.removeprefix("data.") not in OF_CLIPS}
+    if section.classes is not None:
+        values["data.classes"] = class_list(section.classes)
+    drawn = section.holdout or (section.frames and section.sampling != "uniform")
+    return values | ({"run.seed": config.run.seed} if drawn else {})
 
 
 def score(config: Config, run: RunDir) -> Dependence:

@@ -18,7 +18,7 @@ from typing import Any
 from distill_at_scale import distill, evaluate, fingerprints, report, synthetic, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
-from distill_at_scale.data.merge import merge, write_rejected
+from distill_at_scale.data.merge import merge, unusable, write_rejected
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import Unreachable
@@ -91,11 +91,11 @@ class Pipeline:
         plan = plan.on_disk(work)
         with self.display.meter("look", plan.samples, "samples") as meter:
             self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
-        bad = write_rejected(plan, work, self.dir / "validation.parquet", self.config.data.chunk)
+        listed = write_rejected(plan, work, self.dir / "validation.parquet", self.config.data.chunk)
         shutil.rmtree(work)
-        for line in validate.summary(plan, bad, self.dir / "validation.parquet"):
+        for line in validate.summary(plan, listed, self.dir / "validation.parquet"):
             self.display.say(line)
-        return bad.num_rows
+        return unusable(listed).num_rows
 
     def _say_space(self, plan: ingest.Plan) -> None:
         needed, free = validate.space(self.config, plan), shutil.disk_usage(self.dir.path).free
@@ -140,12 +140,13 @@ class Pipeline:
         self._say_space(self.plan)
         self.plan = self.plan.on_disk(pieces)
         chunks = self.plan.chunks(self.config.data.chunk)
-        total = self.plan.samples
-        with self.display.meter("decode", total, "samples") as meter:
-            rejected = self.executor.ingest(self.config, chunks, pieces, meter.advance)
+        with self.display.meter("decode", self.plan.samples, "samples") as meter:
+            self.executor.ingest(self.config, chunks, pieces, meter.advance)
         meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data)
+        rejected = meta["rejected"]
         if rejected:
-            self.display.say(f"  {rejected} of {total} samples were rejected; see {self.dir / 'rejected.parquet'}")
+            listed = self.dir / "rejected.parquet"
+            self.display.say(f"  {rejected} of {self.plan.known} samples were rejected; see {listed}")
         return [self.dir / "prepared", self.dir / "rejected.parquet"], {
             "samples": sum(map(sum, meta["counts"].values())),
             "rejected": rejected,

@@ -6,6 +6,8 @@ What is broken in the samples themselves is found by the decoder, in `pipeline.P
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +21,8 @@ from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
-from distill_at_scale.data.pieces import recipe_of, stores_jpeg
+from distill_at_scale.data.merge import unusable
+from distill_at_scale.data.pieces import sample_shape, stores_jpeg
 from distill_at_scale.data.shards import JPEG_PART
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
@@ -28,6 +31,8 @@ from distill_at_scale.pruning import static
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import weights
 from distill_at_scale.scoring.scorer import criteria_of
+
+KINDS = 12  # of reasons that are counted
 
 
 def check_names(config: Config) -> None:
@@ -68,7 +73,7 @@ class Planned:
 
 def planned(config: Config, plan: ingest.Plan) -> Planned:
     """What the prepared data will be."""
-    return Planned(recipe_of(config).decoder.shape, plan.class_names, plan.source_class_names)
+    return Planned(sample_shape(config.data), plan.class_names, plan.source_class_names)
 
 
 def check_networks(config: Config, prepared: Shaped) -> None:
@@ -115,22 +120,32 @@ def _check_network(key: str, spec: NetworkSpec) -> None:
 def space(config: Config, plan: ingest.Plan) -> int:
     """Bytes on disk that an ingest needs at its end, when pieces and shards are both there."""
     part = JPEG_PART if stores_jpeg(config.data) else 1
-    return int(2 * plan.samples * math.prod(recipe_of(config).decoder.shape) * part)
+    return int(2 * plan.samples * math.prod(sample_shape(config.data)) * part)
 
 
-def summary(plan: ingest.Plan, bad: pa.Table, path: Path) -> list[str]:
-    """What a user wants to read after every sample was looked at; `bad` has the schema `merge.SET_ASIDE`.
+def summary(plan: ingest.Plan, listed: pa.Table, path: Path) -> list[str]:
+    """What a user wants to read after every sample was looked at; `listed` has the schema `merge.SET_ASIDE`.
 
     Raises UserError where a class would lose all its training samples.
     """
-    train = plan.listings["train"]
-    unusable = bad.filter(pc.equal(bad["split"], "train"))["sample_id"].combine_chunks()
-    left = train.filter(pc.invert(pc.is_in(train["sample_id"], unusable)))
+    train, bad = plan.listings["train"], unusable(listed)
+    lost_ids = bad.filter(pc.equal(bad["split"], "train"))["sample_id"].combine_chunks()
+    left = train.filter(pc.invert(pc.is_in(train["sample_id"], lost_ids)))
     counts = np.bincount(left["label"].to_numpy(), minlength=len(plan.class_names))
     if (lost := np.flatnonzero(counts == 0)).size:
         raise UserError(f"no training sample of the class {plan.class_names[lost[0]]!r} can be used; see {path}")
-    if not bad.num_rows:
-        return [f"  all {plan.samples} samples can be used"]
-    some = [f"  {row['sample_id']}: {row['reason']}" for row in bad.slice(0, 5).to_pylist()]
-    more = [f"  ... and {bad.num_rows - 5} more"] if bad.num_rows > 5 else []
-    return [f"  {bad.num_rows} of {plan.samples} samples cannot be used; all are listed in {path}", *some, *more]
+    remarks = listed.filter(listed["used"])
+    lines = [f"  all {plan.samples} samples can be used"]
+    if bad.num_rows:
+        lines = [f"  {bad.num_rows} of {plan.known} samples cannot be used; all are listed in {path}", *_some(bad)]
+    if remarks.num_rows:
+        lines += [f"  {remarks.num_rows} samples can be used, with a remark, listed there too", *_some(remarks)]
+    return lines
+
+
+def _some(rows: pa.Table) -> list[str]:
+    """How often each kind of reason occurs, and the first samples."""
+    kinds = Counter(re.sub(r"\d[\d.,:]*|'[^']*'", "…", reason) for reason in rows["reason"].to_pylist())
+    counted = [f"    {count:,} × {kind}" for kind, count in kinds.most_common(KINDS)] if rows.num_rows > 5 else []
+    some = [f"  {row['sample_id']}: {row['reason']}" for row in rows.slice(0, 5).to_pylist()]
+    return counted + some + ([f"  ... and {rows.num_rows - 5} more"] if rows.num_rows > 5 else [])

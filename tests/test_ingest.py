@@ -388,7 +388,7 @@ def same_ids(listings: dict[str, list[int]]) -> ingest.Plan:
 
 def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:
     table = pa.Table.from_pylist(
-        [{"sample_id": i, "location": split, "reason": why} for i, why in bad], pieces.REJECTED
+        [{"sample_id": i, "location": split, "reason": why, "used": False} for i, why in bad], pieces.REJECTED
     )
     pq.write_table(table, pieces.rejected_path(piece_path(folder, split, 0)))
 

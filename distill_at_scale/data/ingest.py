@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 from distill_at_scale import rng
 from distill_at_scale.config import Config, DataSection, nearest
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import Source
+from distill_at_scale.data.sources.base import SET_ASIDE, Source
 from distill_at_scale.data.storage import shown
 from distill_at_scale.data.subsets import class_list, explicit_order
 from distill_at_scale.errors import UserError
@@ -37,6 +37,7 @@ class Plan:
     source_class_names: list[str]  # every class of the source, in the order of its labels
     listings: dict[str, pa.Table]
     source: str  # content hash of what the source holds
+    aside: dict[str, pa.Table] = field(default_factory=dict)  # what the source itself set aside (schema SET_ASIDE)
 
     def chunks(self, size: int) -> list[tuple[str, int, pa.Table]]:
         """(split, index, rows) of every fixed chunk."""
@@ -58,7 +59,13 @@ class Plan:
 
     @property
     def samples(self) -> int:
+        """Samples that are to be read."""
         return sum(table.num_rows for table in self.listings.values())
+
+    @property
+    def known(self) -> int:
+        """With those that the source set aside."""
+        return self.samples + sum(table.num_rows for table in self.aside.values())
 
 
 def listing_path(folder: Path, split: str) -> Path:
@@ -82,29 +89,57 @@ def plan(config: Config) -> Plan:
     """
     data = config.data
     source = open_source(data)
-    listings = {split: source.listing(split) for split in source.splits()}
+    splits = _splits(source, data)
+    listings = {name: source.listing(split) for name, split in splits.items()}
+    aside = {name: set_aside(source, split) for name, split in splits.items()}
     every = list(source.class_names)
     if data.class_names is not None:
         every, labels = explicit_order(every, data.class_names)
-        listings = {split: _relabel(table, labels) for split, table in listings.items()}
+        listings, aside = _relabel_all(listings, labels), _relabel_all(aside, labels)
     names = every
     if data.classes is not None:
         names = _subset(class_list(data.classes), every)
         labels = [names.index(name) if name in names else -1 for name in every]
-        listings = {split: _relabel(table, labels) for split, table in listings.items()}
+        listings, aside = _relabel_all(listings, labels), _relabel_all(aside, labels)
     if "test" not in listings and data.holdout:
         listings["train"], listings["test"] = _hold_out(listings["train"], data.holdout, config.run.seed)
     listings = {split: table for split, table in listings.items() if table.num_rows or split == "train"}
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
         raise UserError(f"the class {names[empty[0]]!r} has no training sample in {shown(data.path or data.source)}")
-    return Plan(names, every, listings, _content(source, names, every, listings))
+    return Plan(names, every, listings, _content(source, splits, names, every, listings), aside)
 
 
-def _content(source: Source, names: list[str], every: list[str], listings: dict[str, pa.Table]) -> str:
+def _splits(source: Source, data: DataSection) -> dict[str, str]:
+    """Our name of each split -> the source's: `data.train_split` is what is distilled.
+
+    Raises UserError where the source has no such split.
+    """
+    there = source.splits()
+    wanted = "train" if data.train_split == "train" else "test"
+    if wanted not in there:
+        place = shown(data.path or data.source)
+        others = {"train": "train", "test": "val"}
+        raise UserError(
+            f"{place} holds no split {data.train_split!r}, only {', '.join(others[s] for s in there) or 'none'}; complete it, "
+            f"or set data.train_split to the one that is to be distilled (with data.holdout for a test split)"
+        )
+    return {"train": "test"} if wanted == "test" else {split: split for split in there}
+
+
+def set_aside(source: Source, split: str) -> pa.Table:
+    """What a source itself sets aside of a split (schema SET_ASIDE); most sources, nothing."""
+    find = getattr(source, "set_aside", None)
+    return SET_ASIDE.empty_table() if find is None else find(split)
+
+
+def _content(
+    source: Source, splits: dict[str, str], names: list[str], every: list[str], listings: dict[str, pa.Table]
+) -> str:
     """Covers the samples, the classes in their order, and every sample's label."""
     labels = {split: hashlib.sha256(t["label"].to_numpy().tobytes()).hexdigest() for split, t in listings.items()}
-    return json.dumps([{split: source.digest(split) for split in source.splits()}, digest([names, every, labels])])
+    digests = {name: source.digest(split) for name, split in splits.items()}
+    return json.dumps([digests, digest([names, every, labels])])
 
 
 def _subset(wanted: list[str], known: list[str]) -> list[str]:
@@ -116,10 +151,15 @@ def _subset(wanted: list[str], known: list[str]) -> list[str]:
     return list(wanted)
 
 
+def _relabel_all(tables: dict[str, pa.Table], labels: list[int]) -> dict[str, pa.Table]:
+    return {split: _relabel(table, labels) for split, table in tables.items()}
+
+
 def _relabel(table: pa.Table, labels: list[int]) -> pa.Table:
-    """Labels through a table old -> new; rows whose new label is -1 are left out."""
-    new = np.array(labels, np.int32)[table["label"].to_numpy()]
-    return table.set_column(1, "label", pa.array(new, pa.int32())).filter(pa.array(new >= 0))
+    """Labels through a table old -> new; rows whose new label is -1 are left out, those that had none stay without."""
+    old = table["label"].to_numpy()
+    new = np.where(old < 0, -1, np.array(labels, np.int32)[old])
+    return table.set_column(1, "label", pa.array(new, pa.int32())).filter(pa.array((new >= 0) | (old < 0)))
 
 
 def _hold_out(table: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import DataSection
 from distill_at_scale.data import shards
 from distill_at_scale.data.ingest import Plan, mapped
-from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, stores_jpeg
+from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, sample_shape, stores_jpeg
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import file_digest, publish
 
@@ -35,7 +35,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
     Raises UserError where a class lost all its training samples, naming it and the list of reasons.
     """
     counts: dict[str, list[int]] = {}
-    shape = (data.channels, data.size, data.size)
+    shape = sample_shape(data)
     sums = np.zeros((3, data.channels), np.int64)
     rejected = write_rejected(plan, pieces, prepared.parent / "rejected.parquet", data.chunk)
     with publish(prepared) as temporary:
@@ -52,7 +52,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
         mean, std = _statistics(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
                 "counts": counts, "mean": mean, "std": std, "chunk": data.chunk,
-                "jpeg": stores_jpeg(data), "rejected": rejected.num_rows}  # fmt: skip
+                "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
         written = sorted(temporary.rglob("*.parquet"))
         content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
         shards.write_meta(temporary, meta, content)
@@ -60,8 +60,8 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
 
 
 def write_rejected(plan: Plan, pieces: Path, target: Path, chunk: int) -> pa.Table:
-    """One list (schema SET_ASIDE), sorted by id and split, of everything that was set aside."""
-    found = [SET_ASIDE.empty_table()]
+    """One list (schema SET_ASIDE), sorted by id and split, of everything that was set aside or is used with a remark."""
+    found = [SET_ASIDE.empty_table(), *(_of_source(table, split) for split, table in plan.aside.items())]
     for split, index, _ in plan.chunks(chunk):
         part = pq.read_table(rejected_path(piece_path(pieces, split, index)))
         found.append(part.append_column(SET_ASIDE.field("split"), pa.array([split] * part.num_rows, pa.string())))
@@ -69,6 +69,17 @@ def write_rejected(plan: Plan, pieces: Path, target: Path, chunk: int) -> pa.Tab
     with publish(target) as temporary:
         pq.write_table(table, temporary)
     return table
+
+
+def _of_source(aside: pa.Table, split: str) -> pa.Table:
+    rows = aside.drop_columns(["label"])
+    rows = rows.append_column("used", pa.array([False] * rows.num_rows, pa.bool_()))
+    return rows.append_column(SET_ASIDE.field("split"), pa.array([split] * rows.num_rows, pa.string()))
+
+
+def unusable(listed: pa.Table) -> pa.Table:
+    """Of such a list the samples that are not used."""
+    return listed.filter(pc.invert(listed["used"]))
 
 
 def _order(paths: list[Path]) -> tuple[Array, Array, Array]:
@@ -131,7 +142,7 @@ def _statistics(sums: Array) -> tuple[list[float], list[float]]:
 def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:
     listing = plan.listings["train"]
     lost = listing.filter(pc.equal(listing["label"], label))["sample_id"]
-    train = rejected.filter(pc.equal(rejected["split"], "train"))
+    train = unusable(rejected).filter(pc.equal(unusable(rejected)["split"], "train"))
     first = train.filter(pc.is_in(train["sample_id"], lost.combine_chunks())).slice(0, 1).to_pylist()[0]
     return (
         f"every training sample of the class {plan.class_names[label]!r} was rejected, for example {first['sample_id']!r}: "

@@ -1,7 +1,8 @@
 """One chunk of a listing, read, decoded and published as a piece; what is broken is set aside with its reason.
 
-A piece is an Arrow file of the prepared schema, sorted by class and id, beside a list of rejected samples. A piece that
-exists is finished, so an interrupted ingest resumes. Its metadata holds the exact sums behind the channel statistics.
+A piece is an Arrow file of the prepared schema, sorted by class and id, beside a list of rejected samples (and of those
+that are used with a remark, such as clips that are shorter than asked). A piece that exists is finished, so an interrupted
+ingest resumes. Its metadata holds the exact sums behind the channel statistics.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import Config, DataSection
 from distill_at_scale.data import shards
+from distill_at_scale.data.clips import ClipDecoder, clip_decoder
 from distill_at_scale.data.decode import ImageDecoder, Rejected, encode
 from distill_at_scale.data.ingest import mapped
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.rundir import publish
 
-REJECTED = pa.schema([("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string())])
+REJECTED = pa.schema(
+    [("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string()), ("used", pa.bool_())]
+)
 ONE_FILE = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # errors of a single file
 READ_AT_ONCE = 64  # samples; up to four such reads are in memory: one is decoded, two wait, one is being read
+READ_BYTES = 32 * 2**20  # of them together, unless one sample alone is larger
 JPEG_FROM = 129  # pixels a side; below, raw pixels compress as well and cost nothing to decode
 
 Raw = bytes | np.ndarray[Any, Any]
@@ -37,18 +43,39 @@ Raw = bytes | np.ndarray[Any, Any]
 class Recipe:
     """How a sample becomes what is stored."""
 
-    decoder: ImageDecoder
+    decoder: ImageDecoder | ClipDecoder
     quality: int | None  # of the stored JPEG; None stores raw pixels
+    max_bytes: int = 2**30
 
     @property
     def jpeg(self) -> bool:
         return self.quality is not None
 
+    def decode(self, name: str, raw: Raw) -> tuple[np.ndarray[Any, Any], str | None]:
+        """uint8 of the decoder's shape, and what is to be said about the sample although it is used.
+
+        Raises Rejected.
+        """
+        if isinstance(self.decoder, ImageDecoder):
+            return self.decoder(raw), None
+        assert isinstance(raw, bytes)
+        return self.decoder(name, raw)
+
 
 def recipe_of(config: Config) -> Recipe:
     data = config.data
-    decoder = ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
-    return Recipe(decoder, data.quality if stores_jpeg(data) else None)
+    decoder = clip_decoder(data, config.run.seed) if data.frames else image_decoder(data)
+    return Recipe(decoder, data.quality if stores_jpeg(data) else None, data.max_bytes)
+
+
+def image_decoder(data: DataSection) -> ImageDecoder:
+    return ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+
+
+def sample_shape(data: DataSection) -> tuple[int, ...]:
+    """C x H x W of an image, T x C x H x W of a clip."""
+    image = (data.channels, data.size, data.size)
+    return (data.frames, *image) if data.frames else image
 
 
 def stores_jpeg(data: DataSection) -> bool:
@@ -71,9 +98,9 @@ def ingest_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -
     if not target.exists():
         order = rows.sort_by([("label", "ascending"), ("sample_id", "ascending")]).select(["sample_id", "label"])
         made = _Made(recipe)
-        bad = list(_decoded(source, recipe.decoder, rows, made.add))
+        table_of_bad = _table_of(_decoded(source, recipe, rows, made.add))
         table = made.table(order)
-        _publish_rejected(target, bad)
+        _publish_rejected(target, table_of_bad)
         with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
             writer.write_table(table)
     return finished(target, rows, check=False)
@@ -82,13 +109,14 @@ def ingest_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -
 def check_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -> tuple[int, int]:
     """As `ingest_chunk`, but keeps only the list of what would be rejected."""
     if not rejected_path(target).exists():
-        _publish_rejected(target, list(_decoded(source, recipe.decoder, rows, lambda name, pixels: None)))
+        _publish_rejected(target, _table_of(_decoded(source, recipe, rows, lambda name, pixels: None)))
     return finished(target, rows, check=True)
 
 
 def finished(piece: Path, rows: pa.Table, check: bool) -> tuple[int, int]:
     """How many samples a finished piece (or, with `check`, its list of rejected ones) says were used and rejected."""
-    bad = pq.read_metadata(rejected_path(piece)).num_rows
+    listed = pq.read_table(rejected_path(piece), columns=["used"])["used"]
+    bad = len(listed) - (pc.sum(listed).as_py() or 0)
     if check:
         return rows.num_rows - bad, bad
     return mapped(piece).num_rows, bad
@@ -103,14 +131,16 @@ class _Made:
     sums: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0)))  # [3, C]: n, sum x, sum x^2
 
     def __post_init__(self) -> None:
-        self.sums = np.zeros((3, self.recipe.decoder.shape[0]), np.int64)
+        self.sums = np.zeros((3, self.recipe.decoder.shape[-3]), np.int64)
 
     def add(self, name: str, pixels: np.ndarray[Any, Any]) -> None:
-        parts = pixels.reshape(len(pixels), -1, _part(pixels[0].size)).astype(np.float32)  # [C, parts, values]
-        self.sums[0] += pixels[0].size
+        channels = pixels if pixels.ndim == 3 else np.moveaxis(pixels, 1, 0)  # [C, values of one channel]
+        parts = channels.reshape(len(channels), -1, _part(channels[0].size)).astype(np.float32)  # [C, parts, values]
+        self.sums[0] += channels[0].size
         self.sums[1] += parts.sum(2).sum(1, dtype=np.float64).astype(np.int64)
         self.sums[2] += np.einsum("cpv,cpv->cp", parts, parts).sum(1, dtype=np.float64).astype(np.int64)
-        self.images[name] = encode(pixels, self.recipe.quality) if self.recipe.quality is not None else pixels
+        quality = self.recipe.quality
+        self.images[name] = pixels if quality is None else encode(shards.as_image(pixels), quality)
 
     def table(self, order: pa.Table) -> pa.Table:
         names, labels = order["sample_id"].to_pylist(), order["label"].to_numpy()
@@ -129,29 +159,48 @@ def _part(values: int) -> int:
     return next(part for part in range(min(256, values), 0, -1) if values % part == 0)
 
 
-def _decoded(source: Source, decoder: ImageDecoder, rows: pa.Table, use: Any) -> Iterator[tuple[str, str, str]]:
-    """Decode rows in order and hand each over; yields (sample_id, location, reason) of what cannot be used."""
-    for part, raws in ahead(_read(source, rows)):
+def _decoded(source: Source, recipe: Recipe, rows: pa.Table, use: Any) -> Iterator[tuple[str, str, str, bool]]:
+    """Decode rows in order and hand each over; yields (sample_id, location, reason, used) of what is not as it should be."""
+    small = rows["size"].to_numpy() <= recipe.max_bytes
+    for row in rows.filter(pa.array(~small)).to_pylist():
+        yield row["sample_id"], row["location"], _too_large(row["size"], recipe.max_bytes), False
+    for part, raws in ahead(_read(source, rows if small.all() else rows.filter(pa.array(small)))):
         names = part["sample_id"].to_pylist()
         for i, raw in enumerate(raws):
             try:
                 if isinstance(raw, OSError):
                     raise Rejected(raw.strerror or str(raw))
-                pixels = decoder(raw)
+                pixels, remark = recipe.decode(names[i], raw)
             except Rejected as error:
-                yield names[i], part["location"][i].as_py(), str(error)
+                yield names[i], part["location"][i].as_py(), str(error), False
             else:
                 use(names[i], pixels)
+                if remark is not None:
+                    yield names[i], part["location"][i].as_py(), remark, True
+
+
+def _too_large(size: int, limit: int) -> str:
+    return f"{size:,} bytes, more than data.max_bytes = {limit:,}"
 
 
 def _read(source: Source, rows: pa.Table) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
     """Raw samples, some at a time; where a read fails, one by one, so that the failure concerns one sample."""
-    for start in range(0, rows.num_rows, READ_AT_ONCE):
-        part = rows.slice(start, READ_AT_ONCE)
+    for part in _parts(rows):
         try:
             yield part, source.read(part)
         except OSError:
             yield part, [_read_one(source, part.slice(i, 1)) for i in range(part.num_rows)]
+
+
+def _parts(rows: pa.Table) -> Iterator[pa.Table]:
+    """At most READ_AT_ONCE rows and, unless a single one is larger, READ_BYTES."""
+    ends, start = np.cumsum(rows["size"].to_numpy()), 0
+    while start < rows.num_rows:
+        before = ends[start - 1] if start else 0
+        fit = int(np.searchsorted(ends, before + READ_BYTES, side="right")) - start
+        count = max(1, min(READ_AT_ONCE, fit))
+        yield rows.slice(start, count)
+        start += count
 
 
 def _read_one(source: Source, row: pa.Table) -> Raw | OSError:
@@ -163,7 +212,10 @@ def _read_one(source: Source, row: pa.Table) -> Raw | OSError:
         return error
 
 
-def _publish_rejected(target: Path, bad: list[tuple[str, str, str]]) -> None:
-    table = pa.Table.from_pylist([dict(zip(REJECTED.names, b, strict=True)) for b in bad], REJECTED)
+def _table_of(bad: Iterator[tuple[str, str, str, bool]]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(REJECTED.names, b, strict=True)) for b in bad], REJECTED)
+
+
+def _publish_rejected(target: Path, table: pa.Table) -> None:
     with publish(rejected_path(target)) as temporary:
         pq.write_table(table, temporary)

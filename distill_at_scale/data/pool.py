@@ -27,20 +27,19 @@ class Normalization:
     std: tuple[float, ...]
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, C, ...] -> float32 of the same shape."""
+        """uint8 [n, C, H, W], or clips [n, T, C, H, W] -> float32 of the same shape."""
         mean, std = self._columns(pixels)
         return (pixels.float() / 255 - mean) / std
 
     def invert(self, images: Tensor) -> Tensor:
-        """float [n, C, ...] -> the scale 0..1, not clipped."""
+        """float [n, C, H, W] or [n, T, C, H, W] -> the scale 0..1, not clipped."""
         mean, std = self._columns(images)
         return images * std + mean
 
     def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, *(1,) * (like.dim() - 2))
         return (
-            torch.tensor(self.mean, device=like.device).view(shape),
-            torch.tensor(self.std, device=like.device).view(shape),
+            torch.tensor(self.mean, device=like.device).view(-1, 1, 1),
+            torch.tensor(self.std, device=like.device).view(-1, 1, 1),
         )
 
 

@@ -1,11 +1,11 @@
-"""The prepared format: class-sorted Parquet shards of uint8 images, and reading them.
+"""The prepared format: class-sorted Parquet shards of uint8 images or clips, and reading them.
 
 `train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and either pixels
-(fixed-size binary: the bytes of a uint8 tensor C x H x W, whose shape is in the field's metadata; Parquet would store a
-list of bytes as 32-bit numbers, which takes 13 times as long to read) or, for large images, jpeg (binary: the resized
-image, encoded again). Rows are sorted by class and, within it, by id; a row group holds one class and few rows, so that
-any part of the set is read without the rest. `dataset.json` holds class names, shape, counts, channel statistics and the
-content fingerprint.
+(fixed-size binary: the bytes of a uint8 tensor C x H x W or, of a clip, T x C x H x W, whose shape is in the field's
+metadata; Parquet would store a list of bytes as 32-bit numbers, which takes 13 times as long to read) or, where large, jpeg
+(binary: the resized image, encoded again; of a clip its frames below each other). Rows are sorted by class and, within it,
+by id; a row group holds one class and few rows, so that any part of the set is read without the rest. `dataset.json` holds
+class names, shape, counts, channel statistics and the content fingerprint.
 """
 
 from __future__ import annotations
@@ -93,12 +93,20 @@ def pixels_of(table: pa.Table, threads: int = 1) -> Array:
     return flat[: len(column) * column.type.byte_width].reshape(len(column), *shape)
 
 
+def as_image(pixels: Array) -> Array:
+    """uint8 [C, H, W] as it is, a clip [T, C, H, W] as one tall image [C, T * H, W], frame below frame; how it is encoded."""
+    return pixels if pixels.ndim == 3 else np.moveaxis(pixels, 1, 0).reshape(pixels.shape[1], -1, pixels.shape[-1])
+
+
 def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
     images = np.empty((table.num_rows, *shape), np.uint8)
+    frames = shape[0] if len(shape) == 4 else 1
+    channels, height, width = shape[-3:]
 
     def decode(i: int, data: bytes) -> None:
         try:
-            images[i] = decode_stored(data, shape)
+            image = decode_stored(data, (channels, frames * height, width))
+            images[i] = image if len(shape) == 3 else np.moveaxis(image.reshape(channels, frames, height, width), 1, 0)
         except Rejected as error:
             name = table["sample_id"][i].as_py()
             raise UserError(f"the prepared image of {name!r} is damaged ({error}); ingest again") from None

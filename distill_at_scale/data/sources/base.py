@@ -3,6 +3,10 @@
 A listing is an Arrow table with the columns sample_id (string, unique), label (int32), location (string), row (int64)
 and size (int64, bytes; 0 where unknown): whatever the source needs to find the sample again. In an archive `row` is the
 byte offset. Rows come in the order in which they are best read. Splits are called "train" and "test".
+
+A source whose list of samples may disagree with its files (clips that are gone from the web, files without a label)
+has a method `set_aside(split)` as well: a table (schema SET_ASIDE, label -1 where it is unknown) of what is listed or
+lies there and cannot be used. Such samples are not in the listing.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ LISTING = pa.schema(
         ("row", pa.int64()),
         ("size", pa.int64()),
     ]
+)
+SET_ASIDE = pa.schema(
+    [("sample_id", pa.string()), ("label", pa.int32()), ("location", pa.string()), ("reason", pa.string())]
 )
 Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}

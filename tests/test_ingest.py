@@ -371,7 +371,7 @@ def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pieces, "READ_AT_ONCE", 5)
     recipe = recipe_of(config)
-    for _ in pieces._decoded(Counting(config.data), recipe.decoder, rows, lambda name, pixels: decoded.append(name)):
+    for _ in pieces._decoded(Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name)):
         pass
     assert (len(started), len(decoded)) == (12, 60)
     assert max(most) <= 4
@@ -398,7 +398,7 @@ def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_
     rejected(tmp_path, "train")
     rejected(tmp_path, "test", ("1.png", "empty"))
     bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
-    assert bad.to_pylist() == [{"sample_id": "1.png", "location": "test", "reason": "empty", "split": "test"}]
+    assert bad.to_pylist() == [{"sample_id": "1.png", "location": "test", "reason": "empty", "used": False, "split": "test"}]
     assert pq.read_table(tmp_path / "rejected.parquet").equals(bad)
     assert "1 of 4 samples cannot be used" in validate.summary(plan, bad, tmp_path)[0]
     rejected(tmp_path, "train", ("1.png", "damaged"))

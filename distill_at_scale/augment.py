@@ -31,9 +31,12 @@ class Draw:
     numbers: Tensor
 
     def apply(self, images: Tensor) -> Tensor:
-        """Float images [n, C, H, W] -> the same shape, differentiable in the images."""
+        """Float images [n, C, H, W] or clips [n, T, C, H, W] -> the same shape, differentiable; frames of a clip alike."""
         if self.family is None:
             return images
+        if images.dim() == 5:
+            each = self.numbers.expand(len(images), -1).repeat_interleave(images.shape[1], 0)
+            return Draw(self.family, each).apply(images.flatten(0, 1)).view(images.shape)
         return FAMILIES[self.family](images, self.numbers.to(images.device).expand(len(images), -1))
 
 

@@ -135,6 +135,7 @@ class Pipeline:
         return Inputs(config, {"source": self.plan.source})
 
     def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+        validate.check_networks(self.config, validate.planned(self.config, self.plan))
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
         self._say_space(self.plan)

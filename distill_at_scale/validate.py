@@ -108,7 +108,7 @@ def _check_network(key: str, spec: NetworkSpec) -> None:
         if key == "distill.network" and mixes_samples(network):
             raise UserError(
                 f"{key} = {spec.name!r} has batch norm, under which the samples of a batch are not independent, as "
-                "matching needs; take a network with instance norm (convnet, resnet18)"
+                "matching needs; take a network with instance norm (convnet, resnet18; of clips convnet3d, r3d_18)"
             )
         network.eval()(torch.zeros(1, *spec.shape))
     except UserError:

@@ -181,3 +181,14 @@ def test_none_is_the_identity():
 def test_an_unknown_family_is_named():
     with pytest.raises(UserError, match="'flop'"):
         Augmentation("color_flop")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_frames_of_a_clip_change_alike(family):
+    image = torch.randn(3, 1, 2, 16, 16)
+    clips = image.expand(3, 4, 2, 16, 16).clone()  # four equal frames each
+    draw = Draw(family, torch.rand(3, 4, generator=torch.Generator().manual_seed(1)))
+    changed = draw.apply(clips)
+    assert changed.shape == clips.shape
+    for frame in range(4):
+        torch.testing.assert_close(changed[:, frame], draw.apply(image[:, 0]))

@@ -16,6 +16,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
     {"errors", "rng", "progress"},
     {"config"},
     {"registry", "rundir", "workers", "tensors"},
+    {"architectures", "architectures3d"},
     {"data", "networks", "augment", "pruning", "scoring", "synthetic"},
     {"backends"},
     {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "report"},

@@ -12,22 +12,15 @@ from conftest import ROOT
 from torch import nn
 
 from distill_at_scale import networks
+from distill_at_scale.architectures import ConvNet, default_depth
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import (
-    NETWORKS,
-    ConvNet,
-    NetworkSpec,
-    default_depth,
-    in_parts,
-    maybe_compile,
-    mixes_samples,
-)
+from distill_at_scale.networks import OF_IMAGES, NetworkSpec, in_parts, maybe_compile, mixes_samples
 
 RESNETS = ["resnet18", "resnet18_bn", "resnet50", "resnet50_bn"]
 SMALLEST = {"convnet": 8, "alexnet": 8, "vgg11": 8, **dict.fromkeys(RESNETS, 16)}
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", sorted(OF_IMAGES))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_network_classifies_its_features(name, channels):
     side = SMALLEST[name]
@@ -160,7 +153,7 @@ def test_a_core_takes_as_many_images_as_keep_a_layer_close():
 
 
 def test_only_batch_norm_mixes_samples():
-    assert {name for name in NETWORKS if mixes_samples(NetworkSpec(name, (3, 16, 16), 2, 8).build(0))} == {
+    assert {name for name in OF_IMAGES if mixes_samples(NetworkSpec(name, (3, 16, 16), 2, 8).build(0))} == {
         "resnet18_bn",
         "resnet50_bn",
     }
@@ -210,7 +203,7 @@ def test_without_a_working_compiler_the_network_runs_as_it_is(monkeypatch):
         assert torch.equal(forward(torch.ones(2)), torch.ones(2))  # said once
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", sorted(OF_IMAGES))
 @torch.no_grad()
 def test_the_layout_in_memory_does_not_change_the_logits(name):
     spec = NetworkSpec(name, (3, 32, 32), 3, width=8)

@@ -61,7 +61,7 @@ class Trial:
         self.stream = Stream(prepared, seed, config.batch, config.shards, config.share)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
         if device.type == "cuda":
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network = self.network.to(memory_format=self.spec.layout())  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
@@ -126,7 +126,7 @@ class Trial:
     def _logits(self, pixels: Tensor) -> Tensor:
         images = self.normalization.apply(pixels)
         if self.device.type == "cuda":
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = self.spec.laid_out(images)
         with autocast(self.config.precision, self.device):
             return self.network(images).float()
 

@@ -46,17 +46,16 @@ class Classifier(nn.Module):
 
     def __init__(self, spec: NetworkSpec, precision: str, device: torch.device):
         super().__init__()
-        self.precision, self.device, self.layout = precision, device, spec.layout()
+        self.precision, self.device, self.spec = precision, device, spec
         self.network = spec.build(0)
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.zeros(spec.shape[0]))
-        self.to(device, memory_format=self.layout).eval().requires_grad_(False)  # type: ignore[call-overload]
+            self.register_buffer(name, torch.zeros(spec.shape[-3]))
+        self.to(device, memory_format=spec.layout()).eval().requires_grad_(False)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        columns = (1, -1, *(1,) * (pixels.dim() - 2))
-        images = (pixels.float() / 255 - self.mean.view(columns)) / self.std.view(columns)
+        images = (pixels.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
         with proxy.autocast(self.precision, self.device):
-            return self.network(images.contiguous(memory_format=self.layout)).float()
+            return self.network(self.spec.laid_out(images)).float()
 
 
 @dataclass(frozen=True)

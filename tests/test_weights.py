@@ -405,3 +405,23 @@ def test_check_looks_at_every_file(tmp_path, make_config):
     weights.check(make_config(tmp_path), (3, 8, 8), CLASSES, CLASSES)
     with pytest.raises(UserError, match=r"bad\.safetensors has outputs for 5 classes"):
         weights.check(make_config(tmp_path, score__width=4, score__weights=[good, bad]), (3, 8, 8), CLASSES, CLASSES)
+
+
+def test_published_weights_of_videos_are_known_too(hub):
+    from torchvision.models import video
+
+    torch.manual_seed(0)
+    network, names = video.r3d_18(), list(video.R3D_18_Weights.KINETICS400_V1.meta["categories"])
+    torch.save(network.state_dict(), hub / "r3d_18-b3b3357e.pth")
+    spec = NetworkSpec("r3d_18_bn", (8, 3, 64, 64), 400)
+    given = load("R3D_18_Weights.KINETICS400_V1", spec, names)
+    assert (given.outputs, given.classes) == (400, None)
+    mine = spec.build(1).eval()
+    mine.load_state_dict(given.state)
+    clips = torch.rand(1, 8, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(clips), network.eval()(clips.transpose(1, 2)))
+    with pytest.raises(UserError, match=r"class 1 is 'applauding' where 'air drumming' should be.*data\.class_names"):
+        load("R3D_18_Weights.KINETICS400_V1", spec, ["abseiling", "applauding", *names[2:]])
+    with pytest.raises(UserError, match=r"torchvision published them for r3d_18_bn\)"):
+        load("R3D_18_Weights.KINETICS400_V1", NetworkSpec("r3d_18", (8, 3, 64, 64), 400), names)

@@ -101,9 +101,9 @@ def plan(config: Config) -> Plan:
         names = _subset(class_list(data.classes), every)
         labels = [names.index(name) if name in names else -1 for name in every]
         listings, aside = _relabel_all(listings, labels), _relabel_all(aside, labels)
+    listings = {split: table for split, table in listings.items() if table.num_rows or split == "train"}
     if "test" not in listings and data.holdout:
         listings["train"], listings["test"] = _hold_out(listings["train"], data.holdout, config.run.seed)
-    listings = {split: table for split, table in listings.items() if table.num_rows or split == "train"}
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
         raise UserError(f"the class {names[empty[0]]!r} has no training sample in {shown(data.path or data.source)}")

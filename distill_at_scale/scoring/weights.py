@@ -9,7 +9,6 @@ Left out: downloading anything.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections import OrderedDict
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import TORCHVISION, NetworkSpec
+from distill_at_scale.networks import OF_CLIPS, TORCHVISION, NetworkSpec
 from distill_at_scale.rundir import digest, file_digest
+from distill_at_scale.scoring.published import Published, explain, fits, similar
+from distill_at_scale.scoring.published import published as find_published
 
 State = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "weight.")  # of DataParallel, torch.compile, Lightning and our proxies
-WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,6 @@ class Given:
     classes: list[int] | None
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
     sha256: str
-
-
-@dataclass(frozen=True)
-class Published:
-    """What torchvision says about weights that it publishes; `network` is its name for the network."""
-
-    network: str
-    file: str
-    url: str
-    categories: list[str]
-    normalization: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_names: list[str]) -> Given:
@@ -97,11 +86,11 @@ def check(config: Config, shape: Sequence[int], class_names: list[str], source_c
 def _find(name: str) -> tuple[Path, Published | None]:
     """Where the weights called `name` lie, and what torchvision says about them if it publishes them."""
     path = Path(name).expanduser()
-    published = _published(path.name) if path.suffix == ".pth" or "_Weights." in name else None
+    published = find_published(path.name) if path.suffix == ".pth" or "_Weights." in name else None
     if path.is_file():
         return path, published
     if published is None or name != path.name:
-        raise UserError(f"score.weights = {name!r}: there is no such file{_similar(path.name)}")
+        raise UserError(f"score.weights = {name!r}: there is no such file{similar(path.name)}")
     place = Path(torch.hub.get_dir()) / "checkpoints" / published.file
     if not place.is_file():
         raise UserError(
@@ -109,31 +98,6 @@ def _find(name: str) -> tuple[Path, Published | None]:
             f"(it is published as {published.url}; nothing is downloaded here)"
         )
     return place, published
-
-
-def _published(name: str) -> Published | None:
-    """Weights by torchvision's name for them (ResNet18_Weights.IMAGENET1K_V1) or for their file (resnet18-f37072fd.pth)."""
-    for network, names, weights in _all_published():
-        if name in names:
-            expected = (tuple(weights.transforms().mean), tuple(weights.transforms().std))
-            return Published(network, names[1], weights.url, weights.meta["categories"] or [], expected)
-    return None
-
-
-def _all_published() -> list[tuple[str, tuple[str, str], Any]]:
-    """(network, (name, file), entry) of everything that torchvision publishes for classification."""
-    from torchvision import models  # here, because importing it takes seconds in every process
-
-    enums = [(network, models.get_model_weights(network)) for network in models.list_models(module=models)]
-    entries = [(network, f"{enum.__name__}.{key}", enum[key]) for network, enum in enums for key in enum.__members__]
-    return [(network, (name, weights.url.rpartition("/")[2]), weights) for network, name, weights in entries]
-
-
-def _similar(name: str) -> str:
-    if "_Weights" not in name and not re.search(r"-[0-9a-f]{8}\.pth$", name):
-        return "; give the path of a .safetensors, .pt or .pth file, or torchvision's name of published weights"
-    close = difflib.get_close_matches(name, [known for _, names, _ in _all_published() for known in names], n=1)
-    return f", and torchvision publishes none of that name{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def _read(file: Path) -> tuple[State, list[str] | None]:
@@ -191,7 +155,8 @@ def _renamed(state: State, expected: Collection[str]) -> State:
         if not shared:
             break
         state = {key.removeprefix(shared[0]): value for key, value in state.items()}
-    if "net.conv1.weight" in expected and "conv1.weight" in state:  # our ResNet around torchvision's
+    wrapped = [key for key in ("conv1.weight", "stem.0.weight") if f"net.{key}" in expected and key in state]
+    if wrapped:  # our ResNet or VideoResNet around torchvision's
         state = {f"classifier{k[2:]}" if k.startswith("fc.") else f"net.{k}": v for k, v in state.items()}
     # torchvision's own DenseNets lie in files that are older than the names of their layers
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value for key, value in state.items()}
@@ -210,10 +175,11 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
     """The network's state dict with these tensors; raises UserError with the first names that do not fit."""
     network = spec.skeleton()
     if wrong := _misfits(network, state):
-        hint = f" (torchvision published them for {TORCHVISION}{published.network})" if published else ""
+        hint = f" (torchvision published them for {_ours(published.network)})" if published else ""
         raise UserError(
-            f"{file} does not fit score.network = {spec.name!r} for images of shape {spec.shape}: {'; '.join(wrong)}. "
-            f"Set score.network, width, depth and data.size to what the weights were trained with{hint}"
+            f"{file} does not fit score.network = {spec.name!r} for {'clips' if spec.clips else 'images'} of shape "
+            f"{spec.shape}: {'; '.join(wrong)}. Set score.network, width, depth and data.size to "
+            f"what the weights were trained with{hint}"
         )
     return network.state_dict()
 
@@ -232,6 +198,11 @@ def _misfits(network: nn.Module, state: State) -> list[str]:
     wrong = [f"{key} is {_kind(state[key])} where {_kind(kept[key])} is expected" for key in odd[:1]]
     wrong += [f"it lacks {_first(lacking)}"] if (lacking := [key for key in missing if key not in odd]) else []
     return wrong + ([f"it has {_first(unexpected)}, which the network has not"] if unexpected else [])
+
+
+def _ours(network: str) -> str:
+    """Our name for one of torchvision's networks."""
+    return f"{network}_bn" if f"{network}_bn" in OF_CLIPS else f"{TORCHVISION}{network}"
 
 
 def _kind(tensor: Tensor) -> str:
@@ -257,9 +228,9 @@ def _class_order(
             raise UserError(_wrong_order(file, trained_on, outputs, candidates[0]))
         return trained_on
     if published and outputs == len(published.categories):
-        fitting = [names for names in candidates if _is_imagenet(names, published.categories)]
+        fitting = [names for names in candidates if fits(names, published.categories)]
         if not fitting:
-            raise UserError(_not_imagenet(file, candidates[-1], published.categories))
+            raise UserError(explain(file, candidates[-1], published.categories))
         return fitting[0]
     return candidates[0]
 
@@ -271,10 +242,6 @@ def _columns(file: Path, order: list[str], class_names: list[str]) -> list[int]:
     return [place[name] for name in class_names]
 
 
-def _is_imagenet(names: list[str], categories: list[str]) -> bool:
-    return names == categories or (sorted(set(names)) == names and all(WORDNET_ID.fullmatch(name) for name in names))
-
-
 def _wrong_order(file: Path, trained_on: list[str], outputs: int, names: list[str]) -> str:
     if len(trained_on) != outputs:
         return f"{file} names {len(trained_on)} classes in its metadata and has {outputs} outputs; save it again"
@@ -282,17 +249,6 @@ def _wrong_order(file: Path, trained_on: list[str], outputs: int, names: list[st
     return (
         f"{file} was trained on other classes, or on another order of them: its class {i} is {trained_on[i]!r}, the "
         f"data's is {names[i]!r}; list the classes in the weights' order in data.classes, or take other weights"
-    )
-
-
-def _not_imagenet(file: Path, names: list[str], categories: list[str]) -> str:
-    pairs = zip(["", *names], names, strict=False)
-    ids = [bool(WORDNET_ID.fullmatch(name)) and name > before for before, name in pairs]
-    i = ids.index(False) if ids[0] else next(i for i, name in enumerate(names) if name != categories[i])
-    return (
-        f"{file} expects ImageNet's 1000 classes in the order of their WordNet ids; the data's class {i} is {names[i]!r} "
-        f"where {'the next id in order' if ids[0] else repr(categories[i])} should be; name the ids (n...) in that order "
-        "in the file data.class_names, if the labels follow it"
     )
 
 

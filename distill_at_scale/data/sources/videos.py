@@ -47,7 +47,7 @@ class Joined:
 
     used: pa.Table  # ROWS, with path and size; in the order of the rows
     missing: pa.Table  # ROWS without a file
-    spare: pa.Table  # FILES whose clip has another file, which is used; with the column instead (its path)
+    spare: pa.Table  # FILES whose clip has another file, which is used; with its path (instead) and the clip's label
     unlisted: pa.Table  # FILES in no row
 
 
@@ -66,6 +66,7 @@ def join_rows(rows: pa.Table, files: pa.Table) -> Joined:
     listed = pc.is_in(there, keys)
     again = pc.and_(listed, pa.array(first != np.arange(len(there)), pa.bool_()))
     spare = files.filter(again).append_column("instead", files["path"].take(pa.array(first).filter(again)))
+    spare = spare.append_column("label", rows["label"].take(pc.index_in(spare["key"], keys)))
     return Joined(used, rows.filter(pc.invert(has_file)), spare, files.filter(pc.invert(listed)))
 
 
@@ -139,8 +140,12 @@ class ListedVideos(ABC):
 
     def __init__(self, config: DataSection) -> None:
         self.config, self.store = config, data_store(config)
+
+    @cached_property
+    def home(self) -> str:
+        """The folder of the root that holds the clips; "" is the root itself."""
         top = self.store.names()[0]
-        self.home = next((name for name in self.home_names if name in top), "")
+        return next((name for name in self.home_names if name in top), "")
 
     def keys(self, paths: pa.Array) -> pa.Array:
         """The key of each file (string): its path below the home, or its name where the layout is flat; no ending."""
@@ -183,7 +188,7 @@ class ListedVideos(ABC):
         others = self._files[1]
         return [
             set_aside_table(unlisted, self._labels(unlisted), pa.repeat(self.no_row, len(unlisted))),
-            set_aside_table(spare["path"], self._labels(spare["path"]), reasons),
+            set_aside_table(spare["path"], spare["label"], reasons),
             no_videos(others, self._labels(others)),
         ]
 
@@ -202,11 +207,9 @@ class ListedVideos(ABC):
             mine = pc.invert(pc.starts_with(paths, f"{folder}/"))
             paths, sizes = paths.filter(mine), sizes.filter(mine)
         videos = VIDEOS.mask(paths)
-        if not (self.flat and self.home):
-            inside = pc.match_substring(below(paths, self.home), "/")
-            others = paths.filter(pc.and_(inside, pc.invert(videos)))
-        else:
-            others = paths.filter(pc.invert(videos))
+        others = paths.filter(pc.invert(videos))
+        if not (self.flat and self.home):  # archives and notes above the class folders are no clips
+            others = others.filter(pc.match_substring(below(others, self.home), "/"))
         paths, sizes = paths.filter(videos), sizes.filter(videos)
         return pa.table([self.keys(paths), paths, sizes], schema=FILES), others
 

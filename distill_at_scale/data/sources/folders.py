@@ -1,7 +1,7 @@
-"""Images in one folder per class, listed at scale: what ImageFolder, ImageNet and Tiny-ImageNet have in common.
+"""Samples in one folder per class, listed at scale: what ImageFolder, ImageNet, Tiny-ImageNet and VideoFolder share.
 
 Paths stay Arrow columns, so that a million files cost seconds. Ids are the POSIX paths relative to the root. Nothing is
-opened while listing; hidden files and files that are no images are left out.
+opened while listing; hidden files and files of another medium (by their name) are left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,30 @@ from distill_at_scale.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
+@dataclass(frozen=True)
+class Medium:
+    """What the samples of a folder are: a noun for messages, and the endings of their files (lower case, with the dot)."""
+
+    noun: str
+    extensions: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression of the names of such files; to be used without regard to case."""
+        return f"(?:{'|'.join(re.escape(extension) for extension in self.extensions)})$"
+
+    def mask(self, paths: pa.Array) -> pa.Array:
+        """Which of some paths (string) are such files by their names."""
+        return pc.match_substring_regex(paths, self.pattern, ignore_case=True)
+
+
+IMAGES = Medium("image", EXTENSIONS)
+
+
 class FolderSource:
     """The contract of a source for `train/<class>/...` and a test split beside it; layouts refine `listing_of`."""
+
+    medium = IMAGES
 
     def __init__(self, config: DataSection) -> None:
         self.config, self.store = config, data_store(config)
@@ -50,7 +73,7 @@ class FolderSource:
         return [split for split in ("train", "test") if split in self.folders]
 
     def listing(self, split: str) -> pa.Table:
-        """Every image of a split, class by class; listed once and then remembered."""
+        """Every sample of a split, class by class; listed once and then remembered."""
         if split not in self._listings:
             self._listings[split] = self.listing_of(split)
         return self._listings[split]
@@ -85,8 +108,7 @@ def split_folders(store: Store) -> dict[str, str]:
 def images(store: Store, folder: str) -> tuple[pa.Array, pa.Array]:
     """Paths (string) and sizes (int64) of the images below a folder, sorted by path."""
     paths, sizes = store.table(folder)
-    endings = "|".join(re.escape(extension) for extension in EXTENSIONS)
-    mask = pc.match_substring_regex(paths, f"(?:{endings})$", ignore_case=True)
+    mask = IMAGES.mask(paths)
     return paths.filter(mask), sizes.filter(mask)
 
 
@@ -97,7 +119,23 @@ def class_listing(
 
     Raises UserError for a folder with images that is no class, or where there is no image.
     """
-    paths, sizes = images(store, folder)
+    return by_class(store, folder, class_names, images(store, folder), IMAGES, ignore)
+
+
+def by_class(
+    store: Store,
+    folder: str,
+    class_names: Sequence[str],
+    files: tuple[pa.Array, pa.Array],
+    medium: Medium,
+    ignore: Sequence[str] = (),
+) -> pa.Table:
+    """The listing of some files below the class folders of `folder`, given as paths (string) and sizes (int64).
+
+    Sorted by label and path; files in no class folder, or in one of `ignore`, are left out. Raises UserError for a folder
+    that is no class, or where no file is left.
+    """
+    paths, sizes = files
     below = pc.utf8_slice_codeunits(paths, len(folder) + 1) if folder else paths
     owners = pc.struct_field(pc.extract_regex(below, "^(?P<owner>[^/]+)/"), "owner")
     inside = pc.is_valid(owners)
@@ -113,14 +151,16 @@ def class_listing(
             f"{place} is a class that the training split does not have; remove the folder or complete train/"
         )
     if not len(paths):
-        raise UserError(f"{store.place(folder)} holds no images in class folders ({', '.join(EXTENSIONS)})")
+        raise UserError(
+            f"{store.place(folder)} holds no {medium.noun}s in class folders ({', '.join(medium.extensions)})"
+        )
     order = np.argsort(labels.to_numpy(zero_copy_only=False), kind="stable")  # paths are sorted already
     paths, labels, sizes = paths.take(pa.array(order)), labels.take(pa.array(order)), sizes.take(pa.array(order))
     return listing(paths, labels, paths, np.zeros(len(paths), np.int64), sizes)
 
 
 def complete(source: FolderSource, split: str, table: pa.Table) -> None:
-    """Raises UserError for a class that has no image in a listing, naming its folder; of a subset only its classes count."""
+    """Raises UserError for a class that has no sample in a listing, naming its folder; of a subset only its classes count."""
     names = source.class_names
     wanted = set(names if source.config.classes is None else class_list(source.config.classes))
     counts = np.bincount(table["label"].to_numpy(), minlength=len(names))
@@ -130,7 +170,7 @@ def complete(source: FolderSource, split: str, table: pa.Table) -> None:
         sample = "training sample" if split == "train" else "test sample"
         raise UserError(
             f"the class {empty[0]!r} has no {sample}: {source.store.place(joined(source.folders[split], empty[0]))} "
-            f"is missing or holds no image{more}; complete the split, or remove the class everywhere"
+            f"is missing or holds no {source.medium.noun}{more}; complete the split, or remove the class everywhere"
         )
 
 

@@ -8,6 +8,7 @@ from distill_at_scale.data.sources.hmdb51 import Hmdb51
 from distill_at_scale.data.sources.imagefolder import ImageFolder
 from distill_at_scale.data.sources.imagenet import Imagenet
 from distill_at_scale.data.sources.imagenet_tar import ImagenetTar
+from distill_at_scale.data.sources.moving_digits import MovingDigits
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.sources.something_v2 import SomethingV2
 from distill_at_scale.data.sources.tiny_imagenet import TinyImagenet
@@ -18,6 +19,7 @@ from distill_at_scale.data.sources.webdataset import WebDataset
 
 SOURCES = {
     "digits": Digits,
+    "moving_digits": MovingDigits,
     "parquet": HuggingFaceParquet,
     "imagefolder": ImageFolder,
     "imagenet": Imagenet,

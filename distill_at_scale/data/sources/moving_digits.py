@@ -57,7 +57,7 @@ def _make(folder: Path) -> None:
             direction = DIRECTIONS[number // TEST_EVERY % len(DIRECTIONS)]
             target = temporary / split / direction / f"{number:04d}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(encode_mp4(clip(image, direction, number), RATE, CRF))
+            target.write_bytes(encode_mp4(clip(image, path(direction, number)), RATE, CRF))
 
 
 def digits() -> tuple[Array, list[str]]:
@@ -70,15 +70,20 @@ def digits() -> tuple[Array, list[str]]:
     return images, ["test" if number % TEST_EVERY == 0 else "train" for number in range(len(images))]
 
 
-def clip(image: Array, direction: str, number: int) -> Array:
-    """A digit uint8 [8, 8] on its way: uint8 [FRAMES, SIDE, SIDE, 3]; `number` decides where it starts and how fast it is."""
-    from scipy.ndimage import shift, zoom
-
+def path(direction: str, number: int) -> Array:
+    """Where the digit's corner is in every frame: rows and columns, float [FRAMES, 2], in [0, SIDE)."""
     draw = rng.numpy_generator(0, "moving digits", number)
     start, speed = draw.uniform(0, SIDE, 2), draw.uniform(SLOWEST, FASTEST)
     angle = DIRECTIONS.index(direction) * math.pi / 4
-    step = speed * np.array([math.sin(angle), math.cos(angle)])  # rows, columns
+    step = speed * np.array([math.sin(angle), math.cos(angle)])
+    return (start + np.arange(FRAMES)[:, None] * step) % SIDE
+
+
+def clip(image: Array, places: Array) -> Array:
+    """A digit uint8 [8, 8] on its path [FRAMES, 2] -> uint8 [FRAMES, SIDE, SIDE, 3]."""
+    from scipy.ndimage import shift, zoom
+
     canvas = np.zeros((SIDE, SIDE), np.float32)
     canvas[:DIGIT, :DIGIT] = zoom(image.astype(np.float32), DIGIT / len(image), order=1, grid_mode=True, mode="nearest")
-    frames = [shift(canvas, start + i * step, order=1, mode="grid-wrap") for i in range(FRAMES)]
+    frames = [shift(canvas, place, order=1, mode="grid-wrap") for place in places]
     return np.repeat(np.stack(frames).clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import re
 import shutil
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+from peaks import Watch, show_peaks
 
 from distill_at_scale.cluster.executor import RayExecutor
 from distill_at_scale.config import Config, validate
@@ -33,7 +30,6 @@ from distill_at_scale.rundir import environment
 
 STAGES = ("ingest", "score", "select")
 CORES_PER_GPU = 16
-EVERY = 0.1  # seconds between two looks at the processes
 
 
 def main() -> None:
@@ -88,9 +84,7 @@ def _config(options: argparse.Namespace, folder: Path) -> Config:
 def _run(config: Config) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Seconds per stage, and peak megabytes per kind of process: the largest one, and all of that kind together."""
     display, seconds = Display(), {}
-    end, results = multiprocessing.Event(), multiprocessing.Queue()
-    watcher = multiprocessing.Process(target=_watch, args=(os.getpid(), end, results), daemon=True)
-    watcher.start()
+    watched = Watch()
     pipeline = Pipeline(config, lambda: RayExecutor(config, display.say), display)
     began = time.perf_counter()
     pipeline.executor  # noqa: B018 - the cluster starts here, apart from the stages
@@ -98,64 +92,7 @@ def _run(config: Config) -> tuple[dict[str, float], dict[str, dict[str, float]]]
     pipeline.run(STAGES)
     for stage in STAGES:
         seconds[stage] = (pipeline.dir.record(stage) or {})["seconds"]
-    end.set()
-    return seconds, results.get()
-
-
-def _watch(root: int, end: Any, results: Any) -> None:
-    peaks: dict[str, dict[str, float]] = defaultdict(lambda: {"largest": 0.0, "together": 0.0, "processes": 0})
-    while not end.wait(EVERY):
-        now: dict[str, list[float]] = defaultdict(list)
-        for pid in _family(root) - {os.getpid()}:
-            if (found := _memory(pid)) is not None:
-                now["all processes"].append(found)
-                now[_kind(pid, root)].append(found)
-        for kind, sizes in now.items():
-            peak = peaks[kind]
-            peak["largest"] = max(peak["largest"], round(max(sizes), 1))
-            peak["together"] = max(peak["together"], round(sum(sizes), 1))
-            peak["processes"] = max(peak["processes"], len(sizes))
-    results.put(dict(peaks))
-
-
-def _memory(pid: int) -> float | None:
-    """Megabytes that a process holds for itself: without mapped files, which the kernel drops when it needs the room."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
-    return int(fields["RssAnon"][0]) / 1024 if "RssAnon" in fields else None
-
-
-def _family(root: int) -> set[int]:
-    children: dict[int, list[int]] = defaultdict(list)
-    for entry in os.listdir("/proc"):
-        try:
-            stat = Path(f"/proc/{entry}/stat").read_text() if entry.isdigit() else ""
-        except OSError:
-            continue
-        if stat:
-            children[int(stat.rpartition(")")[2].split()[1])].append(int(entry))
-    found, waiting = set(), [root]
-    while waiting:
-        pid = waiting.pop()
-        found.add(pid)
-        waiting += children[pid]
-    return found
-
-
-def _kind(pid: int, root: int) -> str:
-    if pid == root:
-        return "driver"
-    try:
-        name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return "other"
-    for word, kind in (("ray::", "actor or task: "), ("raylet", "raylet"), ("gcs_server", "gcs server")):
-        if word in name:
-            return kind + re.split(r"[.( ]", name.removeprefix("ray::"))[0] if word == "ray::" else kind
-    return "other"
+    return seconds, watched.peaks()
 
 
 def _project(options: argparse.Namespace) -> None:
@@ -182,9 +119,7 @@ def _print(seconds: dict[str, float], total: float, peaks: dict[str, dict[str, f
     print(f"\n{'stage':<44}{'seconds':>10}")
     for stage, value in [*seconds.items(), ("in all", round(total, 1))]:
         print(f"{stage:<44}{value:>10.1f}")
-    print(f"\n{'peak memory, MB (own, not mapped or shared)':<44}{'largest':>10}{'together':>10}{'number':>8}")
-    for kind, peak in sorted(peaks.items(), key=lambda item: -item[1]["together"]):
-        print(f"{kind[:43]:<44}{peak['largest']:>10.0f}{peak['together']:>10.0f}{peak['processes']:>8}")
+    show_peaks(peaks)
 
 
 if __name__ == "__main__":

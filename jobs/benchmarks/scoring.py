@@ -67,6 +67,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = image_options(__doc__)
+    parser.set_defaults(network="convnet")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--samples", type=int, default=600_000, help="with one checkpoint; a tenth with ten")
     parser.add_argument("--rows", default=",".join(ROWS))
@@ -111,11 +112,15 @@ def _prepare(options: argparse.Namespace, folder: Path) -> tuple[list[str], Path
     counts = (np.bincount(labels) * copies).tolist()
     write_meta(prepared, {"class_names": names, "shape": list(decoder.shape), "counts": {"train": counts},
                           "mean": [0.45] * 3, "std": [0.25] * 3, "chunk": 1024}, "benchmark")  # fmt: skip
-    spec = NetworkSpec("convnet", decoder.shape, len(names), options.width)
+    write_checkpoints(folder / "proxies", NetworkSpec("convnet", decoder.shape, len(names), options.width))
+    return files, prepared
+
+
+def write_checkpoints(folder: Path, spec: NetworkSpec) -> None:
+    """Random weights as the checkpoints of one trial."""
     for epoch in range(MANY):
         state = {f"weight.{key}": value for key, value in spec.build(epoch).state_dict().items()}
-        tensors.save(checkpoint_path(folder / "proxies", 0, epoch), state)
-    return files, prepared
+        tensors.save(checkpoint_path(folder, 0, epoch), state)
 
 
 def _measure(
@@ -123,10 +128,19 @@ def _measure(
 ) -> float:
     samples = options.samples // count
     if row == "roof":
-        return roof(forward_alone, options.cores, str(prepared), str(folder / "proxies"), options.width, count, samples)
+        return roof(
+            forward_alone,
+            options.cores,
+            str(prepared),
+            str(folder / "proxies"),
+            options.network,
+            options.width,
+            count,
+            samples,
+        )
     if row in ("ours", "one actor"):
         actors = options.cores if row == "ours" else 1
-        return _ours(options, folder, prepared, count, samples // (1 if row == "ours" else 2), actors)
+        return ours(options, folder, prepared, count, samples // (1 if row == "ours" else 2), actors)
     spec = NetworkSpec("convnet", Prepared(prepared).shape, len(Prepared(prepared).class_names), options.width)
     states = [_weights(folder / "proxies", epoch) for epoch in range(count)]
     measure = _loader if row == "loader" else _naive
@@ -140,36 +154,45 @@ def _weights(folder: Path, epoch: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def forward_alone(
-    core: int, cores: int, ready: Callable[[], None], prepared: str, proxies: str, width: int, count: int, samples: int
+    core: int,
+    cores: int,
+    ready: Callable[[], None],
+    prepared: str,
+    proxies: str,
+    network: str,
+    width: int,
+    count: int,
+    samples: int,
 ) -> int:
     """The fastest forward passes that we know of: compiled, channels last, a batch that fits the cache, one thread."""
     torch.set_num_threads(1)
     data = Prepared(prepared)
-    spec = NetworkSpec("convnet", data.shape, len(data.class_names), width)
+    spec = NetworkSpec(network, data.shape, len(data.class_names), width)
     pixels = torch.from_numpy(np.array(data.pixels(data.read(data.chunks()[core]))))
     at_once = spec.at_once(torch.device("cpu"))
     images = ((pixels.float() / 255 - 0.45) / 0.25)[: len(pixels) // at_once * at_once]
-    images = images.contiguous(memory_format=torch.channels_last)
-    network = spec.build(0).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(network)
+    images = spec.laid_out(images)
+    model = spec.build(0).eval().requires_grad_(False).to(memory_format=spec.layout())  # type: ignore[call-overload]
+    states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(model)
     forward(images[:at_once])
     done = 0
     ready()
     while done < samples // cores:
         for state in states:
-            network.load_state_dict(state)
+            model.load_state_dict(state)
             in_parts(forward, images, at_once)
         done += len(images)
     return done
 
 
-def _ours(options: argparse.Namespace, folder: Path, prepared: Path, count: int, samples: int, actors: int) -> float:
+def ours(options: argparse.Namespace, folder: Path, prepared: Path, count: int, samples: int, actors: int) -> float:
     from distill_at_scale.cluster.executor import RayExecutor
 
-    config = validate({"score": {"trials": 1, "epochs": count, "width": options.width, "compile": "always"},
+    config = validate({"score": {"trials": 1, "epochs": count, "network": options.network, "width": options.width,
+                                 "compile": "always"},
                        "cluster": {"actors": actors}})  # fmt: skip
     held = Prepared(prepared).chunks()
-    chunks = [replace(held[i % len(held)], index=i) for i in range(-(-samples // 1000))]  # again and again
+    chunks = [replace(held[i % len(held)], index=i) for i in range(-(-samples // held[0].rows))]  # again and again
     pieces = folder / f"pieces-{count}-{actors}"
     pieces.mkdir()
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)

@@ -1,0 +1,200 @@
+"""The annotation lists of Kinetics-400/600/700: which clips there are, by split, with label and the line that says so.
+
+Official lists have the columns label, youtube_id, time_start, time_end, split and perhaps is_cc, in any order; the header
+names them. They may be quoted or not, have a byte-order mark, CRLF, empty lines, and times such as 28.0; the split is that of
+the column, else that of the file's name. A list of the test split may have no labels. JSON lists are left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from distill_at_scale.data.sources.ground_truth import File, named_file
+from distill_at_scale.data.storage import Store, is_uri, joined
+from distill_at_scale.errors import UserError
+
+ROWS = pa.schema(
+    [
+        ("word", pa.string()),  # train, val or test
+        ("key", pa.string()),  # <id>_<start>_<end>, without padding
+        ("label", pa.string()),  # null where a test list has none
+        ("file", pa.string()),  # the list, for messages
+        ("line", pa.int32()),
+    ]
+)
+WORDS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "test": "test"}
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+KEY = "data.annotations"
+NAME = re.compile(r"(?:(?P<before>.*)[-_. ])?(?P<word>train|val|valid|validate|validation|test)", re.IGNORECASE)
+FOR_ALL = re.compile(r"(annotations?|labels|k(inetics)?[-_]?[4-7]00([-_]?2020)?)\.csv", re.IGNORECASE)
+FOLDER = re.compile(r"annot|label|csv|kinetics|k[-_]?[4-7]00|deepmind", re.IGNORECASE)
+LEVELS = 3  # of such folders
+ID, TIME = re.compile(r"[\w-]+"), re.compile(r"0*([0-9]{1,9})(?:\.0*)?")
+GET = (
+    "put the official train.csv and val.csv (label,youtube_id,time_start,time_end,split) there or into annotations/, "
+    f"or set {KEY}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a list; the fields are the columns of ROWS."""
+
+    word: str
+    key: str
+    label: str | None
+    file: str
+    line: int
+
+
+def read_annotations(store: Store, named: str | None) -> pa.Table:
+    """Every clip of every list (schema ROWS), the training split first; one that is listed twice counts once.
+
+    `named` is the configuration's data.annotations: a file, or a folder that holds lists, relative to the root of the data,
+    absolute, or a URI; None finds them by their usual names. Raises UserError where there is no list, where one lacks a
+    column or has a line that cannot be read, and where two lines give one clip of a split different labels.
+    """
+    known: dict[tuple[str, str], Row] = {}
+    for file in _files(store, named):
+        for row in read_list(file):
+            first = known.setdefault((row.word, row.key), row)
+            if first.label != row.label:
+                raise UserError(
+                    f"{row.file}, line {row.line}: the clip {row.key} is {row.label!r}, but {first.file}, line {first.line}, "
+                    f"says {first.label!r}; correct one of the two"
+                )
+    if not known:
+        raise UserError(f"the lists of clips in {store.place()} hold no clips; download them again, or set {KEY}")
+    order = list(dict.fromkeys(WORDS.values()))
+    rows = sorted(known.values(), key=lambda row: order.index(row.word))
+    return pa.table([pa.array([getattr(row, f.name) for row in rows], f.type) for f in ROWS], schema=ROWS)
+
+
+def read_list(file: File) -> Iterator[Row]:
+    """The clips of one list.
+
+    Raises UserError, naming file and line, for a missing column and for whatever cannot be read.
+    """
+    lines = _lines(file)
+    _, header = next(lines, (1, []))
+    places = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
+    of_file = _word(file.place)
+    missing = [name for name in COLUMNS if name not in places and not (name == "label" and of_file == "test")]
+    if missing:
+        raise UserError(
+            f"{file.place} has no column {missing[0]!r}; its first line must name the columns "
+            f"label,youtube_id,time_start,time_end,split, but it is {','.join(header)[:200]!r}"
+        )
+    for line, values in lines:
+        cells = {name: values[i].strip() if i < len(values) else "" for name, i in places.items()}
+        yield _row(file, line, cells, of_file, extra=values[len(header) :])
+
+
+def _row(file: File, line: int, cells: dict[str, str], of_file: str | None, extra: list[str]) -> Row:
+    start, end = TIME.fullmatch(cells["time_start"]), TIME.fullmatch(cells["time_end"])
+    word = WORDS.get(cells.get("split", "").lower() or of_file or "")
+    label = cells.get("label") or None
+    if any(cell.strip() for cell in extra):
+        raise _wrong(file, line, "it has more columns than the first line; quote a label that holds a comma")
+    if not ID.fullmatch(cells["youtube_id"]):
+        raise _wrong(file, line, f"youtube_id is {cells['youtube_id']!r}; it has letters, digits, - and _ only")
+    if not (start and end):
+        raise _wrong(
+            file, line, f"the times are {cells['time_start']!r} and {cells['time_end']!r}; write whole seconds"
+        )
+    if word is None:
+        raise _wrong(file, line, f"split is {cells.get('split', '')!r}; it must be one of {', '.join(WORDS)}")
+    if label is None and word != "test":
+        raise _wrong(file, line, "it has no label")
+    return Row(word, f"{cells['youtube_id']}_{start[1]}_{end[1]}", label, file.place, line)
+
+
+def _lines(file: File) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every line that is not empty, with the number of the line where it begins."""
+    try:
+        text = file.content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file.place} is not a text file in UTF-8; download it again") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    line = 1
+    try:
+        for values in reader:
+            if any(values):
+                yield line, values
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise _wrong(file, line, f"{error}; close every quotation mark and write one inside a label twice") from None
+
+
+def _wrong(file: File, line: int, what: str) -> UserError:
+    return UserError(f"{file.place}, line {line}: {what}; correct the line or download the list again")
+
+
+def _word(name: str) -> str | None:
+    """The split that the name of a list ends with: kinetics_700_2020_train.csv."""
+    found = NAME.fullmatch(os.path.splitext(name.rpartition("/")[2])[0])
+    return WORDS[found["word"].lower()] if found else None
+
+
+def _files(store: Store, named: str | None) -> list[File]:
+    if named is None:
+        return _found(store, GET)
+    if named.partition("?")[0].lower().endswith((".csv", ".txt")):
+        return [named_file(store, named, KEY)]
+    advice = "give a file such as train.csv, or a folder that holds such files"
+    other = Store(named if is_uri(named) or Path(named).expanduser().is_absolute() else _below(store.path, named), KEY)
+    return _found(other, advice)
+
+
+def _below(root: str, folder: str) -> str:
+    """A folder below a root, which may be a URI with options."""
+    base, question, options = root.partition("?") if is_uri(root) else (root, "", "")
+    return f"{base.rstrip('/')}/{folder.removeprefix('./')}{question}{options}"
+
+
+def _found(store: Store, advice: str) -> list[File]:
+    """The lists of each split from the first folder that has one; else the first that may hold all splits."""
+    lists: dict[str, list[str]] = {}
+    common: list[str] = []
+    for folder in _annotation_folders(store):
+        names = store.names(folder)[1]
+        for word, chosen in _by_word(names).items():
+            lists.setdefault(word, [joined(folder, name) for name in chosen])
+        common += [joined(folder, name) for name in names if FOR_ALL.fullmatch(name)]
+    files = [file for word in lists for file in lists[word]] or common[:1]
+    if not files:
+        raise UserError(f"{store.place()} holds no list of clips: {advice}")
+    return [File(store.place(file), store.read(file)) for file in files]
+
+
+def _by_word(names: list[str]) -> dict[str, list[str]]:
+    """The lists among the files of one folder, by split: train.csv before k400_train.csv, and .csv before .txt."""
+    best: dict[str, tuple[tuple[bool, bool], list[str]]] = {}
+    for name in names:
+        stem, extension = os.path.splitext(name)
+        found = NAME.fullmatch(stem)
+        if found and extension.lower() in (".csv", ".txt"):
+            rank = (extension.lower() != ".csv", found["before"] is not None)
+            kept = best.get(WORDS[found["word"].lower()])
+            if kept is None or rank < kept[0]:
+                best[WORDS[found["word"].lower()]] = (rank, [name])
+            elif rank == kept[0]:
+                kept[1].append(name)
+    return {word: chosen for word, (_, chosen) in best.items()}
+
+
+def _annotation_folders(store: Store) -> list[str]:
+    """The root and the folders below it whose names are those of annotations, the upper ones first."""
+    found, level = [""], [""]
+    for _ in range(LEVELS):
+        level = [joined(folder, name) for folder in level for name in store.names(folder)[0] if FOLDER.search(name)]
+        found += level[:100]
+    return found

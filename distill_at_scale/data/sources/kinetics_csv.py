@@ -12,8 +12,9 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -37,15 +38,15 @@ NAME = re.compile(r"(?:(?P<before>.*)[-_. ])?(?P<word>train|val|valid|validate|v
 FOR_ALL = re.compile(r"(annotations?|labels|k(inetics)?[-_]?[4-7]00([-_]?2020)?)\.csv", re.IGNORECASE)
 FOLDER = re.compile(r"annot|label|csv|kinetics|k[-_]?[4-7]00|deepmind", re.IGNORECASE)
 LEVELS = 3  # of such folders
-ID, TIME = re.compile(r"[\w-]+"), re.compile(r"0*([0-9]{1,9})(?:\.0*)?")
+ID, TIME = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"0*([0-9]{1,9})(?:\.0*)?")
+KEY_OF_CLIP = re.compile(r"[A-Za-z0-9_-]+_[0-9]+_[0-9]+")
 GET = (
     "put the official train.csv and val.csv (label,youtube_id,time_start,time_end,split) there or into annotations/, "
     f"or set {KEY}"
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of a list; the fields are the columns of ROWS."""
 
     word: str
@@ -75,7 +76,8 @@ def read_annotations(store: Store, named: str | None) -> pa.Table:
         raise UserError(f"the lists of clips in {store.place()} hold no clips; download them again, or set {KEY}")
     order = list(dict.fromkeys(WORDS.values()))
     rows = sorted(known.values(), key=lambda row: order.index(row.word))
-    return pa.table([pa.array([getattr(row, f.name) for row in rows], f.type) for f in ROWS], schema=ROWS)
+    columns = zip(zip(*rows, strict=True), ROWS, strict=True)
+    return pa.table([pa.array(values, field.type) for values, field in columns], schema=ROWS)
 
 
 def read_list(file: File) -> Iterator[Row]:
@@ -93,28 +95,35 @@ def read_list(file: File) -> Iterator[Row]:
             f"{file.place} has no column {missing[0]!r}; its first line must name the columns "
             f"label,youtube_id,time_start,time_end,split, but it is {','.join(header)[:200]!r}"
         )
+    width = len(header)
+    wanted = [places.get(name, width) for name in (*COLUMNS, "split")]
     for line, values in lines:
-        cells = {name: values[i].strip() if i < len(values) else "" for name, i in places.items()}
-        yield _row(file, line, cells, of_file, extra=values[len(header) :])
+        if any(value.strip() for value in values[width:]):
+            raise _wrong(file, line, "it has more columns than the first line; quote a label that holds a comma")
+        values += [""] * (width + 1 - len(values))
+        yield _row(file, line, of_file, *(values[place].strip() for place in wanted))
 
 
-def _row(file: File, line: int, cells: dict[str, str], of_file: str | None, extra: list[str]) -> Row:
-    start, end = TIME.fullmatch(cells["time_start"]), TIME.fullmatch(cells["time_end"])
-    word = WORDS.get(cells.get("split", "").lower() or of_file or "")
-    label = cells.get("label") or None
-    if any(cell.strip() for cell in extra):
-        raise _wrong(file, line, "it has more columns than the first line; quote a label that holds a comma")
-    if not ID.fullmatch(cells["youtube_id"]):
-        raise _wrong(file, line, f"youtube_id is {cells['youtube_id']!r}; it has letters, digits, - and _ only")
-    if not (start and end):
-        raise _wrong(
-            file, line, f"the times are {cells['time_start']!r} and {cells['time_end']!r}; write whole seconds"
-        )
+def _row(
+    file: File, line: int, of_file: str | None, label: str, name: str, start: str, end: str, split: str
+) -> Row:  # fmt: skip
+    key, word = f"{name}_{_seconds(start)}_{_seconds(end)}", WORDS.get(split.lower() or of_file or "")
+    if not KEY_OF_CLIP.fullmatch(key):
+        if not ID.fullmatch(name):
+            raise _wrong(file, line, f"youtube_id is {name!r}; it has letters, digits, - and _ only")
+        raise _wrong(file, line, f"the times are {start!r} and {end!r}; write whole seconds")
     if word is None:
-        raise _wrong(file, line, f"split is {cells.get('split', '')!r}; it must be one of {', '.join(WORDS)}")
-    if label is None and word != "test":
+        raise _wrong(file, line, f"split is {split!r}; it must be one of {', '.join(WORDS)}")
+    if not label and word != "test":
         raise _wrong(file, line, "it has no label")
-    return Row(word, f"{cells['youtube_id']}_{start[1]}_{end[1]}", label, file.place, line)
+    return Row(word, key, label or None, file.place, line)
+
+
+@cache
+def _seconds(text: str) -> str:
+    """`028` and `28.0` are 28; "?" for anything but whole seconds."""
+    found = TIME.fullmatch(text)
+    return found[1] if found else "?"
 
 
 def _lines(file: File) -> Iterator[tuple[int, list[str]]]:
@@ -127,7 +136,7 @@ def _lines(file: File) -> Iterator[tuple[int, list[str]]]:
     line = 1
     try:
         for values in reader:
-            if any(values):
+            if any(values) and any(value.strip() for value in values):
                 yield line, values
             line = reader.line_num + 1
     except csv.Error as error:

@@ -270,6 +270,13 @@ def test_files_that_no_list_has_are_set_aside_with_their_reasons(whole):
     ]
     lies = ("val/abseiling/_dbcJuKJQNs_000000_000010.mp4", 0, "lies in val/, but train.csv line 3 lists it")
     assert aside(source, "test") == [lies]
+    (whole / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").unlink()
+    moved = (
+        "train/abseiling/_dbcJuKJQNs_000000_000010.mp4",
+        0,
+        "listed in train.csv line 3, its file is in another split",
+    )
+    assert moved in aside(kinetics(whole))
 
 
 def test_replacements_win_over_and_complete_other_files(whole):
@@ -382,3 +389,23 @@ def test_a_set_on_s3_is_the_set_on_disk(s3, whole):
         assert aside(there, split) == aside(here, split)
         assert there.digest(split) == here.digest(split)
         assert there.read(there.listing(split)) == here.read(here.listing(split))
+
+
+def test_a_list_that_cannot_be_opened_is_one_error(whole):
+    (whole / "val.csv").unlink()
+    (whole / "val.csv").symlink_to(whole / "nowhere")
+    with pytest.raises(UserError, match=r"val\.csv cannot be read \(No such file or directory\); check the file"):
+        kinetics(whole).splits()
+
+
+def test_a_plan_keeps_what_was_set_aside_and_subsets_it(whole, tmp_path):
+    put(whole, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
+    data = {
+        "source": "kinetics",
+        "path": str(whole),
+        "frames": 4,
+        "classes": ["arm wrestling", "petting animal (not cat)"],
+    }
+    plan = ingest.plan(configuration.validate({"run": {"dir": str(tmp_path / "run")}, "data": data}))
+    assert plan.listings["train"]["label"].to_pylist() == [0, 1]
+    assert plan.aside["train"]["reason"].to_pylist() == ["not listed in any CSV"]

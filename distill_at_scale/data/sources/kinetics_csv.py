@@ -181,7 +181,14 @@ def _found(store: Store, advice: str) -> list[File]:
     files = [file for word in lists for file in lists[word]] or common[:1]
     if not files:
         raise UserError(f"{store.place()} holds no list of clips: {advice}")
-    return [File(store.place(file), store.read(file)) for file in files]
+    return [_read(store, file) for file in files]
+
+
+def _read(store: Store, file: str) -> File:
+    try:
+        return File(store.place(file), store.read(file))
+    except OSError as error:
+        raise UserError(f"{store.place(file)} cannot be read ({error.strerror or error}); check the file") from None
 
 
 def _by_word(names: list[str]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ files that are no video, and clips of a test split that is not used, are left ou
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -201,20 +202,17 @@ class Matched:
         self._set_aside(more, _text("the same clip as '", instead, "', which is used"), self.labels[self.row[more]])
 
     def _missing(self) -> None:
-        """Sets aside rows without a file, under the name that the file would have."""
+        """Sets aside rows without a file of their own, under the name that it would have."""
         without = np.ones(self.rows.num_rows, bool)
         without[self.row[self.row >= 0]] = False
         for split, word in self.splits.items():
             mine = np.flatnonzero(without & (self.row_word == word) & (self.labels >= 0))
             rows = self.rows.take(pa.array(mine))
             ids = _text(WORDS[word], "/", rows["label"], "/", _padded(rows["key"]), ".mp4")
-            reasons = _text("listed in ", self._lines(mine), ", no file")
-            names = pc.if_else(
-                pc.starts_with(rows["file"], f"{self.place}/"),
-                pc.utf8_slice_codeunits(rows["file"], len(self.place) + 1),
-                rows["file"],
-            )
-            self._add(split, ids, self.labels[mine], names, reasons)
+            elsewhere = pc.is_in(rows["key"], self.keys.filter(pa.array(self.finished)))
+            why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
+            lists = pc.replace_substring_regex(rows["file"], f"^{re.escape(self.place)}/", "")
+            self._add(split, ids, self.labels[mine], lists, _text("listed in ", self._lines(mine), why))
 
     def _lines(self, rows: Array) -> Any:
         """`val.csv line N` for some rows."""

@@ -84,6 +84,9 @@ class KineticsTar(Kinetics):
         ]
         return pa.table([pa.array(c, f.type) for c, f in zip(columns, FILES, strict=True)], schema=FILES)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_sizes"}
+
 
 def _is_clip(name: str, place: str) -> bool:
     """Whether a member may be a clip; hidden files, such as macOS adds, are none."""

@@ -360,6 +360,15 @@ def test_nothing_that_is_listed_is_one_error(tmp_path):
         kinetics(tmp_path).splits()
 
 
+def test_clips_of_an_unlabelled_test_list_alone_are_one_error(tmp_path):
+    put(tmp_path, {"test/tttttttttt_000001_000011.mp4": b"t", "train.csv": TRAIN})
+    put(tmp_path, {"test.csv": "youtube_id,time_start,time_end\ntttttttttt,1,11\n"})
+    with pytest.raises(
+        UserError, match=r"holds only clips of a test split whose list has no labels; add train/ or val/"
+    ):
+        kinetics(tmp_path).splits()
+
+
 def test_every_listed_clip_and_every_video_is_somewhere(whole):
     source = kinetics(whole)
     named = [*labels(source), *labels(source, "test"), *(i for s in ("train", "test") for i, *_ in aside(source, s))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import pickle
 import tarfile
 
@@ -15,6 +14,8 @@ from test_kinetics import HEADER, aside, labels, put
 
 from distill_at_scale.config import DataSection
 from distill_at_scale.data import gzip_tar, tar
+from distill_at_scale.data.ingest import mapped
+from distill_at_scale.data.pieces import Recipe, ingest_chunk
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import Unreachable, UserError
@@ -129,6 +130,28 @@ def test_a_pickled_source_reads_without_an_index(cvdf):
     assert pickle.loads(packed).read(table) == here.read(table)
 
 
+class Lengths:
+    """A decoder whose clips show how many bytes they had."""
+
+    shape = (2, 1, 2, 2)
+
+    def __call__(self, name, raw):
+        return np.full(self.shape, len(raw) % 251, np.uint8), None
+
+
+def test_chunks_are_ingested_from_archives(cvdf, tmp_path):
+    here = source(cvdf)
+    table = here.listing("train")
+    counts = [
+        ingest_chunk(here, Recipe(Lengths(), None), table.slice(start, 2), tmp_path / f"{start}.arrow")
+        for start in (0, 2, 4)
+    ]
+    assert counts == [(2, 0)] * 3
+    made = pa.concat_tables([mapped(tmp_path / f"{start}.arrow") for start in (0, 2, 4)])
+    wanted = {i: size % 251 for i, size in zip(table["sample_id"].to_pylist(), table["size"].to_pylist(), strict=True)}
+    assert {i: p[0] for i, p in zip(made["sample_id"].to_pylist(), made["pixels"].to_pylist(), strict=True)} == wanted
+
+
 def test_an_index_through_gzip_is_that_of_the_plain_tar(tmp_path):
     long = "x" * 150 + "/" + name(3)
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
@@ -241,10 +264,17 @@ def test_an_archive_that_changes_after_listing_concerns_samples_or_stops_with_it
     assert here.read(rows) == [clip(1)]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_archive_that_may_not_be_read_stops_the_run(cvdf):
-    (cvdf / "train/part_0.tar.gz").chmod(0)
-    with pytest.raises(Unreachable, match=r"part_0\.tar\.gz cannot be read"):
+def test_an_archive_that_may_not_be_read_stops_the_run(cvdf, monkeypatch):
+    here = source(cvdf)
+    rows = here.listing("train").slice(3, 1)
+
+    def refuse(store, file):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Store, "open_native", refuse)
+    with pytest.raises(Unreachable, match=r"data\.path = .* cannot be read: .*Permission denied"):
+        here.read(rows)
+    with pytest.raises(Unreachable, match=r"\.t(ar\.)?gz cannot be read: .*Permission denied; check the file"):
         source(cvdf).splits()
 
 

@@ -78,6 +78,10 @@ class Matched:
                 f"none of the {len(paths):,} clips in {self.place} is listed in {self.rows['file'][0].as_py()} or another "
                 f"list; the first is {first!r}, and the layout is {LAYOUT}"
             )
+        if not self.splits:
+            raise UserError(
+                f"{self.place} holds only clips of a test split whose list has no labels; add train/ or val/"
+            )
 
     def _is(self, pattern: str) -> pa.ChunkedArray:
         return pc.match_substring_regex(self.files["place"], pattern)

@@ -123,6 +123,11 @@ def test_lists_in_every_form_say_the_same(form):
     assert row.line == (3 if form.startswith("CRLF") else 2)
 
 
+def test_lines_are_counted_as_an_editor_counts_them():
+    text = HEADER + '\n"two\nlines",x,1,2,train,0\n\na,y,1,2,train,0\n'
+    assert [row.line for row in read_list(File("all.csv", text.encode()))] == [3, 6]
+
+
 def test_labels_may_hold_commas_quotes_and_parentheses():
     text = HEADER + '"a, b (c)",x,1,2,train,0\n"say ""hi""",y,1,2,validate,0\n"massaging person\'s head",z,1,2,test,0\n'
     rows = list(read_list(File("all.csv", text.encode())))
@@ -188,6 +193,12 @@ def test_lists_are_found_by_their_usual_names(tmp_path, train, val):
     assert len(labels(source, "test")) == 1
 
 
+def test_the_plainest_name_is_the_list(whole):
+    put(whole, {"tiny_train.csv": TRAIN.replace(",7,17,", ",8,18,"), "train.txt": "train/part_0.tar.gz"})
+    put(whole, {"annotations/train.csv": "an older one, further below"})
+    assert labels(kinetics(whole)) == LABELS
+
+
 def test_one_list_may_hold_all_splits(tmp_path):
     put(tmp_path, {**CLIPS, "kinetics400.csv": TRAIN + VAL.removeprefix(HEADER)})
     source = kinetics(tmp_path)
@@ -229,6 +240,17 @@ def test_other_layouts_give_the_same_labels(tmp_path, flat):
     assert sorted(labels(source).values()) == [0, 1, 2]
     assert len(labels(source, "test")) == 1
     assert aside(source) == [MISSING]
+
+
+@pytest.mark.parametrize("folder", ["validate", "validation", "Valid", "VAL_256"])
+def test_the_folder_of_val_has_many_names(whole, folder):
+    (whole / "val").rename(whole / folder)
+    source = kinetics(whole)
+    assert list(labels(source, "test")) == [f"{folder}/abseiling/vvvvvvvvvvv_000003_000013.mp4"]
+    (whole / folder / "abseiling").rename(whole / folder / "arm wrestling")
+    put(whole, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
+    reasons = [reason for *_, reason in aside(kinetics(whole), "test")]
+    assert f"lies in {folder[:10].partition('_')[0]}/, but train.csv line 3 lists it" in reasons
 
 
 def test_names_without_padding_are_the_same_clips(whole):
@@ -291,6 +313,8 @@ def test_replacements_win_over_and_complete_other_files(whole):
     used = "replacement/replacement_for_corrupted_k400/-3B32lodo2M_000028_000038.mp4"
     old = "train/arm wrestling/-3B32lodo2M_000028_000038.mp4"
     assert aside(source) == [(old, 1, f"the same clip as '{used}', which is used")]
+    put(whole, {used: b""})
+    assert aside(kinetics(whole)) == [(used, 1, f"the same clip as '{old}', which is used")]
 
 
 def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(whole):

@@ -117,8 +117,10 @@ def test_rows_are_read_in_any_order_and_an_archive_is_opened_once_for_chunks_in_
     ]
     assert here.read(table.slice(4, 1)) == [wanted[4]]  # once more from where the archive stands
     assert len(opened) == 3
-    assert here.read(table.slice(1, 1)) == [wanted[1]]  # further back
+    assert here.read(table.slice(3, 1)) == [wanted[3]]  # of another archive
     assert len(opened) == 4
+    assert here.read(table.slice(1, 1)) == [wanted[1]]  # further back
+    assert len(opened) == 5
 
 
 def test_a_pickled_source_reads_without_an_index(cvdf):

@@ -8,6 +8,8 @@ from distill_at_scale.data.sources.hmdb51 import Hmdb51
 from distill_at_scale.data.sources.imagefolder import ImageFolder
 from distill_at_scale.data.sources.imagenet import Imagenet
 from distill_at_scale.data.sources.imagenet_tar import ImagenetTar
+from distill_at_scale.data.sources.kinetics import Kinetics
+from distill_at_scale.data.sources.kinetics_tar import KineticsTar
 from distill_at_scale.data.sources.moving_digits import MovingDigits
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.sources.something_v2 import SomethingV2
@@ -24,6 +26,8 @@ SOURCES = {
     "imagefolder": ImageFolder,
     "imagenet": Imagenet,
     "imagenet_tar": ImagenetTar,
+    "kinetics": Kinetics,
+    "kinetics_tar": KineticsTar,
     "tiny_imagenet": TinyImagenet,
     "torchvision": TorchvisionSet,
     "webdataset": WebDataset,

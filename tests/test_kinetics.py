@@ -375,7 +375,7 @@ def test_a_label_that_training_lacks_is_one_error(whole):
 
 def test_nothing_that_is_listed_is_one_error(tmp_path):
     put(tmp_path, {"train.csv": TRAIN})
-    with pytest.raises(UserError, match=r"holds no clips \(mp4, mkv.*the layout is train/<label>/"):
+    with pytest.raises(UserError, match=r"holds no clips \(mp4, m4v, mkv.*the layout is train/<label>/"):
         kinetics(tmp_path).splits()
     put(tmp_path, {"train/abseiling/movie.mp4": b"x"})
     with pytest.raises(

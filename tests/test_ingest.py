@@ -398,7 +398,9 @@ def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_
     rejected(tmp_path, "train")
     rejected(tmp_path, "test", ("1.png", "empty"))
     bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
-    assert bad.to_pylist() == [{"sample_id": "1.png", "location": "test", "reason": "empty", "used": False, "split": "test"}]
+    assert bad.to_pylist() == [
+        {"sample_id": "1.png", "location": "test", "reason": "empty", "used": False, "split": "test"}
+    ]
     assert pq.read_table(tmp_path / "rejected.parquet").equals(bad)
     assert "1 of 4 samples cannot be used" in validate.summary(plan, bad, tmp_path)[0]
     rejected(tmp_path, "train", ("1.png", "damaged"))

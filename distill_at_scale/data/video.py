@@ -34,6 +34,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,rm,dv,mxf,ivf"
+RIGHT_IN = ("mov", "matroska", "flv", "avi")  # containers of which decord returns the frames asked
+SKIPPING = ("h264", "hevc", "mpeg4", "vp8")  # codecs whose decoder takes up and drops the wish to skip at any packet
 UNIT = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0" + bytes(12) + b"\x40\0\0\0"  # the matrix of a track that is not turned
 SEGMENT = b"\x18\x53\x80\x67"  # the element of Matroska that holds all others
 
@@ -119,7 +121,7 @@ def _seconds(container: Any, stream: Any) -> float:
 
 
 def _indexed(raw: bytes, container: Any, stream: Any) -> Video:
-    packets = []
+    packets: list[Any] = []
     with suppress(av.error.FFmpegError):  # damaged in the middle: what was read counts
         packets.extend(packet for packet in container.demux(stream) if packet.size)
     times = [packet.pts for packet in packets if not packet.is_discard]
@@ -128,7 +130,8 @@ def _indexed(raw: bytes, container: Any, stream: Any) -> Video:
     frames = claimed if cut else len(times)
     if not frames:
         raise Unusable("no frames")
-    known = None not in times and len(set(times)) == len(times)
+    # an avi says when a packet is decoded, not when its frame is shown
+    known = container.format.name != "avi" and None not in times and len(set(times)) == len(times)
     return Video(raw, stream, packets, sorted(times) if known else None, frames, cut)
 
 
@@ -184,10 +187,7 @@ def decord_frames(video: Video, wanted: Sequence[int], size: int, resize: str, f
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    if video.turned:
-        raise Failed("mixes up the pixels of turned videos")
-    if video.cut:
-        raise Failed("does not say which frames of a cut video are there")
+    _check_for_decord(video)
     width, height = fitted(video, size, resize)
     try:
         reader = decord.VideoReader(io.BytesIO(video.raw), width=width, height=height, num_threads=1)
@@ -197,6 +197,19 @@ def decord_frames(video: Video, wanted: Sequence[int], size: int, resize: str, f
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         raise Failed(f"said: {_plain(str(error))}") from None
     return np.stack([_middle(frame, size) for frame in frames])
+
+
+def _check_for_decord(video: Video) -> None:
+    """Raises Failed for what it was seen to answer with other frames, or none, and without a word (decord 0.6.0)."""
+    kind, context = video.stream.container.format.name, video.stream.codec_context
+    if video.turned:
+        raise Failed("mixes up the pixels of turned videos")
+    if video.cut:
+        raise Failed("does not say which frames of a cut video are there")
+    if kind.split(",")[0] not in RIGHT_IN or (kind == "avi" and context.has_b_frames):
+        raise Failed(f"returns other frames than asked of such a file ({kind.split(',')[0]}, {context.name})")
+    if video.times is not None and any(leading for _, _, leading in _groups(video.packets)):
+        raise Failed("returns other frames than asked where groups of pictures are open")
 
 
 def _unpadded(frame: Array, width: int, height: int) -> Array:
@@ -246,9 +259,10 @@ class _Converter:
 def _needed(video: Video, times: set[int]) -> Iterator[Any]:
     """Decoded frames, among them all with the wanted times, from as few packets as possible."""
     context = video.stream.codec_context
+    skipping = context.name in SKIPPING
     for start, stop in _stretches(video, times):
         for packet in video.packets[start:stop]:
-            context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
+            context.skip_frame = "NONREF" if skipping and packet.pts not in times else "DEFAULT"
             yield from _decoded(video, packet)
         yield from _decoded(video, None)
         context.flush_buffers()
@@ -257,20 +271,24 @@ def _needed(video: Video, times: set[int]) -> Iterator[Any]:
 
 def _stretches(video: Video, times: set[int]) -> list[tuple[int, int]]:
     """From a key frame to the last wanted frame before the next one; on to that where frames before it in time need both."""
-    packets = video.packets
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
     found: list[tuple[int, int]] = []
     before = 0  # where the previous group of pictures begins
-    for start, stop in pairwise([*(keys if keys[:1] == [0] else [0, *keys]), len(packets)]):
-        inside = [i for i in range(start, stop) if packets[i].pts in times]
+    for start, stop, leading in _groups(video.packets):
+        inside = [i for i in range(start, stop) if video.packets[i].pts in times]
         if inside:
-            leading = any(packets[i].pts < packets[start].pts for i in inside)
-            begin = before if leading else start
+            begin = before if leading.intersection(inside) else start
             if found and found[-1][1] > begin:
                 begin = found.pop()[0]
             found.append((begin, inside[-1] + 1))
         before = start
     return found
+
+
+def _groups(packets: list[Any]) -> Iterator[tuple[int, int, set[int]]]:
+    """From each key frame to the next, and which packets between show frames before the key frame's (an open group)."""
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    for start, stop in pairwise([*(keys if keys[:1] == [0] else [0, *keys]), len(packets)]):
+        yield start, stop, {i for i in range(start, stop) if packets[i].pts < packets[start].pts}
 
 
 def _in_order(video: Video, wanted: set[int], convert: Callable[[Any], Array]) -> dict[int, Array]:

@@ -5,8 +5,11 @@ Nothing here is read from disk or taken from anywhere; the same arguments give t
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
+import os
+import sys
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 
 import av
 import numpy as np
+
+from distill_at_scale.data.video import pyav_frames
 
 Array = np.ndarray[Any, Any]
 
@@ -28,28 +33,36 @@ def write_video(
     codec: str = "libx264",
     container: str | None = None,
     gop: int = 12,
+    settings: dict[str, str] | None = None,
     **options: str,
 ) -> bytes:
     """Encode uint8 [T, H, W, 3] (RGB, H and W even); returns the file's bytes and writes them to `path` where one is given.
 
     `container` is FFmpeg's name of the format, by default the usual one of the codec (mp4, avi, webm); `gop` the frames
-    from one key frame to the next; `options` go to the container (`movflags="faststart"`: the index in front, so that a
-    cut file still has it).
+    from one key frame to the next; `settings` go to the encoder (`{"bf": "3"}`: B-frames); `options` go to the container
+    (`movflags="faststart"`: the index in front, so that a cut file still has it).
     """
     with tempfile.NamedTemporaryFile() as file:  # a real one: faststart reads it again
-        _encode(file.name, frames, fps, codec, container or FORMATS[codec], gop, options)
+        _encode(file.name, frames, fps, codec, container or FORMATS[codec], gop, settings or {}, options)
         return _written(path, Path(file.name).read_bytes())
 
 
 def _encode(
-    target: str, frames: Array, fps: float, codec: str, container: str, gop: int, options: dict[str, str]
+    target: str,
+    frames: Array,
+    fps: float,
+    codec: str,
+    container: str,
+    gop: int,
+    settings: dict[str, str],
+    options: dict[str, str],
 ) -> None:
     with av.open(target, "w", format=container, options=options) as output:
         stream = output.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], PIXELS.get(codec, "yuv420p")
         stream.codec_context.gop_size = gop
         stream.codec_context.thread_count = 1
-        stream.options = {"libx264": {"preset": "ultrafast", "crf": "10"}}.get(codec, {})
+        stream.options = {"libx264": {"preset": "ultrafast", "crf": "10"}}.get(codec, {}) | settings
         if codec != "libx264":
             stream.bit_rate = 4_000_000
         for pixels in frames:
@@ -117,6 +130,29 @@ def rotated(raw: bytes, degrees: int) -> bytes:
     start = raw.index(b"tkhd") + 4 + 40  # behind the 40 bytes of version, flags, times, id, duration, layer, volume
     assert raw[raw.index(b"tkhd") + 4] == 0, "the long form of the header"
     return raw[:start] + packed + raw[start + 36 :]
+
+
+def marked(raw: bytes, word: str) -> bytes:
+    """The same mp4 with a harmless box behind it that holds a word, for `faulty`."""
+    return raw + (8 + len(word)).to_bytes(4, "big") + b"free" + word.encode()
+
+
+def faulty(video: Any, wanted: Any, size: int, resize: str, fast: bool) -> Array:
+    """A decoder (`ClipDecoder(decoders=("videos:faulty",))`) that does to its process what the file's mark says."""
+    if video.raw.endswith(b"abort"):
+        os.abort()
+    if video.raw.endswith(b"exit"):
+        os._exit(3)
+    if video.raw.endswith(b"spin"):
+        ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock, as decord does
+    if video.raw.endswith(b"memory"):
+        np.ones(2**33, np.uint8)
+    return pyav_frames(video, wanted, size, resize, fast)
+
+
+def loaded(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    """For `Isolated`: which modules its process has loaded, and the bytes back."""
+    return {"modules": sorted({name.split(".")[0] for name in sys.modules})}, body
 
 
 def _written(path: Path | str | None, raw: bytes) -> bytes:

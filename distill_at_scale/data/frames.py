@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 
 DECODERS = {"decord": decord_frames, "pyav": pyav_frames}
 SHOWN = {"decord": ("decord", "decord"), "pyav": ("PyAV", "av")}  # as people call it, and its package
+TOO_LARGE = "needs too much memory"  # more than `Isolated` allows
 LUMA = np.array([19595, 38470, 7471], np.uint32)  # of 65536; BT.601, as Pillow's conversion to grey
 
 
@@ -53,7 +54,9 @@ def answer(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
     except Unusable as error:
         return {"rejected": str(error)}, b""
     except MemoryError:
-        return {"rejected": "needs too much memory to decode"}, b""
+        return {"rejected": TOO_LARGE}, b""
+    except Exception as error:  # libraries fed with damaged bytes raise almost anything
+        return {"rejected": f"damaged: {str(error) or type(error).__name__}"}, b""
     short = wanted.frames - len(frames)
     clip = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)]) if short else frames
     return {**said, "remark": _remark(video, short, wanted)}, _planes(clip, wanted.channels).tobytes()
@@ -65,6 +68,8 @@ def _decode(video: Video, names: Sequence[str], wanted: Wanted) -> tuple[Array, 
     for name in names:
         try:
             frames = _with(_resolve(name), video, wanted)
+        except MemoryError:
+            failures.append(f"{shown(name)} {TOO_LARGE}")
         except Failed as error:
             failures.append(f"{shown(name)} {error}")
         else:

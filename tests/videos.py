@@ -9,8 +9,10 @@ import ctypes
 import io
 import math
 import os
+import signal
 import sys
 import tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,8 @@ def faulty(video: Any, wanted: Any, size: int, resize: str, fast: bool) -> Array
         os.abort()
     if video.raw.endswith(b"exit"):
         os._exit(3)
+    if video.raw.endswith(b"kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
     if video.raw.endswith(b"spin"):
         ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock, as decord does
     if video.raw.endswith(b"memory"):
@@ -153,6 +157,12 @@ def faulty(video: Any, wanted: Any, size: int, resize: str, fast: bool) -> Array
 def loaded(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
     """For `Isolated`: which modules its process has loaded, and the bytes back."""
     return {"modules": sorted({name.split(".")[0] for name in sys.modules})}, body
+
+
+def slow(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+    """For `Isolated`: sleeps as long as it is told to."""
+    time.sleep(header["sleep"])
+    return {}, body
 
 
 def _written(path: Path | str | None, raw: bytes) -> bytes:

@@ -72,16 +72,22 @@ class ClipDecoder:
         return np.frombuffer(pixels, np.uint8).reshape(self.shape), said["remark"]
 
     def _ask(self, name: str, raw: bytes) -> tuple[dict[str, Any], bytearray]:
-        """The child's answer; where it dies, that of a new one with the decoders that are left."""
+        """The child's answer; where it dies, that of a new one with the decoders that are left.
+
+        Where it was killed from outside, which need not be the file's fault, with the same ones once more.
+        """
         wanted = asdict(self._wanted(name))
         deaths: list[str] = []
-        for decoders in (self.decoders, self.decoders[1:]):
+        plan = [decoders for decoders in (self.decoders, self.decoders[1:]) if decoders]
+        while plan:
+            decoders = plan.pop(0)
             try:
-                if decoders:
-                    said, pixels = self.child.call({"decoders": decoders, "wanted": wanted}, raw, self.time_limit)
-                    return {**said, "failures": deaths + said.get("failures", [])}, pixels
+                said, pixels = self.child.call({"decoders": decoders, "wanted": wanted}, raw, self.time_limit)
             except Died as death:
+                plan[:0] = [decoders] if death.killed and not deaths else []
                 deaths.append(f"the decoder {death}{' (data.time_limit)' if 'no answer' in str(death) else ''}")
+            else:
+                return {**said, "failures": deaths + said.get("failures", [])}, pixels
         raise Rejected(deaths[-1])
 
     def _wanted(self, name: str) -> Wanted:

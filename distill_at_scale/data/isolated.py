@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import json
 import math
+import mmap
 import os
 import select
 import signal
@@ -37,25 +38,32 @@ AT_ONCE = 2**20  # bytes of one write
 
 
 class Died(Exception):
-    """The child gave no answer; the message says how it ended, as the end of a sentence about it."""
+    """The child gave no answer; the message says how it ended, as the end of a sentence about it.
+
+    `killed`: by SIGKILL and not by us, so by the system in want of memory, or by a person.
+    """
+
+    def __init__(self, message: str, killed: bool = False):
+        super().__init__(message)
+        self.killed = killed
 
 
 class Isolated:
     """`function` ("package.module:name"; takes and returns a JSON object and bytes), called in a child process.
 
-    `memory`: bytes of address space that one call may add, besides three times the bytes it is given. `calls`: the child
-    is replaced after so many (None: never). Can be pickled: the copy starts a child of its own.
+    `memory`: bytes of address space that one call may add, besides three times the bytes it is given. `resident`: a child
+    that keeps more bytes of memory than these after a call is replaced, so leaks have an end. Can be pickled: the copy
+    starts a child of its own.
     """
 
-    def __init__(self, function: str, memory: int = 4 * 2**30, calls: int | None = None):
-        self.function, self.memory, self.calls = function, memory, calls
+    def __init__(self, function: str, memory: int = 4 * 2**30, resident: int = 2**29):
+        self.function, self.memory, self.resident = function, memory, resident
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._left: int | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def __reduce__(self) -> tuple[type, tuple[str, int, int | None]]:
-        return type(self), (self.function, self.memory, self.calls)
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        return type(self), (self.function, self.memory, self.resident)
 
     @property
     def pid(self) -> int | None:
@@ -65,59 +73,55 @@ class Isolated:
     def call(self, header: Mapping[str, Any], body: bytes, seconds: float) -> tuple[Header, bytearray]:
         """Raises Died if there is no answer within `seconds` or the child ends; RuntimeError if it cannot start."""
         with self._lock:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:  # none yet, or it ended while idle
+                self.close()
                 self._start()
             deadline = time.monotonic() + seconds
             try:
                 self._send({"seconds": seconds, "memory": self.memory, "header": dict(header)}, body, deadline)
-                answer = self._receive(deadline)
+                answer, data = self._receive(deadline)
             except TimeoutError:
                 self.close()
                 raise Died(f"gave no answer within {seconds:g} s") from None
             except (EOFError, BrokenPipeError):
-                raise Died(self._how_it_ended()) from None
+                raise self._died() from None
             except BaseException:  # interrupted in the middle of a message
                 self.close()
                 raise
-            self._count()
-            return answer
+            if answer["resident"] > self.resident:
+                self.close()
+            return answer["answer"], data
 
     def close(self) -> None:
         """Kills the child; the next call starts another."""
         self._end()
         self._process = None
 
-    def _count(self) -> None:
-        if self._left is not None:
-            self._left -= 1
-            if self._left <= 0:
-                self.close()
-
     def _start(self) -> None:
         command = [sys.executable, "-c", START, json.dumps(sys.path), self.function]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = process = subprocess.Popen(command, bufsize=0, **pipes)  # type: ignore[call-overload]
         self._end = weakref.finalize(self, _end, process)
-        self._left = self.calls
         for pipe in (process.stdin, process.stdout):
             os.set_blocking(pipe.fileno(), False)
         try:
             ready, _ = self._receive(time.monotonic() + START_SECONDS)
         except (EOFError, TimeoutError):
-            raise RuntimeError(f"the process for {self.function} cannot start: it {self._how_it_ended()}") from None
+            raise RuntimeError(f"the process for {self.function} cannot start: it {self._died()}") from None
         if "error" in ready:
             self.close()
             raise RuntimeError(f"the process for {self.function} cannot start: {ready['error']}")
 
-    def _how_it_ended(self) -> str:
+    def _died(self) -> Died:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE)
         code = self._process.poll()
         self.close()
         if code is None:
-            return "closed its end of the pipe"
-        return f"died with signal {-code} ({_signal_name(-code)})" if code < 0 else f"ended with exit code {code}"
+            return Died("closed its end of the pipe")
+        how = f"died with signal {-code} ({_signal_name(-code)})" if code < 0 else f"ended with exit code {code}"
+        return Died(how, killed=code == -signal.SIGKILL)
 
     def _send(self, header: Header, body: bytes, deadline: float) -> None:
         assert self._process is not None
@@ -202,10 +206,18 @@ def _resolve(name: str) -> Function:
 def _answer(function: Function, request: Header, body: bytes) -> tuple[Header, bytes]:
     signal.alarm(math.ceil(request["seconds"]) + GRACE)  # not caught: the kernel ends a child that hangs for good
     _limit_memory(request["memory"] + 3 * len(body))
-    try:
-        return function(request["header"], body)
-    finally:
-        signal.alarm(0)
+    answer, data = function(request["header"], body)
+    signal.alarm(0)
+    return {"answer": answer, "resident": _memory()[1]}, data
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of address space, and of memory, that this process has; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0, 0
+    with open("/proc/self/statm") as file:
+        pages = [int(word) for word in file.read().split()[:2]]
+    return pages[0] * mmap.PAGESIZE, pages[1] * mmap.PAGESIZE
 
 
 def _limit_memory(more: int) -> None:
@@ -214,8 +226,7 @@ def _limit_memory(more: int) -> None:
         return
     import resource
 
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
+    now = _memory()[0]
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = now + more if hard == resource.RLIM_INFINITY else min(now + more, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

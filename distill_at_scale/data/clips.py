@@ -34,7 +34,7 @@ class ClipDecoder:
     """Decodes T frames of a video, converts them to grey or RGB and resizes them; the result has shape (T, C, size, size).
 
     `decoders` are tried in turn: "decord", "pyav", or "package.module:function" with the signature of
-    `data.video.pyav_frames`. The other fields are keys of the configuration's `data` section, and the run's seed.
+    `data.decoders.pyav_frames`. The other fields are keys of the configuration's `data` section, and the run's seed.
     """
 
     frames: int

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale import rng
-from distill_at_scale.data.video import Failed, Fewer, Unusable, Video, decord_frames, opened, pyav_frames
+from distill_at_scale.data.decoders import Failed, Fewer, decord_frames, pyav_frames
+from distill_at_scale.data.video import Unusable, Video, opened
 
 Array = np.ndarray[Any, Any]
 

@@ -30,7 +30,8 @@ import av
 import numpy as np
 
 from distill_at_scale.data.clips import ClipDecoder
-from distill_at_scale.data.video import decord_frames, opened, pyav_frames
+from distill_at_scale.data.decoders import decord_frames, pyav_frames
+from distill_at_scale.data.video import opened
 from distill_at_scale.rundir import environment
 
 Array = np.ndarray[Any, Any]

@@ -20,6 +20,7 @@ from distill_at_scale import config as configuration
 from distill_at_scale.data import clips
 from distill_at_scale.data.clips import ClipDecoder, clip_decoder, decoders_for
 from distill_at_scale.data.decode import Rejected
+from distill_at_scale.data.frames import Wanted, choose
 from distill_at_scale.data.isolated import Died, Isolated
 from distill_at_scale.errors import UserError
 
@@ -69,6 +70,17 @@ def test_dense_takes_frames_a_stride_apart_from_a_random_start(decoder):
 def test_dense_comes_as_near_to_the_stride_as_the_video_allows(decoder):
     raw = write_video(None, numbered(10))
     assert numbers(decoder(4, sampling="dense", stride=8)("x", raw)[0]) == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "segment", "dense"])
+def test_frames_are_distinct_ascending_and_there_whatever_the_length(sampling):
+    for n in [*range(2, 40), 299, 300, 301]:
+        for stride in (1, 3, 50):
+            wanted = Wanted(8, 16, 3, "square", sampling, stride, "repeat", "exact", 1, 1.0, 0, f"clip {n}")
+            indices = choose(n, wanted)
+            assert indices == sorted(set(indices))
+            assert len(indices) == min(n, 8)
+            assert 0 <= indices[0] <= indices[-1] < n
 
 
 def test_a_short_video_repeats_its_last_frame_and_says_so(decoder):
@@ -180,6 +192,11 @@ def test_the_child_loads_neither_torch_nor_ray():
     assert not {"torch", "torchvision", "ray"} & set(modules)
 
 
+def test_processes_that_read_images_load_no_video_library():
+    code = "import sys, distill_at_scale.data.pieces; sys.exit(bool({'av', 'decord', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+
+
 def test_a_child_that_cannot_start_is_not_the_fault_of_a_sample():
     with pytest.raises(RuntimeError, match="no_such_module"):
         Isolated("no_such_module:function").call({}, b"", 5)
@@ -247,7 +264,8 @@ def test_the_log_says_once_which_decoder_is_used(decoder, caplog):
 @pytest.mark.skipif(not HAS_DECORD, reason="decord is not installed")
 def test_a_file_that_decord_cannot_do_is_decoded_by_pyav_and_logged(decoder, caplog):
     raw = write_video(None, numbered(60), codec="gif")
-    assert numbers(decoder(decoders=("decord", "pyav"))("a gif", raw)[0]) == [7, 22, 37, 52]
+    with caplog.at_level(logging.INFO, "distill_at_scale"):
+        assert numbers(decoder(decoders=("decord", "pyav"))("a gif", raw)[0]) == [7, 22, 37, 52]
     assert any(m.startswith("a gif: decoded by PyAV, as decord ") for m in caplog.messages)
     with pytest.raises(Rejected, match="decord"):
         decoder(decoders=("decord",))("a gif", raw)

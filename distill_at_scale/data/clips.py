@@ -10,23 +10,24 @@ Left out: sound, and decoding on a GPU.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from distill_at_scale.config import DataSection
 from distill_at_scale.data.decode import Rejected
-from distill_at_scale.data.frames import Wanted, shown, with_version
 from distill_at_scale.data.isolated import Died, Isolated
 from distill_at_scale.errors import UserError
 
 Array = np.ndarray[Any, Any]
 
 LOG = logging.getLogger("distill_at_scale")
-FUNCTION = "distill_at_scale.data.frames:answer"
+FUNCTION = "distill_at_scale.data.frames:answer"  # not imported here: processes that read images need no PyAV
+NAMES = {"decord": ("decord", "decord"), "pyav": ("PyAV", "av")}  # as people call it, and its package
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ClipDecoder:
         if "rejected" in said:
             raise Rejected(said["rejected"])
         if said["failures"]:
-            LOG.warning("%s: decoded by %s, as %s", name, shown(said["decoder"]), "; ".join(said["failures"]))
+            level = logging.INFO if said["foreseen"] else logging.WARNING
+            LOG.log(level, "%s: decoded by %s, as %s", name, said["decoder"], "; ".join(said["failures"]))
         return np.frombuffer(pixels, np.uint8).reshape(self.shape), said["remark"]
 
     def _ask(self, name: str, raw: bytes) -> tuple[dict[str, Any], bytearray]:
@@ -76,7 +78,7 @@ class ClipDecoder:
 
         Where it was killed from outside, which need not be the file's fault, with the same ones once more.
         """
-        wanted = asdict(self._wanted(name))
+        wanted = self._wanted(name)
         deaths: list[str] = []
         plan = [decoders for decoders in (self.decoders, self.decoders[1:]) if decoders]
         while plan:
@@ -87,18 +89,28 @@ class ClipDecoder:
                 plan[:0] = [decoders] if death.killed and not deaths else []
                 deaths.append(f"the decoder {death}{' (data.time_limit)' if 'no answer' in str(death) else ''}")
             else:
-                return {**said, "failures": deaths + said.get("failures", [])}, pixels
+                foreseen = said.get("foreseen", True) and not deaths
+                return {**said, "failures": deaths + said.get("failures", []), "foreseen": foreseen}, pixels
         raise Rejected(deaths[-1])
 
-    def _wanted(self, name: str) -> Wanted:
-        return Wanted(self.frames, self.size, self.channels, self.resize, self.sampling, self.stride, self.short,
-                      self.seek, self.max_pixels, self.max_seconds, self.seed, name)  # fmt: skip
+    def _wanted(self, name: str) -> dict[str, Any]:
+        """The fields of `data.frames.Wanted`."""
+        own = [f.name for f in fields(self) if f.name not in ("time_limit", "decoders", "child")]
+        return {key: getattr(self, key) for key in own} | {"name": name}
 
 
 @functools.cache
 def _say_once(decoders: tuple[str, ...]) -> None:
-    others = f", by {' or '.join(map(with_version, decoders[1:]))} where that fails" if decoders[1:] else ""
-    LOG.info("clips are decoded by %s%s", with_version(decoders[0]), others)
+    others = f", by {' or '.join(map(_with_version, decoders[1:]))} where that fails" if decoders[1:] else ""
+    LOG.info("clips are decoded by %s%s", _with_version(decoders[0]), others)
+
+
+def _with_version(name: str) -> str:
+    """Such as "decord 0.6.0"; a plug-in has none."""
+    if name not in NAMES:
+        return name
+    label, package = NAMES[name]
+    return f"{label} {importlib.metadata.version(package)}"
 
 
 def clip_decoder(data: DataSection, seed: int) -> ClipDecoder:

@@ -34,6 +34,7 @@ import numpy as np
 from distill_at_scale.data.video import Unusable, Video
 
 Array = np.ndarray[Any, Any]
+Decoder = Callable[[Video, Sequence[int], int, str, bool], Array]  # video, indices, size, data.resize, fast
 
 RIGHT_IN = ("mov", "matroska", "flv")  # containers of which decord returns the frames asked
 SKIPPING = ("h264", "hevc", "mpeg4", "vp8")  # codecs whose decoder takes up and drops the wish to skip at any packet
@@ -41,6 +42,10 @@ SKIPPING = ("h264", "hevc", "mpeg4", "vp8")  # codecs whose decoder takes up and
 
 class Failed(Exception):
     """One decoder's failure: another may do. The message ends a sentence that begins with the decoder's name."""
+
+
+class NotAsked(Failed):
+    """The decoder is known to be wrong about such files, so it was not asked."""
 
 
 class Fewer(Exception):
@@ -68,10 +73,12 @@ def _middle(frames: Array, size: int) -> Array:
 
 def decord_frames(video: Video, wanted: Sequence[int], size: int, resize: str, fast: bool) -> Array:
     """Frames at ascending, distinct indices as uint8 [n, size, size, 3], RGB. Raises Failed. It has no fast mode."""
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
     _check_for_decord(video)
+    try:
+        import decord
+    except (ImportError, OSError, RuntimeError) as error:  # its shared libraries do not load
+        raise Failed(f"cannot be imported: {error}") from None
+    decord.logging.set_level(decord.logging.QUIET)
     width, height = fitted(video, size, resize)
     try:
         reader = decord.VideoReader(io.BytesIO(video.raw), width=width, height=height, num_threads=1)
@@ -84,16 +91,16 @@ def decord_frames(video: Video, wanted: Sequence[int], size: int, resize: str, f
 
 
 def _check_for_decord(video: Video) -> None:
-    """Raises Failed for what it was seen to answer with other frames, or none, and without a word (decord 0.6.0)."""
+    """Raises NotAsked for what it was seen to answer with other frames, or none, and without a word (decord 0.6.0)."""
     kind = video.stream.container.format.name
     if video.turned:
-        raise Failed("mixes up the pixels of turned videos")
+        raise NotAsked("mixes up the pixels of turned videos")
     if video.cut:
-        raise Failed("does not say which frames of a cut video are there")
+        raise NotAsked("does not say which frames of a cut video are there")
     if kind.split(",")[0] not in RIGHT_IN:
-        raise Failed(f"can return other frames than asked of {kind.split(',')[0]} files")
+        raise NotAsked(f"can return other frames than asked of {kind.split(',')[0]} files")
     if video.times is not None and any(leading for _, _, leading in _groups(video.packets)):
-        raise Failed("returns other frames than asked where groups of pictures are open")
+        raise NotAsked("returns other frames than asked where groups of pictures are open")
 
 
 def _unpadded(frame: Array, width: int, height: int) -> Array:

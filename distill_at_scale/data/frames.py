@@ -6,7 +6,6 @@ This runs in the child process of a `ClipDecoder`, behind `data/isolated.py`; it
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale import rng
-from distill_at_scale.data.decoders import Failed, Fewer, decord_frames, pyav_frames
+from distill_at_scale.data.decoders import Decoder, Failed, Fewer, NotAsked, decord_frames, pyav_frames
 from distill_at_scale.data.video import Unusable, Video, opened
 
 Array = np.ndarray[Any, Any]
 
-DECODERS = {"decord": decord_frames, "pyav": pyav_frames}
-SHOWN = {"decord": ("decord", "decord"), "pyav": ("PyAV", "av")}  # as people call it, and its package
+DECODERS = {"decord": ("decord", decord_frames), "pyav": ("PyAV", pyav_frames)}  # as people call it, and the function
 TOO_LARGE = "needs too much memory"  # more than `Isolated` allows
 LUMA = np.array([19595, 38470, 7471], np.uint32)  # of 65536; BT.601, as Pillow's conversion to grey
 
@@ -66,42 +64,32 @@ def answer(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
 def _decode(video: Video, names: Sequence[str], wanted: Wanted) -> tuple[Array, dict[str, Any]]:
     """Distinct frames, at most T, and who decoded them. Raises Unusable if no decoder can."""
     failures: list[str] = []
-    for name in names:
+    foreseen = True
+    for label, decoder in map(_resolve, names):
         try:
-            frames = _with(_resolve(name), video, wanted)
-        except MemoryError:
-            failures.append(f"{shown(name)} {TOO_LARGE}")
-        except Failed as error:
-            failures.append(f"{shown(name)} {error}")
+            frames = _with(decoder, video, wanted)
+        except (Failed, MemoryError) as error:
+            foreseen = foreseen and isinstance(error, NotAsked)
+            failures.append(f"{label} {error if isinstance(error, Failed) else TOO_LARGE}")
         else:
-            return frames, {"decoder": name, "failures": failures}
-    raise Unusable("; ".join(failures))
+            return frames, {"decoder": label, "failures": failures, "foreseen": foreseen}
+    raise Unusable("; ".join(failures) + (" (data.decoder = auto would ask PyAV)" if names == ["decord"] else ""))
 
 
-def _with(decoder: Any, video: Video, wanted: Wanted) -> Array:
+def _with(decoder: Decoder, video: Video, wanted: Wanted) -> Array:
     indices = choose(video.frames, wanted)
     try:
-        pixels: Array = decoder(video, indices, wanted.size, wanted.resize, wanted.seek == "fast")
+        return decoder(video, indices, wanted.size, wanted.resize, wanted.seek == "fast")
     except Fewer as error:
         video.frames, video.times = error.frames, None
         return _with(decoder, video, wanted)
-    return pixels
 
 
-def _resolve(name: str) -> Any:
+def _resolve(name: str) -> tuple[str, Decoder]:
     if name in DECODERS:
         return DECODERS[name]
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def shown(name: str) -> str:
-    return SHOWN[name][0] if name in SHOWN else name
-
-
-def with_version(name: str) -> str:
-    """Such as "decord 0.6.0"; a plug-in has none."""
-    return f"{shown(name)} {importlib.metadata.version(SHOWN[name][1])}" if name in SHOWN else name
+    return name, getattr(importlib.import_module(module), attribute)
 
 
 def choose(n: int, wanted: Wanted) -> list[int]:

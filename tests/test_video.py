@@ -182,6 +182,21 @@ def test_what_is_no_video_is_rejected_with_its_reason(files):
     assert "moov" in rejection(without_index(files["h264 mp4"]))
 
 
+def test_titles_in_old_encodings_are_no_damage(files):
+    raw = files["h264 mp4"].replace(b"Lavf", b"\xe9\xff\xfef")
+    assert raw != files["h264 mp4"]
+    assert numbers(decode(pyav_frames, raw, [7])) == [7]
+
+
+def test_wherever_a_file_is_cut_it_yields_the_frames_asked_or_none(files):
+    for kind in ("h264 matroska with B-frames", "vp8 webm", "mpeg4 avi"):
+        for end in range(100, len(files[kind]), len(files[kind]) // 40):
+            try:
+                assert numbers(decode(pyav_frames, files[kind][:end], [5, 25, 55])) == [5, 25, 55]
+            except Unusable:
+                continue
+
+
 def test_limits_hold_before_anything_is_decoded(files):
     assert rejection(files["h264 mp4"], max_pixels=3000) == "64 x 48 pixels, more than data.max_pixels = 3000"
     assert rejection(files["h264 mp4"], max_seconds=5.0) == "6.0 s, more than data.max_seconds = 5"

@@ -20,6 +20,8 @@ import av
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,rm,dv,mxf,ivf"
 UNIT = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0" + bytes(12) + b"\x40\0\0\0"  # the matrix of a track that is not turned
+# PyAV before 19 refuses files whose titles are not UTF-8
+OF_TITLES: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 SEGMENT = b"\x18\x53\x80\x67"  # the element of Matroska that holds all others
 
 
@@ -56,13 +58,15 @@ class Video:
 def opened(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Video]:
     """Raises Unusable for what is no video, has no frames, or exceeds a limit (pixels of a frame; seconds)."""
     try:
-        container = av.open(io.BytesIO(raw), options={"format_whitelist": FORMATS})
+        container = av.open(io.BytesIO(raw), options={"format_whitelist": FORMATS}, **OF_TITLES)
     except (av.error.FFmpegError, ValueError) as error:
         raise Unusable(_no_video(raw, error)) from None
     with container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
             raise Unusable("no video stream")
+        if stream.codec_context is None:
+            raise Unusable("a video stream of a codec that FFmpeg cannot decode here")
         _check_header(container, stream, max_pixels, max_seconds)
         video = _indexed(raw, container, stream)
         video.settings = {"max_pixels": str(max_pixels)}
@@ -74,7 +78,7 @@ def _no_video(raw: bytes, error: Exception) -> str:
         return "truncated: an mp4 whose index (the moov atom) is missing; download it again"
     if isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
         return "not a video in a known format"
-    return f"damaged: {error}"
+    return f"truncated or damaged: {getattr(error, 'strerror', None) or error}"
 
 
 def _check_header(container: Any, stream: Any, max_pixels: int, max_seconds: float) -> None:

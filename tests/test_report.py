@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from distill_at_scale import figures, report, synthetic
+from distill_at_scale import figures, report, synthetic, wording
 from distill_at_scale.config import validate
 from distill_at_scale.data import shards
 from distill_at_scale.data.shards import Prepared
@@ -64,12 +64,18 @@ def edit(path, change):
     path.write_text(json.dumps(value))
 
 
+def set_aside(run, rows):
+    columns = zip(*rows, strict=True)
+    table = pa.table(dict(zip(("sample_id", "reason", "used"), map(list, columns), strict=True)))
+    pq.write_table(table.append_column("location", pa.array([""] * len(rows))), run / "rejected.parquet")
+
+
 def row(name, mean, std, n=5, network="convnet"):
     return {"set": name, "network": network, "n": n, "mean": mean, "std": std, "mean_top5": mean, "std_top5": std}
 
 
 def says(ours, real):
-    found = report.answer([row("distilled", *ours), row("random_real", *real)])
+    found = wording.answer([row("distilled", *ours), row("random_real", *real)])
     return found["verdict"], f"{found['word']}: {found['text']}".replace("\u00a0", " ")
 
 
@@ -118,8 +124,8 @@ def test_sentence_indistinguishable(ours):
 
 
 def test_combined_deviation_is_the_border():
-    assert report.verdict(row("distilled", 0.66, 0.03), row("random_real", 0.6, 0.04)) == "yes"
-    assert report.verdict(row("distilled", 0.64, 0.03), row("random_real", 0.6, 0.04)) == "unclear"
+    assert wording.verdict(row("distilled", 0.66, 0.03), row("random_real", 0.6, 0.04)) == "yes"
+    assert wording.verdict(row("distilled", 0.64, 0.03), row("random_real", 0.6, 0.04)) == "unclear"
 
 
 @pytest.mark.parametrize(("ours", "word"), [(0.7, "Yes"), (0.5, "No"), (0.6, "No difference")])
@@ -132,7 +138,7 @@ def test_single_seed_says_so(ours, word):
 def test_several_networks_are_all_named():
     sets = [row("distilled", 0.8, 0.01), row("random_real", 0.6, 0.01),
             row("distilled", 0.5, 0.01, network="vgg11"), row("random_real", 0.6, 0.01, network="vgg11")]  # fmt: skip
-    found = report.answer(sets)
+    found = wording.answer(sets)
     assert "(n = 5, convnet)" in found["text"]
     assert found["others"] == "Over 2 networks, the distilled set is better with convnet; worse with vgg11."
 
@@ -172,11 +178,40 @@ def test_a_repeated_step_counts_as_done_last(tmp_path, monkeypatch):
 
 
 def test_rejected_samples_are_counted_and_named(run):
-    rows = [{"sample_id": f"broken/{i}.png", "location": "", "reason": "cannot be <decoded>"} for i in range(7)]
-    pq.write_table(pa.Table.from_pylist(rows), run / "rejected.parquet")
+    set_aside(run, [(f"broken/{i}.png", "cannot be <decoded>", False) for i in range(4)])
     text = page(run)
-    assert "<dt>Rejected samples</dt><dd>7</dd>" in text
-    assert text.count("cannot be &lt;decoded&gt;") == report.REASONS
+    assert "<dt>Rejected samples</dt><dd>4</dd>" in text
+    assert text.count("cannot be &lt;decoded&gt;") == 4
+    assert "Used, with a remark" not in text
+
+
+def test_many_rejected_samples_are_grouped_by_kind_of_reason(run):
+    large = [(f"large/{i}.mp4", f"{i + 5},000 bytes, more than data.max_bytes = 1,000", False) for i in range(30)]
+    set_aside(run, [("no/label.mp4", "it has no label in 'train.csv'", False), *large])
+    found = report._set_aside(run / "rejected.parquet")["rejected"]
+    assert [(row["count"], row["sample_id"]) for row in found["rows"]] == [(30, "large/0.mp4"), (1, "no/label.mp4")]
+    assert "<h3>Rejected: 31 samples</h3>" in page(run)
+
+
+def test_more_kinds_than_fit_are_counted(run):
+    set_aside(run, [(f"{i}.mp4", f"reason {'x' * i}", False) for i in range(report.KINDS + 3)])
+    assert report._set_aside(run / "rejected.parquet")["rejected"]["more"] == 3
+    assert "And 3 more kinds" in page(run)
+
+
+def test_samples_used_with_a_remark_are_a_list_of_their_own(run):
+    short = [(f"short/{i}.mp4", f"{i} frames, fewer than 8: the last one repeats", True) for i in range(3)]
+    set_aside(run, [("broken.mp4", "no video in it", False), *short])
+    text = page(run)
+    assert "<dt>Rejected samples</dt><dd>1</dd>" in text
+    assert "<dt>Used with a remark</dt><dd>3</dd>" in text
+    rejected, remarked = (
+        text.index("<h3>Rejected: 1 sample</h3>"),
+        text.index("<h3>Used, with a remark: 3 samples</h3>"),
+    )
+    assert (
+        rejected < text.index("no video in it") < remarked < text.index("2 frames, fewer than 8: the last one repeats")
+    )
 
 
 def test_a_reused_stage_is_marked(run):
@@ -209,7 +244,7 @@ def test_one_channel_is_shown_grey_and_large_images_small():
 
     assert (opened((1, 8, 8), 64).mode, opened((1, 8, 8), 64).size) == ("L", (8, 8))
     assert (opened((3, 128, 128), 64).mode, opened((3, 128, 128), 64).size) == ("RGB", (64, 64))
-    assert opened((4, 3, 16, 16), 64).size == (16, 16)  # a clip's middle frame
+    assert (opened((4, 3, 128, 128), 64).size, opened((4, 1, 16, 16), 64).size) == ((64, 64), (16, 16))
 
 
 def test_cut_marks():
@@ -241,7 +276,7 @@ def test_a_thousand_classes_stay_small(tmp_path):
     pq.write_table(pa.table(columns | kept), run / "manifest.parquet")
     text = page(run)
     assert len(text) < 5_000_000
-    assert "The first 81 of 1000 classes" in text
+    assert "The first 80 of 1000 classes" in text
     assert "The chart shows the first 20 of 1000 classes" in text
 
 

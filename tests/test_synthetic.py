@@ -154,15 +154,6 @@ def test_there_is_a_preview_of_any_set(tmp_path, classes, ipc, channels):
         assert picture.width <= 10 * 66 + 2
 
 
-def test_a_grid_shows_each_tile_in_its_place():
-    tiles = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 4, 4) * 40
-    sheet = np.asarray(synthetic.grid(tiles, columns=3, side=4, gap=2))[:, :, 0]
-    assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2)
-    for k in range(6):
-        row, column = k // 3 * 6 + 2, k % 3 * 6 + 2
-        assert (sheet[row : row + 4, column : column + 4] == 40 * k).all()
-
-
 def test_a_finished_run_carries_its_fingerprints(digits_run):
     card = synthetic.load(digits_run.dir).card
     assert set(card["fingerprints"]) == {"distill", "ingest", "score", "select"}

@@ -11,7 +11,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures as data URIs in the order asked for, and how clips are shown: "palette", "lossy", or "still"."""
+    """Pictures as data URIs in the order asked for, and how they are shown: "exact", "lossy" or "still"."""
 
     pictures: Sequence[str]
     shown: str
@@ -148,21 +148,28 @@ def picture(pixels: Array, limit: int) -> str:
 
 
 def gallery(samples: Iterable[Array], limit: int, budget: int) -> Gallery:
-    """Many pictures. Clips take the first form in which all of them fit `budget` bytes: animated PNG, animated WebP, or
-    the middle frame, whatever it takes.
+    """Many pictures of real samples, as PNG. Clips take the first form in which all of them fit `budget` bytes: animated
+    PNG (grey ones only), animated WebP, or the middle frame, whatever it takes.
     """
     every = [to_frames(sample, limit) for sample in samples]
-    for form, encode in (("palette", _shown), ("lossy", lambda frames: _uri("image/webp", webp(frames)))):
-        found: list[str] = []
-        left = budget
-        for frames in every:
-            found.append(encode(frames))
-            left -= size_of(found[-1])
-            if left < 0 and len(frames) > 1:
-                break
-        else:
-            return Gallery(found, form)
+    if all(len(frames) == 1 for frames in every):
+        return Gallery([_shown(frames) for frames in every], "exact")
+    if all(frames[0].mode == "L" for frames in every) and (found := _fitting(every, _shown, budget)):
+        return Gallery(found, "exact")
+    if found := _fitting(every, lambda frames: _uri("image/webp", webp(frames)), budget):
+        return Gallery(found, "lossy")
     return Gallery([_shown([frames[len(frames) // 2]]) for frames in every], "still")
+
+
+def _fitting(every: Sequence[Frames], encode: Callable[[Frames], str], budget: int) -> list[str]:
+    """All pictures encoded, or none as soon as they take more than `budget` bytes."""
+    found: list[str] = []
+    for frames in every:
+        found.append(encode(frames))
+        budget -= size_of(found[-1])
+        if budget < 0:
+            return []
+    return found
 
 
 def _shown(frames: Frames) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ REASONS, KINDS = 5, 12  # so many samples are listed one by one; of more, so man
 VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # what differs between two reasons of one kind
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image each; else classes and images
 IMAGE_BYTES = 1_000_000  # that the page holds of all synthetic images or clips together
-MOTION_BYTES = 1_500_000  # of clips in one of the other parts; where they take more, their middle frames are shown
+MOTION_BYTES = (
+    2_000_000  # of clips in one of the other parts: fewer snapshots, middle frames of the real ones beyond it
+)
 SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # larger pictures are reduced to this
 SCORE_PARTS = {"train_seconds": "score: train the proxies", "score_seconds": "score: score all samples"}
 
@@ -120,34 +122,41 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
 def _synthetic(made: SyntheticSet) -> dict[str, Any]:
     """The first samples of the first classes, as many classes as the budget of bytes allows."""
     labels, pixels = made.labels.numpy(), made.pixels().numpy()
-    clips, columns = pixels.ndim == 5, min(made.card["images_per_class"], IMAGE_COLUMNS)
-    side = min(pixels.shape[-1], SMALL_SIDE if clips and columns > 1 else SYNTHETIC_SIDE)
-    rows: list[tuple[str, list[str]]] = []
-    left = IMAGE_BYTES
-    for label in np.unique(labels)[: IMAGE_CLASSES if columns == 1 else IMAGE_ROWS]:
-        row = [figures.picture(sample, side) for sample in pixels[labels == label][:columns]]
-        left -= sum(map(figures.size_of, row))
-        if left < 0 and rows:
-            break
-        rows.append((made.class_names[label], row))
-    form = "palette" if clips and pixels.shape[2] > 1 else "exact"
-    about = {"shape": pixels.shape[1:], "reduced": pixels.shape[-1] > side, "shown": form}
+    columns = min(made.card["images_per_class"], IMAGE_COLUMNS)
+    side = min(pixels.shape[-1], SMALL_SIDE if pixels.ndim == 5 and columns > 1 else SYNTHETIC_SIDE)
+    classes = np.unique(labels)[: IMAGE_CLASSES if columns == 1 else IMAGE_ROWS].tolist()
+    shown = _within(IMAGE_BYTES, side, (pixels[labels == label][:columns] for label in classes))
+    rows = [(made.class_names[label], row) for label, row in zip(classes, shown, strict=False)]
+    about = {"shape": pixels.shape[1:], "reduced": pixels.shape[-1] > side, "shown": _form(pixels.shape[1:])}
     return {"rows": rows, "columns": columns, **about}
 
 
+def _within(budget: int, side: int, rows: Iterable[Iterable[Array]]) -> list[list[str]]:
+    """Rows of pictures, as many whole ones as fit the budget of bytes, but at least one."""
+    found: list[list[str]] = []
+    for row in rows:
+        pictures = [figures.picture(sample, side) for sample in row]
+        budget -= sum(map(figures.size_of, pictures))
+        if budget < 0 and found:
+            break
+        found.append(pictures)
+    return found
+
+
+def _form(shape: Sequence[int]) -> str:
+    """How `figures.picture` shows samples of a shape."""
+    return "palette" if len(shape) == 4 and shape[1] > 1 else "exact"
+
+
 def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
-    """The first sample of the first classes over the steps."""
+    """The first sample of the first classes over the steps; of clips, fewer classes where they take too many bytes."""
     if not made.snapshots:
         return None
-    names = made.class_names[:SNAPSHOT_CLASSES]
-    first = {step: s.numpy()[:: max(1, len(s) // len(names))][: len(names)] for step, s in made.snapshots.items()}
-    found = figures.gallery((sample for step in sorted(first) for sample in first[step]), SMALL_SIDE, MOTION_BYTES)
-    uris = iter(found.pictures)
-    return {
-        "names": names,
-        "rows": [(s, list(islice(uris, len(first[s])))) for s in sorted(first)],
-        "shown": found.shown,
-    }
+    names, steps = made.class_names[:SNAPSHOT_CLASSES], sorted(made.snapshots)
+    first = [made.snapshots[s].numpy()[:: max(1, len(made.snapshots[s]) // len(names))][: len(names)] for s in steps]
+    columns = _within(MOTION_BYTES, SMALL_SIDE, zip(*first, strict=True))
+    rows = list(zip(steps, zip(*columns, strict=True), strict=True))
+    return {"names": names[: len(columns)], "rows": rows, "shown": _form(made.images.shape[1:])}
 
 
 def _curve(path: Path) -> dict[str, Any] | None:

@@ -115,11 +115,13 @@ def to_uint8(images: Tensor, normalization: Normalization) -> Tensor:
 def preview(synthetic: SyntheticSet) -> Frames:
     """The first samples of the first classes: a row of classes at one sample per class, else a row per class.
 
-    One picture of images, one per frame of clips; of these as many rows as PREVIEW_BYTES allow.
+    One picture of images, one per frame of clips; of these as many as PREVIEW_BYTES allow.
     """
     ipc = max(1, len(synthetic.labels) // max(1, len(synthetic.class_names)))
     columns = PREVIEW_COLUMNS if ipc == 1 else min(ipc, PREVIEW_COLUMNS)
     shown = synthetic.pixels()[: ipc * PREVIEW_CLASSES].unflatten(0, (-1, ipc))[:, :columns].flatten(0, 1)
     if shown.dim() == 5:
-        shown = shown[: columns * max(1, PREVIEW_BYTES // (columns * shown[0].numel()))]
+        fit = max(1, PREVIEW_BYTES // shown[0].numel())
+        columns = min(columns, fit)
+        shown = shown[: fit - fit % columns]
     return grid(shown.numpy(), columns, PREVIEW_SIDE)

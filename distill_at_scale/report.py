@@ -35,10 +35,9 @@ HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
 REASONS, KINDS = 5, 12  # so many samples are listed one by one; of more, so many kinds of reasons
 VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # what differs between two reasons of one kind
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image each; else classes and images
-IMAGE_BYTES = 1_000_000  # that the page holds of all synthetic images or clips together
-MOTION_BYTES = (
-    2_000_000  # of clips in one of the other parts: fewer snapshots, middle frames of the real ones beyond it
-)
+IMAGE_BYTES = 1_000_000  # that the page holds of all synthetic images together
+CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show some
+CLIP_COLUMNS = 5
 SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # larger pictures are reduced to this
 SCORE_PARTS = {"train_seconds": "score: train the proxies", "score_seconds": "score: score all samples"}
 
@@ -122,10 +121,12 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
 def _synthetic(made: SyntheticSet) -> dict[str, Any]:
     """The first samples of the first classes, as many classes as the budget of bytes allows."""
     labels, pixels = made.labels.numpy(), made.pixels().numpy()
-    columns = min(made.card["images_per_class"], IMAGE_COLUMNS)
-    side = min(pixels.shape[-1], SMALL_SIDE if pixels.ndim == 5 and columns > 1 else SYNTHETIC_SIDE)
+    clips = pixels.ndim == 5
+    columns = min(made.card["images_per_class"], CLIP_COLUMNS if clips else IMAGE_COLUMNS)
+    side = min(pixels.shape[-1], SMALL_SIDE if clips and columns > 1 else SYNTHETIC_SIDE)
     classes = np.unique(labels)[: IMAGE_CLASSES if columns == 1 else IMAGE_ROWS].tolist()
-    shown = _within(IMAGE_BYTES, side, (pixels[labels == label][:columns] for label in classes))
+    budget = CLIP_BYTES if clips else IMAGE_BYTES
+    shown = _within(budget, side, (pixels[labels == label][:columns] for label in classes))
     rows = [(made.class_names[label], row) for label, row in zip(classes, shown, strict=False)]
     about = {"shape": pixels.shape[1:], "reduced": pixels.shape[-1] > side, "shown": _form(pixels.shape[1:])}
     return {"rows": rows, "columns": columns, **about}
@@ -154,7 +155,7 @@ def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
         return None
     names, steps = made.class_names[:SNAPSHOT_CLASSES], sorted(made.snapshots)
     first = [made.snapshots[s].numpy()[:: max(1, len(made.snapshots[s]) // len(names))][: len(names)] for s in steps]
-    columns = _within(MOTION_BYTES, SMALL_SIDE, zip(*first, strict=True))
+    columns = _within(CLIP_BYTES, SMALL_SIDE, zip(*first, strict=True))
     rows = list(zip(steps, zip(*columns, strict=True), strict=True))
     return {"names": names[: len(columns)], "rows": rows, "shown": _form(made.images.shape[1:])}
 
@@ -210,7 +211,7 @@ def _samples(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
     rows = [{"name": prepared.class_names[c]} | _extremes(scores[labels == c], kept[labels == c]) for c in classes]
     tiles = [sorted(row["low"] + row["high"], key=lambda tile: tile["place"]) for row in rows]
     read = (prepared.take("train", c, [tile["place"] for tile in of]) for c, of in zip(classes, tiles, strict=True))
-    made = figures.gallery(chain.from_iterable(read), SMALL_SIDE, MOTION_BYTES)
+    made = figures.gallery(chain.from_iterable(read), SMALL_SIDE, CLIP_BYTES)
     for tile, picture in zip(chain.from_iterable(tiles), made.pictures, strict=True):
         tile["image"] = picture
     return {"rows": rows, "name": name, "easy": name == "loss", "shown": made.shown}

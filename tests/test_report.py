@@ -256,13 +256,14 @@ def test_cut_marks():
     assert figures.cuts(scores, flags(1, 1, 1, 1)) == []
 
 
-def test_a_thousand_classes_stay_small(tmp_path):
-    run, classes, shape = RunDir(tmp_path / "many"), 1000, (3, 64, 64)
+def made_up(folder, classes, shape):
+    """A run folder of one noise sample per class, without evaluation and log."""
+    run = RunDir(folder)
     names, draw = [f"class {i}" for i in range(classes)], np.random.default_rng(0)
     pixels = draw.integers(0, 256, (classes, *shape), np.uint8)
     tables = (shards.to_table([f"{i:04d}"], [i], pixels[i : i + 1]) for i in range(classes))
     shards.write_shards(run / "prepared" / "train", tables, shards.schema(shape), 64)
-    scale = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    scale = {"mean": [0.5] * shape[-3], "std": [0.25] * shape[-3]}
     meta = {"class_names": names, "shape": shape, "counts": {"train": [1] * classes}, **scale}
     shards.write_meta(run / "prepared", meta, "")
     card = {"class_names": names, "images_per_class": 1, "method": "dc", "steps": 1, "normalization": scale}
@@ -274,10 +275,82 @@ def test_a_thousand_classes_stay_small(tmp_path):
     pq.write_table(pa.table(columns), run / "scores.parquet")
     kept = {"rank": pa.array([0] * classes, pa.int32()), "kept": [True] * classes}
     pq.write_table(pa.table(columns | kept), run / "manifest.parquet")
-    text = page(run)
+    return run
+
+
+def test_a_thousand_classes_stay_small(tmp_path):
+    text = page(made_up(tmp_path / "many", 1000, (3, 64, 64)))
     assert len(text) < 5_000_000
     assert "The first 80 of 1000 classes" in text
     assert "The chart shows the first 20 of 1000 classes" in text
+
+
+def pictures(text, alt):
+    """The pictures whose alternative text begins so: (format, frames)."""
+    found = re.findall(rf'src="data:image/(?:png|webp);base64,([^"]+)" alt="{alt}', text)
+    opened = [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    return [(picture.format, getattr(picture, "n_frames", 1)) for picture in opened]
+
+
+def test_clips_move_and_are_called_clips(tmp_path):
+    run = made_up(tmp_path / "clips", 12, (4, 3, 16, 16))
+    text = page(run)
+    assert "Do 12 synthetic clips of 4 frames (1 per class), distilled from 100\u00a0% of the training set" in text
+    assert "than 12 random real clips?" in text
+    assert "with DC, 1 clip of 4 frames per class, 1 steps" in text
+    assert "<h2>The synthetic clips</h2>\n<p>4 frames of 3 × 16 × 16 pixels each" in text
+    assert "<dt>Frames per clip</dt><dd>4" in text
+    assert "<dt>Pixels</dt><dd>3 × 16 × 16</dd>" in text
+    assert not re.search(r"\bimages?\b", re.sub(r"<(style|pre)>.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL))
+    assert pictures(text, "synthetic clip of class") == [("PNG", 4)] * 12
+    assert pictures(text, "clip of class 0 at step") == [("PNG", 4)] * 6
+    assert pictures(text, "kept sample with score") == [("WEBP", 4)] * 10
+    assert "each clip is reduced to 256 colours" in text
+    assert "compressed with loss (WebP)" in text
+    assert "http://" not in text
+    assert text == page(run)
+
+
+def test_grey_clips_are_shown_exactly(tmp_path):
+    run = made_up(tmp_path / "clips", 3, (4, 1, 8, 8))
+    text = page(run)
+    assert pictures(text, "kept sample with score") == [("PNG", 4)] * 3
+    assert "For this page" not in text
+    shown = re.search(r'src="data:image/png;base64,([^"]+)" alt="synthetic clip of class 1"', text)[1]
+    picture = Image.open(io.BytesIO(base64.b64decode(shown)))
+    picture.seek(2)
+    assert np.array_equal(np.asarray(picture.convert("L")), synthetic.load(run.path).pixels()[1, 2, 0].numpy())
+
+
+def test_a_page_that_would_be_too_heavy_shows_less_and_stills_of_real_clips(tmp_path, monkeypatch):
+    run = made_up(tmp_path / "clips", 12, (4, 3, 16, 16))
+    monkeypatch.setattr(report, "CLIP_BYTES", 9_000)
+    text = page(run)
+    assert 0 < len(pictures(text, "synthetic clip of class")) < 12
+    assert set(pictures(text, "synthetic clip of class")) == {("PNG", 4)}
+    assert "<p>The first clip of the first class over" in text
+    assert pictures(text, "clip of class 1 at step") == []
+    assert pictures(text, "kept sample with score") == [("PNG", 1)] * 10
+    assert "Only the middle frame of each clip is shown" in text
+
+
+def test_clips_of_the_size_of_kinetics_stay_within_a_few_megabytes(tmp_path):
+    text = page(made_up(tmp_path / "clips", 60, (8, 3, 64, 64)))
+    assert len(text) < 4 / 3 * 3 * report.CLIP_BYTES + 500_000
+    assert re.search(r"The first \d\d of 60 classes", text)
+
+
+def test_a_network_that_sees_one_frame_is_a_control_and_no_verdict(run):
+    sets = [row("distilled", 0.2, 0.01, network="frame:convnet"), row("random_real", 0.3, 0.01, network="frame:convnet"),
+            row("distilled", 0.8, 0.01, network="convnet3d"), row("random_real", 0.6, 0.01, network="convnet3d")]  # fmt: skip
+    found = wording.answer(sets)
+    assert (found["verdict"], found["others"]) == ("yes", "")
+    assert wording.answer(sets[:2])["verdict"] == "no"
+    singles = [{"set": r["set"], "network": r["network"], "top1": r["mean"]} for r in sets]
+    (run / "evaluation.json").write_text(json.dumps({"rows": singles, "summary": sets}))
+    text = page(run)
+    assert "<b>frame:convnet</b> is a control" in text
+    assert "chance is 10\u00a0%" in text
 
 
 def test_the_report_shows_no_credentials_of_an_address(run):

@@ -1,4 +1,4 @@
-"""The report's pictures as data URIs: charts as SVG, images as PNG.
+"""The report's pictures as data URIs: charts as SVG, images as PNG, clips as animated PNG or WebP.
 
 Charts are drawn on `Figure` objects, so no global state of pyplot is touched; their text stays text and is set in the
 reader's system font. The same input gives the same bytes. What is drawn, and what is said about it, is decided in
@@ -11,18 +11,16 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
-from distill_at_scale.synthetic import to_image
+from distill_at_scale.pictures import Frames, palette_png, png, to_frames, webp
 
 COLORS = {"distilled": "#2f5fd0", "random_real": "#8b97a8", "kept": "#12927f", "full": "#d9962b", "dropped": "#d5dae2"}
 SET_NAMES = {
@@ -136,15 +134,46 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
         return _svg(figure)
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures as data URIs in the order asked for, and how they are shown: "exact", "lossy" or "still"."""
+
+    pictures: Sequence[str]
+    shown: str
+
+
 def picture(pixels: Array, limit: int) -> str:
-    """uint8 [C, H, W], or the middle frame of a clip [T, C, H, W] -> PNG; a larger side is reduced to `limit`."""
-    still = pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels
-    image = to_image(torch.from_numpy(np.ascontiguousarray(still)))
-    if max(image.size) > limit:
-        image.thumbnail((limit, limit), Image.Resampling.BOX)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return _uri("image/png", buffer.getvalue())
+    """uint8 [C, H, W] -> PNG; a clip [T, C, H, W] -> animated PNG of few colours; a larger side is reduced to `limit`."""
+    return _shown(to_frames(pixels, limit))
+
+
+def gallery(samples: Iterable[Array], limit: int, budget: int) -> Gallery:
+    """Many pictures of real samples, as PNG. Clips take the first form in which all of them fit `budget` bytes: animated
+    PNG (grey ones only), animated WebP, or the middle frame, whatever it takes.
+    """
+    every = [to_frames(sample, limit) for sample in samples]
+    if all(len(frames) == 1 for frames in every):
+        return Gallery([_shown(frames) for frames in every], "exact")
+    if all(frames[0].mode == "L" for frames in every) and (found := _fitting(every, _shown, budget)):
+        return Gallery(found, "exact")
+    if found := _fitting(every, lambda frames: _uri("image/webp", webp(frames)), budget):
+        return Gallery(found, "lossy")
+    return Gallery([_shown([frames[len(frames) // 2]]) for frames in every], "still")
+
+
+def _fitting(every: Sequence[Frames], encode: Callable[[Frames], str], budget: int) -> list[str]:
+    """All pictures encoded, or none as soon as they take more than `budget` bytes."""
+    found: list[str] = []
+    for frames in every:
+        found.append(encode(frames))
+        budget -= size_of(found[-1])
+        if budget < 0:
+            return []
+    return found
+
+
+def _shown(frames: Frames) -> str:
+    return _uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
@@ -229,3 +258,8 @@ def _svg(figure: Figure) -> str:
 
 def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def size_of(uri: str) -> int:
+    """Bytes that a data URI holds."""
+    return (len(uri) - uri.index(",")) * 3 // 4

@@ -1,16 +1,18 @@
 """The report: one HTML file that opens offline, made only of what the run folder holds.
 
-This file reads the artefacts, cuts them down to what can be shown at any number of classes and puts the findings into
-words; `figures.py` draws and `report.html.j2` is the page. It computes no result of its own. A part without artefact is
-left out.
+This file reads the artefacts and cuts them down to what can be shown at any number of classes; `wording.py` puts the
+findings into words, `figures.py` draws and `report.html.j2` is the page. It computes no result of its own. A part without
+artefact is left out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from distill_at_scale import figures, synthetic
+from distill_at_scale import figures, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
@@ -28,15 +30,18 @@ from distill_at_scale.pruning.static import RANDOM
 from distill_at_scale.rundir import STAGES, RunDir, digest, publish
 from distill_at_scale.synthetic import SyntheticSet
 
-HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES, REASONS = 20, 10, 10, 5, 5
+PARTS = ("report.py", "wording.py", "figures.py", "pictures.py", "report.html.j2")
+HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
+REASONS, KINDS = 5, 12  # so many samples are listed one by one; of more, so many kinds of reasons
+VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # what differs between two reasons of one kind
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image each; else classes and images
-IMAGE_BYTES = 1_000_000  # uncompressed, of all synthetic images that are shown
+IMAGE_BYTES = 1_000_000  # that the page holds of all synthetic images together
+CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show some
+CLIP_COLUMNS = 5
 SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # larger pictures are reduced to this
-NBSP = "\u00a0"
 SCORE_PARTS = {"train_seconds": "score: train the proxies", "score_seconds": "score: score all samples"}
 
 Array = np.ndarray[Any, Any]
-Summary = Mapping[str, Any]
 
 
 def write(run: RunDir, config: Config) -> Path:
@@ -46,7 +51,8 @@ def write(run: RunDir, config: Config) -> Path:
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page.filters |= {"accuracy": accuracy, "share": share, "shape": shape, "duration": duration, "comma": "{:,}".format}
+    page.filters |= {f.__name__: f for f in (wording.accuracy, wording.share, wording.shape, wording.duration)}
+    page.filters["comma"] = "{:,}".format
     text = page.get_template("report.html.j2").render(contents(run, config))
     with publish(run / "report.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -56,7 +62,7 @@ def write(run: RunDir, config: Config) -> Path:
 def version() -> str:
     """Changes when the page itself does, so that an old report is written anew."""
     here = Path(__file__).parent
-    return digest([(here / name).read_text() for name in ("report.py", "figures.py", "report.html.j2")])
+    return digest([(here / name).read_text() for name in PARTS])
 
 
 def contents(run: RunDir, config: Config) -> dict[str, Any]:
@@ -72,8 +78,9 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "card": made.card,
         "colors": figures.COLORS,
         "set_names": figures.SET_NAMES,
-        "question": question(made, prepared, selection["share"] if selection else None),
-        "answer": answer(evaluation.get("summary", [])),
+        "words": wording.words(prepared.shape),
+        "question": _question(made, prepared, selection),
+        "answer": wording.answer(evaluation.get("summary", [])),
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
         "synthetic": _synthetic(made),
         "snapshots": _snapshots(made),
@@ -82,67 +89,18 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "samples": _samples(run, prepared),
         "times": _times(records),
         "data": prepared.meta,
-        "rejected": _rejected(run / "rejected.parquet"),
+        "sampling": source.get("sampling"),
+        **_set_aside(run / "rejected.parquet"),
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100),
         "about": about,
         "records": records,
     }
 
 
-def question(made: SyntheticSet, prepared: Prepared, kept: float | None) -> str:
-    """What the evaluation asks, with this run's numbers."""
-    ipc, images = made.card["images_per_class"], len(made.labels)
-    real = sum(min(ipc, n) for n in prepared.counts("train"))
-    source = "" if kept is None else f" from {share(kept)} of the training set"
-    return (
-        f"Do {images:,} synthetic images ({ipc} per class), distilled{source}, train a better network than "
-        f"{real:,} random real images?"
-    )
-
-
-def answer(summary: Sequence[Summary]) -> dict[str, str]:
-    """The verdict on the first network as a word and a sentence; with several networks, what the others say."""
-    pairs = _pairs(summary)
-    if not pairs:
-        return {"verdict": "open", "word": "Not evaluated", "text": "the run holds no test on real data", "others": ""}
-    network, (ours, real) = next(iter(pairs.items()))
-    kind, points = verdict(ours, real), 100 * (ours["mean"] - real["mean"])
-    seeds = f"n = {ours['n']}" if ours["n"] == real["n"] else f"n = {ours['n']} and {real['n']}"
-    text = f"{accuracy(ours)} against {accuracy(real)} top-1 ({seeds}{f', {network}' if len(pairs) > 1 else ''})"
-    word = {"yes": "Yes", "no": "No", "unclear": "Not distinguishable"}[kind]
-    if kind != "unclear":
-        text += f", {abs(points):.1f} points {'more' if points > 0 else 'less'}"
-    if ours["std"] is None or real["std"] is None:
-        word = f"{'No difference' if kind == 'unclear' else word}, on a single seed"
-        text += "; with one seed the spread is unknown, so chance is not ruled out"
-    elif kind == "unclear":
-        spread = 100 * math.hypot(ours["std"], real["std"])
-        text += f"; the difference of {abs(points):.1f} points is within the combined deviation of {spread:.1f}"
-    return {"verdict": kind, "word": word, "text": text, "others": _others(pairs)}
-
-
-def verdict(ours: Summary, real: Summary) -> str:
-    """yes, no, or unclear where the means differ by no more than the root of the summed variances."""
-    difference = ours["mean"] - real["mean"]
-    if abs(difference) <= math.hypot(ours["std"] or 0, real["std"] or 0):
-        return "unclear"
-    return "yes" if difference > 0 else "no"
-
-
-def _pairs(summary: Sequence[Summary]) -> dict[str, tuple[Summary, Summary]]:
-    """network -> (distilled, random real), in the order of the evaluation."""
-    sets = {(row["set"], row["network"]): row for row in summary}
-    networks = [network for name, network in sets if name == "distilled" and ("random_real", network) in sets]
-    return {network: (sets["distilled", network], sets["random_real", network]) for network in networks}
-
-
-def _others(pairs: Mapping[str, tuple[Summary, Summary]]) -> str:
-    names: dict[str, list[str]] = {}
-    for network, (ours, real) in pairs.items():
-        names.setdefault(verdict(ours, real), []).append(network)
-    words = {"yes": "better with", "no": "worse with", "unclear": "not distinguishable with"}
-    parts = "; ".join(f"{words[kind]} {', '.join(found)}" for kind, found in names.items())
-    return f"Over {len(pairs)} networks, the distilled set is {parts}." if len(pairs) > 1 else ""
+def _question(made: SyntheticSet, prepared: Prepared, selection: Mapping[str, Any] | None) -> str:
+    ipc, counts = made.card["images_per_class"], prepared.counts("train")
+    kept = selection["share"] if selection else None
+    return wording.question(prepared.shape, len(made.labels), ipc, counts, kept)
 
 
 def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] | None:
@@ -153,33 +111,53 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
     single: dict[tuple[str, str], list[float]] = {(row["set"], row["network"]): [] for row in summary}
     for row in evaluation["rows"]:
         single[row["set"], row["network"]].append(100 * row["top1"])
-    bars = [figures.Bar(row, single[row["set"], row["network"]], accuracy(row)) for row in ordered]
+    bars = [figures.Bar(row, single[row["set"], row["network"]], wording.accuracy(row)) for row in ordered]
     bounds = any(row["set"] in ("kept", "full") for row in summary)
-    return {"chart": figures.accuracies(bars, 100 / classes), "rows": ordered, "top5": classes > 5, "bounds": bounds}
+    controls = [network for network in networks if network.startswith(wording.CONTROL)]
+    found = {"rows": ordered, "top5": classes > 5, "bounds": bounds, "controls": controls, "chance": 1 / classes}
+    return {"chart": figures.accuracies(bars, 100 / classes), **found}
 
 
 def _synthetic(made: SyntheticSet) -> dict[str, Any]:
-    """The first images of the first classes, as many as the budget of bytes allows."""
+    """The first samples of the first classes, as many classes as the budget of bytes allows."""
     labels, pixels = made.labels.numpy(), made.pixels().numpy()
-    channels, side = pixels.shape[-3], min(pixels.shape[-1], SYNTHETIC_SIDE)
-    columns = min(made.card["images_per_class"], IMAGE_COLUMNS)
-    most = IMAGE_CLASSES if columns == 1 else IMAGE_ROWS
-    classes = max(1, min(most, IMAGE_BYTES // (channels * side * side * columns)))
-    rows = [
-        (made.class_names[label], [figures.picture(image, side) for image in pixels[labels == label][:columns]])
-        for label in np.unique(labels)[:classes]
-    ]
-    return {"rows": rows, "columns": columns, "shape": pixels.shape[1:], "reduced": pixels.shape[-1] > side}
+    clips = pixels.ndim == 5
+    columns = min(made.card["images_per_class"], CLIP_COLUMNS if clips else IMAGE_COLUMNS)
+    side = min(pixels.shape[-1], SMALL_SIDE if clips and columns > 1 else SYNTHETIC_SIDE)
+    classes = np.unique(labels)[: IMAGE_CLASSES if columns == 1 else IMAGE_ROWS].tolist()
+    budget = CLIP_BYTES if clips else IMAGE_BYTES
+    shown = _within(budget, side, (pixels[labels == label][:columns] for label in classes))
+    rows = [(made.class_names[label], row) for label, row in zip(classes, shown, strict=False)]
+    about = {"shape": pixels.shape[1:], "reduced": pixels.shape[-1] > side, "shown": _form(pixels.shape[1:])}
+    return {"rows": rows, "columns": columns, **about}
+
+
+def _within(budget: int, side: int, rows: Iterable[Iterable[Array]]) -> list[list[str]]:
+    """Rows of pictures, as many whole ones as fit the budget of bytes, but at least one."""
+    found: list[list[str]] = []
+    for row in rows:
+        pictures = [figures.picture(sample, side) for sample in row]
+        budget -= sum(map(figures.size_of, pictures))
+        if budget < 0 and found:
+            break
+        found.append(pictures)
+    return found
+
+
+def _form(shape: Sequence[int]) -> str:
+    """How `figures.picture` shows samples of a shape."""
+    return "palette" if len(shape) == 4 and shape[1] > 1 else "exact"
 
 
 def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
-    """The first image of the first classes over the steps."""
+    """The first sample of the first classes over the steps; of clips, fewer classes where they take too many bytes."""
     if not made.snapshots:
         return None
-    names = made.class_names[:SNAPSHOT_CLASSES]
-    first = {step: s.numpy()[:: max(1, len(s) // len(names))][: len(names)] for step, s in made.snapshots.items()}
-    rows = [(step, [figures.picture(image, SMALL_SIDE) for image in first[step]]) for step in sorted(first)]
-    return {"names": names, "rows": rows}
+    names, steps = made.class_names[:SNAPSHOT_CLASSES], sorted(made.snapshots)
+    first = [made.snapshots[s].numpy()[:: max(1, len(made.snapshots[s]) // len(names))][: len(names)] for s in steps]
+    columns = _within(CLIP_BYTES, SMALL_SIDE, zip(*first, strict=True))
+    rows = list(zip(steps, zip(*columns, strict=True), strict=True))
+    return {"names": names[: len(columns)], "rows": rows, "shown": _form(made.images.shape[1:])}
 
 
 def _curve(path: Path) -> dict[str, Any] | None:
@@ -229,22 +207,25 @@ def _samples(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
         return None
     labels, scores, name = found
     kept = manifest.read(run / "manifest.parquet")[0]["kept"].to_numpy()
-    shown = np.unique(labels)[:SAMPLE_CLASSES]
-    rows = [_extremes(prepared, int(c), scores[labels == c], kept[labels == c]) for c in shown]
-    return {"rows": rows, "name": name, "easy": name == "loss"}
+    classes = np.unique(labels)[:SAMPLE_CLASSES].tolist()
+    rows = [{"name": prepared.class_names[c]} | _extremes(scores[labels == c], kept[labels == c]) for c in classes]
+    tiles = [sorted(row["low"] + row["high"], key=lambda tile: tile["place"]) for row in rows]
+    read = (prepared.take("train", c, [tile["place"] for tile in of]) for c, of in zip(classes, tiles, strict=True))
+    made = figures.gallery(chain.from_iterable(read), SMALL_SIDE, CLIP_BYTES)
+    for tile, picture in zip(chain.from_iterable(tiles), made.pictures, strict=True):
+        tile["image"] = picture
+    return {"rows": rows, "name": name, "easy": name == "loss", "shown": made.shown}
 
 
-def _extremes(prepared: Prepared, label: int, scores: Array, kept: Array) -> dict[str, Any]:
-    """Tiles of one class: its lowest and its highest scores; only the row groups that hold them are read."""
-    order = np.argsort(scores, kind="stable")
-    low, high = order[:SAMPLES].tolist(), order[SAMPLES:][-SAMPLES:].tolist()
-    places = sorted(low + high)
-    tiles = {
-        place: {"image": figures.picture(pixels, SMALL_SIDE), "score": f"{scores[place]:#.3g}".rstrip("."),
-                "state": "kept" if kept[place] else "dropped"}
-        for place, pixels in zip(places, prepared.take("train", label, places), strict=True)
-    }  # fmt: skip
-    return {"name": prepared.class_names[label], "low": [tiles[i] for i in low], "high": [tiles[i] for i in high]}
+def _extremes(scores: Array, kept: Array) -> dict[str, Any]:
+    """Tiles of one class, yet without pictures: its lowest and its highest scores, and their places within the class."""
+    order = np.argsort(scores, kind="stable").tolist()
+
+    def tile(place: int) -> dict[str, Any]:
+        score = f"{scores[place]:#.3g}".rstrip(".")
+        return {"place": place, "score": score, "state": "kept" if kept[place] else "dropped"}
+
+    return {"low": [tile(i) for i in order[:SAMPLES]], "high": [tile(i) for i in order[SAMPLES:][-SAMPLES:]]}
 
 
 def _times(records: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,11 +239,23 @@ def _times(records: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "total": total, "longest": max((row["seconds"] for row in rows), default=0) or 1}
 
 
-def _rejected(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {"count": 0, "rows": []}
-    table = pq.read_table(path)
-    return {"count": table.num_rows, "rows": table.slice(0, REASONS).to_pylist()}
+def _set_aside(path: Path) -> dict[str, Any]:
+    """The samples that are not used, and those that are although something is to be said about them."""
+    listed = pq.read_table(path).to_pylist() if path.exists() else []
+    used = [row.get("used", False) for row in listed]
+    parts = (("rejected", False), ("remarked", True))
+    return {name: _reasons([row for row, u in zip(listed, used, strict=True) if u is which]) for name, which in parts}
+
+
+def _reasons(listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Single samples where they are few; else how many there are of each kind of reason, with one of them."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in listed:
+        kinds.setdefault(VARYING.sub("…", row["reason"]), []).append(row)
+    grouped = len(listed) > REASONS
+    ordered = sorted(kinds.values(), key=len, reverse=True) if grouped else [[row] for row in listed]
+    rows = [{"count": len(rows), **rows[0]} for rows in ordered[:KINDS]]
+    return {"count": len(listed), "rows": rows, "grouped": grouped, "more": len(ordered) - len(rows)}
 
 
 def _settings(about: Mapping[str, Any], records: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -290,29 +283,6 @@ def _public(value: Any) -> Any:
     if isinstance(value, list):
         return [_public(part) for part in value]
     return shown(value) if isinstance(value, str) and "://" in value else value
-
-
-def accuracy(row: Summary, suffix: str = "") -> str:
-    """mean ± standard deviation of a summary's row in per cent; `suffix` "_top5" for top-5."""
-    mean, std = 100 * row[f"mean{suffix}"], row[f"std{suffix}"]
-    return f"{mean:.1f}{NBSP}%" if std is None else f"{mean:.1f}{NBSP}±{NBSP}{100 * std:.1f}{NBSP}%"
-
-
-def share(fraction: float | str) -> str:
-    """A fraction in per cent with three digits; a word such as "auto" as it is."""
-    return fraction if isinstance(fraction, str) else f"{100 * fraction:.3g}{NBSP}%"
-
-
-def shape(sizes: Sequence[int]) -> str:
-    return " × ".join(map(str, sizes))
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 0.04 s, 7.2 s, 12 min, 3 h 5 min."""
-    if seconds < 90:
-        return f"{seconds:.{1 if seconds >= 1 else 2}f}{NBSP}s"
-    minutes = round(seconds / 60)
-    return f"{minutes}{NBSP}min" if minutes < 90 else f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report: offline, worded by the numbers, safe against names that users chose, whole without its optional parts.
+"""The report: offline, safe against names that users chose, whole without its optional parts.
 
 One tiny run on the digits is made once; the tests change copies of its artefacts.
 """
@@ -64,13 +64,10 @@ def edit(path, change):
     path.write_text(json.dumps(value))
 
 
-def row(name, mean, std, n=5, network="convnet"):
-    return {"set": name, "network": network, "n": n, "mean": mean, "std": std, "mean_top5": mean, "std_top5": std}
-
-
-def says(ours, real):
-    found = report.answer([row("distilled", *ours), row("random_real", *real)])
-    return found["verdict"], f"{found['word']}: {found['text']}".replace("\u00a0", " ")
+def set_aside(run, rows):
+    columns = zip(*rows, strict=True)
+    table = pa.table(dict(zip(("sample_id", "reason", "used"), map(list, columns), strict=True)))
+    pq.write_table(table.append_column("location", pa.array([""] * len(rows))), run / "rejected.parquet")
 
 
 def test_opens_offline(run):
@@ -97,44 +94,6 @@ def test_has_every_part(run):
 
 def test_same_run_same_bytes(run):
     assert page(run) == page(run)
-
-
-def test_sentence_yes():
-    verdict, text = says((0.834, 0.006), (0.686, 0.028))
-    assert (verdict, text) == ("yes", "Yes: 83.4 ± 0.6 % against 68.6 ± 2.8 % top-1 (n = 5), 14.8 points more")
-
-
-def test_sentence_no():
-    verdict, text = says((0.5, 0.01), (0.6, 0.01, 3))
-    assert (verdict, text) == ("no", "No: 50.0 ± 1.0 % against 60.0 ± 1.0 % top-1 (n = 5 and 3), 10.0 points less")
-
-
-@pytest.mark.parametrize("ours", [0.60, 0.63, 0.57])
-def test_sentence_indistinguishable(ours):
-    verdict, text = says((ours, 0.03), (0.6, 0.04))
-    assert verdict == "unclear"
-    assert text.startswith("Not distinguishable: ")
-    assert text.endswith("points is within the combined deviation of 5.0")
-
-
-def test_combined_deviation_is_the_border():
-    assert report.verdict(row("distilled", 0.66, 0.03), row("random_real", 0.6, 0.04)) == "yes"
-    assert report.verdict(row("distilled", 0.64, 0.03), row("random_real", 0.6, 0.04)) == "unclear"
-
-
-@pytest.mark.parametrize(("ours", "word"), [(0.7, "Yes"), (0.5, "No"), (0.6, "No difference")])
-def test_single_seed_says_so(ours, word):
-    _, text = says((ours, None, 1), (0.6, None, 1))
-    assert text.startswith(f"{word}, on a single seed: {100 * ours:.1f} % against 60.0 % top-1 (n = 1)")
-    assert "chance is not ruled out" in text
-
-
-def test_several_networks_are_all_named():
-    sets = [row("distilled", 0.8, 0.01), row("random_real", 0.6, 0.01),
-            row("distilled", 0.5, 0.01, network="vgg11"), row("random_real", 0.6, 0.01, network="vgg11")]  # fmt: skip
-    found = report.answer(sets)
-    assert "(n = 5, convnet)" in found["text"]
-    assert found["others"] == "Over 2 networks, the distilled set is better with convnet; worse with vgg11."
 
 
 def test_a_class_name_is_text(run):
@@ -172,11 +131,40 @@ def test_a_repeated_step_counts_as_done_last(tmp_path, monkeypatch):
 
 
 def test_rejected_samples_are_counted_and_named(run):
-    rows = [{"sample_id": f"broken/{i}.png", "location": "", "reason": "cannot be <decoded>"} for i in range(7)]
-    pq.write_table(pa.Table.from_pylist(rows), run / "rejected.parquet")
+    set_aside(run, [(f"broken/{i}.png", "cannot be <decoded>", False) for i in range(4)])
     text = page(run)
-    assert "<dt>Rejected samples</dt><dd>7</dd>" in text
-    assert text.count("cannot be &lt;decoded&gt;") == report.REASONS
+    assert "<dt>Rejected samples</dt><dd>4</dd>" in text
+    assert text.count("cannot be &lt;decoded&gt;") == 4
+    assert "Used, with a remark" not in text
+
+
+def test_many_rejected_samples_are_grouped_by_kind_of_reason(run):
+    large = [(f"large/{i}.mp4", f"{i + 5},000 bytes, more than data.max_bytes = 1,000", False) for i in range(30)]
+    set_aside(run, [("no/label.mp4", "it has no label in 'train.csv'", False), *large])
+    found = report._set_aside(run / "rejected.parquet")["rejected"]
+    assert [(row["count"], row["sample_id"]) for row in found["rows"]] == [(30, "large/0.mp4"), (1, "no/label.mp4")]
+    assert "<h3>Rejected: 31 samples</h3>" in page(run)
+
+
+def test_more_kinds_than_fit_are_counted(run):
+    set_aside(run, [(f"{i}.mp4", f"reason {'x' * i}", False) for i in range(report.KINDS + 3)])
+    assert report._set_aside(run / "rejected.parquet")["rejected"]["more"] == 3
+    assert "And 3 more kinds" in page(run)
+
+
+def test_samples_used_with_a_remark_are_a_list_of_their_own(run):
+    short = [(f"short/{i}.mp4", f"{i} frames, fewer than 8: the last one repeats", True) for i in range(3)]
+    set_aside(run, [("broken.mp4", "no video in it", False), *short])
+    text = page(run)
+    assert "<dt>Rejected samples</dt><dd>1</dd>" in text
+    assert "<dt>Used with a remark</dt><dd>3</dd>" in text
+    rejected, remarked = (
+        text.index("<h3>Rejected: 1 sample</h3>"),
+        text.index("<h3>Used, with a remark: 3 samples</h3>"),
+    )
+    assert (
+        rejected < text.index("no video in it") < remarked < text.index("2 frames, fewer than 8: the last one repeats")
+    )
 
 
 def test_a_reused_stage_is_marked(run):
@@ -209,7 +197,7 @@ def test_one_channel_is_shown_grey_and_large_images_small():
 
     assert (opened((1, 8, 8), 64).mode, opened((1, 8, 8), 64).size) == ("L", (8, 8))
     assert (opened((3, 128, 128), 64).mode, opened((3, 128, 128), 64).size) == ("RGB", (64, 64))
-    assert opened((4, 3, 16, 16), 64).size == (16, 16)  # a clip's middle frame
+    assert (opened((4, 3, 128, 128), 64).size, opened((4, 1, 16, 16), 64).size) == ((64, 64), (16, 16))
 
 
 def test_cut_marks():
@@ -221,13 +209,14 @@ def test_cut_marks():
     assert figures.cuts(scores, flags(1, 1, 1, 1)) == []
 
 
-def test_a_thousand_classes_stay_small(tmp_path):
-    run, classes, shape = RunDir(tmp_path / "many"), 1000, (3, 64, 64)
+def made_up(folder, classes, shape):
+    """A run folder of one noise sample per class, without evaluation and log."""
+    run = RunDir(folder)
     names, draw = [f"class {i}" for i in range(classes)], np.random.default_rng(0)
     pixels = draw.integers(0, 256, (classes, *shape), np.uint8)
     tables = (shards.to_table([f"{i:04d}"], [i], pixels[i : i + 1]) for i in range(classes))
     shards.write_shards(run / "prepared" / "train", tables, shards.schema(shape), 64)
-    scale = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    scale = {"mean": [0.5] * shape[-3], "std": [0.25] * shape[-3]}
     meta = {"class_names": names, "shape": shape, "counts": {"train": [1] * classes}, **scale}
     shards.write_meta(run / "prepared", meta, "")
     card = {"class_names": names, "images_per_class": 1, "method": "dc", "steps": 1, "normalization": scale}
@@ -239,10 +228,81 @@ def test_a_thousand_classes_stay_small(tmp_path):
     pq.write_table(pa.table(columns), run / "scores.parquet")
     kept = {"rank": pa.array([0] * classes, pa.int32()), "kept": [True] * classes}
     pq.write_table(pa.table(columns | kept), run / "manifest.parquet")
-    text = page(run)
+    return run
+
+
+def test_a_thousand_classes_stay_small(tmp_path):
+    text = page(made_up(tmp_path / "many", 1000, (3, 64, 64)))
     assert len(text) < 5_000_000
-    assert "The first 81 of 1000 classes" in text
+    assert "The first 80 of 1000 classes" in text
     assert "The chart shows the first 20 of 1000 classes" in text
+
+
+def pictures(text, alt):
+    """The pictures whose alternative text begins so: (format, frames)."""
+    found = re.findall(rf'src="data:image/(?:png|webp);base64,([^"]+)" alt="{alt}', text)
+    opened = [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    return [(picture.format, getattr(picture, "n_frames", 1)) for picture in opened]
+
+
+def test_clips_move_and_are_called_clips(tmp_path):
+    run = made_up(tmp_path / "clips", 12, (4, 3, 16, 16))
+    text = page(run)
+    assert "Do 12 synthetic clips of 4 frames (1 per class), distilled from 100\u00a0% of the training set" in text
+    assert "than 12 random real clips?" in text
+    assert "with DC, 1 clip of 4 frames per class, 1 steps" in text
+    assert "<h2>The synthetic clips</h2>\n<p>4 frames of 3 × 16 × 16 pixels each" in text
+    assert "<dt>Frames per clip</dt><dd>4" in text
+    assert "<dt>Pixels</dt><dd>3 × 16 × 16</dd>" in text
+    assert not re.search(r"\bimages?\b", re.sub(r"<(style|pre)>.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL))
+    assert pictures(text, "synthetic clip of class") == [("PNG", 4)] * 12
+    assert pictures(text, "clip of class 0 at step") == [("PNG", 4)] * 6
+    assert pictures(text, "kept sample with score") == [("WEBP", 4)] * 10
+    assert "each clip is reduced to 256 colours" in text
+    assert "compressed with loss (WebP)" in text
+    assert "http://" not in text
+    assert text == page(run)
+
+
+def test_grey_clips_are_shown_exactly(tmp_path):
+    run = made_up(tmp_path / "clips", 3, (4, 1, 8, 8))
+    text = page(run)
+    assert pictures(text, "kept sample with score") == [("PNG", 4)] * 3
+    assert "For this page" not in text
+    shown = re.search(r'src="data:image/png;base64,([^"]+)" alt="synthetic clip of class 1"', text)[1]
+    picture = Image.open(io.BytesIO(base64.b64decode(shown)))
+    picture.seek(2)
+    assert np.array_equal(np.asarray(picture.convert("L")), synthetic.load(run.path).pixels()[1, 2, 0].numpy())
+
+
+def test_a_page_that_would_be_too_heavy_shows_less_and_stills_of_real_clips(tmp_path, monkeypatch):
+    run = made_up(tmp_path / "clips", 12, (4, 3, 16, 16))
+    monkeypatch.setattr(report, "CLIP_BYTES", 9_000)
+    text = page(run)
+    assert 0 < len(pictures(text, "synthetic clip of class")) < 12
+    assert set(pictures(text, "synthetic clip of class")) == {("PNG", 4)}
+    assert "<p>The first clip of the first class over" in text
+    assert pictures(text, "clip of class 1 at step") == []
+    assert pictures(text, "kept sample with score") == [("PNG", 1)] * 10
+    assert "Only the middle frame of each clip is shown" in text
+
+
+def test_clips_of_the_size_of_kinetics_stay_within_a_few_megabytes(tmp_path):
+    text = page(made_up(tmp_path / "clips", 60, (8, 3, 64, 64)))
+    assert len(text) < 4 / 3 * 3 * report.CLIP_BYTES + 500_000
+    assert re.search(r"The first \d\d of 60 classes", text)
+
+
+def test_a_network_that_sees_one_frame_is_called_a_control(run):
+    def name_it(evaluation):
+        for row in evaluation["rows"] + evaluation["summary"]:
+            row["network"] = "frame:convnet"
+
+    assert "is a control" not in page(run)
+    edit(run / "evaluation.json", name_it)
+    text = page(run)
+    assert "<b>frame:convnet</b> is a control" in text
+    assert "chance is 10\u00a0%" in text
 
 
 def test_the_report_shows_no_credentials_of_an_address(run):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -21,12 +23,12 @@ from distill_at_scale.synthetic import SyntheticSet
 NAMES = ["cat", "dog", "owl"]
 
 
-def a_set(names=NAMES, channels=3, ipc=2, snapshots=True):
-    """Pixels are whole numbers, so that eight bits hold them exactly."""
-    count = len(names) * ipc
-    pixels = torch.randint(256, (count, channels, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+def a_set(names=NAMES, channels=3, ipc=2, snapshots=True, frames=None, side=8):
+    """Pixels are whole numbers, so that eight bits hold them exactly; clips where `frames` is given."""
+    sizes = (len(names) * ipc, *([frames] if frames else []), channels, side, side)
+    pixels = torch.randint(256, sizes, generator=torch.Generator().manual_seed(0)).float()
     mean, std = [0.5, 0.4, 0.3][:channels], [0.2, 0.25, 0.3][:channels]
-    shape = (1, channels, 1, 1)
+    shape = (channels, 1, 1)
     images = (pixels / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     card = {
         "class_names": list(names),
@@ -154,13 +156,106 @@ def test_there_is_a_preview_of_any_set(tmp_path, classes, ipc, channels):
         assert picture.width <= 10 * 66 + 2
 
 
-def test_a_grid_shows_each_tile_in_its_place():
-    tiles = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 4, 4) * 40
-    sheet = np.asarray(synthetic.grid(tiles, columns=3, side=4, gap=2))[:, :, 0]
-    assert sheet.shape == (2 * 6 + 2, 3 * 6 + 2)
-    for k in range(6):
-        row, column = k // 3 * 6 + 2, k % 3 * 6 + 2
-        assert (sheet[row : row + 4, column : column + 4] == 40 * k).all()
+@pytest.mark.parametrize(("classes", "ipc", "side"), [(3, 1, 8), (12, 1, 8), (2, 12, 8), (3, 2, 400)])
+def test_the_preview_of_clips_moves(tmp_path, classes, ipc, side):
+    a_set([str(k) for k in range(classes)], 3, ipc, frames=4, side=side).save(tmp_path / "s")
+    with Image.open(tmp_path / "s" / "preview.png") as picture:
+        assert picture.n_frames == 4
+        assert picture.info["loop"] == 0
+        assert picture.width * picture.height * 12 <= 2 * synthetic.PREVIEW_BYTES
+
+
+def test_clips_are_loaded_as_they_were_saved(tmp_path):
+    before = a_set(frames=4)
+    for name in "ab":
+        before.save(tmp_path / name)
+    after = synthetic.load(tmp_path / "a")
+    assert after.images.shape == (6, 4, 3, 8, 8)
+    assert torch.equal(after.images, before.images)
+    assert torch.equal(after.snapshots[10], before.snapshots[10])
+    assert (tmp_path / "a" / "preview.png").read_bytes() == (tmp_path / "b" / "preview.png").read_bytes()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_frames_of_clips_lie_in_a_folder_each(tmp_path, channels):
+    found = a_set(channels=channels, frames=4)
+    found.export_imagefolder(tmp_path / "out")
+    clips = sorted(p for p in (tmp_path / "out").glob("*/*") if p.is_dir())
+    names = [f"{NAMES[label]}/{i:05d}" for i, label in enumerate(found.labels.tolist())]
+    assert [p.relative_to(tmp_path / "out").as_posix() for p in clips] == sorted(names)
+    for i, name in enumerate(names):
+        files = sorted((tmp_path / "out" / name).iterdir())
+        assert [file.name for file in files] == [f"{t:05d}.png" for t in range(4)]
+        read = np.stack([np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1) for file in files])
+        assert np.array_equal(read, found.pixels()[i].numpy())
+
+
+def decoded(path):
+    """uint8 [T, H, W, 3] as a reader sees a video file, and the file's frame rate."""
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [32, 33])
+def test_exported_videos_hold_every_frame_and_every_pixels_own_colour(tmp_path, channels, side):
+    found = a_set(names=["cat", "dog"], ipc=1, channels=channels, frames=5, side=side)
+    found.export_videofolder(tmp_path / "out")
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.mp4")) == [
+        "cat/00000.mp4", "dog/00001.mp4"
+    ]  # fmt: skip
+    for clip, name in zip(found.pixels().numpy(), ("cat/00000.mp4", "dog/00001.mp4"), strict=True):
+        frames, rate = decoded(tmp_path / "out" / name)
+        assert frames.shape == (5, 2 * side, 2 * side, 3)
+        assert rate == 8
+        exact = np.broadcast_to(clip, (5, 3, side, side)).transpose(0, 2, 3, 1).astype(int)
+        assert np.abs(frames[:, ::2, ::2] - exact).max() <= 16  # noise: the hardest there is
+
+
+def test_the_card_beside_exported_videos_says_that_they_are_lossy(tmp_path):
+    found = a_set(frames=3)
+    found.export_videofolder(tmp_path / "out")
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["class_names"] == NAMES
+    assert (card["export"]["lossy"], card["export"]["enlarged"], card["export"]["frames_per_second"]) == (True, 2, 8)
+    with pytest.raises(UserError, match="not empty; export to a new folder"):
+        found.export_videofolder(tmp_path / "out")
+
+
+def test_equal_clips_are_equal_videos(tmp_path):
+    for name in "ab":
+        a_set(frames=3).export_videofolder(tmp_path / name)
+    assert (tmp_path / "a/cat/00000.mp4").read_bytes() == (tmp_path / "b/cat/00000.mp4").read_bytes()
+
+
+def test_images_are_not_exported_as_videos(tmp_path):
+    with pytest.raises(UserError, match=r"images, not clips; use export_imagefolder"):
+        a_set().export_videofolder(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_parquet_file_of_clips_holds_lists_of_images(tmp_path, channels):
+    found = a_set(channels=channels, frames=4)
+    found.export_parquet(tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    kind = table.schema.field("frames").type
+    assert [(field.name, str(field.type)) for field in kind.value_type] == [("bytes", "binary"), ("path", "string")]
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["frames"] == {"feature": {"_type": "Image"}, "_type": "Sequence"}
+    assert features["label"]["names"] == NAMES
+    assert table["label"].to_pylist() == found.labels.tolist()
+    for row, clip in zip(table["frames"].to_pylist(), found.pixels().numpy(), strict=True):
+        pictures = [np.atleast_3d(np.asarray(Image.open(io.BytesIO(frame["bytes"])))) for frame in row]
+        assert np.array_equal(np.stack(pictures).transpose(0, 3, 1, 2), clip)
+    assert table["frames"][1].as_py()[2]["path"] == "00001/00002.png"
+
+
+def test_the_plain_file_holds_clips(tmp_path):
+    found = a_set(frames=4)
+    found.export_pt(tmp_path / "x.pt")
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True)["images"], found.images)
 
 
 def test_a_finished_run_carries_its_fingerprints(digits_run):

@@ -67,25 +67,19 @@ def videofolder(
 
 def parquet(path: Path, pixels: Array, labels: Sequence[int], class_names: Sequence[str]) -> None:
     """One file in Hugging Face's layout: `image`, or of clips `frames`, a list of images; and `label`."""
-    rows: list[Any] = [
-        [
-            {"bytes": png([frame]), "path": f"{i:05d}{_frame(t, sample)}.png"}
-            for t, frame in enumerate(to_frames(sample))
-        ]
-        for i, sample in enumerate(pixels)
-    ]
-    name, kind, feature = "frames", pa.list_(PICTURE), {"feature": {"_type": "Image"}, "_type": "Sequence"}
-    if pixels.ndim == 4:
-        rows, name, kind, feature = [row[0] for row in rows], "image", PICTURE, {"_type": "Image"}
+    clips, image = pixels.ndim == 5, {"_type": "Image"}
+    rows: list[Any] = []
+    for i, sample in enumerate(pixels):
+        names = [f"{i:05d}/{t:05d}.png" for t in range(len(sample))] if clips else [f"{i:05d}.png"]
+        frames = [{"bytes": png([f]), "path": name} for f, name in zip(to_frames(sample), names, strict=True)]
+        rows.append(frames if clips else frames[0])
+    name, kind = ("frames", pa.list_(PICTURE)) if clips else ("image", PICTURE)
+    feature = {"feature": image, "_type": "Sequence"} if clips else image  # every release reads this name of a list
     features = {name: feature, "label": {"_type": "ClassLabel", "names": list(class_names)}}
     described = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([(name, kind), ("label", pa.int64())], described)
     with publish(path) as temporary:
         pq.write_table(pa.table([pa.array(rows, kind), pa.array(labels, pa.int64())], schema=schema), temporary)
-
-
-def _frame(t: int, sample: Array) -> str:
-    return f"/{t:05d}" if sample.ndim == 4 else ""
 
 
 def _by_class(

@@ -235,6 +235,13 @@ def test_images_are_not_exported_as_videos(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_an_encoder_the_export_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    with pytest.raises(UserError, match=r"no libx264; .* or use export_imagefolder"):
+        a_set(frames=3).export_videofolder(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_parquet_file_of_clips_holds_lists_of_images(tmp_path, channels):
     found = a_set(channels=channels, frames=4)

@@ -18,6 +18,7 @@ from typing import Any
 from distill_at_scale import distill, evaluate, fingerprints, report, synthetic, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
+from distill_at_scale.data.clips import decoders_for, named
 from distill_at_scale.data.merge import merge, unusable, write_rejected
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
@@ -87,7 +88,7 @@ class Pipeline:
         validate.check_weights(self.config, planned)
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
-        self._say_space(plan)
+        self._say_plan(plan)
         plan = plan.on_disk(work)
         with self.display.meter("look", plan.samples, "samples") as meter:
             self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
@@ -97,7 +98,9 @@ class Pipeline:
             self.display.say(line)
         return unusable(listed).num_rows
 
-    def _say_space(self, plan: ingest.Plan) -> None:
+    def _say_plan(self, plan: ingest.Plan) -> None:
+        if self.config.data.frames:
+            self.display.say(f"  clips are decoded by {named(decoders_for(self.config.data))}")
         needed, free = validate.space(self.config, plan), shutil.disk_usage(self.dir.path).free
         self.display.say(
             f"  ingest needs about {needed / 1e9:.1f} GB on the run folder's disk, {free / 1e9:.1f} GB are free"
@@ -138,12 +141,14 @@ class Pipeline:
         validate.check_networks(self.config, validate.planned(self.config, self.plan))
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
-        self._say_space(self.plan)
+        self._say_plan(self.plan)
         self.plan = self.plan.on_disk(pieces)
         chunks = self.plan.chunks(self.config.data.chunk)
         with self.display.meter("decode", self.plan.samples, "samples") as meter:
             self.executor.ingest(self.config, chunks, pieces, meter.advance)
         meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data)
+        if "decoders" in meta:
+            self.display.say("  " + ", ".join(f"{name} decoded {n} clips" for name, n in meta["decoders"].items()))
         rejected = meta["rejected"]
         if rejected:
             listed = self.dir / "rejected.parquet"

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
+from distill_at_scale.data.clips import decoders_for
 from distill_at_scale.data.merge import unusable
 from distill_at_scale.data.pieces import sample_shape, stores_jpeg
 from distill_at_scale.data.shards import JPEG_PART
@@ -40,7 +41,7 @@ def check_names(config: Config) -> None:
 
     Raises UserError for the first that is unknown or does not keep its contract.
     """
-    resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT)
+    _check_kind(config, resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT))
     criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
     criteria_of(config.score.criteria)
     resolve("select.criterion", config.criterion, criteria) if ":" not in config.criterion else None
@@ -49,6 +50,17 @@ def check_names(config: Config) -> None:
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
     Augmentation(distill.backend_class(config).protocol(config)["augment"])
+
+
+def _check_kind(config: Config, source: Any) -> None:
+    """Images or clips: a source of our own is one or the other."""
+    clips, frames, name = getattr(source, "clips", False), config.data.frames, config.data.source
+    if frames:
+        decoders_for(config.data)
+    if clips and frames is None:
+        raise UserError(f"data.source = {name} holds videos; set data.frames, for example data.frames=8")
+    if frames and not clips and name in SOURCES:
+        raise UserError(f"data.source = {name} holds images, so data.frames = {frames} has no meaning; leave it out")
 
 
 class Shaped(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from videos import cut, marked, number_of, numbered, write_video
 
 from distill_at_scale import config as configuration
+from distill_at_scale.config import DataSection
 from distill_at_scale.data import clips
 from distill_at_scale.data.clips import ClipDecoder, clip_decoder, decoders_for
 from distill_at_scale.data.decode import Rejected
@@ -25,7 +27,13 @@ from distill_at_scale.data.isolated import Died, Isolated
 from distill_at_scale.errors import UserError
 
 RAW = write_video(None, numbered(60))
-HAS_DECORD = "decord" in decoders_for("auto", "exact")
+
+
+def chosen(decoder: str, seek: str) -> tuple[str, ...]:
+    return decoders_for(DataSection(decoder=decoder, seek=seek))
+
+
+HAS_DECORD = "decord" in chosen("auto", "exact")
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +258,12 @@ def test_a_decoder_can_be_sent_to_another_process():
         each.child.close()
 
 
-def test_the_log_says_once_which_decoder_is_used(decoder, caplog):
-    clips._say_once.cache_clear()
-    names = decoders_for("auto", "exact")
-    with caplog.at_level(logging.INFO, "distill_at_scale"):
-        for _ in range(2):
-            decoder(decoders=names)("x", RAW)
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("clips are decoded by ")
-    assert "PyAV" in caplog.messages[0]
+def test_which_decoders_are_used_can_be_said_and_is_counted(decoder):
+    assert re.fullmatch(r"decord 0\.\d+\.\d+, or PyAV [\d.]+ where that cannot", clips.named(("decord", "pyav")))
+    one = decoder(decoders=("pyav",))
+    for _ in range(2):
+        one("x", RAW)
+    assert dict(one.tally) == {"PyAV": 2}
 
 
 @pytest.mark.skipif(not HAS_DECORD, reason="decord is not installed")
@@ -272,16 +277,16 @@ def test_a_file_that_decord_cannot_do_is_decoded_by_pyav_and_logged(decoder, cap
 
 
 def test_the_configuration_decides_the_decoders(monkeypatch):
-    assert decoders_for("pyav", "exact") == decoders_for("auto", "fast") == ("pyav",)
+    assert chosen("pyav", "exact") == chosen("auto", "fast") == ("pyav",)
     monkeypatch.setattr(clips.importlib.util, "find_spec", lambda name: object())
-    assert decoders_for("auto", "exact") == ("decord", "pyav")
-    assert decoders_for("decord", "exact") == ("decord",)
+    assert chosen("auto", "exact") == ("decord", "pyav")
+    assert chosen("decord", "exact") == ("decord",)
     with pytest.raises(UserError, match=r"data\.seek"):
-        decoders_for("decord", "fast")
+        chosen("decord", "fast")
     monkeypatch.setattr(clips.importlib.util, "find_spec", lambda name: None)
-    assert decoders_for("auto", "exact") == ("pyav",)
+    assert chosen("auto", "exact") == ("pyav",)
     with pytest.raises(UserError, match="not installed"):
-        decoders_for("decord", "exact")
+        chosen("decord", "exact")
 
 
 def test_every_key_of_the_configuration_reaches_the_decoder():

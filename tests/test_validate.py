@@ -57,3 +57,14 @@ def test_given_weights_are_loaded_before_the_run(tmp_path, make_config, digits_r
     del prepared.meta["source_class_names"]  # as in data prepared before it was recorded
     with pytest.raises(UserError, match=r"10\.safetensors has outputs for 10 classes, the data has 3;"):
         check_weights(make_config(tmp_path, score__weights=files[10]), prepared)
+
+
+def test_videos_need_a_number_of_frames_and_images_have_none(tmp_path, make_config):
+    with pytest.raises(UserError, match=r"kinetics holds videos; set data\.frames"):
+        check_names(make_config(tmp_path, data__source="kinetics"))
+    with pytest.raises(UserError, match=r"imagefolder holds images, so data\.frames = 8 has no meaning"):
+        check_names(make_config(tmp_path, data__source="imagefolder", data__frames=8))
+    with pytest.raises(UserError, match=r"data\.seek = fast needs PyAV"):
+        check_names(
+            make_config(tmp_path, data__source="kinetics", data__frames=8, data__decoder="decord", data__seek="fast")
+        )

@@ -9,10 +9,10 @@ Left out: sound, and decoding on a GPU.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import logging
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -52,6 +52,7 @@ class ClipDecoder:
     seed: int = 0
     decoders: tuple[str, ...] = ("pyav",)
     child: Isolated = field(default_factory=lambda: Isolated(FUNCTION), compare=False, repr=False)
+    tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # clips by who decoded them
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -64,10 +65,10 @@ class ClipDecoder:
         """
         if not raw:
             raise Rejected("empty file")
-        _say_once(self.decoders)
         said, pixels = self._ask(name, raw)
         if "rejected" in said:
             raise Rejected(said["rejected"])
+        self.tally[said["decoder"]] += 1
         if said["failures"]:
             level = logging.INFO if said["foreseen"] else logging.WARNING
             LOG.log(level, "%s: decoded by %s, as %s", name, said["decoder"], "; ".join(said["failures"]))
@@ -95,14 +96,14 @@ class ClipDecoder:
 
     def _wanted(self, name: str) -> dict[str, Any]:
         """The fields of `data.frames.Wanted`."""
-        own = [f.name for f in fields(self) if f.name not in ("time_limit", "decoders", "child")]
+        own = [f.name for f in fields(self) if f.name not in ("time_limit", "decoders", "child", "tally")]
         return {key: getattr(self, key) for key in own} | {"name": name}
 
 
-@functools.cache
-def _say_once(decoders: tuple[str, ...]) -> None:
-    others = f", by {' or '.join(map(_with_version, decoders[1:]))} where that fails" if decoders[1:] else ""
-    LOG.info("clips are decoded by %s%s", _with_version(decoders[0]), others)
+def named(decoders: tuple[str, ...]) -> str:
+    """Such as "decord 0.6.0, or PyAV 18.1.0 where that fails"."""
+    others = f", or {' or '.join(map(_with_version, decoders[1:]))} where that cannot" if decoders[1:] else ""
+    return _with_version(decoders[0]) + others
 
 
 def _with_version(name: str) -> str:
@@ -118,12 +119,13 @@ def clip_decoder(data: DataSection, seed: int) -> ClipDecoder:
     assert data.frames is not None
     return ClipDecoder(
         data.frames, data.size, data.channels, data.resize, data.sampling, data.stride, data.short, data.seek,
-        data.max_pixels, data.max_seconds, data.time_limit, seed, decoders_for(data.decoder, data.seek)
+        data.max_pixels, data.max_seconds, data.time_limit, seed, decoders_for(data)
     )  # fmt: skip
 
 
-def decoders_for(decoder: str, seek: str) -> tuple[str, ...]:
-    """data.decoder and data.seek -> the decoders to try in turn. Raises UserError."""
+def decoders_for(data: DataSection) -> tuple[str, ...]:
+    """The decoders to try in turn. Raises UserError for what cannot be had."""
+    decoder, seek = data.decoder, data.seek
     there = importlib.util.find_spec("decord") is not None
     if decoder == "decord" and not there:
         raise UserError(

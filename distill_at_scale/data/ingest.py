@@ -101,13 +101,19 @@ def plan(config: Config) -> Plan:
         names = _subset(class_list(data.classes), every)
         labels = [names.index(name) if name in names else -1 for name in every]
         listings, aside = _relabel_all(listings, labels), _relabel_all(aside, labels)
-    listings = {split: table for split, table in listings.items() if table.num_rows or split == "train"}
+    listings = _filled(listings)
     if "test" not in listings and data.holdout:
         listings["train"], listings["test"] = _hold_out(listings["train"], data.holdout, config.run.seed)
+    listings = _filled(listings)
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
         raise UserError(f"the class {names[empty[0]]!r} has no training sample in {shown(data.path or data.source)}")
     return Plan(names, every, listings, _content(source, splits, names, every, listings), aside)
+
+
+def _filled(listings: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """Without splits that hold nothing, as a test split may."""
+    return {split: table for split, table in listings.items() if table.num_rows or split == "train"}
 
 
 def _splits(source: Source, data: DataSection) -> dict[str, str]:

@@ -7,6 +7,7 @@ piece, which is sorted too, one contiguous slice is read per span.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,14 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
     """
     counts: dict[str, list[int]] = {}
     shape = sample_shape(data)
-    sums = np.zeros((3, data.channels), np.int64)
+    sums, decoders = np.zeros((3, data.channels), np.int64), Counter[str]()
     rejected = write_rejected(plan, pieces, prepared.parent / "rejected.parquet", data.chunk)
     with publish(prepared) as temporary:
         temporary.mkdir()
         for split, listing in plan.listings.items():
             paths = [piece_path(pieces, split, i) for i in range(-(-listing.num_rows // data.chunk))]
             labels, order, starts = _order(paths)
+            decoders.update(*map(_decoders, paths)) if data.frames else None
             counts[split] = np.bincount(labels, minlength=len(plan.class_names)).tolist()
             if split == "train":
                 if 0 in counts["train"]:
@@ -53,6 +55,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
                 "counts": counts, "mean": mean, "std": std, "chunk": data.chunk,
                 "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
+        meta |= {"decoders": dict(decoders)} if data.frames else {}
         written = sorted(temporary.rglob("*.parquet"))
         content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
         shards.write_meta(temporary, meta, content)
@@ -129,6 +132,10 @@ def _members(pieces: Array) -> Iterator[tuple[int, Array]]:
 
 def _sums(piece: Path) -> Array:
     return np.array(json.loads(mapped(piece).schema.metadata[b"sums"]), np.int64)
+
+
+def _decoders(piece: Path) -> Counter[str]:
+    return Counter(json.loads(mapped(piece).schema.metadata[b"decoders"]))
 
 
 def _statistics(sums: Array) -> tuple[list[float], list[float]]:

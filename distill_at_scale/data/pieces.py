@@ -2,14 +2,15 @@
 
 A piece is an Arrow file of the prepared schema, sorted by class and id, beside a list of rejected samples (and of those
 that are used with a remark, such as clips that are shorter than asked). A piece that exists is finished, so an interrupted
-ingest resumes. Its metadata holds the exact sums behind the channel statistics.
+ingest resumes. Its metadata holds the exact sums behind the channel statistics, and who decoded how many clips.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Recipe:
     @property
     def jpeg(self) -> bool:
         return self.quality is not None
+
+    def tally(self) -> Counter[str]:
+        """How many clips each decoder has decoded so far."""
+        return Counter() if isinstance(self.decoder, ImageDecoder) else self.decoder.tally.copy()
 
     def decode(self, name: str, raw: Raw) -> tuple[np.ndarray[Any, Any], str | None]:
         """uint8 of the decoder's shape, and what is to be said about the sample although it is used.
@@ -97,9 +102,9 @@ def ingest_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -
     """
     if not target.exists():
         order = rows.sort_by([("label", "ascending"), ("sample_id", "ascending")]).select(["sample_id", "label"])
-        made = _Made(recipe)
+        made, before = _Made(recipe), recipe.tally()
         table_of_bad = _table_of(_decoded(source, recipe, rows, made.add))
-        table = made.table(order)
+        table = made.table(order, recipe.tally() - before)
         _publish_rejected(target, table_of_bad)
         with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
             writer.write_table(table)
@@ -142,7 +147,7 @@ class _Made:
         quality = self.recipe.quality
         self.images[name] = pixels if quality is None else encode(shards.as_image(pixels), quality)
 
-    def table(self, order: pa.Table) -> pa.Table:
+    def table(self, order: pa.Table, decoders: Mapping[str, int]) -> pa.Table:
         names, labels = order["sample_id"].to_pylist(), order["label"].to_numpy()
         kept = [i for i, name in enumerate(names) if name in self.images]
         ids, images = [names[i] for i in kept], [self.images[names[i]] for i in kept]
@@ -151,7 +156,7 @@ class _Made:
         else:
             pixels = np.stack(images) if images else np.zeros((0, *self.recipe.decoder.shape), np.uint8)
             table = shards.to_table(ids, labels[kept], pixels)
-        return table.replace_schema_metadata({"sums": json.dumps(self.sums.tolist())})
+        return table.replace_schema_metadata({"sums": json.dumps(self.sums.tolist()), "decoders": json.dumps(decoders)})
 
 
 def _part(values: int) -> int:

@@ -41,6 +41,8 @@ LARGEST_LABEL = 10**6  # of classes that have numbers for names
 
 
 class Source(Protocol):
+    """A source of videos also says `clips = True`."""
+
     class_names: list[str]
 
     def __init__(self, config: DataSection) -> None: ...

@@ -28,6 +28,8 @@ class Kinetics:
     Raises UserError where lists are missing or cannot be read, where there are no clips, and where none is listed.
     """
 
+    clips = True
+
     def __init__(self, config: DataSection) -> None:
         self.config, self.store = config, data_store(config)
 

@@ -22,7 +22,7 @@ LAYOUT = "the layout is train/<class>/<video>.mp4"
 
 
 class VideoFolder(FolderSource):
-    medium = VIDEOS
+    medium, clips = VIDEOS, True
 
     def __init__(self, config: DataSection) -> None:
         self._tables: dict[str, tuple[pa.Array, pa.Array]] = {}

@@ -116,6 +116,7 @@ class ListedVideos(ABC):
     lie in no class folders). Lists are read when they are first asked for: a process that only reads clips needs none.
     """
 
+    clips = True
     home_names: tuple[str, ...] = ()
     flat = False
 

@@ -44,7 +44,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
         for split, listing in plan.listings.items():
             paths = [piece_path(pieces, split, i) for i in range(-(-listing.num_rows // data.chunk))]
             labels, order, starts = _order(paths)
-            decoders.update(*map(_decoders, paths)) if data.frames else None
+            decoders = sum(map(_decoders, paths), decoders)
             counts[split] = np.bincount(labels, minlength=len(plan.class_names)).tolist()
             if split == "train":
                 if 0 in counts["train"]:
@@ -135,7 +135,7 @@ def _sums(piece: Path) -> Array:
 
 
 def _decoders(piece: Path) -> Counter[str]:
-    return Counter(json.loads(mapped(piece).schema.metadata[b"decoders"]))
+    return Counter(json.loads(mapped(piece).schema.metadata.get(b"decoders", b"{}")))
 
 
 def _statistics(sums: Array) -> tuple[list[float], list[float]]:

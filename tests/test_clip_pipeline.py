@@ -182,6 +182,17 @@ def test_where_only_val_is_there_it_can_be_distilled(tmp_path, shared_data):
     assert prepared.shape == (8, 3, 32, 32)
 
 
+@pytest.mark.slow
+def test_compiled_proxies_and_scores_of_clips_agree_with_eager_ones(tmp_path, files, clip_run):
+    found = []
+    for compile in ("always", "never"):
+        config = settings(tmp_path / compile, files, score__compile=compile)
+        run = Run(config.model_copy(update={"run": config.run.model_copy(update={"reuse": str(clip_run.dir)})}))
+        found.append(pq.read_table(run.stages("ingest", "score").dir / "scores.parquet"))
+    assert found[0]["sample_id"].equals(found[1]["sample_id"])
+    np.testing.assert_allclose(found[0]["score"].to_numpy(), found[1]["score"].to_numpy(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_ray_prepares_and_distils_the_same_clips(tmp_path, files, clip_run):
     ray = pytest.importorskip("ray")

@@ -21,6 +21,14 @@ def test_every_stage_runs_on_the_gpu(tmp_path, make_run, method):
 
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
+def test_every_stage_runs_on_the_gpu_for_clips(tmp_path, make_run, method):
+    data = {"source": "moving_digits", "path": str(tmp_path / "clips"), "frames": 8, "size": 16}
+    options = {"score__network": "convnet3d", "distill__network": "convnet3d", "evaluate__networks": ["convnet3d"]}
+    run = make_run(tmp_path / "run", data=data, distill__method=method, runtime__rule="loss", **options).stages(*STAGES)
+    assert (run.dir / "report.html").exists()
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
 def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_bytes(tmp_path, places, make_config, method):
     def images(steps: int, folder: str) -> torch.Tensor:
         config = make_config(tmp_path, distill__method=method, distill__steps=steps, runtime__rule="loss")

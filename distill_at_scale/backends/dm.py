@@ -15,7 +15,7 @@ from torch import Tensor
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.backends.base import ImageBackend, Setting
 from distill_at_scale.config import Config
-from distill_at_scale.networks import in_parts, maybe_compile
+from distill_at_scale.networks import in_parts, maybe_compile, will_compile
 from distill_at_scale.rng import derive, generator
 
 
@@ -43,7 +43,11 @@ class DistributionMatching(ImageBackend):
     def prepare(self, real: Any) -> None:
         super().prepare(real)
         images = self.options.real_batch * self.setting.spec.classes * self.setting.steps  # whoever owns the classes
-        self.embed_real = maybe_compile(self.embed, "auto", self.setting.spec.work(images))
+        work = self.setting.spec.work(images)
+        self.embed_real = maybe_compile(self.embed, "auto", work)
+        self.channels_last = self.setting.spec.clips_last(self.setting.device, will_compile("auto", work))
+        if self.channels_last:
+            self.network.to(memory_format=self.setting.spec.layout())  # type: ignore[call-overload]
 
     def step(self, i: int) -> dict[str, float]:
         fresh = self.setting.spec.build(derive(self.setting.seed, "network", i))
@@ -82,4 +86,6 @@ class DistributionMatching(ImageBackend):
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
         """Features [n, features]."""
-        return in_parts(self.embed_real, images, self.at_once)
+        return in_parts(
+            self.embed_real, self.setting.spec.laid_out(images) if self.channels_last else images, self.at_once
+        )

@@ -23,7 +23,7 @@ from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
-from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples
+from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples, will_compile
 from distill_at_scale.scoring.stream import Batch, Stream
 from distill_at_scale.workers import Solo, Workers
 
@@ -60,13 +60,15 @@ class Trial:
         self.normalization = Normalization(tuple(prepared.mean), tuple(prepared.std))
         self.stream = Stream(prepared, seed, config.batch, config.shards, config.share)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
-        if device.type == "cuda":
+        work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike
+        compiled = will_compile(config.compile, work)
+        self.channels_last = device.type == "cuda" or self.spec.clips_last(device, compiled)
+        if self.channels_last:
             self.network = self.network.to(memory_format=self.spec.layout())  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
         self.mixes = mixes_samples(self.network)
-        work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike
         self.forward = maybe_compile(self._logits, config.compile, work)
 
     def run(self, advance: Advance = lambda epochs: None) -> None:
@@ -125,7 +127,7 @@ class Trial:
 
     def _logits(self, pixels: Tensor) -> Tensor:
         images = self.normalization.apply(pixels)
-        if self.device.type == "cuda":
+        if self.channels_last:
             images = self.spec.laid_out(images)
         with autocast(self.config.precision, self.device):
             return self.network(images).float()

@@ -23,7 +23,7 @@ from distill_at_scale import tensors
 from distill_at_scale.config import Config, ScoreSection
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Prepared
-from distill_at_scale.networks import NetworkSpec, in_parts, maybe_compile
+from distill_at_scale.networks import NetworkSpec, in_parts, maybe_compile, will_compile
 from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy, weights
@@ -44,18 +44,19 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device):
+    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, channels_last: bool = True):
         super().__init__()
-        self.precision, self.device, self.spec = precision, device, spec
+        self.precision, self.device, self.spec, self.channels_last = precision, device, spec, channels_last
         self.network = spec.build(0)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.zeros(spec.shape[-3]))
-        self.to(device, memory_format=spec.layout()).eval().requires_grad_(False)  # type: ignore[call-overload]
+        layout = spec.layout() if channels_last else torch.preserve_format
+        self.to(device, memory_format=layout).eval().requires_grad_(False)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
         images = (pixels.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
         with proxy.autocast(self.precision, self.device):
-            return self.network(self.spec.laid_out(images)).float()
+            return self.network(self.spec.laid_out(images) if self.channels_last else images).float()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Scorer:
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
         self.classifiers: dict[int, tuple[Classifier, Callable[[Tensor], Tensor]]] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device)
+            last = not self.spec.clips or self.spec.clips_last(device, will_compile(score.compile, work))
+            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, last)
             self.classifiers[outputs] = classifier, maybe_compile(classifier, score.compile, work)
 
     def _trained(self, score: ScoreSection, folder: Path) -> list[Checkpoint]:

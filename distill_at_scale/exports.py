@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_at_scale.data.encode import encode_mp4
 from distill_at_scale.errors import UserError
 from distill_at_scale.pictures import FRAMES_PER_SECOND, png, to_frames
 from distill_at_scale.rundir import publish
@@ -104,21 +105,8 @@ def _by_class(
 
 
 def write_video(path: Path, clip: Array) -> None:
-    """uint8 [T, C, H, W] -> an mp4 file of T frames, 2H x 2W pixels.
-
-    Raises UserError where PyAV was built without libx264.
-    """
-    import av
-
-    if "libx264" not in av.codecs_available:
-        raise UserError("this build of PyAV has no libx264; install the wheel of `av`, or use export_imagefolder")
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=ENCODER)
-        stream.height, stream.width = (ENLARGED * side for side in clip.shape[-2:])
-        stream.pix_fmt, stream.thread_count = "yuv420p", 1
-        for planes in _yuv420(clip):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
-        container.mux(stream.encode())
+    """uint8 [T, C, H, W] -> an mp4 file of T frames, 2H x 2W pixels."""
+    path.write_bytes(encode_mp4(_yuv420(clip), FRAMES_PER_SECOND, ENCODER, "yuv420p"))
 
 
 def _yuv420(clip: Array) -> Array:

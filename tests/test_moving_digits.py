@@ -67,7 +67,7 @@ def test_what_leaves_on_one_side_comes_back_on_the_other():
 def test_the_files_are_real_videos_that_look_like_their_frames():
     decord = pytest.importorskip("decord")
     frames = clip(DIGIT, path("left", 0))
-    found = decord.VideoReader(io.BytesIO(encode.encode_mp4(frames, 12, moving_digits.CRF)))
+    found = decord.VideoReader(io.BytesIO(encode.encode_mp4(frames, 12, moving_digits.ENCODER)))
     assert len(found) == FRAMES
     assert np.abs(found.get_batch(range(FRAMES)).asnumpy().astype(int) - frames).mean() < 3
 

@@ -237,7 +237,7 @@ def test_images_are_not_exported_as_videos(tmp_path):
 
 def test_without_an_encoder_the_export_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
-    with pytest.raises(UserError, match=r"no libx264; .* or use export_imagefolder"):
+    with pytest.raises(UserError, match=r"no libx264, .*install the wheel of"):
         a_set(frames=3).export_videofolder(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

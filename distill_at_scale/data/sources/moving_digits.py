@@ -27,7 +27,7 @@ DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up
 TEST_EVERY = 3  # of three digits one is for testing
 SIDE, DIGIT, FRAMES, RATE = 64, 32, 24, 12  # pixels, pixels, frames, frames per second
 SLOWEST, FASTEST = 2.0, 3.5  # pixels per frame
-CRF = 12
+ENCODER = {"crf": "12", "preset": "fast"}
 PLACE = "runs/moving_digits_videos"
 
 Array = np.ndarray[Any, Any]
@@ -57,7 +57,7 @@ def _make(folder: Path) -> None:
             direction = DIRECTIONS[number // TEST_EVERY % len(DIRECTIONS)]
             target = temporary / split / direction / f"{number:04d}.mp4"
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(encode_mp4(clip(image, path(direction, number)), RATE, CRF))
+            target.write_bytes(encode_mp4(clip(image, path(direction, number)), RATE, ENCODER))
 
 
 def digits() -> tuple[Array, list[str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from distill_at_scale.architectures import default_depth, instance_norm
@@ -92,8 +91,3 @@ def _with_instance_norm(module: nn.Module) -> None:
             setattr(module, name, instance_norm(child.num_features))
         else:
             _with_instance_norm(child)
-
-
-def layout() -> torch.memory_format:
-    """How weights lie in memory for the fastest inference."""
-    return torch.channels_last_3d

@@ -54,7 +54,9 @@ class DataSection(Section):
         100_000_000, ge=1, le=170_000_000
     )  # an image that claims more is rejected unopened (decompression bomb)
     chunk: int = Field(1024, ge=1)  # samples per unit of ingest and scoring work; of clips 64 unless it is given
-    train_split: Literal["train", "val", "test"] = "train"  # which split of the source is distilled
+    train_split: Literal["train", "val", "test"] = (
+        "train"  # val or test: the split that is else for testing is distilled
+    )
     # clips (data.frames set); the rest of the section holds for them too
     frames: int | None = Field(None, ge=2, le=256)  # of a clip; null: the data are images
     sampling: Literal["uniform", "segment", "dense"] = (
@@ -66,9 +68,11 @@ class DataSection(Section):
         "exact"  # fast: the same frames without FFmpeg's loop filter, 43 dB from exact; PyAV only
     )
     short: Literal["repeat", "reject"] = "repeat"  # clips with fewer frames: repeat the last one (listed), or leave out
-    time_limit: float = Field(60.0, gt=0)  # seconds for one clip; then its decoder is killed and the clip rejected
+    time_limit: float = Field(
+        60.0, gt=0, le=86_400
+    )  # seconds for one clip; then its decoder is killed and the clip rejected
     max_seconds: float = Field(600.0, gt=0)  # of a video; longer ones are rejected
-    max_bytes: int = Field(2**30, ge=1)  # of a sample's file; larger ones are rejected unread
+    max_bytes: int = Field(2**28, ge=1)  # of a sample's file; larger ones are rejected unread
     annotations: str | None = (
         None  # list(s) of labels: a file, or a folder of them; default: found by their usual names
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from distill_at_scale import distill, report
-from distill_at_scale.config import Config, flatten
+from distill_at_scale.config import Config, DataSection, flatten
+from distill_at_scale.data.clips import decoders_for
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
@@ -61,6 +62,11 @@ def data(config: Config) -> dict[str, Any]:
     values, section = _section(config, "data"), config.data
     if section.frames is None:
         values = {key: value for key, value in values.items() if key.removeprefix("data.") not in OF_CLIPS}
+    else:
+        values["data.decoder"] = list(decoders_for(section))
+    for key in ("train_split", "max_bytes"):  # where they change nothing, runs from before they existed stay valid
+        if getattr(section, key) == DataSection.model_fields[key].default:
+            del values[f"data.{key}"]
     if section.classes is not None:
         values["data.classes"] = class_list(section.classes)
     drawn = section.holdout or (section.frames and section.sampling != "uniform")

@@ -33,6 +33,7 @@ from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import weights
 from distill_at_scale.scoring.scorer import criteria_of
 
+TALLEST = 65_500  # pixels of a JPEG, which holds the frames of a clip below each other
 KINDS = 12  # of reasons that are counted
 
 
@@ -57,6 +58,10 @@ def _check_kind(config: Config, source: Any) -> None:
     clips, frames, name = getattr(source, "clips", False), config.data.frames, config.data.source
     if frames:
         decoders_for(config.data)
+        if stores_jpeg(config.data) and frames * config.data.size > TALLEST:
+            raise UserError(
+                f"{frames} frames of {config.data.size} pixels do not fit into one JPEG; set data.store=raw, or lower one"
+            )
     if clips and frames is None:
         raise UserError(f"data.source = {name} holds videos; set data.frames, for example data.frames=8")
     if frames and not clips and name in SOURCES:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill_at_scale.networks import FRAME
 from distill_at_scale.pictures import FRAMES_PER_SECOND
 
-CONTROL = "frame:"  # a network that sees one frame of a clip
+CONTROL = FRAME  # a network that sees one frame of a clip
 NBSP = "\u00a0"
 
 Summary = Mapping[str, Any]

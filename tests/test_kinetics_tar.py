@@ -6,6 +6,7 @@ import gzip
 import io
 import pickle
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -135,7 +136,7 @@ def test_a_pickled_source_reads_without_an_index(cvdf):
 class Lengths:
     """A decoder whose clips show how many bytes they had."""
 
-    shape = (2, 1, 2, 2)
+    shape, tally = (2, 1, 2, 2), Counter()
 
     def __call__(self, name, raw):
         return np.full(self.shape, len(raw) % 251, np.uint8), None

@@ -209,7 +209,7 @@ def test_the_layout_in_memory_does_not_change_the_logits(name):
     spec = NetworkSpec(name, (3, 32, 32), 3, width=8)
     network, images = spec.build(0).eval(), torch.randn(2, 3, 32, 32)
     wanted = network(images)
-    found = network.to(memory_format=spec.layout())(images.contiguous(memory_format=spec.layout()))
+    found = spec.lay_out(network)(spec.laid_out(images))
     assert torch.allclose(found, wanted, atol=1e-4)
 
 

@@ -92,12 +92,13 @@ def test_the_widest_layer_counts_all_frames():
     assert widest_layer(NetworkSpec("convnet3d", (8, 3, 32, 32), 5, 16)) == 8 * 16 * 32 * 32 * 4
 
 
-def test_channels_last_changes_the_memory_and_nothing_else():
-    spec = NetworkSpec("convnet3d", CLIP, 5, 8)
+@pytest.mark.parametrize("name", ["convnet3d", "frame:convnet"])
+def test_channels_last_changes_the_memory_and_nothing_else(name):
+    spec = NetworkSpec(name, CLIP, 5, 8)
     clips = torch.randn(2, *CLIP)
     laid = spec.laid_out(clips)
     assert torch.equal(laid, clips)
     assert laid.transpose(1, 2).is_contiguous(memory_format=torch.channels_last_3d)
     network = spec.build(0)
     before = network(clips)
-    torch.testing.assert_close(network.to(memory_format=spec.layout())(laid), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(spec.lay_out(network)(laid), before, rtol=1e-4, atol=1e-5)

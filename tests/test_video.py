@@ -19,7 +19,19 @@ KINDS = {  # how a file is made, and whether decord returns the frames asked of 
     "h264 mp4": ({}, True),
     "h264 mp4 with B-frames": ({"settings": B_FRAMES, "gop": 20}, True),
     "h264 mp4, open groups": ({"settings": OPEN_GROUPS}, False),
-    "h264 matroska with B-frames": ({"settings": B_FRAMES, "container": "matroska"}, True),
+    "h264 matroska with B-frames": ({"settings": B_FRAMES, "container": "matroska"}, False),
+    "h264 matroska without B-frames": ({"settings": {"bf": "0"}, "gop": 250, "container": "matroska"}, False),
+    "h264 flv": ({"settings": {"bf": "0"}, "gop": 250, "container": "flv"}, False),
+    "mpeg4 in fragments": (
+        {
+            "codec": "mpeg4",
+            "container": "mp4",
+            "settings": {"bf": "2"},
+            "gop": 1,
+            "movflags": "frag_keyframe+empty_moov",
+        },
+        False,
+    ),
     "h264 avi with B-frames": ({"settings": B_FRAMES, "container": "avi"}, False),
     "h264 mpegts": ({"settings": B_FRAMES, "container": "mpegts"}, False),
     "mpeg4 avi": ({"codec": "mpeg4"}, False),
@@ -232,3 +244,24 @@ def test_damage_in_the_middle_never_yields_other_frames(files):
     raw[start + 200 : start + (len(raw) - start) // 2] = bytes((len(raw) - start) // 2 - 200)
     with pytest.raises(Unusable, match=r"^damaged: \d+ of 60 frames decode$"):
         decode(pyav_frames, bytes(raw), [5, 55])
+
+
+def without_packet(raw: bytes, number: int) -> bytes:
+    """The file with one packet of its video zeroed behind its first bytes."""
+    with av.open(io.BytesIO(raw)) as container:
+        packet = [p for p in container.demux(video=0) if p.size][number]
+        at = raw.index(bytes(packet))
+    return raw[: at + 6] + bytes(packet.size - 6) + raw[at + packet.size :]
+
+
+def test_a_damaged_file_whose_frames_are_told_apart_by_their_order_is_rejected():
+    raw = without_packet(write_video(None, FRAMES, codec="mpeg4", container="avi"), 20)
+    with pytest.raises(Unusable, match=r"damaged: \d+ of \d+ frames decode"):
+        decode(pyav_frames, raw, [5, len(FRAMES) - 2])
+
+
+def test_packets_that_do_not_decode_are_counted():
+    raw = without_packet(write_video(None, FRAMES, settings=B_FRAMES, gop=12), 13)  # on which others of its group build
+    with opened(raw, **limits()) as video:
+        pyav_frames(video, [5, 22], 24, "square", False)
+        assert video.errors == 1

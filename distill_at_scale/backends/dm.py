@@ -47,7 +47,7 @@ class DistributionMatching(ImageBackend):
         self.embed_real = maybe_compile(self.embed, "auto", work)
         self.channels_last = self.setting.spec.clips_last(self.setting.device, will_compile("auto", work))
         if self.channels_last:
-            self.network.to(memory_format=self.setting.spec.layout())  # type: ignore[call-overload]
+            self.setting.spec.lay_out(self.network)
 
     def step(self, i: int) -> dict[str, float]:
         fresh = self.setting.spec.build(derive(self.setting.seed, "network", i))

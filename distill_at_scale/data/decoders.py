@@ -8,9 +8,9 @@ falls to 37 dB; leaving out all B-frames is no faster and falls to 25 dB; a key 
 that are wanted but do not come (hidden packets, damage) are looked for once more by decoding everything in order.
 
 decord 0.6.0 is asked only where it is right. It returned other frames than those asked, without a word, from avi and mpegts
-with B-frames and from open groups of pictures; zeros at the end of such files; mixed up pixels of turned videos; and it
-loops where a file holds fewer frames than it counts (dmlc/decord issues 195, 233, 252, 365, 373). Such files are told
-apart by their packets, beforehand.
+with B-frames, from H.264 in matroska and flv, from mpeg4 in mp4, and from open groups of pictures; zeros at the end of
+such files; mixed up pixels of turned videos; and it loops where a file holds fewer frames than it counts (dmlc/decord
+issues 195, 233, 252, 365, 373). Such files are told apart by their kind and their packets, beforehand.
 
 Both resize while converting, in FFmpeg's scaler, bilinear with its support widened to the scale, so antialiased: that is what
 decord's `width` and `height` do and cannot be changed, and their results differ by 58 dB. `crop` keeps the aspect ratio (of
@@ -36,7 +36,10 @@ from distill_at_scale.data.video import Unusable, Video
 Array = np.ndarray[Any, Any]
 Decoder = Callable[[Video, Sequence[int], int, str, bool], Array]  # video, indices, size, data.resize, fast
 
-RIGHT_IN = ("mov", "matroska", "flv")  # containers of which decord returns the frames asked
+RIGHT_IN = {
+    "mov": ("h264", "hevc"),
+    "matroska": ("vp8", "vp9"),
+}  # of which decord was never seen to return other frames
 SKIPPING = ("h264", "hevc", "mpeg4", "vp8")  # codecs whose decoder takes up and drops the wish to skip at any packet
 
 
@@ -97,8 +100,9 @@ def _check_for_decord(video: Video) -> None:
         raise NotAsked("mixes up the pixels of turned videos")
     if video.cut:
         raise NotAsked("does not say which frames of a cut video are there")
-    if kind.split(",")[0] not in RIGHT_IN:
-        raise NotAsked(f"can return other frames than asked of {kind.split(',')[0]} files")
+    kind, codec = kind.split(",")[0], video.stream.codec_context.name
+    if codec not in RIGHT_IN.get(kind, ()):
+        raise NotAsked(f"can return other frames than asked of {codec} in {kind} files")
     if video.times is not None and any(leading for _, _, leading in _groups(video.packets)):
         raise NotAsked("returns other frames than asked where groups of pictures are open")
 
@@ -111,9 +115,9 @@ def _unpadded(frame: Array, width: int, height: int) -> Array:
 
 
 def _plain(message: str) -> str:
-    """The last line of decord's message, without the time and its place in decord's source."""
+    """The first line of decord's message, without times and places in decord's source."""
     line = message.strip().splitlines()[0] if message.strip() else "nothing"
-    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", line)[:200]
+    return re.sub(r"\[[\d:]+\] \S+:\d+: ", "", line)[:200]
 
 
 def pyav_frames(video: Video, wanted: Sequence[int], size: int, resize: str, fast: bool) -> Array:
@@ -193,7 +197,8 @@ def _in_order(video: Video, wanted: set[int], convert: Callable[[Any], Array]) -
             if place in wanted:
                 found[place] = convert(frame)
     video.stream.codec_context.flush_buffers()
-    if len(found) == len(wanted):
+    countable = places or not video.errors  # a packet that does not decode shifts what is told apart by order
+    if len(found) == len(wanted) and countable:
         return found
     if video.cut or video.errors:
         raise Unusable(f"{'cut' if video.cut else 'damaged'}: {count} of {video.frames} frames decode")

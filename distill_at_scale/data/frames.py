@@ -119,6 +119,8 @@ def _remark(video: Video, short: int, wanted: Wanted) -> str | None:
     if video.cut:
         there = len([packet for packet in video.packets if not packet.is_discard])
         return f"cut: {there} of {video.frames} frames are there, among them all that are wanted"
+    if video.errors:
+        return f"damaged: {video.errors} packets do not decode, and frames that build on them may look wrong"
     if short:
         return f"{video.frames} frames, fewer than data.frames = {wanted.frames}: the last one repeats {short} times"
     return None

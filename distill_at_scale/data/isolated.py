@@ -73,13 +73,14 @@ class Isolated:
     def call(self, header: Mapping[str, Any], body: bytes, seconds: float) -> tuple[Header, bytearray]:
         """Raises Died if there is no answer within `seconds` or the child ends; RuntimeError if it cannot start."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:  # none yet, or it ended while idle
-                self.close()
-                self._start()
-            deadline = time.monotonic() + seconds
             try:
+                if self._process is None or self._process.poll() is not None:  # none yet, or it ended while idle
+                    self.close()
+                    self._start()
+                deadline = time.monotonic() + seconds
                 self._send({"seconds": seconds, "memory": self.memory, "header": dict(header)}, body, deadline)
                 answer, data = self._receive(deadline)
+                resident, found = answer["resident"], answer["answer"]
             except TimeoutError:
                 self.close()
                 raise Died(f"gave no answer within {seconds:g} s") from None
@@ -88,9 +89,9 @@ class Isolated:
             except BaseException:  # interrupted in the middle of a message
                 self.close()
                 raise
-            if answer["resident"] > self.resident:
+            if resident > self.resident:
                 self.close()
-            return answer["answer"], data
+            return found, data
 
     def close(self) -> None:
         """Kills the child; the next call starts another."""
@@ -98,7 +99,7 @@ class Isolated:
         self._process = None
 
     def _start(self) -> None:
-        command = [sys.executable, "-c", START, json.dumps(sys.path), self.function]
+        command = [sys.executable, "-P", "-c", START, json.dumps(sys.path), self.function]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = process = subprocess.Popen(command, bufsize=0, **pipes)  # type: ignore[call-overload]
         self._end = weakref.finalize(self, _end, process)

@@ -46,7 +46,7 @@ class Recipe:
 
     decoder: ImageDecoder | ClipDecoder
     quality: int | None  # of the stored JPEG; None stores raw pixels
-    max_bytes: int = 2**30
+    max_bytes: int = 2**28
 
     @property
     def jpeg(self) -> bool:
@@ -63,7 +63,8 @@ class Recipe:
         """
         if isinstance(self.decoder, ImageDecoder):
             return self.decoder(raw), None
-        assert isinstance(raw, bytes)
+        if not isinstance(raw, bytes):
+            raise Rejected("pixels, not the bytes of a video file")
         return self.decoder(name, raw)
 
 

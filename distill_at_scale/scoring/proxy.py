@@ -64,7 +64,7 @@ class Trial:
         compiled = will_compile(config.compile, work)
         self.channels_last = device.type == "cuda" or self.spec.clips_last(device, compiled)
         if self.channels_last:
-            self.network = self.network.to(memory_format=self.spec.layout())  # type: ignore[call-overload]
+            self.spec.lay_out(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )

@@ -50,8 +50,9 @@ class Classifier(nn.Module):
         self.network = spec.build(0)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.zeros(spec.shape[-3]))
-        layout = spec.layout() if channels_last else torch.preserve_format
-        self.to(device, memory_format=layout).eval().requires_grad_(False)  # type: ignore[call-overload]
+        self.to(device).eval().requires_grad_(False)
+        if channels_last:
+            spec.lay_out(self.network)
 
     def forward(self, pixels: Tensor) -> Tensor:
         images = (pixels.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)

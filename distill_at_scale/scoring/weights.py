@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import OF_CLIPS, TORCHVISION, NetworkSpec
+from distill_at_scale.networks import OF_CLIPS, TORCHVISION, NetworkSpec, is_of_torchvision
 from distill_at_scale.rundir import digest, file_digest
 from distill_at_scale.scoring.published import Published, explain, fits, similar
 from distill_at_scale.scoring.published import published as find_published
@@ -175,7 +175,8 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
     """The network's state dict with these tensors; raises UserError with the first names that do not fit."""
     network = spec.skeleton()
     if wrong := _misfits(network, state):
-        hint = f" (torchvision published them for {_ours(published.network)})" if published else ""
+        ours = _ours(published.network) if published else None
+        hint = f" (torchvision published them for {ours})" if ours else ""
         raise UserError(
             f"{file} does not fit score.network = {spec.name!r} for {'clips' if spec.clips else 'images'} of shape "
             f"{spec.shape}: {'; '.join(wrong)}. Set score.network, width, depth and data.size to "
@@ -200,9 +201,11 @@ def _misfits(network: nn.Module, state: State) -> list[str]:
     return wrong + ([f"it has {_first(unexpected)}, which the network has not"] if unexpected else [])
 
 
-def _ours(network: str) -> str:
-    """Our name for one of torchvision's networks."""
-    return f"{network}_bn" if f"{network}_bn" in OF_CLIPS else f"{TORCHVISION}{network}"
+def _ours(network: str) -> str | None:
+    """Our name for one of torchvision's networks; None for one that classifies videos and is not among ours."""
+    if f"{network}_bn" in OF_CLIPS:
+        return f"{network}_bn"
+    return f"{TORCHVISION}{network}" if is_of_torchvision(network) else None
 
 
 def _kind(tensor: Tensor) -> str:

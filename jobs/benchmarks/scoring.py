@@ -172,7 +172,7 @@ def forward_alone(
     at_once = spec.at_once(torch.device("cpu"))
     images = ((pixels.float() / 255 - 0.45) / 0.25)[: len(pixels) // at_once * at_once]
     images = spec.laid_out(images)
-    model = spec.build(0).eval().requires_grad_(False).to(memory_format=spec.layout())  # type: ignore[call-overload]
+    model = spec.lay_out(spec.build(0).eval().requires_grad_(False))
     states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(model)
     forward(images[:at_once])
     done = 0

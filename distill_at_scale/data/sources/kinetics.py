@@ -64,7 +64,9 @@ class Kinetics:
     @cached_property
     def matched(self) -> Matched:
         rows = read_annotations(self.store, self.config.annotations)
-        return Matched(rows, self.files(), self.store.place())
+        return Matched(
+            rows, self.files(), self.store.place(), "train" if self.config.train_split == "train" else "test"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without lists and files, which an actor that only reads does not need."""

@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from distill_at_scale.data.sources.ground_truth import File, named_file
-from distill_at_scale.data.storage import Store, is_uri, joined
+from distill_at_scale.data.sources.label_lists import inside
+from distill_at_scale.data.storage import Store, joined
 from distill_at_scale.errors import UserError
 
 ROWS = pa.schema(
@@ -159,14 +159,8 @@ def _files(store: Store, named: str | None) -> list[File]:
     if named.partition("?")[0].lower().endswith((".csv", ".txt")):
         return [named_file(store, named, KEY)]
     advice = "give a file such as train.csv, or a folder that holds such files"
-    other = Store(named if is_uri(named) or Path(named).expanduser().is_absolute() else _below(store.path, named), KEY)
+    other = Store(inside(store.path, named), KEY)
     return _found(other, advice)
-
-
-def _below(root: str, folder: str) -> str:
-    """A folder below a root, which may be a URI with options."""
-    base, question, options = root.partition("?") if is_uri(root) else (root, "", "")
-    return f"{base.rstrip('/')}/{folder.removeprefix('./')}{question}{options}"
 
 
 def _found(store: Store, advice: str) -> list[File]:

@@ -57,6 +57,7 @@ class Matched:
     rows: pa.Table
     files: pa.Table
     place: str
+    distilled: str = "train"  # the split to which files belong that no folder and no list gives to one
     _aside: dict[str, list[pa.Table]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -226,11 +227,13 @@ class Matched:
         return _text(names, " line ", table["line"].cast(pa.string()))
 
     def _set_aside(self, files: Array, reasons: Any, labels: Array | None = None) -> None:
-        """Files go to the split of their folder; without one to that of their row, else to the first split."""
+        """Files go to the split of their folder; without one to that of their row, else to the one that is distilled."""
         labels = np.full(len(files), -1) if labels is None else labels
         rows = self.row[files]
         words = np.where(self.word[files] >= 0, self.word[files], np.where(rows >= 0, self.row_word[rows], -1))
-        words[words < 0] = next(iter(self.splits.values()))
+        words[words < 0] = (
+            self.splits[self.distilled] if self.distilled in self.splits else next(iter(self.splits.values()))
+        )
         table = self.files.take(pa.array(files))
         told = pa.array([reasons] * len(files), pa.string()) if isinstance(reasons, str) else reasons
         for split, word in self.splits.items():

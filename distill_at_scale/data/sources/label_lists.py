@@ -81,7 +81,7 @@ def annotation_folder(path: str, store: Store) -> Store:
 
     Raises UserError where it is none.
     """
-    place = _inside(store.path, path)
+    place = inside(store.path, path)
     if not is_uri(place) and not os.path.isdir(os.path.expanduser(place)):
         raise UserError(
             f"data.annotations = {path!r}: there is no folder {place}; give the folder of the lists, relative to "
@@ -90,7 +90,7 @@ def annotation_folder(path: str, store: Store) -> Store:
     return Store(place, "data.annotations")
 
 
-def _inside(root: str, path: str) -> str:
+def inside(root: str, path: str) -> str:
     """A path or URI as it is, or, where it is relative, below a root."""
     if is_uri(path) or os.path.isabs(os.path.expanduser(path)):
         return path

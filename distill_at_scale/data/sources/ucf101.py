@@ -41,7 +41,7 @@ class Ucf101(ListedVideos):
         """
         numbered: dict[int, str] = {}
         for line, text in self.lists.lines(CLASSES):
-            number, _, name = text.partition(" ")
+            number, name = [*text.split(maxsplit=1), "", ""][:2]
             if not number.isdecimal() or not name.strip() or int(number) in numbered:
                 place = self.lists.place(CLASSES)
                 raise UserError(f"{place}, line {line}: {text!r} is no new number and class, as in '1 ApplyEyeMakeup'")

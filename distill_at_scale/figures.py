@@ -95,7 +95,7 @@ def accuracies(bars: Sequence[Bar], chance: float) -> str:
                 _bar(axes, place, bar)
         _clean(axes, names)
         axes.set_ylim(place + 0.65, -0.4)
-        axes.set_xlim(0, 1.2 * max(bar.end for bar in bars) or 1)
+        axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.axvline(chance, color=FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
         axes.set_xlabel("top-1 accuracy on the test split in %  (dashed: chance)")

@@ -94,6 +94,8 @@ class Pipeline:
             self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
         listed = write_rejected(plan, work, self.dir / "validation.parquet", self.config.data.chunk)
         shutil.rmtree(work)
+        if "test" not in plan.listings:
+            self.display.say("  there is no test split, so nothing will be evaluated (data.holdout makes one)")
         for line in validate.summary(plan, listed, self.dir / "validation.parquet"):
             self.display.say(line)
         return unusable(listed).num_rows
@@ -101,10 +103,7 @@ class Pipeline:
     def _say_plan(self, plan: ingest.Plan) -> None:
         if self.config.data.frames:
             self.display.say(f"  clips are decoded by {named(decoders_for(self.config.data))}")
-        needed, free = validate.space(self.config, plan), shutil.disk_usage(self.dir.path).free
-        self.display.say(
-            f"  ingest needs about {needed / 1e9:.1f} GB on the run folder's disk, {free / 1e9:.1f} GB are free"
-        )
+        self.display.say(validate.space(self.config, plan, shutil.disk_usage(self.dir.path).free))
 
     def _stage(self, stage: str) -> None:
         inputs = self.inputs(stage)

@@ -118,10 +118,17 @@ def _wanted(config: Config) -> list[tuple[str, str, int, int | None]]:
     return wanted
 
 
+def _built(key: str, spec: NetworkSpec) -> torch.nn.Module:
+    try:
+        return spec.build(0)
+    except UserError as error:
+        raise UserError(f"{key} = {spec.name!r}: {error}") from None
+
+
 @torch.no_grad()
 def _check_network(key: str, spec: NetworkSpec) -> None:
     try:
-        network = spec.build(0)
+        network = _built(key, spec)
         if key == "distill.network" and mixes_samples(network):
             raise UserError(
                 f"{key} = {spec.name!r} has batch norm, under which the samples of a batch are not independent, as "
@@ -134,10 +141,15 @@ def _check_network(key: str, spec: NetworkSpec) -> None:
         raise UserError(f"{key} = {spec.name!r} cannot take images of shape {spec.shape}: {error}") from None
 
 
-def space(config: Config, plan: ingest.Plan) -> int:
-    """Bytes on disk that an ingest needs at its end, when pieces and shards are both there."""
+def space(config: Config, plan: ingest.Plan, free: int) -> str:
+    """What an ingest needs on the disk at its end, when pieces and shards are both there; `free` is in bytes."""
     part = JPEG_PART if stores_jpeg(config.data) else 1
-    return int(2 * plan.samples * math.prod(sample_shape(config.data)) * part)
+    needed = int(2 * plan.samples * math.prod(sample_shape(config.data)) * part)
+    unit, name = (1e9, "GB") if max(needed, free) >= 1e9 else (1e6, "MB")
+    line = (
+        f"  ingest needs about {needed / unit:.1f} {name} on the run folder's disk, {free / unit:.1f} {name} are free"
+    )
+    return line + (": NOT ENOUGH, it will stop when the disk is full" if needed > free else "")
 
 
 def summary(plan: ingest.Plan, listed: pa.Table, path: Path) -> list[str]:
@@ -150,7 +162,10 @@ def summary(plan: ingest.Plan, listed: pa.Table, path: Path) -> list[str]:
     left = train.filter(pc.invert(pc.is_in(train["sample_id"], lost_ids)))
     counts = np.bincount(left["label"].to_numpy(), minlength=len(plan.class_names))
     if (lost := np.flatnonzero(counts == 0)).size:
-        raise UserError(f"no training sample of the class {plan.class_names[lost[0]]!r} can be used; see {path}")
+        mine = train.filter(pc.equal(train["label"], int(lost[0])))["sample_id"].combine_chunks()
+        first = bad.filter(pc.is_in(bad["sample_id"], mine)).slice(0, 1).to_pylist()
+        why = f", for example {first[0]['sample_id']!r}: {first[0]['reason']}" if first else ""
+        raise UserError(f"no training sample of the class {plan.class_names[lost[0]]!r} can be used{why}; see {path}")
     remarks = listed.filter(listed["used"])
     lines = [f"  all {plan.samples} samples can be used"]
     if bad.num_rows:
@@ -162,7 +177,8 @@ def summary(plan: ingest.Plan, listed: pa.Table, path: Path) -> list[str]:
 
 def _some(rows: pa.Table) -> list[str]:
     """How often each kind of reason occurs, and the first samples."""
-    kinds = Counter(re.sub(r"\d[\d.,:]*|'[^']*'", "…", reason) for reason in rows["reason"].to_pylist())
+    kinds = Counter(re.sub(r"(?<![A-Za-z])\d[\d.,:]*|'[^']*'", "…", reason) for reason in rows["reason"].to_pylist())
     counted = [f"    {count:,} × {kind}" for kind, count in kinds.most_common(KINDS)] if rows.num_rows > 5 else []
+    counted += [f"    and {len(kinds) - KINDS} more kinds of reason"] if counted and len(kinds) > KINDS else []
     some = [f"  {row['sample_id']}: {row['reason']}" for row in rows.slice(0, 5).to_pylist()]
     return counted + some + ([f"  ... and {rows.num_rows - 5} more"] if rows.num_rows > 5 else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from videos import numbered, write_video
 
 from distill_at_scale import synthetic
 from distill_at_scale.config import Config
+from distill_at_scale.data import ingest
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.sources import moving_digits
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 
 DATA = {
     "source": "moving_digits",
@@ -162,6 +164,38 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
     assert meta["rejected"] == 4
     pixels, _ = Prepared(run.dir / "prepared").load("train", only=["train/a/short.mp4"])
     assert all(np.array_equal(pixels[0, 2], pixels[0, frame]) for frame in range(3, 8))
+
+
+def test_a_pipe_is_set_aside_and_a_folder_that_is_gone_stops_the_job(tmp_path):
+    folder = tmp_path / "data" / "train"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            write_video(folder / name / f"{i}.mp4", numbered(12))
+    os.mkfifo(folder / "a" / "pipe.mp4")
+    data = {"source": "videofolder", "path": str(folder.parent), "frames": 4, "size": 16}
+    run = Run(tiny_config(tmp_path / "run", data=data, **NETWORKS))
+    assert run.pipeline.validate() == 1
+    assert pq.read_table(run.dir / "validation.parquet")["reason"].to_pylist() == ["not a regular file"]
+    run = Run(tiny_config(tmp_path / "other", data=data, **NETWORKS))
+    plan = ingest.plan(run.config)
+    (folder / "b").rename(tmp_path / "away")
+    with pytest.raises(Unreachable, match=r"train/b is not there any more; put it back"):
+        run.pipeline.executor.ingest(run.config, plan.chunks(64), tmp_path, lambda n: None)
+
+
+def test_classes_without_clips_are_counted_with_a_reason_and_the_way_on(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    write_video(tmp_path / "train" / "a" / "x_1_2.mp4", numbered(5))
+    rows = [f"{label},{label}{i},1,2,train" for label in ("c", "d") for i in range(2)]
+    (tmp_path / "train.csv").write_text(
+        "\n".join(["label,youtube_id,time_start,time_end,split", *rows, "a,x,1,2,train"])
+    )
+    data = {"source": "kinetics", "path": str(tmp_path), "frames": 4, "size": 16}
+    with pytest.raises(
+        UserError, match=r"2 of 3 classes have no training sample in .*'c' \(.*no file\).*data\.classes"
+    ):
+        Run(tiny_config(tmp_path / "run", data=data, **NETWORKS)).stages("ingest")
 
 
 def test_a_network_for_images_is_refused_before_anything_is_decoded(tmp_path, files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -265,3 +266,8 @@ def test_packets_that_do_not_decode_are_counted():
     with opened(raw, **limits()) as video:
         pyav_frames(video, [5, 22], 24, "square", False)
         assert video.errors == 1
+
+
+def test_a_video_that_is_too_long_without_saying_so_in_its_header_is_rejected():
+    raw = write_video(None, FRAMES[:10], fps=Fraction(1, 20), codec="libvpx", container="webm", live="1")
+    assert "more than data.max_seconds = 100" in rejection(raw, max_seconds=100.0)

@@ -107,8 +107,21 @@ def plan(config: Config) -> Plan:
     listings = _filled(listings)
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
-        raise UserError(f"the class {names[empty[0]]!r} has no training sample in {shown(data.path or data.source)}")
+        raise UserError(_without_samples(names, empty, aside.get("train"), shown(data.path or data.source)))
     return Plan(names, every, listings, _content(source, splits, names, every, listings), aside)
+
+
+def _without_samples(names: list[str], empty: Array, aside: pa.Table | None, place: str) -> str:
+    """Which classes have no training sample, why perhaps, and what to do."""
+    few = f"the class {names[empty[0]]!r} has no training sample in {place}"
+    many = f"{len(empty)} of {len(names)} classes have no training sample in {place}, for example {names[empty[0]]!r}"
+    why = ""
+    if aside is not None and aside.num_rows:
+        mine = aside.filter(np.isin(aside["label"].to_numpy(), [*empty, -1]))
+        row = (mine if mine.num_rows else aside).slice(0, 1).to_pylist()[0]
+        why = f" ({row['sample_id']}: {row['reason']})"
+    action = "complete the data, or name the classes to use in data.classes (a list, or a text file with one a line)"
+    return f"{few if len(empty) == 1 else many}{why}; {action}"
 
 
 def _filled(listings: dict[str, pa.Table]) -> dict[str, pa.Table]:

@@ -55,7 +55,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
                 "counts": counts, "mean": mean, "std": std, "chunk": data.chunk,
                 "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
-        meta |= {"decoders": dict(decoders)} if data.frames else {}
+        meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
         written = sorted(temporary.rglob("*.parquet"))
         content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
         shards.write_meta(temporary, meta, content)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class Store:
         Raises as `read` does.
         """
         if self.local:
-            return self.asked(file, lambda: open(os.path.join(self._root, file), "rb"))
+            return self.asked(file, lambda: _opened(os.path.join(self._root, file)))
         return self.asked(file, lambda: self._fs.open_input_file(self._join(file)))
 
     def open_native(self, file: str) -> Any:
@@ -250,7 +251,12 @@ class Store:
         try:
             return question()
         except FileNotFoundError:
-            self.check()  # all of it gone is no matter of one file
+            self.check()  # all of it gone is no matter of one file, nor is the folder of the file
+            folder = os.path.dirname(os.path.join(self._root, file)) if self.local else None
+            if folder is not None and not os.path.isdir(folder):
+                raise Unreachable(
+                    f"{folder} is not there any more; put it back and give the same command again"
+                ) from None
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(file)) from None
         except OSError as error:
             if self.local:
@@ -273,7 +279,7 @@ def _scan(root: str, folder: str) -> list[tuple[str, int | None]]:
     prefix = f"{folder}/" if folder else ""
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name == "lost+found":
                 continue
             try:
                 is_folder = entry.is_dir() and not _loops(entry)
@@ -282,6 +288,14 @@ def _scan(root: str, folder: str) -> list[tuple[str, int | None]]:
                 size = -1  # a dangling link; reading it rejects the sample
             found.append((prefix + entry.name, size))
     return found
+
+
+def _opened(path: str) -> Any:
+    """Pipes and devices never end, so they are not opened."""
+    kind = os.stat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise OSError(errno.EISDIR, "not a regular file", path)
+    return open(path, "rb")
 
 
 def _loops(entry: os.DirEntry[str]) -> bool:

@@ -68,7 +68,7 @@ def opened(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Video]:
         if stream.codec_context is None:
             raise Unusable("a video stream of a codec that FFmpeg cannot decode here")
         _check_header(container, stream, max_pixels, max_seconds)
-        video = _indexed(raw, container, stream)
+        video = _indexed(raw, container, stream, max_seconds)
         video.settings = {"max_pixels": str(max_pixels)}
         yield video
 
@@ -86,7 +86,11 @@ def _check_header(container: Any, stream: Any, max_pixels: int, max_seconds: flo
     if width * height > max_pixels:
         raise Unusable(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if seconds > max_seconds:
-        raise Unusable(f"{seconds:,.1f} s, more than data.max_seconds = {max_seconds:g}")
+        raise Unusable(_too_long(seconds, max_seconds))
+
+
+def _too_long(seconds: float, limit: float) -> str:
+    return f"{seconds:,.1f} s, more than data.max_seconds = {limit:g}"
 
 
 def _seconds(container: Any, stream: Any) -> float:
@@ -95,7 +99,7 @@ def _seconds(container: Any, stream: Any) -> float:
     return own or (container.duration or 0) / 1_000_000
 
 
-def _indexed(raw: bytes, container: Any, stream: Any) -> Video:
+def _indexed(raw: bytes, container: Any, stream: Any, max_seconds: float) -> Video:
     packets: list[Any] = []
     with suppress(av.error.FFmpegError):  # damaged in the middle: what was read counts
         packets.extend(packet for packet in container.demux(stream) if packet.size)
@@ -105,6 +109,10 @@ def _indexed(raw: bytes, container: Any, stream: Any) -> Video:
     frames = claimed if cut else len(times)
     if not frames:
         raise Unusable("no frames")
+    given = [time for time in times if time is not None]
+    spread = (max(given) - min(given)) * float(stream.time_base) if given else 0.0  # also where the header says nothing
+    if spread > max_seconds:
+        raise Unusable(_too_long(spread, max_seconds))
     # an avi says when a packet is decoded, not when its frame is shown
     known = container.format.name != "avi" and None not in times and len(set(times)) == len(times)
     return Video(raw, stream, packets, sorted(times) if known else None, frames, cut)

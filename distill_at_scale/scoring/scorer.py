@@ -82,10 +82,11 @@ class Scorer:
         self.at_once = self.spec.at_once(device)
         self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
+        compiled = will_compile(score.compile, work)
+        self.channels_last = not self.spec.clips or self.spec.clips_last(device, compiled)
         self.classifiers: dict[int, tuple[Classifier, Callable[[Tensor], Tensor]]] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            last = not self.spec.clips or self.spec.clips_last(device, will_compile(score.compile, work))
-            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, last)
+            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.channels_last)
             self.classifiers[outputs] = classifier, maybe_compile(classifier, score.compile, work)
 
     def _trained(self, score: ScoreSection, folder: Path) -> list[Checkpoint]:
@@ -133,6 +134,7 @@ class Scorer:
         """sample_id, label and, per criterion, float32 lists [checkpoints]."""
         labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
         pixels = self._padded(pixels.to(self.device, non_blocking=True))
+        pixels = self.spec.laid_out(pixels) if self.channels_last else pixels  # once, and as bytes
         values: dict[str, list[Tensor]] = {name: [] for name in self.criteria}
         for checkpoint in self.checkpoints:
             logits = self._logits(checkpoint, pixels)[: len(labels)]

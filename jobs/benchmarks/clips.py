@@ -57,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--copies", type=int, default=30)
     parser.add_argument("--chunk", type=int, default=8, help="clips per unit of ingest work")
     parser.add_argument("--seek", choices=("exact", "fast"), default="exact")
+    parser.add_argument("--decoder", choices=("auto", "decord", "pyav"), default="auto")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--network", default="convnet3d")
     parser.add_argument("--width", type=int, default=32)
@@ -86,7 +87,7 @@ def _ingest_rows(options: argparse.Namespace, folder: Path) -> list[Row]:
     print(f"plain decord processes: {base:.2f} clips/s", flush=True)
     rate = _ingest(options, folder)
     return [(f"roof: decord alone in {options.cores} plain processes", round(base, 2), None),
-            (f"ingest on Ray, pieces published ({options.seek} frames)", round(rate, 2), rate / base)]  # fmt: skip
+            (f"ingest on Ray, pieces published ({options.decoder}, {options.seek})", round(rate, 2), rate / base)]  # fmt: skip
 
 
 def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[str], frames: int, size: int) -> int:
@@ -106,7 +107,7 @@ def _ingest(options: argparse.Namespace, folder: Path) -> float:
 
     config = validate({
         "data": {"source": "videofolder", "path": str(folder / "videos"), "size": options.size, "frames": options.frames,
-                 "chunk": options.chunk, "seek": options.seek},
+                 "chunk": options.chunk, "seek": options.seek, "decoder": options.decoder},
         "cluster": {"actors": options.cores},
     })  # fmt: skip
     pieces, watched = folder / "pieces", Watch()

@@ -124,3 +124,11 @@ def test_the_fingerprint_covers_metadata_and_content(tmp_path):
         found.append(Prepared(tmp_path).fingerprint)
     assert len(set(found)) == 3
     assert found[0] == found[3]
+
+
+def test_clips_are_scored_in_larger_units_than_they_are_decoded():
+    assert shards.scored_chunk((3, 64, 64), 256) == 256
+    assert shards.scored_chunk((8, 3, 64, 64), 64) == 682  # 64 MB
+    assert shards.scored_chunk((16, 3, 112, 112), 64) == 111
+    assert shards.scored_chunk((8, 1, 8, 8), 64) == 1024
+    assert shards.scored_chunk((256, 3, 128, 128), 64) == 64

@@ -53,7 +53,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
             _write(temporary / split, paths, order, starts, shape, data)
         mean, std = _statistics(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
-                "counts": counts, "mean": mean, "std": std, "chunk": data.chunk,
+                "counts": counts, "mean": mean, "std": std, "chunk": shards.scored_chunk(shape, data.chunk),
                 "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
         meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
         written = sorted(temporary.rglob("*.parquet"))

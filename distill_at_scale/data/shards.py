@@ -33,6 +33,7 @@ SHARD_BYTES = 128 * 2**20
 GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least
 JPEG_PART = 0.2  # of an image's raw bytes that its JPEG takes, about; only sizes depend on it
 OPEN_FILES = 64
+CLIPS_SCORED, SCORED_BYTES = 1024, 64 * 2**20  # clips in a unit of scoring work at most, and their bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -120,6 +121,13 @@ def group_rows(shape: Sequence[int], jpeg: bool, chunk: int) -> int:
     """Rows of a row group: few enough to be read at random, enough to be read fast."""
     size = int(np.prod(shape)) * (JPEG_PART if jpeg else 1)
     return max(1, min(GROUP_ROWS, chunk, int(GROUP_BYTES / size)))
+
+
+def scored_chunk(shape: Sequence[int], chunk: int) -> int:
+    """Samples in a unit of scoring work: `data.chunk`, of clips more, as they are decoded far more slowly than scored."""
+    if len(shape) == 3:
+        return chunk
+    return max(chunk, min(CLIPS_SCORED, SCORED_BYTES // int(np.prod(shape))))
 
 
 def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:

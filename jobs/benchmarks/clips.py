@@ -32,7 +32,7 @@ from distill_at_scale.data.shards import group_rows, schema, to_table, write_met
 from distill_at_scale.networks import NetworkSpec
 
 ENDINGS = (".mp4", ".webm", ".mkv", ".avi")
-CLASSES, CHUNK = 8, 64  # of the shards that are scored
+CLASSES, CHUNK = 8, 64  # of the shards that are scored; the product takes larger units of clips this small
 KINETICS, CHECKPOINTS = 240_000, 25  # clips; trials x epochs
 
 
@@ -163,7 +163,12 @@ def _shards(options: argparse.Namespace, folder: Path) -> Path:
     prepared = folder / "prepared"
     write_shards(prepared / "train", tables, schema(shape), group_rows(shape, False, CHUNK))
     names = [str(label) for label in range(CLASSES)]
-    facts = {"mean": [0.45] * 3, "std": [0.25] * 3, "chunk": CHUNK, "counts": {"train": [each] * CLASSES}}
+    facts = {
+        "mean": [0.45] * 3,
+        "std": [0.25] * 3,
+        "chunk": scored_chunk(shape, CHUNK),
+        "counts": {"train": [each] * CLASSES},
+    }
     write_meta(prepared, {"class_names": names, "shape": list(shape), **facts}, "benchmark")
     return prepared
 

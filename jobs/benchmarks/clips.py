@@ -166,7 +166,7 @@ def _shards(options: argparse.Namespace, folder: Path) -> Path:
     facts = {
         "mean": [0.45] * 3,
         "std": [0.25] * 3,
-        "chunk": scored_chunk(shape, CHUNK),
+        "chunk": CHUNK,
         "counts": {"train": [each] * CLASSES},
     }
     write_meta(prepared, {"class_names": names, "shape": list(shape), **facts}, "benchmark")

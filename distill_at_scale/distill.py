@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -60,7 +60,12 @@ def step_count(config: Config) -> int:
     return config.distill.steps or backend_class(config).default_steps
 
 
-def check(config: Config, prepared: Prepared, kept_per_class: list[int]) -> None:
+class Classes(evaluate.Splits, Protocol):
+    @property
+    def class_names(self) -> list[str]: ...
+
+
+def check(config: Config, prepared: Classes, kept_per_class: list[int]) -> None:
     """What can be known to fail before any worker starts.
 
     Raises UserError for a class with no kept sample or with fewer than the images to be initialised from real ones, for

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -92,7 +92,13 @@ class Evaluator:
         return torch.from_numpy(pixels), torch.from_numpy(found)
 
 
-def need_test_split(prepared: Prepared) -> None:
+class Splits(Protocol):
+    """Prepared data, or what will be."""
+
+    def has_test(self) -> bool: ...
+
+
+def need_test_split(prepared: Splits) -> None:
     """Raises UserError where there is nothing to test on."""
     if not prepared.has_test():
         raise UserError("the data set has no test split, so nothing can be evaluated; add one (a folder or files named test "

@@ -86,6 +86,7 @@ class Pipeline:
         planned = validate.planned(self.config, plan)
         validate.check_networks(self.config, planned)
         validate.check_weights(self.config, planned)
+        distill.check(self.config, planned, planned.counts)
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
         self._say_plan(plan)

@@ -86,11 +86,19 @@ class Planned:
     shape: tuple[int, ...]
     class_names: list[str]
     source_class_names: list[str]
+    counts: list[int]  # of the training samples, by class
+    tested: bool
+
+    def has_test(self) -> bool:
+        return self.tested
 
 
 def planned(config: Config, plan: ingest.Plan) -> Planned:
     """What the prepared data will be."""
-    return Planned(sample_shape(config.data), plan.class_names, plan.source_class_names)
+    counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
+    return Planned(
+        sample_shape(config.data), plan.class_names, plan.source_class_names, counts, "test" in plan.listings
+    )
 
 
 def check_networks(config: Config, prepared: Shaped) -> None:

@@ -68,3 +68,10 @@ def test_videos_need_a_number_of_frames_and_images_have_none(tmp_path, make_conf
         check_names(
             make_config(tmp_path, data__source="kinetics", data__frames=8, data__decoder="decord", data__seek="fast")
         )
+
+
+def test_more_images_than_samples_are_seen_before_anything_is_decoded(tmp_path, make_run):
+    run = make_run(tmp_path / "run", distill__method="dm", distill__ipc=1000)
+    with pytest.raises(UserError, match=r"the class '0' has \d+ samples, fewer than distill\.ipc = 1000"):
+        run.pipeline.validate()
+    assert not (run.dir / "validation.parquet").exists()

@@ -133,12 +133,18 @@ def test_clips_are_kept_as_jpeg_where_they_are_large(tmp_path, files, clip_run):
     assert 0 < np.abs(stored - exact).mean() < 3
 
 
-def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
-    folder = tmp_path / "data" / "train"
+def two_classes(root: Path) -> Path:
+    """Three sound clips in each of the classes a and b; the folder of the training split."""
+    folder = root / "data" / "train"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
         for i in range(3):
             write_video(folder / name / f"{i}.mp4", numbered(12))
+    return folder
+
+
+def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
+    folder = two_classes(tmp_path)
     write_video(folder / "a" / "short.mp4", numbered(3))
     (folder / "b" / "empty.mp4").write_bytes(b"")
     (folder / "b" / "text.mp4").write_text("no video")
@@ -167,11 +173,7 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
 
 
 def test_a_pipe_is_set_aside_and_a_folder_that_is_gone_stops_the_job(tmp_path):
-    folder = tmp_path / "data" / "train"
-    for name in ("a", "b"):
-        (folder / name).mkdir(parents=True)
-        for i in range(3):
-            write_video(folder / name / f"{i}.mp4", numbered(12))
+    folder = two_classes(tmp_path)
     os.mkfifo(folder / "a" / "pipe.mp4")
     data = {"source": "videofolder", "path": str(folder.parent), "frames": 4, "size": 16}
     run = Run(tiny_config(tmp_path / "run", data=data, **NETWORKS))

@@ -14,7 +14,7 @@ pixels), so images are kept as JPEG, 4:4:4. On scaled-down photos quality 90 is 
 needs quality 95 and a fifth more bytes to come as near. There is no resize here, so simplejpeg pays: 1.25 to 1.5
 times Pillow's rate with the same bits. WebP and PNG decode at a third of the rate or less.
 
-Left out: clips (`T x C x H x W`), alpha (dropped, as in torchvision, not blended), animations (the first frame
+Left out: clips (`data/clips.py`), alpha (dropped, as in torchvision, not blended), animations (the first frame
 counts), colour profiles, and a JPEG that was cut and closed again with an end marker (Pillow cannot tell it from a
 whole one).
 """

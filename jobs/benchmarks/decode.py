@@ -30,6 +30,7 @@ import simplejpeg
 import torch
 import torchvision
 from PIL import Image
+from side_by_side import columns
 from torchvision.transforms.v2 import functional as transforms
 
 from distill_at_scale.data.decode import ImageDecoder, decode_stored, encode
@@ -50,7 +51,7 @@ def main() -> None:
     raws = _files(options.path, options.images)
     tables = {**_decoding(raws, options), **_storing(raws, options), "tiny images, 16 x 16": _tiny()}
     for title, rows in tables.items():
-        print(_text(title, rows))
+        print(columns(title, rows))
     about = environment()
     versions = {**about["versions"], "simplejpeg": simplejpeg.__version__}
     result = json.dumps({"images": len(raws), "rounds": options.rounds, "tables": tables,
@@ -58,7 +59,7 @@ def main() -> None:
     if options.json is None:
         print(result)
     else:
-        options.json.write_text(result + "\n")
+        options.json.writecolumns(result + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -278,15 +279,6 @@ def _difference(found: list[Array], wanted: list[Array]) -> Row:
     ratios = [10 * math.log10(255**2 / max(float((gap**2).mean()), 1e-3)) for gap in gaps]  # 1e-3: at most 78 dB
     mad = statistics.fmean(float(np.abs(gap).mean()) for gap in gaps)
     return {"mad": round(mad, 2), "psnr": round(statistics.fmean(ratios), 1), "worst psnr": round(min(ratios), 1)}
-
-
-def _text(title: str, rows: list[Row]) -> str:
-    heads = list(rows[0])
-    cells = [heads, *([str(row[head]) for head in heads] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    lines = ["  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-             for line in cells]  # fmt: skip
-    return "\n".join([f"\n{title}", *lines])
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def _one(work: Any, core: int, cores: int, barrier: Any, results: Any, arguments
     results.put((samples, time.perf_counter() - began[0]))
 
 
+def columns(title: str, rows: list[dict[str, Any]]) -> str:
+    """A table of rows with the same keys, the first column to the left."""
+    heads = list(rows[0])
+    cells = [heads, *([str(row[head]) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    lines = ["  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+             for line in cells]  # fmt: skip
+    return "\n".join([f"\n{title}", *lines])
+
+
 def show(title: str, rows: list[Row], facts: dict[str, Any]) -> None:
     """The table for people, and one JSON object with the hardware."""
     print(f"\n{title:<78}{'per s':>10}{'ratio':>9}")

@@ -28,6 +28,7 @@ from typing import Any
 
 import av
 import numpy as np
+from side_by_side import columns
 
 from distill_at_scale.data.clips import ClipDecoder
 from distill_at_scale.data.decoders import decord_frames, pyav_frames
@@ -47,11 +48,11 @@ def main() -> None:
     raws = _files(options.path, options.clips) if options.path else _small()
     tables = {"memory, MB": _leak(raws, options)} if options.leak else _speed(raws, options)
     for title, rows in tables.items():
-        print(_text(title, rows))
+        print(columns(title, rows))
     about = environment()
     result = {"tables": tables, "av": av.__version__, "hardware": about["hardware"], "commit": about["commit"]}
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.writecolumns(json.dumps(result, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -247,17 +248,8 @@ def _leak(raws: list[bytes], options: argparse.Namespace) -> list[Row]:
 
 
 def _resident(process: int | str | None) -> float:
-    text = Path(f"/proc/{process}/status").read_text()
+    text = Path(f"/proc/{process}/status").readcolumns()
     return round(int(text.split("VmRSS:")[1].split()[0]) / 1024, 1)
-
-
-def _text(title: str, rows: list[Row]) -> str:
-    heads = list(rows[0])
-    cells = [heads, *([str(row[head]) for head in heads] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    lines = ["  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-             for line in cells]  # fmt: skip
-    return "\n".join([f"\n{title}", *lines])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_at_scale.config import SIAMESE
 from distill_at_scale.errors import UserError
+from distill_at_scale.method_sections import SIAMESE
 
 FLIP, SCALE, ROTATE = 0.5, 1.2, 15.0  # probability, largest factor, largest angle in degrees
 CROP, CUTOUT = 0.125, 0.5  # share of the side
@@ -54,6 +54,31 @@ class Augmentation:
             return Draw(None, torch.zeros(1, 4))
         family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
         return Draw(family, torch.rand(per_image or 1, 4, generator=generator))
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Images in which a box was replaced: `share` of image i is its own, the rest that of image `order[i]`."""
+
+    images: Tensor
+    order: Tensor
+    share: float
+
+
+def cutmix(images: Tensor, generator: torch.Generator) -> Mixed:
+    """CutMix (Yun et al. 2019, arXiv 1905.04899) with one uniformly drawn share for the batch [n, *, H, W]."""
+    height, width = images.shape[-2:]
+    u = torch.rand(3, generator=generator)
+    side = math.sqrt(1 - float(u[0]))  # of the box, relative
+    spans = []
+    for place, whole in ((u[1], height), (u[2], width)):
+        centre, half = int(place * whole), int(side * whole) // 2
+        spans.append((max(0, centre - half), min(whole, centre + half)))
+    (top, bottom), (left, right) = spans
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    box = torch.zeros(height, width, dtype=torch.bool, device=images.device)
+    box[top:bottom, left:right] = True
+    return Mixed(torch.where(box, images[order], images), order, 1 - float(box.float().mean()))
 
 
 def _column(values: Tensor) -> Tensor:

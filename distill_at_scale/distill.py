@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distill_at_scale import evaluate, tensors
+from distill_at_scale import evaluate, students, tensors
 from distill_at_scale.backends import BACKENDS
-from distill_at_scale.backends.base import Backend, Setting, too_few
-from distill_at_scale.config import Config, EvaluateSection
+from distill_at_scale.backends.base import Backend, Setting, WithDefaults, too_few
+from distill_at_scale.config import Config
 from distill_at_scale.data.pool import Normalization, Pool
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
@@ -30,7 +30,7 @@ from distill_at_scale.registry import resolve
 from distill_at_scale.rng import derive
 from distill_at_scale.rundir import publish
 from distill_at_scale.synthetic import SyntheticSet, to_uint8
-from distill_at_scale.workers import Workers
+from distill_at_scale.workers import Solo, Workers
 
 BACKEND_CONTRACT = (
     "parallel",
@@ -44,16 +44,23 @@ BACKEND_CONTRACT = (
     "load_state_dict",
 )
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
-STANDARD_TRAINING = {"optimizer": "SGD, learning rate / 10 at half time"} | EvaluateSection().model_dump(
-    include={"batch", "lr", "momentum", "weight_decay"}
-)
 LOG_LINES = 200  # at most so many lines of the log per run, evenly spaced
 
 Report = Callable[[dict[str, Any]], None]
 
 
 def backend_class(config: Config) -> type[Backend]:
-    return resolve("distill.method", config.distill.method, BACKENDS, BACKEND_CONTRACT)
+    """The method; what one of the user's own leaves out of the contract it answers as most do."""
+    found = resolve("distill.method", config.distill.method, BACKENDS, BACKEND_CONTRACT)
+    return found if issubclass(found, WithDefaults) else type(found.__name__, (found, WithDefaults), {})
+
+
+def runtime_of(config: Config) -> dict[str, Any]:
+    """What the card says of runtime pruning; methods without a real matching batch do none, and say why."""
+    reason = backend_class(config).no_runtime
+    if reason and config.runtime.rule != "none":
+        return {"rule": "not applicable", "reason": reason}
+    return config.runtime.model_dump()
 
 
 def step_count(config: Config) -> int:
@@ -95,10 +102,42 @@ class Places:
     manifest: Path
     work: Path  # the checkpoint
     log: Path  # metrics.jsonl
+    networks: Path = Path()  # the folder of the experts or the teacher that the method needs
 
     @property
     def state(self) -> Path:
         return self.work / "state.safetensors"
+
+    def resolved(self) -> Places:
+        return Places(*(path.resolve() for path in self.as_tuple()))
+
+    def as_tuple(self) -> tuple[Path, ...]:
+        return self.prepared, self.manifest, self.work, self.log, self.networks
+
+
+def setting_of(config: Config, prepared: Prepared, places: Places, workers: Workers, device: torch.device) -> Setting:
+    """What a worker's backend knows; of `classes` methods each worker owns every size-th class."""
+    names, section = prepared.class_names, config.distill
+    labels = list(range(len(names)))
+    if backend_class(config).parallel == "classes":
+        labels = labels[workers.rank :: workers.size]
+    spec = NetworkSpec(section.network, prepared.shape, len(names), section.width, section.depth)
+    return Setting(config, spec, names, labels, workers, device, step_count(config), places.networks)
+
+
+def missing_networks(config: Config, places: Places) -> list[str]:
+    """The networks that the method needs and that have not been made yet."""
+    return [name for name in backend_class(config).networks(config) if not (places.networks / name).exists()]
+
+
+def make_network(config: Config, places: Places, name: str, device: torch.device) -> None:
+    """Make one of them, from the kept samples alone."""
+    prepared = Prepared(places.prepared)
+    setting = replace(
+        setting_of(config, prepared, places, Solo(), device), labels=list(range(len(prepared.class_names)))
+    )
+    pool = Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device)
+    backend_class(config).make_network(name, setting, pool)
 
 
 class Distillation:
@@ -110,15 +149,9 @@ class Distillation:
         self.config, self.places, self.workers, self.device, self.report = config, places, workers, device, report
         self.prepared = Prepared(places.prepared)
         self.steps = step_count(config)
-        names = self.prepared.class_names
-        labels = list(range(len(names)))
-        if backend_class(config).parallel == "classes":
-            labels = labels[workers.rank :: workers.size]
-        section = config.distill
-        spec = NetworkSpec(section.network, self.prepared.shape, len(names), section.width, section.depth)
-        pool = Pool.load(self.prepared, places.manifest, labels, config.distill_seed, device)
+        self.setting = setting_of(config, self.prepared, places, workers, device)
+        pool = Pool.load(self.prepared, places.manifest, self.setting.labels, config.distill_seed, device)
         self.normalization: Normalization = pool.normalization
-        self.setting = Setting(config, spec, names, labels, workers, device, self.steps)
         self.backend = backend_class(config)(self.setting)
         self.backend.prepare(pool)
         self.snapshots: dict[int, Tensor] = {}
@@ -207,19 +240,16 @@ class Distillation:
 
     def _evaluate(self, step: int) -> None:
         """Train one network on the set as it is, on rank 0, and log its accuracy; the others wait."""
-        images, labels = self._gather()
+        made = self._set()
         if self.workers.rank != 0:
             return
         evaluate.need_test_split(self.prepared)
-        protocol = backend_class(self.config).protocol(self.config)
-        epochs = self.config.evaluate.epochs or protocol["epochs"]
+        protocol = made.protocol.overridden(self.config.evaluate)
         seed = derive(self.config.distill_seed, "evaluation on the way")
-        network = evaluate.train(
-            self.setting.spec, images, labels, self.config.evaluate, epochs, protocol["augment"], seed, self.device
-        )
+        network = students.train(self.setting.spec, made.training_set(), protocol, seed, self.device)
         pixels, targets = (torch.from_numpy(a) for a in self.prepared.load("test"))
         at_once = self.setting.spec.at_once(self.device)
-        top1, top5 = evaluate.test(network, pixels, targets, self.normalization, self.device, at_once)
+        top1, top5 = students.test(network, pixels, targets, self.normalization, self.device, at_once)
         self._write({"step": step, "of": self.steps, "top1": top1, "top5": top5})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -228,10 +258,16 @@ class Distillation:
         self.report(line)
 
     def _finish(self) -> SyntheticSet | None:
-        images, labels = self._gather()
-        if self.workers.rank != 0:
-            return None
-        return SyntheticSet(images, labels, self._card(), dict(self.snapshots))
+        made = self._set()
+        return made if self.workers.rank == 0 else None
+
+    def _set(self) -> SyntheticSet:
+        """The set as it is, on every worker; only rank 0 may rely on it."""
+        images, labels = self.workers.broadcast(self._gather())
+        more = self.backend.conclude(images, labels)
+        card = self._card()
+        card["protocol"] |= more.protocol
+        return SyntheticSet(images, labels, card | dict(more.card), dict(self.snapshots), dict(more.extras))
 
     def _card(self) -> dict[str, Any]:
         section, options = self.config.distill, getattr(self.config.distill, self.config.distill.method, None)
@@ -244,14 +280,13 @@ class Distillation:
                 "meaning": "(x / 255 - mean) / std per channel",
             },
             "whitening": None,
-            "labels": "hard",
             "method": section.method,
             "method_options": options.model_dump() if options is not None else section.options,
             "images_per_class": section.ipc,
             "steps": self.steps,
             "network": {"name": section.network, "width": section.width, "depth": section.depth},
-            "runtime": self.config.runtime.model_dump(),
-            "protocol": backend_class(self.config).protocol(self.config) | STANDARD_TRAINING,
+            "runtime": runtime_of(self.config),
+            "protocol": backend_class(self.config).protocol(self.config).card(),
             "seed": self.config.distill_seed,
         }
 

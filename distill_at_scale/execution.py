@@ -17,7 +17,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import open_source
 from distill_at_scale.data.pieces import check_chunk, ingest_chunk, piece_path, recipe_of
 from distill_at_scale.data.shards import Chunk, Prepared
-from distill_at_scale.distill import Distillation, Places
+from distill_at_scale.distill import Distillation, Places, make_network
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.scoring import proxy
 from distill_at_scale.scoring.scorer import Scorer
@@ -42,6 +42,9 @@ class Executor(Protocol):
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
         """Score chunks of the prepared data into pieces. Advances by samples."""
+
+    def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+        """Make the experts or the teacher that a method needs, side by side. Advances by networks."""
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         """Run the distillation and leave the set in `places.work / "synthetic"`. Reports log lines."""
@@ -83,6 +86,11 @@ class Local:
             scorer = Scorer(config, prepared, checkpoints, self.device)
             for rows in scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in waiting]):
                 advance(rows)
+
+    def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+        for name in names:
+            make_network(config, places, name, self.device)
+            advance(1)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         run_distillation(config, places, self.device, report)

@@ -9,18 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from distill_at_scale import distill, report
-from distill_at_scale.config import Config, DataSection, flatten
+from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.clips import decoders_for
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
+from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.rundir import Inputs, RunDir
 from distill_at_scale.scoring import weights
+from distill_at_scale.sections import DataSection, Section
 
+METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
     "score": ("workers", "weights"),
-    "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "dc", "dsa", "dm"),
+    "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
 OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds", "fold")
 TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
@@ -64,7 +67,12 @@ def data(config: Config) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if key.removeprefix("data.") not in OF_CLIPS}
     else:
         values["data.decoder"] = list(decoders_for(section))
-    for key in ("train_split", "max_bytes"):  # where they change nothing, runs from before they existed stay valid
+    for key in (
+        "train_split",
+        "max_bytes",
+        "value_column",
+        "whiten",
+    ):  # where they change nothing, runs from before they existed stay valid
         if getattr(section, key) == DataSection.model_fields[key].default:
             del values[f"data.{key}"]
     if section.classes is not None:
@@ -86,13 +94,28 @@ def select(config: Config, run: RunDir) -> Dependence:
     return _section(config, "select") | {f"select.{key}": value for key, value in resolved.items()}, ("score",)
 
 
+def networks(config: Config, run: RunDir) -> Inputs:
+    """Behind the experts or the teacher of a method: whatever decides their weights, and nothing else of the method."""
+    options = distill.backend_class(config).network_options(config)
+    content = {name: run.content(name) for name in ("ingest", "select")}
+    return Inputs(options | {"distill.seed": config.distill_seed}, content)
+
+
 def distillation(config: Config, run: RunDir) -> Dependence:
     method = config.distill.method
     own = getattr(config.distill, method, None)
     values = _section(config, "distill") | (flatten(own, f"distill.{method}.") if own else {})
     values |= {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed}
-    runtime = flatten(config.runtime, "runtime.") if config.runtime.rule != "none" else {"runtime.rule": "none"}
-    return values | runtime, ("ingest", "select")
+    return values | _runtime(config), ("ingest", "select")
+
+
+def _runtime(config: Config) -> dict[str, Any]:
+    """What runtime pruning depends on: nothing where there is none, and the thresholds' keys only where there are some."""
+    rule = config.runtime.rule
+    if rule == "none" or distill.backend_class(config).no_runtime:
+        return {"runtime.rule": "none"}
+    of_effects = ("runtime.tail", "runtime.probes", "runtime.decay")
+    return {k: v for k, v in flatten(config.runtime, "runtime.").items() if rule == "ite" or k not in of_effects}
 
 
 def evaluation(config: Config, run: RunDir) -> Dependence:

@@ -219,7 +219,13 @@ class Pipeline:
         validate.check_networks(self.config, data)
         distill.check(self.config, data, facts["kept_per_class"])
         work = self.dir.work("distill", inputs)
-        places = distill.Places(self.dir / "prepared", self.dir / "manifest.parquet", work, self.dir / "metrics.jsonl")
+        places = distill.Places(self.dir / "prepared", self.dir / "manifest.parquet", work, self.dir / "metrics.jsonl",
+                                self._networks())  # fmt: skip
+        if reason := distill.runtime_of(self.config).get("reason"):
+            self.display.say(f"  runtime pruning is not applicable: {reason}; distilling without")
+        if missing := distill.missing_networks(self.config, places):
+            with self.display.meter("networks", len(missing), "networks") as meter:
+                self.executor.make_networks(self.config, places, missing, meter.advance)
         if places.state.exists():
             self.display.say("  going on from the last checkpoint")
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
@@ -234,6 +240,12 @@ class Pipeline:
         result.card["fingerprints"] = {**earlier, "distill": inputs.fingerprint}
         result.save(self.dir / "synthetic")
         return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
+
+    def _networks(self) -> Path:
+        """The folder of the experts or the teacher of exactly this configuration, data and selection."""
+        folder = self.dir / "networks" / fingerprints.networks(self.config, self.dir).fingerprint[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         data = Prepared(self.dir / "prepared")

@@ -1,7 +1,7 @@
 """The result: a synthetic set with everything needed to use it, saved without pickles and exported to common layouts.
 
 `synthetic.safetensors` holds images (float32, normalised, [n, C, H, W], or clips [n, T, C, H, W]), labels (int64 [n]) and,
-if the method learns it, the network's learning rate; `card.json` says what the numbers mean. `load(folder)` is the one call
+what else the method made (soft labels, for example); `card.json` says what the numbers mean. `load(folder)` is the one call
 that a user needs. The layouts themselves are in `exports.py`.
 """
 
@@ -18,8 +18,10 @@ from torch import Tensor
 from distill_at_scale import exports, tensors
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.errors import UserError
+from distill_at_scale.formation import parts_of
 from distill_at_scale.pictures import Frames, grid, png
 from distill_at_scale.rundir import publish
+from distill_at_scale.students import TrainingProtocol, TrainingSet
 
 PREVIEW_CLASSES, PREVIEW_COLUMNS, PREVIEW_SIDE = 100, 10, 64
 PREVIEW_BYTES = 4 * 2**20  # uncompressed, of the clips in an animated preview
@@ -33,6 +35,7 @@ class SyntheticSet:
     labels: Tensor
     card: dict[str, Any]
     snapshots: dict[int, Tensor] = field(default_factory=dict)  # step -> uint8 [m, (T,) C, H, W], the first of the set
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what else the method made: soft labels, a learned rate
 
     @property
     def normalization(self) -> Normalization:
@@ -42,6 +45,17 @@ class SyntheticSet:
     def class_names(self) -> list[str]:
         return self.card["class_names"]
 
+    @property
+    def protocol(self) -> TrainingProtocol:
+        """The training that the set expects."""
+        return TrainingProtocol.of(self.card["protocol"])
+
+    def training_set(self) -> TrainingSet:
+        """What a network is trained on: the images, taken apart where one holds several (IDC), with their labels."""
+        factor = self.card.get("formation", 1)
+        images, labels = parts_of(self.images, factor), self.labels.repeat_interleave(factor**2)
+        return TrainingSet(images, labels, soft=self.extras)
+
     def pixels(self) -> Tensor:
         """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to what can be shown."""
         return to_uint8(self.images, self.normalization)
@@ -50,7 +64,8 @@ class SyntheticSet:
         """Publish the set as a folder, in one step."""
         with publish(folder) as temporary:
             temporary.mkdir()
-            tensors.write(temporary / "synthetic.safetensors", {"images": self.images, "labels": self.labels})
+            held = {"images": self.images, "labels": self.labels}
+            tensors.write(temporary / "synthetic.safetensors", held | self.extras)
             if self.snapshots:
                 shots = {f"{step:08d}": pixels for step, pixels in self.snapshots.items()}
                 tensors.write(temporary / "snapshots.safetensors", shots)
@@ -86,7 +101,8 @@ class SyntheticSet:
     def export_pt(self, path: str | Path) -> None:
         """A plain `.pt` with images, labels and the card; loads with `torch.load(path, weights_only=True)`."""
         with publish(Path(path)) as temporary:
-            torch.save({"images": self.images, "labels": self.labels, "card": self.card}, temporary)
+            held = {"images": self.images, "labels": self.labels, "card": self.card}
+            torch.save(held | self.extras, temporary)
 
 
 def load(folder: str | Path) -> SyntheticSet:
@@ -105,7 +121,8 @@ def load(folder: str | Path) -> SyntheticSet:
         raise UserError(f"{folder} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
         raise UserError(f"the synthetic set in {folder} is damaged: {error}") from None
-    return SyntheticSet(saved["images"], saved["labels"], card, {int(k): v for k, v in sorted(shots.items())})
+    images, labels = saved.pop("images"), saved.pop("labels")
+    return SyntheticSet(images, labels, card, {int(k): v for k, v in sorted(shots.items())}, saved)
 
 
 def to_uint8(images: Tensor, normalization: Normalization) -> Tensor:

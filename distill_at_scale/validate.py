@@ -50,7 +50,7 @@ def check_names(config: Config) -> None:
     builder("distill.network", config.distill.network)
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
-    Augmentation(distill.backend_class(config).protocol(config)["augment"])
+    Augmentation(distill.backend_class(config).protocol(config).augment)
 
 
 def _check_kind(config: Config, source: Any) -> None:
@@ -107,7 +107,8 @@ def check_networks(config: Config, prepared: Shaped) -> None:
     Raises UserError for one that does not fit, before anything is trained.
     """
     for key, name, width, depth in _wanted(config):
-        _check_network(key, NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth))
+        spec = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth)
+        _check_network(key, spec, distill.backend_class(config).batch_norm)
 
 
 def check_weights(config: Config, prepared: Shaped) -> None:
@@ -134,10 +135,10 @@ def _built(key: str, spec: NetworkSpec) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _check_network(key: str, spec: NetworkSpec) -> None:
+def _check_network(key: str, spec: NetworkSpec, batch_norm: str) -> None:
     try:
         network = _built(key, spec)
-        if key == "distill.network" and mixes_samples(network):
+        if key == "distill.network" and batch_norm == "refused" and mixes_samples(network):
             raise UserError(
                 f"{key} = {spec.name!r} has batch norm, under which the samples of a batch are not independent, as "
                 "matching needs; take a network with instance norm (convnet, resnet18; of clips convnet3d, r3d_18)"

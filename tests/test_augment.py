@@ -9,8 +9,8 @@ import torch
 
 from distill_at_scale import augment
 from distill_at_scale.augment import FAMILIES, Augmentation, Draw
-from distill_at_scale.config import SIAMESE
 from distill_at_scale.errors import UserError
+from distill_at_scale.method_sections import SIAMESE
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NUMBERS = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))

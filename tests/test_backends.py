@@ -16,7 +16,9 @@ from distill_at_scale.backends import BACKENDS, dc
 from distill_at_scale.backends.base import Setting
 from distill_at_scale.data.pool import Normalization, Pool
 from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.method_sections import SIAMESE
 from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Solo
 
 SHAPE, CLASSES, HELD = (1, 8, 8), 3, 9
@@ -129,9 +131,9 @@ def test_the_defaults_are_the_official_ones():
     config = configuration.Config()
     assert {name: method.default_steps for name, method in BACKENDS.items()} == {"dc": 1000, "dsa": 1000, "dm": 20_000}
     assert [BACKENDS[m].init_of(config) for m in ("dc", "dsa", "dm")] == ["noise", "real", "real"]
-    assert BACKENDS["dc"].protocol(config) == {"epochs": 300, "augment": "none"}
-    assert BACKENDS["dsa"].protocol(config) == {"epochs": 1000, "augment": configuration.SIAMESE}
-    assert BACKENDS["dm"].protocol(config)["epochs"] == 1000
+    assert BACKENDS["dc"].protocol(config) == TrainingProtocol(300)
+    assert BACKENDS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE)
+    assert BACKENDS["dm"].protocol(config).epochs == 1000
     assert (config.distill.dc.image_lr, config.distill.dc.image_momentum, config.distill.dc.network_lr) == (
         0.1,
         0.5,
@@ -210,7 +212,7 @@ def test_dsa_is_dc_with_its_own_section():
 def test_real_and_synthetic_images_get_the_same_draw(method, monkeypatch):
     """Where the synthetic images are the real batch, the same draw leaves nothing to match, step after step."""
     pool = a_pool(held=4)
-    backend = backend_of(method, pool, ipc=4, init="real", augment=configuration.SIAMESE, image_lr=1e-12)
+    backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE, image_lr=1e-12)
     pairs, distance = [], dc.distance
 
     def spy(real, synthetic):
@@ -235,7 +237,7 @@ def test_every_class_and_step_has_a_draw_of_its_own(method, monkeypatch):
             FAMILIES, name, lambda images, u, family=family: (seen.append(u[0].tolist()), family(images, u))[1]
         )
     options = {"outer": 1} if method == "dsa" else {}
-    backend = backend_of(method, a_pool(), augment=configuration.SIAMESE, **options)
+    backend = backend_of(method, a_pool(), augment=SIAMESE, **options)
     for step in range(3):
         backend.step(step)
     assert len(seen) == 2 * CLASSES * 3  # real and synthetic

@@ -18,13 +18,13 @@ from PIL import Image
 from videos import cut, marked, number_of, numbered, write_video
 
 from distill_at_scale import config as configuration
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import clips
 from distill_at_scale.data.clips import ClipDecoder, clip_decoder, decoders_for
 from distill_at_scale.data.decode import Rejected
 from distill_at_scale.data.frames import Wanted, choose
 from distill_at_scale.data.isolated import Died, Isolated
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 RAW = write_video(None, numbered(60))
 

@@ -22,6 +22,7 @@ from distill_at_scale.data.shards import Prepared, pixels_of, to_table
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.pruning.manifest import kept
+from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Group, Solo, workers_here
 
 CPU = torch.device("cpu")
@@ -186,9 +187,8 @@ def test_the_card_says_what_the_set_is(places):
         "method": "dc",
         "images_per_class": 2,
         "steps": 5,
-        "labels": "hard",
         "seed": 0,
-        "protocol": {"epochs": 300, "augment": "none"} | distill.STANDARD_TRAINING,
+        "protocol": TrainingProtocol(300).card(),
     }
     assert {key: card[key] for key in expected} == expected
     assert card["runtime"]["rule"] == "loss"
@@ -233,7 +233,7 @@ class Frozen:
 
     parallel, default_steps = "classes", 3
     init_of = staticmethod(lambda config: "noise")
-    protocol = staticmethod(lambda config: {"epochs": 1, "augment": "none"})
+    protocol = staticmethod(lambda config: TrainingProtocol(1))
 
     def __init__(self, setting):
         self.setting = setting

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from conftest import FixedNetwork
 from torch import nn
 
-from distill_at_scale import evaluate
-from distill_at_scale.config import EvaluateSection
+from distill_at_scale import evaluate, students
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pruning.manifest import kept
+from distill_at_scale.students import TrainingProtocol, TrainingSet
 
 CPU = torch.device("cpu")
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
@@ -55,7 +55,7 @@ def test_a_row_has_fractions_and_the_same_job_gives_the_same_row(evaluator):
 def test_each_job_trains_on_its_set(evaluator, digits_run):
     run, found = Prepared(digits_run.dir / "prepared"), evaluator()
     sizes = {
-        name: len(found._training_set(Job(name, "convnet", 0))[1])
+        name: len(found._training_set(Job(name, "convnet", 0)).labels)
         for name in ("distilled", "random_real", "kept", "full")
     }
     assert sizes == {
@@ -101,9 +101,9 @@ def learning_rates(monkeypatch, epochs, batch=256):
             )
             return super().step(*arguments)
 
-    monkeypatch.setattr(evaluate.torch.optim, "SGD", Watched)
+    monkeypatch.setattr(students.torch.optim, "SGD", Watched)
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
-    evaluate.train(SPEC, images, labels, EvaluateSection(batch=batch), epochs, "none", 0, CPU)
+    students.train(SPEC, TrainingSet(images, labels), TrainingProtocol(epochs, batch=batch), 0, CPU)
     return rates
 
 
@@ -124,7 +124,7 @@ def test_an_epoch_sees_every_image_in_batches(monkeypatch):
 def test_training_on_one_batch_is_plain_sgd():
     spec = FixedNetwork(SPEC)
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
-    found = evaluate.train(spec, images, labels, EvaluateSection(lr=0.05), 3, "none", 0, CPU)
+    found = students.train(spec, TrainingSet(images, labels), TrainingProtocol(3, lr=0.05), 0, CPU)
     network = spec.build(0)
     optimizer = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=5e-4)
     for epoch in range(3):
@@ -140,9 +140,8 @@ def test_training_on_one_batch_is_plain_sgd():
 def test_bytes_are_normalised_on_the_way():
     norm, chance = Normalization((0.4,), (0.2,)), torch.Generator().manual_seed(0)
     pixels, labels = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8, generator=chance), torch.arange(6) % 3
-    section = EvaluateSection()
-    a = evaluate.train(SPEC, pixels, labels, section, 2, "none", 0, CPU, norm)
-    b = evaluate.train(SPEC, norm.apply(pixels), labels, section, 2, "none", 0, CPU)
+    a = students.train(SPEC, TrainingSet(pixels, labels, norm), TrainingProtocol(2), 0, CPU)
+    b = students.train(SPEC, TrainingSet(norm.apply(pixels), labels), TrainingProtocol(2), 0, CPU)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -157,7 +156,7 @@ def test_accuracy_is_counted_over_the_whole_split(at_once):
 
     pixels = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1)
     labels = torch.tensor([0, 1, 2, 2, 3, 0, 0])  # the level itself thrice; then 1, 1, 5 and 6 places down
-    top1, top5 = evaluate.test(Known(), pixels, labels, Normalization((0.0,), (1.0,)), CPU, at_once)
+    top1, top5 = students.test(Known(), pixels, labels, Normalization((0.0,), (1.0,)), CPU, at_once)
     assert (top1, top5) == (3 / 7, 5 / 7)
 
 
@@ -180,5 +179,5 @@ def test_without_a_test_split_the_message_says_what_to_do(make_run, tmp_path):
 
 
 def test_training_that_diverges_names_the_job(evaluator):
-    with pytest.raises(DistillationDiverged, match=r"distilled.*convnet.*evaluate\.lr = 1e\+30"):
+    with pytest.raises(DistillationDiverged, match=r"distilled.*convnet.*learning rate of 1e\+30; lower evaluate\.lr"):
         evaluator(evaluate__lr=1e30).run(Job("distilled", "convnet", 0))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from distill_at_scale import config as configuration
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 ODD = [
     'a b\'s "best" (1)_brush_hair_u_nm_np1_ba_goo_0.avi',

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import SOURCES, ground_truth
 from distill_at_scale.data.sources.imagenet import val_labels
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 WNIDS = ["n01440764", "n01443537", "n02119789"]  # sorted: tench, goldfish, kit fox
 DEVKIT = ["n02119789", "n01440764", "n01443537"]  # ILSVRC2012_ID 1, 2, 3

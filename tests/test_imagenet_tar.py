@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import LISTING
 from distill_at_scale.data.sources.imagefolder import ImageFolder
 from distill_at_scale.data.sources.imagenet_tar import TRAIN, VAL, ImagenetTar
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 IMAGES = {
     "n02": {"n02_7.JPEG": b"seven" * 300, "n02_3.JPEG": b"three"},

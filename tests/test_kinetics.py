@@ -8,13 +8,13 @@ import pyarrow as pa
 import pytest
 
 from distill_at_scale import config as configuration
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
 from distill_at_scale.data.sources.ground_truth import File
 from distill_at_scale.data.sources.kinetics_csv import read_list
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc\n"
 TRAIN = HEADER + (

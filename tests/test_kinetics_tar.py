@@ -13,13 +13,13 @@ import pyarrow as pa
 import pytest
 from test_kinetics import HEADER, aside, labels, put
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import gzip_tar, tar
 from distill_at_scale.data.ingest import mapped
 from distill_at_scale.data.pieces import Recipe, ingest_chunk
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.sections import DataSection
 
 TRAIN = HEADER + "".join(f"{'ab'[i % 2]},train{i:06d},{i},{i + 10},train,0\n" for i in range(7))
 VAL = HEADER + "a,val00000000,3,13,val,0\nb,val00000001,3,13,val,0\n"

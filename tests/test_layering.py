@@ -14,10 +14,12 @@ from conftest import ROOT, TINY
 PACKAGE = ROOT / "distill_at_scale"
 LAYERS = [  # a module may import from its own layer and from those below it
     {"errors", "rng", "progress"},
+    {"sections"},
+    {"method_sections"},
     {"config"},
     {"registry", "rundir", "workers", "tensors"},
     {"architectures", "architectures3d"},
-    {"data", "networks", "augment", "pruning", "scoring", "pictures", "exports", "synthetic"},
+    {"data", "networks", "augment", "pruning", "scoring", "pictures", "exports", "formation", "students", "synthetic"},
     {"backends"},
     {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "wording", "report"},
     {"cluster"},

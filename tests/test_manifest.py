@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distill_at_scale.config import SelectSection
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning import manifest, static
+from distill_at_scale.sections import SelectSection
 
 
 def rows(count, every=3, classes=2):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from distill_at_scale.config import RuntimeSection
 from distill_at_scale.pruning.runtime import RuntimePruning
+from distill_at_scale.sections import RuntimeSection
 
 
 def pruning(drop=0.3, refresh=10, rule="loss"):
@@ -50,7 +50,7 @@ def test_a_full_look_is_asked_for_every_few_visits():
 
 def test_nothing_is_forecast_or_remembered_where_nothing_is_dropped():
     rule = pruning(0.0, refresh=4)
-    rule.remember(0, torch.arange(10), 10, torch.randn(10))
+    rule._remember(0, torch.arange(10), 10, torch.randn(10))
     assert all(rule.forecast(0, torch.arange(10), 10, visit) is None for visit in range(8))
     assert rule.state_dict() == {}
     rule = pruning(0.3)
@@ -59,33 +59,33 @@ def test_nothing_is_forecast_or_remembered_where_nothing_is_dropped():
 
 def test_a_forecast_drops_what_was_large_before():
     rule, rows = pruning(0.25), torch.tensor([7, 2, 5, 0])
-    rule.remember(3, rows, 8, torch.tensor([1.0, 9.0, 2.0, 3.0]))
+    rule._remember(3, rows, 8, torch.tensor([1.0, 9.0, 2.0, 3.0]))
     assert rule.forecast(3, torch.tensor([5, 2, 0, 7]), 8, 1).tolist() == [True, False, True, True]
 
 
 def test_samples_that_were_never_seen_count_as_average():
     rule = pruning(0.5)
-    rule.remember(0, torch.tensor([0, 1, 2, 3]), 8, torch.tensor([0.0, 0.0, 10.0, 10.0]))
+    rule._remember(0, torch.tensor([0, 1, 2, 3]), 8, torch.tensor([0.0, 0.0, 10.0, 10.0]))
     assert rule.forecast(0, torch.tensor([2, 6, 0, 7]), 8, 1).tolist() == [False, True, True, False]
 
 
 def test_values_are_compared_across_networks_of_other_scales():
     rule = pruning(0.5)
-    rule.remember(0, torch.tensor([0, 1]), 4, torch.tensor([1000.0, 1001.0]))
-    rule.remember(0, torch.tensor([2, 3]), 4, torch.tensor([0.001, 0.002]))
+    rule._remember(0, torch.tensor([0, 1]), 4, torch.tensor([1000.0, 1001.0]))
+    rule._remember(0, torch.tensor([2, 3]), 4, torch.tensor([0.001, 0.002]))
     assert rule.forecast(0, torch.tensor([0, 1, 2, 3]), 4, 1).tolist() == [True, False, True, False]
 
 
 def test_equal_values_do_not_break_the_memory():
     rule = pruning(0.5)
-    rule.remember(0, torch.arange(4), 4, torch.full((4,), 2.0))
+    rule._remember(0, torch.arange(4), 4, torch.full((4,), 2.0))
     assert torch.isfinite(rule.state_dict()["remembered/0"]).all()
 
 
 def test_classes_do_not_share_their_memory():
     rule = pruning(0.5)
-    rule.remember(0, torch.arange(2), 2, torch.tensor([5.0, 1.0]))
-    rule.remember(1, torch.arange(2), 2, torch.tensor([1.0, 5.0]))
+    rule._remember(0, torch.arange(2), 2, torch.tensor([5.0, 1.0]))
+    rule._remember(1, torch.arange(2), 2, torch.tensor([1.0, 5.0]))
     assert rule.forecast(0, torch.arange(2), 2, 1).tolist() == [False, True]
     assert rule.forecast(1, torch.arange(2), 2, 1).tolist() == [True, False]
 
@@ -93,7 +93,7 @@ def test_classes_do_not_share_their_memory():
 def test_the_state_carries_the_memory_to_another_process():
     rule, again = pruning(0.5), pruning(0.5)
     for label in (0, 1, 4):
-        rule.remember(label, torch.arange(6), 6, torch.randn(6))
+        rule._remember(label, torch.arange(6), 6, torch.randn(6))
     again.load_state_dict(rule.state_dict(), [0, 4])
     assert sorted(again.state_dict()) == ["remembered/0", "remembered/4"]
     for label in (0, 4):
@@ -103,8 +103,8 @@ def test_the_state_carries_the_memory_to_another_process():
 
 def test_a_loaded_memory_is_a_copy():
     rule, again = pruning(0.5), pruning(0.5)
-    rule.remember(0, torch.arange(2), 2, torch.tensor([1.0, 2.0]))
+    rule._remember(0, torch.arange(2), 2, torch.tensor([1.0, 2.0]))
     state = {key: value.clone() for key, value in rule.state_dict().items()}
     again.load_state_dict(state, [0])
-    again.remember(0, torch.arange(2), 2, torch.tensor([2.0, 1.0]))
+    again._remember(0, torch.arange(2), 2, torch.tensor([2.0, 1.0]))
     assert torch.equal(state["remembered/0"], rule.state_dict()["remembered/0"])

@@ -16,11 +16,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import tar
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.sections import DataSection
 
 ThreadedMotoServer = pytest.importorskip("moto.server", reason='moto is not here: install ".[test]"').ThreadedMotoServer
 PATIENCE = {"connect_timeout": "1", "request_timeout": "1", "attempts": "1"}
@@ -107,7 +107,7 @@ def test_a_store_on_s3_lists_and_reads_as_a_local_one(s3, everywhere):
 
 TWO = """
 import sys
-from distill_at_scale.config import DataSection
+from distill_at_scale.sections import DataSection
 from distill_at_scale.data.sources import SOURCES
 source = SOURCES["imagefolder"](DataSection(source="imagefolder", path=sys.argv[1]))
 rows = source.listing("train")

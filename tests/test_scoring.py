@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork, write_prepared
 
-from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
@@ -19,6 +18,7 @@ from distill_at_scale.execution import score_piece, threads
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.scoring import proxy, table
 from distill_at_scale.scoring.scorer import Scorer, criteria_of
+from distill_at_scale.sections import ScoreSection
 
 CPU = torch.device("cpu")
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from distill_at_scale import config as configuration
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 LABELS = {"Holding something": "1", "Moving part of something": "0", "Putting number of something onto something": "2"}
 TEMPLATES = ["Holding [something]", "Moving [part] of [something]", "Putting [number of] [something] onto [something]"]

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.decode import ImageDecoder
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, labelled, listing, split_of
 from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.sections import DataSection
 
 
 def png(level: int, size: int = 8) -> bytes:

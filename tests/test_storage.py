@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import s3, storage
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.storage import Entry, Store
 from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.sections import DataSection
 
 
 def put(root, *names):

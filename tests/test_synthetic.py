@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from distill_at_scale import synthetic
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.decode import ImageDecoder
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 from distill_at_scale.synthetic import SyntheticSet
 
 NAMES = ["cat", "dog", "owl"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 WNIDS = ["n02", "n01", "n03"]  # not sorted, as in wnids.txt
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.decode import ImageDecoder
 from distill_at_scale.data.sources import SOURCES, plain_pickle
 from distill_at_scale.data.sources.base import LISTING
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 
 def torchvision_set(root):

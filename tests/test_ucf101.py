@@ -7,11 +7,11 @@ import shutil
 import pytest
 
 from distill_at_scale import config as configuration
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 CLASSES = ["Typing", "ApplyEyeMakeup", "HandstandPushups"]  # not sorted: the order is the list's
 TRAIN = ["Typing/v_Typing_g08_c01.avi 1", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 2",

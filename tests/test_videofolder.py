@@ -6,12 +6,12 @@ import pyarrow as pa
 import pytest
 
 from distill_at_scale import config as configuration
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
 from distill_at_scale.data.sources.videos import FILES, ROWS, VIDEO_EXTENSIONS, join_rows
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 
 def touch(root, *names):

@@ -11,12 +11,12 @@ import tarfile
 import numpy as np
 import pytest
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import LISTING
 from distill_at_scale.data.sources.imagefolder import ImageFolder
 from distill_at_scale.data.sources.webdataset import WebDataset, expand
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 
 def tar_of(members):

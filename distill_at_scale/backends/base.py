@@ -1,15 +1,19 @@
 """The contract of a distillation method, and what the methods share: the synthetic images of a worker's own classes.
 
-The loop in `distill.py` calls `prepare` once, then `step(i)` for every outer update, and `finish` at the end; in
-between it may save `state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from
-(seed, purpose, i), so nothing else has to be saved. Keys of a state are `what/label`, so that a state moves between
-any numbers of workers.
+Where a method needs networks of its own (experts, a teacher) it names them in `networks`; each is made by
+`make_network`, in a task of its own, before anything else. The loop in `distill.py` calls `prepare` once, then `step(i)`
+for every outer update, and `finish` for the images as they are; `conclude` comes once, after the last step. In between it
+may save `state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from (seed,
+purpose, i), so nothing else has to be saved. Keys of a state are `what/label` where they belong to a class, so that a
+state moves between any numbers of workers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
 from distill_at_scale.rng import generator
+from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Workers
 
 
@@ -34,6 +39,7 @@ class Setting:
     workers: Workers
     device: torch.device
     steps: int
+    networks: Path = Path()  # the folder of what `make_network` made
 
     @property
     def seed(self) -> int:
@@ -43,6 +49,8 @@ class Setting:
 class Backend(Protocol):
     parallel: ClassVar[str]  # "classes": each worker owns some; "replicate": each worker holds all
     default_steps: ClassVar[int]
+    no_runtime: ClassVar[str]  # why runtime pruning does not apply; "" where it does
+    batch_norm: ClassVar[str]  # of distill.network: "refused", "wanted" or "any"
 
     def __init__(self, setting: Setting) -> None: ...
 
@@ -51,11 +59,27 @@ class Backend(Protocol):
         """Where the images start: "noise" or "real" (then a class needs as many kept samples as it gets images)."""
 
     @staticmethod
-    def protocol(config: Config) -> dict[str, Any]:
-        """The training that the set expects: {"epochs": int, "augment": str}; goes into the card."""
+    def protocol(config: Config) -> TrainingProtocol:
+        """The training that the set expects; goes into the card."""
+
+    @staticmethod
+    def networks(config: Config) -> list[str]:
+        """Names of the networks to be made before the first step; mostly none."""
+
+    @staticmethod
+    def network_options(config: Config) -> dict[str, Any]:
+        """The configuration values that decide what these networks are; they are part of the fingerprint."""
+
+    @staticmethod
+    def make_network(name: str, setting: Setting, real: Pool) -> None:
+        """Make one of them, from the kept samples of all classes, and publish it as `setting.networks / name`."""
+
+    @staticmethod
+    def costs(config: Config) -> list[Cost]:
+        """Passes through networks beside the steps, for `plan`."""
 
     def prepare(self, real: Pool) -> None:
-        """Called once, with the kept samples of the own classes."""
+        """Called once, with the kept samples of the own classes, when the networks are there."""
 
     def step(self, i: int) -> dict[str, float]:
         """One outer update; returns what is worth logging.
@@ -64,17 +88,66 @@ class Backend(Protocol):
         """
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, *shape] and labels int64 [n] of the own classes, on the CPU."""
+        """Images float32 [n, *shape] and labels int64 [n] of the own classes as they are now, on the CPU."""
+
+    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
+        """After the last step, on every worker with the whole set: what else belongs to it. Rank 0's answer counts."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-class ImageBackend:
-    """Synthetic images [own classes, ipc, *shape] with their optimiser: SGD with momentum."""
+@dataclass(frozen=True)
+class Conclusion:
+    """Tensors that are saved beside the images (`SyntheticSet.extras`), what has been learned about the training of
+    students (`TrainingProtocol` fields), and entries of the card."""
+
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work outside the steps: `passes` over every kept sample or every synthetic image, through one network."""
+
+    what: str  # in words, "train 100 experts"
+    network: str
+    images: Literal["kept", "synthetic"]
+    passes: float
+    backward: bool  # training; else only forward
+
+
+class WithDefaults:
+    """What most methods answer to the questions of the contract."""
 
     parallel: ClassVar[str] = "classes"
+    no_runtime: ClassVar[str] = ""
+    batch_norm: ClassVar[str] = "refused"
+
+    @staticmethod
+    def networks(config: Config) -> list[str]:
+        return []
+
+    @staticmethod
+    def network_options(config: Config) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def make_network(name: str, setting: Setting, real: Pool) -> None:
+        raise AssertionError(name)
+
+    @staticmethod
+    def costs(config: Config) -> list[Cost]:
+        return []
+
+    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
+        return Conclusion()
+
+
+class ImageBackend(WithDefaults):
+    """Synthetic images [own classes, ipc, *shape] with their optimiser: SGD with momentum."""
 
     def __init__(self, setting: Setting, init: str, lr: float, momentum: float) -> None:
         self.setting, self.init, self.lr, self.momentum = setting, init, lr, momentum

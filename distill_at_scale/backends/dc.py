@@ -6,7 +6,7 @@ agrees with that of the class's real batch, and then the network is trained on t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from distill_at_scale.augment import Augmentation, Draw
 from distill_at_scale.backends.base import ImageBackend, Setting
 from distill_at_scale.backends.gradients import distance, losses, real_gradient, synthetic_gradient
-from distill_at_scale.config import Config, MatchingSection
+from distill_at_scale.config import Config
+from distill_at_scale.method_sections import MatchingSection
 from distill_at_scale.rng import derive, generator
+from distill_at_scale.students import TrainingProtocol
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # ipc -> outer, inner
 
@@ -38,9 +40,9 @@ class GradientMatching(ImageBackend):
         return cls.section(config).init
 
     @classmethod
-    def protocol(cls, config: Config) -> dict[str, Any]:
+    def protocol(cls, config: Config) -> TrainingProtocol:
         augment = cls.section(config).augment
-        return {"epochs": 300 if augment == "none" else 1000, "augment": augment}
+        return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
     def __init__(self, setting: Setting) -> None:
         self.options = self.section(setting.config)
@@ -79,9 +81,8 @@ class GradientMatching(ImageBackend):
         held, visit = self.real.count(label), step * self.outer + outer
         kept = self.pruning.forecast(label, batch.rows, held, visit)
         if kept is None and self.pruning.dropped(len(batch.rows)):
-            values = losses(network, augment.apply(batch.images), label, self.at_once)
-            self.pruning.remember(label, batch.rows, held, values)
-            kept = self.pruning.mask(values)
+            values = self.pruning.values(loss=lambda: losses(network, augment.apply(batch.images), label, self.at_once))
+            kept = self.pruning.look(label, batch.rows, held, values)
         images = batch.images if kept is None else batch.images[kept.to(batch.images.device)]
         return real_gradient(network, augment.apply(images), label, self.at_once)
 

@@ -17,6 +17,7 @@ from distill_at_scale.backends.base import ImageBackend, Setting
 from distill_at_scale.config import Config
 from distill_at_scale.networks import in_parts, maybe_compile, will_compile
 from distill_at_scale.rng import derive, generator
+from distill_at_scale.students import TrainingProtocol
 
 
 class DistributionMatching(ImageBackend):
@@ -27,9 +28,9 @@ class DistributionMatching(ImageBackend):
         return config.distill.dm.init
 
     @staticmethod
-    def protocol(config: Config) -> dict[str, Any]:
+    def protocol(config: Config) -> TrainingProtocol:
         augment = config.distill.dm.augment
-        return {"epochs": 300 if augment == "none" else 1000, "augment": augment}
+        return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
     def __init__(self, setting: Setting) -> None:
         self.options = setting.config.distill.dm
@@ -77,8 +78,8 @@ class DistributionMatching(ImageBackend):
             distances = (features[k] - synthetic[k]).square().sum(1)
             rows = batch.rows if forecast is None else batch.rows[forecast]
             if forecast is None and self.pruning.dropped(len(rows)):
-                self.pruning.remember(batch.label, rows, self.real.count(batch.label), distances)
-                means.append(features[k][self.pruning.mask(distances)].mean(0))
+                kept = self.pruning.look(batch.label, rows, self.real.count(batch.label), distances)
+                means.append(features[k][kept].mean(0))
             else:
                 means.append(features[k].mean(0))
         return torch.stack(means), sum(len(x) for x in images) / sum(len(b.rows) for b in batches)

@@ -7,7 +7,8 @@ start from real ones. All else is DC.
 from __future__ import annotations
 
 from distill_at_scale.backends.dc import GradientMatching
-from distill_at_scale.config import Config, MatchingSection
+from distill_at_scale.config import Config
+from distill_at_scale.method_sections import MatchingSection
 
 
 class SiameseMatching(GradientMatching):

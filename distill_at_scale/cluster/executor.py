@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill_at_scale.cluster import evaluation, ingest, scoring, training
+from distill_at_scale.cluster import evaluation, ingest, networks, scoring, training
 from distill_at_scale.cluster.pool import check_gpus
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config import Config
@@ -37,9 +37,11 @@ class RayExecutor:
     ) -> None:
         scoring.score(absolute(config), prepared.resolve(), checkpoints.resolve(), chunks, pieces.resolve(), advance)
 
+    def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+        networks.run(absolute(config), places.resolved(), names, advance)
+
     def distill(self, config: Config, places: Places, report: Report) -> None:
-        here = Places(*(path.resolve() for path in (places.prepared, places.manifest, places.work, places.log)))
-        training.run(absolute(config), here, report)
+        training.run(absolute(config), places.resolved(), report)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         prepared, synthetic, manifest = (folder.resolve() for folder in folders)

@@ -32,7 +32,7 @@ def run(config: Config, places: Places, report: Report) -> None:
 
     Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
     """
-    paths = [str(p) for p in (places.prepared, places.manifest, places.work, places.log)]
+    paths = [str(p) for p in places.as_tuple()]
     tail = _Tail(places.log, report)
     fit("distill", _distill, config, config.distill.workers, {"places": paths}, places.work, tail.read)
 

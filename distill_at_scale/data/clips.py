@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.decode import Rejected
 from distill_at_scale.data.isolated import Died, Isolated
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 Array = np.ndarray[Any, Any]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill_at_scale import rng
-from distill_at_scale.config import Config, DataSection, nearest
+from distill_at_scale.config import Config, nearest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import SET_ASIDE, Source
 from distill_at_scale.data.storage import shown
@@ -24,6 +24,7 @@ from distill_at_scale.data.subsets import class_list, explicit_order
 from distill_at_scale.errors import UserError
 from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import digest, publish
+from distill_at_scale.sections import DataSection
 
 CONTRACT = ("splits", "listing", "digest", "read")
 Array = np.ndarray[Any, Any]

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import shards
 from distill_at_scale.data.ingest import Plan, mapped
 from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, sample_shape, stores_jpeg
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import file_digest, publish
+from distill_at_scale.sections import DataSection
 
 SPAN_BYTES = 128 * 2**20  # of images in memory at once
 SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique within its split only

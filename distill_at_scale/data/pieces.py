@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.config import Config, DataSection
+from distill_at_scale.config import Config
 from distill_at_scale.data import shards
 from distill_at_scale.data.clips import ClipDecoder, clip_decoder
 from distill_at_scale.data.decode import ImageDecoder, Rejected, encode
@@ -28,6 +28,7 @@ from distill_at_scale.data.ingest import mapped
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.rundir import publish
+from distill_at_scale.sections import DataSection
 
 REJECTED = pa.schema(
     [("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string()), ("used", pa.bool_())]

@@ -77,6 +77,11 @@ class Pool:
     def count(self, label: int) -> int:
         return len(self.pixels[label])
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All of it: pixels uint8 [n, *shape], sorted by label, and labels int64 [n]; for networks trained on real data."""
+        labels = torch.cat([torch.full((self.count(c),), c) for c in self.pixels])
+        return torch.cat(list(self.pixels.values())), labels
+
     def draw(self, labels: Sequence[int], n: int, purpose: str, *index: int) -> list[Draw]:
         """min(n, kept) images of each class, without replacement; decided by (seed, purpose, index, class) alone."""
         return [self._draw_class(label, n, purpose, *index) for label in labels]

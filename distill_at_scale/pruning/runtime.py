@@ -9,19 +9,21 @@ look every `refresh` steps, and in between the samples to be dropped are not eve
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from distill_at_scale.config import RuntimeSection
+from distill_at_scale.sections import RuntimeSection
 
 
 class RuntimePruning:
     """The runtime rule of one worker."""
 
     def __init__(self, config: RuntimeSection):
+        self.rule = config.rule
         self.drop = config.drop if config.rule != "none" else 0.0
-        self.refresh = config.refresh
+        self.refresh, self.probes = config.refresh, config.probes
         self.memory: dict[int, Tensor] = {}  # label -> standardised value of each sample of the pool, 0 if not seen
 
     def dropped(self, n: int) -> int:
@@ -41,7 +43,16 @@ class RuntimePruning:
             return None
         return self.mask(self._memory(label, held)[rows])
 
-    def remember(self, label: int, rows: Tensor, held: int, values: Tensor) -> None:
+    def values(self, **rules: Callable[[], Tensor]) -> Tensor:
+        """What this rule judges by, of the rules' values that the matching core can give: `loss=..., ite=...`."""
+        return rules[self.rule]()
+
+    def look(self, label: int, rows: Tensor, held: int, values: Tensor) -> Tensor:
+        """The mask for a batch that was looked at in full, whose values are remembered."""
+        self._remember(label, rows, held, values)
+        return self.mask(values)
+
+    def _remember(self, label: int, rows: Tensor, held: int, values: Tensor) -> None:
         """Note a batch's values, standardised within the batch, since every step has another network."""
         if self.dropped(len(rows)):
             spread = values.std(correction=0).clamp_min(1e-12)

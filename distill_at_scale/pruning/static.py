@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale import rng
-from distill_at_scale.config import SelectSection
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning.classes import Samples, Unsorted
+from distill_at_scale.sections import SelectSection
 
 Array = np.ndarray[Any, Any]
 RANDOM = "random"  # the seeded control: a criterion that needs no scores

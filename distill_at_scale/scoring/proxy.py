@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale import rng, tensors
-from distill_at_scale.config import ScoreSection
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples, will_compile
 from distill_at_scale.scoring.stream import Batch, Stream
+from distill_at_scale.sections import ScoreSection
 from distill_at_scale.workers import Solo, Workers
 
 Advance = Callable[[int], None]  # called with 1 after each epoch, also for those that were there already

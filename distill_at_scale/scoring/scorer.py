@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_at_scale import tensors
-from distill_at_scale.config import Config, ScoreSection
+from distill_at_scale.config import Config
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.networks import NetworkSpec, in_parts, maybe_compile, will_compile
@@ -29,6 +29,7 @@ from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy, weights
 from distill_at_scale.scoring.criteria import CRITERIA
 from distill_at_scale.scoring.criteria.base import Criterion
+from distill_at_scale.sections import ScoreSection
 
 CRITERION_CONTRACT = ("useful", "observe", "aggregate")
 Unit = tuple[Chunk, Path]  # what to score, and where the result goes

@@ -34,10 +34,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.config import SelectSection, validate
+from distill_at_scale.config import validate
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.rowgroups import RowGroupWriter, batches
 from distill_at_scale.pruning import manifest, static
+from distill_at_scale.sections import SelectSection
 
 IMAGENET, LOSSES, PIECE = 1_281_167, (5, 5), 1024
 EXACT_ROWS = 5_000_000

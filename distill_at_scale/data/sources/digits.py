@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.rundir import digest
+from distill_at_scale.sections import DataSection
 
 
 class Digits:

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import data_store, labelled, listing, split_of, split_word
 from distill_at_scale.data.storage import Store, joined
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 

@@ -12,13 +12,13 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import ground_truth
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.data.sources.folders import EXTENSIONS, FolderSource, complete, images
 from distill_at_scale.data.sources.ground_truth import Labels
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 GET_LIST = (
     "put the devkit (ILSVRC2012_devkit_t12.tar.gz, as it is or unpacked) or Kaggle's LOC_val_solution.csv there, "

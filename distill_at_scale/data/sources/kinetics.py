@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import SET_ASIDE, data_store
 from distill_at_scale.data.sources.folders import listing_digest
 from distill_at_scale.data.sources.kinetics_csv import read_annotations
 from distill_at_scale.data.sources.kinetics_match import FILES, Matched
+from distill_at_scale.sections import DataSection
 
 
 class Kinetics:

@@ -16,12 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import gzip_tar, tar
 from distill_at_scale.data.sources.kinetics import Kinetics
 from distill_at_scale.data.sources.kinetics_match import FILES, SPLIT, UNFINISHED, VIDEO
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
+from distill_at_scale.sections import DataSection
 
 ARCHIVE = re.compile(r"\.(tar\.gz|tgz|tar)$", re.IGNORECASE)
 OTHER = re.compile(r"\.(tar\.(bz2?|xz|zst|lz4|z)|tbz2?|txz|tzst|zip|rar|7z)$", re.IGNORECASE)

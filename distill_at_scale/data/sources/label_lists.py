@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.storage import Store, is_uri, joined
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 
 @dataclass(frozen=True)

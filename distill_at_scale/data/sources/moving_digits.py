@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale import rng
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.encode import encode_mp4
 from distill_at_scale.data.sources.videofolder import VideoFolder
 from distill_at_scale.data.storage import is_uri
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
+from distill_at_scale.sections import DataSection
 
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
 TEST_EVERY = 3  # of three digits one is for testing

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import (
     LARGEST_LABEL,
     data_store,
@@ -34,6 +33,7 @@ from distill_at_scale.data.sources.base import (
 from distill_at_scale.data.storage import unanswered
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
+from distill_at_scale.sections import DataSection
 
 T = TypeVar("T")
 READERS = 8  # files that are looked at side by side

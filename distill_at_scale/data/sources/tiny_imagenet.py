@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import ground_truth
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.data.sources.folders import FolderSource, class_listing, complete, images
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 ORDER, ANNOTATIONS = "wnids.txt", "val_annotations.txt"
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources import plain_pickle
 from distill_at_scale.data.sources.base import data_store, listing
 from distill_at_scale.data.storage import Store, joined
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 Array = np.ndarray[Any, Any]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import SET_ASIDE
 from distill_at_scale.data.sources.folders import FolderSource, by_class, complete
 from distill_at_scale.data.sources.videos import VIDEOS, below, labels_of, no_videos, owners_of, set_aside_table
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 LAYOUT = "the layout is train/<class>/<video>.mp4"
 

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data.sources.base import SET_ASIDE, Column, data_store, listing
 from distill_at_scale.data.sources.folders import Medium, listing_digest
 from distill_at_scale.data.sources.label_lists import Lists
 from distill_at_scale.errors import UserError
+from distill_at_scale.sections import DataSection
 
 VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
     ".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",

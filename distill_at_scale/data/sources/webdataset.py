@@ -20,12 +20,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.config import DataSection
 from distill_at_scale.data import tar
 from distill_at_scale.data.sources.base import LARGEST_LABEL, LISTING, SPLIT_NAMES, labelled
 from distill_at_scale.data.storage import Store, is_uri, shown
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest
+from distill_at_scale.sections import DataSection
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)

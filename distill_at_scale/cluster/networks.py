@@ -1,0 +1,41 @@
+"""The networks that a method needs before its first step (experts, a teacher) on Ray: each is a task of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from distill_at_scale.cluster.pool import cores, cores_each, device
+from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.config import Config
+from distill_at_scale.distill import Places, make_network
+from distill_at_scale.execution import Advance
+
+
+def run(config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+    """All of them, as many at a time as the cluster holds; one that is lost is made again."""
+    cpus = cores_each(min(len(names), cores()))
+    options = {
+        "num_cpus": cpus,
+        "num_gpus": config.cluster.gpus_per_worker or None,
+        "max_retries": config.cluster.max_failures,
+    }
+    task = _make.options(**options)
+    settings, paths = ray.put(pack(config)), [str(path) for path in places.as_tuple()]
+    running = [task.remote(settings, paths, name, cpus) for name in names]
+    with plain_errors():
+        while running:
+            finished, running = ray.wait(running)
+            ray.get(finished)
+            advance(len(finished))
+
+
+@ray.remote
+def _make(packed: dict[str, Any], paths: list[str], name: str, threads: int) -> None:
+    settings = unpack(packed)
+    torch.set_num_threads(threads)
+    make_network(settings, Places(*map(Path, paths)), name, device(settings))

@@ -245,6 +245,7 @@ class Pipeline:
         """The folder of the experts or the teacher of exactly this configuration, data and selection."""
         folder = self.dir / "networks" / fingerprints.networks(self.config, self.dir).fingerprint[:16]
         folder.mkdir(parents=True, exist_ok=True)
+        self.dir.take_over_files(folder.relative_to(self.dir.path).as_posix())
         return folder
 
     def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:

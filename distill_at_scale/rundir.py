@@ -180,15 +180,27 @@ class RunDir:
             )
         self.reuse._whole(stage, record)
         for name in record["outputs"]:
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with publish(target) as temporary:
-                try:
-                    os.link(self.reuse.path / name, temporary)
-                except OSError:
-                    shutil.copyfile(self.reuse.path / name, temporary)
+            self._link(self.reuse.path, name)
         write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": str(self.reuse.path)})
         return True
+
+    def take_over_files(self, folder: str) -> None:
+        """Link whatever lies in a folder of the run named in run.reuse and is missing here; the folder's name says what it
+        holds (networks of one fingerprint)."""
+        if self.reuse is not None:
+            for path in _files(self.reuse / folder):
+                name = path.relative_to(self.reuse.path).as_posix()
+                if not (self.path / name).exists() and not path.name.startswith("."):
+                    self._link(self.reuse.path, name)
+
+    def _link(self, other: Path, name: str) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with publish(target) as temporary:
+            try:
+                os.link(other / name, temporary)
+            except OSError:
+                shutil.copyfile(other / name, temporary)
 
 
 @contextlib.contextmanager
@@ -243,7 +255,7 @@ def environment() -> dict[str, Any]:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []
 
 
 def _short(value: Any) -> str:

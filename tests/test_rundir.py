@@ -198,3 +198,20 @@ def test_unfinished_work_belongs_to_one_fingerprint(run):
 def test_a_digest_is_the_same_in_every_process():
     assert digest({"b": [1, 2], "a": None}) == digest(json.loads('{"a": null, "b": [1, 2]}'))
     assert len(digest({})) == 32
+
+
+def test_files_of_another_run_are_linked_where_they_are_missing(tmp_path):
+    other = tmp_path / "other"
+    (other / "stages").mkdir(parents=True)
+    (other / "networks" / "abc").mkdir(parents=True)
+    (other / "networks" / "abc" / "expert").write_text("theirs")
+    (other / "networks" / "abc" / ".expert.partial").write_text("half")
+    run = RunDir(tmp_path / "run", other)
+    run.create()
+    run.take_over_files("networks/abc")
+    run.take_over_files("networks/unknown")
+    assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["expert"]
+    (run / "networks" / "abc" / "expert").unlink()
+    (run / "networks" / "abc" / "expert").write_text("mine")
+    run.take_over_files("networks/abc")
+    assert (run / "networks" / "abc" / "expert").read_text() == "mine"

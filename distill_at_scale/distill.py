@@ -8,6 +8,7 @@ from the same step.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,14 +23,16 @@ from distill_at_scale import evaluate, students, tensors
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.backends.base import Backend, Setting, WithDefaults, too_few
 from distill_at_scale.config import Config
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data import holding
+from distill_at_scale.data.normalization import Normalization, whitening_card
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.registry import resolve
 from distill_at_scale.rng import derive
 from distill_at_scale.rundir import publish
-from distill_at_scale.synthetic import SyntheticSet, to_uint8
+from distill_at_scale.synthetic import SyntheticSet
 from distill_at_scale.workers import Solo, Workers
 
 BACKEND_CONTRACT = (
@@ -121,7 +124,7 @@ def setting_of(config: Config, prepared: Prepared, places: Places, workers: Work
     labels = list(range(len(names)))
     if backend_class(config).parallel == "classes":
         labels = labels[workers.rank :: workers.size]
-    spec = NetworkSpec(section.network, prepared.shape, len(names), section.width, section.depth)
+    spec = NetworkSpec(section.network, prepared.shape, len(names), section.width, section.depth, prepared.kind)
     return Setting(config, spec, names, labels, workers, device, step_count(config), places.networks)
 
 
@@ -136,8 +139,17 @@ def make_network(config: Config, places: Places, name: str, device: torch.device
     setting = replace(
         setting_of(config, prepared, places, Solo(), device), labels=list(range(len(prepared.class_names)))
     )
-    pool = Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device)
+    hold = config.distill.hold
+    pool = Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device, hold)
     backend_class(config).make_network(name, setting, pool)
+
+
+def shared_room(config: Config, workers: Workers, device: torch.device) -> holding.Room:
+    """What one worker may fill with samples, where several share a machine; all must call it, and before they load."""
+    found = holding.room(device, share=min(1.0, config.cluster.gpus_per_worker or 1.0))
+    host = socket.gethostname()
+    every = [free for name, free in workers.gather((host, found.host)) if name == host]
+    return replace(found, host=min(every) // len(every))
 
 
 class Distillation:
@@ -150,7 +162,9 @@ class Distillation:
         self.prepared = Prepared(places.prepared)
         self.steps = step_count(config)
         self.setting = setting_of(config, self.prepared, places, workers, device)
-        pool = Pool.load(self.prepared, places.manifest, self.setting.labels, config.distill_seed, device)
+        hold, free = config.distill.hold, shared_room(config, workers, device)
+        pool = Pool.load(self.prepared, places.manifest, self.setting.labels, config.distill_seed, device, hold, free)
+        self.held = pool.held
         self.normalization: Normalization = pool.normalization
         self.backend = backend_class(config)(self.setting)
         self.backend.prepare(pool)
@@ -162,6 +176,8 @@ class Distillation:
         Raises DistillationDiverged on every worker where one diverged, after the last good state was saved.
         """
         start, spent = self._resume()
+        if self.workers.rank == 0:
+            self._write({"stage": "hold", "step": start, "of": self.steps, "held": self.held})
         began = time.perf_counter() - spent
         log_every = max(1, self.steps // LOG_LINES)
         for i in range(start, self.steps):
@@ -200,7 +216,7 @@ class Distillation:
         if self.workers.rank == 0:
             ipc = self.config.distill.ipc
             shown = (labels < SNAPSHOT_CLASSES) & (torch.arange(len(labels)) % ipc < SNAPSHOT_IPC)
-            self.snapshots[step] = to_uint8(images[shown], self.normalization)
+            self.snapshots[step] = self.normalization.stored(images[shown])
 
     def _gather(self) -> tuple[Tensor, Tensor]:
         """All workers' images and labels, sorted by label."""
@@ -267,19 +283,16 @@ class Distillation:
         more = self.backend.conclude(images, labels)
         card = self._card()
         card["protocol"] |= more.protocol
-        return SyntheticSet(images, labels, card | dict(more.card), dict(self.snapshots), dict(more.extras))
+        whitening = self.normalization.whitening
+        return SyntheticSet(images, labels, card | dict(more.card), dict(self.snapshots), dict(more.extras), whitening)
 
     def _card(self) -> dict[str, Any]:
         section, options = self.config.distill, getattr(self.config.distill, self.config.distill.method, None)
         return {
             "class_names": self.prepared.class_names,
             "shape": list(self.prepared.shape),
-            "normalization": {
-                "mean": self.prepared.mean,
-                "std": self.prepared.std,
-                "meaning": "(x / 255 - mean) / std per channel",
-            },
-            "whitening": None,
+            "normalization": self.normalization.card(),
+            "whitening": whitening_card(self.prepared),
             "method": section.method,
             "method_options": options.model_dump() if options is not None else section.options,
             "images_per_class": section.ipc,
@@ -288,7 +301,7 @@ class Distillation:
             "runtime": runtime_of(self.config),
             "protocol": backend_class(self.config).protocol(self.config).card(),
             "seed": self.config.distill_seed,
-        }
+        } | ({"kind": "tensors"} if self.prepared.kind == "tensors" else {})
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:

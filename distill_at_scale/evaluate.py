@@ -57,7 +57,7 @@ class Evaluator:
         """
         started = time.perf_counter()
         distill, classes = self.config.distill, len(self.prepared.class_names)
-        spec = NetworkSpec(job.network, self.prepared.shape, classes, distill.width, distill.depth)
+        spec = NetworkSpec(job.network, self.prepared.shape, classes, distill.width, distill.depth, self.prepared.kind)
         seed = rng.derive(self.config.run.seed, "evaluation", job.set, job.network, job.seed)
         protocol = self._protocol(job)
         network = students.train(spec, self._training_set(job), protocol, seed, self.device)

@@ -83,6 +83,23 @@ def parquet(path: Path, pixels: Array, labels: Sequence[int], class_names: Seque
         pq.write_table(pa.table([pa.array(rows, kind), pa.array(labels, pa.int64())], schema=schema), temporary)
 
 
+def value_parquet(path: Path, values: Array, labels: Sequence[int], class_names: Sequence[str]) -> None:
+    """One file with `values`, nested lists of the float32 [n, *shape], and `label`, with the classes' names."""
+    column: pa.Array = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    for size in reversed(values.shape[1:]):
+        column = pa.ListArray.from_arrays(np.arange(0, len(column) + 1, size, dtype=np.int32), column)
+    features: dict[str, Any] = {"dtype": "float32", "_type": "Value"}
+    for _ in values.shape[1:]:
+        features = {"feature": features, "_type": "Sequence"}
+    described = {"values": features, "label": {"_type": "ClassLabel", "names": list(class_names)}}
+    schema = pa.schema(
+        [("values", column.type), ("label", pa.int64())],
+        {"huggingface": json.dumps({"info": {"features": described}})},
+    )
+    with publish(path) as temporary:
+        pq.write_table(pa.table([column, pa.array(labels, pa.int64())], schema=schema), temporary)
+
+
 def _by_class(
     folder: Path,
     pixels: Array,

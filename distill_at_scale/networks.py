@@ -1,6 +1,7 @@
 """Networks by name, for scoring, matching and evaluation.
 
-The networks for images are in architectures.py, those for clips in architectures3d.py. `torchvision:NAME` is any of
+The networks for images are in architectures.py, those for clips in architectures3d.py, those for samples of any shape in
+architectures1d.py. `torchvision:NAME` is any of
 torchvision's image classifiers as it is, for weights that were trained with it; `frame:NAME` is a network for images on
 the middle frame of a clip, a control.
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from distill_at_scale import rng
 from distill_at_scale.architectures import VGG11, AlexNet, ConvNet, ResNet
+from distill_at_scale.architectures1d import MLP
 from distill_at_scale.architectures3d import ConvNet3D, OneFrame, VideoResNet
 from distill_at_scale.config import nearest
 from distill_at_scale.errors import UserError
@@ -28,23 +30,39 @@ CACHE = 8 * 2**20  # bytes of one layer's activations that a CPU core keeps clos
 GPU_BYTES = 512 * 2**20  # the same for a GPU, where more at once only costs memory
 TORCHVISION = "torchvision:"  # before a name of torchvision's own
 FRAME = "frame:"  # before the name of a network for images, which then sees the middle frame of a clip
+OTHERS = "take mlp, or a network of your own (package.module:Object)"
 MORE_THAN_LOGITS = ("googlenet", "inception_v3")  # their extra outputs would be taken for a loss's input
 COMPILE_FROM = 25 * 10**9  # bytes of widest layers to compute; below, compiling (10-30 s) costs more than it saves
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Everything that defines a network but its weights. `shape` is (C, H, W), of clips (T, C, H, W)."""
+    """Everything that defines a network but its weights. `shape` is (C, H, W), of clips (T, C, H, W), of tensors any.
+
+    `kind` is images, clips or tensors; where it is left out, the shape tells images from clips.
+    """
 
     name: str
     shape: tuple[int, ...]
     classes: int
     width: int = 128
     depth: int | None = None
+    kind: str | None = None
 
     @property
     def clips(self) -> bool:
-        return len(self.shape) == 4
+        return self.kind == "clips" if self.kind else len(self.shape) == 4
+
+    @property
+    def tensors(self) -> bool:
+        return self.kind == "tensors"
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The shape in which one number per channel meets samples [n, *shape]: (C, 1, 1), of tensors (C, 1, ...) or (1,)."""
+        if not self.tensors:
+            return (self.shape[-3], 1, 1)
+        return (self.shape[0], *(1,) * (len(self.shape) - 1)) if len(self.shape) > 1 else (1,)
 
     def build(self, seed: int) -> nn.Module:
         """A freshly initialised network on the CPU; the same seed gives the same weights."""
@@ -94,6 +112,8 @@ class NetworkSpec:
 
     def laid_out(self, images: Tensor) -> Tensor:
         """Images [n, C, H, W] or clips [n, T, C, H, W] with their channels last in memory; shape and values stay."""
+        if self.tensors:
+            return images
         if not self.clips:
             return images.contiguous(memory_format=torch.channels_last)
         return images.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d).transpose(1, 2)
@@ -105,6 +125,10 @@ class NetworkSpec:
 
 def _of_images(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:
     def build(spec: NetworkSpec) -> nn.Module:
+        if spec.tensors and len(spec.shape) != 3:
+            raise UserError(
+                f"the network {spec.name!r} takes images, the data are arrays of shape {spec.shape}; {OTHERS}"
+            )
         if spec.clips:
             raise UserError(
                 f"the network {spec.name!r} takes images, the data are clips; take one of {', '.join(OF_CLIPS)}, or "
@@ -117,6 +141,10 @@ def _of_images(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpe
 
 def _of_clips(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:
     def build(spec: NetworkSpec) -> nn.Module:
+        if spec.tensors:
+            raise UserError(
+                f"the network {spec.name!r} takes clips, the data are arrays of shape {spec.shape}; {OTHERS}"
+            )
         if not spec.clips:
             raise UserError(
                 f"the network {spec.name!r} takes clips, the data are images; set data.frames, or take another network"
@@ -142,9 +170,14 @@ OF_CLIPS: dict[str, Callable[[NetworkSpec], nn.Module]] = {
     "r2plus1d_18": lambda spec: VideoResNet("r2plus1d_18", spec.shape, spec.classes, batch_norm=False),
     "r2plus1d_18_bn": lambda spec: VideoResNet("r2plus1d_18", spec.shape, spec.classes, batch_norm=True),
 }
-NETWORKS = {name: _of_images(make) for name, make in OF_IMAGES.items()} | {
-    name: _of_clips(make) for name, make in OF_CLIPS.items()
+OF_ANYTHING: dict[str, Callable[[NetworkSpec], nn.Module]] = {
+    "mlp": lambda spec: MLP(spec.shape, spec.classes, spec.width, spec.depth),
 }
+NETWORKS = (
+    OF_ANYTHING
+    | {name: _of_images(make) for name, make in OF_IMAGES.items()}
+    | {name: _of_clips(make) for name, make in OF_CLIPS.items()}
+)
 
 
 def builder(key: str, name: str) -> Callable[[NetworkSpec], nn.Module]:
@@ -235,7 +268,7 @@ def mixes_samples(network: nn.Module) -> bool:
 @lru_cache(maxsize=256)
 def widest_layer(spec: NetworkSpec) -> int:
     """Bytes of the widest float32 output of a layer for one image or clip."""
-    if spec.name in ("convnet", "convnet3d"):
+    if spec.name in ("convnet", "convnet3d") and not spec.tensors:
         return spec.width * (spec.shape[0] if spec.clips else 1) * spec.shape[-1] * spec.shape[-2] * 4
     try:
         return _widest_output(spec.skeleton(), spec.shape)

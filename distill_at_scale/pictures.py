@@ -1,7 +1,8 @@
 """uint8 pixels -> pictures: a still, the frames of a clip, a grid of either, and their bytes as (animated) PNG or WebP.
 
 An image is [C, H, W], a clip [T, C, H, W]; one channel is grey, three are RGB. Every picture is a list of frames here, one
-for an image. The same pixels give the same bytes. What is shown, and how much of it, is decided by those who call.
+for an image. Other arrays are drawn first (`drawn`), which gives pixels. The same input gives the same bytes. What is shown,
+and how much of it, is decided by those who call.
 """
 
 from __future__ import annotations
@@ -12,14 +13,54 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 FRAMES_PER_SECOND = 8  # of every animation, and of exported videos
 COLORS = 256  # of a clip that is shown with a palette
 WEBP_QUALITY = 75
+PLOT, LARGEST_SHEET = 96, 256  # pixels a side of a drawn signal, and of an array that is shown as a picture
+LINES = (
+    "#2f5fd0",
+    "#d9962b",
+    "#12927f",
+    "#b03a6b",
+    "#66717f",
+    "#7a4fd0",
+    "#3d8b3d",
+    "#8a5a2b",
+)  # of a signal's channels
 
 Array = np.ndarray[Any, Any]
 Frames = list[Image.Image]
+
+
+def drawn(samples: Array) -> Array:
+    """Pixels as they are; other arrays, float [n, *shape], as pixels uint8 [n, C, H, W] on one common scale of values.
+
+    A signal ([L], or [C, L] of few channels) becomes a line plot, whatever else a grey picture whose rows are the last axis.
+    """
+    if samples.dtype == np.uint8 or not len(samples):
+        return samples
+    low, high = np.nanmin(samples), np.nanmax(samples)
+    shares = np.nan_to_num((samples - low) / (high - low if high > low else 1.0), posinf=1.0, neginf=0.0)
+    signals = shares[:, None] if shares.ndim == 2 else shares
+    if signals.ndim == 3 and signals.shape[1] <= len(LINES):
+        return np.stack([_plot(signal) for signal in signals])
+    sheets = (255 * shares.reshape(len(shares), -1, shares.shape[-1])).round().astype(np.uint8)
+    tall, wide = (math.ceil(side / LARGEST_SHEET) for side in sheets.shape[1:])
+    return np.ascontiguousarray(sheets[:, None, ::tall, ::wide])
+
+
+def _plot(signal: Array) -> Array:
+    """Values 0..1 [C, L] -> uint8 [3, PLOT, PLOT], a line per channel; drawn at twice the size and reduced."""
+    side = 2 * PLOT
+    picture = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(picture)
+    across = np.linspace(4, side - 5, max(2, signal.shape[1]))
+    for values, color in zip(signal, LINES, strict=False):
+        down = (side - 5) - np.resize(values, len(across)) * (side - 9)
+        pen.line(list(zip(across.tolist(), down.tolist(), strict=True)), fill=color, width=3)
+    return np.asarray(picture.resize((PLOT, PLOT), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def to_image(pixels: Array) -> Image.Image:

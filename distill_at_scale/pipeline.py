@@ -231,6 +231,8 @@ class Pipeline:
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
 
             def show(line: dict[str, Any]) -> None:
+                if "held" in line:
+                    self.display.say(f"  {line['held']}")
                 meter.advance(max(0, line["step"] - meter.done), _note(line))
 
             self.executor.distill(self.config, places, show)

@@ -25,6 +25,7 @@ from distill_at_scale import figures, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
+from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.static import RANDOM
 from distill_at_scale.rundir import STAGES, RunDir, digest, publish
@@ -78,7 +79,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "card": made.card,
         "colors": figures.COLORS,
         "set_names": figures.SET_NAMES,
-        "words": wording.words(prepared.shape),
+        "words": wording.words(prepared.shape, prepared.kind),
         "question": _question(made, prepared, selection),
         "answer": wording.answer(evaluation.get("summary", [])),
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
@@ -100,7 +101,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
 def _question(made: SyntheticSet, prepared: Prepared, selection: Mapping[str, Any] | None) -> str:
     ipc, counts = made.card["images_per_class"], prepared.counts("train")
     kept = selection["share"] if selection else None
-    return wording.question(prepared.shape, len(made.labels), ipc, counts, kept)
+    return wording.question(prepared.shape, len(made.labels), ipc, counts, kept, prepared.kind)
 
 
 def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] | None:
@@ -120,7 +121,7 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
 
 def _synthetic(made: SyntheticSet) -> dict[str, Any]:
     """The first samples of the first classes, as many classes as the budget of bytes allows."""
-    labels, pixels = made.labels.numpy(), made.pixels().numpy()
+    labels, pixels = made.labels.numpy(), drawn(made.values().numpy())
     clips = pixels.ndim == 5
     columns = min(made.card["images_per_class"], CLIP_COLUMNS if clips else IMAGE_COLUMNS)
     side = min(pixels.shape[-1], SMALL_SIDE if clips and columns > 1 else SYNTHETIC_SIDE)
@@ -154,10 +155,11 @@ def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
     if not made.snapshots:
         return None
     names, steps = made.class_names[:SNAPSHOT_CLASSES], sorted(made.snapshots)
-    first = [made.snapshots[s].numpy()[:: max(1, len(made.snapshots[s]) // len(names))][: len(names)] for s in steps]
+    shots = {step: drawn(shot.numpy()) for step, shot in made.snapshots.items()}
+    first = [shots[s][:: max(1, len(shots[s]) // len(names))][: len(names)] for s in steps]
     columns = _within(CLIP_BYTES, SMALL_SIDE, zip(*first, strict=True))
     rows = list(zip(steps, zip(*columns, strict=True), strict=True))
-    return {"names": names[: len(columns)], "rows": rows, "shown": _form(made.images.shape[1:])}
+    return {"names": names[: len(columns)], "rows": rows, "shown": _form(first[0].shape[1:])}
 
 
 def _curve(path: Path) -> dict[str, Any] | None:
@@ -210,7 +212,9 @@ def _samples(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
     classes = np.unique(labels)[:SAMPLE_CLASSES].tolist()
     rows = [{"name": prepared.class_names[c]} | _extremes(scores[labels == c], kept[labels == c]) for c in classes]
     tiles = [sorted(row["low"] + row["high"], key=lambda tile: tile["place"]) for row in rows]
-    read = (prepared.take("train", c, [tile["place"] for tile in of]) for c, of in zip(classes, tiles, strict=True))
+    read = (
+        drawn(prepared.take("train", c, [tile["place"] for tile in of])) for c, of in zip(classes, tiles, strict=True)
+    )
     made = figures.gallery(chain.from_iterable(read), SMALL_SIDE, CLIP_BYTES)
     for tile, picture in zip(chain.from_iterable(tiles), made.pictures, strict=True):
         tile["image"] = picture

@@ -1,8 +1,9 @@
 """The result: a synthetic set with everything needed to use it, saved without pickles and exported to common layouts.
 
-`synthetic.safetensors` holds images (float32, normalised, [n, C, H, W], or clips [n, T, C, H, W]), labels (int64 [n]) and,
-what else the method made (soft labels, for example); `card.json` says what the numbers mean. `load(folder)` is the one call
-that a user needs. The layouts themselves are in `exports.py`.
+`synthetic.safetensors` holds images (float32, normalised, [n, C, H, W], clips [n, T, C, H, W], or arrays of another shape),
+labels (int64 [n]) and what else the method made (soft labels, for example); `card.json` says what the numbers mean, and
+`whitening.safetensors` is there where they are whitened. `load(folder)` is the one call that a user needs. The layouts
+themselves are in `exports.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from distill_at_scale import exports, tensors
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.normalization import Normalization, Whitening
+from distill_at_scale.data.whitening import FILE as WHITENING
 from distill_at_scale.errors import UserError
 from distill_at_scale.formation import parts_of
-from distill_at_scale.pictures import Frames, grid, png
+from distill_at_scale.pictures import Frames, drawn, grid, png
 from distill_at_scale.rundir import publish
 from distill_at_scale.students import TrainingProtocol, TrainingSet
 
@@ -34,12 +36,18 @@ class SyntheticSet:
     images: Tensor
     labels: Tensor
     card: dict[str, Any]
-    snapshots: dict[int, Tensor] = field(default_factory=dict)  # step -> uint8 [m, (T,) C, H, W], the first of the set
+    snapshots: dict[int, Tensor] = field(default_factory=dict)  # step -> `values` of the first of the set, then
     extras: dict[str, Tensor] = field(default_factory=dict)  # what else the method made: soft labels, a learned rate
+    whitening: Whitening | None = None  # of the images, where the card speaks of one
 
     @property
     def normalization(self) -> Normalization:
-        return Normalization(tuple(self.card["normalization"]["mean"]), tuple(self.card["normalization"]["std"]))
+        return Normalization.of_card(self.card["normalization"], self.whitening)
+
+    @property
+    def kind(self) -> str:
+        """What the samples are: images, clips or tensors (arrays of another meaning)."""
+        return self.card.get("kind") or ("clips" if self.images.dim() == 5 else "images")
 
     @property
     def class_names(self) -> list[str]:
@@ -57,8 +65,19 @@ class SyntheticSet:
         return TrainingSet(images, labels, soft=self.extras)
 
     def pixels(self) -> Tensor:
-        """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to what can be shown."""
-        return to_uint8(self.images, self.normalization)
+        """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to what can be shown.
+
+        Raises UserError where the set holds neither images nor clips.
+        """
+        if self.kind == "tensors":
+            raise UserError(
+                "the set holds arrays, which have no pixels; values() gives them on the scale of the real data"
+            )
+        return self.values()
+
+    def values(self) -> Tensor:
+        """The samples as real ones are stored: uint8 pixels, or the numbers of other arrays as float32 [n, *shape]."""
+        return self.normalization.stored(self.images)
 
     def save(self, folder: Path) -> None:
         """Publish the set as a folder, in one step."""
@@ -69,6 +88,8 @@ class SyntheticSet:
             if self.snapshots:
                 shots = {f"{step:08d}": pixels for step, pixels in self.snapshots.items()}
                 tensors.write(temporary / "snapshots.safetensors", shots)
+            if self.whitening is not None:
+                self.whitening.save(temporary / WHITENING)
             (temporary / "card.json").write_text(json.dumps(self.card, indent=1) + "\n")
             (temporary / "preview.png").write_bytes(png(preview(self)))
 
@@ -76,8 +97,9 @@ class SyntheticSet:
         """`<class>/<number>.png`, 8 bits per channel (clipped); torchvision's ImageFolder reads it.
 
         Clips become one folder of frames each, `<class>/<number>/00000.png` and so on, the "rawframes" of video toolkits.
-        Raises UserError where the folder is there and not empty.
+        Raises UserError where the folder is there and not empty, and where the set holds neither images nor clips.
         """
+        self._need_pictures()
         exports.imagefolder(Path(folder), *self._shown())
 
     def export_videofolder(self, folder: str | Path) -> None:
@@ -86,22 +108,34 @@ class SyntheticSet:
         Lossy, though barely (43 dB on coloured noise), and every pixel becomes 2 x 2: the card says so.
         Raises UserError where the set holds images, and where the folder is there and not empty.
         """
+        self._need_pictures()
         exports.videofolder(Path(folder), *self._shown(), self.card)
 
     def export_parquet(self, path: str | Path) -> None:
         """One Parquet file in Hugging Face's layout; `datasets.load_dataset("parquet", ...)` reads it.
 
-        Columns: label and `image`, or of clips `frames`, a list of images.
+        Columns: label and `image`, or of clips `frames`, a list of images; of other arrays `values`, nested lists of float32,
+        which `data.source: tensors` reads again.
         """
-        exports.parquet(Path(path), *self._shown())
+        write = exports.value_parquet if self.kind == "tensors" else exports.parquet
+        write(Path(path), *self._shown())
+
+    def _need_pictures(self) -> None:
+        if self.kind == "tensors":
+            raise UserError("the set holds arrays that are no images; use export_parquet or export_pt")
 
     def _shown(self) -> tuple[exports.Array, list[int], list[str]]:
-        return self.pixels().numpy(), self.labels.tolist(), self.class_names
+        return self.values().numpy(), self.labels.tolist(), self.class_names
 
     def export_pt(self, path: str | Path) -> None:
-        """A plain `.pt` with images, labels and the card; loads with `torch.load(path, weights_only=True)`."""
+        """A plain `.pt` with images, labels and the card; loads with `torch.load(path, weights_only=True)`.
+
+        Where the images are whitened, it also holds whitening_mean and whitening_matrix.
+        """
         with publish(Path(path)) as temporary:
             held = {"images": self.images, "labels": self.labels, "card": self.card}
+            if self.whitening is not None:
+                held |= {"whitening_mean": self.whitening.mean, "whitening_matrix": self.whitening.matrix}
             torch.save(held | self.extras, temporary)
 
 
@@ -116,17 +150,14 @@ def load(folder: str | Path) -> SyntheticSet:
     try:
         saved = tensors.load(folder / "synthetic.safetensors")
         card = json.loads((folder / "card.json").read_text())
+        whitening = Whitening.load(folder / WHITENING) if card.get("whitening") else None
         shots = tensors.load(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
         raise UserError(f"the synthetic set in {folder} is damaged: {error}") from None
     images, labels = saved.pop("images"), saved.pop("labels")
-    return SyntheticSet(images, labels, card, {int(k): v for k, v in sorted(shots.items())}, saved)
-
-
-def to_uint8(images: Tensor, normalization: Normalization) -> Tensor:
-    return (normalization.invert(images) * 255).round().clamp(0, 255).to(torch.uint8)
+    return SyntheticSet(images, labels, card, {int(k): v for k, v in sorted(shots.items())}, saved, whitening)
 
 
 def preview(synthetic: SyntheticSet) -> Frames:
@@ -136,7 +167,8 @@ def preview(synthetic: SyntheticSet) -> Frames:
     """
     ipc = max(1, len(synthetic.labels) // max(1, len(synthetic.class_names)))
     columns = PREVIEW_COLUMNS if ipc == 1 else min(ipc, PREVIEW_COLUMNS)
-    shown = synthetic.pixels()[: ipc * PREVIEW_CLASSES].unflatten(0, (-1, ipc))[:, :columns].flatten(0, 1)
+    shown = torch.from_numpy(drawn(synthetic.values()[: ipc * PREVIEW_CLASSES].numpy()))
+    shown = shown[: ipc * PREVIEW_CLASSES].unflatten(0, (-1, ipc))[:, :columns].flatten(0, 1)
     if shown.dim() == 5:
         fit = max(1, PREVIEW_BYTES // shown[0].numel())
         columns = min(columns, fit)

@@ -20,10 +20,11 @@ import torch
 from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.config import Config
-from distill_at_scale.data import ingest
+from distill_at_scale.data import ingest, kinds
 from distill_at_scale.data.clips import decoders_for
+from distill_at_scale.data.kinds import sample_shape
 from distill_at_scale.data.merge import unusable
-from distill_at_scale.data.pieces import sample_shape, stores_jpeg
+from distill_at_scale.data.pieces import stores_jpeg
 from distill_at_scale.data.shards import JPEG_PART
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
@@ -43,6 +44,7 @@ def check_names(config: Config) -> None:
     Raises UserError for the first that is unknown or does not keep its contract.
     """
     _check_kind(config, resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT))
+    kinds.check(config)
     criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
     criteria_of(config.score.criteria)
     resolve("select.criterion", config.criterion, criteria) if ":" not in config.criterion else None
@@ -75,6 +77,9 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
+    def kind(self) -> str | None: ...
+
+    @property
     def class_names(self) -> list[str]: ...
 
     @property
@@ -88,6 +93,7 @@ class Planned:
     source_class_names: list[str]
     counts: list[int]  # of the training samples, by class
     tested: bool
+    kind: str | None = None
 
     def has_test(self) -> bool:
         return self.tested
@@ -97,7 +103,12 @@ def planned(config: Config, plan: ingest.Plan) -> Planned:
     """What the prepared data will be."""
     counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
     return Planned(
-        sample_shape(config.data), plan.class_names, plan.source_class_names, counts, "test" in plan.listings
+        sample_shape(config.data),
+        plan.class_names,
+        plan.source_class_names,
+        counts,
+        "test" in plan.listings,
+        "tensors" if kinds.holds_tensors(config.data) else None,
     )
 
 
@@ -107,7 +118,7 @@ def check_networks(config: Config, prepared: Shaped) -> None:
     Raises UserError for one that does not fit, before anything is trained.
     """
     for key, name, width, depth in _wanted(config):
-        spec = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth)
+        spec = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth, prepared.kind)
         _check_network(key, spec, distill.backend_class(config).batch_norm)
 
 
@@ -153,7 +164,8 @@ def _check_network(key: str, spec: NetworkSpec, batch_norm: str) -> None:
 def space(config: Config, plan: ingest.Plan, free: int) -> str:
     """What an ingest needs on the disk at its end, when pieces and shards are both there; `free` is in bytes."""
     part = JPEG_PART if stores_jpeg(config.data) else 1
-    needed = int(2 * plan.samples * math.prod(sample_shape(config.data)) * part)
+    each = math.prod(sample_shape(config.data)) * (4 if kinds.holds_tensors(config.data) else 1)
+    needed = int(2 * plan.samples * each * part)
     unit, name = (1e9, "GB") if max(needed, free) >= 1e9 else (1e6, "MB")
     line = (
         f"  ingest needs about {needed / unit:.1f} {name} on the run folder's disk, {free / unit:.1f} {name} are free"

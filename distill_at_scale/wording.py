@@ -15,8 +15,11 @@ NBSP = "\u00a0"
 Summary = Mapping[str, Any]
 
 
-def words(sizes: Sequence[int]) -> dict[str, Any]:
-    """What the page calls a sample of this shape; `frames` is None for images."""
+def words(sizes: Sequence[int], kind: str | None = None) -> dict[str, Any]:
+    """What the page calls a sample of this shape; `frames` is None for all but clips. `kind` tensors are neither."""
+    if kind == "tensors":
+        one = "signal" if len(sizes) <= 2 else "array"
+        return {"one": one, "many": f"{one}s", "of": "", "frames": None, "rate": None}
     if len(sizes) == 3:
         return {"one": "image", "many": "images", "of": "", "frames": None, "rate": None}
     return {
@@ -28,9 +31,10 @@ def words(sizes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def question(shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int], kept: float | None) -> str:
+def question(shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int], kept: float | None,
+             kind: str | None = None) -> str:  # fmt: skip
     """What the evaluation asks of `samples` synthetic ones, `ipc` per class; `counts` are the real ones of each class."""
-    word, real = words(shape), sum(min(ipc, n) for n in counts)
+    word, real = words(shape, kind), sum(min(ipc, n) for n in counts)
     source = "" if kept is None else f" from {share(kept)} of the training set"
     return (
         f"Do {samples:,} synthetic {word['many']}{word['of']} ({ipc} per class), distilled{source}, train a better network "

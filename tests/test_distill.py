@@ -32,6 +32,7 @@ CASES = {
     "dc, runtime": {**LOOPS, "distill__steps": 5, "runtime__rule": "loss", "runtime__drop": 0.3},
     "dsa": {**LOOPS, "distill__method": "dsa", "distill__dsa__outer": 2, "distill__dsa__inner": 2, "distill__steps": 5},
     "dm": {"distill__method": "dm", "distill__steps": 5},
+    "dm, shards": {"distill__method": "dm", "distill__steps": 5, "distill__hold": "shards"},
     "dm, runtime": {"distill__method": "dm", "distill__steps": 7, "runtime__rule": "loss", "runtime__refresh": 4},
 }
 
@@ -66,7 +67,8 @@ def stop_before(distillation: Distillation, step: int) -> None:
 
 
 def lines(places: Places) -> list[dict]:
-    return [json.loads(line) for line in places.log.read_text().splitlines()]
+    every = [json.loads(line) for line in places.log.read_text().splitlines()]
+    return [line for line in every if line["stage"] == "distill"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,6 +132,23 @@ def test_pruned_samples_are_never_read(places, tmp_path, case):
     shutil.copytree(places.prepared, poisoned.prepared)
     assert poison(poisoned.prepared, set(kept(places.manifest).to_pylist())) > 100
     assert same(start(poisoned, **CASES[case]).run(), start(elsewhere(places, "clean"), **CASES[case]).run())
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
+def test_the_set_does_not_depend_on_where_the_kept_samples_lie(places, method):
+    holds = ("auto", "device", "host", "shards")
+    made = [start(elsewhere(places, hold), **CASES[method], distill__hold=hold).run() for hold in holds]
+    assert all(same(made[0], other) for other in made[1:])
+
+
+def test_where_the_kept_samples_lie_is_said_once(places):
+    reported = []
+    config = tiny_config("unused", distill__steps=3, distill__hold="shards")
+    Distillation(config, places, Solo(), CPU, reported.append).run()
+    said = [line["held"] for line in reported if "held" in line]
+    assert len(said) == 1
+    assert "stay on disk" in said[0]
+    assert json.loads(places.log.read_text().splitlines()[0])["held"] == said[0]
 
 
 def test_the_kept_samples_do_matter(places, tmp_path):
@@ -369,7 +388,7 @@ def test_a_state_of_two_workers_is_resumed_by_one(pair, places):
 
 def test_the_log_of_two_workers_is_one_log(pair, places):
     start(places, **PAIRS["dm"]).run()
-    log = [json.loads(line) for line in (pair / "dm.jsonl").read_text().splitlines()]
+    log = lines(replace(places, log=pair / "dm.jsonl"))
     assert [line["step"] for line in log] == [line["step"] for line in lines(places)]
     assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in lines(places)], rel=1e-3)
 

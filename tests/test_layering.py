@@ -18,7 +18,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
     {"method_sections"},
     {"config"},
     {"registry", "rundir", "workers", "tensors"},
-    {"architectures", "architectures3d"},
+    {"architectures", "architectures1d", "architectures3d"},
     {"data", "networks", "augment", "pruning", "scoring", "pictures", "exports", "formation", "students", "synthetic"},
     {"backends"},
     {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "wording", "report"},

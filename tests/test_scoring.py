@@ -46,7 +46,7 @@ def train(folder, advance=lambda epochs: None, **keys):
 
 def start_from(monkeypatch, spec):
     """Every proxy starts from the weights of a given specification."""
-    monkeypatch.setattr(proxy, "network_spec", lambda config, shape, classes: spec)
+    monkeypatch.setattr(proxy, "network_spec", lambda config, shape, classes, kind: spec)
 
 
 def files(folder):

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data import shards
+from distill_at_scale.data import shards, whitening
 from distill_at_scale.data.ingest import Plan, mapped
-from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, sample_shape, stores_jpeg
+from distill_at_scale.data.kinds import holds_tensors, sample_shape
+from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, stores_jpeg
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import file_digest, publish
 from distill_at_scale.sections import DataSection
@@ -37,7 +38,7 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
     """
     counts: dict[str, list[int]] = {}
     shape = sample_shape(data)
-    sums, decoders = np.zeros((3, data.channels), np.int64), Counter[str]()
+    sums, decoders = np.zeros(0), Counter[str]()
     rejected = write_rejected(plan, pieces, prepared.parent / "rejected.parquet", data.chunk)
     with publish(prepared) as temporary:
         temporary.mkdir()
@@ -51,14 +52,20 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
                     raise UserError(_all_rejected(plan, counts["train"].index(0), rejected, prepared.parent))
                 sums = np.sum([_sums(path) for path in paths], axis=0)
             _write(temporary / split, paths, order, starts, shape, data)
-        mean, std = _statistics(sums)
+        tensors = holds_tensors(data)
+        scored = data.chunk if tensors else shards.scored_chunk(shape, data.chunk)
+        mean, std = _value_statistics(sums) if tensors else _statistics(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
-                "counts": counts, "mean": mean, "std": std, "chunk": shards.scored_chunk(shape, data.chunk),
+                "counts": counts, "mean": mean, "std": std, "chunk": scored,
                 "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
+        meta |= {"kind": "tensors"} if tensors else {}
         meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
         written = sorted(temporary.rglob("*.parquet"))
         content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
+        meta |= {"whiten": data.whiten} if data.whiten != "none" else {}
         shards.write_meta(temporary, meta, content)
+        if data.whiten == "zca":
+            whitening.fit(temporary)
     return meta
 
 
@@ -102,10 +109,11 @@ def _write(
 ) -> None:
     kind = mapped(paths[0]).schema.remove_metadata()
     jpeg = "jpeg" in kind.names
-    size = int(np.prod(shape)) * (shards.JPEG_PART if jpeg else 1)
+    itemsize = 4 if "values" in kind.names else 1
+    size = int(np.prod(shape)) * itemsize * (shards.JPEG_PART if jpeg else 1)
     span = max(1, int(SPAN_BYTES / size))
     tables = (_span(paths, order[i : i + span], starts) for i in range(0, len(order), span))
-    shards.write_shards(folder, tables, kind, shards.group_rows(shape, jpeg, data.chunk))
+    shards.write_shards(folder, tables, kind, shards.group_rows(shape, jpeg, data.chunk, itemsize))
 
 
 def _span(paths: list[Path], wanted: Array, starts: Array) -> pa.Table:
@@ -131,7 +139,8 @@ def _members(pieces: Array) -> Iterator[tuple[int, Array]]:
 
 
 def _sums(piece: Path) -> Array:
-    return np.array(json.loads(mapped(piece).schema.metadata[b"sums"]), np.int64)
+    """[3, C]: int64 of pixels, float64 of other values."""
+    return np.array(json.loads(mapped(piece).schema.metadata[b"sums"]))
 
 
 def _decoders(piece: Path) -> Counter[str]:
@@ -144,6 +153,14 @@ def _statistics(sums: Array) -> tuple[list[float], list[float]]:
     mean = total / np.maximum(count, 1)
     std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 1e-12))
     return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) or 1.0 for s in std]
+
+
+def _value_statistics(sums: Array) -> tuple[list[float], list[float]]:
+    """The same of values that are not pixels, on their own scale, with the digits that 32 bits hold."""
+    count, total, squares = sums
+    mean = total / np.maximum(count, 1)
+    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+    return [float(f"{m:.9g}") for m in mean], [float(f"{s:.9g}") or 1.0 for s in std]
 
 
 def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:

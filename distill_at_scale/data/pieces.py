@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import Config
-from distill_at_scale.data import shards
+from distill_at_scale.data import shards, whitening
 from distill_at_scale.data.clips import ClipDecoder, clip_decoder
 from distill_at_scale.data.decode import ImageDecoder, Rejected, encode
 from distill_at_scale.data.ingest import mapped
+from distill_at_scale.data.kinds import TensorDecoder, holds_tensors, sample_shape
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.rundir import publish
@@ -45,7 +46,7 @@ Raw = bytes | np.ndarray[Any, Any]
 class Recipe:
     """How a sample becomes what is stored."""
 
-    decoder: ImageDecoder | ClipDecoder
+    decoder: ImageDecoder | ClipDecoder | TensorDecoder
     quality: int | None  # of the stored JPEG; None stores raw pixels
     max_bytes: int = 2**28
 
@@ -55,14 +56,14 @@ class Recipe:
 
     def tally(self) -> Counter[str]:
         """How many clips each decoder has decoded so far."""
-        return Counter() if isinstance(self.decoder, ImageDecoder) else self.decoder.tally.copy()
+        return self.decoder.tally.copy() if isinstance(self.decoder, ClipDecoder) else Counter()
 
     def decode(self, name: str, raw: Raw) -> tuple[np.ndarray[Any, Any], str | None]:
-        """uint8 of the decoder's shape, and what is to be said about the sample although it is used.
+        """uint8 (tensors: float32) of the decoder's shape, and what is to be said about the sample although it is used.
 
         Raises Rejected.
         """
-        if isinstance(self.decoder, ImageDecoder):
+        if not isinstance(self.decoder, ClipDecoder):
             return self.decoder(raw), None
         if not isinstance(raw, bytes):
             raise Rejected("pixels, not the bytes of a video file")
@@ -71,6 +72,10 @@ class Recipe:
 
 def recipe_of(config: Config) -> Recipe:
     data = config.data
+    if data.whiten == "zca":
+        whitening.check(sample_shape(data))
+    if holds_tensors(data):
+        return Recipe(TensorDecoder(sample_shape(data)), None, data.max_bytes)
     decoder = clip_decoder(data, config.run.seed) if data.frames else image_decoder(data)
     return Recipe(decoder, data.quality if stores_jpeg(data) else None, data.max_bytes)
 
@@ -79,13 +84,9 @@ def image_decoder(data: DataSection) -> ImageDecoder:
     return ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
 
 
-def sample_shape(data: DataSection) -> tuple[int, ...]:
-    """C x H x W of an image, T x C x H x W of a clip."""
-    image = (data.channels, data.size, data.size)
-    return (data.frames, *image) if data.frames else image
-
-
 def stores_jpeg(data: DataSection) -> bool:
+    if holds_tensors(data):
+        return False
     return data.store == "jpeg" or (data.store == "auto" and data.size >= JPEG_FROM)
 
 
@@ -138,9 +139,18 @@ class _Made:
     sums: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0)))  # [3, C]: n, sum x, sum x^2
 
     def __post_init__(self) -> None:
-        self.sums = np.zeros((3, self.recipe.decoder.shape[-3]), np.int64)
+        decoder = self.recipe.decoder
+        if isinstance(decoder, TensorDecoder):
+            self.sums = np.zeros((3, decoder.shape[0] if len(decoder.shape) > 1 else 1), np.float64)
+        else:
+            self.sums = np.zeros((3, decoder.shape[-3]), np.int64)
 
     def add(self, name: str, pixels: np.ndarray[Any, Any]) -> None:
+        if isinstance(self.recipe.decoder, TensorDecoder):
+            flat = pixels.reshape(self.sums.shape[1], -1).astype(np.float64)  # [C, values of one channel]
+            self.sums += np.stack([np.full(len(flat), flat.shape[1], np.float64), flat.sum(1), (flat * flat).sum(1)])
+            self.images[name] = pixels
+            return
         channels = pixels if pixels.ndim == 3 else np.moveaxis(pixels, 1, 0)  # [C, values of one channel]
         parts = channels.reshape(len(channels), -1, _part(channels[0].size)).astype(np.float32)  # [C, parts, values]
         self.sums[0] += channels[0].size
@@ -156,7 +166,8 @@ class _Made:
         if self.recipe.jpeg:
             table = shards.to_jpeg_table(ids, labels[kept], images, self.recipe.decoder.shape)  # type: ignore[arg-type]
         else:
-            pixels = np.stack(images) if images else np.zeros((0, *self.recipe.decoder.shape), np.uint8)
+            dtype = np.float32 if isinstance(self.recipe.decoder, TensorDecoder) else np.uint8
+            pixels = np.stack(images) if images else np.zeros((0, *self.recipe.decoder.shape), dtype)
             table = shards.to_table(ids, labels[kept], pixels)
         return table.replace_schema_metadata({"sums": json.dumps(self.sums.tolist()), "decoders": json.dumps(decoders)})
 

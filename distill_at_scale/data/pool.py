@@ -1,12 +1,13 @@
 """The one door to real data during distillation: class-wise draws from the kept samples.
 
-Only what the manifest keeps is ever loaded. Images stay uint8 in memory and become normalised float32 when they are
-drawn.
+Only what the manifest keeps is ever decoded. Samples stay as they are stored (images as uint8) wherever they are held
+(`holding.py`) and become normalised float32 on the device when they are drawn. A draw is the same wherever they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,33 +15,15 @@ import torch
 from torch import Tensor
 
 from distill_at_scale import rng
+from distill_at_scale.data import holding
+from distill_at_scale.data.foresight import Ahead, Request
+from distill_at_scale.data.holding import Holding, InShards, Resident, Room
+from distill_at_scale.data.normalization import Normalization, Whitening, normalization_of
 from distill_at_scale.data.shards import Prepared
-from distill_at_scale.errors import UserError
-from distill_at_scale.pruning.manifest import kept
 
+__all__ = ["Draw", "Normalization", "Pool", "Whitening", "normalization_of"]
 
-@dataclass(frozen=True)
-class Normalization:
-    """x -> (x / 255 - mean) / std per channel; mean and std lie on the scale 0..1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def apply(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, C, H, W], or clips [n, T, C, H, W] -> float32 of the same shape."""
-        mean, std = self._columns(pixels)
-        return (pixels.float() / 255 - mean) / std
-
-    def invert(self, images: Tensor) -> Tensor:
-        """float [n, C, H, W] or [n, T, C, H, W] -> the scale 0..1, not clipped."""
-        mean, std = self._columns(images)
-        return images * std + mean
-
-    def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            torch.tensor(self.mean, device=like.device).view(-1, 1, 1),
-            torch.tensor(self.std, device=like.device).view(-1, 1, 1),
-        )
+MOST_THREADS = 8  # that decode JPEGs of a draw
 
 
 @dataclass(frozen=True)
@@ -53,40 +36,74 @@ class Draw:
 
 
 class Pool:
-    """The kept training samples of some classes, by class."""
+    """The kept training samples of some classes, by class. `held` says where they lie, in a sentence."""
 
-    def __init__(self, pixels: dict[int, Tensor], normalization: Normalization, seed: int):
-        self.pixels, self.normalization, self.seed = pixels, normalization, seed
+    held: str = ""
+
+    def __init__(self, pixels: dict[int, Tensor] | Holding, normalization: Normalization, seed: int,
+                 device: torch.device | None = None):  # fmt: skip
+        """`pixels`: label -> stored values [n, *shape], or a holding; draws go to `device` (default: where they lie)."""
+        self.holding: Holding = Resident(pixels) if isinstance(pixels, dict) else pixels
+        self.normalization, self.seed = normalization, seed
+        self.device = device or (
+            next(iter(pixels.values())).device if isinstance(pixels, dict) else torch.device("cpu")
+        )
+        apart = self.holding.where == "shards" or (self.holding.where == "host" and self.device.type != "cpu")
+        self._taken: Callable[[Request], list[tuple[Tensor, Tensor]]] = Ahead(self._take) if apart else self._take
 
     @classmethod
-    def load(cls, prepared: Prepared, manifest: Path, labels: Collection[int], seed: int, device: torch.device) -> Pool:
-        """Read what the manifest keeps of some classes.
+    def load(cls, prepared: Prepared, manifest: Path, labels: Collection[int], seed: int, device: torch.device,
+             hold: str = "auto", free: Room | None = None) -> Pool:  # fmt: skip
+        """What the manifest keeps of some classes, held where `hold` (distill.hold) says; `free` bounds auto.
 
         Raises UserError for a class of which nothing is kept.
         """
-        pixels, found = prepared.load("train", only=kept(manifest), labels=labels)
-        by_class = {label: torch.from_numpy(pixels[found == label]).to(device) for label in sorted(labels)}
-        for label, held in by_class.items():
-            if not len(held):
-                name = prepared.class_names[label]
-                raise UserError(
-                    f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class"
-                )
-        return cls(by_class, Normalization(tuple(prepared.mean), tuple(prepared.std)), seed)
+        places = holding.kept_places(prepared, manifest, labels)
+        needed = holding.needed_bytes(prepared, places)
+        where, why = holding.choose(hold, needed, device, free or holding.room(device))
+        if where == "shards":
+            found: Holding = InShards(prepared, places, min(MOST_THREADS, os.cpu_count() or 1))
+        else:
+            found = Resident.load(prepared, places, device if where == "device" else torch.device("cpu"))
+        pool = cls(found, normalization_of(prepared), seed, device)
+        pool.held = holding.sentence(where, sum(found.counts.values()), needed, why, device)
+        return pool
+
+    @property
+    def pixels(self) -> dict[int, Tensor]:
+        """Stored values by class; only where they are in memory."""
+        assert isinstance(self.holding, Resident)
+        return self.holding.pixels
 
     def count(self, label: int) -> int:
-        return len(self.pixels[label])
+        return self.holding.counts[label]
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """All of it: pixels uint8 [n, *shape], sorted by label, and labels int64 [n]; for networks trained on real data."""
-        labels = torch.cat([torch.full((self.count(c),), c) for c in self.pixels])
-        return torch.cat(list(self.pixels.values())), labels
+        """All of it, in memory: stored values [n, *shape], sorted by label, and labels int64 [n]."""
+        counts = self.holding.counts
+        labels = torch.cat([torch.full((count,), c) for c, count in counts.items()])
+        first = self.holding.whole(next(iter(counts)))
+        every, start = first.new_empty(sum(counts.values()), *first.shape[1:]), 0
+        for label, count in counts.items():
+            every[start : start + count] = self.holding.whole(label)
+            start += count
+        return every, labels
 
     def draw(self, labels: Sequence[int], n: int, purpose: str, *index: int) -> list[Draw]:
         """min(n, kept) images of each class, without replacement; decided by (seed, purpose, index, class) alone."""
-        return [self._draw_class(label, n, purpose, *index) for label in labels]
+        found = self._taken(Request(tuple(labels), n, purpose, index))
+        return [Draw(label, self._image(stored), rows) for label, (stored, rows) in zip(labels, found, strict=True)]
 
-    def _draw_class(self, label: int, n: int, purpose: str, *index: int) -> Draw:
-        held = self.pixels[label]
-        order = torch.randperm(len(held), generator=rng.generator(self.seed, purpose, *index, label))[:n]
-        return Draw(label, self.normalization.apply(held[order.to(held.device)]), order)
+    def _image(self, stored: Tensor) -> Tensor:
+        return self.normalization.apply(stored.to(self.device, non_blocking=True))
+
+    def _take(self, request: Request) -> list[tuple[Tensor, Tensor]]:
+        return [self._take_class(label, request) for label in request.labels]
+
+    def _take_class(self, label: int, request: Request) -> tuple[Tensor, Tensor]:
+        """Stored values and their rows."""
+        chance = rng.generator(self.seed, request.purpose, *request.index, label)
+        rows = torch.randperm(self.count(label), generator=chance)[: request.n]
+        stored = self.holding.take(label, rows)
+        pinned = self.device.type == "cuda" and stored.device.type == "cpu"
+        return stored.pin_memory() if pinned else stored, rows

@@ -1,11 +1,12 @@
-"""The prepared format: class-sorted Parquet shards of uint8 images or clips, and reading them.
+"""The prepared format: class-sorted Parquet shards of uint8 images or clips, or of float32 arrays, and reading them.
 
 `train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and either pixels
 (fixed-size binary: the bytes of a uint8 tensor C x H x W or, of a clip, T x C x H x W, whose shape is in the field's
 metadata; Parquet would store a list of bytes as 32-bit numbers, which takes 13 times as long to read) or, where large, jpeg
-(binary: the resized image, encoded again; of a clip its frames below each other). Rows are sorted by class and, within it,
-by id; a row group holds one class and few rows, so that any part of the set is read without the rest. `dataset.json` holds
-class names, shape, counts, channel statistics and the content fingerprint.
+(binary: the resized image, encoded again; of a clip its frames below each other). Arrays of other data are in a column
+values (fixed-size binary of float32; their shape and type are in the field's metadata). Rows are sorted by class and, within
+it, by id; a row group holds one class and few rows, so that any part of the set is read without the rest. `dataset.json`
+holds class names, shape, counts, channel statistics and the content fingerprint.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SHARD_BYTES = 128 * 2**20
 GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least
 JPEG_PART = 0.2  # of an image's raw bytes that its JPEG takes, about; only sizes depend on it
 OPEN_FILES = 64
+TAKEN_BYTES = 16 * 2**20  # of row groups that are read together
 CLIPS_SCORED, SCORED_BYTES = 1024, 64 * 2**20  # clips in a unit of scoring work at most, and their bytes
 
 Array = np.ndarray[Any, Any]
@@ -59,17 +61,22 @@ class Chunk:
     rows: int
 
 
-def schema(shape: Sequence[int], jpeg: bool = False) -> pa.Schema:
-    size = pa.binary() if jpeg else pa.binary(int(np.prod(shape)))
-    image = pa.field("jpeg" if jpeg else "pixels", size, metadata={"shape": json.dumps(list(shape))})
+def schema(shape: Sequence[int], jpeg: bool = False, dtype: Any = np.uint8) -> pa.Schema:
+    size = pa.binary() if jpeg else pa.binary(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    about = {"shape": json.dumps(list(shape))}
+    if dtype == np.uint8:
+        image = pa.field("jpeg" if jpeg else "pixels", size, metadata=about)
+    else:
+        image = pa.field("values", size, metadata=about | {"dtype": np.dtype(dtype).name})
     return pa.schema([("sample_id", pa.string()), ("label", pa.int32()), image])
 
 
 def to_table(ids: Sequence[str], labels: Sequence[int], pixels: Array) -> pa.Table:
-    """ids [n], labels [n], pixels uint8 [n, *shape] -> a table of the prepared schema."""
-    kind = schema(pixels.shape[1:])
-    buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8).reshape(-1))
-    column = pa.FixedSizeBinaryArray.from_buffers(kind.field("pixels").type, len(pixels), [None, buffer])
+    """ids [n], labels [n], pixels uint8 (or values float32) [n, *shape] -> a table of the prepared schema."""
+    dtype = np.float32 if pixels.dtype == np.float32 else np.uint8
+    kind = schema(pixels.shape[1:], dtype=dtype)
+    buffer = pa.py_buffer(np.ascontiguousarray(pixels, dtype).reshape(-1))
+    column = pa.FixedSizeBinaryArray.from_buffers(kind[-1].type, len(pixels), [None, buffer])
     return pa.table([pa.array(ids, pa.string()), np.asarray(labels, np.int32), column], schema=kind)
 
 
@@ -80,7 +87,8 @@ def to_jpeg_table(ids: Sequence[str], labels: Sequence[int], images: Sequence[by
 
 
 def pixels_of(table: pa.Table, threads: int = 1) -> Array:
-    """The images of a table as uint8 [n, *shape] (raw ones read-only: Arrow's own memory); JPEGs are decoded.
+    """The samples of a table as they are stored, uint8 or float32 [n, *shape] (raw ones read-only: Arrow's own memory);
+    JPEGs are decoded.
 
     Raises UserError for a JPEG that is damaged, naming the sample.
     """
@@ -90,8 +98,9 @@ def pixels_of(table: pa.Table, threads: int = 1) -> Array:
         return _decoded(table, shape, threads)
     column = table[name].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    dtype = np.dtype((table.schema.field(name).metadata.get(b"dtype") or b"uint8").decode())
     flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)[column.offset * column.type.byte_width :]
-    return flat[: len(column) * column.type.byte_width].reshape(len(column), *shape)
+    return flat[: len(column) * column.type.byte_width].view(dtype).reshape(len(column), *shape)
 
 
 def as_image(pixels: Array) -> Array:
@@ -117,9 +126,9 @@ def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
     return images
 
 
-def group_rows(shape: Sequence[int], jpeg: bool, chunk: int) -> int:
+def group_rows(shape: Sequence[int], jpeg: bool, chunk: int, itemsize: int = 1) -> int:
     """Rows of a row group: few enough to be read at random, enough to be read fast."""
-    size = int(np.prod(shape)) * (JPEG_PART if jpeg else 1)
+    size = int(np.prod(shape)) * itemsize * (JPEG_PART if jpeg else 1)
     return max(1, min(GROUP_ROWS, chunk, int(GROUP_BYTES / size)))
 
 
@@ -201,9 +210,24 @@ class Prepared:
         return self.meta["std"]
 
     @property
+    def kind(self) -> str:
+        """What the samples are: images, clips or tensors (float32 arrays)."""
+        return self.meta.get("kind") or ("clips" if len(self.shape) == 4 else "images")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the samples in memory."""
+        return np.dtype(np.float32 if self.kind == "tensors" else np.uint8)
+
+    @property
+    def value_bytes(self) -> int:
+        """What one sample takes in memory."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
     def image_bytes(self) -> int:
         """About what one image takes as it is stored."""
-        return max(1, int(np.prod(self.shape) * (JPEG_PART if self.meta.get("jpeg") else 1)))
+        return max(1, int(self.value_bytes * (JPEG_PART if self.meta.get("jpeg") else 1)))
 
     @property
     def fingerprint(self) -> str:
@@ -248,13 +272,13 @@ class Prepared:
     def load(
         self, split: str, only: Collection[str] | pa.Array | None = None, labels: Collection[int] | None = None
     ) -> tuple[Array, Array]:
-        """Pixels uint8 [n, *shape] and labels int64 [n], in shard order; `only` keeps these ids, `labels` these classes.
+        """Pixels uint8 (values float32) [n, *shape] and labels int64 [n], in shard order.
 
-        Row groups without a wanted sample are not read.
+        `only` keeps these ids, `labels` these classes. Row groups without a wanted sample are not read.
         """
         groups = [g for g in self.groups(split) if labels is None or g.label in labels]
         mask = None if only is None else self._wanted(split, groups, only)
-        pixels, found, start = [np.zeros((0, *self.shape), np.uint8)], [np.zeros(0, np.int64)], 0
+        pixels, found, start = [np.zeros((0, *self.shape), self.dtype)], [np.zeros(0, np.int64)], 0
         for group in groups:
             inside = None if mask is None else mask[start : start + group.rows]
             start += group.rows
@@ -274,15 +298,48 @@ class Prepared:
         chunks = [chunk for column in ids for chunk in column.chunks]
         return pc.is_in(pa.chunked_array(chunks, pa.string()), wanted).to_numpy()
 
-    def take(self, split: str, label: int, places: Sequence[int]) -> Array:
-        """Pixels uint8 [n, *shape] at some places (ascending) within a class; reads only the row groups that hold them."""
-        parts, start = [np.zeros((0, *self.shape), np.uint8)], 0
-        for group in self._by_label[split].get(label, []):
-            inside = [place - start for place in places if start <= place < start + group.rows]
-            if inside:
-                parts.append(self.pixels(self.read(group, split).take(inside)))
-            start += group.rows
+    def ids(self, split: str, label: int) -> pa.Array:
+        """The ids of a class, in the order of its places."""
+        found = [pa.array([], pa.string())]
+        for file, groups in self._files_of(split, label).items():
+            numbers = [group.number for group in groups]
+            found += self._open(split, file).read_row_groups(numbers, columns=["sample_id"])["sample_id"].chunks
+        return pa.chunked_array(found, pa.string()).combine_chunks()
+
+    def take(self, split: str, label: int, places: Sequence[int] | Array, threads: int = 1) -> Array:
+        """Samples [n, *shape] at some places (ascending) within a class; reads only the row groups that hold them.
+
+        Other samples of these row groups are not decoded. JPEGs are decoded in so many threads.
+        """
+        parts = [np.zeros((0, *self.shape), self.dtype)]
+        for file, numbers, rows in self._reads(split, label, np.asarray(places, np.int64)):
+            table = self._open(split, file).read_row_groups(numbers, use_threads=False)
+            parts.append(self.pixels(table.take(pa.array(rows)), threads))
         return np.concatenate(parts)
+
+    def _reads(self, split: str, label: int, wanted: Array) -> Iterator[tuple[str, list[int], Array]]:
+        """(file, row groups, rows within them): what must be read for some places of a class, some MB at a time."""
+        file, numbers, rows, held, start = "", list[int](), list[Array](), 0, 0
+        for group in self._by_label[split].get(label, []):
+            first, last = np.searchsorted(wanted, [start, start + group.rows])
+            if first < last:
+                if numbers and (group.file != file or held * self.image_bytes >= TAKEN_BYTES):
+                    yield file, numbers, np.concatenate(rows)
+                    numbers, rows, held = [], [], 0
+                file = group.file
+                numbers.append(group.number)
+                rows.append(wanted[first:last] - start + held)
+                held += group.rows
+            start += group.rows
+        if numbers:
+            yield file, numbers, np.concatenate(rows)
+
+    def _files_of(self, split: str, label: int) -> dict[str, list[Group]]:
+        """The row groups of a class by file, in order."""
+        found: dict[str, list[Group]] = {}
+        for group in self._by_label[split].get(label, []):
+            found.setdefault(group.file, []).append(group)
+        return found
 
     @cached_property
     def _groups(self) -> dict[str, list[Group]]:

@@ -8,10 +8,11 @@ and id. The schema's metadata holds rule, rate asked and reached, seed and finge
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -77,6 +78,28 @@ def kept(path: Path) -> pa.ChunkedArray:
             if pc.any(mask).as_py():
                 found += file.read_row_group(group, ["sample_id"])["sample_id"].filter(mask).chunks
     return pa.chunked_array(found, pa.string())
+
+
+def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa.Array]]:
+    """(label, ids of kept samples) for some classes, row group by row group; groups without them are not read."""
+    file, wanted = _open(path), np.array(sorted(labels), np.int32)
+    with reading(path, "select"):
+        for group in range(file.num_row_groups):
+            if not _may_hold(file.metadata.row_group(group).column(1).statistics, wanted):
+                continue
+            table = file.read_row_group(group, ["label", "kept"])
+            held, mask = table["label"].to_numpy(), table["kept"].to_numpy(zero_copy_only=False)
+            mask = mask & np.isin(held, wanted)
+            if mask.any():
+                ids, of = file.read_row_group(group, ["sample_id"])["sample_id"].combine_chunks(), held[mask]
+                ids = ids.take(pa.array(np.flatnonzero(mask)))
+                yield from ((int(c), ids.filter(pa.array(of == c))) for c in np.unique(of))
+
+
+def _may_hold(statistics: Any, labels: np.ndarray[Any, Any]) -> bool:
+    if statistics is None or not statistics.has_min_max:
+        return True
+    return bool(((labels >= statistics.min) & (labels <= statistics.max)).any())
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale import rng, tensors
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.normalization import normalization_of
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples, will_compile
@@ -30,8 +30,10 @@ from distill_at_scale.workers import Solo, Workers
 Advance = Callable[[int], None]  # called with 1 after each epoch, also for those that were there already
 
 
-def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int) -> NetworkSpec:
-    return NetworkSpec(config.network, shape, classes, config.width, config.depth)
+def network_spec(
+    config: ScoreSection, shape: tuple[int, ...], classes: int, kind: str | None = None
+) -> NetworkSpec:  # fmt: skip
+    return NetworkSpec(config.network, shape, classes, config.width, config.depth, kind)
 
 
 def checkpoint_path(folder: Path, trial: int, epoch: int) -> Path:
@@ -56,8 +58,8 @@ class Trial:
         self.config, self.trial, self.seed, self.folder, self.device = config, trial, seed, folder, device
         self.workers = workers or Solo()
         self.prepared = prepared
-        self.spec = network_spec(config, prepared.shape, len(prepared.class_names))
-        self.normalization = Normalization(tuple(prepared.mean), tuple(prepared.std))
+        self.spec = network_spec(config, prepared.shape, len(prepared.class_names), prepared.kind)
+        self.normalization = normalization_of(prepared, whitened=False)
         self.stream = Stream(prepared, seed, config.batch, config.shards, config.share)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
         work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike

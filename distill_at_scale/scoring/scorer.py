@@ -40,7 +40,7 @@ def criteria_of(names: Sequence[str]) -> dict[str, Criterion]:
 
 
 class Classifier(nn.Module):
-    """uint8 pixels [n, *shape] -> logits float32 [n, classes]; the normalisation is part of the weights."""
+    """Stored values [n, *shape] -> logits float32 [n, classes]; the normalisation is part of the weights."""
 
     mean: Tensor
     std: Tensor
@@ -50,13 +50,13 @@ class Classifier(nn.Module):
         self.precision, self.device, self.spec, self.channels_last = precision, device, spec, channels_last
         self.network = spec.build(0)
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.zeros(spec.shape[-3]))
+            self.register_buffer(name, torch.zeros(spec.columns))
         self.to(device).eval().requires_grad_(False)
         if channels_last:
             spec.lay_out(self.network)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images = (pixels.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+        images = ((pixels.float() if self.spec.tensors else pixels.float() / 255) - self.mean) / self.std
         with proxy.autocast(self.precision, self.device):
             return self.network(self.spec.laid_out(images) if self.channels_last else images).float()
 
@@ -79,7 +79,7 @@ class Scorer:
         score, self.device = config.score, device
         self.prepared = Prepared(prepared)
         self.criteria: Mapping[str, Criterion] = criteria_of(score.criteria)
-        self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names))
+        self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
         self.at_once = self.spec.at_once(device)
         self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
@@ -110,7 +110,7 @@ class Scorer:
         network = spec.build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
-        mean, std = (torch.tensor(values, device=self.device) for values in (mean, std))
+        mean, std = (torch.tensor(values, device=self.device).view(spec.columns) for values in (mean, std))
         return Checkpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns)
 
     def score(self, units: Sequence[Unit]) -> Iterator[int]:

@@ -13,6 +13,7 @@ from distill_at_scale.data.sources.kinetics_tar import KineticsTar
 from distill_at_scale.data.sources.moving_digits import MovingDigits
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.sources.something_v2 import SomethingV2
+from distill_at_scale.data.sources.tensors import Tensors
 from distill_at_scale.data.sources.tiny_imagenet import TinyImagenet
 from distill_at_scale.data.sources.torchvision import TorchvisionSet
 from distill_at_scale.data.sources.ucf101 import Ucf101
@@ -35,4 +36,5 @@ SOURCES = {
     "ucf101": Ucf101,
     "hmdb51": Hmdb51,
     "something_v2": SomethingV2,
+    "tensors": Tensors,
 }

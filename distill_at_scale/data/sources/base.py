@@ -41,7 +41,7 @@ LARGEST_LABEL = 10**6  # of classes that have numbers for names
 
 
 class Source(Protocol):
-    """A source of videos also says `clips = True`."""
+    """A source of videos also says `clips = True`; one of other arrays `tensors = True`, and their `shape`."""
 
     class_names: list[str]
 
@@ -57,7 +57,10 @@ class Source(Protocol):
         """A hash that changes when the samples of the split change; must not read all pixels."""
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
-        """The raw form of some rows of a listing, in order: encoded bytes, or a uint8 array H x W (x C)."""
+        """The raw form of some rows of a listing, in order: encoded bytes, or a uint8 array H x W (x C).
+
+        Of a source of other arrays: arrays of numbers; one of type object is rejected.
+        """
 
 
 def listing(

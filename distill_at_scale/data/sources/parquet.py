@@ -42,8 +42,15 @@ BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
 class HuggingFaceParquet:
+    """`column_key`, `wanted` and `held` are for messages: the configuration's key of the column, its types, its content."""
+
+    column_key = "data.image_column"
+    wanted = "binary or a struct with the field bytes"
+    held = "encoded images"
+
     def __init__(self, config: DataSection) -> None:
         self.config, self.store = config, data_store(config)
+        self.column = config.image_column
         self.files: dict[str, list[str]] = {}
         for name in [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]:
             self.files.setdefault(split_of(_split_part(name)) or "train", []).append(name)
@@ -118,9 +125,17 @@ class HuggingFaceParquet:
                 start, images = self._images(names[first], int(numbers[first]))
                 inside = (numbers[first:last] >= start) & (numbers[first:last] < start + len(images))
                 stop = last if inside.all() else first + int(np.argmin(inside))
-                found += [raw or b"" for raw in images.take(pa.array(numbers[first:stop] - start)).to_pylist()]
+                found += self._raw(images.take(pa.array(numbers[first:stop] - start)))
                 first = stop
         return found
+
+    def _leaf(self, kind: pa.DataType) -> str | None:
+        """The Parquet column to read of a column of this type, or None where it cannot hold samples."""
+        return _leaf(kind, self.column)
+
+    def _raw(self, values: pa.ChunkedArray) -> list[Any]:
+        """The raw form of some values of that column."""
+        return [raw or b"" for raw in values.to_pylist()]
 
     def _images(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
         """The first row of the row group that holds a row, and the group's images."""
@@ -133,7 +148,7 @@ class HuggingFaceParquet:
         group = int(np.searchsorted(ends, row, side="right"))
         if not 0 <= row < (ends[-1] if len(ends) else 0):
             raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
-        leaf = _leaf(file.schema_arrow.field(self.config.image_column).type, self.config.image_column)
+        leaf = self._leaf(file.schema_arrow.field(self.column).type)
         table = self._asked(name, lambda: file.read_row_group(group, columns=[leaf]))
         column = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
         return int(ends[group]) - table.num_rows, column
@@ -175,16 +190,16 @@ class HuggingFaceParquet:
     def _read_columns(self, name: str) -> pa.Table:
         """The columns `label` and, where it exists, `path` of one file."""
         with self._parquet(name) as file:
-            schema, image, label = file.schema_arrow, self.config.image_column, self.config.label_column
+            schema, image, label = file.schema_arrow, self.column, self.config.label_column
             place = self.store.place(name)
-            for key, column in (("data.image_column", image), ("data.label_column", label)):
+            for key, column in ((self.column_key, image), ("data.label_column", label)):
                 if column not in schema.names:
                     raise UserError(f"{place} has no column {column!r}; set {key} to one of: {', '.join(schema.names)}")
             kind = schema.field(image).type
-            if _leaf(kind, image) is None:
+            if self._leaf(kind) is None:
                 raise UserError(
-                    f"{place}: column {image!r} must be binary or a struct with the field bytes, it is {kind}; "
-                    "set data.image_column to the column that holds encoded images"
+                    f"{place}: column {image!r} must be {self.wanted}, it is {kind}; "
+                    f"set {self.column_key} to the column that holds {self.held}"
                 )
             paths = [f"{image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
             table = self._asked(name, lambda: file.read(columns=[label, *paths]))

@@ -26,7 +26,7 @@ from distill_at_scale.backends.projections import projections
 Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]  # real and synthetic gradients -> a scalar
 View = Callable[[Tensor], Tensor]
 Gradients = list[Tensor]
-MOVED = 2  # synthetic images of a class whose gradients are looked at
+MOVED, MOVED_FOR_FEATURES = 4, 2  # synthetic images of a class whose gradients are looked at
 
 
 def gradient_effects(
@@ -43,8 +43,8 @@ def gradient_effects(
     """The size of each real sample's effect under gradient matching [n]; 0 for a sample that is alone.
 
     `real` [n, *shape] as the network sees it; `images` [m, *shape] the class's synthetic images as they are stored, which
-    `view` turns into what the network sees; `distance` the matching loss of two lists of gradients; `probes` the
-    number of directions.
+    `view` turns into what the network sees, the same every time; `distance` the matching loss of two lists of gradients;
+    `probes` the number of directions.
     """
     if len(real) == 1:
         return real.new_zeros(1)
@@ -53,6 +53,8 @@ def gradient_effects(
     shares = [len(part) / len(real) for part in order.chunk(probes)]
     mean = [sum(s * g for s, g in zip(shares, layer, strict=True)) for layer in zip(*groups, strict=True)]  # type: ignore[misc]
     response = _Response(network, images.detach(), view, label, distance, mean, generator)
+    if not response.is_seen:
+        return real.new_zeros(len(real))
     effects = [response.back([g - m for g, m in zip(group, mean, strict=True)]) for group in groups]
     ahead = [response.ahead(direction) for direction in _orthonormal(torch.stack(effects))]
     directions = [None if layer[0] is None else torch.stack(layer) for layer in zip(*ahead, strict=True)]  # type: ignore[arg-type]
@@ -75,7 +77,7 @@ def feature_effects(
     if len(features) == 1:
         return features.new_zeros(1)
     features, factor = features.detach(), 2 / len(images)
-    moved = images.detach()[_some(len(images), generator).to(images.device)]
+    moved = images.detach()[_some(len(images), MOVED_FOR_FEATURES, generator).to(images.device)]
     mixtures = torch.randn(probes, len(features), generator=generator).to(features) @ (features - features.mean(0))
     rows = moved.repeat(probes, *[1] * (moved.dim() - 1))  # direction by direction
     effects = _in_step(lambda x, c: _back(embed, view, x, c), at_once, rows, mixtures.repeat_interleave(len(moved), 0))
@@ -98,52 +100,63 @@ class _Response:
         mean: Gradients,
         generator: torch.Generator,
     ):
-        self.images, self.view, self.moved = images, view, _some(len(images), generator).to(images.device)
-        self.mean = [m.detach().requires_grad_(True) for m in mean]
+        self.images, self.view = images, view
+        self.moved = _some(len(images), MOVED, generator).to(images.device)
+        given = [m.detach().requires_grad_(True) for m in mean]
         self.seen = view(images)
         made = [g.detach().requires_grad_(True) for g in synthetic_gradient(network, self.seen, label)]
-        slopes = torch.autograd.grad(distance(self.mean, made), made, create_graph=True, allow_unused=True)
+        slopes = torch.autograd.grad(distance(given, made), made, create_graph=True, allow_unused=True)
         self.counted = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
         self.slopes = [slopes[k] for k in self.counted]
-        self._follow(network, label)
+        self.layers, self.counted_mean = len(given), [given[k] for k in self.counted]
+        self.leaf = images[self.moved].requires_grad_(True)
+        self.rows = self._moves(torch.randn(self.leaf.shape, generator=generator).to(images)).flatten(1).any(1)
+        if self.is_seen:
+            self._follow(network, label)
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the view shows any of the moved images."""
+        return bool(self.rows.any())
 
     def _follow(self, network: nn.Module, label: int) -> None:
         """The part of the synthetic gradient that the moved images make, as a function of them."""
-        self.leaf = self.images[self.moved].requires_grad_(True)
-        whole = self.images.index_copy(0, self.moved, self.leaf)
-        rows = (self.view(self.images.index_add(0, self.moved, self.leaf.detach() + 1)) - self.seen).flatten(1).any(1)
-        self.rows = rows
-        self.part = self.view(whole)[rows]
-        targets = torch.full((len(self.part),), label, device=self.part.device)
-        loss = F.cross_entropy(network(self.part), targets, reduction="sum") / len(self.seen)
+        part = self.view(self.images.index_copy(0, self.moved, self.leaf))[self.rows]
+        targets = torch.full((len(part),), label, device=part.device)
+        loss = F.cross_entropy(network(part), targets, reduction="sum") / len(self.seen)
         parameters = matched_parameters(network)
         self.gradients = torch.autograd.grad(loss, [parameters[k] for k in self.counted], create_graph=True)
-        self.weights = [torch.zeros_like(g, requires_grad=True) for g in self.gradients]
-        self.backwards = torch.autograd.grad(self.gradients, self.part, self.weights, create_graph=True)[0]
-        self.tilts = [torch.zeros_like(s, requires_grad=True) for s in self.slopes]
-        self.turned = torch.autograd.grad(
-            self.slopes, [self.mean[k] for k in self.counted], self.tilts, create_graph=True
-        )
+        self.forward_of_gradients = _transposed(self.gradients, [part])
+        self.forward_of_slopes = _transposed(self.slopes, self.counted_mean)
+
+    def _moves(self, way: Tensor) -> Tensor:
+        """How what the network sees moves as the moved images do."""
+        return self.view(self.images.index_add(0, self.moved, way)) - self.seen
 
     def back(self, change: Gradients) -> Tensor:
         """M' change: how the moved images' gradient changes with the mean real gradient [moved, *shape]."""
-        change = [change[k] for k in self.counted]
-        slopes = torch.autograd.grad(self.turned, self.tilts, change, retain_graph=True)
+        slopes = self.forward_of_slopes([change[k] for k in self.counted])
         return torch.autograd.grad(self.gradients, self.leaf, slopes, retain_graph=True)[0]
 
     def ahead(self, way: Tensor) -> list[Tensor | None]:
         """M way, layer by layer: None where a layer does not count."""
-        moves = (self.view(self.images.index_add(0, self.moved, way)) - self.seen)[self.rows]
-        change = torch.autograd.grad(self.backwards, self.weights, moves, retain_graph=True)
-        found = torch.autograd.grad(self.slopes, [self.mean[k] for k in self.counted], change, retain_graph=True)
-        result: list[Tensor | None] = [None] * len(self.mean)
+        change = self.forward_of_gradients([self._moves(way)[self.rows]])
+        found = torch.autograd.grad(self.slopes, self.counted_mean, change, retain_graph=True)
+        result: list[Tensor | None] = [None] * self.layers
         for k, direction in zip(self.counted, found, strict=True):
             result[k] = direction
         return result
 
 
-def _some(images: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(images, generator=generator)[:MOVED]
+def _transposed(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """A change of the inputs -> that of the outputs: the backward pass is linear in its weights, so its own is this."""
+    weights = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    backwards = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
+    return lambda change: torch.autograd.grad(backwards, weights, change, retain_graph=True)
+
+
+def _some(images: int, n: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(images, generator=generator)[:n]
 
 
 def _in_step(function: Callable[[Tensor, Tensor], Tensor], at_once: int, first: Tensor, second: Tensor) -> Tensor:
@@ -160,10 +173,7 @@ def _ahead(embed: Callable[[Tensor], Tensor], view: View, images: Tensor, ways: 
     seen = view(images)
     moves = view(images + ways) - seen
     seen = seen.detach().requires_grad_(True)
-    features = embed(seen)
-    weights = torch.zeros_like(features, requires_grad=True)
-    backwards = torch.autograd.grad(features, seen, weights, create_graph=True)[0]
-    return torch.autograd.grad(backwards, weights, moves)[0]
+    return _transposed([embed(seen)], [seen])([moves])[0]
 
 
 def _orthonormal(effects: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _of_linear(layer: nn.Linear, before: Tensor, after: Tensor, directions: Tens
 
 def _of_convolution(layer: nn.Conv2d, before: Tensor, after: Tensor, directions: Tensor) -> Tensor:
     """Input [n, in, *space], gradient at the output [n, out, *space] and directions [k, out, in, *kernel] -> [n, k]."""
-    windows = F.pad(before, [p for padding in reversed(layer.padding) for p in (padding, padding)])  # type: ignore[list-item]
+    windows = F.pad(before, [p for padding in reversed(layer.padding) for p in (padding, padding)])  # type: ignore[misc]
     for axis, (kernel, stride) in enumerate(zip(layer.kernel_size, layer.stride, strict=True)):
         windows = windows.unfold(2 + axis, kernel, stride)  # n, in, *space, *kernel
     space = after.dim() - 2

@@ -3,10 +3,14 @@
 The matching core asks; a backend does not know the rule. Rule `loss` drops the floor(drop * n) samples with the
 largest value: the cross-entropy that the matching forward pass computes (DC, DSA, IDC), or the distance to the synthetic
 mean in feature space (DM). Rule `ite` drops the samples with the largest and with the smallest effect on the synthetic
-images' gradient. It does not sort: the logarithms of the effects are taken to be normally distributed with the running
-mean and variance of their class, and what lies beyond the thresholds that leave out `drop` is dropped, so that the share
-is `drop` on the average only. A look costs more than a forward pass, so values are remembered per sample: a full
-look every `refresh` steps, and in between the samples to be dropped are not even loaded into the network.
+images' gradient. It does not sort: the logarithms of the effects are taken to be normally distributed around the batch's
+mean with the running variance of their class, and what lies beyond the thresholds that leave out `drop` is dropped, so that
+the share is `drop` on the average only. A running mean, as in the paper, does not serve here: every step has another
+network and another augmentation, which scale all effects of a batch alike (measured on CIFAR-10 at drop 0.3, decay 0.9:
+a running mean drops 0.15 to 0.59 of a batch, depending on tail and method, the batch's own 0.28 to 0.32).
+
+A look costs at least a forward pass, so values are remembered per sample: a full look every `refresh` steps, and in between
+the samples to be dropped are not even loaded into the network.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class RuntimePruning:
         self.drop = config.drop if config.rule != "none" else 0.0
         self.refresh, self.probes, self.decay = config.refresh, config.probes, config.decay
         self.memory: dict[int, Tensor] = {}  # label -> standardised value of each sample of the pool, 0 if not seen
-        self.running: dict[int, Tensor] = {}  # label -> mean and variance of the logarithms of effects, float64 [2]
+        self.running: dict[int, Tensor] = {}  # label -> variance of the logarithms of effects, float64 [1]
         self.low, self.high = _quantile(self.drop * (1 - config.tail)), -_quantile(self.drop * config.tail)
 
     def dropped(self, n: int) -> int:
@@ -81,13 +85,12 @@ class RuntimePruning:
         return keep
 
     def _standardised(self, label: int, effects: Tensor) -> Tensor:
-        """Logarithms in deviations from the class's running mean, in which this batch is counted first."""
+        """Logarithms from the batch's mean, in the class's running deviations, in which this batch is counted first."""
         logs = effects.clamp_min(max(float(effects.max()) * SMALLEST, torch.finfo(effects.dtype).tiny)).double().log()
-        found = torch.stack([logs.mean(), logs.var(correction=0)]).cpu()
+        found = logs.var(correction=0).cpu().view(1)
         known = self.running.get(label, found)
         self.running[label] = known + (1 - self.decay) * (found - known)
-        mean, variance = self.running[label].tolist()
-        return (logs - mean) / max(math.sqrt(variance), FLAT)
+        return (logs - logs.mean()) / self.running[label].sqrt().clamp_min(FLAT).to(logs.device)
 
     def _remember(self, label: int, rows: Tensor, held: int, values: Tensor) -> None:
         """Note a batch's values, standardised within the batch, since every step has another network."""

@@ -84,7 +84,7 @@ class DistributionMatching(ImageBackend):
         return {"loss": float(torch.cat(losses).mean()), "real_share": embedded / drawn}
 
     def _losses(self, images: Tensor, labels: list[int], step: int) -> tuple[Tensor, tuple[int, int]]:
-        """The losses [classes] of some classes' images [classes, ipc, *shape]; how many real samples were embedded, of how many."""
+        """The losses [classes] of images [classes, ipc, *shape]; how many real samples were embedded, and of how many."""
         draws = [self.augmentation.draw(generator(self.setting.seed, "siamese", step, c)) for c in labels]
         synthetic = torch.cat([draw.apply(own) for draw, own in zip(draws, images.unbind(), strict=True)])
         means = self.embed(synthetic).view(len(draws), self.ipc, -1).mean(1)  # classes x features

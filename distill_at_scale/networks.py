@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,33 +95,56 @@ class NetworkSpec:
         """
         return max(4, (CACHE if device.type == "cpu" else GPU_BYTES) // self.work(1))
 
-    def clips_last(self, device: torch.device, compiled: bool) -> bool:
-        """Whether clips shall have their channels last: on a CPU only compiled code gains by it."""
-        return self.clips and (compiled or device.type == "cuda")
+    def layout(self, use: Literal["score", "train", "match"], device: torch.device, compiled: bool) -> Layout:
+        """How weights and images lie in memory where the network is used for scoring, for training or for matching.
+
+        On a GPU channels lie last, and of clips wherever the code is compiled: eagerly a CPU core loses by it. Of images they
+        lie last for scoring on a CPU too. There, training and matching keep the order that their numbers were made with.
+        """
+        if self.clips:
+            return Layout(self, compiled or device.type == "cuda")
+        return Layout(self, use == "score" or (use == "train" and device.type == "cuda"))
 
     def lay_out(self, network: nn.Module) -> nn.Module:
-        """The network, its weights laid out for the fastest inference: those of convolutions have their channels last.
-
-        Measured on an EPYC (Zen 5) core: eager 1.6 (ResNet-18 at 224 x 224) to 3 times (ConvNet) as fast, compiled the same.
-        ConvNet3D is 1.3 to 2.5 times as fast compiled (1.2 to 2.2 with the backward pass), but slower eagerly.
-        """
-        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-        for parameter in network.parameters():
-            if parameter.dim() in layouts:
-                parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
-        return network
+        """The network with the weights of its convolutions laid out channels last, in place."""
+        return Layout(self, True).network(network)
 
     def laid_out(self, images: Tensor) -> Tensor:
         """Images [n, C, H, W] or clips [n, T, C, H, W] with their channels last in memory; shape and values stay."""
-        if self.tensors:
-            return images
-        if not self.clips:
-            return images.contiguous(memory_format=torch.channels_last)
-        return images.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d).transpose(1, 2)
+        return Layout(self, True).images(images)
 
     def work(self, images: int) -> int:
         """Bytes of the widest layer for so many images: a measure of what is to be computed."""
         return images * widest_layer(self)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the channels of a network's weights and images lie in memory; shapes and values are the same either way.
+
+    Measured on an EPYC (Zen 5) core with the channels last: eager inference 1.6 (ResNet-18 at 224 x 224) to 3 times (ConvNet)
+    as fast, compiled the same. ConvNet3D is 1.3 to 2.5 times as fast compiled (1.2 to 2.2 with the backward pass),
+    but slower eagerly.
+    """
+
+    spec: NetworkSpec
+    channels_last: bool
+
+    def network(self, network: nn.Module) -> nn.Module:
+        """The network, the weights of its convolutions laid out in place."""
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in network.parameters() if self.channels_last else ():
+            if parameter.dim() in layouts:
+                parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+        return network
+
+    def images(self, images: Tensor) -> Tensor:
+        """Images [n, C, H, W] or clips [n, T, C, H, W], of any dtype."""
+        if not self.channels_last or self.spec.tensors:
+            return images
+        if not self.spec.clips:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d).transpose(1, 2)
 
 
 def _of_images(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:

@@ -144,8 +144,8 @@ class RuntimeSection(Section):
     rule: Literal["none", "loss", "ite"] = "none"
     drop: float = Field(0.3, ge=0, lt=1)
     tail: float = Field(0.5, ge=0, le=1)  # rule ite: the part of what is dropped that has the largest effect
-    probes: int = Field(8, ge=1, le=1024)  # rule ite: random directions in which a sample's effect is measured
-    decay: float = Field(0.9, ge=0, lt=1)  # rule ite: memory of the running mean and variance behind the thresholds
+    probes: int = Field(16, ge=1, le=1024)  # rule ite: directions in which a sample's effect is measured
+    decay: float = Field(0.9, ge=0, lt=1)  # rule ite: memory of the running variance behind the thresholds
     refresh: int = Field(
         10, ge=1
     )  # a batch is looked at in full every so many steps; in between remembered values decide

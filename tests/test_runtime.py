@@ -108,3 +108,108 @@ def test_a_loaded_memory_is_a_copy():
     again.load_state_dict(state, [0])
     again._remember(0, torch.arange(2), 2, torch.tensor([2.0, 1.0]))
     assert torch.equal(state["remembered/0"], rule.state_dict()["remembered/0"])
+
+
+# Rule ite: thresholds instead of sorting.
+
+
+def effects(n: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Log-normal sizes."""
+    return scale * torch.randn(n, generator=torch.Generator().manual_seed(seed)).exp()
+
+
+def ite(drop=0.3, tail=0.5, refresh=10, decay=0.9):
+    return RuntimePruning(RuntimeSection(rule="ite", drop=drop, tail=tail, refresh=refresh, decay=decay))
+
+
+@pytest.mark.parametrize(("tail", "smaller", "larger"), [(0.0, 0.3, 0.0), (0.5, 0.15, 0.15), (1.0, 0.0, 0.3)])
+def test_both_tails_are_dropped_in_the_asked_proportion(tail, smaller, larger):
+    values = effects(4000)
+    dropped = values[~ite(0.3, tail).look(0, torch.arange(4000), 4000, values)]
+    assert float((dropped < 1).sum()) / 4000 == pytest.approx(smaller, abs=0.02)
+    assert float((dropped > 1).sum()) / 4000 == pytest.approx(larger, abs=0.02)
+
+
+def test_what_is_dropped_lies_beyond_all_that_stays():
+    values = effects(300)
+    kept = ite(0.4, 0.5).look(0, torch.arange(300), 300, values)
+    inside = values[kept]
+    assert all(v < inside.min() or v > inside.max() for v in values[~kept])
+
+
+def test_a_network_that_scales_all_effects_drops_the_same_samples():
+    rows = torch.arange(200)
+    one, other = ite(), ite()
+    one.look(0, rows, 200, effects(200))
+    other.look(0, rows, 200, effects(200))
+    assert torch.equal(one.look(0, rows, 200, effects(200, 1)), other.look(0, rows, 200, effects(200, 1, scale=1e-4)))
+
+
+@pytest.mark.parametrize(("decay", "same"), [(0.0, True), (0.9, False)])
+def test_the_spread_of_earlier_batches_counts_as_far_as_it_is_remembered(decay, same):
+    rows = torch.arange(500)
+    fresh, old = ite(decay=decay), ite(decay=decay)
+    old.look(0, rows, 500, effects(500) ** 5)  # a far wider spread
+    masks = [rule.look(0, rows, 500, effects(500, 1)) for rule in (fresh, old)]
+    assert torch.equal(*masks) is same
+    assert int(masks[0].sum()) <= int(masks[1].sum())
+
+
+def test_the_running_variance_is_the_decayed_mean():
+    rule, batches = ite(decay=0.75), [effects(50, seed) ** (0.5 + seed / 2) for seed in range(3)]
+    for batch in batches:
+        rule.look(4, torch.arange(50), 50, batch)
+    first, second, third = (batch.double().log().var(correction=0) for batch in batches)
+    assert float(rule.running[4]) == pytest.approx(float(0.75 * (0.75 * first + 0.25 * second) + 0.25 * third))
+
+
+def test_between_looks_remembered_effects_decide_and_unseen_samples_are_average():
+    rule, rows = ite(0.4, 0.5), torch.randperm(100)[:60]
+    seen = rule.look(0, rows, 100, effects(60))
+    unseen = torch.tensor([r for r in range(100) if r not in set(rows.tolist())])
+    assert torch.equal(rule.forecast(0, rows, 100, 1), seen)
+    assert bool(rule.forecast(0, unseen, 100, 1).all())
+    assert rule.forecast(0, rows, 100, 10) is None
+
+
+@pytest.mark.parametrize("values", [torch.ones(5), torch.zeros(5), torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])])
+def test_degenerate_effects_leave_something_and_nothing_infinite(values):
+    for tail in (0.0, 0.5, 1.0):
+        rule = ite(0.8, tail)
+        assert bool(rule.look(0, torch.arange(5), 5, values).any())
+        assert all(torch.isfinite(t).all() for t in rule.state_dict().values())
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.5, 1.0])
+def test_one_sample_stays_whatever_is_dropped(tail):
+    for seed in range(20):
+        assert bool(ite(0.99, tail).look(0, torch.arange(3), 3, effects(3, seed)).any())
+
+
+def test_effects_that_are_not_finite_drop_nothing_and_are_forgotten():
+    rule, values = ite(), effects(10)
+    values[3] = float("nan")
+    assert bool(rule.look(0, torch.arange(10), 10, values).all())
+    assert rule.state_dict() == {}
+
+
+def test_the_state_of_rule_ite_resumes_to_the_same_bytes():
+    rule, again, rows = ite(), ite(), torch.arange(40)
+    for seed, label in enumerate((0, 1, 0)):
+        rule.look(label, rows, 40, effects(40, seed))
+    state = {key: value.clone() for key, value in rule.state_dict().items()}
+    assert sorted(state) == ["effects/0", "effects/1", "remembered/0", "remembered/1"]
+    again.load_state_dict(state, [0])
+    assert sorted(again.state_dict()) == ["effects/0", "remembered/0"]
+    masks = [r.look(0, rows, 40, effects(40, 9)) for r in (rule, again)]
+    assert torch.equal(*masks)
+    assert all(torch.equal(rule.state_dict()[key], again.state_dict()[key]) for key in again.state_dict())
+    assert torch.equal(state["effects/0"], state["effects/0"].clone())
+
+
+def test_each_rule_is_asked_for_its_own_values_only():
+    def never():
+        raise AssertionError
+
+    assert ite().values(loss=never, ite=lambda: 1) == 1
+    assert pruning().values(loss=lambda: 2, ite=never) == 2

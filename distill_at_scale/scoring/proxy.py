@@ -64,9 +64,8 @@ class Trial:
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
         work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike
         compiled = will_compile(config.compile, work)
-        self.channels_last = device.type == "cuda" or self.spec.clips_last(device, compiled)
-        if self.channels_last:
-            self.spec.lay_out(self.network)
+        self.layout = self.spec.layout("train", device, compiled)
+        self.layout.network(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
@@ -128,9 +127,7 @@ class Trial:
         return torch.cat([parameter.grad.reshape(-1) for parameter in self.network.parameters()])  # type: ignore[union-attr]
 
     def _logits(self, pixels: Tensor) -> Tensor:
-        images = self.normalization.apply(pixels)
-        if self.channels_last:
-            images = self.spec.laid_out(images)
+        images = self.layout.images(self.normalization.apply(pixels))
         with autocast(self.config.precision, self.device):
             return self.network(images).float()
 

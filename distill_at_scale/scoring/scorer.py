@@ -23,7 +23,7 @@ from distill_at_scale import tensors
 from distill_at_scale.config import Config
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Prepared
-from distill_at_scale.networks import NetworkSpec, in_parts, maybe_compile, will_compile
+from distill_at_scale.networks import Layout, NetworkSpec, in_parts, maybe_compile, will_compile
 from distill_at_scale.registry import resolve
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy, weights
@@ -45,20 +45,19 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, channels_last: bool = True):
+    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, layout: Layout):
         super().__init__()
-        self.precision, self.device, self.spec, self.channels_last = precision, device, spec, channels_last
+        self.precision, self.device, self.spec, self.layout = precision, device, spec, layout
         self.network = spec.build(0)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.zeros(spec.columns))
         self.to(device).eval().requires_grad_(False)
-        if channels_last:
-            spec.lay_out(self.network)
+        layout.network(self.network)
 
     def forward(self, pixels: Tensor) -> Tensor:
         images = ((pixels.float() if self.spec.tensors else pixels.float() / 255) - self.mean) / self.std
         with proxy.autocast(self.precision, self.device):
-            return self.network(self.spec.laid_out(images) if self.channels_last else images).float()
+            return self.network(self.layout.images(images)).float()
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ class Scorer:
         self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
         compiled = will_compile(score.compile, work)
-        self.channels_last = not self.spec.clips or self.spec.clips_last(device, compiled)
+        self.layout = self.spec.layout("score", device, compiled)
         self.classifiers: dict[int, tuple[Classifier, Callable[[Tensor], Tensor]]] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.channels_last)
+            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.layout)
             self.classifiers[outputs] = classifier, maybe_compile(classifier, score.compile, work)
 
     def _trained(self, score: ScoreSection, folder: Path) -> list[Checkpoint]:
@@ -135,7 +134,7 @@ class Scorer:
         """sample_id, label and, per criterion, float32 lists [checkpoints]."""
         labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
         pixels = self._padded(pixels.to(self.device, non_blocking=True))
-        pixels = self.spec.laid_out(pixels) if self.channels_last else pixels  # once, and as bytes
+        pixels = self.layout.images(pixels)  # once, and as bytes
         values: dict[str, list[Tensor]] = {name: [] for name in self.criteria}
         for checkpoint in self.checkpoints:
             logits = self._logits(checkpoint, pixels)[: len(labels)]

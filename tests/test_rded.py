@@ -135,6 +135,31 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, mo
     assert pieces[0].stat().st_mtime_ns == before
 
 
+def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
+    """The actor's own code, without a cluster: units go to two of them in turn, one of which is replaced on the way."""
+    from distill_at_scale.cluster import scoring
+    from distill_at_scale.cluster.pool import grouped
+    from distill_at_scale.cluster.session import pack
+
+    setting, places, chunks, candidates = ranked()
+    table_of(setting, places, chunks, candidates)
+    target, pieces = (make(places.networks, setting.config) for make in (patches.table_path, patches.pieces_folder))
+    whole = target.read_bytes()
+    work = [{**asdict(chunk), "path": str(score_piece(pieces, chunk))} for chunk in chunks]
+    for chunk in chunks:
+        score_piece(pieces, chunk).unlink()
+    config = setting.config.model_copy(update={"cluster": setting.config.cluster.model_copy(update={"actors": 2})})
+    arguments = pack(config), str(places.prepared), str(places.networks)
+    actors = [scoring.RankingActor(*arguments) for _ in range(2)]
+    for number, unit in enumerate(reversed(grouped(work, config, 0))):
+        if number == 2:
+            actors[0] = scoring.RankingActor(*arguments)
+        found = actors[number % 2](unit.append_column("unit", pa.array([number])))
+        assert "error" not in found.column_names
+    patches.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, 3, target)
+    assert target.read_bytes() == whole
+
+
 def test_pieces_that_are_not_the_candidates_are_refused(ranked):
     setting, places, chunks, candidates = ranked()
     with pytest.raises(UserError, match="not those of the candidates"):

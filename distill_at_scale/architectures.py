@@ -23,7 +23,8 @@ def instance_norm(channels: int) -> nn.GroupNorm:
 class ConvNet(nn.Module):
     """[conv - norm - ReLU - pool] x depth, then a linear classifier."""
 
-    def __init__(self, shape: Sequence[int], classes: int, width: int = 128, depth: int | None = None):
+    def __init__(self, shape: Sequence[int], classes: int, width: int = 128, depth: int | None = None,
+                 norm: Callable[[int], nn.Module] = instance_norm):  # fmt: skip
         super().__init__()
         channels, height, wide = shape
         depth = default_depth(height) if depth is None else depth
@@ -32,7 +33,7 @@ class ConvNet(nn.Module):
         layers: list[nn.Module] = []
         for block in range(depth):
             padding = 3 if block == 0 and channels == 1 and height == 28 else 1  # MNIST's 28 becomes 32
-            layers += [nn.Conv2d(channels, width, 3, padding=padding), instance_norm(width), nn.ReLU(), nn.AvgPool2d(2)]
+            layers += [nn.Conv2d(channels, width, 3, padding=padding), norm(width), nn.ReLU(), nn.AvgPool2d(2)]
             height, wide, channels = (height + 2 * padding - 2) // 2, (wide + 2 * padding - 2) // 2, width
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.classifier = nn.Linear(channels * height * wide, classes)

@@ -1,7 +1,8 @@
 """How good a set is: train fresh networks on it by the protocol that it expects, and test them on real data.
 
 Beside the distilled set always stand random real images of the same count, a new draw per seed; on request also the
-kept and the full training set as upper bounds. One job is one (set, network, seed) and needs nothing of the others.
+kept and the full training set as upper bounds, with hard labels. Where the set has a teacher's labels for its views, the
+control gets the same teacher's, under the same protocol. One job is one (set, network, seed) and needs nothing of the others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pruning.manifest import kept
+from distill_at_scale.soft_labels import TeacherLabels
 from distill_at_scale.students import TrainingProtocol, TrainingSet
 
 
@@ -73,6 +76,8 @@ class Evaluator:
         expected = self.synthetic.protocol
         if job.set != "distilled" and expected.labels == "soft":  # labels and rate were learned for these images alone
             expected = replace(expected, labels="hard", lr=TrainingProtocol(1).lr)
+        if job.set in ("kept", "full") and expected.labels == "views":
+            expected = replace(expected, labels="hard", cutmix=0.0)
         protocol = expected.overridden(self.config.evaluate)
         return replace(protocol, epochs=self.config.evaluate.bound_epochs) if job.set in ("kept", "full") else protocol
 
@@ -83,7 +88,14 @@ class Evaluator:
             pixels, found = random_real(self.prepared, self.config.distill.ipc, self.config.run.seed, job.seed)
         else:
             pixels, found = self.prepared.load("train", only=kept(self.manifest) if job.set == "kept" else None)
-        return TrainingSet(torch.from_numpy(pixels), torch.from_numpy(found), self.synthetic.normalization)
+        made = TrainingSet(torch.from_numpy(pixels), torch.from_numpy(found), self.synthetic.normalization)
+        if job.set == "random_real" and self.synthetic.protocol.labels == "views":
+            return replace(made, views=self._asked)  # the same teacher's labels, or the comparison would be unfair
+        return made
+
+    @cached_property
+    def _asked(self) -> TeacherLabels:
+        return self.synthetic.asked(self.device)
 
 
 class Splits(Protocol):

@@ -19,7 +19,7 @@ from distill_at_scale.data.pieces import check_chunk, ingest_chunk, piece_path, 
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.distill import Distillation, Places, make_network
 from distill_at_scale.evaluate import Evaluator, Job
-from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring import patches, proxy
 from distill_at_scale.scoring.scorer import Scorer
 from distill_at_scale.workers import workers_here
 
@@ -45,6 +45,9 @@ class Executor(Protocol):
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         """Make the experts or the teacher that a method needs, side by side. Advances by networks."""
+
+    def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+        """Rank crops of the kept samples of chunks by the teacher's loss, into pieces. Advances by samples."""
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         """Run the distillation and leave the set in `places.work / "synthetic"`. Reports log lines."""
@@ -91,6 +94,17 @@ class Local:
         for name in names:
             make_network(config, places, name, self.device)
             advance(1)
+
+    def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+        pieces = patches.pieces_folder(places.networks, config)
+        waiting = [chunk for chunk in chunks if not score_piece(pieces, chunk).exists()]
+        advance(sum(chunk.rows for chunk in chunks) - sum(chunk.rows for chunk in waiting))
+        if not waiting:
+            return
+        with threads(1):  # as each actor of a cluster does
+            ranker = patches.Ranker(config, places.prepared, places.networks, self.device)
+            for rows in ranker.rank([(chunk, score_piece(pieces, chunk)) for chunk in waiting]):
+                advance(rows)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         run_distillation(config, places, self.device, report)

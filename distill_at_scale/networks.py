@@ -180,6 +180,7 @@ def _of_clips(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpec
 
 OF_IMAGES: dict[str, Callable[[NetworkSpec], nn.Module]] = {
     "convnet": lambda spec: ConvNet(spec.shape, spec.classes, spec.width, spec.depth),
+    "convnet_bn": lambda spec: ConvNet(spec.shape, spec.classes, spec.width, spec.depth, nn.BatchNorm2d),
     "alexnet": lambda spec: AlexNet(spec.shape, spec.classes),
     "vgg11": lambda spec: VGG11(spec.shape, spec.classes),
     "resnet18": lambda spec: ResNet(spec.shape, spec.classes, 18),
@@ -292,7 +293,7 @@ def mixes_samples(network: nn.Module) -> bool:
 @lru_cache(maxsize=256)
 def widest_layer(spec: NetworkSpec) -> int:
     """Bytes of the widest float32 output of a layer for one image or clip."""
-    if spec.name in ("convnet", "convnet3d") and not spec.tensors:
+    if spec.name in ("convnet", "convnet_bn", "convnet3d") and not spec.tensors:
         return spec.width * (spec.shape[0] if spec.clips else 1) * spec.shape[-1] * spec.shape[-2] * 4
     try:
         return _widest_output(spec.skeleton(), spec.shape)

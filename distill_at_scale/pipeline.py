@@ -27,7 +27,7 @@ from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
-from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring import patches, proxy
 from distill_at_scale.scoring import table as score_table
 
 
@@ -226,6 +226,8 @@ class Pipeline:
         if missing := distill.missing_networks(self.config, places):
             with self.display.meter("networks", len(missing), "networks") as meter:
                 self.executor.make_networks(self.config, places, missing, meter.advance)
+        if getattr(distill.backend_class(self.config), "ranks_patches", False):
+            self._rank_patches(data, places)
         if places.state.exists():
             self.display.say("  going on from the last checkpoint")
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
@@ -242,6 +244,21 @@ class Pipeline:
         result.card["fingerprints"] = {**earlier, "distill": inputs.fingerprint}
         result.save(self.dir / "synthetic")
         return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
+
+    def _rank_patches(self, data: Prepared, places: distill.Places) -> None:
+        """The table of ranked patches, beside the teacher; what is there already is not made again."""
+        target, pieces = (make(places.networks, self.config) for make in (patches.table_path, patches.pieces_folder))
+        section = self.config.distill.rded
+        if not target.exists():
+            pieces.mkdir(parents=True, exist_ok=True)
+            candidates, chunks = patches.draw_candidates(places.manifest, self.config, pieces), data.chunks("train")
+            with self.display.meter("rank", sum(chunk.rows for chunk in chunks), "samples") as meter:
+                self.executor.rank_patches(self.config, places, chunks, meter.advance)
+            patches.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, section.crops, target)
+            shutil.rmtree(pieces)
+        wanted = self.config.distill.ipc * section.factor**2
+        if few := sum(kept < wanted for kept in patches.images_per_class(target, section.crops)):
+            self.display.say(f"  {few} classes have fewer than {wanted} candidates: further crops of these are used")
 
     def _networks(self) -> Path:
         """The folder of the experts or the teacher of exactly this configuration, data and selection."""

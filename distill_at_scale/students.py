@@ -1,13 +1,18 @@
 """Training a network on a small set by the protocol that the set expects, and testing it (METHOD.md section 4).
 
 A `TrainingProtocol` travels in the card of a synthetic set; a `TrainingSet` is what is trained on: the synthetic set, or
-a control of real images under the same protocol.
+a control of real images under the same protocol. With `labels: views` the batches and what they show are fixed by the
+protocol's `view_seed` (soft_labels.py), for every student alike, and the loss is the Kullback-Leibler divergence from the
+teacher at temperature T times T^2 (Hinton et al. 2015). The code of SRe2L and RDED leaves the T^2 out, which AdamW does
+not notice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,8 +23,11 @@ from distill_at_scale import rng
 from distill_at_scale.augment import Augmentation, cutmix
 from distill_at_scale.data.pool import Normalization
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.networks import NetworkSpec, mixes_samples
 from distill_at_scale.sections import EvaluateSection
+from distill_at_scale.soft_labels import Labels, ViewPlan, merged
+
+FEW = 16  # images in a batch, below which batch norm's statistics say little
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class TrainingProtocol:
     """How a student is trained: SGD with the rate divided by ten at half time, or AdamW with a cosine."""
 
     epochs: int
-    augment: str = "none"  # siamese families, parameters per image
+    augment: str = "none"  # siamese families, parameters per image; labels: views: flip or none, what views do
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch: int = 256
     lr: float = 0.01
@@ -37,6 +45,12 @@ class TrainingProtocol:
     labels: Literal["hard", "soft", "views"] = "hard"  # soft: one per image; views: one per image, epoch and view
     temperature: float = 1.0  # of soft labels
     view_scale: float = 1.0  # labels: views: the smallest share of an image that a view shows
+    view_seed: int = 0  # labels: views: what they and their batches are drawn from
+
+    @property
+    def plan(self) -> ViewPlan:
+        """Of `labels: views`, the batches and views of every epoch."""
+        return ViewPlan(self.view_seed, self.batch, self.view_scale, self.augment == "flip", self.cutmix)
 
     def card(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +69,15 @@ class TrainingProtocol:
         return cls(**card)
 
     def overridden(self, section: EvaluateSection) -> TrainingProtocol:
-        """With whatever the configuration says of it."""
+        """With whatever the configuration says of it.
+
+        Raises UserError for another batch than the one that the labels of views were made for.
+        """
+        if self.labels == "views" and section.batch not in (None, self.batch):
+            raise UserError(
+                f"evaluate.batch = {section.batch}: the set has labels for batches of {self.batch} views; leave it out, or "
+                "set student_batch in the method's section and distil again"
+            )
         keys = ("epochs", "batch", "lr", "momentum", "weight_decay")
         return replace(self, **{key: value for key in keys if (value := getattr(section, key)) is not None})
 
@@ -64,13 +86,15 @@ class TrainingProtocol:
 class TrainingSet:
     """Images float32 (normalised) or uint8 (with their normalisation) [n, *shape], labels int64 [n], and soft labels.
 
-    `soft` holds what the protocol's `labels` needs: "soft_labels" [n, classes], logits whose softmax is the target.
+    `soft` holds what the protocol's `labels` needs: "soft_labels" [n, classes], logits whose softmax is the target;
+    `views` is what gives the labels of views.
     """
 
     images: Tensor
     labels: Tensor
     normalization: Normalization | None = None
     soft: Mapping[str, Tensor] = field(default_factory=dict)
+    views: Labels | None = None
 
     def to(self, device: torch.device) -> TrainingSet:
         soft = {key: value.to(device) for key, value in self.soft.items()}
@@ -87,10 +111,14 @@ def train(
     network = spec.build(rng.derive(seed, "network")).to(device).train()
     optimizer, scheduler = _optimizer(network, protocol)
     made = made.to(device)
+    mixes = mixes_samples(network)
+    if mixes:
+        _warn_of_few(spec, min(protocol.batch, len(made.labels)))
     for epoch in range(protocol.epochs):
-        generator = rng.generator(seed, "epoch", epoch)
-        for rows in torch.randperm(len(made.labels), generator=generator).split(protocol.batch):
-            images, loss_of = _batch(made, rows.to(device), protocol, generator)
+        steps = (
+            _views(made, protocol, epoch) if protocol.labels == "views" else _steps(made, protocol, seed, epoch, mixes)
+        )
+        for images, loss_of in steps:
             loss = loss_of(network(images))
             optimizer.zero_grad()
             loss.backward()
@@ -99,13 +127,50 @@ def train(
     return network
 
 
+def _warn_of_few(spec: NetworkSpec, batch: int) -> None:
+    if batch < FEW:
+        warnings.warn(
+            f"the network {spec.name} has batch norm, whose statistics over batches of {batch} images are poor; a last batch "
+            "of one image is merged into the one before, else it is trained as it is: a network without batch norm is safer",
+            stacklevel=3,
+        )
+
+
+def _steps(
+    made: TrainingSet, protocol: TrainingProtocol, seed: int, epoch: int, mixes: bool
+) -> Iterator[tuple[Tensor, Loss]]:
+    """An epoch's batches; of networks with batch norm a last one of one image is merged into the one before."""
+    generator = rng.generator(seed, "epoch", epoch)
+    batches = torch.randperm(len(made.labels), generator=generator).split(protocol.batch)
+    for rows in merged(batches) if mixes else batches:
+        yield _batch(made, rows.to(made.images.device), protocol, generator)
+
+
+def _views(made: TrainingSet, protocol: TrainingProtocol, epoch: int) -> Iterator[tuple[Tensor, Loss]]:
+    """An epoch's views with the teacher's labels for exactly these."""
+    assert made.views is not None
+    epoch, heat = epoch % made.views.epochs, protocol.temperature
+    for batch in protocol.plan.batches(epoch, len(made.labels)):
+        views = batch.apply(_normalised(made, batch.rows.to(made.images.device)))
+        targets = (made.views.of(epoch, batch, views) / heat).log_softmax(1)
+        yield views, partial(_divergence, targets, heat)
+
+
+def _divergence(targets: Tensor, heat: float, logits: Tensor) -> Tensor:
+    found = (logits / heat).log_softmax(1)
+    return F.kl_div(found, targets, reduction="batchmean", log_target=True) * heat**2
+
+
+def _normalised(made: TrainingSet, rows: Tensor) -> Tensor:
+    images = made.images[rows]
+    return images if made.normalization is None else made.normalization.apply(images)
+
+
 def _batch(
     made: TrainingSet, rows: Tensor, protocol: TrainingProtocol, generator: torch.Generator
 ) -> tuple[Tensor, Loss]:
     """Augmented images, and the loss of their logits."""
-    images = made.images[rows]
-    if made.normalization is not None:
-        images = made.normalization.apply(images)
+    images = _normalised(made, rows)
     images = Augmentation(protocol.augment).draw(generator, per_image=len(rows)).apply(images)
     loss_of = _loss(made, rows, protocol)
     if protocol.cutmix and len(rows) > 1 and float(torch.rand(1, generator=generator)) < protocol.cutmix:

@@ -1,14 +1,16 @@
 """The result: a synthetic set with everything needed to use it, saved without pickles and exported to common layouts.
 
 `synthetic.safetensors` holds images (float32, normalised, [n, C, H, W], clips [n, T, C, H, W], or arrays of another shape),
-labels (int64 [n]) and what else the method made (soft labels, for example); `card.json` says what the numbers mean, and
-`whitening.safetensors` is there where they are whitened. `load(folder)` is the one call that a user needs. The layouts
-themselves are in `exports.py`.
+labels (int64 [n]) and what else the method made (a soft label per image, for example); `card.json` says what the numbers
+mean, and `whitening.safetensors` is there where they are whitened. What is large and mostly not wanted (the labels of
+views, the teacher behind them) lies in files of its own, which are read when asked for. `load(folder)` is the one call that
+a user needs. The layouts themselves are in `exports.py`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.formation import parts_of
 from distill_at_scale.pictures import Frames, drawn, grid, png
 from distill_at_scale.rundir import publish
+from distill_at_scale.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.students import TrainingProtocol, TrainingSet
 
+APART = ("labels", "teacher")  # extras called `labels/...` lie in labels.safetensors, and so on
 PREVIEW_CLASSES, PREVIEW_COLUMNS, PREVIEW_SIDE = 100, 10, 64
 PREVIEW_BYTES = 4 * 2**20  # uncompressed, of the clips in an animated preview
 
@@ -39,6 +43,7 @@ class SyntheticSet:
     snapshots: dict[int, Tensor] = field(default_factory=dict)  # step -> `values` of the first of the set, then
     extras: dict[str, Tensor] = field(default_factory=dict)  # what else the method made: soft labels, a learned rate
     whitening: Whitening | None = None  # of the images, where the card speaks of one
+    folder: Path | None = None  # from which it was loaded
 
     @property
     def normalization(self) -> Normalization:
@@ -62,7 +67,34 @@ class SyntheticSet:
         """What a network is trained on: the images, taken apart where one holds several (IDC), with their labels."""
         factor = self.card.get("formation", 1)
         images, labels = parts_of(self.images, factor), self.labels.repeat_interleave(factor**2)
-        return TrainingSet(images, labels, soft=self.extras)
+        soft = {key: value for key, value in self.extras.items() if "/" not in key}
+        views = None
+        if self.protocol.labels == "views":
+            views = StoredLabels.of_tensors(self.apart("labels"), len(self.class_names))
+        return TrainingSet(images, labels, soft=soft, views=views)
+
+    def apart(self, name: str) -> dict[str, Tensor]:
+        """Tensors of a group of its own, "labels" or "teacher", read if they are not in memory; empty if there are none.
+
+        Raises UserError where their file is damaged or gone.
+        """
+        held = {key.partition("/")[2]: value for key, value in self.extras.items() if key.startswith(f"{name}/")}
+        if held or self.folder is None:
+            return held
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return tensors.load(path)
+        except Exception as error:
+            raise UserError(f"{path} cannot be read ({error}), and the set needs it; distil again") from None
+
+    def teacher(self, device: torch.device) -> Teacher:
+        """The network whose answers are the labels of the views."""
+        return Teacher.of(TeacherFacts.of(self.card["teacher"]), self.apart("teacher"), device)
+
+    def asked(self, device: torch.device) -> TeacherLabels:
+        """The teacher, asked under the very protocol that the set's own labels were made by."""
+        facts = self.card["soft_labels"]
+        return TeacherLabels(self.teacher(device), facts["epochs"], facts["top_k"], self.protocol.temperature)
 
     def pixels(self) -> Tensor:
         """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to what can be shown.
@@ -84,7 +116,10 @@ class SyntheticSet:
         with publish(folder) as temporary:
             temporary.mkdir()
             held = {"images": self.images, "labels": self.labels}
-            tensors.write(temporary / "synthetic.safetensors", held | self.extras)
+            plain = {key: value for key, value in self.extras.items() if "/" not in key}
+            tensors.write(temporary / "synthetic.safetensors", held | plain)
+            for name in APART:
+                self._write_apart(temporary, name)
             if self.snapshots:
                 shots = {f"{step:08d}": pixels for step, pixels in self.snapshots.items()}
                 tensors.write(temporary / "snapshots.safetensors", shots)
@@ -92,6 +127,13 @@ class SyntheticSet:
                 self.whitening.save(temporary / WHITENING)
             (temporary / "card.json").write_text(json.dumps(self.card, indent=1) + "\n")
             (temporary / "preview.png").write_bytes(png(preview(self)))
+
+    def _write_apart(self, folder: Path, name: str) -> None:
+        file = f"{name}.safetensors"
+        if any(key.startswith(f"{name}/") for key in self.extras):
+            tensors.write(folder / file, self.apart(name))
+        elif self.folder is not None and (self.folder / file).exists():
+            shutil.copyfile(self.folder / file, folder / file)
 
     def export_imagefolder(self, folder: str | Path) -> None:
         """`<class>/<number>.png`, 8 bits per channel (clipped); torchvision's ImageFolder reads it.
@@ -130,13 +172,14 @@ class SyntheticSet:
     def export_pt(self, path: str | Path) -> None:
         """A plain `.pt` with images, labels and the card; loads with `torch.load(path, weights_only=True)`.
 
-        Where the images are whitened, it also holds whitening_mean and whitening_matrix.
+        Where the images are whitened, it also holds whitening_mean and whitening_matrix. The labels of views are not in it.
         """
         with publish(Path(path)) as temporary:
             held = {"images": self.images, "labels": self.labels, "card": self.card}
             if self.whitening is not None:
                 held |= {"whitening_mean": self.whitening.mean, "whitening_matrix": self.whitening.matrix}
-            torch.save(held | self.extras, temporary)
+            plain = {key: value for key, value in self.extras.items() if "/" not in key}
+            torch.save(held | plain, temporary)
 
 
 def load(folder: str | Path) -> SyntheticSet:
@@ -157,7 +200,8 @@ def load(folder: str | Path) -> SyntheticSet:
     except Exception as error:
         raise UserError(f"the synthetic set in {folder} is damaged: {error}") from None
     images, labels = saved.pop("images"), saved.pop("labels")
-    return SyntheticSet(images, labels, card, {int(k): v for k, v in sorted(shots.items())}, saved, whitening)
+    shown = {int(k): v for k, v in sorted(shots.items())}
+    return SyntheticSet(images, labels, card, shown, saved, whitening, folder)
 
 
 def preview(synthetic: SyntheticSet) -> Frames:

@@ -3,9 +3,13 @@
 from distill_at_scale.backends.dc import GradientMatching
 from distill_at_scale.backends.dm import DistributionMatching
 from distill_at_scale.backends.dsa import SiameseMatching
+from distill_at_scale.backends.rded import Patches
+from distill_at_scale.backends.sre2l import Recovery
 
 BACKENDS = {
     "dc": GradientMatching,
     "dsa": SiameseMatching,
     "dm": DistributionMatching,
+    "sre2l": Recovery,
+    "rded": Patches,
 }

@@ -15,6 +15,7 @@ from distill_at_scale.data.storage import is_uri
 from distill_at_scale.distill import Places
 from distill_at_scale.evaluate import Job
 from distill_at_scale.execution import Advance, Chunks, Report
+from distill_at_scale.method_sections import DistillSection
 
 
 class RayExecutor:
@@ -40,6 +41,9 @@ class RayExecutor:
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         networks.run(absolute(config), places.resolved(), names, advance)
 
+    def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+        scoring.rank_patches(absolute(config), places.resolved(), chunks, advance)
+
     def distill(self, config: Config, places: Places, report: Report) -> None:
         training.run(absolute(config), places.resolved(), report)
 
@@ -58,8 +62,21 @@ def absolute(config: Config) -> Config:
     files = (_absolute(name) if Path(name).expanduser().is_file() else name for name in score.given_weights)
     weights = list(files) or None
     return config.model_copy(
-        update={"data": data.model_copy(update=found), "score": score.model_copy(update={"weights": weights})}
+        update={
+            "data": data.model_copy(update=found),
+            "score": score.model_copy(update={"weights": weights}),
+            "distill": _with_absolute_teachers(config.distill),
+        }
     )
+
+
+def _with_absolute_teachers(section: DistillSection) -> DistillSection:
+    found = {}
+    for name in ("sre2l", "rded"):
+        weights = getattr(section, name).teacher_weights
+        if weights is not None and Path(weights).expanduser().is_file():
+            found[name] = getattr(section, name).model_copy(update={"teacher_weights": _absolute(weights)})
+    return section.model_copy(update=found)
 
 
 def _absolute(path: str) -> str:

@@ -1,5 +1,5 @@
 """Scoring on Ray: proxy trials as parallel tasks or on Ray Train, then one Ray Data pass in which an actor pool scores
-with all checkpoints.
+with all checkpoints; and the ranking of patches, which is a pass of the same kind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from distill_at_scale.cluster.pool import cores, cores_each, device, grouped, re
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
+from distill_at_scale.distill import Places
 from distill_at_scale.execution import Advance, run_trial, score_piece
+from distill_at_scale.scoring import patches
 from distill_at_scale.scoring.proxy import checkpoint_path
 from distill_at_scale.scoring.scorer import Scorer
 
@@ -120,6 +122,40 @@ class ScoringActor:
         work = work_of(unit)
         targets = [Path(item.pop("path")) for item in work]
         return pa.table({"rows": [sum(self.scorer.score(list(zip(map(_chunk, work), targets, strict=True))))]})
+
+
+def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+    """Rank the patches of every chunk that has no piece yet, as `score` does its work."""
+    waiting: list[dict[str, Any]] = []
+    for chunk in chunks:
+        path = score_piece(patches.pieces_folder(places.networks, config), chunk)
+        if path.exists():
+            advance(chunk.rows)
+        else:
+            waiting.append({**asdict(chunk), "path": str(path)})
+    gpus = config.cluster.gpus_per_worker
+    arguments = {"packed": pack(config), "prepared": str(places.prepared), "networks": str(places.networks)}
+    for result in stream(grouped(waiting, config, gpus), RankingActor, arguments, config, gpus) if waiting else ():
+        advance(result["rows"])
+
+
+class RankingActor:
+    """An actor with the teacher, loaded on the first call; the same resources as a scoring one."""
+
+    def __init__(self, packed: dict[str, Any], prepared: str, networks: str):
+        self.packed, self.prepared, self.networks = packed, Path(prepared), Path(networks)
+
+    @cached_property
+    def ranker(self) -> patches.Ranker:
+        settings = unpack(self.packed)
+        torch.set_num_threads(1)
+        return patches.Ranker(settings, self.prepared, self.networks, device(settings))
+
+    @reporting
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        work = work_of(unit)
+        targets = [Path(item.pop("path")) for item in work]
+        return pa.table({"rows": [sum(self.ranker.rank(list(zip(map(_chunk, work), targets, strict=True))))]})
 
 
 def _chunk(fields: dict[str, Any]) -> Chunk:

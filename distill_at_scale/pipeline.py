@@ -24,6 +24,9 @@ from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import Unreachable
 from distill_at_scale.execution import Executor, score_piece
+from distill_at_scale.plan import forecast, known
+from distill_at_scale.plan.machine import here
+from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
@@ -100,6 +103,41 @@ class Pipeline:
         for line in validate.summary(plan, listed, self.dir / "validation.parquet"):
             self.display.say(line)
         return unusable(listed).num_rows
+
+    def forecast(self) -> Outcome:
+        """What every stage will take, from a few measured micro-steps; published as plan.json and returned.
+
+        Raises UserError for what no stage could do; what does not fit is among the outcome's problems.
+        """
+        validate.check_names(self.config)
+        self.dir.create()
+        finished = self._finished()
+        if "ingest" in finished:
+            chosen = self.dir / "manifest.parquet" if "select" in finished else None
+            facts = known.of_prepared(self.config, Prepared(self.dir / "prepared"), chosen)
+        else:
+            facts = known.of_listing(self.config, ingest.plan(self.config))
+        validate.check_networks(self.config, facts)
+        with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
+            path, machine = self.dir / "plan.json", here(self.dir.path)
+            return forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        """Records of the stages that a run with this configuration would skip; the source is not looked at."""
+        found: dict[str, dict[str, Any]] = {}
+        for stage in STAGES:
+            record = self.dir.record(stage)
+            if record is None:
+                break
+            if stage == "ingest":
+                same = record["config"] == json.loads(json.dumps(fingerprints.data(self.config)))
+            else:
+                same = record["fingerprint"] == self.inputs(stage).fingerprint
+            if not same:
+                self.display.say(f"  {self.dir.path} holds the output of {stage} for another configuration")
+                break
+            found[stage] = record
+        return found
 
     def _say_plan(self, plan: ingest.Plan) -> None:
         if self.config.data.frames:

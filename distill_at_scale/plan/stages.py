@@ -23,7 +23,7 @@ from distill_at_scale.scoring import proxy
 from distill_at_scale.students import TrainingProtocol
 
 RAY, POOL, TASKS, TRAIN = 12.0, 4.0, 5.0, 12.0  # seconds: Ray's start, an actor pool's, a first task's, a Train group's
-SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.05, 4.0  # seconds: select per sample, select, report
+SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sample, select, report
 
 
 @dataclass(frozen=True)

@@ -353,5 +353,7 @@ def _job(row: dict[str, Any]) -> evaluate.Job:
 def _note(line: dict[str, Any]) -> str | None:
     """What a line of the distillation's log says beside the step."""
     if "loss" in line:
-        return f"loss {line['loss']:.4g}"
+        said = [f"loss {line['loss']:.4g}"]
+        said += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
+        return ", ".join([*said, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
     return f"top-1 {line['top1']:.3f}" if "top1" in line else None

@@ -19,11 +19,14 @@ from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, Local
 from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.plan import forecast
+from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, RunDir
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
-or validate (looks at every sample before anything is computed, and lists what is broken).
+or validate (looks at every sample before anything is computed, and lists what is broken),
+or plan (says before a run what each stage will take, and refuses what cannot fit; after a run, how far off it was).
 An interrupted command resumes when it is given again."""
 
 FULL, CLOSED = "Free space or choose another place", "Check its permissions or choose another place"
@@ -58,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         "distill-at-scale", description="Prune a data set and distill it.", epilog=EPILOG.format(stages=", ".join(STAGES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("stage", metavar="STAGE", choices=("run", "validate", *STAGES), help="run, or one stage")
+    parser.add_argument(
+        "stage", metavar="STAGE", choices=("run", "validate", "plan", *STAGES), help="run, or one stage"
+    )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1"
@@ -71,6 +76,9 @@ def _run(config: Config, stage: str) -> int:
     pipeline = Pipeline(config, lambda: make_executor(config, display), display)
     if stage == "validate":
         return 1 if pipeline.validate() else 0
+    if stage == "plan":
+        show_plan(config, pipeline.forecast(), display)
+        return 0
     pipeline.run(STAGES if stage == "run" else (stage,))
     if stage in ("run", "evaluate", "report"):
         show_result(RunDir(config.run.dir), display.console)
@@ -89,6 +97,14 @@ def make_executor(config: Config, display: Display) -> Executor:
     from distill_at_scale.cluster.executor import RayExecutor
 
     return RayExecutor(config, display.say)
+
+
+def show_plan(config: Config, found: Outcome, display: Display) -> None:
+    """The plan's table, what its figures consist of, and then what cannot fit, as a UserError."""
+    display.console.print(forecast.table(config, found))
+    for line in forecast.remarks(found):
+        display.say(line)
+    found.refuse()
 
 
 def show_result(run: RunDir, console: Console) -> None:

@@ -24,6 +24,9 @@ from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import Unreachable
 from distill_at_scale.execution import Executor, score_piece
+from distill_at_scale.plan import forecast, known
+from distill_at_scale.plan.machine import here
+from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
@@ -100,6 +103,41 @@ class Pipeline:
         for line in validate.summary(plan, listed, self.dir / "validation.parquet"):
             self.display.say(line)
         return unusable(listed).num_rows
+
+    def forecast(self) -> Outcome:
+        """What every stage will take, from a few measured micro-steps; published as plan.json and returned.
+
+        Raises UserError for what no stage could do; what does not fit is among the outcome's problems.
+        """
+        validate.check_names(self.config)
+        self.dir.create()
+        finished = self._finished()
+        if "ingest" in finished:
+            chosen = self.dir / "manifest.parquet" if "select" in finished else None
+            facts = known.of_prepared(self.config, Prepared(self.dir / "prepared"), chosen)
+        else:
+            facts = known.of_listing(self.config, ingest.plan(self.config))
+        validate.check_networks(self.config, facts)
+        with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
+            path, machine = self.dir / "plan.json", here(self.dir.path)
+            return forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        """Records of the stages that a run with this configuration would skip; the source is not looked at."""
+        found: dict[str, dict[str, Any]] = {}
+        for stage in STAGES:
+            record = self.dir.record(stage)
+            if record is None:
+                break
+            if stage == "ingest":
+                same = record["config"] == json.loads(json.dumps(fingerprints.data(self.config)))
+            else:
+                same = record["fingerprint"] == self.inputs(stage).fingerprint
+            if not same:
+                self.display.say(f"  {self.dir.path} holds the output of {stage} for another configuration")
+                break
+            found[stage] = record
+        return found
 
     def _say_plan(self, plan: ingest.Plan) -> None:
         if self.config.data.frames:
@@ -335,5 +373,7 @@ def _job(row: dict[str, Any]) -> evaluate.Job:
 def _note(line: dict[str, Any]) -> str | None:
     """What a line of the distillation's log says beside the step."""
     if "loss" in line:
-        return f"loss {line['loss']:.4g}"
+        said = [f"loss {line['loss']:.4g}"]
+        said += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
+        return ", ".join([*said, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
     return f"top-1 {line['top1']:.3f}" if "top1" in line else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +340,7 @@ def work(rank: int, folder: str, places: Places) -> None:
         dist.barrier()  # nobody takes the group apart while the other still talks
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # not through the interpreter's end, which now and then aborts beside threads that still run
 
 
 def _message(distillation: Distillation) -> str:

@@ -3,9 +3,11 @@
 from distill_at_scale.backends.dc import GradientMatching
 from distill_at_scale.backends.dm import DistributionMatching
 from distill_at_scale.backends.dsa import SiameseMatching
+from distill_at_scale.backends.idc import FormationMatching
 
 BACKENDS = {
     "dc": GradientMatching,
     "dsa": SiameseMatching,
     "dm": DistributionMatching,
+    "idc": FormationMatching,
 }

@@ -24,6 +24,7 @@ from distill_at_scale.backends.gradients import matched_parameters, real_gradien
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = (*CONVOLUTIONS, nn.Linear)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TOLERANCE = 1e-3  # of the largest entry, between the two ways to one gradient
 
@@ -106,7 +107,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 
     Raises Unsuited where one is of another kind.
     """
-    owners = {id(m.weight): m for m in network.modules() if _known(m)}
+    owners = {id(m.weight): m for m in network.modules() if isinstance(m, PLAIN) and _known(m)}
     parameters = matched_parameters(network)
     if any(id(p) not in owners for p in parameters):
         raise Unsuited("a matched parameter is not the weight of a plain convolution or linear layer")
@@ -114,7 +115,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 
 
 def _known(module: nn.Module) -> bool:
-    if type(module) in CONVOLUTIONS:
+    if isinstance(module, CONVOLUTIONS) and type(module) in CONVOLUTIONS:
         plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
         return plain and not isinstance(module.padding, str)
     return type(module) is nn.Linear
@@ -165,6 +166,7 @@ def by_groups(x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor:
 def by_unfolding(x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor:
     """Patches as rows, and one matrix product per class."""
     axes = len(layer.kernel_size)
+    assert not isinstance(layer.padding, str)
     patches = F.pad(x, [side for p in reversed(layer.padding) for side in (p, p)])
     for axis, (size, stride) in enumerate(zip(layer.kernel_size, layer.stride, strict=True)):
         patches = patches.unfold(2 + axis, size, stride)  # n x in x *places x *kernel

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -122,24 +122,11 @@ class MatchingBackend(ImageBackend):
         looked = [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.dropped(len(b.rows))]
         of_all = cache(lambda: self._losses(network, [batches[k] for k in looked], [images[k] for k in looked]))
         for place, k in enumerate(looked):
-            batch, seen, view, own = batches[k], images[k], views[k], self.images[places[k]].detach()
-            chance = generator(self.setting.seed, "probes", step, outer, batch.label)
-            values = self.pruning.values(
-                loss=lambda place=place: of_all()[place],
-                ite=lambda seen=seen, own=own, view=view, label=batch.label, chance=chance: gradient_effects(
-                    network,
-                    seen,
-                    own,
-                    view,
-                    label,
-                    of_one_class(self.metric),
-                    self.pruning.probes,
-                    chance,
-                    self.at_once,
-                ),
-            )
+            batch, own = batches[k], self.images[places[k]].detach()
+            effects = partial(self._effects, network, images[k], own, views[k], batch.label, step, outer)
+            values = self.pruning.values(loss=partial(_item, of_all, place), ite=effects)
             kept = self.pruning.look(batch.label, batch.rows, self.real.count(batch.label), values)
-            images[k] = seen[kept.to(seen.device)]
+            images[k] = images[k][kept.to(images[k].device)]
         return images
 
     def _losses(self, network: nn.Module, batches: Sequence[Batch], images: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -147,6 +134,12 @@ class MatchingBackend(ImageBackend):
         together, counts = torch.cat(list(images)), [len(x) for x in images]
         labels = torch.tensor([b.label for b in batches]).repeat_interleave(torch.tensor(counts))
         return losses(network, together, labels.to(together.device), self.at_once).split(counts)
+
+    def _effects(
+        self, network: nn.Module, real: Tensor, own: Tensor, view: View, label: int, step: int, outer: int
+    ) -> Tensor:
+        chance, metric = generator(self.setting.seed, "probes", step, outer, label), of_one_class(self.metric)
+        return gradient_effects(network, real, own, view, label, metric, self.pruning.probes, chance, self.at_once)
 
     def _real_gradients(self, network: nn.Module, images: Sequence[Tensor], labels: Sequence[int]) -> list[Tensor]:
         """Per matched parameter the gradients of the classes' real batches [classes, *parameter]."""
@@ -228,6 +221,10 @@ def _filled(images: Sequence[Tensor], labels: Sequence[int]) -> tuple[Tensor, Se
     filled = torch.cat([torch.cat([x, x[:1].expand(most - len(x), *x.shape[1:])]) for x in images])
     weights = torch.cat([(torch.arange(most) < len(x)) / len(x) for x in images])
     return filled, labels, weights.to(filled.device)
+
+
+def _item(values: Callable[[], Sequence[Tensor]], place: int) -> Tensor:
+    return values()[place]
 
 
 def _chunks(n: int, size: int) -> Iterator[list[int]]:

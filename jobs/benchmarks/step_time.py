@@ -1,6 +1,6 @@
 """How long one image update takes: the textbook implementation against ours, with and without runtime pruning.
 
-    python jobs/benchmarks/step_time.py [--method dc idc] [--ipc 1 10] [--classes 10] [--clips] [--real 256] [--repeats 5] [--threads 2]
+    python jobs/benchmarks/step_time.py [--method dc idc] [--ipc 1 10] [--classes 10] [--clips] [--real 256] [--threads 2]
 
 One process, made-up pixels: images of CIFAR-10's shape with ConvNet-3, or clips of 8 frames with ConvNet3D, width 128. One
 update of all classes' images under one new network, without augmentation and without the training of that network. Rows

@@ -22,6 +22,9 @@ from distill_at_scale.synthetic import SyntheticSet
 from distill_at_scale.workers import Solo
 
 CPU, SHAPE, CLASSES, STD = torch.device("cpu"), (1, 8, 8), 4, 0.5
+SPEC = FixedNetwork(
+    NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4
+)  # once: building seeds all threads alike
 NAMES = ["zero", "one", "two", "three"]
 
 
@@ -38,8 +41,7 @@ def backend_of(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2,
     config = configuration.validate(
         {"distill": {"method": "idc", "ipc": ipc, "idc": made}, "runtime": runtime or {"rule": "none"}}
     )
-    spec = FixedNetwork(NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4)
-    backend = idc.FormationMatching(Setting(config, spec, NAMES, list(labels), workers or Solo(), CPU, 1))
+    backend = idc.FormationMatching(Setting(config, SPEC, NAMES, list(labels), workers or Solo(), CPU, 1))
     backend.prepare(a_pool(labels, held))
     return backend
 

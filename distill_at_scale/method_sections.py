@@ -61,6 +61,8 @@ class FormationSection(Section):
     network_cutmix: float = Field(1.0, ge=0, le=1)  # the share of its batches that are cut and mixed
     init: Literal["noise", "real"] = "real"
     augment: str = "color_crop_cutout"
+    student_augment: str = "color_crop_flip_scale_rotate"  # of evaluation networks; no flip for digits
+    student_cutmix: float = Field(0.5, ge=0, le=1)  # the share of their batches that are cut and mixed
 
 
 class TrajectorySection(Section):

@@ -12,8 +12,9 @@ from test_gradients import textbook_distance, textbook_gradient
 
 from distill_at_scale import config as configuration
 from distill_at_scale.augment import FAMILIES
-from distill_at_scale.backends import BACKENDS, dc
+from distill_at_scale.backends import BACKENDS, dc, matching
 from distill_at_scale.backends.base import Setting
+from distill_at_scale.backends.gradients import distances
 from distill_at_scale.data.pool import Normalization, Pool
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.method_sections import SIAMESE
@@ -129,7 +130,7 @@ def test_the_default_loops_are_the_official_ones(ipc, loops):
 
 def test_the_defaults_are_the_official_ones():
     config = configuration.Config()
-    assert {name: method.default_steps for name, method in BACKENDS.items()} == {"dc": 1000, "dsa": 1000, "dm": 20_000}
+    assert [BACKENDS[m].default_steps for m in ("dc", "dsa", "dm", "idc")] == [1000, 1000, 20_000, 2000]
     assert [BACKENDS[m].init_of(config) for m in ("dc", "dsa", "dm")] == ["noise", "real", "real"]
     assert BACKENDS["dc"].protocol(config) == TrainingProtocol(300)
     assert BACKENDS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE)
@@ -209,21 +210,23 @@ def test_dsa_is_dc_with_its_own_section():
 
 
 @pytest.mark.parametrize("method", ["dsa", "dm"])
-def test_real_and_synthetic_images_get_the_same_draw(method, monkeypatch):
+def test_real_and_synthetic_images_get_the_same_draw(method):
     """Where the synthetic images are the real batch, the same draw leaves nothing to match, step after step."""
     pool = a_pool(held=4)
     backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE, image_lr=1e-12)
-    pairs, distance = [], dc.distance
+    pairs = []
 
     def spy(real, synthetic):
         pairs.append((real, synthetic))
-        return distance(real, synthetic)
+        return distances(real, synthetic)
 
-    monkeypatch.setattr(dc, "distance", spy)
+    if method == "dsa":
+        backend.metric = spy
     for step in range(6):
         metrics = backend.step(step)
         if method == "dm":
             assert metrics["loss"] < 1e-9
+    assert len(pairs) >= (6 if method == "dsa" else 0)
     for real, synthetic in pairs:
         for a, b in zip(real, synthetic, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
@@ -328,3 +331,104 @@ def test_finish_gives_images_and_labels_in_class_order():
     images, labels = backend.finish()
     assert labels.tolist() == [0, 0, 2, 2]
     assert torch.equal(images, backend.images.detach().flatten(0, 1))
+
+
+def moved(method: str, spec, runtime=None, pool=None, labels=None, **options) -> torch.Tensor:
+    pool = pool or pool_of(spec)
+    options = {"image_lr": 1.0, "image_momentum": 0.0, "augment": "none", **options}
+    values = {"method": method, "ipc": options.pop("ipc", 1), method: options}
+    config = configuration.validate({"distill": values, "runtime": runtime or {}})
+    labels = list(range(spec.classes)) if labels is None else labels
+    backend = BACKENDS[method](Setting(config, spec, [str(c) for c in range(spec.classes)], labels, Solo(), CPU, 1))
+    backend.prepare(pool)
+    return image_gradient(backend)[1]
+
+
+def pool_of(spec, held=lambda c: 2) -> Pool:
+    chance = torch.Generator().manual_seed(1)
+    pixels = {
+        c: torch.randint(256, (held(c), *spec.shape), dtype=torch.uint8, generator=chance) for c in range(spec.classes)
+    }
+    channels = spec.shape[-3]
+    return Pool(pixels, Normalization((0.5,) * channels, (0.3,) * channels), seed=0)
+
+
+SPECS = {
+    "images": NetworkSpec("convnet", (3, 8, 8), 5, width=6),
+    "clips": NetworkSpec("convnet3d", (4, 1, 8, 8), 4, width=4),
+    "a hundred classes": NetworkSpec("convnet", (1, 8, 8), 100, width=4),
+}
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
+    spec = FixedNetwork(SPECS[kind], at_once=7)
+    options = {"outer": 1, "augment": SIAMESE if method == "dsa" else "none"}
+    called = []
+    whole = matching.class_gradients
+    monkeypatch.setattr(matching, "class_gradients", lambda *a, **k: (called.append(1), whole(*a, **k))[1])
+    together = moved(method, spec, **options)
+    assert called
+    monkeypatch.setattr(matching, "fits", lambda *_: False)
+    close(together, moved(method, spec, **options))
+
+
+@pytest.mark.parametrize("device_few", [2, 100])
+def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch):
+    """Classes of 1 to 5 samples, of which runtime pruning leaves different numbers."""
+    spec = FixedNetwork(SPECS["images"], at_once=20)
+    pool, runtime = pool_of(spec, held=lambda c: c + 1), {"rule": "loss", "drop": 0.5, "refresh": 1}
+    monkeypatch.setattr(matching, "FEW", device_few)
+    together = moved("dc", spec, runtime, pool, outer=1)
+    monkeypatch.setattr(matching, "fits", lambda *_: False)
+    close(together, moved("dc", spec, runtime, pool, outer=1))
+
+
+def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
+    spec = FixedNetwork(SPECS["images"])
+    whole = moved("dc", spec, outer=1, ipc=5)
+    monkeypatch.setitem(matching.BYTES, "cpu", matching.SECOND_ORDER * spec.work(1) * 2)
+    in_parts = []
+    real = matching.MatchingBackend._pull_in_parts
+    monkeypatch.setattr(matching.MatchingBackend, "_pull_in_parts", lambda *a: (in_parts.append(1), real(*a))[1])
+    close(moved("dc", spec, outer=1, ipc=5), whole)
+    assert len(in_parts) == spec.classes
+
+
+def test_the_number_of_images_in_a_graph_does_not_grow_with_the_classes(monkeypatch):
+    sizes = []
+    whole = matching.class_gradients
+    monkeypatch.setattr(
+        matching, "class_gradients", lambda n, x, *a, **k: (sizes.append(len(x)), whole(n, x, *a, **k))[1]
+    )
+    moved("dc", FixedNetwork(SPECS["a hundred classes"], at_once=7), outer=1)
+    assert max(sizes) == 7
+
+
+BATCH_NORM = NetworkSpec("resnet18_bn", (3, 16, 16), 3)
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa", "idc"])
+def test_batch_norm_is_set_from_real_samples_and_then_kept(method):
+    """Said once; afterwards the output for a sample does not depend on the batch."""
+    options = {"inner": 1} if method == "idc" else {"outer": 1}
+    with pytest.warns(UserWarning, match="'resnet18_bn' has batch norm: a real batch of several classes sets"):
+        assert moved(method, FixedNetwork(BATCH_NORM), **options).abs().max() > 0
+    assert BACKENDS[method].batch_norm == "any"
+
+
+@pytest.mark.filterwarnings("ignore:distill.network")
+def test_samples_are_independent_under_settled_batch_norm():
+    spec = FixedNetwork(BATCH_NORM)
+    config = configuration.validate({"distill": {"method": "dc", "dc": {"outer": 1}}})
+    backend = BACKENDS["dc"](Setting(config, spec, ["a", "b", "c"], [0, 1, 2], Solo(), CPU, 1))
+    backend.prepare(pool_of(spec))
+    network = spec.build(0).train()
+    backend.settle_norms(network, 0, 0)
+    images = backend._norm_batch(0, 0)
+    assert len(images) == 3 * matching.NORM_EACH  # repeated, where fewer are kept
+    assert torch.allclose(network(images[:5])[0], network(images[:1])[0], atol=1e-4)
+    features = network.net.bn1(network.net.conv1(images))
+    assert float(features.mean().detach().abs()) < 1e-3  # standardised by this very batch
+    assert float(features.var().detach()) == pytest.approx(1, abs=0.01)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_at_scale.backends import gradients
+from distill_at_scale.backends import classwise, gradients
 from distill_at_scale.networks import NetworkSpec
 
 SPEC = NetworkSpec("convnet", (3, 8, 8), 4, width=6)
@@ -87,3 +87,80 @@ def test_the_losses_are_each_samples_own(at_once):
         [F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch]
     )
     assert not found.requires_grad
+
+
+KINDS = {
+    "images": NetworkSpec("convnet", (3, 8, 8), 4, width=6),
+    "clips": NetworkSpec("convnet3d", (4, 3, 8, 8), 4, width=6),
+    "resnet18, with strides": NetworkSpec("resnet18", (3, 16, 16), 4),
+    "alexnet, with padding": NetworkSpec("alexnet", (3, 16, 16), 4),
+}
+WAYS = [classwise.by_groups, classwise.by_unfolding]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_images(kind, way, monkeypatch):
+    monkeypatch.setattr(classwise, "by_groups", way)  # what a CPU takes
+    spec = KINDS[kind]
+    network, chance = spec.build(0), torch.Generator().manual_seed(0)
+    images = torch.randn(6, *spec.shape, generator=chance).requires_grad_(True)
+    found = classwise.class_gradients(network, images, [1, 3], torch.full((6,), 1 / 3), differentiable=True)
+    wanted = [gradients.synthetic_gradient(network, images[3 * k : 3 * k + 3], c) for k, c in enumerate((1, 3))]
+    targets = [torch.randn(g.shape, generator=chance) for g in found]
+    together = gradients.distances(targets, found)
+    alone = torch.stack([gradients.distance([t[k] for t in targets], wanted[k]) for k in range(2)])
+    for layer, gradient in enumerate(found):
+        for k in range(2):
+            scale = float(wanted[k][layer].detach().abs().max())
+            assert torch.allclose(gradient[k], wanted[k][layer], atol=1e-4 * scale)
+    assert torch.allclose(together, alone, rtol=1e-4)
+    ours, theirs = (torch.autograd.grad(d.sum(), images)[0] for d in (together, alone))
+    assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2)])
+def test_signals_with_any_stride_and_padding(stride, padding, way):
+    layer = torch.nn.Conv1d(2, 5, 4, stride, padding)
+    x = torch.randn(6, 2, 19, generator=torch.Generator().manual_seed(0))
+    outputs = layer(x)
+    g = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
+    found = way(x, g, 3, layer)
+    for k in range(3):
+        part = slice(2 * k, 2 * k + 2)
+        wanted = torch.autograd.grad((layer(x[part]) * g[part]).sum(), layer.weight)[0]
+        assert torch.allclose(found[k], wanted, atol=1e-5)
+
+
+class Twice(torch.nn.Module):
+    """A layer used twice, a weight used beside its layer, or chance: class by class is the only right way."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.inner, self.outer = kind, torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.inner(x).tanh()
+        if self.kind == "twice":
+            x = self.inner(x)
+        if self.kind == "beside":
+            x = x + F.linear(x, self.inner.weight)
+        return self.outer(F.dropout(x, 0.5) if self.kind == "chance" else x)
+
+
+@pytest.mark.parametrize(("kind", "right"), [("plain", True), ("twice", False), ("beside", False), ("chance", False)])
+def test_a_network_that_does_not_fit_is_seen(kind, right):
+    assert classwise.fits(Twice(kind), (6,), 3, torch.device("cpu")) is right
+
+
+def test_layers_of_another_kind_do_not_fit():
+    for layer in (torch.nn.Conv2d(2, 4, 3, groups=2), torch.nn.Conv2d(2, 4, 3, dilation=2), torch.nn.Bilinear(2, 2, 3)):
+        with pytest.raises(classwise.Unsuited):
+            classwise.layers_of(torch.nn.Sequential(layer))
+
+
+def test_squares_and_absolutes_leave_the_last_layer_out():
+    real, synthetic = [torch.zeros(2, 3, 4), torch.zeros(2, 5, 1)], [torch.full((2, 3, 4), 2.0), torch.ones(2, 5, 1)]
+    assert gradients.squares(real, synthetic).tolist() == [48, 48]
+    assert gradients.absolutes(real, synthetic).tolist() == [24, 24]

@@ -3,6 +3,7 @@
 from distill_at_scale.backends.dc import GradientMatching
 from distill_at_scale.backends.dm import DistributionMatching
 from distill_at_scale.backends.dsa import SiameseMatching
+from distill_at_scale.backends.idc import FormationMatching
 from distill_at_scale.backends.rded import Patches
 from distill_at_scale.backends.sre2l import Recovery
 
@@ -10,6 +11,7 @@ BACKENDS = {
     "dc": GradientMatching,
     "dsa": SiameseMatching,
     "dm": DistributionMatching,
+    "idc": FormationMatching,
     "sre2l": Recovery,
     "rded": Patches,
 }

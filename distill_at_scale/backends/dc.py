@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from distill_at_scale.augment import Augmentation, Draw
-from distill_at_scale.backends.base import ImageBackend, Setting
-from distill_at_scale.backends.gradients import distance, losses, real_gradient, synthetic_gradient
+from distill_at_scale.backends.base import Setting
+from distill_at_scale.backends.gradients import distances
+from distill_at_scale.backends.matching import MatchingBackend
 from distill_at_scale.config import Config
 from distill_at_scale.method_sections import MatchingSection
 from distill_at_scale.rng import derive, generator
@@ -28,7 +28,7 @@ def default_loops(ipc: int) -> tuple[int, int]:
     return LOOPS[max(known for known in LOOPS if known <= ipc)]
 
 
-class GradientMatching(ImageBackend):
+class GradientMatching(MatchingBackend):
     default_steps: ClassVar[int] = 1000
 
     @staticmethod
@@ -46,49 +46,23 @@ class GradientMatching(ImageBackend):
 
     def __init__(self, setting: Setting) -> None:
         self.options = self.section(setting.config)
-        super().__init__(setting, self.options.init, self.options.image_lr, self.options.image_momentum)
+        made = self.options
+        super().__init__(
+            setting, made.init, made.image_lr, made.image_momentum, made.augment, made.real_batch, distances
+        )
         outer, inner = default_loops(self.ipc)
         self.outer, self.inner = self.options.outer or outer, self.options.inner or inner
-        self.augmentation = Augmentation(self.options.augment)
-        self.at_once = setting.spec.at_once(setting.device)
 
     def step(self, i: int) -> dict[str, float]:
         network = self.setting.spec.build(derive(self.setting.seed, "network", i)).to(self.setting.device).train()
         total = 0.0
         for outer in range(self.outer):
-            total += self._match(network, i, outer)
+            self.settle_norms(network, i, outer)
+            total += self.match(network, i, outer, i * self.outer + outer)
             if outer < self.outer - 1:
                 self._train(network, i, outer)
         self.settle()
         return {"loss": total / (self.outer * len(self.setting.labels))}
-
-    def _match(self, network: nn.Module, step: int, outer: int) -> float:
-        """One image update; returns the sum of the own classes' distances."""
-        self.optimizer.zero_grad()
-        distances = []
-        for k, label in enumerate(self.setting.labels):
-            augment = self._augment(step, outer, label)
-            target = self._real_gradient(network, label, augment, step, outer)
-            found = distance(target, synthetic_gradient(network, augment.apply(self.images[k]), label))
-            found.backward(inputs=[self.images])  # class by class: only one second-order graph is alive
-            distances.append(found.detach())
-        self.update(distances, step)
-        return float(torch.stack(distances).sum())
-
-    def _real_gradient(self, network: nn.Module, label: int, augment: Draw, step: int, outer: int) -> list[Tensor]:
-        """The gradient of a class's real batch after runtime pruning, under the same augmentation as the synthetic images."""
-        batch = self.real.draw([label], self.options.real_batch, "real batch", step, outer)[0]
-        held, visit = self.real.count(label), step * self.outer + outer
-        kept = self.pruning.forecast(label, batch.rows, held, visit)
-        if kept is None and self.pruning.dropped(len(batch.rows)):
-            values = self.pruning.values(loss=lambda: losses(network, augment.apply(batch.images), label, self.at_once))
-            kept = self.pruning.look(label, batch.rows, held, values)
-        images = batch.images if kept is None else batch.images[kept.to(batch.images.device)]
-        return real_gradient(network, augment.apply(images), label, self.at_once)
-
-    def _augment(self, step: int, outer: int, label: int) -> Draw:
-        """The draw that the real and the synthetic images of a class share."""
-        return self.augmentation.draw(generator(self.setting.seed, "siamese", step, outer, label))
 
     def _train(self, network: nn.Module, step: int, outer: int) -> None:
         """Train the network on the whole synthetic set; workers add up the gradients of their own classes' images."""

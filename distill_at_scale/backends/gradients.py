@@ -7,11 +7,13 @@ the whole. The networks' normalisation works sample by sample, so the parts do n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Metric = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]  # real and synthetic gradients -> their distance
 
 
 def matched_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -19,13 +21,39 @@ def matched_parameters(network: nn.Module) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.dim() >= 2]
 
 
-def distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
-    """Sum over layers and output channels of 1 - <a, b> / (|a| |b| + 1e-6) (DC, equation 5 with the official constant)."""
-    total = synthetic[0].new_zeros(())
+def distances(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+    """Per class the sum over layers and output channels of 1 - <a, b> / (|a| |b| + 1e-6) [classes].
+
+    Gradients are [classes, *parameter] (DC, equation 5 with the official constant).
+    """
+    total = synthetic[0].new_zeros(len(synthetic[0]))
     for a, b in zip(real, synthetic, strict=True):
-        a, b = a.flatten(1), b.flatten(1)  # output channels x the rest
-        total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
+        a, b = a.flatten(2), b.flatten(2)  # classes x output channels x the rest
+        total = total + (1 - (a * b).sum(2) / (a.norm(dim=2) * b.norm(dim=2) + 1e-6)).sum(1)
     return total
+
+
+def squares(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+    """Per class the sum of squared differences, without the last layer [classes] (IDC, its metric `mse`)."""
+    return _differences(real, synthetic, torch.square)
+
+
+def absolutes(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+    """Per class the sum of absolute differences, without the last layer [classes] (IDC, its metric `l1`)."""
+    return _differences(real, synthetic, torch.abs)
+
+
+def _differences(real: Sequence[Tensor], synthetic: Sequence[Tensor], size: Callable[[Tensor], Tensor]) -> Tensor:
+    pairs = list(zip(real, synthetic, strict=True))
+    return torch.stack([size(a - b).flatten(1).sum(1) for a, b in pairs[:-1] or pairs]).sum(0)
+
+
+def of_one_class(metric: Metric) -> Metric:
+    """The metric between the gradients of one class [*parameter], a scalar."""
+    return lambda real, synthetic: metric([a[None] for a in real], [b[None] for b in synthetic])[0]
+
+
+distance = of_one_class(distances)
 
 
 def synthetic_gradient(network: nn.Module, images: Tensor, label: int) -> list[Tensor]:
@@ -46,10 +74,11 @@ def real_gradient(network: nn.Module, images: Tensor, label: int, at_once: int) 
 
 
 @torch.no_grad()
-def losses(network: nn.Module, images: Tensor, label: int, at_once: int) -> Tensor:
-    """The cross-entropy of each of a class's images [n]."""
-    parts = [F.cross_entropy(network(p), _targets(p, label), reduction="none") for p in images.split(at_once)]
-    return torch.cat(parts)
+def losses(network: nn.Module, images: Tensor, labels: int | Tensor, at_once: int) -> Tensor:
+    """The cross-entropy of each image [n]; `labels` is one for all, or [n]."""
+    targets = labels if isinstance(labels, Tensor) else _targets(images, labels)
+    pairs = zip(images.split(at_once), targets.split(at_once), strict=True)
+    return torch.cat([F.cross_entropy(network(part), t, reduction="none") for part, t in pairs])
 
 
 def _targets(images: Tensor, label: int) -> Tensor:

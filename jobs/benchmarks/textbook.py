@@ -1,0 +1,70 @@
+"""The textbook step of each method: the straightforward loop over the classes, as published code has it.
+
+Every real batch goes through the network at once, the distances of all classes are added up, and one backward pass follows.
+The yardstick of step_time.py: the same draws and the same numbers as ours, written without any of it but the draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill_at_scale.formation import parts_of
+
+Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+def image_gradient(method: str, network: nn.Module, real: list[Tensor], images: Tensor, drop: float) -> Tensor:
+    """The gradient of the summed distances in the synthetic images [classes, ipc, *shape]."""
+    images = images.detach().clone().requires_grad_(True)
+    loss = torch.zeros((), device=images.device)
+    for label, batch in enumerate(real):
+        kept = batch if not drop else _kept(method, network, batch, images[label], label, drop)
+        loss = loss + LOSSES[method](network, kept, images[label], label)
+    return torch.autograd.grad(loss, images)[0]
+
+
+@torch.no_grad()
+def _kept(method: str, network: nn.Module, real: Tensor, own: Tensor, label: int, drop: float) -> Tensor:
+    """Without the largest losses (of DM: distances to the synthetic mean), looked at anew in every step."""
+    if method == "dm":
+        values = (network.embed(real) - network.embed(own).mean(0)).square().sum(1)
+    else:
+        values = F.cross_entropy(network(real), _targets(real, label), reduction="none")
+    return real[values.argsort(stable=True)[: max(1, len(real) - int(drop * len(real) + 1e-9))].sort().values]
+
+
+def _targets(images: Tensor, label: int) -> Tensor:
+    return torch.full((len(images),), label, device=images.device)
+
+
+def _gradients(network: nn.Module, images: Tensor, label: int, second: bool) -> list[Tensor]:
+    loss = F.cross_entropy(network(images), _targets(images, label))
+    found = torch.autograd.grad(loss, list(network.parameters()), create_graph=second)
+    return [g for g in found if g.dim() > 1]
+
+
+def _dc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
+    total = torch.zeros((), device=real.device)
+    for a, b in zip(_gradients(network, real, label, False), _gradients(network, own, label, True), strict=True):
+        a, b = a.flatten(1), b.flatten(1)
+        total = total + (1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1) + 1e-6)).sum()
+    return total
+
+
+def _idc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
+    wanted, found = _gradients(network, real, label, False), _gradients(network, parts_of(own, 2), label, True)
+    pairs = list(zip(wanted, found, strict=True))[:-1]
+    return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
+
+
+def _dm(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
+    with torch.no_grad():
+        target = network.embed(real).mean(0)
+    return (target - network.embed(own).mean(0)).square().sum()
+
+
+LOSSES: dict[str, Loss] = {"dc": _dc, "dsa": _dc, "dm": _dm, "idc": _idc}

@@ -135,8 +135,8 @@ class TrajectoryMatching(ImageBackend):
             before = [(tensor.detach().clone(), self._buffer(tensor)) for tensor in tensors]
             self.optimizer.step()
             what = self._broken([tensor.detach() for tensor in tensors], "an update", loss)
-            if what is None and float(self.rate) <= 0:
-                what = f"the learned student rate would become {float(self.rate):g}"
+            if what is None and float(self.rate.detach()) <= 0:
+                what = f"the learned student rate would become {float(self.rate.detach()):g}"
             if what is not None:
                 self._restore(tensors, before)
         if what is not None:

@@ -103,7 +103,7 @@ class ConstantMemorySection(TrajectorySection):
     learn_labels: bool = True
     label_lr: float = Field(1.0, ge=0, le=LARGEST_RATE)  # of the soft labels' logits
     label_init: Literal["experts", "class"] = (
-        "experts"  # the experts' mean logits, or 5 for an image's class and else 0
+        "experts"  # the experts' mean logits for real images, or 5 for the own class
     )
 
 

@@ -3,7 +3,8 @@
 `gradient: exact` is MTT's gradient with one step's activations in memory; `gradient: fixed` is TESLA's own form, which
 leaves out how a step's images act through later parameters (both in `unrolled.py`, which says what exactly is dropped).
 With `learn_labels` the labels are logits [images, classes] that are learned with the images and saved as
-`soft_labels`; they start from the mean logits of the trained experts, or from the class alone.
+`soft_labels`; they start from the mean logits of the trained experts, or (always where the images start from noise, of which
+experts know nothing) from the class alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class ConstantMemoryMatching(TrajectoryMatching):
         self.logits: Tensor | None = None
         super().prepare(real)
         if self.options.learn_labels:
-            start = self._class_logits() if self.options.label_init == "class" else self._expert_logits()
+            told = self.options.label_init == "experts" and self.options.init == "real"
+            start = self._expert_logits() if told else self._class_logits()
             self.logits = start.view(*self.images.shape[:2], -1).requires_grad_(True)
             self.optimizer.add_param_group({"params": [self.logits], "lr": self.options.label_lr})
 

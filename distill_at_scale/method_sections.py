@@ -99,8 +99,14 @@ class TrajectorySection(Section):
 class ConstantMemorySection(TrajectorySection):
     """TESLA (arXiv 2211.10586): MTT's gradient with memory constant in student_steps, and learned soft labels."""
 
+    gradient: Literal["exact", "fixed"] = (
+        "exact"  # fixed: the paper's own, which leaves out the path through later steps
+    )
     learn_labels: bool = True
     label_lr: float = Field(1.0, ge=0, le=LARGEST_RATE)  # of the soft labels' logits
+    label_init: Literal["experts", "class"] = (
+        "experts"  # the experts' mean logits for real images, or 5 for the own class
+    )
 
 
 class TeacherSection(Section):

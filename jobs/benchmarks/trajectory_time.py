@@ -1,0 +1,135 @@
+"""One trajectory's loss and gradients: the textbook unroll against ours, in seconds and in bytes kept by autograd.
+
+    python jobs/benchmarks/trajectory_time.py [--steps 10] [--ipc 1] [--width 128] [--repeats 3] [--threads 1]
+
+Made-up images in CIFAR-10's shape. The textbook slices every parameter out of the flat vector and sends a whole batch through
+the network, as the published code does; ours are the three ways of `backends/unrolled.py`. Rows are measured in turn, round
+by round, so that they share whatever else the machine does; the first round is not counted. Bytes are the most that is
+saved for backward passes at one time. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from distill_at_scale.augment import Draw
+from distill_at_scale.backends.trajectories import flat
+from distill_at_scale.backends.unrolled import Matched, Move, Student, Synthetic, Trajectory, recomputed, unrolled
+from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.rundir import environment
+
+CLASSES, SHAPE = 10, (3, 32, 32)
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = _made_up(options, device)
+    ways: dict[str, Callable[[], Matched]] = {
+        "textbook": partial(textbook, *given),
+        "unrolled (mtt)": partial(unrolled, *given),
+        "recomputed, exact (tesla)": partial(recomputed, *given),
+        "recomputed, fixed": partial(recomputed, *given, through=False),
+    }
+    seconds = _measure(ways, options.repeats, device)
+    base = statistics.fmean(seconds["textbook"])
+    rows = {
+        name: {"mean": round(statistics.fmean(s), 4), "std": round(statistics.stdev(s), 4) if len(s) > 1 else 0.0,
+               "times_faster_than_textbook": round(base / statistics.fmean(s), 2), "saved_bytes": saved_bytes(ways[name])}
+        for name, s in seconds.items()
+    }  # fmt: skip
+    about = environment()
+    print(
+        json.dumps({**vars(options), "rows": rows, "hardware": about["hardware"], "commit": about["commit"]}, indent=1)
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10, help="of the student")
+    parser.add_argument("--ipc", type=int, default=1)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def _made_up(options: argparse.Namespace, device: torch.device) -> tuple[Student, Trajectory, Synthetic, Tensor]:
+    spec, chance, n = (
+        NetworkSpec("convnet", SHAPE, CLASSES, options.width),
+        torch.Generator().manual_seed(0),
+        options.ipc * 10,
+    )
+    student = Student(spec.build(0).to(device), spec.at_once(device))
+    start = flat(spec.build(1))
+    target = start + 0.01 * torch.randn(len(start), generator=chance)
+    moves = [Move(torch.randperm(n, generator=chance), Draw(None, torch.zeros(1, 4))) for _ in range(options.steps)]
+    images = torch.randn(n, *SHAPE, generator=chance).to(device).requires_grad_(True)
+    made = Synthetic(images, torch.arange(n, device=device) % CLASSES)
+    return (
+        student,
+        Trajectory(start.to(device), target.to(device), moves),
+        made,
+        torch.tensor(0.02, device=device, requires_grad=True),
+    )
+
+
+def textbook(student: Student, task: Trajectory, made: Synthetic, rate: Tensor) -> Matched:
+    """As in the published code: one slice per parameter, whole batches, autograd through all steps."""
+    theta = task.start.clone().requires_grad_(True)
+    for move in task.moves:
+        views, first = {}, 0
+        for name, shape, size in zip(student.names, student.shapes, student.sizes, strict=True):
+            views[name] = theta[first : first + size].view(shape)
+            first += size
+        logits = functional_call(student.network, views, (made.images[move.rows],))
+        loss = F.cross_entropy(logits, made.targets[move.rows])
+        theta = theta - rate * torch.autograd.grad(loss, theta, create_graph=True)[0]
+    loss = F.mse_loss(theta, task.target, reduction="sum") / F.mse_loss(task.start, task.target, reduction="sum")
+    return loss.detach(), list(torch.autograd.grad(loss, [made.images, rate]))
+
+
+def saved_bytes(way: Callable[[], Matched]) -> int:
+    """The most bytes that autograd keeps at one time; tensors that are saved twice count twice."""
+    held = {"now": 0, "peak": 0}
+
+    class Kept:
+        def __init__(self, tensor: Tensor):
+            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+            held["now"] += self.size
+            held["peak"] = max(held["peak"], held["now"])
+
+        def __del__(self) -> None:
+            held["now"] -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        way()
+    return held["peak"]
+
+
+def _measure(ways: dict[str, Callable[[], Matched]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

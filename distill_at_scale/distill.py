@@ -91,7 +91,7 @@ def check(config: Config, prepared: Classes, kept_per_class: list[int]) -> None:
             raise UserError(too_few(name, kept, config.distill.ipc))
     if config.distill.evaluate_every:
         evaluate.need_test_split(prepared)
-    if config.distill.workers > len(names):
+    if config.distill.workers > len(names) and backend_class(config).parallel == "classes":
         raise UserError(
             f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}"
         )
@@ -125,7 +125,17 @@ def setting_of(config: Config, prepared: Prepared, places: Places, workers: Work
     if backend_class(config).parallel == "classes":
         labels = labels[workers.rank :: workers.size]
     spec = NetworkSpec(section.network, prepared.shape, len(names), section.width, section.depth, prepared.kind)
-    return Setting(config, spec, names, labels, workers, device, step_count(config), places.networks)
+    return Setting(
+        config,
+        spec,
+        names,
+        labels,
+        workers,
+        device,
+        step_count(config),
+        places.networks,
+        tuple(prepared.source_class_names),
+    )
 
 
 def missing_networks(config: Config, places: Places) -> list[str]:
@@ -169,6 +179,7 @@ class Distillation:
         self.backend = backend_class(config)(self.setting)
         self.backend.prepare(pool)
         self.snapshots: dict[int, Tensor] = {}
+        self.logged = 0, 0.0  # step and seconds of the last line of the log
 
     def run(self) -> SyntheticSet | None:
         """All steps from the last checkpoint on; the set on rank 0, None elsewhere.
@@ -179,6 +190,7 @@ class Distillation:
         if self.workers.rank == 0:
             self._write({"stage": "hold", "step": start, "of": self.steps, "held": self.held})
         began = time.perf_counter() - spent
+        self.logged = start, spent
         log_every = max(1, self.steps // LOG_LINES)
         for i in range(start, self.steps):
             if i in self._snapshot_steps():
@@ -228,7 +240,8 @@ class Distillation:
         return images[order], labels[order]
 
     def _save(self, step: int, seconds: float) -> None:
-        states = self.workers.gather(self.backend.state_dict())
+        alone = self.backend.parallel == "replicate"  # everyone has the same
+        states = self.workers.gather(self.backend.state_dict() if not alone or self.workers.rank == 0 else {})
         if self.workers.rank == 0:
             state: dict[str, Tensor] = {}
             for part in states:
@@ -252,7 +265,11 @@ class Distillation:
         if self.workers.rank == 0:
             total = sum(weight for _, weight in every)
             mean = {key: sum(m[key] * weight for m, weight in every) / total for key in metrics}
-            self._write({"step": step, "of": self.steps, "seconds": round(seconds, 3), **mean})
+            each = (seconds - self.logged[1]) / max(1, step - self.logged[0])
+            self._write(
+                {"step": step, "of": self.steps, "seconds": round(seconds, 3), "step_seconds": round(each, 4), **mean}
+            )
+        self.logged = step, seconds
 
     def _evaluate(self, step: int) -> None:
         """Train one network on the set as it is, on rank 0, and log its accuracy; the others wait."""

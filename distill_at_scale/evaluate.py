@@ -74,8 +74,10 @@ class Evaluator:
 
     def _protocol(self, job: Job) -> TrainingProtocol:
         expected = self.synthetic.protocol
-        if job.set != "distilled" and expected.labels == "soft":  # labels and rate were learned for these images alone
-            expected = replace(expected, labels="hard", lr=TrainingProtocol(1).lr)
+        if job.set != "distilled" and "student_lr" in self.synthetic.card:  # learned for these images alone
+            expected = replace(expected, lr=TrainingProtocol(1).lr)
+        if job.set != "distilled" and expected.labels == "soft":
+            expected = replace(expected, labels="hard")
         if job.set in ("kept", "full") and expected.labels == "views":
             expected = replace(expected, labels="hard", cutmix=0.0)
         protocol = expected.overridden(self.config.evaluate)

@@ -264,7 +264,7 @@ class Pipeline:
         if missing := distill.missing_networks(self.config, places):
             with self.display.meter("networks", len(missing), "networks") as meter:
                 self.executor.make_networks(self.config, places, missing, meter.advance)
-        if getattr(distill.backend_class(self.config), "ranks_patches", False):
+        if distill.backend_class(self.config).ranks_patches:
             self._rank_patches(data, places)
         if places.state.exists():
             self.display.say("  going on from the last checkpoint")

@@ -33,6 +33,7 @@ from distill_at_scale.pruning import static
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import weights
 from distill_at_scale.scoring.scorer import criteria_of
+from distill_at_scale.sections import Section
 
 TALLEST = 65_500  # pixels of a JPEG, which holds the frames of a clip below each other
 KINDS = 12  # of reasons that are counted
@@ -53,6 +54,10 @@ def check_names(config: Config) -> None:
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
     Augmentation(distill.backend_class(config).protocol(config).augment)
+    own = getattr(config.distill, config.distill.method, None)
+    for key, value in own.model_dump().items() if isinstance(own, Section) else ():
+        if key.endswith("augment"):
+            Augmentation(value)
 
 
 def _check_kind(config: Config, source: Any) -> None:

@@ -17,7 +17,7 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.networks import OF_IMAGES, NetworkSpec, in_parts, maybe_compile, mixes_samples
 
 RESNETS = ["resnet18", "resnet18_bn", "resnet50", "resnet50_bn"]
-SMALLEST = {"convnet": 8, "alexnet": 8, "vgg11": 8, **dict.fromkeys(RESNETS, 16)}
+SMALLEST = {"convnet": 8, "alexnet": 8, "vgg11": 8, "convnet_bn": 8, **dict.fromkeys(RESNETS, 16)}
 
 
 @pytest.mark.parametrize("name", sorted(OF_IMAGES))

@@ -28,7 +28,7 @@ from distill_at_scale.students import TrainingProtocol
 CPU = torch.device("cpu")
 GB = 10**9
 MACHINE = Machine(cores=4, memory=16 * GB, gpus=0, gpu_memory=0, disk=100 * GB)
-FACTS = Facts((1, 8, 8), [f"c{k}" for k in range(20)], [30] * 20, [6] * 20, 50, False, 16)
+FACTS = Facts((1, 8, 8), [f"c{k}" for k in range(20)], [30] * 20, [6] * 20, 50, False, 16, "images")
 EVERY = ["ingest", "score", "select", "distill", "evaluate", "report"]
 
 

@@ -27,6 +27,8 @@ from distill_at_scale.rng import generator
 from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Workers
 
+FAR = 1e30  # well below the largest 32-bit float
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -40,6 +42,7 @@ class Setting:
     device: torch.device
     steps: int
     networks: Path = Path()  # the folder of what `make_network` made
+    source_class_names: tuple[str, ...] = ()  # every class of the source, also where only some are distilled
 
     @property
     def seed(self) -> int:
@@ -50,7 +53,10 @@ class Backend(Protocol):
     parallel: ClassVar[str]  # "classes": each worker owns some; "replicate": each worker holds all
     default_steps: ClassVar[int]
     no_runtime: ClassVar[str]  # why runtime pruning does not apply; "" where it does
-    batch_norm: ClassVar[str]  # of distill.network: "refused", "wanted" or "any"
+    batch_norm: ClassVar[str]  # of distill.network: "refused" or "any"
+    ranks_patches: ClassVar[
+        bool
+    ]  # whether patches of real images are ranked by the scoring actors before the first step
 
     def __init__(self, setting: Setting) -> None: ...
 
@@ -125,6 +131,7 @@ class WithDefaults:
     parallel: ClassVar[str] = "classes"
     no_runtime: ClassVar[str] = ""
     batch_norm: ClassVar[str] = "refused"
+    ranks_patches: ClassVar[bool] = False
 
     @staticmethod
     def networks(config: Config) -> list[str]:
@@ -190,7 +197,13 @@ class ImageBackend(WithDefaults):
             raise problem
 
     def _move(self) -> int | None:
-        """One optimiser step; undone, with the place of the class returned, if images overflow."""
+        """One optimiser step; undone, with the place of the class returned, if images overflow.
+
+        Only where they come near that is a copy kept, as it would take as much memory as the set.
+        """
+        if self._far_from_overflow():
+            self.optimizer.step()
+            return None
         images, state = self.images.detach().clone(), self._momentum()
         before = None if state is None else state.clone()
         self.optimizer.step()
@@ -200,6 +213,11 @@ class ImageBackend(WithDefaults):
                 self.images.copy_(images)
             self.optimizer.state[self.images]["momentum_buffer"] = before
         return bad
+
+    def _far_from_overflow(self) -> bool:
+        held = (self.images.detach(), self.images.grad, self._momentum())
+        largest = [max(map(abs, map(float, t.aminmax()))) for t in held if t is not None]
+        return sum(largest) * max(1.0, self.lr) < FAR
 
     def _momentum(self) -> Tensor | None:
         return self.optimizer.state.get(self.images, {}).get("momentum_buffer")

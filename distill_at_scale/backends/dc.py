@@ -62,7 +62,7 @@ class GradientMatching(MatchingBackend):
             if outer < self.outer - 1:
                 self._train(network, i, outer)
         self.settle()
-        return {"loss": total / (self.outer * len(self.setting.labels))}
+        return self.metrics(total, self.outer)
 
     def _train(self, network: nn.Module, step: int, outer: int) -> None:
         """Train the network on the whole synthetic set; workers add up the gradients of their own classes' images."""

@@ -13,6 +13,7 @@ beforehand for ImageNet.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from distill_at_scale.backends.base import Conclusion, Setting, too_few
 from distill_at_scale.backends.gradients import absolutes, squares
 from distill_at_scale.backends.matching import MatchingBackend, View, repeated
 from distill_at_scale.config import Config
+from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.pool import Pool
 from distill_at_scale.errors import UserError
 from distill_at_scale.formation import assembled, parts_of
@@ -65,9 +67,7 @@ class FormationMatching(MatchingBackend):
         return lambda images: draw.apply(parts_of(images, self.options.factor)[order.to(images.device)])
 
     def prepare(self, real: Pool) -> None:
-        normalization = real.normalization
-        ends = torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, len(normalization.mean), 1, 1)
-        self.darkest, self.brightest = normalization.apply(ends).to(self.setting.device)  # channels x 1 x 1
+        self.darkest, self.brightest = self._range(real.normalization)
         super().prepare(real)
         counts = torch.zeros(self.setting.spec.classes)
         counts[self.setting.labels] = torch.tensor([float(real.count(c)) for c in self.setting.labels])
@@ -75,11 +75,27 @@ class FormationMatching(MatchingBackend):
         self.setting.workers.sum_([counts])
         self.everything = torch.arange(len(counts)).repeat_interleave(counts.long().cpu())  # the label of every sample
 
+    def _range(self, normalization: Normalization) -> tuple[Tensor, Tensor]:
+        """What a channel's pixels 0 and 1 are for the network [channels, 1, 1]; without bounds where nothing is a pixel."""
+        device = self.setting.device
+        if normalization.scale == 1 or normalization.whitening is not None:
+            return torch.tensor(-math.inf, device=device), torch.tensor(math.inf, device=device)
+        ends = torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, len(normalization.mean), 1, 1)
+        darkest, brightest = normalization.apply(ends).to(device)
+        return darkest, brightest
+
+    @property
+    def _scale(self) -> Tensor:
+        """The length of the range of pixels; 1 where there is none."""
+        return (self.brightest - self.darkest).nan_to_num(posinf=1.0)
+
     def _initial(self, label: int) -> Tensor:
         number = self.ipc * self.options.factor**2
         if self.init == "noise":
             noise = super()._initial(label)
-            scale = (self.brightest - self.darkest).cpu()
+            if bool(self.darkest.isinf().all()):
+                return noise
+            scale = self._scale.cpu()
             return self._clipped(noise * scale / 4 + self.darkest.cpu() + scale / 2)
         if self.real.count(label) < self.ipc:
             raise UserError(too_few(self.setting.class_names[label], self.real.count(label), self.ipc))
@@ -103,12 +119,12 @@ class FormationMatching(MatchingBackend):
             if inner < made.inner - 1:
                 self._train(network, optimizer, i, inner)
         self.settle()
-        return {"loss": total / (made.inner * len(self.setting.labels))}
+        return self.metrics(total, made.inner)
 
     def update(self, losses: list[Tensor], step: int) -> None:
         """The published rate is for pixels between 0 and 1, so gradients are taken there and steps are scaled back."""
         assert self.images.grad is not None
-        self.images.grad.mul_((self.brightest - self.darkest).square())
+        self.images.grad.mul_(self._scale.square())
         super().update(losses, step)
 
     def _train(self, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, inner: int) -> None:

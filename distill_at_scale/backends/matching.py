@@ -54,6 +54,7 @@ class MatchingBackend(ImageBackend):
         on_cpu = setting.device.type == "cpu"
         self.first = self.at_once if on_cpu else max(1, room // (FIRST_ORDER * size))
         self.second = max(1, room // (SECOND_ORDER * size))  # images under one second-order graph
+        self.used = self.drawn = 0  # real samples since the last step: those that counted, and all
         self.together: bool | None = None  # whether classes may be taken together; asked with the first network
         self.mixes = mixes_samples(setting.spec.skeleton())
         if self.mixes:
@@ -81,8 +82,11 @@ class MatchingBackend(ImageBackend):
             views = [self.view(draw, step, outer, label) for draw, label in zip(draws, labels, strict=True)]
             batches = self._real(network, places, draws, views, (step, outer, visit))
             targets = self._real_gradients(network, batches, labels)
-            seen = torch.cat([view(self.images[k]) for view, k in zip(views, places, strict=True)])
-            distances += self._pull(network, seen, labels, targets)
+            own = self.images.detach()[places[0] : places[-1] + 1].requires_grad_(True)
+            seen = torch.cat([view(images) for view, images in zip(views, own.unbind(), strict=True)])
+            found, pull = self._pull(network, seen, labels, targets)
+            self.images.grad[places[0] : places[-1] + 1] = torch.autograd.grad(seen, own, pull)[0]
+            distances += found
         self.update(distances, step)
         return float(torch.stack(distances).sum())
 
@@ -127,7 +131,15 @@ class MatchingBackend(ImageBackend):
             values = self.pruning.values(loss=partial(_item, of_all, place), ite=effects)
             kept = self.pruning.look(batch.label, batch.rows, self.real.count(batch.label), values)
             images[k] = images[k][kept.to(images[k].device)]
+        self.used += sum(map(len, images))
+        self.drawn += sum(len(batch.rows) for batch in batches)
         return images
+
+    def metrics(self, total: float, updates: int) -> dict[str, float]:
+        """Of a step: the mean distance of the own classes over its updates, and the share of the real batches that counted."""
+        share = self.used / max(1, self.drawn)
+        self.used = self.drawn = 0
+        return {"loss": total / (updates * len(self.setting.labels)), "real_share": share}
 
     def _losses(self, network: nn.Module, batches: Sequence[Batch], images: Sequence[Tensor]) -> Sequence[Tensor]:
         """The cross-entropy of every sample, class by class."""
@@ -153,8 +165,10 @@ class MatchingBackend(ImageBackend):
                 parts.append(class_gradients(network, *_filled([images[k] for k in chunk], own)))
         return [torch.cat(gradients) for gradients in zip(*parts, strict=True)]
 
-    def _pull(self, network: nn.Module, seen: Tensor, labels: Sequence[int], targets: list[Tensor]) -> list[Tensor]:
-        """The classes' distances, whose gradient is added to that of the images; `seen` [classes * m, *shape]."""
+    def _pull(
+        self, network: nn.Module, seen: Tensor, labels: Sequence[int], targets: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """The classes' distances, and their gradient in what the network sees, `seen` [classes * m, *shape]."""
         leaf = seen.detach().requires_grad_(True)
         if len(labels) > 1:
             weights = leaf.new_full((len(leaf),), len(labels) / len(leaf))
@@ -166,8 +180,8 @@ class MatchingBackend(ImageBackend):
             found.sum().backward(inputs=[leaf])
         else:
             found = self._pull_in_parts(network, leaf, labels[0], targets)
-        seen.backward(gradient=leaf.grad, inputs=[self.images])
-        return list(found.detach())
+        assert leaf.grad is not None
+        return list(found.detach()), leaf.grad
 
     def _pull_in_parts(self, network: nn.Module, leaf: Tensor, label: int, targets: list[Tensor]) -> Tensor:
         mean = [g.requires_grad_(True) for g in real_gradient(network, leaf.detach(), label, self.first)]

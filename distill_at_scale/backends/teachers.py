@@ -180,7 +180,7 @@ def _facts(section: TeacherSection, setting: Setting) -> TeacherFacts:
 
 def _ready_made(section: TeacherSection, setting: Setting, real: Pool) -> Teacher:
     names, facts = setting.class_names, _facts(section, setting)
-    source = getattr(setting, "source_class_names", names)
+    source = list(setting.source_class_names) or names
     with _own_keys(setting.config):
         given = weights.load(str(section.teacher_weights), facts.spec, names, source)
     columns = None if given.classes is None else tuple(given.classes)

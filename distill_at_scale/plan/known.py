@@ -31,6 +31,7 @@ class Facts:
     tests: int
     jpeg: bool
     group: int  # rows of a row group
+    kind: str  # images, clips or tensors
     listing: ingest.Plan | None = None
 
     def has_test(self) -> bool:
@@ -54,13 +55,18 @@ class Facts:
 
     @property
     def values(self) -> int:
-        """Numbers in one sample; also its bytes as uint8."""
+        """Numbers in one sample."""
         return math.prod(self.shape)
 
     @property
     def stored(self) -> int:
         """About the bytes of a prepared sample."""
-        return max(1, int(self.values * (JPEG_PART if self.jpeg else 1)))
+        return max(1, int(self.held * (JPEG_PART if self.jpeg else 1)))
+
+    @property
+    def held(self) -> int:
+        """Bytes of a sample in memory, as it is stored."""
+        return self.values * (4 if self.kind == "tensors" else 1)
 
     @property
     def groups(self) -> int:
@@ -73,7 +79,7 @@ def of_prepared(config: Config, prepared: Prepared, chosen: Path | None) -> Fact
     counts, jpeg = prepared.counts("train"), bool(prepared.meta.get("jpeg"))
     kept = manifest.facts(chosen)["kept_per_class"] if chosen else will_keep(config, counts)
     tests, group = sum(prepared.counts("test")), group_rows(prepared.shape, jpeg, config.data.chunk)
-    return Facts(prepared.shape, prepared.class_names, counts, kept, tests, jpeg, group)
+    return Facts(prepared.shape, prepared.class_names, counts, kept, tests, jpeg, group, prepared.kind)
 
 
 def of_listing(config: Config, listing: ingest.Plan) -> Facts:
@@ -82,7 +88,8 @@ def of_listing(config: Config, listing: ingest.Plan) -> Facts:
     jpeg, counts = stores_jpeg(config.data), planned.counts
     tests = listing.listings["test"].num_rows if "test" in listing.listings else 0
     group = group_rows(planned.shape, jpeg, config.data.chunk)
-    return Facts(planned.shape, planned.class_names, counts, will_keep(config, counts), tests, jpeg, group, listing)
+    kept, kind = will_keep(config, counts), planned.kind or ("clips" if len(planned.shape) == 4 else "images")
+    return Facts(planned.shape, planned.class_names, counts, kept, tests, jpeg, group, kind, listing)
 
 
 def will_keep(config: Config, counts: list[int]) -> list[int]:

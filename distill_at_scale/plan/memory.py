@@ -145,18 +145,6 @@ def of_distillation(
     return _split(host, on_device + (pool if held == "device" else 0), device)
 
 
-def holding(config: Config, pool: int, device: torch.device, room: int) -> str:
-    """Where the kept samples of a worker lie: distill.hold, or for `auto` where there is room for them."""
-    wanted = config.distill.hold
-    if wanted == "device" and device.type == "cpu":
-        return "host"
-    if wanted != "auto":
-        return wanted
-    if pool > room:
-        return "shards"
-    return "device" if device.type == "cuda" else "host"
-
-
 def _part(spec: NetworkSpec, batch: int, device: torch.device) -> int:
     return min(batch, spec.at_once(device))
 

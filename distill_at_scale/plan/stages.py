@@ -13,6 +13,7 @@ from pathlib import Path
 from distill_at_scale import distill, evaluate
 from distill_at_scale.backends.base import Cost
 from distill_at_scale.config import Config
+from distill_at_scale.data import holding
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.plan import memory, micro_steps
 from distill_at_scale.plan.known import Facts
@@ -105,7 +106,7 @@ class Planner:
         steps = distill.step_count(self.config)
         parts = self._extra() | {"prepare": self._prepare(found), "steps": steps * found.step}
         pool = self._pool(found.own)
-        held = memory.holding(self.config, pool, device, self.room(spread.side_by_side) // 2)
+        held, _ = holding.choose(wanted.hold, pool, device, holding.room(device, spread.side_by_side))
         size = memory.of_distillation(found.own, wanted.ipc, facts.values, pool, found.activations, device, held)
         images = 4 * facts.classes * wanted.ipc * facts.values
         networks = len(self._names()) * self._network_bytes()
@@ -149,7 +150,7 @@ class Planner:
 
     def _spec(self, name: str) -> NetworkSpec:
         wanted = self.config.distill
-        return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth)
+        return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth, self.facts.kind)
 
     def _sets(self) -> list[tuple[int, TrainingProtocol, int]]:
         """(images, protocol, networks) of everything that a kind of network is trained on."""

@@ -86,12 +86,12 @@ def _accuracy(row: dict[str, float]) -> str:
 
 
 SCHEDULES: dict[str, dict[int, list[str]]] = {
-    "dc": {1: ["distill.steps=200"], 10: ["distill.steps=15", "distill.dc.outer=10", "distill.dc.inner=10"]},
-    "dsa": {1: ["distill.steps=200"], 10: ["distill.steps=15", "distill.dsa.outer=10", "distill.dsa.inner=10"]},
-    "dm": {1: ["distill.steps=500"], 10: ["distill.steps=500"]},
-    "idc": {1: ["distill.steps=15"], 10: ["distill.steps=15"]},
-    "mtt": {1: ["distill.steps=150"], 10: ["distill.steps=60"]},
-    "tesla": {1: ["distill.steps=150"], 10: ["distill.steps=60"]},
+    "dc": {1: ["distill.steps=150"], 10: ["distill.steps=8", "distill.dc.outer=10", "distill.dc.inner=10"]},
+    "dsa": {1: ["distill.steps=150"], 10: ["distill.steps=8", "distill.dsa.outer=10", "distill.dsa.inner=10"]},
+    "dm": {1: ["distill.steps=400"], 10: ["distill.steps=400"]},
+    "idc": {1: ["distill.steps=12"], 10: ["distill.steps=8"]},
+    "mtt": {1: ["distill.steps=200"], 10: ["distill.steps=60"]},
+    "tesla": {1: ["distill.steps=200"], 10: ["distill.steps=60"]},
 }
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from distill_at_scale.backends.base import Conclusion, Cost
 from distill_at_scale.data.pool import Pool
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.distill import Places, backend_class, make_network, missing_networks, setting_of
+from distill_at_scale.execution import Local, score_piece
+from distill_at_scale.scoring import patches
 from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Solo
 
@@ -58,9 +60,21 @@ def made_networks(digits_run, tmp_path_factory):
             for name in missing_networks(config_of(method), own):
                 make_network(config_of(method), own, name, CPU)
             assert missing_networks(config_of(method), own) == []
+            if backend_class(config_of(method)).ranks_patches:
+                rank(config_of(method), own)
         return replace(places, networks=folders[method])
 
     return make
+
+
+def rank(config, places: Places) -> None:
+    """As the pipeline does."""
+    chunks, pieces = Prepared(places.prepared).chunks("train"), patches.pieces_folder(places.networks, config)
+    pieces.mkdir(parents=True)
+    candidates = patches.draw_candidates(places.manifest, config, pieces)
+    Local().rank_patches(config, places, chunks, lambda samples: None)
+    found = [score_piece(pieces, chunk) for chunk in chunks]
+    patches.merge(found, candidates, config.distill.rded.crops, patches.table_path(places.networks, config))
 
 
 @pytest.fixture

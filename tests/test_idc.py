@@ -196,7 +196,8 @@ def test_the_card_lets_the_set_be_taken_apart():
     backend = backend_of()
     images, labels = backend.finish()
     card = backend.conclude(images, labels).card
-    made = SyntheticSet(images, labels, dict(card)).training_set()
+    protocol = idc.FormationMatching.protocol(configuration.Config()).card()
+    made = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
     assert len(made.images) == len(made.labels) == CLASSES * 2 * 4
     assert made.labels[:8].tolist() == [0] * 8
 

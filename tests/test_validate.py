@@ -32,7 +32,7 @@ def test_networks_that_do_not_fit_the_data_are_refused(tmp_path, make_config, di
 
 
 def test_batch_norm_is_refused_for_matching(tmp_path, make_run):
-    run = make_run(tmp_path / "run", data__size=32, distill__network="resnet18_bn")
+    run = make_run(tmp_path / "run", data__size=32, distill__network="resnet18_bn", distill__method="dm")
     with pytest.raises(UserError, match="has batch norm"):
         run.stages("ingest")
 

@@ -396,6 +396,20 @@ def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
     assert len(in_parts) == spec.classes
 
 
+def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
+    """Small networks take many classes at once, as far as their real batches leave room."""
+    spec, held, most = SPECS["a hundred classes"], 8, 10
+    each = matching.COPIES * 4 * held * math.prod(spec.shape)
+    whole = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
+    sizes = []
+    real = matching.MatchingBackend._real
+    monkeypatch.setattr(matching.MatchingBackend, "_real", lambda *a: (sizes.append(len(a[2])), real(*a))[1])
+    monkeypatch.setitem(matching.BYTES, "cpu", most * each)
+    monkeypatch.setattr(matching, "SECOND_ORDER", 1)
+    close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
+    assert sizes == [most] * 10
+
+
 def test_the_number_of_images_in_a_graph_does_not_grow_with_the_classes(monkeypatch):
     sizes = []
     whole = matching.class_gradients

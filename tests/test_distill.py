@@ -28,6 +28,14 @@ from distill_at_scale.workers import Group, Solo, workers_here
 
 CPU = torch.device("cpu")
 LOOPS = {"distill__ipc": 2, "distill__dc__outer": 2, "distill__dc__inner": 2, "distill__dc__network_lr": 0.1}
+FORMATION = {
+    "distill__method": "idc",
+    "distill__ipc": 2,
+    "distill__idc__inner": 3,
+    "distill__idc__network_samples": 20,
+    "distill__idc__network_batch": 8,
+    "distill__idc__real_batch": 12,
+}
 CASES = {
     "dc": {**LOOPS, "distill__steps": 5},
     "dc, runtime": {**LOOPS, "distill__steps": 5, "runtime__rule": "loss", "runtime__drop": 0.3},
@@ -35,6 +43,24 @@ CASES = {
     "dm": {"distill__method": "dm", "distill__steps": 5},
     "dm, shards": {"distill__method": "dm", "distill__steps": 5, "distill__hold": "shards"},
     "dm, runtime": {"distill__method": "dm", "distill__steps": 7, "runtime__rule": "loss", "runtime__refresh": 4},
+    "dc, effects": {**LOOPS, "distill__steps": 5, "runtime__rule": "ite", "runtime__refresh": 3},
+    "dsa, effects": {
+        "distill__method": "dsa",
+        "distill__dsa__outer": 2,
+        "distill__dsa__inner": 1,
+        "distill__steps": 5,
+        "runtime__rule": "ite",
+        "runtime__refresh": 3,
+    },
+    "dm, effects": {"distill__method": "dm", "distill__steps": 7, "runtime__rule": "ite", "runtime__refresh": 4},
+    "idc": {**FORMATION, "distill__steps": 5},
+    "idc, effects": {
+        **FORMATION,
+        "distill__steps": 5,
+        "distill__hold": "shards",
+        "runtime__rule": "ite",
+        "runtime__refresh": 3,
+    },
 }
 
 

@@ -152,6 +152,31 @@ def test_the_sizes_do_not_depend_on_the_parts_and_are_drawn_from_the_generator()
     assert torch.allclose(parts[1], parts[2], rtol=1e-2)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
+    """Workers that train a network together agree up to rounding only, and are to drop the same samples."""
+    network, real, images = a_network(seed), samples(60, seed=seed), samples(2, seed=seed + 5)
+
+    def found(real):
+        return gradient_effects(network, real, images, lambda x: x, LABEL, distance, 8, chance(), 1000)
+
+    torch.testing.assert_close(found(real * (1 + 1e-6)), found(real), rtol=1e-4, atol=0)
+
+
+def test_one_direction_is_one_in_which_samples_have_effects():
+    network, real, images = a_network(), samples(60), samples(1, seed=5)
+    images = images * torch.tensor([0.0, *[1.0] * 7])  # the first pixels see no sample
+    seen = gradient_effects(network, real, images, lambda x: x * (images != 0), LABEL, distance, 1, chance(), 1000)
+    assert bool((seen > 0).all())
+
+
+def test_no_more_images_go_through_the_network_at_once_than_asked():
+    network, real, images, sizes = a_network(), samples(20), samples(30, seed=5), []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    gradient_effects(network, real, images, lambda x: x, LABEL, distance, 4, chance(), 5)
+    assert max(sizes) == 5
+
+
 def test_a_sample_alone_or_like_all_others_has_no_effect():
     network, images = a_network(), samples(2, seed=5)
     for real in (samples(1), samples(1).expand(4, *SHAPE)):

@@ -34,8 +34,8 @@ METHODS = [name for name, kind in BACKENDS.items() if kind.parallel == "classes"
 CASES = [
     (method, rule)
     for method in METHODS
-    for rule in ("none", "loss")
-    if not (rule == "loss" and BACKENDS[method].no_runtime)
+    for rule in ("none", "loss", "ite")
+    if not (rule != "none" and BACKENDS[method].no_runtime)
 ]
 CLASSES = [str(digit) for digit in range(5)]  # no multiple of 2 or 4: shares differ
 STEPS, IPC = 3, 2

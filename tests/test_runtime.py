@@ -186,8 +186,9 @@ def test_one_sample_stays_whatever_is_dropped(tail):
         assert bool(ite(0.99, tail).look(0, torch.arange(3), 3, effects(3, seed)).any())
 
 
-def test_effects_that_are_not_finite_drop_nothing_and_are_forgotten():
-    rule, values = ite(), effects(10)
+@pytest.mark.parametrize("name", ["loss", "ite"])
+def test_values_that_are_not_finite_drop_nothing_and_are_forgotten(name):
+    rule, values = RuntimePruning(RuntimeSection(rule=name, drop=0.3)), effects(10)
     values[3] = float("nan")
     assert bool(rule.look(0, torch.arange(10), 10, values).all())
     assert rule.state_dict() == {}

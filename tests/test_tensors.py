@@ -26,6 +26,7 @@ from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pictures import PLOT, drawn
 from distill_at_scale.sections import DataSection
 
+UNCUT = {"augment": "none", "student_augment": "none", "factor": 1, "network_cutmix": 0.0, "student_cutmix": 0.0}
 SIGNALS = ("saw", "sine", "square")
 
 
@@ -180,7 +181,7 @@ def test_the_report_draws_signals(finished):
 
 @pytest.mark.parametrize(
     ("method", "section"),
-    [("dc", {"outer": 1}), ("dm", {"augment": "none"})],
+    [("dc", {"outer": 1}), ("dm", {"augment": "none"}), ("idc", {"inner": 2, "network_samples": 30, **UNCUT})],
 )
 def test_the_built_in_mlp_distils_signals(waves, tmp_path, method, section):
     values = config_of(tmp_path / "run", waves, method=method, steps=2, **{method: section})
@@ -193,7 +194,11 @@ def test_the_built_in_mlp_distils_signals(waves, tmp_path, method, section):
     ("method", "wanted"),
     [
         ("dm", "distill.dm.augment=none"),
-        ("idc", "distill.idc.augment=none distill.idc.factor=1 distill.idc.network_cutmix=0.0"),
+        (
+            "idc",
+            "distill.idc.augment=none distill.idc.student_augment=none distill.idc.factor=1 "
+            "distill.idc.network_cutmix=0.0 distill.idc.student_cutmix=0.0",
+        ),
         ("mtt", "distill.mtt.augment=none distill.mtt.expert_augment=none"),
         ("rded", "cuts images into parts"),
     ],

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.backends.gradients import matched_parameters, real_gradient, synthetic_gradient
+from distill_at_scale.backends.gradients import matched_parameters, real_gradient
 from distill_at_scale.backends.projections import projections
 
 Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]  # real and synthetic gradients -> a scalar
@@ -49,13 +49,14 @@ def gradient_effects(
     if len(real) == 1:
         return real.new_zeros(1)
     order = torch.randperm(len(real), generator=generator).to(real.device)
-    groups = [real_gradient(network, real[part], label, at_once) for part in order.chunk(probes)]
-    shares = [len(part) / len(real) for part in order.chunk(probes)]
+    parts = order.chunk(probes + 1)  # the effects of all parts add up to none, so the last one tells nothing new
+    groups = [real_gradient(network, real[part], label, at_once) for part in parts]
+    shares = [len(part) / len(real) for part in parts]
     mean = [sum(s * g for s, g in zip(shares, layer, strict=True)) for layer in zip(*groups, strict=True)]  # type: ignore[misc]
-    response = _Response(network, images.detach(), view, label, distance, mean, generator)
+    response = _Response(network, images.detach(), view, label, distance, mean, generator, at_once)
     if not response.is_seen:
         return real.new_zeros(len(real))
-    effects = [response.back([g - m for g, m in zip(group, mean, strict=True)]) for group in groups]
+    effects = [response.back([g - m for g, m in zip(group, mean, strict=True)]) for group in groups[:-1]]
     ahead = [response.ahead(direction) for direction in _orthonormal(torch.stack(effects))]
     directions = [None if layer[0] is None else torch.stack(layer) for layer in zip(*ahead, strict=True)]  # type: ignore[arg-type]
     return _size(projections(network, real, label, directions, at_once)) * math.sqrt(len(images) / len(response.moved))
@@ -99,12 +100,13 @@ class _Response:
         distance: Distance,
         mean: Gradients,
         generator: torch.Generator,
+        at_once: int,
     ):
         self.images, self.view = images, view
         self.moved = _some(len(images), MOVED, generator).to(images.device)
         given = [m.detach().requires_grad_(True) for m in mean]
         self.seen = view(images)
-        made = [g.detach().requires_grad_(True) for g in synthetic_gradient(network, self.seen, label)]
+        made = [g.requires_grad_(True) for g in real_gradient(network, self.seen, label, at_once)]
         slopes = torch.autograd.grad(distance(given, made), made, create_graph=True, allow_unused=True)
         self.counted = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
         self.slopes = [slopes[k] for k in self.counted]

@@ -13,6 +13,7 @@ and then it stays in evaluation mode.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -33,6 +34,7 @@ from distill_at_scale.rng import generator
 
 BYTES = {"cpu": 2**30, "cuda": 2**32}  # that a group may take
 FIRST_ORDER, SECOND_ORDER = 12, 40  # bytes of an image's graph, in those of its widest layer
+COPIES = 4  # of a real batch at once: drawn, augmented, joined with those of the other classes
 FEW = 2  # images per class up to which a CPU gains by taking classes together
 NORM_BATCH, NORM_EACH = 256, 16  # real images that set batch norm's statistics: in all, and per class
 
@@ -54,6 +56,7 @@ class MatchingBackend(ImageBackend):
         on_cpu = setting.device.type == "cpu"
         self.first = self.at_once if on_cpu else max(1, room // (FIRST_ORDER * size))
         self.second = max(1, room // (SECOND_ORDER * size))  # images under one second-order graph
+        self.room = max(1, room // (COPIES * 4 * real_batch * math.prod(setting.spec.shape)))  # classes' real batches
         self.used = self.drawn = 0  # real samples since the last step: those that counted, and all
         self.together: bool | None = None  # whether classes may be taken together; asked with the first network
         self.mixes = mixes_samples(setting.spec.skeleton())
@@ -93,7 +96,7 @@ class MatchingBackend(ImageBackend):
     def _groups(self) -> Iterator[list[int]]:
         """Places of own classes whose synthetic images are matched together."""
         limit = min(self.second, self.first) if self.setting.device.type == "cpu" else self.second
-        return _chunks(len(self.images), self._number(self.shown, limit))
+        return _chunks(len(self.images), min(self.room, self._number(self.shown, limit)))
 
     def _number(self, each: int, limit: int) -> int:
         """How many classes of so many images are taken together."""

@@ -68,13 +68,13 @@ class RuntimePruning:
     def look(self, label: int, rows: Tensor, held: int, values: Tensor) -> Tensor:
         """The mask for a batch that was looked at in full, whose values are remembered.
 
-        Effects that are not finite drop nothing and are not remembered: the step itself has to find that out.
+        Where values are not finite, nothing is dropped and none is remembered: the step itself has to find that out.
         """
+        if not bool(torch.isfinite(values).all()):
+            return torch.ones_like(values, dtype=torch.bool)
         if self.rule != "ite":
             self._remember(label, rows, held, values)
             return self.mask(values)
-        if not bool(torch.isfinite(values).all()):
-            return torch.ones_like(values, dtype=torch.bool)
         standard = self._standardised(label, values)
         self._memory(label, held)[rows] = standard.float().cpu()
         return self.mask(standard)

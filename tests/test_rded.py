@@ -239,6 +239,19 @@ def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
     assert enough.conclude(*enough.finish()).card["patches_of_reused_images"] == {}
 
 
+@pytest.mark.parametrize("candidates", [5, 8])  # with five, further crops of the same images are taken
+def test_samples_that_lie_in_shards_make_the_same_images(ranked, tmp_path, candidates):
+    from distill_at_scale.data.pool import Pool
+
+    backend, _ = built(ranked, candidates=candidates)
+    backend.step(0)
+    images, _ = backend.finish()
+    prepared, device = Prepared(tmp_path / "prepared"), torch.device("cpu")
+    backend.prepare(Pool.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards"))
+    backend.step(0)
+    assert torch.equal(backend.finish()[0], images)
+
+
 RDED = {"distill__method": "rded", "distill__rded": QUICK | OPTIONS, "distill__ipc": 2, "evaluate__epochs": 2,
         "evaluate__seeds": 1}  # fmt: skip
 

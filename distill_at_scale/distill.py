@@ -325,9 +325,10 @@ class Distillation:
 def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
     if not path.exists():
         return None
+    state = tensors.load(path)
     with safe_open(path, "pt") as handle:
         facts = handle.metadata()
-    return tensors.load(path), int(facts["step"]), float(facts["seconds"])
+    return state, int(facts["step"]), float(facts["seconds"])
 
 
 def _trim_log(path: Path, step: int) -> None:

@@ -338,3 +338,16 @@ def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run,
         make_run(tmp_path / "run", **there).stages("distill")
     second.unlink()
     make_run(tmp_path / "run", **there).stages("distill")  # done already: the weights are not needed
+
+
+def test_a_set_with_the_labels_of_another_says_so(whole_run, tmp_path):
+    made = synthetic.load(whole_run.dir)
+    made.save(tmp_path / "copy")
+    path = tmp_path / "copy" / "labels.safetensors"
+    held = tensors.load(path)
+    for wrong in ({"other": torch.zeros(2)}, {key: value[:, :-1] for key, value in held.items()}):
+        tensors.save(path, wrong)
+        with pytest.raises(UserError, match="copy lacks the labels of its views"):
+            synthetic.load(tmp_path / "copy").training_set()
+    with pytest.raises(UserError, match="lacks the labels of its views"):
+        synthetic.SyntheticSet(made.images, made.labels, made.card).training_set()

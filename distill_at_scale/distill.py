@@ -151,7 +151,8 @@ def make_network(config: Config, places: Places, name: str, device: torch.device
     )
     hold = config.distill.hold
     pool = Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device, hold)
-    backend_class(config).make_network(name, setting, pool)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+        backend_class(config).make_network(name, setting, pool)
 
 
 def shared_room(config: Config, workers: Workers, device: torch.device) -> holding.Room:
@@ -311,7 +312,7 @@ class Distillation:
             "normalization": self.normalization.card(),
             "whitening": whitening_card(self.prepared),
             "method": section.method,
-            "method_options": options.model_dump() if options is not None else section.options,
+            "method_options": section.options if options is None else options.model_dump(exclude={"teacher_weights"}),
             "images_per_class": section.ipc,
             "steps": self.steps,
             "network": {"name": section.network, "width": section.width, "depth": section.depth},
@@ -324,9 +325,10 @@ class Distillation:
 def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
     if not path.exists():
         return None
+    state = tensors.load(path)
     with safe_open(path, "pt") as handle:
         facts = handle.metadata()
-    return tensors.load(path), int(facts["step"]), float(facts["seconds"])
+    return state, int(facts["step"]), float(facts["seconds"])
 
 
 def _trim_log(path: Path, step: int) -> None:

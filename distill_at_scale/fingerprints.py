@@ -42,6 +42,8 @@ def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
         content["page"] = report.version()
     if stage == "score":
         content |= _weights(config, run)
+    if stage == "distill":
+        content |= _teacher(config, run)
     return Inputs(values, content)
 
 
@@ -55,6 +57,18 @@ def _weights(config: Config, run: RunDir) -> dict[str, str]:
             raise
         return {name: value for name, value in record["content"].items() if name.startswith("weights ")}
     return {f"weights {number}": value for number, value in enumerate(found.values())}
+
+
+def _teacher(config: Config, run: RunDir) -> dict[str, str]:
+    """Ready-made weights of a teacher by content; where they are gone, what the finished stage was made with."""
+    try:
+        found = distill.backend_class(config).network_options(config).get("teacher_weights")
+    except UserError:
+        record = run.record("distill")
+        if record is None or "teacher weights" not in record["content"]:
+            raise
+        found = record["content"]["teacher weights"]
+    return {"teacher weights": found} if found else {}
 
 
 Dependence = tuple[dict[str, Any], tuple[str, ...]]  # configuration values, and the stages whose output is read
@@ -105,6 +119,7 @@ def distillation(config: Config, run: RunDir) -> Dependence:
     method = config.distill.method
     own = getattr(config.distill, method, None)
     values = _section(config, "distill") | (flatten(own, f"distill.{method}.") if own else {})
+    values.pop(f"distill.{method}.teacher_weights", None)  # where they lie; what they are is in `_teacher`
     values |= {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed}
     return values | _runtime(config), ("ingest", "select")
 

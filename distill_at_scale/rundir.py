@@ -95,7 +95,8 @@ class RunDir:
 
     def sweep(self) -> None:
         """Remove what a killed command left half-written; only to be called by the one that holds the lock."""
-        for left in [*self.path.glob(".*.tmp"), *self.path.glob(".*.old"), *self.path.glob("stages/.*.tmp")]:
+        half = [".*.tmp", ".*.old", "stages/.*.tmp", "networks/*/.*.tmp", "networks/*/*/.*.tmp"]
+        for left in [path for pattern in half for path in self.path.glob(pattern)]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def work(self, stage: str, inputs: Inputs) -> Path:
@@ -191,7 +192,8 @@ class RunDir:
             for path in _files(self.reuse / folder):
                 name = path.relative_to(self.reuse.path).as_posix()
                 if not (self.path / name).exists() and not path.name.startswith("."):
-                    self._link(self.reuse.path, name)
+                    with contextlib.suppress(FileNotFoundError):  # the other run goes on and clears up meanwhile
+                        self._link(self.reuse.path, name)
 
     def _link(self, other: Path, name: str) -> None:
         target = self.path / name

@@ -68,10 +68,17 @@ class SyntheticSet:
         factor = self.card.get("formation", 1)
         images, labels = parts_of(self.images, factor), self.labels.repeat_interleave(factor**2)
         soft = {key: value for key, value in self.extras.items() if "/" not in key}
-        views = None
-        if self.protocol.labels == "views":
-            views = StoredLabels.of_tensors(self.apart("labels"), len(self.class_names))
+        views = self._views() if self.protocol.labels == "views" else None
         return TrainingSet(images, labels, soft=soft, views=views)
+
+    def _views(self) -> StoredLabels:
+        held = self.apart("labels")
+        if "values" not in held or held["values"].shape[1:2] != self.labels.shape:
+            raise UserError(
+                f"the set{f' in {self.folder}' if self.folder else ''} lacks the labels of its views (labels.safetensors, for "
+                f"{len(self.labels)} images); load it from the folder that it was saved in, or distil again"
+            )
+        return StoredLabels.of_tensors(held, len(self.class_names))
 
     def apart(self, name: str) -> dict[str, Tensor]:
         """Tensors of a group of its own, "labels" or "teacher", read if they are not in memory; empty if there are none.

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 
 
@@ -36,4 +37,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | Non
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
+    """Raises UserError where the file is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and give the command again") from None

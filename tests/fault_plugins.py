@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 from distill_at_scale.backends.dm import DistributionMatching
+from distill_at_scale.backends.mtt import TrajectoryMatching
+from distill_at_scale.backends.trajectories import Expert, expert_name
 from distill_at_scale.data.sources.digits import Digits
 from distill_at_scale.scoring.criteria.loss import Loss
 
@@ -38,6 +40,25 @@ class KillingBackend(DistributionMatching):
             marker.touch()
             os._exit(1)
         return super().step(i)
+
+
+class DyingExpert(Expert):
+    def _epoch(self, epoch):
+        if epoch == 1:
+            os._exit(1)
+        super()._epoch(epoch)
+
+
+class KillingExperts(TrajectoryMatching):
+    """MTT of whose second expert the process dies in epoch 1, once; distill.options.marker remembers it."""
+
+    @classmethod
+    def make_network(cls, name, setting, real):
+        marker = Path(setting.config.distill.options["marker"])
+        if name == expert_name(1) and not marker.exists():
+            marker.touch()
+            DyingExpert(1, setting, cls.section(setting.config), real).run(setting.networks / name)
+        super().make_network(name, setting, real)
 
 
 class KillingLoss(Loss):

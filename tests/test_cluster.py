@@ -17,7 +17,7 @@ from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import Local, score_piece
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
-from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring import patches, proxy
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -209,3 +209,47 @@ def test_a_users_error_inside_an_actor_arrives_as_it_is(tmp_path):
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(UserError, match="there is no such folder"):
         executor(config).ingest(config, plan.chunks(200), tmp_path / "pieces", lambda count: None)
+
+
+EXPERTS = {"experts": 4, "expert_epochs": 2, "expert_batch": 64, "max_start": 1, "target_epochs": 1, "student_steps": 2}
+TEACHER = {"teacher_network": "convnet_bn", "teacher_epochs": 1, "label_epochs": 2, "factor": 1, "crops": 2}
+
+
+def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_missing(tmp_path, finished):
+    marker = tmp_path / "killed"
+    own = {"method": "fault_plugins:KillingExperts", "mtt": EXPERTS, "width": 32, "options": {"marker": str(marker)}}
+    config = settings(tmp_path, distill=own)
+    made = []
+    for name, by in (("ray", executor(config)), ("local", Local())):
+        folder = tmp_path / name
+        folder.mkdir()
+        places = distill.Places(finished / "prepared", finished / "manifest.parquet", folder, folder / "log", folder)
+        names = distill.missing_networks(config, places)
+        by.make_networks(config, places, names, lambda count: None)
+        assert marker.exists(), "nothing was killed, so nothing was tested"
+        if name == "ray":
+            (folder / names[2]).unlink()
+            by.make_networks(config, places, names[2:3], lambda count: None)
+        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(made[0]) == 4
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow
+def test_patches_are_ranked_to_the_same_bytes_on_ray_and_become_a_set(tmp_path, finished):
+    config = settings(tmp_path, distill={"method": "rded", "rded": TEACHER, "steps": 1}, run={"reuse": str(finished)})
+    Pipeline(config, lambda: executor(config), quiet()).run(("ingest", "score", "select", "distill"))
+    (table,) = Path(config.run.dir).glob("networks/*/patches-*.parquet")
+    (tmp_path / "local").mkdir()
+    shutil.copy(table.parent / "teacher.safetensors", tmp_path / "local")
+    places = distill.Places(
+        finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path, tmp_path / "local"
+    )
+    pieces, chunks = patches.pieces_folder(places.networks, config), Prepared(finished / "prepared").chunks("train")
+    pieces.mkdir()
+    candidates = patches.draw_candidates(places.manifest, config, pieces)
+    Local().rank_patches(config, places, chunks, lambda count: None)
+    again = patches.table_path(places.networks, config)
+    patches.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, TEACHER["crops"], again)
+    assert again.read_bytes() == table.read_bytes()
+    assert synthetic.load(config.run.dir).training_set().views.epochs == 2

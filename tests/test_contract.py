@@ -172,3 +172,12 @@ def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, m
     training = made.training_set()
     assert len(training.images) == len(training.labels) > 0
     assert isinstance(made.protocol, TrainingProtocol)
+
+
+def test_networks_are_made_with_deterministic_kernels(digits_run, places, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        BACKENDS["mtt"], "make_network", lambda *_: found.append(torch.backends.cudnn.deterministic), raising=False
+    )
+    make_network(config_of("mtt"), places, "expert-000.safetensors", CPU)
+    assert found == [True]

@@ -448,3 +448,11 @@ def test_the_whole_run_trains_experts_distils_and_evaluates_by_what_was_learned(
     places = SimpleNamespace(networks=folder)
     assert distill.missing_networks(run.config, places) == []
     assert replace(made.protocol, lr=0.01, labels="hard") == TrainingProtocol(1000, "none")
+
+
+def test_a_damaged_epoch_of_an_unfinished_expert_is_named(tmp_path):
+    partial = tmp_path / "expert-000.partial"
+    partial.mkdir()
+    (partial / "epoch-000.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"epoch-000.safetensors is damaged .*; remove it"):
+        made_experts(tmp_path, experts=1)

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from conftest import write_prepared
 from test_teachers import QUICK, SHAPE, a_pool, a_setting, make
 
-from distill_at_scale import synthetic
+from distill_at_scale import synthetic, tensors
 from distill_at_scale.backends.rded import Patches, best
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.distill import Places
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local, score_piece
+from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pruning import manifest
 from distill_at_scale.scoring import patches
 from distill_at_scale.soft_labels import TEACHER, Teacher, shown
@@ -239,6 +240,19 @@ def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
     assert enough.conclude(*enough.finish()).card["patches_of_reused_images"] == {}
 
 
+@pytest.mark.parametrize("candidates", [5, 8])  # with five, further crops of the same images are taken
+def test_samples_that_lie_in_shards_make_the_same_images(ranked, tmp_path, candidates):
+    from distill_at_scale.data.pool import Pool
+
+    backend, _ = built(ranked, candidates=candidates)
+    backend.step(0)
+    images, _ = backend.finish()
+    prepared, device = Prepared(tmp_path / "prepared"), torch.device("cpu")
+    backend.prepare(Pool.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards"))
+    backend.step(0)
+    assert torch.equal(backend.finish()[0], images)
+
+
 RDED = {"distill__method": "rded", "distill__rded": QUICK | OPTIONS, "distill__ipc": 2, "evaluate__epochs": 2,
         "evaluate__seeds": 1}  # fmt: skip
 
@@ -305,3 +319,35 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
     kept = Job("kept", "convnet", 0)
     assert evaluator._training_set(kept).views is None
     assert evaluator._protocol(kept).labels == "hard"
+
+
+def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run, tmp_path):
+    made, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    tensors.save(first, made)
+    run = make_run(tmp_path / "run", **RDED | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(first)}})
+    run.stages("ingest", "score", "select", "distill")
+    before = run.dir.joinpath("stages", "distill.json").read_bytes()
+    assert str(tmp_path) not in (run.dir / "synthetic" / "card.json").read_text()
+    first.rename(second)
+    there = RDED | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(second)}}
+    make_run(tmp_path / "run", **there).stages("distill")
+    assert run.dir.joinpath("stages", "distill.json").read_bytes() == before
+    tensors.save(second, moved)
+    with pytest.raises(UserError, match=r"teacher weights: .* -> "):
+        make_run(tmp_path / "run", **there).stages("distill")
+    second.unlink()
+    make_run(tmp_path / "run", **there).stages("distill")  # done already: the weights are not needed
+
+
+def test_a_set_with_the_labels_of_another_says_so(whole_run, tmp_path):
+    made = synthetic.load(whole_run.dir)
+    made.save(tmp_path / "copy")
+    path = tmp_path / "copy" / "labels.safetensors"
+    held = tensors.load(path)
+    for wrong in ({"other": torch.zeros(2)}, {key: value[:, :-1] for key, value in held.items()}):
+        tensors.save(path, wrong)
+        with pytest.raises(UserError, match="copy lacks the labels of its views"):
+            synthetic.load(tmp_path / "copy").training_set()
+    with pytest.raises(UserError, match="lacks the labels of its views"):
+        synthetic.SyntheticSet(made.images, made.labels, made.card).training_set()

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from distill_at_scale import rundir
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import Inputs, RunDir, digest, publish
 
@@ -215,3 +216,26 @@ def test_files_of_another_run_are_linked_where_they_are_missing(tmp_path):
     (run / "networks" / "abc" / "expert").write_text("mine")
     run.take_over_files("networks/abc")
     assert (run / "networks" / "abc" / "expert").read_text() == "mine"
+
+
+def test_half_written_networks_of_a_killed_command_are_swept(run):
+    folder = run / "networks" / "abc" / "expert.partial"
+    folder.mkdir(parents=True)
+    for place in (folder, folder.parent):
+        (place / ".epoch.1234.tmp").write_text("half")
+        (place / "whole").write_text("whole")
+    run.sweep()
+    assert sorted(p.name for p in (run / "networks").rglob("*") if p.is_file()) == ["whole", "whole"]
+
+
+def test_files_that_another_run_removes_meanwhile_are_left_out(tmp_path, monkeypatch):
+    other = tmp_path / "other" / "networks" / "abc"
+    other.mkdir(parents=True)
+    (tmp_path / "other" / "stages").mkdir()
+    gone, kept = other / "gone", other / "kept"
+    kept.write_text("kept")
+    monkeypatch.setattr(rundir, "_files", lambda path: [gone, kept])
+    run = RunDir(tmp_path / "run", tmp_path / "other")
+    run.create()
+    run.take_over_files("networks/abc")
+    assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["kept"]

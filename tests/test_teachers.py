@@ -187,3 +187,10 @@ def test_the_costs_name_training_labelling_and_ranking():
     ]  # fmt: skip
     assert {c.network for c in costs} == {"convnet_bn"}
     assert [c.images for c in BACKENDS["sre2l"].costs(a_config("sre2l", teacher_weights="w"))] == ["synthetic"]
+
+
+def test_a_damaged_unfinished_teacher_is_named(tmp_path):
+    setting = a_setting(tmp_path)
+    teachers._partial(setting.networks).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"partial is damaged .*; remove it"):
+        make(setting)

@@ -82,7 +82,7 @@ class Patches(Taught):
         images, crops = best(ranked["loss"], self.wanted)
         each = zip(ranked["sample_id"][images].tolist(), crops.tolist(), strict=True)
         boxes = torch.stack([crops_of(self.setting.seed, name, self.options)[crop] for name, crop in each])
-        pixels = pixels_at(self.real, label, torch.from_numpy(ranked["row"][images].astype(np.int64)))
+        pixels = self.real.holding.take(label, torch.from_numpy(ranked["row"][images].astype(np.int64)))
         patches = shown(self.real.normalization.apply(pixels).cpu(), boxes)
         return assembled(patches, self.options.factor), float(ranked["loss"][images, crops].mean())
 
@@ -111,11 +111,6 @@ class Patches(Taught):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.images = torch.stack([state[f"images/{label}"] for label in self.setting.labels])
-
-
-def pixels_at(real: Pool, label: int, rows: Tensor) -> Tensor:
-    """Pixels uint8 [n, *shape] at some places among the kept samples of a class."""
-    return real.pixels[label][rows.to(real.pixels[label].device)]
 
 
 def best(losses: np.ndarray[Any, Any], wanted: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -249,9 +249,9 @@ class _Training:
         """Epochs that are done, and the accuracy in the last of them."""
         if not self.path.exists():
             return 0, 0.0
+        saved = tensors.load(self.path)
         with safe_open(self.path, "pt") as handle:
             facts = handle.metadata()
-        saved = tensors.load(self.path)
         self.network.load_state_dict(
             {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
         )

@@ -60,8 +60,8 @@ def _together(config: Config, arguments: dict[str, Any]) -> None:
 def _side_by_side(
     config: Config, prepared: Path, checkpoints: Path, trials: Sequence[int], look: Callable[[], None]
 ) -> None:
-    """As many trials at a time as the cluster holds."""
-    cpus = cores_each(min(len(trials), max(cores(), 1)))
+    """As many trials at a time as the cluster holds; cores follow from all of them, so a resumed one ends the same."""
+    cpus = cores_each(min(config.score.trials, max(cores(), 1)))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,

@@ -67,7 +67,8 @@ class DistributionMatching(ImageBackend):
     def step(self, i: int) -> dict[str, float]:
         fresh = self.setting.spec.build(derive(self.setting.seed, "network", i))
         self.network.load_state_dict(fresh.state_dict())
-        gradient, losses = torch.empty_like(self.images), []
+        self.optimizer.zero_grad()  # before there is a new one
+        gradient, losses = torch.empty_like(self.images.detach()), []
         embedded = drawn = 0
         for first in range(0, len(self.setting.labels), self.group):
             span = slice(first, first + self.group)
@@ -76,9 +77,7 @@ class DistributionMatching(ImageBackend):
             gradient[span] = torch.autograd.grad(found.sum(), images)[0]
             losses.append(found.detach())
             embedded, drawn = embedded + counts[0], drawn + counts[1]
-        self.optimizer.zero_grad()
-        self.images.backward(gradient)
-        del gradient
+        self.images.grad = gradient
         self.update(list(torch.cat(losses)), i)
         self.settle()
         return {"loss": float(torch.cat(losses).mean()), "real_share": embedded / drawn}

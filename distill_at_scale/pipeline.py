@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill_at_scale import distill, evaluate, fingerprints, report, synthetic, validate
+from distill_at_scale import distill, evaluate, fingerprints, preparation, report, synthetic, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.data.clips import decoders_for, named
@@ -30,7 +30,7 @@ from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
-from distill_at_scale.scoring import patches, proxy
+from distill_at_scale.scoring import proxy
 from distill_at_scale.scoring import table as score_table
 
 
@@ -257,15 +257,10 @@ class Pipeline:
         validate.check_networks(self.config, data)
         distill.check(self.config, data, facts["kept_per_class"])
         work = self.dir.work("distill", inputs)
-        places = distill.Places(self.dir / "prepared", self.dir / "manifest.parquet", work, self.dir / "metrics.jsonl",
-                                self._networks())  # fmt: skip
+        places = preparation.places_of(self.config, self.dir, work)
         if reason := distill.runtime_of(self.config).get("reason"):
             self.display.say(f"  runtime pruning is not applicable: {reason}; distilling without")
-        if missing := distill.missing_networks(self.config, places):
-            with self.display.meter("networks", len(missing), "networks") as meter:
-                self.executor.make_networks(self.config, places, missing, meter.advance)
-        if distill.backend_class(self.config).ranks_patches:
-            self._rank_patches(data, places)
+        preparation.prepare(self.config, data, places, self.executor, self.display)
         if places.state.exists():
             self.display.say("  going on from the last checkpoint")
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
@@ -282,28 +277,6 @@ class Pipeline:
         result.card["fingerprints"] = {**earlier, "distill": inputs.fingerprint}
         result.save(self.dir / "synthetic")
         return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
-
-    def _rank_patches(self, data: Prepared, places: distill.Places) -> None:
-        """The table of ranked patches, beside the teacher; what is there already is not made again."""
-        target, pieces = (make(places.networks, self.config) for make in (patches.table_path, patches.pieces_folder))
-        section = self.config.distill.rded
-        if not target.exists():
-            pieces.mkdir(parents=True, exist_ok=True)
-            candidates, chunks = patches.draw_candidates(places.manifest, self.config, pieces), data.chunks("train")
-            with self.display.meter("rank", sum(chunk.rows for chunk in chunks), "samples") as meter:
-                self.executor.rank_patches(self.config, places, chunks, meter.advance)
-            patches.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, section.crops, target)
-            shutil.rmtree(pieces)
-        wanted = self.config.distill.ipc * section.factor**2
-        if few := sum(kept < wanted for kept in patches.images_per_class(target, section.crops)):
-            self.display.say(f"  {few} classes have fewer than {wanted} candidates: further crops of these are used")
-
-    def _networks(self) -> Path:
-        """The folder of the experts or the teacher of exactly this configuration, data and selection."""
-        folder = self.dir / "networks" / fingerprints.networks(self.config, self.dir).fingerprint[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.dir.take_over_files(folder.relative_to(self.dir.path).as_posix())
-        return folder
 
     def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         data = Prepared(self.dir / "prepared")

@@ -24,7 +24,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
     {"backends"},
     {"evaluate", "distill", "execution", "studies", "plan", "validate", "figures", "wording", "report"},
     {"cluster"},
-    {"fingerprints", "pipeline"},
+    {"fingerprints", "preparation", "pipeline"},
     {"cli"},
     {"jobs"},
 ]

@@ -236,7 +236,7 @@ def _classifiers() -> list[str]:
 def _of_one_frame(make: Callable[[NetworkSpec], nn.Module], spec: NetworkSpec) -> nn.Module:
     if not spec.clips:
         raise UserError(f"{spec.name} takes a frame out of a clip, the data are images; leave {FRAME!r} out")
-    return OneFrame(make(replace(spec, name=spec.name.removeprefix(FRAME), shape=spec.shape[1:])))
+    return OneFrame(make(replace(spec, name=spec.name.removeprefix(FRAME), shape=spec.shape[1:], kind="images")))
 
 
 def _of_torchvision(name: str, spec: NetworkSpec) -> nn.Module:

@@ -193,7 +193,11 @@ def test_the_built_in_mlp_distils_signals(waves, tmp_path, method, section):
     ("method", "wanted"),
     [
         ("dm", "distill.dm.augment=none"),
-        ("idc", "distill.idc.augment=none distill.idc.factor=1 distill.idc.network_cutmix=0.0"),
+        (
+            "idc",
+            "distill.idc.augment=none distill.idc.student_augment=none distill.idc.factor=1 "
+            "distill.idc.network_cutmix=0.0 distill.idc.student_cutmix=0.0",
+        ),
         ("mtt", "distill.mtt.augment=none distill.mtt.expert_augment=none"),
         ("rded", "cuts images into parts"),
     ],

@@ -19,7 +19,8 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.registry import resolve
 from distill_at_scale.sections import DataSection
 
-NEUTRAL = {"augment": "none", "expert_augment": "none", "factor": 1, "network_cutmix": 0.0}  # keys of method sections
+NEUTRAL = {"augment": "none", "expert_augment": "none", "student_augment": "none", "factor": 1, "network_cutmix": 0.0,
+           "student_cutmix": 0.0}  # keys of method sections  # fmt: skip
 CROPPING = ("sre2l", "rded")  # methods that cut images into parts
 
 Array = np.ndarray[Any, Any]

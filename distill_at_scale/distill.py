@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,12 +143,13 @@ def missing_networks(config: Config, places: Places) -> list[str]:
     return [name for name in backend_class(config).networks(config) if not (places.networks / name).exists()]
 
 
-def make_network(config: Config, places: Places, name: str, device: torch.device) -> None:
-    """Make one of them, from the kept samples alone."""
+def make_network(
+    config: Config, places: Places, name: str, device: torch.device, labels: Sequence[int] | None = None
+) -> None:
+    """Make one of them, from the kept samples alone, of all classes or of some."""
     prepared = Prepared(places.prepared)
-    setting = replace(
-        setting_of(config, prepared, places, Solo(), device), labels=list(range(len(prepared.class_names)))
-    )
+    chosen = range(len(prepared.class_names)) if labels is None else labels
+    setting = replace(setting_of(config, prepared, places, Solo(), device), labels=list(chosen))
     hold = config.distill.hold
     pool = Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device, hold)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):

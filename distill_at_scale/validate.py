@@ -34,6 +34,7 @@ from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import weights
 from distill_at_scale.scoring.scorer import criteria_of
 from distill_at_scale.sections import Section
+from distill_at_scale.students import TrainingProtocol
 
 TALLEST = 65_500  # pixels of a JPEG, which holds the frames of a clip below each other
 KINDS = 12  # of reasons that are counted
@@ -53,11 +54,21 @@ def check_names(config: Config) -> None:
     builder("distill.network", config.distill.network)
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
-    Augmentation(distill.backend_class(config).protocol(config).augment)
+    Augmentation(_protocol(config).augment)
     own = getattr(config.distill, config.distill.method, None)
     for key, value in own.model_dump().items() if isinstance(own, Section) else ():
         if key.endswith("augment"):
             Augmentation(value)
+
+
+def _protocol(config: Config) -> TrainingProtocol:
+    found = distill.backend_class(config).protocol(config)
+    if not isinstance(found, TrainingProtocol):
+        raise UserError(
+            f"distill.method = {config.distill.method!r} does not keep the contract: its protocol(config) gives "
+            f"{type(found).__name__}, not a distill_at_scale.students.TrainingProtocol"
+        )
+    return found
 
 
 def _check_kind(config: Config, source: Any) -> None:

@@ -213,3 +213,9 @@ def test_runtime_pruning_drops_the_largest_losses():
     plain.step(0)
     pruned.step(0)
     assert not torch.allclose(plain.images, pruned.images, atol=1e-4)
+
+
+def test_effects_need_a_distance_with_a_second_derivative():
+    values = {"distill": {"method": "idc", "idc": {"metric": "l1"}}, "runtime": {"rule": "ite"}}
+    with pytest.raises(UserError, match=r"distill\.idc\.metric = l1 does not have; set distill\.idc\.metric=mse"):
+        idc.FormationMatching.protocol(configuration.validate(values))

@@ -242,3 +242,8 @@ def test_an_error_of_the_network_itself_is_not_hidden(monkeypatch):
     monkeypatch.setattr(networks.torch, "compile", lambda network: network)
     with pytest.raises(RuntimeError):
         maybe_compile(nn.Linear(2, 2), "always", 1)(torch.ones(1, 3))
+
+
+def test_a_network_of_one_frame_takes_clips_whose_kind_is_said():
+    spec = NetworkSpec("frame:convnet", (4, 3, 16, 16), 5, width=4, kind="clips")
+    assert spec.build(0)(torch.zeros(2, *spec.shape)).shape == (2, 5)

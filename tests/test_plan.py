@@ -95,7 +95,10 @@ def test_output_of_another_configuration_is_not_taken_for_this_one(digits_run, m
 
 @pytest.mark.parametrize("method", list(BACKENDS))
 def test_every_method_can_be_planned(method):
-    config = tiny_config("x", distill__method=method, runtime__rule="loss")
+    teacher = {"teacher_network": "convnet_bn"}  # of 8 x 8 pixels
+    config = tiny_config(
+        "x", distill__method=method, runtime__rule="loss", distill__sre2l=teacher, distill__rded=teacher
+    )
     found = Planner(config, FACTS, layout(config)).distill()
     assert found.parts["steps"] > 0
 
@@ -300,3 +303,13 @@ def test_the_command_refuses_what_does_not_fit_with_two(tmp_path, capsys, monkey
     assert cli.main(["plan", str(path)]) == 2
     assert "this run does not fit here" in capsys.readouterr().err
     assert json.loads(Path(tmp_path / "run" / "plan.json").read_text())["problems"]
+
+
+@pytest.mark.parametrize("shape", [(32,), (2, 32), (1, 8, 8), (2, 1, 4, 4)])
+def test_tensors_can_be_planned(shape):
+    facts = replace(FACTS, shape=shape, kind="tensors")
+    config = tiny_config("x", distill__method="dm", distill__dm__augment="none", distill__network="mlp",
+                         score__network="mlp", evaluate__networks=["mlp"], data__source="tensors")  # fmt: skip
+    planner = Planner(config, facts, layout(config))
+    assert all(found.seconds > 0 for found in (planner.score(), planner.distill(), planner.evaluate()))
+    assert planner._pool(1) == 6 * 4 * facts.values  # float32

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from distill_at_scale import synthetic
+from distill_at_scale import config as configuration
+from distill_at_scale import synthetic, validate
 from distill_at_scale.cli import main
+from distill_at_scale.errors import UserError
 
 METHOD = '''
 """Moves every synthetic image towards the mean of its class's real batch."""
@@ -150,3 +152,16 @@ def test_what_is_no_such_part_is_named_with_its_key(package, capsys, key, value,
     error = capsys.readouterr().err
     assert key in error
     assert message in error
+
+
+def test_a_protocol_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "odd_protocol.py").write_text(
+        "from distill_at_scale.backends.dm import *\n\n\n"
+        "class Odd(DistributionMatching):\n    protocol = staticmethod(lambda config: {'epochs': 3})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = configuration.validate({"distill": {"method": "odd_protocol:Odd"}})
+    with pytest.raises(
+        UserError, match=r"'odd_protocol:Odd' does not keep the contract: its protocol\(config\) gives dict"
+    ):
+        validate.check_names(config)

@@ -67,10 +67,10 @@ def table_of(setting, places, chunks, candidates) -> pa.Table:
     return pq.read_table(target)
 
 
-def kept_pool(places):
+def kept_pool(places, hold="auto"):
     from distill_at_scale.data.pool import Pool
 
-    return Pool.load(Prepared(places.prepared), places.manifest, range(CLASSES), 0, torch.device("cpu"))
+    return Pool.load(Prepared(places.prepared), places.manifest, range(CLASSES), 0, torch.device("cpu"), hold)
 
 
 def test_every_crop_of_every_candidate_is_ranked_by_the_teachers_loss(ranked):
@@ -209,6 +209,25 @@ def test_images_are_tiled_of_the_most_realistic_patches(ranked):
     small = F.interpolate(first, size=(4, 4), mode="bilinear", antialias=True)
     assert torch.allclose(images[2, :, :4, :4], small[0], atol=1e-4)
     assert not torch.allclose(images[2, :, 4:, 4:], small[0], atol=1e-2)
+
+
+def test_samples_in_shards_give_the_same_set(ranked):
+    backend, _ = built(ranked)
+    backend.step(0)
+    held = backend.finish()[0]
+    backend.prepare(kept_pool(ranked()[1], "shards"))
+    backend.step(0)
+    assert torch.equal(backend.finish()[0], held)
+
+
+def test_a_damaged_table_is_named(ranked):
+    backend, _ = built(ranked)
+    backend.path.write_bytes(backend.path.read_bytes()[:100])
+    for use in (lambda: backend.step(0), lambda: patches.images_per_class(backend.path, 3)):
+        with pytest.raises(
+            UserError, match=r"patches-.*parquet cannot be read .*; remove it to have them ranked again"
+        ):
+            use()
 
 
 def test_with_a_factor_of_one_an_image_is_one_crop(ranked):

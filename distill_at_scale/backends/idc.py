@@ -45,7 +45,13 @@ class FormationMatching(MatchingBackend):
 
     @staticmethod
     def protocol(config: Config) -> TrainingProtocol:
+        """Raises UserError for a rule of runtime pruning that the metric gives nothing to go by."""
         made = config.distill.idc
+        if config.runtime.rule == "ite" and made.metric == "l1":
+            raise UserError(
+                "runtime.rule = ite needs a second derivative of the distance, which distill.idc.metric = l1 does not have; "
+                "set distill.idc.metric=mse or runtime.rule=loss"
+            )
         return TrainingProtocol(1000, made.student_augment, cutmix=made.student_cutmix)
 
     def __init__(self, setting: Setting) -> None:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from distill_at_scale.data.pool import Pool
 from distill_at_scale.errors import UserError
 from distill_at_scale.formation import assembled
 from distill_at_scale.method_sections import PatchSection
-from distill_at_scale.scoring.patches import crops_of, images_per_class, table_path
+from distill_at_scale.scoring.patches import crops_of, images_per_class, read, table_path
 from distill_at_scale.soft_labels import shown
 
 Ranked = dict[str, np.ndarray[Any, Any]]  # of one class: sample_id [m], row [m] and loss [m, crops]
@@ -87,7 +86,7 @@ class Patches(Taught):
         return assembled(patches, self.options.factor), float(ranked["loss"][images, crops].mean())
 
     def _ranked(self, label: int) -> Ranked:
-        table = pq.read_table(self.path, filters=[("label", "==", label)])
+        table = read(self.path, filters=[("label", "==", label)])
         first = table.take(np.arange(0, table.num_rows, self.options.crops))
         losses = table["loss"].to_numpy().reshape(-1, self.options.crops)
         return {"sample_id": np.array(first["sample_id"].to_pylist()), "row": first["row"].to_numpy(), "loss": losses}

@@ -50,8 +50,8 @@ def write(
     group = group or shards.group_rows(facts.shape, facts.jpeg, max(1, each))
     shards.write_shards(made.prepared / "train", [table], table.schema, group)
     counts = np.bincount(found, minlength=len(class_names)).tolist()
-    channels = facts.shape[-3] if len(facts.shape) >= 3 else facts.shape[0]
-    meta = {"class_names": class_names, "shape": list(facts.shape), "counts": {"train": counts},
+    channels = NetworkSpec("", facts.shape, len(class_names), kind=facts.kind).columns[0]
+    meta = {"class_names": class_names, "shape": list(facts.shape), "counts": {"train": counts}, "kind": facts.kind,
             "mean": [0.5] * channels, "std": [0.25] * channels, "chunk": len(ids), "jpeg": facts.jpeg}  # fmt: skip
     shards.write_meta(made.prepared, meta, "made up")
     _write_manifest(made.manifest, ids, found, counts)
@@ -61,12 +61,15 @@ def write(
 def images(shape: Sequence[int], count: int) -> np.ndarray:
     """uint8 [count, *shape]: coarse random patterns, a few different ones over and over."""
     draw = np.random.default_rng(0)
-    coarse = draw.integers(40, 216, (min(count, DISTINCT), *shape[:-2], -(-shape[-2] // 8), -(-shape[-1] // 8)))
-    whole = coarse.repeat(8, -2).repeat(8, -1)[..., : shape[-2], : shape[-1]].astype(np.uint8)
-    return whole[np.arange(count) % len(whole)]
+    tall, wide = (1, *shape)[-2:]
+    coarse = draw.integers(40, 216, (min(count, DISTINCT), *shape[:-2], -(-tall // 8), -(-wide // 8)))
+    whole = coarse.repeat(8, -2).repeat(8, -1)[..., :tall, :wide].astype(np.uint8)
+    return whole[np.arange(count) % len(whole)].reshape(count, *shape)
 
 
 def _table(facts: Facts, ids: list[str], labels: np.ndarray) -> pa.Table:
+    if facts.kind == "tensors":
+        return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)).astype(np.float32) / 64 - 2)
     if not facts.jpeg:
         return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)))
     some = [encode(shards.as_image(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]

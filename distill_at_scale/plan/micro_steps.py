@@ -90,7 +90,7 @@ def write(facts: Facts) -> Rate:
 
 def proxy_training(config: Config, facts: Facts, device: torch.device, cores: int) -> Rate:
     """One sample of an epoch of one proxy; the fastest of a few epochs after the first."""
-    spec = proxy.network_spec(config.score, facts.shape, facts.classes)
+    spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     samples = int(facts.train * config.score.share)
     compiled = will_compile(config.score.compile, spec.work(samples * config.score.epochs))
     with tempfile.TemporaryDirectory() as name, threads(cores):
@@ -115,7 +115,7 @@ def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.devi
 
 def scoring(config: Config, facts: Facts, device: torch.device) -> Rate:
     """One sample under one checkpoint."""
-    spec = proxy.network_spec(config.score, facts.shape, facts.classes)
+    spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     trials, epochs = config.score.checkpoints
     compiled = will_compile(config.score.compile, spec.work(facts.train * trials * epochs))
     with tempfile.TemporaryDirectory() as name, threads(1):
@@ -153,8 +153,8 @@ def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> 
     with threads(cores):
         few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / _step(spec, device)))))
         pixels, labels = torch.from_numpy(made_up.images(spec.shape, few)), torch.zeros(few, dtype=torch.int64)
-        channels = spec.shape[-3] if len(spec.shape) >= 3 else 1
-        normal = Normalization((0.5,) * channels, (0.25,) * channels)
+        channels, *inner = spec.columns
+        normal = Normalization((0.5,) * channels, (0.25,) * channels, 1 if spec.tensors else 255, len(inner))
         network = spec.build(0).to(device)
         at_once = spec.at_once(device)
         took = repeated(lambda: students.test(network, pixels, labels, normal, device, at_once), device)

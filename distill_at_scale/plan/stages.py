@@ -72,7 +72,7 @@ class Planner:
 
     def score(self) -> Estimate:
         facts, score, device = self.facts, self.config.score, self.layout.device
-        spec = proxy.network_spec(score, facts.shape, facts.classes)
+        spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
         trials, epochs = score.checkpoints
         parts, sizes, side = {}, [], 1
         if score.weights is None:
@@ -190,7 +190,7 @@ class Planner:
         return found.prepare + more * found.read
 
     def _pool(self, own: int) -> int:
-        return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.values
+        return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.held
 
 
 def _waves(spread: Spread, count: int) -> float:

@@ -21,11 +21,13 @@ from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.errors import DistillationDiverged
+from distill_at_scale.execution import score_piece
 from distill_at_scale.plan import made_up
 from distill_at_scale.plan.known import Facts
 from distill_at_scale.plan.made_up import MadeUp
 from distill_at_scale.plan.memory import peak
 from distill_at_scale.plan.micro_steps import SECONDS, repeated, timed
+from distill_at_scale.scoring import patches
 from distill_at_scale.workers import Solo
 
 SHORT = {"experts": 1, "expert_epochs": 1, "max_start": 0, "target_epochs": 1, "teacher_epochs": 1, "label_epochs": 1}
@@ -160,7 +162,9 @@ class Stopwatch:
         )
         for name in distill.missing_networks(config, places):
             places.networks.mkdir(exist_ok=True)
-            distill.make_network(config, places, name, self.device)
+            distill.make_network(config, places, name, self.device, self._labels(classes))
+        if self.kind.ranks_patches:
+            _rank(config, places, self.device)
         found: list[Distillation] = []
         workers = Slice(self._size(classes) if self.shared else 1)
         took = timed(lambda: found.append(Distillation(config, places, workers, self.device)), self.device)
@@ -170,10 +174,14 @@ class Stopwatch:
 
     def _made(self, classes: int) -> MadeUp:
         if classes not in self.sets:
-            labels = range(0, self.facts.classes, self._size(classes)) if self.shared else range(classes)
             names = None if self.shared else classes
-            self.sets[classes] = made_up.write(self.folder / f"{classes}", self.facts, labels, self._each, names=names)
+            folder, labels = self.folder / f"{classes}", self._labels(classes)
+            self.sets[classes] = made_up.write(folder, self.facts, labels, self._each, names=names)
         return self.sets[classes]
+
+    def _labels(self, classes: int) -> range:
+        """The classes that a made-up set has samples of."""
+        return range(0, self.facts.classes, self._size(classes)) if self.shared else range(classes)
 
     def _drawn(self) -> int:
         """Real samples of a class that a step may see at most."""
@@ -213,6 +221,18 @@ class Stopwatch:
             distilled = distilled.model_copy(update={distilled.method: section})
         runtime = self.config.runtime.model_copy(update={"refresh": 1 if looks else NEVER})
         return self.config.model_copy(update={"distill": distilled, "runtime": runtime})
+
+
+def _rank(config: Config, places: Places, device: torch.device) -> None:
+    """The table of ranked patches, which the pipeline has made before the first step."""
+    target, pieces = (make(places.networks, config) for make in (patches.table_path, patches.pieces_folder))
+    if target.exists():
+        return
+    pieces.mkdir(parents=True)
+    candidates = patches.draw_candidates(places.manifest, config, pieces)
+    units = [(chunk, score_piece(pieces, chunk)) for chunk in Prepared(places.prepared).chunks("train")]
+    list(patches.Ranker(config, places.prepared, places.networks, device).rank(units))
+    patches.merge([path for _, path in units], candidates, config.distill.rded.crops, target)
 
 
 def _once(running: Distillation, step: int) -> None:

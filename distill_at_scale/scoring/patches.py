@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,9 +134,19 @@ class Ranker:
         return repeated.append_column("crop", crops).append_column("loss", pa.array(losses.numpy())).cast(SCHEMA)
 
 
+def read(path: Path, **options: Any) -> pa.Table:
+    """A finished table, as `pyarrow.parquet.read_table` reads it. Raises UserError for one that is damaged."""
+    try:
+        return pq.read_table(path, **options)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"the ranked patches {path} cannot be read ({error}); remove it to have them ranked again"
+        ) from None
+
+
 def images_per_class(table: Path, crops: int) -> list[int]:
     """How many images of every class, by label, were ranked."""
-    labels = pq.read_table(table, columns=["label"])["label"].to_numpy()
+    labels = read(table, columns=["label"])["label"].to_numpy()
     return [int(count) // crops for count in np.bincount(labels)]
 
 

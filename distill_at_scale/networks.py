@@ -85,7 +85,10 @@ class NetworkSpec:
         """
         embed = getattr(network, "embed", None)
         if not callable(embed):
-            raise UserError(f"the network {self.name!r} has no method embed(images), which distribution matching needs")
+            raise UserError(
+                f"distill.network: the network {self.name!r} has no method embed(images), which distribution matching "
+                "needs; give it one, or take another network or method"
+            )
         return embed
 
     def at_once(self, device: torch.device) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
+from distill_at_scale.backends import teachers
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest, kinds
 from distill_at_scale.data.clips import decoders_for
@@ -55,10 +56,17 @@ def check_names(config: Config) -> None:
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
     Augmentation(_protocol(config).augment)
+    _check_augmentations(config)
+
+
+def _check_augmentations(config: Config) -> None:
     own = getattr(config.distill, config.distill.method, None)
     for key, value in own.model_dump().items() if isinstance(own, Section) else ():
         if key.endswith("augment"):
-            Augmentation(value)
+            try:
+                Augmentation(value)
+            except UserError as error:
+                raise UserError(f"distill.{config.distill.method}.{key}: {error}") from None
 
 
 def _protocol(config: Config) -> TrainingProtocol:
@@ -140,7 +148,8 @@ def check_networks(config: Config, prepared: Shaped) -> None:
 
 def check_weights(config: Config, prepared: Shaped) -> None:
     """Load every ready-made checkpoint once; raises UserError for one that does not fit."""
-    weights.check(config, prepared.shape, prepared.class_names, prepared.source_class_names)
+    for check in (weights.check, teachers.check_weights):
+        check(config, prepared.shape, prepared.class_names, prepared.source_class_names)
 
 
 def _wanted(config: Config) -> list[tuple[str, str, int, int | None]]:

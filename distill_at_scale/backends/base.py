@@ -143,7 +143,10 @@ class WithDefaults:
 
     @staticmethod
     def make_network(name: str, setting: Setting, real: Pool) -> None:
-        raise AssertionError(name)
+        raise UserError(
+            f"the method distill.method = {setting.config.distill.method!r} names the network {name!r} and has no "
+            "make_network(name, setting, real) to make it"
+        )
 
     @staticmethod
     def costs(config: Config) -> list[Cost]:

@@ -45,13 +45,7 @@ class FormationMatching(MatchingBackend):
 
     @staticmethod
     def protocol(config: Config) -> TrainingProtocol:
-        """Raises UserError for a rule of runtime pruning that the metric gives nothing to go by."""
         made = config.distill.idc
-        if config.runtime.rule == "ite" and made.metric == "l1":
-            raise UserError(
-                "runtime.rule = ite needs a second derivative of the distance, which distill.idc.metric = l1 does not have; "
-                "set distill.idc.metric=mse or runtime.rule=loss"
-            )
         return TrainingProtocol(1000, made.student_augment, cutmix=made.student_cutmix)
 
     def __init__(self, setting: Setting) -> None:
@@ -60,6 +54,7 @@ class FormationMatching(MatchingBackend):
         super().__init__(
             setting, made.init, lr, made.image_momentum, made.augment, made.real_batch, METRICS[made.metric]
         )
+        self.judged = squares  # absolute differences have no second derivative, which effects need
         families = [f for f in made.augment.split("_") if f != "cutout" or not made.network_cutmix]
         self.network_augmentation = Augmentation("_".join(families) or "none")
 

@@ -51,6 +51,7 @@ class MatchingBackend(ImageBackend):
     ) -> None:
         super().__init__(setting, init, lr, momentum)
         self.augmentation, self.real_batch, self.metric = Augmentation(augment), real_batch, metric
+        self.judged = metric  # by which the effects of real samples are found
         self.at_once = setting.spec.at_once(setting.device)
         size, room = setting.spec.work(1), BYTES.get(setting.device.type, BYTES["cuda"])
         on_cpu = setting.device.type == "cpu"
@@ -153,7 +154,7 @@ class MatchingBackend(ImageBackend):
     def _effects(
         self, network: nn.Module, real: Tensor, own: Tensor, view: View, label: int, step: int, outer: int
     ) -> Tensor:
-        chance, metric = generator(self.setting.seed, "probes", step, outer, label), of_one_class(self.metric)
+        chance, metric = generator(self.setting.seed, "probes", step, outer, label), of_one_class(self.judged)
         return gradient_effects(network, real, own, view, label, metric, self.pruning.probes, chance, self.at_once)
 
     def _real_gradients(self, network: nn.Module, images: Sequence[Tensor], labels: Sequence[int]) -> list[Tensor]:

@@ -171,6 +171,15 @@ def _own_keys(config: Config) -> Iterator[None]:
         raise UserError(text.replace("score.network", f"{key}_network")) from None
 
 
+def check_weights(config: Config, shape: tuple[int, ...], class_names: list[str], source: list[str]) -> None:
+    """Load the method's ready-made teacher once, if it has one; raises UserError where it does not fit the data."""
+    section, made = getattr(config.distill, config.distill.method, None), config.distill
+    if isinstance(section, TeacherSection) and section.teacher_weights is not None:
+        spec = NetworkSpec(section.teacher_network, shape, len(class_names), made.width, made.depth)
+        with _own_keys(config):
+            weights.load(section.teacher_weights, spec, class_names, source)
+
+
 def _facts(section: TeacherSection, setting: Setting) -> TeacherFacts:
     made, spec = setting.config.distill, setting.spec
     channels = spec.shape[-3]

@@ -20,6 +20,8 @@ from distill_at_scale.backends.base import Conclusion, Cost
 from distill_at_scale.data.pool import Pool
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.distill import Places, backend_class, make_network, missing_networks, setting_of
+from distill_at_scale.execution import Local, score_piece
+from distill_at_scale.scoring import patches
 from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Solo
 
@@ -46,6 +48,15 @@ def config_of(method: str, **keys: Any):
     return tiny_config("unused", distill__method=method, distill__ipc=2, distill__steps=3, **sections, **keys)
 
 
+def rank_patches(config, places: Places) -> None:
+    pieces, chunks = patches.pieces_folder(places.networks, config), Prepared(places.prepared).chunks("train")
+    pieces.mkdir()
+    candidates = patches.draw_candidates(places.manifest, config, pieces)
+    Local().rank_patches(config, places, chunks, lambda count: None)
+    target = patches.table_path(places.networks, config)
+    patches.merge([score_piece(pieces, c) for c in chunks], candidates, config.distill.rded.crops, target)
+
+
 @pytest.fixture(scope="module")
 def made_networks(digits_run, tmp_path_factory):
     """The networks of each method, made when first asked for, once for all tests."""
@@ -58,6 +69,8 @@ def made_networks(digits_run, tmp_path_factory):
             for name in missing_networks(config_of(method), own):
                 make_network(config_of(method), own, name, CPU)
             assert missing_networks(config_of(method), own) == []
+            if backend_class(config_of(method)).ranks_patches:
+                rank_patches(config_of(method), own)
         return replace(places, networks=folders[method])
 
     return make

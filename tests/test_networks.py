@@ -154,6 +154,7 @@ def test_a_core_takes_as_many_images_as_keep_a_layer_close():
 
 def test_only_batch_norm_mixes_samples():
     assert {name for name in OF_IMAGES if mixes_samples(NetworkSpec(name, (3, 16, 16), 2, 8).build(0))} == {
+        "convnet_bn",
         "resnet18_bn",
         "resnet50_bn",
     }

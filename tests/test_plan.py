@@ -104,7 +104,7 @@ def test_every_method_can_be_planned(method):
 
 
 def test_clips_can_be_planned():
-    facts = replace(FACTS, shape=(4, 3, 8, 8))
+    facts = replace(FACTS, shape=(4, 3, 8, 8), kind="clips")
     config = tiny_config("x", distill__method="dm", distill__network="convnet3d", score__network="convnet3d",
                          evaluate__networks=["convnet3d"], data__frames=4)  # fmt: skip
     planner = Planner(config, facts, layout(config))

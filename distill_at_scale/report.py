@@ -81,6 +81,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "set_names": figures.SET_NAMES,
         "words": wording.words(prepared.shape, prepared.kind),
         "question": _question(made, prepared, selection),
+        "method_facts": wording.method_facts(made.card, wording.words(prepared.shape, prepared.kind)["many"]),
         "answer": wording.answer(evaluation.get("summary", [])),
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
         "synthetic": _synthetic(made),

@@ -42,6 +42,31 @@ def question(shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int]
     )
 
 
+def method_facts(card: Mapping[str, Any], many: str) -> list[str]:
+    """What a reader must know of the set beside its pictures, in sentences: parts, labels, a learned rate, pruning."""
+    protocol, runtime = card.get("protocol", {}), card.get("runtime", {"rule": "none"})
+    facts: list[str] = []
+    if (factor := card.get("formation", 1)) > 1:
+        facts.append(
+            f"Each holds {factor} × {factor} training {many}, which are taken apart and enlarged before training."
+        )
+    if protocol.get("labels") == "soft":
+        facts.append("Their labels are soft and were learned with them.")
+    if labels := card.get("soft_labels"):
+        origin = card["teacher"]["origin"]
+        facts.append(
+            f"Every view of them in {labels['epochs']} epochs has the soft label of a teacher ({origin}); these take "
+            f"{labels['bytes_per_image']:,.0f} bytes for each, beside its own."
+        )
+    if rate := card.get("student_lr"):
+        facts.append(f"The learning rate of students, {rate['learned']:.4g}, was learned with them.")
+    if runtime["rule"] == "not applicable":
+        facts.append(f"Runtime pruning is not applicable: {runtime['reason']}.")
+    elif runtime["rule"] != "none":
+        facts.append(f"Runtime pruning by rule {runtime['rule']} left out {share(runtime['drop'])} of each real batch.")
+    return facts
+
+
 def answer(summary: Sequence[Summary]) -> dict[str, str]:
     """The verdict on the first network as a word and a sentence; with several networks, what the others say."""
     pairs = _pairs(summary)

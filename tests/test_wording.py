@@ -76,3 +76,24 @@ def test_a_network_that_sees_one_frame_gives_no_verdict_beside_others():
 )  # fmt: skip
 def test_the_question_names_what_was_distilled(shape, expected):
     assert wording.question(shape, 6, 2, [5, 1, 9], 0.1).replace(wording.NBSP, " ") == expected
+
+
+CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"formation": 2}, "Each holds 2 × 2 training images"),
+        ({"protocol": {"labels": "soft"}}, "labels are soft"),
+        ({"soft_labels": {"epochs": 300, "bytes_per_image": 6000.0}, "teacher": {"origin": "trained here"}},
+         "in 300 epochs has the soft label of a teacher (trained here); these take 6,000 bytes"),
+        ({"student_lr": {"learned": 0.0982}}, "0.0982, was learned"),
+        ({"runtime": {"rule": "not applicable", "reason": "no batch"}}, "not applicable: no batch."),
+        ({"runtime": {"rule": "ite", "drop": 0.3}}, "by rule ite left out 30"),
+    ],
+)  # fmt: skip
+def test_what_is_particular_about_a_method_is_said(more, said):
+    (found,) = wording.method_facts(CARD | more, "images")
+    assert said in found
+    assert wording.method_facts(CARD, "images") == []

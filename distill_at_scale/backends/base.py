@@ -186,12 +186,17 @@ class ImageBackend(WithDefaults):
             bad = self._move()
         if bad is not None:
             name = self.setting.class_names[self.setting.labels[bad]]
-            method = self.setting.config.distill.method
             self.problem = DistillationDiverged(
                 f"the loss or gradient of class {name!r} is not finite at step {step}, image learning rate {self.lr:g}; "
-                f"lower distill.{method}.image_lr. The last good state is kept.",
+                f"lower {self._rates()}. The last good state is kept.",
                 self.visit,
             )
+
+    def _rates(self) -> str:
+        """The keys of whatever may have been too fast."""
+        made = self.setting.config.distill
+        trained = hasattr(getattr(made, made.method, None), "network_lr")
+        return f"distill.{made.method}.image_lr" + (f" or distill.{made.method}.network_lr" if trained else "")
 
     def settle(self) -> None:
         """Raises DistillationDiverged if an update of this step could not be made."""

@@ -56,14 +56,14 @@ class Recipe:
 
     def tally(self) -> Counter[str]:
         """How many clips each decoder has decoded so far."""
-        return self.decoder.tally.copy() if isinstance(self.decoder, ClipDecoder) else Counter()
+        return Counter() if isinstance(self.decoder, ImageDecoder | TensorDecoder) else self.decoder.tally.copy()
 
     def decode(self, name: str, raw: Raw) -> tuple[np.ndarray[Any, Any], str | None]:
         """uint8 (tensors: float32) of the decoder's shape, and what is to be said about the sample although it is used.
 
         Raises Rejected.
         """
-        if not isinstance(self.decoder, ClipDecoder):
+        if isinstance(self.decoder, ImageDecoder | TensorDecoder):
             return self.decoder(raw), None
         if not isinstance(raw, bytes):
             raise Rejected("pixels, not the bytes of a video file")

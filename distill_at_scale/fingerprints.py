@@ -25,6 +25,7 @@ LEFT_OUT = {
     "score": ("workers", "weights"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
+LATER_KEYS = ("train_split", "max_bytes", "value_column", "whiten")  # unused, they leave runs from before them valid
 OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds", "fold")
 TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
 
@@ -81,12 +82,7 @@ def data(config: Config) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if key.removeprefix("data.") not in OF_CLIPS}
     else:
         values["data.decoder"] = list(decoders_for(section))
-    for key in (
-        "train_split",
-        "max_bytes",
-        "value_column",
-        "whiten",
-    ):  # where they change nothing, runs from before they existed stay valid
+    for key in LATER_KEYS:
         if getattr(section, key) == DataSection.model_fields[key].default:
             del values[f"data.{key}"]
     if section.classes is not None:

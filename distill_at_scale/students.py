@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill_at_scale import rng
 from distill_at_scale.augment import Augmentation, cutmix
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec, mixes_samples
 from distill_at_scale.sections import EvaluateSection

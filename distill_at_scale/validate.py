@@ -55,8 +55,8 @@ def check_names(config: Config) -> None:
     builder("distill.network", config.distill.network)
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
-    Augmentation(_protocol(config).augment)
     _check_augmentations(config)
+    Augmentation(_protocol(config).augment)
 
 
 def _check_augmentations(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
@@ -98,6 +100,16 @@ class Run:
     @property
     def text(self) -> str:
         return self.said.getvalue()
+
+
+def leave_group() -> None:
+    """End a process of a group: together, and without the interpreter's end, where threads of gloo may still run.
+
+    Now and then they would abort it ("terminate called without an active exception"), after all its work was done.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,8 @@ from distill_at_scale.augment import FAMILIES
 from distill_at_scale.backends import BACKENDS, dc, matching
 from distill_at_scale.backends.base import Setting
 from distill_at_scale.backends.gradients import distances
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.normalization import Normalization
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.method_sections import SIAMESE
 from distill_at_scale.networks import NetworkSpec

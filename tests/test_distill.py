@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_config
+from conftest import leave_group, tiny_config
 from safetensors.torch import load_file
 
 from distill_at_scale import distill, synthetic
@@ -330,43 +329,39 @@ def work(rank: int, folder: str, places: Places) -> None:
     """One of two workers; leaves its findings as files."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        group = Group(CPU)
-        for name, overrides in PAIRS.items():
-            result = start(elsewhere(places, name), group, **overrides).run()
-            assert (result is not None) == (rank == 0)
-            if result is not None:
-                result.save(Path(folder) / name)
-        stopped = elsewhere(places, "resumed")
-        first = start(stopped, group, **PAIRS["dc"])
-        stop_before(first, 2)
-        with contextlib.suppress(KeyboardInterrupt):
-            first.run()
-        result = start(stopped, group, **PAIRS["dc"]).run()
+    group = Group(CPU)
+    for name, overrides in PAIRS.items():
+        result = start(elsewhere(places, name), group, **overrides).run()
+        assert (result is not None) == (rank == 0)
         if result is not None:
-            result.save(Path(folder) / "resumed")
-        messages = [_message(start(elsewhere(places, "diverging"), group, **DIVERGING))]
-        for k, overrides in enumerate(POISONED):
-            poisoned = start(elsewhere(places, f"poisoned-{k}"), group, **overrides)
-            if rank == 1:
-                with torch.no_grad():
-                    poisoned.backend.images[0].fill_(float("inf"))
-            messages.append(_message(poisoned))
-        found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
-        group.sum_(list(found.values()))
-        facts = {
-            "messages": messages,
-            "sum": [t.tolist() for t in found.values()],
-            "gather": group.gather(rank),
-            "broadcast": group.broadcast(10 + rank),
-            "any": [group.any(rank == 1), group.any(False)],
-            "first": group.first("second" if rank == 1 else None),
-        }
-        (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
-        dist.barrier()  # nobody takes the group apart while the other still talks
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # not through the interpreter's end, which now and then aborts beside threads that still run
+            result.save(Path(folder) / name)
+    stopped = elsewhere(places, "resumed")
+    first = start(stopped, group, **PAIRS["dc"])
+    stop_before(first, 2)
+    with contextlib.suppress(KeyboardInterrupt):
+        first.run()
+    result = start(stopped, group, **PAIRS["dc"]).run()
+    if result is not None:
+        result.save(Path(folder) / "resumed")
+    messages = [_message(start(elsewhere(places, "diverging"), group, **DIVERGING))]
+    for k, overrides in enumerate(POISONED):
+        poisoned = start(elsewhere(places, f"poisoned-{k}"), group, **overrides)
+        if rank == 1:
+            with torch.no_grad():
+                poisoned.backend.images[0].fill_(float("inf"))
+        messages.append(_message(poisoned))
+    found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
+    group.sum_(list(found.values()))
+    facts = {
+        "messages": messages,
+        "sum": [t.tolist() for t in found.values()],
+        "gather": group.gather(rank),
+        "broadcast": group.broadcast(10 + rank),
+        "any": [group.any(rank == 1), group.any(False)],
+        "first": group.first("second" if rank == 1 else None),
+    }
+    (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
+    leave_group()
 
 
 def _message(distillation: Distillation) -> str:

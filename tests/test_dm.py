@@ -9,7 +9,8 @@ from test_backends import CLASSES, a_pool, backend_of, close, image_gradient, wh
 from distill_at_scale import config as configuration
 from distill_at_scale.backends import dm
 from distill_at_scale.backends.base import Setting
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.normalization import Normalization
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.method_sections import SIAMESE
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.workers import Solo

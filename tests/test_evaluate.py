@@ -12,7 +12,7 @@ from conftest import FixedNetwork
 from torch import nn
 
 from distill_at_scale import evaluate, students
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.evaluate import Evaluator, Job

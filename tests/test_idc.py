@@ -14,7 +14,8 @@ from test_gradients import textbook_gradient
 from distill_at_scale import config as configuration
 from distill_at_scale.backends import idc
 from distill_at_scale.backends.base import Setting
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.normalization import Normalization
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.formation import assembled, parts_of
 from distill_at_scale.networks import NetworkSpec

@@ -6,7 +6,6 @@ All cases run in the same four processes, which are started once; a group of two
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_config
+from conftest import leave_group, tiny_config
 
 from distill_at_scale import synthetic
 from distill_at_scale.backends import BACKENDS
@@ -114,14 +113,7 @@ def work(rank: int, folder: str, places: Places) -> None:
                 if result is not None:
                     result.save(Path(folder) / name_of(method, rule, size))
         dist.barrier()
-    leave()
-
-
-def leave() -> None:
-    """End a process of a group: together, and without the interpreter's end, where threads of gloo may still run."""
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)
+    leave_group()
 
 
 @pytest.fixture(scope="module")

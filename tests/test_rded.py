@@ -151,10 +151,10 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
         score_piece(pieces, chunk).unlink()
     config = setting.config.model_copy(update={"cluster": setting.config.cluster.model_copy(update={"actors": 2})})
     arguments = pack(config), str(places.prepared), str(places.networks)
-    actors = [scoring.RankingActor(*arguments) for _ in range(2)]
+    actors = [scoring.RankingActor(arguments[0], prepared=arguments[1], networks=arguments[2]) for _ in range(2)]
     for number, unit in enumerate(reversed(grouped(work, config, 0))):
         if number == 2:
-            actors[0] = scoring.RankingActor(*arguments)
+            actors[0] = scoring.RankingActor(arguments[0], prepared=arguments[1], networks=arguments[2])
         found = actors[number % 2](unit.append_column("unit", pa.array([number])))
         assert "error" not in found.column_names
     patches.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, 3, target)

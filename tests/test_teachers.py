@@ -13,7 +13,8 @@ from distill_at_scale import config as configuration
 from distill_at_scale import tensors
 from distill_at_scale.backends import BACKENDS, teachers
 from distill_at_scale.backends.base import Setting
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.normalization import Normalization
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.soft_labels import TEACHER, Teacher

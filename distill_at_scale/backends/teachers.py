@@ -26,8 +26,9 @@ from distill_at_scale import rng, tensors
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.backends.base import Conclusion, Cost, Setting, WithDefaults
 from distill_at_scale.config import Config
+from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.pieces import sample_shape
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.method_sections import TeacherSection
 from distill_at_scale.networks import NetworkSpec, builder, mixes_samples

@@ -4,7 +4,7 @@ with all checkpoints; and the ranking of patches, which is a pass of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,9 @@ from distill_at_scale.distill import Places
 from distill_at_scale.execution import Advance, run_trial, score_piece
 from distill_at_scale.scoring import patches
 from distill_at_scale.scoring.proxy import checkpoint_path
-from distill_at_scale.scoring.scorer import Scorer
+from distill_at_scale.scoring.scorer import Scorer, Unit
 
+Work = Callable[[Sequence[Unit]], Iterator[int]]
 POLL = 0.5  # seconds between two looks at the finished epochs
 
 
@@ -91,7 +92,27 @@ def _finished_epochs(config: Config, checkpoints: Path) -> int:
 def score(
     config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
 ) -> None:
-    """Score every chunk that has no piece yet; an actor gets several chunks at a time and reads ahead within them."""
+    """Score every chunk that has no piece yet."""
+    arguments = {"prepared": str(prepared), "checkpoints": str(checkpoints)}
+    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance)
+
+
+def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+    """Rank the patches of every chunk that has no piece yet, by the same kind of actors."""
+    arguments = {"prepared": str(places.prepared), "networks": str(places.networks)}
+    pieces = patches.pieces_folder(places.networks, config)
+    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance)
+
+
+def _over_chunks(
+    config: Config,
+    chunks: Sequence[Chunk],
+    pieces: Path,
+    actor: type[ChunkActor],
+    arguments: dict[str, Any],
+    advance: Advance,
+) -> None:
+    """One pass; an actor gets several chunks at a time and reads ahead within them."""
     waiting: list[dict[str, Any]] = []
     for chunk in chunks:
         path = score_piece(pieces, chunk)
@@ -99,63 +120,46 @@ def score(
             advance(chunk.rows)
         else:
             waiting.append({**asdict(chunk), "path": str(path)})
-    gpus = config.cluster.gpus_per_worker
-    arguments = {"packed": pack(config), "prepared": str(prepared), "checkpoints": str(checkpoints)}
-    for result in stream(grouped(waiting, config, gpus), ScoringActor, arguments, config, gpus) if waiting else ():
+    gpus, arguments = config.cluster.gpus_per_worker, {"packed": pack(config), **arguments}
+    for result in stream(grouped(waiting, config, gpus), actor, arguments, config, gpus) if waiting else ():
         advance(result["rows"])
 
 
-class ScoringActor:
-    """An actor: every checkpoint of every trial, on one core or a GPU (or a share of one), loaded on the first call."""
+class ChunkActor:
+    """An actor on one core or a GPU (or a share of one); what it works with is loaded on the first call."""
 
-    def __init__(self, packed: dict[str, Any], prepared: str, checkpoints: str):
-        self.packed, self.prepared, self.checkpoints = packed, Path(prepared), Path(checkpoints)
+    def __init__(self, packed: dict[str, Any], **folders: str):
+        self.packed, self.folders = packed, {name: Path(folder) for name, folder in folders.items()}
+
+    def load(self, config: Config, device: torch.device) -> Work:
+        """What publishes the piece of each of some chunks and yields the chunk's samples."""
+        raise NotImplementedError
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def work(self) -> Work:
         settings = unpack(self.packed)
         torch.set_num_threads(1)
-        return Scorer(settings, self.prepared, self.checkpoints, device(settings))
+        return self.load(settings, device(settings))
 
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
         work = work_of(unit)
         targets = [Path(item.pop("path")) for item in work]
-        return pa.table({"rows": [sum(self.scorer.score(list(zip(map(_chunk, work), targets, strict=True))))]})
+        return pa.table({"rows": [sum(self.work(list(zip(map(_chunk, work), targets, strict=True))))]})
 
 
-def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
-    """Rank the patches of every chunk that has no piece yet, as `score` does its work."""
-    waiting: list[dict[str, Any]] = []
-    for chunk in chunks:
-        path = score_piece(patches.pieces_folder(places.networks, config), chunk)
-        if path.exists():
-            advance(chunk.rows)
-        else:
-            waiting.append({**asdict(chunk), "path": str(path)})
-    gpus = config.cluster.gpus_per_worker
-    arguments = {"packed": pack(config), "prepared": str(places.prepared), "networks": str(places.networks)}
-    for result in stream(grouped(waiting, config, gpus), RankingActor, arguments, config, gpus) if waiting else ():
-        advance(result["rows"])
+class ScoringActor(ChunkActor):
+    """With every checkpoint of every trial."""
+
+    def load(self, config: Config, device: torch.device) -> Work:
+        return Scorer(config, self.folders["prepared"], self.folders["checkpoints"], device).score
 
 
-class RankingActor:
-    """An actor with the teacher, loaded on the first call; the same resources as a scoring one."""
+class RankingActor(ChunkActor):
+    """With the teacher."""
 
-    def __init__(self, packed: dict[str, Any], prepared: str, networks: str):
-        self.packed, self.prepared, self.networks = packed, Path(prepared), Path(networks)
-
-    @cached_property
-    def ranker(self) -> patches.Ranker:
-        settings = unpack(self.packed)
-        torch.set_num_threads(1)
-        return patches.Ranker(settings, self.prepared, self.networks, device(settings))
-
-    @reporting
-    def __call__(self, unit: pa.Table) -> pa.Table:
-        work = work_of(unit)
-        targets = [Path(item.pop("path")) for item in work]
-        return pa.table({"rows": [sum(self.ranker.rank(list(zip(map(_chunk, work), targets, strict=True))))]})
+    def load(self, config: Config, device: torch.device) -> Work:
+        return patches.Ranker(config, self.folders["prepared"], self.folders["networks"], device).rank
 
 
 def _chunk(fields: dict[str, Any]) -> Chunk:

@@ -18,10 +18,8 @@ from distill_at_scale import rng
 from distill_at_scale.data import holding
 from distill_at_scale.data.foresight import Ahead, Request
 from distill_at_scale.data.holding import Holding, InShards, Resident, Room
-from distill_at_scale.data.normalization import Normalization, Whitening, normalization_of
+from distill_at_scale.data.normalization import Normalization, normalization_of
 from distill_at_scale.data.shards import Prepared
-
-__all__ = ["Draw", "Normalization", "Pool", "Whitening", "normalization_of"]
 
 MOST_THREADS = 8  # that decode JPEGs of a draw
 

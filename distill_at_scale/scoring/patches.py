@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distill_at_scale import rng
 from distill_at_scale.config import Config
-from distill_at_scale.data.pool import Normalization
+from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Group, Prepared
 from distill_at_scale.errors import UserError

@@ -27,7 +27,8 @@ import torch
 
 from distill_at_scale.backends.base import ImageBackend, Setting
 from distill_at_scale.config import validate
-from distill_at_scale.data.pool import Normalization, Pool
+from distill_at_scale.data.normalization import Normalization
+from distill_at_scale.data.pool import Pool
 from distill_at_scale.distill import backend_class
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.rng import derive

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from distill_at_scale.sections import (
     Section,
     SelectSection,
 )
+from distill_at_scale.study_sections import StudiesSection, SweepSection
 
 
 class Config(Section):
@@ -40,12 +41,15 @@ class Config(Section):
     runtime: RuntimeSection = RuntimeSection()
     evaluate: EvaluateSection = EvaluateSection()
     cluster: ClusterSection = ClusterSection()
+    sweep: SweepSection = SweepSection()
+    studies: StudiesSection = StudiesSection()
 
     @model_validator(mode="after")
     def _stratum_fits(self) -> Config:
         if (
             self.select.order == "stratum"
             and not self.select.per_class
+            and self.select.keep != "auto"
             and self.select.stratum_start + self.select.keep > 1 + 1e-9
         ):
             raise ValueError(
@@ -55,8 +59,8 @@ class Config(Section):
         return self
 
     @property
-    def criterion(self) -> str:
-        """The criterion that decides the selection."""
+    def criterion(self) -> str | dict[str, float]:
+        """The criterion that decides the selection, or several with the weights of their ranks."""
         return self.select.criterion or self.score.criteria[0]
 
     @property
@@ -110,6 +114,17 @@ def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file:
     except ValidationError as error:
         lines = [_explain(problem, origin or {}, file) for problem in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "the overrides") -> Config:
+    """The configuration with some dotted keys set to plain values, validated again.
+
+    Raises UserError that names an unknown key or a value that is not allowed, and `origin`.
+    """
+    values = config.model_dump()
+    for key, value in overrides.items():
+        _set(values, key.split("."), value, f"{key}={value}")
+    return validate(values, dict.fromkeys(overrides, origin), origin)
 
 
 def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:

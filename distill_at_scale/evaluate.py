@@ -38,7 +38,8 @@ class Job:
 
 
 def jobs(config: Config) -> list[Job]:
-    sets = ["distilled", "random_real", *config.evaluate.bounds]
+    controls = [] if config.evaluate.control == "none" else [config.evaluate.control]
+    sets = ["distilled", *controls, *config.evaluate.bounds]
     return [Job(s, n, seed) for s in sets for n in config.evaluate.networks for seed in range(config.evaluate.seeds)]
 
 

@@ -62,8 +62,8 @@ class Executor(Protocol):
 class Local:
     """Everything in this process, on a GPU if there is one."""
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         source, recipe, rejected = open_source(config.data), recipe_of(config), 0

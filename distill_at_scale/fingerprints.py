@@ -17,15 +17,23 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.rundir import Inputs, RunDir
 from distill_at_scale.scoring import weights
-from distill_at_scale.sections import DataSection, Section
+from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section, SelectSection
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
+OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
     "score": ("workers", "weights"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
-LATER_KEYS = ("train_split", "max_bytes", "value_column", "whiten")  # unused, they leave runs from before them valid
+LATER: dict[
+    str, tuple[type[Section], tuple[str, ...]]
+] = {  # keys that leave the runs from before them valid as long as they are unused
+    "data": (DataSection, ("train_split", "max_bytes", "value_column", "whiten", "transform", *OF_TRANSFORM)),
+    "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported", "imported_useful", "monte_carlo")),
+    "select": (SelectSection, ("auto",)),
+    "evaluate": (EvaluateSection, ("control",)),
+}
 OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds", "fold")
 TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
 
@@ -82,12 +90,11 @@ def data(config: Config) -> dict[str, Any]:
         values = {key: value for key, value in values.items() if key.removeprefix("data.") not in OF_CLIPS}
     else:
         values["data.decoder"] = list(decoders_for(section))
-    for key in LATER_KEYS:
-        if getattr(section, key) == DataSection.model_fields[key].default:
-            del values[f"data.{key}"]
     if section.classes is not None:
         values["data.classes"] = class_list(section.classes)
-    drawn = section.holdout or (section.frames and section.sampling != "uniform")
+    if section.transform == "none":
+        values = {key: value for key, value in values.items() if key.removeprefix("data.") not in OF_TRANSFORM}
+    drawn = section.holdout or (section.frames and section.sampling != "uniform") or section.transform != "none"
     return values | ({"run.seed": config.run.seed} if drawn else {})
 
 
@@ -141,5 +148,7 @@ def page(config: Config, run: RunDir) -> Dependence:
 
 def _section(config: Config, name: str) -> dict[str, Any]:
     left_out = {f"{name}.{key}" for key in LEFT_OUT.get(name, ())}
-    flat = flatten(getattr(config, name), f"{name}.")
+    section, (model, later) = getattr(config, name), LATER.get(name, (Section, ()))
+    left_out |= {f"{name}.{key}" for key in later if getattr(section, key) == model.model_fields[key].default}
+    flat = flatten(section, f"{name}.")
     return {k: v for k, v in flat.items() if not any(k == out or k.startswith(out + ".") for out in left_out)}

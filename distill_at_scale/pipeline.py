@@ -239,6 +239,7 @@ class Pipeline:
 
     def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
+        assert isinstance(self.config.criterion, str)
         column = self.config.criterion.rpartition(":")[2]
         low = score_table.facts(scores)["useful"].get(column, "low") == "low"
         minimum, seed = self.config.min_per_class, self.config.select_seed

@@ -42,6 +42,11 @@ class Display:
         self.bars: Progress | None = None
         self.task: Any = None
 
+    @classmethod
+    def silent(cls) -> Display:
+        """For work beside other work, whose progress is shown elsewhere."""
+        return cls(Console(quiet=True))
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 

@@ -185,6 +185,21 @@ class RunDir:
         write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": str(self.reuse.path)})
         return True
 
+    def adopt(self, other: RunDir, stage: str) -> None:
+        """Stand on the finished stage of another run: its output is linked, not copied, whatever its size.
+
+        Raises UserError where that run has no whole output of the stage.
+        """
+        other.content(stage)
+        record = other.record(stage)
+        assert record is not None
+        for name in sorted({Path(name).parts[0] for name in record["outputs"]}):
+            if not (self.path / name).exists():
+                target = os.path.relpath((other / name).resolve(), self.path.resolve())
+                with publish(self.path / name) as temporary:
+                    os.symlink(target, temporary)
+        write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": str(other.path)})
+
     def take_over_files(self, folder: str) -> None:
         """Link whatever lies in a folder of the run named in run.reuse and is missing here; the folder's name says what it
         holds (networks of one fingerprint)."""

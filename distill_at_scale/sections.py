@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -68,6 +68,11 @@ class DataSection(Section):
         None  # list(s) of labels: a file, or a folder of them; default: found by their usual names
     )
     fold: int = Field(1, ge=1, le=3)  # of the official splits of UCF-101 and HMDB-51
+    # a training split made harder on purpose, to see how selection bears it; the test split stays as it is
+    transform: Literal["none", "long_tail", "near_duplicates", "low_variance", "high_variance"] = "none"
+    imbalance: float = Field(10.0, gt=1)  # of long_tail: the largest class to the smallest
+    copies: int = Field(5, ge=2, le=100)  # of near_duplicates: so many of every sample, all but the first jittered
+    variance_classes: int | None = Field(None, ge=2)  # of low_variance and high_variance; default: half of the classes
 
     @model_validator(mode="before")
     @classmethod
@@ -78,8 +83,36 @@ class DataSection(Section):
         return values
 
 
+class MonteCarloSection(Section):
+    """Criterion monte_carlo: many small random subsets; a sample's utility is the mean accuracy of its class over those that
+    held it (METHOD.md section 2)."""
+
+    subsets: int = Field(1000, ge=2)
+    per_class: int = Field(10, ge=1)  # samples of a class in a subset
+    learn: Literal["train", "dc"] = (
+        "train"  # on a subset: train a network, or distil it first by DC at one image per class
+    )
+    steps: int = Field(20, ge=1)  # of learn: dc
+    epochs: int = Field(30, ge=1)  # of training a network on the subset (or on what it was distilled into)
+    networks: int = Field(1, ge=1)  # trained per subset
+    width: int = Field(32, ge=1)
+    validation: int = Field(50, ge=1)  # samples per class, outside every subset, that accuracies are measured on
+    at_once: int = Field(8, ge=1)  # subsets in a task; a finished one is not done again
+
+
 class ScoreSection(Section):
     criterion: str | list[str] = "loss"
+    early: int = Field(5, ge=1)  # epochs from the first that loss_early, el2n and grand count
+    late: int = Field(5, ge=1)  # epochs up to the last that loss_converged counts
+    features: int = Field(
+        128, ge=2
+    )  # dimensions that a network's features are projected to, for density and the selectors
+    neighbours: int = Field(10, ge=1)  # of criterion density
+    imported: dict[
+        str, str
+    ] = {}  # scores made elsewhere, by name: JSON by position, .npy, .npz, CSV or Parquet by sample_id
+    imported_useful: dict[str, Literal["low", "high"]] = {}  # which end of imported scores is useful; default low
+    monte_carlo: MonteCarloSection = MonteCarloSection()
     trials: int = Field(5, ge=1)
     epochs: int = Field(5, ge=1)
     weights: str | list[str] | None = (
@@ -129,15 +162,36 @@ class ScoreSection(Section):
         return value
 
 
+class AutoSection(Section):
+    """select.keep: auto finds the smallest sufficient rate by bisection, with short distillations."""
+
+    seeds: int = Field(2, ge=2)
+    steps: int | None = Field(None, ge=1)  # of a distillation; default: a quarter of those of the run
+    evaluations: int = Field(1, ge=1)  # networks per distillation
+    tolerance: float = Field(1.0, gt=0)  # in standard deviations of the unpruned runs
+    lowest: float = Field(0.001, gt=0, lt=1)  # rates below are not tried
+    points: int = Field(6, ge=2)  # rates that are tried at most
+
+
 class SelectSection(Section):
-    criterion: str | None = None  # default: the first of score.criterion; "random" is the seeded control
-    keep: float = Field(1.0, gt=0, le=1)
+    # default: the first of score.criterion; "random" is the seeded control; {loss: 0.7, el2n: 0.3} weighs ranks
+    criterion: str | dict[str, float] | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
+    auto: AutoSection = AutoSection()
     per_class: int | None = Field(None, ge=1)  # a count, instead of keep
-    scope: Literal["class", "global"] = "class"
+    scope: Literal["class", "global", "adaptive"] = (
+        "class"  # adaptive: more of the classes whose scores spread (Neyman)
+    )
     order: Literal["useful", "useless", "low", "high", "stratum"] = "useful"
     stratum_start: float = Field(0.0, ge=0, lt=1)  # order: stratum keeps the ranks from here on, by usefulness
     min_per_class: int | None = Field(None, ge=0)  # default max(1, distill.ipc)
     seed: int | None = Field(None, ge=0)  # of the random control; default run.seed
+
+    @property
+    def rate(self) -> float:
+        """The share to keep, once it is a number."""
+        assert not isinstance(self.keep, str), "select.keep: auto is decided before"
+        return self.keep
 
 
 class RuntimeSection(Section):
@@ -160,6 +214,7 @@ class EvaluateSection(Section):
     lr: float | None = Field(None, gt=0, le=LARGEST_RATE)
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
+    control: Literal["random_real", "none"] = "random_real"
     bounds: list[Literal["kept", "full"]] = []  # upper bounds: train on what was kept, and on everything
     bound_epochs: int = Field(30, ge=1)
 

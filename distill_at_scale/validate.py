@@ -50,7 +50,8 @@ def check_names(config: Config) -> None:
     kinds.check(config)
     criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
     criteria_of(config.score.criteria)
-    resolve("select.criterion", config.criterion, criteria) if ":" not in config.criterion else None
+    for name in [config.criterion] if isinstance(config.criterion, str) else config.criterion:
+        resolve("select.criterion", name, criteria) if ":" not in name else None
     builder("score.network", config.score.network)
     builder("distill.network", config.distill.network)
     for name in config.evaluate.networks:

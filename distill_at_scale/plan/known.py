@@ -97,4 +97,4 @@ def will_keep(config: Config, counts: list[int]) -> list[int]:
     select, minimum = config.select, config.min_per_class
     if select.per_class is not None:
         return [min(count, max(minimum, select.per_class)) for count in counts]
-    return [static.quota(select.keep, count, minimum) for count in counts]
+    return [static.quota(select.rate, count, minimum) for count in counts]

@@ -144,7 +144,7 @@ class ClassCut:
     def __call__(self, keys: Array, ranks: Array) -> tuple[Array, bool]:
         """Keys and ranks of one class [n] -> kept, bool [n], and whether the minimum overrode the rate."""
         count = len(ranks)
-        wanted = min(self.config.per_class or quota(self.config.keep, count, 0), count)
+        wanted = min(self.config.per_class or quota(self.config.rate, count, 0), count)
         number = min(count, max(wanted, self.minimum))
         start = _start(self.config, count, number)
         kept: Array = ranks < start + number
@@ -163,7 +163,7 @@ class GlobalCut:
         self.minimum = minimum
         keys, classes = _all_keys(samples, ranking)
         total = len(keys)
-        number = min(config.per_class * classes, total) if config.per_class else quota(config.keep, total, 1)
+        number = min(config.per_class * classes, total) if config.per_class else quota(config.rate, total, 1)
         start = _start(config, total, number)
         self.before, self.until = _First(keys, start), _First(keys, start + number)
 

@@ -1,0 +1,148 @@
+"""Points of sweeps and studies: a run folder each, standing on ingest and scores that are made once and shared.
+
+    <run.dir>/shared/data-<id>/      ingest of one data configuration
+    <run.dir>/shared/scores-<id>/    and its scores
+    <run.dir>/points/<id>/           select, distill, evaluate; prepared/ and scores.parquet are links into shared/
+
+The id of a folder covers what its stages depend on, so nothing is done twice, in one command or in the next. Left out:
+which points are tried (`sweep/`, `studies/`) and where (`cluster/`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_at_scale import fingerprints
+from distill_at_scale.config import Config, flatten, with_overrides
+from distill_at_scale.execution import Executor, Local
+from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.progress import Display
+from distill_at_scale.pruning import manifest
+from distill_at_scale.rundir import RunDir, digest
+from distill_at_scale.studies.base import Outcome, Point
+
+OWN = ("select", "distill", "evaluate")  # the stages of a point
+NOT_OF_POINTS = (
+    "run",
+    "data",
+    "score",
+    "cluster",
+    "sweep",
+    "studies",
+)  # sections that its id leaves out or takes apart
+MakeExecutor = Callable[[], Executor]
+
+
+class Points:
+    """Where the points of one base configuration lie, and what they share."""
+
+    def __init__(self, config: Config, executor: MakeExecutor, display: Display):
+        self.config, self.executor, self.display = config, executor, display
+        self.root = Path(config.run.dir).expanduser()
+        self.ready: set[Path] = set()  # shared folders that this command has made or looked through
+
+    def configured(self, point: Point) -> Config:
+        """The whole configuration of a point, with its run folder.
+
+        Raises UserError for an override that is not allowed.
+        """
+        overrides = {"evaluate.control": "none", **point.overrides}
+        config = with_overrides(self.config, overrides, "a point")
+        seeds = {"distill.seed": config.distill_seed + point.seed, "select.seed": config.select_seed + point.seed}
+        config = with_overrides(config, seeds)
+        return with_overrides(config, {"run.dir": str(self.root / "points" / self._id(config)), "run.reuse": None})
+
+    def shared(self, overrides: Mapping[str, Any]) -> Path:
+        """The run folder with ingest and scores of a configuration, made if need be."""
+        return self.shared_by(with_overrides(self.config, overrides, "a point"))
+
+    def shared_by(self, config: Config) -> Path:
+        data, scores = self._places(config)
+        if scores in self.ready:
+            return scores
+        self._pipeline(config, data).run(("ingest",))
+        run = RunDir(scores)
+        if run.record("ingest") is None:
+            run.create()
+            run.adopt(RunDir(data), "ingest")
+        self._pipeline(config, scores).run(("score",))
+        self.ready.add(scores)
+        return scores
+
+    def prepare(self, point: Point) -> Config:
+        """A point's folder, standing on what it shares; ready for its own stages."""
+        config = self.configured(point)
+        self.stand(config, self.shared_by(config))
+        return config
+
+    def stand(self, config: Config, shared: Path) -> None:
+        run = RunDir(config.run.dir)
+        run.create()
+        for stage in ("ingest", "score"):
+            if run.record(stage) is None:
+                run.adopt(RunDir(shared), stage)
+
+    def outcome(self, point: Point) -> Outcome | None:
+        """What came of a point, if it is finished."""
+        return outcome_of(point, Path(self.configured(point).run.dir))
+
+    def _places(self, config: Config) -> tuple[Path, Path]:
+        data = digest(fingerprints.data(config))
+        scores = digest({"data": data, **_flat(config, "score"), "seed": config.run.seed})
+        return self.root / "shared" / f"data-{data[:16]}", self.root / "shared" / f"scores-{scores[:16]}"
+
+    def _id(self, config: Config) -> str:
+        sections = [name for name in type(config).model_fields if name not in NOT_OF_POINTS]
+        values = {key: value for name in sections for key, value in _flat(config, name).items()}
+        left = {"distill.workers", "distill.checkpoint_every", "distill.hold"}
+        own = {key: value for key, value in values.items() if key not in left}
+        return digest(own | {"shared": self._places(config)[1].name})[:16]
+
+    def _pipeline(self, config: Config, folder: Path) -> Pipeline:
+        config = with_overrides(config, {"run.dir": str(folder), "run.reuse": None})
+        return Pipeline(config, self.executor, self.display)
+
+
+class LocalRunner:
+    """Points one after the other in this process."""
+
+    def __init__(self, config: Config, display: Display):
+        self.points = Points(config, Local, display)
+
+    def configured(self, point: Point) -> Config:
+        return self.points.configured(point)
+
+    def shared(self, overrides: Mapping[str, Any]) -> Path:
+        return self.points.shared(overrides)
+
+    def run(self, points: Sequence[Point]) -> list[Outcome]:
+        configs = [self.points.configured(point) for point in points]  # all, before anything starts
+        for point, config in zip(points, configs, strict=True):
+            if outcome_of(point, Path(config.run.dir)) is None:
+                self.points.prepare(point)
+                carry_out(config, Local())
+        found = [outcome_of(point, Path(config.run.dir)) for point, config in zip(points, configs, strict=True)]
+        return [outcome for outcome in found if outcome is not None]
+
+
+def carry_out(config: Config, executor: Executor) -> None:
+    """The stages of a prepared point, each skipped where it is done, resumed where it was interrupted."""
+    Pipeline(config, lambda: executor, Display.silent()).run(OWN)
+
+
+def outcome_of(point: Point, folder: Path) -> Outcome | None:
+    """Read from a point's folder; None where it is not finished."""
+    run = RunDir(folder)
+    if run.record("evaluate") is None:
+        return None
+    facts = manifest.facts(run / "manifest.parquet")
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    seconds = {s: record["seconds"] for s in ("ingest", "score", *OWN) if (record := run.record(s))}
+    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], seconds, folder)
+
+
+def _flat(config: Config, section: str) -> dict[str, Any]:
+    return flatten(getattr(config, section), f"{section}.")

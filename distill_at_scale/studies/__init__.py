@@ -1,0 +1,10 @@
+"""What users want to know about pruning on their data: one file per study, and this table of them.
+
+A study is a function from a Context to a Finding.
+"""
+
+from collections.abc import Callable
+
+from distill_at_scale.studies.base import Context, Finding
+
+STUDIES: dict[str, Callable[[Context], Finding]] = {}

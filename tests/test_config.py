@@ -73,7 +73,7 @@ def test_an_unknown_key_of_the_file_names_the_file(load):
     [
         ("select.keep=0", "select.keep", "0", "greater than 0"),
         ("select.keep=1.5", "select.keep", "1.5", "less than or equal to 1"),
-        ("select.scope=klass", "select.scope", "klass", "'class' or 'global'"),
+        ("select.scope=klass", "select.scope", "klass", "'class', 'global' or 'adaptive'"),
         ("distill.ipc=ten", "distill.ipc", "ten", "integer"),
         ("distill.ipc=1.5", "distill.ipc", "1.5", "integer"),
         ("data.channels=4", "data.channels", "4", "1 or 3"),

@@ -30,8 +30,9 @@ from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
-from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring import proxy, scorer
 from distill_at_scale.scoring import table as score_table
+from distill_at_scale.scoring.contract import criteria_of
 
 
 class Pipeline:
@@ -197,17 +198,20 @@ class Pipeline:
         }
 
     def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        data = Prepared(self.dir / "prepared")
+        data, score = Prepared(self.dir / "prepared"), self.config.score
         validate.check_networks(self.config, data)
         validate.check_weights(self.config, data)
+        scorer.check(self.config, data)
         distill.check(self.config, data, data.counts("train"))  # what no selection can mend
+        if not criteria_of(score):
+            return self._write_unscored(data)
         work, prepared = self.dir.work("score", inputs), self.dir / "prepared"
         checkpoints, pieces = work / "proxies", work / "pieces"
         began = time.perf_counter()
         chunks = data.chunks("train")
         pieces.mkdir(exist_ok=True)
         paths = [score_piece(pieces, chunk) for chunk in chunks]
-        if self.config.score.weights is None and not all(path.exists() for path in paths):
+        if score.weights is None and not all(path.exists() for path in paths):
             self._train_proxies(data, prepared, checkpoints)
         trained = time.perf_counter()
         with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
@@ -222,6 +226,13 @@ class Pipeline:
         }
         self.display.say(f"  mean score {facts['mean_score']:.4f} over {written['rows']} samples")
         return [self.dir / "scores.parquet"], facts
+
+    def _write_unscored(self, data: Prepared) -> tuple[list[Path], dict[str, Any]]:
+        """The table of samples where no criterion needs a checkpoint, so that no proxy is trained."""
+        rows = (data.read(chunk, columns=["sample_id", "label"]) for chunk in data.chunks("train"))
+        written = score_table.write_unscored(self.dir / "scores.parquet", rows, self.config)
+        self.display.say(f"  {written['rows']} samples; no criterion needs proxies, so none was trained")
+        return [self.dir / "scores.parquet"], {"mean_score": written["mean_score"]}
 
     def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
         score = self.config.score

@@ -33,7 +33,7 @@ from distill_at_scale.networks import NetworkSpec, builder, mixes_samples
 from distill_at_scale.pruning import static
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import weights
-from distill_at_scale.scoring.scorer import criteria_of
+from distill_at_scale.scoring.contract import criteria_of
 from distill_at_scale.sections import Section
 from distill_at_scale.students import TrainingProtocol
 
@@ -49,7 +49,7 @@ def check_names(config: Config) -> None:
     _check_kind(config, resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT))
     kinds.check(config)
     criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
-    criteria_of(config.score.criteria)
+    criteria_of(config.score)
     for name in [config.criterion] if isinstance(config.criterion, str) else config.criterion:
         resolve("select.criterion", name, criteria) if ":" not in name else None
     builder("score.network", config.score.network)

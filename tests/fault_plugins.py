@@ -67,11 +67,11 @@ class KillingLoss(Loss):
     def __init__(self):
         self.observed = 0
 
-    def observe(self, logits, labels):
+    def observe(self, seen):
         self.observed += 1
         if SLOW.exists():
             time.sleep(0.2)
         if self.observed == 5 and ARMED.exists():
             ARMED.unlink()
             os._exit(1)
-        return super().observe(logits, labels)
+        return super().observe(seen)

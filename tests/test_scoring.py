@@ -17,7 +17,8 @@ from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import score_piece, threads
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.scoring import proxy, table
-from distill_at_scale.scoring.scorer import Scorer, criteria_of
+from distill_at_scale.scoring.contract import criteria_of
+from distill_at_scale.scoring.scorer import Scorer
 from distill_at_scale.sections import ScoreSection
 
 CPU = torch.device("cpu")
@@ -257,8 +258,8 @@ class Confidence:
 
     useful = "high"
 
-    def observe(self, logits, labels):
-        return logits.max(1).values
+    def observe(self, seen):
+        return seen.logits.max(1).values
 
     def aggregate(self, values):
         return values[:, :, -1].mean(1)
@@ -286,4 +287,4 @@ def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
 
 def test_a_criterion_that_breaks_the_contract_is_refused():
     with pytest.raises(UserError, match="lacks useful, observe, aggregate"):
-        criteria_of(["json:JSONDecoder"])
+        criteria_of(ScoreSection(criterion="json:JSONDecoder"))

@@ -57,7 +57,9 @@ def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
     assert scores["loss"].to_numpy().tolist() == scores["score"].to_numpy().tolist() == mean.astype(np.float32).tolist()
     assert np.array_equal(table.matrix(scores["loss_values"]), losses)
     assert found == {"rows": 70, "mean_score": pytest.approx(float(mean.mean()), rel=1e-7)}
-    assert facts == {"trials": 2, "epochs": 2, "useful": {"loss": "low"}, "seed": 0}
+    assert facts.pop("agreement").keys() == {"classes", "trials", "all"}
+    made = {"criteria": ["loss"], "useful": {"loss": "low"}, "observed": {"loss": [0, 1]}}
+    assert facts == {"trials": 2, "epochs": 2, "seed": 0, **made}
 
 
 def test_the_bytes_do_not_depend_on_how_the_pieces_were_cut(tmp_path, monkeypatch):
@@ -86,8 +88,8 @@ class Last:
 
     useful = "high"
 
-    def observe(self, logits, labels):
-        return logits.max(1).values
+    def observe(self, seen):
+        return seen.logits.max(1).values
 
     def aggregate(self, values):
         return values[:, :, -1].mean(1, dtype=np.float64)
@@ -214,5 +216,5 @@ def test_the_rank_correlation_is_within_classes():
 
 
 def test_the_facts_are_plain_json(digits_run):
-    metadata = pq.read_schema(digits_run.dir / "scores.parquet").metadata
+    metadata = pq.read_metadata(digits_run.dir / "scores.parquet").metadata
     assert json.loads(metadata[b"scores"])["seed"] == 0

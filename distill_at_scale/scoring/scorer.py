@@ -1,14 +1,14 @@
-"""One pass over the data in which every sample is scored with every checkpoint.
+"""One pass over the data in which every sample is scored with every checkpoint that some criterion looks at.
 
-The work is cut into the fixed chunks of the prepared shards and, within them, into batches of one fixed size (the
-last one padded), so the numbers do not depend on how many scorers share the work. A chunk is published when it is
-scored and not done again; the next one is read meanwhile.
+The work is cut into the fixed chunks of the prepared shards and, within them, into batches of one fixed size (the last
+one padded), so the numbers do not depend on how many scorers share the work. A chunk is published when it is scored and
+not done again; the next one is read meanwhile. Left out: what criteria make of the values (`table.py`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_at_scale import tensors
 from distill_at_scale.config import Config
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Prepared
-from distill_at_scale.networks import Layout, NetworkSpec, in_parts, maybe_compile, will_compile
-from distill_at_scale.registry import resolve
+from distill_at_scale.errors import UserError
+from distill_at_scale.networks import NetworkSpec, will_compile
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy, weights
-from distill_at_scale.scoring.criteria import CRITERIA
+from distill_at_scale.scoring.classifier import Classifier, Eye, Look, check_features, projected
+from distill_at_scale.scoring.contract import class_wise, criteria_of, epochs_of, needed_epochs, sees_features
 from distill_at_scale.scoring.criteria.base import Criterion
 from distill_at_scale.sections import ScoreSection
 
-CRITERION_CONTRACT = ("useful", "observe", "aggregate")
+FEATURES = "features"  # of the last epoch of all trials, side by side: a column of pieces, not of the table
 Unit = tuple[Chunk, Path]  # what to score, and where the result goes
-
-
-def criteria_of(names: Sequence[str]) -> dict[str, Criterion]:
-    return {name: resolve("score.criterion", name, CRITERIA, CRITERION_CONTRACT)() for name in names}
-
-
-class Classifier(nn.Module):
-    """Stored values [n, *shape] -> logits float32 [n, classes]; the normalisation is part of the weights."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, layout: Layout):
-        super().__init__()
-        self.precision, self.device, self.spec, self.layout = precision, device, spec, layout
-        self.network = spec.build(0)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.zeros(spec.columns))
-        self.to(device).eval().requires_grad_(False)
-        layout.network(self.network)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        images = ((pixels.float() if self.spec.tensors else pixels.float() / 255) - self.mean) / self.std
-        with proxy.autocast(self.precision, self.device):
-            return self.network(self.layout.images(images)).float()
 
 
 @dataclass(frozen=True)
@@ -69,31 +45,40 @@ class Checkpoint:
     std: Tensor
     outputs: int
     columns: list[int] | None = None
+    epoch: int = 0
+
+
+def check(config: Config, prepared: Prepared) -> None:
+    """Raises UserError, before anything is trained, where a criterion needs features that the network has not."""
+    if any(sees_features(criterion) for criterion in criteria_of(config.score).values()):
+        names = prepared.class_names
+        check_features(proxy.network_spec(config.score, prepared.shape, len(names), prepared.kind))
 
 
 class Scorer:
-    """Holds every checkpoint of every trial on one device and scores chunks."""
+    """Holds every checkpoint that some criterion looks at on one device and scores chunks."""
 
     def __init__(self, config: Config, prepared: Path, checkpoints: Path, device: torch.device):
         score, self.device = config.score, device
-        self.prepared = Prepared(prepared)
-        self.criteria: Mapping[str, Criterion] = criteria_of(score.criteria)
+        self.prepared, self.dimensions = Prepared(prepared), score.features
+        self.criteria = criteria_of(score)
+        (_, epochs), self.last = score.checkpoints, score.checkpoints[1] - 1
+        self.needed = needed_epochs(self.criteria.values(), epochs)
+        self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
         self.at_once = self.spec.at_once(device)
         self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
-        compiled = will_compile(score.compile, work)
-        self.layout = self.spec.layout("score", device, compiled)
-        self.classifiers: dict[int, tuple[Classifier, Callable[[Tensor], Tensor]]] = {}
+        self.layout = self.spec.layout("score", device, will_compile(score.compile, work))
+        self.eyes: dict[int, Eye] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
             classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.layout)
-            self.classifiers[outputs] = classifier, maybe_compile(classifier, score.compile, work)
+            self.eyes[outputs] = Eye(classifier, self.at_once, score.compile, work)
 
     def _trained(self, score: ScoreSection, folder: Path) -> list[Checkpoint]:
-        trials, epochs = score.checkpoints
-        paths = [proxy.checkpoint_path(folder, t, e) for t in range(trials) for e in range(epochs)]
-        found = (proxy.weights_of(tensors.load(path)) for path in paths)
-        return [self._checkpoint(state, self.spec, None, None) for state in found]
+        places = [(t, e) for t in range(score.trials) for e in self.needed]
+        found = ((e, proxy.weights_of(tensors.load(proxy.checkpoint_path(folder, t, e)))) for t, e in places)
+        return [self._checkpoint(state, self.spec, None, None, epoch) for epoch, state in found]
 
     def _given(self, score: ScoreSection) -> list[Checkpoint]:
         names = self.prepared.class_names, self.prepared.source_class_names
@@ -103,14 +88,19 @@ class Scorer:
         ]
 
     def _checkpoint(
-        self, state: Mapping[str, Tensor], spec: NetworkSpec, normalization: Any, columns: list[int] | None
+        self,
+        state: Mapping[str, Tensor],
+        spec: NetworkSpec,
+        normalization: Any,
+        columns: list[int] | None,
+        epoch: int = 0,
     ) -> Checkpoint:
         """Through a network of the kind, so that what belongs to a state beside its tensors stays with it."""
         network = spec.build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
         mean, std = (torch.tensor(values, device=self.device).view(spec.columns) for values in (mean, std))
-        return Checkpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns)
+        return Checkpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns, epoch)
 
     def score(self, units: Sequence[Unit]) -> Iterator[int]:
         """Score and publish chunks; yields the number of samples of each, also of those that were there already."""
@@ -131,31 +121,34 @@ class Scorer:
 
     @torch.no_grad()
     def _score(self, table: pa.Table, pixels: Tensor) -> pa.Table:
-        """sample_id, label and, per criterion, float32 lists [checkpoints]."""
+        """sample_id, label and float32 lists: of a criterion [its checkpoints], and `features` [trials * dimensions]."""
         labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
         pixels = self._padded(pixels.to(self.device, non_blocking=True))
         pixels = self.layout.images(pixels)  # once, and as bytes
-        values: dict[str, list[Tensor]] = {name: [] for name in self.criteria}
+        of_each = {name: criterion for name, criterion in self.criteria.items() if not class_wise(criterion)}
+        values: dict[str, list[Tensor]] = {name: [] for name in of_each}
+        features: list[Tensor] = []
         for checkpoint in self.checkpoints:
-            logits = self._logits(checkpoint, pixels)[: len(labels)]
-            for name, criterion in self.criteria.items():
-                values[name].append(criterion.observe(logits, labels))
+            seen = self._look(checkpoint, pixels, labels)
+            for name, criterion in of_each.items():
+                if checkpoint.epoch in self.epochs[name]:
+                    values[name].append(_observed(name, criterion, seen))
+            if checkpoint.epoch == self.last and len(of_each) < len(self.criteria):
+                features.append(projected(seen.features, self.dimensions))
         columns = {"sample_id": table["sample_id"], "label": table["label"]}
-        columns |= {name: _lists(torch.stack(found, 1).cpu().numpy()) for name, found in values.items()}
-        return pa.table(columns)
+        columns |= {name: _lists(torch.stack(found, 1)) for name, found in values.items()}
+        return pa.table(columns | ({FEATURES: _lists(torch.cat(features, 1))} if features else {}))
+
+    def _look(self, checkpoint: Checkpoint, pixels: Tensor, labels: Tensor) -> Look:
+        eye = self.eyes[checkpoint.outputs]
+        eye.load(checkpoint.state, checkpoint.mean, checkpoint.std)
+        wide = any(checkpoint.epoch in self.epochs[n] and sees_features(c) for n, c in self.criteria.items())
+        return Look(eye, pixels, labels, checkpoint.columns, wide)
 
     def _padded(self, pixels: Tensor) -> Tensor:
         """Whole batches of one size: one shape, one result."""
         missing = -len(pixels) % self.at_once
         return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
-
-    def _logits(self, checkpoint: Checkpoint, pixels: Tensor) -> Tensor:
-        classifier, forward = self.classifiers[checkpoint.outputs]
-        classifier.network.load_state_dict(checkpoint.state)
-        classifier.mean.copy_(checkpoint.mean)
-        classifier.std.copy_(checkpoint.std)
-        logits = in_parts(forward, pixels, self.at_once)
-        return logits if checkpoint.columns is None else logits[:, checkpoint.columns]
 
 
 def decoding_threads(device: torch.device) -> int:
@@ -163,5 +156,18 @@ def decoding_threads(device: torch.device) -> int:
     return max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device.type == "cuda" else 1
 
 
-def _lists(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+def _observed(name: str, criterion: Criterion, seen: Look) -> Tensor:
+    """A criterion's values [n]. Raises UserError for another shape."""
+    found = criterion.observe(seen)
+    if found.shape != seen.labels.shape:
+        raise UserError(
+            f"the criterion {name} makes values of shape {tuple(found.shape)} of {len(seen.labels)} samples; its observe "
+            "must return one number for each"
+        )
+    return found
+
+
+def _lists(values: Tensor) -> pa.FixedSizeListArray:
+    """float32 [n, width] -> n lists."""
+    flat = values.float().cpu().numpy()
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(flat).reshape(-1)), flat.shape[1])

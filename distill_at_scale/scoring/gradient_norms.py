@@ -1,0 +1,63 @@
+"""The norm of each sample's loss gradient in all weights of a network, in evaluation mode and single precision.
+
+The gradients of some samples are made at once (torch.func), as many as fit into a fixed amount of memory; where a network
+cannot be treated so, sample by sample. Left out: networks whose output for a sample depends on its batch (none does, in
+evaluation mode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from distill_at_scale.networks import NetworkSpec, widest_layer
+
+BYTES = {"cpu": 2**28, "cuda": 2**32}  # of the gradients and activations of a part
+LAYERS = 8  # widest layers that a backward pass holds, about
+
+
+class GradientNorms:
+    """(images float32 [n, *shape] as the network sees them, labels int64 [n], columns) -> norms float32 [n]."""
+
+    def __init__(self, spec: NetworkSpec, network: nn.Module):
+        self.network, self.one_by_one = network, False
+        self.each = 8 * sum(p.numel() for p in network.parameters()) + LAYERS * widest_layer(spec)
+
+    def __call__(self, images: Tensor, labels: Tensor, columns: Sequence[int] | None = None) -> Tensor:
+        """`columns` are the logits of the data's classes, None for all. The last part is padded: one size, one result."""
+        size = max(1, BYTES.get(images.device.type, BYTES["cpu"]) // self.each)
+        missing = -len(images) % size
+        padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        targets = torch.cat([labels, labels.new_zeros(missing)])
+        pairs = zip(padded.split(size), targets.split(size), strict=True)
+        return torch.cat([self._norms(*pair, columns) for pair in pairs])[: len(images)]
+
+    def _norms(self, images: Tensor, labels: Tensor, columns: Sequence[int] | None) -> Tensor:
+        weights = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        norm = partial(self._norm(columns), weights)
+        if not self.one_by_one:
+            try:
+                return vmap(norm)(images, labels)
+            except RuntimeError as error:  # what torch.func cannot do
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                self.one_by_one = True
+        return torch.stack([norm(image, label) for image, label in zip(images, labels, strict=True)])
+
+    def _norm(self, columns: Sequence[int] | None) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+        """Weights, an image [*shape] and its label -> the norm of the gradient."""
+
+        def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            logits = functional_call(self.network, weights, (image[None],))
+            return F.cross_entropy(logits if columns is None else logits[:, columns], label[None])
+
+        def norm(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            gradients = grad(loss)(weights, image, label)
+            return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+
+        return norm

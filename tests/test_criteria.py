@@ -112,7 +112,7 @@ def test_only_checkpoints_that_some_criterion_looks_at_are_needed():
 def test_names_of_scores_from_elsewhere_are_passed_over():
     section = ScoreSection(criterion=["random", "el2n", "monte_carlo", "theirs"], imported={"theirs": "x.json"})
     assert list(criteria_of(section)) == ["el2n"]
-    with pytest.raises(UserError, match="'el2m' is unknown.*el2n"):
+    with pytest.raises(UserError, match=r"'el2m' is unknown.*el2n"):
         criteria_of(ScoreSection(criterion="el2m"))
 
 
@@ -315,6 +315,12 @@ def test_agreement_holds_some_samples_of_some_classes_spread_evenly():
 # One pass for all
 
 
+@pytest.fixture(autouse=True)
+def parts_of_ten(monkeypatch):
+    """The tiny network would take thousands of images at once, nearly all of them padding."""
+    monkeypatch.setattr(NetworkSpec, "at_once", lambda spec, device: 10)
+
+
 @pytest.fixture(scope="module")
 def proxies(tmp_path_factory):
     """Prepared samples, and checkpoints of two trials of three epochs."""
@@ -329,8 +335,8 @@ def proxies(tmp_path_factory):
 
 def scored(folder, target, names, shares=1, step=1, more=None, **section):
     """The table of some criteria, made by as many scorers."""
-    config = tiny_config(target, **{f"score__{k}": v for k, v in section.items()},
-                         **{"score__criterion": names, "score__epochs": 3, "score__width": 4})  # fmt: skip
+    keys = {"criterion": names, "epochs": 3, "width": 4, **section}
+    config = tiny_config(target, **{f"score__{key}": value for key, value in keys.items()})
     prepared, pieces = Prepared(folder / "prepared"), target / "pieces"
     pieces.mkdir(parents=True)
     chunks = prepared.chunks()

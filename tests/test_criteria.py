@@ -434,6 +434,15 @@ def test_a_network_that_says_nothing_of_features_shows_them_before_its_last_laye
     assert torch.equal(found[:, 3:], layers[:3](pixels.float() / 255))
 
 
+def test_features_that_are_not_finite_name_their_sample(tmp_path):
+    features = pa.FixedSizeListArray.from_arrays(pa.array([0, 1, 2, np.nan, 4, 5, 6, 7], pa.float32()), 4)
+    rows = pa.table({"sample_id": ["a", "b"], "label": pa.array([0, 0], pa.int32()), "features": features})
+    pq.write_table(rows, tmp_path / "piece")
+    config = tiny_config(tmp_path, score__criterion="herding")
+    with pytest.raises(UserError, match="the features of 'a' are not finite"):
+        table.write_scores(tmp_path / "scores.parquet", [tmp_path / "piece"], [pa.array(["a", "b"])], config)
+
+
 def test_random_alone_needs_no_proxies_and_every_stage_after_it_runs(make_run, tmp_path):
     run = make_run(tmp_path / "run", score__criterion="random", evaluate__seeds=1)
     run.stages("ingest", "score", "select", "distill", "evaluate", "report")

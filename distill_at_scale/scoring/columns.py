@@ -53,8 +53,7 @@ class Columns:
         names = [name for name in [*score.criteria, *more] if name in made]
         self.useful = {column_of(name): made[name].useful for name in names}
         self.names, self.first = list(self.useful), names[0] if names else None
-        ready_made = score.weights is not None or not self.criteria  # what depends on no seed
-        self.seed = {} if ready_made else {"seed": config.run.seed}
+        self.seed = {} if score.weights is not None else {"seed": config.run.seed}  # ready-made weights depend on none
         self.agreement = Agreement(self.criteria[names[0]].aggregate) if self.first in self.criteria else None
 
     @cached_property
@@ -113,7 +112,7 @@ class Columns:
         criterion, trials = self.criteria[name], self.checkpoints[0]
         shape = values_of(criterion, self.checkpoints)
         if class_wise(criterion):
-            found = criterion.observe_class(matrix(table[FEATURES]).reshape(table.num_rows, trials, -1))
+            found = criterion.observe_class(_features(table).reshape(table.num_rows, trials, -1))
         else:
             found = matrix(table[name])
         if found.shape[1:] != (math.prod(shape),):
@@ -122,6 +121,19 @@ class Columns:
                 "folder and run `score` again"
             )
         return found.reshape(-1, *shape)
+
+
+def _features(table: pa.Table) -> Array:
+    """float32 [n, trials * dimensions]. Raises UserError where one is not finite: no order could be made of them."""
+    found = matrix(table[FEATURES])
+    wrong = np.flatnonzero(~np.isfinite(found).all(1))
+    if len(wrong):
+        name = table["sample_id"][int(wrong[0])].as_py()
+        raise UserError(
+            f"the features of {name!r} are not finite, so its class cannot be compared; lower score.lr, set "
+            "score.precision=fp32, or take other weights"
+        )
+    return found
 
 
 def _scores(name: str, found: Any, count: int) -> Array:

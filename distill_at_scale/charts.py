@@ -32,6 +32,7 @@ LARGEST_NAME = 40  # characters of a name in the legend
 HEIGHT, ROW = 3.5, 0.27  # inches: of a plot, and of a bar
 DODGE = 2.5  # points between the error bars of two series at the same x
 LINE_HEIGHT = 0.052  # of a label beside the plot, as a share of its height
+FAR = 0.8  # of the height of all series: a level farther from them is named at the edge
 STEPS = (1, 2, 5)  # of ticks on a logarithmic axis, in every decade
 UNIT_GIVEN = re.compile(r"%|per cent|percent|points|seconds|difference|correlation", re.IGNORECASE)
 A_SHARE = re.compile(r"\b(accuracy|top-1|share|rate|keep|kept|drop|dropped)\b", re.IGNORECASE)
@@ -68,14 +69,14 @@ def _plane(plot: Plot, shown: Sequence[tuple[Series, str, str]]) -> Figure:
     axes = figure.add_subplot()
     log = plot.log_x and any(True for series, *_ in shown for _ in _values(series, True))
     for place, (series, color, marker) in enumerate(shown):
-        aside = ScaledTranslation((place - (len(shown) - 1) / 2) * DODGE / 72, 0, figure.dpi_scale_trans)
+        dodge = (place - (len(shown) - 1) / 2) * DODGE / 72 if series.kind == "line" else 0.0
+        aside = ScaledTranslation(dodge, 0, figure.dpi_scale_trans)
         _series(axes, series, color, marker, axes.transData + aside, log)
     xs = [x for series, *_ in shown for x, _, _ in _values(series, log)]
     xs += [x for _, x in plot.marks if _usable(x, log)]
     ys = [v for series, *_ in shown for _, y, e in _values(series, log) for v in (y - e, y + e)]
-    ys += [y for _, y in plot.levels if math.isfinite(y)]
     _x_axis(axes, plot, xs, log)
-    _y_axis(axes, plot, ys)
+    _y_axis(axes, plot, ys, [y for _, y in plot.levels if math.isfinite(y)])
     _levels(axes, [(name, y) for name, y in plot.levels if math.isfinite(y)])
     _marks(axes, [(name, x) for name, x in plot.marks if _usable(x, log)])
     _frame(axes, "both")
@@ -131,7 +132,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in found if low / 1.1 <= tick <= high * 1.1] or [low, high]
 
 
-def _y_axis(axes: Axes, plot: Plot, ys: Sequence[float]) -> None:
+def _y_axis(axes: Axes, plot: Plot, ys: Sequence[float], levels: Sequence[float]) -> None:
+    """A level far from all series is not allowed to press them together."""
+    reach = FAR * (max(ys) - min(ys)) if ys else 0.0
+    ys = [*ys, *(y for y in levels if not ys or not reach or min(ys) - reach <= y <= max(ys) + reach)]
     axes.set_ylabel(clean(plot.y_label))
     axes.yaxis.set_major_formatter(_ticks(100 if shares(plot.y_label, ys) else 1))
     if ys:
@@ -151,12 +155,15 @@ def _ticks(scale: float) -> FuncFormatter:
 
 
 def _levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
-    """Dashed lines with their names at the right, moved apart where they would overlap."""
+    """Dashed lines with their names at the right, moved apart where they would overlap; arrows for those outside."""
     low, high = axes.get_ylim()
-    places = apart([(y - low) / (high - low) for _, y in levels], LINE_HEIGHT)
+    shares_up = [(y - low) / (high - low) for _, y in levels]
+    levels = [(f"{'↓ ' if up < 0 else '↑ ' if up > 1 else ''}{name}", y) for (name, y), up in zip(levels, shares_up, strict=True)]
+    places = apart([min(1.0, max(0.0, up)) for up in shares_up], LINE_HEIGHT)
     for (name, y), place in zip(levels, places, strict=True):
         color = level_color(name)
-        axes.axhline(y, color=color, lw=1.1, ls=(0, (4, 3)), zorder=1)
+        if low <= y <= high:
+            axes.axhline(y, color=color, lw=1.1, ls=(0, (4, 3)), zorder=1)
         text = clip(clean(name), LARGEST_NAME)
         axes.text(1.012, place, text, transform=axes.transAxes, va="center", color=TEXT.get(color, color), size=8.5)
 

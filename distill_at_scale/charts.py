@@ -1,8 +1,8 @@
 """Draws a study's or a sweep's `Plot` as SVG, in the style of `figures.py`.
 
 Numbers on x give lines, points and error bars over two axes; names on x (or bars) give rows, one per name, which leaves
-room for long names. Colours tell roles: what was selected, what was drawn at random, what is unpruned; the rest takes a cycle that
-colour-blind readers can part, with a marker of its own each. Names stand in a legend above the plot and beside its
+room for long names. Colours tell roles: what was selected, what was drawn at random, what is unpruned; the rest takes a
+cycle that colour-blind readers can part, with a marker of its own each. Names stand in a legend above the plot and beside its
 lines, never on the data. The same plot gives the same bytes. Left out: what is plotted (`studies/`, `sweep/`).
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeGuard
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ LARGEST_NAME = 40  # characters of a name in the legend
 HEIGHT, ROW = 3.5, 0.27  # inches: of a plot, and of a bar
 DODGE = 2.5  # points between the error bars of two series at the same x
 LINE_HEIGHT = 0.052  # of a label beside the plot, as a share of its height
-FAR = 0.8  # of the height of all series: a level farther from them is named at the edge
+FAR = 0.6  # of the height of all series: a level farther from them is named at the edge
 STEPS = (1, 2, 5)  # of ticks on a logarithmic axis, in every decade
 UNIT_GIVEN = re.compile(r"%|per cent|percent|points|seconds|difference|correlation", re.IGNORECASE)
 A_SHARE = re.compile(r"\b(accuracy|top-1|share|rate|keep|kept|drop|dropped)\b", re.IGNORECASE)
@@ -90,7 +91,9 @@ def _series(axes: Axes, series: Series, color: str, marker: str, where: Transfor
     x, y, error = zip(*points, strict=True)
     line = "-" if series.kind == "line" else "none"
     if any(error):
-        axes.errorbar(x, y, yerr=error, fmt="none", ecolor=color, elinewidth=1, capsize=2.5, alpha=0.75, transform=where)
+        axes.errorbar(
+            x, y, yerr=error, fmt="none", ecolor=color, elinewidth=1, capsize=2.5, alpha=0.75, transform=where
+        )
     axes.plot(x, y, ls=line, lw=1.7, color=color, marker=marker, ms=5, mec="white", mew=0.7, transform=where, zorder=3)
 
 
@@ -102,7 +105,7 @@ def _values(series: Series, log: bool) -> Iterator[tuple[float, float, float]]:
             yield float(x), float(y), float(error) if error is not None and math.isfinite(error) else 0.0
 
 
-def _usable(x: Any, log: bool) -> bool:
+def _usable(x: Any, log: bool) -> TypeGuard[float]:
     return x is not None and not isinstance(x, str) and math.isfinite(x) and (x > 0 or not log)
 
 
@@ -158,7 +161,10 @@ def _levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
     """Dashed lines with their names at the right, moved apart where they would overlap; arrows for those outside."""
     low, high = axes.get_ylim()
     shares_up = [(y - low) / (high - low) for _, y in levels]
-    levels = [(f"{'↓ ' if up < 0 else '↑ ' if up > 1 else ''}{name}", y) for (name, y), up in zip(levels, shares_up, strict=True)]
+    levels = [
+        (f"{'↓ ' if up < 0 else '↑ ' if up > 1 else ''}{name}", y)
+        for (name, y), up in zip(levels, shares_up, strict=True)
+    ]
     places = apart([min(1.0, max(0.0, up)) for up in shares_up], LINE_HEIGHT)
     for (name, y), place in zip(levels, places, strict=True):
         color = level_color(name)
@@ -178,7 +184,7 @@ def apart(places: Sequence[float], distance: float) -> list[float]:
     """Places at least `distance` from each other, in their order, moved as little as a pass upwards needs."""
     found = list(places)
     order = sorted(range(len(found)), key=found.__getitem__)
-    for lower, upper in zip(order, order[1:], strict=False):
+    for lower, upper in pairwise(order):
         found[upper] = max(found[upper], found[lower] + distance)
     return found
 
@@ -263,8 +269,9 @@ def _row_levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
         axes.axvline(level, color=color, lw=1.1, ls=(0, (4, 3)), zorder=4)
         low, high = axes.get_xlim()
         side = "left" if level < (low + high) / 2 else "right"
-        axes.annotate(clip(clean(name), LARGEST_NAME), (level, 1), xycoords=axes.get_xaxis_transform(),
-                      xytext=(0, 3 + 11 * row), textcoords="offset points", ha=side, color=TEXT.get(color, color), size=8.5)  # fmt: skip
+        text, where = clip(clean(name), LARGEST_NAME), axes.get_xaxis_transform()
+        style: dict[str, Any] = {"ha": side, "color": TEXT.get(color, color), "size": 8.5}
+        axes.annotate(text, (level, 1), (0, 3 + 11 * row), xycoords=where, textcoords="offset points", **style)
 
 
 def _frame(axes: Axes, grid: Any) -> None:

@@ -19,10 +19,9 @@ from scipy import stats
 KEEP = ("select.keep", "select.per_class")
 RANKING = ("select.criterion", "select.order", "select.scope", "select.stratum_start")  # no matter to a random draw
 SELECTING = ("select.", "runtime.")  # keys that an unpruned run does not have
-NOT_SWEPT = frozenset(
-    ("trial", "seed", "control", "set", "network", "mean", "std", "n", "kept", "of", "seconds", "stopped", "error")
-    + ("ingest_seconds", "score_seconds", "shared_seconds", "select_seconds", "distill_seconds", "evaluate_seconds")
-)
+TRIAL = ("trial", "seed", "control", "set", "network", "mean", "std", "n", "kept", "of", "seconds", "stopped", "error")
+PARTS = ("ingest", "score", "shared", "select", "distill", "evaluate")  # whose seconds have columns
+NOT_SWEPT = {*TRIAL, *(f"{part}_seconds" for part in PARTS)}
 LEVEL = 0.95  # of confidence intervals
 
 Row = Mapping[str, Any]

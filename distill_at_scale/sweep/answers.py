@@ -72,22 +72,29 @@ def describe(one: Configuration) -> str:
 
 def verdict(found: Recommendation) -> str:
     """yes: pruning pays; no: it does not; unclear where a single evaluation or a missing control leaves that open."""
-    if found.chosen.control == "unpruned":
-        return "no"
     if found.saved is None or found.chosen.accuracy.n == 1:
         return "unclear"
-    return "yes" if found.saved > 0 and (found.over_unpruned is None or found.over_unpruned.verdict != "worse") else "unclear"
+    if found.chosen.control == "unpruned":
+        return "no"
+    return (
+        "yes"
+        if found.saved > 0 and (found.over_unpruned is None or found.over_unpruned.verdict != "worse")
+        else "unclear"
+    )
 
 
-def headline(found: Recommendation, shared: Recommendation | None = None) -> dict[str, str]:
-    """The answer as a word and a sentence, with its verdict; `shared` is the recommendation where scoring is shared."""
+def headline(found: Recommendation, shared: Recommendation | None = None, named: bool = True) -> dict[str, str]:
+    """The answer as a word and a sentence, with its verdict; `shared` is the recommendation where scoring is shared.
+
+    `named`: with what was swept beside the rate.
+    """
     one, parts = found.chosen, []
     later = shared is not None and shared.chosen.control is None
     if one.control == "unpruned":
         word = "Keep everything, for a single distillation" if later else "Keep everything"
     else:
         word = f"Keep {share(one.rate)} of the training samples" if one.kept < one.of else "Keep all training samples"
-    rest = describe(one).partition(", ")[2]
+    rest = describe(one).partition(", ")[2] if named else ""
     if found.unpruned and one.control != "unpruned":
         parts.append(f"{accuracy(found.unpruned.accuracy)} unpruned in {duration(found.unpruned.cost)}")
     if found.random:
@@ -145,10 +152,12 @@ def against_random(found: Recommendation) -> str:
     if not found.random:
         return "No random control has its rate, so what the criterion adds is open."
     if not found.over_random:
-        points = 100 * (found.chosen.accuracy.mean - found.random.accuracy.mean)
-        return f"Against random selection at the same rate: {points:+.1f} points, of a single evaluation: chance is not ruled out."
+        value = points(found.chosen.accuracy.mean - found.random.accuracy.mean)
+        return f"Against random selection at the same rate: {value} points, of a single evaluation, so chance is not ruled out."
     words = {"better": "selection beats random", "worse": "random beats selection", "open": "not distinguishable"}
-    return f"Against random selection at the same rate: {interval(found.over_random)}, {words[found.over_random.verdict]}."
+    return (
+        f"Against random selection at the same rate: {interval(found.over_random)}, {words[found.over_random.verdict]}."
+    )
 
 
 def interval(found: Difference) -> str:

@@ -1,7 +1,7 @@
 """The plots of a sweep: accuracy over the keep rate (or what else was swept) with its controls, and accuracy over cost.
 
-A plot holds at most eight series; keys that also matter without pruning (method, images per class, ...) get plots of their own, each
-with its own controls. Left out: how plots are drawn (`charts.py`) and the figures in them (`analysis.py`).
+A plot holds at most eight series; keys that also matter without pruning (method, images per class, ...) get plots of
+their own, each with its own controls. Left out: how plots are drawn (`charts.py`) and the figures in them (`analysis.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ TOP1 = "top-1 accuracy on the test split"
 MOST_SERIES, MOST_CONTROLS = 8, 2
 MOST_PLOTS = 24
 WIDE = 15  # ends of an axis that are so many times apart are shown on a logarithmic one
+BARS = {"ours": "selected", "random": "random selection", "unpruned": "unpruned", "real": "random real"}
 UNITS = ((5400.0, 3600.0, "hours"), (150.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 Group = tuple[dict[str, Any], list[Configuration]]
@@ -50,7 +51,9 @@ def axis_of(found: Sequence[Configuration]) -> str | None:
 
 
 def _numeric(values: Sequence[Any]) -> bool:
-    return len(set(map(repr, values))) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return len(set(map(repr, values))) > 1 and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values
+    )
 
 
 def varying(found: Sequence[Configuration]) -> list[str]:
@@ -63,7 +66,7 @@ def varying(found: Sequence[Configuration]) -> list[str]:
 def _facets(found: Sequence[Configuration]) -> Iterator[Group]:
     """By network and by the keys that an unpruned run has too, but what is on the x axis."""
     axis, ours = axis_of(found), distilled(found)
-    keys = _apart(found, axis)
+    keys = _apart(found, axis) if axis else []
     networks = list(dict.fromkeys(one.network for one in ours))
     for network in networks:
         groups: dict[str, Group] = {}
@@ -95,9 +98,12 @@ def _plots(own: dict[str, Any], ours: Sequence[Configuration], found: Sequence[C
     controls = [one for one in distilled(found, ours[0].network) if one.control and fits(one, own)]
     title = label(own, short(list(own))) or "Accuracy"
     if axis is None:
-        yield from _bars(title, ours, controls, _real(ours[0], found))
+        yield from _bars(
+            title, ours, controls, [o for o in found if o.set == "random_real" and o.network == ours[0].network]
+        )
         return
     apart = [key for key in varying(found) if key not in (*own, axis) and not (axis == RATE and key in KEEP)]
+    ours = in_order(ours, apart, found)
     place = (lambda one: one.rate) if axis == RATE else (lambda one: float(one.keys[axis]))
     lines = _lines(ours, apart, place, "ours")
     drawn = [one for one in controls if one.control == "random" and (axis == RATE or one.keys.get(axis) is not None)]
@@ -136,10 +142,16 @@ def _lines(found: Sequence[Configuration], apart: Sequence[str], place: Callable
     lines = []
     for number, (text, group) in enumerate(groups.items()):
         ordered = sorted(group, key=place)
-        own = role if number == 0 or role != "ours" else "other"
+        own: Any = role if number == 0 or role != "ours" else "other"
         x, y = [place(one) for one in ordered], [one.accuracy.mean for one in ordered]
         lines.append(Series(text or "selected", x, y, [one.accuracy.std for one in ordered], "line", own))
     return lines
+
+
+def in_order(ours: Sequence[Configuration], keys: Sequence[str], found: Sequence[Configuration]) -> list[Configuration]:
+    """In the order in which the values of keys appear in the whole sweep, the same in all plots."""
+    order = {key: list(dict.fromkeys(repr(one.keys[key]) for one in found)) for key in keys}
+    return sorted(ours, key=lambda one: [order[key].index(repr(one.keys[key])) for key in keys])
 
 
 def _levels(one: Configuration, found: Sequence[Configuration], drawn: bool) -> list[tuple[str, float]]:
@@ -159,22 +171,29 @@ def _mark(ours: Sequence[Configuration], recommended: Recommendation | None) -> 
     return [(f"recommended: {share(recommended.chosen.rate)}", recommended.chosen.rate)]
 
 
-def _bars(title: str, ours: Sequence[Configuration], controls: Sequence[Configuration], real: list[tuple[str, float]],
-          ) -> Iterator[Plot]:  # fmt: skip
-    """Where nothing numeric was swept: a bar per configuration, and one per control."""
-    names = short(list(ours[0].keys))
+def _bars(title: str, ours: Sequence[Configuration], controls: Sequence[Configuration],
+          real: Sequence[Configuration]) -> Iterator[Plot]:  # fmt: skip
+    """Where nothing numeric was swept: a bar per configuration, and one per control of its setting."""
     apart = varying(ours)
-    rows = [(label({k: one.keys[k] for k in apart}, names) or "selected", one, "ours") for one in ours]
-    rows += [(str(one.control), one, one.control) for one in controls]
+    names = short(apart)
+
+    def named(one: Configuration, free: tuple[str, ...]) -> str:
+        return label({k: one.keys[k] for k in apart if not k.startswith(free)}, names)
+
+    rows = [(named(one, ("-",)) or "selected", one, "ours") for one in ours]
+    for one in [*controls, *real]:
+        role = "real" if one in real else one.control
+        rows.append((named(one, SELECTING if one.control == "unpruned" else RANKING) or str(role), one, str(role)))
     for start in range(0, len(rows), 4 * MOST_SERIES):
         part = rows[start : start + 4 * MOST_SERIES]
         series = []
-        for role, name in (("ours", "selected"), ("random", "random selection"), ("unpruned", "unpruned")):
-            own = [(text, one.accuracy) for text, one, of in part if of == role]
+        for kind, name in BARS.items():
+            role = "other" if kind == "real" else kind
+            own = [(text, one.accuracy) for text, one, of in part if of == kind]
             if own:
                 x, y, error = [text for text, _ in own], [a.mean for _, a in own], [a.std for _, a in own]
-                series.append(Series(name, x, y, error, "points", role))  # type: ignore[arg-type]
-        yield Plot(title, "", TOP1, series, real)
+                series.append(Series(name, x, y, error, "bars", role))  # type: ignore[arg-type]
+        yield Plot(title, "", TOP1, series)
 
 
 def _wide(xs: Sequence[float]) -> bool:

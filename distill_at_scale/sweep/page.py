@@ -45,7 +45,7 @@ def contents(rows: Sequence[analysis.Row], config: Config) -> dict[str, Any]:
         "network": network if len({one.network for one in found}) > 1 else "",
         "plots": [drawn(plot) for plot in plots],
         "more_plots": more,
-        "over": curves.axis_of(found) == curves.RATE,
+        "over_keep": curves.axis_of(found) == curves.RATE,
         "front": drawn(curves.costs(ours)) if ours else None,
         "times": _times(ours),
         "devices": _devices(config),
@@ -90,7 +90,7 @@ def _contexts(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
         best, own = analysis.recommend(group), analysis.context(group[0])
         if best and any(one.control is None for one in group):
             name = answers.label(own, answers.short(list(own)))
-            found.append({"name": name, "answer": answers.headline(best), "found": _compared(best)})
+            found.append({"name": name, "answer": answers.headline(best, named=False), "found": _compared(best)})
     return found
 
 
@@ -107,7 +107,7 @@ def _times(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
 def _devices(config: Config) -> dict[str, Any]:
     """What an hour of a trial takes: GPUs where workers have some, else workers."""
     gpus = config.distill.workers * config.cluster.gpus_per_worker
-    return {"count": gpus, "name": "GPU-hours"} if gpus else {"count": config.distill.workers, "name": "worker-hours"}
+    return {"count": gpus, "name": "GPU"} if gpus else {"count": config.distill.workers, "name": "Worker"}
 
 
 def _table(found: Sequence[Configuration], ours: Sequence[Configuration], best: Recommendation | None,

@@ -124,9 +124,14 @@ def test_equal_values_on_both_sides_give_a_difference_without_spread():
     assert (found.low, found.high, found.p, found.verdict) == (0, 0, 1, "open")
 
 
+def test_differences_are_said_in_points_with_a_sign():
+    assert [answers.points(value) for value in (0.0123, -0.0123, -0.0001)] == ["+1.2", "−1.2", "0.0"]
+
+
 def test_the_pareto_front_holds_what_nothing_beats():
     rows = [
-        row(m, 0.1, str(i), distill=d, shared=0) for i, (d, m) in enumerate([(1, 0.5), (2, 0.4), (3, 0.6), (3, 0.55)])
+        row(m, 0.1, str(i), distill=d, shared=0)
+        for i, (d, m) in enumerate([(1, 0.5), (2, 0.4), (3, 0.6), (3, 0.55), (4, 0.6)])
     ]
     front = analysis.pareto(analysis.configurations(rows))
     assert [(one.cost, one.accuracy.mean) for one in front] == [(1, 0.5), (3, 0.6)]

@@ -99,7 +99,7 @@ def accuracies(bars: Sequence[Bar], chance: float) -> str:
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.axvline(chance, color=FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
         axes.set_xlabel("top-1 accuracy on the test split in %  (dashed: chance)")
-        return _svg(figure)
+        return svg(figure)
 
 
 def distributions(classes: Sequence[Distribution], label: str) -> str:
@@ -116,7 +116,7 @@ def distributions(classes: Sequence[Distribution], label: str) -> str:
         axes.set_ylim(len(classes) - 0.9, -1.0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel(label)
-        return _svg(figure)
+        return svg(figure)
 
 
 def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> str:
@@ -131,7 +131,7 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
             _line(axes, points, color)
             axes.set_ylabel(label)
         axes.set_xlabel("step")
-        return _svg(figure)
+        return svg(figure)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _clean(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
     """Named rows instead of a vertical axis, and light vertical lines."""
-    axes.set_yticks([place for place, _ in names], [_clip(name) for _, name in names], color=INK)
+    axes.set_yticks([place for place, _ in names], [clip(name) for _, name in names], color=INK)
     axes.tick_params(length=0)
     axes.grid(axis="x", color=LINE, lw=0.7)
     axes.set_axisbelow(True)
@@ -244,11 +244,13 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str) -> None:
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
 
 
-def _clip(name: str, longest: int = 26) -> str:
+def clip(name: str, longest: int = 26) -> str:
+    """A name cut to so many characters, with an ellipsis."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as a data URI; its text is set in the reader's font."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the reader's font has it

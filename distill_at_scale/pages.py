@@ -1,0 +1,56 @@
+"""What the pages of sweeps and studies have in common: the template engine, the frame around them, settings as text.
+
+Every page is one file that opens offline; what users named is escaped. Left out: what the pages say and show
+(`sweep/page.py`, `studies/page.py`), and the report of a run (`report.py`), which has the same frame and style sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from distill_at_scale import figures, wording
+from distill_at_scale.config import Config
+from distill_at_scale.data.storage import shown
+from distill_at_scale.rundir import publish
+
+
+def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:
+    """Render a template of this package to a file, in one step, and return its path."""
+    text = engine().get_template(template).render(colors=figures.COLORS, **contents)
+    with publish(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+    return path
+
+
+def engine() -> jinja2.Environment:
+    """Escapes everything and refuses names that it was not given."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    found = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    found.filters |= {f.__name__: f for f in (wording.accuracy, wording.share, wording.shape, wording.duration)}
+    found.filters["comma"] = "{:,}".format
+    return found
+
+
+def name_of(config: Config) -> str:
+    """The data set as the page's title: the last part of its path, never of its credentials, else its source."""
+    path = shown(config.data.path or "")
+    return Path(path.partition("?")[0] if "://" in path else path).name or config.data.source
+
+
+def settings(config: Config) -> str:
+    """The configuration as YAML; addresses in it lose their credentials."""
+    return yaml.safe_dump(public(config.model_dump()), sort_keys=False, allow_unicode=True, width=100)
+
+
+def public(value: Any) -> Any:
+    """A plain value as it may be shown."""
+    if isinstance(value, Mapping):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    return shown(value) if isinstance(value, str) and "://" in value else value

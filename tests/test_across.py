@@ -107,6 +107,7 @@ def test_all_points_are_asked_for_at_once_and_the_same_way_for_every_set(context
             r"studies\.across\.sets\.odd: unknown key data\.transfrom .*did you mean data\.transform",
         ),
         ({"data.size": 1}, r"studies\.across\.sets\.odd: data\.size = 1 .* not allowed"),
+        ({"data": {"size": 8}}, r"studies\.across\.sets\.odd: data is a whole section"),
         ({"run.dir": "x"}, r"studies\.across\.sets\.odd: run\.dir cannot differ from set to set"),
     ],
 )

@@ -107,17 +107,17 @@ def _sets(context: Context) -> dict[str, Mapping[str, Any]]:
 
 
 def _rates(context: Context) -> list[float]:
-    """Raises UserError for a rate outside (0, 1)."""
-    rates = sorted(set(context.config.studies.across.keep))
-    if wrong := [rate for rate in rates if not 0 < rate < 1]:
-        raise UserError(f"studies.across.keep holds {wrong[0]:g}; it should be above 0 and below 1 (1 is always tried)")
-    return rates
+    return sorted(set(context.config.studies.across.keep))
 
 
 def _configured(context: Context, name: str, overrides: Mapping[str, Any]) -> Config:
     """All points of a set can be configured; returns the configuration of its unpruned ones."""
     place = f"studies.across.sets.{name}"
     for key in overrides:
+        if "." not in key:
+            raise UserError(
+                f"{place}: {key} is a whole section; give the keys that differ, for example {key}.KEY: VALUE"
+            )
         if key.partition(".")[0] in NOT_OF_A_SET:
             raise UserError(f"{place}: {key} cannot differ from set to set; leave it out")
     try:

@@ -126,6 +126,12 @@ def test_a_set_without_a_test_split_is_left_out_and_said_so(context):
     assert "The set tail is left out" in found.notes[0]
 
 
+def test_a_set_near_chance_is_said_to_tell_little(context, monkeypatch):
+    assert not any("near chance" in note for note in across.study(context).notes)
+    monkeypatch.setitem(KNOWN, ("long_tail", "unpruned", 1.0), 0.38)  # of three classes
+    assert any("On tail even the unpruned set is near chance" in note for note in across.study(context).notes)
+
+
 def test_a_set_that_is_called_like_the_source_leaves_the_base_its_other_name_and_doubles_nothing(context):
     config = with_overrides(context.config, {"studies.across.sets": {"digits": {}}})
     found = across.study(Context(config, MadeUp(config), lambda line: None))

@@ -19,6 +19,7 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Outcome, Plot, Point, Series, mean_and_std
 
 NAME = "across"
+NEAR_CHANCE = 2.0, 0.1  # times chance, and of the way from it to 1: an accuracy below both
 CERTAIN = 0.95  # of the interval of a difference that counts as clear
 NOT_OF_A_SET = ("run", "cluster", "sweep", "studies")  # sections
 UNCUT = {"select.per_class": None, "select.stratum_start": 0.0}
@@ -96,7 +97,7 @@ def study(context: Context) -> Finding:
             found.append(made)
     notes += _notes(context, found)
     rows, plots = [row for one in found for row in _rows(one)], [_plot(context, found)] if found else []
-    return Finding(NAME, "Across data sets", _answer(context, found), PAPER, rows, plots, _facts(found), notes)
+    return Finding(NAME, "Across data sets", _answer(context, found), _paper(found), rows, plots, _facts(found), notes)
 
 
 def _sets(context: Context) -> dict[str, Mapping[str, Any]]:
@@ -218,6 +219,15 @@ def _plot(context: Context, found: Sequence[Set]) -> Plot:
     return Plot(title, "data set", "top-1, as a part of unpruned", series, [("unpruned", 1.0)])
 
 
+def _paper(found: Sequence[Set]) -> str:
+    verdicts = [clear(cell.accuracies, one.random[r].accuracies) for one in found for r, cell in one.ours.items()]
+    better, worse = verdicts.count(1), verdicts.count(-1)
+    return (
+        f"{PAPER} Here, of {len(verdicts)} pairs of set and rate, the selection is clearly better than a random one in "
+        f"{better} and clearly worse in {worse}."
+    )
+
+
 def _answer(context: Context, found: Sequence[Set]) -> str:
     if not found:
         return "No data set could be evaluated."
@@ -278,6 +288,11 @@ def _notes(context: Context, found: Sequence[Set]) -> list[str]:
         notes.append(
             "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
         )
+    if chance := [one.name for one in found if _near_chance(one.unpruned)]:
+        notes.append(
+            f"On {', '.join(chance)} even the unpruned set is near chance, so the comparison says little there; distil longer, "
+            "or more images per class."
+        )
     few = [
         one.name for one in found for rate, cell in one.ours.items() if cell.kept > rate * cell.of + cell.classes / 2
     ]
@@ -286,3 +301,8 @@ def _notes(context: Context, found: Sequence[Set]) -> list[str]:
             f"At least min_per_class samples of a class are kept, which raised the rate on {', '.join(dict.fromkeys(few))}."
         )
     return notes
+
+
+def _near_chance(cell: Cell) -> bool:
+    chance, (times, way) = 1 / cell.classes, NEAR_CHANCE
+    return cell.mean < min(times * chance, chance + way * (1 - chance))

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill_at_scale import distill, evaluate, fingerprints, preparation, report, synthetic, validate
 from distill_at_scale.config import Config
-from distill_at_scale.data import ingest
+from distill_at_scale.data import ingest, transforms
 from distill_at_scale.data.clips import decoders_for, named
 from distill_at_scale.data.merge import merge, unusable, write_rejected
 from distill_at_scale.data.shards import Prepared
@@ -94,6 +94,9 @@ class Pipeline:
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
         self._say_plan(plan)
+        if self.config.data.transform != "none":
+            about = f"about {sum(planned.counts)} training samples of {len(planned.counts)} classes"
+            self.display.say(f"  data.transform = {self.config.data.transform} will make of them {about}")
         plan = plan.on_disk(work)
         with self.display.meter("look", plan.samples, "samples") as meter:
             self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
@@ -185,7 +188,9 @@ class Pipeline:
         chunks = self.plan.chunks(self.config.data.chunk)
         with self.display.meter("decode", self.plan.samples, "samples") as meter:
             self.executor.ingest(self.config, chunks, pieces, meter.advance)
-        meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data)
+        meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data, self.config.run.seed)
+        if "transform" in meta:
+            self.display.say(f"  {transforms.sentence(meta)}")
         if "decoders" in meta:
             self.display.say("  " + ", ".join(f"{name} decoded {n} clips" for name, n in meta["decoders"].items()))
         rejected = meta["rejected"]

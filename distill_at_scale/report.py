@@ -23,6 +23,7 @@ import yaml
 
 from distill_at_scale import figures, synthetic, wording
 from distill_at_scale.config import Config, flatten
+from distill_at_scale.data import transforms
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.pictures import drawn
@@ -91,6 +92,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "samples": _samples(run, prepared),
         "times": _times(records),
         "data": prepared.meta,
+        "transformed": transforms.sentence(prepared.meta) if "transform" in prepared.meta else None,
         "sampling": source.get("sampling"),
         **_set_aside(run / "rejected.parquet"),
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -50,9 +50,8 @@ class InteractionSection(Section):
 
 class StabilitySection(Section):
     networks: list[str] = Field([])  # other networks that score the same samples
-    steps: list[int] = Field(
-        []
-    )  # of a distillation, ascending: how utility drifts meanwhile; default: a few of the run's
+    # of a distillation: how utility drifts meanwhile; default: a few of the run's, from a hundredth to all
+    steps: list[Annotated[int, Field(ge=1)]] = Field([])
     reliability: float = Field(0.9, gt=0, lt=1)  # what the number of trials is wanted for
 
 
@@ -60,7 +59,7 @@ class AcrossSection(Section):
     """The same keep rates over several data sets."""
 
     sets: dict[str, dict[str, Any]] = Field({})  # by name: what differs from this configuration, by dotted key
-    keep: list[float] = Field([0.1, 0.3], min_length=1)
+    keep: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.1, 0.3], min_length=1)  # 1 is always tried
 
 
 class StudiesSection(Section):

@@ -21,7 +21,7 @@ from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.backends import teachers
 from distill_at_scale.config import Config
-from distill_at_scale.data import ingest, kinds
+from distill_at_scale.data import ingest, kinds, transforms
 from distill_at_scale.data.clips import decoders_for
 from distill_at_scale.data.kinds import sample_shape
 from distill_at_scale.data.merge import unusable
@@ -125,13 +125,17 @@ class Planned:
 
 
 def planned(config: Config, plan: ingest.Plan) -> Planned:
-    """What the prepared data will be."""
+    """What the prepared data will be; which classes a choice by variance leaves is not known yet, the largest stand in.
+
+    Raises UserError where `data.transform` needs more classes than there are.
+    """
     counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
+    left = transforms.forecast(config.data, counts, config.run.seed)
     return Planned(
         sample_shape(config.data),
-        plan.class_names,
+        [plan.class_names[label] for label in left.classes],
         plan.source_class_names,
-        counts,
+        left.counts,
         "test" in plan.listings,
         "tensors" if kinds.holds_tensors(config.data) else None,
     )
@@ -191,7 +195,8 @@ def space(config: Config, plan: ingest.Plan, free: int) -> str:
     """What an ingest needs on the disk at its end, when pieces and shards are both there; `free` is in bytes."""
     part = JPEG_PART if stores_jpeg(config.data) else 1
     each = math.prod(sample_shape(config.data)) * (4 if kinds.holds_tensors(config.data) else 1)
-    needed = int(2 * plan.samples * each * part)
+    derived = sum(planned(config, plan).counts) if config.data.transform != "none" else 0
+    needed = int((2 * plan.samples + derived) * each * part)
     unit, name = (1e9, "GB") if max(needed, free) >= 1e9 else (1e6, "MB")
     line = (
         f"  ingest needs about {needed / unit:.1f} {name} on the run folder's disk, {free / unit:.1f} {name} are free"

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data import shards, whitening
+from distill_at_scale.data import moments, shards, transforms, whitening
 from distill_at_scale.data.ingest import Plan, mapped
 from distill_at_scale.data.kinds import holds_tensors, sample_shape
 from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, stores_jpeg
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import file_digest, publish
+from distill_at_scale.rundir import publish
 from distill_at_scale.sections import DataSection
 
 SPAN_BYTES = 128 * 2**20  # of images in memory at once
@@ -31,8 +31,10 @@ SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique w
 Array = np.ndarray[Any, Any]
 
 
-def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[str, Any]:
+def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection, seed: int = 0) -> dict[str, Any]:
     """Sort all pieces by class into `prepared/`; returns the metadata that goes to dataset.json.
+
+    `data.transform` is applied before anything is published; `seed` is of its draws alone.
 
     Raises UserError where a class lost all its training samples, naming it and the list of reasons.
     """
@@ -54,16 +56,16 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection) -> dict[s
             _write(temporary / split, paths, order, starts, shape, data)
         tensors = holds_tensors(data)
         scored = data.chunk if tensors else shards.scored_chunk(shape, data.chunk)
-        mean, std = _value_statistics(sums) if tensors else _statistics(sums)
+        mean, std = moments.of_values(sums) if tensors else moments.of_pixels(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
                 "counts": counts, "mean": mean, "std": std, "chunk": scored,
                 "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
         meta |= {"kind": "tensors"} if tensors else {}
         meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
-        written = sorted(temporary.rglob("*.parquet"))
-        content = {p.relative_to(temporary).as_posix(): file_digest(p)["sha256"] for p in written}
         meta |= {"whiten": data.whiten} if data.whiten != "none" else {}
-        shards.write_meta(temporary, meta, content)
+        transforms.write_meta(temporary, meta)
+        if data.transform != "none":
+            meta = transforms.derive(temporary, data, seed)
         if data.whiten == "zca":
             whitening.fit(temporary)
     return meta
@@ -145,22 +147,6 @@ def _sums(piece: Path) -> Array:
 
 def _decoders(piece: Path) -> Counter[str]:
     return Counter(json.loads(mapped(piece).schema.metadata.get(b"decoders", b"{}")))
-
-
-def _statistics(sums: Array) -> tuple[list[float], list[float]]:
-    """Channel mean and standard deviation of the training pixels, on the scale 0..1; 1 for a channel that is constant."""
-    count, total, squares = sums.astype(np.float64)
-    mean = total / np.maximum(count, 1)
-    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 1e-12))
-    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) or 1.0 for s in std]
-
-
-def _value_statistics(sums: Array) -> tuple[list[float], list[float]]:
-    """The same of values that are not pixels, on their own scale, with the digits that 32 bits hold."""
-    count, total, squares = sums
-    mean = total / np.maximum(count, 1)
-    std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
-    return [float(f"{m:.9g}") for m in mean], [float(f"{s:.9g}") or 1.0 for s in std]
 
 
 def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:

@@ -87,6 +87,7 @@ def of_listing(config: Config, listing: ingest.Plan) -> Facts:
     planned = validate.planned(config, listing)
     jpeg, counts = stores_jpeg(config.data), planned.counts
     tests = listing.listings["test"].num_rows if "test" in listing.listings else 0
+    tests = tests * len(planned.class_names) // len(listing.class_names)  # fewer where classes are chosen by variance
     group = group_rows(planned.shape, jpeg, config.data.chunk)
     kept, kind = will_keep(config, counts), planned.kind or ("clips" if len(planned.shape) == 4 else "images")
     return Facts(planned.shape, planned.class_names, counts, kept, tests, jpeg, group, kind, listing)

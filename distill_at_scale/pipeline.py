@@ -28,7 +28,8 @@ from distill_at_scale.plan import forecast, known
 from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
-from distill_at_scale.pruning import manifest, static
+from distill_at_scale.pruning import manifest, static, trust
+from distill_at_scale.pruning.ranking import columns_of
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
 from distill_at_scale.scoring import proxy
 from distill_at_scale.scoring import table as score_table
@@ -239,18 +240,27 @@ class Pipeline:
 
     def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
-        assert isinstance(self.config.criterion, str)
-        column = self.config.criterion.rpartition(":")[2]
-        low = score_table.facts(scores)["useful"].get(column, "low") == "low"
+        about, criterion = score_table.facts(scores), columns_of(self.config.criterion)
+        low = {name: end == "low" for name, end in about["useful"].items()}
         minimum, seed = self.config.min_per_class, self.config.select_seed
         with manifest.writing(path) as out:
-            chosen = static.select(scores, out, self.config.select, column, low, minimum, seed)
+            chosen = static.select(scores, out, self.config.select, criterion, low, minimum, seed)
             distill.check(self.config, Prepared(self.dir / "prepared"), chosen["kept_per_class"])
+            chosen["warnings"] = self._doubts(criterion, about, chosen["reached"])
             out.facts = chosen | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
         self.display.say(f"  kept {chosen['kept']} of {chosen['of']} samples ({chosen['reached']:.4%})")
         if raised := chosen["raised_to_minimum"]:
             self.display.say(f"  {len(raised)} classes were raised to min_per_class = {minimum}")
+        for line in chosen["warnings"]:
+            self.display.say(f"  warning: {line}")
         return [path], {key: chosen[key] for key in ("kept", "of", "reached")}
+
+    def _doubts(self, criterion: str | dict[str, float], about: dict[str, Any], kept: float) -> list[str]:
+        """What is known against a selection; see pruning/trust.py."""
+        names = [criterion] if isinstance(criterion, str) else list(criterion)
+        folders = [self.dir.path] if self.dir.reuse is None else [self.dir.path, self.dir.reuse.path]
+        sampled = trust.monte_carlo_facts(self.dir / "monte_carlo.parquet")
+        return trust.warnings(names, about, kept, trust.break_drop_of(folders), sampled)
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         facts = manifest.facts(self.dir / "manifest.parquet")

@@ -39,12 +39,12 @@ def warnings(
 
     `table` holds the facts of the score table, `monte_carlo` those of the Monte Carlo table.
     """
-    found, from_trials = [], table.get("from_trials", table.get("useful", {}))
+    found: list[str] = []
     agreement = table.get("agreement") or {}
     for name in criteria:
         if name == MONTE_CARLO:
             found += _of_subsets(monte_carlo)
-        elif name in from_trials and name not in table.get("imported", ()):
+        elif name in table.get("useful", {}) and name not in table.get("imported", ()):
             found += _of_trials(name, agreement.get(name, agreement), int(table.get("trials", 0)))
     if break_drop is not None and kept < 1 - break_drop - 1e-9:
         found.append(

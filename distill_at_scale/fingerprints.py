@@ -16,14 +16,14 @@ from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.rundir import Inputs, RunDir
-from distill_at_scale.scoring import weights
+from distill_at_scale.scoring import beside, imported, monte_carlo, weights
 from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section, SelectSection
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
 OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
-    "score": ("workers", "weights"),
+    "score": ("workers", "weights", "imported", "monte_carlo.at_once"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
 LATER: dict[
@@ -50,7 +50,7 @@ def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
     if stage == "report":
         content["page"] = report.version()
     if stage == "score":
-        content |= _weights(config, run)
+        content |= _weights(config, run) | _imported(config, run)
     if stage == "distill":
         content |= _teacher(config, run)
     return Inputs(values, content)
@@ -66,6 +66,17 @@ def _weights(config: Config, run: RunDir) -> dict[str, str]:
             raise
         return {name: value for name, value in record["content"].items() if name.startswith("weights ")}
     return {f"weights {number}": value for number, value in enumerate(found.values())}
+
+
+def _imported(config: Config, run: RunDir) -> dict[str, str]:
+    """Scores made elsewhere by content; where the files are gone, what the finished stage was made with."""
+    try:
+        return {f"imported {name}": value for name, value in imported.digests(config.score).items()}
+    except UserError:
+        record = run.record("score")
+        if record is None:
+            raise
+        return {name: value for name, value in record["content"].items() if name.startswith("imported ")}
 
 
 def _teacher(config: Config, run: RunDir) -> dict[str, str]:
@@ -99,11 +110,12 @@ def data(config: Config) -> dict[str, Any]:
 
 
 def score(config: Config, run: RunDir) -> Dependence:
-    training = () if config.score.weights is None else TRAINING
-    values = {
-        key: value for key, value in _section(config, "score").items() if key.removeprefix("score.") not in training
-    }
-    return values | ({} if training else {"run.seed": config.run.seed}), ("ingest",)
+    """Without what only proxies or only Monte Carlo subsets depend on, where there are none."""
+    trained = config.score.weights is None and bool(beside.from_proxies(config.score))
+    sampled = monte_carlo.NAME in config.score.criteria
+    unused = {*(() if trained else TRAINING), *(() if sampled else ("monte_carlo",))}
+    values = {key: value for key, value in _section(config, "score").items() if key.split(".")[1] not in unused}
+    return values | ({"run.seed": config.run.seed} if trained or sampled else {}), ("ingest",)
 
 
 def select(config: Config, run: RunDir) -> Dependence:

@@ -31,7 +31,7 @@ from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static, trust
 from distill_at_scale.pruning.ranking import columns_of
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
-from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring import imported, proxy
 from distill_at_scale.scoring import table as score_table
 
 
@@ -90,6 +90,7 @@ class Pipeline:
         planned = validate.planned(self.config, plan)
         validate.check_networks(self.config, planned)
         validate.check_weights(self.config, planned)
+        imported.check(self.config, plan)
         distill.check(self.config, planned, planned.counts)
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
@@ -178,6 +179,7 @@ class Pipeline:
 
     def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         validate.check_networks(self.config, validate.planned(self.config, self.plan))
+        imported.check(self.config, self.plan)
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
         self._say_plan(self.plan)

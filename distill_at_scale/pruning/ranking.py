@@ -28,7 +28,9 @@ RANDOM = "random"  # the seeded control: a criterion that needs no scores
 class Ranking(Protocol):
     """Ranks the samples of a class by one number each."""
 
-    ascending: bool  # whether small numbers come first
+    @property
+    def ascending(self) -> bool:
+        """Whether small numbers come first."""
 
     @property
     def name(self) -> str:
@@ -61,16 +63,16 @@ def ranking_of(
 
     Raises UserError for weights with an order that names an end of the scale.
     """
+    names = [criterion] if isinstance(criterion, str) else list(criterion)
+    low = dict.fromkeys(names, low_is_useful) if isinstance(low_is_useful, bool) else low_is_useful
     if isinstance(criterion, str):
-        low = low_is_useful if isinstance(low_is_useful, bool) else low_is_useful.get(criterion, True)
-        return Single(criterion, seed, ascending(order, low or criterion == RANDOM))
-    low = low_is_useful if isinstance(low_is_useful, Mapping) else dict.fromkeys(criterion, low_is_useful)
+        return Single(criterion, seed, ascending(order, criterion == RANDOM or low.get(criterion, True)))
     if order in ("low", "high"):
         raise UserError(
             f"select.order = {order!r} names an end of one criterion's scale, but select.criterion weighs the ranks of "
             f"{len(criterion)}; set select.order to useful, useless or stratum"
         )
-    return Weighted(dict(criterion), {name: low.get(name, True) for name in criterion}, ascending(order, True))
+    return Weighted(dict(criterion), {name: low.get(name, True) for name in names}, ascending(order, True))
 
 
 def columns_of(criterion: str | Mapping[str, float]) -> str | dict[str, float]:
@@ -230,5 +232,3 @@ def places(keys: Array) -> Array:
     found = np.empty(len(keys), np.int32)
     found[order] = np.arange(len(keys), dtype=np.int32)
     return found
-
-

@@ -96,7 +96,9 @@ def _of_subsets(facts: Mapping[str, Any]) -> list[str]:
     if reliability is None or reliability >= NOISY:
         return []
     more, subsets = facts.get("more_subsets"), facts.get("subsets")
-    action = "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {WANTED:g}"
+    action = (
+        "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {WANTED:g}"
+    )
     return [
         f"the scores {MONTE_CARLO} are noisy: their reliability after {subsets:,} subsets is {reliability:.2f}; {action} "
         "(score.monte_carlo.subsets)"

@@ -41,7 +41,9 @@ def check(config: Config, prepared: Prepared) -> None:
         monte_carlo.check(config, prepared)
 
 
-def columns_of(config: Config, run: RunDir, prepared: Prepared, executor: Subsets, display: Display) -> dict[str, Column]:
+def columns_of(
+    config: Config, run: RunDir, prepared: Prepared, executor: Subsets, display: Display
+) -> dict[str, Column]:
     """Every such column, by name; runs the subsets that are not there yet.
 
     Raises UserError as `check` does, and for imported scores that do not fit the samples.
@@ -64,7 +66,9 @@ def outputs(config: Config, run: RunDir) -> Iterable[Path]:
     return [run / TABLE] if monte_carlo.NAME in config.score.criteria else []
 
 
-def _of_subsets(config: Config, run: RunDir, prepared: Prepared, executor: Subsets, display: Display, ids: pa.Array) -> Column:  # fmt: skip
+def _of_subsets(
+    config: Config, run: RunDir, prepared: Prepared, executor: Subsets, display: Display, ids: pa.Array
+) -> Column:  # fmt: skip
     section, folder = config.score.monte_carlo, f"monte_carlo/{monte_carlo.key_of(config, prepared)}"
     run.take_over_files(folder)
     (run / folder).mkdir(parents=True, exist_ok=True)

@@ -49,11 +49,12 @@ class Positions:
     """What position i means: ids in the order of the source's own listing."""
 
     config: Config
+    plan: ingest.Plan | None = None  # where it has been made already
 
     @cached_property
     def left(self) -> pa.ChunkedArray:
         """Of the training split as it is prepared: with its classes, without what is held out."""
-        return ingest.plan(self.config).listings["train"]["sample_id"]
+        return (self.plan or ingest.plan(self.config)).listings["train"]["sample_id"]
 
     @cached_property
     def whole(self) -> pa.ChunkedArray:
@@ -83,7 +84,9 @@ def check_names(score: ScoreSection, criteria: Mapping[str, Any]) -> None:
         if not NAME.fullmatch(name) or name.endswith("_values"):
             raise UserError(f"score.imported: {name!r} is no name for scores; take letters, digits and underscores")
         if name in criteria or name in TAKEN:
-            raise UserError(f"score.imported: {name!r} is the name of a criterion or column already; choose another name")
+            raise UserError(
+                f"score.imported: {name!r} is the name of a criterion or column already; choose another name"
+            )
         if Path(file).suffix.lower() not in SUFFIXES:
             raise UserError(f"score.imported.{name} = {file!r} is of no known kind; give one of {', '.join(SUFFIXES)}")
     for name in score.imported_useful:
@@ -91,12 +94,12 @@ def check_names(score: ScoreSection, criteria: Mapping[str, Any]) -> None:
             raise UserError(f"score.imported_useful names {name!r}, which is not in score.imported; add its file there")
 
 
-def check(config: Config) -> None:
-    """Read every file and count, before anything is computed.
+def check(config: Config, plan: ingest.Plan | None = None) -> None:
+    """Read every file and count, before anything is computed; `plan` is that of the ingest, where it has been made.
 
     Raises UserError for what is missing, is not numbers, or is not as many as there are samples.
     """
-    positions = Positions(config)
+    positions = Positions(config, plan)
     for name, file in config.score.imported.items():
         if (given := read(name, file)).ids is None:
             positions.of(len(given.numbers), _key(name, file))
@@ -133,10 +136,13 @@ def joined(given: Given, ids: pa.Array, positions: Positions, key: str) -> Array
     places = pc.index_in(ids, known)
     if missing := places.null_count:
         first = ids.filter(pc.is_null(places))[0].as_py()
-        raise UserError(f"{key} lacks {missing} of {len(ids)} training samples, the first is {first!r}; add their scores")
+        raise UserError(
+            f"{key} lacks {missing} of {len(ids)} training samples, the first is {first!r}; add their scores"
+        )
     if given.ids is not None:
         _refuse_strangers(known, ids, positions, key)
-    numbers = given.numbers[places.to_numpy()].astype(np.float32)
+    with np.errstate(over="ignore"):
+        numbers = given.numbers[places.to_numpy()].astype(np.float32)
     if (bad := np.flatnonzero(~np.isfinite(numbers))).size:
         raise UserError(
             f"{key}: the score of sample {ids[int(bad[0])].as_py()!r} (position {places[int(bad[0])].as_py()}) is not a finite "
@@ -185,12 +191,16 @@ def _numbers(found: Any, key: str) -> Array:
     try:
         numbers = np.asarray(found)
     except ValueError:
-        raise UserError(f"{key} holds lists of different lengths; give one number, or as many, for every sample") from None
+        raise UserError(
+            f"{key} holds lists of different lengths; give one number, or as many, for every sample"
+        ) from None
     if numbers.dtype == object and all(value is None or isinstance(value, int | float) for value in numbers.flat):
         numbers = numbers.astype(np.float64)
     if numbers.dtype.kind not in "iuf":
         wrong = _no_number(found)
-        raise UserError(f"{key} holds what is no number{f', for example {wrong!r}' if wrong else ''}; give one per sample")
+        raise UserError(
+            f"{key} holds what is no number{f', for example {wrong!r}' if wrong else ''}; give one per sample"
+        )
     if numbers.ndim not in (1, 2) or not numbers.size:
         raise UserError(f"{key} has the shape {list(numbers.shape)}; give [samples] or [samples, trials]")
     numbers = numbers.astype(np.float64)

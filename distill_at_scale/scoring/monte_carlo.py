@@ -88,7 +88,9 @@ def key_of(config: Config, prepared: Prepared) -> str:
 
 
 def units(section: MonteCarloSection) -> list[Unit]:
-    return [(first, min(section.at_once, section.subsets - first)) for first in range(0, section.subsets, section.at_once)]
+    return [
+        (first, min(section.at_once, section.subsets - first)) for first in range(0, section.subsets, section.at_once)
+    ]
 
 
 def piece(pieces: Path, unit: Unit) -> Path:
@@ -99,7 +101,12 @@ class Trials:
     """What a process needs to run subsets: the training split, if it fits, and how a network is made and trained."""
 
     def __init__(self, config: Config, prepared: Path, device: torch.device, distil: Distil | None = None):
-        self.prepared, self.section, self.device, self.distil = Prepared(prepared), config.score.monte_carlo, device, distil
+        self.prepared, self.section, self.device, self.distil = (
+            Prepared(prepared),
+            config.score.monte_carlo,
+            device,
+            distil,
+        )
         self.seed = config.run.seed
         self.spec = spec_of(config, self.prepared)
         self.normalization = normalization_of(self.prepared, whitened=False)
@@ -123,7 +130,9 @@ class Trials:
         tested = self._normal(torch.cat([self._take(c, parts.validation) for c, parts in enumerate(drawn)]))
         sizes = [len(parts.validation) for parts in drawn]
         networks = range(self.section.networks)
-        return torch.stack([self._accuracy(self._learn(images, labels, subset, n), tested, sizes) for n in networks]).mean(0)
+        return torch.stack(
+            [self._accuracy(self._learn(images, labels, subset, n), tested, sizes) for n in networks]
+        ).mean(0)
 
     def _given(self, learned: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         labels = torch.cat([torch.full((len(found),), c) for c, found in learned.items()])
@@ -132,7 +141,7 @@ class Trials:
     def _learn(self, images: Tensor, labels: Tensor, subset: int, number: int) -> nn.Module:
         """Plain SGD with momentum, epochs times over all of it."""
         network = self.spec.build(rng.derive(self.seed, "monte carlo network", subset, number)).to(self.device).train()
-        parameters = list(network.parameters())
+        parameters: list[Tensor] = list(network.parameters())
         speeds = [torch.zeros_like(parameter) for parameter in parameters]
         order = rng.generator(self.seed, "monte carlo order", subset, number)
         for _ in range(self.section.epochs):

@@ -105,7 +105,7 @@ def _trust(mean: Array, error: Array, halves: Array, labels: Array, subsets: int
 
 def _split_half(halves: Array, labels: Array) -> float | None:
     """Two halves' utilities [2, n] -> the reliability of both together; None where they say nothing."""
-    both = np.isfinite(halves).all(0)
+    both = np.isfinite(halves[0]) & np.isfinite(halves[1])
     if both.sum() < 3:
         return None
     first, second = (_within(half, labels, both) for half in halves)

@@ -83,9 +83,10 @@ def _of_trials(name: str, agreement: Any, trials: int) -> list[str]:
     needed = times_needed(between)
     if needed <= trials:
         return []
-    action = f"{math.ceil(needed - 1e-9)} trials would reach {WANTED:g} (score.trials, now {trials})"
     if math.isinf(needed):
         action = "no number of trials mends that; take another criterion, or proxies that are trained otherwise"
+    else:
+        action = f"{math.ceil(needed - 1e-9)} trials would reach {WANTED:g} (score.trials, now {trials})"
     return [
         f"the scores {name} are noisy: two trials agree to {between:.2f} only (rank correlation); {action}"
     ]  # fmt: skip

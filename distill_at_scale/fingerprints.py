@@ -23,14 +23,14 @@ METHODS = tuple(name for name, field in DistillSection.model_fields.items() if i
 OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
-    "score": ("workers", "weights", "imported", "monte_carlo.at_once"),
+    "score": ("workers", "weights", "imported"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
 LATER: dict[
     str, tuple[type[Section], tuple[str, ...]]
 ] = {  # keys that leave the runs from before them valid as long as they are unused
     "data": (DataSection, ("train_split", "max_bytes", "value_column", "whiten", "transform", *OF_TRANSFORM)),
-    "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported", "imported_useful", "monte_carlo")),
+    "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported_useful")),
     "select": (SelectSection, ("auto",)),
     "evaluate": (EvaluateSection, ("control",)),
 }
@@ -113,8 +113,11 @@ def score(config: Config, run: RunDir) -> Dependence:
     """Without what only proxies or only Monte Carlo subsets depend on, where there are none."""
     trained = config.score.weights is None and bool(beside.from_proxies(config.score))
     sampled = monte_carlo.NAME in config.score.criteria
-    unused = {*(() if trained else TRAINING), *(() if sampled else ("monte_carlo",))}
+    unused = {"monte_carlo", *(() if trained else TRAINING)}
     values = {key: value for key, value in _section(config, "score").items() if key.split(".")[1] not in unused}
+    if sampled:
+        values |= flatten(config.score.monte_carlo, "score.monte_carlo.")
+        del values["score.monte_carlo.at_once"]
     return values | ({"run.seed": config.run.seed} if trained or sampled else {}), ("ingest",)
 
 

@@ -64,13 +64,13 @@ def _check_criteria(config: Config) -> None:
     imported.check_names(score, {**CRITERIA, monte_carlo.NAME: None})
     criteria_of(beside.from_proxies(score))
     known = {**dict.fromkeys(score.criteria), **dict.fromkeys(score.imported)}
-    if isinstance(chosen, str):
-        resolve("select.criterion", chosen, {**known, static.RANDOM: None}) if ":" not in chosen else None
-        return
-    if not chosen:
+    if config.select.criterion == {}:
         raise UserError(
             "select.criterion = {} weighs nothing; give names with weights, for example {loss: 0.7, el2n: 0.3}"
         )
+    if isinstance(chosen, str):
+        resolve("select.criterion", chosen, {**known, static.RANDOM: None}) if ":" not in chosen else None
+        return
     for name, weight in chosen.items():
         if name not in known:
             raise UserError(

@@ -142,8 +142,12 @@ def planted(subsets, noise, per_class=5, count=40, seed=0):
 def test_a_planted_worth_is_found_and_the_reliability_says_how_well():
     for subsets, noise in ((150, 0.0), (150, 0.05), (600, 0.05)):
         made, worth = planted(subsets, noise)
-        found, true = ((v.reshape(2, -1) - v.reshape(2, -1).mean(1)[:, None]).reshape(-1) for v in (made.utility, worth))
-        truth = np.corrcoef(found, true)[0, 1] ** 2  # reliability is the squared correlation with the truth, within classes
+        found, true = (
+            (v.reshape(2, -1) - v.reshape(2, -1).mean(1)[:, None]).reshape(-1) for v in (made.utility, worth)
+        )
+        truth = (
+            np.corrcoef(found, true)[0, 1] ** 2
+        )  # reliability is the squared correlation with the truth, within classes
         assert made.facts["reliability"] == pytest.approx(truth, abs=0.15)
         assert made.facts["split_half"] == pytest.approx(truth, abs=0.15)
 

@@ -183,7 +183,9 @@ def test_trials_that_do_not_agree_at_all_are_beyond_mending():
 
 def test_a_rate_beyond_the_break_point_is_said():
     (line,) = trust.warnings(["random"], {}, 0.1, 0.7, {})
-    assert line.startswith("90.0% of the samples are dropped, but on this data accuracy broke when more than 70.0% were")
+    assert line.startswith(
+        "90.0% of the samples are dropped, but on this data accuracy broke when more than 70.0% were"
+    )
     assert trust.warnings(["random"], {}, 0.3, 0.7, {}) == []
 
 

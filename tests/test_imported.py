@@ -264,7 +264,7 @@ def test_the_kept_list_is_exported_by_id_and_by_position(tmp_path, digits_run, l
 
 def test_scores_by_position_need_one_criterion(tmp_path, digits_run):
     config = tiny_config(digits_run.dir, select__criterion="random")
-    with pytest.raises(UserError, match="set select.criterion to one of loss"):
+    with pytest.raises(UserError, match=r"set select.criterion to one of loss"):
         exported.scores(tmp_path / "a.json", digits_run.dir / "scores.parquet", config)
 
 

@@ -241,7 +241,7 @@ def test_subsets_may_be_distilled_first(tmp_path, prepared):
 
 def test_a_rate_that_is_too_high_is_named(tmp_path, prepared):
     config = small_config(tmp_path / "run", lr=1e30)
-    with pytest.raises(DistillationDiverged, match="score.monte_carlo.lr = 1e"):
+    with pytest.raises(DistillationDiverged, match=r"score.monte_carlo.lr = 1e"):
         subset_trials(config, prepared.folder, torch.device("cpu")).run(0)
 
 

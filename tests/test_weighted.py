@@ -81,7 +81,7 @@ def test_the_facts_say_the_weights():
 
 @pytest.mark.parametrize("order", ["low", "high"])
 def test_weights_refuse_an_end_of_a_scale(order):
-    with pytest.raises(UserError, match="set select.order to useful"):
+    with pytest.raises(UserError, match=r"set select.order to useful"):
         choose(two_criteria(), criterion=WEIGHTS, low=LOW, order=order)
 
 

@@ -9,12 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from distill_at_scale import config as configuration
+from distill_at_scale import fingerprints
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, Local
@@ -23,10 +25,12 @@ from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, RunDir
+from distill_at_scale.scoring import exported
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
 or validate (looks at every sample before anything is computed, and lists what is broken),
-or plan (says before a run what each stage will take, and refuses what cannot fit; after a run, how far off it was).
+or plan (says before a run what each stage will take, and refuses what cannot fit; after a run, how far off it was),
+or export (writes scores and the list of kept samples as *.parquet, *.csv, or by position as *.json).
 An interrupted command resumes when it is given again."""
 
 FULL, CLOSED = "Free space or choose another place", "Check its permissions or choose another place"
@@ -36,12 +40,12 @@ OTHER_ADVICE = "Check the disk, and that every node sees it at this path"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where validate found broken samples; 2 for what the user can mend; 130 after Ctrl-C."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_intermixed_args(arguments)
     sys.path.append(os.getcwd())  # so that package.module:Object is found in the current folder
     errors = Console(stderr=True, highlight=False)
     try:
         config = configuration.load(parsed.config, parsed.overrides)
-        return _run(config, parsed.stage)
+        return export(config, parsed.scores, parsed.kept) if parsed.stage == "export" else _run(config, parsed.stage)
     except UserError as error:
         errors.print(f"error: {error}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
@@ -62,13 +66,39 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "stage", metavar="STAGE", choices=("run", "validate", "plan", *STAGES), help="run, or one stage"
+        "stage", metavar="STAGE", choices=("run", "validate", "plan", "export", *STAGES), help="run, or one stage"
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1"
     )
+    for name, what in (("scores", "every sample's scores"), ("kept", "the samples that are kept")):
+        parser.add_argument(
+            f"--{name}", metavar="FILE", type=Path, nargs="+", default=[], help=f"of export: where to write {what}"
+        )
     return parser
+
+
+def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
+    """Write the scores and the list of kept samples of this configuration's run to files.
+
+    Raises UserError where there is nothing to write, or the run folder holds the output of another configuration.
+    """
+    if not scores and not kept:
+        raise UserError(
+            "export writes nothing yet; add --scores FILE, --kept FILE or both (*.parquet, *.csv or *.json)"
+        )
+    run, display = RunDir(config.run.dir), Display()
+    for path in (*scores, *kept):
+        exported.check(path)
+    for stage, paths in (("score", scores), ("select", kept)):
+        if paths and not (run.record(stage) and run.valid(stage, fingerprints.inputs(stage, config, run))):
+            raise UserError(f"{run.path} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+    for path in scores:
+        display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")
+    for path in kept:
+        display.say(f"{path}: {exported.kept(path, run / 'manifest.parquet', config)} kept samples")
+    return 0
 
 
 def _run(config: Config, stage: str) -> int:

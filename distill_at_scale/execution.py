@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
+from distill_at_scale.backends.condensed import distiller
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import open_source
 from distill_at_scale.data.pieces import check_chunk, ingest_chunk, piece_path, recipe_of
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.distill import Distillation, Places, make_network
 from distill_at_scale.evaluate import Evaluator, Job
-from distill_at_scale.scoring import patches, proxy
+from distill_at_scale.scoring import monte_carlo, patches, proxy
 from distill_at_scale.scoring.scorer import Scorer
 from distill_at_scale.workers import workers_here
 
@@ -42,6 +43,9 @@ class Executor(Protocol):
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
         """Score chunks of the prepared data into pieces. Advances by samples."""
+
+    def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
+        """Run the random subsets of score.monte_carlo into pieces. Advances by subsets."""
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         """Make the experts or the teacher that a method needs, side by side. Advances by networks."""
@@ -90,6 +94,16 @@ class Local:
             for rows in scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in waiting]):
                 advance(rows)
 
+    def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
+        waiting = waiting_units(config, pieces, advance)
+        if not waiting:
+            return
+        with threads(1):  # as each task of a cluster does, so that the utilities are the same bytes
+            trials = subset_trials(config, prepared, self.device)
+            for unit in waiting:
+                trials.publish(unit, pieces)
+                advance(unit[1])
+
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         for name in names:
             make_network(config, places, name, self.device)
@@ -120,6 +134,19 @@ class Local:
 
 def score_piece(pieces: Path, chunk: Chunk) -> Path:
     return pieces / f"chunk-{chunk.index:06d}.parquet"
+
+
+def waiting_units(config: Config, pieces: Path, advance: Advance) -> list[monte_carlo.Unit]:
+    """The units of random subsets that are still to be run; advances by the subsets of all others."""
+    units = monte_carlo.units(config.score.monte_carlo)
+    waiting = [unit for unit in units if not monte_carlo.piece(pieces, unit).exists()]
+    advance(sum(unit[1] for unit in units) - sum(unit[1] for unit in waiting))
+    return waiting
+
+
+def subset_trials(config: Config, prepared: Path, device: torch.device) -> monte_carlo.Trials:
+    """What runs random subsets in a process; DC is handed in where they are distilled."""
+    return monte_carlo.Trials(config, prepared, device, distiller(config, Prepared(prepared), device))
 
 
 def run_trial(

@@ -16,21 +16,22 @@ from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.rundir import Inputs, RunDir
-from distill_at_scale.scoring import weights
+from distill_at_scale.scoring import imported, monte_carlo, weights
+from distill_at_scale.scoring.contract import criteria_of
 from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section, SelectSection
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
 OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
-    "score": ("workers", "weights"),
+    "score": ("workers", "weights", "imported"),
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
 LATER: dict[
     str, tuple[type[Section], tuple[str, ...]]
 ] = {  # keys that leave the runs from before them valid as long as they are unused
     "data": (DataSection, ("train_split", "max_bytes", "value_column", "whiten", "transform", *OF_TRANSFORM)),
-    "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported", "imported_useful", "monte_carlo")),
+    "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported_useful")),
     "select": (SelectSection, ("auto",)),
     "evaluate": (EvaluateSection, ("control",)),
 }
@@ -50,7 +51,7 @@ def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
     if stage == "report":
         content["page"] = report.version()
     if stage == "score":
-        content |= _weights(config, run)
+        content |= _weights(config, run) | _imported(config, run)
     if stage == "distill":
         content |= _teacher(config, run)
     return Inputs(values, content)
@@ -66,6 +67,17 @@ def _weights(config: Config, run: RunDir) -> dict[str, str]:
             raise
         return {name: value for name, value in record["content"].items() if name.startswith("weights ")}
     return {f"weights {number}": value for number, value in enumerate(found.values())}
+
+
+def _imported(config: Config, run: RunDir) -> dict[str, str]:
+    """Scores made elsewhere by content; where the files are gone, what the finished stage was made with."""
+    try:
+        return {f"imported {name}": value for name, value in imported.digests(config.score).items()}
+    except UserError:
+        record = run.record("score")
+        if record is None:
+            raise
+        return {name: value for name, value in record["content"].items() if name.startswith("imported ")}
 
 
 def _teacher(config: Config, run: RunDir) -> dict[str, str]:
@@ -99,11 +111,15 @@ def data(config: Config) -> dict[str, Any]:
 
 
 def score(config: Config, run: RunDir) -> Dependence:
-    training = () if config.score.weights is None else TRAINING
-    values = {
-        key: value for key, value in _section(config, "score").items() if key.removeprefix("score.") not in training
-    }
-    return values | ({} if training else {"run.seed": config.run.seed}), ("ingest",)
+    """Without what only proxies or only Monte Carlo subsets depend on, where there are none."""
+    trained = config.score.weights is None and bool(criteria_of(config.score))
+    sampled = monte_carlo.NAME in config.score.criteria
+    unused = {"monte_carlo", *(() if trained else TRAINING)}
+    values = {key: value for key, value in _section(config, "score").items() if key.split(".")[1] not in unused}
+    if sampled:
+        values |= flatten(config.score.monte_carlo, "score.monte_carlo.")
+        del values["score.monte_carlo.at_once"]
+    return values | ({"run.seed": config.run.seed} if trained or sampled else {}), ("ingest",)
 
 
 def select(config: Config, run: RunDir) -> Dependence:

@@ -28,9 +28,10 @@ from distill_at_scale.plan import forecast, known
 from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
-from distill_at_scale.pruning import manifest, static
+from distill_at_scale.pruning import manifest, static, trust
+from distill_at_scale.pruning.ranking import columns_of
 from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
-from distill_at_scale.scoring import proxy, scorer
+from distill_at_scale.scoring import beside, imported, proxy, scorer
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.scoring.contract import criteria_of
 
@@ -90,6 +91,7 @@ class Pipeline:
         planned = validate.planned(self.config, plan)
         validate.check_networks(self.config, planned)
         validate.check_weights(self.config, planned)
+        imported.check(self.config, plan)
         distill.check(self.config, planned, planned.counts)
         inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
@@ -181,6 +183,7 @@ class Pipeline:
 
     def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         validate.check_networks(self.config, validate.planned(self.config, self.plan))
+        imported.check(self.config, self.plan)
         pieces = self.dir.work("ingest", inputs) / "pieces"
         pieces.mkdir(exist_ok=True)
         self._say_plan(self.plan)
@@ -208,6 +211,7 @@ class Pipeline:
         validate.check_weights(self.config, data)
         scorer.check(self.config, data)
         distill.check(self.config, data, data.counts("train"))  # what no selection can mend
+        beside.check(self.config, data)
         if not criteria_of(score):
             return self._write_unscored(data)
         work, prepared = self.dir.work("score", inputs), self.dir / "prepared"
@@ -221,23 +225,32 @@ class Pipeline:
         trained = time.perf_counter()
         with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
             self.executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
+        scored = time.perf_counter()
+        more = self._brought(data)
         expected = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
-        written = score_table.write_scores(self.dir / "scores.parquet", paths, expected, self.config)
+        written = score_table.write_scores(self.dir / "scores.parquet", paths, expected, self.config, more)
         self._keep_proxies(checkpoints)
         facts = {
             "train_seconds": round(trained - began, 3),
-            "score_seconds": round(time.perf_counter() - trained, 3),
+            "score_seconds": round(scored - trained, 3),
             "mean_score": written["mean_score"],
         }
         self.display.say(f"  mean score {facts['mean_score']:.4f} over {written['rows']} samples")
-        return [self.dir / "scores.parquet"], facts
+        return self._score_outputs(), facts
 
     def _write_unscored(self, data: Prepared) -> tuple[list[Path], dict[str, Any]]:
         """The table of samples where no criterion needs a checkpoint, so that no proxy is trained."""
+        more = self._brought(data)
         rows = (data.read(chunk, columns=["sample_id", "label"]) for chunk in data.chunks("train"))
-        written = score_table.write_unscored(self.dir / "scores.parquet", rows, self.config)
+        written = score_table.write_unscored(self.dir / "scores.parquet", rows, self.config, more)
         self.display.say(f"  {written['rows']} samples; no criterion needs proxies, so none was trained")
-        return [self.dir / "scores.parquet"], {"mean_score": written["mean_score"]}
+        return self._score_outputs(), {"mean_score": written["mean_score"]}
+
+    def _brought(self, data: Prepared) -> dict[str, Any]:
+        return beside.columns_of(self.config, self.dir, data, lambda: self.executor, self.display)
+
+    def _score_outputs(self) -> list[Path]:
+        return [self.dir / "scores.parquet", *beside.outputs(self.config, self.dir)]
 
     def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
         score = self.config.score
@@ -255,18 +268,27 @@ class Pipeline:
 
     def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
-        assert isinstance(self.config.criterion, str)
-        column = self.config.criterion.rpartition(":")[2]
-        low = score_table.facts(scores)["useful"].get(column, "low") == "low"
+        about, criterion = score_table.facts(scores), columns_of(self.config.criterion)
+        low = {name: end == "low" for name, end in about["useful"].items()}
         minimum, seed = self.config.min_per_class, self.config.select_seed
         with manifest.writing(path) as out:
-            chosen = static.select(scores, out, self.config.select, column, low, minimum, seed)
+            chosen = static.select(scores, out, self.config.select, criterion, low, minimum, seed)
             distill.check(self.config, Prepared(self.dir / "prepared"), chosen["kept_per_class"])
+            chosen["warnings"] = self._doubts(criterion, about, chosen["reached"])
             out.facts = chosen | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
         self.display.say(f"  kept {chosen['kept']} of {chosen['of']} samples ({chosen['reached']:.4%})")
         if raised := chosen["raised_to_minimum"]:
             self.display.say(f"  {len(raised)} classes were raised to min_per_class = {minimum}")
+        for line in chosen["warnings"]:
+            self.display.say(f"  warning: {line}")
         return [path], {key: chosen[key] for key in ("kept", "of", "reached")}
+
+    def _doubts(self, criterion: str | dict[str, float], about: dict[str, Any], kept: float) -> list[str]:
+        """What is known against a selection; see pruning/trust.py."""
+        names = [criterion] if isinstance(criterion, str) else list(criterion)
+        folders = [self.dir.path] if self.dir.reuse is None else [self.dir.path, self.dir.reuse.path]
+        sampled = trust.monte_carlo_facts(self.dir / "monte_carlo.parquet")
+        return trust.warnings(names, about, kept, trust.break_drop_of(folders), sampled)
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         facts = manifest.facts(self.dir / "manifest.parquet")

@@ -95,8 +95,11 @@ class MonteCarloSection(Section):
     steps: int = Field(20, ge=1)  # of learn: dc
     epochs: int = Field(30, ge=1)  # of training a network on the subset (or on what it was distilled into)
     networks: int = Field(1, ge=1)  # trained per subset
+    lr: float = Field(0.05, gt=0, le=LARGEST_RATE)  # of that training: SGD with momentum 0.9
     width: int = Field(32, ge=1)
-    validation: int = Field(50, ge=1)  # samples per class, outside every subset, that accuracies are measured on
+    validation: int = Field(
+        100, ge=1
+    )  # samples per class, drawn from outside the subset, that its accuracies are measured on
     at_once: int = Field(8, ge=1)  # subsets in a task; a finished one is not done again
 
 

@@ -20,7 +20,7 @@ import torch
 from distill_at_scale import distill
 from distill_at_scale.augment import Augmentation
 from distill_at_scale.backends import teachers
-from distill_at_scale.config import Config
+from distill_at_scale.config import Config, nearest
 from distill_at_scale.data import ingest, kinds, transforms
 from distill_at_scale.data.clips import decoders_for
 from distill_at_scale.data.kinds import sample_shape
@@ -30,10 +30,11 @@ from distill_at_scale.data.shards import JPEG_PART
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec, builder, mixes_samples
-from distill_at_scale.pruning import static
+from distill_at_scale.pruning import ranking, static
 from distill_at_scale.registry import resolve
-from distill_at_scale.scoring import weights
+from distill_at_scale.scoring import imported, monte_carlo, weights
 from distill_at_scale.scoring.contract import criteria_of
+from distill_at_scale.scoring.criteria import CRITERIA
 from distill_at_scale.sections import Section
 from distill_at_scale.students import TrainingProtocol
 
@@ -48,16 +49,38 @@ def check_names(config: Config) -> None:
     """
     _check_kind(config, resolve("data.source", config.data.source, SOURCES, ingest.CONTRACT))
     kinds.check(config)
-    criteria = {**dict.fromkeys(config.score.criteria), static.RANDOM: None}
-    criteria_of(config.score)
-    for name in [config.criterion] if isinstance(config.criterion, str) else config.criterion:
-        resolve("select.criterion", name, criteria) if ":" not in name else None
+    _check_criteria(config)
     builder("score.network", config.score.network)
     builder("distill.network", config.distill.network)
     for name in config.evaluate.networks:
         builder("evaluate.networks", name)
     _check_augmentations(config)
     Augmentation(_protocol(config).augment)
+
+
+def _check_criteria(config: Config) -> None:
+    """Names of criteria, and of several that are weighed their weights; every imported name may be selected by."""
+    score, chosen = config.score, config.criterion
+    imported.check_names(score, {**CRITERIA, monte_carlo.NAME: None})
+    criteria_of(score)
+    known = {**dict.fromkeys(score.criteria), **dict.fromkeys(score.imported)}
+    if config.select.criterion == {}:
+        raise UserError(
+            "select.criterion = {} weighs nothing; give names with weights, for example {loss: 0.7, el2n: 0.3}"
+        )
+    if isinstance(chosen, str):
+        resolve("select.criterion", chosen, {**known, static.RANDOM: None}) if ":" not in chosen else None
+        return
+    for name, weight in chosen.items():
+        if name not in known:
+            raise UserError(
+                f"select.criterion weighs {name!r}, which is not scored; {nearest(name, known)} (score.criterion)"
+            )
+        if weight <= 0:
+            raise UserError(
+                f"select.criterion: the weight of {name!r} is {weight:g}; it must be above 0 (or leave it out)"
+            )
+    ranking.ranking_of(chosen, True, config.select.order, 0)
 
 
 def _check_augmentations(config: Config) -> None:

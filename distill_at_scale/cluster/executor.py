@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill_at_scale.cluster import evaluation, ingest, networks, scoring, training
+from distill_at_scale.cluster import evaluation, ingest, monte_carlo, networks, scoring, training
 from distill_at_scale.cluster.pool import check_gpus
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config import Config
@@ -37,6 +37,9 @@ class RayExecutor:
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
         scoring.score(absolute(config), prepared.resolve(), checkpoints.resolve(), chunks, pieces.resolve(), advance)
+
+    def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
+        monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance)
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         networks.run(absolute(config), places.resolved(), names, advance)

@@ -32,6 +32,7 @@ class Column(Protocol):
     """Scores that were not made in the scoring pass: imported ones, or such as were measured on subsets."""
 
     useful: Literal["low", "high"]
+    facts: dict[str, Any]  # about them, for the table's metadata
 
     def values(self, ids: pa.Array) -> Array:
         """float32 [n] of some sample ids (strings), in their order; asked for once each, sorted by label and id over all.
@@ -78,7 +79,8 @@ class Columns:
         observed = {column_of(name): epochs_of(c, epochs) for name, c in self.criteria.items()}
         agreement = self.agreement.facts() if self.agreement else None
         about = {"useful": self.useful, "criteria": self.names, "observed": observed, "agreement": agreement}
-        return {"trials": trials, "epochs": epochs, **about, **self.seed}
+        brought = {column_of(name): facts for name, column in self.more.items() if (facts := column.facts)}
+        return {"trials": trials, "epochs": epochs, **about, **self.seed} | ({"brought": brought} if brought else {})
 
     def of(self, parts: Iterable[Part]) -> Iterator[pa.Table]:
         """The published columns, part by part, or class by class where a criterion looks at whole classes.

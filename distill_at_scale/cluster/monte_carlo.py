@@ -1,0 +1,53 @@
+"""Monte Carlo subsets on Ray: every unit of some subsets is a task of one core, as many at a time as the cluster holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from distill_at_scale.cluster.pool import actor_count, device
+from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.config import Config
+from distill_at_scale.execution import Advance, subset_trials, waiting_units
+from distill_at_scale.scoring.monte_carlo import Trials, Unit
+
+AHEAD = 2  # units that are sent for every one that runs, so that no core waits
+
+
+def run(config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
+    """All units that are not there yet; one whose process is lost is run again, `cluster.max_failures` times at most."""
+    gpus = config.cluster.gpus_per_worker
+    options = {"num_cpus": 1, "num_gpus": gpus or None, "max_retries": config.cluster.max_failures}
+    task, settings = _subsets.options(**options), ray.put(pack(config))
+    waiting: Iterator[Unit] = iter(waiting_units(config, pieces, advance))
+    most, running = AHEAD * actor_count(config, gpus), []
+    with plain_errors():
+        while True:
+            for unit in waiting:
+                running.append(task.remote(settings, str(prepared), str(pieces), unit))
+                if len(running) >= most:
+                    break
+            if not running:
+                return
+            finished, running = ray.wait(running)
+            for done in ray.get(finished):
+                advance(done)
+
+
+@ray.remote
+def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> int:
+    torch.set_num_threads(1)
+    _trials(unpack(packed).model_dump_json(), prepared).publish(unit, Path(pieces))
+    return unit[1]
+
+
+@lru_cache(maxsize=1)
+def _trials(config: str, prepared: str) -> Trials:
+    """Kept between the tasks of a process, so that the training split is read once."""
+    settings = Config.model_validate_json(config)
+    return subset_trials(settings, Path(prepared), device(settings))

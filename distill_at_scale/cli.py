@@ -74,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, what in (("scores", "every sample's scores"), ("kept", "the samples that are kept")):
         parser.add_argument(
-            f"--{name}", metavar="FILE", type=Path, nargs="+", default=[], help=f"of export: where to write {what}"
-        )
+            f"--{name}", metavar="FILE", type=Path, action="append", default=[],
+            help=f"of export: where to write {what}; may be given several times",
+        )  # fmt: skip
     return parser
 
 

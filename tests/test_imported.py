@@ -278,7 +278,10 @@ def config_file(tmp_path, digits_run):
 
 def test_the_command_exports_scores_and_kept_samples(tmp_path, config_file, capsys):
     scores, kept = str(tmp_path / "a.csv"), str(tmp_path / "b.json")
-    assert cli.main(["export", config_file, "cluster.address=none", "--scores", scores, "--kept", kept]) == 0
+    other = str(tmp_path / "c.parquet")
+    arguments = ["export", config_file, "--scores", scores, "--scores", other, "cluster.address=none", "--kept", kept]
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "c.parquet").is_file()
     assert "scores" in capsys.readouterr().out
     assert json.loads((tmp_path / "b.json").read_text())
 

@@ -3,8 +3,9 @@
     <run.dir>/auto/        the points that were tried, standing on the run's own ingest and scores
     <run.dir>/auto.json    rate, curve, confidence, seconds; read, not made again, while nothing that it depends on changes
 
-The rate that is taken is the smallest above which every tried one is sufficient too (`studies/bisection.py`). Short distillations
-stand for long ones, and the test split decides: the rate is a good guess, not a proof. Left out: how points are tried.
+The rate that is taken is the smallest above which every tried one is sufficient too (`studies/bisection.py`). Short
+distillations stand for long ones, and the test split decides: the rate is a good guess, not a proof. Left out: how points
+are tried.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ QUARTER = 4  # of the run's steps, where select.auto.steps is not given
 
 
 def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) -> float:
-    """The rate for a configuration whose ingest and scores are finished in its run folder; read from auto.json where it is there.
+    """The rate for a configuration whose ingest and scores are finished in its run folder; from auto.json where it is there.
 
     Raises UserError where there is no test split, and for whatever stops a point.
     """
@@ -116,7 +117,8 @@ def _report(found: Found) -> dict[str, Any]:
         curve.append({"keep": one.keep, "kept": one.kept, "mean": mean, "std": std, "n": len(one.accuracies),
                       "sufficient": one.sufficient, "confidence": round(one.confidence, 4)})  # fmt: skip
     return {
-        "rate": best.keep, "kept": best.kept, "of": best.outcomes[0].of, "kept_per_class": list(best.outcomes[0].kept_per_class),
+        "rate": best.keep, "kept": best.kept, "of": best.outcomes[0].of,
+        "kept_per_class": list(best.outcomes[0].kept_per_class),
         "confidence": round(best.confidence, 4), "unpruned": found.level.mean, "unpruned_std": found.level.std,
         "least": found.level.least, "smallest_sufficient": found.smallest.keep, "curve": curve,
     }  # fmt: skip

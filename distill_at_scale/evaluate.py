@@ -55,7 +55,7 @@ class Evaluator:
         self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
 
     def run(self, job: Job) -> dict[str, Any]:
-        """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), top-1 per class and seconds.
+        """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
 
         Raises DistillationDiverged where training does not stay finite, naming the job.
         """

@@ -109,8 +109,10 @@ class WarmPool:
             return self._idle.pop()
         if len(self._busy) >= self._size:
             return None
-        gpus = self.config.cluster.gpus_per_worker or None
-        return _Warm.options(num_cpus=1, num_gpus=gpus).remote([entry or os.getcwd() for entry in sys.path])
+        gpus = self.config.cluster.gpus_per_worker
+        # the pool replaces and repeats, not Ray, so that it can count
+        actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Warm)
+        return actor.remote([entry or os.getcwd() for entry in sys.path])
 
     def _drop_busy(self) -> None:
         """Actors whose result nobody waits for any more."""
@@ -124,7 +126,6 @@ class WarmPool:
         self._idle.clear()
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)  # the pool replaces and repeats, so that it can count
 class _Warm:
     def __init__(self, path: list[str]):
         """Modules are found as in the driver, after the worker's own."""

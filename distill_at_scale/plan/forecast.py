@@ -79,7 +79,7 @@ def _with_ray(estimates: list[Estimate], layout: Layout, records: Mapping[str, A
 
 
 def _with_search(estimates: list[Estimate], config: Config, layout: Layout) -> list[Estimate]:
-    """Of select.keep: auto the short distillations, one actor each, before the selection; all rates as if everything were kept."""
+    """Of select.keep: auto the short distillations, one actor each, before the selection; as if everything were kept."""
     auto, by_stage = config.select.auto, {estimate.stage: estimate for estimate in estimates}
     made, tested, steps = by_stage["distill"], by_stage["evaluate"], distill.step_count(config)
     short = (auto.steps or max(1, steps // 4)) / steps

@@ -93,8 +93,8 @@ def of_listing(config: Config, listing: ingest.Plan) -> Facts:
 
 
 def will_keep(config: Config, counts: list[int]) -> list[int]:
-    """About what selection keeps of every class (of scope `global`, what it would keep class by class; of a rate that is still to
-    be found, all).
+    """About what selection keeps of every class (of scope `global`, what it would keep class by class; all, where the rate is
+    still to be found).
     """
     select, minimum = config.select, config.min_per_class
     if select.keep == "auto":

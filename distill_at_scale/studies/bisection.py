@@ -7,6 +7,7 @@ untried gap below it is looked into, and the search tells rates that are suffici
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -111,7 +112,7 @@ class Search:
         return Found([self.tried[keep] for keep in sorted(self.tried)], self.level)
 
     def _bisect(self) -> None:
-        """Between an insufficient rate and a sufficient one above it; where the lowest suffices, its middle to 1 is looked at."""
+        """Between an insufficient rate and a sufficient one above it; where the lowest suffices, half way to 1 is looked at."""
         low, high = self.tried[self.lowest], self.tried[1.0]
         if low.sufficient:
             middle = self._between(low, high)
@@ -125,11 +126,7 @@ class Search:
         """In the widest gap below the smallest sufficient rate, on a log scale; where that is sufficient, again."""
         while self._left() > 0:
             below = [rate for keep, rate in sorted(self.tried.items()) if keep <= self._smallest()]
-            gaps = [
-                (keep, b.keep / a.reached)
-                for a, b in zip(below, below[1:], strict=False)
-                if (keep := self._between(a, b))
-            ]
+            gaps = [(keep, b.keep / a.reached) for a, b in itertools.pairwise(below) if (keep := self._between(a, b))]
             if not gaps or not self._try(max(gaps, key=lambda gap: gap[1])[0]).sufficient:
                 return
 

@@ -36,7 +36,7 @@ class Difference:
     @property
     def clear(self) -> bool:
         """Whether the interval leaves zero out."""
-        return self.half is not None and abs(self.mean) > self.half
+        return self.half is not None and abs(self.mean) > self.half + 1e-9
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How few samples suffice: the smallest keep rate that is not worse than the unpruned set, and random selection there.
 
-Under the criterion, order, scope and runtime pruning of the configuration; the search is that of `bisection.py`. Left out: rates
-below `studies.critical_ratio.lowest`.
+Under the criterion, order, scope and runtime pruning of the configuration; the search is that of `bisection.py`. Left out:
+rates below `studies.critical_ratio.lowest`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _answer(context: Context, found: Found, random: Sequence[Outcome]) -> str:
     side = "better than" if gap.clear and gap.mean > 0 else "worse than" if gap.clear else "not clearly different from"
     return (
         f"{best.kept} of {best.outcomes[0].of} samples ({_each(best.outcomes[0])} per class, {best.reached:.3%}) suffice: "
-        f"{spread(best.accuracies)} against {spread(level.accuracies)} unpruned; confidence {best.confidence:.0%} that they are not "
-        f"below it by more than {level.tolerance:g} standard deviations ({100 * level.tolerance * level.std:.1f} points). They are "
-        f"{side} as many random ones ({spread(accuracies(random))}, {in_points(gap)})."
+        f"{spread(best.accuracies)} against {spread(level.accuracies)} unpruned; confidence {best.confidence:.0%} that they "
+        f"are not below it by more than {level.tolerance:g} deviations ({100 * level.tolerance * level.std:.1f} points). "
+        f"They are {side} as many random ones ({spread(accuracies(random))}, {in_points(gap)})."
     )
 
 

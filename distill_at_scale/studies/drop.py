@@ -79,7 +79,10 @@ def _paper(gaps: Mapping[str, Difference]) -> str:
     large, small = gaps["least useful"], gaps["most useful"]
     harmless = "agrees" if not (large.clear and large.mean < 0) else "disagrees: it hurts here"
     hurts = "agrees" if small.clear and small.mean < 0 else "is not seen here"
-    return f"The paper (CIFAR-10, DC): large losses dropped first do no harm or help ({harmless}); small losses dropped first hurt ({hurts})."
+    return (
+        f"The paper (CIFAR-10, DC): large losses dropped first do no harm or help ({harmless}); small losses dropped first "
+        f"hurt ({hurts})."
+    )
 
 
 def _rows(found: Mapping[str, Sequence[float]], gaps: Mapping[str, Difference]) -> list[dict[str, Any]]:

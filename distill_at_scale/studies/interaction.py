@@ -50,7 +50,8 @@ def study(context: Context) -> Finding:
     facts = {"break_drop": break_drop, "per_class": classes}
     return Finding(
         NAME, "Interaction break point", answer, _paper(break_drop, drops), _rows(drops, whole, tried, predicted, gaps),
-        [_plot(drops, whole, tried, predicted, level, break_drop), _class_plot(classes)], facts, _notes(context, drops, classes),
+        [_plot(drops, whole, tried, predicted, level, break_drop), _class_plot(classes)], facts,
+        _notes(context, drops, classes),
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def _answer(
     if clear:
         k = clear[-1]
         side = "worse" if gaps[k].mean < 0 else "better"
-        adds = f"effects do not add up: at {percent(drops[k])} accuracy is {side} than the additive prediction by {in_points(gaps[k])}"
+        adds = f"effects do not add up: at {percent(drops[k])} it is {side} than predicted by adding, by {in_points(gaps[k])}"
     else:
         adds = "the additive prediction from the first rates is not refuted"
     return f"Dropping the least useful by {name} {where} (unpruned {spread(level.accuracies)}); {adds}."
@@ -181,10 +182,11 @@ def _notes(context: Context, drops: Sequence[float], classes: Mapping[str, float
     section = context.config.studies
     broken = {name: drop for name, drop in classes.items() if drop is not None}
     notes = [
-        f"n = {section.seeds} distillations x {section.evaluations} evaluations per rate. Prediction: a line through the unpruned "
-        f"accuracy, fitted to {', '.join(map(percent, drops[:FIRST]))} dropped, repetition by repetition; gaps with 95 % t-intervals.",
-        f"Broken: the mean lies below the unpruned one by more than {section.interaction.tolerance:g} standard deviations, there "
-        "and at all larger rates that were tried.",
+        f"n = {section.seeds} distillations x {section.evaluations} evaluations per rate. Prediction: a line through the "
+        f"unpruned accuracy, fitted to {', '.join(map(percent, drops[:FIRST]))} dropped, per repetition; gaps with 95 % "
+        "t-intervals.",
+        f"Broken: the mean lies below the unpruned one by more than {section.interaction.tolerance:g} standard deviations, "
+        "there and at all larger rates that were tried.",
     ]
     if broken:
         first = min(broken, key=lambda name: broken[name])

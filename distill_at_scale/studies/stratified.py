@@ -40,7 +40,8 @@ def study(context: Context) -> Finding:
     means = [statistics.fmean(accuracies(outcomes)) for outcomes in strata]
     answer = (
         f"The criterion {name} {ANSWERS[verdict]} (Spearman {rho:+.2f}, p = {p:.2g}, {len(pairs)} distillations; "
-        f"{spread(accuracies(strata[0]))} from the most useful of {len(strata)} strata, {spread(accuracies(strata[-1]))} from the least)."
+        f"{spread(accuracies(strata[0]))} from the most useful of {len(strata)} strata, "
+        f"{spread(accuracies(strata[-1]))} from the least)."
     )
     facts = {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": means.index(max(means))}
     return Finding(

@@ -338,8 +338,7 @@ class Pipeline:
 
 def decided(config: Config, rate: float) -> Config:
     """A configuration with select.keep: auto, as if the rate had been given."""
-    select = config.select.model_copy(update={"keep": rate, "auto": type(config.select.auto)()})
-    return config.model_copy(update={"select": select})
+    return config.model_copy(update={"select": config.select.model_copy(update={"keep": rate})})
 
 
 class _Rows:

@@ -105,6 +105,6 @@ def test_a_point_that_fails_is_named_by_its_overrides(pool, tmp_path):
 
 def test_an_override_that_is_not_allowed_is_refused_before_anything_starts(pool, tmp_path):
     runner = PooledRunner(tiny_config(tmp_path / "run", cluster__address=None), Display(Console(quiet=True)), pool)
-    with pytest.raises(UserError, match="select.kep"):
+    with pytest.raises(UserError, match=r"select\.kep"):
         runner.run([points()[0], Point({"select.kep": 0.3})])
     assert not (tmp_path / "run" / "shared").exists()

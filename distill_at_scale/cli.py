@@ -8,29 +8,33 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from distill_at_scale import auto, fingerprints, validate
 from distill_at_scale import config as configuration
-from distill_at_scale import fingerprints
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, Local
-from distill_at_scale.pipeline import Pipeline
+from distill_at_scale.pipeline import Pipeline, decided
 from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
+from distill_at_scale.points import LocalRunner, PooledRunner, Runner
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import exported
+from distill_at_scale.studies import suite
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
 or validate (looks at every sample before anything is computed, and lists what is broken),
 or plan (says before a run what each stage will take, and refuses what cannot fit; after a run, how far off it was),
-or export (writes scores and the list of kept samples as *.parquet, *.csv, or by position as *.json).
+or export (writes scores and the list of kept samples as *.parquet, *.csv, or by position as *.json),
+or study (answers the questions of studies.run by many short distillations that share ingest and scores).
 An interrupted command resumes when it is given again."""
 
 FULL, CLOSED = "Free space or choose another place", "Check its permissions or choose another place"
@@ -66,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "stage", metavar="STAGE", choices=("run", "validate", "plan", "export", *STAGES), help="run, or one stage"
+        "stage",
+        metavar="STAGE",
+        choices=("run", "validate", "plan", "study", "export", *STAGES),
+        help="run, or one stage",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
     parser.add_argument(
@@ -104,7 +111,12 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
 
 def _run(config: Config, stage: str) -> int:
     display = Display()
-    pipeline = Pipeline(config, lambda: make_executor(config, display), display)
+    if stage == "study":
+        run_studies(config, display)
+        return 0
+    if stage == "plan" and config.select.keep == "auto" and (rate := auto.known_rate(config)):
+        config = decided(config, rate)
+    pipeline = Pipeline(config, lambda: make_executor(config, display), display, lambda run: find_rate(run, display))
     if stage == "validate":
         return 1 if pipeline.validate() else 0
     if stage == "plan":
@@ -123,11 +135,56 @@ def make_executor(config: Config, display: Display) -> Executor:
     """
     if config.cluster.address == "none":
         return Local()
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed; install it, or set cluster.address=none to run in this process alone")
+    _need_ray()
     from distill_at_scale.cluster.executor import RayExecutor
 
     return RayExecutor(config, display.say)
+
+
+def _need_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed; install it, or set cluster.address=none to run in this process alone")
+
+
+@contextmanager
+def make_runner(config: Config, display: Display) -> Iterator[Runner]:
+    """What tries the points of studies where cluster.address asks for it: this process, or a pool of warm actors.
+
+    Raises UserError where Ray is wanted and not installed; Ray is started when a point has to be tried.
+    """
+    if config.cluster.address == "none":
+        yield LocalRunner(config, display)
+        return
+    _need_ray()
+    from distill_at_scale.cluster.executor import absolute
+    from distill_at_scale.cluster.warm import WarmPool
+
+    with WarmPool(config, display.say) as pool:
+        yield PooledRunner(absolute(config), display, pool)
+
+
+def run_studies(config: Config, display: Display) -> None:
+    """All studies of studies.run, and at the end their answers."""
+    validate.check_names(config)
+    run = RunDir(config.run.dir)
+    run.create()
+    with run.lock(), make_runner(config, display) as runner:
+        findings = suite.run(config, runner, display.say)
+    for finding in findings:
+        display.say(f"\n{finding.title}: {finding.answer}" + (f"\n  {finding.paper}" if finding.paper else ""))
+    for path in (run / "studies.html", run / "studies" / "studies.parquet"):
+        if path.exists():
+            display.say(f"{'page' if path.suffix == '.html' else 'figures'}: {path.resolve()}")
+
+
+def find_rate(pipeline: Pipeline, display: Display) -> float:
+    """For select.keep: auto."""
+
+    def runner(config: Config) -> AbstractContextManager[Runner]:
+        _ = pipeline.executor  # Ray, once for the search and for what follows it
+        return make_runner(config, display)
+
+    return auto.rate(pipeline.config, runner, display.say)
 
 
 def show_plan(config: Config, found: Outcome, display: Display) -> None:

@@ -58,6 +58,17 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _auto_fits(self) -> Config:
+        if self.select.keep == "auto" and self.select.per_class:
+            raise ValueError(
+                "select.keep: auto looks for a rate, which select.per_class would replace; give one of them"
+            )
+        if self.select.keep == "auto" and self.select.order == "stratum":
+            raise ValueError("select.keep: auto looks for the smallest rate of an order that starts at one end; with "
+                             "select.order: stratum give a rate")  # fmt: skip
+        return self
+
     @property
     def criterion(self) -> str | dict[str, float]:
         """The criterion that decides the selection, or several with the weights of their ranks."""

@@ -55,7 +55,7 @@ class Evaluator:
         self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
 
     def run(self, job: Job) -> dict[str, Any]:
-        """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split) and seconds.
+        """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
 
         Raises DistillationDiverged where training does not stay finite, naming the job.
         """
@@ -66,12 +66,12 @@ class Evaluator:
         protocol = self._protocol(job)
         network = students.train(spec, self._training_set(job), protocol, seed, self.device)
         at_once = spec.at_once(self.device)
-        top1, top5 = students.test(network, *self.test, self.synthetic.normalization, self.device, at_once)
+        found = students.examine(network, *self.test, self.synthetic.normalization, self.device, at_once)
         if not all(torch.isfinite(p).all() for p in network.parameters()):
             raise DistillationDiverged(
                 f"evaluation diverged for {job}, at a learning rate of {protocol.lr:g}; lower evaluate.lr"
             )
-        return {**asdict(job), "top1": top1, "top5": top5, "seconds": round(time.perf_counter() - started, 3)}
+        return {**asdict(job), **asdict(found), "seconds": round(time.perf_counter() - started, 3)}
 
     def _protocol(self, job: Job) -> TrainingProtocol:
         expected = self.synthetic.protocol

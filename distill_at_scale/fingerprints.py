@@ -18,13 +18,14 @@ from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.rundir import Inputs, RunDir
 from distill_at_scale.scoring import imported, monte_carlo, weights
 from distill_at_scale.scoring.contract import criteria_of
-from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section, SelectSection
+from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
 OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
 LEFT_OUT = {
     "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
     "score": ("workers", "weights", "imported"),
+    "select": ("auto",),  # how a rate is looked for; what is found is select.keep
     "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
 }
 LATER: dict[
@@ -32,7 +33,6 @@ LATER: dict[
 ] = {  # keys that leave the runs from before them valid as long as they are unused
     "data": (DataSection, ("train_split", "max_bytes", "value_column", "whiten", "transform", *OF_TRANSFORM)),
     "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported_useful")),
-    "select": (SelectSection, ("auto",)),
     "evaluate": (EvaluateSection, ("control",)),
 }
 OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds", "fold")

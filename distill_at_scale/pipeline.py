@@ -37,10 +37,20 @@ from distill_at_scale.scoring.contract import criteria_of
 
 
 class Pipeline:
-    """One run: a configuration, its folder, an executor that is made when first needed, and a display."""
+    """One run: a configuration, its folder, an executor that is made when first needed, and a display.
 
-    def __init__(self, config: Config, executor: Callable[[], Executor], display: Display):
+    `find_rate` decides select.keep: auto, once the scores are there.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        executor: Callable[[], Executor],
+        display: Display,
+        find_rate: Callable[[Pipeline], float] | None = None,
+    ):
         self.config, self.display, self._make_executor = config, display, executor
+        self.asked, self._find_rate = config, find_rate
         self._executor: Executor | None = None
         self.dir = RunDir(config.run.dir, config.run.reuse)
 
@@ -67,10 +77,18 @@ class Pipeline:
                     if stage == "evaluate" and len(stages) > 1 and not Prepared(self.dir / "prepared").has_test():
                         self.display.say("evaluate: left out, the data set has no test split (data.holdout makes one)")
                         continue
+                    if stage == "select" and self.config.select.keep == "auto":
+                        self._decide()
                     self._stage(stage)
             finally:
                 if self._executor is not None:
                     self._executor.close()
+
+    def _decide(self) -> None:
+        """Replace select.keep: auto by the rate that is found; what comes after is as if it had been given."""
+        assert self._find_rate is not None, "nobody decides select.keep: auto"
+        self.dir.content("score")
+        self.config = decided(self.config, self._find_rate(self))
 
     def validate(self) -> int:
         """Look at the configuration and at every sample of the source; lists what would be rejected in validation.parquet.
@@ -275,6 +293,8 @@ class Pipeline:
             chosen = static.select(scores, out, self.config.select, criterion, low, minimum, seed)
             distill.check(self.config, Prepared(self.dir / "prepared"), chosen["kept_per_class"])
             chosen["warnings"] = self._doubts(criterion, about, chosen["reached"])
+            if self.asked.select.keep == "auto":
+                chosen["asked"] = {"keep": "auto", "found": self.config.select.rate}
             out.facts = chosen | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
         self.display.say(f"  kept {chosen['kept']} of {chosen['of']} samples ({chosen['reached']:.4%})")
         if raised := chosen["raised_to_minimum"]:
@@ -347,11 +367,16 @@ class Pipeline:
 
     def _shown_config(self) -> dict[str, Any]:
         """The configuration without credentials that its paths may hold."""
-        values = self.config.model_dump()
+        values = self.asked.model_dump()
         for key in ("path", "val_labels", "synsets"):
             if values["data"][key] is not None:
                 values["data"][key] = shown(values["data"][key])
         return values
+
+
+def decided(config: Config, rate: float) -> Config:
+    """A configuration with select.keep: auto, as if the rate had been given."""
+    return config.model_copy(update={"select": config.select.model_copy(update={"keep": rate})})
 
 
 class _Rows:

@@ -11,12 +11,17 @@ which points are tried (`sweep/`, `studies/`) and where (`cluster/`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from distill_at_scale import fingerprints
 from distill_at_scale.config import Config, flatten, with_overrides
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.errors import UserError
+from distill_at_scale.evaluate import need_test_split
 from distill_at_scale.execution import Executor, Local
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
@@ -41,7 +46,7 @@ class Points:
 
     def __init__(self, config: Config, executor: MakeExecutor, display: Display):
         self.config, self.executor, self.display = config, executor, display
-        self.root = Path(config.run.dir).expanduser()
+        self.root = Path(config.run.dir).expanduser().resolve()
         self.ready: set[Path] = set()  # shared folders that this command has made or looked through
 
     def configured(self, point: Point) -> Config:
@@ -78,6 +83,15 @@ class Points:
         self.stand(config, self.shared_by(config))
         return config
 
+    def take_over(self, run: RunDir) -> None:
+        """Take the finished ingest and scores of a run of the base configuration, instead of making them again."""
+        for folder, stages in zip(self._places(self.config), (("ingest",), ("ingest", "score")), strict=True):
+            made = RunDir(folder)
+            made.create()
+            for stage in stages:
+                if made.record(stage) is None:
+                    made.adopt(run, stage)
+
     def stand(self, config: Config, shared: Path) -> None:
         run = RunDir(config.run.dir)
         run.create()
@@ -98,7 +112,7 @@ class Points:
         sections = [name for name in type(config).model_fields if name not in NOT_OF_POINTS]
         values = {key: value for name in sections for key, value in _flat(config, name).items()}
         left = {"distill.workers", "distill.checkpoint_every", "distill.hold"}
-        own = {key: value for key, value in values.items() if key not in left}
+        own = {key: value for key, value in values.items() if key not in left and not key.startswith("select.auto.")}
         return digest(own | {"shared": self._places(config)[1].name})[:16]
 
     def _pipeline(self, config: Config, folder: Path) -> Pipeline:
@@ -106,11 +120,21 @@ class Points:
         return Pipeline(config, self.executor, self.display)
 
 
-class LocalRunner:
-    """Points one after the other in this process."""
+class WarmActors(Protocol):
+    """What `cluster.warm.WarmPool` offers."""
 
-    def __init__(self, config: Config, display: Display):
-        self.points = Points(config, Local, display)
+    def map(
+        self, function: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, Any]]: ...
+
+    def executor(self) -> Executor: ...
+
+
+class Runner:
+    """What runners share: finished points are read, the others are prepared and then tried."""
+
+    def __init__(self, config: Config, executor: MakeExecutor, display: Display):
+        self.points, self.display = Points(config, executor, display), display
 
     def configured(self, point: Point) -> Config:
         return self.points.configured(point)
@@ -120,12 +144,68 @@ class LocalRunner:
 
     def run(self, points: Sequence[Point]) -> list[Outcome]:
         configs = [self.points.configured(point) for point in points]  # all, before anything starts
+        todo: dict[str, tuple[Config, str]] = {}
         for point, config in zip(points, configs, strict=True):
             if outcome_of(point, Path(config.run.dir)) is None:
-                self.points.prepare(point)
-                carry_out(config, Local())
+                todo.setdefault(config.run.dir, (config, named(point)))
+        for point, config in zip(points, configs, strict=True):
+            if config.run.dir in todo:
+                need_test_split(Prepared(Path(self.points.prepare(point).run.dir) / "prepared"))
+        if todo:
+            with self.display.meter("points", len(todo), "points") as meter:
+                for _ in self._try(list(todo.values())):
+                    meter.advance()
         found = [outcome_of(point, Path(config.run.dir)) for point, config in zip(points, configs, strict=True)]
         return [outcome for outcome in found if outcome is not None]
+
+    def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
+        """Carry out prepared points; yields once for each when it is finished."""
+        raise NotImplementedError
+
+
+class LocalRunner(Runner):
+    """Points one after the other in this process."""
+
+    def __init__(self, config: Config, display: Display):
+        super().__init__(config, Local, display)
+
+    def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
+        for config, name in todo:
+            try_out(config.model_dump(), name)
+            yield
+
+
+class PooledRunner(Runner):
+    """Points side by side in warm actors; what they share is made by the ordinary executor before."""
+
+    def __init__(self, config: Config, display: Display, pool: WarmActors):
+        super().__init__(config, pool.executor, display)
+        self.pool = pool
+
+    def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
+        arguments = [{"values": config.model_dump(), "name": name} for config, name in todo]
+        for _ in self.pool.map(try_out, arguments, [name for _, name in todo]):
+            yield
+
+
+def named(point: Point) -> str:
+    """A point in messages."""
+    changed = " ".join(f"{key}={value}" for key, value in point.overrides.items())
+    return f"the point [{changed}], repetition {point.seed}"
+
+
+def try_out(values: dict[str, Any], name: str) -> None:
+    """Carry out a prepared point, here and now; `values` is its configuration, plain, so that it can be sent to an actor.
+
+    Raises UserError (or the kind of it that was raised) with the point's name before the message.
+    """
+    config = Config.model_validate(values)
+    wanted = config.cluster.address == "none" or config.cluster.gpus_per_worker
+    device = torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
+    try:
+        carry_out(config, Local(device))
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def carry_out(config: Config, executor: Executor) -> None:

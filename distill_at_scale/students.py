@@ -199,17 +199,41 @@ def _optimizer(
     return sgd, torch.optim.lr_scheduler.MultiStepLR(sgd, [protocol.epochs // 2 + 1], gamma=0.1)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Tested:
+    """Fractions of the tested images that are right; per class None where none was tested."""
+
+    top1: float
+    top5: float
+    per_class: list[float | None]  # top-1
+
+
 def test(
     network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy on stored pixels [n, *shape], as fractions; `at_once` images at a time."""
+    found = examine(network, pixels, labels, normalization, device, at_once)
+    return found.top1, found.top5
+
+
+@torch.no_grad()
+def examine(
+    network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int
+) -> Tested:
+    """As `test`, and the top-1 accuracy of every class that the network knows."""
     network.eval()
-    right1 = right5 = 0
+    right5, right = 0, torch.zeros(len(labels), dtype=torch.bool)
+    classes = 0
     for first in range(0, len(labels), at_once):
         logits = network(normalization.apply(pixels[first : first + at_once].to(device)))
         targets = labels[first : first + at_once].to(device)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        right1 += int((best[:, 0] == targets).sum())
+        right[first : first + at_once] = (best[:, 0] == targets).cpu()
         right5 += int((best == targets[:, None]).any(1).sum())
-    return right1 / len(labels), right5 / len(labels)
+        classes = logits.shape[1]
+    return Tested(int(right.sum()) / len(labels), right5 / len(labels), _by_class(right, labels.cpu(), classes))
+
+
+def _by_class(right: Tensor, labels: Tensor, classes: int) -> list[float | None]:
+    tested, found = (torch.bincount(rows, minlength=classes).tolist() for rows in (labels, labels[right]))
+    return [round(hits / count, 6) if count else None for hits, count in zip(found, tested, strict=True)]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import FixedNetwork
 
 from distill_at_scale import students
+from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.sections import EvaluateSection
@@ -116,3 +117,16 @@ def test_batch_norm_with_few_images_is_said_and_without_it_nothing_is():
         warnings.simplefilter("error")
         students.train(SPEC, a_set(9), TrainingProtocol(1), 0, CPU)
         students.train(WITH_NORM, a_set(32), TrainingProtocol(1), 0, CPU)
+
+
+def test_accuracy_by_class_counts_every_class_for_itself():
+    class Says(torch.nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(images[:, 0, 0, 0].round().long(), 4).float()
+
+    pixels = torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8).view(5, 1, 1, 1)  # what is said
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    plain = Normalization((0.0,), (1 / 255,))
+    found = students.examine(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)
+    assert found.per_class == [0.5, 0.5, 0.0, None]
+    assert found.top1 == 0.4

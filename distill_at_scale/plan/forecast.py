@@ -6,6 +6,7 @@ Stages that were finished are estimated again only where no earlier prediction i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from distill_at_scale import distill
 from distill_at_scale.config import Config
+from distill_at_scale.evaluate import jobs, need_test_split
 from distill_at_scale.plan import outcome
 from distill_at_scale.plan.known import Facts
 from distill_at_scale.plan.machine import Layout, Machine
@@ -41,6 +43,9 @@ def make(
     for stage in _stages(facts):
         estimates += _estimate(stage, Planner(config, facts, layout), earlier, records)
         advance(stage)
+    if config.select.keep == "auto":
+        need_test_split(facts)
+        estimates = _with_search(estimates, config, layout)
     estimates = _with_ray(estimates, layout, records)
     actual = {stage: record["seconds"] for stage, record in records.items() if not record.get("reused_from")}
     found = outcome.combine(config, layout, estimates, earlier, actual)
@@ -71,6 +76,21 @@ def _with_ray(estimates: list[Estimate], layout: Layout, records: Mapping[str, A
             parts = {**estimate.parts, "start": estimate.parts["start"] + RAY}
             return [*estimates[:k], Estimate(**{**vars(estimate), "parts": parts}), *estimates[k + 1 :]]
     return estimates
+
+
+def _with_search(estimates: list[Estimate], config: Config, layout: Layout) -> list[Estimate]:
+    """Of select.keep: auto the short distillations, one actor each, before the selection; as if everything were kept."""
+    auto, by_stage = config.select.auto, {estimate.stage: estimate for estimate in estimates}
+    made, tested, steps = by_stage["distill"], by_stage["evaluate"], distill.step_count(config)
+    short = (auto.steps or max(1, steps // 4)) / steps
+    each = made.processes * (made.parts["steps"] * short + made.parts["prepare"])
+    each += auto.evaluations * tested.processes * tested.parts["train and test"] / len(jobs(config))
+    count = max(3, auto.seeds) + auto.points * auto.seeds
+    chosen = by_stage["select"]
+    note = f"select.keep: auto tries up to {count} short distillations; the stages after it are planned as if all were kept"
+    parts = {**chosen.parts, "search": count * each / layout.actors().side_by_side}
+    found = replace(chosen, parts=parts, notes=[*chosen.notes, note])
+    return [found if estimate is chosen else estimate for estimate in estimates]
 
 
 def table(config: Config, found: Outcome) -> Table:

@@ -94,8 +94,12 @@ def of_listing(config: Config, listing: ingest.Plan) -> Facts:
 
 
 def will_keep(config: Config, counts: list[int]) -> list[int]:
-    """About what selection keeps of every class (of scope `global`, what it would keep class by class)."""
+    """About what selection keeps of every class (of scope `global`, what it would keep class by class; all, where the rate is
+    still to be found).
+    """
     select, minimum = config.select, config.min_per_class
+    if select.keep == "auto":
+        return list(counts)
     if select.per_class is not None:
         return [min(count, max(minimum, select.per_class)) for count in counts]
     return [static.quota(select.rate, count, minimum) for count in counts]

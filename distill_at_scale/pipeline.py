@@ -37,8 +37,15 @@ from distill_at_scale.scoring import table as score_table
 class Pipeline:
     """One run: a configuration, its folder, an executor that is made when first needed, and a display."""
 
-    def __init__(self, config: Config, executor: Callable[[], Executor], display: Display):
+    def __init__(
+        self,
+        config: Config,
+        executor: Callable[[], Executor],
+        display: Display,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.config, self.display, self._make_executor = config, display, executor
+        self.watch = watch  # called with every line of the distillation's log as it is written
         self._executor: Executor | None = None
         self.dir = RunDir(config.run.dir, config.run.reuse)
 
@@ -270,6 +277,8 @@ class Pipeline:
                 if "held" in line:
                     self.display.say(f"  {line['held']}")
                 meter.advance(max(0, line["step"] - meter.done), _note(line))
+                if self.watch is not None:
+                    self.watch(line)
 
             self.executor.distill(self.config, places, show)
         result = synthetic.load(work / "synthetic")

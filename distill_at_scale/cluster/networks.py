@@ -16,12 +16,12 @@ from distill_at_scale.distill import Places, backend_class, make_network
 from distill_at_scale.execution import Advance
 
 
-def run(config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+def run(config: Config, places: Places, names: Sequence[str], advance: Advance, sharing: int = 1) -> None:
     """All of them, as many at a time as the cluster holds; one that is lost is made again.
 
     Cores follow from all that the method needs, not from what is missing: on other threads weights differ in the last bits.
     """
-    cpus = cores_each(min(len(backend_class(config).networks(config)), cores()))
+    cpus = cores_each(min(len(backend_class(config).networks(config)) * sharing, cores()))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,

@@ -122,6 +122,14 @@ def actor_count(config: Config, gpus: float) -> int:
     return max(1, cores())
 
 
+def with_fewer_actors(config: Config, sharing: int) -> Config:
+    """For one of `sharing` executors at work on the cluster: its part of the actors, where their number is not given."""
+    if sharing == 1 or config.cluster.actors:
+        return config
+    part = max(1, actor_count(config, config.cluster.gpus_per_worker) // sharing)
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"actors": part})})
+
+
 def cores() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import cores, cores_each, device
+from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.evaluate import Evaluator, Job
@@ -25,6 +25,7 @@ def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], d
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
         "max_retries": config.cluster.max_failures,
+        "scheduling_strategy": ANYWHERE,
     }
     task = _evaluate.options(**options)
     settings = ray.put(pack(config))

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import cores, cores_each, device
+from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, backend_class, make_network
@@ -26,6 +26,7 @@ def run(config: Config, places: Places, names: Sequence[str], advance: Advance, 
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
         "max_retries": config.cluster.max_failures,
+        "scheduling_strategy": ANYWHERE,
     }
     task = _make.options(**options)
     settings, paths = ray.put(pack(config)), [str(path) for path in places.as_tuple()]

@@ -21,6 +21,7 @@ from distill_at_scale.errors import UserError
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError)  # fmt: skip
+ANYWHERE = "DEFAULT"  # where there is room; not within the placement group of a sweep's trial
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none

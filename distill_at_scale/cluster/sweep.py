@@ -18,6 +18,7 @@ from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command, which goes on when given again
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's files are our own
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output has a table that verbose=0 does not silence
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # controls report nothing to the scheduler
 
 import ray
@@ -37,6 +38,7 @@ Watch = Callable[[dict[str, Any]], None]
 Body = Callable[[Config, Executor, Watch | None], None]
 Done = Callable[[int, Mapping[str, Any] | None, str | None], None]
 TIME, METRIC, ENDED = "evaluations", "top1", "ended"  # keys of what a trial reports
+NO_CORES = {"cpu": 0, "memory": 1}  # Ray refuses a request for nothing at all, so a trial asks for a byte
 OWN = ".tune"  # Tune's folder in the sweep's
 
 
@@ -146,7 +148,7 @@ def _trainable(configs: Sequence[Config], judged: Sequence[bool], old: Sequence[
             body(config, RayExecutor(config, lambda text: None, sharing), reporter)
         return {ENDED: True}
 
-    return tune.with_resources(trial, {"cpu": 0})
+    return tune.with_resources(trial, NO_CORES)
 
 
 class _Reporter:
@@ -172,6 +174,10 @@ class _Ended(tune.Callback):
 
     def __init__(self, done: Done):
         self.done = done
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps a copy of its callbacks; ours belongs to this process."""
+        return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}

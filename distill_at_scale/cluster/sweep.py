@@ -38,7 +38,10 @@ Watch = Callable[[dict[str, Any]], None]
 Body = Callable[[Config, Executor, Watch | None], None]
 Done = Callable[[int, Mapping[str, Any] | None, str | None], None]
 TIME, METRIC, ENDED = "evaluations", "top1", "ended"  # keys of what a trial reports
-NO_CORES = {"cpu": 0, "memory": 1}  # Ray refuses a request for nothing at all, so a trial asks for a byte
+NO_CORES: dict[str, float] = {
+    "cpu": 0,
+    "memory": 1,
+}  # Ray refuses a request for nothing at all, so a trial asks for a byte
 OWN = ".tune"  # Tune's folder in the sweep's
 
 

@@ -18,6 +18,9 @@ from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command, which goes on when given again
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's files are our own
+os.environ.setdefault(
+    "TUNE_FORCE_TRIAL_CLEANUP_S", "10"
+)  # a stopped trial that does not end is killed, with its workers
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output has a table that verbose=0 does not silence
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # controls report nothing to the scheduler
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
@@ -29,14 +30,19 @@ from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
+from distill_at_scale.sweep import run as sweep
+from distill_at_scale.sweep import summary
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
 or validate (looks at every sample before anything is computed, and lists what is broken),
 or plan (says before a run what each stage will take, and refuses what cannot fit; after a run, how far off it was),
-or export (writes scores and the list of kept samples as *.parquet, *.csv, or by position as *.json),
-or study (answers the questions of studies.run by many short distillations that share ingest and scores).
+or sweep (tries the configurations of sweep.space on shared ingest and scores, with random and unpruned controls),
+or study (answers the questions of studies.run by many short distillations that share ingest and scores),
+or export (writes scores and the list of kept samples as *.parquet, *.csv, or by position as *.json).
 An interrupted command resumes when it is given again."""
 
+SEARCHES = ("sweep", "study")
+KEYS = ("configuration", "set", "network")  # columns of the table at the end of a sweep
 FULL, CLOSED = "Free space or choose another place", "Check its permissions or choose another place"
 ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: CLOSED, errno.EROFS: CLOSED, errno.EPERM: CLOSED}
 OTHER_ADVICE = "Check the disk, and that every node sees it at this path"
@@ -72,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "stage",
         metavar="STAGE",
-        choices=("run", "validate", "plan", "study", "export", *STAGES),
+        choices=("run", "validate", "plan", *SEARCHES, "export", *STAGES),
         help="run, or one stage",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
@@ -111,6 +117,9 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
 
 def _run(config: Config, stage: str) -> int:
     display = Display()
+    if stage == "sweep":
+        show_sweep(sweep.run(config, display, lambda: make_trials(config, display)), config, display.console)
+        return 0
     if stage == "study":
         run_studies(config, display)
         return 0
@@ -139,6 +148,19 @@ def make_executor(config: Config, display: Display) -> Executor:
     from distill_at_scale.cluster.executor import RayExecutor
 
     return RayExecutor(config, display.say)
+
+
+def make_trials(config: Config, display: Display) -> sweep.Trials:
+    """Where the trials of a sweep run: on Ray Tune, or in this process with cluster.address=none.
+
+    Raises UserError as make_executor does.
+    """
+    if config.cluster.address == "none":
+        return sweep.OneByOne()
+    _need_ray()
+    from distill_at_scale.cluster.sweep import TunedTrials
+
+    return TunedTrials(config, display.say)
 
 
 def _need_ray() -> None:
@@ -185,6 +207,17 @@ def find_rate(pipeline: Pipeline, display: Display) -> float:
         return make_runner(config, display)
 
     return auto.rate(pipeline.config, runner, display.say)
+
+
+def show_sweep(made: pa.Table, config: Config, console: Console) -> None:
+    """Each configuration's accuracy over its repetitions and evaluation networks, and what it took."""
+    table = Table(title="top-1 accuracy on the test split, %")
+    for name in (*KEYS, "mean ± std", "n", "seconds"):
+        table.add_column(name, justify="left" if name in KEYS else "right")
+    for row in summary.rows(made):
+        table.add_row(*(row[name] for name in (*KEYS, "accuracy", "n", "seconds")))
+    console.print(table)
+    console.print(f"table: {Path(config.run.dir) / 'sweep.parquet'}", markup=False, soft_wrap=True)
 
 
 def show_plan(config: Config, found: Outcome, display: Display) -> None:

@@ -48,9 +48,11 @@ class Pipeline:
         executor: Callable[[], Executor],
         display: Display,
         find_rate: Callable[[Pipeline], float] | None = None,
+        watch: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.config, self.display, self._make_executor = config, display, executor
         self.asked, self._find_rate = config, find_rate
+        self.watch = watch  # called with every line of the distillation's log as it is written
         self._executor: Executor | None = None
         self.dir = RunDir(config.run.dir, config.run.reuse)
 
@@ -328,6 +330,8 @@ class Pipeline:
                 if "held" in line:
                     self.display.say(f"  {line['held']}")
                 meter.advance(max(0, line["step"] - meter.done), _note(line))
+                if self.watch is not None:
+                    self.watch(line)
 
             self.executor.distill(self.config, places, show)
         result = synthetic.load(work / "synthetic")

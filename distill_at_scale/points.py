@@ -26,7 +26,7 @@ from distill_at_scale.execution import Executor, Local
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest
-from distill_at_scale.rundir import RunDir, digest
+from distill_at_scale.rundir import RunDir, digest, write_json
 from distill_at_scale.studies.base import Outcome, Point
 
 OWN = ("select", "distill", "evaluate")  # the stages of a point
@@ -38,7 +38,9 @@ NOT_OF_POINTS = (
     "sweep",
     "studies",
 )  # sections that its id leaves out or takes apart
+STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
 MakeExecutor = Callable[[], Executor]
+Watch = Callable[[dict[str, Any]], None]  # takes every line of a distillation's log as it is written
 
 
 class Points:
@@ -64,12 +66,19 @@ class Points:
         """The run folder with ingest and scores of a configuration, made if need be."""
         return self.shared_by(with_overrides(self.config, overrides, "a point"))
 
+    def ingested(self, config: Config) -> Path:
+        """The run folder with the prepared data of a configuration, made if need be."""
+        data, _ = self._places(config)
+        if data not in self.ready:
+            self._pipeline(config, data).run(("ingest",))
+            self.ready.add(data)
+        return data
+
     def shared_by(self, config: Config) -> Path:
-        data, scores = self._places(config)
+        _, scores = self._places(config)
         if scores in self.ready:
             return scores
-        self._pipeline(config, data).run(("ingest",))
-        run = RunDir(scores)
+        data, run = self.ingested(config), RunDir(scores)
         if run.record("ingest") is None:
             run.create()
             run.adopt(RunDir(data), "ingest")
@@ -208,9 +217,46 @@ def try_out(values: dict[str, Any], name: str) -> None:
         raise type(error)(f"{name}: {error}") from None
 
 
-def carry_out(config: Config, executor: Executor) -> None:
+def carry_out(config: Config, executor: Executor, watch: Watch | None = None) -> None:
     """The stages of a prepared point, each skipped where it is done, resumed where it was interrupted."""
-    Pipeline(config, lambda: executor, Display.silent()).run(OWN)
+    Pipeline(config, lambda: executor, Display.silent(), watch=watch).run(OWN)
+
+
+def attempt(config: Config, executor: Executor, watch: Watch | None = None) -> None:
+    """carry_out, but an error is noted in the point's folder instead of raised, so that other points go on."""
+    run = RunDir(config.run.dir)
+    (run / FAILED).unlink(missing_ok=True)
+    try:
+        carry_out(config, executor, watch)
+        (run / STOPPED).unlink(missing_ok=True)
+    except Exception as error:
+        note_failure(run.path, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
+
+def note_failure(folder: Path, message: str) -> None:
+    write_json(folder / FAILED, {"error": message})
+
+
+def note_stop(folder: Path, step: int, top1: float) -> None:
+    """A scheduler gave the point up after `step`, where an evaluation on the way had reached `top1` (a fraction)."""
+    write_json(folder / STOPPED, {"step": step, "top1": top1})
+
+
+def failure_of(folder: Path) -> str | None:
+    """Why the last attempt at a point failed; None where it did not."""
+    path = folder / FAILED
+    return json.loads(path.read_text())["error"] if path.exists() else None
+
+
+def stopped_of(point: Point, folder: Path, network: str) -> Outcome | None:
+    """What is known of a point that a scheduler gave up: its last evaluation, of one `network`; None where none did."""
+    run, path = RunDir(folder), folder / STOPPED
+    if not path.exists() or run.record("select") is None:
+        return None
+    noted, facts = json.loads(path.read_text()), manifest.facts(run / "manifest.parquet")
+    rows = [{"set": "distilled", "network": network, "seed": 0, "top1": noted["top1"]}]
+    seconds = {s: record["seconds"] for s in ("ingest", "score", *OWN) if (record := run.record(s))}
+    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], seconds, folder, noted["step"])
 
 
 def outcome_of(point: Point, folder: Path) -> Outcome | None:

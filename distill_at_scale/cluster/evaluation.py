@@ -11,20 +11,21 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import cores, cores_each, device
+from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.execution import Report
 
 
-def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
+def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report, sharing: int = 1) -> None:
     """All jobs, as many at a time as the cluster holds; reports each row when it is there."""
-    cpus = cores_each(min(len(jobs), cores()))
+    cpus = cores_each(min(len(jobs) * sharing, cores()))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
         "max_retries": config.cluster.max_failures,
+        "scheduling_strategy": ANYWHERE,
     }
     task = _evaluate.options(**options)
     settings = ray.put(pack(config))

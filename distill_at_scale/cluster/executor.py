@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill_at_scale.cluster import evaluation, ingest, monte_carlo, networks, scoring, training
-from distill_at_scale.cluster.pool import check_gpus
+from distill_at_scale.cluster.pool import check_gpus, with_fewer_actors
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -19,13 +19,14 @@ from distill_at_scale.method_sections import DistillSection
 
 
 class RayExecutor:
-    def __init__(self, config: Config, say: Callable[[str], None]):
-        """Connects to the cluster that the configuration names.
+    def __init__(self, config: Config, say: Callable[[str], None], sharing: int = 1):
+        """Connects to the cluster that the configuration names; `sharing` executors are at work on it at the same time.
 
         Raises UserError where there is none, or where it lacks the GPUs that a worker is to have.
         """
         self.session = Session(config.cluster, say)
         check_gpus(config.cluster.gpus_per_worker)
+        self.sharing = sharing
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check)
@@ -42,17 +43,17 @@ class RayExecutor:
         monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance)
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
-        networks.run(absolute(config), places.resolved(), names, advance)
+        networks.run(absolute(config), places.resolved(), names, advance, self.sharing)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
-        scoring.rank_patches(absolute(config), places.resolved(), chunks, advance)
+        scoring.rank_patches(with_fewer_actors(absolute(config), self.sharing), places.resolved(), chunks, advance)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
-        training.run(absolute(config), places.resolved(), report)
+        training.run(absolute(config), places.resolved(), report, self.sharing)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         prepared, synthetic, manifest = (folder.resolve() for folder in folders)
-        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done)
+        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing)
 
     def close(self) -> None:
         self.session.close()

@@ -9,23 +9,24 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import cores, cores_each, device
+from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, backend_class, make_network
 from distill_at_scale.execution import Advance
 
 
-def run(config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+def run(config: Config, places: Places, names: Sequence[str], advance: Advance, sharing: int = 1) -> None:
     """All of them, as many at a time as the cluster holds; one that is lost is made again.
 
     Cores follow from all that the method needs, not from what is missing: on other threads weights differ in the last bits.
     """
-    cpus = cores_each(min(len(backend_class(config).networks(config)), cores()))
+    cpus = cores_each(min(len(backend_class(config).networks(config)) * sharing, cores()))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
         "max_retries": config.cluster.max_failures,
+        "scheduling_strategy": ANYWHERE,
     }
     task = _make.options(**options)
     settings, paths = ray.put(pack(config)), [str(path) for path in places.as_tuple()]

@@ -21,6 +21,7 @@ from distill_at_scale.errors import UserError
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError)  # fmt: skip
+ANYWHERE = "DEFAULT"  # where there is room; not within the placement group of a sweep's trial
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
@@ -120,6 +121,14 @@ def actor_count(config: Config, gpus: float) -> int:
     if gpus:
         return max(1, int(ray.cluster_resources().get("GPU", 0) / gpus))
     return max(1, cores())
+
+
+def with_fewer_actors(config: Config, sharing: int) -> Config:
+    """For one of `sharing` executors at work on the cluster: its part of the actors, where their number is not given."""
+    if sharing == 1 or config.cluster.actors:
+        return config
+    part = max(1, actor_count(config, config.cluster.gpus_per_worker) // sharing)
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"actors": part})})
 
 
 def cores() -> int:

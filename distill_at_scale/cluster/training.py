@@ -27,14 +27,14 @@ DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the
 POLL = 0.3  # seconds between two looks at the log
 
 
-def run(config: Config, places: Places, report: Report) -> None:
-    """Distil with `distill.workers` workers.
+def run(config: Config, places: Places, report: Report, sharing: int = 1) -> None:
+    """Distil with `distill.workers` workers, beside `sharing` - 1 other distillations.
 
     Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
     """
     paths = [str(p) for p in places.as_tuple()]
     tail = _Tail(places.log, report)
-    fit("distill", _distill, config, config.distill.workers, {"places": paths}, places.work, tail.read)
+    fit("distill", _distill, config, config.distill.workers, {"places": paths}, places.work, tail.read, sharing)
 
 
 def _distill(config: Config, arguments: dict[str, Any]) -> None:
@@ -50,6 +50,7 @@ def fit(
     arguments: dict[str, Any],
     work: Path,
     poll: Callable[[], None],
+    sharing: int = 1,
 ) -> None:
     """Run `body(config, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile.
 
@@ -57,7 +58,7 @@ def fit(
     """
     gpus = config.cluster.gpus_per_worker
     _check_room(stage, workers, gpus)
-    cpus = cores_each(workers)
+    cpus = cores_each(workers * sharing)
     work.mkdir(parents=True, exist_ok=True)
     for note in (DIVERGED, REFUSED):
         (work / note).unlink(missing_ok=True)

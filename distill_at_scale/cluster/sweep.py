@@ -1,0 +1,194 @@
+"""Trials on Ray Tune: several at a time, each of which distils on Ray Train and evaluates in Ray tasks.
+
+A trial itself takes no cores, so that its workers find some. What is tried, and what is finished, is decided before: Tune
+is given the numbers of the trials, and schedules them. With asha it also stops those whose evaluations on the way lag
+behind; finished trials then report theirs again, so that its comparison is whole after a restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command, which goes on when given again
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's files are our own
+os.environ.setdefault(
+    "TUNE_FORCE_TRIAL_CLEANUP_S", "10"
+)  # a stopped trial that does not end is killed, with its workers
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output has a table that verbose=0 does not silence
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # controls report nothing to the scheduler
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from distill_at_scale.cluster.executor import RayExecutor, absolute
+from distill_at_scale.cluster.pool import check_gpus, cores
+from distill_at_scale.cluster.session import Session, pack, unpack
+from distill_at_scale.config import Config, with_overrides
+from distill_at_scale.distill import step_count
+from distill_at_scale.errors import UserError
+from distill_at_scale.execution import Executor
+from distill_at_scale.rundir import RunDir
+
+Watch = Callable[[dict[str, Any]], None]
+Body = Callable[[Config, Executor, Watch | None], None]
+Done = Callable[[int, Mapping[str, Any] | None, str | None], None]
+TIME, METRIC, ENDED = "evaluations", "top1", "ended"  # keys of what a trial reports
+NO_CORES: dict[str, float] = {
+    "cpu": 0,
+    "memory": 1,
+}  # Ray refuses a request for nothing at all, so a trial asks for a byte
+OWN = ".tune"  # Tune's folder in the sweep's
+
+
+class TunedTrials:
+    """One Ray for the whole command; executors made meanwhile find it and leave it."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        self.config = config
+        self.session = Session(config.cluster, say)
+        for name in ("ray.tune", "ray.air"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def executor(self) -> Executor:
+        return RayExecutor(self.config, lambda text: None)
+
+    def check(self, config: Config) -> None:
+        check_gpus(config.cluster.gpus_per_worker)
+        concurrency(config)
+
+    def run(
+        self,
+        config: Config,
+        trials: Sequence[Config],
+        judged: Sequence[bool],
+        old: Sequence[bool],
+        body: Body,
+        done: Done,
+    ) -> None:
+        """Run `body` on each trial that is not old; judged ones report to asha's scheduler, old ones what they reported before.
+
+        Calls `done` with the number of a trial that ended, its last evaluation if the scheduler stopped it, and the error
+        if its process was lost.
+        """
+        root, at_once = Path(config.run.dir).expanduser().resolve(), concurrency(config)
+        shutil.rmtree(root / OWN, ignore_errors=True)
+        every = [_resolved(trial) for trial in trials]
+        tuner = tune.Tuner(
+            _trainable(every, judged, old, body, min(at_once, len(trials) - sum(old))),
+            param_space={"number": tune.grid_search(list(range(len(trials))))},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=at_once,
+                scheduler=scheduler(config),
+                reuse_actors=config.sweep.search != "asha",  # a trial that was stopped cannot hand its actor on
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=str(root / OWN),
+                failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
+                callbacks=[_Ended(done)],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+        shutil.rmtree(root / OWN, ignore_errors=True)
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def concurrency(config: Config) -> int:
+    """Trials at a time: sweep.concurrent, else as many as the cluster's cores and GPUs hold.
+
+    Raises UserError where the cluster cannot hold them.
+    """
+    workers, share, have = config.distill.workers, config.cluster.gpus_per_worker, cores()
+    gpus = ray.cluster_resources().get("GPU", 0)
+    room = min(have // workers, int(gpus / (workers * share)) if share else have)
+    asked = config.sweep.concurrent or 1
+    if asked > room:
+        what = f"{gpus:g} GPUs" if have // workers >= asked else f"{have} cores"
+        raise UserError(
+            f"{asked} {'trial' if asked == 1 else 'trials'} at a time with distill.workers = {workers} "
+            f"{f'and cluster.gpus_per_worker = {share:g} ' if share else ''}do not fit on the cluster's {what}; "
+            f"lower {'sweep.concurrent' if asked > 1 and room else 'distill.workers'}"
+        )
+    return config.sweep.concurrent or room
+
+
+def scheduler(config: Config) -> TrialScheduler:
+    """asha: time is the number of an evaluation on the way; a trial that reaches the last one is never stopped."""
+    if config.sweep.search != "asha":
+        return FIFOScheduler()
+    most = (step_count(config) - 1) // config.distill.evaluate_every
+    return ASHAScheduler(
+        TIME, METRIC, "max", max_t=max(most, config.sweep.grace), grace_period=config.sweep.grace,
+        reduction_factor=config.sweep.reduction, stop_last_trials=False,
+    )  # fmt: skip
+
+
+def _resolved(config: Config) -> Config:
+    """Trials start in other folders."""
+    return with_overrides(absolute(config), {"run.dir": str(Path(config.run.dir).expanduser().resolve())})
+
+
+def _trainable(configs: Sequence[Config], judged: Sequence[bool], old: Sequence[bool], body: Body, sharing: int) -> Any:
+    packed, here = ray.put([pack(config) for config in configs]), os.getcwd()
+
+    def trial(drawn: dict[str, Any]) -> dict[str, Any]:
+        number = drawn["number"]
+        with contextlib.suppress(OSError):  # Tune has moved to a folder of its own
+            os.chdir(here)
+        config = unpack(ray.get(packed)[number])
+        reporter = _Reporter(config) if judged[number] else None
+        if reporter is not None:
+            reporter.again(RunDir(config.run.dir) / "metrics.jsonl")
+        if not old[number]:
+            body(config, RayExecutor(config, lambda text: None, sharing), reporter)
+        return {ENDED: True}
+
+    return tune.with_resources(trial, NO_CORES)
+
+
+class _Reporter:
+    """Tells Tune of each evaluation on the way, once, and not of the one at the end."""
+
+    def __init__(self, config: Config):
+        self.every, self.step = config.distill.evaluate_every, 0
+
+    def again(self, log: Path) -> None:
+        """What an earlier command saw; the same steps would be evaluated alike again."""
+        for text in log.read_text().splitlines() if log.exists() else ():
+            with contextlib.suppress(ValueError):
+                self(json.loads(text))
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if METRIC in line and self.step < line["step"] < line["of"]:
+            self.step = line["step"]
+            tune.report({TIME: self.step // self.every, METRIC: line[METRIC], "step": self.step})
+
+
+class _Ended(tune.Callback):
+    """In the driver: how trials ended."""
+
+    def __init__(self, done: Done):
+        self.done = done
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps a copy of its callbacks; ours belongs to this process."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result or {}
+        self.done(trial.config["number"], last if METRIC in last and ENDED not in last else None, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        lines = str(trial.get_error() or "").strip().splitlines()
+        self.done(trial.config["number"], None, lines[-1] if lines else "its process was lost")

@@ -1,0 +1,212 @@
+"""The command `sweep`: ingest and scores once for all trials, the trials, and their table and page.
+
+Trials are points (`points.py`), so one that is finished is never done again, and one that was interrupted goes on. How
+they are run, several at a time or one after the other, is `Trials`' business. Left out: what is tried (`space.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from distill_at_scale import points, validate
+from distill_at_scale.config import Config
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.errors import UserError
+from distill_at_scale.execution import Executor, Local
+from distill_at_scale.points import Points, Watch
+from distill_at_scale.progress import Display
+from distill_at_scale.rundir import RunDir
+from distill_at_scale.studies.base import Outcome
+from distill_at_scale.sweep import checks, space, table
+from distill_at_scale.sweep.space import Trial
+
+PAGE = "distill_at_scale.sweep.page"
+Body = Callable[[Config, Executor, Watch | None], None]
+Last = Mapping[str, Any]  # step and top1 of an evaluation on the way
+Done = Callable[[int, Last | None, str | None], None]
+
+
+class Trials(Protocol):
+    """Where trials run."""
+
+    def executor(self) -> Executor:
+        """For what they share; others may be at work when it is made, and it leaves the cluster as it is."""
+
+    def check(self, config: Config) -> None:
+        """Raises UserError where more trials are wanted at a time than there is room for."""
+
+    def run(
+        self,
+        config: Config,
+        trials: Sequence[Config],
+        judged: Sequence[bool],
+        old: Sequence[bool],
+        body: Body,
+        done: Done,
+    ) -> None:
+        """Run `body` on every trial's configuration; one that fails or is lost does not end the others.
+
+        Trials that are `judged` may be given up by the scheduler of sweep.search = asha; `old` ones ended before and only
+        show it their evaluations again. `done` is called with the number of
+        a trial that ended, its last evaluation where it was given up, and the error where its process was lost.
+        """
+
+    def close(self) -> None:
+        """Give back what is held."""
+
+
+class OneByOne:
+    """Trials in this process."""
+
+    def executor(self) -> Executor:
+        return Local()
+
+    def check(self, config: Config) -> None:
+        pass
+
+    def run(
+        self,
+        config: Config,
+        trials: Sequence[Config],
+        judged: Sequence[bool],
+        old: Sequence[bool],
+        body: Body,
+        done: Done,
+    ) -> None:
+        for number, trial in enumerate(trials):
+            body(trial, self.executor(), None)
+            done(number, None, None)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial and the configuration of its point; trials of one point have the same."""
+
+    trial: Trial
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def outcome(self, search: str) -> Outcome | None:
+        """What came of it, if it needs no more work."""
+        finished = points.outcome_of(self.trial.point, self.folder)
+        if finished is None and search == "asha":
+            return points.stopped_of(self.trial.point, self.folder, self.config.distill.network)
+        return finished
+
+
+def run(config: Config, display: Display, connect: Callable[[], Trials]) -> pa.Table:
+    """Everything; returns the table, which is also in sweep.parquet.
+
+    Raises UserError for whatever can be known to be wrong before a trial starts, and where no trial succeeded.
+    """
+    checks.check_search(config)
+    base = RunDir(config.run.dir)
+    found = plan(config)
+    base.create()
+    with base.lock():
+        trials = connect()
+        try:
+            trials.check(config)
+            return Sweep(config, display, trials, found).run()
+        finally:
+            trials.close()
+
+
+def note(folder: Path, last: Last | None, error: str | None) -> None:
+    """Leave in a trial's folder how it ended, where it could not do so itself."""
+    if last is not None:
+        points.note_stop(folder, last["step"], last["top1"])
+    if error is not None:
+        points.note_failure(folder, error)
+
+
+def plan(config: Config) -> list[Planned]:
+    """All trials with their configurations, and every name in them resolved; nothing is read or written."""
+    where = Points(config, Local, Display.silent())
+    found = [Planned(trial, where.configured(trial.point)) for trial in space.trials(config)]
+    for planned in found:
+        validate.check_names(planned.config)
+        if config.sweep.search == "asha":
+            checks.check_asha(planned.config)
+    return found
+
+
+class Sweep:
+    """One command at work."""
+
+    def __init__(self, config: Config, display: Display, trials: Trials, planned: Sequence[Planned]):
+        self.config, self.display, self.trials, self.planned = config, display, trials, planned
+        self.points = Points(config, trials.executor, display)
+        self.root = self.points.root
+        self.jobs = list({planned.folder: planned for planned in planned}.values())  # one per point
+
+    def run(self) -> pa.Table:
+        self._check_data()
+        todo = [job for job in self.jobs if job.outcome(self.config.sweep.search) is None]
+        old = len(self.jobs) - len(todo)
+        self.display.say(f"sweep: {len(self.jobs)} trials" + (f", {old} of them finished before" if old else ""))
+        for job in todo:
+            self.points.stand(job.config, self.points.shared_by(job.config))
+        if todo:
+            self._try(todo)
+        return self._end()
+
+    def _check_data(self) -> None:
+        """Every trial against the data that it stands on, before anything is scored."""
+        seen: dict[Path, Prepared] = {}
+        for planned in self.planned:
+            folder = self.points.ingested(planned.config)
+            data = seen.setdefault(folder, Prepared(folder / "prepared"))
+            checks.check_trial(space.said(planned.trial), planned.config, data)
+
+    def _try(self, todo: Sequence[Planned]) -> None:
+        """Run what is not finished; with asha the finished ones come first, to be compared with again."""
+        asha = self.config.sweep.search == "asha"
+        jobs = [*(job for job in self.jobs if asha and job not in todo), *todo]
+        judged, old = [asha and job.trial.control is None for job in jobs], [job not in todo for job in jobs]
+        with self.display.meter("sweep", len(todo), "trials") as meter:
+
+            def done(number: int, last: Last | None, error: str | None) -> None:
+                if jobs[number] in todo:
+                    note(jobs[number].folder, last, error)
+                    self.publish()
+                    meter.advance(1, space.said(jobs[number].trial))
+
+            self.trials.run(self.config, [job.config for job in jobs], judged, old, points.attempt, done)
+
+    def publish(self) -> pa.Table:
+        """Write the table of all trials that ended so far."""
+        ended = [(planned, found) for planned in self.planned if (found := self._ended(planned)) is not None]
+        keys = list(space.dimensions(self.config))
+        made = table.make([(p.trial, found) for p, found in ended], [p.folder for p, _ in ended], keys)
+        table.write(made, self.root / "sweep.parquet")
+        return made
+
+    def _ended(self, planned: Planned) -> Outcome | str | None:
+        return planned.outcome(self.config.sweep.search) or points.failure_of(planned.folder)
+
+    def _end(self) -> pa.Table:
+        made = self.publish()
+        failed = [message for job in self.jobs if isinstance(message := self._ended(job), str)]
+        if len(failed) == len(self.jobs):
+            raise UserError(f"none of the {len(failed)} trials succeeded; the first failed with: {failed[0]}")
+        if failed:
+            self.display.say(f"  {len(failed)} of {len(self.jobs)} trials failed; the column error of "
+                             f"{self.root / 'sweep.parquet'} says why, and the same command tries them again")  # fmt: skip
+        if importlib.util.find_spec(PAGE) is not None:
+            page = importlib.import_module(PAGE).write(self.root, made, self.config)
+            self.display.say(f"  page: {page}")
+        return made

@@ -41,7 +41,7 @@ def study(context: Context) -> Finding:
     answer = (
         f"The criterion {name} {ANSWERS[verdict]} (Spearman {rho:+.2f}, p = {p:.2g}, {len(pairs)} distillations; "
         f"{spread(accuracies(strata[0]))} from the most useful of {len(strata)} strata, "
-        f"{spread(accuracies(strata[-1]))} from the least)."
+        f"{spread(accuracies(strata[-1]))} from the least; the best is stratum {means.index(max(means)) + 1})."
     )
     facts = {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": means.index(max(means))}
     return Finding(

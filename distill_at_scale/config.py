@@ -31,6 +31,8 @@ from distill_at_scale.sections import (
 )
 from distill_at_scale.study_sections import StudiesSection, SweepSection
 
+TRIED_TYPE = re.compile(r"\[|^constrained-|^str$")  # in the place of a problem: a type of several that a key may have
+
 
 class Config(Section):
     run: RunSection = RunSection()
@@ -207,7 +209,7 @@ def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
 
 def _key_of(place: tuple[str | int, ...]) -> str:
     """The dotted key of a problem's place; pydantic adds the names of tried types, which are left out."""
-    return ".".join(str(part) for part in place if str(part) not in ("str", "list[str]"))
+    return ".".join(str(part) for part in place if not TRIED_TYPE.search(str(part)))
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,46 +1,34 @@
 """The stages in order. Each reads one artefact and writes one, is skipped where its valid output is there, and resumes.
 
-This file says what a stage depends on (its fingerprint), what it calls and what it publishes; how the work is spread is
-the executor's business.
+This file says when a stage runs and what it depends on; what it calls and publishes is in `stages.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from distill_at_scale import distill, evaluate, fingerprints, preparation, report, synthetic, validate
+from distill_at_scale import distill, fingerprints, validate
 from distill_at_scale.config import Config
-from distill_at_scale.data import ingest, transforms
-from distill_at_scale.data.clips import decoders_for, named
-from distill_at_scale.data.merge import merge, unusable, write_rejected
+from distill_at_scale.data import ingest
+from distill_at_scale.data.merge import unusable, write_rejected
 from distill_at_scale.data.shards import Prepared
-from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import Unreachable
-from distill_at_scale.execution import Executor, score_piece
+from distill_at_scale.execution import Executor
 from distill_at_scale.plan import forecast, known
 from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
-from distill_at_scale.pruning import manifest, static, trust
-from distill_at_scale.pruning.ranking import columns_of
-from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
-from distill_at_scale.scoring import beside, imported, proxy, scorer
-from distill_at_scale.scoring import table as score_table
-from distill_at_scale.scoring.contract import criteria_of
+from distill_at_scale.rundir import STAGES, Inputs
+from distill_at_scale.scoring import imported
+from distill_at_scale.stages import Stages
 
 
-class Pipeline:
-    """One run: a configuration, its folder, an executor that is made when first needed, and a display.
-
-    `find_rate` decides select.keep: auto, once the scores are there.
-    """
+class Pipeline(Stages):
+    """One run; `find_rate` decides select.keep: auto, once the scores are there."""
 
     def __init__(
         self,
@@ -50,21 +38,8 @@ class Pipeline:
         find_rate: Callable[[Pipeline], float] | None = None,
         watch: Callable[[dict[str, Any]], None] | None = None,
     ):
-        self.config, self.display, self._make_executor = config, display, executor
-        self.asked, self._find_rate = config, find_rate
-        self.watch = watch  # called with every line of the distillation's log as it is written
-        self._executor: Executor | None = None
-        self.dir = RunDir(config.run.dir, config.run.reuse)
-
-    @cached_property
-    def environment(self) -> dict[str, Any]:
-        return environment()
-
-    @property
-    def executor(self) -> Executor:
-        if self._executor is None:
-            self._executor = self._make_executor()
-        return self._executor
+        super().__init__(config, executor, display, watch)
+        self._find_rate = find_rate
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
         """Run stages in order.
@@ -165,11 +140,6 @@ class Pipeline:
             found[stage] = record
         return found
 
-    def _say_plan(self, plan: ingest.Plan) -> None:
-        if self.config.data.frames:
-            self.display.say(f"  clips are decoded by {named(decoders_for(self.config.data))}")
-        self.display.say(validate.space(self.config, plan, shutil.disk_usage(self.dir.path).free))
-
     def _stage(self, stage: str) -> None:
         inputs = self.inputs(stage)
         if self.dir.valid(stage, inputs, redo=stage == "report"):
@@ -201,220 +171,7 @@ class Pipeline:
             return Inputs(config, record["content"])
         return Inputs(config, {"source": self.plan.source})
 
-    def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        validate.check_networks(self.config, validate.planned(self.config, self.plan))
-        imported.check(self.config, self.plan)
-        pieces = self.dir.work("ingest", inputs) / "pieces"
-        pieces.mkdir(exist_ok=True)
-        self._say_plan(self.plan)
-        self.plan = self.plan.on_disk(pieces)
-        chunks = self.plan.chunks(self.config.data.chunk)
-        with self.display.meter("decode", self.plan.samples, "samples") as meter:
-            self.executor.ingest(self.config, chunks, pieces, meter.advance)
-        meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data, self.config.run.seed)
-        if "transform" in meta:
-            self.display.say(f"  {transforms.sentence(meta)}")
-        if "decoders" in meta:
-            self.display.say("  " + ", ".join(f"{name} decoded {n} clips" for name, n in meta["decoders"].items()))
-        rejected = meta["rejected"]
-        if rejected:
-            listed = self.dir / "rejected.parquet"
-            self.display.say(f"  {rejected} of {self.plan.known} samples were rejected; see {listed}")
-        return [self.dir / "prepared", self.dir / "rejected.parquet"], {
-            "samples": sum(map(sum, meta["counts"].values())),
-            "rejected": rejected,
-        }
-
-    def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        data, score = Prepared(self.dir / "prepared"), self.config.score
-        validate.check_networks(self.config, data)
-        validate.check_weights(self.config, data)
-        scorer.check(self.config, data)
-        distill.check(self.config, data, data.counts("train"))  # what no selection can mend
-        beside.check(self.config, data)
-        if not criteria_of(score):
-            return self._write_unscored(data)
-        work, prepared = self.dir.work("score", inputs), self.dir / "prepared"
-        checkpoints, pieces = work / "proxies", work / "pieces"
-        began = time.perf_counter()
-        chunks = data.chunks("train")
-        pieces.mkdir(exist_ok=True)
-        paths = [score_piece(pieces, chunk) for chunk in chunks]
-        if score.weights is None and not all(path.exists() for path in paths):
-            self._train_proxies(data, prepared, checkpoints)
-        trained = time.perf_counter()
-        with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
-            self.executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
-        scored = time.perf_counter()
-        more = self._brought(data)
-        expected = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
-        written = score_table.write_scores(self.dir / "scores.parquet", paths, expected, self.config, more)
-        self._keep_proxies(checkpoints)
-        facts = {
-            "train_seconds": round(trained - began, 3),
-            "score_seconds": round(scored - trained, 3),
-            "mean_score": written["mean_score"],
-        }
-        self.display.say(f"  mean score {facts['mean_score']:.4f} over {written['rows']} samples")
-        return self._score_outputs(), facts
-
-    def _write_unscored(self, data: Prepared) -> tuple[list[Path], dict[str, Any]]:
-        """The table of samples where no criterion needs a checkpoint, so that no proxy is trained."""
-        more = self._brought(data)
-        rows = (data.read(chunk, columns=["sample_id", "label"]) for chunk in data.chunks("train"))
-        written = score_table.write_unscored(self.dir / "scores.parquet", rows, self.config, more)
-        self.display.say(f"  {written['rows']} samples; no criterion needs proxies, so none was trained")
-        return self._score_outputs(), {"mean_score": written["mean_score"]}
-
-    def _brought(self, data: Prepared) -> dict[str, Any]:
-        return beside.columns_of(self.config, self.dir, data, lambda: self.executor, self.display)
-
-    def _score_outputs(self) -> list[Path]:
-        return [self.dir / "scores.parquet", *beside.outputs(self.config, self.dir)]
-
-    def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
-        score = self.config.score
-        proxy.check_workers(data, score, self.config.run.seed)
-        with self.display.meter("proxies", score.trials * score.epochs, "epochs") as meter:
-            self.executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
-
-    def _keep_proxies(self, checkpoints: Path) -> None:
-        """Move the checkpoints beside the scores that were made with them."""
-        target = self.dir / "proxies"
-        if checkpoints.exists():
-            if target.exists():
-                shutil.rmtree(target)  # left by a score stage whose record the user removed
-            os.replace(checkpoints, target)
-
-    def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
-        about, criterion = score_table.facts(scores), columns_of(self.config.criterion)
-        low = {name: end == "low" for name, end in about["useful"].items()}
-        minimum, seed = self.config.min_per_class, self.config.select_seed
-        with manifest.writing(path) as out:
-            chosen = static.select(scores, out, self.config.select, criterion, low, minimum, seed)
-            distill.check(self.config, Prepared(self.dir / "prepared"), chosen["kept_per_class"])
-            chosen["warnings"] = self._doubts(criterion, about, chosen["reached"])
-            if self.asked.select.keep == "auto":
-                chosen["asked"] = {"keep": "auto", "found": self.config.select.rate}
-            out.facts = chosen | {"scores": self.dir.content("score"), "fingerprint": inputs.fingerprint}
-        self.display.say(f"  kept {chosen['kept']} of {chosen['of']} samples ({chosen['reached']:.4%})")
-        if raised := chosen["raised_to_minimum"]:
-            self.display.say(f"  {len(raised)} classes were raised to min_per_class = {minimum}")
-        for line in chosen["warnings"]:
-            self.display.say(f"  warning: {line}")
-        return [path], {key: chosen[key] for key in ("kept", "of", "reached")}
-
-    def _doubts(self, criterion: str | dict[str, float], about: dict[str, Any], kept: float) -> list[str]:
-        """What is known against a selection; see pruning/trust.py."""
-        names = [criterion] if isinstance(criterion, str) else list(criterion)
-        folders = [self.dir.path] if self.dir.reuse is None else [self.dir.path, self.dir.reuse.path]
-        sampled = trust.monte_carlo_facts(self.dir / "monte_carlo.parquet")
-        return trust.warnings(names, about, kept, trust.break_drop_of(folders), sampled)
-
-    def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        facts = manifest.facts(self.dir / "manifest.parquet")
-        data = Prepared(self.dir / "prepared")
-        validate.check_networks(self.config, data)
-        distill.check(self.config, data, facts["kept_per_class"])
-        work = self.dir.work("distill", inputs)
-        places = preparation.places_of(self.config, self.dir, work)
-        if reason := distill.runtime_of(self.config).get("reason"):
-            self.display.say(f"  runtime pruning is not applicable: {reason}; distilling without")
-        preparation.prepare(self.config, data, places, self.executor, self.display)
-        if places.state.exists():
-            self.display.say("  going on from the last checkpoint")
-        with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
-
-            def show(line: dict[str, Any]) -> None:
-                if "held" in line:
-                    self.display.say(f"  {line['held']}")
-                meter.advance(max(0, line["step"] - meter.done), _note(line))
-                if self.watch is not None:
-                    self.watch(line)
-
-            self.executor.distill(self.config, places, show)
-        result = synthetic.load(work / "synthetic")
-        records = {stage: self.dir.record(stage) or {} for stage in ("ingest", "score", "select")}
-        earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
-        result.card["fingerprints"] = {**earlier, "distill": inputs.fingerprint}
-        result.save(self.dir / "synthetic")
-        return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
-
-    def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        data = Prepared(self.dir / "prepared")
-        evaluate.need_test_split(data)
-        validate.check_networks(self.config, data)
-        finished = _Rows(self.dir.work("evaluate", inputs) / "rows.jsonl")
-        todo = [job for job in evaluate.jobs(self.config) if job not in finished.jobs]
-        folders = (self.dir / "prepared", self.dir / "synthetic", self.dir / "manifest.parquet")
-        with self.display.meter("evaluate", len(todo), "networks") as meter:
-
-            def done(row: dict[str, Any]) -> None:
-                finished.add(row)
-                meter.advance(1, f"{row['set']} {row['top1']:.3f}")
-
-            self.executor.evaluate(self.config, todo, folders, done)
-        order = {job: place for place, job in enumerate(evaluate.jobs(self.config))}
-        rows = sorted(finished.rows, key=lambda row: order[_job(row)])
-        path = self.dir / "evaluation.json"
-        write_json(path, {"rows": rows, "summary": evaluate.summarize(rows), "fingerprint": inputs.fingerprint})
-        return [path], {}
-
-    def _report(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        report.write(self.dir, self.config)
-        return [self.dir / "report.html"], {}
-
-    def _write_run_json(self) -> None:
-        stages = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
-        write_json(self.dir / "run.json", {"config": self._shown_config(), **self.environment, "seconds": stages})
-
-    def _shown_config(self) -> dict[str, Any]:
-        """The configuration without credentials that its paths may hold."""
-        values = self.asked.model_dump()
-        for key in ("path", "val_labels", "synsets"):
-            if values["data"][key] is not None:
-                values["data"][key] = shown(values["data"][key])
-        return values
-
 
 def decided(config: Config, rate: float) -> Config:
     """A configuration with select.keep: auto, as if the rate had been given."""
     return config.model_copy(update={"select": config.select.model_copy(update={"keep": rate})})
-
-
-class _Rows:
-    """The finished rows of an evaluation, kept as they come."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    self.rows.append(json.loads(line))
-                except ValueError:
-                    break  # a line cut short when the run was interrupted
-            write = "".join(json.dumps(row) + "\n" for row in self.rows)
-            path.write_text(write)
-
-    @property
-    def jobs(self) -> set[evaluate.Job]:
-        return {_job(row) for row in self.rows}
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        with open(self.path, "a") as log:
-            log.write(json.dumps(row) + "\n")
-
-
-def _job(row: dict[str, Any]) -> evaluate.Job:
-    return evaluate.Job(row["set"], row["network"], row["seed"])
-
-
-def _note(line: dict[str, Any]) -> str | None:
-    """What a line of the distillation's log says beside the step."""
-    if "loss" in line:
-        said = [f"loss {line['loss']:.4g}"]
-        said += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
-        return ", ".join([*said, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
-    return f"top-1 {line['top1']:.3f}" if "top1" in line else None

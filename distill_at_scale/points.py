@@ -125,7 +125,7 @@ class Points:
         return digest(own | {"shared": self._places(config)[1].name})[:16]
 
     def _pipeline(self, config: Config, folder: Path) -> Pipeline:
-        config = with_overrides(config, {"run.dir": str(folder), "run.reuse": None})
+        config = with_overrides(config, {"run.dir": str(folder)})  # with run.reuse: what another run has made of it
         return Pipeline(config, self.executor, self.display)
 
 

@@ -30,9 +30,19 @@ from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.static import RANDOM
 from distill_at_scale.rundir import STAGES, RunDir, digest, publish
+from distill_at_scale.scoring import table as score_table
 from distill_at_scale.synthetic import SyntheticSet
 
-PARTS = ("report.py", "wording.py", "figures.py", "pictures.py", "report.html.j2")
+PARTS = (
+    "report.py",
+    "wording.py",
+    "figures.py",
+    "pictures.py",
+    "report.html.j2",
+    "page.html.j2",
+    "style.html.j2",
+    "parts.html.j2",
+)
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
 REASONS, KINDS = 5, 12  # so many samples are listed one by one; of more, so many kinds of reasons
 VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # what differs between two reasons of one kind
@@ -201,8 +211,9 @@ def _scores(run: RunDir) -> tuple[Array, Array, str] | None:
     path = run / "scores.parquet"
     if not path.exists():
         return None
-    names, table = pq.read_schema(path).names, pq.read_table(path, columns=["label", "score"])
-    name = next((n for n in names if f"{n}_values" in names), "score")
+    table = pq.read_table(path, columns=["label", "score"])
+    about = score_table.facts(path)
+    name = next(iter(about.get("criteria") or about.get("useful", {})), "score")
     return table["label"].to_numpy(), table["score"].to_numpy(), name
 
 

@@ -95,7 +95,7 @@ class RunDir:
 
     def sweep(self) -> None:
         """Remove what a killed command left half-written; only to be called by the one that holds the lock."""
-        half = [".*.tmp", ".*.old", "stages/.*.tmp", "networks/*/.*.tmp", "networks/*/*/.*.tmp"]
+        half = [".*.tmp", ".*.old", "stages/.*.tmp", "networks/*/.*.tmp", "networks/*/*/.*.tmp", "monte_carlo/*/.*.tmp"]
         for left in [path for pattern in half for path in self.path.glob(pattern)]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 

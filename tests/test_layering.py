@@ -36,7 +36,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
         "report",
     },
     {"cluster"},
-    {"fingerprints", "preparation", "pipeline"},
+    {"fingerprints", "preparation", "stages", "pipeline"},
     {"points"},
     {"sweep", "auto"},
     {"cli"},

@@ -20,7 +20,9 @@ from distill_at_scale.plan.known import Facts
 from distill_at_scale.plan.machine import Layout, Spread
 from distill_at_scale.plan.memory import IDS, PROCESS, WITH_TORCH
 from distill_at_scale.plan.steps import Distilled, Stopwatch
+from distill_at_scale.pruning.ranking import RANDOM
 from distill_at_scale.scoring import proxy
+from distill_at_scale.scoring.contract import criteria_of, needed_epochs
 from distill_at_scale.students import TrainingProtocol
 
 RAY, POOL, TASKS, TRAIN = 12.0, 4.0, 5.0, 12.0  # seconds: Ray's start, an actor pool's, a first task's, a Train group's
@@ -75,6 +77,13 @@ class Planner:
         spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
         trials, epochs = score.checkpoints
         parts, sizes, side = {}, [], 1
+        criteria = criteria_of(score)
+        if not criteria:
+            note = ["scores that need no proxies are not foreseen"] if set(score.criteria) != {RANDOM} else []
+            return Estimate(
+                "score", {"write": facts.train * SELECT_EACH}, host=WITH_TORCH, disk=facts.train * IDS, notes=note
+            )
+        seen = trials * len(needed_epochs(criteria.values(), epochs))  # checkpoints that the pass looks through
         if score.weights is None:
             spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
             waves = trials if score.workers > 1 else spread.waves(trials)
@@ -85,13 +94,15 @@ class Planner:
             sizes.append((memory.of_proxy(self.config, spec, facts, device), spread.side_by_side))
         one = micro_steps.scoring(self.config, facts, device)
         side = max(1, min(self.layout.actors().side_by_side, -(-facts.train // self.config.data.chunk)))
-        parts["score"] = one.once + facts.train * trials * epochs * one.each / side
+        parts["score"] = one.once + facts.train * seen * one.each / side
         sizes.append((memory.of_scorer(self.config, spec, facts, device), side))
         (host, on_device), side = max(sizes, key=lambda size: sum(size[0]) * size[1])
         kept = 0 if score.weights else trials * epochs * memory.parameters(spec) * (2 if score.momentum else 1)
-        disk = facts.train * (IDS + 4 * (1 + trials * epochs)) + kept
+        disk = facts.train * (IDS + 4 * len(criteria) * (1 + seen)) + kept
+        beyond = [name for name in score.criteria if name not in ("loss", RANDOM)]
+        notes = [f"foreseen as for the criterion loss, without what {', '.join(beyond)} take more"] if beyond else []
         return Estimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
-                        self.layout.machines(side))  # fmt: skip
+                        self.layout.machines(side), notes)  # fmt: skip
 
     def select(self) -> Estimate:
         parts = {"select": SELECT_ONCE + self.facts.train * SELECT_EACH}

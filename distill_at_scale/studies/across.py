@@ -129,7 +129,7 @@ def _configured(context: Context, name: str, overrides: Mapping[str, Any]) -> Co
 
 
 def _unpruned(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {**overrides, **UNPRUNED, **UNCUT}
+    return {**overrides, **UNPRUNED}
 
 
 def _ours(overrides: Mapping[str, Any], rate: float) -> dict[str, Any]:

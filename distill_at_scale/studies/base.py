@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol
 
 from distill_at_scale.config import Config
 
-UNPRUNED: Mapping[str, Any] = {"select.keep": 1.0, "runtime.rule": "none"}
+UNPRUNED: Mapping[str, Any] = {
+    "select.keep": 1.0, "select.per_class": None, "select.stratum_start": 0.0, "runtime.rule": "none",
+}  # fmt: skip
 RANDOM: Mapping[str, Any] = {"select.criterion": "random"}
 
 

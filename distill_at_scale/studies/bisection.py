@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill_at_scale.studies.base import Context, Outcome, Point
-from distill_at_scale.studies.comparison import FULL, Level, accuracies
+from distill_at_scale.studies.base import UNPRUNED, Context, Outcome, Point
+from distill_at_scale.studies.comparison import Level, accuracies
 
 CLOSE = 1.05  # neighbouring rates within this factor are not told apart
 LEAST_UNPRUNED = 3  # distillations behind the deviation
@@ -102,7 +102,7 @@ class Search:
 
     def run(self) -> Found:
         repetitions = max(LEAST_UNPRUNED, self.seeds)
-        whole, low = self.context.points(FULL, repetitions), self._points(self.lowest)
+        whole, low = self.context.points(UNPRUNED, repetitions), self._points(self.lowest)
         outcomes = self.context.runner.run([*whole, *low])
         self.level = Level(accuracies(outcomes[:repetitions]), self.tolerance)
         self.tried = {1.0: Rate(1.0, outcomes[:repetitions], self.level)}

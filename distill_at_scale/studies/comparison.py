@@ -17,11 +17,10 @@ from scipy.stats import spearmanr, t
 
 from distill_at_scale.errors import UserError
 from distill_at_scale.scoring import table as score_table
-from distill_at_scale.studies.base import UNPRUNED, Context, Outcome, mean_and_std
+from distill_at_scale.studies.base import Context, Outcome, mean_and_std
 
 CERTAIN = 0.95  # of intervals
 SIGNIFICANT = 0.05
-FULL: Mapping[str, Any] = {**UNPRUNED, "select.per_class": None, "select.stratum_start": 0.0}
 STATIC: Mapping[str, Any] = {"runtime.rule": "none", "select.per_class": None, "select.stratum_start": 0.0}
 
 
@@ -107,7 +106,7 @@ def criterion_of(context: Context) -> tuple[str, str]:
     """What the criterion of the configuration is called, and which end of it is useful: low or high."""
     chosen = context.config.criterion
     if not isinstance(chosen, str):
-        return " + ".join(f"{weight:g} {name}" for name, weight in chosen.items()), "high"
+        return " + ".join(f"{weight:g} {name}" for name, weight in chosen.items()), "low"
     column = chosen.rpartition(":")[2]
     useful = score_table.facts(context.runner.shared({}) / "scores.parquet")["useful"]
     return column, useful.get(column, "low")

@@ -27,7 +27,6 @@ from distill_at_scale.studies.base import UNPRUNED, Context, Outcome, Point
 STAGES = 4
 FIRST = 0.01  # of all steps
 READ_BYTES = 32 * 2**20  # of samples in memory at once
-WHOLE = {**UNPRUNED, "select.per_class": None, "select.stratum_start": 0.0}
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +50,7 @@ def stages(config: Config) -> list[int]:
 
 
 def points(context: Context) -> list[Point]:
-    overrides = {**context.overrides, **WHOLE}
+    overrides = {**context.overrides, **UNPRUNED}
     return [Point({**overrides, "distill.steps": step}) for step in stages(context.config)]
 
 

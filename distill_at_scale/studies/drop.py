@@ -10,9 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.studies.base import RANDOM, Context, Finding, Plot, Series, mean_and_std
+from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Plot, Series, mean_and_std
 from distill_at_scale.studies.comparison import (
-    FULL,
     STATIC,
     Difference,
     accuracies,
@@ -56,7 +55,7 @@ def study(context: Context) -> Finding:
 def _tried(context: Context, share: float) -> dict[str, list[float]]:
     """Accuracies by way of dropping, and unpruned."""
     cut = {**STATIC, "select.scope": "class", "select.keep": round(1 - share, 10)}
-    points = {"unpruned": context.points(FULL)}
+    points = {"unpruned": context.points(UNPRUNED)}
     points |= {way: context.points({**cut, **overrides}) for way, overrides in WAYS.items()}
     outcomes = iter(context.runner.run(list(itertools.chain(*points.values()))))
     return {way: accuracies([next(outcomes) for _ in part]) for way, part in points.items()}

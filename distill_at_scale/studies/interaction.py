@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.errors import UserError
-from distill_at_scale.studies.base import Context, Finding, Outcome, Plot, Series, mean_and_std
+from distill_at_scale.studies.base import UNPRUNED, Context, Finding, Outcome, Plot, Series, mean_and_std
 from distill_at_scale.studies.comparison import (
-    FULL,
     STATIC,
     Difference,
     Level,
@@ -64,7 +63,7 @@ def _checked(drops: Sequence[float]) -> list[float]:
 def _tried(context: Context, drops: Sequence[float]) -> tuple[list[Outcome], list[list[Outcome]]]:
     """Unpruned outcomes, and those of every drop rate."""
     cut = {**STATIC, "select.scope": "class", "select.order": "useful"}
-    parts = [context.points(FULL)]
+    parts = [context.points(UNPRUNED)]
     parts += [context.points({**cut, "select.keep": round(1 - drop, 10)}) for drop in drops]
     found = iter(context.runner.run(list(itertools.chain(*parts))))
     whole, *tried = [[next(found) for _ in part] for part in parts]

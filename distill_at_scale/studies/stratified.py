@@ -11,9 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from distill_at_scale.studies.base import Context, Finding, Outcome, Plot, Series, mean_and_std
+from distill_at_scale.studies.base import UNPRUNED, Context, Finding, Outcome, Plot, Series, mean_and_std
 from distill_at_scale.studies.comparison import (
-    FULL,
     SIGNIFICANT,
     STATIC,
     accuracies,
@@ -32,7 +31,7 @@ ANSWERS = {
 
 def study(context: Context) -> Finding:
     strata = _strata(context, context.config.studies.stratified.strata)
-    whole = accuracies(context.runner.run(context.points(FULL)))
+    whole = accuracies(context.runner.run(context.points(UNPRUNED)))
     pairs = [(k, value) for k, outcomes in enumerate(strata) for value in accuracies(outcomes)]
     rho, p = rank_correlation([float(k) for k, _ in pairs], [value for _, value in pairs])
     name, useful = criterion_of(context)

@@ -10,11 +10,8 @@ points are tried (`points.py`) and how findings look (`page.py`).
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import RunDir, digest, publish, write_json
-from distill_at_scale.studies import STUDIES
-from distill_at_scale.studies.base import Context, Finding, Plot, Runner, Series
+from distill_at_scale.studies import STUDIES, findings, page
+from distill_at_scale.studies.base import Context, Finding, Runner
 
 MADE_WITH = "made_with"
 NOT_OF_FINDINGS = ("run", "cluster", "sweep", "studies")
@@ -33,7 +30,7 @@ OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that count for e
 
 
 def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Finding]:
-    """All findings, in the order of `studies.run`; the page is written where there is one to write it.
+    """All findings, in the order of `studies.run`, and the page of them.
 
     Raises UserError for a study that is not there, before anything starts, and for whatever stops a point.
     """
@@ -41,12 +38,12 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
         raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
     folder = Path(config.run.dir).expanduser()
     scores = RunDir(runner.shared({})).content("score")
-    context, findings = Context(config, runner, say), []
+    context, every = Context(config, runner, say), []
     for name in config.studies.run:
-        findings.append(_found(context, name, folder / "studies" / f"{name}.json", _made_with(config, name, scores)))
-    write_table(folder / "studies" / "studies.parquet", findings)
-    _write_page(folder, findings, config)
-    return findings
+        every.append(_found(context, name, folder / "studies" / f"{name}.json", _made_with(config, name, scores)))
+    write_table(folder / "studies" / "studies.parquet", every)
+    page.write(folder, every, config)
+    return every
 
 
 def _found(context: Context, name: str, path: Path, made_with: str) -> Finding:
@@ -55,33 +52,27 @@ def _found(context: Context, name: str, path: Path, made_with: str) -> Finding:
         return finding
     context.say(f"study {name}: started")
     finding = STUDIES[name](context)
-    write_json(path, {**_plain(asdict(finding)), MADE_WITH: made_with})
+    write_json(path, {**findings.to_json(finding), MADE_WITH: made_with})
     context.say(f"study {name}: {finding.answer}")
     return finding
 
 
-def read(path: Path, made_with: str | None = None) -> Finding | None:
+def read(path: Path, made_with: str) -> Finding | None:
     """A finding from its file; None where there is none, or one that was made with something else.
 
     Raises UserError where the file is damaged.
     """
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text())
-        if values.pop(MADE_WITH, None) != made_with and made_with is not None:
-            return None
-        plots = [
-            Plot(**{**plot, "series": [Series(**series) for series in plot["series"]]}) for plot in values["plots"]
-        ]
-        return Finding(**{**values, "plots": plots})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to make the study again") from None
+    finding, facts = findings.read(path), json.loads(path.read_text())
+    return finding if facts.get(MADE_WITH) == made_with else None
 
 
-def write_table(path: Path, findings: Sequence[Finding]) -> None:
+def write_table(path: Path, every: Sequence[Finding]) -> None:
     """One row per figure: study, number of the row, and the columns of all studies; columns of mixed kinds become text."""
-    rows = [{"study": f.study, "row": number, **_plain(row)} for f in findings for number, row in enumerate(f.rows)]
+    rows = [
+        {"study": f.study, "row": number, **findings.plain(row)} for f in every for number, row in enumerate(f.rows)
+    ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
     with publish(path) as temporary:
@@ -104,20 +95,3 @@ def _made_with(config: Config, name: str, scores: str) -> str:
     shared = {key: getattr(config.studies, key) for key in OF_ALL}
     own = getattr(config.studies, name).model_dump()
     return digest({**values, "data.path": None, "seed": config.run.seed, "scores": scores, "all": shared, "own": own})
-
-
-def _write_page(folder: Path, findings: Sequence[Finding], config: Config) -> None:
-    if importlib.util.find_spec("distill_at_scale.studies.page") is not None:
-        page = importlib.import_module("distill_at_scale.studies.page")
-        page.write(folder, findings, config)
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: numbers of numpy as Python's, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -6,8 +6,6 @@ they are run, several at a time or one after the other, is `Trials`' business. L
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +22,9 @@ from distill_at_scale.points import Points, Watch
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.studies.base import Outcome
-from distill_at_scale.sweep import checks, space, table
+from distill_at_scale.sweep import checks, page, space, table
 from distill_at_scale.sweep.space import Trial
 
-PAGE = "distill_at_scale.sweep.page"
 Body = Callable[[Config, Executor, Watch | None], None]
 Last = Mapping[str, Any]  # step and top1 of an evaluation on the way
 Done = Callable[[int, Last | None, str | None], None]
@@ -206,7 +203,5 @@ class Sweep:
         if failed:
             self.display.say(f"  {len(failed)} of {len(self.jobs)} trials failed; the column error of "
                              f"{self.root / 'sweep.parquet'} says why, and the same command tries them again")  # fmt: skip
-        if importlib.util.find_spec(PAGE) is not None:
-            page = importlib.import_module(PAGE).write(self.root, made, self.config)
-            self.display.say(f"  page: {page}")
+        self.display.say(f"  page: {page.write(self.root, made, self.config)}")
         return made

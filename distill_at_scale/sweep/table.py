@@ -28,7 +28,8 @@ AFTER = [
     ("control", pa.string()), ("set", pa.string()), ("network", pa.string()), ("mean", pa.float64()),
     ("std", pa.float64()), ("n", pa.int64()), ("kept", pa.int64()), ("of", pa.int64()),
     ("select_seconds", pa.float64()), ("distill_seconds", pa.float64()), ("evaluate_seconds", pa.float64()),
-    ("shared_seconds", pa.float64()), ("seconds", pa.float64()), ("stopped", pa.int64()), ("error", pa.string()),
+    ("ingest_seconds", pa.float64()), ("score_seconds", pa.float64()), ("shared_seconds", pa.float64()),
+    ("seconds", pa.float64()), ("stopped", pa.int64()), ("error", pa.string()),
 ]  # fmt: skip
 RANDOM_REAL = "random_real"
 
@@ -67,7 +68,7 @@ def _rows(trial: Trial, found: Outcome | str, name: str) -> Iterator[dict[str, A
 
 def _seconds(by_stage: Mapping[str, float]) -> dict[str, float | None]:
     own = ("select", "distill", "evaluate")
-    found: dict[str, float | None] = {f"{stage}_seconds": by_stage.get(stage) for stage in own}
+    found: dict[str, float | None] = {f"{s}_seconds": by_stage.get(s) for s in (*own, "ingest", "score")}
     shared = by_stage.get("ingest", 0.0) + by_stage.get("score", 0.0)
     return found | {"shared_seconds": shared, "seconds": sum(by_stage.get(stage, 0.0) for stage in own)}
 

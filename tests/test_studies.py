@@ -271,7 +271,7 @@ def test_another_tolerance_makes_a_study_again(runner):
 def test_a_damaged_finding_is_named(tmp_path, runner):
     suite.run(runner.config, runner, lambda line: None)
     (tmp_path / "run" / "studies" / "drop.json").write_text("{")
-    with pytest.raises(UserError, match=r"drop\.json is damaged"):
+    with pytest.raises(UserError, match=r"drop\.json is no finding"):
         suite.run(runner.config, runner, lambda line: None)
 
 

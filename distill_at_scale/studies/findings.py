@@ -47,10 +47,10 @@ def to_json(finding: Finding) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any]) -> Finding:
     """A finding from what `to_json` made; in plots, None is NaN again.
 
-    Raises KeyError or TypeError where a field is missing or unknown.
+    Other keys are passed over. Raises KeyError or TypeError where a field is missing.
     """
-    plots = [_plot(plot) for plot in values["plots"]]
-    return Finding(**{**values, "plots": plots})
+    known = {field.name: values[field.name] for field in dataclasses.fields(Finding) if field.name in values}
+    return Finding(**{**known, "plots": [_plot(plot) for plot in values["plots"]]})
 
 
 def _plot(values: Mapping[str, Any]) -> Plot:

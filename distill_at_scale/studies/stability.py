@@ -197,6 +197,13 @@ def _epochs(base: _Base) -> _Part:
     return _Part(answer, rows, [plot], {"first_epoch_agreement": line[0], "epochs_with_last": line})
 
 
+def _scored_by(base: _Base, network: str) -> dict[str, Any]:
+    """The same criterion under another network, and no other criteria."""
+    config = base.context.config
+    names = [name for name in config.score.criteria if name.rpartition(":")[2] == base.column]
+    return {"score.network": network} | ({"score.criterion": names} if names else {})
+
+
 def _networks(base: _Base) -> _Part:
     """The base's network with each of studies.stability.networks."""
     config, names, score = base.context.config, [], [base.score]
@@ -204,7 +211,7 @@ def _networks(base: _Base) -> _Part:
         if name == config.score.network or name in names:
             continue
         base.context.say(f"stability: scores under {name}")
-        other = Scores(base.context.runner.shared({"score.network": name}) / "scores.parquet")
+        other = Scores(base.context.runner.shared(_scored_by(base, name)) / "scores.parquet")
         if base.column not in other.columns or other.file.metadata.num_rows != base.drawn.of:
             raise UserError(f"{other.path} has not the scores of the same samples; remove its folder and run again")
         names.append(name)

@@ -125,7 +125,8 @@ class Points:
         return digest(own | {"shared": self._places(config)[1].name})[:16]
 
     def _pipeline(self, config: Config, folder: Path) -> Pipeline:
-        config = with_overrides(config, {"run.dir": str(folder)})  # with run.reuse: what another run has made of it
+        own = {"run.dir": str(folder), "run.reuse": self.config.run.reuse}  # taken over where another run has made it
+        config = with_overrides(config, own)
         return Pipeline(config, self.executor, self.display)
 
 

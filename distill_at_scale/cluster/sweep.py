@@ -83,7 +83,7 @@ class TunedTrials:
         every = [_resolved(trial) for trial in trials]
         stops = f"given-up-{uuid.uuid4().hex}"
         keep = (
-            _Stops.options(name=stops).remote() if config.sweep.search == "asha" else None
+            ray.remote(_Stops).options(name=stops, num_cpus=0).remote() if config.sweep.search == "asha" else None
         )  # ends with this reference
         tuner = tune.Tuner(
             _trainable(every, judged, old, body, min(at_once, len(trials) - sum(old)), stops),
@@ -128,7 +128,6 @@ def concurrency(config: Config) -> int:
     return config.sweep.concurrent or room
 
 
-@ray.remote(num_cpus=0)
 class _Stops:
     """The trials that the scheduler gave up."""
 

@@ -156,13 +156,13 @@ def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], work: Path) ->
     """
     problem: list[BaseException] = []
 
-    def work() -> None:
+    def train() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             problem.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=train, daemon=True)
     thread.start()
     try:
         while thread.is_alive():

@@ -96,7 +96,7 @@ class RunDir:
     def wait(self, seconds: float) -> None:
         """Until no command works in the folder, so long at most."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while self.path.is_dir() and time.monotonic() < until:
             with contextlib.suppress(UserError), self.lock():
                 return
             time.sleep(0.2)

@@ -11,10 +11,10 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
-import ray.util
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from distill_at_scale.cluster.pool import cores, cores_each
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
@@ -127,7 +127,7 @@ def _check_room(stage: str, workers: int, gpus: float) -> None:
 
 
 def _note_group(work: Path) -> None:
-    group = ray.util.get_current_placement_group()
+    group = get_current_placement_group()
     if group is not None:
         (work / GROUP).write_text(group.id.hex())
 
@@ -139,7 +139,7 @@ def release(work: Path) -> None:
     """
     if (work / GROUP).exists():
         found = ray.PlacementGroupID(bytes.fromhex((work / GROUP).read_text()))
-        ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(found))
+        remove_placement_group(PlacementGroup(found))
         (work / GROUP).unlink(missing_ok=True)
 
 

@@ -135,7 +135,7 @@ def _note_group(work: Path) -> None:
 def release(work: Path) -> None:
     """Give back the cores that workers of an earlier run in this folder may hold, and end them.
 
-    Ray Train's own cleaner of what a lost run has reserved asks the dashboard, and dies where there is none.
+    Ray Train's own cleaner of what a lost run reserved asks Ray's state API, and dies where that fails, as it does in our Ray.
     """
     if (work / GROUP).exists():
         found = ray.PlacementGroupID(bytes.fromhex((work / GROUP).read_text()))

@@ -135,7 +135,8 @@ def _note_group(work: Path) -> None:
 def release(work: Path) -> None:
     """Give back the cores that workers of an earlier run in this folder may hold, and end them.
 
-    Ray Train's own cleaner of what a lost run reserved asks Ray's state API, and dies where that fails, as it does in our Ray.
+    Ray Train's own cleaner of what a lost run reserved asks Ray's state API, and dies where
+    that fails, as it does in the Ray that we start.
     """
     if (work / GROUP).exists():
         found = ray.PlacementGroupID(bytes.fromhex((work / GROUP).read_text()))

@@ -9,6 +9,10 @@ class Unreachable(UserError):
     """The source cannot be reached or read now: no such folder or bucket, no permission, or no network."""
 
 
+class GivenUp(BaseException):
+    """A scheduler gave a distillation up, which is no failure: it passes by whatever notes errors."""
+
+
 class DistillationDiverged(UserError):
     """A loss became NaN or infinite; the last good state is kept on disk. `visit` orders several within one step."""
 

@@ -39,6 +39,7 @@ NOT_OF_POINTS = (
     "studies",
 )  # sections that its id leaves out or takes apart
 STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
+PATIENCE = 20  # seconds in which the process of a killed sweep, which held a point's folder, is gone
 MakeExecutor = Callable[[], Executor]
 Watch = Callable[[dict[str, Any]], None]  # takes every line of a distillation's log as it is written
 
@@ -227,6 +228,7 @@ def attempt(config: Config, executor: Executor, watch: Watch | None = None) -> N
     """carry_out, but an error is noted in the point's folder instead of raised, so that other points go on."""
     run = RunDir(config.run.dir)
     (run / FAILED).unlink(missing_ok=True)
+    run.wait(PATIENCE)
     try:
         carry_out(config, executor, watch)
         (run / STOPPED).unlink(missing_ok=True)

@@ -93,6 +93,14 @@ class RunDir:
                 ) from None
             yield
 
+    def wait(self, seconds: float) -> None:
+        """Until no command works in the folder, so long at most."""
+        until = time.monotonic() + seconds
+        while self.path.is_dir() and time.monotonic() < until:
+            with contextlib.suppress(UserError), self.lock():
+                return
+            time.sleep(0.2)
+
     def sweep(self) -> None:
         """Remove what a killed command left half-written; only to be called by the one that holds the lock."""
         half = [".*.tmp", ".*.old", "stages/.*.tmp", "networks/*/.*.tmp", "networks/*/*/.*.tmp", "monte_carlo/*/.*.tmp"]

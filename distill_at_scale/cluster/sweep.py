@@ -1,8 +1,9 @@
 """Trials on Ray Tune: several at a time, each of which distils on Ray Train and evaluates in Ray tasks.
 
 A trial itself takes no cores, so that its workers find some. What is tried, and what is finished, is decided before: Tune
-is given the numbers of the trials, and schedules them. With asha it also stops those whose evaluations on the way lag
-behind; finished trials then report theirs again, so that its comparison is whole after a restart.
+is given the numbers of the trials, and schedules them. With asha it also gives up those whose evaluations on the way lag
+behind; finished trials then report theirs again, so that its comparison is whole after a restart. Tune itself stops none:
+it would end the trial's process, while Ray Train's run in it would keep its cores. A trial asks, and ends its run itself.
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command, which goes on when given again
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's files are our own
-os.environ.setdefault(
-    "TUNE_FORCE_TRIAL_CLEANUP_S", "10"
-)  # a stopped trial that does not end is killed, with its workers
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output has a table that verbose=0 does not silence
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # controls report nothing to the scheduler
 
@@ -31,16 +30,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from distill_at_scale.cluster.executor import RayExecutor, absolute
 from distill_at_scale.cluster.pool import check_gpus, cores
 from distill_at_scale.cluster.session import Session, pack, unpack
+from distill_at_scale.cluster.training import release_all
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.distill import step_count
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import GivenUp, UserError
 from distill_at_scale.execution import Executor
 from distill_at_scale.rundir import RunDir
 
 Watch = Callable[[dict[str, Any]], None]
 Body = Callable[[Config, Executor, Watch | None], None]
 Done = Callable[[int, Mapping[str, Any] | None, str | None], None]
-TIME, METRIC, ENDED = "evaluations", "top1", "ended"  # keys of what a trial reports
+TIME, METRIC, ENDED, GIVEN_UP = "evaluations", "top1", "ended", "given_up"  # keys of what a trial reports
 NO_CORES: dict[str, float] = {
     "cpu": 0,
     "memory": 1,
@@ -81,23 +81,28 @@ class TunedTrials:
         root, at_once = Path(config.run.dir).expanduser().resolve(), concurrency(config)
         shutil.rmtree(root / OWN, ignore_errors=True)
         every = [_resolved(trial) for trial in trials]
+        stops = f"given-up-{uuid.uuid4().hex}"
+        keep = (
+            ray.remote(_Stops).options(name=stops, num_cpus=0).remote() if config.sweep.search == "asha" else None
+        )  # ends with this reference
         tuner = tune.Tuner(
-            _trainable(every, judged, old, body, min(at_once, len(trials) - sum(old))),
+            _trainable(every, judged, old, body, min(at_once, len(trials) - sum(old)), stops),
             param_space={"number": tune.grid_search(list(range(len(trials))))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
-                scheduler=scheduler(config),
-                reuse_actors=config.sweep.search != "asha",  # a trial that was stopped cannot hand its actor on
+                scheduler=scheduler(config, stops),
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="trials",
                 storage_path=str(root / OWN),
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-                callbacks=[_Ended(done)],
+                callbacks=[_Ended(done, [Path(trial.run.dir) for trial in every])],
                 verbose=0,
             ),
         )
         tuner.fit()
+        del keep
         shutil.rmtree(root / OWN, ignore_errors=True)
 
     def close(self) -> None:
@@ -123,13 +128,39 @@ def concurrency(config: Config) -> int:
     return config.sweep.concurrent or room
 
 
-def scheduler(config: Config) -> TrialScheduler:
+class _Stops:
+    """The trials that the scheduler gave up."""
+
+    def __init__(self) -> None:
+        self.numbers: set[int] = set()
+
+    def add(self, number: int) -> None:
+        self.numbers.add(number)
+
+    def has(self, number: int) -> bool:
+        return number in self.numbers
+
+
+class _Asha(ASHAScheduler):
+    """Says which trials to give up instead of stopping them; a trial goes on only after its report was judged."""
+
+    def __init__(self, stops: str, **options: Any):
+        super().__init__(TIME, METRIC, "max", **options)
+        self.stops = stops
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+            ray.get(ray.get_actor(self.stops).add.remote(trial.config["number"]))
+        return TrialScheduler.CONTINUE
+
+
+def scheduler(config: Config, stops: str) -> TrialScheduler:
     """asha: time is the number of an evaluation on the way; a trial that reaches the last one is never stopped."""
     if config.sweep.search != "asha":
         return FIFOScheduler()
     most = (step_count(config) - 1) // config.distill.evaluate_every
-    return ASHAScheduler(
-        TIME, METRIC, "max", max_t=max(most, config.sweep.grace), grace_period=config.sweep.grace,
+    return _Asha(
+        stops, max_t=max(most, config.sweep.grace), grace_period=config.sweep.grace,
         reduction_factor=config.sweep.reduction, stop_last_trials=False,
     )  # fmt: skip
 
@@ -139,7 +170,9 @@ def _resolved(config: Config) -> Config:
     return with_overrides(absolute(config), {"run.dir": str(Path(config.run.dir).expanduser().resolve())})
 
 
-def _trainable(configs: Sequence[Config], judged: Sequence[bool], old: Sequence[bool], body: Body, sharing: int) -> Any:
+def _trainable(
+    configs: Sequence[Config], judged: Sequence[bool], old: Sequence[bool], body: Body, sharing: int, stops: str
+) -> Any:
     packed, here = ray.put([pack(config) for config in configs]), os.getcwd()
 
     def trial(drawn: dict[str, Any]) -> dict[str, Any]:
@@ -147,21 +180,29 @@ def _trainable(configs: Sequence[Config], judged: Sequence[bool], old: Sequence[
         with contextlib.suppress(OSError):  # Tune has moved to a folder of its own
             os.chdir(here)
         config = unpack(ray.get(packed)[number])
-        reporter = _Reporter(config) if judged[number] else None
-        if reporter is not None:
-            reporter.again(RunDir(config.run.dir) / "metrics.jsonl")
-        if not old[number]:
-            body(config, RayExecutor(config, lambda text: None, sharing), reporter)
+        asked = None if old[number] else stops
+        reporter = _Reporter(config, number, asked) if judged[number] else None
+        try:
+            if reporter is not None:
+                reporter.again(RunDir(config.run.dir) / "metrics.jsonl")
+            if not old[number]:
+                body(config, RayExecutor(config, lambda text: None, sharing), reporter)
+        except GivenUp:
+            return {ENDED: True, GIVEN_UP: reporter.last if reporter else None}
         return {ENDED: True}
 
     return tune.with_resources(trial, NO_CORES)
 
 
 class _Reporter:
-    """Tells Tune of each evaluation on the way, once, and not of the one at the end."""
+    """Tells Tune of each evaluation on the way, once, and not of the one at the end.
 
-    def __init__(self, config: Config):
-        self.every, self.step = config.distill.evaluate_every, 0
+    Raises GivenUp where the scheduler then gives the trial up; `stops` is the actor that knows, None for trials that ended.
+    """
+
+    def __init__(self, config: Config, number: int, stops: str | None):
+        self.every, self.number, self.stops = config.distill.evaluate_every, number, stops
+        self.step, self.last = 0, dict[str, Any]()
 
     def again(self, log: Path) -> None:
         """What an earlier command saw; the same steps would be evaluated alike again."""
@@ -172,23 +213,26 @@ class _Reporter:
     def __call__(self, line: dict[str, Any]) -> None:
         if METRIC in line and self.step < line["step"] < line["of"]:
             self.step = line["step"]
-            tune.report({TIME: self.step // self.every, METRIC: line[METRIC], "step": self.step})
+            self.last = {METRIC: line[METRIC], "step": self.step}
+            tune.report({TIME: self.step // self.every, **self.last})
+            if self.stops and ray.get(ray.get_actor(self.stops).has.remote(self.number)):
+                raise GivenUp
 
 
 class _Ended(tune.Callback):
     """In the driver: how trials ended."""
 
-    def __init__(self, done: Done):
-        self.done = done
+    def __init__(self, done: Done, folders: Sequence[Path]):
+        self.done, self.folders = done, folders
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a copy of its callbacks; ours belongs to this process."""
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result or {}
-        self.done(trial.config["number"], last if METRIC in last and ENDED not in last else None, None)
+        self.done(trial.config["number"], (trial.last_result or {}).get(GIVEN_UP), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        release_all(self.folders[trial.config["number"]])  # its process is gone, and may have left its workers' cores
         lines = str(trial.get_error() or "").strip().splitlines()
         self.done(trial.config["number"], None, lines[-1] if lines else "its process was lost")

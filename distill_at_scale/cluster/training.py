@@ -14,16 +14,19 @@ import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from distill_at_scale.cluster.pool import cores, cores_each
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places
-from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.errors import DistillationDiverged, GivenUp, UserError
 from distill_at_scale.execution import Report, run_distillation
 
 Body = Callable[[Config, dict[str, Any]], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
+GROUP = "placement_group.txt"  # note of what the workers hold
+LEAVING = 120  # seconds that a run which was given up may take to end
 POLL = 0.3  # seconds between two looks at the log
 
 
@@ -54,12 +57,14 @@ def fit(
 ) -> None:
     """Run `body(config, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile.
 
-    Raises UserError where they cannot be placed, and what a user must mend as it was raised.
+    Raises UserError where they cannot be placed, and what a user must mend as it was raised. Where `poll` raises GivenUp the
+    workers end before that is raised here.
     """
     gpus = config.cluster.gpus_per_worker
     _check_room(stage, workers, gpus)
     cpus = cores_each(workers * sharing)
     work.mkdir(parents=True, exist_ok=True)
+    release(work)
     for note in (DIVERGED, REFUSED):
         (work / note).unlink(missing_ok=True)
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
@@ -77,7 +82,7 @@ def fit(
     )
     try:
         with plain_errors():
-            _in_a_thread(trainer, poll)
+            _in_a_thread(trainer, poll, work)
     except Exception:
         if not (work / REFUSED).exists():
             raise
@@ -95,6 +100,8 @@ def _worker(loop: dict[str, Any]) -> None:
     """
     torch.set_num_threads(loop["cpus"])
     work = Path(loop["work"])
+    if ray.train.get_context().get_world_rank() == 0:
+        _note_group(work)
     if (work / REFUSED).exists():
         return
     try:
@@ -119,24 +126,56 @@ def _check_room(stage: str, workers: int, gpus: float) -> None:
         )
 
 
-def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None]) -> None:
+def _note_group(work: Path) -> None:
+    group = get_current_placement_group()
+    if group is not None:
+        (work / GROUP).write_text(group.id.hex())
+
+
+def release(work: Path) -> None:
+    """Give back the cores that workers of an earlier run in this folder may hold, and end them.
+
+    Ray Train's own cleaner of what a lost run reserved asks Ray's state API, and dies where
+    that fails, as it does in the Ray that we start.
+    """
+    if (work / GROUP).exists():
+        found = ray.PlacementGroupID(bytes.fromhex((work / GROUP).read_text()))
+        remove_placement_group(PlacementGroup(found))
+        (work / GROUP).unlink(missing_ok=True)
+
+
+def release_all(run: Path) -> None:
+    """The same for all that is under way in a run's folder."""
+    for note in run.glob(f".work/**/{GROUP}"):
+        release(note.parent)
+
+
+def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], work: Path) -> None:
     """trainer.fit() in a thread, while this one polls.
 
     In the main thread Ray Train would take over Ctrl-C for good and end the process with status 0.
     """
     problem: list[BaseException] = []
 
-    def work() -> None:
+    def train() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             problem.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=train, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL)
-        poll()
+    try:
+        while thread.is_alive():
+            thread.join(POLL)
+            poll()
+    except GivenUp:
+        (work / REFUSED).write_text(
+            "given up"
+        )  # so that workers which Ray starts again end at once, and the run with them
+        release(work)
+        thread.join(LEAVING)
+        raise
     if problem:
         raise problem[0]
 

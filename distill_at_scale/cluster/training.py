@@ -25,6 +25,7 @@ from distill_at_scale.execution import Report, run_distillation
 
 Body = Callable[[Config, dict[str, Any]], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
+LEFT = "given up"  # what the latter says where the driver ends the run
 GROUP = "placement_group.txt"  # note of what the workers hold
 LEAVING = 120  # seconds that a run which was given up may take to end
 POLL = 0.3  # seconds between two looks at the log
@@ -84,7 +85,7 @@ def fit(
         with plain_errors():
             _in_a_thread(trainer, poll, work)
     except Exception:
-        if not (work / REFUSED).exists():
+        if not (work / REFUSED).exists() or (work / REFUSED).read_text() == LEFT:
             raise
     if (work / DIVERGED).exists():
         raise DistillationDiverged((work / DIVERGED).read_text())
@@ -170,9 +171,7 @@ def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], work: Path) ->
             thread.join(POLL)
             poll()
     except GivenUp:
-        (work / REFUSED).write_text(
-            "given up"
-        )  # so that workers which Ray starts again end at once, and the run with them
+        (work / REFUSED).write_text(LEFT)  # so that workers which Ray starts again end at once, and the run with them
         release(work)
         thread.join(LEAVING)
         raise

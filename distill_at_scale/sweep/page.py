@@ -37,7 +37,7 @@ def contents(rows: Sequence[analysis.Row], config: Config) -> dict[str, Any]:
     plots, more = curves.curves(found, best)
     names = answers.short(analysis.swept(rows))
     return {
-        "name": pages.name_of(config),
+        "name": pages.name_of(config.data.path, config.data.source),
         "detail": detail(rows, found),
         "answer": answers.headline(best, shared) if best else None,
         "reasons": answers.reasons(best, shared) if best else [],

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, TypeGuard
 
 import matplotlib
@@ -19,11 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
 from distill_at_scale.figures import COLORS, FAINT, INK, LINE, STYLE, WIDTH, clip, svg
 from distill_at_scale.studies.base import Plot, Series
+from distill_at_scale.ticks import apart, formatter, log_ticks, shares
 
 ROLES = {"ours": COLORS["distilled"], "random": COLORS["random_real"], "unpruned": COLORS["full"]}
 TEXT = {COLORS["full"]: "#96650f", COLORS["random_real"]: FAINT}  # of pale colours, dark enough to be read
@@ -34,9 +34,6 @@ HEIGHT, ROW = 3.5, 0.27  # inches: of a plot, and of a bar
 DODGE = 2.5  # points between the error bars of two series at the same x
 LINE_HEIGHT = 0.052  # of a label beside the plot, as a share of its height
 FAR = 0.6  # of the height of all series: a level farther from them is named at the edge
-STEPS = (1, 2, 5)  # of ticks on a logarithmic axis, in every decade
-UNIT_GIVEN = re.compile(r"%|per cent|percent|points|seconds|difference|correlation", re.IGNORECASE)
-A_SHARE = re.compile(r"\b(accuracy|top-1|share|rate|keep|kept|drop|dropped)\b", re.IGNORECASE)
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # what no XML may hold
 
 
@@ -78,6 +75,9 @@ def _plane(plot: Plot, shown: Sequence[tuple[Series, str, str]]) -> Figure:
     ys = [v for series, *_ in shown for _, y, e in _values(series, log) for v in (y - e, y + e)]
     _x_axis(axes, plot, xs, log)
     _y_axis(axes, plot, ys, [y for _, y in plot.levels if math.isfinite(y)])
+    axes.yaxis.set_major_formatter(
+        formatter(_scale(plot, [y for series, *_ in shown for _, y, _ in _values(series, log)]))
+    )
     _levels(axes, [(name, y) for name, y in plot.levels if math.isfinite(y)])
     _marks(axes, [(name, x) for name, x in plot.marks if _usable(x, log)])
     _frame(axes, "both")
@@ -112,7 +112,7 @@ def _usable(x: Any, log: bool) -> TypeGuard[float]:
 def _x_axis(axes: Axes, plot: Plot, xs: Sequence[float], log: bool) -> None:
     axes.set_xlabel(clean(plot.x_label))
     scale = 100 if shares(plot.x_label, xs, log) else 1
-    axes.xaxis.set_major_formatter(_ticks(scale))
+    axes.xaxis.set_major_formatter(formatter(scale))
     if not xs:
         return
     low, high = min(xs), max(xs)
@@ -121,18 +121,12 @@ def _x_axis(axes: Axes, plot: Plot, xs: Sequence[float], log: bool) -> None:
         axes.set_xlim(low / (high / low) ** 0.04 / 1.05, high * (high / low) ** 0.04 * 1.05)
         axes.xaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(_ticks(scale))
+        axes.xaxis.set_major_formatter(formatter(scale))
     else:
         room = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
         axes.set_xlim(low - room, high + room)
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Plain numbers between two: 1, 2 and 5 of every decade, of many decades only the ones."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = STEPS if high / low < 2e3 else STEPS[:1]
-    found = [float(f"{step}e{decade}") for decade in decades for step in steps]
-    return [tick for tick in found if low / 1.1 <= tick <= high * 1.1] or [low, high]
+        if high > 1 and all(float(x).is_integer() for x in xs):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
 def _y_axis(axes: Axes, plot: Plot, ys: Sequence[float], levels: Sequence[float]) -> None:
@@ -140,21 +134,14 @@ def _y_axis(axes: Axes, plot: Plot, ys: Sequence[float], levels: Sequence[float]
     reach = FAR * (max(ys) - min(ys)) if ys else 0.0
     ys = [*ys, *(y for y in levels if not ys or not reach or min(ys) - reach <= y <= max(ys) + reach)]
     axes.set_ylabel(clean(plot.y_label))
-    axes.yaxis.set_major_formatter(_ticks(100 if shares(plot.y_label, ys) else 1))
     if ys:
         room = 0.07 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 0.1
         axes.set_ylim(min(ys) - room, max(ys) + room)
 
 
-def shares(label: str, values: Sequence[float], log: bool = False) -> bool:
-    """Whether the values are fractions that are better read in per cent."""
-    fits = bool(values) and min(values) >= 0 and max(values) <= 1
-    return fits and not UNIT_GIVEN.search(label) and bool(A_SHARE.search(label))
-
-
-def _ticks(scale: float) -> FuncFormatter:
-    unit = "\u00a0%" if scale == 100 else ""
-    return FuncFormatter(lambda value, _: f"{scale * value:,.6g}{unit}".replace("-", "−"))
+def _scale(plot: Plot, values: Sequence[float]) -> int:
+    """100 where values are shares; a whisker may reach beyond 0 and 1, a share does not."""
+    return 100 if shares(plot.y_label, values) else 1
 
 
 def _levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
@@ -180,15 +167,6 @@ def level_color(name: str) -> str:
     return next((ROLES[role] for role in ("unpruned", "random") if role in words), FAINT)
 
 
-def apart(places: Sequence[float], distance: float) -> list[float]:
-    """Places at least `distance` from each other, in their order, moved as little as a pass upwards needs."""
-    found = list(places)
-    order = sorted(range(len(found)), key=found.__getitem__)
-    for lower, upper in pairwise(order):
-        found[upper] = max(found[upper], found[lower] + distance)
-    return found
-
-
 def _marks(axes: Axes, marks: Sequence[tuple[str, float]]) -> None:
     """Vertical lines with their names above the plot, each on a line of its own."""
     for row, (name, x) in enumerate(sorted(marks, key=lambda mark: mark[1])):
@@ -203,19 +181,21 @@ def _marks(axes: Axes, marks: Sequence[tuple[str, float]]) -> None:
 def _rows(plot: Plot, shown: Sequence[tuple[Series, str, str]]) -> Figure:
     """A row per name with a bar or a mark per series; the values lie on the horizontal axis."""
     names = list(dict.fromkeys(_name(x) for series, *_ in shown for x in series.x))
-    height = max(1.0, ROW * len(shown) + 0.16)  # of a row, in units of the vertical axis
+    alone = len(names) == sum(len(series.x) for series, *_ in shown)  # each name is in one series only
+    beside = 1 if alone else len(shown)
+    height = max(1.0, ROW * beside + 0.16)  # of a row, in units of the vertical axis
     figure = Figure(figsize=(WIDTH, min(40.0, 0.36 * height * len(names) + 1.1)), layout="constrained")
     axes = figure.add_subplot()
     values = [v for series, *_ in shown for _, y, e in _values_by_name(series) for v in (y - e, y + e)]
     values += [level for _, level in plot.levels if math.isfinite(level)]
-    percent = shares(plot.y_label, values)
+    scale = _scale(plot, [y for series, *_ in shown for _, y, _ in _values_by_name(series)])
     for place, (series, color, marker) in enumerate(shown):
-        aside = (place - (len(shown) - 1) / 2) * 0.82 / len(shown)
-        _row_series(axes, series, color, marker, {name: row + aside for row, name in enumerate(names)}, len(shown))
+        aside = (place - (beside - 1) / 2) * 0.82 / beside if beside > 1 else 0.0
+        _row_series(axes, series, color, marker, {name: row + aside for row, name in enumerate(names)}, beside)
     axes.set_yticks(range(len(names)), [clip(clean(name)) for name in names], color=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(clean(plot.y_label))
-    axes.xaxis.set_major_formatter(_ticks(100 if percent else 1))
+    axes.xaxis.set_major_formatter(formatter(scale))
     _row_limits(axes, values, any(series.kind == "bars" for series, *_ in shown))
     _row_levels(axes, [(name, level) for name, level in plot.levels if math.isfinite(level)])
     _frame(axes, "x")

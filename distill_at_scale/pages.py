@@ -1,7 +1,7 @@
-"""What the pages of sweeps and studies have in common: the template engine, the frame around them, settings as text.
+"""What the pages of runs, sweeps and studies have in common: the template engine, the frame around them, settings as text.
 
 Every page is one file that opens offline; what users named is escaped. Left out: what the pages say and show
-(`sweep/page.py`, `studies/page.py`), and the report of a run (`report.py`), which has the same frame and style sheet.
+(`report.py`, `sweep/page.py`, `studies/page.py`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,20 @@ def engine() -> jinja2.Environment:
     return found
 
 
-def name_of(config: Config) -> str:
+def name_of(path: str | None, source: str) -> str:
     """The data set as the page's title: the last part of its path, never of its credentials, else its source."""
-    path = shown(config.data.path or "")
-    return Path(path.partition("?")[0] if "://" in path else path).name or config.data.source
+    path = shown(path or "")
+    return Path(path.partition("?")[0] if "://" in path else path).name or source
 
 
 def settings(config: Config) -> str:
-    """The configuration as YAML; addresses in it lose their credentials."""
-    return yaml.safe_dump(public(config.model_dump()), sort_keys=False, allow_unicode=True, width=100)
+    """The configuration as YAML."""
+    return as_yaml(config.model_dump())
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Settings as YAML; addresses in them lose their credentials."""
+    return yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True, width=100)
 
 
 def public(value: Any) -> Any:

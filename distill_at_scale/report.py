@@ -16,25 +16,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 
-from distill_at_scale import figures, synthetic, wording
+from distill_at_scale import figures, pages, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data import transforms
 from distill_at_scale.data.shards import Prepared
-from distill_at_scale.data.storage import shown
 from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.static import RANDOM
-from distill_at_scale.rundir import STAGES, RunDir, digest, publish
+from distill_at_scale.rundir import STAGES, RunDir, digest
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.synthetic import SyntheticSet
 
 PARTS = (
     "report.py",
+    "pages.py",
     "wording.py",
     "figures.py",
     "pictures.py",
@@ -61,14 +59,7 @@ def write(run: RunDir, config: Config) -> Path:
 
     Raises UserError where the folder holds no prepared data or no synthetic set.
     """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page.filters |= {f.__name__: f for f in (wording.accuracy, wording.share, wording.shape, wording.duration)}
-    page.filters["comma"] = "{:,}".format
-    text = page.get_template("report.html.j2").render(contents(run, config))
-    with publish(run / "report.html") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return run / "report.html"
+    return pages.write(run / "report.html", "report.html.j2", contents(run, config))
 
 
 def version() -> str:
@@ -86,9 +77,8 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
     source = settings["data"]
     selection = _selection(run, prepared)
     return {
-        "name": _name(source["path"] or "") or source["source"],
+        "name": pages.name_of(source["path"], source["source"]),
         "card": made.card,
-        "colors": figures.COLORS,
         "set_names": figures.SET_NAMES,
         "words": wording.words(prepared.shape, prepared.kind),
         "question": _question(made, prepared, selection),
@@ -105,7 +95,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "transformed": transforms.sentence(prepared.meta) if "transform" in prepared.meta else None,
         "sampling": source.get("sampling"),
         **_set_aside(run / "rejected.parquet"),
-        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100),
+        "settings": pages.as_yaml(settings),
         "about": about,
         "records": records,
     }
@@ -287,20 +277,8 @@ def _settings(about: Mapping[str, Any], records: Mapping[str, Any], config: Conf
         inner = nested
         for section in sections:
             inner = inner.setdefault(section, {})
-        inner[name] = _public(value)
+        inner[name] = value
     return nested
-
-
-def _name(path: str) -> str:
-    """The last part of a path or URI, never of its credentials or options."""
-    return Path(shown(path).partition("?")[0] if "://" in path else path).name
-
-
-def _public(value: Any) -> Any:
-    """A setting as it may be shown: addresses in it lose their credentials."""
-    if isinstance(value, list):
-        return [_public(part) for part in value]
-    return shown(value) if isinstance(value, str) and "://" in value else value
 
 
 def _json(path: Path) -> dict[str, Any]:

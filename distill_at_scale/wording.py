@@ -124,6 +124,17 @@ def share(fraction: float | str) -> str:
     return fraction if isinstance(fraction, str) else f"{100 * fraction:.3g}{NBSP}%"
 
 
+def count(number: float, name: str) -> str:
+    """So many of something: 1 step, 2 steps."""
+    return f"{number:g} {name}{'' if number == 1 else 's'}"
+
+
+def points(fraction: float) -> str:
+    """A difference of accuracies in points, with its sign."""
+    rounded = round(100 * fraction, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
 def shape(sizes: Sequence[int]) -> str:
     return " × ".join(map(str, sizes))
 

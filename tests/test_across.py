@@ -76,8 +76,11 @@ def test_the_answer_says_on_which_sets_it_pays_and_what_the_tail_does_to_it(cont
     answer = across.study(context).answer
     assert "loss clearly beats random selection on digits and loses to it on tail" in answer
     assert "it clearly beats the unpruned set on digits and is clearly below it on tail" in answer
-    assert "digits +20.0 points (120% of unpruned); long tail 1:100 (tail) -10.0 points (50% of unpruned)" in answer
-    assert "5 near-duplicates each (twins) +0.0 points (100% of unpruned, not clear)" in answer
+    assert (
+        "digits +20.0 points (120\u00a0% of unpruned); long tail 1:100 (tail) −10.0 points (50\u00a0% of unpruned)"
+        in answer
+    )
+    assert "5 near-duplicates each (twins) 0.0 points (100\u00a0% of unpruned, not clear)" in answer
 
 
 def test_the_table_and_the_plot_hold_all_sets_side_by_side(context):

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from sweep_tables import digits, row
 
+from distill_at_scale import wording
 from distill_at_scale.sweep import analysis, answers
 from distill_at_scale.sweep.analysis import Accuracy
 
@@ -125,7 +126,7 @@ def test_equal_values_on_both_sides_give_a_difference_without_spread():
 
 
 def test_differences_are_said_in_points_with_a_sign():
-    assert [answers.points(value) for value in (0.0123, -0.0123, -0.0001)] == ["+1.2", "−1.2", "0.0"]
+    assert [wording.points(value) for value in (0.0123, -0.0123, -0.0001)] == ["+1.2", "−1.2", "0.0"]
 
 
 def test_the_pareto_front_holds_what_nothing_beats():

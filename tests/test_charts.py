@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from distill_at_scale import charts
+from distill_at_scale import charts, ticks
 from distill_at_scale.studies.base import Plot, Series
 
 
@@ -85,15 +85,15 @@ def test_a_name_may_hold_what_xml_may_not():
 
 
 def test_labels_are_moved_apart_in_their_order():
-    found = charts.apart([0.5, 0.1, 0.51], 0.05)
+    found = ticks.apart([0.5, 0.1, 0.51], 0.05)
     assert found == pytest.approx([0.5, 0.1, 0.55])
 
 
 def test_ticks_of_a_logarithmic_axis_lie_within_it():
-    assert charts.log_ticks(0.9, 11) == [1, 2, 5, 10]
-    assert charts.log_ticks(1, 100_000) == [1, 10, 100, 1000, 10_000, 100_000]
-    assert charts.log_ticks(0.0004, 1)[0] == 0.001
-    assert charts.log_ticks(3, 3.1) == [3, 3.1]
+    assert ticks.log_ticks(0.9, 11) == [1, 2, 5, 10]
+    assert ticks.log_ticks(1, 100_000) == [1, 10, 100, 1000, 10_000, 100_000]
+    assert ticks.log_ticks(0.0004, 1)[0] == 0.001
+    assert ticks.log_ticks(3, 3.1) == [3, 3.1]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,27 @@ def test_ticks_of_a_logarithmic_axis_lie_within_it():
     ],
 )
 def test_only_shares_without_a_unit_are_shown_in_per_cent(label, values, expected):
-    assert charts.shares(label, values) is expected
+    assert ticks.shares(label, values) is expected
 
 
 def test_a_far_level_is_named_at_the_edge_and_does_not_press_the_series_together():
     assert "↓ random real" in texts(curve(levels=[("random real", -5.0)]))
     assert "random real" in texts(curve(levels=[("random real", 0.15)]))
+
+
+def test_whiskers_beyond_one_leave_per_cent_on_the_axis():
+    for x, kind in (([0.1, 0.5], "line"), (["a", "b"], "bars")):
+        one = Series("loss", x, [0.97, 0.99], [0.02, 0.03], kind, "ours")
+        assert any("%" in text for text in texts(Plot("t", "x", "top-1 accuracy", [one])))
+
+
+def test_whole_numbers_have_whole_ticks():
+    one = Series("loss", [1, 2, 3, 4, 5], [50.0, 40.0, 40.0, 30.0, 30.0])
+    assert not {"1.5", "2.5"} & set(texts(Plot("t", "epoch", "loss", [one])))
+
+
+def test_bars_of_one_series_each_stand_beside_their_names(monkeypatch):
+    places = []
+    monkeypatch.setattr(charts, "_row_series", lambda axes, series, color, marker, rows, among: places.append(rows))
+    charts.draw(Plot("t", "", "top-1", [Series(n, [n], [0.5], None, "bars") for n in "abc"]))
+    assert all(rows == {"a": 0, "b": 1, "c": 2} for rows in places)

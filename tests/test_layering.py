@@ -31,6 +31,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
         "validate",
         "figures",
         "charts",
+        "ticks",
         "wording",
         "pages",
         "report",

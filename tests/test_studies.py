@@ -13,7 +13,8 @@ from distill_at_scale import studies
 from distill_at_scale.errors import UserError
 from distill_at_scale.studies import comparison, critical_ratio, drop, interaction, stratified, suite
 from distill_at_scale.studies.bisection import Search
-from distill_at_scale.studies.comparison import Level, difference
+from distill_at_scale.studies.comparison import Level, difference, in_points, repetitions
+from distill_at_scale.wording import share
 
 
 def needs(least: float, config, share: float) -> float:
@@ -141,6 +142,7 @@ def test_strata_tell_whether_the_criterion_is_trustworthy(tmp_path, slope, verdi
     found = stratified.study(runner.context)
     assert found.facts["verdict"] == verdict
     assert words in found.answer
+    assert f"the best is stratum {found.facts['best_stratum']})" in found.answer
     assert math.copysign(1, found.facts["spearman"]) == math.copysign(1, slope) or slope == 0
     assert [row["kept"] for row in found.rows[:-1]] == [200] * 5
 
@@ -195,7 +197,7 @@ def test_a_cliff_is_a_clear_gap_from_the_additive_prediction(tmp_path):
     found = interaction.study(
         MadeUpRunner(tmp_path, lambda config, share: 0.6 if config.select.rate > 0.2 else 0.3).context
     )
-    assert "do not add up: at 95.0 % it is worse than predicted by adding" in found.answer
+    assert "do not add up: at 95\u00a0% it is worse than predicted by adding" in found.answer
     assert found.facts["break_drop"] == 0.8
 
 
@@ -280,3 +282,9 @@ def test_all_studies_share_their_unpruned_points(tmp_path):
     for study in (critical_ratio.study, stratified.study, drop.study, interaction.study):
         study(runner.context)
     assert len({config.model_dump_json() for config in runner.tried if config.select.keep == 1.0}) == 1
+
+
+def test_rates_differences_and_counts_are_said_plainly():
+    assert [share(rate) for rate in (0.0004, 0.25632, 0.9)] == ["0.04\u00a0%", "25.6\u00a0%", "90\u00a0%"]
+    assert in_points(difference([0.5, 0.6], [0.6, 0.7])) == "−10.0 ± 0.0 points"
+    assert repetitions(3, 1) == "n = 3 distillations × 1 evaluation"

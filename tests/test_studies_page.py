@@ -90,7 +90,7 @@ def test_the_contents_come_first_with_every_answer(tmp_path):
     assert "Trials agree." in contents
     for anchor in re.findall(r'href="#([^"]+)"', contents):
         assert f'id="{anchor}"' in text
-    assert text.count("<b>The paper:</b>") == 1
+    assert text.count('<p class="paper">The paper') == 1
     assert "Few seeds." in text
 
 

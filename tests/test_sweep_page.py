@@ -125,7 +125,7 @@ def test_a_sweep_without_a_finished_trial_has_a_page(tmp_path):
 def test_gpu_time_counts_the_gpus_of_all_workers(tmp_path):
     text = written(tmp_path, digits(), distill={"workers": 2}, cluster={"gpus_per_worker": 0.5, "address": None})
     assert "GPU time saved" in text
-    assert "net saved × 1 GPUs" in text
+    assert "net saved × 1 GPU," in text
 
 
 def test_the_page_of_five_hundred_trials_is_small(tmp_path):
@@ -139,3 +139,13 @@ def test_the_page_of_five_hundred_trials_is_small(tmp_path):
     text = written(tmp_path, rows)
     assert len(text.encode()) < 3_000_000
     assert "470 more</summary>" in text
+
+
+def test_random_real_images_are_no_kept_samples():
+    made = page.contents(digits(), validate({}))
+    assert {row["kept"] for row in made["table"] if row["one"].set == "random_real"} == {None}
+    assert None not in {row["kept"] for row in made["table"] if row["one"].set == "distilled"}
+
+
+def test_trials_in_one_process_never_ran_side_by_side():
+    assert not page.contents(digits(), validate({"cluster": {"address": "none"}}))["side_by_side"]

@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t
-
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Outcome, Plot, Point, Series, mean_and_std
+from distill_at_scale.studies.comparison import difference
+from distill_at_scale.wording import NBSP, count, points
 
 NAME = "across"
 NEAR_CHANCE = 2.0, 0.1  # times chance, and of the way from it to 1: an accuracy below both
-CERTAIN = 0.95  # of the interval of a difference that counts as clear
 NOT_OF_A_SET = ("run", "cluster", "sweep", "studies")  # sections
 UNCUT = {"select.per_class": None, "select.stratum_start": 0.0}
 PAPER = (
@@ -83,9 +82,9 @@ def study(context: Context) -> Finding:
     """Raises UserError that names the set, before anything starts, for one whose configuration is not allowed."""
     sets = _sets(context)
     configs = {name: _configured(context, name, overrides) for name, overrides in sets.items()}
-    points = [point for overrides in sets.values() for point in _points(context, overrides)]
-    context.say(f"across: {len(points)} points over {len(sets)} data sets")
-    outcomes = context.runner.run(points)
+    tried = [point for overrides in sets.values() for point in _points(context, overrides)]
+    context.say(f"across: {len(tried)} points over {len(sets)} data sets")
+    outcomes = context.runner.run(tried)
     found, notes = [], []
     for name, overrides in sets.items():
         made = _set(context, name, configs[name], overrides, outcomes)
@@ -169,15 +168,9 @@ def _set(
 
 
 def clear(ours: Sequence[float], theirs: Sequence[float]) -> int:
-    """1 where ours are clearly higher, -1 where clearly lower, else 0: by the t-interval of the differences, paired by
-    repetition, or of all equal differences by their sign. One repetition says nothing.
-    """
-    gaps = [a - b for a, b in zip(ours, theirs, strict=False)]
-    if len(gaps) < 2:
-        return 0
-    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
-    half = float(t.ppf((1 + CERTAIN) / 2, len(gaps) - 1)) * error
-    return 0 if abs(mean) <= half or not mean else 1 if mean > 0 else -1
+    """1 where ours are clearly higher, -1 where clearly lower, else 0."""
+    gap = difference(ours, theirs)
+    return 0 if not gap.clear else 1 if gap.mean > 0 else -1
 
 
 def _rows(one: Set) -> list[dict[str, Any]]:
@@ -221,10 +214,9 @@ def _plot(context: Context, found: Sequence[Set]) -> Plot:
 
 def _paper(found: Sequence[Set]) -> str:
     verdicts = [clear(cell.accuracies, one.random[r].accuracies) for one in found for r, cell in one.ours.items()]
-    better, worse = verdicts.count(1), verdicts.count(-1)
     return (
         f"{PAPER} Here, of {len(verdicts)} pairs of set and rate, the selection is clearly better than a random one in "
-        f"{better} and clearly worse in {worse}."
+        f"{verdicts.count(1)} and clearly worse in {verdicts.count(-1)}."
     )
 
 
@@ -250,17 +242,17 @@ def _of_rate(context: Context, found: Sequence[Set], rate: float) -> str:
 
     name = _criterion(context.config)
     return (
-        f"At keep {rate:g}, of {len(found)} sets, {name} clearly beats random selection on {which(1, 'random')} and loses "
-        f"to it on {which(-1, 'random')}; it clearly beats the unpruned set on {which(1, 'unpruned')} and is clearly below it "
-        f"on {which(-1, 'unpruned')}."
+        f"At keep {rate:g}, of {count(len(found), 'set')}, {name} clearly beats random selection on {which(1, 'random')} and "
+        f"loses to it on {which(-1, 'random')}; it clearly beats the unpruned set on {which(1, 'unpruned')} and is clearly "
+        f"below it on {which(-1, 'unpruned')}."
     )
 
 
 def _gain(one: Set, rate: float) -> str:
     ours, random = one.ours[rate], one.random[rate]
-    points = 100 * (ours.mean - random.mean)
+    gain = points(ours.mean - random.mean)
     unsure = "" if clear(ours.accuracies, random.accuracies) else ", not clear"
-    return f"{points:+.1f} points ({one.relative(ours)[0]:.0%} of unpruned{unsure})"
+    return f"{gain} points ({100 * one.relative(ours)[0]:.0f}{NBSP}% of unpruned{unsure})"
 
 
 def _facts(found: Sequence[Set]) -> dict[str, Any]:

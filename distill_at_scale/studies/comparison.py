@@ -18,6 +18,7 @@ from scipy.stats import spearmanr, t
 from distill_at_scale.errors import UserError
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.studies.base import Context, Outcome, mean_and_std
+from distill_at_scale.wording import NBSP, count, points
 
 CERTAIN = 0.95  # of intervals
 SIGNIFICANT = 0.05
@@ -133,16 +134,17 @@ def per_class(outcome: Outcome) -> list[float]:
     return [statistics.fmean(c) if None not in c else math.nan for c in columns]
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def repetitions(distillations: int, evaluations: int) -> str:
+    """How many runs are behind a figure."""
+    return f"n = {count(distillations, 'distillation')} × {count(evaluations, 'evaluation')}"
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation in percent."""
     mean, std = mean_and_std(values)
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}") + " %"
+    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}") + f"{NBSP}%"
 
 
 def in_points(found: Difference) -> str:
     """A difference in percentage points with its interval."""
-    return f"{100 * found.mean:+.1f}" + ("" if found.half is None else f" ± {100 * found.half:.1f}") + " points"
+    return points(found.mean) + ("" if found.half is None else f" ± {100 * found.half:.1f}") + " points"

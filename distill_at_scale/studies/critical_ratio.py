@@ -12,13 +12,13 @@ from typing import Any
 from distill_at_scale.errors import UserError
 from distill_at_scale.studies.base import RANDOM, Context, Finding, Outcome, Plot, Series, mean_and_std
 from distill_at_scale.studies.bisection import Found, Search
-from distill_at_scale.studies.comparison import accuracies, class_names, difference, in_points, percent, spread
+from distill_at_scale.studies.comparison import accuracies, class_names, difference, in_points, repetitions, spread
+from distill_at_scale.wording import count
+from distill_at_scale.wording import share as percent
 
 NAME = "critical_ratio"
 CIFAR10 = {"frog", "truck", "ship", "horse", "cat", "deer"}
-PAPER = (
-    "Paper (CIFAR-10, DC, one image per class, low loss): 0.04 % (20 images) suffice, 28.4 ± 0.2 % against 28.6 ± 0.2 %"
-)
+PAPER = "The paper (CIFAR-10, DC, one image per class, low loss): 0.04 % (20 images) suffice, 28.4 ± 0.2 % against 28.6 ± 0.2 %"
 
 
 def study(context: Context) -> Finding:
@@ -47,14 +47,15 @@ def _answer(context: Context, found: Found, random: Sequence[Outcome]) -> str:
     if best.keep == 1:
         return (
             f"No keep rate that was tried (from {percent(found.rates[0].keep)} on) is as good as the unpruned set, "
-            f"{spread(level.accuracies)}, within {level.tolerance:g} standard deviations."
+            f"{spread(level.accuracies)}, within {count(level.tolerance, 'standard deviation')}."
         )
     gap = difference(best.accuracies, accuracies(random))
     side = "better than" if gap.clear and gap.mean > 0 else "worse than" if gap.clear else "not clearly different from"
     return (
-        f"{best.kept} of {best.outcomes[0].of} samples ({_each(best.outcomes[0])} per class, {best.reached:.3%}) suffice: "
-        f"{spread(best.accuracies)} against {spread(level.accuracies)} unpruned; confidence {best.confidence:.0%} that they "
-        f"are not below it by more than {level.tolerance:g} deviations ({100 * level.tolerance * level.std:.1f} points). "
+        f"{best.kept} of {best.outcomes[0].of} samples ({_each(best.outcomes[0])} per class, {percent(best.reached)}) suffice: "
+        f"{spread(best.accuracies)} against {spread(level.accuracies)} unpruned; confidence "
+        f"{percent(round(best.confidence, 2))} that they are not below it by more than "
+        f"{count(level.tolerance, 'deviation')} ({100 * level.tolerance * level.std:.1f} points). "
         f"They are {side} as many random ones ({spread(accuracies(random))}, {in_points(gap)})."
     )
 
@@ -69,7 +70,9 @@ def _paper(context: Context, found: Found) -> str:
     names = set(class_names(context, len(first.kept_per_class)))
     if not (distill.method == "dc" and distill.ipc == 1 and first.of == 50_000 and names >= CIFAR10):
         return ""
-    agrees = "this agrees" if found.smallest.reached <= 0.0004 * 1.5 else f"here it takes {found.smallest.reached:.3%}"
+    agrees = (
+        "this agrees" if found.smallest.reached <= 0.0004 * 1.5 else f"here it takes {percent(found.smallest.reached)}"
+    )
     return f"{PAPER}; {agrees}."
 
 
@@ -121,7 +124,7 @@ def _facts(found: Found) -> dict[str, Any]:
 
 def _notes(context: Context, found: Found) -> list[str]:
     notes = [
-        f"n = {len(found.smallest.outcomes)} distillations x {context.config.studies.evaluations} evaluations per rate, "
+        f"{repetitions(len(found.smallest.outcomes), context.config.studies.evaluations)} per rate, "
         f"{len(found.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",
         "Rates are chosen by accuracy on the test split, which is a little kinder to the chosen one than to new data.",
     ]

@@ -18,9 +18,10 @@ from distill_at_scale.studies.comparison import (
     criterion_of,
     difference,
     in_points,
-    percent,
+    repetitions,
     spread,
 )
+from distill_at_scale.wording import share as percent
 
 NAME = "drop"
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -43,8 +44,8 @@ def study(context: Context) -> Finding:
     )
     facts = {f"drop_{way.replace(' ', '_')}": gaps[way].mean for way in WAYS}
     notes = [
-        f"n = {len(found['random'])} distillations x {context.config.studies.evaluations} evaluations each; intervals are 95 % "
-        "t-intervals of the difference, paired by repetition."
+        f"{repetitions(len(found['random']), context.config.studies.evaluations)} each; intervals are 95 % t-intervals of the "
+        "difference, paired by repetition."
     ]
     paper = _paper(gaps) if name == "loss" else ""
     return Finding(

@@ -27,9 +27,11 @@ from distill_at_scale.studies.comparison import (
     difference,
     in_points,
     per_class,
-    percent,
+    repetitions,
     spread,
 )
+from distill_at_scale.wording import count
+from distill_at_scale.wording import share as percent
 
 NAME = "interaction"
 FIRST = 2  # rates behind the additive prediction
@@ -160,7 +162,7 @@ def _plot(
     x, line = [0.0, *drops], [level.mean, *(statistics.fmean(values) for values in predicted)]
     series = [
         Series("measured", x, [m for m, _ in figures], [s for _, s in figures], role="ours"),
-        Series("additive prediction", x, [max(0.0, value) for value in line]),
+        Series("additive prediction", x, [min(1.0, max(0.0, value)) for value in line]),
     ]
     levels = [("unpruned", level.mean), ("broken below", level.least)]
     marks = [] if break_drop is None else [("break point", break_drop)]
@@ -181,15 +183,15 @@ def _notes(context: Context, drops: Sequence[float], classes: Mapping[str, float
     section = context.config.studies
     broken = {name: drop for name, drop in classes.items() if drop is not None}
     notes = [
-        f"n = {section.seeds} distillations x {section.evaluations} evaluations per rate. Prediction: a line through the "
+        f"{repetitions(section.seeds, section.evaluations)} per rate. Prediction: a line through the "
         f"unpruned accuracy, fitted to {', '.join(map(percent, drops[:FIRST]))} dropped, per repetition; gaps with 95 % "
         "t-intervals.",
-        f"Broken: the mean lies below the unpruned one by more than {section.interaction.tolerance:g} standard deviations, "
-        "there and at all larger rates that were tried.",
+        f"Broken: the mean lies below the unpruned one by more than "
+        f"{count(section.interaction.tolerance, 'standard deviation')}, there and at all larger rates that were tried.",
     ]
     if broken:
         first = min(broken, key=lambda name: broken[name])
         notes.append(
-            f"{len(broken)} of {len(classes)} classes break, the first of them {first} at {percent(broken[first])}."
+            f"{len(broken)} of {len(classes)} classes break, the first of them class {first} at {percent(broken[first])}."
         )
     return notes

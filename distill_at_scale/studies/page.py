@@ -33,7 +33,7 @@ def contents(findings: Sequence[Finding], config: Config) -> dict[str, Any]:
     steps = "" if studies.steps is None else f" of {studies.steps:,} steps"
     networks = f"{studies.evaluations} {'network' if studies.evaluations == 1 else 'networks'}"
     return {
-        "name": pages.name_of(config),
+        "name": pages.name_of(config.data.path, config.data.source),
         "detail": f"{many} of pruning: {studies.seeds} distillations{steps} of every point, {networks} trained on each",
         "findings": [_shown(finding, number) for number, finding in enumerate(findings)],
         "settings": pages.settings(config),

@@ -18,6 +18,7 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.studies import agreement, drift
 from distill_at_scale.studies.agreement import Drawn, Scores
 from distill_at_scale.studies.base import Context, Finding, Plot, Series
+from distill_at_scale.wording import share
 
 NAME = "stability"
 RATES = (0.1, 0.3, 0.5)
@@ -138,7 +139,7 @@ def _of_trials(base: _Base, facts: dict[str, Any], overlap: Sequence[float]) -> 
     rate = base.rates[0]
     first = (
         f"Within class, two trials of {base.column} agree by a rank correlation of {facts['agreement']:.2f} and, at keep "
-        f"{rate:.3g}, share {overlap[0]:.0%} of what they keep (random sets: {rate / (2 - rate):.0%})"
+        f"{rate:.3g}, share {share(round(overlap[0], 2))} of what they keep (random sets: {share(round(rate / (2 - rate), 2))})"
     )
     if needed is None:
         return f"{first}; single trials do not agree at all, so no number of them is known to suffice."
@@ -150,8 +151,7 @@ def _of_trials(base: _Base, facts: dict[str, Any], overlap: Sequence[float]) -> 
 
 
 def _by_number(single: float, halves: Sequence[float], count: int, needed: int | None, wanted: float) -> Plot:
-    last = max(2 * count, min(needed or 0, 10 * count))
-    numbers = list(range(1, last + 1))
+    numbers = list(range(1, (last := max(2 * count, min(needed or 0, 10 * count))) + 1))
     line = [agreement.spearman_brown(max(single, 0.0), number) for number in numbers]
     series = [Series("by Spearman and Brown", numbers, line, role="ours")]
     series.append(Series("measured between halves", list(range(1, len(halves) + 1)), list(halves), kind="points"))
@@ -186,9 +186,9 @@ def _epochs(base: _Base) -> _Part:
         i for i, value in enumerate(line) if value >= base.context.config.studies.stability.reliability or i == last
     )
     until = "only the last one itself" if early == last else f"epoch {early + 1} of {last + 1} on"
+    wanted = base.context.config.studies.stability.reliability
     answer = (
-        f"The first epoch ranks as the last one by {line[0]:.2f}; a correlation of "
-        f"{base.context.config.studies.stability.reliability:g} is reached by {until}."
+        f"The first epoch ranks as the last one by {line[0]:.2f}; a correlation of {wanted:g} is reached by {until}."
     )
     series = [
         Series("with the last epoch", list(range(1, last + 2)), line, [float(s) for s in std[:, last]], role="ours")
@@ -269,7 +269,7 @@ def _drift(base: _Base) -> _Part:
     static = base.score * (1 if base.low else -1)
     vectors = [static, *found.losses.T, found.again]
     (mean, std), overlaps = base.correlations(vectors), base.overlaps(vectors, low=True)
-    names = ["static scores", *(f"loss after {step} steps" for step in found.steps), "the same, another network seed"]
+    names = ["static scores", *(f"loss after step {step}" for step in found.steps), "the same, another network seed"]
     last = len(found.steps)
     pairs = [*((0, i) for i in range(1, last + 1)), *((i, i + 1) for i in range(1, last)), (1, last), (last, last + 1)]
     rows = [_pair(base, "stages", names, (mean, std), overlaps, pair) for pair in dict.fromkeys(pairs)]
@@ -282,12 +282,12 @@ def _drift(base: _Base) -> _Part:
 def _of_drift(facts: dict[str, Any]) -> str:
     steps, static, chance = facts["steps"], facts["with_static"], facts["another_seed"]
     drifts = facts["first_to_last"] < chance - CHANGED
-    verdict = "so utility drifts" if drifts else "so it hardly drifts beyond chance"
+    verdict = "utility drifts" if drifts else "it hardly drifts beyond chance"
     return (
-        f"While a set is distilled, the ranking by loss after {steps[0]} steps agrees with that after {steps[-1]} by "
-        f"{facts['first_to_last']:.2f} (another network seed alone: {chance:.2f}), {verdict}; with the static scores it agrees "
-        f"by {static[0]:.2f} at first and {static[-1]:.2f} at the end."
-    )
+        f"While a set is distilled, the ranking by loss after step {steps[0]} agrees with that after step {steps[-1]} by "
+        f"{facts['first_to_last']:.2f} (another network seed alone: {chance:.2f}), so {verdict}; with the static "
+        f"scores it agrees by {static[0]:.2f} at first and {static[-1]:.2f} at the end."
+    ).replace(" -", " −")
 
 
 def _over_steps(facts: dict[str, Any]) -> Plot:

@@ -18,6 +18,7 @@ from distill_at_scale.studies.comparison import (
     accuracies,
     criterion_of,
     rank_correlation,
+    repetitions,
     spread,
 )
 
@@ -36,13 +37,13 @@ def study(context: Context) -> Finding:
     rho, p = rank_correlation([float(k) for k, _ in pairs], [value for _, value in pairs])
     name, useful = criterion_of(context)
     verdict = "nothing" if p >= SIGNIFICANT else "trustworthy" if rho < 0 else "reversed"
-    means = [statistics.fmean(accuracies(outcomes)) for outcomes in strata]
+    means, signed = [statistics.fmean(accuracies(o)) for o in strata], f"{rho:+.2f}".replace("-", "−")
     answer = (
-        f"The criterion {name} {ANSWERS[verdict]} (Spearman {rho:+.2f}, p = {p:.2g}, {len(pairs)} distillations; "
+        f"The criterion {name} {ANSWERS[verdict]} (Spearman {signed}, p = {p:.2g}, {len(pairs)} distillations; "
         f"{spread(accuracies(strata[0]))} from the most useful of {len(strata)} strata, "
         f"{spread(accuracies(strata[-1]))} from the least; the best is stratum {means.index(max(means)) + 1})."
     )
-    facts = {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": means.index(max(means))}
+    facts = {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": means.index(max(means)) + 1}
     return Finding(
         NAME, "Stratified validation", answer, _paper(name, useful, verdict), _rows(strata, whole),
         [_plot(strata, whole)], facts, _notes(context, strata, means),
@@ -94,7 +95,7 @@ def _plot(strata: Sequence[Sequence[Outcome]], whole: Sequence[float]) -> Plot:
 
 
 def _notes(context: Context, strata: Sequence[Sequence[Outcome]], means: Sequence[float]) -> list[str]:
-    notes = [f"n = {len(strata[0])} distillations x {context.config.studies.evaluations} evaluations per stratum."]
+    notes = [f"{repetitions(len(strata[0]), context.config.studies.evaluations)} per stratum."]
     best = means.index(max(means))
     if best not in (0, len(means) - 1):
         notes.append(

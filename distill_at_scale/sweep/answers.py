@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_at_scale.pages import public
 from distill_at_scale.sweep.analysis import KEEP, Accuracy, Configuration, Difference, Recommendation
-from distill_at_scale.wording import NBSP, duration, share
+from distill_at_scale.wording import NBSP, duration, points, share
 
 CONTROLS = {"unpruned": "unpruned", "random": "random selection"}
 
@@ -168,12 +168,6 @@ def interval(found: Difference) -> str:
         f"{points(found.value)} points (95{NBSP}% interval {points(found.low)} to {points(found.high)}, Welch over {counts} "
         f"{found.over}{single})"
     )
-
-
-def points(fraction: float) -> str:
-    """A difference of accuracies in points, with its sign."""
-    rounded = round(100 * fraction, 1)
-    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
 def saving(found: Recommendation) -> str:

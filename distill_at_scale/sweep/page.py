@@ -16,6 +16,7 @@ from distill_at_scale.config import Config, flatten
 from distill_at_scale.studies.base import Plot
 from distill_at_scale.sweep import analysis, answers, curves
 from distill_at_scale.sweep.analysis import Configuration, Recommendation
+from distill_at_scale.wording import points
 
 LISTED = 30  # configurations that are listed at once; the rest on demand
 FIRST_PLOTS = 6  # that are shown at once
@@ -37,7 +38,7 @@ def contents(rows: Sequence[analysis.Row], config: Config) -> dict[str, Any]:
     plots, more = curves.curves(found, best)
     names = answers.short(analysis.swept(rows))
     return {
-        "name": pages.name_of(config),
+        "name": pages.name_of(config.data.path, config.data.source),
         "detail": detail(rows, found),
         "answer": answers.headline(best, shared) if best else None,
         "reasons": answers.reasons(best, shared) if best else [],
@@ -49,7 +50,7 @@ def contents(rows: Sequence[analysis.Row], config: Config) -> dict[str, Any]:
         "front": drawn(curves.costs(ours)) if ours else None,
         "times": _times(ours),
         "devices": _devices(config),
-        "side_by_side": config.sweep.concurrent != 1,
+        "side_by_side": config.sweep.concurrent != 1 and config.cluster.address != "none",
         "parted": any(row.get("score_seconds") is not None for row in rows),
         "names": names,
         "table": _table(found, ours, best, list(names)),
@@ -122,6 +123,7 @@ def _table(found: Sequence[Configuration], ours: Sequence[Configuration], best: 
             "accuracy": answers.accuracy(one.accuracy),
             "n": answers.size(one.accuracy),
             "what": _what(one),
+            "kept": one.kept if one.set == "distilled" else None,
             "front": one in front,
             "recommended": best is not None and one is best.chosen,
             **_compared(analysis.compare(one, found)),
@@ -145,8 +147,8 @@ def _compared(found: Recommendation) -> dict[str, Any]:
 
 
 def _interval(over: analysis.Difference) -> dict[str, str]:
-    low, high = answers.points(over.low), answers.points(over.high)
-    return {"value": answers.points(over.value), "interval": f"{low} to {high}", "verdict": over.verdict}
+    low, high = points(over.low), points(over.high)
+    return {"value": points(over.value), "interval": f"{low} to {high}", "verdict": over.verdict}
 
 
 def _failed(rows: Sequence[analysis.Row]) -> list[dict[str, str]]:

@@ -22,11 +22,12 @@ from distill_at_scale.data.clips import decoders_for, named
 from distill_at_scale.data.merge import merge
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
+from distill_at_scale.environment import environment
 from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static, trust
 from distill_at_scale.pruning.ranking import columns_of
-from distill_at_scale.rundir import STAGES, Inputs, RunDir, environment, write_json
+from distill_at_scale.rundir import STAGES, Inputs, RunDir, write_json
 from distill_at_scale.scoring import beside, imported, proxy, scorer
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.scoring.contract import criteria_of

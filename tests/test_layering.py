@@ -17,7 +17,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
     {"sections"},
     {"method_sections", "study_sections"},
     {"config"},
-    {"registry", "rundir", "workers", "tensors"},
+    {"registry", "rundir", "environment", "workers", "tensors"},
     {"architectures", "architectures1d", "architectures3d"},
     {"data", "networks", "augment", "pruning", "scoring", "pictures", "exports", "soft_labels"},
     {"formation", "students", "synthetic"},

@@ -230,3 +230,15 @@ def test_losses_are_those_of_the_samples_in_the_order_of_the_scores(whole):
     some = np.array([0, 40, len(drawn.rows) - 1])
     part = agreement.Drawn(drawn.rows[some], drawn.labels[some], drawn.places[some], drawn.of)
     assert np.allclose(drift.losses_of(context.config, outcome, part, 0), losses[some], rtol=1e-4)
+
+
+def test_a_constant_criterion_leaves_the_other_pairs_alone():
+    vectors = np.stack([np.arange(20.0), np.arange(20.0)[::-1], np.zeros(20)], 1)
+    mean, _ = agreement.correlations(vectors, np.repeat([0, 1], 10))
+    assert mean[0, 1] == pytest.approx(-1)
+    assert np.isnan(mean[0, 2])
+
+
+def test_a_class_counts_for_the_pairs_that_it_can_rank():
+    vectors = np.stack([np.arange(8.0), np.r_[np.zeros(4), 3, 2, 1, 0]], 1)
+    assert agreement.correlations(vectors, np.repeat([0, 1], 4))[0][0, 1] == pytest.approx(-1)

@@ -1,12 +1,13 @@
 """How far rankings of the same samples agree, class by class: rank correlation, kept sets, reliability of means of trials.
 
 Large tables are sampled: some classes, and some samples of each, by a seeded draw; a share that is kept is then one of the
-samples drawn. A class of fewer than three samples, or one in which a vector is constant, says nothing and is left out.
+samples drawn. A class of fewer than three samples says nothing and is left out, and of every pair one in which either is constant.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,16 +110,20 @@ def _aggregate(column: str, section: ScoreSection) -> Callable[[Array], Array]:
 
 
 def correlations(vectors: Array, labels: Array) -> tuple[Array, Array]:
-    """Spearman's rank correlation of every two columns of [n, m] within class: mean and deviation over classes, [m, m]."""
-    found = []
+    """Spearman's rank correlation of every two columns of [n, m] within class: mean and deviation over classes, [m, m].
+
+    Each pair counts the classes in which neither column is constant; NaN where there is none.
+    """
+    pairs = (vectors.shape[1],) * 2
+    found = [np.full(pairs, np.nan)]
     for label in np.unique(labels):
         members = vectors[labels == label]
-        ranks = rankdata(members, axis=0)
-        if len(members) >= LEAST and (np.ptp(ranks, axis=0) > 0).all():
-            found.append(np.atleast_2d(np.corrcoef(ranks, rowvar=False)))
-    if not found:
-        return np.full((vectors.shape[1],) * 2, np.nan), np.full((vectors.shape[1],) * 2, np.nan)
-    return np.mean(found, 0), np.std(found, 0)
+        if len(members) >= LEAST:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found.append(np.corrcoef(rankdata(members, axis=0), rowvar=False).reshape(pairs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN
+        return np.nanmean(found, 0), np.nanstd(found, 0)
 
 
 def kept(vectors: Array, labels: Array, rate: float, low: bool = True) -> Array:

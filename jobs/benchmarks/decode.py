@@ -34,7 +34,7 @@ from side_by_side import columns
 from torchvision.transforms.v2 import functional as transforms
 
 from distill_at_scale.data.decode import ImageDecoder, decode_stored, encode
-from distill_at_scale.rundir import environment
+from distill_at_scale.environment import environment
 
 Array = np.ndarray[Any, Any]
 Decode = Callable[[bytes, int, str], Array]  # encoded image, size, "square" or "crop" -> uint8 [3, size, size]

@@ -32,10 +32,11 @@ from PIL import Image
 from distill_at_scale import config as configuration
 from distill_at_scale.cli import make_executor
 from distill_at_scale.config import Config
+from distill_at_scale.environment import environment
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.plan import forecast
 from distill_at_scale.progress import Display
-from distill_at_scale.rundir import STAGES, environment
+from distill_at_scale.rundir import STAGES
 
 NAMES = ("imagenet1k_dc_ipc1", "imagenet1k_dm_ipc10", "imagenet1k_dm_ipc50", "kinetics400_dm_ipc1",
          "kinetics400_dm_ipc10")  # fmt: skip

@@ -24,9 +24,9 @@ from peaks import Watch, show_peaks
 
 from distill_at_scale.cluster.executor import RayExecutor
 from distill_at_scale.config import Config, validate
+from distill_at_scale.environment import environment
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
-from distill_at_scale.rundir import environment
 
 STAGES = ("ingest", "score", "select")
 CORES_PER_GPU = 16

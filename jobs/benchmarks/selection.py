@@ -241,7 +241,7 @@ def _scored_classes() -> Iterator[pa.Table]:
 
 
 def _about() -> dict[str, Any]:
-    from distill_at_scale.rundir import environment
+    from distill_at_scale.environment import environment
 
     about = environment()
     return {"hardware": about["hardware"], "versions": about["versions"], "commit": about["commit"]}

@@ -30,9 +30,9 @@ from distill_at_scale.config import validate
 from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.pool import Pool
 from distill_at_scale.distill import backend_class
+from distill_at_scale.environment import environment
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.rng import derive
-from distill_at_scale.rundir import environment
 from distill_at_scale.workers import Solo
 from jobs.benchmarks import textbook
 

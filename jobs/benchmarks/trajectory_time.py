@@ -25,8 +25,8 @@ from torch.func import functional_call
 from distill_at_scale.augment import Draw
 from distill_at_scale.backends.trajectories import flat
 from distill_at_scale.backends.unrolled import Matched, Move, Student, Synthetic, Trajectory, recomputed, unrolled
+from distill_at_scale.environment import environment
 from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.rundir import environment
 
 CLASSES, SHAPE = 10, (3, 32, 32)
 

@@ -1,7 +1,7 @@
 """How far rankings of the same samples agree, class by class: rank correlation, kept sets, reliability of means of trials.
 
 Large tables are sampled: some classes, and some samples of each, by a seeded draw; a share that is kept is then one of the
-samples drawn. A class of fewer than three samples says nothing and is left out, and of every pair one in which either is constant.
+samples drawn. A class of fewer than three samples is left out, and of every pair one in which either is constant.
 """
 
 from __future__ import annotations

@@ -113,9 +113,15 @@ class Points:
         return outcome_of(point, Path(self.configured(point).run.dir))
 
     def _places(self, config: Config) -> tuple[Path, Path]:
-        data = digest(fingerprints.data(config))
+        data = digest(fingerprints.data(config) | self._elsewhere(config))
         scores = digest({"data": data, **_flat(config, "score"), "seed": config.run.seed})
         return self.root / "shared" / f"data-{data[:16]}", self.root / "shared" / f"scores-{scores[:16]}"
+
+    def _elsewhere(self, config: Config) -> dict[str, Any]:
+        """Where data of a point lie, if not where those of the base do: fingerprints leave that out, for data that move."""
+        ours, base = _flat(config, "data"), _flat(self.config, "data")
+        keys = [f"data.{name}" for name in fingerprints.LEFT_OUT["data"]]
+        return {f"at {key}": ours[key] for key in keys if ours[key] != base[key]}
 
     def _id(self, config: Config) -> str:
         sections = [name for name in type(config).model_fields if name not in NOT_OF_POINTS]

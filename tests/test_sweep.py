@@ -145,6 +145,22 @@ def test_a_combination_that_is_not_allowed_is_named():
         space.trials(config(space=wanted))
 
 
+@pytest.mark.parametrize("wanted", [{"space": {"select.keep": ["auto", 0.1]}},
+                                    {"space": {"distill.ipc": [1]}, "select__keep": "auto"}])  # fmt: skip
+def test_a_rate_that_is_looked_for_cannot_be_swept(tmp_path, wanted):
+    with pytest.raises(UserError, match=r"select.keep = auto cannot be swept.*list them"):
+        sweep(config(tmp_path / "run", **wanted))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_elsewhere_are_other_data():
+    where = points.Points(config(data__path="here"), run.OneByOne().executor, Display.silent())
+    base, same, other = (
+        where.configured(Point({"data.path": path} if path else {})).run.dir for path in (None, "here", "there")
+    )
+    assert base == same != other
+
+
 def test_asha_needs_evaluations_before_the_end():
     on_ray = {"cluster__address": None, "search": "asha"}
     with pytest.raises(UserError, match=r"set distill.evaluate_every"):

@@ -135,6 +135,7 @@ def plan(config: Config) -> list[Planned]:
     where = Points(config, Local, Display.silent())
     found = [Planned(trial, where.configured(trial.point)) for trial in space.trials(config)]
     for planned in found:
+        checks.check_rate(planned.config)
         validate.check_names(planned.config)
         if config.sweep.search == "asha":
             checks.check_asha(planned.config)

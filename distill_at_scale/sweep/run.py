@@ -153,6 +153,8 @@ class Sweep:
 
     def run(self) -> pa.Table:
         self._check_data()
+        for job in self.jobs:
+            self.points.shared_by(job.config)
         todo = [job for job in self.jobs if job.outcome(self.config.sweep.search) is None]
         old = len(self.jobs) - len(todo)
         self.display.say(f"sweep: {len(self.jobs)} trials" + (f", {old} of them finished before" if old else ""))

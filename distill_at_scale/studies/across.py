@@ -14,6 +14,7 @@ from typing import Any
 
 from scipy.stats import t
 
+from distill_at_scale import validate
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Outcome, Plot, Point, Series, mean_and_std
@@ -98,6 +99,16 @@ def study(context: Context) -> Finding:
     notes += _notes(context, found)
     rows, plots = [row for one in found for row in _rows(one)], [_plot(context, found)] if found else []
     return Finding(NAME, "Across data sets", _answer(context, found), _paper(found), rows, plots, _facts(found), notes)
+
+
+def check(context: Context) -> None:
+    """Raises UserError that names the set for one whose configuration or names are not allowed; nothing is made."""
+    for name, overrides in _sets(context).items():
+        config = _configured(context, name, overrides)
+        try:
+            validate.check_names(config)
+        except UserError as error:
+            raise UserError(f"studies.across.sets.{name}: {error}" if overrides else str(error)) from None
 
 
 def _sets(context: Context) -> dict[str, Mapping[str, Any]]:

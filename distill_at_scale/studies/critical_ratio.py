@@ -21,12 +21,16 @@ PAPER = (
 )
 
 
-def study(context: Context) -> Finding:
+def check(context: Context) -> None:
     """Raises UserError where the configuration keeps a stratum: that has no smallest rate."""
     if context.config.select.order == "stratum":
         raise UserError(
             "the study critical_ratio needs select.order other than stratum; give useful, useless, low or high"
         )
+
+
+def study(context: Context) -> Finding:
+    check(context)
     section = context.config.studies.critical_ratio
     found = Search(context, section.tolerance, section.lowest, section.points, context.config.studies.seeds).run()
     random = _random(context, found)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import math
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -115,6 +115,11 @@ def test_the_critical_ratio_is_told_with_its_number_and_its_random_control(tmp_p
     assert [row["set"] for row in found.rows].count("random") == 1
     assert len({tuple(row) for row in found.rows}) == 1, "all rows have the same keys"
     assert found.facts["confidence"] > 0.5
+
+
+def test_a_critical_ratio_at_chance_says_that_it_says_little(tmp_path):
+    found = critical_ratio.study(MadeUpRunner(tmp_path, lambda config, share: 0.28).context)
+    assert any("near chance" in note for note in found.notes)
 
 
 def test_a_minimum_that_decides_instead_of_the_rate_is_told(tmp_path):

@@ -18,9 +18,9 @@ from distill_at_scale import validate
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Outcome, Plot, Point, Series, mean_and_std
+from distill_at_scale.studies.comparison import near_chance
 
 NAME = "across"
-NEAR_CHANCE = 2.0, 0.1  # times chance, and of the way from it to 1: an accuracy below both
 CERTAIN = 0.95  # of the interval of a difference that counts as clear
 NOT_OF_A_SET = ("run", "cluster", "sweep", "studies")  # sections
 UNCUT = {"select.per_class": None, "select.stratum_start": 0.0}
@@ -299,7 +299,7 @@ def _notes(context: Context, found: Sequence[Set]) -> list[str]:
         notes.append(
             "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
         )
-    if chance := [one.name for one in found if _near_chance(one.unpruned)]:
+    if chance := [one.name for one in found if near_chance(one.unpruned.mean, one.unpruned.classes)]:
         notes.append(
             f"On {', '.join(chance)} even the unpruned set is near chance, so the comparison says little there; distil longer, "
             "or more images per class."
@@ -312,8 +312,3 @@ def _notes(context: Context, found: Sequence[Set]) -> list[str]:
             f"At least min_per_class samples of a class are kept, which raised the rate on {', '.join(dict.fromkeys(few))}."
         )
     return notes
-
-
-def _near_chance(cell: Cell) -> bool:
-    chance, (times, way) = 1 / cell.classes, NEAR_CHANCE
-    return cell.mean < min(times * chance, chance + way * (1 - chance))

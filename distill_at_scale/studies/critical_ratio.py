@@ -129,6 +129,10 @@ def _notes(context: Context, found: Found) -> list[str]:
         f"{len(found.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",
         "Rates are chosen by accuracy on the test split, which is a little kinder to the chosen one than to new data.",
     ]
+    if found.near_chance:
+        notes.append(
+            "Even the unpruned set is near chance, so any rate seems to suffice; distil longer (studies.steps)."
+        )
     if found.exceptions:
         rates = ", ".join(percent(rate.keep) for rate in found.exceptions)
         notes.append(

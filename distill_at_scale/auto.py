@@ -56,6 +56,9 @@ def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) ->
         _report(found) | against | {"steps": searched.distill.steps, "seconds": round(time.perf_counter() - began, 3)}
     )
     write_json(run / "auto.json", report | {"made_with": wanted})
+    if report["near_chance"]:
+        say(f"  warning: in the search even the unpruned set is near chance ({report['unpruned']:.1%}), so any rate seems to "
+            "suffice; raise select.auto.steps, or give select.keep")  # fmt: skip
     say(
         f"auto: keep {report['rate']:.4g} ({report['kept']} of {report['of']} samples), confidence {report['confidence']:.0%}"
     )
@@ -120,7 +123,8 @@ def _report(found: Found) -> dict[str, Any]:
         "rate": best.keep, "kept": best.kept, "of": best.outcomes[0].of,
         "kept_per_class": list(best.outcomes[0].kept_per_class),
         "confidence": round(best.confidence, 4), "unpruned": found.level.mean, "unpruned_std": found.level.std,
-        "least": found.level.least, "smallest_sufficient": found.smallest.keep, "curve": curve,
+        "least": found.level.least, "near_chance": found.near_chance,
+        "smallest_sufficient": found.smallest.keep, "curve": curve,
     }  # fmt: skip
 
 

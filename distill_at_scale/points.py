@@ -80,8 +80,8 @@ class Points:
         if scores in self.ready:
             return scores
         data, run = self.ingested(config), RunDir(scores)
-        if run.record("ingest") is None:
-            run.create()
+        run.create()
+        if _differs(run, RunDir(data), "ingest"):
             run.adopt(RunDir(data), "ingest")
         self._pipeline(config, scores).run(("score",))
         self.ready.add(scores)
@@ -99,14 +99,15 @@ class Points:
             made = RunDir(folder)
             made.create()
             for stage in stages:
-                if made.record(stage) is None:
+                if _differs(made, run, stage):
                     made.adopt(run, stage)
 
     def stand(self, config: Config, shared: Path) -> None:
         run = RunDir(config.run.dir)
         run.create()
         for stage in ("ingest", "score"):
-            if run.record(stage) is None:
+            if _differs(run, RunDir(shared), stage):
+                _forget(run)
                 run.adopt(RunDir(shared), stage)
 
     def outcome(self, point: Point) -> Outcome | None:
@@ -114,9 +115,15 @@ class Points:
         return outcome_of(point, Path(self.configured(point).run.dir))
 
     def _places(self, config: Config) -> tuple[Path, Path]:
-        data = digest(fingerprints.data(config))
+        data = digest(fingerprints.data(config) | self._elsewhere(config))
         scores = digest({"data": data, **_flat(config, "score"), "seed": config.run.seed})
         return self.root / "shared" / f"data-{data[:16]}", self.root / "shared" / f"scores-{scores[:16]}"
+
+    def _elsewhere(self, config: Config) -> dict[str, Any]:
+        """Where data of a point lie, if not where those of the base do: fingerprints leave that out, for data that move."""
+        ours, base = _flat(config, "data"), _flat(self.config, "data")
+        keys = [f"data.{name}" for name in fingerprints.LEFT_OUT["data"]]
+        return {f"at {key}": ours[key] for key in keys if ours[key] != base[key]}
 
     def _id(self, config: Config) -> str:
         sections = [name for name in type(config).model_fields if name not in NOT_OF_POINTS]
@@ -265,12 +272,32 @@ def stopped_of(point: Point, folder: Path, network: str) -> Outcome | None:
 def outcome_of(point: Point, folder: Path) -> Outcome | None:
     """Read from a point's folder; None where it is not finished."""
     run = RunDir(folder)
-    if run.record("evaluate") is None:
+    if run.record("evaluate") is None or _outdated(run):
         return None
     facts = manifest.facts(run / "manifest.parquet")
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
     seconds = {s: record["seconds"] for s in ("ingest", "score", *OWN) if (record := run.record(s))}
     return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], seconds, folder)
+
+
+def _outdated(run: RunDir) -> bool:
+    """Whether what a point stands on was made anew since, as after a user removed its record; gone is not outdated."""
+    for stage in ("ingest", "score"):
+        shared = RunDir((run.record(stage) or {}).get("reused_from", run.path))
+        if shared.record(stage) is not None and _differs(run, shared, stage):
+            return True
+    return False
+
+
+def _differs(run: RunDir, shared: RunDir, stage: str) -> bool:
+    ours, theirs = run.record(stage), shared.record(stage)
+    return ours is None or theirs is None or ours["output"] != theirs["output"]
+
+
+def _forget(run: RunDir) -> None:
+    """A point's own stages are to be done again."""
+    for stage in OWN:
+        (run / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
 
 def _flat(config: Config, section: str) -> dict[str, Any]:

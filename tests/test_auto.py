@@ -46,6 +46,18 @@ def find(run, accuracy=lambda config, share: 0.6 if share >= 0.1 else 0.3, **key
     return auto.rate(config, make, lambda line: None), runners
 
 
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.3, True), (0.7, False)])  # of 4 classes
+def test_a_search_at_chance_says_that_it_says_little(finished, accuracy, warned):
+    said = []
+
+    @contextlib.contextmanager
+    def make(config):
+        yield Standing(finished.dir / "auto", lambda config, share: accuracy)
+
+    auto.rate(tiny_config(finished.dir, select__keep="auto", distill__steps=8), make, said.append)
+    assert any("near chance" in line for line in said) == warned
+
+
 def test_the_rate_is_found_published_and_read_again(finished):
     rate, runners = find(finished)
     assert 0.1 <= rate < 0.2

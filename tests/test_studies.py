@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -115,6 +116,11 @@ def test_the_critical_ratio_is_told_with_its_number_and_its_random_control(tmp_p
     assert [row["set"] for row in found.rows].count("random") == 1
     assert len({tuple(row) for row in found.rows}) == 1, "all rows have the same keys"
     assert found.facts["confidence"] > 0.5
+
+
+def test_a_critical_ratio_at_chance_says_that_it_says_little(tmp_path):
+    found = critical_ratio.study(MadeUpRunner(tmp_path, lambda config, share: 0.28).context)
+    assert any("near chance" in note for note in found.notes)
 
 
 def test_a_minimum_that_decides_instead_of_the_rate_is_told(tmp_path):
@@ -234,6 +240,21 @@ def test_a_suite_leaves_findings_and_one_table(tmp_path, runner):
     assert [row["study"] for row in table] == ["drop"] * 4 + ["interaction"] * 8
     assert table[4]["drop"] == 0.0
     assert table[0]["drop"] is None
+
+
+@pytest.mark.parametrize(("wanted", "message"), [
+    ({"studies__across": {"sets": {"bad": {"data.source": "digitz"}}}}, "studies.across.sets.bad: data.source = 'digitz'"),
+    ({"studies__stability": {"networks": ["mlpp"]}}, "studies.stability.networks = 'mlpp' is unknown"),
+    ({"studies__interaction": {"drops": [0.5, 0.3, 0.9]}}, "ascending"),
+    ({"select__order": "stratum", "select__keep": 0.2}, "select.order other than stratum"),
+    ({"score__criterion": "random"}, "stability needs scores"),
+])  # fmt: skip
+def test_what_a_later_study_refuses_is_said_before_anything_is_made(tmp_path, wanted, message):
+    runner = MadeUpRunner(tmp_path / "run", lambda config, share: 0.5, **wanted)
+    with pytest.raises(UserError, match=re.escape(message)):
+        suite.run(runner.config, runner, lambda line: None)
+    assert not runner.tried
+    assert not (tmp_path / "run").exists(), "nothing was scored"
 
 
 def test_a_second_call_reads_what_the_first_has_found(runner):

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_config
@@ -145,6 +146,22 @@ def test_a_combination_that_is_not_allowed_is_named():
         space.trials(config(space=wanted))
 
 
+@pytest.mark.parametrize("wanted", [{"space": {"select.keep": ["auto", 0.1]}},
+                                    {"space": {"distill.ipc": [1]}, "select__keep": "auto"}])  # fmt: skip
+def test_a_rate_that_is_looked_for_cannot_be_swept(tmp_path, wanted):
+    with pytest.raises(UserError, match=r"select.keep = auto cannot be swept.*list them"):
+        sweep(config(tmp_path / "run", **wanted))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_elsewhere_are_other_data():
+    where = points.Points(config(data__path="here"), run.OneByOne().executor, Display.silent())
+    base, same, other = (
+        where.configured(Point({"data.path": path} if path else {})).run.dir for path in (None, "here", "there")
+    )
+    assert base == same != other
+
+
 def test_asha_needs_evaluations_before_the_end():
     on_ray = {"cluster__address": None, "search": "asha"}
     with pytest.raises(UserError, match=r"set distill.evaluate_every"):
@@ -234,6 +251,23 @@ def test_a_longer_space_tries_only_what_is_new(swept, monkeypatch):
     wider = config(settings.run.dir, space={"select.keep": [0.1, 0.3, 0.5], "distill.ipc": [1]}, controls=["unpruned"])
     sweep(wider)
     assert tried_now == [0.5]
+
+
+def test_trials_that_stand_on_other_scores_than_there_are_now_are_tried_again(tmp_path):
+    path, random = tmp_path / "scores.npy", np.random.default_rng(0)
+    np.save(path, random.random(1797))
+    wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
+    settings = config(tmp_path / "run", space={"select.keep": [0.1]}, controls=[], **wanted)
+    sweep(settings)
+    (manifest,) = (tmp_path / "run").rglob("points/*/manifest.parquet")
+    before = pq.read_table(manifest)
+    np.save(path, random.random(1797))
+    with pytest.raises(UserError, match=r"output of score for another configuration"):
+        sweep(settings)
+    (record,) = (tmp_path / "run").glob("shared/scores-*/stages/score.json")
+    record.unlink()  # as the message says
+    sweep(settings)
+    assert not pq.read_table(manifest).equals(before)
 
 
 def test_two_commands_in_one_folder_are_refused(swept):

@@ -16,3 +16,9 @@ STUDIES: dict[str, Callable[[Context], Finding]] = {
     "stability": stability.study,
     "across": across.study,
 }
+CHECKS: dict[str, Callable[[Context], None]] = {  # what can be known to be wrong before anything is made
+    "critical_ratio": critical_ratio.check,
+    "interaction": interaction.check,
+    "stability": stability.check,
+    "across": across.check,
+}

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_at_scale import validate
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Outcome, Plot, Point, Series, mean_and_std
-from distill_at_scale.studies.comparison import difference
+from distill_at_scale.studies.comparison import difference, near_chance
 from distill_at_scale.wording import NBSP, count, points
 
 NAME = "across"
-NEAR_CHANCE = 2.0, 0.1  # times chance, and of the way from it to 1: an accuracy below both
 NOT_OF_A_SET = ("run", "cluster", "sweep", "studies")  # sections
 UNCUT = {"select.per_class": None, "select.stratum_start": 0.0}
 PAPER = (
@@ -97,6 +97,16 @@ def study(context: Context) -> Finding:
     notes += _notes(context, found)
     rows, plots = [row for one in found for row in _rows(one)], [_plot(context, found)] if found else []
     return Finding(NAME, "Across data sets", _answer(context, found), _paper(found), rows, plots, _facts(found), notes)
+
+
+def check(context: Context) -> None:
+    """Raises UserError that names the set for one whose configuration or names are not allowed; nothing is made."""
+    for name, overrides in _sets(context).items():
+        config = _configured(context, name, overrides)
+        try:
+            validate.check_names(config)
+        except UserError as error:
+            raise UserError(f"studies.across.sets.{name}: {error}" if overrides else str(error)) from None
 
 
 def _sets(context: Context) -> dict[str, Mapping[str, Any]]:
@@ -280,7 +290,7 @@ def _notes(context: Context, found: Sequence[Set]) -> list[str]:
         notes.append(
             "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
         )
-    if chance := [one.name for one in found if _near_chance(one.unpruned)]:
+    if chance := [one.name for one in found if near_chance(one.unpruned.mean, one.unpruned.classes)]:
         notes.append(
             f"On {', '.join(chance)} even the unpruned set is near chance, so the comparison says little there; distil longer, "
             "or more images per class."
@@ -293,8 +303,3 @@ def _notes(context: Context, found: Sequence[Set]) -> list[str]:
             f"At least min_per_class samples of a class are kept, which raised the rate on {', '.join(dict.fromkeys(few))}."
         )
     return notes
-
-
-def _near_chance(cell: Cell) -> bool:
-    chance, (times, way) = 1 / cell.classes, NEAR_CHANCE
-    return cell.mean < min(times * chance, chance + way * (1 - chance))

@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 
 from distill_at_scale import rng
 from distill_at_scale.data.rowgroups import facts_of, open_table, reading
-from distill_at_scale.pruning.static import quota
+from distill_at_scale.pruning.static import RANDOM, quota
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import table
 from distill_at_scale.scoring.criteria import CRITERIA
@@ -92,6 +92,11 @@ class Scores:
         found = self.read(name, rows)
         whole = found.shape[1] >= trials and found.shape[1] % trials == 0
         return found.reshape(len(found), trials, -1) if whole else None
+
+
+def scored(section: ScoreSection) -> bool:
+    """Whether a table of these scores has any criterion."""
+    return bool(section.imported) or any(name != RANDOM for name in section.criteria)
 
 
 def by_trial(values: Array, column: str, section: ScoreSection) -> Array:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill_at_scale.studies.base import UNPRUNED, Context, Outcome, Point
-from distill_at_scale.studies.comparison import Level, accuracies
+from distill_at_scale.studies.comparison import Level, accuracies, near_chance
 
 CLOSE = 1.05  # neighbouring rates within this factor are not told apart
 LEAST_UNPRUNED = 3  # distillations behind the deviation
@@ -82,6 +82,11 @@ class Found:
     def exceptions(self) -> list[Rate]:
         """Insufficient rates above the smallest sufficient one: accuracy is not monotone there, or noise hides it."""
         return [rate for rate in self.rates if not rate.sufficient and rate.keep > self.smallest.keep]
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether even the unpruned set is, so that any rate seems sufficient."""
+        return near_chance(self.level.mean, len(self.rates[-1].outcomes[0].kept_per_class))
 
     def limited(self, minimum: int) -> bool:
         """Whether min_per_class, not the rate, decided how many samples of the smallest sufficient rate were kept."""

@@ -22,6 +22,7 @@ from distill_at_scale.wording import NBSP, count, points
 
 CERTAIN = 0.95  # of intervals
 SIGNIFICANT = 0.05
+NEAR_CHANCE = 2.0, 0.1  # times chance, and of the way from it to 1: an accuracy below both
 STATIC: Mapping[str, Any] = {"runtime.rule": "none", "select.per_class": None, "select.stratum_start": 0.0}
 
 
@@ -66,6 +67,12 @@ class Level:
         margin = statistics.fmean(accuracies) - self.least
         error, freedom = _welch(accuracies, self.accuracies)
         return float(t.cdf(margin / error, freedom)) if error > 0 else float(margin >= 0)
+
+
+def near_chance(mean: float, classes: int) -> bool:
+    """Whether an accuracy says little, so that everything seems as good as everything else."""
+    chance, (times, way) = 1 / classes, NEAR_CHANCE
+    return mean < min(times * chance, chance + way * (1 - chance))
 
 
 def accuracies(outcomes: Sequence[Outcome]) -> list[float]:

@@ -21,12 +21,16 @@ CIFAR10 = {"frog", "truck", "ship", "horse", "cat", "deer"}
 PAPER = "The paper (CIFAR-10, DC, one image per class, low loss): 0.04 % (20 images) suffice, 28.4 ± 0.2 % against 28.6 ± 0.2 %"
 
 
-def study(context: Context) -> Finding:
+def check(context: Context) -> None:
     """Raises UserError where the configuration keeps a stratum: that has no smallest rate."""
     if context.config.select.order == "stratum":
         raise UserError(
             "the study critical_ratio needs select.order other than stratum; give useful, useless, low or high"
         )
+
+
+def study(context: Context) -> Finding:
+    check(context)
     section = context.config.studies.critical_ratio
     found = Search(context, section.tolerance, section.lowest, section.points, context.config.studies.seeds).run()
     random = _random(context, found)
@@ -128,6 +132,10 @@ def _notes(context: Context, found: Found) -> list[str]:
         f"{len(found.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",
         "Rates are chosen by accuracy on the test split, which is a little kinder to the chosen one than to new data.",
     ]
+    if found.near_chance:
+        notes.append(
+            "Even the unpruned set is near chance, so any rate seems to suffice; distil longer (studies.steps)."
+        )
     if found.exceptions:
         rates = ", ".join(percent(rate.keep) for rate in found.exceptions)
         notes.append(

@@ -37,8 +37,12 @@ NAME = "interaction"
 FIRST = 2  # rates behind the additive prediction
 
 
-def study(context: Context) -> Finding:
+def check(context: Context) -> None:
     """Raises UserError where the drop rates do not ascend within (0, 1)."""
+    _checked(context.config.studies.interaction.drops)
+
+
+def study(context: Context) -> Finding:
     section = context.config.studies.interaction
     drops = _checked(section.drops)
     whole, tried = _tried(context, drops)

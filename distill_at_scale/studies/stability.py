@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.errors import UserError
+from distill_at_scale.networks import builder
 from distill_at_scale.studies import agreement, drift
 from distill_at_scale.studies.agreement import Drawn, Scores
 from distill_at_scale.studies.base import Context, Finding, Plot, Series
@@ -75,6 +76,15 @@ class _Base:
         jaccard = {f"jaccard at keep {rate:g}": value for rate, value in zip(self.rates, shared, strict=True)}
         return {"compared": compared, "first": names[0], "second": names[1], "correlation": found[0],
                 "deviation over classes": found[1], **jaccard}  # fmt: skip
+
+
+def check(context: Context) -> None:
+    """Raises UserError for a network that is not there, and where nothing is scored; nothing is made."""
+    if not agreement.scored(context.config.score):
+        raise UserError("the study stability needs scores; name a criterion other than random in score.criterion, or leave "
+                        "it out of studies.run")  # fmt: skip
+    for name in context.config.studies.stability.networks:
+        builder("studies.stability.networks", name)
 
 
 def study(context: Context) -> Finding:

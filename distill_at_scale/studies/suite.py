@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import RunDir, digest, publish, write_json
-from distill_at_scale.studies import STUDIES, findings, page
+from distill_at_scale.studies import CHECKS, STUDIES, findings, page
 from distill_at_scale.studies.base import Context, Finding, Runner
 
 MADE_WITH = "made_with"
@@ -32,13 +32,15 @@ OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that count for e
 def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Finding]:
     """All findings, in the order of `studies.run`, and the page of them.
 
-    Raises UserError for a study that is not there, before anything starts, and for whatever stops a point.
+    Raises UserError for a study that is not there or cannot be, before anything starts, and for whatever stops a point.
     """
     if missing := [name for name in config.studies.run if name not in STUDIES]:
         raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
     folder = Path(config.run.dir).expanduser()
-    scores = RunDir(runner.shared({})).content("score")
     context, every = Context(config, runner, say), []
+    for name in config.studies.run:
+        CHECKS.get(name, lambda _: None)(context)
+    scores = RunDir(runner.shared({})).content("score")
     for name in config.studies.run:
         every.append(_found(context, name, folder / "studies" / f"{name}.json", _made_with(config, name, scores)))
     write_table(folder / "studies" / "studies.parquet", every)

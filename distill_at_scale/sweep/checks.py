@@ -32,6 +32,15 @@ def check_search(config: Config) -> None:
         )
 
 
+def check_rate(config: Config) -> None:
+    """Raises UserError where a trial is to look for its own rate."""
+    if config.select.keep == "auto":
+        raise UserError(
+            "select.keep = auto cannot be swept: a sweep compares rates itself; list them, for example "
+            "sweep.space={select.keep: [0.1, 0.3]}"
+        )
+
+
 def check_asha(config: Config) -> None:
     """Raises UserError where a trial is too short to be stopped: no evaluation lies before its end."""
     steps, every = distill.step_count(config), config.distill.evaluate_every
@@ -60,8 +69,6 @@ def check_trial(name: str, config: Config, data: Prepared) -> None:
 def kept_at_most(config: Config, counts: Sequence[int]) -> list[int]:
     """How many samples of each class a selection keeps; where that depends on the scores, how many it may keep."""
     select, minimum = config.select, config.min_per_class
-    if select.keep == "auto" and not select.per_class:
-        return list(counts)
     if select.scope == "class":
         wanted = [min(select.per_class or quota(select.rate, count, 0), count) for count in counts]
     else:

@@ -135,6 +135,7 @@ def plan(config: Config) -> list[Planned]:
     where = Points(config, Local, Display.silent())
     found = [Planned(trial, where.configured(trial.point)) for trial in space.trials(config)]
     for planned in found:
+        checks.check_rate(planned.config)
         validate.check_names(planned.config)
         if config.sweep.search == "asha":
             checks.check_asha(planned.config)
@@ -152,6 +153,8 @@ class Sweep:
 
     def run(self) -> pa.Table:
         self._check_data()
+        for job in self.jobs:
+            self.points.shared_by(job.config)
         todo = [job for job in self.jobs if job.outcome(self.config.sweep.search) is None]
         old = len(self.jobs) - len(todo)
         self.display.say(f"sweep: {len(self.jobs)} trials" + (f", {old} of them finished before" if old else ""))

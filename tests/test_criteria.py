@@ -408,6 +408,9 @@ class Lengths:
 
     useful = "high"
 
+    def __init__(self):
+        self.facts = {}
+
     def values(self, ids):
         return np.array([int(name[-2:]) for name in ids.to_pylist()], np.float32)
 

@@ -105,12 +105,12 @@ def check(config: Config, plan: ingest.Plan | None = None) -> None:
             positions.of(len(given.numbers), _key(name, file))
 
 
-def digests(score: ScoreSection) -> dict[str, str]:
-    """The content hash of every file, by name.
+def digest_of(name: str, file: str) -> str:
+    """The content hash of a file.
 
-    Raises UserError where one is missing.
+    Raises UserError where it is missing.
     """
-    return {name: file_digest(_existing(name, file))["sha256"] for name, file in score.imported.items()}
+    return str(file_digest(_existing(name, file))["sha256"])
 
 
 def columns(config: Config, ids: pa.Array) -> dict[str, Brought]:

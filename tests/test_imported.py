@@ -86,6 +86,19 @@ def test_tables_are_joined_by_id(tmp_path, ids, name, column):
     assert read(with_file(tmp_path, name), ids).tolist() == [number_of(i) for i in ids.to_pylist()]
 
 
+def test_ids_that_look_like_numbers_or_like_nothing_stay_as_they_are(tmp_path):
+    (tmp_path / "mine.csv").write_text('"sample_id","mine"\n"0001",1\n"0010",2\n')
+    assert imported.read("mine", str(tmp_path / "mine.csv")).ids.to_pylist() == ["0001", "0010"]
+    (tmp_path / "mine.csv").write_text("sample_id,mine\n0001,1\nNA,\n")
+    assert imported.read("mine", str(tmp_path / "mine.csv")).ids.to_pylist() == ["0001", "NA"]
+
+
+def test_samples_without_a_position_are_not_exported_by_position(tmp_path, listed, digits_run):
+    ids = pa.chunked_array([[listed[0], f"{listed[0]}#1"]])
+    with pytest.raises(UserError, match=r"1 of 2 samples have no position .*#1'.* write \*.csv"):
+        exported._listed(tmp_path / "x.json", ids, digits_run.config)
+
+
 def test_a_rejected_sample_keeps_its_position(tmp_path, ids, listed):
     """Prepared without two of the samples, which have null."""
     lost = {listed[3], listed[10]}

@@ -34,6 +34,7 @@ Array = np.ndarray[Any, Any]
 SUFFIXES = (".json", ".npy", ".npz", ".csv", ".parquet")
 TAKEN = ("sample_id", "label", "score", "random", "kept", "rank")  # names that a column of the tables has already
 NAME = re.compile(r"[A-Za-z]\w*")
+AS_TEXT = pyarrow.csv.ConvertOptions(column_types={"sample_id": pa.string()})  # 0001 is no number, and NA not missing
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def read(name: str, file: str) -> Given:
             return Given(_numbers(_of_json(json.loads(path.read_text()), key), key))
         if suffix in (".npy", ".npz"):
             return Given(_numbers(_of_numpy(np.load(path, allow_pickle=False), key), key))
-        table = pyarrow.csv.read_csv(path) if suffix == ".csv" else pq.ParquetFile(path).read()
+        table = pyarrow.csv.read_csv(path, convert_options=AS_TEXT) if suffix == ".csv" else pq.ParquetFile(path).read()
     except (ValueError, OSError, EOFError, pa.ArrowInvalid) as error:
         raise UserError(f"{key} cannot be read: {' '.join(str(error).split())}; write it again") from None
     return _of_table(table, name, key)

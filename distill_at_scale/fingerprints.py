@@ -71,13 +71,16 @@ def _weights(config: Config, run: RunDir) -> dict[str, str]:
 
 def _imported(config: Config, run: RunDir) -> dict[str, str]:
     """Scores made elsewhere by content; where the files are gone, what the finished stage was made with."""
-    try:
-        return {f"imported {name}": value for name, value in imported.digests(config.score).items()}
-    except UserError:
-        record = run.record("score")
-        if record is None:
-            raise
-        return {name: value for name, value in record["content"].items() if name.startswith("imported ")}
+    before, found = (run.record("score") or {"content": {}})["content"], {}
+    for name, file in config.score.imported.items():
+        key = f"imported {name}"
+        try:
+            found[key] = imported.digest_of(name, file)
+        except UserError:
+            if key not in before:
+                raise
+            found[key] = before[key]
+    return found
 
 
 def _teacher(config: Config, run: RunDir) -> dict[str, str]:
@@ -119,6 +122,7 @@ def score(config: Config, run: RunDir) -> Dependence:
     if sampled:
         values |= flatten(config.score.monte_carlo, "score.monte_carlo.")
         del values["score.monte_carlo.at_once"]
+        values |= flatten(config.distill.dc, "distill.dc.") if config.score.monte_carlo.learn == "dc" else {}
     return values | ({"run.seed": config.run.seed} if trained or sampled else {}), ("ingest",)
 
 

@@ -33,9 +33,9 @@ from distill_at_scale.networks import NetworkSpec, builder, mixes_samples
 from distill_at_scale.pruning import ranking, static
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import imported, monte_carlo, weights
-from distill_at_scale.scoring.contract import criteria_of
+from distill_at_scale.scoring.contract import column_of, criteria_of
 from distill_at_scale.scoring.criteria import CRITERIA
-from distill_at_scale.sections import Section
+from distill_at_scale.sections import ScoreSection, Section
 from distill_at_scale.students import TrainingProtocol
 
 TALLEST = 65_500  # pixels of a JPEG, which holds the frames of a clip below each other
@@ -63,6 +63,7 @@ def _check_criteria(config: Config) -> None:
     score, chosen = config.score, config.criterion
     imported.check_names(score, {**CRITERIA, monte_carlo.NAME: None})
     criteria_of(score)
+    _check_columns(score)
     known = {**dict.fromkeys(score.criteria), **dict.fromkeys(score.imported)}
     if config.select.criterion == {}:
         raise UserError(
@@ -81,6 +82,20 @@ def _check_criteria(config: Config) -> None:
                 f"select.criterion: the weight of {name!r} is {weight:g}; it must be above 0 (or leave it out)"
             )
     ranking.ranking_of(chosen, True, config.select.order, 0)
+
+
+def _check_columns(score: ScoreSection) -> None:
+    """Every criterion has a column of its own: a plug-in's is called like its class."""
+    names: dict[str, str] = {}
+    for name in dict.fromkeys([*score.criteria, *score.imported]):
+        column = column_of(name)
+        other = names.setdefault(column, name)
+        if other != name or (":" in name and (column in imported.TAKEN or column.endswith("_values"))):
+            whose = f"of {other!r}" if other != name else "with a meaning of its own"
+            raise UserError(
+                f"score.criterion = {name!r} would be the column {column!r} of the score table, which is one {whose}; give the "
+                "class another name"
+            )
 
 
 def _check_augmentations(config: Config) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import tiny_config, write_prepared
 from torch import nn
 
+from distill_at_scale import validate
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import score_piece, threads
@@ -134,6 +135,75 @@ class Flat(Old):
 def test_a_criterion_of_another_signature_is_refused():
     with pytest.raises(UserError, match=r"must be observe\(self, seen\)"):
         criteria_of(ScoreSection(criterion="test_criteria:Old"))
+
+
+class Needy(Flat):
+    def __init__(self, number):
+        self.number = number
+
+
+class Upwards(Flat):
+    useful = "upwards"
+
+
+class TooFar(Flat):
+    def epochs(self, count):
+        return [count]
+
+
+class Backwards(Flat):
+    def epochs(self, count):
+        return [1, 0]
+
+
+class NoEpoch(Flat):
+    def epochs(self, count):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Needy", "made without arguments"),
+        ("Upwards", "useful is 'upwards'"),
+        ("TooFar", r"asks for \[5\]"),
+        ("Backwards", r"asks for \[1, 0\]"),
+        ("NoEpoch", r"asks for \[\]"),
+    ],
+)
+def test_a_plug_in_that_breaks_its_word_is_refused_before_anything_is_trained(name, message):
+    with pytest.raises(UserError, match=message):
+        criteria_of(ScoreSection(criterion=f"test_criteria:{name}"))
+
+
+class entropy(Flat):
+    pass
+
+
+class label(Flat):
+    pass
+
+
+@pytest.mark.parametrize("criterion", [["entropy", "test_criteria:entropy"], ["test_criteria:label"]])
+def test_a_plug_in_gets_no_column_that_is_there_already(tmp_path, criterion):
+    with pytest.raises(UserError, match=r"would be the column .(entropy|label)."):
+        validate.check_names(tiny_config(tmp_path / "run", score__criterion=criterion))
+
+
+class Summed:
+    useful = "low"
+    by_trial = True
+
+    def observe_class(self, features):
+        return features.sum((1, 2))
+
+    def aggregate(self, values):
+        return values[:, 0, 0]
+
+
+def test_a_class_criterion_of_another_shape_is_refused(proxies, tmp_path):
+    with pytest.raises(UserError, match=r"test_criteria:Summed makes values of shape .* must return \[samples, \d\]"):
+        scored(proxies, tmp_path / "a", ["test_criteria:Summed"])
 
 
 # Gradients and features of a network
@@ -407,6 +477,9 @@ class Lengths:
     """Scores from elsewhere."""
 
     useful = "high"
+
+    def __init__(self):
+        self.facts = {}
 
     def values(self, ids):
         return np.array([int(name[-2:]) for name in ids.to_pylist()], np.float32)

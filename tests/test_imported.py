@@ -86,6 +86,19 @@ def test_tables_are_joined_by_id(tmp_path, ids, name, column):
     assert read(with_file(tmp_path, name), ids).tolist() == [number_of(i) for i in ids.to_pylist()]
 
 
+def test_ids_that_look_like_numbers_or_like_nothing_stay_as_they_are(tmp_path):
+    (tmp_path / "mine.csv").write_text('"sample_id","mine"\n"0001",1\n"0010",2\n')
+    assert imported.read("mine", str(tmp_path / "mine.csv")).ids.to_pylist() == ["0001", "0010"]
+    (tmp_path / "mine.csv").write_text("sample_id,mine\n0001,1\nNA,\n")
+    assert imported.read("mine", str(tmp_path / "mine.csv")).ids.to_pylist() == ["0001", "NA"]
+
+
+def test_samples_without_a_position_are_not_exported_by_position(tmp_path, listed, digits_run):
+    ids = pa.chunked_array([[listed[0], f"{listed[0]}#1"]])
+    with pytest.raises(UserError, match=r"1 of 2 samples have no position .*#1'.* write \*.csv"):
+        exported._listed(tmp_path / "x.json", ids, digits_run.config)
+
+
 def test_a_rejected_sample_keeps_its_position(tmp_path, ids, listed):
     """Prepared without two of the samples, which have null."""
     lost = {listed[3], listed[10]}
@@ -228,6 +241,24 @@ def test_the_fingerprint_covers_what_a_file_holds_and_not_where_it_lies(tmp_path
     assert fingerprint("b.npy", [1.0, 2.0], score__imported_useful={"mine": "high"}) != first
 
 
+def test_a_file_that_is_gone_leaves_its_scores_valid_but_not_those_under_another_name(
+    tmp_path, digits_run, monkeypatch
+):
+    run = RunDir(str(digits_run.dir))
+    record = run.record("score") | {"content": {"imported mine": "aa"}}
+    monkeypatch.setattr(RunDir, "record", lambda self, stage: record)
+    (tmp_path / "other.npy").write_bytes(b"1")
+
+    def content(**files):
+        found = tiny_config(tmp_path / "run", score__imported={k: str(tmp_path / v) for k, v in files.items()})
+        return fingerprints._imported(found, run)
+
+    assert content(mine="gone.npy") == {"imported mine": "aa"}
+    assert list(content(mine="gone.npy", other="other.npy")) == ["imported mine", "imported other"]
+    with pytest.raises(UserError, match=r"score.imported.yours = .* does not exist"):
+        content(yours="gone.npy")
+
+
 def test_the_fingerprint_ignores_what_is_not_used(tmp_path, digits_run):
     run = RunDir(digits_run.dir)
 
@@ -240,6 +271,10 @@ def test_the_fingerprint_ignores_what_is_not_used(tmp_path, digits_run):
     assert fingerprint(score__criterion="monte_carlo", score__monte_carlo__at_once=3) == sampled
     assert fingerprint(score__criterion="monte_carlo", score__trials=7) == sampled
     assert fingerprint(score__criterion="monte_carlo", run={"seed": 5}) != sampled
+    assert fingerprint(score__criterion="monte_carlo", distill__dc__image_lr=5.0) == sampled
+    distilled = fingerprint(score__criterion="monte_carlo", score__monte_carlo__learn="dc")
+    changed = fingerprint(score__criterion="monte_carlo", score__monte_carlo__learn="dc", distill__dc__image_lr=5.0)
+    assert changed != distilled
 
 
 @pytest.mark.parametrize("name", ["mine.json", "mine.csv", "mine.parquet"])

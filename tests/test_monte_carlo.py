@@ -55,7 +55,8 @@ def columns(config, prepared, executor=None):
     said = io.StringIO()
     run = RunDir(config.run.dir)
     run.create()
-    found = beside.columns_of(config, run, prepared, executor or Counting(), Display(Console(file=said, width=250)))
+    display = Display(Console(file=said, width=250))
+    found = beside.columns_of(config, run, prepared, lambda: executor or Counting(), display)
     return found, said.getvalue()
 
 

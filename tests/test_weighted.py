@@ -152,7 +152,7 @@ def test_the_random_control_has_no_spread_and_keeps_its_rate():
     assert choose(spreading([1, 9], [40, 40]), criterion="random", scope="adaptive", keep=0.25).facts["kept"] == 20
 
 
-NOISY = {"useful": {"loss": "low"}, "trials": 5, "agreement": {"trials": 0.3, "halves": 0.5}}
+NOISY = {"useful": {"loss": "low"}, "criteria": ["loss"], "trials": 5, "agreement": {"trials": 0.3, "all": 0.5}}
 
 
 def test_trials_that_agree_poorly_are_said_with_the_number_that_would_do():
@@ -167,9 +167,10 @@ def test_trials_that_agree_poorly_are_said_with_the_number_that_would_do():
         (["loss"], NOISY | {"agreement": {"trials": 0.6}}),
         (["loss"], NOISY | {"agreement": None}),
         (["loss"], NOISY | {"trials": 10}),
-        (["loss"], {"useful": {"loss": "low"}}),
+        (["loss"], {"useful": {"loss": "low"}}),  # a table from before agreement was measured
         (["random"], NOISY),
-        (["mine"], NOISY | {"useful": {"mine": "low"}, "imported": ["mine"]}),
+        (["el2n"], NOISY | {"useful": {"loss": "low", "el2n": "low"}, "criteria": ["loss", "el2n"]}),
+        (["mine"], NOISY | {"useful": {"loss": "low", "mine": "low"}, "criteria": ["loss", "mine"]}),
     ],
 )
 def test_no_warning_without_reason(names, table):

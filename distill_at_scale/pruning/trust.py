@@ -40,12 +40,11 @@ def warnings(
     `table` holds the facts of the score table, `monte_carlo` those of the Monte Carlo table.
     """
     found: list[str] = []
-    agreement = table.get("agreement") or {}
     for name in criteria:
         if name == MONTE_CARLO:
             found += _of_subsets(monte_carlo)
-        elif name in table.get("useful", {}) and name not in table.get("imported", ()):
-            found += _of_trials(name, agreement.get(name, agreement), int(table.get("trials", 0)))
+        elif [name] == table.get("criteria", [])[:1]:  # the one whose trials' agreement was measured
+            found += _of_trials(name, table.get("agreement"), int(table.get("trials", 0)))
     if break_drop is not None and kept < 1 - break_drop - 1e-9:
         found.append(
             f"{1 - kept:.1%} of the samples are dropped, but on this data accuracy broke when more than {break_drop:.1%} were "

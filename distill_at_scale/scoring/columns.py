@@ -114,9 +114,14 @@ class Columns:
         criterion, trials = self.criteria[name], self.checkpoints[0]
         shape = values_of(criterion, self.checkpoints)
         if class_wise(criterion):
-            found = criterion.observe_class(_features(table).reshape(table.num_rows, trials, -1))
-        else:
-            found = matrix(table[name])
+            found = np.asarray(criterion.observe_class(_features(table).reshape(table.num_rows, trials, -1)))
+            if found.shape != (table.num_rows, shape[0]):
+                raise UserError(
+                    f"the criterion {name} makes values of shape {found.shape} of {table.num_rows} samples; its observe_class "
+                    f"must return [samples, {shape[0]}]"
+                )
+            return found.reshape(-1, *shape)
+        found = matrix(table[name])
         if found.shape[1:] != (math.prod(shape),):
             raise UserError(
                 f"{piece} holds {found.shape[1]} values of {name} per sample, not {math.prod(shape)}; remove the score work "

@@ -38,7 +38,8 @@ def _made(name: str, section: ScoreSection) -> Any:
     found = resolve(key, name, CRITERIA)
     method = "observe_class" if hasattr(found, "observe_class") else "observe"
     resolve(key, name, CRITERIA, CLASS_CONTRACT if method == "observe_class" else CRITERION_CONTRACT)
-    made = found.of(section) if hasattr(found, "of") else found()
+    made = _instance(name, found, section)
+    _check_promises(name, made, section.checkpoints[1])
     try:
         inspect.signature(getattr(made, method)).bind(None)
     except TypeError:
@@ -48,6 +49,32 @@ def _made(name: str, section: ScoreSection) -> Any:
             "labels, features and gradient_norms"
         ) from None
     return made
+
+
+def _instance(name: str, found: Any, section: ScoreSection) -> Any:
+    if hasattr(found, "of"):
+        return found.of(section)
+    try:
+        return found()
+    except TypeError as error:
+        raise UserError(
+            f"score.criterion = {name!r} does not keep the contract: it must be a class that is made without arguments, or "
+            f"has a classmethod of(section) ({error})"
+        ) from None
+
+
+def _check_promises(name: str, made: Any, count: int) -> None:
+    """What a criterion says of itself before it sees a sample."""
+    if made.useful not in ("low", "high"):
+        raise UserError(
+            f"score.criterion = {name!r} does not keep the contract: useful is {made.useful!r}, it must be 'low' or 'high'"
+        )
+    epochs = epochs_of(made, count)
+    if not epochs or epochs != sorted(set(epochs) & set(range(count))):
+        raise UserError(
+            f"score.criterion = {name!r} does not keep the contract: of {count} epochs it asks for {epochs}; epochs(count) "
+            f"must name some of 0 to {count - 1}, ascending"
+        )
 
 
 def class_wise(criterion: Any) -> bool:

@@ -54,7 +54,8 @@ def scores(path: Path, scored: Path, config: Config) -> int:
                         f"{', '.join(useful)}, or write *.csv or *.parquet")  # fmt: skip
     found, _ = table.read(scored, ["sample_id", name])
     values = found[name].to_numpy()
-    places = pc.index_in(Positions(config).left, found["sample_id"].combine_chunks())
+    listed = _listed(path, found["sample_id"], config)
+    places = pc.index_in(listed, found["sample_id"].combine_chunks())
     by_position = {str(i): _number(values, place) for i, place in enumerate(places.to_pylist())}
     _write_text(path, json.dumps(by_position))
     return found.num_rows
@@ -71,9 +72,25 @@ def kept(path: Path, selected: Path, config: Config) -> int:
     if path.suffix.lower() != ".json":
         _write_table(path, found, facts)
     else:
-        inside = pc.is_in(Positions(config).left, found["sample_id"].combine_chunks())
+        listed = _listed(path, found["sample_id"], config)
+        inside = pc.is_in(listed, found["sample_id"].combine_chunks())
         _write_text(path, json.dumps(np.flatnonzero(inside.to_numpy()).tolist()))
     return found.num_rows
+
+
+def _listed(path: Path, ids: pa.ChunkedArray, config: Config) -> pa.ChunkedArray:
+    """What the positions stand for.
+
+    Raises UserError where one of the ids has none.
+    """
+    listed = Positions(config).left
+    lost = ids.filter(pc.invert(pc.is_in(ids, listed.combine_chunks())))
+    if len(lost):
+        raise UserError(
+            f"{path}: {len(lost)} of {len(ids)} samples have no position in the source's listing, for example "
+            f"{lost[0].as_py()!r} (data.transform = {config.data.transform}); write *.csv or *.parquet"
+        )
+    return listed
 
 
 def _number(values: Array, place: int | None) -> float | None:

@@ -34,6 +34,7 @@ Array = np.ndarray[Any, Any]
 SUFFIXES = (".json", ".npy", ".npz", ".csv", ".parquet")
 TAKEN = ("sample_id", "label", "score", "random", "kept", "rank")  # names that a column of the tables has already
 NAME = re.compile(r"[A-Za-z]\w*")
+AS_TEXT = pyarrow.csv.ConvertOptions(column_types={"sample_id": pa.string()})  # 0001 is no number, and NA not missing
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def check(config: Config, plan: ingest.Plan | None = None) -> None:
             positions.of(len(given.numbers), _key(name, file))
 
 
-def digests(score: ScoreSection) -> dict[str, str]:
-    """The content hash of every file, by name.
+def digest_of(name: str, file: str) -> str:
+    """The content hash of a file.
 
-    Raises UserError where one is missing.
+    Raises UserError where it is missing.
     """
-    return {name: file_digest(_existing(name, file))["sha256"] for name, file in score.imported.items()}
+    return str(file_digest(_existing(name, file))["sha256"])
 
 
 def columns(config: Config, ids: pa.Array) -> dict[str, Brought]:
@@ -160,7 +161,7 @@ def read(name: str, file: str) -> Given:
             return Given(_numbers(_of_json(json.loads(path.read_text()), key), key))
         if suffix in (".npy", ".npz"):
             return Given(_numbers(_of_numpy(np.load(path, allow_pickle=False), key), key))
-        table = pyarrow.csv.read_csv(path) if suffix == ".csv" else pq.ParquetFile(path).read()
+        table = pyarrow.csv.read_csv(path, convert_options=AS_TEXT) if suffix == ".csv" else pq.ParquetFile(path).read()
     except (ValueError, OSError, EOFError, pa.ArrowInvalid) as error:
         raise UserError(f"{key} cannot be read: {' '.join(str(error).split())}; write it again") from None
     return _of_table(table, name, key)

@@ -174,7 +174,7 @@ class Stages:
         names = [criterion] if isinstance(criterion, str) else list(criterion)
         folders = [self.dir.path] if self.dir.reuse is None else [self.dir.path, self.dir.reuse.path]
         sampled = trust.monte_carlo_facts(self.dir / "monte_carlo.parquet")
-        return trust.warnings(names, about, kept, trust.break_drop_of(folders), sampled)
+        return trust.warnings(names, about, kept, trust.break_point_of(folders), sampled)
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
         facts = manifest.facts(self.dir / "manifest.parquet")

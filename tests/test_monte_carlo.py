@@ -278,7 +278,7 @@ def test_noisy_utilities_are_said_at_select(tmp_path):
     run.stages("select")
     facts = json.loads(pq.read_schema(tmp_path / "run" / "manifest.parquet").metadata.get(b"selection", b"{}") or b"{}")
     facts = facts or json.loads(pq.ParquetFile(tmp_path / "run" / "manifest.parquet").metadata.metadata[b"selection"])
-    assert any("accuracy broke when more than 30.0% were" in line for line in facts["warnings"])
+    assert any("accuracy broke at 30.0% and held at 0.0%" in line for line in facts["warnings"])
     assert "warning: " in run.text
 
 

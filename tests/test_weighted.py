@@ -183,19 +183,22 @@ def test_trials_that_do_not_agree_at_all_are_beyond_mending():
 
 
 def test_a_rate_beyond_the_break_point_is_said():
-    (line,) = trust.warnings(["random"], {}, 0.1, 0.7, {})
+    broke = trust.BreakPoint(0.7, 0.5)
+    (line,) = trust.warnings(["random"], {}, 0.1, broke, {})
     assert line.startswith(
-        "90.0% of the samples are dropped, but on this data accuracy broke when more than 70.0% were"
+        "90.0% of the samples are dropped, but on this data accuracy broke at 70.0% and held at 50.0%"
     )
-    assert trust.warnings(["random"], {}, 0.3, 0.7, {}) == []
+    assert line.endswith("raise select.keep to 0.5")
+    assert len(trust.warnings(["random"], {}, 0.3001, broke, {})) == 1  # the rate that broke, rounded class by class
+    assert trust.warnings(["random"], {}, 0.5, broke, {}) == []
 
 
 def test_the_break_point_is_read_from_the_first_folder_that_has_the_study(tmp_path):
     second = tmp_path / "second" / "studies"
     second.mkdir(parents=True)
-    (second / "interaction.json").write_text(json.dumps({"facts": {"break_drop": 0.4}}))
-    assert trust.break_drop_of([tmp_path / "first", tmp_path / "second"]) == 0.4
-    assert trust.break_drop_of([tmp_path / "first"]) is None
+    (second / "interaction.json").write_text(json.dumps({"facts": {"break_drop": 0.4, "held_drop": 0.3}}))
+    assert trust.break_point_of([tmp_path / "first", tmp_path / "second"]) == trust.BreakPoint(0.4, 0.3)
+    assert trust.break_point_of([tmp_path / "first"]) is None
 
 
 def test_noisy_monte_carlo_scores_are_said():

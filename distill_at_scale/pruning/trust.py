@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 NOISY = 0.5  # an agreement below this is said
+ROUNDING = 0.005  # of a share: counts per class are whole
 WANTED = 0.8  # the reliability that is aimed at
 MONTE_CARLO = "monte_carlo"
 
@@ -32,8 +34,16 @@ def times_needed(agreement: float, wanted: float = WANTED) -> float:
     return wanted / (1 - wanted) * (1 - agreement) / agreement if agreement < 1 else 0.0
 
 
+@dataclass(frozen=True)
+class BreakPoint:
+    """Shares dropped at which accuracy was measured: the first that broke it, and the largest before, which did not."""
+
+    drop: float
+    held: float
+
+
 def warnings(
-    criteria: Iterable[str], table: Mapping[str, Any], kept: float, break_drop: float | None, monte_carlo: Mapping[str, Any]
+    criteria: Iterable[str], table: Mapping[str, Any], kept: float, broke: BreakPoint | None, monte_carlo: Mapping[str, Any]
 ) -> list[str]:  # fmt: skip
     """Sentences about a selection by some criteria that keeps a share of all samples; none where all is well or unknown.
 
@@ -45,24 +55,25 @@ def warnings(
             found += _of_subsets(monte_carlo)
         elif [name] == table.get("criteria", [])[:1]:  # the one whose trials' agreement was measured
             found += _of_trials(name, table.get("agreement"), int(table.get("trials", 0)))
-    if break_drop is not None and kept < 1 - break_drop - 1e-9:
+    if broke is not None and kept <= 1 - broke.drop + ROUNDING:
         found.append(
-            f"{1 - kept:.1%} of the samples are dropped, but on this data accuracy broke when more than {break_drop:.1%} were "
-            f"(studies/interaction.json); raise select.keep to {1 - break_drop:g}"
+            f"{1 - kept:.1%} of the samples are dropped, but on this data accuracy broke at {broke.drop:.1%} and held at "
+            f"{broke.held:.1%} (studies/interaction.json); raise select.keep to {1 - broke.held:g}"
         )
     return list(dict.fromkeys(found))
 
 
-def break_drop_of(folders: Iterable[Path]) -> float | None:
+def break_point_of(folders: Iterable[Path]) -> BreakPoint | None:
     """The measured break point, from the first run folder that has the interaction study; None where there is none."""
     for folder in folders:
         try:
             found = json.loads((folder / "studies" / "interaction.json").read_text())
         except (OSError, ValueError):
             continue
-        value = found.get("facts", found).get("break_drop") if isinstance(found, dict) else None
-        if isinstance(value, int | float):
-            return float(value)
+        facts = found.get("facts") if isinstance(found, dict) else None
+        if isinstance(facts, dict):
+            drop, held = facts.get("break_drop"), facts.get("held_drop", 0.0)
+            return None if drop is None else BreakPoint(float(drop), float(held))
     return None
 
 

@@ -79,8 +79,11 @@ def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
     return [outcome.accuracy() for outcome in outcomes]
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float], paired: bool = True) -> Difference:
-    """ours - theirs; paired by repetition where both have as many and `paired`, else Welch's."""
+def difference(ours: Sequence[float], theirs: Sequence[float], paired: bool = True, together: int = 1) -> Difference:
+    """ours - theirs; paired by repetition where both have as many and `paired`, else Welch's.
+
+    `together`: so many differences whose intervals shall hold at once (Bonferroni).
+    """
     paired = paired and len(ours) == len(theirs)
     mean = statistics.fmean(ours) - statistics.fmean(theirs)
     if min(len(ours), len(theirs)) < 2:
@@ -90,7 +93,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float], paired: bool = Tr
         error, freedom = statistics.stdev(gaps) / math.sqrt(len(gaps)), float(len(gaps) - 1)
     else:
         error, freedom = _welch(ours, theirs)
-    return Difference(mean, float(t.ppf((1 + CERTAIN) / 2, freedom)) * error, paired)
+    return Difference(mean, float(t.ppf(1 - (1 - CERTAIN) / 2 / together, freedom)) * error, paired)
 
 
 def _welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:

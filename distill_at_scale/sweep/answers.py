@@ -71,16 +71,13 @@ def describe(one: Configuration) -> str:
 
 
 def verdict(found: Recommendation) -> str:
-    """yes: pruning pays; no: it does not; unclear where a single evaluation or a missing control leaves that open."""
+    """yes: pruning pays; no: it does not; unclear where that is open."""
     if found.saved is None or found.chosen.accuracy.n == 1:
         return "unclear"
     if found.chosen.control == "unpruned":
         return "no"
-    return (
-        "yes"
-        if found.saved > 0 and (found.over_unpruned is None or found.over_unpruned.verdict != "worse")
-        else "unclear"
-    )
+    better = found.over_unpruned is not None and found.over_unpruned.verdict == "better"
+    return "yes" if found.saved > 0 and better else "unclear"
 
 
 def headline(found: Recommendation, shared: Recommendation | None = None, named: bool = True) -> dict[str, str]:

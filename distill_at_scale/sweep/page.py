@@ -21,6 +21,7 @@ from distill_at_scale.wording import points
 LISTED = 30  # configurations that are listed at once; the rest on demand
 FIRST_PLOTS = 6  # that are shown at once
 MOST_CONTEXTS = 24
+OTHER_TESTS = ("data.", "evaluate.")  # keys under which accuracies are of other tests: nothing is best of all then
 LONGEST_ERROR = 400  # characters
 
 
@@ -34,7 +35,9 @@ def contents(rows: Sequence[analysis.Row], config: Config) -> dict[str, Any]:
     found = analysis.configurations(rows, flatten(config))
     network = next((one.network for one in found), "")
     ours = analysis.distilled(found, network)
-    best, shared = analysis.recommend(ours), analysis.recommend(ours, shared=True)
+    comparable = not any(key.startswith(OTHER_TESTS) for key in analysis.swept(rows))
+    best = analysis.recommend(ours) if comparable else None
+    shared = analysis.recommend(ours, shared=True) if comparable else None
     plots, more = curves.curves(found, best)
     names = answers.short(analysis.swept(rows))
     return {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from distill_at_scale import figures, pages, synthetic, wording
+from distill_at_scale import charts, figures, pages, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data import transforms
 from distill_at_scale.data.shards import Prepared
@@ -28,6 +28,7 @@ from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.static import RANDOM
 from distill_at_scale.rundir import STAGES, RunDir, digest
 from distill_at_scale.scoring import table as score_table
+from distill_at_scale.studies.base import Plot, Series
 from distill_at_scale.synthetic import SyntheticSet
 
 PARTS = (
@@ -193,7 +194,28 @@ def _selection(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
     parts = [figures.Distribution(prepared.class_names[c], scores[labels == c], kept[labels == c]) for c in shown]
     chart = figures.distributions(parts, f"{label}, one value per training sample")
     counts = {"kept": int(kept.sum()), "of": len(kept), "share": float(kept.mean()), "shown": len(shown)}
-    return {"chart": chart, "facts": facts, "control": control, "label": label, **counts}
+    searched = _searched(run) if facts.get("asked", {}).get("keep") == "auto" else None
+    return {"chart": chart, "facts": facts, "control": control, "label": label, "searched": searched, **counts}
+
+
+def _searched(run: RunDir) -> dict[str, Any] | None:
+    """How select.keep: auto found its rate: the rates that were tried, and adaptive rates against one for all classes."""
+    if not (found := _json(run / "auto.json")):
+        return None
+    curve = found["curve"]
+    tried = Series(
+        "short distillations", [one["keep"] for one in curve], [one["mean"] for one in curve],
+        [one["std"] for one in curve], role="ours",
+    )  # fmt: skip
+    levels = (("unpruned", found["unpruned"]), ("sufficient", found["least"]))
+    plot = Plot(
+        "How the rate was found", "share kept", "top-1 accuracy", [tried], levels, (("taken", found["rate"]),), True
+    )
+    against = ""
+    if "adaptive" in found:
+        ours, fixed = (wording.accuracy(found[name]) for name in ("adaptive", "fixed"))
+        against = f"With rates adapted to the classes it reached {ours}, with one rate for all {fixed}."
+    return {**found, "chart": charts.draw(plot), "against": against}
 
 
 def _scores(run: RunDir) -> tuple[Array, Array, str] | None:

@@ -133,7 +133,7 @@ def test_the_studies_end_with_their_answers_and_a_second_call_reads_them(tiny_fi
     """The whole path without Ray: shared ingest and scores, points, findings, the table."""
     keys = ["studies.run=[drop]", "studies.seeds=2", "distill.steps=1", "evaluate.epochs=1"]
     assert cli.main(["study", tiny_file, *keys]) == 0
-    assert "Drop 10.0 %: Dropping 10.0 % by loss, against" in said(capsys)[0]
+    assert "Dropping 10\N{NO-BREAK SPACE}% by loss, against" in said(capsys)[0]
     assert (tmp_path / "run" / "studies" / "studies.parquet").is_file()
     assert json.loads((tmp_path / "run" / "studies" / "drop.json").read_text())["study"] == "drop"
     assert cli.main(["study", tiny_file, *keys]) == 0

@@ -252,7 +252,8 @@ def _criteria(base: _Base) -> _Part:
     matrix = {a: {b: float(found[0][i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)}
     known = [pair for pair in _pairs(names) if np.isfinite(found[0][pair])]  # a constant criterion ranks nothing
     i, j = min(known, key=lambda pair: found[0][pair], default=(0, 0))
-    answer = f"Of the criteria, {names[i]} and {names[j]} agree least ({found[0][i, j]:.2f})." if known else ""
+    least = f"{found[0][i, j]:.2f}".replace("-", "−")
+    answer = f"Of the criteria, {names[i]} and {names[j]} agree least ({least})." if known else ""
     series = [Series(name, names, [float(v) for v in found[0][k]], kind="points") for k, name in enumerate(names)]
     plot = Plot("Criteria against each other, low or high turned to useful", "criterion", "rank correlation", series)
     return _Part(answer, rows, [plot], {"criteria_agreement": matrix})

@@ -22,13 +22,13 @@ from distill_at_scale.config import Config, flatten, with_overrides
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.evaluate import need_test_split
-from distill_at_scale.points import Runner
+from distill_at_scale.points import PointRunner
 from distill_at_scale.rundir import RunDir, digest, write_json
 from distill_at_scale.studies.base import Context, mean_and_std
 from distill_at_scale.studies.bisection import Found, Search
 from distill_at_scale.studies.comparison import accuracies, difference
 
-MakeRunner = Callable[[Config], AbstractContextManager[Runner]]
+MakeRunner = Callable[[Config], AbstractContextManager[PointRunner]]
 QUARTER = 4  # of the run's steps, where select.auto.steps is not given
 
 

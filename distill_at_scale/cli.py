@@ -25,13 +25,14 @@ from distill_at_scale.execution import Executor, Local
 from distill_at_scale.pipeline import Pipeline, decided
 from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
-from distill_at_scale.points import LocalRunner, PooledRunner, Runner
+from distill_at_scale.points import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
 from distill_at_scale.sweep import run as sweep
 from distill_at_scale.sweep import summary
+from distill_at_scale.trials import OneByOne, Trials
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
 or validate (looks at every sample before anything is computed, and lists what is broken),
@@ -150,13 +151,13 @@ def make_executor(config: Config, display: Display) -> Executor:
     return RayExecutor(config, display.say)
 
 
-def make_trials(config: Config, display: Display) -> sweep.Trials:
+def make_trials(config: Config, display: Display) -> Trials:
     """Where the trials of a sweep run: on Ray Tune, or in this process with cluster.address=none.
 
     Raises UserError as make_executor does.
     """
     if config.cluster.address == "none":
-        return sweep.OneByOne()
+        return OneByOne()
     _need_ray()
     from distill_at_scale.cluster.sweep import TunedTrials
 
@@ -169,7 +170,7 @@ def _need_ray() -> None:
 
 
 @contextmanager
-def make_runner(config: Config, display: Display) -> Iterator[Runner]:
+def make_runner(config: Config, display: Display) -> Iterator[PointRunner]:
     """What tries the points of studies where cluster.address asks for it: this process, or a pool of warm actors.
 
     Raises UserError where Ray is wanted and not installed; Ray is started when a point has to be tried.
@@ -202,7 +203,7 @@ def run_studies(config: Config, display: Display) -> None:
 def find_rate(pipeline: Pipeline, display: Display) -> float:
     """For select.keep: auto."""
 
-    def runner(config: Config) -> AbstractContextManager[Runner]:
+    def runner(config: Config) -> AbstractContextManager[PointRunner]:
         _ = pipeline.executor  # Ray, once for the search and for what follows it
         return make_runner(config, display)
 

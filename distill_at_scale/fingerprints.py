@@ -16,8 +16,8 @@ from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.rundir import Inputs, RunDir
-from distill_at_scale.scoring import imported, monte_carlo, weights
-from distill_at_scale.scoring.contract import criteria_of
+from distill_at_scale.scoring import imported, weights
+from distill_at_scale.scoring.contract import MONTE_CARLO, criteria_of
 from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
@@ -116,7 +116,7 @@ def data(config: Config) -> dict[str, Any]:
 def score(config: Config, run: RunDir) -> Dependence:
     """Without what only proxies or only Monte Carlo subsets depend on, where there are none."""
     trained = config.score.weights is None and bool(criteria_of(config.score))
-    sampled = monte_carlo.NAME in config.score.criteria
+    sampled = MONTE_CARLO in config.score.criteria
     unused = {"monte_carlo", *(() if trained else TRAINING)}
     values = {key: value for key, value in _section(config, "score").items() if key.split(".")[1] not in unused}
     if sampled:

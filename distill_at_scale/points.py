@@ -28,20 +28,13 @@ from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest
 from distill_at_scale.rundir import RunDir, digest, write_json
 from distill_at_scale.studies.base import Outcome, Point
+from distill_at_scale.trials import Watch
 
 OWN = ("select", "distill", "evaluate")  # the stages of a point
-NOT_OF_POINTS = (
-    "run",
-    "data",
-    "score",
-    "cluster",
-    "sweep",
-    "studies",
-)  # sections that its id leaves out or takes apart
+NOT_OF_POINTS = ("run", "data", "score", "cluster", "sweep", "studies")  # sections that an id leaves out or takes apart
 STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
 PATIENCE = 20  # seconds in which the process of a killed sweep, which held a point's folder, is gone
 MakeExecutor = Callable[[], Executor]
-Watch = Callable[[dict[str, Any]], None]  # takes every line of a distillation's log as it is written
 
 
 class Points:
@@ -110,10 +103,6 @@ class Points:
                 _forget(run)
                 run.adopt(RunDir(shared), stage)
 
-    def outcome(self, point: Point) -> Outcome | None:
-        """What came of a point, if it is finished."""
-        return outcome_of(point, Path(self.configured(point).run.dir))
-
     def _places(self, config: Config) -> tuple[Path, Path]:
         data = digest(fingerprints.data(config) | self._elsewhere(config))
         scores = digest({"data": data, **_flat(config, "score"), "seed": config.run.seed})
@@ -148,7 +137,7 @@ class WarmActors(Protocol):
     def executor(self) -> Executor: ...
 
 
-class Runner:
+class PointRunner:
     """What runners share: finished points are read, the others are prepared and then tried."""
 
     def __init__(self, config: Config, executor: MakeExecutor, display: Display):
@@ -181,7 +170,7 @@ class Runner:
         raise NotImplementedError
 
 
-class LocalRunner(Runner):
+class LocalRunner(PointRunner):
     """Points one after the other in this process."""
 
     def __init__(self, config: Config, display: Display):
@@ -193,7 +182,7 @@ class LocalRunner(Runner):
             yield
 
 
-class PooledRunner(Runner):
+class PooledRunner(PointRunner):
     """Points side by side in warm actors; what they share is made by the ordinary executor before."""
 
     def __init__(self, config: Config, display: Display, pool: WarmActors):
@@ -265,8 +254,9 @@ def stopped_of(point: Point, folder: Path, network: str) -> Outcome | None:
         return None
     noted, facts = json.loads(path.read_text()), manifest.facts(run / "manifest.parquet")
     rows = [{"set": "distilled", "network": network, "seed": 0, "top1": noted["top1"]}]
-    seconds = {s: record["seconds"] for s in ("ingest", "score", *OWN) if (record := run.record(s))}
-    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], seconds, folder, noted["step"])
+    return Outcome(
+        point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), folder, noted["step"]
+    )
 
 
 def outcome_of(point: Point, folder: Path) -> Outcome | None:
@@ -276,8 +266,11 @@ def outcome_of(point: Point, folder: Path) -> Outcome | None:
         return None
     facts = manifest.facts(run / "manifest.parquet")
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
-    seconds = {s: record["seconds"] for s in ("ingest", "score", *OWN) if (record := run.record(s))}
-    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], seconds, folder)
+    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), folder)
+
+
+def _seconds(run: RunDir) -> dict[str, float]:
+    return {stage: record["seconds"] for stage in ("ingest", "score", *OWN) if (record := run.record(stage))}
 
 
 def _outdated(run: RunDir) -> bool:

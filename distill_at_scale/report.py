@@ -25,7 +25,7 @@ from distill_at_scale.data import transforms
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
-from distill_at_scale.pruning.static import RANDOM
+from distill_at_scale.pruning.ranking import RANDOM
 from distill_at_scale.rundir import STAGES, RunDir, digest
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.studies.base import Plot, Series

@@ -30,10 +30,10 @@ from distill_at_scale.data.shards import JPEG_PART
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec, builder, mixes_samples
-from distill_at_scale.pruning import ranking, static
+from distill_at_scale.pruning import ranking
 from distill_at_scale.registry import resolve
-from distill_at_scale.scoring import imported, monte_carlo, weights
-from distill_at_scale.scoring.contract import column_of, criteria_of
+from distill_at_scale.scoring import imported, weights
+from distill_at_scale.scoring.contract import MONTE_CARLO, column_of, criteria_of
 from distill_at_scale.scoring.criteria import CRITERIA
 from distill_at_scale.sections import ScoreSection, Section
 from distill_at_scale.students import TrainingProtocol
@@ -61,7 +61,7 @@ def check_names(config: Config) -> None:
 def _check_criteria(config: Config) -> None:
     """Names of criteria, and of several that are weighed their weights; every imported name may be selected by."""
     score, chosen = config.score, config.criterion
-    imported.check_names(score, {**CRITERIA, monte_carlo.NAME: None})
+    imported.check_names(score, {**CRITERIA, MONTE_CARLO: None})
     criteria_of(score)
     _check_columns(score)
     known = {**dict.fromkeys(score.criteria), **dict.fromkeys(score.imported)}
@@ -70,7 +70,7 @@ def _check_criteria(config: Config) -> None:
             "select.criterion = {} weighs nothing; give names with weights, for example {loss: 0.7, el2n: 0.3}"
         )
     if isinstance(chosen, str):
-        resolve("select.criterion", chosen, {**known, static.RANDOM: None}) if ":" not in chosen else None
+        resolve("select.criterion", chosen, {**known, ranking.RANDOM: None}) if ":" not in chosen else None
         return
     for name, weight in chosen.items():
         if name not in known:

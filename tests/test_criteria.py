@@ -23,7 +23,7 @@ from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.scoring import neighbours, proxy, scorer, table
 from distill_at_scale.scoring.agreement import CLASSES, SAMPLES, Agreement
 from distill_at_scale.scoring.classifier import projected
-from distill_at_scale.scoring.columns import classes
+from distill_at_scale.scoring.columns import classes, matrix
 from distill_at_scale.scoring.contract import criteria_of, epochs_of, needed_epochs
 from distill_at_scale.scoring.criteria import CRITERIA
 from distill_at_scale.scoring.gradient_norms import GradientNorms
@@ -439,7 +439,7 @@ def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path
         alone, _ = table.read(scored(proxies, tmp_path / name, name))
         assert together[name].to_numpy() == pytest.approx(alone["score"].to_numpy(), rel=1e-5), name
         assert together[name].to_numpy().std() > 0, name
-    assert table.matrix(together["density_values"]).shape == (70, 2)
+    assert matrix(together["density_values"]).shape == (70, 2)
 
 
 def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
@@ -464,7 +464,7 @@ def test_checkpoints_that_nobody_looks_at_are_not_even_read(proxies, tmp_path):
         target.parent.mkdir(parents=True)
         target.symlink_to(proxy.checkpoint_path(proxies / "proxies", trial, 0))
     found, facts = table.read(scored(tmp_path, tmp_path / "a", "el2n", early=1))
-    assert table.matrix(found["el2n_values"]).shape == (70, 2)
+    assert matrix(found["el2n_values"]).shape == (70, 2)
     assert facts["observed"] == {"el2n": [0]}
 
 

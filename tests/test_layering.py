@@ -26,6 +26,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
         "evaluate",
         "distill",
         "execution",
+        "trials",
         "studies",
         "plan",
         "validate",

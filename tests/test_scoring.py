@@ -17,6 +17,7 @@ from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import score_piece, threads
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.scoring import proxy, table
+from distill_at_scale.scoring.columns import matrix
 from distill_at_scale.scoring.contract import criteria_of
 from distill_at_scale.scoring.scorer import Scorer
 from distill_at_scale.sections import ScoreSection
@@ -211,7 +212,7 @@ def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
     networks = [
         proxy.load_proxy(spec, proxy.checkpoint_path(run / "proxies", t, e), CPU) for t in range(2) for e in range(2)
     ]
-    values = table.matrix(scores["loss_values"])
+    values = matrix(scores["loss_values"])
     assert scores["sample_id"].to_pylist() == prepared.index()[0]
     assert values.shape == (len(labels), 4)
     for k in range(0, len(labels), 13):
@@ -275,7 +276,7 @@ def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
     scores, facts = table.read(run.dir / "scores.parquet")
     assert facts["useful"] == {"loss": "low", "Confidence": "high"}
     assert scores["score"].to_pylist() == scores["loss"].to_pylist()
-    values = table.matrix(scores["Confidence_values"]).reshape(-1, 2, 2)
+    values = matrix(scores["Confidence_values"]).reshape(-1, 2, 2)
     assert scores["Confidence"].to_numpy() == pytest.approx(values[:, :, 1].mean(1))
     manifest = pq.read_table(run.dir / "manifest.parquet").to_pylist()
     for label in range(3):

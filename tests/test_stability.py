@@ -13,8 +13,9 @@ from distill_at_scale.config import with_overrides
 from distill_at_scale.errors import UserError
 from distill_at_scale.points import LocalRunner
 from distill_at_scale.progress import Display
+from distill_at_scale.scoring.reliability import spearman_brown
 from distill_at_scale.scoring.table import KEY
-from distill_at_scale.studies import agreement, drift, stability
+from distill_at_scale.studies import drift, rankings, stability
 from distill_at_scale.studies.base import Context
 
 
@@ -85,7 +86,7 @@ def test_noise_of_known_size_gives_the_reliability_and_the_number_of_trials_of_t
     assert found.facts["trials_needed"] == pytest.approx(8, abs=1)
     halves = {row["first"]: row["correlation"] for row in found.rows if row["compared"] == "means of trials"}
     for size in (2, 3, 4):
-        assert halves[f"mean of {size}"] == pytest.approx(agreement.spearman_brown(single, size), abs=0.03)
+        assert halves[f"mean of {size}"] == pytest.approx(spearman_brown(single, size), abs=0.03)
 
 
 def test_trials_that_do_not_agree_never_suffice(make_config, tmp_path):
@@ -155,10 +156,10 @@ def test_one_trial_says_nothing_and_the_study_says_so(make_config, tmp_path):
 
 
 def test_large_tables_are_sampled_by_class_and_their_rows_are_the_right_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(agreement, "CLASSES", 2)
-    monkeypatch.setattr(agreement, "SAMPLES", 7)
+    monkeypatch.setattr(rankings, "CLASSES", 2)
+    monkeypatch.setattr(rankings, "SAMPLES", 7)
     values = np.arange(300 * 2, dtype=np.float32).reshape(300, 2, 1)
-    scores = agreement.Scores(write_scores(tmp_path / "s", values, np.repeat([0, 1, 2], 100)) / "scores.parquet")
+    scores = rankings.Scores(write_scores(tmp_path / "s", values, np.repeat([0, 1, 2], 100)) / "scores.parquet")
     drawn = scores.draw(0)
     assert np.bincount(drawn.labels).tolist().count(7) == 2
     assert (drawn.rows == 100 * drawn.labels + drawn.places).all()
@@ -176,8 +177,8 @@ def test_every_row_has_the_same_keys_and_the_configured_rate_is_among_them(make_
 
 def test_the_kept_sets_follow_the_quota_and_the_direction():
     scores, labels = np.array([[0.1], [0.2], [0.3], [0.4], [5.0], [4.0]]), np.array([0, 0, 0, 0, 1, 1])
-    assert np.flatnonzero(agreement.kept(scores, labels, 0.5)).tolist() == [0, 1, 5]
-    assert np.flatnonzero(agreement.kept(scores, labels, 0.1, low=False)).tolist() == [3, 4]
+    assert np.flatnonzero(rankings.kept(scores, labels, 0.5)).tolist() == [0, 1, 5]
+    assert np.flatnonzero(rankings.kept(scores, labels, 0.1, low=False)).tolist() == [3, 4]
 
 
 def test_stages_run_from_a_hundredth_to_all_steps_unless_they_are_given(make_config, tmp_path):
@@ -223,22 +224,22 @@ def test_the_whole_study_on_digits(whole):
 def test_losses_are_those_of_the_samples_in_the_order_of_the_scores(whole):
     """Each sample alone has the loss that it has among the others."""
     context, _ = whole
-    scores = agreement.Scores(context.runner.shared({}) / "scores.parquet")
+    scores = rankings.Scores(context.runner.shared({}) / "scores.parquet")
     outcome = context.runner.run(drift.points(context))[-1]
     drawn = scores.draw(0)
     losses = drift.losses_of(context.config, outcome, drawn, 0)
     some = np.array([0, 40, len(drawn.rows) - 1])
-    part = agreement.Drawn(drawn.rows[some], drawn.labels[some], drawn.places[some], drawn.of)
+    part = rankings.Drawn(drawn.rows[some], drawn.labels[some], drawn.places[some], drawn.of)
     assert np.allclose(drift.losses_of(context.config, outcome, part, 0), losses[some], rtol=1e-4)
 
 
 def test_a_constant_criterion_leaves_the_other_pairs_alone():
     vectors = np.stack([np.arange(20.0), np.arange(20.0)[::-1], np.zeros(20)], 1)
-    mean, _ = agreement.correlations(vectors, np.repeat([0, 1], 10))
+    mean, _ = rankings.correlations(vectors, np.repeat([0, 1], 10))
     assert mean[0, 1] == pytest.approx(-1)
     assert np.isnan(mean[0, 2])
 
 
 def test_a_class_counts_for_the_pairs_that_it_can_rank():
     vectors = np.stack([np.arange(8.0), np.r_[np.zeros(4), 3, 2, 1, 0]], 1)
-    assert agreement.correlations(vectors, np.repeat([0, 1], 4))[0][0, 1] == pytest.approx(-1)
+    assert rankings.correlations(vectors, np.repeat([0, 1], 4))[0][0, 1] == pytest.approx(-1)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning import classes, manifest, static
+from distill_at_scale.pruning import classes, cuts, manifest, ranking, static
 from distill_at_scale.sections import SelectSection
 
 
@@ -84,13 +84,13 @@ def test_the_count_is_the_rounded_share_of_every_class(keep):
     ],
 )
 def test_the_quota_rounds_half_up_and_keeps_the_minimum(share, count, minimum, expected):
-    assert static.quota(share, count, minimum) == expected
+    assert cuts.quota(share, count, minimum) == expected
 
 
 @pytest.mark.parametrize("count", [50, 100, 200, 1000])
 def test_the_quota_does_not_suffer_from_the_inexactness_of_decimals(count):
     for thousandths in range(1, 1001):
-        assert static.quota(thousandths / 1000, count, 0) == (2 * thousandths * count + 1000) // 2000
+        assert cuts.quota(thousandths / 1000, count, 0) == (2 * thousandths * count + 1000) // 2000
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def reference(table, config, minimum, low, label_wise):
     for members in windows if label_wise else [order]:
         n = len(members)
         floor = minimum if label_wise else 1
-        number = static.quota(config.keep, n, floor)
+        number = cuts.quota(config.keep, n, floor)
         if config.per_class:
             number = min(n, max(config.per_class, minimum) if label_wise else config.per_class * len(windows))
         start = int(config.stratum_start * n + 0.5) if config.order == "stratum" else 0
@@ -298,7 +298,7 @@ def test_keys_sort_as_the_numbers_do():
     edges = [-3e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, np.nextafter(np.float32(1), np.float32(2)), 3e38]
     for kind in (np.float32, np.float64):
         values = np.array(edges, kind)
-        up, down = static.sort_keys(values, True), static.sort_keys(values, False)
+        up, down = ranking.sort_keys(values, True), ranking.sort_keys(values, False)
         for i in range(len(values)):
             for j in range(len(values)):
                 assert (up[i] < up[j], down[i] < down[j]) == (values[i] < values[j], values[i] > values[j])

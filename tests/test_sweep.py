@@ -22,6 +22,7 @@ from distill_at_scale.scoring import proxy
 from distill_at_scale.studies.base import Outcome, Point
 from distill_at_scale.sweep import checks, run, space, summary, table
 from distill_at_scale.sweep.space import Trial
+from distill_at_scale.trials import OneByOne
 
 RATES = {"select.keep": [0.1, 0.3]}
 
@@ -37,7 +38,7 @@ def tried(found: list[Trial], control: str | None = None) -> list[dict]:
 
 def sweep(settings: Config):
     said = io.StringIO()
-    made = run.run(settings, Display(Console(file=said, width=200)), run.OneByOne)
+    made = run.run(settings, Display(Console(file=said, width=200)), OneByOne)
     return made, said.getvalue()
 
 
@@ -65,7 +66,7 @@ def test_the_unpruned_control_keeps_everything_whatever_the_base_selects():
     base = config(select__keep=0.3, select__order="stratum", select__stratum_start=0.2, controls=["unpruned"])
     base = base.model_copy(update={"select": base.select.model_copy(update={"per_class": 3})})
     trial = next(t for t in space.trials(base) if t.control == "unpruned")
-    settings = points.Points(base, run.OneByOne().executor, Display.silent()).configured(trial.point)
+    settings = points.Points(base, OneByOne().executor, Display.silent()).configured(trial.point)
     assert (settings.select.keep, settings.select.per_class, settings.select.order) == (1, None, "useful")
 
 
@@ -155,7 +156,7 @@ def test_a_rate_that_is_looked_for_cannot_be_swept(tmp_path, wanted):
 
 
 def test_data_elsewhere_are_other_data():
-    where = points.Points(config(data__path="here"), run.OneByOne().executor, Display.silent())
+    where = points.Points(config(data__path="here"), OneByOne().executor, Display.silent())
     base, same, other = (
         where.configured(Point({"data.path": path} if path else {})).run.dir for path in (None, "here", "there")
     )

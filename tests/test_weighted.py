@@ -13,6 +13,7 @@ from test_static import choose, kept, on_disk, skewed
 
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning import cuts, trust
+from distill_at_scale.scoring import reliability
 
 WEIGHTS = {"loss": 0.7, "el2n": 0.3}
 LOW = {"loss": True, "el2n": False}
@@ -208,7 +209,7 @@ def test_noisy_monte_carlo_scores_are_said():
 
 @pytest.mark.parametrize("agreement", [0.05, 0.3, 0.7, 0.95])
 def test_spearman_and_brown_are_each_others_inverse(agreement):
-    assert trust.spearman_brown(agreement, trust.times_needed(agreement, 0.8)) == pytest.approx(0.8)
+    assert reliability.spearman_brown(agreement, reliability.times_needed(agreement, 0.8)) == pytest.approx(0.8)
 
 
 def test_ids_of_both_scopes_are_the_same_where_all_classes_spread_alike():

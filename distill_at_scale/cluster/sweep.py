@@ -14,7 +14,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,8 @@ from distill_at_scale.distill import step_count
 from distill_at_scale.errors import GivenUp, UserError
 from distill_at_scale.execution import Executor
 from distill_at_scale.rundir import RunDir
+from distill_at_scale.trials import Attempt, Body, Done
 
-Watch = Callable[[dict[str, Any]], None]
-Body = Callable[[Config, Executor, Watch | None], None]
-Done = Callable[[int, Mapping[str, Any] | None, str | None], None]
 TIME, METRIC, ENDED, GIVEN_UP = "evaluations", "top1", "ended", "given_up"  # keys of what a trial reports
 NO_CORES: dict[str, float] = {
     "cpu": 0,
@@ -64,30 +63,18 @@ class TunedTrials:
         check_gpus(config.cluster.gpus_per_worker)
         concurrency(config)
 
-    def run(
-        self,
-        config: Config,
-        trials: Sequence[Config],
-        judged: Sequence[bool],
-        old: Sequence[bool],
-        body: Body,
-        done: Done,
-    ) -> None:
-        """Run `body` on each trial that is not old; judged ones report to asha's scheduler, old ones what they reported before.
-
-        Calls `done` with the number of a trial that ended, its last evaluation if the scheduler stopped it, and the error
-        if its process was lost.
-        """
+    def run(self, config: Config, attempts: Sequence[Attempt], body: Body, done: Done) -> None:
+        """Run `body` on each attempt that is not old; judged ones report to asha's scheduler, old ones what they saw before."""
         root, at_once = Path(config.run.dir).expanduser().resolve(), concurrency(config)
         shutil.rmtree(root / OWN, ignore_errors=True)
-        every = [_resolved(trial) for trial in trials]
+        every = [replace(attempt, config=_resolved(attempt.config)) for attempt in attempts]
         stops = f"given-up-{uuid.uuid4().hex}"
         keep = (
             ray.remote(_Stops).options(name=stops, num_cpus=0).remote() if config.sweep.search == "asha" else None
         )  # ends with this reference
         tuner = tune.Tuner(
-            _trainable(every, judged, old, body, min(at_once, len(trials) - sum(old)), stops),
-            param_space={"number": tune.grid_search(list(range(len(trials))))},
+            _trainable(every, body, min(at_once, sum(not attempt.old for attempt in attempts)), stops),
+            param_space={"number": tune.grid_search(list(range(len(attempts))))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once,
                 scheduler=scheduler(config, stops),
@@ -97,7 +84,7 @@ class TunedTrials:
                 name="trials",
                 storage_path=str(root / OWN),
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-                callbacks=[_Ended(done, [Path(trial.run.dir) for trial in every])],
+                callbacks=[_Ended(done, [Path(attempt.config.run.dir) for attempt in every])],
                 verbose=0,
             ),
         )
@@ -170,10 +157,9 @@ def _resolved(config: Config) -> Config:
     return with_overrides(absolute(config), {"run.dir": str(Path(config.run.dir).expanduser().resolve())})
 
 
-def _trainable(
-    configs: Sequence[Config], judged: Sequence[bool], old: Sequence[bool], body: Body, sharing: int, stops: str
-) -> Any:
-    packed, here = ray.put([pack(config) for config in configs]), os.getcwd()
+def _trainable(attempts: Sequence[Attempt], body: Body, sharing: int, stops: str) -> Any:
+    packed, here = ray.put([pack(attempt.config) for attempt in attempts]), os.getcwd()
+    judged, old = [attempt.judged for attempt in attempts], [attempt.old for attempt in attempts]
 
     def trial(drawn: dict[str, Any]) -> dict[str, Any]:
         number = drawn["number"]

@@ -14,7 +14,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.data.pieces import stores_jpeg
 from distill_at_scale.data.shards import JPEG_PART, Prepared, group_rows
-from distill_at_scale.pruning import manifest, static
+from distill_at_scale.pruning import cuts, manifest
 
 
 @dataclass(frozen=True)
@@ -102,4 +102,4 @@ def will_keep(config: Config, counts: list[int]) -> list[int]:
         return list(counts)
     if select.per_class is not None:
         return [min(count, max(minimum, select.per_class)) for count in counts]
-    return [static.quota(select.rate, count, minimum) for count in counts]
+    return [cuts.quota(select.rate, count, minimum) for count in counts]

@@ -22,11 +22,10 @@ from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning import ranking as ranks_by
 from distill_at_scale.pruning.classes import Samples, Unsorted
-from distill_at_scale.pruning.cuts import Cut, cut_of, quota
-from distill_at_scale.pruning.ranking import RANDOM, Ranking, places, sort_keys
+from distill_at_scale.pruning.cuts import Cut, cut_of
+from distill_at_scale.pruning.ranking import Ranking, places
 from distill_at_scale.sections import SelectSection
 
-__all__ = ["RANDOM", "places", "quota", "select", "sort_keys"]
 Array = np.ndarray[Any, Any]
 
 

@@ -16,22 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_at_scale.scoring.contract import MONTE_CARLO
+from distill_at_scale.scoring.reliability import WANTED, times_needed
+
 NOISY = 0.5  # an agreement below this is said
 ROUNDING = 0.005  # of a share: counts per class are whole
-WANTED = 0.8  # the reliability that is aimed at
-MONTE_CARLO = "monte_carlo"
-
-
-def spearman_brown(agreement: float, times: float) -> float:
-    """The reliability of the mean of `times` as many parallel measurements, of which two agree (correlate) so well."""
-    return times * agreement / (1 + (times - 1) * agreement)
-
-
-def times_needed(agreement: float, wanted: float = WANTED) -> float:
-    """How many times as many measurements reach a reliability (Spearman and Brown 1910); infinite where none agree."""
-    if agreement <= 0:
-        return math.inf
-    return wanted / (1 - wanted) * (1 - agreement) / agreement if agreement < 1 else 0.0
 
 
 @dataclass(frozen=True)

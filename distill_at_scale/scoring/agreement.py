@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from distill_at_scale.scoring.reliability import spearman_brown
+
 Array = np.ndarray[Any, Any]
 
 SAMPLES = 2000  # of a class, its first by id
@@ -53,7 +55,7 @@ class Agreement:
             return None
         trials, half = found[0].shape[1], float(np.mean(halves))
         factor = trials / (trials // 2)
-        whole = factor * half / (1 + (factor - 1) * half) if half > -1 / factor else half
+        whole = spearman_brown(half, factor) if half > -1 / factor else half
         return {"classes": len(found), "trials": round(float(np.mean(single)), 6), "all": round(whole, 6)}
 
     def _single(self, values: Array) -> list[float]:

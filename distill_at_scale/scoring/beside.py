@@ -18,6 +18,7 @@ from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import imported, monte_carlo, utility
 from distill_at_scale.scoring.brought import Brought, ids_of
+from distill_at_scale.scoring.contract import MONTE_CARLO
 
 TABLE = "monte_carlo.parquet"  # in the run folder: standard errors and counts
 
@@ -31,7 +32,7 @@ class Subsets(Protocol):
 def check(config: Config, prepared: Prepared) -> None:
     """Raises UserError for what no work could mend: see `monte_carlo.check` and `imported.check`."""
     imported.check(config)
-    if monte_carlo.NAME in config.score.criteria:
+    if MONTE_CARLO in config.score.criteria:
         monte_carlo.check(config, prepared)
 
 
@@ -42,7 +43,7 @@ def columns_of(
 
     Raises UserError as `check` does, and for imported scores that do not fit the samples.
     """
-    if monte_carlo.NAME in config.score.criteria:
+    if MONTE_CARLO in config.score.criteria:
         monte_carlo.check(config, prepared)
     elif not config.score.imported:
         return {}
@@ -50,14 +51,14 @@ def columns_of(
     found = imported.columns(config, ids)
     for name, file in config.score.imported.items():
         display.say(f"  {name}: {len(ids)} scores from {file}")
-    if monte_carlo.NAME in config.score.criteria:
-        found[monte_carlo.NAME] = _of_subsets(config, run, prepared, executor, display, ids)
+    if MONTE_CARLO in config.score.criteria:
+        found[MONTE_CARLO] = _of_subsets(config, run, prepared, executor, display, ids)
     return found
 
 
 def outputs(config: Config, run: RunDir) -> Iterable[Path]:
     """What the score stage leaves beside the table."""
-    return [run / TABLE] if monte_carlo.NAME in config.score.criteria else []
+    return [run / TABLE] if MONTE_CARLO in config.score.criteria else []
 
 
 def _of_subsets(

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning.static import RANDOM
+from distill_at_scale.pruning.ranking import RANDOM
 from distill_at_scale.scoring.agreement import Agreement
 from distill_at_scale.scoring.contract import class_wise, column_of, criteria_of, epochs_of, values_of
 from distill_at_scale.scoring.scorer import FEATURES

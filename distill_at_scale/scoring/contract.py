@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning.static import RANDOM
+from distill_at_scale.pruning.ranking import RANDOM
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring.criteria import CRITERIA
 from distill_at_scale.scoring.criteria.base import ClassCriterion, Criterion

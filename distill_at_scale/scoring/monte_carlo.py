@@ -30,9 +30,9 @@ from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec, in_parts
 from distill_at_scale.rundir import digest
+from distill_at_scale.scoring.contract import MONTE_CARLO
 from distill_at_scale.sections import MonteCarloSection
 
-NAME = "monte_carlo"
 HELD_BYTES = 2**30  # a training split up to this is kept in memory by every process that runs subsets
 BATCH, MOMENTUM = 256, 0.9
 
@@ -65,7 +65,7 @@ def check(config: Config, prepared: Prepared) -> None:
     section, counts = config.score.monte_carlo, prepared.counts()
     if (least := min(counts)) < 2:
         name = prepared.class_names[counts.index(least)]
-        raise UserError(f"the class {name!r} has {least} training samples; the criterion {NAME} needs two, one to learn "
+        raise UserError(f"the class {name!r} has {least} training samples; the criterion {MONTE_CARLO} needs two, one to learn "
                         "from and one to test on; leave the class out (data.classes) or take another criterion")  # fmt: skip
     most = max(counts)
     expected = section.subsets * min(section.per_class, most // 2) / most

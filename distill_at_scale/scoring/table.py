@@ -27,7 +27,6 @@ from distill_at_scale.data.rowgroups import RowGroupWriter, facts_of, open_table
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring.columns import Column, Columns, Part
-from distill_at_scale.scoring.columns import matrix as matrix
 
 Array = np.ndarray[Any, Any]
 

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from distill_at_scale import tensors
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning.trust import MONTE_CARLO, WANTED, spearman_brown, times_needed
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import monte_carlo
+from distill_at_scale.scoring.contract import MONTE_CARLO
+from distill_at_scale.scoring.reliability import WANTED, spearman_brown, times_needed
 from distill_at_scale.sections import MonteCarloSection
 
 Array = np.ndarray[Any, Any]

@@ -15,13 +15,23 @@ from typing import Any
 from distill_at_scale import validate
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
-from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Outcome, Plot, Point, Series, mean_and_std
+from distill_at_scale.studies.base import (
+    BY_RATE,
+    RANDOM,
+    UNPRUNED,
+    Context,
+    Finding,
+    Outcome,
+    Plot,
+    Point,
+    Series,
+    mean_and_std,
+)
 from distill_at_scale.studies.comparison import difference, near_chance
 from distill_at_scale.wording import NBSP, count, points
 
 NAME = "across"
 NOT_OF_A_SET = ("run", "cluster", "sweep", "studies")  # sections
-UNCUT = {"select.per_class": None, "select.stratum_start": 0.0}
 PAPER = (
     "The paper leaves open how the early loss bears long-tailed, imbalanced or strongly correlated data; its known limit is "
     "that sets like MNIST lose beyond 30 % dropped."
@@ -146,7 +156,7 @@ def _ours(overrides: Mapping[str, Any], rate: float) -> dict[str, Any]:
 
 
 def _random(overrides: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    return {**overrides, **UNCUT, **RANDOM, "select.order": "useful", "select.scope": "class", "select.keep": rate}
+    return {**overrides, **BY_RATE, **RANDOM, "select.order": "useful", "select.scope": "class", "select.keep": rate}
 
 
 def _points(context: Context, overrides: Mapping[str, Any]) -> list[Point]:

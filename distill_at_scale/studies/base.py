@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol
 
 from distill_at_scale.config import Config
 
-UNPRUNED: Mapping[str, Any] = {
-    "select.keep": 1.0, "select.per_class": None, "select.stratum_start": 0.0, "runtime.rule": "none",
-}  # fmt: skip
+BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # select.keep alone says how many
+STATIC: Mapping[str, Any] = {**BY_RATE, "runtime.rule": "none"}
+UNPRUNED: Mapping[str, Any] = {**STATIC, "select.keep": 1.0}
 RANDOM: Mapping[str, Any] = {"select.criterion": "random"}
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.stats import spearmanr, t
 
@@ -23,7 +22,6 @@ from distill_at_scale.wording import NBSP, count, points
 CERTAIN = 0.95  # of intervals
 SIGNIFICANT = 0.05
 NEAR_CHANCE = 2.0, 0.1  # times chance, and of the way from it to 1: an accuracy below both
-STATIC: Mapping[str, Any] = {"runtime.rule": "none", "select.per_class": None, "select.stratum_start": 0.0}
 
 
 @dataclass(frozen=True)

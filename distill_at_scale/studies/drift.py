@@ -21,8 +21,8 @@ from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.networks import NetworkSpec, in_parts
 from distill_at_scale.registry import resolve
-from distill_at_scale.studies.agreement import Drawn
 from distill_at_scale.studies.base import UNPRUNED, Context, Outcome, Point
+from distill_at_scale.studies.rankings import Drawn
 
 STAGES = 4
 FIRST = 0.01  # of all steps

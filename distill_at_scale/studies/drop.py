@@ -10,9 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.studies.base import RANDOM, UNPRUNED, Context, Finding, Plot, Series, mean_and_std
+from distill_at_scale.studies.base import RANDOM, STATIC, UNPRUNED, Context, Finding, Plot, Series, mean_and_std
 from distill_at_scale.studies.comparison import (
-    STATIC,
     Difference,
     accuracies,
     criterion_of,

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.errors import UserError
-from distill_at_scale.studies.base import UNPRUNED, Context, Finding, Outcome, Plot, Series, mean_and_std
+from distill_at_scale.studies.base import STATIC, UNPRUNED, Context, Finding, Outcome, Plot, Series, mean_and_std
 from distill_at_scale.studies.comparison import (
-    STATIC,
     Difference,
     Level,
     accuracies,

@@ -16,9 +16,10 @@ import numpy as np
 
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import builder
-from distill_at_scale.studies import agreement, drift
-from distill_at_scale.studies.agreement import Drawn, Scores
+from distill_at_scale.scoring.reliability import spearman_brown
+from distill_at_scale.studies import drift, rankings
 from distill_at_scale.studies.base import Context, Finding, Plot, Series
+from distill_at_scale.studies.rankings import Drawn, Scores
 from distill_at_scale.wording import share
 
 NAME = "stability"
@@ -62,12 +63,12 @@ class _Base:
         return self.scores.read(self.column, self.drawn.rows)
 
     def correlations(self, vectors: Sequence[Array]) -> tuple[Array, Array]:
-        return agreement.correlations(np.stack(vectors, 1), self.drawn.labels)
+        return rankings.correlations(np.stack(vectors, 1), self.drawn.labels)
 
     def overlaps(self, vectors: Sequence[Array], low: bool | None = None) -> list[Array]:
         """Per rate the Jaccard index of what every two vectors would keep."""
         low, stacked = self.low if low is None else low, np.stack(vectors, 1)
-        return [agreement.jaccard(agreement.kept(stacked, self.drawn.labels, rate, low)) for rate in self.rates]
+        return [rankings.jaccard(rankings.kept(stacked, self.drawn.labels, rate, low)) for rate in self.rates]
 
     def row(
         self, compared: str, names: tuple[str, str], found: tuple[float, float | None], overlap: Sequence[float]
@@ -80,7 +81,7 @@ class _Base:
 
 def check(context: Context) -> None:
     """Raises UserError for a network that is not there, and where nothing is scored; nothing is made."""
-    if not agreement.scored(context.config.score):
+    if not rankings.scored(context.config.score):
         raise UserError("the study stability needs scores; name a criterion other than random in score.criterion, or leave "
                         "it out of studies.run")  # fmt: skip
     for name in context.config.studies.stability.networks:
@@ -111,7 +112,7 @@ def _base(context: Context) -> _Base:
     wanted = config.criterion.rpartition(":")[2] if isinstance(config.criterion, str) else ""
     column = wanted if wanted in scores.columns else scores.columns[0]
     keep = None if isinstance(config.select.keep, str) or config.select.per_class else config.select.keep
-    return _Base(context, scores, scores.draw(config.run.seed), column, agreement.rates_of([keep, *RATES]))
+    return _Base(context, scores, scores.draw(config.run.seed), column, rankings.rates_of([keep, *RATES]))
 
 
 def _trials(base: _Base) -> _Part:
@@ -121,24 +122,24 @@ def _trials(base: _Base) -> _Part:
         return _Part(f"The agreement of {base.column} between trials is not known.", notes=[
             f"The scores {base.column} are not there for two trials or more; raise score.trials to see how far they agree."
         ])  # fmt: skip
-    trials = agreement.by_trial(values, base.column, base.context.config.score)
+    trials = rankings.by_trial(values, base.column, base.context.config.score)
     count, vectors = trials.shape[1], list(trials.T)
     mean, std = base.correlations(vectors)
-    single, spread = agreement.off_diagonal(mean), agreement.off_diagonal(std)
-    overlap = [agreement.off_diagonal(matrix) for matrix in base.overlaps(vectors)]
+    single, spread = rankings.off_diagonal(mean), rankings.off_diagonal(std)
+    overlap = [rankings.off_diagonal(matrix) for matrix in base.overlaps(vectors)]
     rows = [base.row("two trials", ("a trial", "another"), (single, spread), overlap)]
     seed = base.context.config.run.seed
     sizes = range(1, count // 2 + 1)
-    halves = [agreement.half_correlation(trials, base.drawn.labels, size, seed) for size in sizes]
+    halves = [rankings.half_correlation(trials, base.drawn.labels, size, seed) for size in sizes]
     rows += [
         base.row("means of trials", (f"mean of {size}", f"mean of {size} others"), (found, None), [])
         for size, found in zip(sizes, halves, strict=True)
         if size > 1
     ]
     wanted = base.context.config.studies.stability.reliability
-    needed = agreement.trials_needed(single, wanted)
+    needed = rankings.trials_needed(single, wanted)
     facts = {"agreement": single, "trials": count, "trials_needed": needed, "reliability_wanted": wanted,
-             "reliability": agreement.spearman_brown(single, count) if single > 0 else 0.0,
+             "reliability": spearman_brown(single, count) if single > 0 else 0.0,
              "jaccard_between_trials": dict(zip(map(str, base.rates), overlap, strict=True))}  # fmt: skip
     plots = [_by_number(single, halves, count, needed, wanted), _by_rate(base, overlap)]
     return _Part(_of_trials(base, facts, overlap), rows, plots, facts)
@@ -162,7 +163,7 @@ def _of_trials(base: _Base, facts: dict[str, Any], overlap: Sequence[float]) -> 
 
 def _by_number(single: float, halves: Sequence[float], count: int, needed: int | None, wanted: float) -> Plot:
     numbers = list(range(1, (last := max(2 * count, min(needed or 0, 10 * count))) + 1))
-    line = [agreement.spearman_brown(max(single, 0.0), number) for number in numbers]
+    line = [spearman_brown(max(single, 0.0), number) for number in numbers]
     series = [Series("by Spearman and Brown", numbers, line, role="ours")]
     series.append(Series("measured between halves", list(range(1, len(halves) + 1)), list(halves), kind="points"))
     marks = [("trials needed", float(needed))] if needed is not None and needed <= last else []

@@ -11,10 +11,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from distill_at_scale.studies.base import UNPRUNED, Context, Finding, Outcome, Plot, Series, mean_and_std
+from distill_at_scale.studies.base import STATIC, UNPRUNED, Context, Finding, Outcome, Plot, Series, mean_and_std
 from distill_at_scale.studies.comparison import (
     SIGNIFICANT,
-    STATIC,
     accuracies,
     criterion_of,
     rank_correlation,

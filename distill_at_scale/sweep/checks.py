@@ -12,7 +12,7 @@ from distill_at_scale import distill, evaluate, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
-from distill_at_scale.pruning.static import quota
+from distill_at_scale.pruning.cuts import quota
 
 
 def check_search(config: Config) -> None:

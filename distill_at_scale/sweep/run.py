@@ -1,15 +1,14 @@
 """The command `sweep`: ingest and scores once for all trials, the trials, and their table and page.
 
 Trials are points (`points.py`), so one that is finished is never done again, and one that was interrupted goes on. How
-they are run, several at a time or one after the other, is `Trials`' business. Left out: what is tried (`space.py`).
+they are run, several at a time or one after the other, is the business of `trials.py`. Left out: what is tried (`space.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -17,72 +16,14 @@ from distill_at_scale import points, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
-from distill_at_scale.execution import Executor, Local
-from distill_at_scale.points import Points, Watch
+from distill_at_scale.execution import Local
+from distill_at_scale.points import Points
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.studies.base import Outcome
 from distill_at_scale.sweep import checks, page, space, table
 from distill_at_scale.sweep.space import Trial
-
-Body = Callable[[Config, Executor, Watch | None], None]
-Last = Mapping[str, Any]  # step and top1 of an evaluation on the way
-Done = Callable[[int, Last | None, str | None], None]
-
-
-class Trials(Protocol):
-    """Where trials run."""
-
-    def executor(self) -> Executor:
-        """For what they share; others may be at work when it is made, and it leaves the cluster as it is."""
-
-    def check(self, config: Config) -> None:
-        """Raises UserError where more trials are wanted at a time than there is room for."""
-
-    def run(
-        self,
-        config: Config,
-        trials: Sequence[Config],
-        judged: Sequence[bool],
-        old: Sequence[bool],
-        body: Body,
-        done: Done,
-    ) -> None:
-        """Run `body` on every trial's configuration; one that fails or is lost does not end the others.
-
-        Trials that are `judged` may be given up by the scheduler of sweep.search = asha; `old` ones ended before and only
-        show it their evaluations again. `done` is called with the number of
-        a trial that ended, its last evaluation where it was given up, and the error where its process was lost.
-        """
-
-    def close(self) -> None:
-        """Give back what is held."""
-
-
-class OneByOne:
-    """Trials in this process."""
-
-    def executor(self) -> Executor:
-        return Local()
-
-    def check(self, config: Config) -> None:
-        pass
-
-    def run(
-        self,
-        config: Config,
-        trials: Sequence[Config],
-        judged: Sequence[bool],
-        old: Sequence[bool],
-        body: Body,
-        done: Done,
-    ) -> None:
-        for number, trial in enumerate(trials):
-            body(trial, self.executor(), None)
-            done(number, None, None)
-
-    def close(self) -> None:
-        pass
+from distill_at_scale.trials import Attempt, Last, Trials
 
 
 @dataclass(frozen=True)
@@ -176,7 +117,7 @@ class Sweep:
         """Run what is not finished; with asha the finished ones come first, to be compared with again."""
         asha = self.config.sweep.search == "asha"
         jobs = [*(job for job in self.jobs if asha and job not in todo), *todo]
-        judged, old = [asha and job.trial.control is None for job in jobs], [job not in todo for job in jobs]
+        attempts = [Attempt(job.config, asha and job.trial.control is None, job not in todo) for job in jobs]
         with self.display.meter("sweep", len(todo), "trials") as meter:
 
             def done(number: int, last: Last | None, error: str | None) -> None:
@@ -185,7 +126,7 @@ class Sweep:
                     self.publish()
                     meter.advance(1, space.said(jobs[number].trial))
 
-            self.trials.run(self.config, [job.config for job in jobs], judged, old, points.attempt, done)
+            self.trials.run(self.config, attempts, points.attempt, done)
 
     def publish(self) -> pa.Table:
         """Write the table of all trials that ended so far."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.scoring import table
+from distill_at_scale.scoring.columns import matrix
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
 
 def _scores(run: Path, trials: int | None, epochs: int | None) -> tuple[list[str], Any, Any]:
     scores, facts = table.read(run / "scores.parquet")
-    values = table.matrix(scores["loss_values"]).reshape(-1, facts["trials"], facts["epochs"])
+    values = matrix(scores["loss_values"]).reshape(-1, facts["trials"], facts["epochs"])
     values = values[:, : trials or facts["trials"], : epochs or facts["epochs"]]
     return scores["sample_id"].to_pylist(), scores["label"].to_numpy(), np.mean(values, axis=(1, 2), dtype=np.float64)
 

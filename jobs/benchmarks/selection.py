@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import validate
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.rowgroups import RowGroupWriter, batches
-from distill_at_scale.pruning import manifest, static
+from distill_at_scale.pruning import cuts, manifest, static
 from distill_at_scale.sections import SelectSection
 
 IMAGENET, LOSSES, PIECE = 1_281_167, (5, 5), 1024
@@ -181,7 +181,7 @@ def compare(path: Path, scope: str) -> dict[str, Any]:
         ranks = np.empty(len(labels), np.int64)
         ranks[ranked] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
         if scope == "class":
-            kept = ranks < np.array([static.quota(0.13, int(n), 0) for n in counts])[labels]
+            kept = ranks < np.array([cuts.quota(0.13, int(n), 0) for n in counts])[labels]
         else:
             kept = np.zeros(len(labels), bool)
             kept[np.lexsort((ids, labels, values))[: facts["kept"]]] = True

@@ -18,10 +18,13 @@ from scipy.stats import rankdata
 
 from distill_at_scale import rng
 from distill_at_scale.data.rowgroups import facts_of, open_table, reading
-from distill_at_scale.pruning.static import RANDOM, quota
+from distill_at_scale.pruning.cuts import quota
+from distill_at_scale.pruning.ranking import RANDOM
 from distill_at_scale.registry import resolve
 from distill_at_scale.scoring import table
+from distill_at_scale.scoring.columns import matrix
 from distill_at_scale.scoring.criteria import CRITERIA
+from distill_at_scale.scoring.reliability import times_needed
 from distill_at_scale.sections import ScoreSection
 
 CLASSES, SAMPLES = 100, 2000  # that are looked at, and of each class
@@ -80,7 +83,7 @@ class Scores:
                 first, last = np.searchsorted(rows, [start, start + count])
                 if first < last:
                     found = self.file.read_row_group(group, [column])[column].take(rows[first:last] - start)
-                    parts.append(table.matrix(found) if "list" in str(found.type) else found.to_numpy())
+                    parts.append(matrix(found) if "list" in str(found.type) else found.to_numpy())
                 start += count
         return np.concatenate(parts)
 
@@ -164,16 +167,10 @@ def half_correlation(trials: Array, labels: Array, size: int, seed: int) -> floa
     return float(np.mean(found))
 
 
-def spearman_brown(single: float, trials: float) -> float:
-    """The reliability of a mean over so many trials, from that of a single one."""
-    return trials * single / (1 + (trials - 1) * single)
-
-
 def trials_needed(single: float, reliability: float) -> int | None:
     """The fewest trials whose mean is so reliable; None where single ones do not agree at all."""
-    if not single > 0:
-        return None
-    return max(1, math.ceil(reliability * (1 - single) / (single * (1 - reliability)) - 1e-9))
+    times = times_needed(single, reliability) if single > 0 else math.inf  # NaN agrees with nothing
+    return None if math.isinf(times) else max(1, math.ceil(times - 1e-9))
 
 
 def rates_of(rates: Sequence[float | None]) -> list[float]:

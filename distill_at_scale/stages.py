@@ -173,7 +173,7 @@ class Stages:
         """What is known against a selection; see pruning/trust.py."""
         names = [criterion] if isinstance(criterion, str) else list(criterion)
         folders = [self.dir.path] if self.dir.reuse is None else [self.dir.path, self.dir.reuse.path]
-        sampled = trust.monte_carlo_facts(self.dir / "monte_carlo.parquet")
+        sampled = trust.monte_carlo_facts(self.dir / beside.TABLE)
         return trust.warnings(names, about, kept, trust.break_point_of(folders), sampled)
 
     def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 
+pytestmark = pytest.mark.xdist_group("ray")  # what arms the killing criterion is one file for all processes
+
 
 def command(folder: Path, stage: str, run: str, *overrides: str) -> list[str]:
     path = folder / "config.yaml"

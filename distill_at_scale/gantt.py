@@ -30,8 +30,10 @@ COLORS = {
 }
 OTHER, WAITING, LOST = "#8b97a8", "#e8e3d3", "#c2483d"
 LANES = 24  # at most, beside the driver's
+LEAST = 0.005  # of the time; less is not spoken of
 BINS = 240  # of the time, in lanes of many workers
 LANE, EDGES = 0.27, 0.75  # inches
+UNITS = ((300, 1, "seconds"), (5 * 3600, 60, "minutes"), (float("inf"), 3600, "hours"))  # up to so many seconds
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Lane:
 def part(entries: Sequence[Entry]) -> dict[str, Any] | None:
     """What the page shows of a timeline; None where there is nothing."""
     found = account(entries)
-    return found and {"chart": chart(found), "sentence": sentence(found), "legend": legend(found)}
+    if found is None:
+        return None
+    return {"chart": chart(found), "sentence": sentence(found), "legend": legend(found)}
 
 
 def lanes(workers: Sequence[Worker]) -> list[Lane]:
@@ -63,30 +67,22 @@ def chart(found: Account) -> str:
     shown = lanes(found.workers)
     with matplotlib.rc_context(STYLE):
         figure, axes = figure_of(LANE * (1 + len(shown)) + EDGES)
-        _spans(axes, 0, found.waits, WAITING)
-        for bar in found.stages:
-            _spans(axes, 0, [bar], COLORS.get(bar.stage, OTHER), 0.45)
+        _driver(axes, found)
         for row, lane in enumerate(shown, 1):
             _lane(axes, row, lane, found.seconds)
         for start in found.starts[1:]:
             axes.axvline(start, color=INK, lw=0.9, ls=(0, (3, 3)))
-        axes.scatter(found.losses, [0] * len(found.losses), marker="x", color=LOST, s=26, lw=1.6, zorder=4)
         clean(axes, [(0, "driver"), *((row, lane.name) for row, lane in enumerate(shown, 1))])
         axes.set_ylim(len(shown) + 0.6, -0.6)
-        scale, unit = (
-            (1, "seconds") if found.seconds < 300 else (60, "minutes") if found.seconds < 2e4 else (3600, "hours")
-        )
-        axes.xaxis.set_major_locator(MaxNLocator(8))
-        axes.xaxis.set_major_formatter(lambda value, place: f"{value / scale:g}")
-        axes.set_xlim(0, found.seconds)
-        axes.set_xlabel(f"{unit} since the start" + ("  (dashed: another command goes on)" if found.starts[1:] else ""))
+        _time(axes, found.seconds, "  (dashed: another command goes on)" if found.starts[1:] else "")
         return svg(figure)
 
 
 def legend(found: Account) -> list[tuple[str, str]]:
     """Names and colours of what the chart shows."""
     seen = {bar.stage for bar in found.stages}
-    return [(name, color) for name, color in COLORS.items() if name in seen]
+    shown = [(name, color) for name, color in COLORS.items() if name in seen]
+    return shown + ([("starting Ray", WAITING)] if found.waited >= LEAST * found.seconds else [])
 
 
 def sentence(found: Account) -> str:
@@ -94,7 +90,7 @@ def sentence(found: Account) -> str:
     rest = max(0.0, found.seconds - found.busy - found.waited)
     commands = f" in {len(found.starts)} commands" if len(found.starts) > 1 else ""
     parts = [f"some worker was busy for {_percent(found.busy / found.seconds)} of it"]
-    if found.waited >= 0.01 * found.seconds:
+    if found.waited >= LEAST * found.seconds:
         parts.append(f"{_percent(found.waited / found.seconds)} went to starting Ray")
     parts.append(f"in {_percent(rest / found.seconds)} workers were starting or only the driver worked")
     lost = len(found.losses)
@@ -114,6 +110,22 @@ def _named(part: Sequence[str], hosts: dict[str, list[Worker]]) -> str:
     count = sum(len(hosts[host]) for host in part)
     name = part[0] if len(part) == 1 else f"{part[0]} +{len(part) - 1}"
     return f"{name} ({count}{NBSP}workers)" if count > 1 else name
+
+
+def _driver(axes: Axes, found: Account) -> None:
+    for bar in found.stages:
+        _spans(axes, 0, [bar], COLORS.get(bar.stage, OTHER), 0.45)
+    _spans(axes, 0, found.waits, WAITING)
+    axes.scatter(found.losses, [0] * len(found.losses), marker="x", color=LOST, s=26, lw=1.6, zorder=4)
+
+
+def _time(axes: Axes, seconds: float, remark: str) -> None:
+    """The horizontal axis in a unit that suits."""
+    scale, unit = next((scale, unit) for most, scale, unit in UNITS if seconds < most)
+    ticks = MaxNLocator(8).tick_values(0, seconds / scale)
+    axes.set_xticks([scale * tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(0, seconds)
+    axes.set_xlabel(f"{unit} since the start{remark}")
 
 
 def _spans(axes: Axes, row: int, bars: Sequence[Bar], color: str, alpha: float = 1) -> None:

@@ -26,6 +26,7 @@ class Meter:
     def __init__(self, display: Display, name: str, total: int, unit: str, before: int = 0):
         self.display, self.name, self.total, self.unit = display, name, total, unit
         self.done, self.before, self.began, self.shown = 0, before, time.monotonic(), 0.0
+        self.working = self.began  # when work began, where that is known to be later
         self.made = 0  # units that this command finished, those that it did again after a loss included
         self.note = ""
 
@@ -38,14 +39,16 @@ class Meter:
         self.display.refresh(self)
 
     def resume(self, done: int) -> None:
-        """Work goes on behind the first `done` units, as after a loss."""
+        """Work begins now behind the first `done` units, or goes on from there after a loss."""
         self.done = done
+        if not self.made:
+            self.working = time.monotonic()
         self.display.refresh(self)
 
     @property
     def rate(self) -> float:
         """Units per second of this command's own work."""
-        return self.made / max(time.monotonic() - self.began, 1e-9)
+        return self.made / max(time.monotonic() - self.working, 1e-9)
 
     @property
     def left(self) -> float | None:

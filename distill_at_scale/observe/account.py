@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from distill_at_scale.observe.events import Event
 from distill_at_scale.observe.timeline import Entry
 
-JOIN = 0.05  # seconds between two pieces of one worker's work that count as none
+JOIN = 0.002  # of the whole time, between two pieces of one worker's work, counts as no pause
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,27 @@ class Account:
 
 def account(entries: Sequence[Entry]) -> Account | None:
     """None where no command did anything."""
-    events: list[Event] = []  # in seconds of the account
+    events, stages = list[Event](), list[Bar]()  # in seconds of the account
     starts, end = [], 0.0
     for attempt in sorted({entry.attempt for entry in entries}):
         mine = [entry.event for entry in entries if entry.attempt == attempt]
         if all(event.what == "stage" and event.name == "skipped" for event in mine):
             continue
         first, last = min(event.began for event in mine), max(event.ended for event in mine)
-        events += [_moved(event, end - first) for event in mine]
+        moved = [_moved(event, end - first) for event in mine]
         starts.append(end)
         end += last - first
+        events += moved
+        stages += _stages(moved, end)
     if not starts or not end:
         return None
     work = [event for event in events if event.what == "work"]
     return Account(
         starts,
         end,
-        _stages(events, starts, end),
-        _bars(event for event in events if event.what == "wait"),
-        _workers(work),
+        stages,
+        _bars((event for event in events if event.what == "wait"), 0),
+        _workers(work, JOIN * end),
         sorted(event.began for event in events if event.what == "lost"),
         sum(last - first for first, last in _union(work)),
     )
@@ -83,34 +85,31 @@ def _moved(event: Event, by: float) -> Event:
     return Event(event.what, event.name, event.began + by, event.ended + by, event.host, event.pid, {}, event.stage)
 
 
-def _stages(events: Sequence[Event], starts: Sequence[float], end: float) -> list[Bar]:
-    """From started to finished or failed; a stage that was killed lasts until the next command."""
+def _stages(events: Sequence[Event], end: float) -> list[Bar]:
+    """Those of one command, from started to finished or failed; a stage that was killed lasts to the command's end."""
     found, open_ = [], dict[str, float]()
-    limits = [*starts[1:], end]
     for event in (event for event in events if event.what == "stage"):
         if event.name == "started":
             open_[event.stage] = event.began
         elif event.name in ("finished", "failed") and event.stage in open_:
             found.append(Bar(event.stage, open_.pop(event.stage), event.ended))
-    found += [Bar(s, began, next(limit for limit in limits if limit >= began)) for s, began in open_.items()]
-    return sorted(found, key=lambda bar: bar.began)
+    return found + [Bar(stage, began, end) for stage, began in open_.items()]
 
 
-def _workers(work: Sequence[Event]) -> list[Worker]:
+def _workers(work: Sequence[Event], pause: float) -> list[Worker]:
     of: dict[tuple[str, int], list[Event]] = {}
     for event in sorted(work, key=lambda event: event.began):
         of.setdefault((event.host, event.pid), []).append(event)
-    hosts = list(dict.fromkeys(host for host, _ in of))
-    made = [Worker(host, pid, _bars(events)) for (host, pid), events in of.items()]
-    return sorted(made, key=lambda worker: hosts.index(worker.host))
+    made = [Worker(host, pid, _bars(events, pause)) for (host, pid), events in of.items()]
+    return sorted(made, key=lambda worker: worker.host)  # and so by their first work
 
 
-def _bars(events: Iterable[Event]) -> list[Bar]:
-    """Pieces of one stage that follow each other become one bar."""
+def _bars(events: Iterable[Event], pause: float) -> list[Bar]:
+    """Pieces of one stage that follow each other, with no longer pause, become one bar."""
     found: list[Bar] = []
     for event in events:
         last = found[-1] if found else None
-        if last and last.stage == event.stage and event.began - last.ended <= JOIN:
+        if last and last.stage == event.stage and event.began - last.ended <= pause:
             found[-1] = Bar(last.stage, last.began, max(last.ended, event.ended))
         else:
             found.append(Bar(event.stage, event.began, event.ended))

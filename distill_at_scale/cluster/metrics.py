@@ -1,7 +1,8 @@
 """A run's events as metrics of Ray (`ray.util.metrics`), which every node's metrics agent offers to Prometheus.
 
 The driver counts what came home, so that work which was lost and done again counts once. Tags: `run` (the run folder's
-name), `stage`, and `node`, the host that did the work. Counters are since the command began.
+name), `stage`, and `node`, the host that did the work. Counters
+are since the command began; a gauge is gone some minutes after its last line of the log.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Metrics:
         self.counters = {key: _make(Counter, *about) for key, about in COUNTED.items()}
         self.busy = _make(Counter, "busy_seconds_total", "Seconds in which workers were at work")
         self.lost = _make(Counter, "restarts_total", "Times that workers were lost and their work was begun again")
-        self.stage_seconds = _make(Gauge, "stage_seconds", "Seconds that a finished stage took")
+        self.stages = _make(Counter, "stage_seconds_total", "Seconds that finished stages took")
         self.gauges = {key: _make(Gauge, *about) for key, about in SHOWN.items()}
         self.seen: set[tuple[str, int]] = set()  # workers that stand in for lost ones
 
@@ -61,7 +62,7 @@ class Metrics:
             for key in self.gauges.keys() & event.values.keys():
                 self.gauges[key].set(event.values[key], tags)
         elif event.what == "stage" and event.name == "finished":
-            self.stage_seconds.set(event.seconds, tags)
+            _add(self.stages, event.seconds, tags)
 
     def close(self) -> None:
         pass

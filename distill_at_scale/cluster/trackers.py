@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from distill_at_scale.config import Config, flatten
@@ -24,6 +25,7 @@ from distill_at_scale.sections import MlflowSection, WandbSection
 
 NOT_LOGGED = ("step", "of", "at")  # of a line of the log
 ARTEFACTS = ("report.html", "evaluation.json", "run.json")
+NO_PARAMETERS = ("track.", "sweep.", "studies.")
 LONGEST = 500  # characters of a parameter
 
 
@@ -67,6 +69,7 @@ class Tracker:
         self.name, self.begin, self.folder = name, begin, Path(config.run.dir)
         self.run: Backend | None = None
         self.failed = False
+        self.results: dict[str, list[float]] = {}
 
     def __call__(self, event: Event) -> None:
         if event.what == "stage" and event.name == "started" and self.run is None:
@@ -76,11 +79,17 @@ class Tracker:
         if event.what == "log":
             self.run.log(_numbers(event.values), event.values["step"])
         elif event.what == "result":
-            row = event.values
-            self.run.log({f"{row['set']}/{row['network']}/{key}": row[key] for key in ("top1", "top5")}, None)
+            self._result(event.values)
         elif event.what == "stage" and event.name in ("finished", "failed"):
             self.failed = event.name == "failed"
             self.run.log({f"seconds/{event.stage}": event.seconds}, None)
+
+    def _result(self, row: Mapping[str, Any]) -> None:
+        """The mean over the seeds so far, of each accuracy."""
+        for key in ("top1", "top5"):
+            self.results.setdefault(f"{row['set']}/{row['network']}/{key}", []).append(row[key])
+        assert self.run is not None
+        self.run.log({name: fmean(values) for name, values in self.results.items()}, None)
 
     def close(self) -> None:
         if self.run is not None:
@@ -134,6 +143,7 @@ class Wandb:
             mode=section.mode,
             name=folder.name,
             dir=str(folder),
+            settings={"console": "off"},  # what is printed stays here
         )
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
@@ -150,9 +160,9 @@ class Wandb:
 
 
 def parameters(config: Config) -> dict[str, Any]:
-    """The configuration, flat, addresses without credentials."""
+    """The configuration of a run, flat, addresses without credentials."""
     flat = flatten(config)
-    return {key: _short(value) for key, value in flat.items() if value is not None}
+    return {key: _short(value) for key, value in flat.items() if value is not None and not key.startswith(NO_PARAMETERS)}
 
 
 def _short(value: Any) -> Any:

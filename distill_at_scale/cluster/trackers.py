@@ -162,7 +162,9 @@ class Wandb:
 def parameters(config: Config) -> dict[str, Any]:
     """The configuration of a run, flat, addresses without credentials."""
     flat = flatten(config)
-    return {key: _short(value) for key, value in flat.items() if value is not None and not key.startswith(NO_PARAMETERS)}
+    return {
+        key: _short(value) for key, value in flat.items() if value is not None and not key.startswith(NO_PARAMETERS)
+    }
 
 
 def _short(value: Any) -> Any:

@@ -28,7 +28,7 @@ COLORS = {
     "evaluate": "#a4508b",
     "report": "#66717f",
 }
-OTHER, WAITING, LOST = "#8b97a8", "#e8e3d3", "#c2483d"
+OTHER, WAITING, LOST = "#8b97a8", "#c9bd94", "#c2483d"
 LANES = 24  # at most, beside the driver's
 LEAST = 0.005  # of the time; less is not spoken of
 BINS = 240  # of the time, in lanes of many workers

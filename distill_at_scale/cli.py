@@ -22,6 +22,7 @@ from distill_at_scale import config as configuration
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Executor, Local
+from distill_at_scale.observe.observers import Observer
 from distill_at_scale.pipeline import Pipeline, decided
 from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
@@ -119,14 +120,22 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
 def _run(config: Config, stage: str) -> int:
     display = Display()
     if stage == "sweep":
-        show_sweep(sweep.run(config, display, lambda: make_trials(config, display)), config, display.console)
+        make_trackers(config)  # what is missing for them is said before anything starts
+        found = sweep.run(config, display, lambda: make_trials(config, display), make_trackers)
+        show_sweep(found, config, display.console)
         return 0
     if stage == "study":
         run_studies(config, display)
         return 0
     if stage == "plan" and config.select.keep == "auto" and (rate := auto.known_rate(config)):
         config = decided(config, rate)
-    pipeline = Pipeline(config, lambda: make_executor(config, display), display, lambda run: find_rate(run, display))
+    pipeline = Pipeline(
+        config,
+        lambda: make_executor(config, display),
+        display,
+        lambda run: find_rate(run, display),
+        observers=make_trackers,
+    )
     if stage == "validate":
         return 1 if pipeline.validate() else 0
     if stage == "plan":
@@ -151,6 +160,19 @@ def make_executor(config: Config, display: Display) -> Executor:
     return RayExecutor(config, display.say)
 
 
+def make_trackers(config: Config) -> Sequence[Observer]:
+    """What the section `track` asks for.
+
+    Raises UserError where it asks for something that is not installed.
+    """
+    if config.track.mlflow is None and config.track.wandb is None:
+        return ()
+    _need_ray("the trackers of the section track go through it; install it, or leave that section out")
+    from distill_at_scale.cluster.trackers import trackers
+
+    return trackers(config)
+
+
 def make_trials(config: Config, display: Display) -> Trials:
     """Where the trials of a sweep run: on Ray Tune, or in this process with cluster.address=none.
 
@@ -164,9 +186,9 @@ def make_trials(config: Config, display: Display) -> Trials:
     return TunedTrials(config, display.say)
 
 
-def _need_ray() -> None:
+def _need_ray(advice: str = "install it, or set cluster.address=none to run in this process alone") -> None:
     if importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed; install it, or set cluster.address=none to run in this process alone")
+        raise UserError(f"Ray is not installed; {advice}")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from distill_at_scale.sections import (
     ScoreSection,
     Section,
     SelectSection,
+    TrackSection,
 )
 from distill_at_scale.study_sections import StudiesSection, SweepSection
 
@@ -43,6 +44,7 @@ class Config(Section):
     runtime: RuntimeSection = RuntimeSection()
     evaluate: EvaluateSection = EvaluateSection()
     cluster: ClusterSection = ClusterSection()
+    track: TrackSection = TrackSection()
     sweep: SweepSection = SweepSection()
     studies: StudiesSection = StudiesSection()
 

@@ -8,6 +8,7 @@ from the same step.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from distill_at_scale.data import holding
 from distill_at_scale.data.normalization import Normalization, whitening_card
 from distill_at_scale.data.pool import Pool
 from distill_at_scale.data.shards import Prepared
+from distill_at_scale.environment import gpu_memory
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.registry import resolve
@@ -189,8 +191,10 @@ class Distillation:
         Raises DistillationDiverged on every worker where one diverged, after the last good state was saved.
         """
         start, spent = self._resume()
+        everyone = self.workers.gather((socket.gethostname(), os.getpid()))
         if self.workers.rank == 0:
-            self._write({"stage": "hold", "step": start, "of": self.steps, "held": self.held})
+            begins = {"held": self.held, "at": time.time(), "workers": everyone}
+            self._write({"stage": "hold", "step": start, "of": self.steps, **begins})
         began = time.perf_counter() - spent
         self.logged = start, spent
         log_every = max(1, self.steps // LOG_LINES)
@@ -263,14 +267,14 @@ class Distillation:
         return step, seconds
 
     def _log(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        every = self.workers.gather((dict(metrics), len(self.setting.labels)))
+        every = self.workers.gather((dict(metrics), len(self.setting.labels), gpu_memory(self.device)))
         if self.workers.rank == 0:
-            total = sum(weight for _, weight in every)
-            mean = {key: sum(m[key] * weight for m, weight in every) / total for key in metrics}
+            total = sum(weight for _, weight, _ in every)
+            mean = {key: sum(m[key] * weight for m, weight, _ in every) / total for key in metrics}
+            most = {key: max(memory[key] for *_, memory in every) for key in every[0][2]}
             each = (seconds - self.logged[1]) / max(1, step - self.logged[0])
-            self._write(
-                {"step": step, "of": self.steps, "seconds": round(seconds, 3), "step_seconds": round(each, 4), **mean}
-            )
+            took = {"seconds": round(seconds, 3), "step_seconds": round(each, 4)}
+            self._write({"step": step, "of": self.steps, **took, **mean, **most})
         self.logged = step, seconds
 
     def _evaluate(self, step: int) -> None:

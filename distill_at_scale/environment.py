@@ -9,7 +9,10 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "simplejpeg", "scikit-learn")
 
@@ -27,6 +30,16 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus},
     }
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Bytes that torch holds on a GPU for tensors now, and held at most; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    import torch
+
+    now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    return {"gpu_bytes": now, "gpu_peak_bytes": peak}
 
 
 def _installed(name: str) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,12 @@ import torch
 from distill_at_scale.backends.condensed import distiller
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import open_source
-from distill_at_scale.data.pieces import check_chunk, ingest_chunk, piece_path, recipe_of
+from distill_at_scale.data.pieces import check_chunk, finished, ingest_chunk, is_finished, piece_path, recipe_of
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.distill import Distillation, Places, make_network
 from distill_at_scale.evaluate import Evaluator, Job
+from distill_at_scale.observe.events import Event, Note, Spent, ignore, measured
+from distill_at_scale.observe.observers import Observer
 from distill_at_scale.scoring import monte_carlo, patches, proxy
 from distill_at_scale.scoring.scorer import Scorer
 from distill_at_scale.workers import workers_here
@@ -30,6 +33,11 @@ Chunks = Sequence[tuple[str, int, pa.Table]]  # split, index and rows of a listi
 
 
 class Executor(Protocol):
+    note: Note  # is told of every finished piece of work, wait and loss
+
+    def observers(self, config: Config) -> list[Observer]:
+        """Who else is to watch a run that works here."""
+
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         """Decode chunks of a listing into pieces; returns how many samples were rejected. Advances by samples.
 
@@ -68,19 +76,31 @@ class Local:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.note: Note = ignore
+
+    def observers(self, config: Config) -> list[Observer]:
+        return []
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
-        source, recipe, rejected = open_source(config.data), recipe_of(config), 0
+        source, recipe, rejected, spent = open_source(config.data), recipe_of(config), 0, Spent()
+        make = check_chunk if check else ingest_chunk
         for split, index, rows in chunks:
-            make = check_chunk if check else ingest_chunk
-            used, bad = make(source, recipe, rows, piece_path(pieces, split, index))
+            target = piece_path(pieces, split, index)
+            if is_finished(target, check):
+                used, bad = finished(target, rows, check)
+            else:
+                with measured("decode", self.note, spent) as counts:
+                    used, bad = make(source, recipe, rows, target, spent)
+                    counts |= {"samples": used, "rejected": bad}
             rejected += bad
             advance(used + bad)
         return rejected
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         for trial in range(config.score.trials):
-            run_trial(config, prepared, checkpoints, trial, self.device, advance)
+            with measured("train a proxy", self.note) as counts:
+                counts["trial"] = trial
+                run_trial(config, prepared, checkpoints, trial, self.device, advance)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
@@ -90,9 +110,11 @@ class Local:
         if not waiting:
             return
         with threads(1):  # as each actor of a cluster does, so that the scores are the same bytes
-            scorer = Scorer(config, prepared, checkpoints, self.device)
-            for rows in scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in waiting]):
-                advance(rows)
+            spent = Spent()
+            scorer = Scorer(config, prepared, checkpoints, self.device, spent)
+            self._each(
+                "score", scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in waiting]), advance, spent
+            )
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
         waiting = waiting_units(config, pieces, advance)
@@ -101,12 +123,15 @@ class Local:
         with threads(1):  # as each task of a cluster does, so that the utilities are the same bytes
             trials = subset_trials(config, prepared, self.device)
             for unit in waiting:
-                trials.publish(unit, pieces)
+                with measured("subsets", self.note) as counts:
+                    counts["subsets"] = unit[1]
+                    trials.publish(unit, pieces)
                 advance(unit[1])
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         for name in names:
-            make_network(config, places, name, self.device)
+            with measured(f"make {name}", self.note):
+                make_network(config, places, name, self.device)
             advance(1)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
@@ -117,8 +142,9 @@ class Local:
             return
         with threads(1):  # as each actor of a cluster does
             ranker = patches.Ranker(config, places.prepared, places.networks, self.device)
-            for rows in ranker.rank([(chunk, score_piece(pieces, chunk)) for chunk in waiting]):
-                advance(rows)
+            self._each(
+                "rank", ranker.rank([(chunk, score_piece(pieces, chunk)) for chunk in waiting]), advance, Spent()
+            )
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         run_distillation(config, places, self.device, report)
@@ -126,10 +152,21 @@ class Local:
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         evaluator = Evaluator(config, *folders, self.device)
         for job in jobs:
-            done(evaluator.run(job))
+            with measured("evaluate", self.note) as counts:
+                counts |= {"set": job.set, "network": job.network, "networks": 1}
+                row = evaluator.run(job)
+            done(row)
 
     def close(self) -> None:
         pass
+
+    def _each(self, name: str, chunks: Iterator[int], advance: Advance, spent: Spent) -> None:
+        """Work through chunks, of which each says how many samples it held."""
+        began = time.time()
+        for samples in chunks:
+            self.note(Event("work", name, began, time.time(), values={"samples": samples, **spent.news()}))
+            advance(samples)
+            began = time.time()
 
 
 def score_piece(pieces: Path, chunk: Chunk) -> Path:

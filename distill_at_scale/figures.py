@@ -84,7 +84,7 @@ def accuracies(bars: Sequence[Bar], chance: float) -> str:
     """Bars by network, with the standard deviation and every single seed; `chance` is a dashed line."""
     networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
+        figure, axes = figure_of(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
         left, place, names = axes.get_yaxis_transform(), -0.95, []
         for network in networks:
             place += 0.95
@@ -93,7 +93,7 @@ def accuracies(bars: Sequence[Bar], chance: float) -> str:
                 place += 1
                 names.append((place, SET_NAMES[bar.row["set"]]))
                 _bar(axes, place, bar)
-        _clean(axes, names)
+        clean(axes, names)
         axes.set_ylim(place + 0.65, -0.4)
         axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
@@ -107,12 +107,12 @@ def distributions(classes: Sequence[Distribution], label: str) -> str:
     scores = np.concatenate([c.scores for c in classes])
     edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), BINS + 1)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(0.42 * len(classes) + 0.75)
+        figure, axes = figure_of(0.42 * len(classes) + 0.75)
         for row, one in enumerate(classes):
             _histogram(axes, row, one, edges)
             text = f"{int(one.kept.sum()):,} of {len(one.kept):,}"
             axes.text(1.01, row - 0.05, text, transform=axes.get_yaxis_transform(), va="bottom", color=FAINT, size=8)
-        _clean(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
+        clean(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
         axes.set_ylim(len(classes) - 0.9, -1.0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel(label)
@@ -176,12 +176,13 @@ def _shown(frames: Frames) -> str:
     return _uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def figure_of(height: float) -> tuple[Figure, Axes]:
+    """A chart over the whole width, so many inches high."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _clean(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
+def clean(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
     """Named rows instead of a vertical axis, and light vertical lines."""
     axes.set_yticks([place for place, _ in names], [clip(name) for _, name in names], color=INK)
     axes.tick_params(length=0)

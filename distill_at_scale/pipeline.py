@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from distill_at_scale import distill, fingerprints, validate
@@ -18,13 +19,14 @@ from distill_at_scale.data.merge import unusable, write_rejected
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import Unreachable
 from distill_at_scale.execution import Executor
+from distill_at_scale.observe.events import Event, at_once
 from distill_at_scale.plan import forecast, known
 from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import STAGES, Inputs
 from distill_at_scale.scoring import imported
-from distill_at_scale.stages import Stages
+from distill_at_scale.stages import MakeObservers, Stages, nobody
 
 
 class Pipeline(Stages):
@@ -37,8 +39,9 @@ class Pipeline(Stages):
         display: Display,
         find_rate: Callable[[Pipeline], float] | None = None,
         watch: Callable[[dict[str, Any]], None] | None = None,
+        observers: MakeObservers = nobody,
     ):
-        super().__init__(config, executor, display, watch)
+        super().__init__(config, executor, display, watch, observers)
         self._find_rate = find_rate
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
@@ -58,6 +61,7 @@ class Pipeline(Stages):
                         self._decide()
                     self._stage(stage)
             finally:
+                self.observers.close()
                 if self._executor is not None:
                     self._executor.close()
 
@@ -144,7 +148,24 @@ class Pipeline(Stages):
         inputs = self.inputs(stage)
         if self.dir.valid(stage, inputs, redo=stage == "report"):
             self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.path})")
+            self.observers.note(at_once("stage", "skipped", stage=stage))
             return
+        with self._observed(stage):
+            self._carry_out(stage, inputs)
+
+    @contextmanager
+    def _observed(self, stage: str) -> Iterator[None]:
+        """Tell the observers how it begins and ends."""
+        began, ended = time.time(), "failed"
+        self.observers.stage = stage
+        self.observers.note(at_once("stage", "started"))
+        try:
+            yield
+            ended = "finished"
+        finally:
+            self.observers.note(Event("stage", ended, began, time.time()))
+
+    def _carry_out(self, stage: str, inputs: Inputs) -> None:
         self.display.say(f"{stage}: started")
         self.dir.sweep()
         self._write_run_json()

@@ -27,11 +27,20 @@ from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest
 from distill_at_scale.rundir import RunDir, digest, write_json
+from distill_at_scale.stages import MakeObservers, nobody
 from distill_at_scale.studies.base import Outcome, Point
 from distill_at_scale.trials import Watch
 
 OWN = ("select", "distill", "evaluate")  # the stages of a point
-NOT_OF_POINTS = ("run", "data", "score", "cluster", "sweep", "studies")  # sections that an id leaves out or takes apart
+NOT_OF_POINTS = (
+    "run",
+    "data",
+    "score",
+    "cluster",
+    "track",
+    "sweep",
+    "studies",
+)  # sections that an id leaves out or takes apart
 STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
 PATIENCE = 20  # seconds in which the process of a killed sweep, which held a point's folder, is gone
 MakeExecutor = Callable[[], Executor]
@@ -215,18 +224,20 @@ def try_out(values: dict[str, Any], name: str) -> None:
         raise type(error)(f"{name}: {error}") from None
 
 
-def carry_out(config: Config, executor: Executor, watch: Watch | None = None) -> None:
+def carry_out(
+    config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody
+) -> None:
     """The stages of a prepared point, each skipped where it is done, resumed where it was interrupted."""
-    Pipeline(config, lambda: executor, Display.silent(), watch=watch).run(OWN)
+    Pipeline(config, lambda: executor, Display.silent(), watch=watch, observers=observers).run(OWN)
 
 
-def attempt(config: Config, executor: Executor, watch: Watch | None = None) -> None:
+def attempt(config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody) -> None:
     """carry_out, but an error is noted in the point's folder instead of raised, so that other points go on."""
     run = RunDir(config.run.dir)
     (run / FAILED).unlink(missing_ok=True)
     run.wait(PATIENCE)
     try:
-        carry_out(config, executor, watch)
+        carry_out(config, executor, watch, observers)
         (run / STOPPED).unlink(missing_ok=True)
     except Exception as error:
         note_failure(run.path, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")

@@ -43,7 +43,8 @@ def _rank_patches(config: Config, data: Prepared, places: Places, executor: Exec
     if not target.exists():
         pieces.mkdir(parents=True, exist_ok=True)
         candidates, chunks = patches.draw_candidates(places.manifest, config, pieces), data.chunks("train")
-        with display.meter("rank", sum(chunk.rows for chunk in chunks), "samples") as meter:
+        before = sum(chunk.rows for chunk in chunks if score_piece(pieces, chunk).exists())
+        with display.meter("rank", sum(chunk.rows for chunk in chunks), "samples", before) as meter:
             executor.rank_patches(config, places, chunks, meter.advance)
         patches.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, section.crops, target)
         shutil.rmtree(pieces)

@@ -1,4 +1,8 @@
-"""What a run shows while it works: bars on a terminal, plain lines in a log."""
+"""What a run shows while it works: bars on a terminal, plain lines in a log.
+
+Rates and the time that is left count only what this command has done: units that an earlier one left finished are part of
+the total, not of the speed.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +12,56 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LINE_EVERY = 5.0  # seconds between two lines of a log
 
 
 class Meter:
-    """Counts finished units of one task."""
+    """Counts finished units of one task.
 
-    def __init__(self, display: Display, name: str, total: int, unit: str):
+    The first `before` units that it is told of were finished before this command; further ones are its work.
+    """
+
+    def __init__(self, display: Display, name: str, total: int, unit: str, before: int = 0):
         self.display, self.name, self.total, self.unit = display, name, total, unit
-        self.done, self.began, self.shown = 0, time.monotonic(), 0.0
+        self.done, self.before, self.began, self.shown = 0, before, time.monotonic(), 0.0
+        self.working = self.began  # when work began, where that is known to be later
+        self.made = 0  # units that this command finished, those that it did again after a loss included
         self.note = ""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
+        old = min(count, self.before)
+        self.before -= old
+        self.made += count - old
         self.done += count
         self.note = self.note if note is None else note
         self.display.refresh(self)
 
-    def line(self) -> str:
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        rate = f"{self.done / seconds:,.1f} {self.unit}/s"
-        return f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {rate}" + (
-            f", {self.note}" if self.note else ""
-        )
+    def resume(self, done: int) -> None:
+        """Work begins now behind the first `done` units, or goes on from there after a loss."""
+        self.done = done
+        if not self.made:
+            self.working = time.monotonic()
+        self.display.refresh(self)
+
+    @property
+    def rate(self) -> float:
+        """Units per second of this command's own work."""
+        return self.made / max(time.monotonic() - self.working, 1e-9)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the total is reached at this rate; None while nothing is known."""
+        return (self.total - self.done) / self.rate if self.made else None
+
+    def line(self, ended: bool = False) -> str:
+        parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}"]
+        if old := self.done - self.made:
+            parts += [f"{old:,} of them before"] if old > 0 else [f"{-old:,} done again"]
+        parts += [f"{self.rate:,.1f} {self.unit}/s"] if self.made else []
+        parts += [f"{lasting(self.left)} left"] if self.left and not ended else []
+        return ", ".join([*parts, *([self.note] if self.note else [])])
 
 
 class Display:
@@ -51,26 +81,35 @@ class Display:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def meter(self, name: str, total: int, unit: str) -> Iterator[Meter]:
+    def meter(self, name: str, total: int, unit: str, before: int = 0) -> Iterator[Meter]:
         """A progress bar (terminal) or lines at most every few seconds (log) for one task."""
-        meter = Meter(self, name, total, unit)
+        meter = Meter(self, name, total, unit, before)
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                       TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                       TextColumn("{task.fields[note]}"))  # fmt: skip
+                       TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))  # fmt: skip
             with Progress(*columns, console=self.console, transient=True) as self.bars:
-                self.task = self.bars.add_task(name, total=total, note="")
+                self.task = self.bars.add_task(name, total=total, note="", left="")
                 try:
                     yield meter
                 finally:
                     self.bars = None
         else:
             yield meter
-        self.say(f"  {meter.line()}, {time.monotonic() - meter.began:.1f} s")
+        self.say(f"  {meter.line(ended=True)}, {time.monotonic() - meter.began:.1f} s")
 
     def refresh(self, meter: Meter) -> None:
         if self.bars is not None:
-            self.bars.update(self.task, completed=meter.done, note=meter.note)
+            left = f"{lasting(meter.left)} left" if meter.left else ""
+            self.bars.update(self.task, completed=meter.done, note=meter.note, left=left)
         elif time.monotonic() - max(meter.shown, meter.began) >= LINE_EVERY and meter.done < meter.total:
             meter.shown = time.monotonic()
             self.say(f"  {meter.line()}")
+
+
+def lasting(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from distill_at_scale import charts, figures, pages, synthetic, wording
+from distill_at_scale import charts, figures, gantt, pages, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data import transforms
 from distill_at_scale.data.shards import Prepared
+from distill_at_scale.observe import timeline
 from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.ranking import RANDOM
@@ -36,6 +37,7 @@ PARTS = (
     "pages.py",
     "wording.py",
     "figures.py",
+    "gantt.py",
     "pictures.py",
     "report.html.j2",
     "page.html.j2",
@@ -92,6 +94,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "selection": selection,
         "samples": _samples(run, prepared),
         "times": _times(records),
+        "timeline": gantt.part(timeline.read(run / timeline.NAME)),
         "data": prepared.meta,
         "transformed": transforms.sentence(prepared.meta) if "transform" in prepared.meta else None,
         "sampling": source.get("sampling"),

@@ -229,6 +229,24 @@ class EvaluateSection(Section):
         return value
 
 
+class MlflowSection(Section):
+    tracking_uri: str | None = None  # a server or a store; null: MLFLOW_TRACKING_URI, else MLflow's own default
+    experiment: str = "distill_at_scale"
+
+
+class WandbSection(Section):
+    project: str = "distill_at_scale"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackSection(Section):
+    """Trackers beside TensorBoard, which every run has; credentials come from the environment, never from here."""
+
+    mlflow: MlflowSection | None = None
+    wandb: WandbSection | None = None
+
+
 class ClusterSection(Section):
     address: str | None = None  # null: start Ray here; "none": every stage in this process; else a running cluster
     gpus_per_worker: float = Field(0, ge=0)

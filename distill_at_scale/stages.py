@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,16 @@ from distill_at_scale.config import Config
 from distill_at_scale.data import ingest, transforms
 from distill_at_scale.data.clips import decoders_for, named
 from distill_at_scale.data.merge import merge
+from distill_at_scale.data.pieces import is_finished, piece_path
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.environment import environment
 from distill_at_scale.execution import Executor, score_piece
+from distill_at_scale.observe.distillation import DistillationLog
+from distill_at_scale.observe.events import at_once, measured
+from distill_at_scale.observe.observers import Observer, Observers
+from distill_at_scale.observe.tensorboard import TensorBoard
+from distill_at_scale.observe.timeline import Timeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static, trust
 from distill_at_scale.pruning.ranking import columns_of
@@ -31,6 +37,12 @@ from distill_at_scale.rundir import STAGES, Inputs, RunDir, write_json
 from distill_at_scale.scoring import beside, imported, proxy, scorer
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.scoring.contract import criteria_of
+
+MakeObservers = Callable[[Config], Sequence[Observer]]  # who is to watch a run, beside timeline and TensorBoard
+
+
+def nobody(config: Config) -> Sequence[Observer]:
+    return ()
 
 
 class Stages:
@@ -42,12 +54,15 @@ class Stages:
         executor: Callable[[], Executor],
         display: Display,
         watch: Callable[[dict[str, Any]], None] | None = None,
+        observers: MakeObservers = nobody,
     ):
         self.config, self.display, self._make_executor = config, display, executor
         self.asked = config
         self.watch = watch  # called with every line of the distillation's log as it is written
         self._executor: Executor | None = None
         self.dir = RunDir(config.run.dir, config.run.reuse)
+        always = (Timeline(self.dir.path), TensorBoard(self.dir.path))
+        self.observers = Observers(display.say, [*always, *observers(config)])
         self.plan: ingest.Plan  # what the source lists, once ingest has looked
 
     @cached_property
@@ -57,7 +72,11 @@ class Stages:
     @property
     def executor(self) -> Executor:
         if self._executor is None:
-            self._executor = self._make_executor()
+            with measured("start", self.observers.note, what="wait"):
+                self._executor = self._make_executor()
+            self._executor.note = self.observers.note
+            for observer in self._executor.observers(self.config):
+                self.observers.add(observer)
         return self._executor
 
     def _say_plan(self, plan: ingest.Plan) -> None:
@@ -73,8 +92,10 @@ class Stages:
         self._say_plan(self.plan)
         self.plan = self.plan.on_disk(pieces)
         chunks = self.plan.chunks(self.config.data.chunk)
-        with self.display.meter("decode", self.plan.samples, "samples") as meter:
-            self.executor.ingest(self.config, chunks, pieces, meter.advance)
+        before = sum(r.num_rows for split, i, r in chunks if is_finished(piece_path(pieces, split, i), check=False))
+        executor = self.executor
+        with self.display.meter("decode", self.plan.samples, "samples", before) as meter:
+            executor.ingest(self.config, chunks, pieces, meter.advance)
         meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data, self.config.run.seed)
         if "transform" in meta:
             self.display.say(f"  {transforms.sentence(meta)}")
@@ -107,8 +128,10 @@ class Stages:
         if score.weights is None and not all(path.exists() for path in paths):
             self._train_proxies(data, prepared, checkpoints)
         trained = time.perf_counter()
-        with self.display.meter("score", sum(c.rows for c in chunks), "samples") as meter:
-            self.executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
+        before = sum(chunk.rows for chunk, path in zip(chunks, paths, strict=True) if path.exists())
+        executor = self.executor
+        with self.display.meter("score", sum(c.rows for c in chunks), "samples", before) as meter:
+            executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
         scored = time.perf_counter()
         more = self._brought(data)
         expected = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
@@ -139,8 +162,9 @@ class Stages:
     def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
         score = self.config.score
         proxy.check_workers(data, score, self.config.run.seed)
-        with self.display.meter("proxies", score.trials * score.epochs, "epochs") as meter:
-            self.executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
+        before, executor = proxy.finished_epochs(score, checkpoints), self.executor
+        with self.display.meter("proxies", score.trials * score.epochs, "epochs", before) as meter:
+            executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
 
     def _keep_proxies(self, checkpoints: Path) -> None:
         """Move the checkpoints beside the scores that were made with them."""
@@ -188,16 +212,16 @@ class Stages:
         preparation.prepare(self.config, data, places, self.executor, self.display)
         if places.state.exists():
             self.display.say("  going on from the last checkpoint")
+        executor = self.executor
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
+            log = DistillationLog(self.observers.note, meter, self.display.say)
 
             def show(line: dict[str, Any]) -> None:
-                if "held" in line:
-                    self.display.say(f"  {line['held']}")
-                meter.advance(max(0, line["step"] - meter.done), _note(line))
+                log(line)
                 if self.watch is not None:
                     self.watch(line)
 
-            self.executor.distill(self.config, places, show)
+            executor.distill(self.config, places, show)
         result = synthetic.load(work / "synthetic")
         records = {stage: self.dir.record(stage) or {} for stage in ("ingest", "score", "select")}
         earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
@@ -212,13 +236,18 @@ class Stages:
         finished = _Rows(self.dir.work("evaluate", inputs) / "rows.jsonl")
         todo = [job for job in evaluate.jobs(self.config) if job not in finished.jobs]
         folders = (self.dir / "prepared", self.dir / "synthetic", self.dir / "manifest.parquet")
-        with self.display.meter("evaluate", len(todo), "networks") as meter:
+        executor, old = self.executor, len(finished.rows)
+        with self.display.meter("evaluate", old + len(todo), "networks", old) as meter:
+            meter.advance(old)
 
             def done(row: dict[str, Any]) -> None:
                 finished.add(row)
+                self.observers.note(at_once("result", "network", row))
                 meter.advance(1, f"{row['set']} {row['top1']:.3f}")
 
-            self.executor.evaluate(self.config, todo, folders, done)
+            for row in finished.rows:
+                self.observers.note(at_once("result", "network", row))
+            executor.evaluate(self.config, todo, folders, done)
         order = {job: place for place, job in enumerate(evaluate.jobs(self.config))}
         rows = sorted(finished.rows, key=lambda row: order[_job(row)])
         path = self.dir / "evaluation.json"
@@ -239,6 +268,8 @@ class Stages:
         for key in ("path", "val_labels", "synsets"):
             if values["data"][key] is not None:
                 values["data"][key] = shown(values["data"][key])
+        if (mlflow := values["track"]["mlflow"]) and mlflow["tracking_uri"]:
+            mlflow["tracking_uri"] = shown(mlflow["tracking_uri"])
         return values
 
 
@@ -268,12 +299,3 @@ class _Rows:
 
 def _job(row: dict[str, Any]) -> evaluate.Job:
     return evaluate.Job(row["set"], row["network"], row["seed"])
-
-
-def _note(line: dict[str, Any]) -> str | None:
-    """What a line of the distillation's log says beside the step."""
-    if "loss" in line:
-        said = [f"loss {line['loss']:.4g}"]
-        said += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
-        return ", ".join([*said, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
-    return f"top-1 {line['top1']:.3f}" if "top1" in line else None

@@ -16,9 +16,17 @@ from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.execution import Report
+from distill_at_scale.observe.events import Event, Note, ignore, measured
 
 
-def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report, sharing: int = 1) -> None:
+def run(
+    config: Config,
+    jobs: Sequence[Job],
+    folders: tuple[Path, Path, Path],
+    done: Report,
+    sharing: int = 1,
+    note: Note = ignore,
+) -> None:
     """All jobs, as many at a time as the cluster holds; reports each row when it is there."""
     cpus = cores_each(min(len(jobs) * sharing, cores()))
     options = {
@@ -33,14 +41,21 @@ def run(config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], d
     with plain_errors():
         while running:
             finished, running = ray.wait(running)
-            for row in ray.get(finished):
+            for row, event in ray.get(finished):
+                note(event)
                 done(row)
 
 
 @ray.remote
-def _evaluate(packed: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int) -> dict[str, Any]:
+def _evaluate(
+    packed: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int
+) -> tuple[dict[str, Any], Event]:
     torch.set_num_threads(threads)
-    return _evaluator(_Settings(packed), folders).run(Job(**job))
+    events: list[Event] = []
+    with measured("evaluate", events.append) as counts:
+        counts |= {"set": job["set"], "network": job["network"], "networks": 1}
+        row = _evaluator(_Settings(packed), folders).run(Job(**job))
+    return row, events[0]
 
 
 class _Settings:

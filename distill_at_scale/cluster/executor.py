@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distill_at_scale.cluster import evaluation, ingest, monte_carlo, networks, scoring, training
+from distill_at_scale.cluster.metrics import Metrics
 from distill_at_scale.cluster.pool import check_gpus, with_fewer_actors
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config import Config
@@ -16,6 +17,8 @@ from distill_at_scale.distill import Places
 from distill_at_scale.evaluate import Job
 from distill_at_scale.execution import Advance, Chunks, Report
 from distill_at_scale.method_sections import DistillSection
+from distill_at_scale.observe.events import Note, ignore
+from distill_at_scale.observe.observers import Observer
 
 
 class RayExecutor:
@@ -27,33 +30,39 @@ class RayExecutor:
         self.session = Session(config.cluster, say)
         check_gpus(config.cluster.gpus_per_worker)
         self.sharing = sharing
+        self.note: Note = ignore
+
+    def observers(self, config: Config) -> list[Observer]:
+        return [Metrics(Path(config.run.dir).name)]
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
-        return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check)
+        return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check, self.note)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-        scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance)
+        scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance, self.note)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
-        scoring.score(absolute(config), prepared.resolve(), checkpoints.resolve(), chunks, pieces.resolve(), advance)
+        folders = prepared.resolve(), checkpoints.resolve()
+        scoring.score(absolute(config), *folders, chunks, pieces.resolve(), advance, self.note)
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
-        monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance)
+        monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance, self.note)
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
-        networks.run(absolute(config), places.resolved(), names, advance, self.sharing)
+        networks.run(absolute(config), places.resolved(), names, advance, self.sharing, self.note)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
-        scoring.rank_patches(with_fewer_actors(absolute(config), self.sharing), places.resolved(), chunks, advance)
+        fewer = with_fewer_actors(absolute(config), self.sharing)
+        scoring.rank_patches(fewer, places.resolved(), chunks, advance, self.note)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         training.run(absolute(config), places.resolved(), report, self.sharing)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         prepared, synthetic, manifest = (folder.resolve() for folder in folders)
-        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing)
+        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.note)
 
     def close(self) -> None:
         self.session.close()

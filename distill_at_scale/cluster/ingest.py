@@ -21,20 +21,21 @@ from distill_at_scale.data.pieces import (
     check_chunk,
     finished,
     ingest_chunk,
+    is_finished,
     piece_path,
     recipe_of,
-    rejected_path,
 )
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.execution import Advance, Chunks
+from distill_at_scale.observe.events import Note, Spent, ignore
 
 
-def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool) -> int:
+def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool, note: Note = ignore) -> int:
     """Decode every chunk that has no piece yet; returns the number of rejected samples, of earlier pieces too."""
     rejected, waiting = 0, []
     for split, index, rows in chunks:
         path = piece_path(pieces, split, index)
-        if (rejected_path(path) if check else path).exists():
+        if is_finished(path, check):
             used, bad = finished(path, rows, check)
             rejected += bad
             advance(used + bad)
@@ -46,16 +47,20 @@ def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: b
             }
             waiting.append({"path": str(path), **place})
     arguments = {"packed": pack(config), "check": check}
-    for result in stream(grouped(waiting, config, gpus=0), Ingester, arguments, config, gpus=0) if waiting else ():
+    units = grouped(waiting, config, gpus=0) if waiting else []
+    for result in stream(units, Ingester, arguments, config, gpus=0, note=note) if waiting else ():
         rejected += result["rejected"]
-        advance(result["used"] + result["rejected"])
+        advance(result["samples"] + result["rejected"])
     return rejected
 
 
 class Ingester:
     """An actor: one open source and one decoder, made on the first call."""
 
+    does = "decode"
+
     def __init__(self, packed: dict[str, Any], check: bool):
+        self.spent = Spent()
         self.packed, self.make = packed, check_chunk if check else ingest_chunk
 
     @cached_property
@@ -69,6 +74,6 @@ class Ingester:
         counts = [0, 0]
         for place in work_of(unit):
             rows = mapped(Path(place["listing"])).slice(place["start"], place["count"])
-            used, rejected = self.make(source, recipe, rows, Path(place["path"]))
+            used, rejected = self.make(source, recipe, rows, Path(place["path"]), self.spent)
             counts = [counts[0] + used, counts[1] + rejected]
-        return pa.table({"used": [counts[0]], "rejected": [counts[1]]})
+        return pa.table({"samples": [counts[0]], "rejected": [counts[1]]})

@@ -14,12 +14,13 @@ from distill_at_scale.cluster.pool import actor_count, device
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.execution import Advance, subset_trials, waiting_units
+from distill_at_scale.observe.events import Event, Note, ignore, measured
 from distill_at_scale.scoring.monte_carlo import Trials, Unit
 
 AHEAD = 2  # units that are sent for every one that runs, so that no core waits
 
 
-def run(config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
+def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: Note = ignore) -> None:
     """All units that are not there yet; one whose process is lost is run again, `cluster.max_failures` times at most."""
     gpus = config.cluster.gpus_per_worker
     options = {"num_cpus": 1, "num_gpus": gpus or None, "max_retries": config.cluster.max_failures}
@@ -35,15 +36,19 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
             if not running:
                 return
             finished, running = ray.wait(running)
-            for done in ray.get(finished):
-                advance(done)
+            for event in ray.get(finished):
+                note(event)
+                advance(event.values["subsets"])
 
 
 @ray.remote
-def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> int:
+def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> Event:
     torch.set_num_threads(1)
-    _trials(unpack(packed).model_dump_json(), prepared).publish(unit, Path(pieces))
-    return unit[1]
+    events: list[Event] = []
+    with measured("subsets", events.append) as counts:
+        counts["subsets"] = unit[1]
+        _trials(unpack(packed).model_dump_json(), prepared).publish(unit, Path(pieces))
+    return events[0]
 
 
 @lru_cache(maxsize=1)

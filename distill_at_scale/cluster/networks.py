@@ -14,9 +14,12 @@ from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, backend_class, make_network
 from distill_at_scale.execution import Advance
+from distill_at_scale.observe.events import Event, Note, ignore, measured
 
 
-def run(config: Config, places: Places, names: Sequence[str], advance: Advance, sharing: int = 1) -> None:
+def run(
+    config: Config, places: Places, names: Sequence[str], advance: Advance, sharing: int = 1, note: Note = ignore
+) -> None:
     """All of them, as many at a time as the cluster holds; one that is lost is made again.
 
     Cores follow from all that the method needs, not from what is missing: on other threads weights differ in the last bits.
@@ -34,12 +37,15 @@ def run(config: Config, places: Places, names: Sequence[str], advance: Advance, 
     with plain_errors():
         while running:
             finished, running = ray.wait(running)
-            ray.get(finished)
+            for event in ray.get(finished):
+                note(event)
             advance(len(finished))
 
 
 @ray.remote
-def _make(packed: dict[str, Any], paths: list[str], name: str, threads: int) -> None:
-    settings = unpack(packed)
+def _make(packed: dict[str, Any], paths: list[str], name: str, threads: int) -> Event:
+    settings, events = unpack(packed), list[Event]()
     torch.set_num_threads(threads)
-    make_network(settings, Places(*map(Path, paths)), name, device(settings))
+    with measured(f"make {name}", events.append):
+        make_network(settings, Places(*map(Path, paths)), name, device(settings))
+    return events[0]

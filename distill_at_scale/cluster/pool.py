@@ -17,6 +17,7 @@ from ray.data import ActorPoolStrategy
 from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
+from distill_at_scale.observe.events import Event, Note, at_once, ignore, measured
 
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
@@ -40,7 +41,7 @@ def work_of(unit: pa.Table) -> list[dict[str, Any]]:
 
 
 def stream(
-    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float
+    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float, note: Note = ignore
 ) -> Iterator[dict[str, Any]]:
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
@@ -53,9 +54,11 @@ def stream(
         try:
             for row in _stream_once(waiting, actor, arguments, config, gpus):
                 del waiting[row["unit"]]
+                note(Event.from_json(row.pop("event")))
                 yield row
             return
         except LOST as error:
+            note(at_once("lost", "workers of the pool", {"units": len(waiting)}))
             if failures == config.cluster.max_failures:
                 raise UserError(_gave_up(failures + 1, waiting, error)) from None
 
@@ -91,14 +94,19 @@ def _gave_up(times: int, waiting: Mapping[int, pa.Table], error: BaseException) 
 
 
 def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
-    """For an actor's __call__: the result says which unit it belongs to, and what a user can mend comes back as a row, since
-    Ray Data keeps only the text of exceptions.
+    """For an actor's __call__: the result says which unit it belongs to and what the work took (an event), and what a user
+    can mend comes back as a row, since Ray Data keeps only the text of exceptions. The actor has a name for its work (`does`)
+    and the seconds that it `spent`.
     """
 
     @wraps(call)
     def guarded(self: Any, unit: pa.Table) -> pa.Table:
+        events: list[Event] = []
         try:
-            found = call(self, unit)
+            with measured(self.does, events.append, self.spent) as counts:
+                found = call(self, unit)
+                counts |= {"units": 1, **found.to_pylist()[0], **_if_again()}
+            found = found.append_column("event", pa.array([events[0].to_json()]))
         except UserError as error:
             found = pa.table({"error": [str(error)], "errno": [0], "file": [""]})
         except OSError as error:
@@ -107,6 +115,11 @@ def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Ta
         return found.append_column("unit", unit["unit"])
 
     return guarded
+
+
+def _if_again() -> dict[str, int]:
+    """In an actor: whether it stands in for one that was lost."""
+    return {"restarted": 1} if ray.get_runtime_context().was_current_actor_reconstructed else {}
 
 
 def _raise_reported(row: dict[str, Any]) -> None:

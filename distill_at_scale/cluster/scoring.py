@@ -22,21 +22,22 @@ from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.distill import Places
 from distill_at_scale.execution import Advance, run_trial, score_piece
+from distill_at_scale.observe.events import Event, Note, Spent, ignore, measured
 from distill_at_scale.scoring import patches
-from distill_at_scale.scoring.proxy import checkpoint_path
+from distill_at_scale.scoring.proxy import checkpoint_path, finished_epochs
 from distill_at_scale.scoring.scorer import Scorer, Unit
 
 Work = Callable[[Sequence[Unit]], Iterator[int]]
 POLL = 0.5  # seconds between two looks at the finished epochs
 
 
-def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
+def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, note: Note = ignore) -> None:
     """All trials: side by side as tasks, or one after the other with `score.workers` data-parallel workers each."""
     done = 0
 
     def look() -> None:
         nonlocal done
-        epochs = _finished_epochs(config, checkpoints)
+        epochs = finished_epochs(config.score, checkpoints)
         advance(epochs - done)
         done = epochs
 
@@ -45,9 +46,11 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance) -
     todo = [t for t in range(trials) if not checkpoint_path(checkpoints, t, epochs - 1).exists()]
     if todo and config.score.workers > 1:
         places = {"prepared": str(prepared), "checkpoints": str(checkpoints), "trials": todo}
-        training.fit("score", _together, config, config.score.workers, places, checkpoints.parent / "train", look)
+        with measured("train proxies together", note) as counts:
+            counts["workers"] = config.score.workers
+            training.fit("score", _together, config, config.score.workers, places, checkpoints.parent / "train", look)
     elif todo:
-        _side_by_side(config, prepared, checkpoints, todo, look)
+        _side_by_side(config, prepared, checkpoints, todo, look, note)
     look()
 
 
@@ -59,7 +62,7 @@ def _together(config: Config, arguments: dict[str, Any]) -> None:
 
 
 def _side_by_side(
-    config: Config, prepared: Path, checkpoints: Path, trials: Sequence[int], look: Callable[[], None]
+    config: Config, prepared: Path, checkpoints: Path, trials: Sequence[int], look: Callable[[], None], note: Note
 ) -> None:
     """As many trials at a time as the cluster holds; cores follow from all of them, so a resumed one ends the same."""
     cpus = cores_each(min(config.score.trials, max(cores(), 1)))
@@ -73,35 +76,42 @@ def _side_by_side(
     with plain_errors():
         while running:
             finished, running = ray.wait(running, timeout=POLL)
-            ray.get(finished)
+            for event in ray.get(finished):
+                note(event)
             look()
 
 
 @ray.remote
-def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, threads: int) -> None:
-    settings = unpack(packed)
+def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, threads: int) -> Event:
+    settings, events = unpack(packed), list[Event]()
     torch.set_num_threads(threads)
-    run_trial(settings, Path(prepared), Path(checkpoints), trial, device(settings), lambda epochs: None)
-
-
-def _finished_epochs(config: Config, checkpoints: Path) -> int:
-    trials, epochs = config.score.checkpoints
-    return sum(checkpoint_path(checkpoints, t, e).exists() for t in range(trials) for e in range(epochs))
+    with measured("train a proxy", events.append) as counts:
+        counts["trial"] = trial
+        run_trial(settings, Path(prepared), Path(checkpoints), trial, device(settings), lambda epochs: None)
+    return events[0]
 
 
 def score(
-    config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
+    config: Config,
+    prepared: Path,
+    checkpoints: Path,
+    chunks: Sequence[Chunk],
+    pieces: Path,
+    advance: Advance,
+    note: Note = ignore,
 ) -> None:
     """Score every chunk that has no piece yet."""
     arguments = {"prepared": str(prepared), "checkpoints": str(checkpoints)}
-    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance)
+    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance, note)
 
 
-def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+def rank_patches(
+    config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance, note: Note = ignore
+) -> None:
     """Rank the patches of every chunk that has no piece yet, by the same kind of actors."""
     arguments = {"prepared": str(places.prepared), "networks": str(places.networks)}
     pieces = patches.pieces_folder(places.networks, config)
-    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance)
+    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance, note)
 
 
 def _over_chunks(
@@ -111,6 +121,7 @@ def _over_chunks(
     actor: type[ChunkActor],
     arguments: dict[str, Any],
     advance: Advance,
+    note: Note,
 ) -> None:
     """One pass; an actor gets several chunks at a time and reads ahead within them."""
     waiting: list[dict[str, Any]] = []
@@ -121,14 +132,18 @@ def _over_chunks(
         else:
             waiting.append({**asdict(chunk), "path": str(path)})
     gpus, arguments = config.cluster.gpus_per_worker, {"packed": pack(config), **arguments}
-    for result in stream(grouped(waiting, config, gpus), actor, arguments, config, gpus) if waiting else ():
-        advance(result["rows"])
+    units = grouped(waiting, config, gpus) if waiting else []
+    for result in stream(units, actor, arguments, config, gpus, note) if waiting else ():
+        advance(result["samples"])
 
 
 class ChunkActor:
     """An actor on one core or a GPU (or a share of one); what it works with is loaded on the first call."""
 
+    does = "work"
+
     def __init__(self, packed: dict[str, Any], **folders: str):
+        self.spent = Spent()
         self.packed, self.folders = packed, {name: Path(folder) for name, folder in folders.items()}
 
     def load(self, config: Config, device: torch.device) -> Work:
@@ -145,18 +160,22 @@ class ChunkActor:
     def __call__(self, unit: pa.Table) -> pa.Table:
         work = work_of(unit)
         targets = [Path(item.pop("path")) for item in work]
-        return pa.table({"rows": [sum(self.work(list(zip(map(_chunk, work), targets, strict=True))))]})
+        return pa.table({"samples": [sum(self.work(list(zip(map(_chunk, work), targets, strict=True))))]})
 
 
 class ScoringActor(ChunkActor):
     """With every checkpoint of every trial."""
 
+    does = "score"
+
     def load(self, config: Config, device: torch.device) -> Work:
-        return Scorer(config, self.folders["prepared"], self.folders["checkpoints"], device).score
+        return Scorer(config, self.folders["prepared"], self.folders["checkpoints"], device, self.spent).score
 
 
 class RankingActor(ChunkActor):
     """With the teacher."""
+
+    does = "rank"
 
     def load(self, config: Config, device: torch.device) -> Work:
         return patches.Ranker(config, self.folders["prepared"], self.folders["networks"], device).rank

@@ -28,6 +28,7 @@ from distill_at_scale.data.ingest import mapped
 from distill_at_scale.data.kinds import TensorDecoder, holds_tensors, sample_shape
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.sources.base import Source
+from distill_at_scale.observe.events import Spent
 from distill_at_scale.rundir import publish
 from distill_at_scale.sections import DataSection
 
@@ -98,26 +99,39 @@ def rejected_path(piece: Path) -> Path:
     return piece.with_suffix(".rejected")
 
 
-def ingest_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -> tuple[int, int]:
+def is_finished(piece: Path, check: bool) -> bool:
+    """Whether a piece (or, with `check`, its list of rejected samples) is there."""
+    return (rejected_path(piece) if check else piece).exists()
+
+
+def ingest_chunk(
+    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: Spent | None = None
+) -> tuple[int, int]:
     """Decode some rows of a listing and publish them, sorted by class and id, as the piece `target`.
 
-    Returns the number of samples used and rejected. A piece that is there already is not made again.
+    Returns the number of samples used and rejected. A piece that is there already is not made again. `spent` takes the
+    seconds of read (which runs ahead of the rest), decode and write.
     """
-    if not target.exists():
+    spent = spent or Spent()
+    if not is_finished(target, check=False):
         order = rows.sort_by([("label", "ascending"), ("sample_id", "ascending")]).select(["sample_id", "label"])
         made, before = _Made(recipe), recipe.tally()
-        table_of_bad = _table_of(_decoded(source, recipe, rows, made.add))
-        table = made.table(order, recipe.tally() - before)
-        _publish_rejected(target, table_of_bad)
-        with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
-            writer.write_table(table)
+        table_of_bad = _table_of(_decoded(source, recipe, rows, made.add, spent))
+        with spent.on("write"):
+            table = made.table(order, recipe.tally() - before)
+            _publish_rejected(target, table_of_bad)
+            with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+                writer.write_table(table)
     return finished(target, rows, check=False)
 
 
-def check_chunk(source: Source, recipe: Recipe, rows: pa.Table, target: Path) -> tuple[int, int]:
+def check_chunk(
+    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: Spent | None = None
+) -> tuple[int, int]:
     """As `ingest_chunk`, but keeps only the list of what would be rejected."""
-    if not rejected_path(target).exists():
-        _publish_rejected(target, _table_of(_decoded(source, recipe, rows, lambda name, pixels: None)))
+    if not is_finished(target, check=True):
+        bad = _decoded(source, recipe, rows, lambda name, pixels: None, spent or Spent())
+        _publish_rejected(target, _table_of(bad))
     return finished(target, rows, check=True)
 
 
@@ -177,37 +191,49 @@ def _part(values: int) -> int:
     return next(part for part in range(min(256, values), 0, -1) if values % part == 0)
 
 
-def _decoded(source: Source, recipe: Recipe, rows: pa.Table, use: Any) -> Iterator[tuple[str, str, str, bool]]:
+def _decoded(
+    source: Source, recipe: Recipe, rows: pa.Table, use: Any, spent: Spent
+) -> Iterator[tuple[str, str, str, bool]]:
     """Decode rows in order and hand each over; yields (sample_id, location, reason, used) of what is not as it should be."""
     small = rows["size"].to_numpy() <= recipe.max_bytes
     for row in rows.filter(pa.array(~small)).to_pylist():
         yield row["sample_id"], row["location"], _too_large(row["size"], recipe.max_bytes), False
-    for part, raws in ahead(_read(source, rows if small.all() else rows.filter(pa.array(small)))):
-        names = part["sample_id"].to_pylist()
-        for i, raw in enumerate(raws):
-            try:
-                if isinstance(raw, OSError):
-                    raise Rejected(raw.strerror or str(raw))
-                pixels, remark = recipe.decode(names[i], raw)
-            except Rejected as error:
-                yield names[i], part["location"][i].as_py(), str(error), False
-            else:
-                use(names[i], pixels)
-                if remark is not None:
-                    yield names[i], part["location"][i].as_py(), remark, True
+    for part, raws in ahead(_read(source, rows if small.all() else rows.filter(pa.array(small)), spent)):
+        with spent.on("decode"):
+            yield from _decoded_part(recipe, part, raws, use)
+
+
+def _decoded_part(
+    recipe: Recipe, part: pa.Table, raws: Sequence[Raw | OSError], use: Any
+) -> Iterator[tuple[str, str, str, bool]]:
+    names = part["sample_id"].to_pylist()
+    for i, raw in enumerate(raws):
+        try:
+            if isinstance(raw, OSError):
+                raise Rejected(raw.strerror or str(raw))
+            pixels, remark = recipe.decode(names[i], raw)
+        except Rejected as error:
+            yield names[i], part["location"][i].as_py(), str(error), False
+        else:
+            use(names[i], pixels)
+            if remark is not None:
+                yield names[i], part["location"][i].as_py(), remark, True
 
 
 def _too_large(size: int, limit: int) -> str:
     return f"{size:,} bytes, more than data.max_bytes = {limit:,}"
 
 
-def _read(source: Source, rows: pa.Table) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
+def _read(source: Source, rows: pa.Table, spent: Spent) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
     """Raw samples, some at a time; where a read fails, one by one, so that the failure concerns one sample."""
     for part in _parts(rows):
-        try:
-            yield part, source.read(part)
-        except OSError:
-            yield part, [_read_one(source, part.slice(i, 1)) for i in range(part.num_rows)]
+        raws: Sequence[Raw | OSError]
+        with spent.on("read"):
+            try:
+                raws = source.read(part)
+            except OSError:
+                raws = [_read_one(source, part.slice(i, 1)) for i in range(part.num_rows)]
+        yield part, raws
 
 
 def _parts(rows: pa.Table) -> Iterator[pa.Table]:

@@ -36,6 +36,12 @@ def network_spec(
     return NetworkSpec(config.network, shape, classes, config.width, config.depth, kind)
 
 
+def finished_epochs(config: ScoreSection, folder: Path) -> int:
+    """How many epochs of all trials have a checkpoint."""
+    trials, epochs = config.checkpoints
+    return sum(checkpoint_path(folder, t, e).exists() for t in range(trials) for e in range(epochs))
+
+
 def checkpoint_path(folder: Path, trial: int, epoch: int) -> Path:
     return folder / f"trial-{trial:02d}" / f"epoch-{epoch:03d}.safetensors"
 

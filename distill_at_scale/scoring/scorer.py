@@ -25,6 +25,7 @@ from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.shards import Chunk, Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec, will_compile
+from distill_at_scale.observe.events import Spent
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy, weights
 from distill_at_scale.scoring.classifier import Classifier, Eye, Look, check_features, projected
@@ -58,8 +59,11 @@ def check(config: Config, prepared: Prepared) -> None:
 class Scorer:
     """Holds every checkpoint that some criterion looks at on one device and scores chunks."""
 
-    def __init__(self, config: Config, prepared: Path, checkpoints: Path, device: torch.device):
-        score, self.device = config.score, device
+    def __init__(
+        self, config: Config, prepared: Path, checkpoints: Path, device: torch.device, spent: Spent | None = None
+    ):
+        """`spent` takes the seconds of read (which runs ahead of the rest), forward and write."""
+        score, self.device, self.spent = config.score, device, spent or Spent()
         self.prepared, self.dimensions = Prepared(prepared), score.features
         self.criteria = criteria_of(score)
         (_, epochs), self.last = score.checkpoints, score.checkpoints[1] - 1
@@ -108,15 +112,18 @@ class Scorer:
         yield from (chunk.rows for chunk, target in units if target in there)
         missing = [unit for unit in units if unit[1] not in there]
         for (chunk, target), (table, pixels) in zip(missing, ahead(self._read(c) for c, _ in missing), strict=True):
-            with publish(target) as temporary:
-                pq.write_table(self._score(table, pixels), temporary)
+            with self.spent.on("forward"):
+                scored = self._score(table, pixels)
+            with self.spent.on("write"), publish(target) as temporary:
+                pq.write_table(scored, temporary)
             yield chunk.rows
 
     def _read(self, chunk: Chunk) -> tuple[pa.Table, Tensor]:
         """Ids and labels, and the pixels uint8 [n, *shape], decoded where they are JPEGs; runs ahead in a thread."""
-        table = self.prepared.read(chunk)
-        pixels = torch.from_numpy(np.array(self.prepared.pixels(table, decoding_threads(self.device))))
-        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+        with self.spent.on("read"):
+            table = self.prepared.read(chunk)
+            pixels = torch.from_numpy(np.array(self.prepared.pixels(table, decoding_threads(self.device))))
+            pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
         return table.select(["sample_id", "label"]), pixels
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from distill_at_scale.execution import Local
 from distill_at_scale.points import Points
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
+from distill_at_scale.stages import MakeObservers, nobody
 from distill_at_scale.studies.base import Outcome
 from distill_at_scale.sweep import checks, page, space, table
 from distill_at_scale.sweep.space import Trial
@@ -45,7 +47,7 @@ class Planned:
         return finished
 
 
-def run(config: Config, display: Display, connect: Callable[[], Trials]) -> pa.Table:
+def run(config: Config, display: Display, connect: Callable[[], Trials], observers: MakeObservers = nobody) -> pa.Table:
     """Everything; returns the table, which is also in sweep.parquet.
 
     Raises UserError for whatever can be known to be wrong before a trial starts, and where no trial succeeded.
@@ -58,7 +60,7 @@ def run(config: Config, display: Display, connect: Callable[[], Trials]) -> pa.T
         trials = connect()
         try:
             trials.check(config)
-            return Sweep(config, display, trials, found).run()
+            return Sweep(config, display, trials, found, observers).run()
         finally:
             trials.close()
 
@@ -86,8 +88,16 @@ def plan(config: Config) -> list[Planned]:
 class Sweep:
     """One command at work."""
 
-    def __init__(self, config: Config, display: Display, trials: Trials, planned: Sequence[Planned]):
+    def __init__(
+        self,
+        config: Config,
+        display: Display,
+        trials: Trials,
+        planned: Sequence[Planned],
+        observers: MakeObservers = nobody,
+    ):
         self.config, self.display, self.trials, self.planned = config, display, trials, planned
+        self.body = partial(points.attempt, observers=observers)
         self.points = Points(config, trials.executor, display)
         self.root = self.points.root
         self.jobs = list({planned.folder: planned for planned in planned}.values())  # one per point
@@ -126,7 +136,7 @@ class Sweep:
                     self.publish()
                     meter.advance(1, space.said(jobs[number].trial))
 
-            self.trials.run(self.config, attempts, points.attempt, done)
+            self.trials.run(self.config, attempts, self.body, done)
 
     def publish(self) -> pa.Table:
         """Write the table of all trials that ended so far."""

@@ -1,0 +1,186 @@
+"""MLflow and Weights & Biases through Ray's integrations: parameters, curves, results, and the report as an artefact.
+
+A run of theirs begins with the first stage that has work, and ends with the command; a command that goes on is a run of its
+own, with the number of steps where it began. In a sweep every trial is one. Both need Ray to be installed, not to run.
+Credentials come from the environment (MLFLOW_TRACKING_USERNAME, WANDB_API_KEY, ...).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from distill_at_scale.config import Config, flatten
+from distill_at_scale.data.storage import shown
+from distill_at_scale.errors import UserError
+from distill_at_scale.observe.events import Event
+from distill_at_scale.observe.observers import Observer
+from distill_at_scale.sections import MlflowSection, WandbSection
+
+NOT_LOGGED = ("step", "of", "at")  # of a line of the log
+ARTEFACTS = ("report.html", "evaluation.json", "run.json")
+NO_PARAMETERS = ("track.", "sweep.", "studies.")
+LONGEST = 500  # characters of a parameter
+
+
+class Backend(Protocol):
+    """A run that was begun with a tracker."""
+
+    def log(self, values: Mapping[str, float], step: int | None) -> None: ...
+
+    def save(self, path: Path) -> None: ...
+
+    def end(self, failed: bool) -> None: ...
+
+
+def trackers(config: Config) -> list[Observer]:
+    """What the section `track` asks for.
+
+    Raises UserError where the package behind it is not installed.
+    """
+    track, found = config.track, list[Observer]()
+    if (mlflow := track.mlflow) is not None:
+        _need("mlflow")
+        found.append(Tracker("MLflow", config, lambda: Mlflow(mlflow, config)))
+    if (wandb := track.wandb) is not None:
+        _need("wandb")
+        found.append(Tracker("Weights & Biases", config, lambda: Wandb(wandb, config)))
+    return found
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"track.{package} needs the package {package}, which is not installed; install distill_at_scale[{package}], or "
+            f"remove track.{package} from the configuration"
+        )
+
+
+class Tracker:
+    """Hands events on as metrics; begins the run when there is something to tell."""
+
+    def __init__(self, name: str, config: Config, begin: Callable[[], Backend]):
+        self.name, self.begin, self.folder = name, begin, Path(config.run.dir)
+        self.run: Backend | None = None
+        self.failed = False
+        self.results: dict[str, list[float]] = {}
+
+    def __call__(self, event: Event) -> None:
+        if event.what == "stage" and event.name == "started" and self.run is None:
+            self.run = self.begin()
+        if self.run is None:
+            return
+        if event.what == "log":
+            self.run.log(_numbers(event.values), event.values["step"])
+        elif event.what == "result":
+            self._result(event.values)
+        elif event.what == "stage" and event.name in ("finished", "failed"):
+            self.failed = event.name == "failed"
+            self.run.log({f"seconds/{event.stage}": event.seconds}, None)
+
+    def _result(self, row: Mapping[str, Any]) -> None:
+        """The mean over the seeds so far, of each accuracy."""
+        for key in ("top1", "top5"):
+            self.results.setdefault(f"{row['set']}/{row['network']}/{key}", []).append(row[key])
+        assert self.run is not None
+        self.run.log({name: fmean(values) for name, values in self.results.items()}, None)
+
+    def close(self) -> None:
+        if self.run is not None:
+            for path in (self.folder / name for name in ARTEFACTS):
+                if path.exists():
+                    self.run.save(path)
+            self.run.end(self.failed)
+            self.run = None
+
+
+class Mlflow:
+    """Through `ray.air.integrations.mlflow`; log calls name the run, so that threads do not matter."""
+
+    def __init__(self, section: MlflowSection, config: Config):
+        from ray.air.integrations.mlflow import setup_mlflow
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        self.mlflow = setup_mlflow(
+            parameters(config),
+            tracking_uri=section.tracking_uri,
+            experiment_name=section.experiment,
+            run_name=Path(config.run.dir).name,
+            create_experiment_if_not_exists=True,
+        )
+        self.id = self.mlflow.active_run().info.run_id
+
+    def log(self, values: Mapping[str, float], step: int | None) -> None:
+        self.mlflow.log_metrics({_plain(key): value for key, value in values.items()}, step=step, run_id=self.id)
+
+    def save(self, path: Path) -> None:
+        self.mlflow.log_artifact(str(path), run_id=self.id)
+
+    def end(self, failed: bool) -> None:
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+class Wandb:
+    """Through `ray.air.integrations.wandb`; results of evaluation are its summary, since they have no steps."""
+
+    def __init__(self, section: WandbSection, config: Config):
+        from ray.air.integrations.wandb import setup_wandb
+
+        if section.mode == "offline":
+            os.environ["WANDB_MODE"] = "offline"  # Ray's integration else insists on a key
+        os.environ.setdefault("WANDB_SILENT", "true")
+        folder = Path(config.run.dir)
+        self.run = setup_wandb(
+            parameters(config),
+            project=section.project,
+            entity=section.entity,
+            mode=section.mode,
+            name=folder.name,
+            dir=str(folder),
+            settings={"console": "off"},  # what is printed stays here
+        )
+
+    def log(self, values: Mapping[str, float], step: int | None) -> None:
+        if step is None:
+            self.run.summary.update(dict(values))
+        else:
+            self.run.log(dict(values), step=step)
+
+    def save(self, path: Path) -> None:
+        self.run.save(str(path), base_path=str(path.parent), policy="now")
+
+    def end(self, failed: bool) -> None:
+        self.run.finish(exit_code=1 if failed else 0)
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """The configuration of a run, flat, addresses without credentials."""
+    flat = flatten(config)
+    return {
+        key: _short(value) for key, value in flat.items() if value is not None and not key.startswith(NO_PARAMETERS)
+    }
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value if isinstance(value, int | float) else str(value)[:LONGEST]
+    return (shown(value) if "://" in value else value)[:LONGEST]
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in line.items()
+        if key not in NOT_LOGGED and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _plain(name: str) -> str:
+    """A name with the characters that MLflow takes."""
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)

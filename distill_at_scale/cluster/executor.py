@@ -9,6 +9,7 @@ from pathlib import Path
 from distill_at_scale.cluster import evaluation, ingest, monte_carlo, networks, scoring, training
 from distill_at_scale.cluster.pool import check_gpus, with_fewer_actors
 from distill_at_scale.cluster.session import Session
+from distill_at_scale.cluster.waiting import watched
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.data.storage import is_uri
@@ -24,36 +25,46 @@ class RayExecutor:
 
         Raises UserError where there is none, or where it lacks the GPUs that a worker is to have.
         """
-        self.session = Session(config.cluster, say)
+        self.session, self.say = Session(config.cluster, say), say
         check_gpus(config.cluster.gpus_per_worker)
         self.sharing = sharing
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
-        return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check)
+        with watched("ingest", self.say, advance) as advance:
+            return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check, self.say)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-        scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance)
+        with watched("training of proxies", self.say, advance) as advance:
+            scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
-        scoring.score(absolute(config), prepared.resolve(), checkpoints.resolve(), chunks, pieces.resolve(), advance)
+        folders = prepared.resolve(), checkpoints.resolve(), pieces.resolve()
+        with watched("score", self.say, advance) as advance:
+            scoring.score(absolute(config), chunks, folders, advance, self.say)
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
-        monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance)
+        with watched("monte_carlo", self.say, advance) as advance:
+            monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance)
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
-        networks.run(absolute(config), places.resolved(), names, advance, self.sharing)
+        with watched("training of networks", self.say, advance) as advance:
+            networks.run(absolute(config), places.resolved(), names, advance, self.sharing)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
-        scoring.rank_patches(with_fewer_actors(absolute(config), self.sharing), places.resolved(), chunks, advance)
+        shared = with_fewer_actors(absolute(config), self.sharing)
+        with watched("ranking of patches", self.say, advance) as advance:
+            scoring.rank_patches(shared, places.resolved(), chunks, advance, self.say)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
-        training.run(absolute(config), places.resolved(), report, self.sharing)
+        with watched("distill", self.say, report) as report:
+            training.run(absolute(config), places.resolved(), report, self.sharing, self.say)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         prepared, synthetic, manifest = (folder.resolve() for folder in folders)
-        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing)
+        with watched("evaluate", self.say, done) as done:
+            evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing)
 
     def close(self) -> None:
         self.session.close()

@@ -1,8 +1,7 @@
-"""One clear error where a cluster is lost: then Ray's C++ core ends the whole process or waits for ever, out of reach of any
-exception.
+"""One clear error where a cluster is lost: Ray's C++ core then ends the process or waits for ever, and raises nothing.
 
-So the command runs in a copy of this process; this one waits, looks whether the head still answers, and says how it ended. Left out: nodes and workers that are lost
-while the head lives, which Ray and `pool.py` make good.
+So the command runs in a copy of this process; this one waits, looks whether the head still answers, and says how it ended.
+Left out: nodes and workers that are lost while the head lives, which Ray and `pool.py` make good.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.cluster.pool import grouped, reporting, stream, work_of
+from distill_at_scale.cluster.pool import Say, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import listing_path, mapped, open_source
@@ -29,7 +29,7 @@ from distill_at_scale.data.sources.base import Source
 from distill_at_scale.execution import Advance, Chunks
 
 
-def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool) -> int:
+def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool, say: Say) -> int:
     """Decode every chunk that has no piece yet; returns the number of rejected samples, of earlier pieces too."""
     rejected, waiting = 0, []
     for split, index, rows in chunks:
@@ -46,7 +46,7 @@ def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: b
             }
             waiting.append({"path": str(path), **place})
     arguments = {"packed": pack(config), "check": check}
-    for result in stream(grouped(waiting, config, gpus=0), Ingester, arguments, config, gpus=0) if waiting else ():
+    for result in stream(grouped(waiting, config, gpus=0), Ingester, arguments, config, 0, say) if waiting else ():
         rejected += result["rejected"]
         advance(result["used"] + result["rejected"])
     return rejected

@@ -21,6 +21,7 @@ from distill_at_scale.errors import UserError
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError)  # fmt: skip
+Say = Callable[[str], None]
 ANYWHERE = "DEFAULT"  # where there is room; not within the placement group of a sweep's trial
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def work_of(unit: pa.Table) -> list[dict[str, Any]]:
 
 
 def stream(
-    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float
+    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float, say: Say
 ) -> Iterator[dict[str, Any]]:
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
@@ -48,16 +49,20 @@ def stream(
     restarted and its unit repeated, and where a whole node was lost the units without a result are sent again,
     `cluster.max_failures` times at most each.
     """
-    waiting = dict(enumerate(units))
+    waiting, repeated = dict(enumerate(units)), 0
     for failures in range(config.cluster.max_failures + 1):
         try:
             for row in _stream_once(waiting, actor, arguments, config, gpus):
-                del waiting[row["unit"]]
-                yield row
-            return
+                repeated += row.pop("repeated")
+                if waiting.pop(row["unit"], None) is not None:  # Ray makes a result again whose node was lost with it
+                    yield row
+            break
         except LOST as error:
             if failures == config.cluster.max_failures:
                 raise UserError(_gave_up(failures + 1, waiting, error)) from None
+            say(f"  workers were lost; what is left of {len(waiting)} units of work is sent again")
+    if repeated:
+        say(f"  {repeated} units of work were repeated after losses, and counted once")
 
 
 def _stream_once(
@@ -104,9 +109,16 @@ def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Ta
         except OSError as error:
             what, where = error.strerror or str(error), str(error.filename or "")
             found = pa.table({"error": [what], "errno": [error.errno or 0], "file": [where]})
-        return found.append_column("unit", unit["unit"])
+        return found.append_column("unit", unit["unit"]).append_column("repeated", pa.array([repeats(self)]))
 
     return guarded
+
+
+def repeats(actor: Any) -> int:
+    """1 in the first call of an actor that Ray has started again, which is the call that its predecessor was lost in."""
+    first = not getattr(actor, "called", False)
+    actor.called = True
+    return int(first and ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _raise_reported(row: dict[str, Any]) -> None:

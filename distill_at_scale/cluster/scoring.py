@@ -16,7 +16,7 @@ import ray.train.torch
 import torch
 
 from distill_at_scale.cluster import training
-from distill_at_scale.cluster.pool import cores, cores_each, device, grouped, reporting, stream, work_of
+from distill_at_scale.cluster.pool import Say, cores, cores_each, device, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -90,18 +90,19 @@ def _finished_epochs(config: Config, checkpoints: Path) -> int:
 
 
 def score(
-    config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
+    config: Config, chunks: Sequence[Chunk], folders: tuple[Path, Path, Path], advance: Advance, say: Say
 ) -> None:
-    """Score every chunk that has no piece yet."""
+    """Score every chunk that has no piece yet; the folders are those of the prepared data, the checkpoints and the pieces."""
+    prepared, checkpoints, pieces = folders
     arguments = {"prepared": str(prepared), "checkpoints": str(checkpoints)}
-    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance)
+    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance, say)
 
 
-def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance, say: Say) -> None:
     """Rank the patches of every chunk that has no piece yet, by the same kind of actors."""
     arguments = {"prepared": str(places.prepared), "networks": str(places.networks)}
     pieces = patches.pieces_folder(places.networks, config)
-    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance)
+    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance, say)
 
 
 def _over_chunks(
@@ -111,6 +112,7 @@ def _over_chunks(
     actor: type[ChunkActor],
     arguments: dict[str, Any],
     advance: Advance,
+    say: Say,
 ) -> None:
     """One pass; an actor gets several chunks at a time and reads ahead within them."""
     waiting: list[dict[str, Any]] = []
@@ -121,7 +123,7 @@ def _over_chunks(
         else:
             waiting.append({**asdict(chunk), "path": str(path)})
     gpus, arguments = config.cluster.gpus_per_worker, {"packed": pack(config), **arguments}
-    for result in stream(grouped(waiting, config, gpus), actor, arguments, config, gpus) if waiting else ():
+    for result in stream(grouped(waiting, config, gpus), actor, arguments, config, gpus, say) if waiting else ():
         advance(result["rows"])
 
 

@@ -72,10 +72,10 @@ class Bench:
     def mend(self, limit: float = READY) -> None:
         """Start whatever host is missing and wait until Ray has all of them."""
         until = time.monotonic() + limit
-        if not self._head_works():
-            for host in list(self.hosts.values()):
-                host.kill()  # nodes of a lost cluster do not join the next one
-            self.hosts.clear()
+        whole = self._runs("head", "gcs_server")
+        for name in list(self.hosts):
+            if not whole or not self._runs(name, "raylet"):  # nodes of a lost cluster do not join the next one
+                self.lose(self.hosts[name])
         self.replace()
         wait = [sys.executable, "-c", WAIT, self.address, str(len(self.names) - 1)]
         while (asked := self.command(wait, "mend.log")) and _wait(asked, until - time.monotonic()) != 0:
@@ -106,8 +106,9 @@ class Bench:
         with open(self.folder / log, "ab") as out:
             return self.head.start(asked, self.environment, out, ROOT)
 
-    def _head_works(self) -> bool:
-        return "head" in self.hosts and any("gcs_server" in line for line in self.head.processes().values())
+    def _runs(self, name: str, program: str) -> bool:
+        lines = self.hosts[name].processes().values() if name in self.hosts else ()
+        return any(line.partition(" ")[0].endswith(f"/{program}") for line in lines)
 
     def _add(self, name: str) -> None:
         number = int(self.names[name].removeprefix(NETWORK))

@@ -27,7 +27,7 @@ CONFIG = Path(__file__).with_name("config.yaml")
 LIMIT = 300  # seconds for a command after the fault; more counts as hanging
 PIECES, STEPS = 6, 20  # pieces (a unit of each of two actors) and steps (two checkpoints) that may be in flight
 PUBLISHED = ("pieces/[!.]*-0*.arrow", "pieces/chunk-*.parquet", "proxies/**/[!.]*.safetensors")
-UGLY = re.compile(r"Traceback \(most recent|\*\*\* SIG|^\[[^]]*\] [CEF] |^\(?ray::|StackTrace", re.MULTILINE)
+UGLY = re.compile(r"Traceback \(most recent|\*\*\* SIG|^\[[^]]*\] [CEF] |^\(?ray::|\(raylet\)|StackTrace", re.MULTILINE)
 SKIPPED = {"actor", "node", "head", "network"}  # faults that select, which uses no cluster, cannot meet
 
 

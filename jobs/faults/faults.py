@@ -7,6 +7,7 @@ A fault that lasts is lifted after so many seconds, or when the command has ende
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from jobs.faults.bench import Bench
 from jobs.faults.hosts import LIMIT, Command, kill
 
+WORKING = re.compile(
+    r"ray::(MapWorker|RayTrainWorker|ImplicitFunc|_)"
+)  # actors and tasks of ours; not Ray's own agents
 BLOCKS = (2**20, 2**12)  # bytes; the ballast is laid in large blocks, and the rest in small ones
 
 
@@ -30,7 +34,7 @@ class Fault:
 def working(bench: Bench) -> list[int]:
     """Pids of the processes on the workers that are at work for Ray."""
     lines = (pair for host in bench.workers for pair in host.processes().items())
-    return sorted(pid for pid, line in lines if line.startswith("ray::") and not line.startswith("ray::IDLE"))
+    return sorted(pid for pid, line in lines if WORKING.match(line))
 
 
 def _actor(bench: Bench, command: Command) -> None:

@@ -25,7 +25,9 @@ ray.init(address=sys.argv[1], log_to_driver=False, logging_level="CRITICAL")
 while sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) < int(sys.argv[2]):
     time.sleep(0.2)
 """
-SUPERVISE = "while :; do {start}; sleep 1; done"
+SUPERVISE = (
+    "while :; do {start}; while pgrep -x raylet > /dev/null; do sleep 0.5; done; done"  # --block outlives its raylet
+)
 
 
 class Bench:
@@ -113,9 +115,9 @@ class Bench:
     def _add(self, name: str) -> None:
         number = int(self.names[name].removeprefix(NETWORK))
         host = self.hosts[name] = Host(self.switch, name, number, self.folder / "hosts", self.names)
-        start = f"ray start --node-ip-address={host.address} --object-store-memory={STORE_BYTES} --disable-usage-stats --block"
+        start = f"ray start --node-ip-address={host.address} --object-store-memory={STORE_BYTES} --disable-usage-stats"
         if name == "head":
-            start += f" --head --port={PORT} --num-cpus=0 --include-dashboard=false"
+            start += f" --head --port={PORT} --num-cpus=0 --include-dashboard=false --block"
         else:
             start = SUPERVISE.format(start=f"{start} --address={self.address} --num-cpus=1")
         with open(self.folder / f"{name}.log", "ab") as out:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -92,9 +92,18 @@ STAGES = {
     ),
     "evaluate": Stage(("ingest", "score", "select", "distill"), _any(".work/evaluate-*/rows.jsonl"), _rows),
     "sweep": Stage(
-        (), _any("**/.work/distill-*/state.safetensors"), _trials, ("distill.workers=1", "distill.steps=80")
+        ("ingest", "score"), _any("**/.work/distill-*/state.safetensors"), _trials, ("distill.workers=1", "distill.steps=80")
     ),
 }  # fmt: skip
+
+
+OF_RUN = (
+    "ingest",
+    "score",
+    "select",
+    "distill",
+    "evaluate",
+)  # what `run` makes; the report is made anew by every command
 
 
 class Watch:
@@ -142,8 +151,8 @@ class Cells:
         needed = {name for stage in stages for name in (*STAGES[stage].needs, stage)}
         for name in [name for name in STAGES if name in needed and name not in self.whole]:
             began = time.monotonic()
-            command = self.bench.command(self._asked(name, self._undisturbed(name)), f"undisturbed-{name}.log")
-            if (status := self._end(command, LIMIT)) != 0:
+            command = self.bench.command(self.asked(name, self._undisturbed(name)), f"undisturbed-{name}.log")
+            if (status := self.end(command, LIMIT)) != 0:
                 raise RuntimeError(f"undisturbed {name} ended with {status}; see {self.bench.folder}")
             self.whole[name] = STAGES[name].artefacts(self._seen(self._undisturbed(name)))
             self.say(f"{name}: undisturbed in {time.monotonic() - began:.0f} s")
@@ -176,7 +185,7 @@ class Cells:
     def _struck(self, stage: str, fault: Fault, name: str, result: Result) -> None:
         log = self.bench.folder / f"{name}.log"
         log.unlink(missing_ok=True)
-        command = self.bench.command(self._asked(stage, name), log.name)
+        command = self.bench.command(self.asked(stage, name), log.name)
         try:
             until = time.monotonic() + LIMIT
             while not STAGES[stage].begun(self._seen(name), log.read_text(errors="replace")):
@@ -186,9 +195,9 @@ class Cells:
             fault.strike(self.bench, command)
             began = time.monotonic()
             if fault.lift:
-                self._end(command, fault.seconds, kill=False)
+                self.end(command, fault.seconds, kill=False)
                 fault.lift(self.bench, command)
-            result.status = self._end(command, LIMIT)
+            result.status = self.end(command, LIMIT)
             result.seconds = round(time.monotonic() - began, 1)
         finally:
             if command.ended() is None:
@@ -213,26 +222,32 @@ class Cells:
         began = time.monotonic()
         log = self.bench.folder / f"{name}-again.log"
         log.unlink(missing_ok=True)
-        result.again = self._end(self.bench.command(self._asked(stage, name), log.name), LIMIT)
+        result.again = self.end(self.bench.command(self.asked(stage, name), log.name), LIMIT)
         result.again_seconds = round(time.monotonic() - began, 1)
         if result.again != 0:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             result.blame(f"given again it ended with {result.again}: {' '.join(last)}")
 
     def _check(self, stage: str, name: str, result: Result) -> None:
-        if 0 in (result.status, result.again):
-            found, whole = STAGES[stage].artefacts(self._seen(name)), self.whole[stage]
-            if different := sorted(key for key in {**found, **whole} if found.get(key) != whole.get(key)):
-                result.blame(f"{len(different)} of {len(whole)} artefacts differ, the first is {different[0]}")
+        if 0 in (result.status, result.again) and (different := self.different([stage], name)):
+            result.blame(f"{len(different)} artefacts differ, the first is {different[0]}")
         if result.redone["pieces"] > PIECES or result.redone["steps"] > STEPS:
             result.blame(f"more was done again than was in flight: {result.redone}")
 
-    def _asked(self, stage: str, name: str) -> list[str]:
+    def different(self, stages: Sequence[str], name: str) -> list[str]:
+        """The artefacts of these stages that are not as in the undisturbed run."""
+        found = {key: value for stage in stages for key, value in STAGES[stage].artefacts(self._seen(name)).items()}
+        whole = {key: value for stage in stages for key, value in self.whole[stage].items()}
+        return sorted(key for key in {**found, **whole} if found.get(key) != whole.get(key))
+
+    def asked(self, stage: str, name: str) -> list[str]:
+        """The command of a stage, or `run`, for the run folder of that name."""
         where = [f"run.dir={self.bench.disk / name}", f"cluster.address={self.bench.address}"]
         command = [sys.executable, "-m", "distill_at_scale.cli", stage, str(CONFIG.relative_to(ROOT))]
-        return [*command, *where, *STAGES[stage].overrides]
+        shared = [f"run.reuse={self.bench.disk / 'undisturbed'}"] if stage == "sweep" else []
+        return [*command, *where, *shared, *(STAGES[stage].overrides if stage in STAGES else ())]
 
-    def _end(self, command: Command, seconds: float, kill: bool = True) -> int | None:
+    def end(self, command: Command, seconds: float, kill: bool = True) -> int | None:
         """Its exit status; None where it takes longer."""
         until = time.monotonic() + seconds
         while (status := command.ended()) is None and time.monotonic() < until:
@@ -245,7 +260,7 @@ class Cells:
         """The run folder as the earlier stages leave it."""
         run, whole = self._seen(name), self._seen("undisturbed")
         (run / "stages").mkdir(parents=True)
-        for need in STAGES[stage].needs:
+        for need in STAGES[stage].needs if stage != "sweep" else ():
             record = json.loads((whole / "stages" / f"{need}.json").read_text())
             for file in (f"stages/{need}.json", *record["outputs"]):
                 (run / file).parent.mkdir(parents=True, exist_ok=True)

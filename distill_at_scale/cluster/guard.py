@@ -13,10 +13,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from distill_at_scale.errors import UserError
 
@@ -101,6 +102,7 @@ def _copy(body: Callable[[], int], tell: int, native: IO[bytes]) -> int:
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(native.fileno(), 2)
+    threading.Thread(target=_end_with_node, daemon=True).start()
     try:
         status = body()
     except BaseException:
@@ -110,6 +112,21 @@ def _copy(body: Callable[[], int], tell: int, native: IO[bytes]) -> int:
     sys.stderr.flush()
     os.write(tell, bytes([status]))
     return status
+
+
+def _end_with_node() -> None:
+    """End this process when the head does not know its node any more: one that was started anew, without its state.
+
+    What waits for that head would wait for ever. A head that is away holds this up; `Head` sees that.
+    """
+    while True:
+        time.sleep(EVERY)
+        ray: Any = sys.modules.get("ray")
+        with contextlib.suppress(Exception):
+            if ray is not None and ray.is_initialized():
+                here = ray.get_runtime_context().get_node_id()
+                if here not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+                    os.abort()
 
 
 def _wait(pid: int, head: Head) -> int:

@@ -45,6 +45,7 @@ class Bench:
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
         }  # fmt: skip
 
     def __enter__(self) -> Bench:
@@ -114,10 +115,15 @@ class Bench:
 
     def _add(self, name: str) -> None:
         number = int(self.names[name].removeprefix(NETWORK))
-        host = self.hosts[name] = Host(self.switch, name, number, self.folder / "hosts", self.names)
+        self.hosts[name] = Host(self.switch, name, number, self.folder / "hosts", self.names)
+        self.start(name)
+
+    def start(self, name: str) -> None:
+        """Start Ray on a host."""
+        host = self.hosts[name]
         start = f"ray start --node-ip-address={host.address} --object-store-memory={STORE_BYTES} --disable-usage-stats"
         if name == "head":
-            start += f" --head --port={PORT} --num-cpus=0 --include-dashboard=false --block"
+            start += f" --head --port={PORT} --num-cpus=0 --include-dashboard=false"
         else:
             start = SUPERVISE.format(start=f"{start} --address={self.address} --num-cpus=1")
         with open(self.folder / f"{name}.log", "ab") as out:

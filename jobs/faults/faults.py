@@ -62,6 +62,10 @@ def _head(bench: Bench, command: Command) -> None:
     bench.kill_head(command)
 
 
+def _new_head(bench: Bench, command: Command) -> None:
+    bench.start("head")
+
+
 def _cut(bench: Bench, command: Command) -> None:
     bench.workers[-1].cut(True)
 
@@ -96,7 +100,7 @@ FAULTS = {
     "actor": Fault("actor killed", _actor),
     "node": Fault("worker node killed", _node, _another_node, 10),
     "driver": Fault("driver killed", _driver),
-    "head": Fault("head killed and restarted", _head),
+    "head": Fault("head killed and restarted", _head, _new_head, 5),
     "network": Fault("a worker's network cut for 30 s", _cut, _join, 30),
     "storage": Fault("storage refuses writes", _refuse, _accept, 60),
     "disk": Fault("disk full", _fill, _free, 60),

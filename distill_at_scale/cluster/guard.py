@@ -105,12 +105,14 @@ def _copy(body: Callable[[], int], tell: int, native: IO[bytes]) -> int:
     threading.Thread(target=_end_with_node, daemon=True).start()
     try:
         status = body()
+    except SystemExit as error:  # after SIGTERM
+        status = error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(tell, bytes([status]))
+    os.write(tell, bytes([status & 0xFF]))
     return status
 
 

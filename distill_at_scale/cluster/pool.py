@@ -62,7 +62,8 @@ def stream(
                 raise UserError(_gave_up(failures + 1, waiting, error)) from None
             say(f"  workers were lost; what is left of {len(waiting)} units of work is sent again")
     if repeated:
-        say(f"  {repeated} units of work were repeated after losses, and counted once")
+        what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
+        say(f"  {what} repeated after losses, and counted once")
 
 
 def _stream_once(

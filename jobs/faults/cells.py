@@ -142,8 +142,9 @@ class Watch:
 class Cells:
     """Cells on one bench; what nothing disturbed is made first, once, stage by stage."""
 
-    def __init__(self, bench: Bench, say: Callable[[str], None]):
-        self.bench, self.say = bench, say
+    def __init__(self, bench: Bench, say: Callable[[str], None], overrides: Sequence[str] = (), alone: bool = False):
+        """`overrides` are for all commands; with `alone` the undisturbed run is made without the cluster."""
+        self.bench, self.say, self.overrides, self.alone = bench, say, overrides, alone
         self.whole = dict[str, Mapping[str, str]]()
 
     def prepare(self, stages: list[str]) -> None:
@@ -151,7 +152,9 @@ class Cells:
         needed = {name for stage in stages for name in (*STAGES[stage].needs, stage)}
         for name in [name for name in STAGES if name in needed and name not in self.whole]:
             began = time.monotonic()
-            command = self.bench.command(self.asked(name, self._undisturbed(name)), f"undisturbed-{name}.log")
+            without = ["cluster.address=none"] if self.alone else []
+            asked = [*self.asked(name, self._undisturbed(name)), *without]
+            command = self.bench.command(asked, f"undisturbed-{name}.log")
             if (status := self.end(command, LIMIT)) != 0:
                 raise RuntimeError(f"undisturbed {name} ended with {status}; see {self.bench.folder}")
             self.whole[name] = STAGES[name].artefacts(self._seen(self._undisturbed(name)))
@@ -245,7 +248,8 @@ class Cells:
         where = [f"run.dir={self.bench.disk / name}", f"cluster.address={self.bench.address}"]
         command = [sys.executable, "-m", "distill_at_scale.cli", stage, str(CONFIG.relative_to(ROOT))]
         shared = [f"run.reuse={self.bench.disk / 'undisturbed'}"] if stage == "sweep" else []
-        return [*command, *where, *shared, *(STAGES[stage].overrides if stage in STAGES else ())]
+        own = STAGES[stage].overrides if stage in STAGES else ()
+        return [*command, *where, *shared, *own, *self.overrides]
 
     def end(self, command: Command, seconds: float, kill: bool = True) -> int | None:
         """Its exit status; None where it takes longer."""

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where validate found broken samples; 2 for what the user can mend; 130 after Ctrl-C."""
     parsed = _parser().parse_intermixed_args(arguments)
     sys.path.append(os.getcwd())  # so that package.module:Object is found in the current folder
+    return _reported(lambda: _command(parsed))
+
+
+def _reported(body: Callable[[], int]) -> int:
+    """The exit status of a command whose errors are said in one line each."""
     errors = Console(stderr=True, highlight=False)
     try:
-        config = configuration.load(parsed.config, parsed.overrides)
-        return export(config, parsed.scores, parsed.kept) if parsed.stage == "export" else _run(config, parsed.stage)
+        return body()
     except UserError as error:
         errors.print(f"error: {error}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
@@ -115,6 +119,22 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
     for path in kept:
         display.say(f"{path}: {exported.kept(path, run / 'manifest.parquet', config)} kept samples")
     return 0
+
+
+def _command(parsed: argparse.Namespace) -> int:
+    config = configuration.load(parsed.config, parsed.overrides)
+    if parsed.stage == "export":
+        return export(config, parsed.scores, parsed.kept)
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
+        return _run(config, parsed.stage)
+    from distill_at_scale.cluster.guard import explained, guarded
+
+    def connected() -> int:
+        with explained(address):
+            return _run(config, parsed.stage)
+
+    return guarded(address, lambda: _reported(connected))
 
 
 def _run(config: Config, stage: str) -> int:

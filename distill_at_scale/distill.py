@@ -336,6 +336,14 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
     return state, int(facts["step"]), float(facts["seconds"])
 
 
+def saved_step(state: Path) -> int:
+    """The number of steps that a checkpoint holds, 0 without one."""
+    if not state.exists():
+        return 0
+    with safe_open(state, "pt") as handle:
+        return int(handle.metadata()["step"])
+
+
 def _trim_log(path: Path, step: int) -> None:
     """Drop the distillation's lines after a step: what follows is about to be done (again)."""
     if path.exists():

@@ -45,10 +45,10 @@ def settings(tmp_path: Path, **sections) -> Config:
     return validate(values)
 
 
-def executor(config: Config):
+def executor(config: Config, say=lambda text: None):
     from distill_at_scale.cluster.executor import RayExecutor
 
-    return RayExecutor(config, lambda text: None)
+    return RayExecutor(config, say)
 
 
 def quiet() -> Display:
@@ -62,10 +62,10 @@ def run_local(config: Config, stages=("ingest", "score", "select")) -> Path:
     return Path(config.run.dir)
 
 
-def distilled(config: Config, run: Path, work: Path) -> synthetic.SyntheticSet:
+def distilled(config: Config, run: Path, work: Path, say=lambda text: None) -> synthetic.SyntheticSet:
     work.mkdir(parents=True, exist_ok=True)
     places = distill.Places(run / "prepared", run / "manifest.parquet", work, work / "metrics.jsonl")
-    executor(config).distill(config, places, lambda line: None)
+    executor(config, say).distill(config, places, lambda line: None)
     return synthetic.load(work / "synthetic")
 
 
@@ -128,9 +128,11 @@ def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path,
     spared = tmp_path / "spared"
     spared.touch()
     expected = distilled(plugged(spared), finished, tmp_path / "whole")
-    found = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken")
+    said: list[str] = []
+    found = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken", said.append)
     assert (tmp_path / "killed").exists(), "nothing was killed, so nothing was tested"
     assert torch.equal(found.images, expected.images)
+    assert "  workers were lost; going on from step 6, so 0 steps are repeated" in said
 
 
 @pytest.mark.slow
@@ -139,7 +141,9 @@ def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
     config = settings(
         tmp_path, data={"source": "fault_plugins:KillingSource", "path": str(marker)}, cluster={"actors": 1}
     )
-    Pipeline(config, lambda: executor(config), quiet()).run(("ingest",))
+    said: list[str] = []
+    Pipeline(config, lambda: executor(config, said.append), quiet()).run(("ingest",))
+    assert "  1 unit of work was repeated after losses, and counted once" in said
     assert marker.exists(), "nothing was killed, so nothing was tested"
     assert Prepared(Path(config.run.dir) / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from distill_at_scale.cluster import evaluation, ingest, monte_carlo, networks, scoring, training
 from distill_at_scale.cluster.metrics import Metrics
-from distill_at_scale.cluster.pool import check_gpus, with_fewer_actors
+from distill_at_scale.cluster.pool import Tell, check_gpus, with_fewer_actors
 from distill_at_scale.cluster.session import Session
+from distill_at_scale.cluster.waiting import watched
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.data.storage import is_uri
@@ -27,42 +28,54 @@ class RayExecutor:
 
         Raises UserError where there is none, or where it lacks the GPUs that a worker is to have.
         """
-        self.session = Session(config.cluster, say)
+        self.session, self.say = Session(config.cluster, say), say
         check_gpus(config.cluster.gpus_per_worker)
         self.sharing = sharing
         self.note: Note = ignore
+
+    @property
+    def tell(self) -> Tell:
+        return Tell(self.note, self.say)
 
     def observers(self, config: Config) -> list[Observer]:
         return [Metrics(Path(config.run.dir).name)]
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
-        return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check, self.note)
+        with watched("ingest", self.say, advance) as advance:
+            return ingest.run(absolute(config), chunks, pieces.resolve(), advance, check, self.tell)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-        scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance, self.note)
+        with watched("training of proxies", self.say, advance) as advance:
+            scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance, self.note)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
-        folders = prepared.resolve(), checkpoints.resolve()
-        scoring.score(absolute(config), *folders, chunks, pieces.resolve(), advance, self.note)
+        folders = prepared.resolve(), checkpoints.resolve(), pieces.resolve()
+        with watched("score", self.say, advance) as advance:
+            scoring.score(absolute(config), chunks, folders, advance, self.tell)
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
-        monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance, self.note)
+        with watched("monte_carlo", self.say, advance) as advance:
+            monte_carlo.run(absolute(config), prepared.resolve(), pieces.resolve(), advance, self.note)
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
-        networks.run(absolute(config), places.resolved(), names, advance, self.sharing, self.note)
+        with watched("training of networks", self.say, advance) as advance:
+            networks.run(absolute(config), places.resolved(), names, advance, self.sharing, self.note)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
-        fewer = with_fewer_actors(absolute(config), self.sharing)
-        scoring.rank_patches(fewer, places.resolved(), chunks, advance, self.note)
+        shared = with_fewer_actors(absolute(config), self.sharing)
+        with watched("ranking of patches", self.say, advance) as advance:
+            scoring.rank_patches(shared, places.resolved(), chunks, advance, self.tell)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
-        training.run(absolute(config), places.resolved(), report, self.sharing)
+        with watched("distill", self.say, report) as report:
+            training.run(absolute(config), places.resolved(), report, self.sharing, self.say)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         prepared, synthetic, manifest = (folder.resolve() for folder in folders)
-        evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.note)
+        with watched("evaluate", self.say, done) as done:
+            evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.note)
 
     def close(self) -> None:
         self.session.close()

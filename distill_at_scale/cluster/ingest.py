@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.cluster.pool import grouped, reporting, stream, work_of
+from distill_at_scale.cluster.pool import Tell, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import listing_path, mapped, open_source
@@ -27,10 +27,10 @@ from distill_at_scale.data.pieces import (
 )
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.execution import Advance, Chunks
-from distill_at_scale.observe.events import Note, Spent, ignore
+from distill_at_scale.observe.events import Spent
 
 
-def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool, note: Note = ignore) -> int:
+def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool, tell: Tell) -> int:
     """Decode every chunk that has no piece yet; returns the number of rejected samples, of earlier pieces too."""
     rejected, waiting = 0, []
     for split, index, rows in chunks:
@@ -48,7 +48,7 @@ def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: b
             waiting.append({"path": str(path), **place})
     arguments = {"packed": pack(config), "check": check}
     units = grouped(waiting, config, gpus=0) if waiting else []
-    for result in stream(units, Ingester, arguments, config, gpus=0, note=note) if waiting else ():
+    for result in stream(units, Ingester, arguments, config, 0, tell) if waiting else ():
         rejected += result["rejected"]
         advance(result["samples"] + result["rejected"])
     return rejected

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
 
 
+class Tell(NamedTuple):
+    """Who hears of what happens: observers of events, and the user."""
+
+    note: Note = ignore
+    say: Callable[[str], None] = lambda text: None
+
+
 def grouped(chunks: Sequence[dict[str, Any]], config: Config, gpus: float) -> list[pa.Table]:
     """Units of several chunks, each a dict with the `path` that it makes: few enough for Ray, enough for all actors."""
     size = max(1, min(CHUNKS_AT_ONCE, len(chunks) // (UNITS_EACH * actor_count(config, gpus))))
@@ -41,7 +48,7 @@ def work_of(unit: pa.Table) -> list[dict[str, Any]]:
 
 
 def stream(
-    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float, note: Note = ignore
+    units: Sequence[pa.Table], actor: type, arguments: dict[str, Any], config: Config, gpus: float, tell: Tell
 ) -> Iterator[dict[str, Any]]:
     """Send one-row tables through a pool of actors; yields each result row when it is there, in any order.
 
@@ -49,18 +56,24 @@ def stream(
     restarted and its unit repeated, and where a whole node was lost the units without a result are sent again,
     `cluster.max_failures` times at most each.
     """
-    waiting = dict(enumerate(units))
+    waiting, repeated = dict(enumerate(units)), 0
     for failures in range(config.cluster.max_failures + 1):
         try:
             for row in _stream_once(waiting, actor, arguments, config, gpus):
-                del waiting[row["unit"]]
-                note(Event.from_json(row.pop("event")))
-                yield row
-            return
+                event = Event.from_json(row.pop("event"))
+                repeated += event.values.get("restarted", 0)
+                tell.note(event)
+                if waiting.pop(row["unit"], None) is not None:  # Ray makes a result again whose node was lost with it
+                    yield row
+            break
         except LOST as error:
-            note(at_once("lost", "workers of the pool", {"units": len(waiting)}))
+            tell.note(at_once("lost", "workers of the pool", {"units": len(waiting)}))
             if failures == config.cluster.max_failures:
                 raise UserError(_gave_up(failures + 1, waiting, error)) from None
+            tell.say(f"  workers were lost; what is left of {len(waiting)} units of work is sent again")
+    if repeated:
+        what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
+        tell.say(f"  {what} repeated after losses, and counted once")
 
 
 def _stream_once(
@@ -105,7 +118,7 @@ def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Ta
         try:
             with measured(self.does, events.append, self.spent) as counts:
                 found = call(self, unit)
-                counts |= {"units": 1, **found.to_pylist()[0], **_if_again()}
+                counts |= {"units": 1, **found.to_pylist()[0], **repeats(self)}
             found = found.append_column("event", pa.array([events[0].to_json()]))
         except UserError as error:
             found = pa.table({"error": [str(error)], "errno": [0], "file": [""]})
@@ -117,9 +130,11 @@ def reporting(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Ta
     return guarded
 
 
-def _if_again() -> dict[str, int]:
-    """In an actor: whether it stands in for one that was lost."""
-    return {"restarted": 1} if ray.get_runtime_context().was_current_actor_reconstructed else {}
+def repeats(actor: Any) -> dict[str, int]:
+    """In the first call of an actor that Ray has started again, which is the call that its predecessor was lost in."""
+    first = not getattr(actor, "called", False)
+    actor.called = True
+    return {"restarted": 1} if first and ray.get_runtime_context().was_current_actor_reconstructed else {}
 
 
 def _raise_reported(row: dict[str, Any]) -> None:

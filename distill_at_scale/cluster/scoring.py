@@ -16,7 +16,7 @@ import ray.train.torch
 import torch
 
 from distill_at_scale.cluster import training
-from distill_at_scale.cluster.pool import cores, cores_each, device, grouped, reporting, stream, work_of
+from distill_at_scale.cluster.pool import Tell, cores, cores_each, device, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -92,26 +92,19 @@ def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, 
 
 
 def score(
-    config: Config,
-    prepared: Path,
-    checkpoints: Path,
-    chunks: Sequence[Chunk],
-    pieces: Path,
-    advance: Advance,
-    note: Note = ignore,
+    config: Config, chunks: Sequence[Chunk], folders: tuple[Path, Path, Path], advance: Advance, tell: Tell
 ) -> None:
-    """Score every chunk that has no piece yet."""
+    """Score every chunk that has no piece yet; the folders are those of the prepared data, the checkpoints and the pieces."""
+    prepared, checkpoints, pieces = folders
     arguments = {"prepared": str(prepared), "checkpoints": str(checkpoints)}
-    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance, note)
+    _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance, tell)
 
 
-def rank_patches(
-    config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance, note: Note = ignore
-) -> None:
+def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance, tell: Tell) -> None:
     """Rank the patches of every chunk that has no piece yet, by the same kind of actors."""
     arguments = {"prepared": str(places.prepared), "networks": str(places.networks)}
     pieces = patches.pieces_folder(places.networks, config)
-    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance, note)
+    _over_chunks(config, chunks, pieces, RankingActor, arguments, advance, tell)
 
 
 def _over_chunks(
@@ -121,7 +114,7 @@ def _over_chunks(
     actor: type[ChunkActor],
     arguments: dict[str, Any],
     advance: Advance,
-    note: Note,
+    tell: Tell,
 ) -> None:
     """One pass; an actor gets several chunks at a time and reads ahead within them."""
     waiting: list[dict[str, Any]] = []
@@ -133,7 +126,7 @@ def _over_chunks(
             waiting.append({**asdict(chunk), "path": str(path)})
     gpus, arguments = config.cluster.gpus_per_worker, {"packed": pack(config), **arguments}
     units = grouped(waiting, config, gpus) if waiting else []
-    for result in stream(units, actor, arguments, config, gpus, note) if waiting else ():
+    for result in stream(units, actor, arguments, config, gpus, tell) if waiting else ():
         advance(result["samples"])
 
 

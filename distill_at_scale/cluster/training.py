@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from distill_at_scale.cluster.pool import cores, cores_each
 from distill_at_scale.cluster.session import pack, plain_errors, unpack
 from distill_at_scale.config import Config
-from distill_at_scale.distill import Places
+from distill_at_scale.distill import Places, saved_step
 from distill_at_scale.errors import DistillationDiverged, GivenUp, UserError
 from distill_at_scale.execution import Report, run_distillation
 
@@ -31,14 +31,20 @@ LEAVING = 120  # seconds that a run which was given up may take to end
 POLL = 0.3  # seconds between two looks at the log
 
 
-def run(config: Config, places: Places, report: Report, sharing: int = 1) -> None:
+def run(config: Config, places: Places, report: Report, sharing: int, say: Callable[[str], None]) -> None:
     """Distil with `distill.workers` workers, beside `sharing` - 1 other distillations.
 
     Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
     """
     paths = [str(p) for p in places.as_tuple()]
     tail = _Tail(places.log, report)
-    fit("distill", _distill, config, config.distill.workers, {"places": paths}, places.work, tail.read, sharing)
+
+    def again() -> None:
+        step = saved_step(places.state)
+        say(f"  workers were lost; going on from step {step}, so {max(0, tail.step - step)} steps are repeated")
+
+    own = {"places": paths}
+    fit("distill", _distill, config, config.distill.workers, own, places.work, tail.read, sharing, again)
 
 
 def _distill(config: Config, arguments: dict[str, Any]) -> None:
@@ -55,8 +61,10 @@ def fit(
     work: Path,
     poll: Callable[[], None],
     sharing: int = 1,
+    again: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `body(config, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile.
+    """Run `body(config, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile, and
+    `again` whenever lost workers were started again.
 
     Raises UserError where they cannot be placed, and what a user must mend as it was raised. Where `poll` raises GivenUp the
     workers end before that is raised here.
@@ -83,7 +91,7 @@ def fit(
     )
     try:
         with plain_errors():
-            _in_a_thread(trainer, poll, work)
+            _in_a_thread(trainer, _noticing(work, poll, again), work)
     except Exception:
         if not (work / REFUSED).exists() or (work / REFUSED).read_text() == LEFT:
             raise
@@ -131,6 +139,21 @@ def _note_group(work: Path) -> None:
     group = get_current_placement_group()
     if group is not None:
         (work / GROUP).write_text(group.id.hex())
+
+
+def _noticing(work: Path, poll: Callable[[], None], again: Callable[[], None]) -> Callable[[], None]:
+    """`poll`, and `again` before it where the workers hold another group of cores than before."""
+    known: str | None = None
+
+    def look() -> None:
+        nonlocal known
+        now = (work / GROUP).read_text() if (work / GROUP).exists() else ""
+        if known and now and now != known:
+            again()
+        known = now or known
+        poll()
+
+    return look
 
 
 def release(work: Path) -> None:
@@ -183,7 +206,7 @@ class _Tail:
     """Reports lines that rank 0 appends to the log."""
 
     def __init__(self, path: Path, report: Report):
-        self.path, self.report = path, report
+        self.path, self.report, self.step = path, report, 0
         self.position = path.stat().st_size if path.exists() else 0
 
     def read(self) -> None:
@@ -198,4 +221,6 @@ class _Tail:
                     break
                 self.position += len(line)
                 with contextlib.suppress(ValueError):  # a line may be cut where the log was replaced meanwhile
-                    self.report(json.loads(line))
+                    found = json.loads(line)
+                    self.step = max(self.step, found["step"])
+                    self.report(found)

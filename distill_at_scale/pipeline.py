@@ -80,8 +80,10 @@ class Pipeline(Stages):
         self.dir.create()
         with self.dir.lock():
             try:
+                self.observers.stage = "validate"
                 return self._validate()
             finally:
+                self.observers.close()
                 if self._executor is not None:
                     self._executor.close()
 

@@ -47,7 +47,7 @@ class Stages:
         self.asked = config
         self.watch = watch  # called with every line of the distillation's log as it is written
         self._executor: Executor | None = None
-        self.dir = RunDir(config.run.dir, config.run.reuse)
+        self.dir = RunDir.of(config.run, display.say)
         self.plan: ingest.Plan  # what the source lists, once ingest has looked
 
     @cached_property
@@ -82,7 +82,7 @@ class Stages:
             self.display.say("  " + ", ".join(f"{name} decoded {n} clips" for name, n in meta["decoders"].items()))
         rejected = meta["rejected"]
         if rejected:
-            listed = self.dir / "rejected.parquet"
+            listed = self.dir.place("rejected.parquet")
             self.display.say(f"  {rejected} of {self.plan.known} samples were rejected; see {listed}")
         return [self.dir / "prepared", self.dir / "rejected.parquet"], {
             "samples": sum(map(sum, meta["counts"].values())),
@@ -236,6 +236,9 @@ class Stages:
     def _shown_config(self) -> dict[str, Any]:
         """The configuration without credentials that its paths may hold."""
         values = self.asked.model_dump()
+        for key in ("dir", "reuse"):
+            if values["run"][key] is not None:
+                values["run"][key] = shown(values["run"][key])
         for key in ("path", "val_labels", "synsets"):
             if values["data"][key] is not None:
                 values["data"][key] = shown(values["data"][key])

@@ -1,0 +1,160 @@
+"""A folder on object storage and its working copy: what differs travels, and a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from distill_at_scale import mirror as mirrors
+from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.mirror import Mirror, scratch_of
+
+BUCKETS = itertools.count()
+
+
+@pytest.fixture
+def place(s3):
+    """The URI of a folder in a bucket of its own."""
+    bucket = f"mirror-{next(BUCKETS)}"
+    s3.client.create_bucket(Bucket=bucket)
+    return s3(f"{bucket}/runs/x")
+
+
+@pytest.fixture
+def copies(place, tmp_path):
+    """Two machines that work on one folder."""
+    return [Mirror(place, tmp_path / name, 0.0) for name in "ab"]
+
+
+def write(mirror, name, text):
+    path = mirror.local / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_what_one_machine_stores_another_fetches(copies):
+    a, b = copies
+    write(a, "prepared/train/0.parquet", "pixels")
+    write(a, ".work/score-1/pieces/0.parquet", "piece")
+    write(a, ".work/score-1/pieces/.1.parquet.tmp", "half")
+    write(a, ".probe", "hidden")
+    a.push()
+    b.pull()
+    assert {p.relative_to(b.local).as_posix() for p in b.local.rglob("*") if p.is_file()} == {
+        "prepared/train/0.parquet",
+        ".work/score-1/pieces/0.parquet",
+    }
+    assert (b.local / "prepared/train/0.parquet").read_text() == "pixels"
+
+
+def test_only_what_differs_travels(copies, monkeypatch):
+    a, b = copies
+    write(a, "one", "1")
+    write(a, "two", "2")
+    a.push()
+    b.pull()
+    fetched, stored = [], []
+    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, info: fetched.append(name) or name)
+    monkeypatch.setattr(mirrors, "put", lambda system, path, content: stored.append(path))
+    Mirror(b.uri, b.local, 0.0).pull()
+    b.push()
+    assert fetched == stored == []
+    write(b, "two", "3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mirror, "_store", lambda self, name: stored.append(name))
+        b.push()
+    assert stored == ["two"]
+
+
+def test_what_was_changed_here_is_not_overwritten(copies):
+    a, b = copies
+    write(a, "log", "1\n")
+    a.push()
+    b.pull()
+    write(b, "log", "1\n2\n")
+    write(a, "log", "1\nother\n")
+    a.push()
+    b.pull()
+    assert (b.local / "log").read_text() == "1\n2\n"
+
+
+def test_what_is_gone_there_is_renewed_away_and_what_is_gone_here_is_removed_there(copies):
+    a, b = copies
+    write(a, "work/note", "1")
+    write(a, "work/state", "1")
+    a.push()
+    b.pull()
+    (a.local / "work/note").unlink()
+    a.push(gone=True)
+    b.renew("work")
+    assert not (b.local / "work/note").exists()
+    assert (b.local / "work/state").exists()
+
+
+def test_an_output_that_is_not_what_its_record_says_is_refused(copies):
+    a, b = copies
+    write(a, "scores", "1")
+    a.push()
+    with pytest.raises(UserError, match="scores is not what was written"):
+        b.pull(outputs={"scores": {"bytes": 1, "sha256": "0" * 64}})
+
+
+def test_an_upload_that_fails_halfway_is_never_seen(copies, monkeypatch):
+    """pyarrow's stream completes what it was given when it is closed or thrown away; nothing is given by halves."""
+    a, b = copies
+    write(a, "large", "x" * (12 * 2**20))
+
+    class Failing:
+        def __init__(self, system):
+            self.system = system
+
+        def __getattr__(self, name):
+            return getattr(self.system, name)
+
+        def open_output_stream(self, path):
+            raise OSError("the storage refuses")
+
+    monkeypatch.setitem(a.store.__dict__, "_located", (Failing(a.store.filesystem), a.store.root))
+    with pytest.raises(Unreachable, match="storing large failed"):
+        a.push()
+    b.pull()
+    assert not (b.local / "large").exists()
+
+
+def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
+    a, _ = copies
+    said, refusals = [], iter([OSError("503 SlowDown"), OSError("503 SlowDown")])
+    a.patience, a.say, real = 60.0, said.append, mirrors.put
+
+    def refusing(*arguments):
+        for error in refusals:
+            raise error
+        real(*arguments)
+
+    monkeypatch.setattr(mirrors, "put", refusing)
+    monkeypatch.setattr(mirrors, "FIRST_PAUSE", 0.0)
+    write(a, "one", "1")
+    a.push()
+    assert a.read("one") == b"1"
+    assert len(said) == 2
+    assert "refuses storing one (503 SlowDown)" in said[0]
+
+
+def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):
+    nowhere = Mirror(s3("no-such-bucket/run"), tmp_path, 600.0)
+    with pytest.raises(Unreachable, match=r"run\.dir = .*storing one failed"):
+        nowhere.write("one", b"1")
+
+
+def test_secrets_are_not_in_messages(s3, tmp_path):
+    uri = s3("no-such-bucket/run").replace("s3://", "s3://someone:verysecretword@")
+    with pytest.raises(Unreachable) as error:
+        Mirror(uri, tmp_path, 0.0).write("one", b"1")
+    assert "verysecretword" not in str(error.value)
+
+
+def test_each_folder_has_a_working_copy_of_its_own():
+    assert scratch_of("s3://bucket/a") == scratch_of("s3://key:secret@bucket/a")
+    assert scratch_of("s3://bucket/a") != scratch_of("s3://bucket/b")
+    assert scratch_of("s3://bucket/a", "/fast").parent.as_posix() == "/fast"

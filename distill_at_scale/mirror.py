@@ -53,7 +53,7 @@ def is_remote(path: str | Path) -> bool:
 def scratch_of(uri: str, scratch: str | None = None) -> Path:
     """Where the working copy of a folder lies: one for each address, and by default for each user."""
     base = Path(scratch).expanduser() if scratch else Path(tempfile.gettempdir()) / f"distill_at_scale-{os.getuid()}"
-    return base / hashlib.sha256(shown(uri).encode()).hexdigest()[:16]
+    return base.resolve() / hashlib.sha256(shown(uri).encode()).hexdigest()[:16]
 
 
 def fetched(uri: str, name: str) -> Path:
@@ -170,25 +170,14 @@ class Mirror:
         A storage that refuses meanwhile is waited for, however long; at the end Unreachable is raised. After another error
         what can be stored at once is.
         """
-        done = threading.Event()
-        thread = threading.Thread(target=self._follow, args=(done, names), daemon=True)
-        thread.start()
         try:
-            yield
+            with repeated(partial(self.push, *names)):
+                yield
         except BaseException:
-            done.set()
-            thread.join()
             with contextlib.suppress(UserError, OSError), self._at_once():
                 self.push(*names)
             raise
-        done.set()
-        thread.join()
         self.push(*names, gone=True)
-
-    def _follow(self, done: threading.Event, names: tuple[str, ...]) -> None:
-        while not done.wait(FOLLOW):
-            with contextlib.suppress(Unreachable, OSError):
-                self.push(*names)
 
     def _highest_gone(self, name: str) -> str:
         """A file that is here no more, or the highest folder above it that is not."""
@@ -254,10 +243,11 @@ class Mirror:
         return self._known.get(name) != (stat.st_size, stat.st_mtime_ns)
 
     def _changed(self, name: str) -> bool:
-        """Whether a file was the same here and there, and then was changed here."""
-        with contextlib.suppress(FileNotFoundError):
+        """Whether a file was the same here and there, and then was changed or removed here."""
+        try:
             return name in self._known and self._differs(name, (self.local / name).stat())
-        return False
+        except FileNotFoundError:
+            return True
 
     def _fetch(self, name: str, info: Any) -> str:
         target = self.local / name
@@ -319,6 +309,25 @@ class Mirror:
             f"run.dir = {shown(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, and "
             "give the same command again; what is stored is kept (run.retry_seconds says how long a refusal is waited for)"
         )
+
+
+@contextlib.contextmanager
+def repeated(action: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile, an action every FOLLOW seconds in a thread; where the storage refuses, the next one comes later."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(FOLLOW):
+            with contextlib.suppress(Unreachable, OSError):
+                action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:

@@ -23,6 +23,7 @@ from distill_at_scale.data.merge import merge
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.environment import environment
+from distill_at_scale.exchange import Exchanging
 from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static, trust
@@ -57,7 +58,8 @@ class Stages:
     @property
     def executor(self) -> Executor:
         if self._executor is None:
-            self._executor = self._make_executor()
+            made = self._make_executor()
+            self._executor = Exchanging(made, self.dir.remote) if self.dir.remote else made
         return self._executor
 
     def _say_plan(self, plan: ingest.Plan) -> None:

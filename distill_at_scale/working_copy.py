@@ -11,12 +11,13 @@ import fcntl
 import json
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from distill_at_scale.data.storage import shown
 from distill_at_scale.lease import Lease
-from distill_at_scale.mirror import UNFINISHED, Mirror
+from distill_at_scale.mirror import UNFINISHED, Mirror, repeated
 
 IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
 LOCK = ".lock"
@@ -87,6 +88,15 @@ class WorkingCopy:
         self.mirror.pull(f"stages/{stage}.json")
         outputs = _record(self.path / "stages" / f"{stage}.json")["outputs"]
         self.mirror.pull(*sorted({name.partition("/")[0] for name in outputs}), outputs=outputs)
+
+    @contextlib.contextmanager
+    def exchanged(self, *names: str) -> Iterator[None]:
+        """Store what was published here, and meanwhile and afterwards fetch what others leave in some files and folders."""
+        self.mirror.push()
+        with repeated(partial(self.mirror.pull, *names)):
+            yield
+        self.mirror.push(*names)
+        self.mirror.renew(*names)
 
     def marks(self) -> dict[str, str]:
         """What tells a process elsewhere whether it sees this very copy."""

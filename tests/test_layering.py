@@ -40,6 +40,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
         "evaluate",
         "distill",
         "execution",
+        "exchange",
         "trials",
         "studies",
         "plan",

@@ -157,10 +157,10 @@ class Mirror:
             self._remove_there(name)
 
     def empty(self) -> None:
-        """Make the working copy anew, but for the file that locks it."""
+        """Make the working copy anew, but for hidden files, such as the one that locks it."""
         for path in self.local.glob("*"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        shutil.rmtree(self.local / UNFINISHED, ignore_errors=True)
+            if path.name == UNFINISHED or not path.name.startswith("."):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._known.clear()
 
     @contextlib.contextmanager

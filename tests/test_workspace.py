@@ -13,6 +13,8 @@ from distill_at_scale.cluster.workspace import Notes, Workspace
 from distill_at_scale.mirror import scratch_of
 from distill_at_scale.rundir import RunDir
 
+SECRET = "very-secret-word"
+
 
 @pytest.fixture
 def apart(s3, tmp_path, monkeypatch):
@@ -21,7 +23,8 @@ def apart(s3, tmp_path, monkeypatch):
 
     def make(bucket, **overrides):
         s3.client.create_bucket(Bucket=bucket)
-        config = tiny_config(s3(f"{bucket}/run"), **overrides)
+        uri = s3(f"{bucket}/run").replace("s3://", f"s3://testing:{SECRET}@")  # workers may have started before `s3`
+        config = tiny_config(uri, **overrides)
         copies.append(scratch_of(config.run.dir))
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         return config
@@ -42,9 +45,7 @@ def on_ray(config):
 def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, on_disk):  # noqa: F811
     """Every stage, and the artefacts are the bytes of a run on a disk without Ray."""
     config = apart("apart", cluster__address=None, distill__workers=1)
-    there = scratch_of(config.run.dir)  # this process's
     run = on_ray(config).stages("ingest", "score", "select", "distill", "evaluate")
-    assert there == run.pipeline.dir.path
     found = objects(s3, "apart")
     made = artefacts(found)
     assert {name: made[name] for name in on_disk if name.startswith(("prepared", "scores", "manifest", "proxies"))} == {
@@ -52,6 +53,8 @@ def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, on
     }
     assert set(made) == set(on_disk)
     assert not [name for name in found if name.startswith(".work")]
+    assert not [name for name, content in found.items() if SECRET.encode() in content]
+    assert SECRET not in run.text
 
 
 def test_a_process_that_sees_the_drivers_copy_fetches_nothing(apart):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
+import socket
+import threading
 
 import pytest
 
@@ -100,26 +104,55 @@ def test_an_output_that_is_not_what_its_record_says_is_refused(copies):
         b.pull(outputs={"scores": {"bytes": 1, "sha256": "0" * 64}})
 
 
-def test_an_upload_that_fails_halfway_is_never_seen(copies, monkeypatch):
-    """pyarrow's stream completes what it was given when it is closed or thrown away; nothing is given by halves."""
-    a, b = copies
-    write(a, "large", "x" * (12 * 2**20))
+class Cut:
+    """A way to a server that breaks for good once the client has sent so many bytes."""
 
-    class Failing:
-        def __init__(self, system):
-            self.system = system
+    def __init__(self, server: str, most: int):
+        self.server, self.left = server.split(":"), most
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
 
-        def __getattr__(self, name):
-            return getattr(self.system, name)
+    @property
+    def address(self) -> str:
+        host, port = self.listening.getsockname()
+        return f"{host}:{port}"
 
-        def open_output_stream(self, path):
-            raise OSError("the storage refuses")
+    def _accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self.listening.accept()
+                server = socket.create_connection(self.server)
+                threading.Thread(target=self._send, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
 
-    monkeypatch.setitem(a.store.__dict__, "_located", (Failing(a.store.filesystem), a.store.root))
-    with pytest.raises(Unreachable, match="storing large failed"):
-        a.push()
-    b.pull()
-    assert not (b.local / "large").exists()
+    def _send(self, client, server):
+        with client, server, contextlib.suppress(OSError):
+            while self.left > 0 and (data := client.recv(2**16)):
+                self.left -= len(data)
+                server.sendall(data if self.left > 0 else data[: self.left])
+            client.shutdown(socket.SHUT_RDWR)
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, server, client):
+        with contextlib.suppress(OSError):
+            while data := server.recv(2**16):
+                client.sendall(data)
+
+
+@pytest.mark.parametrize("size", [4 * 2**20, 25 * 2**20], ids=["one request", "several parts"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_an_upload_that_is_cut_off_is_never_seen(place, s3, tmp_path, size, share):
+    """pyarrow completes what a stream was given when it is closed, or thrown away; so nothing is given by halves."""
+    cut = Cut(s3.address, int(size * share))
+    uri = place.replace(s3.address.replace(":", "%3A"), cut.address.replace(":", "%3A")) + "&attempts=1"
+    broken, whole = Mirror(uri, tmp_path / "a", 0.0), Mirror(place, tmp_path / "b", 0.0)
+    write(broken, "large", "x" * size)
+    with cut.listening, pytest.raises(Unreachable, match="storing large failed"):
+        broken.push()
+    del broken
+    gc.collect()
+    assert whole.read("large") is None
+    assert not whole.holds("large")
 
 
 def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):

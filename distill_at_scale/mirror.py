@@ -59,6 +59,7 @@ def scratch_of(uri: str, scratch: str | None = None) -> Path:
 def fetched(uri: str, name: str) -> Path:
     """A copy, to be read, of what a URI holds: of its folder `name`, where it has such a one."""
     mirror = Mirror(uri, scratch_of(uri).with_suffix(".read"), PATIENCE)
+    mirror.make()
     mirror.renew(*([name] if mirror.holds(name) else []))
     return mirror.local
 
@@ -73,10 +74,21 @@ class Mirror:
         self.uri, self.local, self.patience, self.say = uri, local, patience, say
         self._known: dict[str, tuple[int, int]] = {}  # files that are the same here and there: size, time in ns
         self._guard = threading.RLock()
+        self._hurry = threading.Event()  # the command ends: nothing is waited for any more
 
     @cached_property
     def store(self) -> Store:
         return Store(self.uri, "run.dir", must_exist=False)
+
+    def make(self) -> None:
+        """The folder of the working copy, which nobody else can look into.
+
+        Raises UserError where it belongs to somebody else, and OSError.
+        """
+        self.local.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.local.parent.stat().st_uid not in (os.getuid(), 0):
+            raise UserError(f"{self.local.parent} belongs to another user; set run.scratch to a folder of your own")
+        self.local.chmod(0o700)
 
     def place(self, name: str = "") -> str:
         """A file's address, for messages."""
@@ -140,8 +152,13 @@ class Mirror:
         waiting = sorted(
             (stat.st_mtime_ns, name) for name, stat in self._here(names).items() if self._differs(name, stat)
         )
+        together: dict[
+            Path, list[str]
+        ] = {}  # a file that another of its name goes with is stored first, if it was here first
+        for _, name in waiting:
+            together.setdefault(Path(name).with_suffix(""), []).append(name)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._store, [name for _, name in waiting]))
+            list(pool.map(self._store_all, together.values()))
         if gone:
             here = self._here(names)
             lost = [name for name in list(self._known) if name not in here and _below(name, names)]
@@ -170,13 +187,14 @@ class Mirror:
         A storage that refuses meanwhile is waited for, however long; at the end Unreachable is raised. After another error
         what can be stored at once is.
         """
-        try:
-            with repeated(partial(self.push, *names)):
+        with repeated(partial(self.push, *names)):
+            try:
                 yield
-        except BaseException:
-            with contextlib.suppress(UserError, OSError), self._at_once():
-                self.push(*names)
-            raise
+            except BaseException:
+                self._hurry.set()
+                with contextlib.suppress(UserError, OSError):
+                    self.push(*names)
+                raise
         self.push(*names, gone=True)
 
     def _highest_gone(self, name: str) -> str:
@@ -192,14 +210,6 @@ class Mirror:
                 self._tried(f"removing {name}", partial(system.delete_dir, self._path(name)))
         elif kind == fs.FileType.File:
             self.delete(name)
-
-    @contextlib.contextmanager
-    def _at_once(self) -> Iterator[None]:
-        patience, self.patience = self.patience, 0.0
-        try:
-            yield
-        finally:
-            self.patience = patience
 
     def _path(self, name: str) -> str:
         return f"{self.store.root}/{name}" if name else self.store.root
@@ -273,6 +283,10 @@ class Mirror:
             temporary.unlink(missing_ok=True)
         return name
 
+    def _store_all(self, names: list[str]) -> None:
+        for name in names:
+            self._store(name)
+
     def _store(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), open(self.local / name, "rb") as handle:
             content = _content(handle)
@@ -298,10 +312,10 @@ class Mirror:
             except OSError as error:
                 reason = self.store.without_secrets(" ".join(str(error).split()))
                 left = until - time.monotonic()
-                if left <= 0 or REFUSED_FOR_GOOD.search(reason):
+                if left <= 0 or self._hurry.is_set() or REFUSED_FOR_GOOD.search(reason):
                     raise Unreachable(self._refusal(what, reason)) from None
             self.say(f"  {self.place()} refuses {what} ({reason}); it is tried again for {left:.0f} s more")
-            time.sleep(min(pause, left))
+            self._hurry.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _refusal(self, what: str, reason: str) -> str:

@@ -92,6 +92,8 @@ class RunDir:
         if self.reuse and not (self.reuse / "stages").is_dir():
             raise UserError(f"run.reuse = {self.reuse.named!r} is no run folder; give the run.dir of a finished run")
         try:
+            if self.remote:
+                self.remote.mirror.make()
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{uuid.uuid4().hex[:8]}"
             probe.write_bytes(b"")

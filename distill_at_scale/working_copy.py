@@ -59,7 +59,7 @@ class WorkingCopy:
 
     def fetch(self) -> None:
         """Bring the copy up to date, to be read; a command that is at work in it on this machine keeps it so by itself."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.mirror.make()
         with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if found := self.mirror.read(IDENTITY):
@@ -80,7 +80,6 @@ class WorkingCopy:
         own = self.path / IDENTITY
         if not own.exists() or own.read_text() != identity:
             self.mirror.empty()
-            self.path.mkdir(parents=True, exist_ok=True)
             own.write_text(identity)
 
     def complete(self, stage: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import socket
 import threading
 
@@ -172,6 +173,29 @@ def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
     assert a.read("one") == b"1"
     assert len(said) == 2
     assert "refuses storing one (503 SlowDown)" in said[0]
+
+
+def test_what_goes_together_is_stored_in_the_order_in_which_it_was_published(copies, monkeypatch):
+    a, _ = copies
+    stored = []
+    monkeypatch.setattr(Mirror, "_store", lambda self, name: stored.append(name))
+    for time, name in enumerate(["pieces/1.rejected", "pieces/1.arrow", "pieces/2.rejected", "pieces/2.arrow"]):
+        write(a, name, "x")
+        os.utime(a.local / name, ns=(time, time))
+    a.push()
+    for number in "12":
+        assert stored.index(f"pieces/{number}.rejected") < stored.index(f"pieces/{number}.arrow")
+
+
+def test_an_interrupted_command_does_not_wait_for_a_storage_that_refuses(copies, monkeypatch):
+    a, _ = copies
+    a.patience, pauses = 3600.0, []
+    monkeypatch.setattr(mirrors, "put", lambda *arguments: (_ for _ in ()).throw(OSError("503 SlowDown")))
+    monkeypatch.setattr(a._hurry, "wait", pauses.append)
+    write(a, "one", "1")
+    with pytest.raises(KeyboardInterrupt), a.following():
+        raise KeyboardInterrupt
+    assert pauses == []
 
 
 def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):

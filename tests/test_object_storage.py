@@ -13,6 +13,7 @@ import pytest
 from conftest import Run, tiny_config
 
 from distill_at_scale import lease, mirror, synthetic
+from distill_at_scale.cli import export
 from distill_at_scale.errors import Unreachable, UserError
 from distill_at_scale.rundir import Inputs, RunDir
 from distill_at_scale.scoring import proxy
@@ -95,28 +96,59 @@ def test_a_run_on_object_storage_leaves_the_bytes_of_one_on_a_disk(remote_run, s
     assert len(loaded.labels) == 3
 
 
-def test_a_run_goes_on_where_any_of_its_uploads_failed(remote_run, s3, bucket, on_disk, monkeypatch):
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(which): uploads fail of whose number `which` says so; those of the lease do not count. Returns what failed."""
+
+    def make(which):
+        real, count, guard, failed = mirror.put, itertools.count(1), threading.Lock(), []
+
+        def put(system, path, content):
+            with guard:
+                fails = not path.endswith(lease.NAME) and which(next(count))
+            if fails:
+                failed.append(path)
+                raise OSError("503 SlowDown")
+            real(system, path, content)
+
+        monkeypatch.setattr(mirror, "put", put)
+        return failed
+
+    return make
+
+
+def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, on_disk, failing):
     """Now and then one fails for good, and each time another machine goes on."""
-    real, count, failures = mirror.put, itertools.count(1), []
-    guard = threading.Lock()
-
-    def failing(system, path, content):
-        with guard:
-            fails = not path.endswith(lease.NAME) and next(count) % 23 == 0
-        if fails:
-            failures.append(path)
-            raise OSError("503 SlowDown")
-        real(system, path, content)
-
-    monkeypatch.setattr(mirror, "put", failing)
+    failed = failing(lambda number: number % 23 == 0)
     for machine in itertools.count():
         try:
             remote_run(f"machine {machine % 2}").pipeline.run()
             break
         except Unreachable:
             assert machine < 20
-    assert len(failures) > 1
+    assert len(failed) > 1
     assert artefacts(objects(s3, bucket)) == on_disk
+
+
+@pytest.mark.chaos
+def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, failing, tmp_path):
+    """About two minutes on two cores."""
+    for number in itertools.count(1):
+        bucket = f"each-{number}"
+        s3.client.create_bucket(Bucket=bucket)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mirror, "put", mirror.put)
+            failed = failing(lambda this, number=number: this == number)
+            first, second = (
+                Run(tiny_config(s3(f"{bucket}/run"), run__scratch=str(tmp_path / m), run__retry_seconds=0.0))
+                for m in "ab"
+            )
+            with contextlib.suppress(Unreachable):
+                first.pipeline.run()
+            second.pipeline.run()
+        assert artefacts(objects(s3, bucket)) == on_disk, failed
+        if not failed:
+            break
 
 
 def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, on_disk, monkeypatch):
@@ -142,6 +174,18 @@ def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bu
     assert (
         artefacts(found)["proxies/trial-00/epoch-000.safetensors"] == on_disk["proxies/trial-00/epoch-000.safetensors"]
     )
+
+
+def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
+    """plan, validate and export, each on a machine of its own."""
+    remote_run("a").stages("ingest", "score", "select")
+    finished = remote_run("b").pipeline.forecast()
+    assert remote_run("c").pipeline.validate() == 0
+    assert finished is not None
+    assert {"plan.json", "validation.parquet"} <= set(objects(s3, bucket))
+    out = tmp_path / "kept.csv"
+    export(remote_run("d").config, [], [out])
+    assert len(out.read_text().splitlines()) > 3
 
 
 def test_a_stage_without_a_record_is_not_trusted(remote_run, s3, bucket):

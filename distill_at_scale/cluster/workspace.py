@@ -31,10 +31,10 @@ class Workspace:
         if marks:
             run = RunDir.of(self.config.run)
             self.moved = Path(marks["root"]), run.path
-            if not _holds(run.path / LOCK, marks["token"]):
+            if run.remote and not _holds(run.path / LOCK, marks["token"]):
                 self.remote = run.remote
                 with self._alone():
-                    run.remote.belong(marks["identity"])  # type: ignore[union-attr]
+                    self.remote.belong(marks["identity"])
 
     def __call__(self, path: str | Path) -> Path:
         """Where a path of the driver's is here."""
@@ -75,7 +75,7 @@ class Workspace:
     def _alone(self) -> Iterator[None]:
         """One process of the node at a time."""
         assert self.remote is not None
-        self.remote.path.mkdir(parents=True, exist_ok=True)
+        self.remote.mirror.make()
         with open(self.remote.path / ".fetching", "a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

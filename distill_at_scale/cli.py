@@ -28,7 +28,7 @@ from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.points import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.progress import Display
-from distill_at_scale.rundir import STAGES, RunDir
+from distill_at_scale.rundir import STAGES, RunDir, need_disk
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
 from distill_at_scale.sweep import run as sweep
@@ -108,12 +108,13 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
         raise UserError(
             "export writes nothing yet; add --scores FILE, --kept FILE or both (*.parquet, *.csv or *.json)"
         )
-    run, display = RunDir(config.run.dir), Display()
+    run, display = RunDir.of(config.run), Display()
     for path in (*scores, *kept):
         exported.check(path)
+    run.fetch()
     for stage, paths in (("score", scores), ("select", kept)):
         if paths and not (run.record(stage) and run.valid(stage, fingerprints.inputs(stage, config, run))):
-            raise UserError(f"{run.path} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+            raise UserError(f"{run.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
     for path in scores:
         display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")
     for path in kept:
@@ -139,6 +140,8 @@ def _command(parsed: argparse.Namespace) -> int:
 
 def _run(config: Config, stage: str) -> int:
     display = Display()
+    if stage in SEARCHES:
+        need_disk(config.run, f"a {stage}")
     if stage == "sweep":
         make_trackers(config)  # what is missing for them is said before anything starts
         found = sweep.run(config, display, lambda: make_trials(config, display), make_trackers)
@@ -163,7 +166,7 @@ def _run(config: Config, stage: str) -> int:
         return 0
     pipeline.run(STAGES if stage == "run" else (stage,))
     if stage in ("run", "evaluate", "report"):
-        show_result(RunDir(config.run.dir), display.console)
+        show_result(RunDir.of(config.run), display.console)
     return 0
 
 
@@ -285,7 +288,8 @@ def show_result(run: RunDir, console: Console) -> None:
         table.add_row(row["set"], row["network"], f"{100 * row['mean']:.1f}{std}", str(row["n"]))
     console.print(table)
     if (run / "report.html").exists():
-        console.print(f"report: {(run / 'report.html').resolve()}", markup=False, soft_wrap=True)
+        place = run.place("report.html") if run.remote else (run / "report.html").resolve()
+        console.print(f"report: {place}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

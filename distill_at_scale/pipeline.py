@@ -24,7 +24,7 @@ from distill_at_scale.plan import forecast, known
 from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
-from distill_at_scale.rundir import STAGES, Inputs
+from distill_at_scale.rundir import STAGES, Inputs, need_disk
 from distill_at_scale.scoring import imported
 from distill_at_scale.stages import MakeObservers, Stages, nobody
 
@@ -50,6 +50,8 @@ class Pipeline(Stages):
         Raises UserError where an input is missing or the folder holds the output of another configuration.
         """
         validate.check_names(self.config)
+        if self.config.select.keep == "auto":
+            need_disk(self.config.run, "select.keep: auto")
         self.dir.create()
         with self.dir.lock():
             try:
@@ -118,6 +120,7 @@ class Pipeline(Stages):
         """
         validate.check_names(self.config)
         self.dir.create()
+        self.dir.fetch()
         finished = self._finished()
         if "ingest" in finished:
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
@@ -127,7 +130,9 @@ class Pipeline(Stages):
         validate.check_networks(self.config, facts)
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
             path, machine = self.dir / "plan.json", here(self.dir.path)
-            return forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))
+            made = forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))
+        self.dir.keep(path.name)
+        return made
 
     def _finished(self) -> dict[str, dict[str, Any]]:
         """Records of the stages that a run with this configuration would skip; the source is not looked at."""
@@ -141,7 +146,7 @@ class Pipeline(Stages):
             else:
                 same = record["fingerprint"] == self.inputs(stage).fingerprint
             if not same:
-                self.display.say(f"  {self.dir.path} holds the output of {stage} for another configuration")
+                self.display.say(f"  {self.dir.named} holds the output of {stage} for another configuration")
                 break
             found[stage] = record
         return found
@@ -149,7 +154,7 @@ class Pipeline(Stages):
     def _stage(self, stage: str) -> None:
         inputs = self.inputs(stage)
         if self.dir.valid(stage, inputs, redo=stage == "report"):
-            self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.path})")
+            self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.named})")
             self.observers.note(at_once("stage", "skipped", stage=stage))
             return
         with self._observed(stage):

@@ -4,6 +4,8 @@ A stage is complete when `stages/<stage>.json` exists. It is written last and at
 depended on (its configuration and the content hashes of its inputs) and what it wrote (with content hashes). Its
 fingerprint is the hash of the former. Where data lies, how many workers ran and where the run folder is are never
 part of it.
+
+A folder on object storage is worked on in a copy on this machine's disk (`working_copy.py`): `path` is that copy.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import UserError
+from distill_at_scale.mirror import Mirror, Say, is_remote, scratch_of
+from distill_at_scale.sections import RunSection
+from distill_at_scale.working_copy import LOCK, WorkingCopy, work_name
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
@@ -51,43 +57,75 @@ class Inputs:
 class RunDir:
     """Paths, locking and stage records of one run."""
 
-    def __init__(self, path: str | Path, reuse: str | Path | None = None):
-        self.path = Path(path).expanduser()
-        self.reuse = RunDir(reuse) if reuse else None
+    def __init__(self, path: str | Path, reuse: RunDir | str | Path | None = None, remote: WorkingCopy | None = None):
+        self.path, self.remote = Path(path).expanduser(), remote
+        self.reuse = RunDir(reuse) if isinstance(reuse, str | Path) else reuse
+
+    @classmethod
+    def of(cls, run: RunSection, say: Say = lambda text: None) -> RunDir:
+        """The folder that a configuration names, on a disk or on object storage; `say` is told what is waited for."""
+        reuse = cls.of(run.model_copy(update={"dir": run.reuse, "reuse": None}), say) if run.reuse else None
+        if not is_remote(run.dir):
+            return cls(run.dir.removeprefix("file://"), reuse)
+        path = scratch_of(run.dir, run.scratch)
+        return cls(path, reuse, WorkingCopy(Mirror(run.dir, path, run.retry_seconds, say)))
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def named(self) -> str:
+        """The folder's address for messages and records."""
+        return self.remote.named if self.remote else str(self.path)
+
+    def place(self, name: str) -> str:
+        """The address of a file in it."""
+        return f"{self.named}/{name}"
 
     def create(self) -> None:
         """Make the folder and prove that it can be written.
 
         Raises UserError with the reason where it cannot, or where run.reuse names no run.
         """
+        if self.reuse:
+            self.reuse.fetch()
         if self.reuse and not (self.reuse / "stages").is_dir():
-            raise UserError(
-                f"run.reuse = {str(self.reuse.path)!r} is no run folder; give the run.dir of a finished run"
-            )
+            raise UserError(f"run.reuse = {self.reuse.named!r} is no run folder; give the run.dir of a finished run")
         try:
+            if self.remote:
+                self.remote.mirror.make()
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{uuid.uuid4().hex[:8]}"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"cannot write in the run folder {self.path}: {error.strerror}. Choose another run.dir."
+                f"cannot write in the run folder {self.path}: {error.strerror}. Choose another "
+                f"{'run.scratch' if self.remote else 'run.dir'}."
             ) from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held while a command works in the folder; a second command is refused instead of mixing with the first."""
-        with open(self.path / ".lock", "w") as handle:
+        with open(self.path / LOCK, "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another command is working in {self.path}; wait for it, or choose another run.dir"
+                    f"another command is working in {self.named}; wait for it, or choose another run.dir"
                 ) from None
-            yield
+            with self.remote.held(handle) if self.remote else contextlib.nullcontext():
+                yield
+
+    def fetch(self) -> None:
+        """Make sure that what is stored can be read here, where the folder is on object storage."""
+        if self.remote:
+            self.remote.fetch()
+
+    def keep(self, *names: str) -> None:
+        """Store files that were published outside of the lock, where the folder is on object storage."""
+        if self.remote:
+            self.remote.mirror.push(*names)
 
     def wait(self, seconds: float) -> None:
         """Until no command works in the folder, so long at most."""
@@ -105,7 +143,7 @@ class RunDir:
 
     def work(self, stage: str, inputs: Inputs) -> Path:
         """The folder for a stage's unfinished work; belongs to one fingerprint, so it can always be resumed from."""
-        folder = self.path / ".work" / f"{stage}-{inputs.fingerprint[:16]}"
+        folder = self.path / work_name(stage, inputs.fingerprint)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -117,7 +155,7 @@ class RunDir:
             return None
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.path}/stages/{stage}.json is damaged ({error}); remove it to run {stage} again"
+                f"{self.place(f'stages/{stage}.json')} is damaged ({error}); remove it to run {stage} again"
             ) from None
 
     def valid(self, stage: str, inputs: Inputs, redo: bool = False) -> bool:
@@ -133,9 +171,9 @@ class RunDir:
             if redo:
                 return False
             raise UserError(
-                f"{self.path} holds the output of {stage} for another configuration:\n  "
+                f"{self.named} holds the output of {stage} for another configuration:\n  "
                 + "\n  ".join(inputs.difference(record))
-                + f"\nNothing was changed. Choose another run.dir, or remove {self.path}/stages/{stage}.json to redo {stage} "
+                + f"\nNothing was changed. Choose another run.dir, or remove {self.named}/stages/{stage}.json to redo {stage} "
                 "here."
             )
         return self._whole(stage, record)
@@ -153,7 +191,14 @@ class RunDir:
             "seconds": round(seconds, 3),
             **facts,
         }
+        self._publish(stage, record)
+
+    def _publish(self, stage: str, record: Mapping[str, Any]) -> None:
+        """A stage's record, after all that it names."""
+        if self.remote:
+            self.remote.seal()
         write_json(self.path / "stages" / f"{stage}.json", record)
+        self.keep(f"stages/{stage}.json")
 
     def content(self, stage: str) -> str:
         """The content hash of a completed stage's output.
@@ -162,7 +207,7 @@ class RunDir:
         """
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.path} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+            raise UserError(f"{self.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
         self._whole(stage, record)
         return record["output"]
 
@@ -171,7 +216,8 @@ class RunDir:
             path = self.path / name
             if not path.exists() or path.stat().st_size != entry["bytes"]:
                 state = "missing" if not path.exists() else "not what was written"
-                raise UserError(f"{path} is {state}; remove {self.path}/stages/{stage}.json to run {stage} again")
+                record_of = self.place(f"stages/{stage}.json")
+                raise UserError(f"{self.place(name)} is {state}; remove {record_of} to run {stage} again")
         return True
 
     def _take_over(self, stage: str, inputs: Inputs) -> bool:
@@ -181,12 +227,12 @@ class RunDir:
             return False
         if outside := [name for name in record["outputs"] if Path(name).is_absolute() or ".." in Path(name).parts]:
             raise UserError(
-                f"{self.reuse.path}/stages/{stage}.json names {outside[0]!r}, outside its folder; it is not reused"
+                f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, outside its folder; it is not reused"
             )
         self.reuse._whole(stage, record)
         for name in record["outputs"]:
             self._link(self.reuse.path, name)
-        write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": str(self.reuse.path)})
+        self._publish(stage, {**record, "reused_from": self.reuse.named})
         return True
 
     def adopt(self, other: RunDir, stage: str) -> None:
@@ -222,6 +268,15 @@ class RunDir:
                 os.link(other / name, temporary)
             except OSError:
                 shutil.copyfile(other / name, temporary)
+
+
+def need_disk(run: RunSection, what: str) -> None:
+    """Raises UserError where a command that can only work on a disk is given a folder on object storage."""
+    if is_remote(run.dir):
+        raise UserError(
+            f"run.dir = {shown(run.dir)!r} is on object storage, where {what} cannot work yet; set run.dir to a folder on a "
+            "disk that all nodes share"
+        )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,10 @@ class Section(BaseModel):
 class RunSection(Section):
     dir: str = "runs/run"
     seed: int = Field(0, ge=0)
+    scratch: str | None = (
+        None  # of a run.dir on object storage: where each machine keeps its copy; default: the temporary folder
+    )
+    retry_seconds: float = Field(300.0, ge=0)  # so long is an object storage waited for that refuses
     reuse: str | None = None  # another run's folder: its stages of the same fingerprint are taken over, not recomputed
 
 

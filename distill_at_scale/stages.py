@@ -24,6 +24,7 @@ from distill_at_scale.data.pieces import is_finished, piece_path
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.environment import environment
+from distill_at_scale.exchange import Exchanging
 from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.observe.distillation import DistillationLog
 from distill_at_scale.observe.events import at_once, measured
@@ -60,7 +61,7 @@ class Stages:
         self.asked = config
         self.watch = watch  # called with every line of the distillation's log as it is written
         self._executor: Executor | None = None
-        self.dir = RunDir(config.run.dir, config.run.reuse)
+        self.dir = RunDir.of(config.run, display.say)
         always = (Timeline(self.dir.path), TensorBoard(self.dir.path))
         self.observers = Observers(display.say, [*always, *observers(config)])
         self.plan: ingest.Plan  # what the source lists, once ingest has looked
@@ -73,10 +74,11 @@ class Stages:
     def executor(self) -> Executor:
         if self._executor is None:
             with measured("start", self.observers.note, what="wait"):
-                self._executor = self._make_executor()
-            self._executor.note = self.observers.note
-            for observer in self._executor.observers(self.config):
+                made = self._make_executor()
+            made.note = self.observers.note
+            for observer in made.observers(self.config):
                 self.observers.add(observer)
+            self._executor = Exchanging(made, self.dir.remote) if self.dir.remote else made
         return self._executor
 
     def _say_plan(self, plan: ingest.Plan) -> None:
@@ -103,7 +105,7 @@ class Stages:
             self.display.say("  " + ", ".join(f"{name} decoded {n} clips" for name, n in meta["decoders"].items()))
         rejected = meta["rejected"]
         if rejected:
-            listed = self.dir / "rejected.parquet"
+            listed = self.dir.place("rejected.parquet")
             self.display.say(f"  {rejected} of {self.plan.known} samples were rejected; see {listed}")
         return [self.dir / "prepared", self.dir / "rejected.parquet"], {
             "samples": sum(map(sum, meta["counts"].values())),
@@ -265,6 +267,9 @@ class Stages:
     def _shown_config(self) -> dict[str, Any]:
         """The configuration without credentials that its paths may hold."""
         values = self.asked.model_dump()
+        for key in ("dir", "reuse"):
+            if values["run"][key] is not None:
+                values["run"][key] = shown(values["run"][key])
         for key in ("path", "val_labels", "synsets"):
             if values["data"][key] is not None:
                 values["data"][key] = shown(values["data"][key])

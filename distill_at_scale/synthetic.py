@@ -20,15 +20,18 @@ from torch import Tensor
 
 from distill_at_scale import exports, tensors
 from distill_at_scale.data.normalization import Normalization, Whitening
+from distill_at_scale.data.storage import shown
 from distill_at_scale.data.whitening import FILE as WHITENING
 from distill_at_scale.errors import UserError
 from distill_at_scale.formation import parts_of
+from distill_at_scale.mirror import fetched, is_remote
 from distill_at_scale.pictures import Frames, drawn, grid, png
 from distill_at_scale.rundir import publish
 from distill_at_scale.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.students import TrainingProtocol, TrainingSet
 
 APART = ("labels", "teacher")  # extras called `labels/...` lie in labels.safetensors, and so on
+SET = "synthetic"  # its folder in a run's
 PREVIEW_CLASSES, PREVIEW_COLUMNS, PREVIEW_SIDE = 100, 10, 64
 PREVIEW_BYTES = 4 * 2**20  # uncompressed, of the clips in an animated preview
 
@@ -190,25 +193,26 @@ class SyntheticSet:
 
 
 def load(folder: str | Path) -> SyntheticSet:
-    """Read a synthetic set.
+    """Read a synthetic set from a folder on a disk or, by its URI, on object storage.
 
     Raises UserError where the folder holds none.
     """
-    folder = Path(folder)
-    if (folder / "synthetic").is_dir():
-        folder = folder / "synthetic"
+    named = shown(str(folder))
+    folder = fetched(str(folder), SET) if is_remote(folder) else Path(folder)
+    if (folder / SET).is_dir():
+        folder = folder / SET
     try:
         saved = tensors.load(folder / "synthetic.safetensors")
         card = json.loads((folder / "card.json").read_text())
         whitening = Whitening.load(folder / WHITENING) if card.get("whitening") else None
         shots = tensors.load(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
+        raise UserError(f"{named} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
-        raise UserError(f"the synthetic set in {folder} is damaged: {error}") from None
+        raise UserError(f"the synthetic set in {named} is damaged: {error}") from None
     images, labels = saved.pop("images"), saved.pop("labels")
-    shown = {int(k): v for k, v in sorted(shots.items())}
-    return SyntheticSet(images, labels, card, shown, saved, whitening, folder)
+    snapshots = {int(k): v for k, v in sorted(shots.items())}
+    return SyntheticSet(images, labels, card, snapshots, saved, whitening, folder)
 
 
 def preview(synthetic: SyntheticSet) -> Frames:

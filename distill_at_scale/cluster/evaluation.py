@@ -12,7 +12,8 @@ import ray
 import torch
 
 from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
-from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.execution import Report
@@ -51,18 +52,19 @@ def _evaluate(
     packed: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int
 ) -> tuple[dict[str, Any], Event]:
     torch.set_num_threads(threads)
-    events: list[Event] = []
+    space, events = Workspace(packed), list[Event]()
+    space.need("ingest", "select", "distill")
     with measured("evaluate", events.append) as counts:
         counts |= {"set": job["set"], "network": job["network"], "networks": 1}
-        row = _evaluator(_Settings(packed), folders).run(Job(**job))
+        row = _evaluator(_Settings(space.config), tuple(str(space(folder)) for folder in folders)).run(Job(**job))
     return row, events[0]
 
 
 class _Settings:
     """A configuration that can be the key of a cache."""
 
-    def __init__(self, packed: dict[str, Any]):
-        self.config = unpack(packed)
+    def __init__(self, config: Config):
+        self.config = config
 
     def __hash__(self) -> int:
         return hash(self.config.model_dump_json())

@@ -1,7 +1,7 @@
 """Ingest on Ray Data: a pool of actors, each of which reads and decodes fixed chunks of the listing.
 
-What travels in the blocks is where a chunk begins in the listing, which lies on the run folder's (shared) disk (`Plan.on_disk`
-in the folder of the pieces); an actor opens the source itself and publishes each chunk as a piece.
+What travels in the blocks is where a chunk begins in the listing, which lies in the run folder (`Plan.on_disk`, beside the
+pieces); an actor opens the source itself and publishes each chunk as a piece.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from distill_at_scale.cluster.pool import Tell, grouped, reporting, stream, work_of
-from distill_at_scale.cluster.session import pack, unpack
+from distill_at_scale.cluster.session import pack
+from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import listing_path, mapped, open_source
 from distill_at_scale.data.pieces import (
@@ -24,6 +25,7 @@ from distill_at_scale.data.pieces import (
     is_finished,
     piece_path,
     recipe_of,
+    rejected_path,
 )
 from distill_at_scale.data.sources.base import Source
 from distill_at_scale.execution import Advance, Chunks
@@ -61,11 +63,11 @@ class Ingester:
 
     def __init__(self, packed: dict[str, Any], check: bool):
         self.spent = Spent()
-        self.packed, self.make = packed, check_chunk if check else ingest_chunk
+        self.space, self.make = Workspace(packed), check_chunk if check else ingest_chunk
 
     @cached_property
     def tools(self) -> tuple[Source, Recipe]:
-        config = unpack(self.packed)
+        config = self.space.config
         return open_source(config.data), recipe_of(config)
 
     @reporting
@@ -73,7 +75,10 @@ class Ingester:
         source, recipe = self.tools
         counts = [0, 0]
         for place in work_of(unit):
-            rows = mapped(Path(place["listing"])).slice(place["start"], place["count"])
-            used, rejected = self.make(source, recipe, rows, Path(place["path"]), self.spent)
+            listing, piece = self.space(place["listing"]), self.space(place["path"])
+            self.space.fetch(listing)
+            rows = mapped(listing).slice(place["start"], place["count"])
+            used, rejected = self.make(source, recipe, rows, piece, self.spent)
+            self.space.keep(rejected_path(piece), piece)
             counts = [counts[0] + used, counts[1] + rejected]
         return pa.table({"samples": [counts[0]], "rejected": [counts[1]]})

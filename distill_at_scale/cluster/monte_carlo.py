@@ -11,11 +11,12 @@ import ray
 import torch
 
 from distill_at_scale.cluster.pool import actor_count, device
-from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.execution import Advance, subset_trials, waiting_units
 from distill_at_scale.observe.events import Event, Note, ignore, measured
-from distill_at_scale.scoring.monte_carlo import Trials, Unit
+from distill_at_scale.scoring.monte_carlo import Trials, Unit, piece
 
 AHEAD = 2  # units that are sent for every one that runs, so that no core waits
 
@@ -44,10 +45,12 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: No
 @ray.remote
 def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> Event:
     torch.set_num_threads(1)
-    events: list[Event] = []
+    space, events = Workspace(packed), list[Event]()
+    space.need("ingest")
     with measured("subsets", events.append) as counts:
         counts["subsets"] = unit[1]
-        _trials(unpack(packed).model_dump_json(), prepared).publish(unit, Path(pieces))
+        _trials(space.config.model_dump_json(), str(space(prepared))).publish(unit, space(pieces))
+    space.keep(piece(space(pieces), unit))
     return events[0]
 
 

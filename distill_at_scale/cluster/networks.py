@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
 from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
-from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, backend_class, make_network
 from distill_at_scale.execution import Advance
@@ -44,8 +44,13 @@ def run(
 
 @ray.remote
 def _make(packed: dict[str, Any], paths: list[str], name: str, threads: int) -> Event:
-    settings, events = unpack(packed), list[Event]()
+    space, events = Workspace(packed), list[Event]()
     torch.set_num_threads(threads)
-    with measured(f"make {name}", events.append):
-        make_network(settings, Places(*map(Path, paths)), name, device(settings))
+    places = Places(*map(space, paths))
+    made = places.networks / name
+    own = made, made.with_suffix(".partial"), made.with_name(f"{name}.partial")  # and what it goes on from
+    space.need("ingest", "select")
+    space.renew(*own)
+    with space.keeping(*own), measured(f"make {name}", events.append):
+        make_network(space.config, places, name, device(space.config))
     return events[0]

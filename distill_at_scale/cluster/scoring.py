@@ -5,6 +5,7 @@ with all checkpoints; and the ranking of patches, which is a pass of the same ki
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 
 from distill_at_scale.cluster import training
 from distill_at_scale.cluster.pool import Tell, cores, cores_each, device, grouped, reporting, stream, work_of
-from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.distill import Places
@@ -54,11 +56,15 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, n
     look()
 
 
-def _together(config: Config, arguments: dict[str, Any]) -> None:
+def _together(space: Workspace, arguments: dict[str, Any]) -> None:
     """In one of a group of workers: every trial, its batches shared with the others."""
-    for trial in arguments["trials"]:
-        folders = Path(arguments["prepared"]), Path(arguments["checkpoints"])
-        run_trial(config, *folders, trial, ray.train.torch.get_device(), lambda epochs: None)
+    prepared, checkpoints = space(arguments["prepared"]), space(arguments["checkpoints"])
+    space.need("ingest")
+    space.fetch(checkpoints)
+    first = ray.train.get_context().get_world_rank() == 0  # the one that publishes
+    with space.keeping(checkpoints) if first else nullcontext():
+        for trial in arguments["trials"]:
+            run_trial(space.config, prepared, checkpoints, trial, ray.train.torch.get_device(), lambda epochs: None)
 
 
 def _side_by_side(
@@ -83,11 +89,15 @@ def _side_by_side(
 
 @ray.remote
 def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, threads: int) -> Event:
-    settings, events = unpack(packed), list[Event]()
+    space, events = Workspace(packed), list[Event]()
     torch.set_num_threads(threads)
-    with measured("train a proxy", events.append) as counts:
+    folder = space(checkpoints)
+    own = checkpoint_path(folder, trial, 0).parent
+    space.need("ingest")
+    space.fetch(own)
+    with space.keeping(own), measured("train a proxy", events.append) as counts:
         counts["trial"] = trial
-        run_trial(settings, Path(prepared), Path(checkpoints), trial, device(settings), lambda epochs: None)
+        run_trial(space.config, space(prepared), folder, trial, device(space.config), lambda epochs: None)
     return events[0]
 
 
@@ -137,7 +147,8 @@ class ChunkActor:
 
     def __init__(self, packed: dict[str, Any], **folders: str):
         self.spent = Spent()
-        self.packed, self.folders = packed, {name: Path(folder) for name, folder in folders.items()}
+        self.space = Workspace(packed)
+        self.folders = {name: self.space(folder) for name, folder in folders.items()}
 
     def load(self, config: Config, device: torch.device) -> Work:
         """What publishes the piece of each of some chunks and yields the chunk's samples."""
@@ -145,15 +156,18 @@ class ChunkActor:
 
     @cached_property
     def work(self) -> Work:
-        settings = unpack(self.packed)
         torch.set_num_threads(1)
-        return self.load(settings, device(settings))
+        self.space.need("ingest")
+        self.space.fetch(*(folder for name, folder in self.folders.items() if name != "prepared"))
+        return self.load(self.space.config, device(self.space.config))
 
     @reporting
     def __call__(self, unit: pa.Table) -> pa.Table:
         work = work_of(unit)
-        targets = [Path(item.pop("path")) for item in work]
-        return pa.table({"samples": [sum(self.work(list(zip(map(_chunk, work), targets, strict=True))))]})
+        targets = [self.space(item.pop("path")) for item in work]
+        samples = sum(self.work(list(zip(map(_chunk, work), targets, strict=True))))
+        self.space.keep(*targets)
+        return pa.table({"samples": [samples]})
 
 
 class ScoringActor(ChunkActor):

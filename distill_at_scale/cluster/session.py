@@ -11,6 +11,7 @@ from typing import Any
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.sections import ClusterSection
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` workers use this environment as it is
@@ -80,8 +81,11 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def pack(config: Config) -> dict[str, Any]:
-    """A configuration for a worker, with the folders in which this process finds modules, plug-ins among them."""
-    return {"config": config.model_dump(), "path": [entry or os.getcwd() for entry in sys.path]}
+    """A configuration for a worker, with the folders in which this process finds modules, plug-ins among them, and what
+    tells its copy of a run folder on object storage from others."""
+    remote = RunDir.of(config.run).remote
+    path = [entry or os.getcwd() for entry in sys.path]
+    return {"config": config.model_dump(), "path": path, "copy": remote.marks() if remote else None}
 
 
 def unpack(packed: dict[str, Any]) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from distill_at_scale.cluster.pool import cores, cores_each
-from distill_at_scale.cluster.session import pack, plain_errors, unpack
+from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.workspace import Notes, Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, saved_step
 from distill_at_scale.errors import DistillationDiverged, GivenUp, UserError
 from distill_at_scale.execution import Report, run_distillation
+from distill_at_scale.mirror import FOLLOW
+from distill_at_scale.rundir import RunDir
 
-Body = Callable[[Config, dict[str, Any]], None]
+Body = Callable[[Workspace, dict[str, Any]], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
 LEFT = "given up"  # what the latter says where the driver ends the run
 GROUP = "placement_group.txt"  # note of what the workers hold
@@ -47,9 +51,16 @@ def run(config: Config, places: Places, report: Report, sharing: int, say: Calla
     fit("distill", _distill, config, config.distill.workers, own, places.work, tail.read, sharing, again)
 
 
-def _distill(config: Config, arguments: dict[str, Any]) -> None:
-    places = Places(*map(Path, arguments["places"]))
-    run_distillation(config, places, ray.train.torch.get_device(), lambda line: None)
+def _distill(space: Workspace, arguments: dict[str, Any]) -> None:
+    """One worker's part; the first one keeps checkpoint and log."""
+    places = Places(*map(space, arguments["places"]))
+    first = ray.train.get_context().get_world_rank() == 0
+    space.need("ingest", "select")
+    space.fetch(places.networks)
+    if first:
+        space.renew(places.log, places.work)
+    with space.keeping(places.log, places.work) if first else contextlib.nullcontext():
+        run_distillation(space.config, places, ray.train.torch.get_device(), lambda line: None)
 
 
 def fit(
@@ -63,7 +74,7 @@ def fit(
     sharing: int = 1,
     again: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `body(config, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile, and
+    """Run `body(workspace, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile, and
     `again` whenever lost workers were started again.
 
     Raises UserError where they cannot be placed, and what a user must mend as it was raised. Where `poll` raises GivenUp the
@@ -73,9 +84,9 @@ def fit(
     _check_room(stage, workers, gpus)
     cpus = cores_each(workers * sharing)
     work.mkdir(parents=True, exist_ok=True)
-    release(work)
-    for note in (DIVERGED, REFUSED):
-        (work / note).unlink(missing_ok=True)
+    notes = Notes(work, config)
+    release(notes)
+    notes.remove(DIVERGED, REFUSED)
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     loop = {"packed": pack(config), "cpus": cpus, "body": body, "arguments": arguments, "work": str(work)}
     trainer = TorchTrainer(
@@ -85,20 +96,32 @@ def fit(
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=stage,
-            storage_path=str(work / "ray"),
+            **_storage(config, work / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
     try:
         with plain_errors():
-            _in_a_thread(trainer, _noticing(work, poll, again), work)
+            _in_a_thread(trainer, _noticing(notes, poll, again), notes)
     except Exception:
-        if not (work / REFUSED).exists() or (work / REFUSED).read_text() == LEFT:
+        if notes.read(REFUSED) in (None, LEFT):
             raise
-    if (work / DIVERGED).exists():
-        raise DistillationDiverged((work / DIVERGED).read_text())
-    if (work / REFUSED).exists():
-        raise UserError((work / REFUSED).read_text())
+    if (said := notes.read(DIVERGED)) is not None:
+        raise DistillationDiverged(said)
+    if (said := notes.read(REFUSED)) is not None:
+        raise UserError(said)
+
+
+def _storage(config: Config, folder: Path) -> dict[str, Any]:
+    """Where Ray Train keeps what it notes about a run, as RunConfig takes it: where all nodes see it."""
+    remote = RunDir.of(config.run).remote
+    if remote is None:
+        return {"storage_path": str(folder)}
+    store = remote.mirror.store
+    return {
+        "storage_path": f"{store.root}/{folder.relative_to(remote.path).as_posix()}",
+        "storage_filesystem": store.filesystem,
+    }
 
 
 def _worker(loop: dict[str, Any]) -> None:
@@ -108,18 +131,19 @@ def _worker(loop: dict[str, Any]) -> None:
     starts the workers again; any other exception is a failure, after which they resume.
     """
     torch.set_num_threads(loop["cpus"])
-    work = Path(loop["work"])
+    space = Workspace(loop["packed"])
+    notes = Notes(space(loop["work"]), space.config)
     if ray.train.get_context().get_world_rank() == 0:
-        _note_group(work)
-    if (work / REFUSED).exists():
+        _note_group(notes)
+    if notes.read(REFUSED) is not None:
         return
     try:
-        loop["body"](unpack(loop["packed"]), loop["arguments"])
+        loop["body"](space, loop["arguments"])
     except DistillationDiverged as error:
         if ray.train.get_context().get_world_rank() == 0:
-            (work / DIVERGED).write_text(str(error))
+            notes.write(DIVERGED, str(error))
     except UserError as error:
-        (work / REFUSED).write_text(str(error))
+        notes.write(REFUSED, str(error))
         raise
 
 
@@ -135,46 +159,47 @@ def _check_room(stage: str, workers: int, gpus: float) -> None:
         )
 
 
-def _note_group(work: Path) -> None:
+def _note_group(notes: Notes) -> None:
     group = get_current_placement_group()
     if group is not None:
-        (work / GROUP).write_text(group.id.hex())
+        notes.write(GROUP, group.id.hex())
 
 
-def _noticing(work: Path, poll: Callable[[], None], again: Callable[[], None]) -> Callable[[], None]:
+def _noticing(notes: Notes, poll: Callable[[], None], again: Callable[[], None]) -> Callable[[], None]:
     """`poll`, and `again` before it where the workers hold another group of cores than before."""
-    known: str | None = None
+    known, looked = "", 0.0
 
     def look() -> None:
-        nonlocal known
-        now = (work / GROUP).read_text() if (work / GROUP).exists() else ""
-        if known and now and now != known:
-            again()
-        known = now or known
+        nonlocal known, looked
+        if notes.remote is None or time.monotonic() - looked > FOLLOW:
+            now, looked = notes.read(GROUP) or "", time.monotonic()
+            if known and now and now != known:
+                again()
+            known = now or known
         poll()
 
     return look
 
 
-def release(work: Path) -> None:
+def release(notes: Notes) -> None:
     """Give back the cores that workers of an earlier run in this folder may hold, and end them.
 
     Ray Train's own cleaner of what a lost run reserved asks Ray's state API, and dies where
     that fails, as it does in the Ray that we start.
     """
-    if (work / GROUP).exists():
-        found = ray.PlacementGroupID(bytes.fromhex((work / GROUP).read_text()))
+    if (said := notes.read(GROUP)) is not None:
+        found = ray.PlacementGroupID(bytes.fromhex(said))
         remove_placement_group(PlacementGroup(found))
-        (work / GROUP).unlink(missing_ok=True)
+        notes.remove(GROUP)
 
 
 def release_all(run: Path) -> None:
     """The same for all that is under way in a run's folder."""
     for note in run.glob(f".work/**/{GROUP}"):
-        release(note.parent)
+        release(Notes(note.parent))
 
 
-def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], work: Path) -> None:
+def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) -> None:
     """trainer.fit() in a thread, while this one polls.
 
     In the main thread Ray Train would take over Ctrl-C for good and end the process with status 0.
@@ -194,8 +219,8 @@ def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], work: Path) ->
             thread.join(POLL)
             poll()
     except GivenUp:
-        (work / REFUSED).write_text(LEFT)  # so that workers which Ray starts again end at once, and the run with them
-        release(work)
+        notes.write(REFUSED, LEFT)  # so that workers which Ray starts again end at once, and the run with them
+        release(notes)
         thread.join(LEAVING)
         raise
     if problem:

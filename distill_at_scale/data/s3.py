@@ -43,6 +43,7 @@ def connect(uri: str) -> tuple[Any, str]:
         options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password or "")}
     if not options.get("region") and not options.get("endpoint_override"):
         options["region"] = fs.resolve_s3_region(bucket)
+    options["allow_delayed_open"] = True  # a small file is stored by one request
     system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts))
     return system, f"{bucket}{unquote(parts.path)}".rstrip("/")
 

@@ -71,10 +71,11 @@ class Store:
     folder or bucket, or where it cannot be read, and UserError for an address that cannot be.
     """
 
-    def __init__(self, path: str, key: str = "data.path"):
+    def __init__(self, path: str, key: str = "data.path", must_exist: bool = True):
         self.path, self.key = path, key
         self.local = not is_uri(path) or path.startswith("file://")
-        self.check()
+        if must_exist:
+            self.check()
 
     def check(self) -> None:
         """Raises Unreachable unless the folder is there and can be read."""
@@ -162,10 +163,20 @@ class Store:
         return f"{base}/{file}" if file else base
 
     @property
+    def filesystem(self) -> Any:
+        """The pyarrow.fs.FileSystem behind a URI; None for a plain path."""
+        return self._fs
+
+    @property
+    def root(self) -> str:
+        """The folder in it."""
+        return self._root.rstrip("/")
+
+    @property
     def _named(self) -> str:
         return f"{self.key} = {shown(self.path)!r}"
 
-    def _public(self, reason: str) -> str:
+    def without_secrets(self, reason: str) -> str:
         """What another library says, without the address's credentials."""
         reason = reason.replace(self.path, shown(self.path))
         hidden = re.search(r"://(.*)@", self.path.partition("?")[0], re.DOTALL)
@@ -184,7 +195,7 @@ class Store:
         except OSError as error:
             raise self.refusal(error) from None
         except (ValueError, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{self._named} cannot be opened: {self._public(str(error))}") from None
+            raise UserError(f"{self._named} cannot be opened: {self.without_secrets(str(error))}") from None
 
     @property
     def _fs(self) -> Any:
@@ -265,7 +276,7 @@ class Store:
 
     def refusal(self, error: OSError) -> Unreachable:
         """What a user reads where the storage does not answer."""
-        reason = self._public(" ".join(str(error).split()))
+        reason = self.without_secrets(" ".join(str(error).split()))
         advice = "Check the permissions." if self.local else "Check the address, the credentials and the network."
         return Unreachable(f"{self._named} cannot be read: {reason}. {advice}")
 

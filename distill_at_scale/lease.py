@@ -1,0 +1,115 @@
+"""One command at a time in a run folder on object storage, by a file that names who works there and that beats.
+
+Who holds it is dead when the beat has not changed for STALE seconds of the watcher's own clock, or when its process is gone
+from this very machine. Object storage gives pyarrow no conditional write, so two commands that start within the same
+SETTLE seconds may both write; the one whose name is read afterwards stays, and the other is refused. Should a command be
+cut off for longer than STALE and another take over, it finds so at its next beat, and publishes no record any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from typing import Any
+
+from distill_at_scale.errors import UserError
+from distill_at_scale.mirror import Mirror
+
+NAME = ".lease.json"
+BEAT = 10.0  # seconds between two beats
+STALE = 45.0  # seconds without one, after which the holder is taken to be dead
+SETTLE = 1.0  # seconds between writing one's name and reading it back
+LOOK = 2.0  # seconds between two looks at another's beat
+
+
+class Lease:
+    """Held between `take` and `release`."""
+
+    def __init__(self, mirror: Mirror):
+        self.mirror, self.token, self.beats = mirror, uuid.uuid4().hex, 0
+        self._lost, self._done = False, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def take(self) -> None:
+        """Raises UserError where another command is at work in the folder."""
+        holder = self._read()
+        if holder is not None and not _is_dead(holder):
+            self._watch(holder)
+        self._write()
+        time.sleep(SETTLE)
+        if (self._read() or {}).get("token") != self.token:
+            raise UserError(self._taken(self._read()))
+        self._thread.start()
+
+    def release(self) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(UserError, OSError):
+            if (self._read() or {}).get("token") == self.token:
+                self.mirror.delete(NAME)
+
+    def check(self) -> None:
+        """Raises UserError where another command has taken the folder over."""
+        if self._lost or (self._read() or {}).get("token") != self.token:
+            raise UserError(f"{self._taken(self._read())} It took over while this one could not be seen to live.")
+
+    def _watch(self, holder: dict[str, Any]) -> None:
+        """Until the holder is seen to be dead; raises UserError as soon as it is seen to live."""
+        who, until = _name(holder), time.monotonic() + STALE
+        self.mirror.say(f"{self.mirror.place()}: waiting at most {STALE:.0f} s for a sign of life of {who}")
+        while time.monotonic() < until:
+            time.sleep(LOOK)
+            now = self._read()
+            if now is None:
+                return
+            if now != holder:
+                raise UserError(self._taken(now))
+        self.mirror.say(f"{who} gave none; taking over")
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT):
+            with contextlib.suppress(UserError, OSError):
+                holder = self._read()
+                if holder is not None and holder["token"] != self.token:
+                    self._lost = True
+                    return
+                self._write()
+
+    def _read(self) -> dict[str, Any] | None:
+        content = self.mirror.read(NAME)
+        try:
+            return json.loads(content) if content else None
+        except ValueError:
+            return None
+
+    def _write(self) -> None:
+        self.beats += 1
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "beat": self.beats}
+        self.mirror.write(NAME, json.dumps(holder).encode())
+
+    def _taken(self, holder: dict[str, Any] | None) -> str:
+        who = _name(holder) if holder else "another command"
+        return f"{who} is working in {self.mirror.place()}; wait for it, or choose another run.dir."
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder['pid']} on {holder['host']}"
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether it is a process of this machine that is gone."""
+    if holder["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

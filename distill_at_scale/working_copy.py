@@ -1,0 +1,135 @@
+"""The working copy of a run folder on object storage: brought up to date, held by one command, followed, and sealed.
+
+Two rules keep it honest: what the storage holds is right where the two differ, and a stage's record is stored after all
+that it names. What was computed here and never stored stays, and is stored with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from distill_at_scale.data.storage import shown
+from distill_at_scale.lease import Lease
+from distill_at_scale.mirror import UNFINISHED, Mirror, repeated
+
+IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
+LOCK = ".lock"
+
+
+class WorkingCopy:
+    """A mirror that knows of stages, and of who works in it."""
+
+    def __init__(self, mirror: Mirror):
+        self.mirror, self.lease = mirror, Lease(mirror)
+
+    @property
+    def path(self) -> Path:
+        return self.mirror.local
+
+    @property
+    def named(self) -> str:
+        """The folder's address without options and secrets."""
+        return shown(self.mirror.uri).partition("?")[0]
+
+    @contextlib.contextmanager
+    def held(self, lock: TextIO) -> Iterator[None]:
+        """By this command, which has locked the copy by the open file `lock`, and by no other on any machine.
+
+        Raises UserError where another command works in the folder, and Unreachable at the end where something could not be
+        stored.
+        """
+        self.lease = Lease(self.mirror)
+        lock.truncate(0)
+        lock.write(self.lease.token)
+        lock.flush()
+        try:
+            self.lease.take()
+            self._update(self._identity())
+            with self.mirror.following():
+                yield
+        finally:
+            self.lease.release()
+
+    def fetch(self) -> None:
+        """Bring the copy up to date, to be read; a command that is at work in it on this machine keeps it so by itself."""
+        self.mirror.make()
+        with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if found := self.mirror.read(IDENTITY):
+                self._update(found.decode())
+            else:
+                self.mirror.empty()
+
+    def seal(self) -> None:
+        """Store all that was published, before the record of a stage is.
+
+        Raises UserError where another command has taken the folder over.
+        """
+        self.mirror.push(gone=True)
+        self.lease.check()
+
+    def belong(self, identity: str) -> None:
+        """Begin anew where this is a copy of another folder that had the same address."""
+        own = self.path / IDENTITY
+        if not own.exists() or own.read_text() != identity:
+            self.mirror.empty()
+            own.write_text(identity)
+
+    def complete(self, stage: str) -> None:
+        """Make the output of a finished stage here what its record says."""
+        self.mirror.pull(f"stages/{stage}.json")
+        outputs = _record(self.path / "stages" / f"{stage}.json")["outputs"]
+        self.mirror.pull(*sorted({name.partition("/")[0] for name in outputs}), outputs=outputs)
+
+    @contextlib.contextmanager
+    def exchanged(self, *names: str) -> Iterator[None]:
+        """Store what was published here, and meanwhile and afterwards fetch what others leave in some files and folders."""
+        self.mirror.push()
+        with repeated(partial(self.mirror.pull, *names)):
+            yield
+        self.mirror.push(*names)
+        self.mirror.renew(*names)
+
+    def marks(self) -> dict[str, str]:
+        """What tells a process elsewhere whether it sees this very copy."""
+        held = {"token": (self.path / LOCK).read_text(), "identity": (self.path / IDENTITY).read_text()}
+        return {"root": str(self.path.resolve()), **held}
+
+    def _identity(self) -> str:
+        found = self.mirror.read(IDENTITY)
+        if found is None:
+            found = uuid.uuid4().hex.encode()
+            self.mirror.write(IDENTITY, found)
+        return found.decode()
+
+    def _update(self, identity: str) -> None:
+        self.belong(identity)
+        (self.path / "stages").mkdir(exist_ok=True)
+        self.mirror.renew("stages")
+        outputs: dict[str, Any] = {}
+        for path in sorted((self.path / "stages").glob("*.json")):
+            record = _record(path)
+            outputs |= record.get("outputs", {})
+            if record:  # what led to it may be left by a command that was killed in between
+                self.mirror.remove(work_name(record["stage"], record["fingerprint"]))
+        self.mirror.pull(outputs=outputs)
+
+
+def work_name(stage: str, fingerprint: str) -> str:
+    """The folder of a stage's unfinished work."""
+    return f"{UNFINISHED}/{stage}-{fingerprint[:16]}"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Empty where it is damaged, which whoever needs it is told of by `RunDir.record`."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

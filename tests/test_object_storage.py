@@ -1,0 +1,270 @@
+"""A whole run whose folder is on object storage: the same bytes as on a disk, whatever is refused or killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import Run, tiny_config
+
+from distill_at_scale import lease, mirror, synthetic
+from distill_at_scale.cli import export
+from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.scoring import proxy
+
+ARTEFACTS = (
+    "prepared/",
+    "scores.parquet",
+    "rejected.parquet",
+    "manifest.parquet",
+    "synthetic/",
+    "evaluation.json",
+    "proxies/",
+)
+TIMES = ("seconds", "card.json", "evaluation.json")  # files that hold how long something took
+BUCKETS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    monkeypatch.setattr(mirror, "FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture
+def bucket(s3):
+    name = f"runs-{next(BUCKETS)}"
+    s3.client.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def remote_run(s3, bucket, tmp_path):
+    """remote_run("a"): the run on the storage, as the machine "a" sees it."""
+
+    def make(machine="a", **overrides):
+        scratch = str(tmp_path / machine)
+        keys = {"run__scratch": scratch, "run__retry_seconds": 0.0, **overrides}
+        return Run(tiny_config(s3(f"{bucket}/run"), **keys))
+
+    return make
+
+
+def objects(s3, bucket):
+    """Content by name, without what stands for empty folders."""
+    listed = s3.client.list_objects_v2(Bucket=bucket).get("Contents", [])
+    keys = [o["Key"] for o in listed if not o["Key"].endswith("/")]
+    return {key.removeprefix("run/"): s3.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+def artefacts(files):
+    """Digest by name of what must be the same on every storage; of evaluation.json without the seconds."""
+    found = {}
+    for name, content in files.items():
+        if name == "evaluation.json":
+            rows = json.loads(content)["rows"]
+            content = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
+        if name.startswith(ARTEFACTS):
+            found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="session")
+def on_disk(digits_run):
+    files = (p for p in digits_run.dir.rglob("*") if p.is_file())
+    return artefacts({p.relative_to(digits_run.dir).as_posix(): p.read_bytes() for p in files})
+
+
+def test_a_run_on_object_storage_leaves_the_bytes_of_one_on_a_disk(remote_run, s3, bucket, on_disk):
+    run = remote_run()
+    run.pipeline.run()
+    found = objects(s3, bucket)
+    assert artefacts(found) == on_disk
+    assert {f"stages/{s}.json" for s in ("ingest", "score", "select", "distill", "evaluate", "report")} <= set(found)
+    assert {"report.html", "metrics.jsonl", "run.json"} <= set(found)
+    assert not [name for name in found if name.startswith(".work") or name == ".lease.json"]
+    again = remote_run("another machine")
+    again.pipeline.run()
+    assert "started" not in again.text
+    loaded = synthetic.load(s3(f"{bucket}/run"))
+    assert len(loaded.labels) == 3
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(which): uploads fail of whose number `which` says so; those of the lease do not count. Returns what failed."""
+
+    def make(which):
+        real, count, guard, failed = mirror.put, itertools.count(1), threading.Lock(), []
+
+        def put(system, path, content):
+            with guard:
+                fails = not path.endswith(lease.NAME) and which(next(count))
+            if fails:
+                failed.append(path)
+                raise OSError("503 SlowDown")
+            real(system, path, content)
+
+        monkeypatch.setattr(mirror, "put", put)
+        return failed
+
+    return make
+
+
+def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, on_disk, failing):
+    """Now and then one fails for good, and each time another machine goes on."""
+    failed = failing(lambda number: number % 23 == 0)
+    for machine in itertools.count():
+        try:
+            remote_run(f"machine {machine % 2}").pipeline.run()
+            break
+        except Unreachable:
+            assert machine < 20
+    assert len(failed) > 1
+    assert artefacts(objects(s3, bucket)) == on_disk
+
+
+@pytest.mark.chaos
+def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, failing, tmp_path):
+    """About two minutes on two cores."""
+    for number in itertools.count(1):
+        bucket = f"each-{number}"
+        s3.client.create_bucket(Bucket=bucket)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mirror, "put", mirror.put)
+            failed = failing(lambda this, number=number: this == number)
+            first, second = (
+                Run(tiny_config(s3(f"{bucket}/run"), run__scratch=str(tmp_path / m), run__retry_seconds=0.0))
+                for m in "ab"
+            )
+            with contextlib.suppress(Unreachable):
+                first.pipeline.run()
+            second.pipeline.run()
+        assert artefacts(objects(s3, bucket)) == on_disk, failed
+        if not failed:
+            break
+
+
+def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, on_disk, monkeypatch):
+    monkeypatch.setattr(mirror, "FOLLOW", 0.01)
+    run = remote_run("a")
+    real = run.pipeline.executor.score
+
+    def killed(config, prepared, checkpoints, chunks, pieces, advance):
+        real(config, prepared, checkpoints, chunks[:1], pieces, lambda rows: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.pipeline.executor, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("ingest", "score")
+    left = [name for name in objects(s3, bucket) if name.startswith(".work/score-")]
+    assert len([name for name in left if "/pieces/" in name]) == 1
+    assert len([name for name in left if "/proxies/" in name]) == 4
+    other = remote_run("b")
+    monkeypatch.setattr(proxy.Trial, "_epoch", None)  # all are there
+    other.stages("ingest", "score")
+    found = objects(s3, bucket)
+    assert artefacts(found)["scores.parquet"] == on_disk["scores.parquet"]
+    assert (
+        artefacts(found)["proxies/trial-00/epoch-000.safetensors"] == on_disk["proxies/trial-00/epoch-000.safetensors"]
+    )
+
+
+def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
+    """plan, validate and export, each on a machine of its own."""
+    remote_run("a").stages("ingest", "score", "select")
+    finished = remote_run("b").pipeline.forecast()
+    assert remote_run("c").pipeline.validate() == 0
+    assert finished is not None
+    assert {"plan.json", "validation.parquet"} <= set(objects(s3, bucket))
+    out = tmp_path / "kept.csv"
+    export(remote_run("d").config, [], [out])
+    assert len(out.read_text().splitlines()) > 3
+
+
+def test_a_stage_without_a_record_is_not_trusted(remote_run, s3, bucket):
+    remote_run().stages("ingest")
+    s3.client.delete_object(Bucket=bucket, Key="run/stages/ingest.json")
+    again = remote_run().stages("ingest")
+    assert "ingest: finished" in again.text
+
+
+def test_an_output_that_was_cut_short_is_refused(remote_run, s3, bucket):
+    remote_run().stages("ingest", "score")
+    key = "run/scores.parquet"
+    whole = s3.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    s3.client.put_object(Bucket=bucket, Key=key, Body=whole[:-1])
+    with pytest.raises(UserError, match=r"runs-\d+/run/scores\.parquet is not what was written"):
+        remote_run("b").stages("select")
+
+
+def test_a_new_run_at_an_old_address_takes_nothing_from_the_old_copy(remote_run, s3, bucket):
+    remote_run().stages("ingest")
+    for name in objects(s3, bucket):
+        s3.client.delete_object(Bucket=bucket, Key=f"run/{name}")
+    run = remote_run()
+    run.pipeline.dir.create()
+    with run.pipeline.dir.lock():
+        assert not (run.pipeline.dir / "prepared").exists()
+
+
+def test_a_second_command_is_refused(remote_run, monkeypatch):
+    """On another machine, as the holder's beat shows it to live."""
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "LOOK", 0.1)
+    first, second = remote_run("a").pipeline.dir, remote_run("b").pipeline.dir
+    first.create()
+    second.create()
+    with (
+        first.lock(),
+        pytest.raises(UserError, match=r"process \d+ on .* is working in s3://runs-\d+/run"),
+        second.lock(),
+    ):
+        pass
+    with second.lock():
+        pass
+
+
+def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
+    """At once where its process is gone from this machine, else when its beat has stood still."""
+    monkeypatch.setattr(lease, "LOOK", 0.01)
+    monkeypatch.setattr(lease, "STALE", 0.05)
+    run = remote_run()
+    folder, said = run.pipeline.dir, run.said
+    folder.create()
+    for host, waited in (("another host", True), (lease.socket.gethostname(), False)):
+        holder = {"host": host, "pid": 2**22 + 1, "token": "x", "beat": 1}
+        folder.remote.mirror.write(lease.NAME, json.dumps(holder).encode())
+        before = said.tell()
+        with folder.lock():
+            assert ("gave none; taking over" in said.getvalue()[before:]) == waited
+
+
+def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucket):
+    folder = remote_run().pipeline.dir
+    folder.create()
+    other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.lock())
+        folder.remote.mirror.write(lease.NAME, json.dumps(other).encode())
+        with pytest.raises(UserError, match="process 1 on another host is working"):
+            folder.complete("ingest", Inputs({}, {}), [], 0.0)
+    assert "stages/ingest.json" not in objects(s3, bucket)
+
+
+def test_what_needs_a_disk_says_so_before_anything_runs(remote_run, s3, bucket):
+    with pytest.raises(UserError, match=r"select\.keep: auto cannot work yet; set run\.dir"):
+        remote_run(select__keep="auto").pipeline.run()
+    assert objects(s3, bucket) == {}
+
+
+def test_a_run_on_a_disk_has_no_copy(tmp_path):
+    folder = RunDir.of(tiny_config(tmp_path / "run").run)
+    assert folder.remote is None
+    assert folder.path == Path(tmp_path / "run")

@@ -24,7 +24,7 @@ from jobs.faults.faults import FAULTS, Fault
 from jobs.faults.hosts import Command
 
 CONFIG = Path(__file__).with_name("config.yaml")
-LIMIT = 300  # seconds for a command after the fault; more counts as hanging
+LIMIT = 600  # seconds for a command, also on a busy machine; more counts as hanging
 PIECES, STEPS = 6, 20  # pieces (a unit of each of two actors) and steps (two checkpoints) that may be in flight
 PUBLISHED = ("pieces/[!.]*-0*.arrow", "pieces/chunk-*.parquet", "proxies/**/[!.]*.safetensors")
 UGLY = re.compile(r"Traceback \(most recent|\*\*\* SIG|^\[[^]]*\] [CEF] |^\(?ray::|\(raylet\)|StackTrace", re.MULTILINE)

@@ -17,8 +17,8 @@ import time
 import uuid
 from typing import Any
 
+from distill_at_scale.bucket import Bucket
 from distill_at_scale.errors import UserError
-from distill_at_scale.mirror import Mirror
 
 NAME = ".lease.json"
 BEAT = 10.0  # seconds between two beats
@@ -30,8 +30,8 @@ LOOK = 2.0  # seconds between two looks at another's beat
 class Lease:
     """Held between `take` and `release`."""
 
-    def __init__(self, mirror: Mirror):
-        self.mirror, self.token, self.beats = mirror, uuid.uuid4().hex, 0
+    def __init__(self, bucket: Bucket):
+        self.bucket, self.token, self.beats = bucket, uuid.uuid4().hex, 0
         self._lost, self._done = False, threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -52,7 +52,7 @@ class Lease:
             self._thread.join()
         with contextlib.suppress(UserError, OSError):
             if (self._read() or {}).get("token") == self.token:
-                self.mirror.delete(NAME)
+                self.bucket.delete(NAME)
 
     def check(self) -> None:
         """Raises UserError where another command has taken the folder over."""
@@ -62,7 +62,7 @@ class Lease:
     def _watch(self, holder: dict[str, Any]) -> None:
         """Until the holder is seen to be dead; raises UserError as soon as it is seen to live."""
         who, until = _name(holder), time.monotonic() + STALE
-        self.mirror.say(f"{self.mirror.place()}: waiting at most {STALE:.0f} s for a sign of life of {who}")
+        self.bucket.say(f"{self.bucket.place()}: waiting at most {STALE:.0f} s for a sign of life of {who}")
         while time.monotonic() < until:
             time.sleep(LOOK)
             now = self._read()
@@ -70,7 +70,7 @@ class Lease:
                 return
             if now != holder:
                 raise UserError(self._taken(now))
-        self.mirror.say(f"{who} gave none; taking over")
+        self.bucket.say(f"{who} gave none; taking over")
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
@@ -82,7 +82,7 @@ class Lease:
                 self._write()
 
     def _read(self) -> dict[str, Any] | None:
-        content = self.mirror.read(NAME)
+        content = self.bucket.read(NAME)
         try:
             return json.loads(content) if content else None
         except ValueError:
@@ -91,11 +91,11 @@ class Lease:
     def _write(self) -> None:
         self.beats += 1
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "beat": self.beats}
-        self.mirror.write(NAME, json.dumps(holder).encode())
+        self.bucket.write(NAME, json.dumps(holder).encode())
 
     def _taken(self, holder: dict[str, Any] | None) -> str:
         who = _name(holder) if holder else "another command"
-        return f"{who} is working in {self.mirror.place()}; wait for it, or choose another run.dir."
+        return f"{who} is working in {self.bucket.place()}; wait for it, or choose another run.dir."
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -1,9 +1,8 @@
-"""A folder on object storage (`s3://…`, `gs://…`), and the working copy of it on a disk of this machine.
+"""The working copy, on a disk of this machine, of a folder on object storage.
 
 As rsync does, a file counts as the same where size and time are: what was fetched or stored carries the storage's time.
-Storing relies on no rename: a file is one object, which the storage shows whole or not at all. Names are POSIX paths below
-the folder; hidden ones are half-written and stay here, but for those in `.work`. Left out: who may work in the folder
-(`lease.py`), and what of it is finished (`rundir.py`).
+Hidden files are half-written and stay here, but for those in `.work`. Left out: how single files travel (`bucket.py`), who may
+work in the folder (`lease.py`), and what of it is finished (`working_copy.py`).
 """
 
 from __future__ import annotations
@@ -12,42 +11,25 @@ import contextlib
 import hashlib
 import mmap
 import os
-import re
 import shutil
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pyarrow import fs
-
-from distill_at_scale.data.storage import Store, is_uri, shown
+from distill_at_scale.bucket import Bucket, Say
+from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import Unreachable, UserError
 
-T = TypeVar("T")
 AT_ONCE = 8  # transfers side by side
-BLOCK = 8 * 2**20  # bytes, of a file that is fetched
 MAPPED = 64 * 2**20  # bytes; larger files are stored from the page cache, and are never changed in place
 FOLLOW = 5.0  # seconds between two looks at what was published here
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds before a refused request is made again; doubled each time
 PATIENCE = 30.0  # seconds, where no configuration says how long
 UNFINISHED = ".work"
-REFUSED_FOR_GOOD = re.compile(
-    r"ACCESS_DENIED|AccessDenied|NO_SUCH_BUCKET|NoSuchBucket|INVALID_ACCESS_KEY|InvalidAccessKey|"
-    r"SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch|PERMISSION_DENIED|UNAUTHENTICATED"
-)
-
-Say = Callable[[str], None]
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a folder is on object storage."""
-    return is_uri(str(path)) and not str(path).startswith("file://")
 
 
 def scratch_of(uri: str, scratch: str | None = None) -> Path:
@@ -65,20 +47,12 @@ def fetched(uri: str, name: str) -> Path:
 
 
 class Mirror:
-    """The working copy `local` of the folder `uri`.
-
-    What the storage refuses is tried again for `patience` seconds, and then is Unreachable, which says what it was.
-    """
+    """The working copy `local` of the folder `uri`; `patience` and `say` are those of `Bucket`."""
 
     def __init__(self, uri: str, local: Path, patience: float, say: Say = lambda text: None):
-        self.uri, self.local, self.patience, self.say = uri, local, patience, say
+        self.bucket, self.local = Bucket(uri, patience, say), local
         self._known: dict[str, tuple[int, int]] = {}  # files that are the same here and there: size, time in ns
         self._guard = threading.RLock()
-        self._hurry = threading.Event()  # the command ends: nothing is waited for any more
-
-    @cached_property
-    def store(self) -> Store:
-        return Store(self.uri, "run.dir", must_exist=False)
 
     def make(self) -> None:
         """The folder of the working copy, which nobody else can look into.
@@ -89,31 +63,6 @@ class Mirror:
         if self.local.parent.stat().st_uid not in (os.getuid(), 0):
             raise UserError(f"{self.local.parent} belongs to another user; set run.scratch to a folder of your own")
         self.local.chmod(0o700)
-
-    def place(self, name: str = "") -> str:
-        """A file's address, for messages."""
-        return self.store.place(name)
-
-    def read(self, name: str) -> bytes | None:
-        """A small file, straight from the storage; None where there is none."""
-
-        def content() -> bytes:
-            with self.store.filesystem.open_input_stream(self._path(name)) as stream:
-                return stream.read()
-
-        try:
-            return self._tried(f"reading {name}", content)
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, content: bytes) -> None:
-        """A small file, straight to the storage."""
-        self._tried(f"storing {name}", lambda: put(self.store.filesystem, self._path(name), content))
-
-    def delete(self, name: str) -> None:
-        """A file, straight from the storage; that there is none is no error."""
-        with contextlib.suppress(FileNotFoundError):
-            self._tried(f"removing {name}", partial(self.store.filesystem.delete_file, self._path(name)))
 
     def holds(self, name: str) -> bool:
         """Whether there is a file or folder of this name."""
@@ -132,7 +81,7 @@ class Mirror:
                 expected = (outputs or {}).get(name)
                 if expected and _sha256(self.local / name) != expected["sha256"]:
                     raise UserError(
-                        f"{self.place(name)} is not what was written; remove the record of its stage in stages/"
+                        f"{self.bucket.place(name)} is not what was written; remove the record of its stage in stages/"
                     )
 
     def renew(self, *names: str) -> None:
@@ -163,15 +112,14 @@ class Mirror:
             here = self._here(names)
             lost = [name for name in list(self._known) if name not in here and _below(name, names)]
             for name in {self._highest_gone(name) for name in lost}:
-                self._remove_there(name)
+                self.bucket.delete(name)
             for name in lost:
                 self._known.pop(name, None)
 
     def remove(self, name: str) -> None:
         """A folder and what is in it, here and there."""
         shutil.rmtree(self.local / name, ignore_errors=True)
-        if self.holds(name):
-            self._remove_there(name)
+        self.bucket.delete(name)
 
     def empty(self) -> None:
         """Make the working copy anew, but for hidden files, such as the one that locks it."""
@@ -191,7 +139,7 @@ class Mirror:
             try:
                 yield
             except BaseException:
-                self._hurry.set()
+                self.bucket.hurry.set()
                 with contextlib.suppress(UserError, OSError):
                     self.push(*names)
                 raise
@@ -202,32 +150,9 @@ class Mirror:
         above = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
         return next((folder for folder in above if not (self.local / folder).exists()), name)
 
-    def _remove_there(self, name: str) -> None:
-        system = self.store.filesystem
-        kind = self._tried("looking", partial(system.get_file_info, self._path(name))).type
-        if kind == fs.FileType.Directory:
-            with contextlib.suppress(FileNotFoundError):
-                self._tried(f"removing {name}", partial(system.delete_dir, self._path(name)))
-        elif kind == fs.FileType.File:
-            self.delete(name)
-
-    def _path(self, name: str) -> str:
-        return f"{self.store.root}/{name}" if name else self.store.root
-
     def _listed(self, names: tuple[str, ...]) -> dict[str, Any]:
         """What is there, by name: pyarrow.fs.FileInfo."""
-        found: dict[str, Any] = {}
-        for name in names or ("",):
-            found |= {n: info for n, info in self._tried("listing", partial(self._infos, name)) if _visible(n)}
-        return found
-
-    def _infos(self, name: str) -> list[tuple[str, Any]]:
-        system, start = self.store.filesystem, len(self.store.root) + 1
-        info = system.get_file_info(self._path(name))
-        if info.type == fs.FileType.File:
-            return [(name, info)]
-        infos = system.get_file_info(fs.FileSelector(self._path(name), recursive=True, allow_not_found=True))
-        return [(info.path[start:], info) for info in infos if info.type == fs.FileType.File]
+        return {name: info for name, info in self.bucket.listed(*names).items() if _visible(name)}
 
     def _here(self, names: tuple[str, ...]) -> dict[str, os.stat_result]:
         """What is published here, by name."""
@@ -264,13 +189,8 @@ class Mirror:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
-        def copy() -> None:
-            with self.store.filesystem.open_input_stream(self._path(name)) as stream, open(temporary, "wb") as out:
-                while block := stream.read(BLOCK):
-                    out.write(block)
-
         try:
-            self._tried(f"fetching {name}", copy)
+            self.bucket.fetch(name, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
             with self._guard:
                 if not self._changed(name):
@@ -290,39 +210,10 @@ class Mirror:
     def _store(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), open(self.local / name, "rb") as handle:
             content = _content(handle)
-            self._tried(f"storing {name}", lambda: put(self.store.filesystem, self._path(name), content))
-            info = self._tried(f"storing {name}", lambda: self.store.filesystem.get_file_info(self._path(name)))
+            time = self.bucket.write(name, content)
             with self._guard:
-                os.utime(
-                    handle.fileno(), ns=(info.mtime_ns, info.mtime_ns)
-                )  # of what was stored, if it was replaced since
+                os.utime(handle.fileno(), ns=(time, time))  # of what was stored, should it be replaced by now
                 self._known[name] = len(content), os.fstat(handle.fileno()).st_mtime_ns
-
-    def _tried(self, what: str, request: Callable[[], T]) -> T:
-        """A request that is made again while the storage refuses it for a while.
-
-        Raises FileNotFoundError where there is no such file, and Unreachable.
-        """
-        until, pause = time.monotonic() + self.patience, FIRST_PAUSE
-        while True:
-            try:
-                return request()
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                reason = self.store.without_secrets(" ".join(str(error).split()))
-                left = until - time.monotonic()
-                if left <= 0 or self._hurry.is_set() or REFUSED_FOR_GOOD.search(reason):
-                    raise Unreachable(self._refusal(what, reason)) from None
-            self.say(f"  {self.place()} refuses {what} ({reason}); it is tried again for {left:.0f} s more")
-            self._hurry.wait(min(pause, left))
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _refusal(self, what: str, reason: str) -> str:
-        return (
-            f"run.dir = {shown(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, and "
-            "give the same command again; what is stored is kept (run.retry_seconds says how long a refusal is waited for)"
-        )
 
 
 @contextlib.contextmanager
@@ -342,20 +233,6 @@ def repeated(action: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:
-    """One object, which appears whole or not at all: pyarrow's stream completes whatever it was given when it is closed, so
-    all is given at once, and nothing that can fail comes between.
-
-    Raises OSError where it is refused, or is not there whole afterwards.
-    """
-    stream = filesystem.open_output_stream(path)
-    stream.write(content)
-    stream.close()
-    size = filesystem.get_file_info(path).size
-    if size != len(content):
-        raise OSError(f"{path} has {size} bytes after {len(content)} were stored")
 
 
 def _content(handle: Any) -> bytes | mmap.mmap:

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_at_scale.bucket import Say, is_remote
 from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import UserError
-from distill_at_scale.mirror import Mirror, Say, is_remote, scratch_of
+from distill_at_scale.mirror import Mirror, scratch_of
 from distill_at_scale.sections import RunSection
 from distill_at_scale.working_copy import LOCK, WorkingCopy, work_name
 

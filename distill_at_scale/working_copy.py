@@ -27,7 +27,7 @@ class WorkingCopy:
     """A mirror that knows of stages, and of who works in it."""
 
     def __init__(self, mirror: Mirror):
-        self.mirror, self.lease = mirror, Lease(mirror)
+        self.mirror, self.lease = mirror, Lease(mirror.bucket)
 
     @property
     def path(self) -> Path:
@@ -36,7 +36,7 @@ class WorkingCopy:
     @property
     def named(self) -> str:
         """The folder's address without options and secrets."""
-        return shown(self.mirror.uri).partition("?")[0]
+        return shown(self.mirror.bucket.uri).partition("?")[0]
 
     @contextlib.contextmanager
     def held(self, lock: TextIO) -> Iterator[None]:
@@ -45,7 +45,7 @@ class WorkingCopy:
         Raises UserError where another command works in the folder, and Unreachable at the end where something could not be
         stored.
         """
-        self.lease = Lease(self.mirror)
+        self.lease = Lease(self.mirror.bucket)
         lock.truncate(0)
         lock.write(self.lease.token)
         lock.flush()
@@ -62,7 +62,7 @@ class WorkingCopy:
         self.mirror.make()
         with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if found := self.mirror.read(IDENTITY):
+            if found := self.mirror.bucket.read(IDENTITY):
                 self._update(found.decode())
             else:
                 self.mirror.empty()
@@ -103,10 +103,10 @@ class WorkingCopy:
         return {"root": str(self.path.resolve()), **held}
 
     def _identity(self) -> str:
-        found = self.mirror.read(IDENTITY)
+        found = self.mirror.bucket.read(IDENTITY)
         if found is None:
             found = uuid.uuid4().hex.encode()
-            self.mirror.write(IDENTITY, found)
+            self.mirror.bucket.write(IDENTITY, found)
         return found.decode()
 
     def _update(self, identity: str) -> None:

@@ -21,6 +21,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
     {"architectures", "architectures1d", "architectures3d"},
     {
         "data",
+        "bucket",
         "mirror",
         "lease",
         "working_copy",

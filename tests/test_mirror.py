@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from distill_at_scale import mirror as mirrors
+from distill_at_scale import bucket
 from distill_at_scale.errors import Unreachable, UserError
 from distill_at_scale.mirror import Mirror, scratch_of
 
@@ -61,8 +61,8 @@ def test_only_what_differs_travels(copies, monkeypatch):
     b.pull()
     fetched, stored = [], []
     monkeypatch.setattr(Mirror, "_fetch", lambda self, name, info: fetched.append(name) or name)
-    monkeypatch.setattr(mirrors, "put", lambda system, path, content: stored.append(path))
-    Mirror(b.uri, b.local, 0.0).pull()
+    monkeypatch.setattr(bucket, "put", lambda system, path, content: stored.append(path))
+    Mirror(b.bucket.uri, b.local, 0.0).pull()
     b.push()
     assert fetched == stored == []
     write(b, "two", "3")
@@ -152,25 +152,25 @@ def test_an_upload_that_is_cut_off_is_never_seen(place, s3, tmp_path, size, shar
         broken.push()
     del broken
     gc.collect()
-    assert whole.read("large") is None
+    assert whole.bucket.read("large") is None
     assert not whole.holds("large")
 
 
 def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
     a, _ = copies
     said, refusals = [], iter([OSError("503 SlowDown"), OSError("503 SlowDown")])
-    a.patience, a.say, real = 60.0, said.append, mirrors.put
+    a.bucket.patience, a.bucket.say, real = 60.0, said.append, bucket.put
 
     def refusing(*arguments):
         for error in refusals:
             raise error
         real(*arguments)
 
-    monkeypatch.setattr(mirrors, "put", refusing)
-    monkeypatch.setattr(mirrors, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(bucket, "put", refusing)
+    monkeypatch.setattr(bucket, "FIRST_PAUSE", 0.0)
     write(a, "one", "1")
     a.push()
-    assert a.read("one") == b"1"
+    assert a.bucket.read("one") == b"1"
     assert len(said) == 2
     assert "refuses storing one (503 SlowDown)" in said[0]
 
@@ -189,9 +189,9 @@ def test_what_goes_together_is_stored_in_the_order_in_which_it_was_published(cop
 
 def test_an_interrupted_command_does_not_wait_for_a_storage_that_refuses(copies, monkeypatch):
     a, _ = copies
-    a.patience, pauses = 3600.0, []
-    monkeypatch.setattr(mirrors, "put", lambda *arguments: (_ for _ in ()).throw(OSError("503 SlowDown")))
-    monkeypatch.setattr(a._hurry, "wait", pauses.append)
+    a.bucket.patience, pauses = 3600.0, []
+    monkeypatch.setattr(bucket, "put", lambda *arguments: (_ for _ in ()).throw(OSError("503 SlowDown")))
+    monkeypatch.setattr(a.bucket.hurry, "wait", pauses.append)
     write(a, "one", "1")
     with pytest.raises(KeyboardInterrupt), a.following():
         raise KeyboardInterrupt
@@ -201,13 +201,13 @@ def test_an_interrupted_command_does_not_wait_for_a_storage_that_refuses(copies,
 def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):
     nowhere = Mirror(s3("no-such-bucket/run"), tmp_path, 600.0)
     with pytest.raises(Unreachable, match=r"run\.dir = .*storing one failed"):
-        nowhere.write("one", b"1")
+        nowhere.bucket.write("one", b"1")
 
 
 def test_secrets_are_not_in_messages(s3, tmp_path):
     uri = s3("no-such-bucket/run").replace("s3://", "s3://someone:verysecretword@")
     with pytest.raises(Unreachable) as error:
-        Mirror(uri, tmp_path, 0.0).write("one", b"1")
+        Mirror(uri, tmp_path, 0.0).bucket.write("one", b"1")
     assert "verysecretword" not in str(error.value)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Run, tiny_config
 
+from distill_at_scale import bucket as bucket_module
 from distill_at_scale import lease, mirror, synthetic
 from distill_at_scale.cli import export
 from distill_at_scale.errors import Unreachable, UserError
@@ -34,7 +35,7 @@ BUCKETS = itertools.count()
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "SETTLE", 0.0)
-    monkeypatch.setattr(mirror, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(bucket_module, "FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def failing(monkeypatch):
     """failing(which): uploads fail of whose number `which` says so; those of the lease do not count. Returns what failed."""
 
     def make(which):
-        real, count, guard, failed = mirror.put, itertools.count(1), threading.Lock(), []
+        real, count, guard, failed = bucket_module.put, itertools.count(1), threading.Lock(), []
 
         def put(system, path, content):
             with guard:
@@ -111,7 +112,7 @@ def failing(monkeypatch):
                 raise OSError("503 SlowDown")
             real(system, path, content)
 
-        monkeypatch.setattr(mirror, "put", put)
+        monkeypatch.setattr(bucket_module, "put", put)
         return failed
 
     return make
@@ -137,7 +138,7 @@ def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, fa
         bucket = f"each-{number}"
         s3.client.create_bucket(Bucket=bucket)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mirror, "put", mirror.put)
+            patch.setattr(bucket_module, "put", bucket_module.put)
             failed = failing(lambda this, number=number: this == number)
             first, second = (
                 Run(tiny_config(s3(f"{bucket}/run"), run__scratch=str(tmp_path / m), run__retry_seconds=0.0))
@@ -240,7 +241,7 @@ def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
     folder.create()
     for host, waited in (("another host", True), (lease.socket.gethostname(), False)):
         holder = {"host": host, "pid": 2**22 + 1, "token": "x", "beat": 1}
-        folder.remote.mirror.write(lease.NAME, json.dumps(holder).encode())
+        folder.remote.mirror.bucket.write(lease.NAME, json.dumps(holder).encode())
         before = said.tell()
         with folder.lock():
             assert ("gave none; taking over" in said.getvalue()[before:]) == waited
@@ -252,7 +253,7 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
     other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
     with contextlib.ExitStack() as stack:
         stack.enter_context(folder.lock())
-        folder.remote.mirror.write(lease.NAME, json.dumps(other).encode())
+        folder.remote.mirror.bucket.write(lease.NAME, json.dumps(other).encode())
         with pytest.raises(UserError, match="process 1 on another host is working"):
             folder.complete("ingest", Inputs({}, {}), [], 0.0)
     assert "stages/ingest.json" not in objects(s3, bucket)

@@ -117,7 +117,7 @@ def _storage(config: Config, folder: Path) -> dict[str, Any]:
     remote = RunDir.of(config.run).remote
     if remote is None:
         return {"storage_path": str(folder)}
-    store = remote.mirror.store
+    store = remote.mirror.bucket.store
     return {
         "storage_path": f"{store.root}/{folder.relative_to(remote.path).as_posix()}",
         "storage_filesystem": store.filesystem,

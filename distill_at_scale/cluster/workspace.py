@@ -90,13 +90,13 @@ class Notes:
 
     def read(self, name: str) -> str | None:
         if self.remote:
-            found = self.remote.mirror.read(self._name(name))
+            found = self.remote.mirror.bucket.read(self._name(name))
             return None if found is None else found.decode()
         return (self.work / name).read_text() if (self.work / name).exists() else None
 
     def write(self, name: str, text: str) -> None:
         if self.remote:
-            self.remote.mirror.write(self._name(name), text.encode())
+            self.remote.mirror.bucket.write(self._name(name), text.encode())
         else:
             (self.work / name).write_text(text)
 
@@ -104,7 +104,7 @@ class Notes:
         for name in names:
             (self.work / name).unlink(missing_ok=True)
             if self.remote:
-                self.remote.mirror.delete(self._name(name))
+                self.remote.mirror.bucket.delete(self._name(name))
 
     def _name(self, name: str) -> str:
         assert self.remote is not None

@@ -93,7 +93,7 @@ def check(config: Config, prepared: Classes, kept_per_class: list[int]) -> None:
             raise UserError(too_few(name, kept, config.distill.ipc))
     if config.distill.evaluate_every:
         evaluate.need_test_split(prepared)
-    if config.distill.workers > len(names) and backend_class(config).parallel == "classes":
+    if config.distill.most_workers > len(names) and backend_class(config).parallel == "classes":
         raise UserError(
             f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}"
         )

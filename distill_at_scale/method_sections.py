@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill_at_scale.sections import LARGEST_RATE, Section
 
@@ -157,7 +157,7 @@ class DistillSection(Section):
     method: str = "dc"
     ipc: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)  # default: the method's own
-    workers: int = Field(1, ge=1)
+    workers: int | list[int] = 1  # or [least, most]: as many as find room, fewer or more when that changes
     seed: int | None = Field(None, ge=0)  # default run.seed; another one repeats the distillation from the same scores
     network: str = "convnet"
     width: int = Field(128, ge=1)
@@ -174,3 +174,19 @@ class DistillSection(Section):
     sre2l: RecoverSection = RecoverSection()
     rded: PatchSection = PatchSection()
     options: dict[str, Any] = Field({})  # for a method of your own (package.module:Object)
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_fit(cls, value: Any) -> Any:
+        bounds = value if isinstance(value, list) and len(value) == 2 else [value, value]
+        if not all(type(bound) is int for bound in bounds) or not 1 <= bounds[0] <= bounds[1]:
+            raise ValueError("it should be a number from 1 on, or [least, most] with 1 <= least <= most")
+        return value
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]

@@ -254,6 +254,7 @@ class TrackSection(Section):
 class ClusterSection(Section):
     address: str | None = None  # null: start Ray here; "none": every stage in this process; else a running cluster
     gpus_per_worker: float = Field(0, ge=0)
+    grows: bool = False  # an autoscaler adds nodes when work waits: what finds no room yet is no error
     actors: int | None = Field(None, ge=1)  # default: as many as the cluster's cores (or GPUs) allow
     max_failures: int = Field(3, ge=0)
     object_store_mb: int | None = Field(None, ge=80)

@@ -29,7 +29,7 @@ class RayExecutor:
         Raises UserError where there is none, or where it lacks the GPUs that a worker is to have.
         """
         self.session, self.say = Session(config.cluster, say), say
-        check_gpus(config.cluster.gpus_per_worker)
+        check_gpus(config.cluster)
         self.sharing = sharing
         self.note: Note = ignore
 

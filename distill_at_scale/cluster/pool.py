@@ -18,6 +18,7 @@ from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.observe.events import Event, Note, at_once, ignore, measured
+from distill_at_scale.sections import ClusterSection
 
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
@@ -172,13 +173,13 @@ def cores_each(tasks: int) -> int:
     return each
 
 
-def check_gpus(share: float) -> None:
+def check_gpus(cluster: ClusterSection) -> None:
     """Raises UserError where no node has the GPUs that one worker or actor asks for; Ray would wait for ever."""
-    most = max(_per_node("GPU"), default=0)
-    if share > most:
+    share, most = cluster.gpus_per_worker, max(_per_node("GPU"), default=0)
+    if share > most and not cluster.grows:
         raise UserError(
             f"cluster.gpus_per_worker = {share:g}, but the largest node of this cluster has {most} GPUs; "
-            "lower it (0 runs on CPUs)"
+            "lower it (0 runs on CPUs), or set cluster.grows=true where an autoscaler adds them"
         )
 
 

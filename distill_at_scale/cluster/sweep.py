@@ -60,7 +60,7 @@ class TunedTrials:
         return RayExecutor(self.config, lambda text: None)
 
     def check(self, config: Config) -> None:
-        check_gpus(config.cluster.gpus_per_worker)
+        check_gpus(config.cluster)
         concurrency(config)
 
     def run(self, config: Config, attempts: Sequence[Attempt], body: Body, done: Done) -> None:
@@ -101,18 +101,18 @@ def concurrency(config: Config) -> int:
 
     Raises UserError where the cluster cannot hold them.
     """
-    workers, share, have = config.distill.workers, config.cluster.gpus_per_worker, cores()
+    workers, share, have = config.distill.fewest_workers, config.cluster.gpus_per_worker, cores()
     gpus = ray.cluster_resources().get("GPU", 0)
     room = min(have // workers, int(gpus / (workers * share)) if share else have)
     asked = config.sweep.concurrent or 1
-    if asked > room:
+    if asked > room and not config.cluster.grows:
         what = f"{gpus:g} GPUs" if have // workers >= asked else f"{have} cores"
         raise UserError(
-            f"{asked} {'trial' if asked == 1 else 'trials'} at a time with distill.workers = {workers} "
+            f"{asked} {'trial' if asked == 1 else 'trials'} at a time with distill.workers = {config.distill.workers} "
             f"{f'and cluster.gpus_per_worker = {share:g} ' if share else ''}do not fit on the cluster's {what}; "
             f"lower {'sweep.concurrent' if asked > 1 and room else 'distill.workers'}"
         )
-    return config.sweep.concurrent or room
+    return config.sweep.concurrent or max(1, room)
 
 
 class _Stops:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ LEFT = "given up"  # what the latter says where the driver ends the run
 GROUP = "placement_group.txt"  # note of what the workers hold
 LEAVING = 120  # seconds that a run which was given up may take to end
 POLL = 0.3  # seconds between two looks at the log
+RESIZE = 60.0  # seconds between two looks for room for more workers
 
 
 def run(config: Config, places: Places, report: Report, sharing: int, say: Callable[[str], None]) -> None:
-    """Distil with `distill.workers` workers, beside `sharing` - 1 other distillations.
+    """Distil with `distill.workers` workers, or as many between its two numbers as find room, beside `sharing` - 1 other
+    distillations.
 
     Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
     """
@@ -67,7 +69,7 @@ def fit(
     stage: str,
     body: Body,
     config: Config,
-    workers: int,
+    workers: int | Sequence[int],
     arguments: dict[str, Any],
     work: Path,
     poll: Callable[[], None],
@@ -77,12 +79,20 @@ def fit(
     """Run `body(workspace, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile, and
     `again` whenever lost workers were started again.
 
+    `workers` is their number, or the least and the most: then as many as find room start, with one core each, so that what
+    they compute depends on their number alone; when nodes are lost or join, fewer or more go on from the body's checkpoint.
+
     Raises UserError where they cannot be placed, and what a user must mend as it was raised. Where `poll` raises GivenUp the
     workers end before that is raised here.
     """
     gpus = config.cluster.gpus_per_worker
-    _check_room(stage, workers, gpus)
-    cpus = cores_each(workers * sharing)
+    if isinstance(workers, int):
+        _check_room(stage, workers, config)
+        number, cpus = workers, cores_each(workers * sharing)
+    else:
+        least, most = workers
+        _check_room(stage, least, config)
+        number, cpus = (least, most), 1
     work.mkdir(parents=True, exist_ok=True)
     notes = Notes(work, config)
     release(notes)
@@ -93,7 +103,12 @@ def fit(
         _worker,
         train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=number,
+            use_gpu=gpus > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE,
+        ),
         run_config=RunConfig(
             name=stage,
             **_storage(config, work / "ray"),
@@ -147,8 +162,10 @@ def _worker(loop: dict[str, Any]) -> None:
         raise
 
 
-def _check_room(stage: str, workers: int, gpus: float) -> None:
-    have = ray.cluster_resources()
+def _check_room(stage: str, workers: int, config: Config) -> None:
+    if config.cluster.grows:
+        return
+    have, gpus = ray.cluster_resources(), config.cluster.gpus_per_worker
     if workers > cores():
         raise UserError(
             f"{stage}.workers = {workers} needs as many cores, the cluster has {cores()}; lower {stage}.workers"

@@ -100,7 +100,7 @@ class WarmPool:
     def _connect(self) -> None:
         if self._session is None:
             self._session = Session(self.config.cluster, self.say)
-            check_gpus(self.config.cluster.gpus_per_worker)
+            check_gpus(self.config.cluster)
             self._size = actor_count(self.config, self.config.cluster.gpus_per_worker)
 
     def _free_actor(self) -> Any:

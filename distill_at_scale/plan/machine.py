@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,13 @@ class Layout:
         if self.alone:
             return Spread(1, torch.get_num_threads())
         return Spread(count, max(1, self.machine.cores // count))
+
+    def group(self, least: int, most: int) -> Spread:
+        """The same, where as many work together as find room: one core each, and a GPU share where they have one."""
+        if self.alone or self.remote or least == most:
+            return self.workers(most)
+        places = self._places(gpu=True) if self.config.cluster.gpus_per_worker else self.machine.cores
+        return replace(self.workers(max(least, min(most, places))), threads=1)
 
     def machines(self, workers: int) -> int:
         """Machines that are paid for: this one, or on a cluster one for each worker."""

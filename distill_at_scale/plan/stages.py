@@ -110,7 +110,7 @@ class Planner:
 
     def distill(self) -> Estimate:
         facts, wanted, device = self.facts, self.config.distill, self.layout.device
-        spread = self.layout.workers(wanted.workers)
+        spread = self.layout.group(wanted.fewest_workers, wanted.most_workers)
         with tempfile.TemporaryDirectory() as folder:
             workers = spread.side_by_side
             found = Stopwatch(self.config, facts, device, workers, Path(folder)).measure()

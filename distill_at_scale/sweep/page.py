@@ -110,8 +110,9 @@ def _times(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
 
 def _devices(config: Config) -> dict[str, Any]:
     """What an hour of a trial takes: GPUs where workers have some, else workers."""
-    gpus = config.distill.workers * config.cluster.gpus_per_worker
-    return {"count": gpus, "name": "GPU"} if gpus else {"count": config.distill.workers, "name": "Worker"}
+    workers = config.distill.most_workers
+    gpus = workers * config.cluster.gpus_per_worker
+    return {"count": gpus, "name": "GPU"} if gpus else {"count": workers, "name": "Worker"}
 
 
 def _table(found: Sequence[Configuration], ours: Sequence[Configuration], best: Recommendation | None,

@@ -32,8 +32,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def write_piece(folder: Path, rows: pa.Table) -> Path:
+    path = folder.with_name(f"{rows['sample_id'][0]}.arrow")
+    with pa.ipc.new_file(str(path), rows.schema) as writer:
+        writer.write_table(sorted_by_class(rows))
+    return path
+
+
 def merged(table: pa.Table, folder: Path, threads: int) -> dict[str, bytes]:
-    pieces = [sorted_by_class(table.slice(i, PIECE)) for i in range(0, table.num_rows, PIECE)]
+    pieces = [write_piece(folder, table.slice(i, PIECE)) for i in range(0, table.num_rows, PIECE)]
     merge.write(folder, pieces, *merge.order_of(pieces), GROUP, threads)
     return files(folder)
 

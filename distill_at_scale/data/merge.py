@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from distill_at_scale.rundir import publish
 from distill_at_scale.sections import DataSection
 
 SPAN_BYTES = 32 * 2**20  # of images in the memory of one thread at once
+MOST_OPEN = 16_384  # pieces that stay mapped; Linux allows a process some 65,000
 MOST_THREADS = 16  # shards that are written side by side; bounds the memory
 SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique within its split only
 
@@ -56,16 +58,16 @@ def merge(
     with publish(prepared) as temporary:
         temporary.mkdir()
         for split, listing in plan.listings.items():
-            tables = [mapped(piece_path(pieces, split, i)) for i in range(-(-listing.num_rows // data.chunk))]
-            labels, order = order_of(tables)
-            decoders = sum(map(_decoders, tables), decoders)
+            paths = [piece_path(pieces, split, i) for i in range(-(-listing.num_rows // data.chunk))]
+            labels, order = order_of(paths)
+            decoders = sum(map(_decoders, paths), decoders)
             counts[split] = np.bincount(labels, minlength=len(plan.class_names)).tolist()
             if split == "train":
                 if 0 in counts["train"]:
                     raise UserError(_all_rejected(plan, counts["train"].index(0), rejected, prepared.parent))
-                sums = np.sum([_sums(table) for table in tables], axis=0)
+                sums = np.sum([_sums(path) for path in paths], axis=0)
             group = shards.group_rows(shape, stores_jpeg(data), data.chunk, 4 if holds_tensors(data) else 1)
-            write(temporary / split, tables, labels, order, group, threads or threads_here())
+            write(temporary / split, paths, labels, order, group, threads or threads_here())
         values = holds_tensors(data)
         scored = data.chunk if values else shards.scored_chunk(shape, data.chunk)
         mean, std = moments.of_values(sums) if values else moments.of_pixels(sums)
@@ -106,27 +108,32 @@ def unusable(listed: pa.Table) -> pa.Table:
     return listed.filter(pc.invert(listed["used"]))
 
 
-def order_of(tables: Sequence[pa.Table]) -> tuple[Array, Array]:
+def order_of(paths: Sequence[Path]) -> tuple[Array, Array]:
     """Sorted labels [n], and the places of all rows by label and id among the concatenated pieces [n]."""
-    index = pa.concat_tables(table.select(["sample_id", "label"]).replace_schema_metadata(None) for table in tables)
-    index = index.combine_chunks()  # a copy, which does not hold the files
+    tables = []
+    for path in paths:
+        table = mapped(path).select(["sample_id", "label"]).replace_schema_metadata(None)
+        tables.append(table.take(np.arange(table.num_rows)))  # a copy, which does not hold the file
+    index = pa.concat_tables(tables)
     order = pc.sort_indices(index, [("label", "ascending"), ("sample_id", "ascending")]).to_numpy()
     return index["label"].to_numpy()[order], order.astype(np.int64)
 
 
-def write(folder: Path, pieces: Sequence[pa.Table], labels: Array, order: Array, group: int, threads: int) -> None:
+def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, group: int, threads: int) -> None:
     """Write pieces, each sorted by class and id, as shards in `order` (sorted `labels` and the places of the rows among the
     concatenated pieces, both [n]), so many shards side by side; row groups have one class and at most `group` rows.
     """
-    kind = pieces[0].schema.remove_metadata()
-    pieces = [table.replace_schema_metadata(None) for table in pieces]
-    sizes = np.concatenate([shards.row_bytes(table) for table in pieces])[order]
-    starts = np.concatenate([[0], np.cumsum([table.num_rows for table in pieces])]).astype(np.int64)
+    opened = lru_cache(MOST_OPEN)(_rows)  # a merge that mixes many pieces opens each for every span
+    kind = opened(paths[0]).schema
+    counted = [shards.row_bytes(_rows(path)) for path in paths]
+    sizes = np.concatenate(counted)[order]
+    starts = np.concatenate([[0], np.cumsum([len(rows) for rows in counted])]).astype(np.int64)
     span = max(1, int(SPAN_BYTES / max(1.0, sizes.mean()))) if len(sizes) else 1
 
     def one(number: int, rows: tuple[int, int]) -> None:
         wanted = (order[i : min(i + span, rows[1])] for i in range(*rows, span))
-        shards.write_shard(folder, number, (_span(pieces, some, starts) for some in wanted), kind, group)
+        tables = (_span(lambda piece: opened(paths[piece]), some, starts) for some in wanted)
+        shards.write_shard(folder, number, tables, kind, group)
 
     folder.mkdir(parents=True)
     parts = shards.shard_rows(labels, sizes, group)
@@ -135,7 +142,11 @@ def write(folder: Path, pieces: Sequence[pa.Table], labels: Array, order: Array,
             written.result()
 
 
-def _span(pieces: Sequence[pa.Table], wanted: Array, starts: Array) -> pa.Table:
+def _rows(path: Path) -> pa.Table:
+    return mapped(path).replace_schema_metadata(None)
+
+
+def _span(rows_of: Callable[[int], pa.Table], wanted: Array, starts: Array) -> pa.Table:
     """The rows at some places of the concatenated pieces, in that order; in each piece they lie together and in order."""
     inside = np.searchsorted(starts, wanted, side="right") - 1  # which piece
     parts, places = [], np.empty(len(wanted), np.int64)
@@ -143,7 +154,7 @@ def _span(pieces: Sequence[pa.Table], wanted: Array, starts: Array) -> pa.Table:
     for piece, members in _members(inside):
         first, count = int(wanted[members[0]] - starts[piece]), len(members)
         assert wanted[members[-1]] - wanted[members[0]] == count - 1, "a piece is not sorted"
-        parts.append(pieces[piece].slice(first, count))
+        parts.append(rows_of(piece).slice(first, count))
         places[members] = have + np.arange(count)
         have += count
     return pa.concat_tables(parts).take(pa.array(places))
@@ -156,13 +167,13 @@ def _members(pieces: Array) -> Iterator[tuple[int, Array]]:
     yield from zip(found.tolist(), np.split(by_piece, begins[1:]), strict=True)
 
 
-def _sums(piece: pa.Table) -> Array:
+def _sums(piece: Path) -> Array:
     """[3, C]: int64 of pixels, float64 of other values."""
-    return np.array(json.loads(piece.schema.metadata[b"sums"]))
+    return np.array(json.loads(mapped(piece).schema.metadata[b"sums"]))
 
 
-def _decoders(piece: pa.Table) -> Counter[str]:
-    return Counter(json.loads(piece.schema.metadata.get(b"decoders", b"{}")))
+def _decoders(piece: Path) -> Counter[str]:
+    return Counter(json.loads(mapped(piece).schema.metadata.get(b"decoders", b"{}")))
 
 
 def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:

@@ -36,7 +36,7 @@ def _listed(folder: Path) -> Rates:
     plan, seconds = _timed(lambda: ingest.plan(config).on_disk(folder))
     found = {"list all samples": plan.samples / seconds}
     rows = plan.listings["train"].select(["sample_id", "label"])
-    pieces = [rows.slice(i, CHUNK) for i in range(0, rows.num_rows, CHUNK)]
+    pieces = [_write(folder / f"ids-{i}.arrow", rows.slice(i, CHUNK)) for i in range(0, rows.num_rows, CHUNK)]
     _, seconds = _timed(lambda: merge.order_of(pieces))
     return found | {"sort all ids": rows.num_rows / seconds}
 
@@ -66,8 +66,8 @@ def _scored(folder: Path) -> Rates:
     }
 
 
-def _pieces(folder: Path, count: int) -> list[pa.Table]:
-    """Mapped pieces of noise as ingest leaves them, of a source whose order mixes all classes."""
+def _pieces(folder: Path, count: int) -> list[Path]:
+    """Pieces of noise as ingest leaves them, of a source whose order mixes all classes."""
     draw = np.random.default_rng(0)
     labels = draw.permutation(np.arange(made_up.CLASSES).repeat(made_up.class_sizes()))[:count]
     noise, size = draw.integers(70, 186, made_up.POOL, np.uint8), int(np.prod(SHAPE))
@@ -78,11 +78,14 @@ def _pieces(folder: Path, count: int) -> list[pa.Table]:
         begins = draw.integers(0, made_up.POOL - size, len(some))
         table = shards.to_table(ids, some.tolist(), noise[begins[:, None] + np.arange(size)].reshape(-1, *SHAPE))
         table = table.sort_by([("label", "ascending"), ("sample_id", "ascending")])
-        path = folder / f"{start:08d}.arrow"
-        with pa.ipc.new_file(str(path), table.schema) as writer:
-            writer.write_table(table)
-        found.append(ingest.mapped(path))
+        found.append(_write(folder / f"{start:08d}.arrow", table))
     return found
+
+
+def _write(path: Path, table: pa.Table) -> Path:
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    return path
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -147,7 +147,12 @@ def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
     (first, *_), (start, before, used), (end, after, spent) = marks
     per = (len(units) - warm) / 1000  # of CPU seconds, milliseconds a unit
     busy = {kind: round(value / per, 2) for kind, value in (spent - used).items()}
-    found = {"actors": actors, "units": len(units), "images/s": round((after - before) / (end - start))}
+    found = {
+        "actors": actors,
+        "units": len(units),
+        "chunks": len(chunks),
+        "images/s": round((after - before) / (end - start)),
+    }
     if rate:
         whole = end - began - (first - began)
         found |= {"of ideal": round(found["images/s"] / (actors * rate / CHECKPOINTS), 3), "pass s": round(whole, 1),
@@ -180,11 +185,11 @@ def limits(found: dict[str, Any], options: argparse.Namespace) -> list[dict[str,
     """The parts by the images per second that they bear; a GPU scores rate / 25 of them, a core decodes `decode_rate`."""
     rates = dict(found.get("once", {}))
     for row in [*found.get("hand-out", []), *found.get("actors", [])[-1:]]:
-        chunks = max(1, round(CHUNKS / row["units"])) if "units/s" in row else 1
+        each = CHUNK * row["chunks"] / row["units"]
         for part in ("driver", "services"):
             if row[f"{part} ms/unit"]:
                 what = "idle actors" if "units/s" in row else f"{row['actors']} sleeping actors"
-                rates[f"{part}, one chunk a unit, {what}"] = 1000 * CHUNK * chunks / row[f"{part} ms/unit"]
+                rates[f"{part}, {each:.0f} images a unit, {what}"] = 1000 * each / row[f"{part} ms/unit"]
     ordered = sorted(rates.items(), key=lambda item: item[1])
     return [{"part": part, "images/s": round(rate), "GPUs scoring": round(rate * CHECKPOINTS / options.rate),
              "cores decoding": round(rate / options.decode_rate), "s for ImageNet-1K": round(1_281_167 / rate, 1)}

@@ -19,6 +19,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ class RunDir:
 
     def complete(self, stage: str, inputs: Inputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
         """Publish the record of a stage whose outputs are all in place."""
-        files = {p.relative_to(self.path).as_posix(): file_digest(p) for path in outputs for p in _files(path)}
+        found = file_digests([p for path in outputs for p in _files(path)])
+        files = {path.relative_to(self.path).as_posix(): entry for path, entry in found.items()}
         record = {
             "stage": stage,
             "fingerprint": inputs.fingerprint,
@@ -314,6 +316,12 @@ def digest(value: Any) -> str:
 def file_digest(path: Path) -> dict[str, Any]:
     with open(path, "rb") as handle:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def file_digests(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """Of many files, several at a time: hashing leaves Python to other threads."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(file_digest, paths), strict=True))
 
 
 def _files(path: Path) -> list[Path]:

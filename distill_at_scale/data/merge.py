@@ -1,14 +1,17 @@
 """From pieces, in the order in which the source is best read, to shards sorted by class: a merge in bounded memory.
 
-The order of all samples is computed from ids and labels alone; the shards are then written span by span, and of every
-piece, which is sorted too, one contiguous slice is read per span.
+The order of all samples, and which of them each shard holds, is computed from ids, labels and sizes alone; the shards are
+then written side by side in threads, each span by span, and of every piece, which is sorted too, one contiguous slice is
+read per span. Left out: several machines; this one's cores do it all.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,26 @@ from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 from distill_at_scale.sections import DataSection
 
-SPAN_BYTES = 128 * 2**20  # of images in memory at once
+SPAN_BYTES = 32 * 2**20  # of images in the memory of one thread at once
+MOST_OPEN = 16_384  # pieces that stay mapped; Linux allows a process some 65,000
+MOST_THREADS = 16  # shards that are written side by side; bounds the memory
 SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique within its split only
 
 Array = np.ndarray[Any, Any]
 
 
-def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection, seed: int = 0) -> dict[str, Any]:
+def threads_here() -> int:
+    """Shards that this process writes side by side: one per core that Arrow may use."""
+    return min(MOST_THREADS, pa.cpu_count())
+
+
+def merge(
+    plan: Plan, pieces: Path, prepared: Path, data: DataSection, seed: int = 0, threads: int | None = None
+) -> dict[str, Any]:
     """Sort all pieces by class into `prepared/`; returns the metadata that goes to dataset.json.
 
-    `data.transform` is applied before anything is published; `seed` is of its draws alone.
+    `data.transform` is applied before anything is published; `seed` is of its draws alone. The bytes are the same for any
+    number of `threads` (default: `threads_here`).
 
     Raises UserError where a class lost all its training samples, naming it and the list of reasons.
     """
@@ -46,21 +59,22 @@ def merge(plan: Plan, pieces: Path, prepared: Path, data: DataSection, seed: int
         temporary.mkdir()
         for split, listing in plan.listings.items():
             paths = [piece_path(pieces, split, i) for i in range(-(-listing.num_rows // data.chunk))]
-            labels, order, starts = _order(paths)
+            labels, order = order_of(paths)
             decoders = sum(map(_decoders, paths), decoders)
             counts[split] = np.bincount(labels, minlength=len(plan.class_names)).tolist()
             if split == "train":
                 if 0 in counts["train"]:
                     raise UserError(_all_rejected(plan, counts["train"].index(0), rejected, prepared.parent))
                 sums = np.sum([_sums(path) for path in paths], axis=0)
-            _write(temporary / split, paths, order, starts, shape, data)
-        tensors = holds_tensors(data)
-        scored = data.chunk if tensors else shards.scored_chunk(shape, data.chunk)
-        mean, std = moments.of_values(sums) if tensors else moments.of_pixels(sums)
+            group = shards.group_rows(shape, stores_jpeg(data), data.chunk, 4 if holds_tensors(data) else 1)
+            write(temporary / split, paths, labels, order, group, threads or threads_here())
+        values = holds_tensors(data)
+        scored = data.chunk if values else shards.scored_chunk(shape, data.chunk)
+        mean, std = moments.of_values(sums) if values else moments.of_pixels(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
                 "counts": counts, "mean": mean, "std": std, "chunk": scored,
                 "jpeg": stores_jpeg(data), "rejected": unusable(rejected).num_rows}  # fmt: skip
-        meta |= {"kind": "tensors"} if tensors else {}
+        meta |= {"kind": "tensors"} if values else {}
         meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
         meta |= {"whiten": data.whiten} if data.whiten != "none" else {}
         transforms.write_meta(temporary, meta)
@@ -94,42 +108,55 @@ def unusable(listed: pa.Table) -> pa.Table:
     return listed.filter(pc.invert(listed["used"]))
 
 
-def _order(paths: list[Path]) -> tuple[Array, Array, Array]:
-    """Sorted labels [n], the order of all rows by label and id [n], and where each piece's rows begin [pieces + 1]."""
+def order_of(paths: Sequence[Path]) -> tuple[Array, Array]:
+    """Sorted labels [n], and the places of all rows by label and id among the concatenated pieces [n]."""
     tables = []
     for path in paths:
         table = mapped(path).select(["sample_id", "label"]).replace_schema_metadata(None)
         tables.append(table.take(np.arange(table.num_rows)))  # a copy, which does not hold the file
     index = pa.concat_tables(tables)
     order = pc.sort_indices(index, [("label", "ascending"), ("sample_id", "ascending")]).to_numpy()
-    starts = np.concatenate([[0], np.cumsum([table.num_rows for table in tables])]).astype(np.int64)
-    return index["label"].to_numpy()[order], order.astype(np.int64), starts
+    return index["label"].to_numpy()[order], order.astype(np.int64)
 
 
-def _write(
-    folder: Path, paths: list[Path], order: Array, starts: Array, shape: tuple[int, ...], data: DataSection
-) -> None:
-    kind = mapped(paths[0]).schema.remove_metadata()
-    jpeg = "jpeg" in kind.names
-    itemsize = 4 if "values" in kind.names else 1
-    size = int(np.prod(shape)) * itemsize * (shards.JPEG_PART if jpeg else 1)
-    span = max(1, int(SPAN_BYTES / size))
-    tables = (_span(paths, order[i : i + span], starts) for i in range(0, len(order), span))
-    shards.write_shards(folder, tables, kind, shards.group_rows(shape, jpeg, data.chunk, itemsize))
+def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, group: int, threads: int) -> None:
+    """Write pieces, each sorted by class and id, as shards in `order` (sorted `labels` and the places of the rows among the
+    concatenated pieces, both [n]), so many shards side by side; row groups have one class and at most `group` rows.
+    """
+    opened = lru_cache(MOST_OPEN)(_rows)  # a merge that mixes many pieces opens each for every span
+    kind = opened(paths[0]).schema
+    counted = [shards.row_bytes(_rows(path)) for path in paths]
+    sizes = np.concatenate(counted)[order]
+    starts = np.concatenate([[0], np.cumsum([len(rows) for rows in counted])]).astype(np.int64)
+    span = max(1, int(SPAN_BYTES / max(1.0, sizes.mean()))) if len(sizes) else 1
+
+    def one(number: int, rows: tuple[int, int]) -> None:
+        wanted = (order[i : min(i + span, rows[1])] for i in range(*rows, span))
+        tables = (_span(lambda piece: opened(paths[piece]), some, starts) for some in wanted)
+        shards.write_shard(folder, number, tables, kind, group)
+
+    folder.mkdir(parents=True)
+    parts = shards.shard_rows(labels, sizes, group)
+    with ThreadPoolExecutor(threads) as pool:
+        for written in [pool.submit(one, *part) for part in enumerate(parts)]:
+            written.result()
 
 
-def _span(paths: list[Path], wanted: Array, starts: Array) -> pa.Table:
-    """The rows at some places of the concatenated pieces, in that order."""
+def _rows(path: Path) -> pa.Table:
+    return mapped(path).replace_schema_metadata(None)
+
+
+def _span(rows_of: Callable[[int], pa.Table], wanted: Array, starts: Array) -> pa.Table:
+    """The rows at some places of the concatenated pieces, in that order; in each piece they lie together and in order."""
     inside = np.searchsorted(starts, wanted, side="right") - 1  # which piece
     parts, places = [], np.empty(len(wanted), np.int64)
     have = 0
     for piece, members in _members(inside):
-        rows = wanted[members] - starts[piece]
-        first, count = int(rows.min()), int(rows.max() - rows.min()) + 1
-        table = mapped(paths[piece]).slice(first, count)
-        parts.append(table.take(pa.array(rows - first)).replace_schema_metadata(None))
-        places[members] = have + np.arange(len(rows))
-        have += len(rows)
+        first, count = int(wanted[members[0]] - starts[piece]), len(members)
+        assert wanted[members[-1]] - wanted[members[0]] == count - 1, "a piece is not sorted"
+        parts.append(rows_of(piece).slice(first, count))
+        places[members] = have + np.arange(count)
+        have += count
     return pa.concat_tables(parts).take(pa.array(places))
 
 

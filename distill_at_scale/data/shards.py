@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from distill_at_scale.rundir import digest, publish
 
 SHARD_BYTES = 128 * 2**20
 GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least
+OFFSET_BYTES = 4  # that Arrow holds for every string
 JPEG_PART = 0.2  # of an image's raw bytes that its JPEG takes, about; only sizes depend on it
 OPEN_FILES = 64
 TAKEN_BYTES = 16 * 2**20  # of row groups that are read together
@@ -143,17 +145,57 @@ def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, grou
     """Write tables, which are sorted by class and id, as shards whose row groups have one class and at most `group` rows."""
     folder.mkdir(parents=True)
     writer, size, count = None, 0, 0
-    options: dict[str, Any] = {"use_dictionary": ["label"], "compression": "none" if "jpeg" in kind.names else "zstd"}
     for table in _cut(tables, group):
         if writer is None or size >= SHARD_BYTES:
             if writer is not None:
                 writer.close()
-            writer = pq.ParquetWriter(folder / f"shard-{count:05d}.parquet", kind, **options)
+            writer = _writer(folder, count, kind)
             size, count = 0, count + 1
         writer.write_table(table)
         size += table.nbytes
     if writer is not None:
         writer.close()
+
+
+def write_shard(folder: Path, number: int, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:
+    """Write one shard of many, whose rows are as `shard_rows` says; the bytes are those of `write_shards`."""
+    with _writer(folder, number, kind) as writer:
+        for table in _cut(tables, group):
+            writer.write_table(table)
+
+
+def shard_rows(labels: Array, sizes: Array, group: int) -> list[tuple[int, int]]:
+    """Where each shard begins and ends among all rows, which are sorted by class and id and take `sizes` bytes: what lets
+    shards be written apart, in any order.
+    """
+    if not len(labels):
+        return []
+    ends = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]  # of each class
+    groups = np.concatenate([np.arange(start, end, group) for start, end in pairwise(ends)])
+    found, begin, held = [], 0, 0
+    for start, size in zip(groups.tolist(), np.add.reduceat(sizes, groups).tolist(), strict=True):
+        if held >= SHARD_BYTES:
+            found.append((begin, start))
+            begin, held = start, 0
+        held += size
+    return [*found, (begin, len(labels))]
+
+
+def row_bytes(table: pa.Table) -> Array:
+    """What each row of a table of the prepared schema takes, int64 [n], as `shard_rows` wants it."""
+    sizes = np.zeros(table.num_rows, np.int64)
+    for column in table.columns:
+        if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+            sizes += pc.binary_length(column).to_numpy() + OFFSET_BYTES
+        else:
+            sizes += column.type.byte_width
+    return sizes
+
+
+def _writer(folder: Path, number: int, kind: pa.Schema) -> pq.ParquetWriter:
+    compression = "none" if "jpeg" in kind.names else "zstd"
+    name = f"shard-{number:05d}.parquet"
+    return pq.ParquetWriter(folder / name, kind, use_dictionary=["label"], compression=compression)
 
 
 def _cut(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:

@@ -31,7 +31,7 @@ from distill_at_scale.data.moments import Moments
 from distill_at_scale.data.near_duplicates import duplicated
 from distill_at_scale.data.shards import Prepared
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import file_digest
+from distill_at_scale.rundir import file_digests
 from distill_at_scale.sections import DataSection
 
 MEASURED = 200  # samples of a class whose variance is measured
@@ -91,8 +91,8 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     """dataset.json, whose fingerprint covers the shards in `folder`."""
-    written = sorted(folder.rglob("*.parquet"))
-    content = {path.relative_to(folder).as_posix(): file_digest(path)["sha256"] for path in written}
+    written = file_digests(sorted(folder.rglob("*.parquet")))
+    content = {path.relative_to(folder).as_posix(): entry["sha256"] for path, entry in written.items()}
     shards.write_meta(folder, meta, content)
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill_at_scale.config import Config
-from distill_at_scale.data.merge import SPAN_BYTES
+from distill_at_scale.data.merge import SPAN_BYTES, threads_here
 from distill_at_scale.data.pieces import READ_AT_ONCE, READ_BYTES
 from distill_at_scale.data.shards import scored_chunk
 from distill_at_scale.networks import NetworkSpec
@@ -107,8 +107,8 @@ def of_ingest(config: Config, facts: Facts) -> int:
 
 
 def of_merge(facts: Facts) -> int:
-    """The driver: one span of images as read and as taken, and every sample's id."""
-    return WITH_TORCH + 3 * min(SPAN_BYTES, facts.samples * facts.stored) + facts.samples * IDS
+    """The driver: a span of images per thread, as read and as taken, and every sample's id."""
+    return WITH_TORCH + 3 * min(threads_here() * SPAN_BYTES, facts.samples * facts.stored) + facts.samples * IDS
 
 
 def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:

@@ -35,10 +35,10 @@ def _watch(root: int, end: Any, results: Any) -> None:
     peaks: dict[str, dict[str, float]] = defaultdict(lambda: {"largest": 0.0, "together": 0.0, "processes": 0})
     while not end.wait(EVERY):
         now: dict[str, list[float]] = defaultdict(list)
-        for pid in _family(root) - {os.getpid()}:
+        for pid in family(root) - {os.getpid()}:
             if (found := _memory(pid)) is not None:
                 now["all processes"].append(found)
-                now[_kind(pid, root)].append(found)
+                now[kind_of(pid, root)].append(found)
         for kind, sizes in now.items():
             peak = peaks[kind]
             peak["largest"] = max(peak["largest"], round(max(sizes), 1))
@@ -57,7 +57,7 @@ def _memory(pid: int) -> float | None:
     return int(fields["RssAnon"][0]) / 1024 if "RssAnon" in fields else None
 
 
-def _family(root: int) -> set[int]:
+def family(root: int) -> set[int]:
     children: dict[int, list[int]] = defaultdict(list)
     for entry in os.listdir("/proc"):
         try:
@@ -74,7 +74,7 @@ def _family(root: int) -> set[int]:
     return found
 
 
-def _kind(pid: int, root: int) -> str:
+def kind_of(pid: int, root: int) -> str:
     if pid == root:
         return "driver"
     try:

@@ -29,7 +29,6 @@ from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 
 STAGES = ("ingest", "score", "select")
-CORES_PER_GPU = 16
 
 
 def main() -> None:
@@ -41,7 +40,6 @@ def main() -> None:
     total = time.perf_counter() - began
     records = {stage: json.loads((folder / "stages" / f"{stage}.json").read_text()) for stage in STAGES}
     _print(seconds, total, peaks)
-    _project(options)
     about = environment()
     facts = {"samples": records["select"]["of"], "kept": records["select"]["kept"], "seconds": seconds, "total": total,
              "train_seconds": records["score"]["train_seconds"], "score_seconds": records["score"]["score_seconds"],
@@ -61,12 +59,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--proxy-share", type=float, default=0.1, help="of the training split that the proxy is trained on"
     )
-    parser.add_argument(
-        "--decode-rate", type=float, default=2200, help="500 x 375 JPEGs to 64 x 64, measured: decode.py"
-    )
-    parser.add_argument("--merge-rate", type=float, default=20_000, help="images of 64 x 64, measured: ingest.py")
-    parser.add_argument("--score-rate", type=float, default=30_000, help="an assumption: no GPU was at hand")
-    parser.add_argument("--train-rate", type=float, default=10_000, help="an assumption: a third of the score rate")
     return parser.parse_args()
 
 
@@ -93,26 +85,6 @@ def _run(config: Config) -> tuple[dict[str, float], dict[str, dict[str, float]]]
     for stage in STAGES:
         seconds[stage] = (pipeline.dir.record(stage) or {})["seconds"]
     return seconds, watched.peaks()
-
-
-def _project(options: argparse.Namespace) -> None:
-    """Hours for the real ImageNet-1K at 64 x 64: 5 trials x 5 epochs of a ConvNet-4 of width 128, then a score under all 25.
-
-    samples / (rate * how many) for each part; the rates are options, and a machine has `cores_per_gpu` cores per GPU.
-    """
-    samples, checkpoints = 1_281_167, 25
-    print(f"\n{'projected hours for ImageNet-1K at 64 x 64, GPUs':<44}" + "".join(f"{gpus:>10}" for gpus in (1, 8, 64)))
-    parts = {
-        f"decode ({options.decode_rate:g} images/s a core)": lambda n: (
-            samples / (options.decode_rate * CORES_PER_GPU * n)
-        ),
-        f"merge ({options.merge_rate:g} images/s, one thread)": lambda n: samples / options.merge_rate,
-        f"proxies ({options.train_rate:g} images/s a GPU)": lambda n: samples * checkpoints / (options.train_rate * n),
-        f"score ({options.score_rate:g} images/s a GPU)": lambda n: samples * checkpoints / (options.score_rate * n),
-        "select": lambda n: 2.0,
-    }
-    for name, part in [*parts.items(), ("in all", lambda n: sum(part(n) for part in parts.values()))]:
-        print(f"{name:<44}" + "".join(f"{part(n) / 3600:>10.3f}" for n in (1, 8, 64)))
 
 
 def _print(seconds: dict[str, float], total: float, peaks: dict[str, dict[str, float]]) -> None:

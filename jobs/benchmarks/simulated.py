@@ -1,0 +1,200 @@
+"""What saturates first on a large cluster: sleeping actors behind the real driver, and all that is done only once.
+
+    python jobs/benchmarks/simulated.py [--actors 8 64 256] [--parts actors,hand-out,once] [--rate 30000] [--merged 60000]
+
+actors: scoring of ImageNet-1K under 25 checkpoints through the product's own pool (`cluster/pool.stream`), by actors that sleep
+as long as a GPU would take (`--rate`, images/s and checkpoint, an assumption) and then publish a real piece of scores.
+Steady state, with the CPU time of the driver and of Ray's services per unit of work: where one of them fills a core is
+where it saturates, whatever else the cores of this machine do. hand-out: the same with actors that do nothing, so the
+driver is all there is. once: `driver_parts.py`. The last table says for every part how many images per second it
+bears, and at how many GPUs that scoring, or at how many cores that decoding, reaches it.
+
+A simulated actor is a real process without torch (about 0.15 GB; on two cores some seconds each to start, two at a time);
+the script refuses what would not fit the free memory. Prints tables and one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+import driver_parts
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from peaks import family, kind_of
+from side_by_side import columns
+
+from distill_at_scale.cluster.pool import grouped, reporting, stream, work_of
+from distill_at_scale.cluster.session import quieten
+from distill_at_scale.config import Config, validate
+from distill_at_scale.environment import environment
+from distill_at_scale.rundir import publish
+
+CHUNK, CHUNKS, CHECKPOINTS = (
+    1024,
+    1310,
+    25,
+)  # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
+EACH = 16  # chunks that every simulated actor gets at most
+ACTOR_MB, SPARE_MB, STORE_MB = 180, 2048, 200
+IDLE_ACTORS = 4  # of hand-out
+
+
+class Sleeper:
+    """A scoring actor without a model."""
+
+    def __init__(self, seconds: float, publishes: bool):
+        self.seconds, self.publishes = seconds, publishes
+        losses = pa.array(np.random.default_rng(0).gamma(2.0, 1.0, CHUNK * CHECKPOINTS).astype(np.float32))
+        ids = [f"train/n{1440764 + i % 2:08d}/n01440764_{i:08d}.JPEG" for i in range(CHUNK)]
+        lists = pa.FixedSizeListArray.from_arrays(losses, CHECKPOINTS)
+        self.piece = pa.table({"sample_id": ids, "label": pa.array([0] * CHUNK, pa.int32()), "loss": lists})
+
+    @reporting
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        work = work_of(unit)
+        for chunk in work:
+            time.sleep(self.seconds)
+            if self.publishes:
+                with publish(Path(chunk["path"])) as temporary:
+                    pq.write_table(self.piece, temporary)
+        return pa.table({"rows": [CHUNK * len(work)]})
+
+
+def main() -> None:
+    options = _options()
+    parts, found = options.parts.split(","), {}
+    with tempfile.TemporaryDirectory(prefix="simulated-", dir=options.folder) as folder:
+        if {"actors", "hand-out"} & set(parts):
+            found = _on_ray(options, parts, Path(folder))
+        if "once" in parts:
+            found["once"] = driver_parts.measure(Path(folder), options.merged)
+    print(columns("where each part is the limit", limits(found, options)))
+    about = environment()
+    print(json.dumps({**found, "options": vars(options), "hardware": about["hardware"], "commit": about["commit"]}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--actors", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--parts", default="actors,hand-out,once")
+    parser.add_argument(
+        "--rate", type=float, default=30_000, help="images/s of a GPU under one checkpoint: an assumption"
+    )
+    parser.add_argument(
+        "--decode-rate", type=float, default=2200, help="images/s of a core, 500 x 375 to 64 x 64: decode.py"
+    )
+    parser.add_argument("--merged", type=int, default=60_000, help="images that go through the merge")
+    parser.add_argument("--folder", help="where pieces and shards lie meanwhile")
+    return parser.parse_args()
+
+
+def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict[str, Any]:
+    """The passes with actors, one after the other on one Ray."""
+    passes = [(count, options.rate) for count in sorted(options.actors) if "actors" in parts]
+    passes += [(IDLE_ACTORS, None)] if "hand-out" in parts else []
+    most = max(count for count, _ in passes)
+    _check_memory(most)
+    ray.init(address="local", num_cpus=most + 1, include_dashboard=False, log_to_driver=False,
+             object_store_memory=STORE_MB * 2**20, _system_config={"enable_worker_prestart": False})  # fmt: skip
+    quieten()
+    found: dict[str, Any] = {"actors": [], "hand-out": []}
+    try:
+        for count, rate in passes:
+            row = _measured(count, rate, folder / f"pieces-{count}-{rate}")
+            found["actors" if rate else "hand-out"].append(row)
+            print(columns("sleeping actors" if rate else "actors that do nothing", [row]), flush=True)
+    finally:
+        ray.shutdown()
+    return found
+
+
+def _check_memory(actors: int) -> None:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable"))
+    if actors * ACTOR_MB + SPARE_MB > free:
+        raise SystemExit(
+            f"{actors} actors need about {actors * ACTOR_MB + SPARE_MB} MB, {free} MB are free; ask for fewer"
+        )
+
+
+def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    seconds = CHUNK * CHECKPOINTS / rate if rate else 0.0
+    chunks = [
+        {"path": str(folder / f"chunk-{i:06d}.parquet")} for i in range(min(CHUNKS, EACH * actors) if rate else CHUNKS)
+    ]
+    config: Config = validate({"cluster": {"actors": actors}})
+    units = grouped(chunks, config, 0) if rate else [u for c in chunks for u in grouped([c], config, 0)]
+    began, warm, done, rows, store = time.perf_counter(), 2 * actors, 0, 0, 0.0
+    marks: list[tuple[float, int, Counter[str]]] = []
+    for result in stream(units, Sleeper, {"seconds": seconds, "publishes": bool(rate)}, config, 0):
+        done, rows = done + 1, rows + result["rows"]
+        if done in (1, warm, len(units)):
+            marks.append((time.perf_counter(), rows, _cpu_seconds()))
+            store = max(store, _store_used())
+    (first, *_), (start, before, used), (end, after, spent) = marks
+    per = (len(units) - warm) / 1000  # of CPU seconds, milliseconds a unit
+    busy = {kind: round(value / per, 2) for kind, value in (spent - used).items()}
+    found = {
+        "actors": actors,
+        "units": len(units),
+        "chunks": len(chunks),
+        "images/s": round((after - before) / (end - start)),
+    }
+    if rate:
+        whole = end - began - (first - began)
+        found |= {"of ideal": round(found["images/s"] / (actors * rate / CHECKPOINTS), 3), "pass s": round(whole, 1),
+                  "ideal s": round(len(chunks) * seconds / actors, 1)}  # fmt: skip
+    else:
+        found |= {"units/s": round((len(units) - warm) / (end - start))}
+    services = sum(busy.get(kind, 0) for kind in ("raylet", "gcs server"))
+    return found | {"start s": round(first - began, 1), "driver ms/unit": busy.get("driver", 0.0),
+                    "services ms/unit": round(services, 2), "store MB": round(store, 1)}  # fmt: skip
+
+
+def _cpu_seconds() -> Counter[str]:
+    """CPU seconds so far of this process and all that it started, by kind."""
+    found, ticks = Counter[str](), os.sysconf("SC_CLK_TCK")
+    for pid in family(os.getpid()):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found[kind_of(pid, os.getpid())] += (int(fields[11]) + int(fields[12])) / ticks
+    return found
+
+
+def _store_used() -> float:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return (total["object_store_memory"] - free.get("object_store_memory", 0.0)) / 2**20
+
+
+def limits(found: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The parts by the images per second that they bear; a GPU scores rate / 25 of them, a core decodes `decode_rate`."""
+    rates = dict(found.get("once", {}))
+    for row in [*found.get("hand-out", []), *found.get("actors", [])[-1:]]:
+        each = CHUNK * row["chunks"] / row["units"]
+        for part in ("driver", "services"):
+            if row[f"{part} ms/unit"]:
+                what = "idle actors" if "units/s" in row else f"{row['actors']} sleeping actors"
+                rates[f"{part}, {each:.0f} images a unit, {what}"] = 1000 * each / row[f"{part} ms/unit"]
+    ordered = sorted(rates.items(), key=lambda item: item[1])
+    return [{"part": part, "images/s": round(rate), "GPUs scoring": round(rate * CHECKPOINTS / options.rate),
+             "cores decoding": round(rate / options.decode_rate), "s for ImageNet-1K": round(1_281_167 / rate, 1)}
+            for part, rate in ordered]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -86,13 +86,12 @@ def fit(
     workers end before that is raised here.
     """
     gpus = config.cluster.gpus_per_worker
+    _check_room(stage, workers if isinstance(workers, int) else workers[0], config)
+    scaling: dict[str, Any]
     if isinstance(workers, int):
-        _check_room(stage, workers, config)
-        number, cpus = workers, cores_each(workers * sharing)
+        scaling, cpus = {"num_workers": workers}, cores_each(workers * sharing)
     else:
-        least, most = workers
-        _check_room(stage, least, config)
-        number, cpus = (least, most), 1
+        scaling, cpus = {"num_workers": tuple(workers), "elastic_resize_monitor_interval_s": RESIZE}, 1
     work.mkdir(parents=True, exist_ok=True)
     notes = Notes(work, config)
     release(notes)
@@ -103,12 +102,7 @@ def fit(
         _worker,
         train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=ScalingConfig(
-            num_workers=number,
-            use_gpu=gpus > 0,
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=RESIZE,
-        ),
+        scaling_config=ScalingConfig(use_gpu=gpus > 0, resources_per_worker=resources, **scaling),
         run_config=RunConfig(
             name=stage,
             **_storage(config, work / "ray"),

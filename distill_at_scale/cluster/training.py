@@ -67,29 +67,18 @@ def fit(
     workers end before that is raised here.
     """
     gpus = config.cluster.gpus_per_worker
-    if isinstance(workers, int):
-        _check_room(stage, workers, config)
-        number, cpus = workers, cores_each(workers * sharing)
-    else:
-        least, most = workers
-        _check_room(stage, least, config)
-        number, cpus = (least, most), 1
+    _check_room(stage, workers if isinstance(workers, int) else workers[0], config)
+    cpus = cores_each(workers * sharing) if isinstance(workers, int) else 1
     work.mkdir(parents=True, exist_ok=True)
     release(work)
     for note in (DIVERGED, REFUSED):
         (work / note).unlink(missing_ok=True)
-    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     loop = {"packed": pack(config), "cpus": cpus, "body": body, "arguments": arguments, "work": str(work)}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=ScalingConfig(
-            num_workers=number,
-            use_gpu=gpus > 0,
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=RESIZE,
-        ),
+        scaling_config=_scaling(workers, cpus, gpus),
         run_config=RunConfig(
             name=stage,
             storage_path=str(work / "ray"),
@@ -106,6 +95,16 @@ def fit(
         raise DistillationDiverged((work / DIVERGED).read_text())
     if (work / REFUSED).exists():
         raise UserError((work / REFUSED).read_text())
+
+
+def _scaling(workers: int | Sequence[int], cpus: int, gpus: float) -> ScalingConfig:
+    options: dict[str, Any] = {
+        "num_workers": workers if isinstance(workers, int) else tuple(workers),
+        "elastic_resize_monitor_interval_s": RESIZE,
+        "use_gpu": gpus > 0,
+        "resources_per_worker": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+    }
+    return ScalingConfig(**options)
 
 
 def _worker(loop: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Plug-ins that misbehave on purpose, for the tests of what survives: each kills its process once."""
+"""Plug-ins that misbehave on purpose, for the tests of what survives: most kill their process once."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ class KillingBackend(DistributionMatching):
         if i == 6 and self.setting.workers.rank == self.setting.workers.size - 1 and not marker.exists():
             marker.touch()
             os._exit(1)
+        return super().step(i)
+
+
+class WaitingBackend(DistributionMatching):
+    """DM that waits, in each step of distill.options.waits, until there is another number of workers than given there."""
+
+    def step(self, i):
+        while [i, self.setting.workers.size] in self.setting.config.distill.options["waits"]:
+            time.sleep(0.1)
         return super().step(i)
 
 

@@ -21,7 +21,10 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core writes p
 import ray
 import ray.data
 import ray.exceptions
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+TOKEN = "if it asks for a token, set RAY_AUTH_MODE=token and put it into ~/.ray/auth_token (or what RAY_AUTH_TOKEN_PATH names)"
+OPEN = "  warning: this Ray asks for no token: whoever reaches its ports can run code on it; start it with RAY_AUTH_MODE=token"
 OBJECT_STORE_BYTES = 2 * 2**30  # what travels through it are lists of samples, not pixels
 
 
@@ -42,7 +45,7 @@ class Session:
             self.started = False
 
     def _start(self) -> None:
-        address = self.config.address or ("auto" if os.environ.get("RAY_ADDRESS") else None)
+        address = self._address()
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
@@ -51,14 +54,26 @@ class Session:
         try:
             with _silent_stderr():
                 ray.init(address=address or "local", **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}") from None
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}; {TOKEN}") from None
+        if not is_token_auth_enabled():
+            self.say(OPEN)
         found = ray.cluster_resources()
         self.say(
             f"Ray is ready: {found.get('CPU', 0):g} cores, {found.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
         )
         if found.get("GPU") and not self.config.gpus_per_worker:
             self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
+
+    def _address(self) -> str | None:
+        """Where Ray runs already, None to start it here. Raises UserError for an address that no driver can use."""
+        asked = self.config.address or os.environ.get("RAY_ADDRESS")
+        if asked and "://" in asked:
+            raise UserError(
+                f"{asked} (cluster.address or RAY_ADDRESS) is for Ray's clients, and the stages need a driver on the cluster: "
+                "give HOST:PORT of its head on one of its machines, or `ray job submit -- python jobs/pipeline.py CONFIG`"
+            )
+        return self.config.address or ("auto" if asked else None)
 
     def _object_store(self) -> int:
         if self.config.object_store_mb:

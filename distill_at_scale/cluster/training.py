@@ -87,22 +87,17 @@ def fit(
     """
     gpus = config.cluster.gpus_per_worker
     _check_room(stage, workers if isinstance(workers, int) else workers[0], config)
-    scaling: dict[str, Any]
-    if isinstance(workers, int):
-        scaling, cpus = {"num_workers": workers}, cores_each(workers * sharing)
-    else:
-        scaling, cpus = {"num_workers": tuple(workers), "elastic_resize_monitor_interval_s": RESIZE}, 1
+    cpus = cores_each(workers * sharing) if isinstance(workers, int) else 1
     work.mkdir(parents=True, exist_ok=True)
     notes = Notes(work, config)
     release(notes)
     notes.remove(DIVERGED, REFUSED)
-    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     loop = {"packed": pack(config), "cpus": cpus, "body": body, "arguments": arguments, "work": str(work)}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=ScalingConfig(use_gpu=gpus > 0, resources_per_worker=resources, **scaling),
+        scaling_config=_scaling(workers, cpus, gpus),
         run_config=RunConfig(
             name=stage,
             **_storage(config, work / "ray"),
@@ -131,6 +126,16 @@ def _storage(config: Config, folder: Path) -> dict[str, Any]:
         "storage_path": f"{store.root}/{folder.relative_to(remote.path).as_posix()}",
         "storage_filesystem": store.filesystem,
     }
+
+
+def _scaling(workers: int | Sequence[int], cpus: int, gpus: float) -> ScalingConfig:
+    options: dict[str, Any] = {
+        "num_workers": workers if isinstance(workers, int) else tuple(workers),
+        "elastic_resize_monitor_interval_s": RESIZE,
+        "use_gpu": gpus > 0,
+        "resources_per_worker": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+    }
+    return ScalingConfig(**options)
 
 
 def _worker(loop: dict[str, Any]) -> None:

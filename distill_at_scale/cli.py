@@ -26,7 +26,7 @@ from distill_at_scale.pipeline import Pipeline, decided
 from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.points import LocalRunner, PointRunner, PooledRunner
-from distill_at_scale.progress import Display
+from distill_at_scale.progress import Display, printable
 from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
@@ -58,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(parsed.config, parsed.overrides)
         return export(config, parsed.scores, parsed.kept) if parsed.stage == "export" else _run(config, parsed.stage)
     except UserError as error:
-        errors.print(f"error: {error}", markup=False, soft_wrap=True)
+        errors.print(f"error: {printable(str(error))}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         errors.print("interrupted; give the same command again to go on from here")
         return 130
     except OSError as error:
         if error.errno is None:
             raise
-        where, advice = error.filename or "the run folder", ADVICE.get(error.errno, OTHER_ADVICE)
+        where, advice = printable(str(error.filename or "the run folder")), ADVICE.get(error.errno, OTHER_ADVICE)
         errors.print(f"error: {error.strerror}: {where}. {advice}, and give the same command again; what is finished is "
                      "kept.", markup=False, soft_wrap=True)  # fmt: skip
     return 2

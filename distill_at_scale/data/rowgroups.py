@@ -118,6 +118,17 @@ def open_table(path: Path, stage: str, required: Iterable[str], what: str) -> pq
     return file
 
 
+def range_of(metadata: pq.FileMetaData, group: int, column: int) -> tuple[Any, Any] | None:
+    """The least and the largest value of a column in a row group, where the footer says so.
+
+    Where types disagree, as in a damaged footer, pyarrow would end the process on being asked.
+    """
+    found = metadata.row_group(group).column(column)
+    if found.physical_type != metadata.schema.column(column).physical_type or found.statistics is None:
+        return None
+    return (found.statistics.min, found.statistics.max) if found.statistics.has_min_max else None
+
+
 def check_rows(table: pa.Table, path: Path, stage: str) -> None:
     """Raises UserError unless no value is missing and the rows rise by label and id, so that no id is there twice."""
     if holes := [name for name in table.column_names if table[name].null_count]:

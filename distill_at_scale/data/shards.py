@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.data.decode import Rejected, decode_stored
-from distill_at_scale.data.rowgroups import reading
+from distill_at_scale.data.rowgroups import range_of, reading
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest, publish
 
@@ -387,18 +387,13 @@ class Prepared:
             with reading(path, "ingest"):
                 metadata = pq.read_metadata(path)
             for number in range(metadata.num_row_groups):
-                yield Group(
-                    path.name,
-                    number,
-                    self._label(path, metadata.row_group(number)),
-                    metadata.row_group(number).num_rows,
-                )
+                label = self._label(path, metadata, number)
+                yield Group(path.name, number, label, metadata.row_group(number).num_rows)
 
-    def _label(self, path: Path, group: Any) -> int:
+    def _label(self, path: Path, metadata: pq.FileMetaData, group: int) -> int:
         """The one class of a row group, as its statistics have it."""
-        found = group.column(1).statistics if group.num_columns > 1 else None
-        label = found.min if found is not None and found.has_min_max and found.min == found.max else None
-        if type(label) is not int or not 0 <= label < len(self.class_names):
+        least, label = (metadata.num_columns > 1 and range_of(metadata, group, 1)) or (None, None)
+        if least != label or type(label) is not int or not 0 <= label < len(self.class_names):
             raise UserError(f"{path} holds rows of no class, or of several in one group; ingest again")
         return label
 

@@ -56,17 +56,17 @@ def run(
     Some must be accepted and some refused, or the test looks at nothing.
     """
     accepted, count = 0, max(20, round(share * CASES))
+    place = Path(tempfile.gettempdir()) / f"fuzz-{kind}"
     for i in range(count):
-        chance = random.Random(f"{kind}/{i}")
-        case = mutated(chance, seeds, mutators)
+        case = mutated(random.Random(f"{kind}/{i}"), seeds, mutators)
+        place.write_bytes(case)  # before it is tried: it may end this process
         try:
             with in_time():
                 accepted += attempt(case)
         except BaseException as error:
-            place = Path(tempfile.gettempdir()) / f"fuzz-{kind}-{i}"
-            place.write_bytes(case)
             error.add_note(f"case {i} of {kind!r}, saved as {place}")
             raise
+    place.unlink()
     assert 0 < accepted < count, f"{accepted} of {count} were accepted"
 
 

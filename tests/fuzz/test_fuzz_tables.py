@@ -36,7 +36,7 @@ def broken_rows(data: bytes, chance: random.Random) -> bytes:
     """A whole file whose rows are repeated, missing, shuffled or null, or whose columns are of other types."""
     try:
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError, MemoryError):
+    except (pa.ArrowException, OSError, ValueError, MemoryError):
         return mutating.flip(data, chance)
     kind, name = chance.randrange(6), chance.choice(table.column_names)
     at = table.column_names.index(name)

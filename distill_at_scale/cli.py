@@ -27,7 +27,7 @@ from distill_at_scale.pipeline import Pipeline, decided
 from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.points import LocalRunner, PointRunner, PooledRunner
-from distill_at_scale.progress import Display
+from distill_at_scale.progress import Display, printable
 from distill_at_scale.rundir import STAGES, RunDir, need_disk
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
@@ -63,14 +63,14 @@ def _reported(body: Callable[[], int]) -> int:
     try:
         return body()
     except UserError as error:
-        errors.print(f"error: {error}", markup=False, soft_wrap=True)
+        errors.print(f"error: {printable(str(error))}", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         errors.print("interrupted; give the same command again to go on from here")
         return 130
     except OSError as error:
         if error.errno is None:
             raise
-        where, advice = error.filename or "the run folder", ADVICE.get(error.errno, OTHER_ADVICE)
+        where, advice = printable(str(error.filename or "the run folder")), ADVICE.get(error.errno, OTHER_ADVICE)
         errors.print(f"error: {error.strerror}: {where}. {advice}, and give the same command again; what is finished is "
                      "kept.", markup=False, soft_wrap=True)  # fmt: skip
     return 2

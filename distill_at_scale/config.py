@@ -32,6 +32,8 @@ from distill_at_scale.sections import (
 )
 from distill_at_scale.study_sections import StudiesSection, SweepSection
 
+LARGEST_FILE = 2**20  # characters of a configuration
+MOST_VALUES = 20_000  # that it holds, with whatever its aliases repeat written out
 TRIED_TYPE = re.compile(r"\[|^constrained-|^str$")  # in the place of a problem: a type of several that a key may have
 
 
@@ -92,13 +94,34 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number and a repeated key is an error."""
+    """Safe YAML in which 1e-3 is a number, and a repeated key or aliases that repeat too much are errors."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _written_out(node, {})
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _written_out(node: Any, known: dict[int, int]) -> int:
+    """The values below a node once every alias is replaced by what it stands for.
+
+    Raises YAMLError for more than MOST_VALUES, and for an alias of what it lies in.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # until it is known: an alias within itself never ends
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        flat = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in flat)
+    if known[id(node)] > MOST_VALUES:
+        raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values once its aliases are written out")
+    return known[id(node)]
 
 
 _Loader.add_implicit_resolver(
@@ -161,14 +184,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}. Is the path right?") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
+    if len(text) > LARGEST_FILE:
+        raise UserError(
+            f"{path} has more than {LARGEST_FILE:,} characters, so it is no configuration; give another file"
+        )
     try:
         values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a date or a number that cannot be, lists in lists in lists
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold sections (run, data, score, ...), not a {type(values).__name__}")
@@ -181,7 +213,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"cannot read the override {text!r}; write section.key=value, for example select.keep=0.1")
     try:
         return key.strip(), yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"cannot read the value in the override {text!r}") from None
 
 

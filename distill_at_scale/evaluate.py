@@ -98,7 +98,9 @@ class Evaluator:
 
     @cached_property
     def _asked(self) -> TeacherLabels:
-        return self.synthetic.asked(self.device)
+        method = self.config.distill.method
+        network = getattr(getattr(self.config.distill, method, None), "teacher_network", None)
+        return self.synthetic.asked(self.device, network)
 
 
 class Splits(Protocol):

@@ -225,6 +225,12 @@ def builder(key: str, name: str) -> Callable[[NetworkSpec], nn.Module]:
     return partial(_of_torchvision, wanted)
 
 
+def is_plug_in(name: str) -> bool:
+    """Whether the name stands for a user's own code, which only a configuration may name, never an artefact."""
+    name = name.removeprefix(FRAME)
+    return ":" in name and not name.startswith(TORCHVISION)
+
+
 def is_of_torchvision(name: str) -> bool:
     """One of its classifiers of images, of those that can be used here."""
     return name in _classifiers()

@@ -6,6 +6,7 @@ the total, not of the speed.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LINE_EVERY = 5.0  # seconds between two lines of a log
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tabs and ends of lines
+
+
+def printable(text: str) -> str:
+    """A text without what steers a terminal: names of files and classes are whatever somebody wrote."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Meter:
@@ -78,7 +87,7 @@ class Display:
         return cls(Console(quiet=True))
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str, before: int = 0) -> Iterator[Meter]:

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distill_at_scale.bucket import Say, is_remote
@@ -152,10 +152,10 @@ class RunDir:
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a completed stage, or None."""
         try:
-            return json.loads((self.path / "stages" / f"{stage}.json").read_text())
+            return _checked(json.loads((self.path / "stages" / f"{stage}.json").read_text()))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.place(f'stages/{stage}.json')} is damaged ({error}); remove it to run {stage} again"
             ) from None
@@ -217,8 +217,8 @@ class RunDir:
     def _whole(self, stage: str, record: Mapping[str, Any]) -> bool:
         for name, entry in record["outputs"].items():
             path = self.path / name
-            if not path.exists() or path.stat().st_size != entry["bytes"]:
-                state = "missing" if not path.exists() else "not what was written"
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                state = "missing" if not path.is_file() else "not what was written"
                 record_of = self.place(f"stages/{stage}.json")
                 raise UserError(f"{self.place(name)} is {state}; remove {record_of} to run {stage} again")
         return True
@@ -228,9 +228,10 @@ class RunDir:
         record = self.reuse.record(stage) if self.reuse else None
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
             return False
-        if outside := [name for name in record["outputs"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+        if outside := [name for name in record["outputs"] if not _is_artefact(name)]:
             raise UserError(
-                f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, outside its folder; it is not reused"
+                f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, outside its folder or no artefact; it is not "
+                "reused"
             )
         self.reuse._whole(stage, record)
         for name in record["outputs"]:
@@ -268,7 +269,7 @@ class RunDir:
         target.parent.mkdir(parents=True, exist_ok=True)
         with publish(target) as temporary:
             try:
-                os.link(other / name, temporary)
+                os.link(os.path.realpath(other / name), temporary)  # never a link that the other run can turn elsewhere
             except OSError:
                 shutil.copyfile(other / name, temporary)
 
@@ -301,6 +302,31 @@ def publish(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A stage record as `complete` writes it; raises ValueError for anything else."""
+    kinds = {
+        "fingerprint": str,
+        "config": dict,
+        "content": dict,
+        "outputs": dict,
+        "output": str,
+        "seconds": int | float,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+            raise ValueError(f"{key} is missing or of another type")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in record["outputs"].values()):
+        raise ValueError("an output has no size")
+    return record
+
+
+def _is_artefact(name: str) -> bool:
+    """A file that another run may give: inside its folder, no stage record, nothing hidden."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return bool(path.parts) and not path.is_absolute() and not hidden and path.parts[0] != "stages" and "\0" not in name
 
 
 def write_json(path: Path, value: Any) -> None:

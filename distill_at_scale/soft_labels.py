@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from distill_at_scale import rng, tensors
 from distill_at_scale.augment import Mixed, cutmix
 from distill_at_scale.errors import UserError
-from distill_at_scale.networks import NetworkSpec, in_parts
+from distill_at_scale.networks import NetworkSpec, in_parts, is_plug_in
 from distill_at_scale.workers import Workers
 
 TEACHER = "teacher.safetensors"  # in the folder of a method's networks
@@ -187,6 +187,18 @@ class TeacherFacts:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
         return cls(**values)
 
+    def trusted(self, network: str | None) -> TeacherFacts:
+        """These facts, which an artefact said; `network` is the teacher's name in the configuration, if there is one.
+
+        Raises UserError where the artefact names code (`package.module:Object`) that the configuration does not name.
+        """
+        if is_plug_in(self.network) and self.network != network:
+            raise UserError(
+                f"the artefact's teacher is code of somebody ({self.network!r}), which nothing but your own configuration or "
+                "call may name; name that network there if you trust it"
+            )
+        return self
+
     @property
     def spec(self) -> NetworkSpec:
         return NetworkSpec(self.network, self.shape, self.outputs, self.width, self.depth)
@@ -217,12 +229,12 @@ class Teacher(nn.Module):
         return cls(facts, network).to(device).eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> Teacher:
-        """Raises UserError where the file is not whole."""
+    def load(cls, path: Path, device: torch.device, network: str | None = None) -> Teacher:
+        """Raises UserError where the file is not whole, or names code; `network` is as in `TeacherFacts.trusted`."""
         try:
             with safe_open(path, "pt") as handle:
                 facts = TeacherFacts.of(json.loads(handle.metadata()["teacher"]))
-            return cls.of(facts, tensors.load(path), device)
+            return cls.of(facts.trusted(network), tensors.load(path), device)
         except Exception as error:
             raise UserError(f"the teacher {path} cannot be read ({error}); remove it to train it again") from None
 

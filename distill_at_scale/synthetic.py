@@ -98,14 +98,18 @@ class SyntheticSet:
         except Exception as error:
             raise UserError(f"{path} cannot be read ({error}), and the set needs it; distil again") from None
 
-    def teacher(self, device: torch.device) -> Teacher:
-        """The network whose answers are the labels of the views."""
-        return Teacher.of(TeacherFacts.of(self.card["teacher"]), self.apart("teacher"), device)
+    def teacher(self, device: torch.device, network: str | None = None) -> Teacher:
+        """The network whose answers are the labels of the views.
 
-    def asked(self, device: torch.device) -> TeacherLabels:
-        """The teacher, asked under the very protocol that the set's own labels were made by."""
+        Where it is a user's own code, `network` must name it: a card alone runs nothing. Raises UserError.
+        """
+        facts = TeacherFacts.of(self.card["teacher"]).trusted(network)
+        return Teacher.of(facts, self.apart("teacher"), device)
+
+    def asked(self, device: torch.device, network: str | None = None) -> TeacherLabels:
+        """The teacher, asked under the very protocol that the set's own labels were made by; `network` as of `teacher`."""
         facts = self.card["soft_labels"]
-        return TeacherLabels(self.teacher(device), facts["epochs"], facts["top_k"], self.protocol.temperature)
+        return TeacherLabels(self.teacher(device, network), facts["epochs"], facts["top_k"], self.protocol.temperature)
 
     def pixels(self) -> Tensor:
         """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to what can be shown.
@@ -211,9 +215,29 @@ def load(folder: str | Path) -> SyntheticSet:
         raise UserError(f"{named} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
         raise UserError(f"the synthetic set in {named} is damaged: {error}") from None
+    if wrong := _wrong(saved, card):
+        raise UserError(f"the synthetic set in {named} is damaged: {wrong}")
+    Normalization.of_card(card["normalization"])
     images, labels = saved.pop("images"), saved.pop("labels")
-    snapshots = {int(k): v for k, v in sorted(shots.items())}
+    snapshots = {int(k): v for k, v in sorted(shots.items()) if k.isdecimal()}
     return SyntheticSet(images, labels, card, snapshots, saved, whitening, folder)
+
+
+def _wrong(saved: dict[str, Tensor], card: Any) -> str | None:
+    """What is wrong with a set that somebody gave: its tensors and its card must speak of the same samples and classes."""
+    names = card.get("class_names") if isinstance(card, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return "its card does not list class_names"
+    if not isinstance(card.get("normalization"), dict) or not isinstance(card.get("protocol"), dict):
+        return "its card lacks the normalization or the protocol"
+    images, labels = saved.get("images"), saved.get("labels")
+    if images is None or images.dtype != torch.float32 or images.dim() < 2 or not torch.isfinite(images).all():
+        return "it lacks images [n, *shape] of finite float32"
+    if labels is None or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        return f"it lacks labels int64 [{len(images)}]"
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        return f"a label is outside 0..{len(names) - 1}"
+    return None
 
 
 def preview(synthetic: SyntheticSet) -> Frames:

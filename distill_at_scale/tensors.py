@@ -40,5 +40,8 @@ def load(path: Path) -> dict[str, Tensor]:
     """Raises UserError where the file is damaged."""
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and give the command again") from None
+    except OSError:
+        raise
+    except Exception as error:  # of the library, or of torch for a shape that cannot be
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is damaged ({reason}); remove it and give the command again") from None

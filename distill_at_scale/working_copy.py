@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from distill_at_scale.data.storage import shown
 from distill_at_scale.lease import Lease
 from distill_at_scale.mirror import UNFINISHED, Mirror, repeated
 
+DIGEST = re.compile("[0-9a-f]{32}")
 IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
 LOCK = ".lock"
 
@@ -85,7 +87,7 @@ class WorkingCopy:
     def complete(self, stage: str) -> None:
         """Make the output of a finished stage here what its record says."""
         self.mirror.pull(f"stages/{stage}.json")
-        outputs = _record(self.path / "stages" / f"{stage}.json")["outputs"]
+        outputs = _record(self.path / "stages" / f"{stage}.json").get("outputs", {})
         self.mirror.pull(*sorted({name.partition("/")[0] for name in outputs}), outputs=outputs)
 
     @contextlib.contextmanager
@@ -128,8 +130,14 @@ def work_name(stage: str, fingerprint: str) -> str:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Empty where it is damaged, which whoever needs it is told of by `RunDir.record`."""
+    """Empty where it is damaged, which whoever needs it is told of by `RunDir.record`, and where it leads elsewhere."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        record = json.loads(path.read_text())
+        ours = (
+            record["stage"] == path.stem
+            and DIGEST.fullmatch(record["fingerprint"])
+            and isinstance(record["outputs"], dict)
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return record if ours else {}

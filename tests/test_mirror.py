@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import json
 import os
 import socket
 import threading
 
 import pytest
 
-from distill_at_scale import bucket
+from distill_at_scale import bucket, working_copy
 from distill_at_scale.errors import Unreachable, UserError
 from distill_at_scale.mirror import Mirror, scratch_of
+from distill_at_scale.working_copy import WorkingCopy
 
 BUCKETS = itertools.count()
 
@@ -215,3 +217,21 @@ def test_each_folder_has_a_working_copy_of_its_own():
     assert scratch_of("s3://bucket/a") == scratch_of("s3://key:secret@bucket/a")
     assert scratch_of("s3://bucket/a") != scratch_of("s3://bucket/b")
     assert scratch_of("s3://bucket/a", "/fast").parent.as_posix() == "/fast"
+
+
+@pytest.mark.parametrize(
+    ("stage", "fingerprint"), [("../../victim", "0" * 32), ("score", "/../../../victim" + "0" * 16)]
+)
+def test_neither_records_nor_names_lead_out_of_the_copy(place, s3, tmp_path, stage, fingerprint):
+    victim = tmp_path / "copies" / f"victim-{fingerprint[:16]}" if stage != "score" else tmp_path / "copies" / "victim"
+    victim.mkdir(parents=True)
+    (tmp_path / "copies" / "b" / ".work" / "score-").mkdir(parents=True)
+    bucket_name = place.removeprefix("s3://").partition("/")[0]
+    record = {"stage": stage, "fingerprint": fingerprint, "outputs": {"../../out.txt": {"bytes": 1, "sha256": ""}}}
+    for key, body in (("stages/score.json", json.dumps(record)), ("../../out.txt", "x")):
+        s3.client.put_object(Bucket=bucket_name, Key=f"runs/x/{key}", Body=body.encode())
+    copy = WorkingCopy(Mirror(place, tmp_path / "copies" / "b", 0.0))
+    copy.mirror.bucket.write(working_copy.IDENTITY, b"id")
+    copy.fetch()
+    assert victim.is_dir()
+    assert not list(tmp_path.rglob("out.txt"))

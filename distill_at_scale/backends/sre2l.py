@@ -56,7 +56,7 @@ class Recovery(Taught, ImageBackend):
         super().prepare(real)
         betas = self.options.beta1, self.options.beta2
         self.adam = torch.optim.Adam([self.images], self.lr, betas)
-        self.teacher = Teacher.load(self.setting.networks / TEACHER, self.setting.device)
+        self.teacher = Teacher.load(self.setting.networks / TEACHER, self.setting.device, self.options.teacher_network)
         self.statistics = Statistics(self.teacher)
         black, white = torch.zeros(1, *self.setting.spec.shape), torch.ones(1, *self.setting.spec.shape)
         ends = [real.normalization.apply(255 * end).to(self.setting.device) for end in (black, white)]

@@ -112,7 +112,7 @@ class Taught(WithDefaults):
         """The labels of all views; the workers share the epochs."""
         config, setting = self.setting.config, self.setting
         section, plan = self.section(config), self.protocol(config).plan
-        teacher = Teacher.load(setting.networks / TEACHER, setting.device)
+        teacher = Teacher.load(setting.networks / TEACHER, setting.device, section.teacher_network)
         asked = TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
         made = relabel(images, plan, asked, setting.workers)
         extras = {f"labels/{key}": value for key, value in made.items()}

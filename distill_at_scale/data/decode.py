@@ -34,6 +34,8 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MARGIN = 1.25  # a JPEG is decoded at no less than this many times the target size
 REDUCING_GAP = 3.0  # what is 6 or more times too large is first averaged in whole steps
+MOST_SCANS = 100  # of a progressive JPEG; encoders make about 10, and each one costs a pass over all pixels
+SCAN = b"\xff\xda"  # cannot occur within the pixels' own bytes
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -109,6 +111,8 @@ class ImageDecoder:
         width, height = image.size
         if width * height > self.max_pixels:
             raise Rejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
+        if image.format == "JPEG" and raw.count(SCAN) > MOST_SCANS:
+            raise Rejected(f"a JPEG of {raw.count(SCAN)} scans, more than {MOST_SCANS}, which take time without end")
         least = math.ceil(MARGIN * self.size)
         drafted = image.draft("L" if self.channels == 1 else None, (least, least))  # None for all but JPEG
         image.load()

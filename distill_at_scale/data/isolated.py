@@ -5,7 +5,8 @@ frames of a clip are so few bytes that shared memory would gain nothing. No answ
 call starts another. A child ends when its parent does: it reads the end of its input, and where it hangs at that moment,
 an alarm of the kernel ends it, which works whatever lock it holds. It writes nothing to the terminal.
 
-Left out: more than one call at a time, and limits on memory where the system is not Linux.
+Left out: more than one call at a time, limits where the system is not Linux, and a sandbox: whoever takes the child over may
+read what this user may read.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Function = Callable[[Header, bytes], tuple[Header, bytes]]
 LENGTHS = struct.Struct("<QQ")  # of the JSON object and of the bytes that follow it
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from distill_at_scale.data import isolated; isolated.serve()"
 START_SECONDS = 300.0  # for its imports, on a busy machine with a slow disk
+NO_NEW_PRIVILEGES = 38  # of prctl
 GRACE = 10  # seconds after which a child whose parent is gone ends itself
 AT_ONCE = 2**20  # bytes of one write
 
@@ -186,6 +188,7 @@ def serve() -> None:
     for number in (0, 1, 2):
         os.dup2(nothing, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's business
+    _give_up_rights()
     try:
         function = _resolve(sys.argv[2])
     except Exception as error:
@@ -221,8 +224,20 @@ def _memory() -> tuple[int, int]:
     return pages[0] * mmap.PAGESIZE, pages[1] * mmap.PAGESIZE
 
 
+def _give_up_rights() -> None:
+    """What a decoder never needs: files to write, core files, and the rights of programs that belong to others."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+
+
 def _limit_memory(more: int) -> None:
-    """So much address space may be added to what the process has now; and no core files."""
+    """So much address space may be added to what the process has now."""
     if sys.platform != "linux":
         return
     import resource
@@ -231,7 +246,6 @@ def _limit_memory(more: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = now + more if hard == resource.RLIM_INFINITY else min(now + more, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _message(requests: BinaryIO) -> tuple[Header, bytes] | None:

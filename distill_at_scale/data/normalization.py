@@ -18,9 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill_at_scale import tensors
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.shards import MOST_AXES, Prepared
 from distill_at_scale.data.whitening import FILE
+from distill_at_scale.errors import UserError
 
+LARGEST = 3e38  # what a 32-bit float holds
 MEANINGS = {255: "(x / 255 - mean) / std per channel", 1: "(x - mean) / std per entry of the first axis"}
 
 
@@ -95,6 +97,9 @@ class Normalization:
 
     @classmethod
     def of_card(cls, card: Mapping[str, Any], whitening: Whitening | None = None) -> Normalization:
+        """Raises UserError for what is no normalisation."""
+        if wrong := _wrong(card):
+            raise UserError(f"the card's normalization cannot be used: {wrong}")
         return cls(tuple(card["mean"]), tuple(card["std"]), card.get("scale", 255), card.get("inner", 2), whitening)
 
     def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +108,24 @@ class Normalization:
             torch.tensor(self.mean, device=like.device).view(shape),
             torch.tensor(self.std, device=like.device).view(shape),
         )
+
+
+def _wrong(card: Mapping[str, Any]) -> str | None:
+    mean: Any = card.get("mean")
+    std: Any = card.get("std")
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or not values or not all(map(_is_number, values)):
+            return "mean and std must be lists of finite numbers"
+    if len(mean) != len(std) or min(std) <= 0:
+        return "mean and std must be as many, and every std above 0"
+    scale, inner = card.get("scale", 255), card.get("inner", 2)
+    if type(scale) is not int or scale not in MEANINGS or type(inner) is not int or not 0 <= inner < MOST_AXES:
+        return "its scale or its inner axes are none that this version knows"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def normalization_of(prepared: Prepared, whitened: bool = True) -> Normalization:

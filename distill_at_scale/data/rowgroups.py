@@ -14,7 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.errors import UserError
@@ -96,21 +98,49 @@ def reading(path: Path, stage: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run `distill-at-scale {stage} CONFIG` first") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable Parquet file: {reason}; run `{stage}` again") from None
 
 
 def open_table(path: Path, stage: str, required: Iterable[str], what: str) -> pq.ParquetFile:
-    """The file, opened: its footer is read and whole, and the required columns are there.
+    """The file, opened: its footer is read and whole, the required columns are there, and it claims no more rows than it can.
 
     Raises UserError where the file is missing, is no Parquet file, or is no such table.
     """
     with reading(path, stage):
         file = pq.ParquetFile(path, pre_buffer=False)  # else iter_batches holds all that it has read, still compressed
-    if missing := [name for name in required if name not in file.schema_arrow.names]:
+        names = file.schema_arrow.names
+    if missing := [name for name in required if name not in names]:
         raise UserError(f"{path} is no {what}: it lacks the columns {', '.join(missing)}")
+    if file.metadata.num_rows > path.stat().st_size:  # every row has an id of its own
+        raise UserError(f"{path} claims {file.metadata.num_rows:,} rows, more than it has bytes; run `{stage}` again")
     return file
+
+
+def range_of(metadata: pq.FileMetaData, group: int, column: int) -> tuple[Any, Any] | None:
+    """The least and the largest value of a column in a row group, where the footer says so.
+
+    Where types disagree, as in a damaged footer, pyarrow would end the process on being asked.
+    """
+    found = metadata.row_group(group).column(column)
+    if found.physical_type != metadata.schema.column(column).physical_type or found.statistics is None:
+        return None
+    return (found.statistics.min, found.statistics.max) if found.statistics.has_min_max else None
+
+
+def check_rows(table: pa.Table, path: Path, stage: str) -> None:
+    """Raises UserError unless no value is missing and the rows rise by label and id, so that no id is there twice."""
+    if holes := [name for name in table.column_names if table[name].null_count]:
+        raise UserError(f"{path}: the column {holes[0]} lacks values; run `{stage}` again")
+    ids, labels = table["sample_id"].combine_chunks(), table["label"].to_numpy()
+    in_class = labels[1:] == labels[:-1]
+    rising = pc.less(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(np.where(in_class, ~rising.astype(bool), labels[1:] < labels[:-1]))
+    if wrong.size:
+        raise UserError(
+            f"{path}: the sample {ids[int(wrong[0]) + 1].as_py()!r} is there twice or not in its place; run `{stage}` again"
+        )
 
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -119,5 +149,13 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordB
 
 
 def facts_of(file: pq.ParquetFile, key: str) -> dict[str, Any]:
-    """What RowGroupWriter stored under `key`; empty where there is nothing."""
-    return json.loads((file.metadata.metadata or {}).get(key.encode(), b"{}"))
+    """What RowGroupWriter stored under `key`; empty where there is nothing. Raises UserError for what is no JSON object."""
+    try:
+        found = json.loads((file.metadata.metadata or {}).get(key.encode(), b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"the facts {key!r} in a Parquet file's metadata are damaged ({error}); make the file again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"the facts {key!r} in a Parquet file's metadata are no JSON object; make the file again")
+    return found

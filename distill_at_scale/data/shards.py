@@ -12,6 +12,7 @@ holds class names, shape, counts, channel statistics and the content fingerprint
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.data.decode import Rejected, decode_stored
+from distill_at_scale.data.rowgroups import range_of, reading
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import digest, publish
 
@@ -36,6 +38,7 @@ GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fet
 OFFSET_BYTES = 4  # that Arrow holds for every string
 JPEG_PART = 0.2  # of an image's raw bytes that its JPEG takes, about; only sizes depend on it
 OPEN_FILES = 64
+MOST_AXES, MOST_VALUES = 4, 2**30  # of a sample; data.frames and data.size allow 805 million
 TAKEN_BYTES = 16 * 2**20  # of row groups that are read together
 CLIPS_SCORED, SCORED_BYTES = 1024, 64 * 2**20  # clips in a unit of scoring work at most, and their bytes
 
@@ -95,14 +98,32 @@ def pixels_of(table: pa.Table, threads: int = 1) -> Array:
     Raises UserError for a JPEG that is damaged, naming the sample.
     """
     name = table.column_names[-1]
-    shape = tuple(json.loads(table.schema.field(name).metadata[b"shape"]))
+    shape, dtype = _form(table.schema.field(name))
     if name == "jpeg":
         return _decoded(table, shape, threads)
     column = table[name].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    dtype = np.dtype((table.schema.field(name).metadata.get(b"dtype") or b"uint8").decode())
+    if column.null_count:
+        raise UserError("a prepared sample is missing its values; ingest again")
     flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)[column.offset * column.type.byte_width :]
     return flat[: len(column) * column.type.byte_width].view(dtype).reshape(len(column), *shape)
+
+
+def _form(field: pa.Field) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the samples in a column; raises UserError for what `schema` does not make."""
+    about = field.metadata or {}
+    try:
+        shape, dtype = tuple(json.loads(about[b"shape"])), (about.get(b"dtype") or b"uint8").decode()
+        sizes = all(type(n) is int and 0 < n <= MOST_VALUES for n in shape)
+        assumed = dtype in ("uint8", "float32") and 0 < len(shape) <= MOST_AXES and math.prod(shape) <= MOST_VALUES
+        size = math.prod(shape) * np.dtype(dtype).itemsize if sizes and assumed else None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        size = None
+    if size is None or (field.name != "jpeg" and field.type != pa.binary(size)):
+        raise UserError(
+            f"the column {field.name!r} of a prepared shard says nothing sensible about its shape; ingest again"
+        )
+    return shape, np.dtype(dtype)
 
 
 def as_image(pixels: Array) -> Array:
@@ -224,11 +245,13 @@ class Prepared:
         self.folder = Path(folder)
         self._files: OrderedDict[tuple[str, str], pq.ParquetFile] = OrderedDict()
         try:
-            self.meta = json.loads((self.folder / "dataset.json").read_text())
+            self.meta = _checked(json.loads((self.folder / "dataset.json").read_text()))
         except FileNotFoundError:
             raise UserError(
                 f"{self.folder} holds no prepared data; run `distill-at-scale ingest CONFIG` first"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.folder}/dataset.json is damaged ({error}); ingest again") from None
 
     @property
     def class_names(self) -> list[str]:
@@ -299,11 +322,17 @@ class Prepared:
 
     def read(self, part: Chunk | Group, split: str = "train", columns: Sequence[str] | None = None) -> pa.Table:
         numbers = [part.number] if isinstance(part, Group) else range(part.first, part.first + part.groups)
-        return self._open(split, part.file).read_row_groups(list(numbers), columns=columns, use_threads=False)
+        return self._rows(split, part.file, numbers, columns)
 
     def pixels(self, table: pa.Table, threads: int = 1) -> Array:
-        """The images of a table that was read here: uint8 [n, *shape]; JPEGs are decoded in so many threads."""
-        return pixels_of(table, threads)
+        """The images of a table that was read here: uint8 [n, *shape]; JPEGs are decoded in so many threads.
+
+        Raises UserError where they are of another shape than dataset.json says.
+        """
+        found = pixels_of(table, threads)
+        if found.shape[1:] != self.shape:
+            raise UserError(f"{self.folder} holds samples of shape {found.shape[1:]}, not {self.shape}; ingest again")
+        return found
 
     def index(self, split: str = "train") -> tuple[list[str], Array]:
         """All ids and labels of a split, in the order of the shards, without touching pixels."""
@@ -336,7 +365,7 @@ class Prepared:
         numbers: dict[str, list[int]] = {}
         for group in groups:
             numbers.setdefault(group.file, []).append(group.number)
-        ids = [self._open(split, f).read_row_groups(n, columns=["sample_id"])["sample_id"] for f, n in numbers.items()]
+        ids = [self._rows(split, f, n, ["sample_id"])["sample_id"] for f, n in numbers.items()]
         chunks = [chunk for column in ids for chunk in column.chunks]
         return pc.is_in(pa.chunked_array(chunks, pa.string()), wanted).to_numpy()
 
@@ -345,7 +374,7 @@ class Prepared:
         found = [pa.array([], pa.string())]
         for file, groups in self._files_of(split, label).items():
             numbers = [group.number for group in groups]
-            found += self._open(split, file).read_row_groups(numbers, columns=["sample_id"])["sample_id"].chunks
+            found += self._rows(split, file, numbers, ["sample_id"])["sample_id"].chunks
         return pa.chunked_array(found, pa.string()).combine_chunks()
 
     def take(self, split: str, label: int, places: Sequence[int] | Array, threads: int = 1) -> Array:
@@ -355,7 +384,7 @@ class Prepared:
         """
         parts = [np.zeros((0, *self.shape), self.dtype)]
         for file, numbers, rows in self._reads(split, label, np.asarray(places, np.int64)):
-            table = self._open(split, file).read_row_groups(numbers, use_threads=False)
+            table = self._rows(split, file, numbers)
             parts.append(self.pixels(table.take(pa.array(rows)), threads))
         return np.concatenate(parts)
 
@@ -397,10 +426,23 @@ class Prepared:
 
     def _scan(self, split: str) -> Iterator[Group]:
         for path in sorted((self.folder / split).glob("shard-*.parquet")):
-            metadata = pq.read_metadata(path)
+            with reading(path, "ingest"):
+                metadata = pq.read_metadata(path)
             for number in range(metadata.num_row_groups):
-                rows = metadata.row_group(number)
-                yield Group(path.name, number, int(rows.column(1).statistics.min), rows.num_rows)
+                label = self._label(path, metadata, number)
+                yield Group(path.name, number, label, metadata.row_group(number).num_rows)
+
+    def _label(self, path: Path, metadata: pq.FileMetaData, group: int) -> int:
+        """The one class of a row group, as its statistics have it."""
+        least, label = (metadata.num_columns > 1 and range_of(metadata, group, 1)) or (None, None)
+        if least != label or type(label) is not int or not 0 <= label < len(self.class_names):
+            raise UserError(f"{path} holds rows of no class, or of several in one group; ingest again")
+        return label
+
+    def _rows(self, split: str, file: str, numbers: Iterable[int], columns: Sequence[str] | None = None) -> pa.Table:
+        """Some row groups of a file. Raises UserError where it is damaged."""
+        with reading(self.folder / split / file, "ingest"):
+            return self._open(split, file).read_row_groups(list(numbers), columns=columns, use_threads=False)
 
     def _open(self, split: str, file: str) -> pq.ParquetFile:
         """Files stay open between reads, the last few of them: a footer takes longer to read than a row group."""
@@ -411,6 +453,24 @@ class Prepared:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(key)
         return self._files[key]
+
+
+def _checked(meta: Any) -> dict[str, Any]:
+    """What `write_meta` wrote; raises ValueError for anything else."""
+    if not isinstance(meta, dict):
+        raise ValueError("it is no JSON object")
+    names, shape, counts = meta.get("class_names", []), meta.get("shape", [1]), meta.get("counts", {})
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names are no list of names")
+    if (
+        not isinstance(shape, list)
+        or not all(isinstance(n, int) and n > 0 for n in shape)
+        or not 0 < len(shape) <= MOST_AXES
+    ):
+        raise ValueError(f"the shape {shape!r:.80} is that of no sample")
+    if math.prod(shape) > MOST_VALUES or not isinstance(counts, dict):
+        raise ValueError("a sample has too many values, or nothing is counted")
+    return meta
 
 
 def write_meta(folder: Path, meta: dict[str, Any], content: Any) -> None:

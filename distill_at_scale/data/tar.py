@@ -138,6 +138,8 @@ class _Archive:
                     yield Member(name, data, size)
                 self.last = name
             offset = data + -(-size // BLOCK) * BLOCK
+        if self.own:
+            raise self._damaged(f"what is said of a member before byte {offset:,} is of none")
         self._check_rest(offset)
 
     def _header(self, offset: int) -> tuple[bytes, bytes, bytes, bytes, bytes] | None:
@@ -169,6 +171,8 @@ class _Archive:
         content = self.window.at(offset, size)
         if kind == b"L":
             self.own["path"] = _text(content)
+            if not self.own["path"]:
+                raise self._damaged(f"the long name at byte {offset:,} is empty")
         elif kind != b"K":
             (self.common if kind == b"g" else self.own).update(self._pax(content, offset))
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data.rowgroups import RowGroupWriter, facts_of, open_table, reading
+from distill_at_scale.data.rowgroups import RowGroupWriter, check_rows, facts_of, open_table, range_of, reading
+from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 
 SCHEMA = pa.schema(
@@ -61,7 +62,10 @@ def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, d
     """
     file = _open(path)
     with reading(path, "select"):
-        return file.read(list(columns)), facts_of(file, KEY)
+        table = file.read(list(columns))
+    if {"sample_id", "label"} <= set(columns):
+        check_rows(table, path, "select")
+    return table, facts_of(file, KEY)
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def kept(path: Path) -> pa.ChunkedArray:
         for group in range(file.num_row_groups):
             mask = file.read_row_group(group, ["kept"])["kept"]
             if pc.any(mask).as_py():
-                found += file.read_row_group(group, ["sample_id"])["sample_id"].filter(mask).chunks
+                table = file.read_row_group(group, ["sample_id", "label"])
+                check_rows(table, path, "select")
+                found += table["sample_id"].filter(mask).chunks
     return pa.chunked_array(found, pa.string())
 
 
@@ -85,7 +91,7 @@ def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
     with reading(path, "select"):
         for group in range(file.num_row_groups):
-            if not _may_hold(file.metadata.row_group(group).column(1).statistics, wanted):
+            if not _may_hold(range_of(file.metadata, group, 1), wanted):
                 continue
             table = file.read_row_group(group, ["label", "kept"])
             held, mask = table["label"].to_numpy(), table["kept"].to_numpy(zero_copy_only=False)
@@ -96,11 +102,12 @@ def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa
                 yield from ((int(c), ids.filter(pa.array(of == c))) for c in np.unique(of))
 
 
-def _may_hold(statistics: Any, labels: np.ndarray[Any, Any]) -> bool:
-    if statistics is None or not statistics.has_min_max:
-        return True
-    return bool(((labels >= statistics.min) & (labels <= statistics.max)).any())
+def _may_hold(limits: tuple[int, int] | None, labels: np.ndarray[Any, Any]) -> bool:
+    return limits is None or bool(((labels >= limits[0]) & (labels <= limits[1])).any())
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    return open_table(path, "select", SCHEMA.names, "manifest")
+    file = open_table(path, "select", SCHEMA.names, "manifest")
+    if [file.schema_arrow.field(name).type for name in SCHEMA.names] != SCHEMA.types:
+        raise UserError(f"{path} is no manifest: its columns are of other types; run `select` again")
+    return file

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ from distill_at_scale.sections import ScoreSection
 Array = np.ndarray[Any, Any]
 SUFFIXES = (".json", ".npy", ".npz", ".csv", ".parquet")
 TAKEN = ("sample_id", "label", "score", "random", "kept", "rank")  # names that a column of the tables has already
+MOST_UNPACKED = 2**32  # bytes of an .npz: five trials of a hundred million samples
 NAME = re.compile(r"[A-Za-z]\w*")
 AS_TEXT = pyarrow.csv.ConvertOptions(column_types={"sample_id": pa.string()})  # 0001 is no number, and NA not missing
 
@@ -160,11 +162,23 @@ def read(name: str, file: str) -> Given:
         if suffix == ".json":
             return Given(_numbers(_of_json(json.loads(path.read_text()), key), key))
         if suffix in (".npy", ".npz"):
+            _refuse_bomb(path, key)
             return Given(_numbers(_of_numpy(np.load(path, allow_pickle=False), key), key))
         table = pyarrow.csv.read_csv(path, convert_options=AS_TEXT) if suffix == ".csv" else pq.ParquetFile(path).read()
-    except (ValueError, OSError, EOFError, pa.ArrowInvalid) as error:
+    except (ValueError, OSError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
         raise UserError(f"{key} cannot be read: {' '.join(str(error).split())}; write it again") from None
     return _of_table(table, name, key)
+
+
+def _refuse_bomb(path: Path, key: str) -> None:
+    """An .npz is a zip archive, and a few of its bytes can stand for any number."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MOST_UNPACKED:
+            raise UserError(
+                f"{key} unpacks to {size:,} bytes, more than {MOST_UNPACKED:,}; give a .npy or Parquet file"
+            )
 
 
 def _of_json(found: Any, key: str) -> Any:

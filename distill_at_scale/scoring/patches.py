@@ -88,7 +88,7 @@ class Ranker:
 
     def __init__(self, config: Config, prepared: Path, networks: Path, device: torch.device):
         self.config, self.device, self.prepared = config, device, Prepared(prepared)
-        self.teacher = Teacher.load(networks / TEACHER, device)
+        self.teacher = Teacher.load(networks / TEACHER, device, config.distill.rded.teacher_network)
         self.candidates = pq.read_table(_candidates_path(pieces_folder(networks, config))).combine_chunks()
         self.normalization = Normalization(tuple(self.prepared.mean), tuple(self.prepared.std))
         self.groups = {(group.file, group.number): group for group in self.prepared.groups("train")}

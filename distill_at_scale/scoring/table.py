@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 
 from distill_at_scale.config import Config
 from distill_at_scale.data.prefetch import ahead
-from distill_at_scale.data.rowgroups import RowGroupWriter, facts_of, open_table, reading
+from distill_at_scale.data.rowgroups import RowGroupWriter, check_rows, facts_of, open_table, reading
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 from distill_at_scale.scoring.columns import Column, Columns, Part
@@ -104,7 +104,10 @@ def read(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, di
     """
     file = open_table(path, "score", [*REQUIRED, *(columns or [])], "score table")
     with reading(path, "score"):
-        return file.read(columns), facts_of(file, KEY)
+        table = file.read(columns)
+    if columns is None or {"sample_id", "label"} <= set(columns):
+        check_rows(table, path, "score")
+    return table, facts_of(file, KEY)
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill_at_scale.config import Config
@@ -29,6 +30,8 @@ from distill_at_scale.scoring.published import Published, explain, fits, similar
 from distill_at_scale.scoring.published import published as find_published
 
 State = dict[str, Tensor]
+MOST_EXPANDED = 16  # times the file: weights may share their bytes, and a pickle may repeat one number without end
+ARCHIVE = b"PK\3\4"  # how a file of torch.save begins; older ones are bare pickles
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "weight.")  # of DataParallel, torch.compile, Lightning and our proxies
 
@@ -103,9 +106,12 @@ def _find(name: str) -> tuple[Path, Published | None]:
 def _read(file: Path) -> tuple[State, list[str] | None]:
     """The tensors of a file, and the names of the classes that it was trained on, where it says so."""
     try:
+        size = file.stat().st_size
         state, names = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), None)
     except OSError as error:
         raise UserError(f"cannot read the weights {file}: {error.strerror or error}. Is the path right?") from None
+    if (held := sum(value.numel() * value.element_size() for value in state.values())) > MOST_EXPANDED * size:
+        raise UserError(f"{file} claims {held:,} bytes of weights and has {size:,}; save it again, or get it elsewhere")
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise UserError(f"{file}: {key} has values that are not finite; these weights cannot score anything")
@@ -116,11 +122,14 @@ def _read_safetensors(file: Path) -> tuple[State, list[str] | None]:
     try:
         with safe_open(file, framework="pt") as handle:
             facts, state = handle.metadata() or {}, {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{file} is no whole safetensors file ({error}); copy or save it again") from None
+    except OSError:
+        raise
+    except Exception as error:  # of the library, or of torch for a shape that cannot be
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} is no whole safetensors file ({reason}); copy or save it again") from None
     try:
         names = json.loads(facts.get("class_names", "null"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         names = facts["class_names"]
     if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
         raise UserError(f"{file}: the metadata class_names must be a JSON list of names, and is {str(names)[:80]!r}")
@@ -128,6 +137,7 @@ def _read_safetensors(file: Path) -> tuple[State, list[str] | None]:
 
 
 def _read_pickle(file: Path) -> State:
+    _refuse_packed(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -145,6 +155,22 @@ def _read_pickle(file: Path) -> State:
     if not tensors:
         raise UserError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), ...) or safetensors")
     return {str(key): value for key, value in tensors.items()}
+
+
+def _refuse_packed(file: Path) -> None:
+    """torch never packs its archives, so one that is packed is a bomb, or nothing of torch's."""
+    with open(file, "rb") as handle:
+        if handle.read(4) != ARCHIVE:
+            return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception as error:  # damaged names and sizes raise nearly anything
+        raise UserError(
+            f"{file} cannot be loaded safely as a state dict: it is damaged ({error}); save it again"
+        ) from None
+    if packed:
+        raise UserError(f"{file} is a packed zip archive, which torch does not write; save the weights again")
 
 
 def _renamed(state: State, expected: Collection[str]) -> State:

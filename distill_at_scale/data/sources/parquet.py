@@ -36,6 +36,10 @@ from distill_at_scale.rundir import digest
 from distill_at_scale.sections import DataSection
 
 T = TypeVar("T")
+LARGEST_GROUP = 16  # times data.max_bytes: of the samples of a row group together
+ROWS_PER_BYTE = 64  # of a file; more is a bomb, as every row of a real one has a sample of its own
+LISTED_BYTES = 2**32  # of the labels and paths of a file
+ROWS_AT_ONCE = 1024  # that are unpacked before they are counted
 READERS = 8  # files that are looked at side by side
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
@@ -149,9 +153,22 @@ class HuggingFaceParquet:
         if not 0 <= row < (ends[-1] if len(ends) else 0):
             raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
         leaf = self._leaf(file.schema_arrow.field(self.column).type)
-        table = self._asked(name, lambda: file.read_row_group(group, columns=[leaf]))
+        table = self._asked(name, lambda: self._bounded(file, [group], [leaf], LARGEST_GROUP * self.config.max_bytes))
         column = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
         return int(ends[group]) - table.num_rows, column
+
+    def _bounded(self, file: Any, groups: list[int], columns: list[str | None], most: int) -> pa.Table:
+        """Some columns of row groups, batch by batch: a few bytes can stand for a value that is repeated without end.
+
+        Raises ArrowInvalid for what unpacks to more than so many bytes.
+        """
+        held, parts = 0, []
+        for batch in file.iter_batches(ROWS_AT_ONCE, groups, columns):
+            held += batch.nbytes
+            parts.append(batch)
+            if held > most:
+                raise pa.ArrowInvalid(f"it unpacks to more than {most:,} bytes in one piece")
+        return pa.Table.from_batches(parts, file.schema_arrow if not parts else None)
 
     def _opened(self, name: str) -> tuple[Any, np.ndarray[Any, Any]]:
         """The last file that was read from, and the row after each of its row groups."""
@@ -162,7 +179,18 @@ class HuggingFaceParquet:
         return self._open[1:]
 
     def _parquet(self, name: str) -> Any:
-        return self._asked(name, lambda: pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local))
+        file, _ = self._asked(name, lambda: self._with_schema(name))
+        rows, size = file.metadata.num_rows, self.store.size(name) or 0
+        if rows > ROWS_PER_BYTE * size:
+            raise UserError(
+                f"{self.store.place(name)} claims {rows:,} rows in {size:,} bytes; get it from its publisher"
+            )
+        return file
+
+    def _with_schema(self, name: str) -> tuple[Any, pa.Schema]:
+        """The schema, too, may be damaged, and is read when it is asked for."""
+        file = pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local)
+        return file, file.schema_arrow
 
     def _asked(self, name: str, question: Callable[[], T]) -> T:
         """Raises UserError for a file that is missing or no Parquet file, and Unreachable where the storage refuses."""
@@ -170,7 +198,7 @@ class HuggingFaceParquet:
             return question()
         except FileNotFoundError:
             raise UserError(f"{self.store.place(name)} is gone; restore it, or list the data again") from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and unanswered(error):
                 raise self.store.refusal(error) from None
             reason = " ".join(str(error).split())
@@ -202,7 +230,8 @@ class HuggingFaceParquet:
                     f"set {self.column_key} to the column that holds {self.held}"
                 )
             paths = [f"{image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
-            table = self._asked(name, lambda: file.read(columns=[label, *paths]))
+            groups = list(range(file.num_row_groups))
+            table = self._asked(name, lambda: self._bounded(file, groups, [label, *paths], LISTED_BYTES))
         columns = {"label": _plain(table[label], f"{place}: column {label!r}")}
         if paths:
             columns["path"] = pc.struct_field(table[image], "path").cast(pa.string())

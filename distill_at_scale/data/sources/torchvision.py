@@ -7,7 +7,6 @@ it is first needed.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import math
@@ -23,10 +22,12 @@ import pyarrow as pa
 from distill_at_scale.data.sources import plain_pickle
 from distill_at_scale.data.sources.base import data_store, listing
 from distill_at_scale.data.storage import Store, joined
+from distill_at_scale.data.unpacking import Bomb, gunzip
 from distill_at_scale.errors import UserError
 from distill_at_scale.sections import DataSection
 
 Array = np.ndarray[Any, Any]
+MOST_UNPACKED = 2**31  # bytes of one file; SVHN's extra images, the largest, have 1.6 GB
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -117,8 +118,8 @@ def _content(store: Store, folder: str, name: str, packed: bool = False) -> byte
     file = joined(folder, name)
     if packed and store.size(file) is None and store.size(file + ".gz") is not None:
         try:
-            return gzip.decompress(store.read(file + ".gz"))
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            return gunzip(store.read(file + ".gz"), MOST_UNPACKED)
+        except (EOFError, zlib.error, Bomb) as error:
             raise UserError(f"{store.place(file)}.gz is damaged ({error}); download it again") from None
     try:
         return store.read(file)
@@ -173,10 +174,15 @@ def _meta(name: str, key: str, count: int) -> Callable[[Store, str], list[str]]:
 
 
 def _svhn(store: Store, folder: str, split: str) -> tuple[Array, Array]:
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     content, place = _content(store, folder, f"{split}_32x32.mat"), store.place(joined(folder, f"{split}_32x32.mat"))
     try:
+        shapes = {
+            name: shape for name, shape, _ in whosmat(io.BytesIO(content))
+        }  # of the headers; nothing is unpacked yet
+        if math.prod(shapes["X"]) > MOST_UNPACKED or math.prod(shapes["y"]) > MOST_UNPACKED:
+            raise Bomb(f"X and y unpack to more than {MOST_UNPACKED:,} values")
         held = loadmat(io.BytesIO(content), variable_names=["X", "y"])
         images, labels = held["X"], held["y"].reshape(-1).astype(np.int64)
     except Exception as error:  # scipy raises nearly anything for a damaged file

@@ -1,0 +1,253 @@
+"""Files made to do harm: each one is refused by a sentence, before it costs memory or time and without running anything."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import write_prepared
+from PIL import Image
+from rich.console import Console
+
+from distill_at_scale import config as configuration
+from distill_at_scale import synthetic, tensors
+from distill_at_scale.data.decode import MOST_SCANS, ImageDecoder, Rejected
+from distill_at_scale.data.isolated import Isolated
+from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.sources.parquet import HuggingFaceParquet
+from distill_at_scale.data.unpacking import Bomb, gunzip
+from distill_at_scale.errors import UserError
+from distill_at_scale.progress import Display
+from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.scoring import imported, weights
+from distill_at_scale.sections import DataSection
+from distill_at_scale.soft_labels import Teacher, TeacherFacts
+
+CPU = torch.device("cpu")
+RAN: list[object] = []
+
+
+def hostile_network(spec: object) -> torch.nn.Module:
+    RAN.append(spec)
+    return torch.nn.Linear(2, 2)
+
+
+FACTS = TeacherFacts(f"{__name__}:hostile_network", (1, 2, 2), 2, 4, None, (1.0,), (0.0,))
+
+
+def test_code_that_an_artefact_names_is_not_run(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    Teacher(FACTS, torch.nn.Linear(2, 2)).save(path)
+    with pytest.raises(UserError, match=r"code of somebody \('test_hostile:hostile_network'\)"):
+        Teacher.load(path, CPU)
+    assert not RAN
+    Teacher.load(path, CPU, FACTS.network)  # the configuration names it
+    assert len(RAN) == 1
+    with pytest.raises(UserError, match="code of somebody"):
+        replace(FACTS, network=f"frame:{FACTS.network}").trusted("convnet")
+
+
+def test_names_of_our_own_networks_need_no_trust():
+    for name in ("convnet_bn", "torchvision:resnet18", "frame:resnet18", "frame:torchvision:resnet18"):
+        assert replace(FACTS, network=name).trusted(None).network == name
+
+
+LAUGHS = [f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name in pairwise("abcdefgh")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n".join(["a: &a [1, 2]", *LAUGHS]), "values once its aliases"),
+        ("run: &a {dir: *a}", "values once its aliases"),
+        ("[" * 5000, "not valid YAML"),
+        ("run: {seed: " + "9" * 5000 + "}", "not valid YAML"),
+        ("# " + "x" * 2**20, "no configuration"),
+    ],
+)
+def test_bombs_of_yaml_are_refused(tmp_path, text, said):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        configuration.load(tmp_path / "c.yaml")
+
+
+def test_gzip_stops_at_its_limit():
+    packed = gzip.compress(bytes(10**6))
+    assert gunzip(packed, 10**6) == bytes(10**6)
+    assert gunzip(packed + packed, 2 * 10**6) == bytes(2 * 10**6)
+    with pytest.raises(Bomb, match="more than 999,999 bytes"):
+        gunzip(packed, 10**6 - 1)
+    with pytest.raises(EOFError):
+        gunzip(packed[:-4], 10**6)
+
+
+def test_a_jpeg_of_scans_without_end_is_refused():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(
+        buffer, "JPEG", progressive=True
+    )
+    whole = buffer.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    ImageDecoder(8)(whole)
+    with pytest.raises(Rejected, match=f"scans, more than {MOST_SCANS}"):
+        ImageDecoder(8)(whole[:-2] + whole[last:-2] * MOST_SCANS + whole[-2:])
+
+
+def data_set(folder: Path, image: pa.Array, labels: np.ndarray, **limits: int) -> HuggingFaceParquet:
+    pq.write_table(pa.table({"image": image, "label": labels}), folder / "train-0.parquet")
+    return HuggingFaceParquet(DataSection(source="parquet", path=str(folder), **limits))
+
+
+def test_a_parquet_value_that_is_repeated_without_end_is_refused(tmp_path):
+    image = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2000, np.int32)), pa.array([bytes(5_000)])).cast(
+        pa.binary()
+    )
+    source = data_set(tmp_path, image, np.zeros(2000, np.int64), max_bytes=10_000)
+    assert (tmp_path / "train-0.parquet").stat().st_size < 10_000
+    rows = source.listing("train")
+    with pytest.raises(UserError, match="unpacks to more than 160,000 bytes"):
+        source.read(rows)
+
+
+def test_a_parquet_file_of_more_rows_than_it_can_hold_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"claims 1,000,000 rows in .* bytes"):
+        data_set(tmp_path, pa.nulls(10**6, pa.binary()), np.zeros(10**6, np.int64))
+
+
+def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
+    prepared = write_prepared(tmp_path, np.zeros((4, 1, 2, 2), np.uint8), np.zeros(4, np.int64))
+    (shard,) = (tmp_path / "train").glob("*")
+    whole = pq.read_table(shard)
+    for about in ({"shape": "[4]"}, {"shape": "[1, 2, 2]", "dtype": "O"}, {"shape": "[1, 2, 9223372036854775807]"}, {}):
+        field = whole.schema.field(2).with_metadata(about)
+        pq.write_table(whole.cast(pa.schema([*list(whole.schema)[:2], field])), shard)
+        with pytest.raises(UserError, match="ingest again"):
+            Prepared(tmp_path).load("train")
+    meta = json.loads((tmp_path / "dataset.json").read_text())
+    for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []}):
+        (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong))
+        with pytest.raises(UserError, match="damaged"):
+            Prepared(tmp_path)
+    assert prepared.shape == (1, 2, 2)
+
+
+def test_weights_that_claim_more_than_their_file_holds_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(10**10)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"claims 40,000,000,000 bytes of weights and has"):
+        weights._read(tmp_path / "w.pt")
+
+
+def test_a_packed_archive_of_weights_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "w.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pt") as whole,
+        zipfile.ZipFile(tmp_path / "p.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match="packed zip archive"):
+        weights._read(tmp_path / "p.pt")
+
+
+@pytest.mark.parametrize("kind", ["npz", "json", "npy"])
+def test_scores_that_are_bombs_or_pickles_are_refused(tmp_path, monkeypatch, kind):
+    path = tmp_path / f"s.{kind}"
+    if kind == "npz":
+        monkeypatch.setattr(imported, "MOST_UNPACKED", 10**5)
+        np.savez_compressed(path, np.zeros(10**6))
+    elif kind == "json":
+        path.write_text("[" * 10**5)
+    else:
+        np.save(path, np.array([print], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"unpacks to|cannot be read"):
+        imported.read("a", str(path))
+
+
+@pytest.mark.parametrize("name", ["stages/distill.json", "../x", ".work/x", "/x", "a/../../x"])
+def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
+    inputs, other = Inputs({"a": 1}, {}), RunDir(tmp_path / "other")
+    other.create()
+    (other / "a").write_text("1")
+    other.complete("ingest", inputs, [other / "a"], 1.0)
+    path = other / "stages" / "ingest.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"outputs": {name: record["outputs"]["a"]}}))
+    run = RunDir(tmp_path / "run", reuse=other.path)
+    run.create()
+    with pytest.raises(UserError, match="outside its folder or no artefact"):
+        run.valid("ingest", inputs)
+    path.write_text('{"fingerprint": 3}')
+    with pytest.raises(UserError, match="damaged"):
+        run.valid("ingest", inputs)
+
+
+def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
+    inputs, other = Inputs({"a": 1}, {}), RunDir(tmp_path / "other")
+    other.create()
+    (tmp_path / "elsewhere").write_text("1")
+    (other / "a").symlink_to(tmp_path / "elsewhere")
+    other.complete("ingest", inputs, [other / "a"], 1.0)
+    run = RunDir(tmp_path / "run", reuse=other.path)
+    run.create()
+    assert run.valid("ingest", inputs)
+    assert not os.path.islink(run / "a")
+    assert (run / "a").read_text() == "1"
+
+
+def test_what_steers_a_terminal_is_written_out():
+    said = io.StringIO()
+    Display(Console(file=said, width=200)).say("a\x1b[2Jb\x07\u202ec\nd")
+    assert said.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"class_names": "ab"}, "class_names"),
+        ({"normalization": {"mean": [0.5], "std": [0.0]}}, "std above 0"),
+        ({"normalization": {"mean": [float("nan")], "std": [1.0]}}, "finite"),
+        ({"class_names": ["a"]}, "outside 0..0"),
+    ],
+)
+def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, said):
+    card = {"class_names": ["a", "b"], "normalization": {"mean": [0.5], "std": [0.25]}, "protocol": {}}
+    tensors.write(
+        tmp_path / "synthetic.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
+    )
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    synthetic.load(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps(card | wrong))
+    with pytest.raises(UserError, match=said):
+        synthetic.load(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits are those of Linux")
+def test_the_decoders_process_writes_no_file_and_gains_no_rights(tmp_path):
+    child = Isolated("hostile_child:tries_to_write")
+    answer, _ = child.call({"path": str(tmp_path / "x")}, b"", 60)
+    child.close()
+    assert answer == {"said": "File too large", "no_new_privileges": "1"}
+
+
+def test_a_pickle_in_a_place_of_weights_is_not_run(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return RAN.append, ("ran",)
+
+    for content in (pickle.dumps(Runs()), pickle.dumps({"state_dict": Runs()}, 2)):
+        (tmp_path / "w.pt").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be loaded safely"):
+            weights._read(tmp_path / "w.pt")
+    assert "ran" not in RAN

@@ -226,6 +226,7 @@ def test_neither_records_nor_names_lead_out_of_the_copy(place, s3, tmp_path, sta
     victim = tmp_path / "copies" / f"victim-{fingerprint[:16]}" if stage != "score" else tmp_path / "copies" / "victim"
     victim.mkdir(parents=True)
     (tmp_path / "copies" / "b" / ".work" / "score-").mkdir(parents=True)
+    (tmp_path / "copies" / "b" / working_copy.IDENTITY).write_text("id")
     bucket_name = place.removeprefix("s3://").partition("/")[0]
     record = {"stage": stage, "fingerprint": fingerprint, "outputs": {"../../out.txt": {"bytes": 1, "sha256": ""}}}
     for key, body in (("stages/score.json", json.dumps(record)), ("../../out.txt", "x")):

@@ -157,5 +157,5 @@ def test_the_commands_in_the_recipes_are_ones_that_the_program_takes():
     assert len(found) == 3
     for match in found:
         overrides = re.sub(r"[\\#]", " ", match[2]).split()
-        assert len(overrides) == 4, match[0]
+        assert len(overrides) == 5, match[0]
         configuration.load(ROOT / match[1], overrides)

@@ -111,7 +111,8 @@ class Normalization:
 
 
 def _wrong(card: Mapping[str, Any]) -> str | None:
-    mean, std = card.get("mean"), card.get("std")
+    mean: Any = card.get("mean")
+    std: Any = card.get("std")
     for values in (mean, std):
         if not isinstance(values, list | tuple) or not values or not all(map(_is_number, values)):
             return "mean and std must be lists of finite numbers"

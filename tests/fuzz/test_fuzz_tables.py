@@ -36,10 +36,11 @@ def broken_rows(data: bytes, chance: random.Random) -> bytes:
     """A whole file whose rows are repeated, missing, shuffled or null, or whose columns are of other types."""
     try:
         table = pq.read_table(io.BytesIO(data))
+        names = table.column_names
     except (pa.ArrowException, OSError, ValueError, MemoryError):
         return mutating.flip(data, chance)
-    kind, name = chance.randrange(6), chance.choice(table.column_names)
-    at = table.column_names.index(name)
+    kind, name = chance.randrange(6), chance.choice(names)
+    at = names.index(name)
     if kind < 3:
         places = list(range(table.num_rows))
         if kind == 0:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.errors import UserError
 
 BATCH = 2**15  # rows decoded at a time: some MB, so that they are still in the cache when they are used
+ROWS_PER_BYTE = 8  # of a whole file, at most: ids are unique, so even well compressed ones take some bits each
 
 
 class RowGroupWriter:
@@ -113,8 +114,8 @@ def open_table(path: Path, stage: str, required: Iterable[str], what: str) -> pq
         names = file.schema_arrow.names
     if missing := [name for name in required if name not in names]:
         raise UserError(f"{path} is no {what}: it lacks the columns {', '.join(missing)}")
-    if file.metadata.num_rows > path.stat().st_size:  # every row has an id of its own
-        raise UserError(f"{path} claims {file.metadata.num_rows:,} rows, more than it has bytes; run `{stage}` again")
+    if (rows := file.metadata.num_rows) > ROWS_PER_BYTE * (size := path.stat().st_size):
+        raise UserError(f"{path} claims {rows:,} rows in {size:,} bytes; run `{stage}` again")
     return file
 
 

@@ -112,6 +112,7 @@ def leave_group() -> None:
     os._exit(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on Ray run one after the other in one process, which has the session's Ray; all others beside them."""
     for item in items:

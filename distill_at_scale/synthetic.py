@@ -228,8 +228,8 @@ def _wrong(saved: dict[str, Tensor], card: Any) -> str | None:
     names = card.get("class_names") if isinstance(card, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "its card does not list class_names"
-    if not isinstance(card.get("normalization"), dict) or not isinstance(card.get("protocol"), dict):
-        return "its card lacks the normalization or the protocol"
+    if not isinstance(card.get("normalization"), dict) or not isinstance(card.get("protocol", {}), dict):
+        return "its card lacks the normalization, or its protocol is none"
     images, labels = saved.get("images"), saved.get("labels")
     if images is None or images.dtype != torch.float32 or images.dim() < 2 or not torch.isfinite(images).all():
         return "it lacks images [n, *shape] of finite float32"

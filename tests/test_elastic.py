@@ -45,7 +45,7 @@ def test_the_number_of_workers_is_no_part_of_a_fingerprint(make_run, digits_run)
 
 def held(log: Path) -> list[int]:
     """How many workers began, each time that some did."""
-    return [line["workers"] for line in lines(log) if line.get("stage") == "hold"]
+    return [len(line["workers"]) for line in lines(log) if line.get("stage") == "hold"]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,8 @@ def run(config: Config, places: Places, report: Report, sharing: int, say: Calla
 
     def again() -> None:
         step = saved_step(places.state)
-        say(f"  workers were lost; going on from step {step}, so {max(0, tail.step - step)} steps are repeated")
+        what = "were lost" if isinstance(config.distill.workers, int) else "were lost or have joined"
+        say(f"  workers {what}; going on from step {step}, so {max(0, tail.step - step)} steps are repeated")
 
     own = {"places": paths}
     fit("distill", _distill, config, config.distill.workers, own, places.work, tail.read, sharing, again)

@@ -18,6 +18,8 @@ CODE = """
 import os, sys, time
 from distill_at_scale.cluster.guard import guarded
 from distill_at_scale.errors import UserError
+
+pytestmark = pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
 def body():
     {body}
 try:

@@ -91,6 +91,8 @@ import socket, sys, time, urllib.request
 import ray
 from distill_at_scale.cluster.metrics import Metrics
 from distill_at_scale.observe.events import Event
+
+pytestmark = pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
 with socket.socket() as one:
     one.bind(("127.0.0.1", 0))
     port = one.getsockname()[1]

@@ -27,7 +27,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.data import holding
 from distill_at_scale.data.normalization import Normalization, whitening_card
 from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.environment import gpu_memory
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec

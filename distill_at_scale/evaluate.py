@@ -20,7 +20,7 @@ import torch
 
 from distill_at_scale import rng, students, synthetic
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.pruning.manifest import kept

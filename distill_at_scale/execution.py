@@ -18,7 +18,8 @@ from distill_at_scale.backends.condensed import distiller
 from distill_at_scale.config import Config
 from distill_at_scale.data.ingest import open_source
 from distill_at_scale.data.pieces import check_chunk, finished, ingest_chunk, is_finished, piece_path, recipe_of
-from distill_at_scale.data.shards import Chunk, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import Chunk
 from distill_at_scale.distill import Distillation, Places, make_network
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.observe.events import Event, Note, Spent, ignore, measured

@@ -11,7 +11,7 @@ from typing import Any
 from distill_at_scale import distill, report
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data.clips import decoders_for
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import DistillSection

@@ -16,7 +16,7 @@ from distill_at_scale import distill, fingerprints, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.data.merge import unusable, write_rejected
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import Unreachable
 from distill_at_scale.execution import Executor
 from distill_at_scale.observe.events import Event, at_once

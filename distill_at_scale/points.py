@@ -19,7 +19,7 @@ import torch
 
 from distill_at_scale import fingerprints
 from distill_at_scale.config import Config, flatten, with_overrides
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.evaluate import need_test_split
 from distill_at_scale.execution import Executor, Local

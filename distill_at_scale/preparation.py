@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distill_at_scale import distill, fingerprints
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.distill import Places
 from distill_at_scale.execution import Executor, score_piece
 from distill_at_scale.progress import Display

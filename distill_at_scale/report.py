@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from distill_at_scale import charts, figures, gantt, pages, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data import transforms
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.observe import timeline
 from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest

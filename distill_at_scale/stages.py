@@ -21,7 +21,7 @@ from distill_at_scale.data import ingest, transforms
 from distill_at_scale.data.clips import decoders_for, named
 from distill_at_scale.data.merge import merge
 from distill_at_scale.data.pieces import is_finished, piece_path
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.storage import shown
 from distill_at_scale.environment import environment
 from distill_at_scale.exchange import Exchanging

@@ -20,7 +20,8 @@ from torch import nn
 
 from distill_at_scale import config as configuration
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared, schema, to_table, write_meta, write_shards
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import schema, to_table, write_meta, write_shards
 from distill_at_scale.distill import Places
 from distill_at_scale.execution import Local
 from distill_at_scale.networks import NetworkSpec

@@ -18,7 +18,7 @@ from videos import numbered, write_video
 from distill_at_scale import synthetic
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.sources import moving_digits
 from distill_at_scale.errors import Unreachable, UserError
 

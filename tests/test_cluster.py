@@ -12,7 +12,7 @@ import torch
 from distill_at_scale import distill, synthetic, tensors
 from distill_at_scale.config import Config, validate
 from distill_at_scale.data import ingest
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import Local, score_piece
 from distill_at_scale.pipeline import Pipeline

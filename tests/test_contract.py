@@ -18,7 +18,7 @@ from distill_at_scale import distill
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.backends.base import Conclusion, Cost
 from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.distill import Places, backend_class, make_network, missing_networks, setting_of
 from distill_at_scale.execution import Local, score_piece
 from distill_at_scale.scoring import patches

@@ -16,7 +16,7 @@ from conftest import tiny_config, write_prepared
 from torch import nn
 
 from distill_at_scale import validate
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import score_piece, threads
 from distill_at_scale.networks import NetworkSpec

@@ -18,7 +18,8 @@ from conftest import leave_group, tiny_config
 from safetensors.torch import load_file
 
 from distill_at_scale import distill, synthetic
-from distill_at_scale.data.shards import Prepared, pixels_of, to_table
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import pixels_of, to_table
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.pruning.manifest import kept

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, TINY, tiny_config
 
 from distill_at_scale import distill, synthetic
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.distill import Places
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local

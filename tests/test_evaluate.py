@@ -13,7 +13,7 @@ from torch import nn
 
 from distill_at_scale import evaluate, students
 from distill_at_scale.data.normalization import Normalization
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.evaluate import Evaluator, Job
 from distill_at_scale.networks import NetworkSpec

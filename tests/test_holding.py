@@ -12,7 +12,8 @@ from distill_at_scale.data import foresight, holding
 from distill_at_scale.data.foresight import Ahead, Foresight, Request
 from distill_at_scale.data.holding import InShards, Room, choose, kept_places
 from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.shards import Prepared, schema, to_jpeg_table, write_meta, write_shards
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import schema, to_jpeg_table, write_meta, write_shards
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning import manifest
 from distill_at_scale.workers import Solo

@@ -25,7 +25,7 @@ from distill_at_scale import config as configuration
 from distill_at_scale import synthetic, tensors
 from distill_at_scale.data.decode import MOST_SCANS, ImageDecoder, Rejected
 from distill_at_scale.data.isolated import Isolated
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.unpacking import Bomb, gunzip
 from distill_at_scale.errors import UserError

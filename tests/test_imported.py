@@ -13,7 +13,7 @@ from conftest import tiny_config
 
 from distill_at_scale import cli, fingerprints, validate
 from distill_at_scale.data import ingest
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import exported, imported, table

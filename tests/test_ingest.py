@@ -23,7 +23,8 @@ from distill_at_scale.data import ingest, pieces
 from distill_at_scale.data import merge as merging
 from distill_at_scale.data.merge import merge
 from distill_at_scale.data.pieces import ingest_chunk, piece_path, recipe_of
-from distill_at_scale.data.shards import Prepared, pixels_of
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import pixels_of
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.errors import UserError

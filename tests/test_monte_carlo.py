@@ -13,7 +13,7 @@ import torch
 from conftest import Run, tiny_config, write_prepared
 from rich.console import Console
 
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import Local, subset_trials
 from distill_at_scale.progress import Display

@@ -114,7 +114,7 @@ def test_clips_can_be_planned():
 def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digits_run):
     config = digits_run.config
     listed = known.of_listing(config, ingest.plan(config))
-    from distill_at_scale.data.shards import Prepared
+    from distill_at_scale.data.prepared import Prepared
 
     prepared = known.of_prepared(config, Prepared(digits_run.dir / "prepared"), digits_run.dir / "manifest.parquet")
     assert (listed.counts, listed.kept, listed.tests) == (prepared.counts, prepared.kept, prepared.tests)

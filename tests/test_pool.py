@@ -8,7 +8,7 @@ import torch
 
 from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning import manifest
 

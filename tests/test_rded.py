@@ -19,7 +19,7 @@ from test_teachers import QUICK, SHAPE, a_pool, a_setting, make
 
 from distill_at_scale import synthetic, tensors
 from distill_at_scale.backends.rded import Patches, best
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.distill import Places
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local, score_piece

@@ -22,7 +22,7 @@ from rich.console import Console
 from distill_at_scale import figures, pages, report, synthetic
 from distill_at_scale.config import validate
 from distill_at_scale.data import shards
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.execution import Local
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import FixedNetwork, write_prepared
 
 from distill_at_scale.data.normalization import Normalization
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.execution import score_piece, threads
 from distill_at_scale.networks import NetworkSpec

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_at_scale.data import shards
-from distill_at_scale.data.shards import Prepared, pixels_of, schema, to_table, write_meta, write_shards
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import pixels_of, schema, to_table, write_meta, write_shards
 from distill_at_scale.errors import UserError
 
 SHAPE = (3, 4, 4)

@@ -19,7 +19,7 @@ from distill_at_scale.data import kinds
 from distill_at_scale.data.decode import Rejected
 from distill_at_scale.data.kinds import TensorDecoder
 from distill_at_scale.data.normalization import Normalization, normalization_of
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.sources.tensors import Tensors
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec

@@ -10,7 +10,8 @@ import pytest
 
 from distill_at_scale.data import transforms
 from distill_at_scale.data.near_duplicates import jitter
-from distill_at_scale.data.shards import Prepared, schema, to_table, write_meta, write_shards
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import schema, to_table, write_meta, write_shards
 from distill_at_scale.errors import UserError
 from distill_at_scale.sections import DataSection
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distill_at_scale import tensors
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.validate import check_names, check_networks, check_weights

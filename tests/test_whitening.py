@@ -12,7 +12,7 @@ from distill_at_scale import synthetic, validate
 from distill_at_scale.data import whitening
 from distill_at_scale.data.normalization import Whitening, normalization_of
 from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.evaluate import Evaluator
 

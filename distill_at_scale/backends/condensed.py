@@ -17,7 +17,7 @@ from distill_at_scale.backends.dc import GradientMatching
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.data.normalization import normalization_of
 from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.scoring.monte_carlo import Distil, spec_of
 from distill_at_scale.workers import Solo
 

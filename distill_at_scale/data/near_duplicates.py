@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from distill_at_scale import rng
 from distill_at_scale.data import shards
 from distill_at_scale.data.decode import encode
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.sections import DataSection
 

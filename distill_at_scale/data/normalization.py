@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill_at_scale import tensors
-from distill_at_scale.data.shards import MOST_AXES, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import MOST_AXES
 from distill_at_scale.data.whitening import FILE
 from distill_at_scale.errors import UserError
 

@@ -19,7 +19,7 @@ from distill_at_scale.data import holding
 from distill_at_scale.data.foresight import Ahead, Request
 from distill_at_scale.data.holding import Holding, InShards, Resident, Room
 from distill_at_scale.data.normalization import Normalization, normalization_of
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 
 MOST_THREADS = 8  # that decode JPEGs of a draw
 

@@ -13,7 +13,8 @@ from distill_at_scale import validate
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.data.pieces import stores_jpeg
-from distill_at_scale.data.shards import JPEG_PART, Prepared, group_rows
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import JPEG_PART, group_rows
 from distill_at_scale.pruning import cuts, manifest
 
 

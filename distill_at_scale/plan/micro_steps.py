@@ -24,7 +24,8 @@ from distill_at_scale.data import ingest
 from distill_at_scale.data.ingest import open_source
 from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.pieces import ingest_chunk, recipe_of
-from distill_at_scale.data.shards import Chunk, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import Chunk
 from distill_at_scale.execution import threads
 from distill_at_scale.networks import NetworkSpec, will_compile
 from distill_at_scale.plan import made_up

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill_at_scale import distill
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.errors import DistillationDiverged
 from distill_at_scale.execution import score_piece

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import imported, monte_carlo, utility

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 
 Array = np.ndarray[Any, Any]
 

@@ -27,7 +27,8 @@ from distill_at_scale import rng
 from distill_at_scale.config import Config
 from distill_at_scale.data.normalization import Normalization
 from distill_at_scale.data.prefetch import ahead
-from distill_at_scale.data.shards import Chunk, Group, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import Chunk, Group
 from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import PatchSection
 from distill_at_scale.pruning import manifest

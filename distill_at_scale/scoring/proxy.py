@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill_at_scale import rng, tensors
 from distill_at_scale.data.normalization import normalization_of
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec, maybe_compile, mixes_samples, will_compile
 from distill_at_scale.scoring.stream import Batch, Stream

@@ -22,7 +22,8 @@ from torch import Tensor
 from distill_at_scale import tensors
 from distill_at_scale.config import Config
 from distill_at_scale.data.prefetch import ahead
-from distill_at_scale.data.shards import Chunk, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import Chunk
 from distill_at_scale.errors import UserError
 from distill_at_scale.networks import NetworkSpec, will_compile
 from distill_at_scale.observe.events import Spent

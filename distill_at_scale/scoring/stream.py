@@ -19,7 +19,8 @@ from torch import Tensor
 
 from distill_at_scale import rng
 from distill_at_scale.data.prefetch import ahead
-from distill_at_scale.data.shards import Group, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import Group
 
 WINDOW_BYTES = 512 * 2**20  # of stored images, over all logical shards of a proxy
 GROUPS_EACH = 4  # row groups that a logical shard has at least

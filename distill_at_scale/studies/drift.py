@@ -18,7 +18,7 @@ from distill_at_scale import rng, students, synthetic
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.config import Config
 from distill_at_scale.data.normalization import Normalization
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.networks import NetworkSpec, in_parts
 from distill_at_scale.registry import resolve
 from distill_at_scale.studies.base import UNPRUNED, Context, Outcome, Point

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from distill_at_scale import distill, evaluate, validate
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning.cuts import quota
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from distill_at_scale import points, validate
 from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local
 from distill_at_scale.points import Points

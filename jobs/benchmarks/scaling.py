@@ -31,7 +31,8 @@ import torch
 from side_by_side import Clock, columns, roof
 
 from distill_at_scale.config import Config, validate
-from distill_at_scale.data.shards import Chunk, Prepared
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import Chunk
 from distill_at_scale.distill import Distillation, Places
 from distill_at_scale.environment import environment
 from distill_at_scale.networks import NetworkSpec

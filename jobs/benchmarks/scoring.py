@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from distill_at_scale import tensors
 from distill_at_scale.config import validate
 from distill_at_scale.data.decode import ImageDecoder
-from distill_at_scale.data.shards import Prepared, group_rows, schema, to_table, write_meta, write_shards
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.shards import group_rows, schema, to_table, write_meta, write_shards
 from distill_at_scale.networks import NetworkSpec, in_parts
 from distill_at_scale.scoring.proxy import checkpoint_path
 

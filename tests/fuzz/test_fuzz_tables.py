@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_prepared
 
-from distill_at_scale.data.shards import Prepared
+from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.errors import UserError
 from distill_at_scale.pruning import manifest

@@ -23,7 +23,8 @@ from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.evaluate import need_test_split
 from distill_at_scale.points import PointRunner
-from distill_at_scale.rundir import RunDir, digest, write_json
+from distill_at_scale.records import digest
+from distill_at_scale.rundir import RunDir, write_json
 from distill_at_scale.studies.base import Context, mean_and_std
 from distill_at_scale.studies.bisection import Found, Search
 from distill_at_scale.studies.comparison import accuracies, difference

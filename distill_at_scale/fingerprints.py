@@ -15,7 +15,8 @@ from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.subsets import class_list
 from distill_at_scale.errors import UserError
 from distill_at_scale.method_sections import DistillSection
-from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import imported, weights
 from distill_at_scale.scoring.contract import MONTE_CARLO, criteria_of
 from distill_at_scale.sections import DataSection, EvaluateSection, ScoreSection, Section

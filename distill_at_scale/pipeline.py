@@ -24,7 +24,8 @@ from distill_at_scale.plan import forecast, known
 from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
-from distill_at_scale.rundir import STAGES, Inputs, need_disk
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import STAGES, need_disk
 from distill_at_scale.scoring import imported
 from distill_at_scale.stages import MakeObservers, Stages, nobody
 

@@ -26,7 +26,8 @@ from distill_at_scale.execution import Executor, Local
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest
-from distill_at_scale.rundir import RunDir, digest, write_json
+from distill_at_scale.records import digest
+from distill_at_scale.rundir import RunDir, write_json
 from distill_at_scale.stages import MakeObservers, nobody
 from distill_at_scale.studies.base import Outcome, Point
 from distill_at_scale.trials import Watch

@@ -27,7 +27,8 @@ from distill_at_scale.observe import timeline
 from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.ranking import RANDOM
-from distill_at_scale.rundir import STAGES, RunDir, digest
+from distill_at_scale.records import digest
+from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.studies.base import Plot, Series
 from distill_at_scale.synthetic import SyntheticSet

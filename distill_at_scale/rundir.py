@@ -20,40 +20,18 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from distill_at_scale.bucket import Say, is_remote
 from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import UserError
 from distill_at_scale.mirror import Mirror, scratch_of
+from distill_at_scale.records import Inputs, checked, digest, is_artefact
 from distill_at_scale.sections import RunSection
 from distill_at_scale.working_copy import LOCK, WorkingCopy, work_name
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a stage depends on: flat configuration values and the content hashes of what it reads."""
-
-    config: Mapping[str, Any]
-    content: Mapping[str, str]
-
-    @property
-    def fingerprint(self) -> str:
-        return digest({"config": dict(self.config), "content": dict(self.content)})
-
-    def difference(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Lines 'key: recorded -> wanted' for everything that differs from a stage record."""
-        lines = []
-        for part, now in (("config", self.config), ("content", self.content)):
-            before = recorded[part]
-            for key in sorted(set(before) | set(now)):
-                if (old := before.get(key, "absent")) != (new := json.loads(json.dumps(now.get(key, "absent")))):
-                    lines.append(f"{key}: {_short(old)} -> {_short(new)}")
-        return lines
 
 
 class RunDir:
@@ -152,7 +130,7 @@ class RunDir:
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a completed stage, or None."""
         try:
-            return _checked(json.loads((self.path / "stages" / f"{stage}.json").read_text()))
+            return checked(json.loads((self.path / "stages" / f"{stage}.json").read_text()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -228,7 +206,7 @@ class RunDir:
         record = self.reuse.record(stage) if self.reuse else None
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
             return False
-        if outside := [name for name in record["outputs"] if not _is_artefact(name)]:
+        if outside := [name for name in record["outputs"] if not is_artefact(name)]:
             raise UserError(
                 f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, outside its folder or no artefact; it is not "
                 "reused"
@@ -304,39 +282,9 @@ def publish(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _checked(record: Any) -> dict[str, Any]:
-    """A stage record as `complete` writes it; raises ValueError for anything else."""
-    kinds = {
-        "fingerprint": str,
-        "config": dict,
-        "content": dict,
-        "outputs": dict,
-        "output": str,
-        "seconds": int | float,
-    }
-    for key, kind in kinds.items():
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            raise ValueError(f"{key} is missing or of another type")
-    if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in record["outputs"].values()):
-        raise ValueError("an output has no size")
-    return record
-
-
-def _is_artefact(name: str) -> bool:
-    """A file that another run may give: inside its folder, no stage record, nothing hidden."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") for part in path.parts)
-    return bool(path.parts) and not path.is_absolute() and not hidden and path.parts[0] != "stages" and "\0" not in name
-
-
 def write_json(path: Path, value: Any) -> None:
     with publish(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n")
-
-
-def digest(value: Any) -> str:
-    """SHA-256 (hex, 32 digits) of a JSON-able value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -352,8 +300,3 @@ def file_digests(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
 
 def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -34,7 +34,8 @@ from distill_at_scale.observe.timeline import Timeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static, trust
 from distill_at_scale.pruning.ranking import columns_of
-from distill_at_scale.rundir import STAGES, Inputs, RunDir, write_json
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import STAGES, RunDir, write_json
 from distill_at_scale.scoring import beside, imported, proxy, scorer
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.scoring.contract import criteria_of

@@ -11,7 +11,8 @@ from conftest import tiny_config
 
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.data.rowgroups import RowGroupWriter
-from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.studies.base import Context, Outcome, Point
 

@@ -30,7 +30,8 @@ from distill_at_scale.data.sources.parquet import HuggingFaceParquet
 from distill_at_scale.data.unpacking import Bomb, gunzip
 from distill_at_scale.errors import UserError
 from distill_at_scale.progress import Display
-from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import imported, weights
 from distill_at_scale.sections import DataSection
 from distill_at_scale.soft_labels import Teacher, TeacherFacts

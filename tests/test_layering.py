@@ -25,6 +25,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
         "mirror",
         "lease",
         "working_copy",
+        "records",
         "rundir",
         "tensors",
         "networks",

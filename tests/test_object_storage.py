@@ -16,7 +16,8 @@ from distill_at_scale import bucket as bucket_module
 from distill_at_scale import lease, mirror, synthetic
 from distill_at_scale.cli import export
 from distill_at_scale.errors import Unreachable, UserError
-from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import proxy
 
 ARTEFACTS = (

@@ -9,7 +9,8 @@ import pytest
 
 from distill_at_scale import rundir
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import Inputs, RunDir, digest, publish
+from distill_at_scale.records import Inputs, digest
+from distill_at_scale.rundir import RunDir, publish
 
 INPUTS = Inputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
 

@@ -29,7 +29,7 @@ from distill_at_scale.data.normalization import normalization_of
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.networks import NetworkSpec, in_parts
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.scoring.contract import MONTE_CARLO
 from distill_at_scale.sections import MonteCarloSection
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import RunDir, digest, publish, write_json
+from distill_at_scale.records import digest
+from distill_at_scale.rundir import RunDir, publish, write_json
 from distill_at_scale.studies import CHECKS, STUDIES, findings, page
 from distill_at_scale.studies.base import Context, Finding, Runner
 

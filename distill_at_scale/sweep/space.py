@@ -16,7 +16,7 @@ from typing import Any
 from distill_at_scale import rng
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.studies.base import RANDOM, UNPRUNED, Point
 from distill_at_scale.study_sections import Control
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.data.sources.base import listing
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.sections import DataSection
 
 SAMPLES, CLASSES, LARGEST, SMALLEST, FULL = 1_281_167, 1000, 1300, 732, 895

@@ -12,7 +12,8 @@ import mutating
 from distill_at_scale import config as configuration
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import Inputs, RunDir
+from distill_at_scale.records import Inputs
+from distill_at_scale.rundir import RunDir
 
 TEXT = b"""run: {dir: runs/x, seed: 3}
 data:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill_at_scale.data.sources.base import listing
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.sections import DataSection
 
 

@@ -20,7 +20,7 @@ from distill_at_scale.data import tar
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.data.storage import Store
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.sections import DataSection
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

@@ -20,7 +20,7 @@ from distill_at_scale.data import gzip_tar, tar
 from distill_at_scale.data.sources.kinetics import Kinetics
 from distill_at_scale.data.sources.kinetics_match import FILES, SPLIT, UNFINISHED, VIDEO
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.sections import DataSection
 
 ARCHIVE = re.compile(r"\.(tar\.gz|tgz|tar)$", re.IGNORECASE)

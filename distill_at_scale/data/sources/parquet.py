@@ -32,7 +32,7 @@ from distill_at_scale.data.sources.base import (
 )
 from distill_at_scale.data.storage import unanswered
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.sections import DataSection
 
 T = TypeVar("T")

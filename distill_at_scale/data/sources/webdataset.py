@@ -24,7 +24,7 @@ from distill_at_scale.data import tar
 from distill_at_scale.data.sources.base import LARGEST_LABEL, LISTING, SPLIT_NAMES, labelled
 from distill_at_scale.data.storage import Store, is_uri, shown
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import digest
+from distill_at_scale.records import digest
 from distill_at_scale.sections import DataSection
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")

@@ -1,0 +1,70 @@
+"""What a stage record says: what the stage depended on, what it wrote, and the fingerprint of the former.
+
+A record may come from somebody else's run, so its form and the names in it are checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage depends on: flat configuration values and the content hashes of what it reads."""
+
+    config: Mapping[str, Any]
+    content: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest({"config": dict(self.config), "content": dict(self.content)})
+
+    def difference(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Lines 'key: recorded -> wanted' for everything that differs from a stage record."""
+        lines = []
+        for part, now in (("config", self.config), ("content", self.content)):
+            before = recorded[part]
+            for key in sorted(set(before) | set(now)):
+                if (old := before.get(key, "absent")) != (new := json.loads(json.dumps(now.get(key, "absent")))):
+                    lines.append(f"{key}: {_short(old)} -> {_short(new)}")
+        return lines
+
+
+def checked(record: Any) -> dict[str, Any]:
+    """A stage record as `complete` writes it; raises ValueError for anything else."""
+    kinds = {
+        "fingerprint": str,
+        "config": dict,
+        "content": dict,
+        "outputs": dict,
+        "output": str,
+        "seconds": int | float,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key), kind):
+            raise ValueError(f"{key} is missing or of another type")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in record["outputs"].values()):
+        raise ValueError("an output has no size")
+    return record
+
+
+def is_artefact(name: str) -> bool:
+    """A file that another run may give: inside its folder, no stage record, nothing hidden."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return bool(path.parts) and not path.is_absolute() and not hidden and path.parts[0] != "stages" and "\0" not in name
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex, 32 digits) of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,7 +15,7 @@ from jobs.faults.bench import Bench
 from jobs.faults.cells import STAGES, Cells, Result
 from jobs.faults.faults import FAULTS
 
-pytestmark = pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
+pytestmark = pytest.mark.xdist_group("hosts")
 FAST = {
     "ingest": "actor",
     "score": "actor",

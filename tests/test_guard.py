@@ -14,12 +14,12 @@ from conftest import ROOT
 from distill_at_scale.cluster import guard
 from distill_at_scale.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("ray")  # not beside tests on Ray: the copies are timed
+
 CODE = """
 import os, sys, time
 from distill_at_scale.cluster.guard import guarded
 from distill_at_scale.errors import UserError
-
-pytestmark = pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
 def body():
     {body}
 try:

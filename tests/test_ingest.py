@@ -28,6 +28,7 @@ from distill_at_scale.data.shards import pixels_of
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.errors import UserError
+from distill_at_scale.observe.events import Spent
 
 
 def png(level: int, side: int = 8) -> bytes:
@@ -372,7 +373,7 @@ def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pieces, "READ_AT_ONCE", 5)
     recipe = recipe_of(config)
-    for _ in pieces._decoded(Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name)):
+    for _ in pieces._decoded(Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name), Spent()):
         pass
     assert (len(started), len(decoded)) == (12, 60)
     assert max(most) <= 4

@@ -100,6 +100,8 @@ def test_rays_integration_with_wandb_gets_settings_but_no_key(tmp_path, monkeypa
     monkeypatch.setenv("WANDB_MODE", "offline")
     calls, logged = [], []
     run = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
+    for name in ("Image", "Video", "WBValue"):  # which Ray's integration imports with the package
+        monkeypatch.setattr(integration, name, type(name, (), {}), raising=False)
     monkeypatch.setattr(integration, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
     config = tiny_config(tmp_path / "mine", track__wandb={"project": "p", "entity": "e", "mode": "offline"})
     trackers.Wandb(config.track.wandb, config).log({"loss": 0.5}, 3)

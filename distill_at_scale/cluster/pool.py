@@ -135,7 +135,9 @@ def repeats(actor: Any) -> dict[str, int]:
     """In the first call of an actor that Ray has started again, which is the call that its predecessor was lost in."""
     first = not getattr(actor, "called", False)
     actor.called = True
-    return {"restarted": 1} if first and ray.get_runtime_context().was_current_actor_reconstructed else {}
+    context = ray.get_runtime_context()
+    again = first and context.get_actor_id() is not None and context.was_current_actor_reconstructed
+    return {"restarted": 1} if again else {}
 
 
 def _raise_reported(row: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class Prepared:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._files: OrderedDict[tuple[str, str], pq.ParquetFile] = OrderedDict()
+        self._reading = Lock()  # draws are read ahead, and what pyarrow buffers of a file is not for two threads
         try:
             self.meta = _checked(json.loads((self.folder / "dataset.json").read_text()))
         except FileNotFoundError:
@@ -230,7 +232,7 @@ class Prepared:
 
     def _rows(self, split: str, file: str, numbers: Iterable[int], columns: Sequence[str] | None = None) -> pa.Table:
         """Some row groups of a file. Raises UserError where it is damaged."""
-        with reading(self.folder / split / file, "ingest"):
+        with self._reading, reading(self.folder / split / file, "ingest"):
             return self._open(split, file).read_row_groups(list(numbers), columns=columns, use_threads=False)
 
     def _open(self, split: str, file: str) -> pq.ParquetFile:

@@ -97,6 +97,8 @@ def reading(path: Path, stage: str) -> Iterator[None]:
     """Turns what pyarrow raises for a missing or damaged file into a UserError that names the stage which writes it."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run `distill-at-scale {stage} CONFIG` first") from None
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

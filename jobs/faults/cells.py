@@ -78,7 +78,10 @@ def _rows(run: Path) -> dict[str, str]:
 
 def _trials(run: Path) -> dict[str, str]:
     rows = pq.read_table(run / "sweep.parquet").to_pylist()
-    return {str(number): json.dumps({**row, "seconds": 0}) for number, row in enumerate(rows)}
+    return {
+        str(number): json.dumps({k: v for k, v in row.items() if not k.endswith("seconds")})
+        for number, row in enumerate(rows)
+    }
 
 
 STAGES = {

@@ -196,6 +196,8 @@ class HuggingFaceParquet:
         """Raises UserError for a file that is missing or no Parquet file, and Unreachable where the storage refuses."""
         try:
             return question()
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"{self.store.place(name)} is gone; restore it, or list the data again") from None
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

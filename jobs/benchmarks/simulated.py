@@ -35,10 +35,11 @@ import ray
 from peaks import family, kind_of
 from side_by_side import columns
 
-from distill_at_scale.cluster.pool import grouped, reporting, stream, work_of
+from distill_at_scale.cluster.pool import Tell, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import quieten
 from distill_at_scale.config import Config, validate
 from distill_at_scale.environment import environment
+from distill_at_scale.observe.events import Spent
 from distill_at_scale.rundir import publish
 
 CHUNK, CHUNKS, CHECKPOINTS = (
@@ -54,7 +55,10 @@ IDLE_ACTORS = 4  # of hand-out
 class Sleeper:
     """A scoring actor without a model."""
 
+    does = "score"
+
     def __init__(self, seconds: float, publishes: bool):
+        self.spent = Spent()
         self.seconds, self.publishes = seconds, publishes
         losses = pa.array(np.random.default_rng(0).gamma(2.0, 1.0, CHUNK * CHECKPOINTS).astype(np.float32))
         ids = [f"train/n{1440764 + i % 2:08d}/n01440764_{i:08d}.JPEG" for i in range(CHUNK)]
@@ -69,7 +73,7 @@ class Sleeper:
             if self.publishes:
                 with publish(Path(chunk["path"])) as temporary:
                     pq.write_table(self.piece, temporary)
-        return pa.table({"rows": [CHUNK * len(work)]})
+        return pa.table({"samples": [CHUNK * len(work)]})
 
 
 def main() -> None:
@@ -139,8 +143,8 @@ def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
     units = grouped(chunks, config, 0) if rate else [u for c in chunks for u in grouped([c], config, 0)]
     began, warm, done, rows, store = time.perf_counter(), 2 * actors, 0, 0, 0.0
     marks: list[tuple[float, int, Counter[str]]] = []
-    for result in stream(units, Sleeper, {"seconds": seconds, "publishes": bool(rate)}, config, 0):
-        done, rows = done + 1, rows + result["rows"]
+    for result in stream(units, Sleeper, {"seconds": seconds, "publishes": bool(rate)}, config, 0, Tell()):
+        done, rows = done + 1, rows + result["samples"]
         if done in (1, warm, len(units)):
             marks.append((time.perf_counter(), rows, _cpu_seconds()))
             store = max(store, _store_used())

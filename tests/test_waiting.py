@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -44,4 +45,7 @@ def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
 
 
 def test_nothing_is_said_where_nothing_waits(ray_session):
-    assert waiting.missing("score") is None
+    until = time.monotonic() + 60
+    while waiting.missing("score") is not None:  # the head hears a little later that the last test's tasks are done
+        assert time.monotonic() < until, "it is still said"
+        time.sleep(0.2)

@@ -13,7 +13,7 @@ from distill_at_scale.cluster.session import Session
 from distill_at_scale.cluster.waiting import watched
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
-from distill_at_scale.data.storage import is_uri
+from distill_at_scale.data.storage import is_uri, last_name
 from distill_at_scale.distill import Places
 from distill_at_scale.evaluate import Job
 from distill_at_scale.execution import Advance, Chunks, Report
@@ -38,7 +38,7 @@ class RayExecutor:
         return Tell(self.note, self.say)
 
     def observers(self, config: Config) -> list[Observer]:
-        return [Metrics(Path(config.run.dir).name)]
+        return [Metrics(last_name(config.run.dir))]
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         with watched("ingest", self.say, advance) as advance:

@@ -63,8 +63,8 @@ def stream(
             for row in _stream_once(waiting, actor, arguments, config, gpus):
                 event = Event.from_json(row.pop("event"))
                 repeated += event.values.get("restarted", 0)
-                tell.note(event)
                 if waiting.pop(row["unit"], None) is not None:  # Ray makes a result again whose node was lost with it
+                    tell.note(event)
                     yield row
             break
         except LOST as error:

@@ -17,10 +17,11 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from distill_at_scale.config import Config, flatten
-from distill_at_scale.data.storage import shown
+from distill_at_scale.data.storage import last_name, shown
 from distill_at_scale.errors import UserError
 from distill_at_scale.observe.events import Event
 from distill_at_scale.observe.observers import Observer
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.sections import MlflowSection, WandbSection
 
 NOT_LOGGED = ("step", "of", "at")  # of a line of the log
@@ -66,7 +67,7 @@ class Tracker:
     """Hands events on as metrics; begins the run when there is something to tell."""
 
     def __init__(self, name: str, config: Config, begin: Callable[[], Backend]):
-        self.name, self.begin, self.folder = name, begin, Path(config.run.dir)
+        self.name, self.begin, self.folder = name, begin, RunDir.of(config.run).path
         self.run: Backend | None = None
         self.failed = False
         self.results: dict[str, list[float]] = {}
@@ -111,7 +112,7 @@ class Mlflow:
             parameters(config),
             tracking_uri=section.tracking_uri,
             experiment_name=section.experiment,
-            run_name=Path(config.run.dir).name,
+            run_name=last_name(config.run.dir),
             create_experiment_if_not_exists=True,
         )
         self.id = self.mlflow.active_run().info.run_id
@@ -135,13 +136,13 @@ class Wandb:
         if section.mode == "offline":
             os.environ["WANDB_MODE"] = "offline"  # Ray's integration else insists on a key
         os.environ.setdefault("WANDB_SILENT", "true")
-        folder = Path(config.run.dir)
+        folder = RunDir.of(config.run).path
         self.run = setup_wandb(
             parameters(config),
             project=section.project,
             entity=section.entity,
             mode=section.mode,
-            name=folder.name,
+            name=last_name(config.run.dir),
             dir=str(folder),
             settings={"console": "off"},  # what is printed stays here
         )

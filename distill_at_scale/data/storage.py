@@ -51,6 +51,11 @@ def shown(path: str) -> str:
     return SECRET_OPTION.sub(r"\1***", re.sub(r"://.*@", "://", base, flags=re.DOTALL) + question + query)
 
 
+def last_name(path: str) -> str:
+    """The name of the folder at a path or URI, without options and credentials."""
+    return shown(path).partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
 def unanswered(error: OSError) -> bool:
     """Whether an error tells of the disk or the network, not of the bytes in a file (which pyarrow gives no number)."""
     return error.errno is not None or OF_A_SERVICE.search(str(error)) is not None

@@ -39,6 +39,22 @@ TINY: dict[str, Any] = {
     "cluster": {"address": "none"},
 }
 
+PLAIN = "color_crop_cutout_scale_rotate"
+EXPERTS = {"experts": 2, "expert_epochs": 3, "max_start": 1, "target_epochs": 1, "student_steps": 2, "image_lr": 10.0,
+           "augment": PLAIN, "expert_augment": PLAIN}  # fmt: skip
+TEACHER = {"teacher_network": "convnet_bn", "teacher_epochs": 2, "teacher_augment": PLAIN, "label_epochs": 2}
+# settings with which a method is fast on three digits
+SMALL: dict[str, dict[str, Any]] = {
+    "dc": {"outer": 2, "inner": 2},
+    "dsa": {"outer": 2, "inner": 2, "augment": PLAIN},
+    "dm": {"augment": PLAIN},
+    "idc": {"inner": 2, "network_samples": 32, "real_batch": 8},
+    "mtt": EXPERTS,
+    "tesla": EXPERTS,
+    "sre2l": TEACHER,
+    "rded": TEACHER,
+}
+
 
 def tiny_config(folder: Path | str, **overrides: Any) -> Config:
     """Three digits, small networks, few steps; keys of sections are joined by two underscores: distill__dc__outer=2."""

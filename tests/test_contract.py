@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import SMALL, tiny_config
 
 from distill_at_scale import distill
 from distill_at_scale.backends import BACKENDS
@@ -26,20 +26,6 @@ from distill_at_scale.students import TrainingProtocol
 from distill_at_scale.workers import Solo
 
 CPU = torch.device("cpu")
-PLAIN = "color_crop_cutout_scale_rotate"
-EXPERTS = {"experts": 2, "expert_epochs": 3, "max_start": 1, "target_epochs": 1, "student_steps": 2, "image_lr": 10.0,
-           "augment": PLAIN, "expert_augment": PLAIN}  # fmt: skip
-TEACHER = {"teacher_network": "convnet_bn", "teacher_epochs": 2, "teacher_augment": PLAIN, "label_epochs": 2}
-SMALL: dict[str, dict[str, Any]] = {
-    "dc": {"outer": 2, "inner": 2},
-    "dsa": {"outer": 2, "inner": 2, "augment": PLAIN},
-    "dm": {"augment": PLAIN},
-    "idc": {"inner": 2, "network_samples": 32, "real_batch": 8},
-    "mtt": EXPERTS,
-    "tesla": EXPERTS,
-    "sre2l": TEACHER,
-    "rded": TEACHER,
-}
 METHODS = sorted(BACKENDS)
 
 

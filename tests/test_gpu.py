@@ -1,22 +1,41 @@
-"""On a CUDA device: the whole pipeline runs there, resumes to the same bytes, and its matching agrees with the CPU's."""
+"""On a CUDA device: every method's pipeline runs there, resumes to the same bytes, and computes what the CPU computes."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from conftest import SMALL
 
+from distill_at_scale.backends import BACKENDS
 from distill_at_scale.backends.gradients import real_gradient
-from distill_at_scale.distill import Distillation
+from distill_at_scale.data.pool import Pool
+from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.distill import Distillation, backend_class, setting_of
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.workers import Solo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
+MATCHING = ("dc", "dsa", "dm", "idc")
 
 
-@pytest.mark.parametrize("method", ["dc", "dsa", "dm"])
+def keys(method: str, **more):
+    return {"distill__method": method, "distill__ipc": 2, f"distill__{method}": SMALL[method], **more}
+
+
+@pytest.mark.parametrize("method", sorted(BACKENDS))
 def test_every_stage_runs_on_the_gpu(tmp_path, make_run, method):
-    run = make_run(tmp_path / "run", distill__method=method, runtime__rule="loss").stages(*STAGES)
+    run = make_run(tmp_path / "run", **keys(method, runtime__rule="loss")).stages(*STAGES)
+    assert (run.dir / "report.html").exists()
+    steps = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("gpu_peak_bytes", 0) > 0 for line in steps)
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa", "dm", "idc"])
+def test_individual_effects_are_ranked_on_the_gpu(tmp_path, make_run, method):
+    run = make_run(tmp_path / "run", **keys(method, runtime__rule="ite")).stages(*STAGES)
     assert (run.dir / "report.html").exists()
 
 
@@ -28,10 +47,10 @@ def test_every_stage_runs_on_the_gpu_for_clips(tmp_path, make_run, method):
     assert (run.dir / "report.html").exists()
 
 
-@pytest.mark.parametrize("method", ["dc", "dm"])
+@pytest.mark.parametrize("method", MATCHING)
 def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_bytes(tmp_path, places, make_config, method):
     def images(steps: int, folder: str) -> torch.Tensor:
-        config = make_config(tmp_path, distill__method=method, distill__steps=steps, runtime__rule="loss")
+        config = make_config(tmp_path, **keys(method, distill__steps=steps, runtime__rule="loss"))
         here = type(places)(places.prepared, places.manifest, tmp_path / folder, tmp_path / f"{folder}.jsonl")
         made = Distillation(config, here, Solo(), torch.device("cuda")).run()
         assert made is not None
@@ -40,6 +59,27 @@ def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_bytes(tmp_path, pl
     whole = images(6, "whole")
     images(4, "parts")
     assert torch.equal(images(6, "parts"), whole)
+
+
+@pytest.mark.parametrize("rule", ["none", "loss", "ite"])
+@pytest.mark.parametrize("method", MATCHING)
+def test_the_first_step_agrees_with_the_cpu(places, make_config, monkeypatch, method, rule):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    one = {"dc": {"outer": 1}, "dsa": {"outer": 1, "augment": "none"}, "dm": {"augment": "none"},
+           "idc": SMALL["idc"] | {"inner": 1, "augment": "none"}}[method]  # fmt: skip
+    config = make_config("unused", **keys(method, runtime__rule=rule) | {f"distill__{method}": one})
+    on_cpu, on_gpu = (gradient_of_a_step(config, places, torch.device(name)) for name in ("cpu", "cuda"))
+    assert on_cpu.norm() > 0
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 1e-3
+
+
+def gradient_of_a_step(config, places, device: torch.device) -> torch.Tensor:
+    prepared = Prepared(places.prepared)
+    setting = setting_of(config, prepared, places, Solo(), device)
+    backend = backend_class(config)(setting)
+    backend.prepare(Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device))
+    backend.step(0)
+    return backend.images.grad.cpu()
 
 
 def test_the_real_gradient_agrees_with_the_cpu():

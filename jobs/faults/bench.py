@@ -25,9 +25,8 @@ ray.init(address=sys.argv[1], log_to_driver=False, logging_level="CRITICAL")
 while sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) < int(sys.argv[2]):
     time.sleep(0.2)
 """
-SUPERVISE = (
-    "while :; do {start}; while pgrep -x raylet > /dev/null; do sleep 0.5; done; done"  # --block outlives its raylet
-)
+RUNS = "pgrep -x -r D,R,S raylet > /dev/null"  # nobody on a host buries the dead
+SUPERVISE = f"while :; do {{start}}; while {RUNS}; do sleep 0.5; done; done"  # `ray start --block` outlives its raylet
 
 
 class Bench:

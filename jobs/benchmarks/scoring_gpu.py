@@ -39,9 +39,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder, rows = Path(tempfile.mkdtemp(prefix="scoring-gpu-")), []
     try:
-        rows += _share("convnet", 64, 128, options.samples, folder / "convnet", device)
-        rows += _share("resnet18_bn", 224, 64, options.samples_224, folder / "resnet", device)
-        rows += _one_read(options, folder / "small", device)
+        for made in (
+            lambda: _share("convnet", 64, 128, options.samples, folder / "convnet", device),
+            lambda: _share("resnet18_bn", 224, 64, options.samples_224, folder / "resnet", device),
+            lambda: _one_read(options, folder / "small", device),
+        ):
+            rows += made()
+            print(rows[-2:], file=sys.stderr, flush=True)  # so that a run cut short leaves something
     finally:
         shutil.rmtree(folder)
     show(

@@ -55,7 +55,10 @@ def main() -> None:
     for method in options.method:
         for ipc in options.ipc:
             rows = rows_of(options, method, ipc, device)
-            tables[f"{method}, ipc {ipc}"] = _summary(*_measure(rows, options.repeats, device))
+            tables[name := f"{method}, ipc {ipc}"] = _summary(*_measure(rows, options.repeats, device))
+            print(
+                json.dumps({name: tables[name]}), file=sys.stderr, flush=True
+            )  # so that a run cut short leaves something
     about = environment()
     asked = {key: getattr(options, key) for key in ("classes", "clips", "size", "width", "real", "threads")}
     facts = {key: about[key] for key in ("hardware", "versions", "commit")}

@@ -95,13 +95,13 @@ KINDS = {
     "resnet18, with strides": NetworkSpec("resnet18", (3, 16, 16), 4),
     "alexnet, with padding": NetworkSpec("alexnet", (3, 16, 16), 4),
 }
-WAYS = [classwise.by_groups, classwise.by_unfolding]
+WAYS = {"groups": classwise.GROUPS, "unfolding": classwise.UNFOLDING}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_images(kind, way, monkeypatch):
-    monkeypatch.setattr(classwise, "by_groups", way)  # what a CPU takes
+    monkeypatch.setattr(classwise, "way_of", lambda device: WAYS[way])
     spec = KINDS[kind]
     network, chance = spec.build(0), torch.Generator().manual_seed(0)
     images = torch.randn(6, *spec.shape, generator=chance).requires_grad_(True)
@@ -126,11 +126,17 @@ def test_signals_with_any_stride_and_padding(stride, padding, way):
     x = torch.randn(6, 2, 19, generator=torch.Generator().manual_seed(0))
     outputs = layer(x)
     g = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
-    found = way(x, g, 3, layer)
+    found = WAYS[way].products(x, g, 3, layer)
+    kernels = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    for_x, for_g = WAYS[way].derivatives(x, g, kernels, 3, layer, True)
+    assert WAYS[way].derivatives(x, g, kernels, 3, layer, False)[0] is None
     for k in range(3):
         part = slice(2 * k, 2 * k + 2)
         wanted = torch.autograd.grad((layer(x[part]) * g[part]).sum(), layer.weight)[0]
         assert torch.allclose(found[k], wanted, atol=1e-5)
+        assert torch.allclose(for_g[part], F.conv1d(x[part], kernels[k], None, stride, padding), atol=1e-5)
+        pulled = torch.nn.grad.conv1d_input(x[part].shape, kernels[k], g[part], stride, padding)
+        assert torch.allclose(for_x[part], pulled, atol=1e-5)
 
 
 class Twice(torch.nn.Module):

@@ -23,7 +23,7 @@ from typing import Any
 
 from distill_at_scale.bucket import Bucket, Say
 from distill_at_scale.data.storage import shown
-from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.errors import UserError
 
 AT_ONCE = 8  # transfers side by side
 MAPPED = 64 * 2**20  # bytes; larger files are stored from the page cache, and are never changed in place
@@ -218,12 +218,13 @@ class Mirror:
 
 @contextlib.contextmanager
 def repeated(action: Callable[[], None]) -> Iterator[None]:
-    """Meanwhile, an action every FOLLOW seconds in a thread; where the storage refuses, the next one comes later."""
+    """Meanwhile, an action every FOLLOW seconds in a thread; where it fails, the next one comes later: what the caller needs
+    is stored or fetched once more at the end, which raises."""
     done = threading.Event()
 
     def repeat() -> None:
         while not done.wait(FOLLOW):
-            with contextlib.suppress(Unreachable, OSError):
+            with contextlib.suppress(UserError, OSError):
                 action()
 
     thread = threading.Thread(target=repeat, daemon=True)

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +199,15 @@ def test_an_interrupted_command_does_not_wait_for_a_storage_that_refuses(copies,
     with pytest.raises(KeyboardInterrupt), a.following():
         raise KeyboardInterrupt
     assert pauses == []
+
+
+def test_a_full_disk_is_no_refusal_of_the_storage(copies):
+    a, _ = copies
+    write(a, "one", "1")
+    a.push()
+    a.bucket.patience, a.bucket.say = 3600.0, pytest.fail
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        a.bucket.fetch("one", Path("/dev/full"))
 
 
 def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill_at_scale.cluster.session import unpack
 from distill_at_scale.config import Config
-from distill_at_scale.rundir import RunDir
+from distill_at_scale.rundir import RunDir, publish
 from distill_at_scale.working_copy import LOCK, WorkingCopy
 
 
@@ -98,7 +98,8 @@ class Notes:
         if self.remote:
             self.remote.mirror.bucket.write(self._name(name), text.encode())
         else:
-            (self.work / name).write_text(text)
+            with publish(self.work / name) as temporary:  # nobody reads half of it
+                temporary.write_text(text)
 
     def remove(self, *names: str) -> None:
         for name in names:

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import actor_count, device
-from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.pool import actor_count, device, waited_for
+from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.execution import Advance, subset_trials, waiting_units
@@ -28,7 +28,7 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: No
     task, settings = _subsets.options(**options), ray.put(pack(config))
     waiting: Iterator[Unit] = iter(waiting_units(config, pieces, advance))
     most, running = AHEAD * actor_count(config, gpus), []
-    with plain_errors():
+    with waited_for("monte_carlo", config):
         while True:
             for unit in waiting:
                 running.append(task.remote(settings, str(prepared), str(pieces), unit))

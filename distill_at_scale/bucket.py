@@ -84,15 +84,18 @@ class Bucket:
 
         self._tried(f"fetching {name}", copy)
 
-    def write(self, name: str, content: bytes | mmap.mmap) -> int:
-        """Store a file; returns the time in ns that the storage notes of it. Raises UserError where the folder is barred."""
+    def write(self, name: str, content: bytes | mmap.mmap, patience: float | None = None) -> int:
+        """Store a file; returns the time in ns that the storage notes of it. Raises UserError where the folder is barred.
+
+        `patience`: another one than the folder's, in seconds.
+        """
         self._need_right()
 
         def store() -> int:
             put(self.store.filesystem, self.path(name), content)
             return self.store.filesystem.get_file_info(self.path(name)).mtime_ns
 
-        return self._tried(f"storing {name}", store)
+        return self._tried(f"storing {name}", store, patience)
 
     def listed(self, *names: str) -> dict[str, Any]:
         """Every file in some files and folders (default: all), by name: pyarrow.fs.FileInfo."""
@@ -126,12 +129,12 @@ class Bucket:
         infos = system.get_file_info(fs.FileSelector(self.path(name), recursive=True, allow_not_found=True))
         return {info.path[start:]: info for info in infos if info.type == fs.FileType.File}
 
-    def _tried(self, what: str, request: Callable[[], T]) -> T:
+    def _tried(self, what: str, request: Callable[[], T], patience: float | None = None) -> T:
         """A request that is made again while the storage refuses it for a while.
 
         Raises FileNotFoundError where there is no such file, OSError for this machine's disk, and Unreachable.
         """
-        until, pause = time.monotonic() + self.patience, FIRST_PAUSE
+        until, pause = time.monotonic() + (self.patience if patience is None else patience), FIRST_PAUSE
         while True:
             try:
                 return request()

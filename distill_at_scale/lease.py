@@ -84,7 +84,7 @@ class Lease:
             with contextlib.suppress(UserError, OSError):
                 if not self._is_ours():
                     return
-                self._write()
+                self._write(patience=0.0)  # a beat that is tried again may come when another has taken over
 
     def _read(self) -> dict[str, Any] | None:
         """Who holds it; None where nobody does, and where the file says nothing of the kind."""
@@ -97,10 +97,10 @@ class Lease:
         known = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
         return found if known else None
 
-    def _write(self) -> None:
+    def _write(self, patience: float | None = None) -> None:
         self.beats += 1
         who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
-        self.bucket.write(NAME, json.dumps({**who, "token": self.token, "beat": self.beats}).encode())
+        self.bucket.write(NAME, json.dumps({**who, "token": self.token, "beat": self.beats}).encode(), patience)
 
     def _taken(self, holder: dict[str, Any] | None) -> str:
         who = _name(holder) if holder else "another command"

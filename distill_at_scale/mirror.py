@@ -157,12 +157,11 @@ class Mirror:
     def _here(self, names: tuple[str, ...]) -> dict[str, os.stat_result]:
         """What is published here, by name."""
         found = {}
-        for top in names or ("",):
-            for path in [self.local / top] if (self.local / top).is_file() else (self.local / top).rglob("*"):
-                name = path.relative_to(self.local).as_posix()
-                with contextlib.suppress(FileNotFoundError):  # published or removed meanwhile
-                    if _visible(name) and path.is_file():
-                        found[name] = path.stat()
+        for path in (path for top in names or ("",) for path in _files(self.local / top)):
+            name = path.relative_to(self.local).as_posix()
+            with contextlib.suppress(FileNotFoundError):  # published or removed meanwhile
+                if _visible(name) and path.is_file():
+                    found[name] = path.stat()
         return found
 
     def _same(self, name: str, info: Any) -> bool:
@@ -234,6 +233,14 @@ def repeated(action: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _files(top: Path) -> Iterator[Path]:
+    """A file, or all in a folder; a folder that is removed meanwhile has none."""
+    if top.is_file():
+        yield top
+    for folder, _, names in os.walk(top):
+        yield from (Path(folder) / name for name in names)
 
 
 def _content(handle: Any) -> bytes | mmap.mmap:

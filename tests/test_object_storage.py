@@ -264,11 +264,9 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
 @pytest.mark.parametrize("done", [False, True], ids=["at work", "done already"])
 def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, bucket, monkeypatch, done):
     """Neither in the background, nor at its end: what is there belongs to the other one."""
-    monkeypatch.setattr(lease, "BEAT", 0.01)
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     folder = remote_run().pipeline.dir
     folder.create()
-    storage = folder.remote.mirror.bucket
     with contextlib.ExitStack() as stack:
         stack.enter_context(folder.lock())
         (folder / "scores.parquet").write_text("of this one")
@@ -280,7 +278,8 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
             s3.client.delete_object(Bucket=bucket, Key=f"run/{lease.NAME}")
         else:
             s3.client.put_object(Bucket=bucket, Key=f"run/{lease.NAME}", Body=json.dumps(other).encode())
-        assert storage.barred.wait(60)
+        with pytest.raises(UserError, match="It took over while this one could not be seen to live"):
+            folder.remote.lease.check()
         (folder / "scores.parquet").write_text("later, of this one")
         (folder / "manifest.parquet").unlink()
         with pytest.raises(UserError, match="another command has taken over"):
@@ -288,6 +287,32 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
     found = objects(s3, bucket)
     assert found["scores.parquet"] == b"of the other one"
     assert found["manifest.parquet"] == b"of this one"
+
+
+def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, bucket, monkeypatch):
+    """Else who goes on elsewhere would find that the output is not what its record says."""
+    folder = remote_run("a").pipeline.dir
+    folder.create()
+    with folder.lock():
+        (folder / "report.html").write_text("old")
+        folder.complete("report", Inputs({}, {}), [folder / "report.html"], 0.0)
+
+    def interrupted(inputs):
+        (run.pipeline.dir / "report.html").write_text("new, by another version")
+        raise KeyboardInterrupt
+
+    run = remote_run("b")
+    monkeypatch.setattr(run.pipeline, "inputs", lambda stage: Inputs({}, {"page": "another"}))
+    monkeypatch.setattr(run.pipeline, "_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("report")
+    found = objects(s3, bucket)
+    assert found["report.html"] == b"new, by another version"
+    assert "stages/report.json" not in found
+    other = remote_run("c").pipeline.dir
+    other.create()
+    with other.lock():
+        assert (other / "report.html").read_text() == "new, by another version"
 
 
 def test_who_only_reads_removes_nothing(remote_run, s3, bucket):

@@ -62,15 +62,15 @@ class Bucket:
         """A file's name in the file system."""
         return f"{self.store.root}/{name}" if name else self.store.root
 
-    def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none."""
+    def read(self, name: str, patience: float | None = None) -> bytes | None:
+        """A small file; None where there is none. `patience`: another one than the folder's, in seconds."""
 
         def content() -> bytes:
             with self.store.filesystem.open_input_stream(self.path(name)) as stream:
                 return stream.read()
 
         try:
-            return self._tried(f"reading {name}", content)
+            return self._tried(f"reading {name}", content, patience)
         except FileNotFoundError:
             return None
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale import evaluate
-from distill_at_scale.errors import WorkersLost
+from distill_at_scale.errors import Unreachable, WorkersLost
 from distill_at_scale.observe.events import at_once
 
 ray = pytest.importorskip("ray")
@@ -35,6 +35,26 @@ def test_the_loss_behind_the_failures_of_a_group_is_found():
     assert training._lost(WorkerGroupError("", failures)) is lost
     assert training._lost(lost) is lost
     assert training._lost(WorkerGroupError("", {0: RuntimeError("a defect")})) is None
+
+
+def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
+    """The note of who works is read to say that workers were lost, and for nothing else."""
+
+    def read(name, patience):
+        assert patience == 0.0
+        found = next(answers)
+        if found is None:
+            raise Unreachable("503 SlowDown")
+        return found
+
+    monkeypatch.setattr(training, "FOLLOW", -1.0)
+    answers, said = iter(["one group", None, "one group", None, "another group"]), []
+    look = training._noticing(
+        SimpleNamespace(read=read, remote=True), lambda: said.append("log"), lambda: said.append("lost")
+    )
+    for _ in range(5):
+        look()
+    assert said == ["log"] * 4 + ["lost", "log"]
 
 
 @pytest.fixture

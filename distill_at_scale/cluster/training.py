@@ -22,7 +22,7 @@ from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.workspace import Notes, Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, saved_step
-from distill_at_scale.errors import DistillationDiverged, GivenUp, UserError, WorkersLost
+from distill_at_scale.errors import DistillationDiverged, GivenUp, Unreachable, UserError, WorkersLost
 from distill_at_scale.execution import Report, run_distillation
 from distill_at_scale.mirror import FOLLOW
 from distill_at_scale.rundir import RunDir
@@ -198,7 +198,12 @@ def _noticing(notes: Notes, poll: Callable[[], None], again: Callable[[], None])
     def look() -> None:
         nonlocal known, looked
         if notes.remote is None or time.monotonic() - looked > FOLLOW:
-            now, looked = notes.read(GROUP) or "", time.monotonic()
+            now = ""
+            with contextlib.suppress(
+                Unreachable
+            ):  # it is only said: those who work need no answer, and the log goes on
+                now = notes.read(GROUP, patience=0.0) or ""
+            looked = time.monotonic()
             if known and now and now != known:
                 again()
             known = now or known

@@ -88,9 +88,9 @@ class Notes:
         self.work = work
         self.remote = RunDir.of(config.run).remote if config else None  # straight to the storage: no copy is asked
 
-    def read(self, name: str) -> str | None:
+    def read(self, name: str, patience: float | None = None) -> str | None:
         if self.remote:
-            found = self.remote.mirror.bucket.read(self._name(name))
+            found = self.remote.mirror.bucket.read(self._name(name), patience)
             return None if found is None else found.decode()
         return (self.work / name).read_text() if (self.work / name).exists() else None
 

@@ -94,17 +94,15 @@ class Mirror:
                 self._known.pop(name, None)
 
     def push(self, *names: str, gone: bool = False) -> None:
-        """Store the files and folders (default: everything) that were published here since the last time, oldest first.
+        """Store the files and folders (default: everything) that were published here since the last time, some at a time.
 
         With `gone`, files that were the same here and there and are here no more are removed there.
         """
         waiting = sorted(
             (stat.st_mtime_ns, name) for name, stat in self._here(names).items() if self._differs(name, stat)
         )
-        together: dict[
-            Path, list[str]
-        ] = {}  # a file that another of its name goes with is stored first, if it was here first
-        for _, name in waiting:
+        together: dict[Path, list[str]] = {}
+        for _, name in waiting:  # of files with one name, the one that was here first is stored first
             together.setdefault(Path(name).with_suffix(""), []).append(name)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._store_all, together.values()))

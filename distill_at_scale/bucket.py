@@ -12,15 +12,15 @@ import mmap
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pyarrow import fs
 
 from distill_at_scale.data.storage import Store, is_uri, shown
-from distill_at_scale.errors import Unreachable
+from distill_at_scale.errors import Unreachable, UserError
 
 T = TypeVar("T")
 BLOCK = 8 * 2**20  # bytes, of a file that is fetched
@@ -48,6 +48,7 @@ class Bucket:
     def __init__(self, uri: str, patience: float, say: Say = lambda text: None):
         self.uri, self.patience, self.say = uri, patience, say
         self.hurry = threading.Event()  # the command ends: nothing is waited for any more
+        self.barred = threading.Event()  # another command has taken the folder over: nothing is changed there any more
 
     @cached_property
     def store(self) -> Store:
@@ -61,15 +62,15 @@ class Bucket:
         """A file's name in the file system."""
         return f"{self.store.root}/{name}" if name else self.store.root
 
-    def read(self, name: str) -> bytes | None:
-        """A small file; None where there is none."""
+    def read(self, name: str, patience: float | None = None) -> bytes | None:
+        """A small file; None where there is none. `patience`: another one than the folder's, in seconds."""
 
         def content() -> bytes:
             with self.store.filesystem.open_input_stream(self.path(name)) as stream:
                 return stream.read()
 
         try:
-            return self._tried(f"reading {name}", content)
+            return self._tried(f"reading {name}", content, patience)
         except FileNotFoundError:
             return None
 
@@ -77,20 +78,24 @@ class Bucket:
         """A file, to a path here; raises FileNotFoundError where there is none, and OSError where the disk cannot take it."""
 
         def copy() -> None:
-            with self.store.filesystem.open_input_stream(self.path(name)) as stream, open(target, "wb") as out:
+            with self.store.filesystem.open_input_stream(self.path(name)) as stream, _written(target) as out:
                 while block := stream.read(BLOCK):
                     out.write(block)
 
         self._tried(f"fetching {name}", copy)
 
-    def write(self, name: str, content: bytes | mmap.mmap) -> int:
-        """Store a file; returns the time in ns that the storage notes of it."""
+    def write(self, name: str, content: bytes | mmap.mmap, patience: float | None = None) -> int:
+        """Store a file; returns the time in ns that the storage notes of it. Raises UserError where the folder is barred.
+
+        `patience`: another one than the folder's, in seconds.
+        """
+        self._need_right()
 
         def store() -> int:
             put(self.store.filesystem, self.path(name), content)
             return self.store.filesystem.get_file_info(self.path(name)).mtime_ns
 
-        return self._tried(f"storing {name}", store)
+        return self._tried(f"storing {name}", store, patience)
 
     def listed(self, *names: str) -> dict[str, Any]:
         """Every file in some files and folders (default: all), by name: pyarrow.fs.FileInfo."""
@@ -100,13 +105,21 @@ class Bucket:
         return found
 
     def delete(self, name: str) -> None:
-        """A file, or a folder with all that is in it; that there is none is no error."""
+        """A file, or a folder with all that is in it; that there is none is no error. Raises UserError as `write` does."""
+        self._need_right()
         system = self.store.filesystem
         kind = self._tried("looking", partial(system.get_file_info, self.path(name))).type
         remove = {fs.FileType.Directory: system.delete_dir, fs.FileType.File: system.delete_file}.get(kind)
         if remove is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._tried(f"removing {name}", partial(remove, self.path(name)))
+
+    def _need_right(self) -> None:
+        if self.barred.is_set():
+            raise UserError(
+                f"another command has taken over {self.place()} while this one could not be seen to live, so nothing more is "
+                "stored there; wait until that one has ended, and give the same command again"
+            )
 
     def _infos(self, name: str) -> dict[str, Any]:
         system, start = self.store.filesystem, len(self.store.root) + 1
@@ -116,12 +129,12 @@ class Bucket:
         infos = system.get_file_info(fs.FileSelector(self.path(name), recursive=True, allow_not_found=True))
         return {info.path[start:]: info for info in infos if info.type == fs.FileType.File}
 
-    def _tried(self, what: str, request: Callable[[], T]) -> T:
+    def _tried(self, what: str, request: Callable[[], T], patience: float | None = None) -> T:
         """A request that is made again while the storage refuses it for a while.
 
         Raises FileNotFoundError where there is no such file, OSError for this machine's disk, and Unreachable.
         """
-        until, pause = time.monotonic() + self.patience, FIRST_PAUSE
+        until, pause = time.monotonic() + (self.patience if patience is None else patience), FIRST_PAUSE
         while True:
             try:
                 return request()
@@ -143,6 +156,18 @@ class Bucket:
             f"run.dir = {shown(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, and "
             "give the same command again; what is stored is kept (run.retry_seconds says how long a refusal is waited for)"
         )
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file here; where the disk is full, the error names it, as Python's own does not."""
+    try:
+        with open(path, "wb") as out:
+            yield out
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:

@@ -9,6 +9,10 @@ class Unreachable(UserError):
     """The source cannot be reached or read now: no such folder or bucket, no permission, or no network."""
 
 
+class WorkersLost(UserError):
+    """Processes of a cluster were lost more often than `cluster.max_failures` allows."""
+
+
 class GivenUp(BaseException):
     """A scheduler gave a distillation up, which is no failure: it passes by whatever notes errors."""
 

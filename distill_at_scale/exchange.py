@@ -56,7 +56,7 @@ class Exchanging:
             self.executor.rank_patches(config, places, chunks, advance)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
-        with self._exchanged(places.log, places.work / "synthetic"):
+        with self._exchanged(places.log, places.state, places.work / "synthetic"):  # workers here go on from the state
             self.executor.distill(config, places, report)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:

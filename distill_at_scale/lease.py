@@ -3,7 +3,7 @@
 Who holds it is dead when the beat has not changed for STALE seconds of the watcher's own clock, or when its process is gone
 from this very machine. Object storage gives pyarrow no conditional write, so two commands that start within the same
 SETTLE seconds may both write; the one whose name is read afterwards stays, and the other is refused. Should a command be
-cut off for longer than STALE and another take over, it finds so at its next beat, and publishes no record any more.
+cut off for longer than STALE and another take over, it finds so at its next beat, and stores and removes nothing any more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from distill_at_scale.bucket import Bucket
@@ -32,7 +33,7 @@ class Lease:
 
     def __init__(self, bucket: Bucket):
         self.bucket, self.token, self.beats = bucket, uuid.uuid4().hex, 0
-        self._lost, self._done = False, threading.Event()
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def take(self) -> None:
@@ -56,8 +57,14 @@ class Lease:
 
     def check(self) -> None:
         """Raises UserError where another command has taken the folder over."""
-        if self._lost or (self._read() or {}).get("token") != self.token:
+        if not self._is_ours():
             raise UserError(f"{self._taken(self._read())} It took over while this one could not be seen to live.")
+
+    def _is_ours(self) -> bool:
+        """Where it is not any more, nothing more is stored: another command may be done already, and its name gone."""
+        if (self._read() or {}).get("token") != self.token:
+            self.bucket.barred.set()
+        return not self.bucket.barred.is_set()
 
     def _watch(self, holder: dict[str, Any]) -> None:
         """Until the holder is seen to be dead; raises UserError as soon as it is seen to live."""
@@ -75,23 +82,25 @@ class Lease:
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(UserError, OSError):
-                holder = self._read()
-                if holder is not None and holder["token"] != self.token:
-                    self._lost = True
+                if not self._is_ours():
                     return
-                self._write()
+                self._write(patience=0.0)  # a beat that is tried again may come when another has taken over
 
     def _read(self) -> dict[str, Any] | None:
+        """Who holds it; None where nobody does, and where the file says nothing of the kind."""
         content = self.bucket.read(NAME)
         try:
-            return json.loads(content) if content else None
-        except ValueError:
+            found = json.loads(content or b"{}")
+        except (ValueError, RecursionError):
             return None
+        kinds = {"host": str, "pid": int, "token": str}
+        known = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+        return found if known else None
 
-    def _write(self) -> None:
+    def _write(self, patience: float | None = None) -> None:
         self.beats += 1
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "beat": self.beats}
-        self.bucket.write(NAME, json.dumps(holder).encode())
+        who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
+        self.bucket.write(NAME, json.dumps({**who, "token": self.token, "beat": self.beats}).encode(), patience)
 
     def _taken(self, holder: dict[str, Any] | None) -> str:
         who = _name(holder) if holder else "another command"
@@ -104,7 +113,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 def _is_dead(holder: dict[str, Any]) -> bool:
     """Whether it is a process of this machine that is gone."""
-    if holder["host"] != socket.gethostname():
+    if holder.get("machine") != machine():
         return False
     try:
         os.kill(holder["pid"], 0)
@@ -113,3 +122,12 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def machine() -> str:
+    """What tells this machine from others of the same name, and its processes from those that a container hides from them."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{started} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()} {uuid.getnode():x}"

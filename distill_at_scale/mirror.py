@@ -23,7 +23,7 @@ from typing import Any
 
 from distill_at_scale.bucket import Bucket, Say
 from distill_at_scale.data.storage import shown
-from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.errors import UserError
 
 AT_ONCE = 8  # transfers side by side
 MAPPED = 64 * 2**20  # bytes; larger files are stored from the page cache, and are never changed in place
@@ -94,17 +94,15 @@ class Mirror:
                 self._known.pop(name, None)
 
     def push(self, *names: str, gone: bool = False) -> None:
-        """Store the files and folders (default: everything) that were published here since the last time, oldest first.
+        """Store the files and folders (default: everything) that were published here since the last time, some at a time.
 
         With `gone`, files that were the same here and there and are here no more are removed there.
         """
         waiting = sorted(
             (stat.st_mtime_ns, name) for name, stat in self._here(names).items() if self._differs(name, stat)
         )
-        together: dict[
-            Path, list[str]
-        ] = {}  # a file that another of its name goes with is stored first, if it was here first
-        for _, name in waiting:
+        together: dict[Path, list[str]] = {}
+        for _, name in waiting:  # of files with one name, the one that was here first is stored first
             together.setdefault(Path(name).with_suffix(""), []).append(name)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._store_all, together.values()))
@@ -157,12 +155,11 @@ class Mirror:
     def _here(self, names: tuple[str, ...]) -> dict[str, os.stat_result]:
         """What is published here, by name."""
         found = {}
-        for top in names or ("",):
-            for path in [self.local / top] if (self.local / top).is_file() else (self.local / top).rglob("*"):
-                name = path.relative_to(self.local).as_posix()
-                with contextlib.suppress(FileNotFoundError):  # published or removed meanwhile
-                    if _visible(name) and path.is_file():
-                        found[name] = path.stat()
+        for path in (path for top in names or ("",) for path in _files(self.local / top)):
+            name = path.relative_to(self.local).as_posix()
+            with contextlib.suppress(FileNotFoundError):  # published or removed meanwhile
+                if _visible(name) and path.is_file():
+                    found[name] = path.stat()
         return found
 
     def _same(self, name: str, info: Any) -> bool:
@@ -218,12 +215,13 @@ class Mirror:
 
 @contextlib.contextmanager
 def repeated(action: Callable[[], None]) -> Iterator[None]:
-    """Meanwhile, an action every FOLLOW seconds in a thread; where the storage refuses, the next one comes later."""
+    """Meanwhile, an action every FOLLOW seconds in a thread; where it fails, the next one comes later: what the caller needs
+    is stored or fetched once more at the end, which raises."""
     done = threading.Event()
 
     def repeat() -> None:
         while not done.wait(FOLLOW):
-            with contextlib.suppress(Unreachable, OSError):
+            with contextlib.suppress(UserError, OSError):
                 action()
 
     thread = threading.Thread(target=repeat, daemon=True)
@@ -233,6 +231,14 @@ def repeated(action: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _files(top: Path) -> Iterator[Path]:
+    """A file, or all in a folder; a folder that is removed meanwhile has none."""
+    if top.is_file():
+        yield top
+    for folder, _, names in os.walk(top):
+        yield from (Path(folder) / name for name in names)
 
 
 def _content(handle: Any) -> bytes | mmap.mmap:

@@ -176,6 +176,7 @@ class Pipeline(Stages):
     def _carry_out(self, stage: str, inputs: Inputs) -> None:
         self.display.say(f"{stage}: started")
         self.dir.sweep()
+        self.dir.withdraw(stage)
         self._write_run_json()
         began = time.perf_counter()
         outputs, facts = getattr(self, f"_{stage}")(inputs)

@@ -181,6 +181,14 @@ class RunDir:
         write_json(self.path / "stages" / f"{stage}.json", record)
         self.keep(f"stages/{stage}.json")
 
+    def withdraw(self, stage: str) -> None:
+        """Remove the record of a stage that is done anew: on the way its output is neither the old one nor the new one."""
+        record = self.path / "stages" / f"{stage}.json"
+        if record.exists():
+            record.unlink()
+            if self.remote:
+                self.remote.mirror.push("stages", gone=True)
+
     def content(self, stage: str) -> str:
         """The content hash of a completed stage's output.
 

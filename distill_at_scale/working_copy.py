@@ -47,16 +47,20 @@ class WorkingCopy:
         Raises UserError where another command works in the folder, and Unreachable at the end where something could not be
         stored.
         """
-        self.lease = Lease(self.mirror.bucket)
+        bucket = self.mirror.bucket
+        bucket.hurry.clear()
+        bucket.barred.clear()
+        self.lease = Lease(bucket)
         lock.truncate(0)
         lock.write(self.lease.token)
         lock.flush()
         try:
             self.lease.take()
-            self._update(self._identity())
+            self._update(self._identity(), alone=True)
             with self.mirror.following():
                 yield
         finally:
+            bucket.hurry.set()
             self.lease.release()
 
     def fetch(self) -> None:
@@ -74,6 +78,7 @@ class WorkingCopy:
 
         Raises UserError where another command has taken the folder over.
         """
+        self.lease.check()
         self.mirror.push(gone=True)
         self.lease.check()
 
@@ -111,7 +116,8 @@ class WorkingCopy:
             self.mirror.bucket.write(IDENTITY, found)
         return found.decode()
 
-    def _update(self, identity: str) -> None:
+    def _update(self, identity: str, alone: bool = False) -> None:
+        """Have here what is there; who only reads (not `alone`) changes nothing there."""
         self.belong(identity)
         (self.path / "stages").mkdir(exist_ok=True)
         self.mirror.renew("stages")
@@ -119,7 +125,7 @@ class WorkingCopy:
         for path in sorted((self.path / "stages").glob("*.json")):
             record = _record(path)
             outputs |= record.get("outputs", {})
-            if record:  # what led to it may be left by a command that was killed in between
+            if record and alone:  # what led to it may be left by a command that was killed in between
                 self.mirror.remove(work_name(record["stage"], record["fingerprint"]))
         self.mirror.pull(outputs=outputs)
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from distill_at_scale.cluster import guard
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import UserError, WorkersLost
 
 pytestmark = pytest.mark.xdist_group("ray")  # not beside tests on Ray: the copies are timed
 
@@ -77,5 +77,13 @@ def test_errors_of_a_cluster_that_answers_stay_what_they_are():
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(KeyError), guard.explained(address):
             raise KeyError("x")
-    with pytest.raises(UserError, match="is gone"), guard.explained(address):
-        raise KeyError("x")
+    for problem in (KeyError("x"), WorkersLost("too often")):
+        with pytest.raises(UserError, match="is gone"), guard.explained(address):
+            raise problem
+    with pytest.raises(UserError, match="a wrong key"), guard.explained(address):
+        raise UserError("a wrong key")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "..:6379"])
+def test_an_address_that_cannot_be_does_not_answer(address):
+    assert not guard.answers(address)

@@ -154,6 +154,15 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
     assert content(tmp_path / "pieces") == before
 
 
+def test_a_piece_without_its_list_of_rejected_samples_is_made_again(tmp_path):
+    """As a copy may have it, of a folder that is being written."""
+    piece = piece_path(tmp_path, "train", 0)
+    piece.touch()
+    assert not pieces.is_finished(piece, check=False)
+    pieces.rejected_path(piece).touch()
+    assert pieces.is_finished(piece, check=False)
+
+
 def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
     config = folder_config(pictures)
     plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"

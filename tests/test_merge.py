@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +66,24 @@ def test_shards_are_filled_up_to_their_size(monkeypatch):
     assert shards.shard_rows(labels[:0], np.zeros(0, int), 2) == []
 
 
-def test_a_failure_in_a_thread_is_raised(tmp_path, monkeypatch):
+def test_a_failure_in_a_thread_is_raised_and_no_further_shard_is_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 400)
+    begun, over = [], threading.Event()
 
     def full(folder, number, *rest):
+        begun.append(number)
         if number == 1:
             raise OSError(28, "No space left on device")
+        assert number == 0 or over.wait(60)
 
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(False, cancel_futures=cancel_futures)
+            over.set()
+            super().shutdown(wait)
+
+    monkeypatch.setattr(merge, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(shards, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
-        merged(table_of("pixels"), tmp_path / "merged", 2)
+        merged(table_of("pixels"), tmp_path / "merged", 1)
+    assert begun in ([0, 1], [0, 1, 2]), "all others were still written"

@@ -9,10 +9,12 @@ import json
 import os
 import socket
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from distill_at_scale import bucket, working_copy
+from distill_at_scale import bucket, lease, working_copy
 from distill_at_scale.errors import Unreachable, UserError
 from distill_at_scale.mirror import Mirror, scratch_of
 from distill_at_scale.working_copy import WorkingCopy
@@ -198,6 +200,29 @@ def test_an_interrupted_command_does_not_wait_for_a_storage_that_refuses(copies,
     with pytest.raises(KeyboardInterrupt), a.following():
         raise KeyboardInterrupt
     assert pauses == []
+
+
+def test_a_beat_of_the_lease_is_not_tried_again(copies, monkeypatch):
+    """It would come late: another command may have taken over meanwhile."""
+    a, _ = copies
+    a.bucket.patience, a.bucket.say, asked = 3600.0, pytest.fail, []
+    held = lease.Lease(a.bucket)
+    monkeypatch.setattr(held, "_done", SimpleNamespace(wait=lambda seconds: len(asked) == 2))
+    monkeypatch.setattr(held, "_is_ours", lambda: True)
+    monkeypatch.setattr(
+        bucket, "put", lambda *arguments: asked.append(arguments) or (_ for _ in ()).throw(OSError("503"))
+    )
+    held._beat()
+    assert len(asked) == 2
+
+
+def test_a_full_disk_is_no_refusal_of_the_storage(copies):
+    a, _ = copies
+    write(a, "one", "1")
+    a.push()
+    a.bucket.patience, a.bucket.say = 3600.0, pytest.fail
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        a.bucket.fetch("one", Path("/dev/full"))
 
 
 def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):

@@ -234,14 +234,15 @@ def test_a_second_command_is_refused(remote_run, monkeypatch):
 
 
 def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
-    """At once where its process is gone from this machine, else when its beat has stood still."""
+    """At once where its process is gone from this machine, not from one of the same name; else when its beat stands still."""
     monkeypatch.setattr(lease, "LOOK", 0.01)
     monkeypatch.setattr(lease, "STALE", 0.05)
     run = remote_run()
     folder, said = run.pipeline.dir, run.said
     folder.create()
-    for host, waited in (("another host", True), (lease.socket.gethostname(), False)):
-        holder = {"host": host, "pid": 2**22 + 1, "token": "x", "beat": 1}
+    host = lease.socket.gethostname()
+    for machine, waited in (("another machine", True), (None, True), (lease.machine(), False)):
+        holder = {"host": host, "machine": machine, "pid": 2**22 + 1, "token": "x", "beat": 1}
         folder.remote.mirror.bucket.write(lease.NAME, json.dumps(holder).encode())
         before = said.tell()
         with folder.lock():
@@ -258,6 +259,72 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
         with pytest.raises(UserError, match="process 1 on another host is working"):
             folder.complete("ingest", Inputs({}, {}), [], 0.0)
     assert "stages/ingest.json" not in objects(s3, bucket)
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["at work", "done already"])
+def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, bucket, monkeypatch, done):
+    """Neither in the background, nor at its end: what is there belongs to the other one."""
+    monkeypatch.setattr(mirror, "FOLLOW", 0.01)
+    folder = remote_run().pipeline.dir
+    folder.create()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.lock())
+        (folder / "scores.parquet").write_text("of this one")
+        (folder / "manifest.parquet").write_text("of this one")
+        folder.keep()
+        s3.client.put_object(Bucket=bucket, Key="run/scores.parquet", Body=b"of the other one")
+        other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
+        if done:
+            s3.client.delete_object(Bucket=bucket, Key=f"run/{lease.NAME}")
+        else:
+            s3.client.put_object(Bucket=bucket, Key=f"run/{lease.NAME}", Body=json.dumps(other).encode())
+        with pytest.raises(UserError, match="It took over while this one could not be seen to live"):
+            folder.remote.lease.check()
+        (folder / "scores.parquet").write_text("later, of this one")
+        (folder / "manifest.parquet").unlink()
+        with pytest.raises(UserError, match="another command has taken over"):
+            stack.close()
+    found = objects(s3, bucket)
+    assert found["scores.parquet"] == b"of the other one"
+    assert found["manifest.parquet"] == b"of this one"
+
+
+def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, bucket, monkeypatch):
+    """Else who goes on elsewhere would find that the output is not what its record says."""
+    folder = remote_run("a").pipeline.dir
+    folder.create()
+    with folder.lock():
+        (folder / "report.html").write_text("old")
+        folder.complete("report", Inputs({}, {}), [folder / "report.html"], 0.0)
+
+    def interrupted(inputs):
+        (run.pipeline.dir / "report.html").write_text("new, by another version")
+        raise KeyboardInterrupt
+
+    run = remote_run("b")
+    monkeypatch.setattr(run.pipeline, "inputs", lambda stage: Inputs({}, {"page": "another"}))
+    monkeypatch.setattr(run.pipeline, "_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("report")
+    found = objects(s3, bucket)
+    assert found["report.html"] == b"new, by another version"
+    assert "stages/report.json" not in found
+    other = remote_run("c").pipeline.dir
+    other.create()
+    with other.lock():
+        assert (other / "report.html").read_text() == "new, by another version"
+
+
+def test_who_only_reads_removes_nothing(remote_run, s3, bucket):
+    """A finished stage's unfinished work goes with the next command that holds the folder."""
+    first = remote_run().stages("ingest", "score", "select").pipeline.dir
+    name = f"{first.work('select', Inputs({}, {})).parent.relative_to(first.path)}/select-"
+    name += f"{first.record('select')['fingerprint'][:16]}/left"
+    s3.client.put_object(Bucket=bucket, Key=f"run/{name}", Body=b"x")
+    remote_run("b").pipeline.dir.fetch()
+    assert name in objects(s3, bucket)
+    remote_run("c").stages("select")
+    assert name not in objects(s3, bucket)
 
 
 def test_what_needs_a_disk_says_so_before_anything_runs(remote_run, s3, bucket):

@@ -79,5 +79,9 @@ def test_notes_reach_the_other_side(apart, tmp_path, remote):
     assert notes.read("refused.txt") is None
     notes.write("refused.txt", "why")
     assert Notes(work, config).read("refused.txt") == "why"
+    if not remote:
+        (work / "as it was").hardlink_to(work / "refused.txt")
+        notes.write("refused.txt", "something else")
+        assert (work / "as it was").read_text() == "why", "who reads meanwhile sees the one or the other"
     notes.remove("refused.txt", "never.txt")
     assert Notes(work, config).read("refused.txt") is None

@@ -11,11 +11,12 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
-from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device, waited_for
+from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.evaluate import Evaluator, Job
+from distill_at_scale.evaluate import jobs as every_job
 from distill_at_scale.execution import Report
 from distill_at_scale.observe.events import Event, Note, ignore, measured
 
@@ -28,8 +29,11 @@ def run(
     sharing: int = 1,
     note: Note = ignore,
 ) -> None:
-    """All jobs, as many at a time as the cluster holds; reports each row when it is there."""
-    cpus = cores_each(min(len(jobs) * sharing, cores()))
+    """Some jobs, as many at a time as the cluster holds; reports each row when it is there.
+
+    Cores follow from all jobs of the evaluation, not from what is left: on other threads accuracies differ.
+    """
+    cpus = cores_each(min(len(every_job(config)) * sharing, cores()))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
@@ -39,7 +43,7 @@ def run(
     task = _evaluate.options(**options)
     settings = ray.put(pack(config))
     running = [task.remote(settings, tuple(map(str, folders)), asdict(job), cpus) for job in jobs]
-    with plain_errors():
+    with waited_for("evaluate", config):
         while running:
             finished, running = ray.wait(running)
             for row, event in ray.get(finished):

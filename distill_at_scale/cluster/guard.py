@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import UserError, WorkersLost
 
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 PROBE = 5  # seconds in which a head must answer
@@ -61,10 +61,8 @@ def explained(address: str) -> Iterator[None]:
     """Whatever is raised because the head does not answer any more becomes a UserError that says so."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception:
-        if answers(address):
+    except Exception as error:
+        if (isinstance(error, UserError) and not isinstance(error, WorkersLost)) or answers(address):
             raise
         raise UserError(gone(address)) from None
 
@@ -74,7 +72,7 @@ def answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "/" in host:
         return True
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), PROBE):
+    with contextlib.suppress(OSError, ValueError, OverflowError), socket.create_connection((host, int(port)), PROBE):
         return True
     return False
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import actor_count, device
-from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.pool import actor_count, device, waited_for
+from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.execution import Advance, subset_trials, waiting_units
@@ -27,13 +28,13 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: No
     options = {"num_cpus": 1, "num_gpus": gpus or None, "max_retries": config.cluster.max_failures}
     task, settings = _subsets.options(**options), ray.put(pack(config))
     waiting: Iterator[Unit] = iter(waiting_units(config, pieces, advance))
-    most, running = AHEAD * actor_count(config, gpus), []
-    with plain_errors():
+    running: list[Any] = []
+    with waited_for("monte_carlo", config):
         while True:
-            for unit in waiting:
-                running.append(task.remote(settings, str(prepared), str(pieces), unit))
-                if len(running) >= most:
-                    break
+            free = AHEAD * actor_count(config, gpus) - len(running)  # of the cluster as it is now
+            running += [
+                task.remote(settings, str(prepared), str(pieces), unit) for unit in islice(waiting, max(0, free))
+            ]
             if not running:
                 return
             finished, running = ray.wait(running)

@@ -8,8 +8,8 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device
-from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.pool import ANYWHERE, cores, cores_each, device, waited_for
+from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, backend_class, make_network
@@ -34,7 +34,7 @@ def run(
     task = _make.options(**options)
     settings, paths = ray.put(pack(config)), [str(path) for path in places.as_tuple()]
     running = [task.remote(settings, paths, name, cpus) for name in names]
-    with plain_errors():
+    with waited_for("training of networks", config):
         while running:
             finished, running = ray.wait(running)
             for event in ray.get(finished):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,13 +17,13 @@ from ray.data import ActorPoolStrategy
 
 from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config import Config
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import UserError, WorkersLost
 from distill_at_scale.observe.events import Event, Note, at_once, ignore, measured
 from distill_at_scale.sections import ClusterSection
 
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
-        ray.exceptions.NodeDiedError)  # fmt: skip
+        ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)  # fmt: skip
 ANYWHERE = "DEFAULT"  # where there is room; not within the placement group of a sweep's trial
 
 if TYPE_CHECKING:
@@ -68,9 +69,11 @@ def stream(
                     yield row
             break
         except LOST as error:
+            if not waiting:  # they were lost after their last unit
+                break
             tell.note(at_once("lost", "workers of the pool", {"units": len(waiting)}))
             if failures == config.cluster.max_failures:
-                raise UserError(_gave_up(failures + 1, waiting, error)) from None
+                raise WorkersLost(_gave_up(failures + 1, waiting, error)) from None
             tell.say(f"  workers were lost; what is left of {len(waiting)} units of work is sent again")
     if repeated:
         what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
@@ -104,6 +107,28 @@ def _gave_up(times: int, waiting: Mapping[int, pa.Table], error: BaseException) 
         f"workers were lost {times} times ({str(error).splitlines()[0]}), with {len(waiting)} units of work left, the first of "
         f"which makes {first}. What is finished is kept: give the same command again, with fewer cluster.actors if they ran "
         "out of memory; if it ends here again, a sample of that unit kills its process (`validate` finds such samples)"
+    )
+
+
+@contextmanager
+def waited_for(what: str, config: Config) -> Iterator[None]:
+    """Around the wait for tasks, which Ray repeats `cluster.max_failures` times when their process is lost; what one of them
+    raised is raised as it was.
+
+    Raises WorkersLost where one was lost more often.
+    """
+    try:
+        with plain_errors():
+            yield
+    except LOST as error:
+        raise WorkersLost(lost_too_often(what, config, error)) from None
+
+
+def lost_too_often(what: str, config: Config, error: BaseException) -> str:
+    return (
+        f"{what}: processes were lost more often than cluster.max_failures = {config.cluster.max_failures} allows "
+        f"({str(error).splitlines()[0]}). What is finished is kept: give the same command again, with a higher "
+        "cluster.max_failures where machines come and go, and with fewer workers a machine if its memory ran out"
     )
 
 

@@ -17,8 +17,18 @@ import ray.train.torch
 import torch
 
 from distill_at_scale.cluster import training
-from distill_at_scale.cluster.pool import Tell, cores, cores_each, device, grouped, reporting, stream, work_of
-from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.pool import (
+    Tell,
+    cores,
+    cores_each,
+    device,
+    grouped,
+    reporting,
+    stream,
+    waited_for,
+    work_of,
+)
+from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
@@ -79,7 +89,7 @@ def _side_by_side(
     }
     task = _trial.options(**options)
     running = [task.remote(pack(config), str(prepared), str(checkpoints), t, cpus) for t in trials]
-    with plain_errors():
+    with waited_for("training of proxies", config):
         while running:
             finished, running = ray.wait(running, timeout=POLL)
             for event in ray.get(finished):

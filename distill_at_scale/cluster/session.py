@@ -116,9 +116,8 @@ def quieten() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised here, once
-    ray._private.worker.print_to_stdstream = (
-        _unseen  # of every node and task that is lost, which log_to_driver=False spares
-    )
+    # what it prints of every node and task that is lost, which log_to_driver=False spares
+    ray._private.worker.print_to_stdstream = _unseen
 
 
 def _unseen(data: dict[str, Any], ignore_prefix: bool) -> None:

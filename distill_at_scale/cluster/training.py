@@ -17,12 +17,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from distill_at_scale.cluster.pool import cores, cores_each
+from distill_at_scale.cluster.pool import LOST, cores, cores_each, lost_too_often
 from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.workspace import Notes, Workspace
 from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, saved_step
-from distill_at_scale.errors import DistillationDiverged, GivenUp, UserError
+from distill_at_scale.errors import DistillationDiverged, GivenUp, Unreachable, UserError, WorkersLost
 from distill_at_scale.execution import Report, run_distillation
 from distill_at_scale.mirror import FOLLOW
 from distill_at_scale.rundir import RunDir
@@ -83,8 +83,8 @@ def fit(
     `workers` is their number, or the least and the most: then as many as find room start, with one core each, so that what
     they compute depends on their number alone; when nodes are lost or join, fewer or more go on from the body's checkpoint.
 
-    Raises UserError where they cannot be placed, and what a user must mend as it was raised. Where `poll` raises GivenUp the
-    workers end before that is raised here.
+    Raises UserError where they cannot be placed, WorkersLost where they were lost too often, and what a user must mend as it
+    was raised. Where `poll` raises GivenUp the workers end before that is raised here.
     """
     gpus = config.cluster.gpus_per_worker
     _check_room(stage, workers if isinstance(workers, int) else workers[0], config)
@@ -108,13 +108,22 @@ def fit(
     try:
         with plain_errors():
             _in_a_thread(trainer, _noticing(notes, poll, again), notes)
-    except Exception:
+    except Exception as error:
         if notes.read(REFUSED) in (None, LEFT):
+            if lost := _lost(error):
+                raise WorkersLost(lost_too_often(stage, config, lost)) from None
             raise
     if (said := notes.read(DIVERGED)) is not None:
         raise DistillationDiverged(said)
     if (said := notes.read(REFUSED)) is not None:
         raise UserError(said)
+
+
+def _lost(error: BaseException) -> BaseException | None:
+    """The loss of a worker behind what Ray Train raises; the others of its group then fail too, as they hear no more of it."""
+    failures = [error, *(getattr(error, "worker_failures", None) or {}).values()]
+    inner = (getattr(failure, "health_check_failure", failure) for failure in failures)
+    return next((failure for failure in inner if isinstance(failure, LOST)), None)
 
 
 def _storage(config: Config, folder: Path) -> dict[str, Any]:
@@ -189,7 +198,12 @@ def _noticing(notes: Notes, poll: Callable[[], None], again: Callable[[], None])
     def look() -> None:
         nonlocal known, looked
         if notes.remote is None or time.monotonic() - looked > FOLLOW:
-            now, looked = notes.read(GROUP) or "", time.monotonic()
+            now = ""
+            with contextlib.suppress(
+                Unreachable
+            ):  # it is only said: those who work need no answer, and the log goes on
+                now = notes.read(GROUP, patience=0.0) or ""
+            looked = time.monotonic()
             if known and now and now != known:
                 again()
             known = now or known

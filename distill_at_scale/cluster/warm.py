@@ -23,7 +23,6 @@ from distill_at_scale.cluster.session import Session, root_cause
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 
-GONE = (*LOST, ray.exceptions.OutOfMemoryError)
 Call = tuple[int, Any]  # the number of a call, and the actor that makes it
 
 
@@ -58,7 +57,7 @@ class WarmPool:
                 index, actor = self._busy.pop(finished[0])
                 try:
                     result = ray.get(finished[0])
-                except GONE as error:
+                except LOST as error:
                     losses[index] += 1
                     if losses[index] > self.config.cluster.max_failures:
                         raise UserError(

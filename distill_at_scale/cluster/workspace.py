@@ -17,7 +17,7 @@ from typing import Any
 
 from distill_at_scale.cluster.session import unpack
 from distill_at_scale.config import Config
-from distill_at_scale.rundir import RunDir
+from distill_at_scale.rundir import RunDir, publish
 from distill_at_scale.working_copy import LOCK, WorkingCopy
 
 
@@ -88,9 +88,9 @@ class Notes:
         self.work = work
         self.remote = RunDir.of(config.run).remote if config else None  # straight to the storage: no copy is asked
 
-    def read(self, name: str) -> str | None:
+    def read(self, name: str, patience: float | None = None) -> str | None:
         if self.remote:
-            found = self.remote.mirror.bucket.read(self._name(name))
+            found = self.remote.mirror.bucket.read(self._name(name), patience)
             return None if found is None else found.decode()
         return (self.work / name).read_text() if (self.work / name).exists() else None
 
@@ -98,7 +98,8 @@ class Notes:
         if self.remote:
             self.remote.mirror.bucket.write(self._name(name), text.encode())
         else:
-            (self.work / name).write_text(text)
+            with publish(self.work / name) as temporary:  # nobody reads half of it
+                temporary.write_text(text)
 
     def remove(self, *names: str) -> None:
         for name in names:

@@ -136,10 +136,12 @@ def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, grou
         shards.write_shard(folder, number, tables, kind, group)
 
     folder.mkdir(parents=True)
-    parts = shards.shard_rows(labels, sizes, group)
-    with ThreadPoolExecutor(threads) as pool:
+    parts, pool = shards.shard_rows(labels, sizes, group), ThreadPoolExecutor(threads)
+    try:
         for written in [pool.submit(one, *part) for part in enumerate(parts)]:
             written.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C or a full disk no further shard is begun
 
 
 def _rows(path: Path) -> pa.Table:

@@ -100,8 +100,11 @@ def rejected_path(piece: Path) -> Path:
 
 
 def is_finished(piece: Path, check: bool) -> bool:
-    """Whether a piece (or, with `check`, its list of rejected samples) is there."""
-    return (rejected_path(piece) if check else piece).exists()
+    """Whether a piece and its list of rejected samples (or, with `check`, the list alone) are there.
+
+    The list is published first, but a copy of the folder, or a storage, may have got one without the other.
+    """
+    return rejected_path(piece).exists() and (check or piece.exists())
 
 
 def ingest_chunk(

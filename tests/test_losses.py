@@ -1,0 +1,95 @@
+"""What a user reads where processes of a cluster are lost too often, and what is no such loss. Nothing here starts Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from conftest import tiny_config
+
+from distill_at_scale import evaluate
+from distill_at_scale.errors import Unreachable, WorkersLost
+from distill_at_scale.observe.events import at_once
+
+ray = pytest.importorskip("ray")
+from distill_at_scale.cluster import evaluation, pool, training  # noqa: E402
+
+LOST = ray.exceptions.WorkerCrashedError
+
+
+def test_a_task_that_is_lost_too_often_is_a_users_error():
+    config, message = tiny_config("unused"), r"evaluate: processes were lost more often than cluster\.max_failures = 3"
+    with pytest.raises(WorkersLost, match=message), pool.waited_for("evaluate", config):
+        raise LOST
+    with pytest.raises(KeyError), pool.waited_for("evaluate", config):
+        raise KeyError("a defect")
+
+
+def test_the_loss_behind_the_failures_of_a_group_is_found():
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    lost = ray.exceptions.ActorDiedError()
+    failures = {0: RuntimeError("Connection closed by peer"), 1: WorkerHealthCheckFailedError("no answer", lost)}
+    assert training._lost(WorkerGroupError("", failures)) is lost
+    assert training._lost(lost) is lost
+    assert training._lost(WorkerGroupError("", {0: RuntimeError("a defect")})) is None
+
+
+def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
+    """The note of who works is read to say that workers were lost, and for nothing else."""
+
+    def read(name, patience):
+        assert patience == 0.0
+        found = next(answers)
+        if found is None:
+            raise Unreachable("503 SlowDown")
+        return found
+
+    monkeypatch.setattr(training, "FOLLOW", -1.0)
+    answers, said = iter(["one group", None, "one group", None, "another group"]), []
+    look = training._noticing(
+        SimpleNamespace(read=read, remote=True), lambda: said.append("log"), lambda: said.append("lost")
+    )
+    for _ in range(5):
+        look()
+    assert said == ["log"] * 4 + ["lost", "log"]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(left): a pool whose actors are lost on each pass, when so many units are left."""
+
+    def make(left):
+        def once(waiting, actor, arguments, config, gpus):
+            for number in list(waiting)[: len(waiting) - left]:
+                yield {"unit": number, "event": at_once("work", "x").to_json()}
+            raise LOST
+
+        monkeypatch.setattr(pool, "_stream_once", once)
+        units = [pa.table({"path": [f"piece {number}"]}) for number in range(3)]
+        return pool.stream(units, object, {}, tiny_config("unused"), 0, pool.Tell())
+
+    return make
+
+
+def test_actors_that_are_lost_after_their_last_unit_cost_nothing(passes):
+    assert [row["unit"] for row in passes(0)] == [0, 1, 2]
+
+
+def test_units_that_are_lost_too_often_are_named(passes):
+    with pytest.raises(
+        WorkersLost, match=r"lost 4 times .* with 1 units of work left, the first of which makes piece 2"
+    ):
+        list(passes(1))
+
+
+def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(monkeypatch):
+    """So what is left after an interruption ends as it would have."""
+    config, asked = tiny_config("unused"), []
+    monkeypatch.setattr(evaluation, "ray", SimpleNamespace(put=lambda value: value))
+    monkeypatch.setattr(evaluation, "cores", lambda: 64)
+    monkeypatch.setattr(evaluation, "cores_each", lambda tasks: asked.append(tasks) or 1)
+    evaluation.run(config, [], (None, None, None), lambda row: None)
+    assert asked == [len(evaluate.jobs(config))] == [4]

@@ -57,6 +57,23 @@ def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
     assert said == ["log"] * 4 + ["lost", "log"]
 
 
+def test_losses_are_counted_anew_where_more_is_done():
+    """Two attempts get on before they lose too many, the third does not."""
+    done, said = iter([0, 6, 6, 8, 8, 8]), []
+
+    def attempt():
+        raise WorkersLost("distill: processes were lost more often than 3 (killed)")
+
+    with pytest.raises(WorkersLost):
+        training.getting_on(attempt, lambda: next(done), said.append)
+    assert (
+        said
+        == ["  more is done than before, so losses are counted anew (distill: processes were lost more often than 3)"]
+        * 2
+    )
+    assert training.getting_on(lambda: None, lambda: 0, said.append) is None
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """passes(left): a pool whose actors are lost on each pass, when so many units are left."""

@@ -46,7 +46,7 @@ class RayExecutor:
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         with watched("training of proxies", self.say, advance) as advance:
-            scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance, self.note)
+            scoring.train(absolute(config), prepared.resolve(), checkpoints.resolve(), advance, self.tell)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance

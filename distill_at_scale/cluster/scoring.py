@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.distill import Places
 from distill_at_scale.execution import Advance, run_trial, score_piece
-from distill_at_scale.observe.events import Event, Note, Spent, ignore, measured
+from distill_at_scale.observe.events import Event, Note, Spent, measured
 from distill_at_scale.scoring import patches
 from distill_at_scale.scoring.proxy import checkpoint_path, finished_epochs
 from distill_at_scale.scoring.scorer import Scorer, Unit
@@ -43,7 +44,7 @@ Work = Callable[[Sequence[Unit]], Iterator[int]]
 POLL = 0.5  # seconds between two looks at the finished epochs
 
 
-def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, note: Note = ignore) -> None:
+def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, tell: Tell = Tell()) -> None:
     """All trials: side by side as tasks, or one after the other with `score.workers` data-parallel workers each."""
     done = 0
 
@@ -58,11 +59,13 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, n
     todo = [t for t in range(trials) if not checkpoint_path(checkpoints, t, epochs - 1).exists()]
     if todo and config.score.workers > 1:
         places = {"prepared": str(prepared), "checkpoints": str(checkpoints), "trials": todo}
-        with measured("train proxies together", note) as counts:
+        with measured("train proxies together", tell.note) as counts:
             counts["workers"] = config.score.workers
-            training.fit("score", _together, config, config.score.workers, places, checkpoints.parent / "train", look)
+            group = config, config.score.workers, places, checkpoints.parent / "train", look
+            attempt = partial(training.fit, "score", _together, *group)
+            training.getting_on(attempt, lambda: finished_epochs(config.score, checkpoints), tell.say)
     elif todo:
-        _side_by_side(config, prepared, checkpoints, todo, look, note)
+        _side_by_side(config, prepared, checkpoints, todo, look, tell.note)
     look()
 
 

@@ -50,8 +50,27 @@ def run(config: Config, places: Places, report: Report, sharing: int, say: Calla
         what = "were lost" if isinstance(config.distill.workers, int) else "were lost or have joined"
         say(f"  workers {what}; going on from step {step}, so {max(0, tail.step - step)} steps are repeated")
 
-    own = {"places": paths}
-    fit("distill", _distill, config, config.distill.workers, own, places.work, tail.read, sharing, again)
+    def attempt() -> None:
+        own = {"places": paths}
+        fit("distill", _distill, config, config.distill.workers, own, places.work, tail.read, sharing, again)
+
+    getting_on(attempt, lambda: saved_step(places.state), say)
+
+
+def getting_on(attempt: Callable[[], None], done: Callable[[], int], say: Callable[[str], None]) -> None:
+    """Make an attempt, and another where it lost workers too often but more is done than at its start: machines that come
+    and go all day are no reason to end, only losses without progress are.
+
+    Raises WorkersLost for these.
+    """
+    while True:
+        before = done()
+        try:
+            return attempt()
+        except WorkersLost as error:
+            if done() <= before:
+                raise
+            say(f"  more is done than before, so losses are counted anew ({str(error).partition(' (')[0]})")
 
 
 def _distill(space: Workspace, arguments: dict[str, Any]) -> None:

@@ -137,7 +137,8 @@ def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
         with pytest.raises(UserError, match="ingest again"):
             Prepared(tmp_path).load("train")
     meta = json.loads((tmp_path / "dataset.json").read_text())
-    for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []}):
+    for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []},
+                  {"counts": {"train": [4, 0]}}, {"counts": {"train": [-4]}}, {"counts": {"train": ["4"]}}):  # fmt: skip
         (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong))
         with pytest.raises(UserError, match="damaged"):
             Prepared(tmp_path)

@@ -249,9 +249,10 @@ class Prepared:
         with self._reading, reading(self.folder / split / file, "ingest"):
             found = self._open(split, file).read_row_groups([g.number for g in groups], columns, use_threads=False)
         rows = [group.rows for group in groups]
-        labels = pa.array(np.repeat([group.label for group in groups], rows), pa.int32())
-        wrong = "label" in found.column_names and found["label"] != pa.chunked_array([labels])
-        if wrong or found.num_rows != sum(rows):
+        wrong = found.num_rows != sum(rows)
+        if not wrong and "label" in found.column_names:
+            wrong = not np.array_equal(found["label"].to_numpy(), np.repeat([group.label for group in groups], rows))
+        if wrong:
             place = self.folder / split / file
             raise UserError(
                 f"{place} holds samples of other classes than {self.folder}/dataset.json counts; ingest again"

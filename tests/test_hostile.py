@@ -224,8 +224,8 @@ def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
 
 def test_what_steers_a_terminal_is_written_out():
     said = io.StringIO()
-    Display(Console(file=said, width=200)).say("a\x1b[2Jb\x07\u202ec\nd")
-    assert said.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\n"
+    Display(Console(file=said, width=200)).say("a\x1b[2Jb\x07\u202ec\nd\udcff")
+    assert said.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\\udcff\n"
 
 
 @pytest.mark.parametrize(

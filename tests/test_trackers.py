@@ -87,9 +87,11 @@ def test_nothing_is_tracked_unless_it_is_asked_for(tmp_path):
 
 
 def test_parameters_are_flat_and_addresses_lose_their_credentials(tmp_path):
-    address = "https://someone:secret@tracking.example"
-    found = trackers.parameters(tiny_config(tmp_path, track__mlflow={"tracking_uri": address}))
+    address = "s3://someone:secret@bucket/set"
+    found = trackers.parameters(tiny_config(tmp_path, data__path=address, track__mlflow={"tracking_uri": address}))
     assert found["distill.steps"] == 3
+    assert found["data.path"] == "s3://bucket/set"
+    assert trackers._short([address, 1]) == "['s3://bucket/set', 1]"
     assert "secret" not in str(found)
 
 

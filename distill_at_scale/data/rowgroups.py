@@ -137,8 +137,15 @@ def check_values(table: pa.Table, path: Path, stage: str) -> None:
 
 
 def check_rows(table: pa.Table, path: Path, stage: str) -> None:
-    """Raises UserError unless no value is missing and the rows rise by label and id, so that no id is there twice."""
+    """Raises UserError unless ids are text and labels numbers, no value is missing, and the rows rise by label and id, so that
+    no id is there twice.
+    """
     check_values(table, path, stage)
+    kinds = table.schema.field("sample_id").type, table.schema.field("label").type
+    if not (pa.types.is_string(kinds[0]) and pa.types.is_integer(kinds[1])):
+        raise UserError(
+            f"{path}: sample_id and label are {kinds[0]} and {kinds[1]}, not text and numbers; run `{stage}` again"
+        )
     ids, labels = table["sample_id"].combine_chunks(), table["label"].to_numpy()
     in_class = labels[1:] == labels[:-1]
     rising = pc.less(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)

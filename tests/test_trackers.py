@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,6 +140,7 @@ def test_wandb_takes_it_offline(tmp_path, told, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "argv", ["distill-at-scale", "run", "c.yaml", "data.path=s3://someone:do-not-tell@bucket"])
     (tracker,) = trackers.trackers(tiny_config(tmp_path, track__wandb={"mode": "offline"}))
     for event in told:
         tracker(event)
@@ -146,6 +148,7 @@ def test_wandb_takes_it_offline(tmp_path, told, monkeypatch):
     wandb.teardown()  # the process that writes its file has ended
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
+    assert b"do-not-tell" not in content
     for word in (b"distilled/convnet/top1", b"report.html", b"distill.steps"):
         assert word in content
     assert Path(next(tmp_path.glob("wandb/offline-run-*/files/report.html"))).read_text() == "a report"

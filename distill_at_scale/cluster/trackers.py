@@ -145,7 +145,7 @@ class Wandb:
             mode=section.mode,
             name=last_name(config.run.dir),
             dir=str(folder),
-            settings={"console": "off"},  # what is printed stays here
+            settings={"console": "off", "x_disable_meta": True},  # what is printed, and the command line, stay here
         )
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:

@@ -23,6 +23,7 @@ from distill_at_scale import charts, figures, gantt, pages, synthetic, wording
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.data import transforms
 from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.rowgroups import reading
 from distill_at_scale.observe import timeline
 from distill_at_scale.pictures import drawn
 from distill_at_scale.pruning import manifest
@@ -227,8 +228,7 @@ def _scores(run: RunDir) -> tuple[Array, Array, str] | None:
     path = run / "scores.parquet"
     if not path.exists():
         return None
-    table = pq.read_table(path, columns=["label", "score"])
-    about = score_table.facts(path)
+    table, about = score_table.read(path, ["label", "score"])
     name = next(iter(about.get("criteria") or about.get("useful", {})), "score")
     return table["label"].to_numpy(), table["score"].to_numpy(), name
 
@@ -275,7 +275,8 @@ def _times(records: Mapping[str, Any]) -> dict[str, Any]:
 
 def _set_aside(path: Path) -> dict[str, Any]:
     """The samples that are not used, and those that are although something is to be said about them."""
-    listed = pq.read_table(path).to_pylist() if path.exists() else []
+    with reading(path, "ingest"):
+        listed = pq.ParquetFile(path).read().to_pylist() if path.exists() else []
     used = [row.get("used", False) for row in listed]
     parts = (("rejected", False), ("remarked", True))
     return {name: _reasons([row for row, u in zip(listed, used, strict=True) if u is which]) for name, which in parts}

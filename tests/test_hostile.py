@@ -127,6 +127,20 @@ def test_a_parquet_file_of_more_rows_than_it_can_hold_is_refused(tmp_path):
         data_set(tmp_path, pa.nulls(10**6, pa.binary()), np.zeros(10**6, np.int64))
 
 
+def test_a_parquet_file_whose_columns_are_shorter_than_it_says_is_refused(tmp_path):
+    source = data_set(tmp_path, pa.array([b"a"] * 8), np.zeros(8, np.int64))
+    rows, file = source.listing("train"), tmp_path / "train-0.parquet"
+    data = file.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little") + 8
+    footer = data[-size:].replace(
+        b"\x26\0\x1c", b"\x26\0\x3c", 1
+    )  # the first column's own facts under an unknown number
+    assert footer != data[-size:]
+    file.write_bytes(data[:-size] + footer)
+    with pytest.raises(UserError, match=r"holds 0 rows where it claims 8; download it again"):
+        source.read(rows)
+
+
 def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
     prepared = write_prepared(tmp_path, np.zeros((4, 1, 2, 2), np.uint8), np.zeros(4, np.int64))
     (shard,) = (tmp_path / "train").glob("*")
@@ -137,7 +151,8 @@ def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
         with pytest.raises(UserError, match="ingest again"):
             Prepared(tmp_path).load("train")
     meta = json.loads((tmp_path / "dataset.json").read_text())
-    for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []}):
+    for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []},
+                  {"counts": {"train": [4, 0]}}, {"counts": {"train": [-4]}}, {"counts": {"train": ["4"]}}):  # fmt: skip
         (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong))
         with pytest.raises(UserError, match="damaged"):
             Prepared(tmp_path)
@@ -209,8 +224,8 @@ def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
 
 def test_what_steers_a_terminal_is_written_out():
     said = io.StringIO()
-    Display(Console(file=said, width=200)).say("a\x1b[2Jb\x07\u202ec\nd")
-    assert said.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\n"
+    Display(Console(file=said, width=200)).say("a\x1b[2Jb\x07\u202ec\nd\udcff")
+    assert said.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\\udcff\n"
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,16 @@ def test_an_observer_that_fails_is_left_out_and_the_others_go_on():
     assert said == ["  the broken one is left out from here on: [Errno 28] No space left on device"]
 
 
+def test_an_observer_that_fails_tells_no_credentials():
+    class Unreachable(Broken):
+        def __call__(self, event: Event) -> None:
+            raise OSError("API request to http://someone:do-not-tell@host:5000/api failed")
+
+    said = list[str]()
+    Observers(said.append, [Unreachable()]).note(at_once("stage", "started"))
+    assert said == ["  the broken one is left out from here on: API request to http://host:5000/api failed"]
+
+
 @pytest.fixture
 def log(monkeypatch):
     """What the driver makes of lines; time stands at 100 s and is moved by hand."""

@@ -94,6 +94,56 @@ def test_places_within_a_class(prepared, places):
     assert np.array_equal(prepared.take("train", 2, [1]), PIXELS[[9]])
 
 
+def in_footer(path, old, new):
+    """Something in a file's footer replaced by as many other bytes."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little") + 8
+    assert old in data[-size:]
+    path.write_bytes(data[:-size] + data[-size:].replace(old, new))
+
+
+def test_statistics_in_a_footer_are_not_believed(prepared):
+    shard = prepared.folder / "train" / "shard-00000.parquet"
+    in_footer(shard, b"\x04\x01\0\0\0", b"\x04\x02\0\0\0")  # four bytes: the label 1, as the least and largest value
+    assert pq.read_metadata(shard).row_group(2).column(1).statistics.min == 2
+    assert [group.label for group in Prepared(prepared.folder).groups()] == [0, 0, 1, 2]
+    assert Prepared(prepared.folder).load("train")[1].tolist() == LABELS
+
+
+READS = [
+    lambda data: data.load("train"),
+    lambda data: data.index(),
+    lambda data: data.take("train", 1, [0]),
+    lambda data: data.read(data.chunks()[1]),
+]
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0, 0, 0, 1, 2, 1, 2], [0, 0, 0, 0, 0, 0, 2, 2, 1, 1], [0] * 10, [3] * 10])
+def test_labels_that_are_not_as_counted_are_refused_when_they_are_read(prepared, labels, read):
+    with pq.ParquetWriter(prepared.folder / "train" / "shard-00000.parquet", schema(SHAPE)) as out:
+        for first, last in ((0, 4), (4, 6), (6, 8), (8, 10)):
+            out.write_table(to_table(IDS, labels, PIXELS).slice(first, last - first))
+    with pytest.raises(UserError, match=r"shard-00000.*other classes than .*dataset.json counts; ingest again"):
+        read(Prepared(prepared.folder))
+
+
+def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
+    whole, shard = to_table(IDS, LABELS, PIXELS), prepared.folder / "train" / "shard-00000.parquet"
+    for found, said in [
+        (whole.slice(0, 8), "lacks rows"),
+        (pa.concat_tables([whole, whole.slice(8)]), "other rows"),
+        (whole.drop_columns(["sample_id"]), "is no shard"),
+        (whole.set_column(1, "label", pa.array(LABELS, pa.int64())), "is no shard"),
+    ]:
+        pq.write_table(found, shard, row_group_size=2)
+        with pytest.raises(UserError, match=said):
+            Prepared(prepared.folder).groups()
+    pq.write_table(whole, shard, row_group_size=10)  # a group of several classes
+    with pytest.raises(UserError, match="other rows"):
+        Prepared(prepared.folder).groups()
+
+
 def test_a_split_that_is_not_there_is_empty(prepared):
     assert prepared.chunks("test") == []
     assert prepared.counts("test") == [0, 0, 0]

@@ -219,3 +219,9 @@ def test_the_rank_correlation_is_within_classes():
 def test_the_facts_are_plain_json(digits_run):
     metadata = pq.read_metadata(digits_run.dir / "scores.parquet").metadata
     assert json.loads(metadata[b"scores"])["seed"] == 0
+
+
+def test_a_score_table_whose_ids_are_no_text_is_refused(tmp_path):
+    pq.write_table(pa.table({"sample_id": [b"a"], "label": [0], "score": [0.5]}), tmp_path / "scores.parquet")
+    with pytest.raises(UserError, match="binary and int64, not text and numbers; run `score` again"):
+        table.read(tmp_path / "scores.parquet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,9 +88,11 @@ def test_nothing_is_tracked_unless_it_is_asked_for(tmp_path):
 
 
 def test_parameters_are_flat_and_addresses_lose_their_credentials(tmp_path):
-    address = "https://someone:secret@tracking.example"
-    found = trackers.parameters(tiny_config(tmp_path, track__mlflow={"tracking_uri": address}))
+    address = "s3://someone:secret@bucket/set"
+    found = trackers.parameters(tiny_config(tmp_path, data__path=address, track__mlflow={"tracking_uri": address}))
     assert found["distill.steps"] == 3
+    assert found["data.path"] == "s3://bucket/set"
+    assert trackers._short([address, 1]) == "['s3://bucket/set', 1]"
     assert "secret" not in str(found)
 
 
@@ -137,6 +140,7 @@ def test_wandb_takes_it_offline(tmp_path, told, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "argv", ["distill-at-scale", "run", "c.yaml", "data.path=s3://someone:do-not-tell@bucket"])
     (tracker,) = trackers.trackers(tiny_config(tmp_path, track__wandb={"mode": "offline"}))
     for event in told:
         tracker(event)
@@ -144,6 +148,7 @@ def test_wandb_takes_it_offline(tmp_path, told, monkeypatch):
     wandb.teardown()  # the process that writes its file has ended
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
+    assert b"do-not-tell" not in content
     for word in (b"distilled/convnet/top1", b"report.html", b"distill.steps"):
         assert word in content
     assert Path(next(tmp_path.glob("wandb/offline-run-*/files/report.html"))).read_text() == "a report"

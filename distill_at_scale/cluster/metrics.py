@@ -1,8 +1,8 @@
 """A run's events as metrics of Ray (`ray.util.metrics`), which every node's metrics agent offers to Prometheus.
 
 The driver counts what came home, so that work which was lost and done again counts once. Tags: `run` (the run folder's
-name), `stage`, and `node`, the host that did the work. Counters
-are since the command began; a gauge is gone some minutes after its last line of the log.
+name), `stage`, and `node`, the host that did the work. Counters are since the command began; a gauge is gone some minutes
+after its last line of the log.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from distill_at_scale.config import Config, flatten
-from distill_at_scale.data.storage import last_name, shown
+from distill_at_scale.data.storage import last_name
 from distill_at_scale.errors import UserError
 from distill_at_scale.observe.events import Event
 from distill_at_scale.observe.observers import Observer
+from distill_at_scale.pages import public
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.sections import MlflowSection, WandbSection
 
@@ -144,7 +145,7 @@ class Wandb:
             mode=section.mode,
             name=last_name(config.run.dir),
             dir=str(folder),
-            settings={"console": "off"},  # what is printed stays here
+            settings={"console": "off", "x_disable_meta": True},  # what is printed, and the command line, stay here
         )
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
@@ -169,9 +170,7 @@ def parameters(config: Config) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value if isinstance(value, int | float) else str(value)[:LONGEST]
-    return (shown(value) if "://" in value else value)[:LONGEST]
+    return value if isinstance(value, int | float) else str(public(value))[:LONGEST]
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -1,16 +1,20 @@
 """A prepared data set on disk, as every stage after ingest reads it: by scoring chunk, by class, or by sample.
 
-The format is in `shards.py`. What is read may come from somebody else, so types, shapes and classes are checked.
+The format is in `shards.py`. What is read may come from somebody else, so types, shapes and classes are checked. The class
+of a row group follows from the counts in dataset.json, as rows are sorted by class, and labels are compared with it
+whenever they are read: statistics in a footer may lie, and pyarrow ends the process on broken ones.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,12 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data.rowgroups import range_of, reading
+from distill_at_scale.data.rowgroups import reading
 from distill_at_scale.data.shards import JPEG_PART, MOST_AXES, MOST_VALUES, Array, Chunk, Group, pixels_of
 from distill_at_scale.errors import UserError
 
 OPEN_FILES = 64
 TAKEN_BYTES = 16 * 2**20  # of row groups that are read together
+MOST_BYTES = 2**30  # of the samples of a row group in memory, where it has several; ours have far fewer
+COLUMNS = [("sample_id", pa.string()), ("label", pa.int32())]  # before the samples themselves
 
 
 class Prepared:
@@ -215,25 +221,43 @@ class Prepared:
                 found[split].setdefault(group.label, []).append(group)
         return found
 
-    def _scan(self, split: str) -> Iterator[Group]:
-        for path in sorted((self.folder / split).glob("shard-*.parquet")):
-            with reading(path, "ingest"):
-                metadata = pq.read_metadata(path)
-            for number in range(metadata.num_row_groups):
-                label = self._label(path, metadata, number)
-                yield Group(path.name, number, label, metadata.row_group(number).num_rows)
+    @cached_property
+    def _by_file(self) -> dict[tuple[str, str], list[Group]]:
+        found: dict[tuple[str, str], list[Group]] = {}
+        for split, groups in self._groups.items():
+            for group in groups:
+                found.setdefault((split, group.file), []).append(group)
+        return found
 
-    def _label(self, path: Path, metadata: pq.FileMetaData, group: int) -> int:
-        """The one class of a row group, as its statistics have it."""
-        least, label = (metadata.num_columns > 1 and range_of(metadata, group, 1)) or (None, None)
-        if least != label or type(label) is not int or not 0 <= label < len(self.class_names):
-            raise UserError(f"{path} holds rows of no class, or of several in one group; ingest again")
-        return label
+    def _scan(self, split: str) -> Iterator[Group]:
+        """Raises UserError where the shards hold other rows than dataset.json counts."""
+        ends, start = list(accumulate(self.counts(split))), 0  # of each class among the rows of the split
+        for path in sorted((self.folder / split).glob("shard-*.parquet")):
+            for number, rows in enumerate(_group_rows(path)):
+                label = bisect_right(ends, start)
+                fits = rows == 1 or 1 < rows <= MOST_BYTES // self.value_bytes
+                if not fits or label == len(ends) or start + rows > ends[label]:
+                    raise UserError(f"{path} holds other rows than {self.folder}/dataset.json counts; ingest again")
+                yield Group(path.name, number, label, rows)
+                start += rows
+        if start < sum(self.counts(split)):
+            raise UserError(f"{self.folder / split} lacks rows that {self.folder}/dataset.json counts; ingest again")
 
     def _rows(self, split: str, file: str, numbers: Iterable[int], columns: Sequence[str] | None = None) -> pa.Table:
-        """Some row groups of a file. Raises UserError where it is damaged."""
+        """Some row groups of a file. Raises UserError where it is damaged, or holds other classes than dataset.json says."""
+        groups = [self._by_file[split, file][number] for number in numbers]
         with self._reading, reading(self.folder / split / file, "ingest"):
-            return self._open(split, file).read_row_groups(list(numbers), columns=columns, use_threads=False)
+            found = self._open(split, file).read_row_groups([g.number for g in groups], columns, use_threads=False)
+        rows = [group.rows for group in groups]
+        wrong = found.num_rows != sum(rows)
+        if not wrong and "label" in found.column_names:
+            wrong = not np.array_equal(found["label"].to_numpy(), np.repeat([group.label for group in groups], rows))
+        if wrong:
+            place = self.folder / split / file
+            raise UserError(
+                f"{place} holds samples of other classes than {self.folder}/dataset.json counts; ingest again"
+            )
+        return found
 
     def _open(self, split: str, file: str) -> pq.ParquetFile:
         """Files stay open between reads, the last few of them: a footer takes longer to read than a row group."""
@@ -244,6 +268,17 @@ class Prepared:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(key)
         return self._files[key]
+
+
+def _group_rows(path: Path) -> list[int]:
+    """The rows of every row group of a shard, from its footer. Raises UserError for what is no shard."""
+    with reading(path, "ingest"):
+        metadata = pq.read_metadata(path)
+        columns = [(field.name, field.type) for field in metadata.schema.to_arrow_schema()]
+        rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    if columns[:-1] != COLUMNS:
+        raise UserError(f"{path} is no shard: its columns are others; ingest again")
+    return rows
 
 
 def _checked(meta: Any) -> dict[str, Any]:
@@ -259,6 +294,12 @@ def _checked(meta: Any) -> dict[str, Any]:
         or not 0 < len(shape) <= MOST_AXES
     ):
         raise ValueError(f"the shape {shape!r:.80} is that of no sample")
-    if math.prod(shape) > MOST_VALUES or not isinstance(counts, dict):
-        raise ValueError("a sample has too many values, or nothing is counted")
+    if math.prod(shape) > MOST_VALUES:
+        raise ValueError("a sample has too many values")
+    if not isinstance(counts, dict) or not all(_counts(found, len(names)) for found in counts.values()):
+        raise ValueError("it counts no samples of its classes")
     return meta
+
+
+def _counts(found: Any, classes: int) -> bool:
+    return isinstance(found, list) and len(found) == classes and all(type(n) is int and n >= 0 for n in found)

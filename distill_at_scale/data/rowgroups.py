@@ -114,28 +114,38 @@ def open_table(path: Path, stage: str, required: Iterable[str], what: str) -> pq
     with reading(path, stage):
         file = pq.ParquetFile(path, pre_buffer=False)  # else iter_batches holds all that it has read, still compressed
         names = file.schema_arrow.names
+        listed = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     if missing := [name for name in required if name not in names]:
         raise UserError(f"{path} is no {what}: it lacks the columns {', '.join(missing)}")
-    if (rows := file.metadata.num_rows) > ROWS_PER_BYTE * (size := path.stat().st_size):
+    if (rows := file.metadata.num_rows) > ROWS_PER_BYTE * (size := path.stat().st_size) or rows != listed:
         raise UserError(f"{path} claims {rows:,} rows in {size:,} bytes; run `{stage}` again")
     return file
 
 
-def range_of(metadata: pq.FileMetaData, group: int, column: int) -> tuple[Any, Any] | None:
-    """The least and the largest value of a column in a row group, where the footer says so.
+def read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a row group. Raises ValueError where its rows are not as many as the footer says."""
+    table = file.read_row_group(group, list(columns))
+    if table.num_rows != (wanted := file.metadata.row_group(group).num_rows):
+        raise ValueError(f"row group {group} has {table.num_rows:,} rows, not {wanted:,}")
+    return table
 
-    Where types disagree, as in a damaged footer, pyarrow would end the process on being asked.
-    """
-    found = metadata.row_group(group).column(column)
-    if found.physical_type != metadata.schema.column(column).physical_type or found.statistics is None:
-        return None
-    return (found.statistics.min, found.statistics.max) if found.statistics.has_min_max else None
+
+def check_values(table: pa.Table, path: Path, stage: str) -> None:
+    """Raises UserError where a value is missing."""
+    if holes := [name for name in table.column_names if table[name].null_count]:
+        raise UserError(f"{path}: the column {holes[0]} lacks values; run `{stage}` again")
 
 
 def check_rows(table: pa.Table, path: Path, stage: str) -> None:
-    """Raises UserError unless no value is missing and the rows rise by label and id, so that no id is there twice."""
-    if holes := [name for name in table.column_names if table[name].null_count]:
-        raise UserError(f"{path}: the column {holes[0]} lacks values; run `{stage}` again")
+    """Raises UserError unless ids are text and labels numbers, no value is missing, and the rows rise by label and id, so that
+    no id is there twice.
+    """
+    check_values(table, path, stage)
+    kinds = table.schema.field("sample_id").type, table.schema.field("label").type
+    if not (pa.types.is_string(kinds[0]) and pa.types.is_integer(kinds[1])):
+        raise UserError(
+            f"{path}: sample_id and label are {kinds[0]} and {kinds[1]}, not text and numbers; run `{stage}` again"
+        )
     ids, labels = table["sample_id"].combine_chunks(), table["label"].to_numpy()
     in_class = labels[1:] == labels[:-1]
     rising = pc.less(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)
@@ -148,7 +158,7 @@ def check_rows(table: pa.Table, path: Path, stage: str) -> None:
 
 def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of all rows, at most BATCH rows at a time, decoded in the caller's thread."""
-    yield from file.iter_batches(BATCH, columns=list(columns), use_threads=False)
+    yield from file.iter_batches(BATCH, columns=list(columns))
 
 
 def facts_of(file: pq.ParquetFile, key: str) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
 from distill_at_scale.observe.events import Event
+
+CREDENTIALS = re.compile(r"://\S*@")  # of addresses, which trackers name in full when they cannot be reached
 
 
 class Observer(Protocol):
@@ -44,4 +47,5 @@ class Observers:
             call()
         except Exception as error:  # watching is never worth a run
             self.all.remove(observer)
-            self.say(f"  {observer.name} is left out from here on: {error or type(error).__name__}")
+            reason = CREDENTIALS.sub("://", str(error)) or type(error).__name__
+            self.say(f"  {observer.name} is left out from here on: {reason}")

@@ -17,7 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.data.rowgroups import RowGroupWriter, check_rows, facts_of, open_table, range_of, reading
+from distill_at_scale.data.rowgroups import (
+    RowGroupWriter,
+    check_rows,
+    check_values,
+    facts_of,
+    open_table,
+    read_group,
+    reading,
+)
 from distill_at_scale.errors import UserError
 from distill_at_scale.rundir import publish
 
@@ -78,32 +86,29 @@ def kept(path: Path) -> pa.ChunkedArray:
     file, found = _open(path), []
     with reading(path, "select"):
         for group in range(file.num_row_groups):
-            mask = file.read_row_group(group, ["kept"])["kept"]
+            mask = read_group(file, group, ["kept"])["kept"]
             if pc.any(mask).as_py():
-                table = file.read_row_group(group, ["sample_id", "label"])
+                table = read_group(file, group, ["sample_id", "label"])
                 check_rows(table, path, "select")
                 found += table["sample_id"].filter(mask).chunks
     return pa.chunked_array(found, pa.string())
 
 
 def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa.Array]]:
-    """(label, ids of kept samples) for some classes, row group by row group; groups without them are not read."""
+    """(label, ids of kept samples) for some classes, row group by row group; of groups without them, labels alone are read."""
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
     with reading(path, "select"):
-        for group in range(file.num_row_groups):
-            if not _may_hold(range_of(file.metadata, group, 1), wanted):
+        for group in range(file.num_row_groups):  # statistics would name the labels, too, but may lie
+            if not np.isin(read_group(file, group, ["label"])["label"], wanted).any():
                 continue
-            table = file.read_row_group(group, ["label", "kept"])
-            held, mask = table["label"].to_numpy(), table["kept"].to_numpy(zero_copy_only=False)
+            table = read_group(file, group, ["label", "kept"])
+            check_values(table, path, "select")
+            held, mask = table["label"].to_numpy(), table["kept"].to_numpy()
             mask = mask & np.isin(held, wanted)
             if mask.any():
-                ids, of = file.read_row_group(group, ["sample_id"])["sample_id"].combine_chunks(), held[mask]
+                ids, of = read_group(file, group, ["sample_id"])["sample_id"].combine_chunks(), held[mask]
                 ids = ids.take(pa.array(np.flatnonzero(mask)))
                 yield from ((int(c), ids.filter(pa.array(of == c))) for c in np.unique(of))
-
-
-def _may_hold(limits: tuple[int, int] | None, labels: np.ndarray[Any, Any]) -> bool:
-    return limits is None or bool(((labels >= limits[0]) & (labels <= limits[1])).any())
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -5,8 +5,10 @@ What is accepted has whole columns and unique ids, and its pixels and labels are
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import mutating
@@ -139,6 +141,41 @@ def test_broken_shards_are_refused_or_of_the_declared_shape(tmp_path: Path):
         return True
 
     mutating.run("prepared", 0.04, [shard.read_bytes()], attempt, MUTATORS)
+
+
+def shard_of(folder: Path) -> tuple[Path, Callable[[], object]]:
+    """A small prepared set: its one shard, and all that is read of it."""
+    write_prepared(folder, np.random.default_rng(0).integers(0, 256, (ROWS, 1, 4, 4), np.uint8), np.arange(ROWS) % 3)
+
+    def read() -> object:
+        prepared = Prepared(folder)
+        pixels, labels = prepared.load("train")
+        ids, found = prepared.index()
+        taken = prepared.take("train", 1, [0, 2])
+        return [a.tobytes() for a in (pixels, labels, taken, found)], ids, prepared.ids("train", 1).to_pylist()
+
+    return next((folder / "train").glob("*.parquet")), read
+
+
+def manifest_of(folder: Path) -> tuple[Path, Callable[[], object]]:
+    path = folder / "m"
+    a_manifest(folder)
+    return path, lambda: [(label, ids.to_pylist()) for label, ids in manifest.kept_in_parts(path, [1, 2])]
+
+
+@pytest.mark.chaos  # about a minute
+@pytest.mark.parametrize("make", [shard_of, manifest_of])
+def test_no_single_bit_of_a_footer_ends_the_process_or_changes_what_is_read(
+    tmp_path: Path, make: Callable[[Path], tuple[Path, Callable[[], object]]]
+):
+    path, read = make(tmp_path)
+    whole, wanted = path.read_bytes(), read()
+    for bit in range(8 * (len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")), 8 * len(whole)):
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        with contextlib.suppress(UserError):
+            assert read() == wanted, f"bit {bit}"
 
 
 @pytest.mark.parametrize("kind", ["struct", "binary"])

@@ -154,8 +154,16 @@ class HuggingFaceParquet:
             raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
         leaf = self._leaf(file.schema_arrow.field(self.column).type)
         table = self._asked(name, lambda: self._bounded(file, [group], [leaf], LARGEST_GROUP * self.config.max_bytes))
-        column = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
-        return int(ends[group]) - table.num_rows, column
+        first = int(ends[group - 1]) if group else 0
+        self._check_count(name, table, int(ends[group]) - first)
+        return first, table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
+
+    def _check_count(self, name: str, table: pa.Table, rows: int) -> None:
+        """Raises UserError where a file, or a row group of it, holds other rows than its footer says."""
+        if table.num_rows != rows:
+            raise UserError(
+                f"{self.store.place(name)} holds {table.num_rows:,} rows where it claims {rows:,}; download it again"
+            )
 
     def _bounded(self, file: Any, groups: list[int], columns: list[str | None], most: int) -> pa.Table:
         """Some columns of row groups, batch by batch: a few bytes can stand for a value that is repeated without end.
@@ -234,6 +242,7 @@ class HuggingFaceParquet:
             paths = [f"{image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
             groups = list(range(file.num_row_groups))
             table = self._asked(name, lambda: self._bounded(file, groups, [label, *paths], LISTED_BYTES))
+            self._check_count(name, table, file.metadata.num_rows)
         columns = {"label": _plain(table[label], f"{place}: column {label!r}")}
         if paths:
             columns["path"] = pc.struct_field(table[image], "path").cast(pa.string())

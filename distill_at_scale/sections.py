@@ -44,7 +44,9 @@ class DataSection(Section):
     max_pixels: int = Field(
         100_000_000, ge=1, le=170_000_000
     )  # an image that claims more is rejected unopened (decompression bomb)
-    chunk: int = Field(1024, ge=1)  # samples per unit of ingest and scoring work; of clips 64 unless it is given
+    chunk: int = Field(
+        1024, ge=1, le=2**20
+    )  # samples per unit of ingest and scoring work; of clips 64 unless it is given
     value_column: str = "values"  # of source: tensors, a column of arrays of one shape
     whiten: Literal["none", "zca"] = (
         "none"  # zca: what distillation and evaluation see, not the scores; small images only

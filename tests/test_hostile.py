@@ -152,7 +152,8 @@ def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
             Prepared(tmp_path).load("train")
     meta = json.loads((tmp_path / "dataset.json").read_text())
     for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []},
-                  {"counts": {"train": [4, 0]}}, {"counts": {"train": [-4]}}, {"counts": {"train": ["4"]}}):  # fmt: skip
+                  {"counts": {"train": [4, 0]}}, {"counts": {"train": [-4]}}, {"counts": {"train": ["4"]}},
+                  {"chunk": 0}, {"chunk": 2**40}, {"mean": ["0"]}, {"std": [float("nan")]}):  # fmt: skip
         (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong))
         with pytest.raises(UserError, match="damaged"):
             Prepared(tmp_path)

@@ -31,6 +31,7 @@ from distill_at_scale.errors import UserError
 OPEN_FILES = 64
 TAKEN_BYTES = 16 * 2**20  # of row groups that are read together
 MOST_BYTES = 2**30  # of the samples of a row group in memory, where it has several; ours have far fewer
+MOST_CHUNK = 2**20  # samples of a unit of scoring
 COLUMNS = [("sample_id", pa.string()), ("label", pa.int32())]  # before the samples themselves
 
 
@@ -298,7 +299,17 @@ def _checked(meta: Any) -> dict[str, Any]:
         raise ValueError("a sample has too many values")
     if not isinstance(counts, dict) or not all(_counts(found, len(names)) for found in counts.values()):
         raise ValueError("it counts no samples of its classes")
+    chunk = meta.get("chunk", 1)
+    if type(chunk) is not int or not 0 < chunk <= MOST_CHUNK:
+        raise ValueError(f"the chunk {chunk!r:.80} is no number of samples up to {MOST_CHUNK}")
+    numbers = [meta.get("mean", []), meta.get("std", [])]
+    if not all(isinstance(found, list) and all(_finite(number) for number in found) for found in numbers):
+        raise ValueError("mean and std are no lists of numbers")
     return meta
+
+
+def _finite(number: Any) -> bool:
+    return type(number) in (int, float) and math.isfinite(number)
 
 
 def _counts(found: Any, classes: int) -> bool:

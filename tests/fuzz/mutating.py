@@ -56,7 +56,7 @@ def run(
     Some must be accepted and some refused, or the test looks at nothing.
     """
     accepted, count = 0, max(20, round(share * CASES))
-    place = Path(tempfile.gettempdir()) / f"fuzz-{kind}"
+    place = Path(tempfile.gettempdir()) / f"fuzz-{kind}-{os.getpid()}"
     for i in range(count):
         case = mutated(random.Random(f"{kind}/{i}"), seeds, mutators)
         place.write_bytes(case)  # before it is tried: it may end this process

@@ -33,15 +33,8 @@ from distill_at_scale.studies.base import Outcome, Point
 from distill_at_scale.trials import Watch
 
 OWN = ("select", "distill", "evaluate")  # the stages of a point
-NOT_OF_POINTS = (
-    "run",
-    "data",
-    "score",
-    "cluster",
-    "track",
-    "sweep",
-    "studies",
-)  # sections that an id leaves out or takes apart
+# sections that an id leaves out or takes apart
+NOT_OF_POINTS = ("run", "data", "score", "cluster", "track", "sweep", "studies")
 STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
 PATIENCE = 20  # seconds in which the process of a killed sweep, which held a point's folder, is gone
 MakeExecutor = Callable[[], Executor]

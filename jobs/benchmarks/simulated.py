@@ -42,11 +42,8 @@ from distill_at_scale.environment import environment
 from distill_at_scale.observe.events import Spent
 from distill_at_scale.rundir import publish
 
-CHUNK, CHUNKS, CHECKPOINTS = (
-    1024,
-    1310,
-    25,
-)  # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
+# of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
+CHUNK, CHUNKS, CHECKPOINTS = 1024, 1310, 25
 EACH = 16  # chunks that every simulated actor gets at most
 ACTOR_MB, SPARE_MB, STORE_MB = 180, 2048, 200
 IDLE_ACTORS = 4  # of hand-out

@@ -100,13 +100,8 @@ STAGES = {
 }  # fmt: skip
 
 
-OF_RUN = (
-    "ingest",
-    "score",
-    "select",
-    "distill",
-    "evaluate",
-)  # what `run` makes; the report is made anew by every command
+# what `run` makes; the report is made anew by every command
+OF_RUN = ("ingest", "score", "select", "distill", "evaluate")
 
 
 class Watch:

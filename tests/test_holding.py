@@ -56,6 +56,17 @@ def test_the_manifest_may_have_any_order_and_small_row_groups(made, monkeypatch)
     assert kept_places(*made, [1])[1].tolist() == list(range(0, 30, 3))
 
 
+def test_a_manifest_of_other_data_is_refused(made):
+    table, facts = manifest.read(made[1])
+    names = [name.replace("001/", "elsewhere/") for name in table["sample_id"].to_pylist()]
+    manifest.write(made[1], table.set_column(0, "sample_id", [names]), facts)
+    assert list(kept_places(*made, [0])) == [0]
+    with pytest.raises(
+        UserError, match=r"keeps 10 samples of the class 'c1' that .*prepared lacks; it was made from other"
+    ):
+        kept_places(*made, [0, 1])
+
+
 @pytest.mark.parametrize("hold", HOLDS)
 def test_draws_are_the_same_bytes_wherever_samples_lie(made, hold):
     reference, pool = load(made, "host"), load(made, hold)

@@ -32,11 +32,17 @@ Places = Mapping[int, Array]  # label -> places of the kept samples within the c
 def kept_places(prepared: Prepared, manifest: Path, labels: Collection[int]) -> dict[int, Array]:
     """Where the kept samples of some classes are; ids are joined class by class, so memory holds those of one.
 
-    Raises UserError for a class of which nothing is kept.
+    Raises UserError for a class of which nothing is kept, and where the manifest keeps samples that are not there.
     """
     masks = {label: np.zeros(prepared.counts("train")[label], bool) for label in sorted(labels)}
     for label, ids in kept_in_parts(manifest, labels):
-        masks[label] |= pc.is_in(prepared.ids("train", label), ids).to_numpy(zero_copy_only=False)
+        found = pc.is_in(prepared.ids("train", label), ids).to_numpy(zero_copy_only=False)
+        if found.sum() != len(ids):
+            raise UserError(
+                f"{manifest} keeps {len(ids) - found.sum()} samples of the class {prepared.class_names[label]!r} that "
+                f"{prepared.folder} lacks; it was made from other data: run `select` again"
+            )
+        masks[label] |= found
     places = {label: np.flatnonzero(mask).astype(np.int32) for label, mask in masks.items()}
     if empty := [label for label, found in places.items() if not len(found)]:
         name = prepared.class_names[empty[0]]

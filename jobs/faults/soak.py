@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -108,7 +108,7 @@ def main() -> int:
     problems = [problem for one in rounds for problem in one.problems]
     faults = sum((one.faults for one in rounds), Counter())
     (options.out or folder / "soak.json").write_text(
-        json.dumps({**environment(), "seed": options.seed, "rounds": [asdict(one) for one in rounds]}, indent=1) + "\n"
+        json.dumps({**environment(), "seed": options.seed, "rounds": [vars(one) for one in rounds]}, indent=1) + "\n"
     )
     say(f"{len(rounds)} runs, {sum(faults.values())} faults ({_counted(faults)}): {len(problems)} problems")
     for problem in problems:

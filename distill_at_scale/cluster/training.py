@@ -218,9 +218,7 @@ def _noticing(notes: Notes, poll: Callable[[], None], again: Callable[[], None])
         nonlocal known, looked
         if notes.remote is None or time.monotonic() - looked > FOLLOW:
             now = ""
-            with contextlib.suppress(
-                Unreachable
-            ):  # it is only said: those who work need no answer, and the log goes on
+            with contextlib.suppress(Unreachable):  # it is only said: the workers need no answer, and the log goes on
                 now = notes.read(GROUP, patience=0.0) or ""
             looked = time.monotonic()
             if known and now and now != known:

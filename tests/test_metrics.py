@@ -92,7 +92,6 @@ import ray
 from distill_at_scale.cluster.metrics import Metrics
 from distill_at_scale.observe.events import Event
 
-pytestmark = pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
 with socket.socket() as one:
     one.bind(("127.0.0.1", 0))
     port = one.getsockname()[1]
@@ -113,6 +112,7 @@ sys.exit("the endpoint never told of it")
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
 def test_rays_endpoint_tells_prometheus():
     """In a process of its own: the session's Ray has no port for it."""
     pytest.importorskip("opentelemetry.exporter.prometheus")

@@ -33,7 +33,7 @@ def test_every_stage_runs_on_the_gpu(tmp_path, make_run, method):
     assert any(line.get("gpu_peak_bytes", 0) > 0 for line in steps)
 
 
-@pytest.mark.parametrize("method", ["dc", "dsa", "dm", "idc"])
+@pytest.mark.parametrize("method", MATCHING)
 def test_individual_effects_are_ranked_on_the_gpu(tmp_path, make_run, method):
     run = make_run(tmp_path / "run", **keys(method, runtime__rule="ite")).stages(*STAGES)
     assert (run.dir / "report.html").exists()

@@ -4,7 +4,7 @@
 
 seconds of a part = start + the largest of (work / (rate x places that it can use), what one driver hands out). CONFIG is a
 configuration of ImageNet-1K at 64 x 64 (default: the two in `configs/`). Every constant is an option and is printed with its
-source; no GPU was at hand, so all rates of GPUs and of their network are assumptions: a range is printed in which they are
+source; no rate of a GPU or of a network was measured, all of these are assumptions: a range is printed in which they are
 `--spread` times better or worse. Money is the whole run times all GPUs; a GPU's price includes its share of cores. Left
 out: downloading the data, nodes that start or are lost, and waiting for storage.
 """

@@ -13,6 +13,11 @@ class WorkersLost(UserError):
     """Processes of a cluster were lost more often than `cluster.max_failures` allows."""
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is one of the machines, disks and storage at work, so that the same work may well succeed later."""
+    return isinstance(error, OSError | Unreachable | WorkersLost)
+
+
 class GivenUp(BaseException):
     """A scheduler gave a distillation up, which is no failure: it passes by whatever notes errors."""
 

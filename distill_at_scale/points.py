@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import torch
 from distill_at_scale import fingerprints
 from distill_at_scale.config import Config, flatten, with_overrides
 from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import UserError, is_passing
 from distill_at_scale.evaluate import need_test_split
 from distill_at_scale.execution import Executor, Local
 from distill_at_scale.pipeline import Pipeline
@@ -38,6 +39,14 @@ NOT_OF_POINTS = ("run", "data", "score", "cluster", "track", "sweep", "studies")
 STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
 PATIENCE = 20  # seconds in which the process of a killed sweep, which held a point's folder, is gone
 MakeExecutor = Callable[[], Executor]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a point has no outcome; a `passing` failure says something of the machines at work and nothing of the point."""
+
+    message: str
+    passing: bool
 
 
 class Points:
@@ -234,11 +243,12 @@ def attempt(config: Config, executor: Executor, watch: Watch | None = None, obse
         carry_out(config, executor, watch, observers)
         (run / STOPPED).unlink(missing_ok=True)
     except Exception as error:
-        note_failure(run.path, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        note_failure(run.path, Failure(message, is_passing(error)))
 
 
-def note_failure(folder: Path, message: str) -> None:
-    write_json(folder / FAILED, {"error": message})
+def note_failure(folder: Path, failure: Failure) -> None:
+    write_json(folder / FAILED, {"error": failure.message, "passing": failure.passing})
 
 
 def note_stop(folder: Path, step: int, top1: float) -> None:
@@ -246,10 +256,13 @@ def note_stop(folder: Path, step: int, top1: float) -> None:
     write_json(folder / STOPPED, {"step": step, "top1": top1})
 
 
-def failure_of(folder: Path) -> str | None:
+def failure_of(folder: Path) -> Failure | None:
     """Why the last attempt at a point failed; None where it did not."""
     path = folder / FAILED
-    return json.loads(path.read_text())["error"] if path.exists() else None
+    if not path.exists():
+        return None
+    noted = json.loads(path.read_text())
+    return Failure(noted["error"], noted.get("passing", False))
 
 
 def stopped_of(point: Point, folder: Path, network: str) -> Outcome | None:

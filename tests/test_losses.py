@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale import evaluate
-from distill_at_scale.errors import Unreachable, WorkersLost
+from distill_at_scale.errors import Unreachable, UserError, WorkersLost
 from distill_at_scale.observe.events import at_once
 
 ray = pytest.importorskip("ray")
@@ -35,6 +35,12 @@ def test_the_loss_behind_the_failures_of_a_group_is_found():
     assert training._lost(WorkerGroupError("", failures)) is lost
     assert training._lost(lost) is lost
     assert training._lost(WorkerGroupError("", {0: RuntimeError("a defect")})) is None
+
+
+@pytest.mark.parametrize("kind", [Unreachable, UserError])
+def test_the_error_of_a_worker_is_one_of_the_same_kind_in_the_driver(kind):
+    found = training.refusal(training.noted(kind("s3://b/run: writing x failed: no network")))
+    assert (type(found), str(found)) == (kind, "s3://b/run: writing x failed: no network")
 
 
 def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from distill_at_scale import points
 from distill_at_scale.backends.dc import GradientMatching
 from distill_at_scale.config import Config
 from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.points import Failure
 from distill_at_scale.progress import Display
 from distill_at_scale.scoring import proxy
 from distill_at_scale.studies.base import Outcome, Point
@@ -299,6 +301,52 @@ def test_a_trial_that_diverges_is_listed_and_the_others_go_on(tmp_path, monkeypa
     assert not list(tmp_path.rglob(points.FAILED))
 
 
+def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_same_one(tmp_path, monkeypatch):
+    original = GradientMatching.step
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/run/metrics.jsonl")
+
+    def step(self, i):
+        if self.setting.config.distill.ipc == 2:
+            raise full
+        return original(self, i)
+
+    monkeypatch.setattr(GradientMatching, "step", step)
+    settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
+    with pytest.raises(
+        UserError, match=r"1 of 2 trials could not .* No space left on device: .*metrics.jsonl.* same command"
+    ):
+        sweep(settings)
+    assert (tmp_path / "run" / "sweep.html").exists()
+    rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
+    assert rows[1]["mean"] is not None, "the other trial was not tried"
+    monkeypatch.setattr(GradientMatching, "step", original)
+    made, said = sweep(settings)
+    assert "2 trials, 1 of them finished before" in said
+    assert made["error"].null_count == 2
+
+
+def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeypatch):
+    """As where a trial's process is lost while the disk is full: nothing of its end is in its folder."""
+
+    class Losing(OneByOne):
+        def run(self, config, attempts, body, done):
+            done(0, None, "its process was lost")
+            super().run(config, attempts[1:], body, lambda number, last, error: done(number + 1, last, error))
+
+    monkeypatch.setattr(points, "note_failure", fails_with(OSError(errno.ENOSPC, "No space left on device")))
+    settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
+    with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
+        run.run(settings, Display.silent(), Losing)
+    assert pq.read_table(tmp_path / "run" / "sweep.parquet")["mean"].null_count == 0
+
+
+def fails_with(error):
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
 def test_where_every_trial_fails_the_command_fails(tmp_path, monkeypatch):
     def step(self, i):
         raise RuntimeError("out of luck")
@@ -316,7 +364,9 @@ def outcome(keep: float, seed: int, top1: float, stopped: int | None = None) -> 
 
 def test_stopped_and_failed_trials_are_rows_of_the_table():
     failed = Trial(Point({}, 0), {"select.keep": 0.9, "distill.method": "dc"})
-    made = table.make([outcome(0.1, 0, 0.5, stopped=4), (failed, "it broke")], [Path("a"), Path("b")], ["select.keep"])
+    made = table.make(
+        [outcome(0.1, 0, 0.5, stopped=4), (failed, Failure("it broke", False))], [Path("a"), Path("b")], ["select.keep"]
+    )
     first, second = made.to_pylist()
     assert (first["stopped"], first["mean"], first["std"], first["n"]) == (4, 0.5, None, 1)
     assert (second["error"], second["mean"], second["trial"]) == ("it broke", None, "b")
@@ -324,7 +374,7 @@ def test_stopped_and_failed_trials_are_rows_of_the_table():
 
 def test_columns_of_swept_keys_are_numbers_or_text():
     values = [{"a": 1, "b": 0.5, "c": {"loss": 0.7}, "d": 2}, {"a": 2, "b": 1, "c": "random", "d": None}]
-    trials = [(Trial(Point(), keys), "failed") for keys in values]
+    trials = [(Trial(Point(), keys), Failure("failed", False)) for keys in values]
     made = table.make(trials, [Path("a"), Path("b")], list("abcd"))
     assert made["a"].to_pylist() == [1, 2]
     assert made["b"].to_pylist() == [0.5, 1.0]

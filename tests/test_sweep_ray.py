@@ -142,4 +142,4 @@ def test_the_notes_of_a_trial_are_known_to_the_points(tmp_path):
     run.note(tmp_path, {"step": 3, "top1": 0.5}, None)
     run.note(tmp_path, None, "its process was lost")
     assert json.loads((tmp_path / points.STOPPED).read_text()) == {"step": 3, "top1": 0.5}
-    assert points.failure_of(tmp_path) == "its process was lost"
+    assert points.failure_of(tmp_path) == points.Failure("its process was lost", passing=True)

@@ -135,7 +135,17 @@ def fit(
     if (said := notes.read(DIVERGED)) is not None:
         raise DistillationDiverged(said)
     if (said := notes.read(REFUSED)) is not None:
-        raise UserError(said)
+        raise refusal(said)
+
+
+def noted(error: UserError) -> str:
+    """An error as a note, which `refusal` makes an error again."""
+    return f"{Unreachable.__name__ if isinstance(error, Unreachable) else UserError.__name__}: {error}"
+
+
+def refusal(said: str) -> UserError:
+    kind, _, message = said.partition(": ")
+    return Unreachable(message) if kind == Unreachable.__name__ else UserError(message)
 
 
 def _lost(error: BaseException) -> BaseException | None:
@@ -186,7 +196,7 @@ def _worker(loop: dict[str, Any]) -> None:
         if ray.train.get_context().get_world_rank() == 0:
             notes.write(DIVERGED, str(error))
     except UserError as error:
-        notes.write(REFUSED, str(error))
+        notes.write(REFUSED, noted(error))
         raise
 
 

@@ -6,6 +6,7 @@ they are run, several at a time or one after the other, is the business of `tria
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local
-from distill_at_scale.points import Points
+from distill_at_scale.points import Failure, Points
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.stages import MakeObservers, nobody
@@ -26,6 +27,8 @@ from distill_at_scale.studies.base import Outcome
 from distill_at_scale.sweep import checks, page, space, table
 from distill_at_scale.sweep.space import Trial
 from distill_at_scale.trials import Attempt, Last, Trials
+
+UNKNOWN = Failure("its end could not be noted in its folder", passing=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Planned:
 def run(config: Config, display: Display, connect: Callable[[], Trials], observers: MakeObservers = nobody) -> pa.Table:
     """Everything; returns the table, which is also in sweep.parquet.
 
-    Raises UserError for whatever can be known to be wrong before a trial starts, and where no trial succeeded.
+    Raises UserError for whatever can be known to be wrong before a trial starts, where no trial succeeded, and at the end
+    where one failed for the disk, the storage or lost processes: what fails by itself is a result, that is none.
     """
     checks.check_search(config)
     base = RunDir(config.run.dir)
@@ -70,7 +74,7 @@ def note(folder: Path, last: Last | None, error: str | None) -> None:
     if last is not None:
         points.note_stop(folder, last["step"], last["top1"])
     if error is not None:
-        points.note_failure(folder, error)
+        points.note_failure(folder, Failure(error, passing=True))
 
 
 def plan(config: Config) -> list[Planned]:
@@ -132,8 +136,9 @@ class Sweep:
 
             def done(number: int, last: Last | None, error: str | None) -> None:
                 if jobs[number] in todo:
-                    note(jobs[number].folder, last, error)
-                    self.publish()
+                    with contextlib.suppress(OSError):  # of a full disk; the end of the command says what is missing
+                        note(jobs[number].folder, last, error)
+                        self.publish()
                     meter.advance(1, space.said(jobs[number].trial))
 
             self.trials.run(self.config, attempts, self.body, done)
@@ -146,16 +151,22 @@ class Sweep:
         table.write(made, self.root / "sweep.parquet")
         return made
 
-    def _ended(self, planned: Planned) -> Outcome | str | None:
+    def _ended(self, planned: Planned) -> Outcome | Failure | None:
         return planned.outcome(self.config.sweep.search) or points.failure_of(planned.folder)
 
     def _end(self) -> pa.Table:
         made = self.publish()
-        failed = [message for job in self.jobs if isinstance(message := self._ended(job), str)]
+        ends = [self._ended(job) or UNKNOWN for job in self.jobs]
+        failed = [end for end in ends if isinstance(end, Failure)]
         if len(failed) == len(self.jobs):
-            raise UserError(f"none of the {len(failed)} trials succeeded; the first failed with: {failed[0]}")
+            raise UserError(f"none of the {len(failed)} trials succeeded; the first failed with: {failed[0].message}")
         if failed:
             self.display.say(f"  {len(failed)} of {len(self.jobs)} trials failed; the column error of "
                              f"{self.root / 'sweep.parquet'} says why, and the same command tries them again")  # fmt: skip
         self.display.say(f"  page: {page.write(self.root, made, self.config)}")
+        if passing := [failure for failure in failed if failure.passing]:
+            raise UserError(
+                f"{len(passing)} of {len(self.jobs)} trials could not be carried out here, the first for: "
+                f"{passing[0].message}. Mend that, and give the same command again; the others are finished"
+            )
         return made

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_at_scale.points import Failure
 from distill_at_scale.rundir import publish
 from distill_at_scale.studies.base import Outcome, mean_and_std
 from distill_at_scale.sweep.space import Trial
@@ -34,7 +35,7 @@ AFTER = [
 RANDOM_REAL = "random_real"
 
 
-def make(trials: Sequence[tuple[Trial, Outcome | str]], folders: Sequence[Path], keys: Sequence[str]) -> pa.Table:
+def make(trials: Sequence[tuple[Trial, Outcome | Failure]], folders: Sequence[Path], keys: Sequence[str]) -> pa.Table:
     """Of trials that are finished, stopped, or failed with a message; `folders` are their run folders."""
     rows = [
         row for (trial, found), folder in zip(trials, folders, strict=True) for row in _rows(trial, found, folder.name)
@@ -50,12 +51,12 @@ def write(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary)
 
 
-def _rows(trial: Trial, found: Outcome | str, name: str) -> Iterator[dict[str, Any]]:
+def _rows(trial: Trial, found: Outcome | Failure, name: str) -> Iterator[dict[str, Any]]:
     shown: dict[str, Any] = {
         "trial": name, "seed": trial.point.seed, "keys": trial.keys, "control": trial.control,
     }  # fmt: skip
-    if isinstance(found, str):
-        yield {**shown, "set": "distilled", "error": found}
+    if isinstance(found, Failure):
+        yield {**shown, "set": "distilled", "error": found.message}
         return
     shown |= {"kept": found.kept, "of": found.of, "stopped": found.stopped, **_seconds(found.seconds)}
     for (which, network), rows in groupby(found.rows, lambda row: (row["set"], row["network"])):

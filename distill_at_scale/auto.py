@@ -20,9 +20,11 @@ from typing import Any
 from distill_at_scale import distill
 from distill_at_scale.config import Config, flatten, with_overrides
 from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.storage import inside
 from distill_at_scale.errors import UserError
 from distill_at_scale.evaluate import need_test_split
-from distill_at_scale.points import PointRunner
+from distill_at_scale.mirror import AUTO
+from distill_at_scale.points import PointRunner, root_of
 from distill_at_scale.records import digest
 from distill_at_scale.rundir import RunDir, write_json
 from distill_at_scale.studies.base import Context, mean_and_std
@@ -38,7 +40,7 @@ def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) ->
 
     Raises UserError where there is no test split, and for whatever stops a point.
     """
-    run = RunDir(config.run.dir)
+    run = RunDir.of(config.run, say)
     wanted = _made_with(config, run)
     if (known := read(run / "auto.json")) and known["made_with"] == wanted:
         say(f"auto: keep {known['rate']:.4g} was found before ({run / 'auto.json'})")
@@ -71,7 +73,7 @@ def searching(config: Config) -> Config:
     section = config.select.auto
     steps = section.steps or max(1, distill.step_count(config) // QUARTER)
     own = {
-        "run.dir": str((Path(config.run.dir).expanduser() / "auto").resolve()),
+        "run.dir": inside(root_of(config), AUTO),
         "run.reuse": None,
         "distill.steps": steps,
         "distill.evaluate_every": 0,
@@ -98,7 +100,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def known_rate(config: Config) -> float | None:
     """The rate, where it has been found for exactly this configuration."""
-    run = RunDir(config.run.dir)
+    run = RunDir.of(config.run)
+    run.fetch()
     if run.record("score") is None or (known := read(run / "auto.json")) is None:
         return None
     return float(known["rate"]) if known["made_with"] == _made_with(config, run) else None

@@ -28,7 +28,7 @@ from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.points import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.progress import Display, printable
-from distill_at_scale.rundir import STAGES, RunDir, need_disk
+from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
 from distill_at_scale.sweep import run as sweep
@@ -140,8 +140,6 @@ def _command(parsed: argparse.Namespace) -> int:
 
 def _run(config: Config, stage: str) -> int:
     display = Display()
-    if stage in SEARCHES:
-        need_disk(config.run, f"a {stage}")
     if stage == "sweep":
         make_trackers(config)  # what is missing for them is said before anything starts
         found = sweep.run(config, display, lambda: make_trials(config, display), make_trackers)
@@ -234,15 +232,15 @@ def make_runner(config: Config, display: Display) -> Iterator[PointRunner]:
 def run_studies(config: Config, display: Display) -> None:
     """All studies of studies.run, and at the end their answers."""
     validate.check_names(config)
-    run = RunDir(config.run.dir)
+    run = RunDir.of(config.run, display.say)
     run.create()
     with run.lock(), make_runner(config, display) as runner:
         findings = suite.run(config, runner, display.say)
     for finding in findings:
         display.say(f"\n{finding.title}: {finding.answer}" + (f"\n  {finding.paper}" if finding.paper else ""))
-    for path in (run / "studies.html", run / "studies" / "studies.parquet"):
-        if path.exists():
-            display.say(f"{'page' if path.suffix == '.html' else 'figures'}: {path.resolve()}")
+    for what, name in (("page", "studies.html"), ("figures", "studies/studies.parquet")):
+        if (run / name).exists():
+            display.say(f"{what}: {run.place(name) if run.remote else (run / name).resolve()}")
 
 
 def find_rate(pipeline: Pipeline, display: Display) -> float:
@@ -263,7 +261,7 @@ def show_sweep(made: pa.Table, config: Config, console: Console) -> None:
     for row in summary.rows(made):
         table.add_row(*(row[name] for name in (*KEYS, "accuracy", "n", "seconds")))
     console.print(table)
-    console.print(f"table: {Path(config.run.dir) / 'sweep.parquet'}", markup=False, soft_wrap=True)
+    console.print(f"table: {RunDir.of(config.run).place('sweep.parquet')}", markup=False, soft_wrap=True)
 
 
 def show_plan(config: Config, found: Outcome, display: Display) -> None:

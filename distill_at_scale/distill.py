@@ -113,8 +113,9 @@ class Places:
     def state(self) -> Path:
         return self.work / "state.safetensors"
 
-    def resolved(self) -> Places:
-        return Places(*(path.resolve() for path in self.as_tuple()))
+    def absolute(self) -> Places:
+        """Links stay: on object storage a link in one run's copy leads to another's."""
+        return Places(*(path.absolute() for path in self.as_tuple()))
 
     def as_tuple(self) -> tuple[Path, ...]:
         return self.prepared, self.manifest, self.work, self.log, self.networks

@@ -47,6 +47,11 @@ class Lease:
             raise UserError(self._taken(self._read()))
         self._thread.start()
 
+    def is_free(self) -> bool:
+        """Whether nobody is at work in the folder, as far as can be seen at once."""
+        holder = self._read()
+        return holder is None or _is_dead(holder)
+
     def release(self) -> None:
         self._done.set()
         if self._thread.is_alive():

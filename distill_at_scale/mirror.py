@@ -1,7 +1,8 @@
 """The working copy, on a disk of this machine, of a folder on object storage.
 
 As rsync does, a file counts as the same where size and time are: what was fetched or stored carries the storage's time.
-Hidden files are half-written and stay here, but for those in `.work`. Left out: how single files travel (`bucket.py`), who may
+Hidden files are half-written and stay here, but for those in `.work`; links, and the runs of a sweep in its folder, have
+their own places. Left out: how single files travel (`bucket.py`), who may
 work in the folder (`lease.py`), and what of it is finished (`working_copy.py`).
 """
 
@@ -30,6 +31,7 @@ MAPPED = 64 * 2**20  # bytes; larger files are stored from the page cache, and a
 FOLLOW = 5.0  # seconds between two looks at what was published here
 PATIENCE = 30.0  # seconds, where no configuration says how long
 UNFINISHED = ".work"
+AUTO, POINTS, SHARED = RUNS_INSIDE = ("auto", "points", "shared")  # runs in there have copies of their own
 
 
 def scratch_of(uri: str, scratch: str | None = None) -> Path:
@@ -158,7 +160,7 @@ class Mirror:
         for path in (path for top in names or ("",) for path in _files(self.local / top)):
             name = path.relative_to(self.local).as_posix()
             with contextlib.suppress(FileNotFoundError):  # published or removed meanwhile
-                if _visible(name) and path.is_file():
+                if _visible(name) and path.is_file() and not path.is_symlink():
                     found[name] = path.stat()
         return found
 
@@ -248,6 +250,8 @@ def _content(handle: Any) -> bytes | mmap.mmap:
 
 def _visible(name: str) -> bool:
     parts = name.split("/")
+    if len(parts) > 1 and parts[0] in RUNS_INSIDE:
+        return False
     return not any(part.startswith(".") for part in (parts[1:] if parts[0] == UNFINISHED else parts))
 
 

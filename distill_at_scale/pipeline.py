@@ -25,7 +25,7 @@ from distill_at_scale.plan.machine import here
 from distill_at_scale.plan.outcome import Outcome
 from distill_at_scale.progress import Display
 from distill_at_scale.records import Inputs
-from distill_at_scale.rundir import STAGES, need_disk
+from distill_at_scale.rundir import STAGES
 from distill_at_scale.scoring import imported
 from distill_at_scale.stages import MakeObservers, Stages, nobody
 
@@ -51,8 +51,6 @@ class Pipeline(Stages):
         Raises UserError where an input is missing or the folder holds the output of another configuration.
         """
         validate.check_names(self.config)
-        if self.config.select.keep == "auto":
-            need_disk(self.config.run, "select.keep: auto")
         self.dir.create()
         with self.dir.lock():
             try:

@@ -4,8 +4,9 @@
     <run.dir>/shared/scores-<id>/    and its scores
     <run.dir>/points/<id>/           select, distill, evaluate; prepared/ and scores.parquet are links into shared/
 
-The id of a folder covers what its stages depend on, so nothing is done twice, in one command or in the next. Left out:
-which points are tried (`sweep/`, `studies/`) and where (`cluster/`).
+The id of a folder covers what its stages depend on, so nothing is done twice, in one command or in the next. On object
+storage each of these is a run folder with a copy of its own, and records say what a link would. Left out: which points are
+tried (`sweep/`, `studies/`) and where (`cluster/`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import Any, Protocol
 import torch
 
 from distill_at_scale import fingerprints
+from distill_at_scale.bucket import is_remote
 from distill_at_scale.config import Config, flatten, with_overrides
 from distill_at_scale.data.prepared import Prepared
+from distill_at_scale.data.storage import inside
 from distill_at_scale.errors import UserError, is_passing
 from distill_at_scale.evaluate import need_test_split
 from distill_at_scale.execution import Executor, Local
+from distill_at_scale.mirror import POINTS, SHARED
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest
@@ -54,8 +58,8 @@ class Points:
 
     def __init__(self, config: Config, executor: MakeExecutor, display: Display):
         self.config, self.executor, self.display = config, executor, display
-        self.root = Path(config.run.dir).expanduser().resolve()
-        self.ready: set[Path] = set()  # shared folders that this command has made or looked through
+        self.root = root_of(config)
+        self.ready: set[str] = set()  # shared folders that this command has made or looked through
 
     def configured(self, point: Point) -> Config:
         """The whole configuration of a point, with its run folder.
@@ -66,59 +70,64 @@ class Points:
         config = with_overrides(self.config, overrides, "a point")
         seeds = {"distill.seed": config.distill_seed + point.seed, "select.seed": config.select_seed + point.seed}
         config = with_overrides(config, seeds)
-        return with_overrides(config, {"run.dir": str(self.root / "points" / self._id(config)), "run.reuse": None})
+        return with_overrides(config, {"run.dir": inside(self.root, f"{POINTS}/{self._id(config)}"), "run.reuse": None})
 
     def shared(self, overrides: Mapping[str, Any]) -> Path:
         """The run folder with ingest and scores of a configuration, made if need be."""
-        return self.shared_by(with_overrides(self.config, overrides, "a point"))
+        return self.shared_by(with_overrides(self.config, overrides, "a point")).path
 
-    def ingested(self, config: Config) -> Path:
+    def ingested(self, config: Config) -> RunDir:
         """The run folder with the prepared data of a configuration, made if need be."""
         data, _ = self._places(config)
         if data not in self.ready:
             self._pipeline(config, data).run(("ingest",))
             self.ready.add(data)
-        return data
+        return self._run(data)
 
-    def shared_by(self, config: Config) -> Path:
+    def shared_by(self, config: Config) -> RunDir:
         _, scores = self._places(config)
-        if scores in self.ready:
-            return scores
-        data, run = self.ingested(config), RunDir(scores)
-        run.create()
-        if _differs(run, RunDir(data), "ingest"):
-            run.adopt(RunDir(data), "ingest")
-        self._pipeline(config, scores).run(("score",))
-        self.ready.add(scores)
-        return scores
+        run = self._run(scores)
+        if scores not in self.ready:
+            data = self.ingested(config)
+            run.begin()
+            if _differs(run, data, "ingest"):
+                run.adopt(data, "ingest")
+            self._pipeline(config, scores).run(("score",))
+            self.ready.add(scores)
+        return run
 
-    def prepare(self, point: Point) -> Config:
+    def prepare(self, point: Point) -> RunDir:
         """A point's folder, standing on what it shares; ready for its own stages."""
         config = self.configured(point)
-        self.stand(config, self.shared_by(config))
-        return config
+        return self.stand(config, self.shared_by(config))
 
     def take_over(self, run: RunDir) -> None:
         """Take the finished ingest and scores of a run of the base configuration, instead of making them again."""
         for folder, stages in zip(self._places(self.config), (("ingest",), ("ingest", "score")), strict=True):
-            made = RunDir(folder)
-            made.create()
+            made = self._run(folder)
+            made.begin()
             for stage in stages:
                 if _differs(made, run, stage):
                     made.adopt(run, stage)
 
-    def stand(self, config: Config, shared: Path) -> None:
-        run = RunDir(config.run.dir)
-        run.create()
+    def stand(self, config: Config, shared: RunDir) -> RunDir:
+        run = RunDir.of(config.run)
+        run.begin()
         for stage in ("ingest", "score"):
-            if _differs(run, RunDir(shared), stage):
+            if _differs(run, shared, stage):
                 _forget(run)
-                run.adopt(RunDir(shared), stage)
+                run.adopt(shared, stage)
+        return run
 
-    def _places(self, config: Config) -> tuple[Path, Path]:
+    def _run(self, name: str) -> RunDir:
+        own = {"dir": inside(self.root, name), "reuse": None}
+        return RunDir.of(self.config.run.model_copy(update=own), self.display.say)
+
+    def _places(self, config: Config) -> tuple[str, str]:
+        """The names of the shared folders with ingest and with scores."""
         data = digest(fingerprints.data(config) | self._elsewhere(config))
         scores = digest({"data": data, **_flat(config, "score"), "seed": config.run.seed})
-        return self.root / "shared" / f"data-{data[:16]}", self.root / "shared" / f"scores-{scores[:16]}"
+        return f"{SHARED}/data-{data[:16]}", f"{SHARED}/scores-{scores[:16]}"
 
     def _elsewhere(self, config: Config) -> dict[str, Any]:
         """Where data of a point lie, if not where those of the base do: fingerprints leave that out, for data that move."""
@@ -131,10 +140,13 @@ class Points:
         values = {key: value for name in sections for key, value in _flat(config, name).items()}
         left = {"distill.workers", "distill.checkpoint_every", "distill.hold"}
         own = {key: value for key, value in values.items() if key not in left and not key.startswith("select.auto.")}
-        return digest(own | {"shared": self._places(config)[1].name})[:16]
+        return digest(own | {"shared": self._places(config)[1].rpartition("/")[2]})[:16]
 
-    def _pipeline(self, config: Config, folder: Path) -> Pipeline:
-        own = {"run.dir": str(folder), "run.reuse": self.config.run.reuse}  # taken over where another run has made it
+    def _pipeline(self, config: Config, name: str) -> Pipeline:
+        own = {
+            "run.dir": inside(self.root, name),
+            "run.reuse": self.config.run.reuse,
+        }  # taken over where another run has made it
         config = with_overrides(config, own)
         return Pipeline(config, self.executor, self.display)
 
@@ -165,16 +177,16 @@ class PointRunner:
         configs = [self.points.configured(point) for point in points]  # all, before anything starts
         todo: dict[str, tuple[Config, str]] = {}
         for point, config in zip(points, configs, strict=True):
-            if outcome_of(point, Path(config.run.dir)) is None:
+            if outcome_of(point, RunDir.of(config.run)) is None:
                 todo.setdefault(config.run.dir, (config, named(point)))
         for point, config in zip(points, configs, strict=True):
             if config.run.dir in todo:
-                need_test_split(Prepared(Path(self.points.prepare(point).run.dir) / "prepared"))
+                need_test_split(Prepared(self.points.prepare(point) / "prepared"))
         if todo:
             with self.display.meter("points", len(todo), "points") as meter:
                 for _ in self._try(list(todo.values())):
                     meter.advance()
-        found = [outcome_of(point, Path(config.run.dir)) for point, config in zip(points, configs, strict=True)]
+        found = [outcome_of(point, RunDir.of(config.run)) for point, config in zip(points, configs, strict=True)]
         return [outcome for outcome in found if outcome is not None]
 
     def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
@@ -207,6 +219,12 @@ class PooledRunner(PointRunner):
             yield
 
 
+def root_of(config: Config) -> str:
+    """The address of the folder that holds the points of a configuration."""
+    address = config.run.dir
+    return address if is_remote(address) else str(Path(address.removeprefix("file://")).expanduser().resolve())
+
+
 def named(point: Point) -> str:
     """A point in messages."""
     changed = " ".join(f"{key}={value}" for key, value in point.overrides.items())
@@ -236,55 +254,57 @@ def carry_out(
 
 def attempt(config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody) -> None:
     """carry_out, but an error is noted in the point's folder instead of raised, so that other points go on."""
-    run = RunDir(config.run.dir)
-    (run / FAILED).unlink(missing_ok=True)
+    run = RunDir.of(config.run)
+    run.drop(FAILED)
     run.wait(PATIENCE)
     try:
         carry_out(config, executor, watch, observers)
-        (run / STOPPED).unlink(missing_ok=True)
+        run.drop(STOPPED)
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        note_failure(run.path, Failure(message, is_passing(error)))
+        note_failure(run, Failure(message, is_passing(error)))
 
 
-def note_failure(folder: Path, failure: Failure) -> None:
-    write_json(folder / FAILED, {"error": failure.message, "passing": failure.passing})
+def note_failure(run: RunDir, failure: Failure) -> None:
+    write_json(run / FAILED, {"error": failure.message, "passing": failure.passing})
+    run.keep(FAILED)
 
 
-def note_stop(folder: Path, step: int, top1: float) -> None:
+def note_stop(run: RunDir, step: int, top1: float) -> None:
     """A scheduler gave the point up after `step`, where an evaluation on the way had reached `top1` (a fraction)."""
-    write_json(folder / STOPPED, {"step": step, "top1": top1})
+    write_json(run / STOPPED, {"step": step, "top1": top1})
+    run.keep(STOPPED)
 
 
-def failure_of(folder: Path) -> Failure | None:
-    """Why the last attempt at a point failed; None where it did not."""
-    path = folder / FAILED
+def failure_of(run: RunDir) -> Failure | None:
+    """Why the last attempt at a point failed; None where it did not. On object storage what was fetched last is looked at."""
+    path = run / FAILED
     if not path.exists():
         return None
     noted = json.loads(path.read_text())
     return Failure(noted["error"], noted.get("passing", False))
 
 
-def stopped_of(point: Point, folder: Path, network: str) -> Outcome | None:
+def stopped_of(point: Point, run: RunDir, network: str) -> Outcome | None:
     """What is known of a point that a scheduler gave up: its last evaluation, of one `network`; None where none did."""
-    run, path = RunDir(folder), folder / STOPPED
+    path = run / STOPPED
     if not path.exists() or run.record("select") is None:
         return None
     noted, facts = json.loads(path.read_text()), manifest.facts(run / "manifest.parquet")
     rows = [{"set": "distilled", "network": network, "seed": 0, "top1": noted["top1"]}]
     return Outcome(
-        point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), folder, noted["step"]
+        point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), run.path, noted["step"]
     )
 
 
-def outcome_of(point: Point, folder: Path) -> Outcome | None:
+def outcome_of(point: Point, run: RunDir) -> Outcome | None:
     """Read from a point's folder; None where it is not finished."""
-    run = RunDir(folder)
+    run.fetch()
     if run.record("evaluate") is None or _outdated(run):
         return None
     facts = manifest.facts(run / "manifest.parquet")
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
-    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), folder)
+    return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), run.path)
 
 
 def _seconds(run: RunDir) -> dict[str, float]:
@@ -294,7 +314,7 @@ def _seconds(run: RunDir) -> dict[str, float]:
 def _outdated(run: RunDir) -> bool:
     """Whether what a point stands on was made anew since, as after a user removed its record; gone is not outdated."""
     for stage in ("ingest", "score"):
-        shared = RunDir((run.record(stage) or {}).get("reused_from", run.path))
+        shared = run.stood_on(stage)
         if shared.record(stage) is not None and _differs(run, shared, stage):
             return True
     return False
@@ -308,7 +328,7 @@ def _differs(run: RunDir, shared: RunDir, stage: str) -> bool:
 def _forget(run: RunDir) -> None:
     """A point's own stages are to be done again."""
     for stage in OWN:
-        (run / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        run.drop(f"stages/{stage}.json")
 
 
 def _flat(config: Config, section: str) -> dict[str, Any]:

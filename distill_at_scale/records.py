@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+
+# of a run inside another folder, as those of a sweep: where the output of a stage lies that it shares, seen from that folder;
+# the folder's own run is ".."
+LINKED, LINKS = "linked_to", re.compile(r"\.\.|shared/(data|scores)-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ def checked(record: Any) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             raise ValueError(f"{key} is missing or of another type")
+    if LINKED in record and not LINKS.fullmatch(str(record[LINKED])):
+        raise ValueError(f"{LINKED} = {record[LINKED]!r} leads elsewhere")
     if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in record["outputs"].values()):
         raise ValueError("an output has no size")
     return record

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.bucket import Say, is_remote
-from distill_at_scale.data.storage import shown
 from distill_at_scale.errors import UserError
 from distill_at_scale.mirror import Mirror, scratch_of
-from distill_at_scale.records import Inputs, checked, digest, is_artefact
+from distill_at_scale.records import LINKED, Inputs, checked, digest, is_artefact
 from distill_at_scale.sections import RunSection
-from distill_at_scale.working_copy import LOCK, WorkingCopy, work_name
+from distill_at_scale.working_copy import LOCK, WorkingCopy, link, tops, work_name
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
@@ -107,9 +106,27 @@ class RunDir:
         if self.remote:
             self.remote.mirror.push(*names)
 
+    def begin(self) -> None:
+        """As `create`, and what is stored can be read here, where the folder is on object storage."""
+        self.create()
+        if self.remote:
+            self.remote.fetch(begin=True)
+
+    def drop(self, name: str) -> None:
+        """Remove a file or a folder, on object storage too."""
+        if (self.path / name).is_dir():
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / name).unlink(missing_ok=True)
+        if self.remote:
+            self.remote.mirror.remove(name)
+
     def wait(self, seconds: float) -> None:
         """Until no command works in the folder, so long at most."""
         until = time.monotonic() + seconds
+        if self.remote:
+            self.remote.mirror.make()
+            if self.remote.lease.is_free():
+                return
         while self.path.is_dir() and time.monotonic() < until:
             with contextlib.suppress(UserError), self.lock():
                 return
@@ -222,7 +239,8 @@ class RunDir:
         self.reuse._whole(stage, record)
         for name in record["outputs"]:
             self._link(self.reuse.path, name)
-        self._publish(stage, {**record, "reused_from": self.reuse.named})
+        own = {key: value for key, value in record.items() if key != LINKED}
+        self._publish(stage, {**own, "reused_from": self.reuse.named})
         return True
 
     def adopt(self, other: RunDir, stage: str) -> None:
@@ -233,12 +251,21 @@ class RunDir:
         other.content(stage)
         record = other.record(stage)
         assert record is not None
-        for name in sorted({Path(name).parts[0] for name in record["outputs"]}):
-            if not (self.path / name).exists():
-                target = os.path.relpath((other / name).resolve(), self.path.resolve())
-                with publish(self.path / name) as temporary:
-                    os.symlink(target, temporary)
-        write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": str(other.path)})
+        if self.remote and other.remote:
+            record = {
+                LINKED: self.remote.way_to(other.remote),
+                **record,
+            }  # who stands on it in turn links to the same place
+        link(self.path, other.path, tops(record))
+        write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": other.named})
+        self.keep(f"stages/{stage}.json")
+
+    def stood_on(self, stage: str) -> RunDir:
+        """The run whose output of a stage was adopted; this one where it was not."""
+        record = self.record(stage) or {}
+        if self.remote:
+            return RunDir(self.remote.beside(record[LINKED]).path) if LINKED in record else self
+        return RunDir(record.get("reused_from", self.path))
 
     def take_over_files(self, folder: str) -> None:
         """Link whatever lies in a folder of the run named in run.reuse and is missing here; the folder's name says what it
@@ -258,15 +285,6 @@ class RunDir:
                 os.link(os.path.realpath(other / name), temporary)  # never a link that the other run can turn elsewhere
             except OSError:
                 shutil.copyfile(other / name, temporary)
-
-
-def need_disk(run: RunSection, what: str) -> None:
-    """Raises UserError where a command that can only work on a disk is given a folder on object storage."""
-    if is_remote(run.dir):
-        raise UserError(
-            f"run.dir = {shown(run.dir)!r} is on object storage, where {what} cannot work yet; set run.dir to a folder on a "
-            "disk that all nodes share"
-        )
 
 
 @contextlib.contextmanager

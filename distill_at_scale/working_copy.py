@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
+import posixpath
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from distill_at_scale.data.storage import shown
+from distill_at_scale.data.storage import inside, shown
 from distill_at_scale.lease import Lease
-from distill_at_scale.mirror import UNFINISHED, Mirror, repeated
+from distill_at_scale.mirror import UNFINISHED, Mirror, repeated, scratch_of
+from distill_at_scale.records import LINKED, checked, is_artefact
 
 DIGEST = re.compile("[0-9a-f]{32}")
 IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
@@ -63,13 +66,16 @@ class WorkingCopy:
             bucket.hurry.set()
             self.lease.release()
 
-    def fetch(self) -> None:
-        """Bring the copy up to date, to be read; a command that is at work in it on this machine keeps it so by itself."""
+    def fetch(self, begin: bool = False) -> None:
+        """Bring the copy up to date, to be read; a command that is at work in it on this machine keeps it so by itself.
+
+        With `begin`, the folder is there from now on.
+        """
         self.mirror.make()
         with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if found := self.mirror.bucket.read(IDENTITY):
-                self._update(found.decode())
+            if found := self._identity() if begin else self._found():
+                self._update(found)
             else:
                 self.mirror.empty()
 
@@ -92,8 +98,40 @@ class WorkingCopy:
     def complete(self, stage: str) -> None:
         """Make the output of a finished stage here what its record says."""
         self.mirror.pull(f"stages/{stage}.json")
-        outputs = _record(self.path / "stages" / f"{stage}.json").get("outputs", {})
-        self.mirror.pull(*sorted({name.partition("/")[0] for name in outputs}), outputs=outputs)
+        record = _record(self.path / "stages" / f"{stage}.json")
+        if LINKED in record:
+            self._link(record)
+        elif record:
+            self.mirror.pull(*tops(record), outputs=record["outputs"])
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process of this machine at a time fetches into the copy."""
+        self.mirror.make()
+        with open(self.path / ".fetching", "a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def beside(self, link: str) -> WorkingCopy:
+        """The copy of the run that a record links to; `link` is seen from the folder that holds `points/` and `shared/`."""
+        bucket = self.mirror.bucket
+        uri = inside(bucket.uri, f"../../{link}")
+        path = self.path.parent / scratch_of(uri).name
+        return WorkingCopy(Mirror(uri, path, bucket.patience, bucket.say))
+
+    def way_to(self, other: WorkingCopy) -> str:
+        """What `beside` takes."""
+        here, there = (copy.mirror.bucket.store.root for copy in (self, other))
+        return posixpath.relpath(there, posixpath.dirname(posixpath.dirname(here)))
+
+    def _link(self, record: Mapping[str, Any]) -> None:
+        """Have the output of a stage that is shared: fetched once for all runs on this machine that stand on it."""
+        other = self.beside(record[LINKED])
+        with other.alone():
+            if found := other._found():
+                other.belong(found)
+            other.mirror.pull(f"stages/{record['stage']}.json", *tops(record), outputs=record["outputs"])
+        link(self.path, other.path, tops(record))
 
     @contextlib.contextmanager
     def exchanged(self, *names: str) -> Iterator[None]:
@@ -110,11 +148,15 @@ class WorkingCopy:
         return {"root": str(self.path.resolve()), **held}
 
     def _identity(self) -> str:
-        found = self.mirror.bucket.read(IDENTITY)
+        found = self._found()
         if found is None:
-            found = uuid.uuid4().hex.encode()
-            self.mirror.bucket.write(IDENTITY, found)
-        return found.decode()
+            found = uuid.uuid4().hex
+            self.mirror.bucket.write(IDENTITY, found.encode())
+        return found
+
+    def _found(self) -> str | None:
+        found = self.mirror.bucket.read(IDENTITY)
+        return None if found is None else found.decode()
 
     def _update(self, identity: str, alone: bool = False) -> None:
         """Have here what is there; who only reads (not `alone`) changes nothing there."""
@@ -124,7 +166,10 @@ class WorkingCopy:
         outputs: dict[str, Any] = {}
         for path in sorted((self.path / "stages").glob("*.json")):
             record = _record(path)
-            outputs |= record.get("outputs", {})
+            if LINKED in record:
+                self._link(record)
+            else:
+                outputs |= record.get("outputs", {})
             if record and alone:  # what led to it may be left by a command that was killed in between
                 self.mirror.remove(work_name(record["stage"], record["fingerprint"]))
         self.mirror.pull(outputs=outputs)
@@ -135,12 +180,27 @@ def work_name(stage: str, fingerprint: str) -> str:
     return f"{UNFINISHED}/{stage}-{fingerprint[:16]}"
 
 
+def tops(record: Mapping[str, Any]) -> list[str]:
+    """The files and folders, right in the run folder, that hold the output of a stage."""
+    return sorted({Path(name).parts[0] for name in record["outputs"] if is_artefact(name)})
+
+
+def link(here: Path, there: Path, names: Sequence[str]) -> None:
+    """Files and folders of another run folder, as links, where there is nothing of that name."""
+    for name in names:
+        target = os.path.relpath((there / name).resolve(), here.resolve())
+        if not (here / name).exists():
+            temporary = here / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+            os.symlink(target, temporary)
+            os.replace(temporary, here / name)
+
+
 def _record(path: Path) -> dict[str, Any]:
     """Empty where it is damaged, which whoever needs it is told of by `RunDir.record`, and where it leads elsewhere."""
     try:
         record = json.loads(path.read_text())
         ours = (
-            record["stage"] == path.stem
+            checked(record)["stage"] == path.stem
             and DIGEST.fullmatch(record["fingerprint"])
             and isinstance(record["outputs"], dict)
         )

@@ -20,6 +20,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.errors import DistillationDiverged, UserError
 from distill_at_scale.points import Failure
 from distill_at_scale.progress import Display
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.scoring import proxy
 from distill_at_scale.studies.base import Outcome, Point
 from distill_at_scale.sweep import checks, run, space, summary, table
@@ -365,7 +366,7 @@ def outcome(keep: float, seed: int, top1: float, stopped: int | None = None) -> 
 def test_stopped_and_failed_trials_are_rows_of_the_table():
     failed = Trial(Point({}, 0), {"select.keep": 0.9, "distill.method": "dc"})
     made = table.make(
-        [outcome(0.1, 0, 0.5, stopped=4), (failed, Failure("it broke", False))], [Path("a"), Path("b")], ["select.keep"]
+        [outcome(0.1, 0, 0.5, stopped=4), (failed, Failure("it broke", False))], ["a", "b"], ["select.keep"]
     )
     first, second = made.to_pylist()
     assert (first["stopped"], first["mean"], first["std"], first["n"]) == (4, 0.5, None, 1)
@@ -375,7 +376,7 @@ def test_stopped_and_failed_trials_are_rows_of_the_table():
 def test_columns_of_swept_keys_are_numbers_or_text():
     values = [{"a": 1, "b": 0.5, "c": {"loss": 0.7}, "d": 2}, {"a": 2, "b": 1, "c": "random", "d": None}]
     trials = [(Trial(Point(), keys), Failure("failed", False)) for keys in values]
-    made = table.make(trials, [Path("a"), Path("b")], list("abcd"))
+    made = table.make(trials, ["a", "b"], list("abcd"))
     assert made["a"].to_pylist() == [1, 2]
     assert made["b"].to_pylist() == [0.5, 1.0]
     assert made["c"].to_pylist() == ['{"loss": 0.7}', "random"]
@@ -384,7 +385,7 @@ def test_columns_of_swept_keys_are_numbers_or_text():
 
 def test_repetitions_are_one_line_at_the_end():
     trials = [outcome(0.1, 0, 0.4), outcome(0.1, 1, 0.6), outcome(0.3, 0, 0.7)]
-    made = table.make(trials, [Path(str(i)) for i in range(3)], ["select.keep"])
+    made = table.make(trials, ["0", "1", "2"], ["select.keep"])
     lines = summary.rows(made)
     assert [(line["configuration"], line["accuracy"], line["n"]) for line in lines] == [
         ("select.keep=0.1", "50.0 ± 14.1", "2"),
@@ -399,8 +400,8 @@ def test_a_point_that_was_stopped_is_known_only_where_a_scheduler_asks(digits_ru
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((digits_run.dir / name).read_bytes())
-    assert points.stopped_of(Point(), folder, "convnet") is None
-    points.note_stop(folder, 4, 0.25)
-    found = points.stopped_of(Point(), folder, "convnet")
+    assert points.stopped_of(Point(), RunDir(folder), "convnet") is None
+    points.note_stop(RunDir(folder), 4, 0.25)
+    found = points.stopped_of(Point(), RunDir(folder), "convnet")
     assert (found.stopped, found.accuracy()) == (4, 0.25)
-    assert points.outcome_of(Point(), folder) is None
+    assert points.outcome_of(Point(), RunDir(folder)) is None

@@ -21,6 +21,7 @@ from distill_at_scale import points
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
 from distill_at_scale.progress import Display
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.sweep import run
 
 ray = pytest.importorskip("ray")
@@ -139,7 +140,7 @@ def records(root: Path) -> dict[Path, int]:
 
 
 def test_the_notes_of_a_trial_are_known_to_the_points(tmp_path):
-    run.note(tmp_path, {"step": 3, "top1": 0.5}, None)
-    run.note(tmp_path, None, "its process was lost")
+    run.note(RunDir(tmp_path), {"step": 3, "top1": 0.5}, None)
+    run.note(RunDir(tmp_path), None, "its process was lost")
     assert json.loads((tmp_path / points.STOPPED).read_text()) == {"step": 3, "top1": 0.5}
-    assert points.failure_of(tmp_path) == points.Failure("its process was lost", passing=True)
+    assert points.failure_of(RunDir(tmp_path)) == points.Failure("its process was lost", passing=True)

@@ -11,7 +11,9 @@ from test_object_storage import artefacts, objects, on_disk, quick  # noqa: F401
 
 from distill_at_scale.cluster.workspace import Notes, Workspace
 from distill_at_scale.mirror import scratch_of
+from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
+from distill_at_scale.sweep import run as sweep
 
 SECRET = "very-secret-word"
 
@@ -55,6 +57,30 @@ def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, on
     assert not [name for name in found if name.startswith(".work")]
     assert not [name for name, content in found.items() if SECRET.encode() in content]
     assert SECRET not in run.text
+
+
+def test_trials_of_a_sweep_meet_on_the_storage_alone(ray_session, apart, s3, tmp_path):
+    """Trials and their workers have another copy than the driver; what Tune notes and asha sees goes the same way."""
+    from distill_at_scale.cluster.sweep import TunedTrials
+
+    keys = {"sweep": {"space": {"select.keep": [0.1, 0.3]}, "search": "asha", "controls": []}, "runtime__rule": "none"}
+    keys |= {
+        "cluster__address": None,
+        "score__trials": 1,
+        "evaluate__seeds": 1,
+        "distill__steps": 4,
+        "distill__evaluate_every": 1,
+    }
+    config = apart("trials", **keys)
+    made = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
+    assert made.num_rows == 2
+    assert made["error"].null_count == 2
+    there = objects(s3, "trials")
+    assert len([name for name in there if name.endswith("scores.parquet")]) == 1
+    assert not [name for name in there if ".work/" in name or ".tune/" in name]
+    assert not [name for name, content in there.items() if SECRET.encode() in content]
+    again = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
+    assert again.drop_columns(["seconds"]).equals(made.drop_columns(["seconds"]))
 
 
 def test_a_process_that_sees_the_drivers_copy_fetches_nothing(apart):

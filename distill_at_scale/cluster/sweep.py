@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,11 +30,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from distill_at_scale.cluster.executor import RayExecutor, absolute
 from distill_at_scale.cluster.pool import check_gpus, cores
 from distill_at_scale.cluster.session import Session, pack, unpack
-from distill_at_scale.cluster.training import release_all
+from distill_at_scale.cluster.training import release_all, storage
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.distill import step_count
 from distill_at_scale.errors import GivenUp, UserError
 from distill_at_scale.execution import Executor
+from distill_at_scale.points import root_of
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.trials import Attempt, Body, Done
 
@@ -65,8 +65,8 @@ class TunedTrials:
 
     def run(self, config: Config, attempts: Sequence[Attempt], body: Body, done: Done) -> None:
         """Run `body` on each attempt that is not old; judged ones report to asha's scheduler, old ones what they saw before."""
-        root, at_once = Path(config.run.dir).expanduser().resolve(), concurrency(config)
-        shutil.rmtree(root / OWN, ignore_errors=True)
+        root, at_once = RunDir.of(config.run), concurrency(config)
+        root.drop(OWN)
         every = [replace(attempt, config=_resolved(attempt.config)) for attempt in attempts]
         stops = f"given-up-{uuid.uuid4().hex}"
         keep = (
@@ -82,15 +82,15 @@ class TunedTrials:
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=str(root / OWN),
+                **storage(config, root.path.resolve() / OWN),
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-                callbacks=[_Ended(done, [Path(attempt.config.run.dir) for attempt in every])],
+                callbacks=[_Ended(done, [attempt.config for attempt in every])],
                 verbose=0,
             ),
         )
         tuner.fit()
         del keep
-        shutil.rmtree(root / OWN, ignore_errors=True)
+        root.drop(OWN)
 
     def close(self) -> None:
         self.session.close()
@@ -154,7 +154,7 @@ def scheduler(config: Config, stops: str) -> TrialScheduler:
 
 def _resolved(config: Config) -> Config:
     """Trials start in other folders."""
-    return with_overrides(absolute(config), {"run.dir": str(Path(config.run.dir).expanduser().resolve())})
+    return with_overrides(absolute(config), {"run.dir": root_of(config)})
 
 
 def _trainable(attempts: Sequence[Attempt], body: Body, sharing: int, stops: str) -> Any:
@@ -170,7 +170,9 @@ def _trainable(attempts: Sequence[Attempt], body: Body, sharing: int, stops: str
         reporter = _Reporter(config, number, asked) if judged[number] else None
         try:
             if reporter is not None:
-                reporter.again(RunDir(config.run.dir) / "metrics.jsonl")
+                run = RunDir.of(config.run)
+                run.fetch()
+                reporter.again(run / "metrics.jsonl")
             if not old[number]:
                 body(config, RayExecutor(config, lambda text: None, sharing), reporter)
         except GivenUp:
@@ -208,8 +210,8 @@ class _Reporter:
 class _Ended(tune.Callback):
     """In the driver: how trials ended."""
 
-    def __init__(self, done: Done, folders: Sequence[Path]):
-        self.done, self.folders = done, folders
+    def __init__(self, done: Done, configs: Sequence[Config]):
+        self.done, self.configs = done, configs
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a copy of its callbacks; ours belongs to this process."""
@@ -219,6 +221,6 @@ class _Ended(tune.Callback):
         self.done(trial.config["number"], (trial.last_result or {}).get(GIVEN_UP), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        release_all(self.folders[trial.config["number"]])  # its process is gone, and may have left its workers' cores
+        release_all(self.configs[trial.config["number"]])  # its process is gone, and may have left its workers' cores
         lines = str(trial.get_error() or "").strip().splitlines()
         self.done(trial.config["number"], None, lines[-1] if lines else "its process was lost")

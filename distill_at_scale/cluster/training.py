@@ -24,7 +24,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.distill import Places, saved_step
 from distill_at_scale.errors import DistillationDiverged, GivenUp, Unreachable, UserError, WorkersLost
 from distill_at_scale.execution import Report, run_distillation
-from distill_at_scale.mirror import FOLLOW
+from distill_at_scale.mirror import FOLLOW, UNFINISHED
 from distill_at_scale.rundir import RunDir
 
 Body = Callable[[Workspace, dict[str, Any]], None]
@@ -120,7 +120,7 @@ def fit(
         scaling_config=_scaling(workers, cpus, gpus),
         run_config=RunConfig(
             name=stage,
-            **_storage(config, work / "ray"),
+            **storage(config, work / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
@@ -155,8 +155,8 @@ def _lost(error: BaseException) -> BaseException | None:
     return next((failure for failure in inner if isinstance(failure, LOST)), None)
 
 
-def _storage(config: Config, folder: Path) -> dict[str, Any]:
-    """Where Ray Train keeps what it notes about a run, as RunConfig takes it: where all nodes see it."""
+def storage(config: Config, folder: Path) -> dict[str, Any]:
+    """Where Ray Train and Tune keep what they note, as RunConfig takes it: where all nodes see it."""
     remote = RunDir.of(config.run).remote
     if remote is None:
         return {"storage_path": str(folder)}
@@ -251,10 +251,15 @@ def release(notes: Notes) -> None:
         notes.remove(GROUP)
 
 
-def release_all(run: Path) -> None:
+def release_all(config: Config) -> None:
     """The same for all that is under way in a run's folder."""
-    for note in run.glob(f".work/**/{GROUP}"):
-        release(Notes(note.parent))
+    run = RunDir.of(config.run)
+    if run.remote:
+        found = [run / name for name in run.remote.mirror.bucket.listed(UNFINISHED) if name.endswith(f"/{GROUP}")]
+    else:
+        found = list(run.path.glob(f"{UNFINISHED}/**/{GROUP}"))
+    for note in found:
+        release(Notes(note.parent, config))
 
 
 def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) -> None:

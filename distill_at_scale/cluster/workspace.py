@@ -8,9 +8,6 @@ fetches is in `exchange.py`.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ class Workspace:
             self.moved = Path(marks["root"]), run.path
             if run.remote and not _holds(run.path / LOCK, marks["token"]):
                 self.remote = run.remote
-                with self._alone():
+                with self.remote.alone():
                     self.remote.belong(marks["identity"])
 
     def __call__(self, path: str | Path) -> Path:
@@ -43,14 +40,14 @@ class Workspace:
     def need(self, *stages: str) -> None:
         """Have the output of finished stages here; the processes of a node fetch it once."""
         if self.remote:
-            with self._alone():
+            with self.remote.alone():
                 for stage in stages:
                     self.remote.complete(stage)
 
     def fetch(self, *paths: Path) -> None:
         """Have files and folders here as far as they are stored."""
         if self.remote:
-            with self._alone():
+            with self.remote.alone():
                 self.remote.mirror.pull(*self._names(paths))
 
     def renew(self, *paths: Path) -> None:
@@ -70,15 +67,6 @@ class Workspace:
     def _names(self, paths: tuple[Path, ...]) -> list[str]:
         assert self.remote is not None
         return [path.relative_to(self.remote.path).as_posix() for path in paths]
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process of the node at a time."""
-        assert self.remote is not None
-        self.remote.mirror.make()
-        with open(self.remote.path / ".fetching", "a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
 
 
 class Notes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import posixpath
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,13 @@ OF_A_SERVICE = re.compile(r"AWS Error|google::cloud|Azure Error|curl|timed? ?out
 def joined(folder: str, name: str) -> str:
     """The relative path of a file or folder in a folder; "" is the root."""
     return f"{folder}/{name}" if folder else name
+
+
+def inside(address: str, name: str) -> str:
+    """The address of what a folder holds, of a path or a URI, whose options it keeps; ".." in `name` leads up."""
+    base, question, options = address.partition("?") if is_uri(address) else (address, "", "")
+    scheme, mark, path = base.rpartition("://")
+    return scheme + mark + posixpath.normpath(f"{path}/{name}") + question + options
 
 
 def is_uri(path: str) -> bool:

@@ -37,7 +37,7 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
     """
     if missing := [name for name in config.studies.run if name not in STUDIES]:
         raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
-    folder = Path(config.run.dir).expanduser()
+    folder = RunDir.of(config.run).path
     context, every = Context(config, runner, say), []
     for name in config.studies.run:
         CHECKS.get(name, lambda _: None)(context)

@@ -17,7 +17,8 @@ import pyarrow as pa
 from distill_at_scale import points, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.errors import UserError
+from distill_at_scale.data.storage import last_name
+from distill_at_scale.errors import Unreachable, UserError
 from distill_at_scale.execution import Local
 from distill_at_scale.points import Failure, Points
 from distill_at_scale.progress import Display
@@ -39,14 +40,19 @@ class Planned:
     config: Config
 
     @property
-    def folder(self) -> Path:
-        return Path(self.config.run.dir)
+    def folder(self) -> str:
+        return self.config.run.dir
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir.of(self.config.run)
 
     def outcome(self, search: str) -> Outcome | None:
         """What came of it, if it needs no more work."""
-        finished = points.outcome_of(self.trial.point, self.folder)
+        run = self.run
+        finished = points.outcome_of(self.trial.point, run)
         if finished is None and search == "asha":
-            return points.stopped_of(self.trial.point, self.folder, self.config.distill.network)
+            return points.stopped_of(self.trial.point, run, self.config.distill.network)
         return finished
 
 
@@ -57,24 +63,24 @@ def run(config: Config, display: Display, connect: Callable[[], Trials], observe
     where one failed for the disk, the storage or lost processes: what fails by itself is a result, that is none.
     """
     checks.check_search(config)
-    base = RunDir(config.run.dir)
+    base = RunDir.of(config.run, display.say)
     found = plan(config)
     base.create()
     with base.lock():
         trials = connect()
         try:
             trials.check(config)
-            return Sweep(config, display, trials, found, observers).run()
+            return Sweep(config, base, display, trials, found, observers).run()
         finally:
             trials.close()
 
 
-def note(folder: Path, last: Last | None, error: str | None) -> None:
+def note(run: RunDir, last: Last | None, error: str | None) -> None:
     """Leave in a trial's folder how it ended, where it could not do so itself."""
     if last is not None:
-        points.note_stop(folder, last["step"], last["top1"])
+        points.note_stop(run, last["step"], last["top1"])
     if error is not None:
-        points.note_failure(folder, Failure(error, passing=True))
+        points.note_failure(run, Failure(error, passing=True))
 
 
 def plan(config: Config) -> list[Planned]:
@@ -95,22 +101,27 @@ class Sweep:
     def __init__(
         self,
         config: Config,
+        base: RunDir,
         display: Display,
         trials: Trials,
         planned: Sequence[Planned],
         observers: MakeObservers = nobody,
     ):
-        self.config, self.display, self.trials, self.planned = config, display, trials, planned
+        self.config, self.base, self.display, self.trials, self.planned = config, base, display, trials, planned
         self.body = partial(points.attempt, observers=observers)
         self.points = Points(config, trials.executor, display)
-        self.root = self.points.root
         self.jobs = list({planned.folder: planned for planned in planned}.values())  # one per point
+        self.ends: dict[
+            str, Outcome | Failure | None
+        ] = {}  # of points that need no more work, or were tried by this command
 
     def run(self) -> pa.Table:
         self._check_data()
         for job in self.jobs:
             self.points.shared_by(job.config)
-        todo = [job for job in self.jobs if job.outcome(self.config.sweep.search) is None]
+        for job in self.jobs:
+            self.ends[job.folder] = job.outcome(self.config.sweep.search)
+        todo = [job for job in self.jobs if self.ends[job.folder] is None]
         old = len(self.jobs) - len(todo)
         self.display.say(f"sweep: {len(self.jobs)} trials" + (f", {old} of them finished before" if old else ""))
         for job in todo:
@@ -123,7 +134,7 @@ class Sweep:
         """Every trial against the data that it stands on, before anything is scored."""
         seen: dict[Path, Prepared] = {}
         for planned in self.planned:
-            folder = self.points.ingested(planned.config)
+            folder = self.points.ingested(planned.config).path
             data = seen.setdefault(folder, Prepared(folder / "prepared"))
             checks.check_trial(space.said(planned.trial), planned.config, data)
 
@@ -136,8 +147,9 @@ class Sweep:
 
             def done(number: int, last: Last | None, error: str | None) -> None:
                 if jobs[number] in todo:
-                    with contextlib.suppress(OSError):  # of a full disk; the end of the command says what is missing
-                        note(jobs[number].folder, last, error)
+                    with contextlib.suppress(OSError, Unreachable):  # the end of the command says what is missing
+                        note(jobs[number].run, last, error)
+                        self._look(jobs[number])
                         self.publish()
                     meter.advance(1, space.said(jobs[number].trial))
 
@@ -145,25 +157,29 @@ class Sweep:
 
     def publish(self) -> pa.Table:
         """Write the table of all trials that ended so far."""
-        ended = [(planned, found) for planned in self.planned if (found := self._ended(planned)) is not None]
+        ended = [(planned, found) for planned in self.planned if (found := self.ends[planned.folder]) is not None]
         keys = list(space.dimensions(self.config))
-        made = table.make([(p.trial, found) for p, found in ended], [p.folder for p, _ in ended], keys)
-        table.write(made, self.root / "sweep.parquet")
+        made = table.make([(p.trial, found) for p, found in ended], [last_name(p.folder) for p, _ in ended], keys)
+        table.write(made, self.base / "sweep.parquet")
         return made
 
-    def _ended(self, planned: Planned) -> Outcome | Failure | None:
-        return planned.outcome(self.config.sweep.search) or points.failure_of(planned.folder)
+    def _look(self, job: Planned) -> None:
+        self.ends[job.folder] = job.outcome(self.config.sweep.search) or points.failure_of(job.run)
 
     def _end(self) -> pa.Table:
+        for job in self.jobs:
+            if self.ends[job.folder] is None:
+                self._look(job)
         made = self.publish()
-        ends = [self._ended(job) or UNKNOWN for job in self.jobs]
+        ends = [self.ends[job.folder] or UNKNOWN for job in self.jobs]
         failed = [end for end in ends if isinstance(end, Failure)]
         if len(failed) == len(self.jobs):
             raise UserError(f"none of the {len(failed)} trials succeeded; the first failed with: {failed[0].message}")
         if failed:
             self.display.say(f"  {len(failed)} of {len(self.jobs)} trials failed; the column error of "
-                             f"{self.root / 'sweep.parquet'} says why, and the same command tries them again")  # fmt: skip
-        self.display.say(f"  page: {page.write(self.root, made, self.config)}")
+                             f"{self.base.place('sweep.parquet')} says why, and the same command tries them again")  # fmt: skip
+        page.write(self.base.path, made, self.config)
+        self.display.say(f"  page: {self.base.place('sweep.html')}")
         if passing := [failure for failure in failed if failure.passing]:
             raise UserError(
                 f"{len(passing)} of {len(self.jobs)} trials could not be carried out here, the first for: "

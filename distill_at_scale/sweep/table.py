@@ -35,11 +35,9 @@ AFTER = [
 RANDOM_REAL = "random_real"
 
 
-def make(trials: Sequence[tuple[Trial, Outcome | Failure]], folders: Sequence[Path], keys: Sequence[str]) -> pa.Table:
-    """Of trials that are finished, stopped, or failed with a message; `folders` are their run folders."""
-    rows = [
-        row for (trial, found), folder in zip(trials, folders, strict=True) for row in _rows(trial, found, folder.name)
-    ]
+def make(trials: Sequence[tuple[Trial, Outcome | Failure]], names: Sequence[str], keys: Sequence[str]) -> pa.Table:
+    """Of trials that are finished, stopped, or failed with a message; `names` are those of their run folders."""
+    rows = [row for (trial, found), name in zip(trials, names, strict=True) for row in _rows(trial, found, name)]
     columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in BEFORE}
     columns |= {key: _column([row["keys"].get(key) for row in rows]) for key in keys}
     columns |= {name: pa.array([row.get(name) for row in rows], kind) for name, kind in AFTER}

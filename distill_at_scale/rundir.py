@@ -136,7 +136,7 @@ class RunDir:
         """Remove what a killed command left half-written; only to be called by the one that holds the lock."""
         half = [".*.tmp", ".*.old", "stages/.*.tmp", "networks/*/.*.tmp", "networks/*/*/.*.tmp", "monte_carlo/*/.*.tmp"]
         for left in [path for pattern in half for path in self.path.glob(pattern)]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
     def work(self, stage: str, inputs: Inputs) -> Path:
         """The folder for a stage's unfinished work; belongs to one fingerprint, so it can always be resumed from."""

@@ -33,7 +33,7 @@ from distill_at_scale.cluster.session import Session, pack, unpack
 from distill_at_scale.cluster.training import release_all, storage
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.distill import step_count
-from distill_at_scale.errors import GivenUp, UserError
+from distill_at_scale.errors import GivenUp, Unreachable, UserError
 from distill_at_scale.execution import Executor
 from distill_at_scale.points import root_of
 from distill_at_scale.rundir import RunDir
@@ -221,6 +221,7 @@ class _Ended(tune.Callback):
         self.done(trial.config["number"], (trial.last_result or {}).get(GIVEN_UP), None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        release_all(self.configs[trial.config["number"]])  # its process is gone, and may have left its workers' cores
+        with contextlib.suppress(Unreachable):
+            release_all(self.configs[trial.config["number"]])  # its process is gone, and may have left its workers' cores
         lines = str(trial.get_error() or "").strip().splitlines()
         self.done(trial.config["number"], None, lines[-1] if lines else "its process was lost")

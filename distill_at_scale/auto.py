@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from distill_at_scale import distill
@@ -23,15 +22,17 @@ from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.storage import inside
 from distill_at_scale.errors import UserError
 from distill_at_scale.evaluate import need_test_split
+from distill_at_scale.files import write_json
 from distill_at_scale.mirror import AUTO
-from distill_at_scale.points import PointRunner, root_of
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import RunDir, write_json
+from distill_at_scale.rundir import RunDir, address_of
+from distill_at_scale.runners import PointRunner
 from distill_at_scale.studies.base import Context, mean_and_std
 from distill_at_scale.studies.bisection import Found, Search
 from distill_at_scale.studies.comparison import accuracies, difference
 
 MakeRunner = Callable[[Config], AbstractContextManager[PointRunner]]
+NAME = "auto.json"
 QUARTER = 4  # of the run's steps, where select.auto.steps is not given
 
 
@@ -42,8 +43,8 @@ def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) ->
     """
     run = RunDir.of(config.run, say)
     wanted = _made_with(config, run)
-    if (known := read(run / "auto.json")) and known["made_with"] == wanted:
-        say(f"auto: keep {known['rate']:.4g} was found before ({run / 'auto.json'})")
+    if (known := read(run)) and known["made_with"] == wanted:
+        say(f"auto: keep {known['rate']:.4g} was found before ({run.place(NAME)})")
         return float(known["rate"])
     need_test_split(Prepared(run / "prepared"))
     began = time.perf_counter()
@@ -58,7 +59,7 @@ def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) ->
     report = (
         _report(found) | against | {"steps": searched.distill.steps, "seconds": round(time.perf_counter() - began, 3)}
     )
-    write_json(run / "auto.json", report | {"made_with": wanted})
+    write_json(run / NAME, report | {"made_with": wanted})
     if report["near_chance"]:
         say(f"  warning: in the search even the unpruned set is near chance ({report['unpruned']:.1%}), so any rate seems to "
             "suffice; raise select.auto.steps, or give select.keep")  # fmt: skip
@@ -73,7 +74,7 @@ def searching(config: Config) -> Config:
     section = config.select.auto
     steps = section.steps or max(1, distill.step_count(config) // QUARTER)
     own = {
-        "run.dir": inside(root_of(config), AUTO),
+        "run.dir": inside(address_of(config.run), AUTO),
         "run.reuse": None,
         "distill.steps": steps,
         "distill.evaluate_every": 0,
@@ -84,25 +85,25 @@ def searching(config: Config) -> Config:
     return with_overrides(config, own, "select.keep: auto")
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """auto.json, None where there is none.
+def read(run: RunDir) -> dict[str, Any] | None:
+    """auto.json of a run, None where there is none.
 
     Raises UserError where it is damaged.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads((run / NAME).read_text())
         return found if found["rate"] and found["made_with"] else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to look for the rate again") from None
+        raise UserError(f"{run.place(NAME)} is damaged ({error}); remove it to look for the rate again") from None
 
 
 def known_rate(config: Config) -> float | None:
     """The rate, where it has been found for exactly this configuration."""
     run = RunDir.of(config.run)
     run.fetch()
-    if run.record("score") is None or (known := read(run / "auto.json")) is None:
+    if run.record("score") is None or (known := read(run)) is None:
         return None
     return float(known["rate"]) if known["made_with"] == _made_with(config, run) else None
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from pyarrow import fs
 
 from distill_at_scale.data.storage import Store, is_uri, shown
-from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.errors import Busy, Unreachable
 
 T = TypeVar("T")
 BLOCK = 8 * 2**20  # bytes, of a file that is fetched
@@ -85,7 +85,7 @@ class Bucket:
         self._tried(f"fetching {name}", copy)
 
     def write(self, name: str, content: bytes | mmap.mmap, patience: float | None = None) -> int:
-        """Store a file; returns the time in ns that the storage notes of it. Raises UserError where the folder is barred.
+        """Store a file; returns the time in ns that the storage notes of it. Raises Busy where the folder is barred.
 
         `patience`: another one than the folder's, in seconds.
         """
@@ -105,7 +105,7 @@ class Bucket:
         return found
 
     def delete(self, name: str) -> None:
-        """A file, or a folder with all that is in it; that there is none is no error. Raises UserError as `write` does."""
+        """A file, or a folder with all that is in it; that there is none is no error. Raises Busy as `write` does."""
         self._need_right()
         system = self.store.filesystem
         kind = self._tried("looking", partial(system.get_file_info, self.path(name))).type
@@ -116,7 +116,7 @@ class Bucket:
 
     def _need_right(self) -> None:
         if self.barred.is_set():
-            raise UserError(
+            raise Busy(
                 f"another command has taken over {self.place()} while this one could not be seen to live, so nothing more is "
                 "stored there; wait until that one has ended, and give the same command again"
             )

@@ -26,9 +26,9 @@ from distill_at_scale.observe.observers import Observer
 from distill_at_scale.pipeline import Pipeline, decided
 from distill_at_scale.plan import forecast
 from distill_at_scale.plan.outcome import Outcome
-from distill_at_scale.points import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.progress import Display, printable
 from distill_at_scale.rundir import STAGES, RunDir
+from distill_at_scale.runners import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
 from distill_at_scale.sweep import run as sweep

@@ -30,10 +30,10 @@ from distill_at_scale.data.pool import Pool
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.environment import gpu_memory
 from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.files import located, publish
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.registry import resolve
 from distill_at_scale.rng import derive
-from distill_at_scale.rundir import publish
 from distill_at_scale.synthetic import SyntheticSet
 from distill_at_scale.workers import Solo, Workers
 
@@ -113,9 +113,8 @@ class Places:
     def state(self) -> Path:
         return self.work / "state.safetensors"
 
-    def absolute(self) -> Places:
-        """Links stay: on object storage a link in one run's copy leads to another's."""
-        return Places(*(path.absolute() for path in self.as_tuple()))
+    def located(self) -> Places:
+        return Places(*(located(path) for path in self.as_tuple()))
 
     def as_tuple(self) -> tuple[Path, ...]:
         return self.prepared, self.manifest, self.work, self.log, self.networks

@@ -13,9 +13,13 @@ class WorkersLost(UserError):
     """Processes of a cluster were lost more often than `cluster.max_failures` allows."""
 
 
+class Busy(UserError):
+    """Another command is at work in the folder, or has taken it over."""
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether an error is one of the machines, disks and storage at work, so that the same work may well succeed later."""
-    return isinstance(error, OSError | Unreachable | WorkersLost)
+    return isinstance(error, OSError | Unreachable | WorkersLost | Busy)
 
 
 class GivenUp(BaseException):

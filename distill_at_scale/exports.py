@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.data.encode import encode_mp4
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.pictures import FRAMES_PER_SECOND, png, to_frames
-from distill_at_scale.rundir import publish
 
 ENLARGED = 2  # sides of a video's pixels: 4:2:0 keeps one colour for each 2 x 2, so every pixel keeps its own
 ENCODER = {"crf": "6", "preset": "slow", "bf": "0"}  # 43 dB on coloured noise, more on scenes; no B frames

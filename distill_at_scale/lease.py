@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.bucket import Bucket
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Busy, UserError
 
 NAME = ".lease.json"
 BEAT = 10.0  # seconds between two beats
@@ -37,14 +37,14 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def take(self) -> None:
-        """Raises UserError where another command is at work in the folder."""
+        """Raises Busy where another command is at work in the folder."""
         holder = self._read()
         if holder is not None and not _is_dead(holder):
             self._watch(holder)
         self._write()
         time.sleep(SETTLE)
         if (self._read() or {}).get("token") != self.token:
-            raise UserError(self._taken(self._read()))
+            raise Busy(self._taken(self._read()))
         self._thread.start()
 
     def is_free(self) -> bool:
@@ -61,9 +61,9 @@ class Lease:
                 self.bucket.delete(NAME)
 
     def check(self) -> None:
-        """Raises UserError where another command has taken the folder over."""
+        """Raises Busy where another command has taken the folder over."""
         if not self._is_ours():
-            raise UserError(f"{self._taken(self._read())} It took over while this one could not be seen to live.")
+            raise Busy(f"{self._taken(self._read())} It took over while this one could not be seen to live.")
 
     def _is_ours(self) -> bool:
         """Where it is not any more, nothing more is stored: another command may be done already, and its name gone."""
@@ -72,7 +72,7 @@ class Lease:
         return not self.bucket.barred.is_set()
 
     def _watch(self, holder: dict[str, Any]) -> None:
-        """Until the holder is seen to be dead; raises UserError as soon as it is seen to live."""
+        """Until the holder is seen to be dead; raises Busy as soon as it is seen to live."""
         who, until = _name(holder), time.monotonic() + STALE
         self.bucket.say(f"{self.bucket.place()}: waiting at most {STALE:.0f} s for a sign of life of {who}")
         while time.monotonic() < until:
@@ -81,7 +81,7 @@ class Lease:
             if now is None:
                 return
             if now != holder:
-                raise UserError(self._taken(now))
+                raise Busy(self._taken(now))
         self.bucket.say(f"{who} gave none; taking over")
 
     def _beat(self) -> None:

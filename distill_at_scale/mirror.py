@@ -1,8 +1,8 @@
 """The working copy, on a disk of this machine, of a folder on object storage.
 
 As rsync does, a file counts as the same where size and time are: what was fetched or stored carries the storage's time.
-Hidden files are half-written and stay here, but for those in `.work`; links, and the runs of a sweep in its folder, have
-their own places. Left out: how single files travel (`bucket.py`), who may
+Hidden files are half-written and stay here, but for those in `.work`, and so do links. The runs of a sweep, in its folder,
+have copies of their own. Left out: how single files travel (`bucket.py`), who may
 work in the folder (`lease.py`), and what of it is finished (`working_copy.py`).
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.bucket import Bucket, Say
-from distill_at_scale.data.storage import shown
+from distill_at_scale.data.storage import inside, shown
 from distill_at_scale.errors import UserError
 
 AT_ONCE = 8  # transfers side by side
@@ -37,7 +37,7 @@ AUTO, POINTS, SHARED = RUNS_INSIDE = ("auto", "points", "shared")  # runs in the
 def scratch_of(uri: str, scratch: str | None = None) -> Path:
     """Where the working copy of a folder lies: one for each address, and by default for each user."""
     base = Path(scratch).expanduser() if scratch else Path(tempfile.gettempdir()) / f"distill_at_scale-{os.getuid()}"
-    return base.resolve() / hashlib.sha256(shown(uri).encode()).hexdigest()[:16]
+    return base.resolve() / hashlib.sha256(shown(inside(uri, ".")).encode()).hexdigest()[:16]
 
 
 def fetched(uri: str, name: str) -> Path:
@@ -70,11 +70,11 @@ class Mirror:
         """Whether there is a file or folder of this name."""
         return bool(self._listed((name,)))
 
-    def pull(self, *names: str, outputs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def pull(self, *names: str, outputs: Mapping[str, Mapping[str, Any]] | None = None) -> Mapping[str, Any]:
         """Make files and folders (default: everything) here what they are there; only what differs is fetched.
 
         What was changed here since it was last stored or fetched is left alone, and so is what is not there. Raises UserError
-        where a file is not what `outputs` (name -> bytes, sha256) says.
+        where a file is not what `outputs` (name -> bytes, sha256) says. Returns what is there, by name.
         """
         found = self._listed(names)
         stale = [name for name, info in found.items() if not self._same(name, info) and not self._changed(name)]
@@ -85,11 +85,11 @@ class Mirror:
                     raise UserError(
                         f"{self.bucket.place(name)} is not what was written; remove the record of its stage in stages/"
                     )
+        return found
 
     def renew(self, *names: str) -> None:
         """As `pull`, and what is not there is removed here too."""
-        self.pull(*names)
-        there = self._listed(names)
+        there = self.pull(*names)
         for name in self._here(names):
             if name not in there and not self._changed(name):
                 (self.local / name).unlink(missing_ok=True)
@@ -216,7 +216,7 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def repeated(action: Callable[[], None]) -> Iterator[None]:
+def repeated(action: Callable[[], object]) -> Iterator[None]:
     """Meanwhile, an action every FOLLOW seconds in a thread; where it fails, the next one comes later: what the caller needs
     is stored or fetched once more at the end, which raises."""
     done = threading.Event()

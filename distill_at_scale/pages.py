@@ -16,7 +16,7 @@ import yaml
 from distill_at_scale import figures, wording
 from distill_at_scale.config import Config
 from distill_at_scale.data.storage import shown
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 
 
 def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:

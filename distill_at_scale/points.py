@@ -12,35 +12,33 @@ tried (`sweep/`, `studies/`) and where (`cluster/`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from distill_at_scale import fingerprints
-from distill_at_scale.bucket import is_remote
 from distill_at_scale.config import Config, flatten, with_overrides
-from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.storage import inside
-from distill_at_scale.errors import UserError, is_passing
-from distill_at_scale.evaluate import need_test_split
-from distill_at_scale.execution import Executor, Local
+from distill_at_scale.errors import Busy, UserError, is_passing
+from distill_at_scale.execution import Executor
+from distill_at_scale.files import write_json
 from distill_at_scale.mirror import POINTS, SHARED
 from distill_at_scale.pipeline import Pipeline
 from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import RunDir, write_json
+from distill_at_scale.rundir import RunDir, address_of
 from distill_at_scale.stages import MakeObservers, nobody
 from distill_at_scale.studies.base import Outcome, Point
 from distill_at_scale.trials import Watch
+from distill_at_scale.working_copy import NOTES
 
 OWN = ("select", "distill", "evaluate")  # the stages of a point
 # sections that an id leaves out or takes apart
 NOT_OF_POINTS = ("run", "data", "score", "cluster", "track", "sweep", "studies")
-STOPPED, FAILED = "stopped.json", "failed.json"  # in a point's folder: given up by a scheduler, or ended by an error
+STOPPED, FAILED = NOTES  # in a point's folder: given up by a scheduler, or ended by an error
+OF_OUTCOMES = ("manifest.parquet", "evaluation.json")  # what an outcome is read from
 PATIENCE = 20  # seconds in which the process of a killed sweep, which held a point's folder, is gone
 MakeExecutor = Callable[[], Executor]
 
@@ -58,7 +56,7 @@ class Points:
 
     def __init__(self, config: Config, executor: MakeExecutor, display: Display):
         self.config, self.executor, self.display = config, executor, display
-        self.root = root_of(config)
+        self.root = address_of(config.run)
         self.ready: set[str] = set()  # shared folders that this command has made or looked through
 
     def configured(self, point: Point) -> Config:
@@ -90,7 +88,7 @@ class Points:
         if scores not in self.ready:
             data = self.ingested(config)
             run.begin()
-            if _differs(run, data, "ingest"):
+            if _differs(run, data, "ingest") or not run.has("ingest"):
                 run.adopt(data, "ingest")
             self._pipeline(config, scores).run(("score",))
             self.ready.add(scores)
@@ -116,6 +114,7 @@ class Points:
         for stage in ("ingest", "score"):
             if _differs(run, shared, stage):
                 _forget(run)
+            if _differs(run, shared, stage) or not run.has(stage):
                 run.adopt(shared, stage)
         return run
 
@@ -151,100 +150,6 @@ class Points:
         return Pipeline(config, self.executor, self.display)
 
 
-class WarmActors(Protocol):
-    """What `cluster.warm.WarmPool` offers."""
-
-    def map(
-        self, function: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
-    ) -> Iterator[tuple[int, Any]]: ...
-
-    def executor(self) -> Executor: ...
-
-
-class PointRunner:
-    """What runners share: finished points are read, the others are prepared and then tried."""
-
-    def __init__(self, config: Config, executor: MakeExecutor, display: Display):
-        self.points, self.display = Points(config, executor, display), display
-
-    def configured(self, point: Point) -> Config:
-        return self.points.configured(point)
-
-    def shared(self, overrides: Mapping[str, Any]) -> Path:
-        return self.points.shared(overrides)
-
-    def run(self, points: Sequence[Point]) -> list[Outcome]:
-        configs = [self.points.configured(point) for point in points]  # all, before anything starts
-        todo: dict[str, tuple[Config, str]] = {}
-        for point, config in zip(points, configs, strict=True):
-            if outcome_of(point, RunDir.of(config.run)) is None:
-                todo.setdefault(config.run.dir, (config, named(point)))
-        for point, config in zip(points, configs, strict=True):
-            if config.run.dir in todo:
-                need_test_split(Prepared(self.points.prepare(point) / "prepared"))
-        if todo:
-            with self.display.meter("points", len(todo), "points") as meter:
-                for _ in self._try(list(todo.values())):
-                    meter.advance()
-        found = [outcome_of(point, RunDir.of(config.run)) for point, config in zip(points, configs, strict=True)]
-        return [outcome for outcome in found if outcome is not None]
-
-    def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
-        """Carry out prepared points; yields once for each when it is finished."""
-        raise NotImplementedError
-
-
-class LocalRunner(PointRunner):
-    """Points one after the other in this process."""
-
-    def __init__(self, config: Config, display: Display):
-        super().__init__(config, Local, display)
-
-    def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
-        for config, name in todo:
-            try_out(config.model_dump(), name)
-            yield
-
-
-class PooledRunner(PointRunner):
-    """Points side by side in warm actors; what they share is made by the ordinary executor before."""
-
-    def __init__(self, config: Config, display: Display, pool: WarmActors):
-        super().__init__(config, pool.executor, display)
-        self.pool = pool
-
-    def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
-        arguments = [{"values": config.model_dump(), "name": name} for config, name in todo]
-        for _ in self.pool.map(try_out, arguments, [name for _, name in todo]):
-            yield
-
-
-def root_of(config: Config) -> str:
-    """The address of the folder that holds the points of a configuration."""
-    address = config.run.dir
-    return address if is_remote(address) else str(Path(address.removeprefix("file://")).expanduser().resolve())
-
-
-def named(point: Point) -> str:
-    """A point in messages."""
-    changed = " ".join(f"{key}={value}" for key, value in point.overrides.items())
-    return f"the point [{changed}], repetition {point.seed}"
-
-
-def try_out(values: dict[str, Any], name: str) -> None:
-    """Carry out a prepared point, here and now; `values` is its configuration, plain, so that it can be sent to an actor.
-
-    Raises UserError (or the kind of it that was raised) with the point's name before the message.
-    """
-    config = Config.model_validate(values)
-    wanted = config.cluster.address == "none" or config.cluster.gpus_per_worker
-    device = torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
-    try:
-        carry_out(config, Local(device))
-    except UserError as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
 def carry_out(
     config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody
 ) -> None:
@@ -253,13 +158,18 @@ def carry_out(
 
 
 def attempt(config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody) -> None:
-    """carry_out, but an error is noted in the point's folder instead of raised, so that other points go on."""
+    """carry_out, but an error is noted in the point's folder instead of raised, so that other points go on.
+
+    Raises Busy where another command has the folder, in which nothing is changed then, and whatever forbids to note an error.
+    """
     run = RunDir.of(config.run)
-    run.drop(FAILED)
-    run.wait(PATIENCE)
     try:
+        run.wait(PATIENCE)
+        run.drop(FAILED)
         carry_out(config, executor, watch, observers)
         run.drop(STOPPED)
+    except Busy:
+        raise
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         note_failure(run, Failure(message, is_passing(error)))
@@ -278,33 +188,44 @@ def note_stop(run: RunDir, step: int, top1: float) -> None:
 
 def failure_of(run: RunDir) -> Failure | None:
     """Why the last attempt at a point failed; None where it did not. On object storage what was fetched last is looked at."""
-    path = run / FAILED
-    if not path.exists():
+    noted = _noted(run, FAILED)
+    if noted is None:
         return None
-    noted = json.loads(path.read_text())
-    return Failure(noted["error"], noted.get("passing", False))
+    damaged = f"{run.place(FAILED)} is damaged"
+    return Failure(str(noted.get("error", damaged)), noted.get("passing", "error" not in noted) is True)
 
 
 def stopped_of(point: Point, run: RunDir, network: str) -> Outcome | None:
     """What is known of a point that a scheduler gave up: its last evaluation, of one `network`; None where none did."""
-    path = run / STOPPED
-    if not path.exists() or run.record("select") is None:
+    noted = _noted(run, STOPPED)
+    if noted is None or not {"step", "top1"} <= set(noted) or run.record("select") is None:
         return None
-    noted, facts = json.loads(path.read_text()), manifest.facts(run / "manifest.parquet")
+    facts = manifest.facts(run / "manifest.parquet")
     rows = [{"set": "distilled", "network": network, "seed": 0, "top1": noted["top1"]}]
     return Outcome(
         point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), run.path, noted["step"]
     )
 
 
-def outcome_of(point: Point, run: RunDir) -> Outcome | None:
-    """Read from a point's folder; None where it is not finished."""
-    run.fetch()
+def outcome_of(point: Point, run: RunDir, whole: bool = False) -> Outcome | None:
+    """Read from a point's folder; None where it is not finished. With `whole`, all in its folder can be read then."""
+    run.fetch(*(() if whole else OF_OUTCOMES))
     if run.record("evaluate") is None or _outdated(run):
         return None
     facts = manifest.facts(run / "manifest.parquet")
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
     return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], _seconds(run), run.path)
+
+
+def _noted(run: RunDir, name: str) -> dict[str, Any] | None:
+    """What a note says; nothing where it is damaged."""
+    try:
+        found = json.loads((run / name).read_text())
+        return found if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
 
 
 def _seconds(run: RunDir) -> dict[str, float]:
@@ -327,8 +248,9 @@ def _differs(run: RunDir, shared: RunDir, stage: str) -> bool:
 
 def _forget(run: RunDir) -> None:
     """A point's own stages are to be done again."""
-    for stage in OWN:
-        run.drop(f"stages/{stage}.json")
+    for name in (f"stages/{stage}.json" for stage in OWN):
+        if (run / name).exists():
+            run.drop(name)
 
 
 def _flat(config: Config, section: str) -> dict[str, Any]:

@@ -12,25 +12,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from distill_at_scale.bucket import Say, is_remote
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Busy, UserError
+from distill_at_scale.files import file_digests, files_in, publish, write_json
 from distill_at_scale.mirror import Mirror, scratch_of
 from distill_at_scale.records import LINKED, Inputs, checked, digest, is_artefact
 from distill_at_scale.sections import RunSection
 from distill_at_scale.working_copy import LOCK, WorkingCopy, link, tops, work_name
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
+
+
+def address_of(run: RunSection) -> str:
+    """Of the folder that a configuration names, from any folder."""
+    return run.dir if is_remote(run.dir) else str(Path(run.dir.removeprefix("file://")).expanduser().resolve())
 
 
 class RunDir:
@@ -90,16 +94,19 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
+                raise Busy(
                     f"another command is working in {self.named}; wait for it, or choose another run.dir"
                 ) from None
             with self.remote.held(handle) if self.remote else contextlib.nullcontext():
                 yield
 
-    def fetch(self) -> None:
-        """Make sure that what is stored can be read here, where the folder is on object storage."""
+    def fetch(self, *names: str) -> None:
+        """Make sure that what is stored can be read here, where the folder is on object storage.
+
+        `names`: of the output, these files alone.
+        """
         if self.remote:
-            self.remote.fetch()
+            self.remote.fetch(names)
 
     def keep(self, *names: str) -> None:
         """Store files that were published outside of the lock, where the folder is on object storage."""
@@ -113,12 +120,10 @@ class RunDir:
             self.remote.fetch(begin=True)
 
     def drop(self, name: str) -> None:
-        """Remove a file or a folder, on object storage too."""
-        if (self.path / name).is_dir():
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Remove a file, on object storage too."""
         (self.path / name).unlink(missing_ok=True)
         if self.remote:
-            self.remote.mirror.remove(name)
+            self.remote.mirror.bucket.delete(name)
 
     def wait(self, seconds: float) -> None:
         """Until no command works in the folder, so long at most."""
@@ -177,7 +182,7 @@ class RunDir:
 
     def complete(self, stage: str, inputs: Inputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
         """Publish the record of a stage whose outputs are all in place."""
-        found = file_digests([p for path in outputs for p in _files(path)])
+        found = file_digests([p for path in outputs for p in files_in(path)])
         files = {path.relative_to(self.path).as_posix(): entry for path, entry in found.items()}
         record = {
             "stage": stage,
@@ -267,11 +272,15 @@ class RunDir:
             return RunDir(self.remote.beside(record[LINKED]).path) if LINKED in record else self
         return RunDir(record.get("reused_from", self.path))
 
+    def has(self, stage: str) -> bool:
+        """Whether the output of a finished stage is in its place."""
+        return all((self / name).exists() for name in tops(self.record(stage) or {"outputs": ()}))
+
     def take_over_files(self, folder: str) -> None:
         """Link whatever lies in a folder of the run named in run.reuse and is missing here; the folder's name says what it
         holds (networks of one fingerprint)."""
         if self.reuse is not None:
-            for path in _files(self.reuse / folder):
+            for path in files_in(self.reuse / folder):
                 name = path.relative_to(self.reuse.path).as_posix()
                 if not (self.path / name).exists() and not path.name.startswith("."):
                     with contextlib.suppress(FileNotFoundError):  # the other run goes on and clears up meanwhile
@@ -285,44 +294,3 @@ class RunDir:
                 os.link(os.path.realpath(other / name), temporary)  # never a link that the other run can turn elsewhere
             except OSError:
                 shutil.copyfile(other / name, temporary)
-
-
-@contextlib.contextmanager
-def publish(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there (a file or a folder) replaces `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-            os.replace(path, retired)
-            os.replace(temporary, path)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with publish(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n")
-
-
-def file_digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as handle:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def file_digests(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """Of many files, several at a time: hashing leaves Python to other threads."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(file_digest, paths), strict=True))
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []

@@ -26,6 +26,7 @@ from distill_at_scale.data.storage import shown
 from distill_at_scale.environment import environment
 from distill_at_scale.exchange import Exchanging
 from distill_at_scale.execution import Executor, score_piece
+from distill_at_scale.files import write_json
 from distill_at_scale.observe.distillation import DistillationLog
 from distill_at_scale.observe.events import at_once, measured
 from distill_at_scale.observe.observers import Observer, Observers
@@ -35,7 +36,7 @@ from distill_at_scale.progress import Display
 from distill_at_scale.pruning import manifest, static, trust
 from distill_at_scale.pruning.ranking import columns_of
 from distill_at_scale.records import Inputs
-from distill_at_scale.rundir import STAGES, RunDir, write_json
+from distill_at_scale.rundir import STAGES, RunDir
 from distill_at_scale.scoring import beside, imported, proxy, scorer
 from distill_at_scale.scoring import table as score_table
 from distill_at_scale.scoring.contract import criteria_of

@@ -24,10 +24,10 @@ from distill_at_scale.data.normalization import Normalization, Whitening
 from distill_at_scale.data.storage import shown
 from distill_at_scale.data.whitening import FILE as WHITENING
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.formation import parts_of
 from distill_at_scale.mirror import fetched
 from distill_at_scale.pictures import Frames, drawn, grid, png
-from distill_at_scale.rundir import publish
 from distill_at_scale.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.students import TrainingProtocol, TrainingSet
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:

@@ -34,7 +34,8 @@ class Done(Protocol):
     """Is told how an attempt ended."""
 
     def __call__(self, number: int, last: Last | None, error: str | None, /) -> None:
-        """`last` is its last evaluation, where it was given up; `error` says why its process was lost."""
+        """`last` is its last evaluation, where it was given up; `error` says why its process was lost, or could not
+        work in the trial's folder."""
 
 
 class Trials(Protocol):
@@ -65,7 +66,11 @@ class OneByOne:
     def run(self, config: Config, attempts: Sequence[Attempt], body: Body, done: Done) -> None:
         for number, attempt in enumerate(attempts):
             if not attempt.old:
-                body(attempt.config, self.executor(), None)
+                try:
+                    body(attempt.config, self.executor(), None)
+                except Exception as error:
+                    done(number, None, str(error))
+                    continue
             done(number, None, None)
 
     def close(self) -> None:

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distill_at_scale.data.storage import inside, shown
+from distill_at_scale.files import publish
 from distill_at_scale.lease import Lease
-from distill_at_scale.mirror import UNFINISHED, Mirror, repeated, scratch_of
+from distill_at_scale.mirror import POINTS, SHARED, UNFINISHED, Mirror, repeated, scratch_of
 from distill_at_scale.records import LINKED, checked, is_artefact
 
 DIGEST = re.compile("[0-9a-f]{32}")
 IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
 LOCK = ".lock"
+NOTES = ("stopped.json", "failed.json")  # of a point: there or not, as whoever worked in it last has left it
 
 
 class WorkingCopy:
@@ -47,7 +49,7 @@ class WorkingCopy:
     def held(self, lock: TextIO) -> Iterator[None]:
         """By this command, which has locked the copy by the open file `lock`, and by no other on any machine.
 
-        Raises UserError where another command works in the folder, and Unreachable at the end where something could not be
+        Raises Busy where another command works in the folder, and Unreachable at the end where something could not be
         stored.
         """
         bucket = self.mirror.bucket
@@ -66,23 +68,23 @@ class WorkingCopy:
             bucket.hurry.set()
             self.lease.release()
 
-    def fetch(self, begin: bool = False) -> None:
+    def fetch(self, names: Sequence[str] = (), begin: bool = False) -> None:
         """Bring the copy up to date, to be read; a command that is at work in it on this machine keeps it so by itself.
 
-        With `begin`, the folder is there from now on.
+        `names`: of the output, these files alone. With `begin`, the folder is there from now on.
         """
         self.mirror.make()
         with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if found := self._identity() if begin else self._found():
-                self._update(found)
+                self._update(found, names)
             else:
                 self.mirror.empty()
 
     def seal(self) -> None:
         """Store all that was published, before the record of a stage is.
 
-        Raises UserError where another command has taken the folder over.
+        Raises Busy where another command has taken the folder over.
         """
         self.lease.check()
         self.mirror.push(gone=True)
@@ -125,12 +127,17 @@ class WorkingCopy:
         return posixpath.relpath(there, posixpath.dirname(posixpath.dirname(here)))
 
     def _link(self, record: Mapping[str, Any]) -> None:
-        """Have the output of a stage that is shared: fetched once for all runs on this machine that stand on it."""
+        """Have the output of a stage that is shared: fetched once for all runs on this machine that stand on it.
+
+        A link that leads to what may stand on this run in turn is not followed, so that none waits for itself.
+        """
         other = self.beside(record[LINKED])
+        if other._order() >= self._order():
+            return
         with other.alone():
             if found := other._found():
                 other.belong(found)
-            other.mirror.pull(f"stages/{record['stage']}.json", *tops(record), outputs=record["outputs"])
+            other.complete(record["stage"])
         link(self.path, other.path, tops(record))
 
     @contextlib.contextmanager
@@ -147,6 +154,12 @@ class WorkingCopy:
         held = {"token": (self.path / LOCK).read_text(), "identity": (self.path / IDENTITY).read_text()}
         return {"root": str(self.path.resolve()), **held}
 
+    def _order(self) -> int:
+        """Runs in a folder stand on those that come before: the folder's own, ingest, scores, points."""
+        kind = "/".join(self.mirror.bucket.store.root.split("/")[-2:])
+        starts = (f"{SHARED}/data-", f"{SHARED}/scores-", f"{POINTS}/")
+        return next((1 + number for number, start in enumerate(starts) if kind.startswith(start)), 0)
+
     def _identity(self) -> str:
         found = self._found()
         if found is None:
@@ -158,11 +171,14 @@ class WorkingCopy:
         found = self.mirror.bucket.read(IDENTITY)
         return None if found is None else found.decode()
 
-    def _update(self, identity: str, alone: bool = False) -> None:
+    def _update(self, identity: str, names: Sequence[str] = (), alone: bool = False) -> None:
         """Have here what is there; who only reads (not `alone`) changes nothing there."""
         self.belong(identity)
         (self.path / "stages").mkdir(exist_ok=True)
-        self.mirror.renew("stages")
+        self.mirror.renew("stages", *NOTES)
+        if names:
+            self.mirror.pull(*names)
+            return
         outputs: dict[str, Any] = {}
         for path in sorted((self.path / "stages").glob("*.json")):
             record = _record(path)
@@ -190,9 +206,8 @@ def link(here: Path, there: Path, names: Sequence[str]) -> None:
     for name in names:
         target = os.path.relpath((there / name).resolve(), here.resolve())
         if not (here / name).exists():
-            temporary = here / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-            os.symlink(target, temporary)
-            os.replace(temporary, here / name)
+            with publish(here / name) as temporary:
+                os.symlink(target, temporary)
 
 
 def _record(path: Path) -> dict[str, Any]:

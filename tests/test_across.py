@@ -11,8 +11,8 @@ from conftest import ROOT
 from distill_at_scale import config as configuration
 from distill_at_scale.config import with_overrides
 from distill_at_scale.errors import UserError
-from distill_at_scale.points import LocalRunner
 from distill_at_scale.progress import Display
+from distill_at_scale.runners import LocalRunner
 from distill_at_scale.studies import across
 from distill_at_scale.studies.base import Context, Outcome
 

@@ -327,12 +327,6 @@ def test_who_only_reads_removes_nothing(remote_run, s3, bucket):
     assert name not in objects(s3, bucket)
 
 
-def test_what_needs_a_disk_says_so_before_anything_runs(remote_run, s3, bucket):
-    with pytest.raises(UserError, match=r"select\.keep: auto cannot work yet; set run\.dir"):
-        remote_run(select__keep="auto").pipeline.run()
-    assert objects(s3, bucket) == {}
-
-
 def test_a_run_on_a_disk_has_no_copy(tmp_path):
     folder = RunDir.of(tiny_config(tmp_path / "run").run)
     assert folder.remote is None

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import Run, tiny_config
 
+from distill_at_scale import points
 from distill_at_scale.config import with_overrides
 from distill_at_scale.errors import UserError
-from distill_at_scale.points import LocalRunner, Points
+from distill_at_scale.points import Points
 from distill_at_scale.progress import Display
+from distill_at_scale.rundir import RunDir
+from distill_at_scale.runners import LocalRunner
 from distill_at_scale.studies.base import Point
 
 
@@ -51,6 +54,16 @@ def test_a_points_folder_ignores_workers_and_clusters_and_knows_every_other_key(
     assert folder() == folder(distill__workers=2, cluster__actors=1)
     others = [folder(), folder(runtime__drop=0.1), folder(score__epochs=3), folder(data__chunk=64), folder(run__seed=1)]
     assert len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"error": 3, "passing": "no"}'])
+def test_a_damaged_note_is_a_failure_of_the_disk(tmp_path, text):
+    (tmp_path / points.FAILED).write_text(text)
+    found = points.failure_of(RunDir(tmp_path))
+    assert isinstance(found.message, str)
+    assert found.passing is ("error" not in text)
+    (tmp_path / points.STOPPED).write_text(text)
+    assert points.stopped_of(Point(), RunDir(tmp_path), "convnet") is None
 
 
 def test_what_points_share_is_taken_over_from_another_run(tmp_path):

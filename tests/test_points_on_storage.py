@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import Run, tiny_config
 from rich.console import Console
@@ -13,11 +15,12 @@ from test_object_storage import objects, quick  # noqa: F401
 
 from distill_at_scale import auto, cli, points
 from distill_at_scale.data.storage import inside
-from distill_at_scale.errors import UserError
+from distill_at_scale.errors import Unreachable, UserError
 from distill_at_scale.mirror import Mirror, scratch_of
-from distill_at_scale.points import LocalRunner, Points
+from distill_at_scale.points import Points
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
+from distill_at_scale.runners import LocalRunner
 from distill_at_scale.studies.base import Point
 from distill_at_scale.sweep import run
 from distill_at_scale.trials import OneByOne
@@ -131,14 +134,87 @@ def test_points_on_one_machine_share_one_copy(remote):
     assert (again.kept, again.rows) == (first.kept, first.rows)
 
 
-def test_what_points_share_is_done_once_and_made_anew_where_it_was_removed(remote, s3, bucket):
-    found = Points(remote(), OneByOne().executor, Display.silent())
-    stood = found.prepare(Point())
-    assert Points(remote("b"), OneByOne().executor, Display.silent()).prepare(Point()).record("score") == stood.record(
-        "score"
+def test_points_stand_on_what_was_made_anew(remote, s3, bucket, tmp_path):
+    """On machine a, which sees old points and new scores, and on b and c, whose copies are old or empty."""
+    path, random = tmp_path / "scores.npy", np.random.default_rng(0)
+    wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
+
+    def run_on(machine):
+        return LocalRunner(remote(machine, **wanted), Display.silent()).run([Point({"select.keep": 0.1})])[0]
+
+    np.save(path, random.random(1797))
+    before = pq.read_table(run_on("a").folder / "manifest.parquet")
+    run_on("b")
+    np.save(path, random.random(1797))
+    with pytest.raises(UserError, match=r"output of score for another configuration"):
+        Points(remote("a", **wanted), OneByOne().executor, Display.silent()).shared({})
+    record = next(
+        name for name in objects(s3, bucket) if name.startswith("shared/scores-") and name.endswith("/score.json")
     )
-    assert stood.stood_on("score").record("score")["output"] == stood.record("score")["output"]
-    assert not points._outdated(stood)
+    s3.client.delete_object(Bucket=bucket, Key=f"run/{record}")  # as the message says
+    Points(remote("a", **wanted), OneByOne().executor, Display.silent()).shared({})
+    for machine in "abc":
+        Points(remote(machine, **wanted), OneByOne().executor, Display.silent()).shared({})
+        after = pq.read_table(run_on(machine).folder / "manifest.parquet")
+        assert not after.equals(before), machine
+
+
+def test_a_note_that_was_removed_elsewhere_does_not_come_back(remote, s3, bucket):
+    stood = Points(remote(), OneByOne().executor, Display.silent()).prepare(Point())
+    points.note_stop(stood, 4, 0.5)
+    other = Points(remote("b"), OneByOne().executor, Display.silent()).prepare(Point())
+    assert (other / points.STOPPED).exists()
+    other.drop(points.STOPPED)
+    stood.fetch()
+    with stood.lock():
+        pass
+    assert not (stood / points.STOPPED).exists()
+    assert not [name for name in objects(s3, bucket) if name.endswith(points.STOPPED)]
+
+
+def test_a_sweep_that_was_copied_to_a_disk_goes_on_there(remote, s3, bucket, tmp_path):
+    settings = {"sweep": {"space": {"select.keep": [0.1]}, "controls": []}}
+    made, _ = sweep(remote(**settings))
+    for name, content in objects(s3, bucket).items():
+        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk" / name).write_bytes(content)
+    wider = {"sweep": {"space": RATES, "controls": []}, "runtime__rule": "none"}
+    again, said = sweep(tiny_config(tmp_path / "disk", **wider))
+    assert "2 trials, 1 of them finished before" in said
+    assert results(again)[0] == results(made)[0]
+    assert again["error"].null_count == 2
+
+
+def test_a_trial_whose_folder_another_command_holds_changes_nothing_there(remote, s3, bucket, monkeypatch):
+    monkeypatch.setattr(points, "PATIENCE", 0)
+    settings = remote(sweep={"space": RATES, "controls": []})
+    held = RunDir.of(next(iter(run.plan(settings))).config.run)
+    held.create()
+    with held.lock():
+        with pytest.raises(UserError, match=r"1 of 2 trials could not .*is working in"):
+            sweep(settings)
+        inside_it = [name for name in objects(s3, bucket) if name.startswith(f"points/{held.named[-16:]}/")]
+        assert {name.split("/")[2] for name in inside_it} <= {"stages", ".run", ".lease.json", points.FAILED}
+    made, _ = sweep(settings)
+    assert made["error"].null_count == 2
+
+
+def test_a_storage_that_refuses_one_trial_leaves_the_others(remote, s3, bucket, monkeypatch):
+    settings, real = remote(sweep={"space": RATES, "controls": []}), RunDir.drop
+    first = run.plan(settings)[0].config.run.dir
+
+    def drop(self, name):
+        if self.remote.mirror.bucket.uri == first and name == points.FAILED:
+            raise Unreachable("503 SlowDown")
+        real(self, name)
+
+    monkeypatch.setattr(RunDir, "drop", drop)
+    with pytest.raises(UserError, match=r"1 of 2 trials could not .*503 SlowDown"):
+        sweep(settings)
+    monkeypatch.undo()
+    made, said = sweep(settings)
+    assert "1 of them finished before" in said
+    assert made["error"].null_count == 2
 
 
 def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
@@ -156,8 +232,9 @@ def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
     record = json.loads((shared.path / "stages" / "score.json").read_text())
     shared.mirror.bucket.write("stages/score.json", json.dumps(record | {"linked_to": link}).encode())
     elsewhere = RunDir.of(remote("b").run.model_copy(update={"dir": stood.remote.mirror.bucket.uri}))
-    elsewhere.fetch()
-    assert (elsewhere / "scores.parquet").is_file()
+    for action in (elsewhere.fetch, lambda: elsewhere.remote.complete("score"), lambda: shared.complete("score")):
+        action()
+    assert not (elsewhere / "scores.parquet").is_file()
 
 
 def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(remote, s3, bucket, monkeypatch):

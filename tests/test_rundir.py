@@ -9,8 +9,9 @@ import pytest
 
 from distill_at_scale import rundir
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import located, publish
 from distill_at_scale.records import Inputs, digest
-from distill_at_scale.rundir import RunDir, publish
+from distill_at_scale.rundir import RunDir
 
 INPUTS = Inputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
 
@@ -235,8 +236,17 @@ def test_files_that_another_run_removes_meanwhile_are_left_out(tmp_path, monkeyp
     (tmp_path / "other" / "stages").mkdir()
     gone, kept = other / "gone", other / "kept"
     kept.write_text("kept")
-    monkeypatch.setattr(rundir, "_files", lambda path: [gone, kept])
+    monkeypatch.setattr(rundir, "files_in", lambda path: [gone, kept])
     run = RunDir(tmp_path / "run", tmp_path / "other")
     run.create()
     run.take_over_files("networks/abc")
     assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["kept"]
+
+
+def test_workers_are_told_of_a_folder_without_the_links_above_it(tmp_path):
+    """What is itself a link between run folders stays one."""
+    (tmp_path / "efs" / "run").mkdir(parents=True)
+    (tmp_path / "efs" / "shared").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "efs")
+    (tmp_path / "efs" / "run" / "prepared").symlink_to("../shared")
+    assert located(tmp_path / "runs" / "run" / "prepared") == tmp_path / "efs" / "run" / "prepared"

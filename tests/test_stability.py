@@ -11,8 +11,8 @@ import pytest
 
 from distill_at_scale.config import with_overrides
 from distill_at_scale.errors import UserError
-from distill_at_scale.points import LocalRunner
 from distill_at_scale.progress import Display
+from distill_at_scale.runners import LocalRunner
 from distill_at_scale.scoring.reliability import spearman_brown
 from distill_at_scale.scoring.table import KEY
 from distill_at_scale.studies import drift, rankings, stability

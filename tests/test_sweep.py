@@ -338,7 +338,9 @@ def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeyp
     settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
     with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
         run.run(settings, Display.silent(), Losing)
-    assert pq.read_table(tmp_path / "run" / "sweep.parquet")["mean"].null_count == 0
+    rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
+    assert rows[2]["error"] == "its process was lost"
+    assert rows[1]["mean"] is not None
 
 
 def fails_with(error):

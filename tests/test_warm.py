@@ -11,8 +11,8 @@ from conftest import tiny_config
 from rich.console import Console
 
 from distill_at_scale.errors import DistillationDiverged, UserError
-from distill_at_scale.points import LocalRunner, PooledRunner
 from distill_at_scale.progress import Display
+from distill_at_scale.runners import LocalRunner, PooledRunner
 from distill_at_scale.studies.base import Point
 
 ray = pytest.importorskip("ray")

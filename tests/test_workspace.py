@@ -10,7 +10,9 @@ from conftest import Run, tiny_config
 from test_object_storage import artefacts, objects, on_disk, quick  # noqa: F401
 
 from distill_at_scale.cluster.workspace import Notes, Workspace
+from distill_at_scale.execution import Local
 from distill_at_scale.mirror import scratch_of
+from distill_at_scale.points import Points
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.sweep import run as sweep
@@ -72,6 +74,7 @@ def test_trials_of_a_sweep_meet_on_the_storage_alone(ray_session, apart, s3, tmp
         "distill__evaluate_every": 1,
     }
     config = apart("trials", **keys)
+    Points(config, Local, Display.silent()).shared({})  # without Ray, which is quicker
     made = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
     assert made.num_rows == 2
     assert made["error"].null_count == 2

@@ -17,6 +17,7 @@ from distill_at_scale.data.storage import is_uri, last_name
 from distill_at_scale.distill import Places
 from distill_at_scale.evaluate import Job
 from distill_at_scale.execution import Advance, Chunks, Report
+from distill_at_scale.files import located
 from distill_at_scale.method_sections import DistillSection
 from distill_at_scale.observe.events import Note, ignore
 from distill_at_scale.observe.observers import Observer
@@ -42,38 +43,38 @@ class RayExecutor:
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         with watched("ingest", self.say, advance) as advance:
-            return ingest.run(absolute(config), chunks, pieces.absolute(), advance, check, self.tell)
+            return ingest.run(absolute(config), chunks, located(pieces), advance, check, self.tell)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         with watched("training of proxies", self.say, advance) as advance:
-            scoring.train(absolute(config), prepared.absolute(), checkpoints.absolute(), advance, self.tell)
+            scoring.train(absolute(config), located(prepared), located(checkpoints), advance, self.tell)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
-        folders = prepared.absolute(), checkpoints.absolute(), pieces.absolute()
+        folders = located(prepared), located(checkpoints), located(pieces)
         with watched("score", self.say, advance) as advance:
             scoring.score(absolute(config), chunks, folders, advance, self.tell)
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
         with watched("monte_carlo", self.say, advance) as advance:
-            monte_carlo.run(absolute(config), prepared.absolute(), pieces.absolute(), advance, self.note)
+            monte_carlo.run(absolute(config), located(prepared), located(pieces), advance, self.note)
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         with watched("training of networks", self.say, advance) as advance:
-            networks.run(absolute(config), places.absolute(), names, advance, self.sharing, self.note)
+            networks.run(absolute(config), places.located(), names, advance, self.sharing, self.note)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
         shared = with_fewer_actors(absolute(config), self.sharing)
         with watched("ranking of patches", self.say, advance) as advance:
-            scoring.rank_patches(shared, places.absolute(), chunks, advance, self.tell)
+            scoring.rank_patches(shared, places.located(), chunks, advance, self.tell)
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         with watched("distill", self.say, report) as report:
-            training.run(absolute(config), places.absolute(), report, self.sharing, self.say)
+            training.run(absolute(config), places.located(), report, self.sharing, self.say)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
-        prepared, synthetic, manifest = (folder.absolute() for folder in folders)
+        prepared, synthetic, manifest = map(located, folders)
         with watched("evaluate", self.say, done) as done:
             evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.note)
 

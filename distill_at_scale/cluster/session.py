@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -131,6 +132,8 @@ def plain_errors() -> Iterator[None]:
         yield
     except Exception as error:
         cause = root_cause(error)
+        if isinstance(cause, ray.exceptions.OutOfDiskError):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "Ray's object store") from None
         if isinstance(cause, UserError | OSError | ray.exceptions.RayActorError):
             raise cause from None
         raise

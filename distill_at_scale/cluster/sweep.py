@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,16 +31,15 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from distill_at_scale.cluster.executor import RayExecutor, absolute
 from distill_at_scale.cluster.pool import check_gpus, cores
 from distill_at_scale.cluster.session import Session, pack, unpack
-from distill_at_scale.cluster.training import release_all, storage
+from distill_at_scale.cluster.training import release_all
 from distill_at_scale.config import Config, with_overrides
 from distill_at_scale.distill import step_count
-from distill_at_scale.errors import GivenUp, Unreachable, UserError
+from distill_at_scale.errors import Busy, GivenUp, Unreachable, UserError
 from distill_at_scale.execution import Executor
-from distill_at_scale.points import root_of
-from distill_at_scale.rundir import RunDir
+from distill_at_scale.rundir import RunDir, address_of
 from distill_at_scale.trials import Attempt, Body, Done
 
-TIME, METRIC, ENDED, GIVEN_UP = "evaluations", "top1", "ended", "given_up"  # keys of what a trial reports
+TIME, METRIC, ENDED, GIVEN_UP, BUSY = "evaluations", "top1", "ended", "given_up", "busy"  # keys of what a trial reports
 NO_CORES: dict[str, float] = {
     "cpu": 0,
     "memory": 1,
@@ -66,7 +66,7 @@ class TunedTrials:
     def run(self, config: Config, attempts: Sequence[Attempt], body: Body, done: Done) -> None:
         """Run `body` on each attempt that is not old; judged ones report to asha's scheduler, old ones what they saw before."""
         root, at_once = RunDir.of(config.run), concurrency(config)
-        root.drop(OWN)
+        shutil.rmtree(root / OWN, ignore_errors=True)
         every = [replace(attempt, config=_resolved(attempt.config)) for attempt in attempts]
         stops = f"given-up-{uuid.uuid4().hex}"
         keep = (
@@ -82,7 +82,7 @@ class TunedTrials:
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                **storage(config, root.path.resolve() / OWN),
+                storage_path=str(root.path.resolve() / OWN),  # here alone: trials store nothing there
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
                 callbacks=[_Ended(done, [attempt.config for attempt in every])],
                 verbose=0,
@@ -90,7 +90,7 @@ class TunedTrials:
         )
         tuner.fit()
         del keep
-        root.drop(OWN)
+        shutil.rmtree(root / OWN, ignore_errors=True)
 
     def close(self) -> None:
         self.session.close()
@@ -154,7 +154,7 @@ def scheduler(config: Config, stops: str) -> TrialScheduler:
 
 def _resolved(config: Config) -> Config:
     """Trials start in other folders."""
-    return with_overrides(absolute(config), {"run.dir": root_of(config)})
+    return with_overrides(absolute(config), {"run.dir": address_of(config.run)})
 
 
 def _trainable(attempts: Sequence[Attempt], body: Body, sharing: int, stops: str) -> Any:
@@ -177,6 +177,8 @@ def _trainable(attempts: Sequence[Attempt], body: Body, sharing: int, stops: str
                 body(config, RayExecutor(config, lambda text: None, sharing), reporter)
         except GivenUp:
             return {ENDED: True, GIVEN_UP: reporter.last if reporter else None}
+        except Busy as error:
+            return {ENDED: True, BUSY: str(error)}
         return {ENDED: True}
 
     return tune.with_resources(trial, NO_CORES)
@@ -218,10 +220,13 @@ class _Ended(tune.Callback):
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.done(trial.config["number"], (trial.last_result or {}).get(GIVEN_UP), None)
+        last = trial.last_result or {}
+        self.done(trial.config["number"], last.get(GIVEN_UP), last.get(BUSY))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with contextlib.suppress(Unreachable):
-            release_all(self.configs[trial.config["number"]])  # its process is gone, and may have left its workers' cores
+            release_all(
+                self.configs[trial.config["number"]]
+            )  # its process is gone, and may have left its workers' cores
         lines = str(trial.get_error() or "").strip().splitlines()
         self.done(trial.config["number"], None, lines[-1] if lines else "its process was lost")

@@ -120,7 +120,7 @@ def fit(
         scaling_config=_scaling(workers, cpus, gpus),
         run_config=RunConfig(
             name=stage,
-            **storage(config, work / "ray"),
+            **_storage(config, work / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
@@ -155,8 +155,8 @@ def _lost(error: BaseException) -> BaseException | None:
     return next((failure for failure in inner if isinstance(failure, LOST)), None)
 
 
-def storage(config: Config, folder: Path) -> dict[str, Any]:
-    """Where Ray Train and Tune keep what they note, as RunConfig takes it: where all nodes see it."""
+def _storage(config: Config, folder: Path) -> dict[str, Any]:
+    """Where Ray Train keeps what it notes about a run, as RunConfig takes it: where all nodes see it."""
     remote = RunDir.of(config.run).remote
     if remote is None:
         return {"storage_path": str(folder)}

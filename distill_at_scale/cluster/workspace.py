@@ -14,7 +14,8 @@ from typing import Any
 
 from distill_at_scale.cluster.session import unpack
 from distill_at_scale.config import Config
-from distill_at_scale.rundir import RunDir, publish
+from distill_at_scale.files import publish
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.working_copy import LOCK, WorkingCopy
 
 

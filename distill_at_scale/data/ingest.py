@@ -22,9 +22,9 @@ from distill_at_scale.data.sources.base import SET_ASIDE, Source
 from distill_at_scale.data.storage import shown
 from distill_at_scale.data.subsets import class_list, explicit_order
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.records import digest
 from distill_at_scale.registry import resolve
-from distill_at_scale.rundir import publish
 from distill_at_scale.sections import DataSection
 
 CONTRACT = ("splits", "listing", "digest", "read")

@@ -25,7 +25,7 @@ from distill_at_scale.data.ingest import Plan, mapped
 from distill_at_scale.data.kinds import holds_tensors, sample_shape
 from distill_at_scale.data.pieces import REJECTED, piece_path, rejected_path, stores_jpeg
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 from distill_at_scale.sections import DataSection
 
 SPAN_BYTES = 32 * 2**20  # of images in the memory of one thread at once

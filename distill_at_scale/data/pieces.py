@@ -28,8 +28,8 @@ from distill_at_scale.data.ingest import mapped
 from distill_at_scale.data.kinds import TensorDecoder, holds_tensors, sample_shape
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.sources.base import Source
+from distill_at_scale.files import publish
 from distill_at_scale.observe.events import Spent
-from distill_at_scale.rundir import publish
 from distill_at_scale.sections import DataSection
 
 REJECTED = pa.schema(

@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.data.decode import Rejected, decode_stored
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import publish
 
 SHARD_BYTES = 128 * 2**20
 GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least

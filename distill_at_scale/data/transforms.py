@@ -31,7 +31,7 @@ from distill_at_scale.data.moments import Moments
 from distill_at_scale.data.near_duplicates import duplicated
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import file_digests
+from distill_at_scale.files import file_digests
 from distill_at_scale.sections import DataSection
 
 MEASURED = 200  # samples of a class whose variance is measured

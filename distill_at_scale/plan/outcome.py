@@ -13,10 +13,10 @@ from typing import Any
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import write_json
 from distill_at_scale.plan.machine import Layout, Machine
 from distill_at_scale.plan.stages import Estimate
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import write_json
 
 LONG = 7 * 24 * 3600.0  # seconds from which a stage is worth a word
 USABLE = 0.95  # of the memory

@@ -27,7 +27,7 @@ from distill_at_scale.data.rowgroups import (
     reading,
 )
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 
 SCHEMA = pa.schema(
     [

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.pruning import manifest
 from distill_at_scale.pruning.ranking import columns_of
-from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import table
 from distill_at_scale.scoring.imported import Positions
 

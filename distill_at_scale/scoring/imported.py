@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config import Config
 from distill_at_scale.data import ingest
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import file_digest
+from distill_at_scale.files import file_digest
 from distill_at_scale.scoring.brought import Brought
 from distill_at_scale.sections import ScoreSection
 

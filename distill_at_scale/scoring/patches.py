@@ -30,10 +30,10 @@ from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.shards import Chunk, Group
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.method_sections import PatchSection
 from distill_at_scale.pruning import manifest
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import publish
 from distill_at_scale.soft_labels import TEACHER, Teacher, boxes_of, shown
 
 CANDIDATES = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("row", pa.int32())])

@@ -25,9 +25,9 @@ from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.shards import Chunk
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish
 from distill_at_scale.networks import NetworkSpec, will_compile
 from distill_at_scale.observe.events import Spent
-from distill_at_scale.rundir import publish
 from distill_at_scale.scoring import proxy, weights
 from distill_at_scale.scoring.classifier import Classifier, Eye, Look, check_features, projected
 from distill_at_scale.scoring.contract import class_wise, criteria_of, epochs_of, needed_epochs, sees_features

@@ -25,7 +25,7 @@ from distill_at_scale.config import Config
 from distill_at_scale.data.prefetch import ahead
 from distill_at_scale.data.rowgroups import RowGroupWriter, check_rows, facts_of, open_table, reading
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 from distill_at_scale.scoring.columns import Column, Columns, Part
 
 Array = np.ndarray[Any, Any]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale import tensors
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 from distill_at_scale.scoring import monte_carlo
 from distill_at_scale.scoring.contract import MONTE_CARLO
 from distill_at_scale.scoring.reliability import WANTED, spearman_brown, times_needed

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from distill_at_scale.config import Config
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import file_digest
 from distill_at_scale.networks import OF_CLIPS, TORCHVISION, NetworkSpec, is_of_torchvision
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import file_digest
 from distill_at_scale.scoring.published import Published, explain, fits, similar
 from distill_at_scale.scoring.published import published as find_published
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 from distill_at_scale.studies.base import Finding, Plot, Series
 
 

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config import Config, flatten
 from distill_at_scale.errors import UserError
+from distill_at_scale.files import publish, write_json
 from distill_at_scale.records import digest
-from distill_at_scale.rundir import RunDir, publish, write_json
+from distill_at_scale.rundir import RunDir
 from distill_at_scale.studies import CHECKS, STUDIES, findings, page
 from distill_at_scale.studies.base import Context, Finding, Runner
 
@@ -37,21 +38,22 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
     """
     if missing := [name for name in config.studies.run if name not in STUDIES]:
         raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
-    folder = RunDir.of(config.run).path
+    run = RunDir.of(config.run)
     context, every = Context(config, runner, say), []
     for name in config.studies.run:
         CHECKS.get(name, lambda _: None)(context)
     scores = RunDir(runner.shared({})).content("score")
     for name in config.studies.run:
-        every.append(_found(context, name, folder / "studies" / f"{name}.json", _made_with(config, name, scores)))
-    write_table(folder / "studies" / "studies.parquet", every)
-    page.write(folder, every, config)
+        every.append(_found(context, name, run, _made_with(config, name, scores)))
+    write_table(run / "studies" / "studies.parquet", every)
+    page.write(run.path, every, config)
     return every
 
 
-def _found(context: Context, name: str, path: Path, made_with: str) -> Finding:
+def _found(context: Context, name: str, run: RunDir, made_with: str) -> Finding:
+    path = run / "studies" / f"{name}.json"
     if (finding := read(path, made_with)) is not None:
-        context.say(f"study {name}: already done for this configuration, skipped ({path})")
+        context.say(f"study {name}: already done for this configuration, skipped ({run.place(f'studies/{name}.json')})")
         return finding
     context.say(f"study {name}: started")
     finding = STUDIES[name](context)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from distill_at_scale import points, validate
 from distill_at_scale.config import Config
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.storage import last_name
-from distill_at_scale.errors import Unreachable, UserError
+from distill_at_scale.errors import UserError
 from distill_at_scale.execution import Local
+from distill_at_scale.mirror import AT_ONCE
 from distill_at_scale.points import Failure, Points
 from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
@@ -43,13 +45,14 @@ class Planned:
     def folder(self) -> str:
         return self.config.run.dir
 
-    @property
-    def run(self) -> RunDir:
-        return RunDir.of(self.config.run)
+    def opened(self, hurry: bool = False) -> RunDir:
+        """Its run folder; a storage that refuses is not waited for in a `hurry`."""
+        waiting = {"retry_seconds": 0.0} if hurry else {}
+        return RunDir.of(self.config.run.model_copy(update=waiting))
 
-    def outcome(self, search: str) -> Outcome | None:
+    def outcome(self, search: str, hurry: bool = False) -> Outcome | None:
         """What came of it, if it needs no more work."""
-        run = self.run
+        run = self.opened(hurry)
         finished = points.outcome_of(self.trial.point, run)
         if finished is None and search == "asha":
             return points.stopped_of(self.trial.point, run, self.config.distill.network)
@@ -119,8 +122,9 @@ class Sweep:
         self._check_data()
         for job in self.jobs:
             self.points.shared_by(job.config)
-        for job in self.jobs:
-            self.ends[job.folder] = job.outcome(self.config.sweep.search)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = list(pool.map(lambda job: job.outcome(self.config.sweep.search), self.jobs))
+        self.ends |= {job.folder: end for job, end in zip(self.jobs, found, strict=True)}
         todo = [job for job in self.jobs if self.ends[job.folder] is None]
         old = len(self.jobs) - len(todo)
         self.display.say(f"sweep: {len(self.jobs)} trials" + (f", {old} of them finished before" if old else ""))
@@ -147,10 +151,7 @@ class Sweep:
 
             def done(number: int, last: Last | None, error: str | None) -> None:
                 if jobs[number] in todo:
-                    with contextlib.suppress(OSError, Unreachable):  # the end of the command says what is missing
-                        note(jobs[number].run, last, error)
-                        self._look(jobs[number])
-                        self.publish()
+                    self._ended(jobs[number], last, error)
                     meter.advance(1, space.said(jobs[number].trial))
 
             self.trials.run(self.config, attempts, self.body, done)
@@ -163,16 +164,26 @@ class Sweep:
         table.write(made, self.base / "sweep.parquet")
         return made
 
-    def _look(self, job: Planned) -> None:
-        self.ends[job.folder] = job.outcome(self.config.sweep.search) or points.failure_of(job.run)
+    def _ended(self, job: Planned, last: Last | None, error: str | None) -> None:
+        """Others go on meanwhile, so nothing is waited for; what cannot be noted or read now is looked at in the end."""
+        if error is not None:
+            self.ends[job.folder] = Failure(error, passing=True)
+        with contextlib.suppress(OSError, UserError):
+            note(job.opened(hurry=True), last, error)
+            self._look(job, hurry=True)
+            self.publish()
+
+    def _look(self, job: Planned, hurry: bool = False) -> None:
+        found = job.outcome(self.config.sweep.search, hurry) or points.failure_of(job.opened())
+        self.ends[job.folder] = found or self.ends[job.folder]
 
     def _end(self) -> pa.Table:
         for job in self.jobs:
             if self.ends[job.folder] is None:
                 self._look(job)
+            self.ends[job.folder] = self.ends[job.folder] or UNKNOWN
         made = self.publish()
-        ends = [self.ends[job.folder] or UNKNOWN for job in self.jobs]
-        failed = [end for end in ends if isinstance(end, Failure)]
+        failed = [end for end in self.ends.values() if isinstance(end, Failure)]
         if len(failed) == len(self.jobs):
             raise UserError(f"none of the {len(failed)} trials succeeded; the first failed with: {failed[0].message}")
         if failed:
@@ -183,6 +194,6 @@ class Sweep:
         if passing := [failure for failure in failed if failure.passing]:
             raise UserError(
                 f"{len(passing)} of {len(self.jobs)} trials could not be carried out here, the first for: "
-                f"{passing[0].message}. Mend that, and give the same command again; the others are finished"
+                f"{passing[0].message}. Mend that, and give the same command again; what is finished is kept"
             )
         return made

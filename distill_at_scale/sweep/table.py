@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill_at_scale.files import publish
 from distill_at_scale.points import Failure
-from distill_at_scale.rundir import publish
 from distill_at_scale.studies.base import Outcome, mean_and_std
 from distill_at_scale.sweep.space import Trial
 

@@ -19,7 +19,7 @@ import selection
 
 from distill_at_scale.config import validate
 from distill_at_scale.data import ingest, merge, shards
-from distill_at_scale.rundir import file_digests
+from distill_at_scale.files import file_digests
 
 SHAPE, CHUNK = (3, 64, 64), 1024
 Rates = dict[str, float]  # a part -> images per second

@@ -39,8 +39,8 @@ from distill_at_scale.cluster.pool import Tell, grouped, reporting, stream, work
 from distill_at_scale.cluster.session import quieten
 from distill_at_scale.config import Config, validate
 from distill_at_scale.environment import environment
+from distill_at_scale.files import publish
 from distill_at_scale.observe.events import Spent
-from distill_at_scale.rundir import publish
 
 # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
 CHUNK, CHUNKS, CHECKPOINTS = 1024, 1310, 25

@@ -20,7 +20,7 @@ from distill_at_scale.data.encode import encode_mp4
 from distill_at_scale.data.sources.videofolder import VideoFolder
 from distill_at_scale.data.storage import is_uri
 from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import publish
+from distill_at_scale.files import publish
 from distill_at_scale.sections import DataSection
 
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")

@@ -142,10 +142,8 @@ class Points:
         return digest(own | {"shared": self._places(config)[1].rpartition("/")[2]})[:16]
 
     def _pipeline(self, config: Config, name: str) -> Pipeline:
-        own = {
-            "run.dir": inside(self.root, name),
-            "run.reuse": self.config.run.reuse,
-        }  # taken over where another run has made it
+        """With run.reuse: what another run has made is taken over."""
+        own = {"run.dir": inside(self.root, name), "run.reuse": self.config.run.reuse}
         config = with_overrides(config, own)
         return Pipeline(config, self.executor, self.display)
 

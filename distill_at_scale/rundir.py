@@ -256,11 +256,8 @@ class RunDir:
         other.content(stage)
         record = other.record(stage)
         assert record is not None
-        if self.remote and other.remote:
-            record = {
-                LINKED: self.remote.way_to(other.remote),
-                **record,
-            }  # who stands on it in turn links to the same place
+        if self.remote and other.remote:  # who stands on it in turn links to the same place
+            record = {LINKED: self.remote.way_to(other.remote), **record}
         link(self.path, other.path, tops(record))
         write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": other.named})
         self.keep(f"stages/{stage}.json")

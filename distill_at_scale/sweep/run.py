@@ -114,9 +114,7 @@ class Sweep:
         self.body = partial(points.attempt, observers=observers)
         self.points = Points(config, trials.executor, display)
         self.jobs = list({planned.folder: planned for planned in planned}.values())  # one per point
-        self.ends: dict[
-            str, Outcome | Failure | None
-        ] = {}  # of points that need no more work, or were tried by this command
+        self.ends: dict[str, Outcome | Failure | None] = {}  # by folder; None where nothing is known yet
 
     def run(self) -> pa.Table:
         self._check_data()

@@ -81,7 +81,7 @@ def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bu
     assert {"sweep.parquet", "sweep.html"} <= set(there)
     assert len([name for name in there if name.endswith("scores.parquet")]) == 1, "scores lie there more than once"
     assert {name.split("/")[1].split("-")[0] for name in there if "/prepared/" in name} == {"data"}
-    assert not [name for name in there if ".work" in name or ".tune" in name]
+    assert not [name for name in there if ".work" in name]
 
 
 def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, monkeypatch):

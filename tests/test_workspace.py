@@ -80,7 +80,7 @@ def test_trials_of_a_sweep_meet_on_the_storage_alone(ray_session, apart, s3, tmp
     assert made["error"].null_count == 2
     there = objects(s3, "trials")
     assert len([name for name in there if name.endswith("scores.parquet")]) == 1
-    assert not [name for name in there if ".work/" in name or ".tune/" in name]
+    assert not [name for name in there if ".work/" in name]
     assert not [name for name, content in there.items() if SECRET.encode() in content]
     again = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
     assert again.drop_columns(["seconds"]).equals(made.drop_columns(["seconds"]))

@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import os
-import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,7 +44,6 @@ NO_CORES: dict[str, float] = {
     "cpu": 0,
     "memory": 1,
 }  # Ray refuses a request for nothing at all, so a trial asks for a byte
-OWN = ".tune"  # Tune's folder in the sweep's
 
 
 class TunedTrials:
@@ -65,13 +64,14 @@ class TunedTrials:
 
     def run(self, config: Config, attempts: Sequence[Attempt], body: Body, done: Done) -> None:
         """Run `body` on each attempt that is not old; judged ones report to asha's scheduler, old ones what they saw before."""
-        root, at_once = RunDir.of(config.run), concurrency(config)
-        shutil.rmtree(root / OWN, ignore_errors=True)
+        at_once = concurrency(config)
         every = [replace(attempt, config=_resolved(attempt.config)) for attempt in attempts]
         stops = f"given-up-{uuid.uuid4().hex}"
         keep = (
             ray.remote(_Stops).options(name=stops, num_cpus=0).remote() if config.sweep.search == "asha" else None
         )  # ends with this reference
+        ended = _Ended(done, [attempt.config for attempt in every])
+        own = tempfile.TemporaryDirectory(prefix="distill_at_scale-", ignore_cleanup_errors=True)
         tuner = tune.Tuner(
             _trainable(every, body, min(at_once, sum(not attempt.old for attempt in attempts)), stops),
             param_space={"number": tune.grid_search(list(range(len(attempts))))},
@@ -82,15 +82,19 @@ class TunedTrials:
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=str(root.path.resolve() / OWN),  # here alone: trials store nothing there
+                storage_path=own.name,  # of this machine alone, as trials store nothing there; the run's disk may be full
                 failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-                callbacks=[_Ended(done, [attempt.config for attempt in every])],
+                callbacks=[ended],
                 verbose=0,
             ),
         )
-        tuner.fit()
+        with own:
+            try:
+                tuner.fit()
+            except Exception:
+                if ended.count < len(attempts):
+                    raise  # else it is about Tune's own notes, which nobody needs
         del keep
-        shutil.rmtree(root / OWN, ignore_errors=True)
 
     def close(self) -> None:
         self.session.close()
@@ -213,17 +217,19 @@ class _Ended(tune.Callback):
     """In the driver: how trials ended."""
 
     def __init__(self, done: Done, configs: Sequence[Config]):
-        self.done, self.configs = done, configs
+        self.done, self.configs, self.count = done, configs, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a copy of its callbacks; ours belongs to this process."""
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.count += 1
         last = trial.last_result or {}
         self.done(trial.config["number"], last.get(GIVEN_UP), last.get(BUSY))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.count += 1
         with contextlib.suppress(Unreachable):
             release_all(
                 self.configs[trial.config["number"]]

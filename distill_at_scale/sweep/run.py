@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -31,6 +32,7 @@ from distill_at_scale.sweep import checks, page, space, table
 from distill_at_scale.sweep.space import Trial
 from distill_at_scale.trials import Attempt, Last, Trials
 
+T = TypeVar("T")
 UNKNOWN = Failure("its end could not be noted in its folder", passing=True)
 
 
@@ -120,14 +122,12 @@ class Sweep:
         self._check_data()
         for job in self.jobs:
             self.points.shared_by(job.config)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = list(pool.map(lambda job: job.outcome(self.config.sweep.search), self.jobs))
+        found = _side_by_side(lambda job: job.outcome(self.config.sweep.search), self.jobs)
         self.ends |= {job.folder: end for job, end in zip(self.jobs, found, strict=True)}
         todo = [job for job in self.jobs if self.ends[job.folder] is None]
         old = len(self.jobs) - len(todo)
         self.display.say(f"sweep: {len(self.jobs)} trials" + (f", {old} of them finished before" if old else ""))
-        for job in todo:
-            self.points.stand(job.config, self.points.shared_by(job.config))
+        _side_by_side(lambda job: self.points.stand(job.config, self.points.shared_by(job.config)), todo)
         if todo:
             self._try(todo)
         return self._end()
@@ -195,3 +195,9 @@ class Sweep:
                 f"{passing[0].message}. Mend that, and give the same command again; what is finished is kept"
             )
         return made
+
+
+def _side_by_side(action: Callable[[Planned], T], jobs: Sequence[Planned]) -> list[T]:
+    """On object storage each is some requests."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(action, jobs))

@@ -230,9 +230,7 @@ class _Ended(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.count += 1
-        with contextlib.suppress(Unreachable):
-            release_all(
-                self.configs[trial.config["number"]]
-            )  # its process is gone, and may have left its workers' cores
+        with contextlib.suppress(Unreachable):  # its process is gone, and may have left its workers' cores
+            release_all(self.configs[trial.config["number"]])
         lines = str(trial.get_error() or "").strip().splitlines()
         self.done(trial.config["number"], None, lines[-1] if lines else "its process was lost")

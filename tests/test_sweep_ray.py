@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune: trials that distil and evaluate on the same cores without a deadlock, asha, and a killed driver."""
+"""Sweeps on Ray Tune: trials that share cores without a deadlock, and a killed driver (asha: `test_workspace.py`)."""
 
 from __future__ import annotations
 
@@ -89,30 +89,6 @@ def test_trials_of_two_workers_on_two_cores_end_and_a_failing_one_does_not_end_t
         assert (folder / "prepared").is_symlink()
         assert "shared" in json.loads((folder / "stages" / "score.json").read_text())["reused_from"]
     assert not (tmp_path / "run" / ".tune").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
-def test_asha_stops_what_lags_behind_and_keeps_it(tmp_path):
-    """The first trial sets the mark; with one image per class made of noise and a rate of 0 the second cannot reach it."""
-    space = {"distill.dc.image_lr": [1.0, 1e-9]}
-    choice = {"search": "asha", "samples": 6, "concurrent": 1, "reduction": 2}
-    settings = config(tmp_path / "run", space, choice, distill__steps=40, distill__evaluate_every=10,
-                      evaluate__epochs=30)  # fmt: skip
-    made, _ = sweep(settings)
-    rows = {row["distill.dc.image_lr"]: row for row in made.to_pylist()}
-    assert len(rows) == 2
-    stopped = [row for row in rows.values() if row["stopped"] is not None]
-    assert stopped, f"no trial was stopped: {rows}"
-    assert all(row["stopped"] < 40 and row["mean"] is not None for row in stopped)
-    assert [row for row in rows.values() if row["stopped"] is None], "every trial was stopped"
-    until = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < until, "a stopped trial holds its cores"
-        time.sleep(0.5)
-    again, said = sweep(settings)
-    assert "2 of them finished before" in said
-    assert again.equals(made)
 
 
 @pytest.mark.chaos

@@ -160,6 +160,8 @@ def repeats(actor: Any) -> dict[str, int]:
     """In the first call of an actor that Ray has started again, which is the call that its predecessor was lost in."""
     first = not getattr(actor, "called", False)
     actor.called = True
+    if not ray.is_initialized():  # called without a cluster, and asking would start one
+        return {}
     context = ray.get_runtime_context()
     again = first and context.get_actor_id() is not None and context.was_current_actor_reconstructed
     return {"restarted": 1} if again else {}

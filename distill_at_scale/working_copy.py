@@ -214,11 +214,7 @@ def _record(path: Path) -> dict[str, Any]:
     """Empty where it is damaged, which whoever needs it is told of by `RunDir.record`, and where it leads elsewhere."""
     try:
         record = json.loads(path.read_text())
-        ours = (
-            checked(record)["stage"] == path.stem
-            and DIGEST.fullmatch(record["fingerprint"])
-            and isinstance(record["outputs"], dict)
-        )
+        ours = checked(record)["stage"] == path.stem and DIGEST.fullmatch(record["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return record if ours else {}

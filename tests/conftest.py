@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,3 +224,11 @@ def s3() -> Iterator[S3]:
         host, port = server.get_host_and_port()
         yield S3(boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1"), f"{host}:{port}")
         server.stop()
+
+
+@pytest.fixture
+def bucket(s3: S3) -> str:
+    """The name of an empty one."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3.client.create_bucket(Bucket=name)
+    return name

@@ -30,20 +30,12 @@ ARTEFACTS = (
     "proxies/",
 )
 TIMES = ("seconds", "card.json", "evaluation.json")  # files that hold how long something took
-BUCKETS = itertools.count()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "SETTLE", 0.0)
     monkeypatch.setattr(bucket_module, "FIRST_PAUSE", 0.0)
-
-
-@pytest.fixture
-def bucket(s3):
-    name = f"runs-{next(BUCKETS)}"
-    s3.client.create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 
 import numpy as np
@@ -26,14 +25,6 @@ from distill_at_scale.sweep import run
 from distill_at_scale.trials import OneByOne
 
 RATES = {"select.keep": [0.1, 0.3]}
-BUCKETS = itertools.count()
-
-
-@pytest.fixture
-def bucket(s3):
-    name = f"points-{next(BUCKETS)}"
-    s3.client.create_bucket(Bucket=name)
-    return name
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -334,20 +335,13 @@ def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeyp
             done(0, None, "its process was lost")
             super().run(config, attempts[1:], body, lambda number, last, error: done(number + 1, last, error))
 
-    monkeypatch.setattr(points, "note_failure", fails_with(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(points, "note_failure", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
     with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
         run.run(settings, Display.silent(), Losing)
     rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
     assert rows[2]["error"] == "its process was lost"
     assert rows[1]["mean"] is not None
-
-
-def fails_with(error):
-    def fail(*arguments):
-        raise error
-
-    return fail
 
 
 def test_where_every_trial_fails_the_command_fails(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +31,6 @@ from distill_at_scale.runners import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.scoring import exported
 from distill_at_scale.studies import suite
 from distill_at_scale.sweep import run as sweep
-from distill_at_scale.sweep import summary
 from distill_at_scale.trials import OneByOne, Trials
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
@@ -44,7 +42,6 @@ or export (writes scores and the list of kept samples as *.parquet, *.csv, or by
 An interrupted command resumes when it is given again."""
 
 SEARCHES = ("sweep", "study")
-KEYS = ("configuration", "set", "network")  # columns of the table at the end of a sweep
 FULL, CLOSED = "Free space or choose another place", "Check its permissions or choose another place"
 ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: CLOSED, errno.EROFS: CLOSED, errno.EPERM: CLOSED}
 OTHER_ADVICE = "Check the disk, and that every node sees it at this path"
@@ -142,8 +139,7 @@ def _run(config: Config, stage: str) -> int:
     display = Display()
     if stage == "sweep":
         make_trackers(config)  # what is missing for them is said before anything starts
-        found = sweep.run(config, display, lambda: make_trials(config, display), make_trackers)
-        show_sweep(found, config, display.console)
+        sweep.run(config, display, lambda: make_trials(config, display), make_trackers)
         return 0
     if stage == "study":
         run_studies(config, display)
@@ -251,17 +247,6 @@ def find_rate(pipeline: Pipeline, display: Display) -> float:
         return make_runner(config, display)
 
     return auto.rate(pipeline.config, runner, display.say)
-
-
-def show_sweep(made: pa.Table, config: Config, console: Console) -> None:
-    """Each configuration's accuracy over its repetitions and evaluation networks, and what it took."""
-    table = Table(title="top-1 accuracy on the test split, %")
-    for name in (*KEYS, "mean ± std", "n", "seconds"):
-        table.add_column(name, justify="left" if name in KEYS else "right")
-    for row in summary.rows(made):
-        table.add_row(*(row[name] for name in (*KEYS, "accuracy", "n", "seconds")))
-    console.print(table)
-    console.print(f"table: {RunDir.of(config.run).place('sweep.parquet')}", markup=False, soft_wrap=True)
 
 
 def show_plan(config: Config, found: Outcome, display: Display) -> None:

@@ -336,9 +336,10 @@ def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeyp
             super().run(config, attempts[1:], body, lambda number, last, error: done(number + 1, last, error))
 
     monkeypatch.setattr(points, "note_failure", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
+    settings, said = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[]), io.StringIO()
     with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
-        run.run(settings, Display.silent(), Losing)
+        run.run(settings, Display(Console(file=said, width=200)), Losing)
+    assert "distill.ipc=2" in said.getvalue(), "the table is not shown where a trial was lost"
     rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
     assert rows[2]["error"] == "its process was lost"
     assert rows[1]["mean"] is not None

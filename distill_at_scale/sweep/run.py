@@ -28,7 +28,7 @@ from distill_at_scale.progress import Display
 from distill_at_scale.rundir import RunDir
 from distill_at_scale.stages import MakeObservers, nobody
 from distill_at_scale.studies.base import Outcome
-from distill_at_scale.sweep import checks, page, space, table
+from distill_at_scale.sweep import checks, page, space, summary, table
 from distill_at_scale.sweep.space import Trial
 from distill_at_scale.trials import Attempt, Last, Trials
 
@@ -189,6 +189,7 @@ class Sweep:
                              f"{self.base.place('sweep.parquet')} says why, and the same command tries them again")  # fmt: skip
         page.write(self.base.path, made, self.config)
         self.display.say(f"  page: {self.base.place('sweep.html')}")
+        summary.show(made, self.base.place("sweep.parquet"), self.display.console)
         if passing := [failure for failure in failed if failure.passing]:
             raise UserError(
                 f"{len(passing)} of {len(self.jobs)} trials could not be carried out here, the first for: "

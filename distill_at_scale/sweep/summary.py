@@ -9,11 +9,25 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
 
 from distill_at_scale.studies.base import mean_and_std
 from distill_at_scale.sweep import table
 
 FIXED = {name for name, _ in (*table.BEFORE, *table.AFTER)}
+KEYS = ("configuration", "set", "network")
+
+
+def show(made: pa.Table, place: str, console: Console) -> None:
+    """Accuracy of each configuration over its repetitions and networks, what it took, and the `place` of the table."""
+    shown = Table(title="top-1 accuracy on the test split, %")
+    for name in (*KEYS, "mean ± std", "n", "seconds"):
+        shown.add_column(name, justify="left" if name in KEYS else "right")
+    for row in rows(made):
+        shown.add_row(*(row[name] for name in (*KEYS, "accuracy", "n", "seconds")))
+    console.print(shown)
+    console.print(f"table: {place}", markup=False, soft_wrap=True)
 
 
 def rows(made: pa.Table) -> list[dict[str, str]]:

@@ -247,15 +247,15 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
 
 
 def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3, bucket):
-    config = remote(studies={"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1})
-    cli.run_studies(config, Display.silent())
+    settings = {"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1}
+    cli.run_studies(remote(studies=settings), Display.silent())
     assert {"studies.html", "studies/drop.json", "studies/studies.parquet"} <= set(objects(s3, bucket))
     said = io.StringIO()
-    cli.run_studies(
-        remote("b", studies={"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1}),
-        Display(Console(file=said, width=300)),
-    )
+    cli.run_studies(remote("b", studies=settings), Display(Console(file=said, width=300)))
     assert "study drop: already done" in said.getvalue()
+    s3.client.put_object(Bucket=bucket, Key="run/studies/drop.json", Body=b"{}")
+    with pytest.raises(UserError, match=rf"^s3://{bucket}/run/studies/drop\.json is no finding"):
+        cli.run_studies(remote("c", studies=settings), Display.silent())
 
 
 def test_the_folders_own_run_leaves_the_runs_inside_alone(remote, s3, bucket, tmp_path):

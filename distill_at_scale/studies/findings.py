@@ -26,17 +26,18 @@ def write(path: Path, finding: Finding) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
-def read(path: Path) -> Finding:
+def read(path: Path, named: str | None = None) -> Finding:
     """Read what `write` wrote.
 
-    Raises UserError where the file is missing or is no finding, naming it.
+    Raises UserError where the file is missing or is no finding, naming it (by `named`, where `path` is a copy of it).
     """
+    named = named or str(path)
     try:
         return from_json(json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass")))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the study first") from None
+        raise UserError(f"{named} is missing; run the study first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no finding of a study ({error}); delete it and run the study again") from None
+        raise UserError(f"{named} is no finding of a study ({error}); delete it and run the study again") from None
 
 
 def to_json(finding: Finding) -> dict[str, Any]:

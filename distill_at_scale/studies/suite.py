@@ -51,9 +51,9 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
 
 
 def _found(context: Context, name: str, run: RunDir, made_with: str) -> Finding:
-    path = run / "studies" / f"{name}.json"
-    if (finding := read(path, made_with)) is not None:
-        context.say(f"study {name}: already done for this configuration, skipped ({run.place(f'studies/{name}.json')})")
+    path, place = run / "studies" / f"{name}.json", run.place(f"studies/{name}.json")
+    if (finding := read(path, place, made_with)) is not None:
+        context.say(f"study {name}: already done for this configuration, skipped ({place})")
         return finding
     context.say(f"study {name}: started")
     finding = STUDIES[name](context)
@@ -62,14 +62,14 @@ def _found(context: Context, name: str, run: RunDir, made_with: str) -> Finding:
     return finding
 
 
-def read(path: Path, made_with: str) -> Finding | None:
-    """A finding from its file; None where there is none, or one that was made with something else.
+def read(path: Path, place: str, made_with: str) -> Finding | None:
+    """A finding from its file, which users know as `place`; None where there is none, or one made with something else.
 
     Raises UserError where the file is damaged.
     """
     if not path.exists():
         return None
-    finding, facts = findings.read(path), json.loads(path.read_text())
+    finding, facts = findings.read(path, place), json.loads(path.read_text())
     return finding if facts.get(MADE_WITH) == made_with else None
 
 

@@ -92,7 +92,10 @@ class Bucket:
         self._need_right()
 
         def store() -> int:
-            put(self.store.filesystem, self.path(name), content)
+            try:
+                put(self.store.filesystem, self.path(name), content)
+            except FileNotFoundError:  # as Google's storage says it
+                raise Unreachable(self._refusal(f"storing {name}", "there is no such bucket")) from None
             return self.store.filesystem.get_file_info(self.path(name)).mtime_ns
 
         return self._tried(f"storing {name}", store, patience)

@@ -88,7 +88,8 @@ def test_trials_of_two_workers_on_two_cores_end_and_a_failing_one_does_not_end_t
     for folder in (tmp_path / "run" / "points").iterdir():
         assert (folder / "prepared").is_symlink()
         assert "shared" in json.loads((folder / "stages" / "score.json").read_text())["reused_from"]
-    assert not (tmp_path / "run" / ".tune").exists()
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {".lock", "points", "shared", "stages", "sweep.html", "sweep.parquet"}, "Tune left something"
 
 
 @pytest.mark.chaos

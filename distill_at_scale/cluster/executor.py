@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill_at_scale.cluster import evaluation, ingest, monte_carlo, networks, scoring, training
+from distill_at_scale.cluster import distillation, evaluation, ingest, monte_carlo, networks, scoring
 from distill_at_scale.cluster.metrics import Metrics
 from distill_at_scale.cluster.pool import Tell, check_gpus, with_fewer_actors
 from distill_at_scale.cluster.session import Session
@@ -71,7 +71,7 @@ class RayExecutor:
 
     def distill(self, config: Config, places: Places, report: Report) -> None:
         with watched("distill", self.say, report) as report:
-            training.run(absolute(config), places.located(), report, self.sharing, self.say)
+            distillation.run(absolute(config), places.located(), report, self.sharing, self.say)
 
     def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
         prepared, synthetic, manifest = map(located, folders)

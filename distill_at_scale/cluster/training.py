@@ -1,9 +1,8 @@
-"""Groups of workers on Ray Train, restarted together from the last checkpoint if one is lost; and distillation in one."""
+"""Groups of workers on Ray Train, restarted together from the last checkpoint if one is lost."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +20,7 @@ from distill_at_scale.cluster.pool import LOST, cores, cores_each, lost_too_ofte
 from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.workspace import Notes, Workspace
 from distill_at_scale.config import Config
-from distill_at_scale.distill import Places, saved_step
 from distill_at_scale.errors import DistillationDiverged, GivenUp, Unreachable, UserError, WorkersLost
-from distill_at_scale.execution import Report, run_distillation
 from distill_at_scale.mirror import FOLLOW, UNFINISHED
 from distill_at_scale.rundir import RunDir
 
@@ -34,27 +31,6 @@ GROUP = "placement_group.txt"  # note of what the workers hold
 LEAVING = 120  # seconds that a run which was given up may take to end
 POLL = 0.3  # seconds between two looks at the log
 RESIZE = 60.0  # seconds between two looks for room for more workers
-
-
-def run(config: Config, places: Places, report: Report, sharing: int, say: Callable[[str], None]) -> None:
-    """Distil with `distill.workers` workers, or as many between its two numbers as find room, beside `sharing` - 1 other
-    distillations.
-
-    Raises UserError where they cannot be placed, and DistillationDiverged where the loss was not finite on one of them.
-    """
-    paths = [str(p) for p in places.as_tuple()]
-    tail = _Tail(places.log, report)
-
-    def again() -> None:
-        step = saved_step(places.state)
-        what = "were lost" if isinstance(config.distill.workers, int) else "were lost or have joined"
-        say(f"  workers {what}; going on from step {step}, so {max(0, tail.step - step)} steps are repeated")
-
-    def attempt() -> None:
-        own = {"places": paths}
-        fit("distill", _distill, config, config.distill.workers, own, places.work, tail.read, sharing, again)
-
-    getting_on(attempt, lambda: saved_step(places.state), say)
 
 
 def getting_on(attempt: Callable[[], None], done: Callable[[], int], say: Callable[[str], None]) -> None:
@@ -71,18 +47,6 @@ def getting_on(attempt: Callable[[], None], done: Callable[[], int], say: Callab
             if done() <= before:
                 raise
             say(f"  more is done than before, so losses are counted anew ({str(error).partition(' (')[0]})")
-
-
-def _distill(space: Workspace, arguments: dict[str, Any]) -> None:
-    """One worker's part; the first one keeps checkpoint and log."""
-    places = Places(*map(space, arguments["places"]))
-    first = ray.train.get_context().get_world_rank() == 0
-    space.need("ingest", "select")
-    space.fetch(places.networks)
-    if first:
-        space.renew(places.log, places.work)
-    with space.keeping(places.log, places.work) if first else contextlib.nullcontext():
-        run_distillation(space.config, places, ray.train.torch.get_device(), lambda line: None)
 
 
 def fit(
@@ -288,27 +252,3 @@ def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) 
         raise
     if problem:
         raise problem[0]
-
-
-class _Tail:
-    """Reports lines that rank 0 appends to the log."""
-
-    def __init__(self, path: Path, report: Report):
-        self.path, self.report, self.step = path, report, 0
-        self.position = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> None:
-        if not self.path.exists():
-            return
-        if self.path.stat().st_size < self.position:
-            self.position = 0  # rank 0 dropped the lines of steps that are done again
-        with open(self.path, "rb") as log:
-            log.seek(self.position)
-            for line in log:
-                if not line.endswith(b"\n"):
-                    break
-                self.position += len(line)
-                with contextlib.suppress(ValueError):  # a line may be cut where the log was replaced meanwhile
-                    found = json.loads(line)
-                    self.step = max(self.step, found["step"])
-                    self.report(found)

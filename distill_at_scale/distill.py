@@ -1,8 +1,7 @@
 """The one loop: a backend's steps, with checkpoints, resume, a log, and a clean stop where a loss is not finite.
 
 It runs the same in one process and in each worker of a group: every worker owns some classes and their synthetic
-images. State is gathered to rank 0 only to be saved, in one file that is replaced atomically, so all workers resume
-from the same step.
+images. State is gathered to rank 0 only to be saved (`checkpoint.py`), so all workers resume from the same step.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from distill_at_scale import evaluate, students, tensors
+from distill_at_scale import checkpoint, evaluate, students
 from distill_at_scale.backends import BACKENDS
 from distill_at_scale.backends.base import Backend, Setting, WithDefaults, too_few
+from distill_at_scale.checkpoint import Saved
 from distill_at_scale.config import Config
 from distill_at_scale.data import holding
 from distill_at_scale.data.normalization import Normalization, whitening_card
@@ -30,7 +29,7 @@ from distill_at_scale.data.pool import Pool
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.environment import gpu_memory
 from distill_at_scale.errors import DistillationDiverged, UserError
-from distill_at_scale.files import located, publish
+from distill_at_scale.files import located
 from distill_at_scale.networks import NetworkSpec
 from distill_at_scale.registry import resolve
 from distill_at_scale.rng import derive
@@ -50,6 +49,7 @@ BACKEND_CONTRACT = (
 )
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
 LOG_LINES = 200  # at most so many lines of the log per run, evenly spaced
+LATE, DIVERGED = 1, 2  # what a worker may tell the others after a step: save a checkpoint; end
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -184,6 +184,7 @@ class Distillation:
         self.backend.prepare(pool)
         self.snapshots: dict[int, Tensor] = {}
         self.logged = 0, 0.0  # step and seconds of the last line of the log
+        self.timer = checkpoint.Timer()
 
     def run(self) -> SyntheticSet | None:
         """All steps from the last checkpoint on; the set on rank 0, None elsewhere.
@@ -201,29 +202,31 @@ class Distillation:
         for i in range(start, self.steps):
             if i in self._snapshot_steps():
                 self._snapshot(i)
-            metrics = self._step(i, began)
+            metrics, late = self._step(i, began)
             last = i + 1 == self.steps
             if (i + 1) % log_every == 0 or last:
                 self._log(i + 1, metrics, time.perf_counter() - began)
-            if (i + 1) % self.config.distill.checkpoint_every == 0 or last:
+            if (i + 1) % self.config.distill.checkpoint_every == 0 or last or late:
                 self._save(i + 1, time.perf_counter() - began)
             if self.config.distill.evaluate_every and (i + 1) % self.config.distill.evaluate_every == 0:
                 self._evaluate(i + 1)
         self._snapshot(self.steps)
         return self._finish()
 
-    def _step(self, i: int, began: float) -> dict[str, float]:
+    def _step(self, i: int, began: float) -> tuple[dict[str, float], bool]:
+        """A step's metrics, and whether a checkpoint is late."""
         problem: DistillationDiverged | None = None
         metrics: dict[str, float] = {}
         try:
             metrics = self.backend.step(i)
         except DistillationDiverged as error:
             problem = error
-        if self.workers.any(problem is not None):
+        told = self.workers.highest(DIVERGED if problem else LATE if self.timer.is_due else 0)
+        if told == DIVERGED:
             self._save(i, time.perf_counter() - began)
             visit, message = self.workers.first((problem.visit, str(problem)) if problem else None)
             raise DistillationDiverged(message, visit)
-        return metrics
+        return metrics, told == LATE
 
     def _snapshot_steps(self) -> set[int]:
         return {int(self.steps * share) for share in (0, 0.01, 0.05, 0.2, 0.5)}
@@ -246,6 +249,7 @@ class Distillation:
         return images[order], labels[order]
 
     def _save(self, step: int, seconds: float) -> None:
+        began = time.monotonic()
         alone = self.backend.parallel == "replicate"  # everyone has the same
         states = self.workers.gather(self.backend.state_dict() if not alone or self.workers.rank == 0 else {})
         if self.workers.rank == 0:
@@ -253,14 +257,15 @@ class Distillation:
             for part in states:
                 state |= part
             state |= {f"snapshot/{k}": v for k, v in self.snapshots.items()}
-            tensors.save(self.places.state, state, {"step": str(step), "seconds": f"{seconds:.3f}"})
+            checkpoint.save(self.places.state, Saved(state, step, seconds))
+        self.timer.saved(began)
 
     def _resume(self) -> tuple[int, float]:
         """(steps done, seconds spent) of the last checkpoint, which is loaded; (0, 0) without one."""
-        here = _read_state(self.places.state) if self.workers.rank == 0 else None
+        here = checkpoint.read(self.places.state) if self.workers.rank == 0 else None
         if self.workers.rank == 0:
-            _trim_log(self.places.log, here[1] if here else 0)
-        state, step, seconds = self.workers.broadcast(here or ({}, 0, 0.0))
+            checkpoint.trim_log(self.places.log, here.step if here else 0)
+        state, step, seconds = self.workers.broadcast(here or Saved({}, 0, 0.0))
         if state:
             self.backend.load_state_dict(state)
             self.snapshots = {int(k.partition("/")[2]): v for k, v in state.items() if k.startswith("snapshot/")}
@@ -325,33 +330,3 @@ class Distillation:
             "protocol": backend_class(self.config).protocol(self.config).card(),
             "seed": self.config.distill_seed,
         } | ({"kind": "tensors"} if self.prepared.kind == "tensors" else {})
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], int, float] | None:
-    if not path.exists():
-        return None
-    state = tensors.load(path)
-    with safe_open(path, "pt") as handle:
-        facts = handle.metadata()
-    return state, int(facts["step"]), float(facts["seconds"])
-
-
-def saved_step(state: Path) -> int:
-    """The number of steps that a checkpoint holds, 0 without one."""
-    if not state.exists():
-        return 0
-    with safe_open(state, "pt") as handle:
-        return int(handle.metadata()["step"])
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop the distillation's lines after a step: what follows is about to be done (again)."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and not _is_later(json.loads(line), step)]
-        with publish(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-
-
-def _is_later(line: dict[str, Any], step: int) -> bool:
-    return line.get("stage") == "distill" and line.get("step", 0) > step

@@ -1,4 +1,4 @@
-"""What a stage that runs in several processes needs of the others: sums, a shared stop sign, and gathering to rank 0.
+"""What a stage that runs in several processes needs of the others: sums, a shared signal, and gathering to rank 0.
 
 `Solo` is the single process; `Group` is a torch.distributed process group. Neither knows who started the processes.
 """
@@ -22,8 +22,8 @@ class Workers(Protocol):
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         """Every worker's tensor of one shape, in rank order, everywhere."""
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any worker."""
+    def highest(self, level: int) -> int:
+        """The highest level of all workers, everywhere, once all have told theirs."""
 
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, in rank order; only rank 0 may rely on the result."""
@@ -44,8 +44,8 @@ class Solo:
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
-    def any(self, flag: bool) -> bool:
-        return flag
+    def highest(self, level: int) -> int:
+        return level
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -74,10 +74,10 @@ class Group:
         dist.all_gather(found, tensor)
         return found
 
-    def any(self, flag: bool) -> bool:
-        shared = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(shared)
-        return bool(shared.item())
+    def highest(self, level: int) -> int:
+        shared = torch.tensor([level], device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared.item())
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size

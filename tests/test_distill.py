@@ -18,6 +18,7 @@ from conftest import leave_group, tiny_config
 from safetensors.torch import load_file
 
 from distill_at_scale import distill, synthetic
+from distill_at_scale.checkpoint import saved_step
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.shards import pixels_of, to_table
 from distill_at_scale.distill import Distillation, Places
@@ -110,6 +111,18 @@ def test_resume_equals_an_uninterrupted_run(places, case, stop):
         first.run()
     assert parts.state.exists() is (stop > 1)
     assert same(start(parts, **CASES[case]).run(), whole)
+
+
+@pytest.mark.parametrize(("waited", "took", "step"), [(59, 0.1, 0), (61, 0.1, 1), (61, 10, 0), (201, 10, 1)])
+def test_a_checkpoint_is_due_once_a_minute_but_where_saving_takes_long(places, waited, took, step):
+    """Of 10 s: every 200 s, so that it takes a twentieth of the time."""
+    slow = start(places, distill__checkpoint_every=1000)
+    slow.timer.took = took
+    slow.timer.last -= waited
+    stop_before(slow, 2)
+    with pytest.raises(KeyboardInterrupt):
+        slow.run()
+    assert saved_step(places.state) == step
 
 
 def test_a_finished_distillation_is_not_done_again(places):
@@ -305,7 +318,7 @@ class Frozen:
 def test_alone_means_solo():
     workers = workers_here(CPU)
     assert (workers.rank, workers.size) == (0, 1)
-    assert (workers.gather(3), workers.broadcast(4), workers.any(False), workers.any(True)) == ([3], 4, False, True)
+    assert (workers.gather(3), workers.broadcast(4), workers.highest(0), workers.highest(2)) == ([3], 4, 0, 2)
     assert workers.first(None) is None
 
 
@@ -344,6 +357,11 @@ def work(rank: int, folder: str, places: Places) -> None:
     result = start(stopped, group, **PAIRS["dc"]).run()
     if result is not None:
         result.save(Path(folder) / "resumed")
+    late = start(elsewhere(places, "late"), group, distill__checkpoint_every=1000, **PAIRS["dm"])
+    late.timer.last -= 1000 * rank
+    stop_before(late, 2)
+    with contextlib.suppress(KeyboardInterrupt):
+        late.run()
     messages = [_message(start(elsewhere(places, "diverging"), group, **DIVERGING))]
     for k, overrides in enumerate(POISONED):
         poisoned = start(elsewhere(places, f"poisoned-{k}"), group, **overrides)
@@ -358,7 +376,7 @@ def work(rank: int, folder: str, places: Places) -> None:
         "sum": [t.tolist() for t in found.values()],
         "gather": group.gather(rank),
         "broadcast": group.broadcast(10 + rank),
-        "any": [group.any(rank == 1), group.any(False)],
+        "highest": [group.highest(2 * rank), group.highest(0)],
         "first": group.first("second" if rank == 1 else None),
     }
     (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
@@ -410,6 +428,10 @@ def test_a_state_of_two_workers_is_resumed_by_one(pair, places):
     assert torch.equal(again.run().images, synthetic.load(pair / "dm").images)
 
 
+def test_two_workers_save_together_where_it_is_late_for_one(pair):
+    assert saved_step(pair / "work" / "late" / "state.safetensors") == 1
+
+
 def test_the_log_of_two_workers_is_one_log(pair, places):
     start(places, **PAIRS["dm"]).run()
     log = lines(replace(places, log=pair / "dm.jsonl"))
@@ -440,5 +462,5 @@ def test_a_group_adds_gathers_and_tells(pair):
         assert found["sum"] == [[3.0, 4.0], [[1.0, 1.0], [1.0, 1.0]]]
         assert found["gather"] == [0, 1]
         assert found["broadcast"] == 10
-        assert found["any"] == [True, False]
+        assert found["highest"] == [2, 0]
         assert found["first"] == "second"

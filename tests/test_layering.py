@@ -29,6 +29,7 @@ LAYERS = [  # a module may import from its own layer and from those below it
         "files",
         "rundir",
         "tensors",
+        "checkpoint",
         "networks",
         "augment",
         "pruning",

@@ -62,10 +62,10 @@ class Spy(Group):
         dist.all_gather(found, tensor, group=self.members)
         return found
 
-    def any(self, flag):
-        shared = torch.tensor([float(flag)])
-        dist.all_reduce(shared, group=self.members)
-        return bool(shared.item())
+    def highest(self, level):
+        shared = torch.tensor([level])
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.members)
+        return int(shared.item())
 
     def gather(self, value):
         self.gathered.append(kind_of(value))

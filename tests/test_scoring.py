@@ -142,8 +142,8 @@ class Pair:
         self.shared["barrier"].wait()
         return found
 
-    def any(self, flag):
-        return any(self.gather_tensors(flag))
+    def highest(self, level):
+        return max(self.gather_tensors(level))
 
     def broadcast(self, value):
         return self.gather_tensors(value)[0]

@@ -11,10 +11,11 @@ from typing import Any
 import ray.train
 import ray.train.torch
 
+from distill_at_scale.checkpoint import saved_step
 from distill_at_scale.cluster import training
 from distill_at_scale.cluster.workspace import Workspace
 from distill_at_scale.config import Config
-from distill_at_scale.distill import Places, saved_step
+from distill_at_scale.distill import Places
 from distill_at_scale.execution import Report, run_distillation
 
 

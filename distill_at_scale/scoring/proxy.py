@@ -89,7 +89,7 @@ class Trial:
             self._epoch(epoch)
             if self.workers.rank == 0:
                 self._save(checkpoint_path(self.folder, self.trial, epoch))
-            self.workers.any(False)  # nobody goes on before it is there
+            self.workers.highest(0)  # nobody goes on before it is there
             advance(1)
 
     def _epoch(self, epoch: int) -> None:

@@ -10,7 +10,7 @@ driver is all there is. once: `driver_parts.py`. The last table says for every p
 bears, and at how many GPUs that scoring, or at how many cores that decoding, reaches it.
 
 A simulated actor is a real process without torch (about 0.15 GB; on two cores some seconds each to start, two at a time);
-the script refuses what would not fit the free memory. Prints tables and one JSON object.
+the script refuses what would not fit the free memory and swap, where a sleeper may well lie. Prints tables and one JSON object.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict
 
 def _check_memory(actors: int) -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable"))
+    free = sum(int(line.split()[1]) // 1024 for line in lines if line.startswith(("MemAvailable", "SwapFree")))
     if actors * ACTOR_MB + SPARE_MB > free:
         raise SystemExit(
             f"{actors} actors need about {actors * ACTOR_MB + SPARE_MB} MB, {free} MB are free; ask for fewer"

@@ -94,8 +94,9 @@ class Bucket:
         def store() -> int:
             try:
                 put(self.store.filesystem, self.path(name), content)
-            except FileNotFoundError:  # as Google's storage says it
-                raise Unreachable(self._refusal(f"storing {name}", "there is no such bucket")) from None
+            except FileNotFoundError as error:  # as Google's storage says it
+                self._need_bucket(f"storing {name}")
+                raise OSError(str(error)) from None
             return self.store.filesystem.get_file_info(self.path(name)).mtime_ns
 
         return self._tried(f"storing {name}", store, patience)
@@ -116,6 +117,11 @@ class Bucket:
         if remove is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._tried(f"removing {name}", partial(remove, self.path(name)))
+
+    def _need_bucket(self, what: str) -> None:
+        bucket = self.store.root.partition("/")[0]
+        if self.store.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+            raise Unreachable(self._refusal(what, f"there is no bucket {bucket}"))
 
     def _need_right(self) -> None:
         if self.barred.is_set():

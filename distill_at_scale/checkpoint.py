@@ -1,6 +1,8 @@
 """The checkpoint of a distillation: one file, replaced in one step, from which all its workers go on; and when it is due.
 
-It is due every `distill.checkpoint_every` steps, and where they take long once a minute, as a loss repeats what was done since.
+It is due every `distill.checkpoint_every` steps, and where they take long with the first step that ends a minute after the last
+one, as a loss repeats what was done since; but not where saving would take more than a twentieth of the time. Of a run folder
+on object storage the upload, which goes on beside the steps, is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Saved(NamedTuple):
 
 
 class Timer:
-    """Whether a worker asks for a checkpoint for the time alone."""
+    """Whether one is due for the time alone; kept by who writes the file."""
 
     def __init__(self) -> None:
         self.last, self.took = time.monotonic(), 0.0

@@ -206,10 +206,10 @@ class Distillation:
             last = i + 1 == self.steps
             if (i + 1) % log_every == 0 or last:
                 self._log(i + 1, metrics, time.perf_counter() - began)
+            if self.config.distill.evaluate_every and (i + 1) % self.config.distill.evaluate_every == 0:
+                self._evaluate(i + 1)  # before the checkpoint, as whoever goes on from that does not come here again
             if (i + 1) % self.config.distill.checkpoint_every == 0 or last or late:
                 self._save(i + 1, time.perf_counter() - began)
-            if self.config.distill.evaluate_every and (i + 1) % self.config.distill.evaluate_every == 0:
-                self._evaluate(i + 1)
         self._snapshot(self.steps)
         return self._finish()
 
@@ -221,7 +221,8 @@ class Distillation:
             metrics = self.backend.step(i)
         except DistillationDiverged as error:
             problem = error
-        told = self.workers.highest(DIVERGED if problem else LATE if self.timer.is_due else 0)
+        late = self.workers.rank == 0 and self.timer.is_due  # it writes the file, so it knows how long that takes
+        told = self.workers.highest(DIVERGED if problem else LATE if late else 0)
         if told == DIVERGED:
             self._save(i, time.perf_counter() - began)
             visit, message = self.workers.first((problem.visit, str(problem)) if problem else None)

@@ -163,7 +163,7 @@ class DistillSection(Section):
     width: int = Field(128, ge=1)
     depth: int | None = Field(None, ge=1, le=8)
     evaluate_every: int = Field(0, ge=0)
-    checkpoint_every: int = Field(50, ge=1)  # steps; where they take long, there is one a minute as well
+    checkpoint_every: int = Field(50, ge=1)  # steps; also about once a minute (checkpoint.py)
     hold: Literal["auto", "device", "host", "shards"] = "auto"  # where the kept samples lie; auto: by what fits
     dc: MatchingSection = MatchingSection()
     dsa: SiameseSection = SiameseSection()

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from conftest import leave_group, tiny_config
 from safetensors.torch import load_file
 
 from distill_at_scale import distill, synthetic
-from distill_at_scale.checkpoint import saved_step
+from distill_at_scale.checkpoint import Timer, saved_step
 from distill_at_scale.data.prepared import Prepared
 from distill_at_scale.data.shards import pixels_of, to_table
 from distill_at_scale.distill import Distillation, Places
@@ -113,7 +114,7 @@ def test_resume_equals_an_uninterrupted_run(places, case, stop):
     assert same(start(parts, **CASES[case]).run(), whole)
 
 
-@pytest.mark.parametrize(("waited", "took", "step"), [(59, 0.1, 0), (61, 0.1, 1), (61, 10, 0), (201, 10, 1)])
+@pytest.mark.parametrize(("waited", "took", "step"), [(0, 0.1, 0), (61, 0.1, 1), (61, 10, 0), (201, 10, 1)])
 def test_a_checkpoint_is_due_once_a_minute_but_where_saving_takes_long(places, waited, took, step):
     """Of 10 s: every 200 s, so that it takes a twentieth of the time."""
     slow = start(places, distill__checkpoint_every=1000)
@@ -123,6 +124,20 @@ def test_a_checkpoint_is_due_once_a_minute_but_where_saving_takes_long(places, w
     with pytest.raises(KeyboardInterrupt):
         slow.run()
     assert saved_step(places.state) == step
+
+
+def test_how_long_saving_took_decides_when_it_is_due_again(monkeypatch):
+    clock = Mock(return_value=100.0)
+    monkeypatch.setattr("distill_at_scale.checkpoint.time", Mock(monotonic=clock))
+    timer = Timer()
+
+    def is_due(now):
+        clock.return_value = now
+        return timer.is_due
+
+    assert [is_due(159), is_due(161)] == [False, True], "a minute after 100 s"
+    timer.saved(began=151)
+    assert [is_due(360), is_due(362)] == [False, True], "it took 10 s, so 200 s after 161 s"
 
 
 def test_a_finished_distillation_is_not_done_again(places):
@@ -358,13 +373,14 @@ def work(rank: int, folder: str, places: Places) -> None:
     if result is not None:
         result.save(Path(folder) / "resumed")
     late = start(elsewhere(places, "late"), group, distill__checkpoint_every=1000, **PAIRS["dm"])
-    late.timer.last -= 1000 * rank
+    late.timer.last -= 1000 * (rank == 0)
     stop_before(late, 2)
     with contextlib.suppress(KeyboardInterrupt):
         late.run()
     messages = [_message(start(elsewhere(places, "diverging"), group, **DIVERGING))]
     for k, overrides in enumerate(POISONED):
         poisoned = start(elsewhere(places, f"poisoned-{k}"), group, **overrides)
+        poisoned.timer.last -= 1000 * (rank == 0)  # that it is late for a checkpoint does not hide it
         if rank == 1:
             with torch.no_grad():
                 poisoned.backend.images[0].fill_(float("inf"))

@@ -13,7 +13,7 @@ from distill_at_scale.errors import Unreachable, UserError, WorkersLost
 from distill_at_scale.observe.events import at_once
 
 ray = pytest.importorskip("ray")
-from distill_at_scale.cluster import evaluation, pool, training  # noqa: E402
+from distill_at_scale.cluster import distillation, evaluation, pool, training  # noqa: E402
 
 LOST = ray.exceptions.WorkerCrashedError
 
@@ -116,3 +116,24 @@ def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(monkeypatch):
     monkeypatch.setattr(evaluation, "cores_each", lambda tasks: asked.append(tasks) or 1)
     evaluation.run(config, [], (None, None, None), lambda row: None)
     assert asked == [len(evaluate.jobs(config))] == [4]
+
+
+def test_lines_that_are_written_in_place_of_dropped_ones_are_all_told(tmp_path):
+    """Workers that go on from step 1 drop the line of step 2 and write a longer one before anybody looks."""
+    path, told = tmp_path / "metrics.jsonl", []
+    old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'
+    path.write_text(old)
+    tail = distillation._Tail(path, told.append)
+    path.write_text(old + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    tail.read()
+    assert [line["step"] for line in told] == [2], "what was there before, or half a line, is told"
+    hold = '{"step": 1, "held": "a line that is longer than what it replaces"}\n'
+    path.write_text(old + hold)
+    tail.read()
+    assert [line["step"] for line in told] == [2, 0, 1, 1]
+    path.write_text(old + hold + '{"step": 2, "loss": 1.0}\n')
+    tail.read()
+    assert [line["step"] for line in told] == [2, 0, 1, 1, 2]
+    path.write_text(old)
+    tail.read()
+    assert [line["step"] for line in told] == [2, 0, 1, 1, 2, 0, 1], "the log is shorter than before"

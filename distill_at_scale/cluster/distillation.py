@@ -57,19 +57,21 @@ class _Tail:
 
     def __init__(self, path: Path, report: Report):
         self.path, self.report, self.step = path, report, 0
-        self.position = path.stat().st_size if path.exists() else 0
+        before = path.read_bytes() if path.exists() else b""
+        self.position, self.last = len(before), before[before.rfind(b"\n", 0, -1) + 1 :]
 
     def read(self) -> None:
         if not self.path.exists():
             return
-        if self.path.stat().st_size < self.position:
-            self.position = 0  # rank 0 dropped the lines of steps that are done again
         with open(self.path, "rb") as log:
-            log.seek(self.position)
+            log.seek(self.position - len(self.last))
+            if log.read(len(self.last)) != self.last:  # rank 0 dropped the lines of steps that are done again
+                self.position = 0
+                log.seek(0)
             for line in log:
                 if not line.endswith(b"\n"):
                     break
-                self.position += len(line)
+                self.position, self.last = self.position + len(line), line
                 with contextlib.suppress(ValueError):  # a line may be cut where the log was replaced meanwhile
                     found = json.loads(line)
                     self.step = max(self.step, found["step"])

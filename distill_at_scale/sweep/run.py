@@ -62,7 +62,7 @@ class Planned:
 
 
 def run(config: Config, display: Display, connect: Callable[[], Trials], observers: MakeObservers = nobody) -> pa.Table:
-    """Everything; returns the table, which is also in sweep.parquet.
+    """Everything; returns the table, which is also shown and in sweep.parquet.
 
     Raises UserError for whatever can be known to be wrong before a trial starts, where no trial succeeded, and at the end
     where one failed for the disk, the storage or lost processes: what fails by itself is a result, that is none.
@@ -154,13 +154,14 @@ class Sweep:
 
             self.trials.run(self.config, attempts, self.body, done)
 
-    def publish(self) -> pa.Table:
-        """Write the table of all trials that ended so far."""
+    def table(self) -> pa.Table:
+        """The table of all trials that ended so far."""
         ended = [(planned, found) for planned in self.planned if (found := self.ends[planned.folder]) is not None]
         keys = list(space.dimensions(self.config))
-        made = table.make([(p.trial, found) for p, found in ended], [last_name(p.folder) for p, _ in ended], keys)
+        return table.make([(p.trial, found) for p, found in ended], [last_name(p.folder) for p, _ in ended], keys)
+
+    def publish(self, made: pa.Table) -> None:
         table.write(made, self.base / "sweep.parquet")
-        return made
 
     def _ended(self, job: Planned, last: Last | None, error: str | None) -> None:
         """Others go on meanwhile, so nothing is waited for; what cannot be noted or read now is looked at in the end."""
@@ -169,7 +170,7 @@ class Sweep:
         with contextlib.suppress(OSError, UserError):
             note(job.opened(hurry=True), last, error)
             self._look(job, hurry=True)
-            self.publish()
+            self.publish(self.table())
 
     def _look(self, job: Planned, hurry: bool = False) -> None:
         found = job.outcome(self.config.sweep.search, hurry) or points.failure_of(job.opened())
@@ -180,7 +181,9 @@ class Sweep:
             if self.ends[job.folder] is None:
                 self._look(job)
             self.ends[job.folder] = self.ends[job.folder] or UNKNOWN
-        made = self.publish()
+        made = self.table()
+        summary.show(made, self.display.console)  # whatever the disk can still take
+        self.publish(made)
         failed = [end for end in self.ends.values() if isinstance(end, Failure)]
         if len(failed) == len(self.jobs):
             raise UserError(f"none of the {len(failed)} trials succeeded; the first failed with: {failed[0].message}")
@@ -189,7 +192,7 @@ class Sweep:
                              f"{self.base.place('sweep.parquet')} says why, and the same command tries them again")  # fmt: skip
         page.write(self.base.path, made, self.config)
         self.display.say(f"  page: {self.base.place('sweep.html')}")
-        summary.show(made, self.base.place("sweep.parquet"), self.display.console)
+        self.display.say(f"  table: {self.base.place('sweep.parquet')}")
         if passing := [failure for failure in failed if failure.passing]:
             raise UserError(
                 f"{len(passing)} of {len(self.jobs)} trials could not be carried out here, the first for: "

@@ -19,15 +19,14 @@ FIXED = {name for name, _ in (*table.BEFORE, *table.AFTER)}
 KEYS = ("configuration", "set", "network")
 
 
-def show(made: pa.Table, place: str, console: Console) -> None:
-    """Accuracy of each configuration over its repetitions and networks, what it took, and the `place` of the table."""
+def show(made: pa.Table, console: Console) -> None:
+    """Accuracy of each configuration over its repetitions and evaluation networks, and what it took."""
     shown = Table(title="top-1 accuracy on the test split, %")
     for name in (*KEYS, "mean ± std", "n", "seconds"):
         shown.add_column(name, justify="left" if name in KEYS else "right")
     for row in rows(made):
         shown.add_row(*(row[name] for name in (*KEYS, "accuracy", "n", "seconds")))
     console.print(shown)
-    console.print(f"table: {place}", markup=False, soft_wrap=True)
 
 
 def rows(made: pa.Table) -> list[dict[str, str]]:

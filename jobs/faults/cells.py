@@ -6,6 +6,7 @@ the work in flight was done again; what it leaves is the same bytes as without t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -60,7 +61,12 @@ class Result:
 
 
 def _any(pattern: str) -> Callable[[Path, str], bool]:
-    return lambda run, said: any(True for _ in run.glob(pattern))
+    def found(run: Path, said: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # a folder was removed while it was looked through
+            return any(True for _ in run.glob(pattern))
+        return False
+
+    return found
 
 
 def _files(*patterns: str) -> Callable[[Path], Mapping[str, str]]:

@@ -54,18 +54,18 @@ def read(path: Path) -> Saved | None:
     """The checkpoint, None without one."""
     if not path.exists():
         return None
-    state = tensors.load(path)
-    with safe_open(path, "pt") as handle:
-        facts = handle.metadata()
-    return Saved(state, int(facts["step"]), float(facts["seconds"]))
+    facts = _facts(path)
+    return Saved(tensors.load(path), int(facts["step"]), float(facts["seconds"]))
 
 
 def saved_step(path: Path) -> int:
     """The number of steps that a checkpoint holds, 0 without one."""
-    if not path.exists():
-        return 0
+    return int(_facts(path)["step"]) if path.exists() else 0
+
+
+def _facts(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as handle:
-        return int(handle.metadata()["step"])
+        return handle.metadata()
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -154,7 +154,7 @@ class Sweep:
 
             self.trials.run(self.config, attempts, self.body, done)
 
-    def table(self) -> pa.Table:
+    def so_far(self) -> pa.Table:
         """The table of all trials that ended so far."""
         ended = [(planned, found) for planned in self.planned if (found := self.ends[planned.folder]) is not None]
         keys = list(space.dimensions(self.config))
@@ -170,7 +170,7 @@ class Sweep:
         with contextlib.suppress(OSError, UserError):
             note(job.opened(hurry=True), last, error)
             self._look(job, hurry=True)
-            self.publish(self.table())
+            self.publish(self.so_far())
 
     def _look(self, job: Planned, hurry: bool = False) -> None:
         found = job.outcome(self.config.sweep.search, hurry) or points.failure_of(job.opened())
@@ -181,7 +181,7 @@ class Sweep:
             if self.ends[job.folder] is None:
                 self._look(job)
             self.ends[job.folder] = self.ends[job.folder] or UNKNOWN
-        made = self.table()
+        made = self.so_far()
         summary.show(made, self.display.console)  # whatever the disk can still take
         self.publish(made)
         failed = [end for end in self.ends.values() if isinstance(end, Failure)]

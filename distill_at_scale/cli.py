@@ -16,22 +16,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distill_at_scale import auto, fingerprints, validate
-from distill_at_scale import config as configuration
-from distill_at_scale.config import Config
-from distill_at_scale.errors import UserError
-from distill_at_scale.execution import Executor, Local
-from distill_at_scale.observe.observers import Observer
-from distill_at_scale.pipeline import Pipeline, decided
-from distill_at_scale.plan import forecast
-from distill_at_scale.plan.outcome import Outcome
-from distill_at_scale.progress import Display, printable
-from distill_at_scale.rundir import STAGES, RunDir
-from distill_at_scale.runners import LocalRunner, PointRunner, PooledRunner
-from distill_at_scale.scoring import exported
-from distill_at_scale.studies import suite
-from distill_at_scale.sweep import run as sweep
-from distill_at_scale.trials import OneByOne, Trials
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import Display, printable
+from distill_at_scale.experiments import auto_keep_rate
+from distill_at_scale.experiments.runners import LocalRunner, PointRunner, PooledRunner
+from distill_at_scale.experiments.studies import suite
+from distill_at_scale.experiments.sweep import run as sweep
+from distill_at_scale.experiments.trials import OneByOne, Trials
+from distill_at_scale.pipeline import fingerprints, validate
+from distill_at_scale.pipeline.executors.base import Executor, Local
+from distill_at_scale.pipeline.monitoring.observers import Observer
+from distill_at_scale.pipeline.pipeline import Pipeline, decided
+from distill_at_scale.pipeline.planning import forecast
+from distill_at_scale.pipeline.planning.plan import Outcome
+from distill_at_scale.pruning import export as exported
+from distill_at_scale.storage.run_dir import STAGES, RunDir
 
 EPILOG = """STAGE is run (all stages in order, each skipped when its valid output is there) or one of: {stages};
 or validate (looks at every sample before anything is computed, and lists what is broken),
@@ -126,7 +127,7 @@ def _command(parsed: argparse.Namespace) -> int:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
         return _run(config, parsed.stage)
-    from distill_at_scale.cluster.guard import explained, guarded
+    from distill_at_scale.cluster.head_watchdog import explained, guarded
 
     def connected() -> int:
         with explained(address):
@@ -144,7 +145,7 @@ def _run(config: Config, stage: str) -> int:
     if stage == "study":
         run_studies(config, display)
         return 0
-    if stage == "plan" and config.select.keep == "auto" and (rate := auto.known_rate(config)):
+    if stage == "plan" and config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
         config = decided(config, rate)
     pipeline = Pipeline(
         config,
@@ -198,7 +199,7 @@ def make_trials(config: Config, display: Display) -> Trials:
     if config.cluster.address == "none":
         return OneByOne()
     _need_ray()
-    from distill_at_scale.cluster.sweep import TunedTrials
+    from distill_at_scale.cluster.tune_trials import TunedTrials
 
     return TunedTrials(config, display.say)
 
@@ -218,8 +219,8 @@ def make_runner(config: Config, display: Display) -> Iterator[PointRunner]:
         yield LocalRunner(config, display)
         return
     _need_ray()
+    from distill_at_scale.cluster.actor_runner import WarmPool
     from distill_at_scale.cluster.executor import absolute
-    from distill_at_scale.cluster.warm import WarmPool
 
     with WarmPool(config, display.say) as pool:
         yield PooledRunner(absolute(config), display, pool)
@@ -246,7 +247,7 @@ def find_rate(pipeline: Pipeline, display: Display) -> float:
         _ = pipeline.executor  # Ray, once for the search and for what follows it
         return make_runner(config, display)
 
-    return auto.rate(pipeline.config, runner, display.say)
+    return auto_keep_rate.rate(pipeline.config, runner, display.say)
 
 
 def show_plan(config: Config, found: Outcome, display: Display) -> None:

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from distill_at_scale import config as configuration
-from distill_at_scale.config import Config
-from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.data.shards import schema, to_table, write_meta, write_shards
-from distill_at_scale.distill import Places
-from distill_at_scale.execution import Local
-from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.pipeline import Pipeline
-from distill_at_scale.progress import Display
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.progress import Display
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.format import schema, to_table, write_meta, write_shards
+from distill_at_scale.distillation.engine import Places
+from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 

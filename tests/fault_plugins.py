@@ -7,11 +7,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from distill_at_scale.backends.dm import DistributionMatching
-from distill_at_scale.backends.mtt import TrajectoryMatching
-from distill_at_scale.backends.trajectories import Expert, expert_name
-from distill_at_scale.data.sources.digits import Digits
-from distill_at_scale.scoring.criteria.loss import Loss
+from distill_at_scale.data.sources.image.digits import Digits
+from distill_at_scale.distillation.methods.dm import DistributionMatching
+from distill_at_scale.distillation.methods.mtt import TrajectoryMatching
+from distill_at_scale.distillation.methods.shared.experts import Expert, expert_name
+from distill_at_scale.pruning.criteria.loss import Loss
 
 ARMED = Path(tempfile.gettempdir()) / f"distill-at-scale-kill-a-scorer-{os.getuid()}"  # the next one to score dies
 SLOW = ARMED.with_name(ARMED.name + "-slowly")  # while it is there, every observation takes a while

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 from conftest import tiny_config
 
-from distill_at_scale.config import Config, with_overrides
-from distill_at_scale.data.rowgroups import RowGroupWriter
-from distill_at_scale.records import Inputs
-from distill_at_scale.rundir import RunDir
-from distill_at_scale.scoring import table as score_table
-from distill_at_scale.studies.base import Context, Outcome, Point
+from distill_at_scale.config.load import Config, with_overrides
+from distill_at_scale.data.prepared.parquet import RowGroupWriter
+from distill_at_scale.experiments.studies.base import Context, Outcome, Point
+from distill_at_scale.pruning.scoring import score_table
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import Inputs
 
 CLASSES, EACH = 4, 250
 

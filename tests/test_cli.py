@@ -10,7 +10,7 @@ import yaml
 from conftest import TINY
 
 from distill_at_scale import cli
-from distill_at_scale.rundir import STAGES
+from distill_at_scale.storage.run_dir import STAGES
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_bug_is_not_hidden(tiny_file, monkeypatch):
 def test_the_table_at_the_end_has_every_set(digits_run, capsys):
     from rich.console import Console
 
-    from distill_at_scale.rundir import RunDir
+    from distill_at_scale.storage.run_dir import RunDir
 
     cli.show_result(RunDir(digits_run.dir), Console(width=120))
     out = capsys.readouterr().out

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import SMALL
 
-from distill_at_scale.backends import BACKENDS
-from distill_at_scale.backends.gradients import real_gradient
-from distill_at_scale.data.pool import Pool
-from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.distill import Distillation, backend_class, setting_of
-from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.workers import Solo
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.distillation.engine import Distillation, backend_class, setting_of
+from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods.shared.gradient_distance import real_gradient
+from distill_at_scale.models.spec import NetworkSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")

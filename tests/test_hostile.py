@@ -21,20 +21,22 @@ from conftest import write_prepared
 from PIL import Image
 from rich.console import Console
 
-from distill_at_scale import config as configuration
-from distill_at_scale import synthetic, tensors
-from distill_at_scale.data.decode import MOST_SCANS, ImageDecoder, Rejected
-from distill_at_scale.data.isolated import Isolated
-from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.data.sources.parquet import HuggingFaceParquet
-from distill_at_scale.data.unpacking import Bomb, gunzip
-from distill_at_scale.errors import UserError
-from distill_at_scale.progress import Display
-from distill_at_scale.records import Inputs
-from distill_at_scale.rundir import RunDir
-from distill_at_scale.scoring import imported, weights
-from distill_at_scale.sections import DataSection
-from distill_at_scale.soft_labels import Teacher, TeacherFacts
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core import safetensors_io
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.data.archives.gunzip import Bomb, gunzip
+from distill_at_scale.data.codecs.image import MOST_SCANS, ImageDecoder, Rejected
+from distill_at_scale.data.codecs.worker_process import Isolated
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
+from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.soft_labels import Teacher, TeacherFacts
+from distill_at_scale.models import pretrained
+from distill_at_scale.pruning.scoring import imported
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import Inputs
 
 CPU = torch.device("cpu")
 RAN: list[object] = []
@@ -163,7 +165,7 @@ def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
 def test_weights_that_claim_more_than_their_file_holds_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1).expand(10**10)}, tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"claims 40,000,000,000 bytes of weights and has"):
-        weights._read(tmp_path / "w.pt")
+        pretrained._read(tmp_path / "w.pt")
 
 
 def test_a_packed_archive_of_weights_is_refused(tmp_path):
@@ -175,7 +177,7 @@ def test_a_packed_archive_of_weights_is_refused(tmp_path):
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
     with pytest.raises(UserError, match="packed zip archive"):
-        weights._read(tmp_path / "p.pt")
+        pretrained._read(tmp_path / "p.pt")
 
 
 @pytest.mark.parametrize("kind", ["npz", "json", "npy"])
@@ -240,14 +242,14 @@ def test_what_steers_a_terminal_is_written_out():
 )
 def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, said):
     card = {"class_names": ["a", "b"], "normalization": {"mean": [0.5], "std": [0.25]}, "protocol": {}}
-    tensors.write(
-        tmp_path / "synthetic.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
+    safetensors_io.write(
+        tmp_path / "synthetic_set.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
     )
     (tmp_path / "card.json").write_text(json.dumps(card))
-    synthetic.load(tmp_path)
+    synthetic_set.load(tmp_path)
     (tmp_path / "card.json").write_text(json.dumps(card | wrong))
     with pytest.raises(UserError, match=said):
-        synthetic.load(tmp_path)
+        synthetic_set.load(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits are those of Linux")
@@ -266,5 +268,5 @@ def test_a_pickle_in_a_place_of_weights_is_not_run(tmp_path):
     for content in (pickle.dumps(Runs()), pickle.dumps({"state_dict": Runs()}, 2)):
         (tmp_path / "w.pt").write_bytes(content)
         with pytest.raises(UserError, match="cannot be loaded safely"):
-            weights._read(tmp_path / "w.pt")
+            pretrained._read(tmp_path / "w.pt")
     assert "ran" not in RAN

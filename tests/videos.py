@@ -20,7 +20,7 @@ from typing import Any
 import av
 import numpy as np
 
-from distill_at_scale.data.decoders import pyav_frames
+from distill_at_scale.data.codecs.video_decoders import pyav_frames
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distill_at_scale.errors import DistillationDiverged, UserError
+from distill_at_scale.core.errors import DistillationDiverged, UserError
 
 
 def process(value: int) -> tuple[int, int]:

@@ -6,21 +6,34 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill_at_scale.cluster import distillation, evaluation, ingest, monte_carlo, networks, scoring
-from distill_at_scale.cluster.metrics import Metrics
-from distill_at_scale.cluster.pool import Tell, check_gpus, with_fewer_actors
+from distill_at_scale.cluster import (
+    aux_networks,
+    ingest,
+    monte_carlo,
+)
+from distill_at_scale.cluster import (
+    distill as distillation,
+)
+from distill_at_scale.cluster import (
+    evaluate as evaluation,
+)
+from distill_at_scale.cluster import (
+    score as scoring,
+)
+from distill_at_scale.cluster.actor_pool import Tell, check_gpus, with_fewer_actors
+from distill_at_scale.cluster.pending_resources import watched
+from distill_at_scale.cluster.prometheus import Metrics
 from distill_at_scale.cluster.session import Session
-from distill_at_scale.cluster.waiting import watched
-from distill_at_scale.config import Config
-from distill_at_scale.data.shards import Chunk
-from distill_at_scale.data.storage import is_uri, last_name
-from distill_at_scale.distill import Places
-from distill_at_scale.evaluate import Job
-from distill_at_scale.execution import Advance, Chunks, Report
-from distill_at_scale.files import located
-from distill_at_scale.method_sections import DistillSection
-from distill_at_scale.observe.events import Note, ignore
-from distill_at_scale.observe.observers import Observer
+from distill_at_scale.config.load import Config
+from distill_at_scale.config.methods import DistillSection
+from distill_at_scale.core.atomic_files import located
+from distill_at_scale.core.events import Note, ignore
+from distill_at_scale.data.prepared.format import Chunk
+from distill_at_scale.distillation.engine import Places
+from distill_at_scale.distillation.evaluate import Job
+from distill_at_scale.pipeline.executors.base import Advance, Chunks, Report
+from distill_at_scale.pipeline.monitoring.observers import Observer
+from distill_at_scale.storage.filesystem import is_uri, last_name
 
 
 class RayExecutor:
@@ -62,7 +75,7 @@ class RayExecutor:
 
     def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
         with watched("training of networks", self.say, advance) as advance:
-            networks.run(absolute(config), places.located(), names, advance, self.sharing, self.note)
+            aux_networks.run(absolute(config), places.located(), names, advance, self.sharing, self.note)
 
     def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
         shared = with_fewer_actors(absolute(config), self.sharing)

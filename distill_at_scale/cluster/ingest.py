@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.cluster.pool import Tell, grouped, reporting, stream, work_of
+from distill_at_scale.cluster.actor_pool import Tell, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.workspace import Workspace
-from distill_at_scale.config import Config
-from distill_at_scale.data.ingest import listing_path, mapped, open_source
-from distill_at_scale.data.pieces import (
+from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.events import Spent
+from distill_at_scale.data.ingest.chunks import (
     Recipe,
     check_chunk,
     finished,
@@ -27,9 +27,9 @@ from distill_at_scale.data.pieces import (
     recipe_of,
     rejected_path,
 )
+from distill_at_scale.data.ingest.plan import listing_path, mapped, open_source
 from distill_at_scale.data.sources.base import Source
-from distill_at_scale.execution import Advance, Chunks
-from distill_at_scale.observe.events import Spent
+from distill_at_scale.pipeline.executors.base import Advance, Chunks
 
 
 def run(config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool, tell: Tell) -> int:

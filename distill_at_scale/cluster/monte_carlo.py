@@ -11,13 +11,13 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.pool import actor_count, device, waited_for
+from distill_at_scale.cluster.actor_pool import actor_count, device, waited_for
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.workspace import Workspace
-from distill_at_scale.config import Config
-from distill_at_scale.execution import Advance, subset_trials, waiting_units
-from distill_at_scale.observe.events import Event, Note, ignore, measured
-from distill_at_scale.scoring.monte_carlo import Trials, Unit, piece
+from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.events import Event, Note, ignore, measured
+from distill_at_scale.pipeline.executors.base import Advance, subset_trials, waiting_units
+from distill_at_scale.pruning.scoring.monte_carlo import Trials, Unit, piece
 
 AHEAD = 2  # units that are sent for every one that runs, so that no core waits
 

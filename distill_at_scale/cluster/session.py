@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from distill_at_scale.config import Config
-from distill_at_scale.errors import UserError
-from distill_at_scale.rundir import RunDir
-from distill_at_scale.sections import ClusterSection
+from distill_at_scale.config.load import Config
+from distill_at_scale.config.sections import ClusterSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.storage.run_dir import RunDir
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` workers use this environment as it is
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

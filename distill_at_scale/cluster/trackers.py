@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from distill_at_scale.config import Config, flatten
-from distill_at_scale.data.storage import last_name
-from distill_at_scale.errors import UserError
-from distill_at_scale.observe.events import Event
-from distill_at_scale.observe.observers import Observer
-from distill_at_scale.pages import public
-from distill_at_scale.rundir import RunDir
-from distill_at_scale.sections import MlflowSection, WandbSection
+from distill_at_scale.config.load import Config, flatten
+from distill_at_scale.config.sections import MlflowSection, WandbSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.events import Event
+from distill_at_scale.pipeline.monitoring.observers import Observer
+from distill_at_scale.pipeline.report.html import public
+from distill_at_scale.storage.filesystem import last_name
+from distill_at_scale.storage.run_dir import RunDir
 
 NOT_LOGGED = ("step", "of", "at")  # of a line of the log
 ARTEFACTS = ("report.html", "evaluation.json", "run.json")

@@ -22,7 +22,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from distill_at_scale.sections import RuntimeSection
+from distill_at_scale.config.sections import RuntimeSection
 
 SMALLEST = 1e-6  # of the batch's largest effect: what is less counts as this much, or no logarithm could be taken
 FLAT = 1e-12  # a spread below this is none

@@ -27,9 +27,9 @@ from peaks import Watch, show_peaks
 from scoring import MANY, forward_alone, ours, write_checkpoints
 from side_by_side import Clock, Row, roof, show
 
-from distill_at_scale.config import validate
-from distill_at_scale.data.shards import group_rows, schema, to_table, write_meta, write_shards
-from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.config.load import validate
+from distill_at_scale.data.prepared.format import group_rows, schema, to_table, write_meta, write_shards
+from distill_at_scale.models.spec import NetworkSpec
 
 ENDINGS = (".mp4", ".webm", ".mkv", ".avi")
 CLASSES, CHUNK = 8, 64  # of the shards that are scored; the product takes larger units of clips this small
@@ -103,7 +103,7 @@ def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[s
 
 def _ingest(options: argparse.Namespace, folder: Path) -> float:
     from distill_at_scale.cluster.executor import RayExecutor
-    from distill_at_scale.data import ingest
+    from distill_at_scale.data.ingest import plan as ingest
 
     config = validate({
         "data": {"source": "videofolder", "path": str(folder / "videos"), "size": options.size, "frames": options.frames,

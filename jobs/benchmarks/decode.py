@@ -33,8 +33,8 @@ from PIL import Image
 from side_by_side import columns
 from torchvision.transforms.v2 import functional as transforms
 
-from distill_at_scale.data.decode import ImageDecoder, decode_stored, encode
-from distill_at_scale.environment import environment
+from distill_at_scale.core.environment import environment
+from distill_at_scale.data.codecs.image import ImageDecoder, decode_stored, encode
 
 Array = np.ndarray[Any, Any]
 Decode = Callable[[bytes, int, str], Array]  # encoded image, size, "square" or "crop" -> uint8 [3, size, size]

@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import selection
 
-from distill_at_scale.config import validate
-from distill_at_scale.data import ingest, merge, shards
-from distill_at_scale.files import file_digests
+from distill_at_scale.config.load import validate
+from distill_at_scale.core.atomic_files import file_digests
+from distill_at_scale.data.ingest import merge
+from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.data.prepared import format as shards
 
 SHAPE, CHUNK = (3, 64, 64), 1024
 Rates = dict[str, float]  # a part -> images per second

@@ -26,13 +26,14 @@ import torch
 from side_by_side import columns
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill_at_scale import config as configuration
-from distill_at_scale import distill, evaluate
-from distill_at_scale.backends.dc import default_loops
-from distill_at_scale.config import Config
-from distill_at_scale.data.merge import MOST_THREADS
-from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.plan.stages import POOL, RAY, TASKS, TRAIN
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.load import Config
+from distill_at_scale.data.ingest.merge import MOST_THREADS
+from distill_at_scale.distillation import engine as distill
+from distill_at_scale.distillation import evaluate
+from distill_at_scale.distillation.methods.dc import default_loops
+from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.planning.estimates import POOL, RAY, TASKS, TRAIN
 
 SAMPLES, TESTS, CLASSES, CHUNK, NODE = 1_281_167, 50_000, 1000, 1024, 8  # NODE: GPUs of a machine
 CONFIGS = ("imagenet1k_dm_ipc10", "imagenet1k_dc_ipc1")

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from side_by_side import Clock, image_options, roof, show
 
-from distill_at_scale.config import Config, validate
+from distill_at_scale.config.load import Config, validate
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def _enlarged(path: Path, size: str, folder: Path) -> Path:
 
 
 def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[str], size: int) -> int:
-    from distill_at_scale.data.decode import ImageDecoder
+    from distill_at_scale.data.codecs.image import ImageDecoder
 
     decoder, own = ImageDecoder(size), files[core::cores]
     ready()
@@ -96,8 +96,8 @@ def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[s
 def _ingest(config: Config, pieces: Path, actors: int) -> tuple[Clock, float]:
     """The clock of the decoding, and the seconds of the merge after it."""
     from distill_at_scale.cluster.executor import RayExecutor
-    from distill_at_scale.data import ingest
-    from distill_at_scale.data.merge import merge
+    from distill_at_scale.data.ingest import plan as ingest
+    from distill_at_scale.data.ingest.merge import merge
 
     pieces.mkdir()
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)

@@ -29,14 +29,14 @@ import numpy as np
 from peaks import Watch, show_peaks
 from PIL import Image
 
-from distill_at_scale import config as configuration
 from distill_at_scale.cli import make_executor
-from distill_at_scale.config import Config
-from distill_at_scale.environment import environment
-from distill_at_scale.pipeline import Pipeline
-from distill_at_scale.plan import forecast
-from distill_at_scale.progress import Display
-from distill_at_scale.rundir import STAGES
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.environment import environment
+from distill_at_scale.core.progress import Display
+from distill_at_scale.pipeline.pipeline import Pipeline
+from distill_at_scale.pipeline.planning import forecast
+from distill_at_scale.storage.run_dir import STAGES
 
 NAMES = ("imagenet1k_dc_ipc1", "imagenet1k_dm_ipc10", "imagenet1k_dm_ipc50", "kinetics400_dm_ipc1",
          "kinetics400_dm_ipc10")  # fmt: skip

@@ -17,11 +17,11 @@ import argparse
 import json
 from pathlib import Path
 
-from distill_at_scale import config as configuration
-from distill_at_scale.config import Config
-from distill_at_scale.execution import Local
-from distill_at_scale.pipeline import Pipeline
-from distill_at_scale.progress import Display
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.progress import Display
+from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.pipeline import Pipeline
 
 LEVELS = {"none": ["select.keep=1", "runtime.rule=none"], "static": ["runtime.rule=none"], "both": []}
 COLUMNS = ("method", "ipc", "kept", "runtime", "top-1 %", "n", "random real, top-1 %", "distill, s")

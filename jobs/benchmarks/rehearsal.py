@@ -23,10 +23,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from peaks import Watch, show_peaks
 
 from distill_at_scale.cluster.executor import RayExecutor
-from distill_at_scale.config import Config, validate
-from distill_at_scale.environment import environment
-from distill_at_scale.pipeline import Pipeline
-from distill_at_scale.progress import Display
+from distill_at_scale.config.load import Config, validate
+from distill_at_scale.core.environment import environment
+from distill_at_scale.core.progress import Display
+from distill_at_scale.pipeline.pipeline import Pipeline
 
 STAGES = ("ingest", "score", "select")
 

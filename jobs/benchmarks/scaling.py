@@ -30,16 +30,16 @@ import ray
 import torch
 from side_by_side import Clock, columns, roof
 
-from distill_at_scale.config import Config, validate
-from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.data.shards import Chunk
-from distill_at_scale.distill import Distillation, Places
-from distill_at_scale.environment import environment
-from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.plan import made_up
-from distill_at_scale.plan.known import Facts
-from distill_at_scale.scoring.scorer import Scorer
-from distill_at_scale.workers import Solo
+from distill_at_scale.config.load import Config, validate
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.environment import environment
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.format import Chunk
+from distill_at_scale.distillation.engine import Distillation, Places
+from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.planning import dummy_data
+from distill_at_scale.pipeline.planning.facts import Facts
+from distill_at_scale.pruning.scoring.scorer import Scorer
 
 SHAPE, CHUNK, EPOCHS = (3, 32, 32), 512, 4
 CLASSES, HELD, REAL, WIDTH = 32, 64, 32, 32  # of the distilled set: classes for one worker, samples of each, in a batch
@@ -116,8 +116,8 @@ def _rows(cases: list[Case]) -> list[dict[str, Any]]:
 
 def scoring(options: argparse.Namespace, folder: Path) -> list[Case]:
     facts = _facts(range(1))
-    made = made_up.write(folder / "scored", facts, [0], CHUNK, CHUNK)
-    made_up.write_checkpoints(folder / "proxies", NetworkSpec("convnet", SHAPE, 1, WIDTH), EPOCHS)
+    made = dummy_data.write(folder / "scored", facts, [0], CHUNK, CHUNK)
+    dummy_data.write_checkpoints(folder / "proxies", NetworkSpec("convnet", SHAPE, 1, WIDTH), EPOCHS)
     one = Prepared(made.prepared).chunks()[0]
 
     def by_actors(actors: int, samples: int) -> Callable[[Path], tuple[float, float]]:
@@ -173,7 +173,7 @@ def plain_scoring(
 
 def distilling(options: argparse.Namespace, method: str, folder: Path) -> list[Case]:
     steps = options.steps if method == "dm" else max(4, options.steps // 4)
-    sets = {n: made_up.write(folder / f"{method}-{n}", _facts(range(n)), list(range(n)), HELD) for n in _sizes()}
+    sets = {n: dummy_data.write(folder / f"{method}-{n}", _facts(range(n)), list(range(n)), HELD) for n in _sizes()}
 
     def by_workers(workers: int, classes: int) -> Callable[[Path], tuple[float, float]]:
         return lambda place: _distill(workers, _distils(method, workers, steps), sets[classes], classes, place)
@@ -210,7 +210,7 @@ def _distils(method: str, workers: int, steps: int) -> Config:
     return validate({"distill": section})
 
 
-def _distill(workers: int, config: Config, made: made_up.MadeUp, classes: int, place: Path) -> tuple[float, float]:
+def _distill(workers: int, config: Config, made: dummy_data.MadeUp, classes: int, place: Path) -> tuple[float, float]:
     """Classes x steps per second from the third line of the log to the last; the start is all before the first step."""
     from distill_at_scale.cluster.executor import RayExecutor
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from distill_at_scale.scoring import table
-from distill_at_scale.scoring.columns import matrix
+from distill_at_scale.pruning.scoring import score_table
+from distill_at_scale.pruning.scoring.columns import matrix
 
 
 def main() -> None:
@@ -30,13 +30,13 @@ def main() -> None:
     other, _, b = _scores(options.second, None, None)
     if ids != other:
         raise SystemExit("the two runs score different samples; agreement needs the same data set")
-    mean, std = table.within_class_spearman(a, b, labels)
+    mean, std = score_table.within_class_spearman(a, b, labels)
     print(json.dumps({"spearman_mean": round(mean, 4), "spearman_std_over_classes": round(std, 4), "samples": len(ids),
                       "mean_score": [round(float(a.mean()), 4), round(float(b.mean()), 4)]}))  # fmt: skip
 
 
 def _scores(run: Path, trials: int | None, epochs: int | None) -> tuple[list[str], Any, Any]:
-    scores, facts = table.read(run / "scores.parquet")
+    scores, facts = score_table.read(run / "scores.parquet")
     values = matrix(scores["loss_values"]).reshape(-1, facts["trials"], facts["epochs"])
     values = values[:, : trials or facts["trials"], : epochs or facts["epochs"]]
     return scores["sample_id"].to_pylist(), scores["label"].to_numpy(), np.mean(values, axis=(1, 2), dtype=np.float64)

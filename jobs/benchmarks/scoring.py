@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from side_by_side import Clock, Row, image_options, roof, show
 from torch import Tensor, nn
 
-from distill_at_scale import tensors
-from distill_at_scale.config import validate
-from distill_at_scale.data.decode import ImageDecoder
-from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.data.shards import group_rows, schema, to_table, write_meta, write_shards
-from distill_at_scale.networks import NetworkSpec, in_parts
-from distill_at_scale.scoring.proxy import checkpoint_path
+from distill_at_scale.config.load import validate
+from distill_at_scale.core import safetensors_io
+from distill_at_scale.data.codecs.image import ImageDecoder
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.format import group_rows, schema, to_table, write_meta, write_shards
+from distill_at_scale.models.spec import NetworkSpec, in_parts
+from distill_at_scale.pruning.proxies.train import checkpoint_path
 
 ROWS = ("roof", "ours", "one actor", "loader", "naive")
 MANY = 10
@@ -121,7 +121,7 @@ def write_checkpoints(folder: Path, spec: NetworkSpec) -> None:
     """Random weights as the checkpoints of one trial."""
     for epoch in range(MANY):
         state = {f"weight.{key}": value for key, value in spec.build(epoch).state_dict().items()}
-        tensors.save(checkpoint_path(folder, 0, epoch), state)
+        safetensors_io.save(checkpoint_path(folder, 0, epoch), state)
 
 
 def _measure(
@@ -149,7 +149,7 @@ def _measure(
 
 
 def _weights(folder: Path, epoch: int) -> dict[str, Tensor]:
-    found = tensors.load(checkpoint_path(folder, 0, epoch))
+    found = safetensors_io.load(checkpoint_path(folder, 0, epoch))
     return {key.removeprefix("weight."): value for key, value in found.items()}
 
 

@@ -23,13 +23,20 @@ import numpy as np
 import torch
 from side_by_side import Row, show
 
-from distill_at_scale import tensors
-from distill_at_scale.config import validate
-from distill_at_scale.data.decode import encode
-from distill_at_scale.data.shards import group_rows, schema, to_jpeg_table, to_table, write_meta, write_shards
-from distill_at_scale.networks import NetworkSpec, in_parts, maybe_compile
-from distill_at_scale.scoring.proxy import autocast, checkpoint_path
-from distill_at_scale.scoring.scorer import Scorer
+from distill_at_scale.config.load import validate
+from distill_at_scale.core import safetensors_io
+from distill_at_scale.data.codecs.image import encode
+from distill_at_scale.data.prepared.format import (
+    group_rows,
+    schema,
+    to_jpeg_table,
+    to_table,
+    write_meta,
+    write_shards,
+)
+from distill_at_scale.models.spec import NetworkSpec, in_parts, maybe_compile
+from distill_at_scale.pruning.proxies.train import autocast, checkpoint_path
+from distill_at_scale.pruning.scoring.scorer import Scorer
 
 MANY, CLASSES, CHUNK = 10, 10, 1024
 
@@ -98,7 +105,7 @@ def _prepare(network: str, size: int, width: int, samples: int, folder: Path, ch
     spec = NetworkSpec(network, shape, CLASSES, width)
     for epoch in range(checkpoints):
         state = {f"weight.{key}": value for key, value in spec.build(epoch).state_dict().items()}
-        tensors.save(checkpoint_path(folder / "proxies", 0, epoch), state)
+        safetensors_io.save(checkpoint_path(folder / "proxies", 0, epoch), state)
     return spec
 
 

@@ -34,11 +34,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.config import validate
-from distill_at_scale.data.prefetch import ahead
-from distill_at_scale.data.rowgroups import RowGroupWriter, batches
-from distill_at_scale.pruning import cuts, manifest, static
-from distill_at_scale.sections import SelectSection
+from distill_at_scale.config.load import validate
+from distill_at_scale.config.sections import SelectSection
+from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.data.prepared import manifest
+from distill_at_scale.data.prepared.parquet import RowGroupWriter, batches
+from distill_at_scale.pruning.selection import quotas
+from distill_at_scale.pruning.selection import select as static
 
 IMAGENET, LOSSES, PIECE = 1_281_167, (5, 5), 1024
 EXACT_ROWS = 5_000_000
@@ -154,7 +156,7 @@ def read_kept(path: Path) -> dict[str, Any]:
 
 
 def aggregate(pieces: Path, scores: Path) -> dict[str, Any]:
-    from distill_at_scale.scoring.table import write_scores
+    from distill_at_scale.pruning.scoring.score_table import write_scores
 
     ids = pq.read_table(pieces / "ids.parquet")["sample_id"].combine_chunks()
     paths = sorted(pieces.glob("piece-*.parquet"))
@@ -181,7 +183,7 @@ def compare(path: Path, scope: str) -> dict[str, Any]:
         ranks = np.empty(len(labels), np.int64)
         ranks[ranked] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
         if scope == "class":
-            kept = ranks < np.array([cuts.quota(0.13, int(n), 0) for n in counts])[labels]
+            kept = ranks < np.array([quotas.quota(0.13, int(n), 0) for n in counts])[labels]
         else:
             kept = np.zeros(len(labels), bool)
             kept[np.lexsort((ids, labels, values))[: facts["kept"]]] = True
@@ -241,7 +243,7 @@ def _scored_classes() -> Iterator[pa.Table]:
 
 
 def _about() -> dict[str, Any]:
-    from distill_at_scale.environment import environment
+    from distill_at_scale.core.environment import environment
 
     about = environment()
     return {"hardware": about["hardware"], "versions": about["versions"], "commit": about["commit"]}

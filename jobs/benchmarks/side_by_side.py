@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distill_at_scale.environment import environment
+from distill_at_scale.core.environment import environment
 
 Row = tuple[str, float, float | None]  # what, per second, and as a share of the yardstick
 

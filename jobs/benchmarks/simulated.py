@@ -35,12 +35,12 @@ import ray
 from peaks import family, kind_of
 from side_by_side import columns
 
-from distill_at_scale.cluster.pool import Tell, grouped, reporting, stream, work_of
+from distill_at_scale.cluster.actor_pool import Tell, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import quieten
-from distill_at_scale.config import Config, validate
-from distill_at_scale.environment import environment
-from distill_at_scale.files import publish
-from distill_at_scale.observe.events import Spent
+from distill_at_scale.config.load import Config, validate
+from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.environment import environment
+from distill_at_scale.core.events import Spent
 
 # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
 CHUNK, CHUNKS, CHECKPOINTS = 1024, 1310, 25

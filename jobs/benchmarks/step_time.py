@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from distill_at_scale.backends.base import ImageBackend, Setting
-from distill_at_scale.config import validate
-from distill_at_scale.data.normalization import Normalization
-from distill_at_scale.data.pool import Pool
-from distill_at_scale.distill import backend_class
-from distill_at_scale.environment import environment
-from distill_at_scale.networks import NetworkSpec
-from distill_at_scale.rng import derive
-from distill_at_scale.workers import Solo
+from distill_at_scale.config.load import validate
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.environment import environment
+from distill_at_scale.core.rng import derive
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.distillation.engine import backend_class
+from distill_at_scale.distillation.methods.base import ImageBackend, Setting
+from distill_at_scale.models.spec import NetworkSpec
 from jobs.benchmarks import textbook
 
 METHODS = tuple(textbook.LOSSES)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.formation import parts_of
+from distill_at_scale.distillation.multi_formation import parts_of
 
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 

@@ -22,11 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from distill_at_scale.augment import Draw
-from distill_at_scale.backends.trajectories import flat
-from distill_at_scale.backends.unrolled import Matched, Move, Student, Synthetic, Trajectory, recomputed, unrolled
-from distill_at_scale.environment import environment
-from distill_at_scale.networks import NetworkSpec
+from distill_at_scale.core.environment import environment
+from distill_at_scale.distillation.augment import Draw
+from distill_at_scale.distillation.methods.shared.experts import flat
+from distill_at_scale.distillation.methods.shared.unroll import (
+    Matched,
+    Move,
+    Student,
+    Synthetic,
+    Trajectory,
+    recomputed,
+    unrolled,
+)
+from distill_at_scale.models.spec import NetworkSpec
 
 CLASSES, SHAPE = 10, (3, 32, 32)
 

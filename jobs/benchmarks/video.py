@@ -30,10 +30,10 @@ import av
 import numpy as np
 from side_by_side import columns
 
-from distill_at_scale.data.clips import ClipDecoder
-from distill_at_scale.data.decoders import decord_frames, pyav_frames
-from distill_at_scale.data.video import opened
-from distill_at_scale.environment import environment
+from distill_at_scale.core.environment import environment
+from distill_at_scale.data.codecs.clip import ClipDecoder
+from distill_at_scale.data.codecs.video_decoders import decord_frames, pyav_frames
+from distill_at_scale.data.codecs.video_probe import opened
 
 Array = np.ndarray[Any, Any]
 Decode = Callable[[bytes, int, int], tuple[Array, float]]  # file, T, size -> uint8 [T, size, size, 3], offset

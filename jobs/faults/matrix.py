@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from rich.console import Console
 from rich.table import Table
 
-from distill_at_scale.environment import environment
+from distill_at_scale.core.environment import environment
 from jobs.faults import hosts
 from jobs.faults.bench import Bench
 from jobs.faults.cells import STAGES, Cells, Result

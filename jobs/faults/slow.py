@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from distill_at_scale.data.sources.digits import Digits
-from distill_at_scale.scoring.criteria.loss import Loss
+from distill_at_scale.data.sources.image.digits import Digits
+from distill_at_scale.pruning.criteria.loss import Loss
 
 READ, OBSERVATION = 0.15, 0.02  # seconds
 

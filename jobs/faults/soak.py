@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from distill_at_scale.environment import environment
+from distill_at_scale.core.environment import environment
 from jobs.faults import hosts
 from jobs.faults.bench import Bench
 from jobs.faults.cells import LIMIT, OF_RUN, UGLY, Cells

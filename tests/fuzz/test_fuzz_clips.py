@@ -12,9 +12,9 @@ import mutating
 import numpy as np
 from videos import numbered, write_video
 
-from distill_at_scale.data.clips import ClipDecoder
-from distill_at_scale.data.decode import Rejected
-from distill_at_scale.data.isolated import Died, Isolated
+from distill_at_scale.data.codecs.clip import ClipDecoder
+from distill_at_scale.data.codecs.image import Rejected
+from distill_at_scale.data.codecs.worker_process import Died, Isolated
 
 SIDE, FRAMES = 16, 3
 

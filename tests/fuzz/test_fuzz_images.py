@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from distill_at_scale.data.decode import FORMATS, ImageDecoder, Rejected, decode_stored, encode
+from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, Rejected, decode_stored, encode
 
 SIDE = 24
 DECODERS = {channels: ImageDecoder(SIDE, channels, max_pixels=1_000_000) for channels in (1, 3)}

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_prepared
 
-from distill_at_scale.data.prepared import Prepared
-from distill_at_scale.data.sources.parquet import HuggingFaceParquet
-from distill_at_scale.errors import UserError
-from distill_at_scale.pruning import manifest
-from distill_at_scale.scoring import table as score_table
-from distill_at_scale.sections import DataSection
+from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared import manifest
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
+from distill_at_scale.pruning.scoring import score_table
 
 ROWS = 12
 

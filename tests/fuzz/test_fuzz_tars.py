@@ -12,10 +12,10 @@ from pathlib import Path
 import mutating
 import pyarrow as pa
 
-from distill_at_scale.data import gzip_tar, tar
-from distill_at_scale.data.sources.webdataset import index_shard
-from distill_at_scale.data.storage import Store
-from distill_at_scale.errors import UserError
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.archives import gzip_tar, tar
+from distill_at_scale.data.sources.image.webdataset import index_shard
+from distill_at_scale.storage.filesystem import Store
 
 SUM = slice(148, 156)
 

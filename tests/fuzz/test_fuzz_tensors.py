@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from distill_at_scale import synthetic, tensors
-from distill_at_scale.data.sources import plain_pickle
-from distill_at_scale.errors import UserError
-from distill_at_scale.scoring import weights
+from distill_at_scale.core import safetensors_io
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.archives import safe_pickle
+from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.models import pretrained
 
 CODES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.float16: "F16", torch.int32: "I32"}
 PLAIN = (dict, list, tuple, str, bytes, bytearray, int, float, bool, type(None), np.ndarray)
@@ -70,7 +71,7 @@ def test_broken_safetensors_are_refused_or_hold_what_they_declare(tmp_path: Path
     def attempt(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            found = tensors.load(path)
+            found = safetensors_io.load(path)
         except UserError:
             return False
         check_against_header(found, data)
@@ -91,10 +92,10 @@ def test_broken_synthetic_sets_are_refused_or_can_be_used(tmp_path: Path):
 
     def attempt(data: bytes) -> bool:
         held, _, text = data.rpartition(b"\n\n")
-        (tmp_path / "synthetic.safetensors").write_bytes(held)
+        (tmp_path / "synthetic_set.safetensors").write_bytes(held)
         (tmp_path / "card.json").write_bytes(text)
         try:
-            found = synthetic.load(tmp_path)
+            found = synthetic_set.load(tmp_path)
             pixels = found.pixels()
         except UserError:
             return False
@@ -124,11 +125,11 @@ def test_broken_state_dicts_are_refused_or_finite_and_no_larger_than_their_file(
     def attempt(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            found, _ = weights._read(path)
+            found, _ = pretrained._read(path)
         except UserError:
             return False
         assert all(torch.isfinite(value).all() for value in found.values() if value.is_floating_point())
-        assert sum(value.numel() * value.element_size() for value in found.values()) <= weights.MOST_EXPANDED * len(
+        assert sum(value.numel() * value.element_size() for value in found.values()) <= pretrained.MOST_EXPANDED * len(
             data
         )
         return True
@@ -146,7 +147,7 @@ def test_broken_pickles_yield_plain_data_alone():
 
     def attempt(data: bytes) -> bool:
         try:
-            found = plain_pickle.load(data)
+            found = safe_pickle.load(data)
         except Exception:  # a damaged pickle raises nearly anything; the source turns it into a UserError
             return False
         check_plain(found)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import mutating
 
-from distill_at_scale import config as configuration
-from distill_at_scale.config import Config
-from distill_at_scale.errors import UserError
-from distill_at_scale.records import Inputs
-from distill_at_scale.rundir import RunDir
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import Inputs
 
 TEXT = b"""run: {dir: runs/x, seed: 3}
 data:

@@ -3,22 +3,22 @@
 A source says which samples exist (id, label, where) and reads the raw bytes of some of them. It decodes nothing.
 """
 
-from distill_at_scale.data.sources.digits import Digits
-from distill_at_scale.data.sources.hmdb51 import Hmdb51
-from distill_at_scale.data.sources.imagefolder import ImageFolder
-from distill_at_scale.data.sources.imagenet import Imagenet
-from distill_at_scale.data.sources.imagenet_tar import ImagenetTar
-from distill_at_scale.data.sources.kinetics import Kinetics
-from distill_at_scale.data.sources.kinetics_tar import KineticsTar
-from distill_at_scale.data.sources.moving_digits import MovingDigits
-from distill_at_scale.data.sources.parquet import HuggingFaceParquet
-from distill_at_scale.data.sources.something_v2 import SomethingV2
+from distill_at_scale.data.sources.image.digits import Digits
+from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
+from distill_at_scale.data.sources.image.imagefolder import ImageFolder
+from distill_at_scale.data.sources.image.imagenet import Imagenet
+from distill_at_scale.data.sources.image.imagenet_tar import ImagenetTar
+from distill_at_scale.data.sources.image.tiny_imagenet import TinyImagenet
+from distill_at_scale.data.sources.image.torchvision import TorchvisionSet
+from distill_at_scale.data.sources.image.webdataset import WebDataset
 from distill_at_scale.data.sources.tensors import Tensors
-from distill_at_scale.data.sources.tiny_imagenet import TinyImagenet
-from distill_at_scale.data.sources.torchvision import TorchvisionSet
-from distill_at_scale.data.sources.ucf101 import Ucf101
-from distill_at_scale.data.sources.videofolder import VideoFolder
-from distill_at_scale.data.sources.webdataset import WebDataset
+from distill_at_scale.data.sources.video.hmdb51 import Hmdb51
+from distill_at_scale.data.sources.video.kinetics import Kinetics
+from distill_at_scale.data.sources.video.kinetics_tar import KineticsTar
+from distill_at_scale.data.sources.video.moving_digits import MovingDigits
+from distill_at_scale.data.sources.video.something_v2 import SomethingV2
+from distill_at_scale.data.sources.video.ucf101 import Ucf101
+from distill_at_scale.data.sources.video.videofolder import VideoFolder
 
 SOURCES = {
     "digits": Digits,

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.data.storage import Store
-from distill_at_scale.errors import UserError
-from distill_at_scale.sections import DataSection
+from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.storage.filesystem import Store
 
 LISTING = pa.schema(
     [

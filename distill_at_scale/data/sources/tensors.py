@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.data.sources.parquet import HuggingFaceParquet
-from distill_at_scale.errors import UserError
-from distill_at_scale.sections import DataSection
+from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
 
 MOST_AXES = 4
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

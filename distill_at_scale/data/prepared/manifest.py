@@ -1,0 +1,118 @@
+"""The manifest: which training samples are kept, and why; the only thing that distillation reads of the selection.
+
+Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label
+and id. The schema's metadata holds rule, rate asked and reached, seed and fingerprints as JSON under the key
+`selection`. Left out: how the rows are chosen (`static.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared.parquet import (
+    RowGroupWriter,
+    check_rows,
+    check_values,
+    facts_of,
+    open_table,
+    read_group,
+    reading,
+)
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("label", pa.int32()),
+        ("score", pa.float32()),
+        ("rank", pa.int32()),
+        ("kept", pa.bool_()),
+    ]
+)
+KEY = "selection"
+ROWS = 2**17  # of a row group
+ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compress
+    "use_dictionary": ["label"],
+    "compression": {"sample_id": "lz4", "label": "lz4", "score": "none", "rank": "none", "kept": "none"},
+    "write_statistics": ["label", "kept"],
+    "write_batch_size": 2**14,
+    "store_schema": False,  # else readers take the metadata from the schema as it was before the facts were known
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[RowGroupWriter]:
+    """Yields what takes the rows (`append`) and the `facts`; the manifest appears at `path` when the block has ended well."""
+    with publish(path) as temporary, RowGroupWriter(temporary, SCHEMA, KEY, ROWS, **ENCODING) as out:
+        yield out
+
+
+def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
+    """A manifest from rows in memory that are sorted by label and id."""
+    with writing(path) as out:
+        out.append(table)
+        out.facts = facts
+
+
+def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, dict[str, Any]]:
+    """Some columns of all rows, and the facts.
+
+    Raises UserError where the file is missing or is no manifest.
+    """
+    file = _open(path)
+    with reading(path, "select"):
+        table = file.read(list(columns))
+    if {"sample_id", "label"} <= set(columns):
+        check_rows(table, path, "select")
+    return table, facts_of(file, KEY)
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """The facts alone, from the file's footer."""
+    return facts_of(_open(path), KEY)
+
+
+def kept(path: Path) -> pa.ChunkedArray:
+    """The ids of the kept samples, in the order of the manifest; ids are read only of row groups that keep any."""
+    file, found = _open(path), []
+    with reading(path, "select"):
+        for group in range(file.num_row_groups):
+            mask = read_group(file, group, ["kept"])["kept"]
+            if pc.any(mask).as_py():
+                table = read_group(file, group, ["sample_id", "label"])
+                check_rows(table, path, "select")
+                found += table["sample_id"].filter(mask).chunks
+    return pa.chunked_array(found, pa.string())
+
+
+def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa.Array]]:
+    """(label, ids of kept samples) for some classes, row group by row group; of groups without them, labels alone are read."""
+    file, wanted = _open(path), np.array(sorted(labels), np.int32)
+    with reading(path, "select"):
+        for group in range(file.num_row_groups):  # statistics would name the labels, too, but may lie
+            if not np.isin(read_group(file, group, ["label"])["label"], wanted).any():
+                continue
+            table = read_group(file, group, ["label", "kept"])
+            check_values(table, path, "select")
+            held, mask = table["label"].to_numpy(), table["kept"].to_numpy()
+            mask = mask & np.isin(held, wanted)
+            if mask.any():
+                ids, of = read_group(file, group, ["sample_id"])["sample_id"].combine_chunks(), held[mask]
+                ids = ids.take(pa.array(np.flatnonzero(mask)))
+                yield from ((int(c), ids.filter(pa.array(of == c))) for c in np.unique(of))
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    file = open_table(path, "select", SCHEMA.names, "manifest")
+    if [file.schema_arrow.field(name).type for name in SCHEMA.names] != SCHEMA.types:
+        raise UserError(f"{path} is no manifest: its columns are of other types; run `select` again")
+    return file

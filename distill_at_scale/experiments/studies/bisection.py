@@ -1,0 +1,162 @@
+"""The smallest keep rate whose accuracy is not below the unpruned one, by bisection in log(rate).
+
+A rate is sufficient where the mean over its distillations reaches the unpruned mean less `tolerance` standard deviations
+(over unpruned distillations, at least three). Accuracy need not be monotone in the rate, so after the bisection the largest
+untried gap below it is looked into, and the search tells rates that are sufficient from rates above which all tried ones are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill_at_scale.experiments.studies.base import UNPRUNED, Context, Outcome, Point
+from distill_at_scale.experiments.studies.comparison import Level, accuracies, near_chance
+
+CLOSE = 1.05  # neighbouring rates within this factor are not told apart
+LEAST_UNPRUNED = 3  # distillations behind the deviation
+NEIGHBOURS = 1  # rates of the budget that are spent below the bisection's end
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One keep rate that was tried, as a mean over repetitions."""
+
+    keep: float
+    outcomes: list[Outcome]
+    level: Level
+
+    @property
+    def accuracies(self) -> list[float]:
+        return accuracies(self.outcomes)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def sufficient(self) -> bool:
+        return self.mean >= self.level.least - 1e-12
+
+    @property
+    def confidence(self) -> float:
+        return self.level.confidence(self.accuracies)
+
+    @property
+    def kept(self) -> int:
+        return self.outcomes[0].kept
+
+    @property
+    def reached(self) -> float:
+        """The share that was kept, which min_per_class may have raised."""
+        return self.outcomes[0].kept / self.outcomes[0].of
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found; `rates` ascend and end with 1, the unpruned ones."""
+
+    rates: list[Rate]
+    level: Level
+
+    @property
+    def smallest(self) -> Rate:
+        """The smallest sufficient rate."""
+        return next(rate for rate in self.rates if rate.sufficient)
+
+    @property
+    def unbroken(self) -> Rate:
+        """The smallest rate that is sufficient with all larger ones that were tried."""
+        good = self.rates[-1]
+        for rate in reversed(self.rates):
+            if not rate.sufficient:
+                break
+            good = rate
+        return good
+
+    @property
+    def exceptions(self) -> list[Rate]:
+        """Insufficient rates above the smallest sufficient one: accuracy is not monotone there, or noise hides it."""
+        return [rate for rate in self.rates if not rate.sufficient and rate.keep > self.smallest.keep]
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether even the unpruned set is, so that any rate seems sufficient."""
+        return near_chance(self.level.mean, len(self.rates[-1].outcomes[0].kept_per_class))
+
+    def limited(self, minimum: int) -> bool:
+        """Whether min_per_class, not the rate, decided how many samples of the smallest sufficient rate were kept."""
+        first = self.smallest.outcomes[0]
+        return min(first.kept_per_class) <= minimum and first.kept > self.smallest.keep * first.of + 0.5
+
+
+@dataclass
+class Search:
+    """A search under one context; `base` is what all its points differ by from the configuration."""
+
+    context: Context
+    tolerance: float
+    lowest: float
+    points: int  # rates that are tried at most
+    seeds: int
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self) -> Found:
+        repetitions = max(LEAST_UNPRUNED, self.seeds)
+        whole, low = self.context.points(UNPRUNED, repetitions), self._points(self.lowest)
+        outcomes = self.context.runner.run([*whole, *low])
+        self.level = Level(accuracies(outcomes[:repetitions]), self.tolerance)
+        self.tried = {1.0: Rate(1.0, outcomes[:repetitions], self.level)}
+        self._add(self.lowest, outcomes[repetitions:])
+        self._bisect()
+        self._look_below()
+        return Found([self.tried[keep] for keep in sorted(self.tried)], self.level)
+
+    def _bisect(self) -> None:
+        """Between an insufficient rate and a sufficient one above it; where the lowest suffices, half way to 1 is looked at."""
+        low, high = self.tried[self.lowest], self.tried[1.0]
+        if low.sufficient:
+            middle = self._between(low, high)
+            if middle is None or (low := self._try(middle)).sufficient:
+                return
+        while self._left() > NEIGHBOURS and (keep := self._between(low, high)):
+            rate = self._try(keep)
+            low, high = (low, rate) if rate.sufficient else (rate, high)
+
+    def _look_below(self) -> None:
+        """In the widest gap below the smallest sufficient rate, on a log scale; where that is sufficient, again."""
+        while self._left() > 0:
+            below = [rate for keep, rate in sorted(self.tried.items()) if keep <= self._smallest()]
+            gaps = [(keep, b.keep / a.reached) for a, b in itertools.pairwise(below) if (keep := self._between(a, b))]
+            if not gaps or not self._try(max(gaps, key=lambda gap: gap[1])[0]).sufficient:
+                return
+
+    def _smallest(self) -> float:
+        return min(keep for keep, rate in self.tried.items() if rate.sufficient)
+
+    def _between(self, low: Rate, high: Rate) -> float | None:
+        """The geometric middle, None where it would select nothing else than its neighbours."""
+        start = max(low.keep, low.reached)
+        close = high.kept - low.kept <= 1 or high.keep / start < CLOSE
+        return None if close else float(f"{math.sqrt(start * high.keep):.4g}")
+
+    def _left(self) -> int:
+        return self.points - (len(self.tried) - 1)
+
+    def _points(self, keep: float) -> list[Point]:
+        return self.context.points({**self.base, "select.per_class": None, "select.keep": keep}, self.seeds)
+
+    def _try(self, keep: float) -> Rate:
+        return self._add(keep, self.context.runner.run(self._points(keep)))
+
+    def _add(self, keep: float, outcomes: list[Outcome]) -> Rate:
+        rate = self.tried[keep] = Rate(keep, outcomes, self.level)
+        self.context.say(
+            f"  keep {keep:.4g} ({rate.kept} samples): {rate.mean:.4f}, "
+            f"{'sufficient' if rate.sufficient else 'not sufficient'} (at least {self.level.least:.4f})"
+        )
+        return rate

@@ -1,0 +1,88 @@
+"""Findings as JSON and back: plain values only, what is not finite as null. Left out: how they look (`page.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.experiments.studies.base import Finding, Plot, Series
+
+
+def write(path: Path, finding: Finding) -> None:
+    """Write a finding as a JSON file, in one step.
+
+    Raises TypeError for a value that is no number, text, list or mapping.
+    """
+    text = json.dumps(to_json(finding), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with publish(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+def read(path: Path, named: str | None = None) -> Finding:
+    """Read what `write` wrote.
+
+    Raises UserError where the file is missing or is no finding, naming it (by `named`, where `path` is a copy of it).
+    """
+    named = named or str(path)
+    try:
+        return from_json(json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass")))
+    except FileNotFoundError:
+        raise UserError(f"{named} is missing; run the study first") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{named} is no finding of a study ({error}); delete it and run the study again") from None
+
+
+def to_json(finding: Finding) -> dict[str, Any]:
+    """Plain nested values of a finding: numpy's numbers as Python's, NaN and infinities as None."""
+    return {field.name: plain(getattr(finding, field.name), field.name) for field in dataclasses.fields(Finding)}
+
+
+def from_json(values: Mapping[str, Any]) -> Finding:
+    """A finding from what `to_json` made; in plots, None is NaN again.
+
+    Other keys are passed over. Raises KeyError or TypeError where a field is missing.
+    """
+    known = {field.name: values[field.name] for field in dataclasses.fields(Finding) if field.name in values}
+    return Finding(**{**known, "plots": [_plot(plot) for plot in values["plots"]]})
+
+
+def _plot(values: Mapping[str, Any]) -> Plot:
+    series = [_series(one) for one in values["series"]]
+    lines = {name: tuple((label, _number(at)) for label, at in values[name]) for name in ("levels", "marks")}
+    return Plot(**{**values, "series": series, **lines})
+
+
+def _series(values: Mapping[str, Any]) -> Series:
+    x = [_number(value) for value in values["x"]]
+    return Series(**{**values, "x": x, "y": [_number(value) for value in values["y"]]})
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def plain(value: Any, where: str = "value") -> Any:
+    """A value as JSON knows it; `where` names it in the error."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner, where) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{where} holds a {type(value).__name__}, which JSON cannot hold")

@@ -1,0 +1,79 @@
+"""What can be known to be wrong with a sweep before anything is scored: names, and trials that the data cannot fill.
+
+Counts are exact for scope class; for the other scopes, whose cut depends on the scores, a trial is refused only where no
+scores could fill it. Left out: the space itself (`space.py`), and whether the cluster holds the trials (`cluster/sweep.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.distillation import engine as distill
+from distill_at_scale.distillation import evaluate
+from distill_at_scale.pipeline import validate
+from distill_at_scale.pruning.selection.quotas import quota
+
+
+def check_search(config: Config) -> None:
+    """Raises UserError for asha without evaluations on the way, or without room for Ray."""
+    if config.cluster.address == "none" and (config.sweep.concurrent or 1) > 1:
+        raise UserError(
+            f"sweep.concurrent = {config.sweep.concurrent} needs Ray; cluster.address=none runs one trial after the other"
+        )
+    if config.sweep.search != "asha":
+        return
+    if config.cluster.address == "none":
+        raise UserError("sweep.search = asha needs Ray; leave cluster.address out, or set sweep.search=random")
+    if not config.distill.evaluate_every:
+        raise UserError(
+            "sweep.search = asha compares trials by evaluations on the way; set distill.evaluate_every, for example to a "
+            f"tenth of the steps ({max(1, distill.step_count(config) // 10)})"
+        )
+
+
+def check_rate(config: Config) -> None:
+    """Raises UserError where a trial is to look for its own rate."""
+    if config.select.keep == "auto":
+        raise UserError(
+            "select.keep = auto cannot be swept: a sweep compares rates itself; list them, for example "
+            "sweep.space={select.keep: [0.1, 0.3]}"
+        )
+
+
+def check_asha(config: Config) -> None:
+    """Raises UserError where a trial is too short to be stopped: no evaluation lies before its end."""
+    steps, every = distill.step_count(config), config.distill.evaluate_every
+    if config.sweep.search == "asha" and evaluations(config) < max(1, config.sweep.grace):
+        raise UserError(
+            f"sweep.grace = {config.sweep.grace}, but a distillation of {steps} steps is evaluated only "
+            f"{evaluations(config)} times before its end (distill.evaluate_every = {every}); lower one of them"
+        )
+
+
+def evaluations(config: Config) -> int:
+    """Evaluations on the way that lie before the end of a distillation."""
+    return (distill.step_count(config) - 1) // config.distill.evaluate_every
+
+
+def check_trial(name: str, config: Config, data: Prepared) -> None:
+    """Raises UserError, naming the trial, where its networks do not fit, or a class is emptied or keeps too few samples."""
+    try:
+        evaluate.need_test_split(data)
+        validate.check_networks(config, data)
+        distill.check(config, data, kept_at_most(config, data.counts("train")))
+    except UserError as error:
+        raise UserError(f"the trial {name}: {error}") from None
+
+
+def kept_at_most(config: Config, counts: Sequence[int]) -> list[int]:
+    """How many samples of each class a selection keeps; where that depends on the scores, how many it may keep."""
+    select, minimum = config.select, config.min_per_class
+    if select.scope == "class":
+        wanted = [min(select.per_class or quota(select.rate, count, 0), count) for count in counts]
+    else:
+        total = select.per_class * len(counts) if select.per_class else quota(select.rate, sum(counts), 1)
+        wanted = [min(total, count) for count in counts]
+    return [min(count, max(number, minimum)) for number, count in zip(wanted, counts, strict=True)]

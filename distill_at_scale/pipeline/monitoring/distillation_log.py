@@ -1,0 +1,64 @@
+"""From the lines of a distillation's log to its progress and to events: who worked when, and which workers were lost.
+
+The log may be told again from its beginning (where workers went on from a checkpoint, its last lines were dropped); lines
+from before this command then count for curves but not as its work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distill_at_scale.core.events import Event, Note, at_once
+from distill_at_scale.core.progress import Meter
+
+PIECES = 20  # events of work at most for every worker, if none is lost
+
+
+class DistillationLog:
+    """Takes every line as it is written, in the driver."""
+
+    def __init__(self, note: Note, meter: Meter, say: Callable[[str], None]):
+        self.note, self.meter, self.say = note, meter, say
+        self.opened = time.time()
+        self.workers: list[tuple[str, int]] = []  # host and process of those at work
+        self.since = 0.0  # when the workers began, Unix seconds
+        self.until, self.step = 0.0, 0  # where the next piece of work begins
+
+    def __call__(self, line: Mapping[str, Any]) -> None:
+        self.note(at_once("log", "line", line))
+        if "held" in line:
+            if line["at"] >= self.opened and line["at"] > self.since:
+                self._begin(line)
+        elif self.workers and line["step"] > self.meter.done:
+            self.meter.advance(line["step"] - self.meter.done, said(line))
+            if line["step"] >= self.step + line["of"] / PIECES or line["step"] == line["of"]:
+                self._piece(line["step"])
+        elif self.workers and "top1" in line:
+            self.meter.advance(0, said(line))
+
+    def _begin(self, line: Mapping[str, Any]) -> None:
+        """A group of workers starts, the first or after a loss."""
+        if self.workers:
+            self.note(at_once("lost", "workers of the distillation", {"step": self.meter.done}))
+        self.say(f"  {line['held']}")
+        self.workers = [(host, pid) for host, pid in line["workers"]]
+        self.since = self.until = line["at"]
+        self.step = line["step"]
+        self.meter.resume(line["step"])
+
+    def _piece(self, step: int) -> None:
+        now = max(time.time(), self.until)
+        for host, pid in self.workers:
+            self.note(Event("work", "steps", self.until, now, host, pid, {"steps": step - self.step}))
+        self.until, self.step = now, step
+
+
+def said(line: Mapping[str, Any]) -> str | None:
+    """What a line says beside the step."""
+    if "loss" in line:
+        told = [f"loss {line['loss']:.4g}"]
+        told += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
+        return ", ".join([*told, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
+    return f"top-1 {line['top1']:.3f}" if "top1" in line else None

@@ -1,0 +1,220 @@
+"""Every stage's expected wall time, memory and disk, composed of what `micro_benchmarks.py` and `steps.py` measure.
+
+Counts come from `known.py`, the spread over cores, GPUs and workers from `machine.py`. Starting Ray and its processes is
+counted with fixed figures. Left out: other load on the machine, and how much slower cores are when all of them work.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill_at_scale.config.load import Config
+from distill_at_scale.data.sampling import placement
+from distill_at_scale.distillation import engine as distill
+from distill_at_scale.distillation import evaluate
+from distill_at_scale.distillation.methods.base import Cost
+from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.planning import memory, micro_benchmarks
+from distill_at_scale.pipeline.planning.facts import Facts
+from distill_at_scale.pipeline.planning.machine import Layout, Spread
+from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
+from distill_at_scale.pipeline.planning.step_benchmark import Distilled, Stopwatch
+from distill_at_scale.pruning.criteria.factory import criteria_of, needed_epochs
+from distill_at_scale.pruning.proxies import train as proxy
+from distill_at_scale.pruning.selection.ranking import RANDOM
+
+RAY, POOL, TASKS, TRAIN = 12.0, 4.0, 5.0, 12.0  # seconds: Ray's start, an actor pool's, a first task's, a Train group's
+SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sample, select, report
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A stage: seconds with what they consist of; bytes of its largest process, of one GPU, and left on the disk."""
+
+    stage: str
+    parts: dict[str, float]  # what -> seconds
+    processes: int = 1  # of the largest kind, side by side
+    host: int = 0
+    device: int = 0
+    disk: int = 0
+    at_peak: int = 0  # bytes on the disk that the stage needs for a while beside what it leaves
+    machines: int = 1  # that are paid for
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    def cost(self, price: float | None) -> float | None:
+        """At a price of one machine per hour."""
+        return None if price is None else self.seconds / 3600 * price * self.machines
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Estimates of the stages of one configuration."""
+
+    config: Config
+    facts: Facts
+    layout: Layout
+
+    def ingest(self) -> Estimate:
+        facts, spread = self.facts, self.layout.actors(gpu=False)
+        assert facts.listing is not None
+        decoding, writing = micro_benchmarks.decode(self.config, facts.listing), micro_benchmarks.write(facts)
+        units = -(-facts.samples // self.config.data.chunk)
+        side = max(1, min(spread.side_by_side, units))
+        parts = {"decode": decoding.once + facts.samples * decoding.each / side, "sort": facts.samples * writing.each}
+        disk = facts.samples * (facts.stored + IDS)
+        host = max(memory.of_ingest(self.config, facts), PROCESS)
+        return Estimate("ingest", self._started(parts, POOL), side, host, disk=disk, at_peak=disk,
+                        machines=self.layout.machines(side))  # fmt: skip
+
+    def score(self) -> Estimate:
+        facts, score, device = self.facts, self.config.score, self.layout.device
+        spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
+        trials, epochs = score.checkpoints
+        parts, sizes, side = {}, [], 1
+        criteria = criteria_of(score)
+        if not criteria:
+            note = ["scores that need no proxies are not foreseen"] if set(score.criteria) != {RANDOM} else []
+            return Estimate(
+                "score", {"write": facts.train * SELECT_EACH}, host=WITH_TORCH, disk=facts.train * IDS, notes=note
+            )
+        seen = trials * len(needed_epochs(criteria.values(), epochs))  # checkpoints that the pass looks through
+        if score.weights is None:
+            spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
+            waves = trials if score.workers > 1 else spread.waves(trials)
+            each = micro_benchmarks.proxy_training(self.config, facts, device, spread.threads)
+            share = score.share / (spread.side_by_side if score.workers > 1 else 1)
+            parts["train"] = waves * (each.once + epochs * facts.train * share * each.each)
+            parts |= self._started({}, TRAIN if score.workers > 1 else TASKS)
+            sizes.append((memory.of_proxy(self.config, spec, facts, device), spread.side_by_side))
+        one = micro_benchmarks.scoring(self.config, facts, device)
+        side = max(1, min(self.layout.actors().side_by_side, -(-facts.train // self.config.data.chunk)))
+        parts["score"] = one.once + facts.train * seen * one.each / side
+        sizes.append((memory.of_scorer(self.config, spec, facts, device), side))
+        (host, on_device), side = max(sizes, key=lambda size: sum(size[0]) * size[1])
+        kept = 0 if score.weights else trials * epochs * memory.parameters(spec) * (2 if score.momentum else 1)
+        disk = facts.train * (IDS + 4 * len(criteria) * (1 + seen)) + kept
+        beyond = [name for name in score.criteria if name not in ("loss", RANDOM)]
+        notes = [f"foreseen as for the criterion loss, without what {', '.join(beyond)} take more"] if beyond else []
+        return Estimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
+                        self.layout.machines(side), notes)  # fmt: skip
+
+    def select(self) -> Estimate:
+        parts = {"select": SELECT_ONCE + self.facts.train * SELECT_EACH}
+        return Estimate("select", parts, host=WITH_TORCH + 2 * self.facts.train * 8, disk=self.facts.train * IDS)
+
+    def distill(self) -> Estimate:
+        facts, wanted, device = self.facts, self.config.distill, self.layout.device
+        spread = self.layout.group(wanted.fewest_workers, wanted.most_workers)
+        with tempfile.TemporaryDirectory() as folder:
+            workers = spread.side_by_side
+            found = Stopwatch(self.config, facts, device, workers, Path(folder)).measure()
+        steps = distill.step_count(self.config)
+        parts = self._extra() | {"prepare": self._prepare(found), "steps": steps * found.step}
+        pool = self._pool(found.own)
+        held, _ = placement.choose(wanted.hold, pool, device, placement.room(device, spread.side_by_side))
+        size = memory.of_distillation(found.own, wanted.ipc, facts.values, pool, found.activations, device, held)
+        images = 4 * facts.classes * wanted.ipc * facts.values
+        networks = len(self._names()) * self._network_bytes()
+        notes = [f"kept samples lie in: {held}, {pool / 2**20:,.0f} MB a worker", *_said(found)]
+        return Estimate("distill", self._started(parts, TRAIN), workers, *size, images + networks, 5 * images,
+                        self.layout.machines(workers), notes)  # fmt: skip
+
+    def evaluate(self) -> Estimate:
+        facts, section, device = self.facts, self.config.evaluate, self.layout.device
+        jobs = evaluate.jobs(self.config)
+        spread = self.layout.tasks(len(jobs))
+        seconds, sizes = 0.0, [(0, 0)]
+        for name in section.networks:
+            spec = self._spec(name)
+            for images, protocol, networks in self._sets():
+                each = micro_benchmarks.training(spec, protocol, images, device, spread.threads).each
+                seconds += networks * each * images * protocol.epochs
+                size = memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device)
+                sizes.append(size)
+            test = micro_benchmarks.testing(spec, facts.tests, device, spread.threads).each
+            seconds += len(jobs) / len(section.networks) * test * facts.tests
+        parts = {"train and test": seconds / len(jobs) * spread.waves(len(jobs))}
+        return Estimate("evaluate", self._started(parts, TASKS), spread.side_by_side, *max(sizes), 0, 0,
+                        self.layout.machines(spread.side_by_side))  # fmt: skip
+
+    def report(self) -> Estimate:
+        return Estimate("report", {"report": REPORT}, host=WITH_TORCH, disk=2 * 2**20)
+
+    def room(self, processes: int) -> int:
+        """Bytes for one of so many processes, or on a GPU for its share of it."""
+        machine = self.layout.machine
+        if self.layout.device.type == "cuda":
+            return int(machine.gpu_memory * min(1.0, self.config.cluster.gpus_per_worker or 1.0))
+        return machine.memory // max(1, processes)
+
+    def _started(self, parts: dict[str, float], seconds: float) -> dict[str, float]:
+        """With the start of processes, where Ray starts them."""
+        if self.layout.alone:
+            return parts
+        return parts | {"start": parts.get("start", 0.0) + seconds}
+
+    def _spec(self, name: str) -> NetworkSpec:
+        wanted = self.config.distill
+        return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth, self.facts.kind)
+
+    def _sets(self) -> list[tuple[int, TrainingProtocol, int]]:
+        """(images, protocol, networks) of everything that a kind of network is trained on."""
+        section, facts, bounds = self.config.evaluate, self.facts, self.config.evaluate.bounds
+        protocol = distill.backend_class(self.config).protocol(self.config).overridden(section)
+        made = facts.classes * self.config.distill.ipc
+        long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
+        sets = [(made, protocol, 2 * section.seeds)]
+        return sets + [(sum(facts.kept) if bound == "kept" else facts.train, long, section.seeds) for bound in bounds]
+
+    def _extra(self) -> dict[str, float]:
+        """Seconds of what the method does beside its steps; the networks that it needs are made side by side."""
+        return {cost.what: self._passes(cost) for cost in distill.backend_class(self.config).costs(self.config)}
+
+    def _passes(self, cost: Cost) -> float:
+        count = sum(self.facts.kept) if cost.images == "kept" else self.facts.classes * self.config.distill.ipc
+        names = self._names()
+        spread = self.layout.tasks(len(names)) if cost.backward and names else self.layout.workers(1)
+        device, spec = self.layout.device, self._spec(cost.network)
+        if not cost.backward:
+            return cost.passes * count * micro_benchmarks.testing(spec, count, device, spread.threads).each
+        each = micro_benchmarks.training(spec, TrainingProtocol(1, batch=128), count, device, spread.threads).each
+        return cost.passes * count * each * _waves(spread, len(names))
+
+    def _names(self) -> list[str]:
+        return distill.backend_class(self.config).networks(self.config)
+
+    def _network_bytes(self) -> int:
+        """Of one network that the method needs; of a trajectory one state per epoch."""
+        section = getattr(self.config.distill, self.config.distill.method, None)
+        name = getattr(section, "teacher_network", self.config.distill.network)
+        return memory.parameters(self._spec(name)) * (1 + getattr(section, "expert_epochs", 0))
+
+    def _prepare(self, found: Distilled) -> float:
+        """With the kept samples beyond those that the made-up classes held."""
+        more = sum(max(0, kept - found.held) for kept in self.facts.kept) * found.own / self.facts.classes
+        return found.prepare + more * found.read
+
+    def _pool(self, own: int) -> int:
+        return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.held
+
+
+def _waves(spread: Spread, count: int) -> float:
+    """The part of the total that passes on the clock where so many tasks run side by side."""
+    return spread.waves(count) / count if count else 1.0
+
+
+def _said(found: Distilled) -> list[str]:
+    lines = []
+    if found.slice < found.own:
+        lines.append(f"measured on {found.slice} of a worker's {found.own} classes and scaled up")
+    if found.loops:
+        named = ", ".join(f"{key} {length}" for key, length in found.loops.items())
+        lines.append(f"loops measured short and scaled to {named}")
+    return lines

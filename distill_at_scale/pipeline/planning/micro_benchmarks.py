@@ -1,0 +1,175 @@
+"""A few seconds of the stages' own code on made-up data: what a sample costs to decode, to train on, to score, to pass.
+
+Each function takes about `SECONDS`, whatever the network. Where a real batch would take longer a smaller one is measured;
+on a CPU the time of an image hardly depends on the batch, as networks see it in parts. The steps of a
+distillation are in `steps.py`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from distill_at_scale.config.load import Config
+from distill_at_scale.config.sections import ScoreSection
+from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.data.ingest.chunks import ingest_chunk, recipe_of
+from distill_at_scale.data.ingest.plan import open_source
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.format import Chunk
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.distillation import student as students
+from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
+from distill_at_scale.models.spec import NetworkSpec, will_compile
+from distill_at_scale.pipeline.executors.base import threads
+from distill_at_scale.pipeline.planning import dummy_data
+from distill_at_scale.pipeline.planning.facts import Facts
+from distill_at_scale.pruning.proxies import train as proxy
+from distill_at_scale.pruning.scoring.scorer import Scorer
+
+SECONDS = 2.0  # of one measurement, about
+EPOCHS = 3  # of a proxy
+LEAST = 8  # samples that are measured at least
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds for one sample, and seconds once (compiling, opening)."""
+
+    each: float
+    once: float = 0.0
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    began = now(device)
+    work()
+    return now(device) - began
+
+
+def repeated(work: Callable[[], object], device: torch.device, seconds: float = SECONDS, most: int = 50) -> float:
+    """Seconds of one call: the fastest of as many as fit some seconds, as other work on the machine only slows it down."""
+    first = timed(work, device)
+    count = max(0, min(most, int(seconds / max(first, 1e-6)) - 1))
+    return min([first, *(timed(work, device) for _ in range(count))])
+
+
+def decode(config: Config, listing: ingest.Plan) -> Rate:
+    """Reading and decoding real samples, in one thread: the first ones of the listing, as archives are read in order."""
+    rows, cpu = listing.listings["train"], torch.device("cpu")
+    source, recipe = open_source(config.data), recipe_of(config)
+    with tempfile.TemporaryDirectory() as folder, threads(1):
+        few = min(4, rows.num_rows)
+        once = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, few), Path(folder) / "a.arrow"), cpu)
+        guess = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, few), Path(folder) / "b.arrow"), cpu) / few
+        count = max(few, min(rows.num_rows, config.data.chunk, int(SECONDS / max(guess, 1e-6))))
+        took = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, count), Path(folder) / "c.arrow"), cpu)
+    return Rate(took / count, once)
+
+
+def write(facts: Facts) -> Rate:
+    """Sorting decoded samples into shards, which one process does."""
+    count = max(64, min(4096, int(2**24 / facts.values)))
+    with tempfile.TemporaryDirectory() as folder:
+        took = timed(lambda: dummy_data.write(Path(folder), facts, [0], count), torch.device("cpu"))
+    return Rate(took / count)
+
+
+def proxy_training(config: Config, facts: Facts, device: torch.device, cores: int) -> Rate:
+    """One sample of an epoch of one proxy; the fastest of a few epochs after the first."""
+    spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
+    samples = int(facts.train * config.score.share)
+    compiled = will_compile(config.score.compile, spec.work(samples * config.score.epochs))
+    with tempfile.TemporaryDirectory() as name, threads(cores):
+        affordable = int(SECONDS / _step(spec, device))
+        batch = max(1, min(config.score.batch, samples, max(LEAST, affordable)))
+        shards = max(1, min(config.score.shards, batch, facts.groups // 4 or 1))
+        count = batch * max(1, min(16, affordable // batch))
+        made = dummy_data.write(Path(name), facts, [0], max(count, 4 * shards), max(1, count // (4 * shards)))
+        update = {"batch": batch, "epochs": EPOCHS, "trials": 1, "share": 1.0, "weights": None, "shards": shards}
+        score = config.score.model_copy(update=update | {"compile": "always" if compiled else "never"})
+        steps, took = _trial(score, made.prepared, Path(name) / "proxies", device)
+    return Rate(min(took[1:]) / (steps * batch), max(0.0, took[0] - min(took[1:])))
+
+
+def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.device) -> tuple[int, list[float]]:
+    """Steps of an epoch, and the seconds of every epoch."""
+    trial = proxy.Trial(Prepared(prepared), score, 0, 0, folder, device)
+    times: list[float] = []
+    trial.run(lambda done: times.append(now(device)))
+    return max(1, trial.stream.steps(trial.stream.deal(0, 1))), [b - a for a, b in pairwise(times)]
+
+
+def scoring(config: Config, facts: Facts, device: torch.device) -> Rate:
+    """One sample under one checkpoint."""
+    spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
+    trials, epochs = config.score.checkpoints
+    compiled = will_compile(config.score.compile, spec.work(facts.train * trials * epochs))
+    with tempfile.TemporaryDirectory() as name, threads(1):
+        held = min(4, trials * epochs)
+        count = max(LEAST, min(1024, facts.train, int(SECONDS / held / _step(spec, device))))
+        made = dummy_data.write(Path(name), facts, [0], count)
+        dummy_data.write_checkpoints(Path(name) / "proxies", spec, held)
+        update = {"trials": 1, "epochs": held, "weights": None, "compile": "always" if compiled else "never"}
+        changed = config.model_copy(update={"score": config.score.model_copy(update=update)})
+        scorer = Scorer(changed, made.prepared, Path(name) / "proxies", device)
+        chunks = Prepared(made.prepared).chunks()
+        first = timed(partial(_score, scorer, chunks, Path(name) / "a"), device)
+        second = min(timed(partial(_score, scorer, chunks, Path(name) / again), device) for again in ("b", "c"))
+    return Rate(second / (count * held), max(0.0, first - second))
+
+
+def _score(scorer: Scorer, chunks: list[Chunk], folder: Path) -> None:
+    list(scorer.score([(chunk, folder / f"{chunk.index}") for chunk in chunks]))
+
+
+def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: torch.device, cores: int) -> Rate:
+    """One of `count` images in an epoch of training a student."""
+    with threads(cores):
+        few = max(1, min(count, max(LEAST, int(2 * SECONDS / _step(spec, device)))))
+        made = TrainingSet(dummy_data.training_images(spec.shape, few), torch.arange(few) % spec.classes)
+        fast = replace(protocol, epochs=1, labels="hard", batch=min(protocol.batch, few))
+        students.train(spec, made, fast, 0, device)
+        took = repeated(lambda: students.train(spec, made, fast, 0, device), device)
+        took -= min(0.5 * took, timed(lambda: spec.build(0).to(device), device))  # built once, not in every epoch
+    return Rate(took / few)
+
+
+def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> Rate:
+    """One image that a network sees without learning from it."""
+    with threads(cores):
+        few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / _step(spec, device)))))
+        pixels, labels = torch.from_numpy(dummy_data.images(spec.shape, few)), torch.zeros(few, dtype=torch.int64)
+        channels, *inner = spec.columns
+        normal = Normalization((0.5,) * channels, (0.25,) * channels, 1 if spec.tensors else 255, len(inner))
+        network = spec.build(0).to(device)
+        at_once = spec.at_once(device)
+        took = repeated(lambda: students.test(network, pixels, labels, normal, device, at_once), device)
+    return Rate(took / few)
+
+
+def _step(spec: NetworkSpec, device: torch.device) -> float:
+    """About the seconds of one image forward and backward, from a handful: how much may be measured."""
+    network = spec.build(0).to(device).train()
+    images = dummy_data.training_images(spec.shape, 4).to(device)
+    targets = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        F.cross_entropy(network(images), targets).backward()
+
+    step()
+    return max(1e-7, timed(step, device) / 4)

@@ -1,0 +1,268 @@
+"""The report's pictures as data URIs: charts as SVG, images as PNG, clips as animated PNG or WebP.
+
+Charts are drawn on `Figure` objects, so no global state of pyplot is touched; their text stays text and is set in the
+reader's system font. The same input gives the same bytes. What is drawn, and what is said about it, is decided in
+`report.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from distill_at_scale.core.images import Frames, palette_png, png, to_frames, webp
+
+COLORS = {"distilled": "#2f5fd0", "random_real": "#8b97a8", "kept": "#12927f", "full": "#d9962b", "dropped": "#d5dae2"}
+SET_NAMES = {
+    "distilled": "Distilled",
+    "random_real": "Random real",
+    "kept": "All kept samples",
+    "full": "Whole training set",
+}
+INK, FAINT, LINE = "#1c2430", "#66717f", "#dfe3e8"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+WIDTH = 9.6  # inches
+BINS = 72
+FEW = 20  # so many kept samples of a class are drawn one by one
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "text.parse_math": False,  # a class name may hold a dollar sign
+    "font.size": 9,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "text.color": INK,
+}
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of the accuracy chart: a row of the evaluation's summary, its seeds in per cent, the text beside it."""
+
+    row: Mapping[str, Any]
+    seeds: Sequence[float]
+    text: str
+
+    @property
+    def mean(self) -> float:
+        return 100 * self.row["mean"]
+
+    @property
+    def std(self) -> float:
+        """Zero for a single seed."""
+        return 100 * (self.row["std"] or 0)
+
+    @property
+    def end(self) -> float:
+        return max([self.mean + self.std, *self.seeds])
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The scores of one class and which of its samples are kept."""
+
+    name: str
+    scores: Array  # float [n]
+    kept: Array  # bool [n]
+
+
+def accuracies(bars: Sequence[Bar], chance: float) -> str:
+    """Bars by network, with the standard deviation and every single seed; `chance` is a dashed line."""
+    networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = figure_of(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
+        left, place, names = axes.get_yaxis_transform(), -0.95, []
+        for network in networks:
+            place += 0.95
+            axes.text(-0.006, place + 0.1, network, transform=left, weight="bold", ha="right", va="center")
+            for bar in (bar for bar in bars if bar.row["network"] == network):
+                place += 1
+                names.append((place, SET_NAMES[bar.row["set"]]))
+                _bar(axes, place, bar)
+        clean(axes, names)
+        axes.set_ylim(place + 0.65, -0.4)
+        axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
+        axes.axvline(chance, color=FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
+        axes.set_xlabel("top-1 accuracy on the test split in %  (dashed: chance)")
+        return svg(figure)
+
+
+def distributions(classes: Sequence[Distribution], label: str) -> str:
+    """A histogram of the scores per class, what is kept and what is dropped stacked, with a mark at the cut."""
+    scores = np.concatenate([c.scores for c in classes])
+    edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), BINS + 1)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = figure_of(0.42 * len(classes) + 0.75)
+        for row, one in enumerate(classes):
+            _histogram(axes, row, one, edges)
+            text = f"{int(one.kept.sum()):,} of {len(one.kept):,}"
+            axes.text(1.01, row - 0.05, text, transform=axes.get_yaxis_transform(), va="bottom", color=FAINT, size=8)
+        clean(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
+        axes.set_ylim(len(classes) - 0.9, -1.0)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_xlabel(label)
+        return svg(figure)
+
+
+def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> str:
+    """The distillation loss over the steps with a running mean and, where it was measured, the accuracy below it."""
+    panels = [(loss, "distillation loss", INK), (top1, "top-1 in % (one network)", COLORS["distilled"])]
+    panels = [panel for panel in panels if panel[0]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.5 * len(panels) + 0.3), layout="constrained")
+        shared: Axes | None = None
+        for place, (points, label, color) in enumerate(panels):
+            shared = axes = figure.add_subplot(len(panels), 1, place + 1, sharex=shared)
+            _line(axes, points, color)
+            axes.set_ylabel(label)
+        axes.set_xlabel("step")
+        return svg(figure)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures as data URIs in the order asked for, and how they are shown: "exact", "lossy" or "still"."""
+
+    pictures: Sequence[str]
+    shown: str
+
+
+def picture(pixels: Array, limit: int) -> str:
+    """uint8 [C, H, W] -> PNG; a clip [T, C, H, W] -> animated PNG of few colours; a larger side is reduced to `limit`."""
+    return _shown(to_frames(pixels, limit))
+
+
+def gallery(samples: Iterable[Array], limit: int, budget: int) -> Gallery:
+    """Many pictures of real samples, as PNG. Clips take the first form in which all of them fit `budget` bytes: animated
+    PNG (grey ones only), animated WebP, or the middle frame, whatever it takes.
+    """
+    every = [to_frames(sample, limit) for sample in samples]
+    if all(len(frames) == 1 for frames in every):
+        return Gallery([_shown(frames) for frames in every], "exact")
+    if all(frames[0].mode == "L" for frames in every) and (found := _fitting(every, _shown, budget)):
+        return Gallery(found, "exact")
+    if found := _fitting(every, lambda frames: _uri("image/webp", webp(frames)), budget):
+        return Gallery(found, "lossy")
+    return Gallery([_shown([frames[len(frames) // 2]]) for frames in every], "still")
+
+
+def _fitting(every: Sequence[Frames], encode: Callable[[Frames], str], budget: int) -> list[str]:
+    """All pictures encoded, or none as soon as they take more than `budget` bytes."""
+    found: list[str] = []
+    for frames in every:
+        found.append(encode(frames))
+        budget -= size_of(found[-1])
+        if budget < 0:
+            return []
+    return found
+
+
+def _shown(frames: Frames) -> str:
+    return _uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
+
+
+def figure_of(height: float) -> tuple[Figure, Axes]:
+    """A chart over the whole width, so many inches high."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def clean(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
+    """Named rows instead of a vertical axis, and light vertical lines."""
+    axes.set_yticks([place for place, _ in names], [clip(name) for _, name in names], color=INK)
+    axes.tick_params(length=0)
+    axes.grid(axis="x", color=LINE, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+
+
+def _bar(axes: Axes, place: float, bar: Bar) -> None:
+    axes.barh(place, bar.mean, height=0.66, color=COLORS[bar.row["set"]], alpha=0.85)
+    if bar.row["std"] is not None:
+        axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
+    spread = np.linspace(-0.18, 0.18, len(bar.seeds)) if len(bar.seeds) > 1 else np.zeros(1)
+    axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=INK, lw=0.7, zorder=3)
+    axes.annotate(bar.text, (bar.end, place), xytext=(9, 0), textcoords="offset points", va="center", weight="bold")
+
+
+def _histogram(axes: Axes, row: int, one: Distribution, edges: Array) -> None:
+    every, _ = np.histogram(one.scores, edges)
+    kept, _ = np.histogram(one.scores[one.kept], edges)
+    scale = 0.82 / max(1, every.max())
+    axes.stairs(row - every * scale, edges, baseline=row, fill=True, color=COLORS["dropped"], zorder=2)
+    axes.stairs(row - kept * scale, edges, baseline=row, fill=True, color=COLORS["kept"], zorder=3)
+    axes.plot(edges[[0, -1]], [row, row], color=LINE, lw=0.8, zorder=1)
+    if one.kept.sum() <= FEW:
+        axes.vlines(one.scores[one.kept], row - 0.5, row, color=COLORS["kept"], lw=1.6, zorder=4)
+    for cut in cuts(one.scores, one.kept):
+        axes.vlines(cut, row - 0.9, row, color=INK, lw=1.1, zorder=5)
+
+
+def cuts(scores: Array, kept: Array) -> list[float]:
+    """The scores at which kept and dropped samples part; none where they are mixed, as in a random selection."""
+    inside, outside = scores[kept], scores[~kept]
+    if not len(inside) or not len(outside):
+        return []
+    low, high = inside.min(), inside.max()
+    if ((outside > low) & (outside < high)).any():
+        return []
+    below, above = outside[outside <= low], outside[outside >= high]
+    found = [(low + below.max()) / 2] if len(below) else []
+    return [float(cut) for cut in found + ([(high + above.min()) / 2] if len(above) else [])]
+
+
+def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str) -> None:
+    steps, values = np.array(points, dtype=float).T
+    window = max(1, len(values) // 20)
+    if window > 1:
+        axes.plot(steps, values, color=color, lw=0.8, alpha=0.35)
+        places, sums = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
+        starts, ends = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
+        axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=color, lw=1.7)
+    else:
+        axes.plot(steps, values, color=color, lw=1.5, marker="o", ms=3)
+    axes.set_xlim(left=0)
+    if len(values) and values.min() > 0 and values.max() > 30 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(color=LINE, lw=0.7)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+
+
+def clip(name: str, longest: int = 26) -> str:
+    """A name cut to so many characters, with an ellipsis."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def svg(figure: Figure) -> str:
+    """A figure as a data URI; its text is set in the reader's font."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the reader's font has it
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _uri("image/svg+xml", re.sub(r"'DejaVu Sans'[^;\"]*", FONT, buffer.getvalue()).encode())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def size_of(uri: str) -> int:
+    """Bytes that a data URI holds."""
+    return (len(uri) - uri.index(",")) * 3 // 4

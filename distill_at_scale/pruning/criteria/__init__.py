@@ -1,0 +1,29 @@
+"""What makes a sample useful: one file per criterion (close kin share one), and this table of them.
+
+`useful` is the end that a distillation to few images wants (arXiv 2305.18381 finds that to be the easy, typical samples);
+those who prune to train a network on what is left often keep the other end: `select.order: useless`.
+"""
+
+from distill_at_scale.pruning.criteria.confidence import Entropy, Margin
+from distill_at_scale.pruning.criteria.density import Density
+from distill_at_scale.pruning.criteria.el2n import EL2N
+from distill_at_scale.pruning.criteria.forgetting import Forgetting
+from distill_at_scale.pruning.criteria.gradients import GraNd, LastLayerGraNd
+from distill_at_scale.pruning.criteria.herding import Herding
+from distill_at_scale.pruning.criteria.k_center import KCenter
+from distill_at_scale.pruning.criteria.loss import ConvergedLoss, EarlyLoss, Loss
+
+CRITERIA = {
+    "loss": Loss,
+    "loss_early": EarlyLoss,
+    "loss_converged": ConvergedLoss,
+    "margin": Margin,
+    "entropy": Entropy,
+    "el2n": EL2N,
+    "grand_last": LastLayerGraNd,
+    "grand": GraNd,
+    "forgetting": Forgetting,
+    "density": Density,
+    "herding": Herding,
+    "k_center": KCenter,
+}

@@ -1,0 +1,79 @@
+"""The columns of the score table that come from beside the scorer: Monte Carlo subsets, and scores made elsewhere.
+
+They need no proxies. Both are proved to be possible before any work is done. Left out: the table itself (`table.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.progress import Display
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
+from distill_at_scale.pruning.scoring import imported, monte_carlo, monte_carlo_utility
+from distill_at_scale.pruning.scoring.brought import Brought, ids_of
+from distill_at_scale.storage.run_dir import RunDir
+
+TABLE = "monte_carlo.parquet"  # in the run folder: standard errors and counts
+
+
+class Subsets(Protocol):
+    """What of an executor is needed here."""
+
+    def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Callable[[int], None]) -> None: ...
+
+
+def check(config: Config, prepared: Prepared) -> None:
+    """Raises UserError for what no work could mend: see `monte_carlo.check` and `imported.check`."""
+    imported.check(config)
+    if MONTE_CARLO in config.score.criteria:
+        monte_carlo.check(config, prepared)
+
+
+def columns_of(
+    config: Config, run: RunDir, prepared: Prepared, executor: Callable[[], Subsets], display: Display
+) -> dict[str, Brought]:
+    """Every such column, by name; runs the subsets that are not there yet.
+
+    Raises UserError as `check` does, and for imported scores that do not fit the samples.
+    """
+    if MONTE_CARLO in config.score.criteria:
+        monte_carlo.check(config, prepared)
+    elif not config.score.imported:
+        return {}
+    ids = ids_of(prepared)
+    found = imported.columns(config, ids)
+    for name, file in config.score.imported.items():
+        display.say(f"  {name}: {len(ids)} scores from {file}")
+    if MONTE_CARLO in config.score.criteria:
+        found[MONTE_CARLO] = _of_subsets(config, run, prepared, executor, display, ids)
+    return found
+
+
+def outputs(config: Config, run: RunDir) -> Iterable[Path]:
+    """What the score stage leaves beside the table."""
+    return [run / TABLE] if MONTE_CARLO in config.score.criteria else []
+
+
+def _of_subsets(
+    config: Config, run: RunDir, prepared: Prepared, executor: Callable[[], Subsets], display: Display, ids: pa.Array
+) -> Brought:  # fmt: skip
+    section, folder = config.score.monte_carlo, f"monte_carlo/{monte_carlo.key_of(config, prepared)}"
+    run.take_over_files(folder)
+    (run / folder).mkdir(parents=True, exist_ok=True)
+    with display.meter("Monte Carlo", section.subsets, "subsets") as meter:
+        executor().monte_carlo(config, prepared.folder, run / folder, meter.advance)
+    found = monte_carlo_utility.estimate(
+        monte_carlo_utility.accuracies(run / folder, section), prepared.counts(), section, config.run.seed
+    )
+    for line in monte_carlo_utility.sentence(found.facts):
+        display.say(line)
+    labels = np.repeat(np.arange(len(prepared.counts())), prepared.counts())
+    monte_carlo_utility.write(run / TABLE, ids, labels, found)
+    return Brought("high", ids, found.utility, found.facts)

@@ -1,0 +1,141 @@
+"""What a user reads where processes of a cluster are lost too often, and what is no such loss. Nothing here starts Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+from conftest import tiny_config
+
+from distill_at_scale.core.errors import Unreachable, UserError, WorkersLost
+from distill_at_scale.core.events import at_once
+from distill_at_scale.distillation import evaluate
+
+ray = pytest.importorskip("ray")
+from distill_at_scale.cluster import actor_pool, train_group  # noqa: E402
+from distill_at_scale.cluster import distill as distillation  # noqa: E402
+from distill_at_scale.cluster import evaluate as evaluation  # noqa: E402
+
+LOST = ray.exceptions.WorkerCrashedError
+
+
+def test_a_task_that_is_lost_too_often_is_a_users_error():
+    config, message = tiny_config("unused"), r"evaluate: processes were lost more often than cluster\.max_failures = 3"
+    with pytest.raises(WorkersLost, match=message), actor_pool.waited_for("evaluate", config):
+        raise LOST
+    with pytest.raises(KeyError), actor_pool.waited_for("evaluate", config):
+        raise KeyError("a defect")
+
+
+def test_the_loss_behind_the_failures_of_a_group_is_found():
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    lost = ray.exceptions.ActorDiedError()
+    failures = {0: RuntimeError("Connection closed by peer"), 1: WorkerHealthCheckFailedError("no answer", lost)}
+    assert train_group._lost(WorkerGroupError("", failures)) is lost
+    assert train_group._lost(lost) is lost
+    assert train_group._lost(WorkerGroupError("", {0: RuntimeError("a defect")})) is None
+
+
+@pytest.mark.parametrize("kind", [Unreachable, UserError])
+def test_the_error_of_a_worker_is_one_of_the_same_kind_in_the_driver(kind):
+    found = train_group.refusal(train_group.noted(kind("s3://b/run: writing x failed: no network")))
+    assert (type(found), str(found)) == (kind, "s3://b/run: writing x failed: no network")
+
+
+def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
+    """The note of who works is read to say that workers were lost, and for nothing else."""
+
+    def read(name, patience):
+        assert patience == 0.0
+        found = next(answers)
+        if found is None:
+            raise Unreachable("503 SlowDown")
+        return found
+
+    monkeypatch.setattr(train_group, "FOLLOW", -1.0)
+    answers, said = iter(["one group", None, "one group", None, "another group"]), []
+    look = train_group._noticing(
+        SimpleNamespace(read=read, remote=True), lambda: said.append("log"), lambda: said.append("lost")
+    )
+    for _ in range(5):
+        look()
+    assert said == ["log"] * 4 + ["lost", "log"]
+
+
+def test_losses_are_counted_anew_where_more_is_done():
+    """Two attempts get on before they lose too many, the third does not."""
+    done, said = iter([0, 6, 6, 8, 8, 8]), []
+
+    def attempt():
+        raise WorkersLost("distill: processes were lost more often than 3 (killed)")
+
+    with pytest.raises(WorkersLost):
+        train_group.getting_on(attempt, lambda: next(done), said.append)
+    assert (
+        said
+        == ["  more is done than before, so losses are counted anew (distill: processes were lost more often than 3)"]
+        * 2
+    )
+    assert train_group.getting_on(lambda: None, lambda: 0, said.append) is None
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(left): a pool whose actors are lost on each pass, when so many units are left."""
+
+    def make(left):
+        def once(waiting, actor, arguments, config, gpus):
+            for number in list(waiting)[: len(waiting) - left]:
+                yield {"unit": number, "event": at_once("work", "x").to_json()}
+            raise LOST
+
+        monkeypatch.setattr(actor_pool, "_stream_once", once)
+        units = [pa.table({"path": [f"piece {number}"]}) for number in range(3)]
+        return actor_pool.stream(units, object, {}, tiny_config("unused"), 0, actor_pool.Tell())
+
+    return make
+
+
+def test_actors_that_are_lost_after_their_last_unit_cost_nothing(passes):
+    assert [row["unit"] for row in passes(0)] == [0, 1, 2]
+
+
+def test_units_that_are_lost_too_often_are_named(passes):
+    with pytest.raises(
+        WorkersLost, match=r"lost 4 times .* with 1 units of work left, the first of which makes piece 2"
+    ):
+        list(passes(1))
+
+
+def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(monkeypatch):
+    """So what is left after an interruption ends as it would have."""
+    config, asked = tiny_config("unused"), []
+    monkeypatch.setattr(evaluation, "ray", SimpleNamespace(put=lambda value: value))
+    monkeypatch.setattr(evaluation, "cores", lambda: 64)
+    monkeypatch.setattr(evaluation, "cores_each", lambda tasks: asked.append(tasks) or 1)
+    evaluation.run(config, [], (None, None, None), lambda row: None)
+    assert asked == [len(evaluate.jobs(config))] == [4]
+
+
+def test_lines_that_are_written_in_place_of_dropped_ones_are_all_told(tmp_path):
+    """Workers that go on from step 1 drop the line of step 2 and write a longer one before anybody looks."""
+    path, told = tmp_path / "metrics.jsonl", []
+    old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'
+    path.write_text(old)
+    tail = distillation._Tail(path, told.append)
+    path.write_text(old + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    tail.read()
+    assert [line["step"] for line in told] == [2], "what was there before, or half a line, is told"
+    hold = '{"step": 1, "held": "a line that is longer than what it replaces"}\n'
+    path.write_text(old + hold)
+    tail.read()
+    assert [line["step"] for line in told] == [2, 0, 1, 1]
+    path.write_text(old + hold + '{"step": 2, "loss": 1.0}\n')
+    tail.read()
+    assert [line["step"] for line in told] == [2, 0, 1, 1, 2]
+    path.write_text(old)
+    tail.read()
+    assert [line["step"] for line in told] == [2, 0, 1, 1, 2, 0, 1], "the log is shorter than before"

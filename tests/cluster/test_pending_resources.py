@@ -1,0 +1,53 @@
+"""What a stage waits for is said while nothing is finished, and only then."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+ray = pytest.importorskip("ray")
+from distill_at_scale.cluster import pending_resources  # noqa: E402
+
+
+def test_a_sentence_names_what_is_asked_for_and_what_the_cluster_has():
+    wanted = {(("CPU", 1.0),): 2, (("CPU", 4.0), ("GPU", 0.5)): 1}
+    said = pending_resources.sentence("distill", wanted, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0})
+    assert said == (
+        "distill waits for 2 workers with 1 core each and 1 worker with 4 cores and 0.5 GPUs each; "
+        "the cluster has 8 cores, 1 free and 1 GPU, 0 free"
+    )
+
+
+def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def here(self):
+            return True
+
+    @ray.remote(num_cpus=1)
+    def late():
+        return 7
+
+    holder = Holder.remote()
+    assert ray.get(holder.here.remote())
+    lines, said, counts = list[str](), threading.Event(), list[int]()
+    result = late.remote()
+    with pending_resources.watched(
+        "evaluate", lambda line: (lines.append(line), said.set()), counts.append, every=0.5
+    ) as advance:
+        assert said.wait(60), "nothing was said"
+        ray.kill(holder)
+        advance(ray.get(result))
+    assert counts == [7]
+    assert "evaluate waits for 1 worker with 1 core each; the cluster has 2 cores, 0 free" in lines[0]
+
+
+def test_nothing_is_said_where_nothing_waits(ray_session):
+    until = time.monotonic() + 60
+    while (
+        pending_resources.missing("score") is not None
+    ):  # the head hears a little later that the last test's tasks are done
+        assert time.monotonic() < until, "it is still said"
+        time.sleep(0.2)

@@ -1,0 +1,101 @@
+"""Rates and what is left count only the work of this command."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from distill_at_scale.core import progress
+from distill_at_scale.core.progress import Display, lasting
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def shown(display: Display) -> str:
+    return display.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def display() -> Display:
+    return Display(Console(file=io.StringIO(), width=200))
+
+
+def test_units_from_before_are_no_work_of_this_command(clock, display):
+    with display.meter("decode", 1000, "samples", before=600) as meter:
+        meter.advance(600)
+        assert meter.rate == 0
+        assert meter.left is None
+        clock.now += 10
+        meter.advance(100)
+        assert meter.rate == pytest.approx(10)
+        assert meter.left == pytest.approx(30)
+    assert shown(display).splitlines() == [
+        "  decode: 700 of 1,000 samples, 600 of them before, 10.0 samples/s, 30 s left",
+        "  decode: 700 of 1,000 samples, 600 of them before, 10.0 samples/s, 10.0 s",
+    ]
+
+
+def test_units_that_were_there_may_come_in_parts_and_with_new_ones(clock, display):
+    with display.meter("score", 100, "samples", before=50) as meter:
+        clock.now += 5
+        for count in (20, 20, 20):
+            meter.advance(count)
+        assert (meter.done, meter.made) == (60, 10)
+
+
+def test_steps_that_are_done_again_are_work_but_no_progress(clock, display):
+    with display.meter("distill", 100, "steps") as meter:
+        clock.now += 4
+        meter.advance(40)
+        meter.resume(20)
+        clock.now += 4
+        meter.advance(40)
+        assert meter.done == 60
+        assert meter.rate == pytest.approx(10)
+        assert meter.left == pytest.approx(4)
+    assert "60 of 100 steps, 20 done again, 10.0 steps/s" in shown(display)
+
+
+def test_waiting_for_workers_to_start_is_no_work(clock, display):
+    with display.meter("distill", 100, "steps") as meter:
+        clock.now += 40
+        meter.resume(10)
+        clock.now += 3
+        meter.advance(30)
+        assert meter.rate == pytest.approx(10)
+    assert shown(display).splitlines()[-1].endswith("10.0 steps/s, 43.0 s")
+
+
+def test_a_finished_task_has_nothing_left_and_a_task_without_work_no_rate(clock, display):
+    with display.meter("score", 10, "samples", before=10) as meter:
+        clock.now += 1
+        meter.advance(10)
+    assert shown(display) == "  score: 10 of 10 samples, 10 of them before, 1.0 s\n"
+
+
+def test_a_terminal_shows_what_is_left(clock):
+    display = Display(Console(file=io.StringIO(), width=120, force_terminal=True))
+    with display.meter("evaluate", 10, "networks", before=5) as meter:
+        meter.advance(5)
+        clock.now += 60
+        meter.advance(1)
+        assert display.bars is not None
+        assert display.bars.tasks[0].fields["left"] == "4 min 0 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (59.9, "1 min 0 s")]
+)
+def test_durations_are_said_as_a_reader_says_them(seconds, text):
+    assert lasting(seconds) == text

@@ -1,0 +1,398 @@
+"""Raw samples become uint8 images of one shape, or are rejected with a reason; nothing else ever comes out."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, Rejected, decode_stored, encode
+
+
+def picture(width: int = 12, height: int = 8) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(width: int = 500, height: int = 375) -> Image.Image:
+    """Smooth colours, waves of all lengths down to 6 pixels, a little noise: like a photo, no two corners alike."""
+    y, x = np.mgrid[:height, :width].astype(float)
+    noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    waves = [np.sin(x / 2 + y / 5), np.cos(y / 1.5 - x / 9), np.sin((x + y) / 30)]
+    ramps = [x / width, y / height, 1 - x / width]
+    image = np.stack([25 * wave + 40 + 150 * ramp for wave, ramp in zip(waves, ramps, strict=True)], -1) + noise
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def in_full(raw: bytes, size: int, mode: str = "RGB", crop: bool = False) -> np.ndarray:
+    """The reference: every pixel decoded, turned, and resized in one antialiased bicubic step."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw))).convert(mode)
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side) if crop else (0, 0, width, height)
+    found = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return np.asarray(found)[None] if mode == "L" else np.asarray(found).transpose(2, 0, 1)
+
+
+def decibels(found: np.ndarray, wanted: np.ndarray) -> float:
+    return 10 * math.log10(255**2 / max(float(((found.astype(float) - wanted) ** 2).mean()), 1e-3))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_gives_the_shape(kind, channels):
+    found = ImageDecoder(6, channels)(encoded(picture(), kind))
+    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((channels, 6, 6), np.uint8, True)
+
+
+def test_an_image_of_the_right_size_keeps_its_pixels():
+    image = picture(8, 8)
+    assert np.array_equal(ImageDecoder(8)(encoded(image)), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_an_array_is_taken_as_it_is():
+    raw = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    assert np.array_equal(ImageDecoder(8, 1)(raw)[0], raw)
+    assert np.array_equal(ImageDecoder(8, 3)(raw), np.stack([raw] * 3))
+
+
+def test_a_crop_that_needs_no_resize_keeps_its_pixels():
+    image = photo(75, 60)
+    wanted = np.asarray(image)[:, 7:67].transpose(2, 0, 1)  # 15 columns too many: 7 go on the left, 8 on the right
+    assert np.array_equal(ImageDecoder(60, resize="crop")(encoded(image)), wanted)
+
+
+def test_square_stretches_and_crop_cuts_the_centre():
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255
+    stretched, cropped = (
+        ImageDecoder(8)(encoded(Image.fromarray(wide))),
+        ImageDecoder(8, resize="crop")(encoded(Image.fromarray(wide))),
+    )
+    assert cropped.min() == 255
+    assert stretched[0, 0, 0] == 0
+    assert stretched[0, 0, 4] > 200
+
+
+def test_the_orientation_of_a_photo_is_followed():
+    image, exif = picture(8, 8), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    turned = ImageDecoder(8)(encoded(image, "PNG", exif=exif))
+    assert np.array_equal(turned, np.asarray(image.transpose(Image.Transpose.ROTATE_270)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_every_colour_mode_is_converted(mode):
+    image = picture(8, 8).convert(mode)
+    raw = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    assert ImageDecoder(8)(raw).shape == (3, 8, 8)
+
+
+def test_sixteen_bits_per_pixel_keep_their_brightness():
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    found = ImageDecoder(8, 1)(encoded(Image.fromarray(grey)))[0]
+    assert np.abs(found.astype(int) - (grey / 257).round().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "empty"),
+        (b"this is text, not a picture", "not an image"),
+        (b"\x00" * 100, "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (encoded(picture(64, 64), "JPEG")[:400], "damaged"),
+        (encoded(picture(64, 64), "PNG")[:400], "damaged"),
+    ],
+    ids=["empty", "text", "zeros", "svg", "half a jpeg", "half a png"],
+)
+def test_a_broken_sample_is_rejected_with_its_reason(raw, reason):
+    with pytest.raises(Rejected, match=reason):
+        ImageDecoder(8)(raw)
+
+
+def test_a_decompression_bomb_is_rejected_unopened():
+    raw = encoded(Image.new("1", (3000, 3000)))
+    assert len(raw) < 10_000
+    with pytest.raises(Rejected, match=r"3000 x 3000 pixels, more than data\.max_pixels = 1000000"):
+        ImageDecoder(8, max_pixels=1_000_000)(raw)
+
+
+def test_what_is_far_beyond_pillows_own_limit_is_rejected_too(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Rejected, match="bomb"):
+        ImageDecoder(8)(encoded(Image.new("1", (100, 100))))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_whatever_the_bytes_are_they_decode_or_are_rejected(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = encoded(picture(30, 20), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+    chance, decoder = random.Random(kind), ImageDecoder(8, max_pixels=1_000_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2000):
+            raw = bytearray(good)
+            for _ in range(chance.randint(1, 6)):
+                raw[chance.randrange(min(len(raw), chance.choice([64, 300, len(raw)])))] = chance.randrange(256)
+            try:
+                found = decoder(bytes(raw[: chance.choice([len(raw), chance.randrange(1, len(raw))])]))
+            except Rejected:
+                continue
+            assert found.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "decoded"),
+    [
+        (500, 375, 64, (125, 94)),  # a quarter: 93.75 is at least 1.25 x 64
+        (500, 375, 128, (250, 188)),
+        (500, 375, 224, (500, 375)),  # half of it would be too small
+        (258, 258, 64, (129, 129)),  # a quarter would leave 64.5 pixels, hardly more than asked
+        (320, 320, 64, (80, 80)),
+        (2000, 90, 64, (2000, 90)),  # the shorter side decides
+        (2000, 170, 64, (1000, 85)),
+        (90, 2000, 64, (90, 2000)),
+        (40, 30, 64, (40, 30)),
+    ],
+)
+@pytest.mark.parametrize("resize", ["square", "crop"])
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_a_margin_on_its_shorter_side(
+    width, height, size, decoded, resize
+):
+    raw = encoded(photo(width, height), "JPEG")
+    assert ImageDecoder(size, resize=resize)._open(raw)[0].size == decoded
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (501, 379), (322, 330), (1500, 120), (97, 801)])
+@pytest.mark.parametrize("resize", ["square", "crop"])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_scaled_decoding_stays_within_39_decibels_of_the_full_decode(shape, resize, size):
+    raw = encoded(photo(*shape), "JPEG", quality=90)
+    found = ImageDecoder(size, resize=resize)(raw)
+    assert decibels(found, in_full(raw, size, crop=resize == "crop")) >= 39  # mean error below two levels
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}])
+@pytest.mark.parametrize("size", [64, 300])
+def test_progressive_jpegs_and_restart_markers_are_read(options, size):
+    raw = encoded(photo(), "JPEG", quality=90, **options)
+    assert decibels(ImageDecoder(size)(raw), in_full(raw, size)) >= 40
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "resize"), [("JPEG", "square"), ("JPEG", "crop"), ("PNG", "crop")])
+def test_all_eight_orientations_are_followed_when_a_photo_is_scaled_down(orientation, kind, resize):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(photo(500, 374), kind, exif=exif)  # an odd crop would differ by the one pixel that is left over
+    found, wanted = ImageDecoder(64, resize=resize)(raw), in_full(raw, 64, crop=resize == "crop")
+    assert decibels(found, wanted) >= 40
+    others = [np.rot90(wanted, k, (1, 2)) for k in (1, 2, 3)] + [wanted[:, ::-1], wanted[:, :, ::-1]]
+    assert all(decibels(found, other) < 30 for other in others)
+
+
+@pytest.mark.parametrize("value", [0, 9, 6000])
+def test_an_orientation_that_does_not_exist_is_ignored(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    image = picture(8, 8)
+    assert np.array_equal(ImageDecoder(8)(encoded(image, exif=exif)), np.asarray(image).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_with_damaged_metadata_is_used_as_it_stands(kind):
+    raw = encoded(photo(), kind, exif=b"Exif\0\0garbage!!")
+    assert decibels(ImageDecoder(64)(raw), in_full(encoded(photo(), kind), 64)) >= 40
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_the_inverted_inks_of_a_cmyk_jpeg_give_the_right_colours(size):
+    flat = Image.new("RGB", (100, 100), (200, 40, 90))
+    raw = encoded(flat.convert("CMYK"), "JPEG", quality=95)
+    assert (b"Adobe" in raw, Image.open(io.BytesIO(raw)).mode) == (True, "CMYK")
+    assert np.abs(ImageDecoder(size)(raw).astype(int) - np.array([200, 40, 90])[:, None, None]).max() <= 3
+
+
+def test_a_grey_jpeg_has_three_equal_channels_or_one():
+    raw = encoded(photo().convert("L"), "JPEG")
+    colour, grey = ImageDecoder(64)(raw), ImageDecoder(64, 1)(raw)
+    assert np.array_equal(colour, np.repeat(grey, 3, 0))
+    assert decibels(grey, in_full(raw, 64, "L")) >= 40
+
+
+@pytest.mark.parametrize("size", [64, 300])
+def test_grey_from_a_colour_jpeg_is_the_grey_of_its_colours(size):
+    raw, decoder = encoded(photo(), "JPEG", quality=90), ImageDecoder(size, 1)
+    assert decibels(decoder(raw), in_full(raw, size, "L")) >= 40
+    assert decoder._open(raw)[0].mode == "L"  # colours are never computed: that takes a third of the time and more
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_alpha_is_dropped_not_blended(kind):
+    image = picture(8, 8)
+    image.putalpha(1)
+    found = ImageDecoder(8)(encoded(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
+    assert np.array_equal(found, np.asarray(picture(8, 8)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
+def test_a_palette_gives_its_colours_whatever_is_transparent_and_without_a_warning(transparency):
+    image = Image.new("P", (8, 8))
+    image.putpalette([10, 20, 30, 200, 100, 50, 0, 255, 0])
+    image.putdata([0, 1, 2, 1] * 16)
+    raw = encoded(image, **({} if transparency is None else {"transparency": transparency}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ImageDecoder(8)(raw)
+    assert found[:, 0, :4].T.tolist() == [[10, 20, 30], [200, 100, 50], [0, 255, 0], [200, 100, 50]]
+
+
+def test_sixteen_bits_per_colour_keep_their_brightness():
+    levels = np.random.default_rng(0).integers(0, 65536, (8, 8, 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts]
+    found = ImageDecoder(8)(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).transpose(1, 2, 0)
+    assert np.abs(found.astype(int) - levels // 257).max() <= 1
+
+
+def test_a_png_in_a_file_called_jpeg_is_read_since_only_the_bytes_count(tmp_path):
+    path = tmp_path / "n02105855_2933.JPEG"
+    photo().save(path, "PNG")
+    assert np.array_equal(ImageDecoder(375, resize="crop")(path.read_bytes())[:, 0, 0], np.asarray(photo())[0, 62])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}])
+@pytest.mark.parametrize("size", [16, 64, 200])
+def test_a_jpeg_cut_anywhere_is_rejected_and_never_filled_with_grey(options, size):
+    raw, decoder = encoded(photo(200, 150), "JPEG", quality=90, **options), ImageDecoder(size)
+    decoder(raw)
+    for end in [*range(3, len(raw), 97), *range(len(raw) - 40, len(raw))]:  # the last: only half of the end marker
+        with pytest.raises(Rejected):
+            decoder(raw[:end])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_rubbish_behind_a_whole_jpeg_changes_nothing(options):
+    raw, decoder = encoded(photo(200, 150), "JPEG", **options), ImageDecoder(32)
+    assert np.array_equal(decoder(raw + b"\0rubbish\xff" * 500), decoder(raw))
+
+
+def test_a_jpeg_that_claims_too_many_pixels_is_rejected_before_it_is_decoded():
+    raw = bytearray(encoded(photo(200, 150), "JPEG"))
+    place = raw.index(b"\xff\xc0") + 5  # height and width in the frame header
+    raw[place : place + 4] = struct.pack(">HH", 9000, 9000)
+    with pytest.raises(Rejected, match=r"9000 x 9000 pixels, more than data\.max_pixels = 80000000"):
+        ImageDecoder(32, max_pixels=80_000_000)(bytes(raw))
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((16, 16, 3), 3), ((16, 16), 1), ((16, 16), 3), ((16, 16, 1), 1)])
+def test_an_array_of_the_right_shape_is_copied_without_pillow(monkeypatch, shape, channels):
+    raw = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    raw.flags.writeable = False
+    monkeypatch.setattr(Image, "fromarray", None)
+    found = ImageDecoder(16, channels)(raw)
+    wanted = np.broadcast_to(raw.reshape(16, 16, -1).transpose(2, 0, 1), (channels, 16, 16))
+    assert np.array_equal(found, wanted)
+    assert (found.flags.c_contiguous, found.flags.writeable, np.shares_memory(found, raw)) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("raw", "channels"),
+    [
+        (np.asarray(picture(12, 12)), 3),
+        (np.asarray(picture(8, 8)), 1),
+        (np.asarray(picture(8, 8).convert("RGBA")), 3),
+        (np.asarray(picture(12, 12).convert("L")), 3),
+    ],
+    ids=["another size", "colour to grey", "with alpha", "grey of another size"],
+)
+def test_other_arrays_are_converted_like_files(raw, channels):
+    wanted = ImageDecoder(8, channels)(encoded(Image.fromarray(raw)))
+    assert np.array_equal(ImageDecoder(8, channels)(raw), wanted)
+
+
+def pixels(channels: int = 3, height: int = 60, width: int = 45) -> np.ndarray:
+    image = photo(width, height)
+    return np.asarray(image.convert("L"))[None] if channels == 1 else np.asarray(image).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(60, 45), (16, 16), (1, 1), (7, 130)])
+def test_a_stored_image_comes_back_nearly_the_same_and_in_memory_of_its_own(channels, height, width):
+    image = pixels(channels, height, width)
+    found = decode_stored(encode(image, 95), image.shape)
+    assert (found.shape, found.dtype, found.flags.c_contiguous, found.flags.writeable) == (image.shape, np.uint8, 1, 1)
+    assert decibels(found, image) >= 35
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_stored_image_reads_bit_for_bit_as_pillow_reads_it(channels):
+    image = pixels(channels, 224, 224)
+    data = encode(image, 90)
+    found = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode_stored(data, image.shape), found[None] if channels == 1 else found.transpose(2, 0, 1))
+
+
+def test_storing_is_deterministic_and_a_better_quality_is_larger_and_nearer():
+    image = pixels()
+    assert encode(image, 90) == encode(image.copy(), 90) == encode(np.ascontiguousarray(image), 90)
+    coarse, fine = encode(image, 70), encode(image, 95)
+    assert len(coarse) < len(fine)
+    assert decibels(decode_stored(coarse, image.shape), image) < decibels(decode_stored(fine, image.shape), image)
+
+
+def test_noise_is_stored_at_every_quality():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 96, 96), np.uint8)
+    assert all(decode_stored(encode(noise, quality), noise.shape).std() > 50 for quality in (50, 90, 95, 100))
+
+
+def test_colour_detail_survives_storing():
+    image = np.zeros((3, 32, 32), np.uint8)
+    image[0, :, ::2], image[2, :, 1::2] = 255, 255  # columns of red and blue, one pixel each
+    assert np.abs(decode_stored(encode(image, 90), image.shape).astype(int) - image).mean() < 12
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_damaged_stored_image_is_rejected(channels):
+    image = pixels(channels)
+    data = encode(image, 90)
+    for end in range(len(data)):
+        with pytest.raises(Rejected, match="stored image is damaged"):
+            decode_stored(data[:end], image.shape)
+    for rubbish in (b"\0" * 500, encoded(picture())):
+        with pytest.raises(Rejected, match="stored image is damaged"):
+            decode_stored(rubbish, image.shape)
+
+
+@pytest.mark.parametrize("shape", [(3, 45, 60), (1, 60, 45), (3, 60, 46)])
+def test_a_stored_image_of_another_shape_is_rejected_and_both_are_named(shape):
+    with pytest.raises(Rejected) as caught:
+        decode_stored(encode(pixels(), 90), shape)
+    assert str(caught.value) == f"stored image has the shape (3, 60, 45) (C, H, W), not {shape}"
+
+
+def test_real_photos_scale_within_38_decibels_and_are_stored_in_a_quarter_of_their_original_size(shared_data):
+    paths = sorted((shared_data / "imagenette" / "val").rglob("*.JPEG"))[::40]
+    stored = []
+    for path in paths:
+        raw = path.read_bytes()
+        assert decibels(ImageDecoder(64)(raw), in_full(raw, 64)) >= 38
+        image = ImageDecoder(224)(raw)
+        stored.append(encode(image, 90))
+        assert decibels(decode_stored(stored[-1], image.shape), image) >= 36
+    assert sum(map(len, stored)) / len(stored) < 110_000 / 4

@@ -1,0 +1,429 @@
+"""From a source to the prepared format: class-sorted, resumable, and with what is broken set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.events import Spent
+from distill_at_scale.data.ingest import chunks as pieces
+from distill_at_scale.data.ingest import merge as merging
+from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.data.ingest.chunks import ingest_chunk, piece_path, recipe_of
+from distill_at_scale.data.ingest.merge import merge
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.format import pixels_of
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.data.sources.base import listing
+from distill_at_scale.pipeline import validate
+
+
+def png(level: int, side: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), level, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_config(root: Path, **data) -> configuration.Config:
+    return configuration.validate({"data": {"source": "imagefolder", "path": str(root), "size": 8, "chunk": 4, **data}})
+
+
+def digits_config(seed: int = 0, **data) -> configuration.Config:
+    return configuration.validate({"run": {"seed": seed}, "data": {**TINY["data"], **data}})
+
+
+def decode(plan: ingest.Plan, config: configuration.Config, pieces: Path, backwards: bool = False) -> tuple[int, int]:
+    """Every chunk into its piece; (used, rejected)."""
+    pieces.mkdir(parents=True, exist_ok=True)
+    source, found = ingest.open_source(config.data), []
+    for split, index, rows in plan.chunks(config.data.chunk)[:: -1 if backwards else 1]:
+        found.append(ingest_chunk(source, recipe_of(config), rows, piece_path(pieces, split, index)))
+    return sum(used for used, _ in found), sum(bad for _, bad in found)
+
+
+def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> Prepared:
+    plan = ingest.plan(config)
+    decode(plan, config, folder / "pieces", backwards)
+    merge(plan, folder / "pieces", folder / "prepared", config.data)
+    return Prepared(folder / "prepared")
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of six flat training pictures and a test picture; picture k of class c has grey level 20 c + k."""
+    root = tmp_path / "pictures"
+    for c, name in enumerate(("cat", "dog")):
+        for split, count in (("train", 6), ("val", 1)):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                (root / split / name / f"{k}.png").write_bytes(png(20 * c + k))
+    return root
+
+
+@pytest.fixture
+def prepared(pictures: Path, tmp_path: Path) -> Prepared:
+    return prepare(folder_config(pictures), tmp_path)
+
+
+def test_every_sample_keeps_its_id_label_and_pixels(prepared):
+    ids, labels = prepared.index("train")
+    assert ids == [f"train/{c}/{k}.png" for c in ("cat", "dog") for k in range(6)]
+    assert labels.tolist() == [0] * 6 + [1] * 6
+    pixels, _ = prepared.load("train")
+    assert pixels.shape == (12, 3, 8, 8)
+    assert pixels[:, 0, 0, 0].tolist() == [*range(6), *range(20, 26)]
+    assert (pixels == pixels[:, :1, :1, :1]).all()
+
+
+def test_rows_are_sorted_by_class_and_id_with_one_class_per_row_group(digits_run):
+    prepared = Prepared(digits_run.dir / "prepared")
+    for split in ("train", "test"):
+        groups = prepared.groups(split)
+        assert [g.label for g in groups] == sorted(g.label for g in groups)
+        for group in groups:
+            table = prepared.read(group, split)
+            assert set(table["label"].to_pylist()) == {group.label}
+            assert table.num_rows == group.rows <= 32
+        chunks = prepared.chunks(split)
+        assert [c.index for c in chunks] == list(range(len(chunks)))
+        assert all(prepared.read(chunk, split).num_rows == chunk.rows <= 32 for chunk in chunks)
+        ids, labels = prepared.index(split)
+        assert list(zip(labels.tolist(), ids, strict=True)) == sorted(zip(labels.tolist(), ids, strict=True))
+
+
+def test_the_dataset_file_describes_what_is_there(prepared):
+    assert prepared.class_names == ["cat", "dog"]
+    assert prepared.shape == (3, 8, 8)
+    assert (prepared.counts("train"), prepared.counts("test")) == ([6, 6], [1, 1])
+    levels = np.array([*range(6), *range(20, 26)])
+    assert prepared.mean == pytest.approx([levels.mean() / 255] * 3, abs=1e-6)
+    assert prepared.std == pytest.approx([levels.std() / 255] * 3, abs=1e-6)
+
+
+def test_the_shards_do_not_depend_on_the_order_of_the_work(tmp_path):
+    config = digits_config()
+    prepare(config, tmp_path / "a")
+    prepare(config, tmp_path / "b", backwards=True)
+    assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
+
+
+def test_the_fingerprint_follows_the_content(pictures, tmp_path):
+    first = prepare(folder_config(pictures), tmp_path / "a").fingerprint
+    assert prepare(folder_config(pictures), tmp_path / "b").fingerprint == first
+    (pictures / "train" / "cat" / "3.png").write_bytes(png(99))
+    assert prepare(folder_config(pictures), tmp_path / "c").fingerprint != first
+
+
+def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
+    config = folder_config(pictures)
+    plan = ingest.plan(config)
+    first = decode(plan, config, tmp_path / "pieces")
+    before = content(tmp_path / "pieces")
+
+    class Unreadable(SOURCES["imagefolder"]):
+        def read(self, rows):
+            raise AssertionError("a finished piece was read again")
+
+    source = Unreadable(config.data)
+    again = [
+        ingest_chunk(source, recipe_of(config), rows, piece_path(tmp_path / "pieces", split, i))
+        for split, i, rows in plan.chunks(4)
+    ]
+    assert (sum(u for u, _ in again), sum(b for _, b in again)) == first == (14, 0)
+    assert content(tmp_path / "pieces") == before
+
+
+def test_a_piece_without_its_list_of_rejected_samples_is_made_again(tmp_path):
+    """As a copy may have it, of a folder that is being written."""
+    piece = piece_path(tmp_path, "train", 0)
+    piece.touch()
+    assert not pieces.is_finished(piece, check=False)
+    pieces.rejected_path(piece).touch()
+    assert pieces.is_finished(piece, check=False)
+
+
+def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
+    config = folder_config(pictures)
+    plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"
+    pieces.mkdir(parents=True)
+    split, index, rows = plan.chunks(4)[1]
+    ingest_chunk(ingest.open_source(config.data), recipe_of(config), rows, piece_path(pieces, split, index))
+    (pieces / ".train-000000.arrow.0a1b.tmp").write_bytes(b"cut off when the process was killed")
+    prepare(config, tmp_path / "a")
+    prepare(config, tmp_path / "b")
+    assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
+
+
+@pytest.fixture
+def broken(pictures: Path) -> dict[str, str]:
+    """Four broken files of the class cat: {id: a part of the reason}."""
+    cat = pictures / "train" / "cat"
+    (cat / "0.png").write_bytes(png(0, 64)[:70])
+    (cat / "1.png").write_bytes(b"")
+    (cat / "2.png").write_bytes(b"just text")
+    (cat / "3.png").write_bytes(png(0, 600))
+    return {
+        "train/cat/0.png": "damaged",
+        "train/cat/1.png": "empty",
+        "train/cat/2.png": "not an image",
+        "train/cat/3.png": "max_pixels",
+    }
+
+
+def test_broken_files_are_set_aside_with_reasons_and_the_rest_is_used(pictures, broken, tmp_path):
+    config = folder_config(pictures, max_pixels=100_000)
+    assert decode(ingest.plan(config), config, tmp_path / "pieces") == (10, 4)
+    prepared = prepare(config, tmp_path)
+    assert prepared.counts("train") == [2, 6]
+    assert prepared.meta["rejected"] == 4
+    rejected = pq.read_table(tmp_path / "rejected.parquet").to_pylist()
+    assert [row["sample_id"] for row in rejected] == sorted(broken)
+    for row in rejected:
+        assert broken[row["sample_id"]] in row["reason"]
+        assert row["location"] == row["sample_id"]
+
+
+def test_a_file_that_vanished_is_set_aside(pictures, tmp_path):
+    config = folder_config(pictures)
+    plan = ingest.plan(config)
+    (pictures / "train" / "dog" / "0.png").unlink()
+    assert decode(plan, config, tmp_path / "pieces") == (13, 1)
+
+
+def test_a_class_that_loses_everything_is_an_error_that_names_it(pictures, tmp_path):
+    (pictures / "train" / "cat" / "0.png").write_bytes(b"")
+    for k in range(6):
+        (pictures / "train" / "dog" / f"{k}.png").write_bytes(b"just text")
+    with pytest.raises(UserError, match=r"'dog' was rejected.*not an image"):
+        prepare(folder_config(pictures), tmp_path)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_class_without_training_samples_is_an_error_that_names_it(pictures):
+    for path in (pictures / "train" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="'dog' has no training sample"):
+        ingest.plan(folder_config(pictures))
+
+
+def test_a_test_split_that_loses_everything_leaves_the_rest(pictures, tmp_path):
+    for path in (pictures / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    prepared = prepare(folder_config(pictures), tmp_path)
+    assert prepared.counts("train") == [6, 6]
+    assert not prepared.has_test()
+
+
+def held_out(config: configuration.Config) -> set[str]:
+    return set(ingest.plan(config).listings["test"]["sample_id"].to_pylist())
+
+
+def test_a_holdout_takes_its_share_of_every_class():
+    plan = ingest.plan(digits_config(holdout=0.25))
+    train, test = (Counter(plan.listings[split]["label"].to_pylist()) for split in ("train", "test"))
+    for label, whole in enumerate((178, 182, 177)):
+        assert (train[label], test[label]) == (whole - int(whole * 0.25 + 0.5), int(whole * 0.25 + 0.5))
+    ids = plan.listings["train"]["sample_id"].to_pylist() + plan.listings["test"]["sample_id"].to_pylist()
+    assert len(set(ids)) == len(ids) == 537
+
+
+def test_a_holdout_is_decided_by_the_seed():
+    assert held_out(digits_config(0)) == held_out(digits_config(0))
+    assert held_out(digits_config(0)) != held_out(digits_config(1))
+
+
+def test_a_holdout_does_not_depend_on_the_order_of_the_listing(monkeypatch):
+    before = held_out(digits_config())
+    plain = SOURCES["digits"].listing
+    monkeypatch.setattr(
+        SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(np.arange(1797)[::-1].copy())
+    )
+    assert held_out(digits_config()) == before
+
+
+def test_a_holdout_is_left_alone_where_the_source_has_a_test_split(pictures):
+    assert ingest.plan(folder_config(pictures, holdout=0.5)).listings["train"].num_rows == 12
+
+
+def test_a_holdout_too_small_for_a_single_sample_is_said_or_leaves_no_test_split(tmp_path):
+    with contextlib.suppress(UserError):
+        assert not prepare(digits_config(holdout=0.001), tmp_path).has_test()
+
+
+def test_a_test_split_without_the_chosen_classes_does_not_stop_the_ingest(pictures, tmp_path):
+    (pictures / "val" / "cat" / "0.png").unlink()
+    prepared = prepare(folder_config(pictures, classes=["cat"]), tmp_path)
+    assert (prepared.counts("train"), prepared.has_test()) == ([6], False)
+
+
+def test_classes_choose_a_subset_in_the_given_order(tmp_path):
+    prepared = prepare(digits_config(classes=["7", "2"]), tmp_path)
+    assert prepared.class_names == ["7", "2"]
+    every = {
+        row["sample_id"]: row["label"] for row in SOURCES["digits"](digits_config().data).listing("train").to_pylist()
+    }
+    ids, labels = prepared.index("train")
+    assert {(every[i], label) for i, label in zip(ids, labels.tolist(), strict=True)} == {(7, 0), (2, 1)}
+    assert sum(prepared.counts("train")) + sum(prepared.counts("test")) == 179 + 177
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"), [(["3", "x"], "'x' is not a class"), (["3", "3"], "each once"), ([], "at least one")]
+)
+def test_classes_that_make_no_sense_are_refused(classes, message):
+    with pytest.raises(UserError, match=message):
+        ingest.plan(digits_config(classes=classes))
+
+
+def test_pixels_pass_the_ingest_unchanged(digits_run):
+    source = SOURCES["digits"](digits_run.config.data)
+    prepared = Prepared(digits_run.dir / "prepared")
+    table = prepared.read(prepared.chunks()[0])
+    for name, image in zip(table["sample_id"].to_pylist(), pixels_of(table), strict=True):
+        assert np.array_equal(image[0], source.images[int(name.removeprefix("digits/"))])
+
+
+def shuffled(config: configuration.Config, monkeypatch) -> configuration.Config:
+    """The digits in an order that mixes all classes, as Parquet files and archives often do."""
+    plain, order = SOURCES["digits"].listing, np.random.default_rng(0).permutation(1797)
+    monkeypatch.setattr(SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(order))
+    return config
+
+
+@pytest.mark.parametrize("span", [1, 64 * 50, 10**9])
+def test_the_shards_do_not_depend_on_the_order_of_the_source_or_the_memory_of_the_merge(tmp_path, monkeypatch, span):
+    prepare(digits_config(), tmp_path / "a")
+    monkeypatch.setattr(merging, "SPAN_BYTES", span)
+    prepare(shuffled(digits_config(), monkeypatch), tmp_path / "b")
+    assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
+
+
+def test_large_images_are_kept_as_jpegs(tmp_path, monkeypatch):
+    root, draw = tmp_path / "photos", np.random.default_rng(0)
+    for k in range(6):
+        path = root / "train" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        smooth = Image.fromarray(draw.integers(0, 256, (6, 8, 3), np.uint8)).resize(
+            (160, 120), Image.Resampling.BICUBIC
+        )
+        smooth.save(path)
+    raw, jpeg = (
+        prepare(folder_config(root, size=144, resize="crop", store=store), tmp_path / store)
+        for store in ("raw", "auto")
+    )
+    assert raw.index()[0] == jpeg.index()[0]
+    assert jpeg.read(jpeg.groups()[0]).column_names == ["sample_id", "label", "jpeg"]
+    first, second = raw.load("train")[0], jpeg.load("train", only=pa.array(jpeg.index()[0]))[0]
+    assert first.shape == second.shape == (6, 3, 144, 144)
+    assert np.abs(first.astype(int) - second).mean() < 3
+    assert np.array_equal(jpeg.take("train", 1, [0, 2]), jpeg.load("train", labels=[1])[0][[0, 2]])
+
+
+def test_the_metadata_is_plain_json(prepared):
+    meta = json.loads((prepared.folder / "dataset.json").read_text())
+    assert set(meta) >= {"class_names", "shape", "counts", "mean", "std", "rejected", "fingerprint"}
+
+
+def reading(error: OSError) -> type:
+    """The image folder's source, where the first sample of the class cat cannot be read."""
+
+    class Failing(SOURCES["imagefolder"]):
+        def read(self, rows):
+            if "train/cat/0.png" in rows["sample_id"].to_pylist():
+                raise error
+            return super().read(rows)
+
+    return Failing
+
+
+def test_an_error_of_the_network_stops_the_ingest_and_sets_no_sample_aside(pictures, tmp_path):
+    config = folder_config(pictures)
+    split, index, rows = ingest.plan(config).chunks(4)[0]
+    target, recipe = piece_path(tmp_path, split, index), recipe_of(config)
+    for error in (OSError("AWS Error SLOW_DOWN during GetObject operation"), OSError(errno.EIO, "Input/output error")):
+        with pytest.raises(OSError, match=r"SLOW_DOWN|Input/output"):
+            ingest_chunk(reading(error)(config.data), recipe, rows, target)
+        assert not target.exists()
+    gone = FileNotFoundError(errno.ENOENT, "the archive ends inside the sample")
+    assert ingest_chunk(reading(gone)(config.data), recipe, rows, target) == (3, 1)
+
+
+def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
+    """One is decoded, two wait, one is being read."""
+    config = digits_config()
+    rows, started, decoded, most = ingest.plan(config).listings["train"].slice(0, 60), [], [], []
+
+    class Counting(SOURCES["digits"]):
+        def read(self, rows):
+            started.append(rows.num_rows)
+            most.append(len(started) - len(decoded) // 5)
+            return super().read(rows)
+
+    monkeypatch.setattr(pieces, "READ_AT_ONCE", 5)
+    recipe = recipe_of(config)
+    for _ in pieces._decoded(Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name), Spent()):
+        pass
+    assert (len(started), len(decoded)) == (12, 60)
+    assert max(most) <= 4
+
+
+def same_ids(listings: dict[str, list[int]]) -> ingest.Plan:
+    """A plan whose splits use the same ids, as WebDataset's keys and Hugging Face's paths may."""
+    tables = {
+        split: listing([f"{i}.png" for i in range(len(labels))], labels, [split] * len(labels), [0] * len(labels))
+        for split, labels in listings.items()
+    }
+    return ingest.Plan(["cat", "dog"], ["cat", "dog"], tables, "")
+
+
+def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:
+    table = pa.Table.from_pylist(
+        [{"sample_id": i, "location": split, "reason": why, "used": False} for i, why in bad], pieces.REJECTED
+    )
+    pq.write_table(table, pieces.rejected_path(piece_path(folder, split, 0)))
+
+
+def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_same_id(tmp_path):
+    plan = same_ids({"train": [0, 1], "test": [0, 1]})
+    rejected(tmp_path, "train")
+    rejected(tmp_path, "test", ("1.png", "empty"))
+    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
+    assert bad.to_pylist() == [
+        {"sample_id": "1.png", "location": "test", "reason": "empty", "used": False, "split": "test"}
+    ]
+    assert pq.read_table(tmp_path / "rejected.parquet").equals(bad)
+    assert "1 of 4 samples cannot be used" in validate.summary(plan, bad, tmp_path)[0]
+    rejected(tmp_path, "train", ("1.png", "damaged"))
+    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
+    with pytest.raises(UserError, match="no training sample of the class 'dog' can be used"):
+        validate.summary(plan, bad, tmp_path)
+
+
+def test_the_reason_why_a_class_lost_everything_is_that_of_a_training_sample(tmp_path):
+    plan = same_ids({"train": [0, 1], "test": [0, 1]})
+    rejected(tmp_path, "train", ("1.png", "damaged"))
+    rejected(tmp_path, "test", ("1.png", "empty"))
+    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
+    assert "'1.png': damaged" in merging._all_rejected(plan, 1, bad, tmp_path)

@@ -1,0 +1,444 @@
+"""Kinetics from folders: which clips are listed, labelled and set aside, whatever lists and folders look like."""
+
+from __future__ import annotations
+
+import pickle
+
+import pyarrow as pa
+import pytest
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
+from distill_at_scale.data.sources.image.imagenet_labels import File
+from distill_at_scale.data.sources.video.kinetics_csv import read_list
+
+HEADER = "label,youtube_id,time_start,time_end,split,is_cc\n"
+TRAIN = HEADER + (
+    '"arm wrestling",-3B32lodo2M,28,38,train,0\n'
+    "abseiling,_dbcJuKJQNs,0,10,train,0\n"
+    '"petting animal (not cat)",aaaaaaaaaaa,7,17,train,1\n'
+    "abseiling,gonegonegon,100,110,train,0\n"
+)
+VAL = HEADER + "abseiling,vvvvvvvvvvv,3,13,val,0\n"
+CLIPS = {
+    "train/arm wrestling/-3B32lodo2M_000028_000038.mp4": b"arm",
+    "train/abseiling/_dbcJuKJQNs_000000_000010.webm": b"",
+    "train/petting animal (not cat)/aaaaaaaaaaa_000007_000017.mkv": b"cat",
+    "val/abseiling/vvvvvvvvvvv_000003_000013.mp4": b"val",
+}
+LABELS = {
+    "train/abseiling/_dbcJuKJQNs_000000_000010.webm": 0,
+    "train/arm wrestling/-3B32lodo2M_000028_000038.mp4": 1,
+    "train/petting animal (not cat)/aaaaaaaaaaa_000007_000017.mkv": 2,
+}
+MISSING = ("train/abseiling/gonegonegon_000100_000110.mp4", 0, "listed in train.csv line 5, no file")
+
+
+def put(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def kinetics(root, **keys):
+    return SOURCES["kinetics"](DataSection(source="kinetics", path=str(root), **keys))
+
+
+def labels(source, split="train"):
+    table = source.listing(split)
+    return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def aside(source, split="train"):
+    return sorted((row["sample_id"], row["label"], row["reason"]) for row in source.set_aside(split).to_pylist())
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return put(tmp_path, {**CLIPS, "train.csv": TRAIN, "val.csv": VAL})
+
+
+def test_clips_have_the_labels_of_their_list_and_the_rest_is_set_aside(whole):
+    source = kinetics(whole)
+    assert source.splits() == ["train", "test"]
+    assert source.class_names == ["abseiling", "arm wrestling", "petting animal (not cat)"]
+    assert labels(source) == LABELS
+    assert labels(source, "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
+    assert aside(source) == [MISSING]
+    assert aside(source, "test") == []
+    table = source.listing("train")
+    assert table.schema == LISTING
+    assert source.set_aside("train").schema == SET_ASIDE
+    assert table["size"].to_pylist() == [0, 3, 3]
+    assert source.read(table.take(pa.array([2, 0, 1]))) == [b"cat", b"", b"arm"]
+
+
+def test_the_real_clips_are_listed_from_their_list(shared_data):
+    source = kinetics(shared_data / "kinetics400")
+    assert source.splits() == ["test"]
+    assert source.class_names == ["arm wrestling", "bungee jumping"]
+    found = labels(source, "test")
+    assert len(found) == 8
+    assert found["val/arm wrestling/C4lCVBZ3ux0_000028_000038.mp4"] == 0
+    assert found["val/bungee jumping/zkXOcxGnUhs_000025_000035.mp4"] == 1
+    assert list(found.values()) == [0] * 4 + [1] * 4
+    assert aside(source, "test") == []
+    table = source.listing("test")
+    assert list(map(len, source.read(table))) == table["size"].to_pylist()
+    assert sum(table["size"].to_pylist()) == 14_738_218
+
+
+def test_the_real_clips_are_planned_as_training_data_when_val_is_chosen(shared_data, tmp_path):
+    data = {"source": "kinetics", "path": str(shared_data / "kinetics400"), "frames": 4, "train_split": "val"}
+    plan = ingest.plan(configuration.validate({"run": {"dir": str(tmp_path)}, "data": data}))
+    assert {split: table.num_rows for split, table in plan.listings.items()} == {"train": 8}
+    data.pop("train_split")
+    with pytest.raises(UserError, match=r"holds no split 'train', only val; .*data\.train_split"):
+        ingest.plan(configuration.validate({"run": {"dir": str(tmp_path)}, "data": data}))
+
+
+WILD = {
+    "unquoted, five columns": "label,youtube_id,time_start,time_end,split\narm wrestling,-abcdefghij,28,38,train\n",
+    "everything quoted": '"label","youtube_id","time_start","time_end","split"\n'
+    '"arm wrestling","-abcdefghij","28","38","train"\n',
+    "other order": "split,time_end,youtube_id,time_start,label\ntrain,38,-abcdefghij,28,arm wrestling\n",
+    "byte-order mark": "\ufefflabel,youtube_id,time_start,time_end,split\narm wrestling,-abcdefghij,28,38,train\n",
+    "CRLF and empty lines": "label,youtube_id,time_start,time_end,split\r\n\r\narm wrestling,-abcdefghij,28,38,train\r\n\r\n",
+    "times as decimals": "label,youtube_id,time_start,time_end,split\narm wrestling,-abcdefghij,28.0,38.0,train\n",
+    "no split column": "label,youtube_id,time_start,time_end\narm wrestling,-abcdefghij,028,38\n",
+    "spaces and capitals": "Label, youtube_id, time_start, time_end, Split\narm wrestling, -abcdefghij, 28, 38, Train\n",
+    "an empty last column": "label,youtube_id,time_start,time_end,split\narm wrestling,-abcdefghij,28,38,train,\n",
+}
+
+
+@pytest.mark.parametrize("form", WILD)
+def test_lists_in_every_form_say_the_same(form):
+    (row,) = read_list(File("x/k400_train.csv", WILD[form].encode()))
+    assert (row.word, row.key, row.label) == ("train", "-abcdefghij_28_38", "arm wrestling")
+    assert row.line == (3 if form.startswith("CRLF") else 2)
+
+
+def test_lines_are_counted_as_an_editor_counts_them():
+    text = HEADER + '\n"two\nlines",x,1,2,train,0\n\na,y,1,2,train,0\n'
+    assert [row.line for row in read_list(File("all.csv", text.encode()))] == [3, 6]
+
+
+def test_labels_may_hold_commas_quotes_and_parentheses():
+    text = HEADER + '"a, b (c)",x,1,2,train,0\n"say ""hi""",y,1,2,validate,0\n"massaging person\'s head",z,1,2,test,0\n'
+    rows = list(read_list(File("all.csv", text.encode())))
+    assert [row.label for row in rows] == ["a, b (c)", 'say "hi"', "massaging person's head"]
+    assert [row.word for row in rows] == ["train", "val", "test"]
+
+
+BROKEN = {
+    "": "train.csv has no column 'label'; .*it is ''",
+    "name,youtube_id,time_start,time_end\n": "train.csv has no column 'label'",
+    "label,youtube_id,time_start,split\n": "train.csv has no column 'time_end'",
+    HEADER + "a,x,1,2,train,0\n\na,y,ten,20,train,0\n": "train.csv, line 4: the times are 'ten' and '20'",
+    HEADER + "a,x,1.5,2,train,0\n": "line 2: the times are '1.5' and '2'; write whole seconds",
+    HEADER + "a, b,x,1,2,train,0\n": "line 2: it has more columns than the first line; quote",
+    HEADER + "a,#NAME?,1,2,train,0\n": "line 2: youtube_id is '#NAME\\?'",
+    HEADER + "a,x,1,2,holdout,0\n": "line 2: split is 'holdout'; it must be one of train, val",
+    HEADER + ",x,1,2,train,0\n": "line 2: it has no label",
+    HEADER + "a,x\n": "line 2: the times are '' and ''",
+    HEADER + 'a,x,1,2,train,0\n"b,y,1,2,train,0\nc,z,1,2,train,0\n': "line 3: .*close every quotation mark",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, text):
+    put(tmp_path, {"train.csv": text, **CLIPS})
+    with pytest.raises(UserError, match=BROKEN[text]):
+        kinetics(tmp_path).splits()
+
+
+def test_a_list_that_is_no_text_is_one_error(tmp_path):
+    put(tmp_path, {"train.csv": b"\xff\xfe\x00\x80", **CLIPS})
+    with pytest.raises(UserError, match=r"train\.csv is not a text file in UTF-8"):
+        kinetics(tmp_path).splits()
+
+
+def test_one_clip_with_two_labels_is_one_error_and_one_listed_twice_counts_once(whole):
+    put(whole, {"train.csv": TRAIN + TRAIN.partition("\n")[2]})
+    assert labels(kinetics(whole)) == LABELS
+    put(whole, {"train.csv": TRAIN + "abseiling,-3B32lodo2M,28,38,train,0\n"})
+    wanted = (
+        r"train\.csv, line 6: the clip -3B32lodo2M_28_38 is 'abseiling', but .*train\.csv, line 2, says 'arm wrestling'"
+    )
+    with pytest.raises(UserError, match=wanted):
+        kinetics(whole).splits()
+
+
+PLACES = [
+    ("annotations/train.csv", "annotations/val.csv"),
+    ("annotations/k400_train.csv", "k400_validate.csv"),
+    ("kinetics400/train.csv", "kinetics400/validate.csv"),
+    ("annotations/deepmind/kinetics700_2020/train.csv", "annotations/deepmind/kinetics700_2020/validate.csv"),
+    ("kinetics_700_2020_train.csv", "kinetics_700_2020_val.csv"),
+    ("annotations/train.txt", "annotations/val.txt"),
+]
+
+
+@pytest.mark.parametrize(("train", "val"), PLACES)
+def test_lists_are_found_by_their_usual_names(tmp_path, train, val):
+    source = kinetics(
+        put(tmp_path, {**CLIPS, train: TRAIN, val: VAL, "train/k400_train_path.txt": "train/part_0.tar.gz"})
+    )
+    assert labels(source) == LABELS
+    assert len(labels(source, "test")) == 1
+
+
+def test_the_plainest_name_is_the_list(whole):
+    put(whole, {"tiny_train.csv": TRAIN.replace(",7,17,", ",8,18,"), "train.txt": "train/part_0.tar.gz"})
+    put(whole, {"annotations/train.csv": "an older one, further below"})
+    assert labels(kinetics(whole)) == LABELS
+
+
+def test_one_list_may_hold_all_splits(tmp_path):
+    put(tmp_path, {**CLIPS, "kinetics400.csv": TRAIN + VAL.removeprefix(HEADER)})
+    source = kinetics(tmp_path)
+    assert (labels(source), len(labels(source, "test"))) == (LABELS, 1)
+
+
+@pytest.mark.parametrize(
+    "named", ["lists/mine.csv", "lists", "{root}/lists/mine.csv", "{root}/lists", "file://{root}/lists"]
+)
+def test_lists_may_be_named(tmp_path, named):
+    put(tmp_path, {**CLIPS, "lists/mine.csv": TRAIN + VAL.removeprefix(HEADER), "train.csv": "not this one"})
+    if not named.endswith(".csv"):
+        (tmp_path / "lists/mine.csv").rename(tmp_path / "lists/annotations.csv")
+    assert labels(kinetics(tmp_path, annotations=named.format(root=tmp_path))) == LABELS
+
+
+def test_a_missing_list_is_one_error_that_says_what_to_do(tmp_path):
+    put(tmp_path, CLIPS)
+    with pytest.raises(
+        UserError, match=r"holds no list of clips: put the official train\.csv .* or set data\.annotations"
+    ):
+        kinetics(tmp_path).splits()
+    for named in ("none.csv", "none", str(tmp_path / "none.csv"), str(tmp_path / "none")):
+        with pytest.raises(UserError, match=r"data\.annotations = '.*none"):
+            kinetics(tmp_path, annotations=named).splits()
+    with pytest.raises(UserError, match=r"train holds no list of clips: give a file such as train\.csv"):
+        kinetics(tmp_path, annotations="train").splits()
+
+
+@pytest.mark.parametrize(
+    "flat", ["{split}/{name}", "{name}", "videos/{name}", "{split}_256/{label_}/{name}", "k400/{split}/x/{name}"]
+)
+def test_other_layouts_give_the_same_labels(tmp_path, flat):
+    for path, content in CLIPS.items():
+        split, label, name = path.split("/")
+        label_ = label.replace(" ", "_").replace("(", "").replace(")", "")
+        put(tmp_path, {flat.format(split=split, label_=label_, name=name): content})
+    source = kinetics(put(tmp_path, {"train.csv": TRAIN, "val.csv": VAL}))
+    assert sorted(labels(source).values()) == [0, 1, 2]
+    assert len(labels(source, "test")) == 1
+    assert aside(source) == [MISSING]
+
+
+@pytest.mark.parametrize("folder", ["validate", "validation", "Valid", "VAL_256"])
+def test_the_folder_of_val_has_many_names(whole, folder):
+    (whole / "val").rename(whole / folder)
+    source = kinetics(whole)
+    assert list(labels(source, "test")) == [f"{folder}/abseiling/vvvvvvvvvvv_000003_000013.mp4"]
+    (whole / folder / "abseiling").rename(whole / folder / "arm wrestling")
+    put(whole, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
+    reasons = [reason for *_, reason in aside(kinetics(whole), "test")]
+    assert f"lies in {folder[:10].partition('_')[0]}/, but train.csv line 3 lists it" in reasons
+
+
+def test_names_without_padding_are_the_same_clips(whole):
+    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").rename(whole / "val/abseiling/vvvvvvvvvvv_3_13.MP4")
+    assert labels(kinetics(whole), "test") == {"val/abseiling/vvvvvvvvvvv_3_13.MP4": 0}
+
+
+def test_a_folder_that_disagrees_with_the_list_sets_the_clip_aside(whole):
+    (whole / "val/arm wrestling").mkdir()
+    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").rename(
+        whole / "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
+    )
+    name = "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
+    reason = "the folder says 'arm wrestling', val.csv line 2 says 'abseiling'"
+    assert aside(kinetics(whole), "test") == [(name, 0, reason)]
+    put(whole, {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": b"right"})
+    source = kinetics(whole)
+    assert labels(source, "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
+    assert aside(source, "test") == [(name, 0, reason)]
+
+
+def test_files_that_no_list_has_are_set_aside_with_their_reasons(whole):
+    put(whole, {
+        "train/abseiling/unlistedxxx_000001_000011.mp4": b"x",
+        "train/abseiling/holiday.avi": b"x",
+        "train/abseiling/gonegonegon_000100_000110.mp4.part": b"x",
+        "train/abseiling/gonegonegon_000100_000110.f137.mp4": b"x",
+        "val/abseiling/_dbcJuKJQNs_000000_000010.mp4": b"x",
+        "train/readme.txt": b"x",
+    })  # fmt: skip
+    source = kinetics(whole)
+    assert labels(source) == LABELS
+    assert aside(source) == [
+        ("train/abseiling/gonegonegon_000100_000110.f137.mp4", -1, "a download that was not finished"),
+        MISSING,
+        ("train/abseiling/gonegonegon_000100_000110.mp4.part", -1, "a download that was not finished"),
+        ("train/abseiling/holiday.avi", -1, "its name is not <id>_<start>_<end>, so no CSV can list it"),
+        ("train/abseiling/unlistedxxx_000001_000011.mp4", -1, "not listed in any CSV"),
+    ]
+    lies = ("val/abseiling/_dbcJuKJQNs_000000_000010.mp4", 0, "lies in val/, but train.csv line 3 lists it")
+    assert aside(source, "test") == [lies]
+    (whole / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").unlink()
+    moved = (
+        "train/abseiling/_dbcJuKJQNs_000000_000010.mp4",
+        0,
+        "listed in train.csv line 3, its file is in another split",
+    )
+    assert moved in aside(kinetics(whole))
+
+
+def test_replacements_win_over_and_complete_other_files(whole):
+    put(whole, {
+        "replacement/replacement_for_corrupted_k400/-3B32lodo2M_000028_000038.mp4": b"mended",
+        "replacement/replacement_for_corrupted_k400/gonegonegon_000100_000110.mp4": b"found",
+    })  # fmt: skip
+    source = kinetics(whole)
+    table = source.listing("train")
+    contents = dict(zip(table["sample_id"].to_pylist(), source.read(table), strict=True))
+    assert sorted(contents.values()) == [b"", b"cat", b"found", b"mended"]
+    used = "replacement/replacement_for_corrupted_k400/-3B32lodo2M_000028_000038.mp4"
+    old = "train/arm wrestling/-3B32lodo2M_000028_000038.mp4"
+    assert aside(source) == [(old, 1, f"the same clip as '{used}', which is used")]
+    put(whole, {used: b""})
+    assert aside(kinetics(whole)) == [(used, 1, f"the same clip as '{old}', which is used")]
+
+
+def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(whole):
+    put(
+        whole,
+        {"train/abseiling/_dbcJuKJQNs_000000_000010.mp4": b"x", "train/abseiling/_dbcJuKJQNs_000000_000010.avi": b""},
+    )
+    source = kinetics(whole)
+    assert "train/abseiling/_dbcJuKJQNs_000000_000010.mp4" in labels(source)
+    assert [name for name, _, reason in aside(source) if reason.endswith("10.mp4', which is used")] == [
+        "train/abseiling/_dbcJuKJQNs_000000_000010.avi",
+        "train/abseiling/_dbcJuKJQNs_000000_000010.webm",
+    ]
+
+
+def test_a_test_list_without_labels_has_no_use_and_with_labels_gives_way_to_val(whole):
+    put(
+        whole,
+        {
+            "test/tttttttttt_000001_000011.mp4": b"t",
+            "test.csv": "youtube_id,time_start,time_end,split\ntttttttttt,1,11,test\n",
+        },
+    )
+    assert labels(kinetics(whole), "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
+    put(whole, {"test.csv": HEADER + "abseiling,tttttttttt,1,11,test,0\n"})
+    source = kinetics(whole)
+    assert labels(source, "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
+    assert (aside(source), aside(source, "test")) == ([MISSING], [])
+    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").unlink()
+    assert labels(kinetics(whole), "test") == {"test/tttttttttt_000001_000011.mp4": 0}
+
+
+def test_clips_of_an_unused_test_list_are_known_in_a_flat_folder(tmp_path):
+    put(tmp_path, {path.rpartition("/")[2]: content for path, content in CLIPS.items()})
+    put(tmp_path, {"tttttttttt_000001_000011.mp4": b"t", "train.csv": TRAIN, "val.csv": VAL})
+    put(tmp_path, {"test.csv": "youtube_id,time_start,time_end\ntttttttttt,1,11\n"})
+    source = kinetics(tmp_path)
+    assert (source.splits(), aside(source), aside(source, "test")) == (["train", "test"], [MISSING], [])
+
+
+def test_a_list_without_files_makes_no_split(whole):
+    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").unlink()
+    assert kinetics(whole).splits() == ["train"]
+
+
+def test_a_folder_without_a_list_is_set_aside(whole):
+    (whole / "val.csv").unlink()
+    source = kinetics(whole)
+    assert (labels(source), labels(source, "test")) == (LABELS, {})
+    assert aside(source, "test") == [("val/abseiling/vvvvvvvvvvv_000003_000013.mp4", -1, "not listed in any CSV")]
+
+
+def test_a_label_that_training_lacks_is_one_error(whole):
+    put(whole, {"val.csv": VAL.replace("abseiling", "zumba")})
+    with pytest.raises(UserError, match=r"val\.csv, line 2: the label 'zumba' does not occur in the training list"):
+        kinetics(whole).listing("test")
+
+
+def test_nothing_that_is_listed_is_one_error(tmp_path):
+    put(tmp_path, {"train.csv": TRAIN})
+    with pytest.raises(UserError, match=r"holds no clips \(mp4, m4v, mkv.*the layout is train/<label>/"):
+        kinetics(tmp_path).splits()
+    put(tmp_path, {"train/abseiling/movie.mp4": b"x"})
+    with pytest.raises(
+        UserError, match=r"none of the 1 clips in .* is listed in .*train\.csv.*first is 'train/abseiling/movie"
+    ):
+        kinetics(tmp_path).splits()
+
+
+def test_clips_of_an_unlabelled_test_list_alone_are_one_error(tmp_path):
+    put(tmp_path, {"test/tttttttttt_000001_000011.mp4": b"t", "train.csv": TRAIN})
+    put(tmp_path, {"test.csv": "youtube_id,time_start,time_end\ntttttttttt,1,11\n"})
+    with pytest.raises(
+        UserError, match=r"holds only clips of a test split whose list has no labels; add train/ or val/"
+    ):
+        kinetics(tmp_path).splits()
+
+
+def test_every_listed_clip_and_every_video_is_somewhere(whole):
+    source = kinetics(whole)
+    named = [*labels(source), *labels(source, "test"), *(i for s in ("train", "test") for i, *_ in aside(source, s))]
+    assert sorted(named) == sorted([*CLIPS, MISSING[0]])
+
+
+def test_the_digest_follows_labels_and_sizes_and_a_pickle_reads(whole):
+    source = kinetics(whole)
+    before = source.digest("train")
+    assert kinetics(whole).digest("train") == before
+    rows = source.listing("train")
+    assert pickle.loads(pickle.dumps(source)).read(rows) == source.read(rows)
+    assert len(pickle.dumps(source)) < 2000
+    put(whole, {"train/abseiling/_dbcJuKJQNs_000000_000010.webm": b"larger"})
+    larger = kinetics(whole).digest("train")
+    put(whole, {"train.csv": TRAIN.replace("abseiling,_db", "arm wrestling,_db")})
+    (whole / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").rename(whole / "train/_dbcJuKJQNs_000000_000010.webm")
+    assert len({before, larger, kinetics(whole).digest("train")}) == 3
+
+
+def test_a_set_on_s3_is_the_set_on_disk(s3, whole):
+    put(whole, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
+    s3.upload(whole, "kinetics-folders", "deep/k400/")
+    here, there = kinetics(whole), kinetics(s3("kinetics-folders/deep/k400"))
+    for split in ("train", "test"):
+        assert there.listing(split).equals(here.listing(split))
+        assert aside(there, split) == aside(here, split)
+        assert there.digest(split) == here.digest(split)
+        assert there.read(there.listing(split)) == here.read(here.listing(split))
+
+
+def test_a_list_that_cannot_be_opened_is_one_error(whole):
+    (whole / "val.csv").unlink()
+    (whole / "val.csv").symlink_to(whole / "nowhere")
+    with pytest.raises(UserError, match=r"val\.csv cannot be read \(No such file or directory\); check the file"):
+        kinetics(whole).splits()
+
+
+def test_a_plan_keeps_what_was_set_aside_and_subsets_it(whole, tmp_path):
+    put(whole, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
+    data = {
+        "source": "kinetics",
+        "path": str(whole),
+        "frames": 4,
+        "classes": ["arm wrestling", "petting animal (not cat)"],
+    }
+    plan = ingest.plan(configuration.validate({"run": {"dir": str(tmp_path / "run")}, "data": data}))
+    assert plan.listings["train"]["label"].to_pylist() == [0, 1]
+    assert plan.aside["train"]["reason"].to_pylist() == ["not listed in any CSV"]

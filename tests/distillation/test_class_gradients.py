@@ -1,0 +1,174 @@
+"""Distance and gradients of gradient matching against a textbook that goes layer by layer, channel by channel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill_at_scale.distillation.methods.shared import class_gradients as classwise
+from distill_at_scale.distillation.methods.shared import gradient_distance
+from distill_at_scale.models.spec import NetworkSpec
+
+SPEC = NetworkSpec("convnet", (3, 8, 8), 4, width=6)
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def textbook_distance(real, synthetic):
+    """Zhao et al.'s `match_loss` for `ours`: all parameters' gradients, vectors left out."""
+    total = torch.zeros(())
+    for a, b in zip(real, synthetic, strict=True):
+        if a.dim() < 2:
+            continue
+        for channel in range(len(a)):
+            x, y = a[channel].reshape(-1), b[channel].reshape(-1)
+            total = total + 1 - torch.dot(x, y) / (torch.sqrt((x * x).sum()) * torch.sqrt((y * y).sum()) + 0.000001)
+    return total
+
+
+def textbook_gradient(network, batch, label, create_graph=False):
+    loss = torch.stack([F.cross_entropy(network(image[None]), torch.tensor([label])) for image in batch]).mean()
+    return torch.autograd.grad(loss, list(network.parameters()), create_graph=create_graph)
+
+
+def test_what_is_matched_are_the_weights_with_two_sides():
+    network = SPEC.build(0)
+    shapes = [tuple(p.shape) for p in gradient_distance.matched_parameters(network)]
+    assert shapes == [(6, 3, 3, 3), (6, 6, 3, 3), (4, 24)]
+
+
+def test_the_distance_and_its_image_gradient_are_the_textbooks():
+    network, real = SPEC.build(0), images(7)
+    synthetic = images(2, seed=1).requires_grad_(True)
+    found = gradient_distance.distance(
+        gradient_distance.real_gradient(network, real, 2, 3),
+        gradient_distance.synthetic_gradient(network, synthetic, 2),
+    )
+    expected = textbook_distance(
+        textbook_gradient(network, real, 2), textbook_gradient(network, synthetic, 2, create_graph=True)
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    fast, slow = torch.autograd.grad(found, synthetic)[0], torch.autograd.grad(expected, synthetic)[0]
+    assert slow.abs().max() > 1e-3
+    assert torch.allclose(fast, slow, rtol=1e-3, atol=1e-5 * float(slow.abs().max()))
+
+
+def test_the_constant_sits_on_the_product_of_the_norms():
+    """A channel with tiny gradients on both sides counts as orthogonal, though the directions agree."""
+    real, synthetic = torch.tensor([[1e-4, 0.0], [1.0, 0.0]]), torch.tensor([[1e-4, 0.0], [1.0, 0.0]])
+    found = gradient_distance.distance([real], [synthetic]).item()
+    assert found == pytest.approx(1 - 1e-8 / (1e-8 + 1e-6), abs=1e-5)
+
+
+def test_parallel_orthogonal_and_opposite_gradients():
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert gradient_distance.distance([a], [3 * a]).item() == pytest.approx(0, abs=1e-5)
+    assert gradient_distance.distance([a], [b]).item() == pytest.approx(1)
+    assert gradient_distance.distance([a], [-a]).item() == pytest.approx(2, abs=1e-5)
+    assert gradient_distance.distance([a, a], [b, b]).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_the_gradient_in_parts_is_autograds_on_the_whole_batch(at_once):
+    network, batch = SPEC.build(0), images(7)
+    whole = F.cross_entropy(network(batch), torch.full((7,), 1))
+    expected = torch.autograd.grad(whole, gradient_distance.matched_parameters(network))
+    for found, wanted in zip(gradient_distance.real_gradient(network, batch, 1, at_once), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_the_losses_are_each_samples_own(at_once):
+    network, batch = SPEC.build(0), images(5)
+    found = gradient_distance.losses(network, batch, 3, at_once)
+    assert found.tolist() == pytest.approx(
+        [F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch]
+    )
+    assert not found.requires_grad
+
+
+KINDS = {
+    "images": NetworkSpec("convnet", (3, 8, 8), 4, width=6),
+    "clips": NetworkSpec("convnet3d", (4, 3, 8, 8), 4, width=6),
+    "resnet18, with strides": NetworkSpec("resnet18", (3, 16, 16), 4),
+    "alexnet, with padding": NetworkSpec("alexnet", (3, 16, 16), 4),
+}
+WAYS = {"groups": classwise.GROUPS, "unfolding": classwise.UNFOLDING}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_images(kind, way, monkeypatch):
+    monkeypatch.setattr(classwise, "way_of", lambda device: WAYS[way])
+    spec = KINDS[kind]
+    network, chance = spec.build(0), torch.Generator().manual_seed(0)
+    images = torch.randn(6, *spec.shape, generator=chance).requires_grad_(True)
+    found = classwise.class_gradients(network, images, [1, 3], torch.full((6,), 1 / 3), differentiable=True)
+    wanted = [gradient_distance.synthetic_gradient(network, images[3 * k : 3 * k + 3], c) for k, c in enumerate((1, 3))]
+    targets = [torch.randn(g.shape, generator=chance) for g in found]
+    together = gradient_distance.distances(targets, found)
+    alone = torch.stack([gradient_distance.distance([t[k] for t in targets], wanted[k]) for k in range(2)])
+    for layer, gradient in enumerate(found):
+        for k in range(2):
+            scale = float(wanted[k][layer].detach().abs().max())
+            assert torch.allclose(gradient[k], wanted[k][layer], atol=1e-4 * scale)
+    assert torch.allclose(together, alone, rtol=1e-4)
+    ours, theirs = (torch.autograd.grad(d.sum(), images)[0] for d in (together, alone))
+    assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2)])
+def test_signals_with_any_stride_and_padding(stride, padding, way):
+    layer = torch.nn.Conv1d(2, 5, 4, stride, padding)
+    x = torch.randn(6, 2, 19, generator=torch.Generator().manual_seed(0))
+    outputs = layer(x)
+    g = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
+    found = WAYS[way].products(x, g, 3, layer)
+    kernels = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    for_x, for_g = WAYS[way].derivatives(x, g, kernels, 3, layer, True)
+    assert WAYS[way].derivatives(x, g, kernels, 3, layer, False)[0] is None
+    for k in range(3):
+        part = slice(2 * k, 2 * k + 2)
+        wanted = torch.autograd.grad((layer(x[part]) * g[part]).sum(), layer.weight)[0]
+        assert torch.allclose(found[k], wanted, atol=1e-5)
+        assert torch.allclose(for_g[part], F.conv1d(x[part], kernels[k], None, stride, padding), atol=1e-5)
+        pulled = torch.nn.grad.conv1d_input(x[part].shape, kernels[k], g[part], stride, padding)
+        assert torch.allclose(for_x[part], pulled, atol=1e-5)
+
+
+class Twice(torch.nn.Module):
+    """A layer used twice, a weight used beside its layer, or chance: class by class is the only right way."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.inner, self.outer = kind, torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.inner(x).tanh()
+        if self.kind == "twice":
+            x = self.inner(x)
+        if self.kind == "beside":
+            x = x + F.linear(x, self.inner.weight)
+        return self.outer(F.dropout(x, 0.5) if self.kind == "chance" else x)
+
+
+@pytest.mark.parametrize(("kind", "right"), [("plain", True), ("twice", False), ("beside", False), ("chance", False)])
+def test_a_network_that_does_not_fit_is_seen(kind, right):
+    assert classwise.fits(Twice(kind), (6,), 3, torch.device("cpu")) is right
+
+
+def test_layers_of_another_kind_do_not_fit():
+    for layer in (torch.nn.Conv2d(2, 4, 3, groups=2), torch.nn.Conv2d(2, 4, 3, dilation=2), torch.nn.Bilinear(2, 2, 3)):
+        with pytest.raises(classwise.Unsuited):
+            classwise.layers_of(torch.nn.Sequential(layer))
+
+
+def test_squares_and_absolutes_leave_the_last_layer_out():
+    real, synthetic = [torch.zeros(2, 3, 4), torch.zeros(2, 5, 1)], [torch.full((2, 3, 4), 2.0), torch.ones(2, 5, 1)]
+    assert gradient_distance.squares(real, synthetic).tolist() == [48, 48]
+    assert gradient_distance.absolutes(real, synthetic).tolist() == [24, 24]

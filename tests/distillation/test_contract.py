@@ -1,0 +1,169 @@
+"""The contract of a method (backends/base.py), for every entry of BACKENDS: being in the table is all that is needed.
+
+A method runs with its own small settings where SMALL has some, else with its defaults, on the tiny digits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, tiny_config
+
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.distillation import engine as distill
+from distill_at_scale.distillation.engine import Places, backend_class, make_network, missing_networks, setting_of
+from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods.base import Conclusion, Cost
+from distill_at_scale.distillation.methods.shared import patch_ranking
+from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.pipeline.executors.base import Local, score_piece
+
+CPU = torch.device("cpu")
+METHODS = sorted(BACKENDS)
+
+
+def config_of(method: str, **keys: Any):
+    sections = {f"distill__{method}": SMALL[method]} if method in SMALL else {}
+    return tiny_config("unused", distill__method=method, distill__ipc=2, distill__steps=3, **sections, **keys)
+
+
+@pytest.fixture(scope="module")
+def made_networks(digits_run, tmp_path_factory):
+    """The networks of each method, made when first asked for, once for all tests."""
+    folders: dict[str, Path] = {}
+
+    def make(method: str, places: Places) -> Places:
+        if method not in folders:
+            folders[method] = tmp_path_factory.mktemp(method)
+            own = replace(places, networks=folders[method])
+            for name in missing_networks(config_of(method), own):
+                make_network(config_of(method), own, name, CPU)
+            assert missing_networks(config_of(method), own) == []
+            if backend_class(config_of(method)).ranks_patches:
+                rank(config_of(method), own)
+        return replace(places, networks=folders[method])
+
+    return make
+
+
+def rank(config, places: Places) -> None:
+    """As the pipeline does."""
+    chunks, pieces = Prepared(places.prepared).chunks("train"), patch_ranking.pieces_folder(places.networks, config)
+    pieces.mkdir(parents=True)
+    candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
+    Local().rank_patches(config, places, chunks, lambda samples: None)
+    found = [score_piece(pieces, chunk) for chunk in chunks]
+    patch_ranking.merge(found, candidates, config.distill.rded.crops, patch_ranking.table_path(places.networks, config))
+
+
+@pytest.fixture
+def start(places, made_networks):
+    """start(method): a prepared backend of all classes."""
+
+    def ready(method: str):
+        config, where = config_of(method), made_networks(method, places)
+        prepared = Prepared(where.prepared)
+        setting = setting_of(config, prepared, where, Solo(), CPU)
+        backend = backend_class(config)(setting)
+        backend.prepare(Pool.load(prepared, where.manifest, setting.labels, config.distill_seed, CPU))
+        return backend
+
+    return ready
+
+
+def copied(state):
+    return {key: value.clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_answers_every_question_of_the_contract(method):
+    config = config_of(method)
+    made = backend_class(config)
+    assert made.parallel in ("classes", "replicate")
+    assert made.default_steps >= 1
+    assert isinstance(made.no_runtime, str)
+    assert made.batch_norm in ("refused", "wanted", "any")
+    assert made.init_of(config) in ("noise", "real")
+    protocol = made.protocol(config)
+    assert isinstance(protocol, TrainingProtocol)
+    assert TrainingProtocol.of(json.loads(json.dumps(protocol.card()))) == protocol
+    names = made.networks(config)
+    assert len(set(names)) == len(names)
+    assert json.loads(json.dumps(made.network_options(config))) is not None
+    assert bool(names) == bool(made.network_options(config))
+    for cost in made.costs(config):
+        assert isinstance(cost, Cost)
+        assert cost.images in ("kept", "synthetic")
+        assert cost.passes >= 0, asdict(cost)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_gives_numbers_and_the_set_has_its_shape(method, start):
+    backend = start(method)
+    for i in range(2):
+        metrics = backend.step(i)
+        assert metrics
+        assert all(isinstance(value, float) and value == value for value in metrics.values())
+    images, labels = backend.finish()
+    assert images.shape == (6, 1, 8, 8)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert images.device.type == "cpu"
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert not images.requires_grad
+    assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_continues_with_the_same_bytes(method, start):
+    whole, resumed = start(method), start(method)
+    whole.step(0)
+    state = copied(whole.state_dict())
+    assert all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in state.values())
+    resumed.load_state_dict(copied(state))
+    again = resumed.state_dict()
+    assert sorted(again) == sorted(state)
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+    whole.step(1)
+    resumed.step(1)
+    for a, b in zip(whole.finish(), resumed.finish(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
+    backend = start(method)
+    backend.step(0)
+    images, labels = backend.finish()
+    found = backend.conclude(images, labels)
+    assert isinstance(found, Conclusion)
+    assert all(isinstance(value, torch.Tensor) for value in found.extras.values())
+    json.dumps(dict(found.card))
+    expected = backend_class(config_of(method)).protocol(config_of(method))
+    assert TrainingProtocol.of(expected.card() | dict(found.protocol))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, made_networks, tmp_path):
+    config, where = config_of(method), made_networks(method, places)
+    made = distill.Distillation(config, where, Solo(), CPU).run()
+    made.save(tmp_path / "set")
+    assert made.card["method"] == method
+    training = made.training_set()
+    assert len(training.images) == len(training.labels) > 0
+    assert isinstance(made.protocol, TrainingProtocol)
+
+
+def test_networks_are_made_with_deterministic_kernels(digits_run, places, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        BACKENDS["mtt"], "make_network", lambda *_: found.append(torch.backends.cudnn.deterministic), raising=False
+    )
+    make_network(config_of("mtt"), places, "expert-000.safetensors", CPU)
+    assert found == [True]

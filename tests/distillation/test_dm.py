@@ -1,0 +1,120 @@
+"""Distribution matching: groups of classes, and rule ite in its steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_backends import CLASSES, a_pool, backend_of, close, image_gradient, whole_class
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.distillation.methods import dm
+from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.models.spec import NetworkSpec
+
+CPU = torch.device("cpu")
+RULES = {"none": {}, "loss": {"rule": "loss", "drop": 0.4}, "ite": {"rule": "ite", "drop": 0.4, "probes": 4}}
+
+
+def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None = None, network="convnet", **options):
+    """A backend of so many classes with a pool of four samples each."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = {c: torch.randint(256, (4, *shape), dtype=torch.uint8, generator=rng) for c in range(classes)}
+    config = configuration.validate({"distill": {"method": "dm", "ipc": ipc, "dm": options}, "runtime": runtime or {}})
+    spec = NetworkSpec(network, shape, classes, width=4)
+    setting = Setting(config, spec, [str(c) for c in range(classes)], list(range(classes)), Solo(), CPU, 1)
+    backend = dm.DistributionMatching(setting)
+    backend.prepare(Pool(pixels, Normalization((0.5,), (0.3,)), seed=0))
+    return backend
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_does_not_depend_on_how_classes_are_grouped(rule):
+    moved, metrics = [], []
+    for group in (1, 2, 3):
+        backend = backend_of("dm", a_pool(), runtime=RULES[rule], augment=SIAMESE)
+        backend.group = group
+        metrics.append([backend.step(i) for i in range(3)])
+        moved.append(backend.images.detach())
+    for other, said in zip(moved[1:], metrics[1:], strict=True):
+        assert torch.allclose(moved[0], other, atol=1e-4)
+        assert said == [pytest.approx(m, rel=1e-3) for m in metrics[0]]
+
+
+def test_groups_are_as_large_as_the_stated_memory_allows(monkeypatch):
+    sizes = []
+    for megabytes in (1, 20, 1000):
+        monkeypatch.setitem(dm.GROUP_BYTES, "cpu", megabytes * 2**20)
+        sizes.append(many_classes(5, ipc=2, shape=(1, 16, 16), real_batch=64, init="noise").group)
+    assert sizes[0] < sizes[1] < sizes[2]
+    monkeypatch.setitem(dm.GROUP_BYTES, "cpu", 1)
+    assert many_classes(5, ipc=2, shape=(1, 16, 16), init="noise").group == 1
+
+
+def test_no_forward_pass_sees_more_than_a_group(monkeypatch):
+    backend = many_classes(7, ipc=2, shape=(1, 8, 8), init="noise", augment="none")
+    backend.group, seen = 2, []
+    embed = backend.embed
+    backend.embed = lambda images: (seen.append(len(images)), embed(images))[1]
+    backend.step(0)
+    assert seen == [4, 4, 4, 2]
+
+
+def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
+    """Without dropping by chance: sorted effects by leaving one out, and only what is outermost is gone."""
+    pool = a_pool()
+    backend = backend_of("dm", pool, runtime={"rule": "ite", "drop": 0.5, "tail": 0.5, "probes": 64})
+    embed = backend.setting.spec.network.embed
+    before, found = image_gradient(backend)
+    images, wanted = before.clone().requires_grad_(True), torch.zeros(())
+    for label in range(CLASSES):
+        features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
+        sizes = torch.stack(
+            [
+                torch.autograd.grad(mine, images, 2 * (f - features.mean(0)), retain_graph=True)[0].norm()
+                for f in features
+            ]
+        ).log()
+        standard = (sizes - sizes.mean()) / sizes.std(correction=0)
+        kept = standard.abs() <= 0.6745  # the quartiles of the normal distribution
+        assert 0 < int(kept.sum()) < len(kept)
+        wanted = wanted + (features[kept].mean(0) - mine).square().sum()
+    close(found, torch.autograd.grad(wanted, images)[0])
+
+
+def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():
+    plain, zero = backend_of("dm", a_pool()), backend_of("dm", a_pool(), runtime={"rule": "ite", "drop": 0.0})
+    for step in range(2):
+        assert plain.step(step) == zero.step(step)
+    assert torch.equal(plain.images, zero.images)
+    assert plain.state_dict().keys() == zero.state_dict().keys()
+
+
+def test_rule_ite_embeds_less_between_looks_and_resumes_to_the_same_bytes():
+    runtime = {"rule": "ite", "drop": 0.4, "refresh": 3, "probes": 4}
+    one = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE, image_momentum=0.5)
+    shares = [one.step(i)["real_share"] for i in range(2)]
+    assert shares[0] == 1
+    assert shares[1] < 0.9
+    again = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE, image_momentum=0.5)
+    again.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
+    for i in range(2, 5):
+        assert one.step(i) == again.step(i)
+    state, other = one.state_dict(), again.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_clips_are_matched_under_every_rule(rule):
+    backend = many_classes(
+        2, ipc=2, shape=(4, 1, 8, 8), runtime={**RULES[rule], "refresh": 2}, network="convnet3d", init="noise"
+    )
+    before = backend.images.detach().clone()
+    for step in range(2):
+        backend.step(step)
+    assert torch.isfinite(backend.images).all()
+    assert not torch.equal(before, backend.images.detach())

@@ -1,0 +1,143 @@
+"""Experts: their files, resuming, divergence, and that methods share them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_mtt import CLASSES, CPU, HELD, a_pool, backend_of, close, config_of, experts, made_experts, setting_of
+
+from distill_at_scale.core import safetensors_io
+from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.rng import generator
+from distill_at_scale.distillation.augment import FAMILIES
+from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods.shared.experts import Expert, Experts, flat
+from distill_at_scale.distillation.methods.shared.unroll import Student
+from distill_at_scale.pipeline import fingerprints
+
+assert experts  # a fixture
+
+
+def test_an_expert_keeps_its_parameters_after_every_epoch(experts):
+    held = safetensors_io.load(experts / "expert-001.safetensors")["parameters"]
+    setting = setting_of(config_of(), experts)
+    fresh = Expert(1, setting, setting.config.distill.mtt, a_pool())
+    assert torch.equal(held[0], flat(fresh.network))
+    assert held.shape == (5, len(held[0]))
+    assert held.dtype == torch.float32
+    assert len({float(row.norm()) for row in held}) == 5
+    assert sorted(p.name for p in experts.iterdir()) == ["expert-000.safetensors", "expert-001.safetensors"]
+    assert not torch.equal(held, safetensors_io.load(experts / "expert-000.safetensors")["parameters"])
+
+
+def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
+    held = safetensors_io.load(experts / "expert-000.safetensors")["parameters"]
+    pool = a_pool()
+    network = setting_of(config_of(), experts).spec.build(5)
+    torch.nn.utils.vector_to_parameters(held[1].clone(), network.parameters())
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    pixels, labels = pool.whole()
+    order = torch.randperm(len(labels), generator=generator(0, "expert epoch", 0, 1))
+    for rows in order.split(8):
+        optimizer.zero_grad()
+        F.cross_entropy(network(pool.normalization.apply(pixels[rows])), labels[rows]).backward()
+        optimizer.step()
+    close(flat(network) - held[1], held[2] - held[1])
+
+
+def test_experts_learn_their_samples(tmp_path):
+    config = config_of(expert_epochs=60, expert_lr=0.3, experts=1)
+    setting, pool = setting_of(config, tmp_path), a_pool()
+    BACKENDS["mtt"].make_network("expert-000.safetensors", setting, pool)
+    student = Student(setting.spec.build(0), 100)
+    held = Experts(tmp_path, 1, 60, sum(student.sizes), CPU)
+    pixels, labels = pool.whole()
+    first, last = held.parameters(0, 0, 60)
+    right = [
+        float((student.logits(p, pool.normalization.apply(pixels)).argmax(1) == labels).float().mean())
+        for p in (first, last)
+    ]
+    assert right[0] < 0.7
+    assert right[1] > 0.9
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_killed_expert_goes_on_to_the_same_bytes(tmp_path, monkeypatch, momentum):
+    options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1}
+    whole, killed = made_experts(tmp_path / "whole", **options), tmp_path / "killed"
+    epoch_of = Expert._epoch
+
+    def dies(self, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        epoch_of(self, epoch)
+
+    monkeypatch.setattr(Expert, "_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        made_experts(killed, **options)
+    done = []
+    monkeypatch.setattr(Expert, "_epoch", lambda self, epoch: (done.append(epoch), epoch_of(self, epoch)))
+    made_experts(killed, **options)
+    assert done == [2, 3]
+    name = "expert-000.safetensors"
+    assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert [path.name for path in killed.iterdir()] == [name]
+
+
+def test_a_diverging_expert_names_itself_epoch_and_rate(tmp_path):
+    with pytest.raises(
+        DistillationDiverged, match=r"expert 0 diverged in epoch \d at learning rate 1e\+30.*mtt.expert_lr"
+    ):
+        made_experts(tmp_path, expert_lr=1e30)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_augmentation_of_experts_is_drawn_per_image(tmp_path, monkeypatch):
+    seen = []
+    flip = FAMILIES["flip"]
+    monkeypatch.setitem(FAMILIES, "flip", lambda images, u: (seen.append(u[:, 0].tolist()), flip(images, u))[1])
+    made_experts(tmp_path, expert_augment="flip", experts=1, expert_epochs=4)
+    assert len(seen) == 4 * -(-CLASSES * HELD // 8)
+    assert all(len(set(u)) == len(u) for u in seen)
+
+
+def test_methods_share_experts_and_their_number_does_not_count(make_run, tmp_path):
+    run = make_run(tmp_path, distill__method="mtt").stages("ingest", "score", "select")
+
+    def fingerprint(method="mtt", **values):
+        given = {f"distill__{method}__{key}": value for key, value in values.items()}
+        other = make_run(tmp_path, distill__method=method, **given)
+        return fingerprints.networks(other.config, other.pipeline.dir).fingerprint
+
+    first = fingerprint()
+    assert fingerprint("tesla") == first
+    assert fingerprint(experts=3, student_steps=7, image_lr=3.0, augment="none") == first
+    for key, value in {"expert_lr": 0.02, "expert_epochs": 60, "expert_batch": 99, "expert_augment": "flip"}.items():
+        assert fingerprint(**{key: value}) != first
+    assert fingerprints.networks(run.config, run.pipeline.dir).fingerprint == first
+    wider = make_run(tmp_path, distill__method="mtt", distill__width=16)
+    assert fingerprints.networks(wider.config, wider.pipeline.dir).fingerprint != first
+
+
+def test_an_expert_file_that_does_not_fit_is_named(experts, tmp_path):
+    backend = backend_of(tmp_path)
+    with pytest.raises(UserError, match=r"expert-00\d.safetensors cannot be read"):
+        backend.step(0)
+    for number in range(2):
+        safetensors_io.save(tmp_path / f"expert-{number:03d}.safetensors", {"parameters": torch.zeros(5, 3)})
+    with pytest.raises(UserError, match=r"expert-00\d.safetensors does not hold 5 x \d+ parameters; delete it"):
+        backend.step(0)
+
+
+def test_an_augmentation_that_is_not_known_is_refused_for_experts(tmp_path):
+    with pytest.raises(UserError, match="unknown augmentation 'wobble'"):
+        made_experts(tmp_path, expert_augment="wobble")
+
+
+def test_a_damaged_epoch_of_an_unfinished_expert_is_named(tmp_path):
+    partial = tmp_path / "expert-000.partial"
+    partial.mkdir()
+    (partial / "epoch-000.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"epoch-000.safetensors is damaged .*; remove it"):
+        made_experts(tmp_path, experts=1)

@@ -1,0 +1,458 @@
+"""The methods against textbook steps: DC, DSA and DM on a fixed network, with and without runtime pruning."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FixedNetwork
+from test_gradients import textbook_distance, textbook_gradient
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.distillation.augment import FAMILIES
+from distill_at_scale.distillation.methods import BACKENDS, dc
+from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods.shared import gradient_matching
+from distill_at_scale.distillation.methods.shared.gradient_distance import distances
+from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.models.spec import NetworkSpec
+
+SHAPE, CLASSES, HELD = (1, 8, 8), 3, 9
+CPU = torch.device("cpu")
+
+
+def a_pool(held: int = HELD) -> Pool:
+    chance = torch.Generator().manual_seed(0)
+    pixels = {c: torch.randint(256, (held, *SHAPE), dtype=torch.uint8, generator=chance) for c in range(CLASSES)}
+    return Pool(pixels, Normalization((0.5,), (0.3,)), seed=0)
+
+
+def backend_of(method: str, pool: Pool, ipc: int = 2, runtime: dict | None = None, labels=None, **options):
+    """A backend with one fixed network; the whole class is a real batch, the image rate is 1, no momentum."""
+    section = {"image_lr": 1.0, "image_momentum": 0.0, "real_batch": 256, "augment": "none", **options}
+    config = configuration.validate(
+        {"distill": {"method": method, "ipc": ipc, "width": 6, method: section}, "runtime": runtime or {}}
+    )
+    spec = FixedNetwork(NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4)
+    labels = list(range(CLASSES)) if labels is None else labels
+    backend = BACKENDS[method](Setting(config, spec, ["zero", "one", "two"], labels, Solo(), CPU, 1))
+    backend.prepare(pool)
+    return backend
+
+
+def image_gradient(backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images before a step, and the gradient that the step followed [classes, ipc, *shape]."""
+    before = backend.images.detach().clone()
+    backend.step(0)
+    return before, before - backend.images.detach()
+
+
+def close(found, wanted, tolerance=2e-3):
+    assert float(wanted.abs().max()) > 0
+    assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def textbook_dc(network, real, images):
+    """The gradient of the summed distances in the images [classes, ipc, *shape]."""
+    images = images.clone().requires_grad_(True)
+    total = torch.zeros(())
+    for label in range(len(images)):
+        target = textbook_gradient(network, real[label], label)
+        total = total + textbook_distance(target, textbook_gradient(network, images[label], label, create_graph=True))
+    return torch.autograd.grad(total, images)[0]
+
+
+def whole_class(pool, label):
+    return pool.normalization.apply(pool.pixels[label])
+
+
+def test_a_dc_step_is_the_textbooks():
+    pool = a_pool()
+    backend = backend_of("dc", pool, outer=1, inner=1)
+    before, found = image_gradient(backend)
+    real = [whole_class(pool, label) for label in range(CLASSES)]
+    close(found, textbook_dc(backend.setting.spec.network, real, before))
+
+
+def test_the_inner_loop_trains_the_network_on_the_synthetic_set():
+    """Two outer iterations: the second gradient belongs to a network that made three epochs of plain SGD."""
+    pool = a_pool()
+    backend = backend_of("dc", pool, outer=2, inner=3, network_lr=0.5)
+    before = backend.images.detach().clone()
+    backend.step(0)
+    network = backend.setting.spec.build(0)
+    real = [whole_class(pool, label) for label in range(CLASSES)]
+    middle = before - textbook_dc(network, real, before)
+    optimizer = torch.optim.SGD(network.parameters(), 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(network(middle.flatten(0, 1)), torch.arange(CLASSES).repeat_interleave(2)).backward()
+        optimizer.step()
+    last = middle - textbook_dc(network, real, middle)
+    close(backend.images.detach() - middle, last - middle, 1e-2)
+
+
+def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
+    """Three batches of two of six images: at a rate near zero, their gradients add up to three times the mean's."""
+    pool = a_pool()
+    backend = backend_of("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
+    network = backend.setting.spec.build(0)
+    before = [p.detach().clone() for p in network.parameters()]
+    images, labels = backend.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
+    wanted = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
+    backend._train(network, 0, 0)
+    for parameter, old, gradient in zip(network.parameters(), before, wanted, strict=True):
+        assert torch.allclose((old - parameter.detach()) / 1e-3, gradient, rtol=0.1, atol=2e-2)
+
+
+def test_momentum_is_that_of_sgd():
+    pool = a_pool()
+    plain, heavy = backend_of("dc", pool, outer=1), backend_of("dc", pool, outer=1, image_momentum=0.5)
+    start = plain.images.detach().clone()
+    plain.step(0)
+    heavy.step(0)
+    assert torch.equal(plain.images, heavy.images)
+    first = start - plain.images.detach()
+    plain.step(1)
+    heavy.step(1)
+    close(plain.images.detach() - heavy.images.detach(), 0.5 * first)
+
+
+@pytest.mark.parametrize(("ipc", "loops"), [(1, (1, 1)), (5, (1, 1)), (10, (10, 50)), (50, (50, 10)), (100, (50, 10))])
+def test_the_default_loops_are_the_official_ones(ipc, loops):
+    assert dc.default_loops(ipc) == loops
+
+
+def test_the_defaults_are_the_official_ones():
+    config = configuration.Config()
+    assert [BACKENDS[m].default_steps for m in ("dc", "dsa", "dm", "idc")] == [1000, 1000, 20_000, 2000]
+    assert [BACKENDS[m].init_of(config) for m in ("dc", "dsa", "dm")] == ["noise", "real", "real"]
+    assert BACKENDS["dc"].protocol(config) == TrainingProtocol(300)
+    assert BACKENDS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE)
+    assert BACKENDS["dm"].protocol(config).epochs == 1000
+    assert (config.distill.dc.image_lr, config.distill.dc.image_momentum, config.distill.dc.network_lr) == (
+        0.1,
+        0.5,
+        0.01,
+    )
+
+
+@pytest.mark.parametrize("drop", [0.3, 0.5, 0.99])
+def test_the_masked_gradient_is_autograds_on_the_kept_samples(drop):
+    """Rule loss: of each class the floor(drop n) samples with the largest loss do not count; at least one stays."""
+    pool = a_pool()
+    backend = backend_of("dc", pool, outer=1, runtime={"rule": "loss", "drop": drop, "refresh": 1})
+    before, found = image_gradient(backend)
+    network, kept = backend.setting.spec.network, []
+    for label in range(CLASSES):
+        batch = whole_class(pool, label)
+        order = sorted(
+            range(HELD), key=lambda k: F.cross_entropy(network(batch[k][None]), torch.tensor([label])).item()
+        )
+        kept.append(batch[order[: max(1, HELD - math.floor(drop * HELD))]])
+    close(found, textbook_dc(network, kept, before))
+
+
+def test_dropping_changes_the_gradient():
+    pool = a_pool()
+    _, full = image_gradient(backend_of("dc", pool, outer=1))
+    _, masked = image_gradient(backend_of("dc", pool, outer=1, runtime={"rule": "loss", "drop": 0.5}))
+    assert float((full - masked).abs().max()) > 0.01 * float(full.abs().max())
+
+
+def test_a_dm_step_is_the_textbooks():
+    pool = a_pool()
+    backend = backend_of("dm", pool)
+    before, found = image_gradient(backend)
+    images = before.clone().requires_grad_(True)
+    loss = torch.zeros(())
+    for label in range(CLASSES):
+        feature = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in whole_class(pool, label)]).mean(
+            0
+        )
+        mine = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
+        loss = loss + ((feature - mine) ** 2).sum()
+    close(found, torch.autograd.grad(loss, images)[0])
+
+
+@pytest.mark.parametrize("drop", [0.3, 0.99])
+def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
+    pool = a_pool()
+    backend = backend_of("dm", pool, runtime={"rule": "loss", "drop": drop})
+    before, found = image_gradient(backend)
+    images, embed = before.clone().requires_grad_(True), backend.setting.spec.network.embed
+    loss = torch.zeros(())
+    for label in range(CLASSES):
+        features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
+        order = sorted(range(HELD), key=lambda k: (features[k] - mine).square().sum().item())
+        loss = loss + (features[order[: max(1, HELD - math.floor(drop * HELD))]].mean(0) - mine).square().sum()
+    close(found, torch.autograd.grad(loss, images)[0])
+
+
+def test_dm_embeds_only_what_is_forecast_to_count_between_full_looks():
+    pool = a_pool()
+    backend = backend_of("dm", pool, runtime={"rule": "loss", "drop": 0.34, "refresh": 3})
+    shares = [backend.step(i)["real_share"] for i in range(4)]
+    assert shares == pytest.approx([1, 6 / 9, 6 / 9, 1])
+
+
+def test_dsa_is_dc_with_its_own_section():
+    pool, options = a_pool(), {"outer": 1, "inner": 1, "init": "real"}
+    plain, siamese = backend_of("dc", pool, **options), backend_of("dsa", pool, **options)
+    plain.step(0)
+    siamese.step(0)
+    assert torch.equal(plain.images, siamese.images)
+
+
+@pytest.mark.parametrize("method", ["dsa", "dm"])
+def test_real_and_synthetic_images_get_the_same_draw(method):
+    """Where the synthetic images are the real batch, the same draw leaves nothing to match, step after step."""
+    pool = a_pool(held=4)
+    backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE, image_lr=1e-12)
+    pairs = []
+
+    def spy(real, synthetic):
+        pairs.append((real, synthetic))
+        return distances(real, synthetic)
+
+    if method == "dsa":
+        backend.metric = spy
+    for step in range(6):
+        metrics = backend.step(step)
+        if method == "dm":
+            assert metrics["loss"] < 1e-9
+    assert len(pairs) >= (6 if method == "dsa" else 0)
+    for real, synthetic in pairs:
+        for a, b in zip(real, synthetic, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dsa", "dm"])
+def test_every_class_and_step_has_a_draw_of_its_own(method, monkeypatch):
+    seen = []
+    for name, family in FAMILIES.items():
+        monkeypatch.setitem(
+            FAMILIES, name, lambda images, u, family=family: (seen.append(u[0].tolist()), family(images, u))[1]
+        )
+    options = {"outer": 1} if method == "dsa" else {}
+    backend = backend_of(method, a_pool(), augment=SIAMESE, **options)
+    for step in range(3):
+        backend.step(step)
+    assert len(seen) == 2 * CLASSES * 3  # real and synthetic
+    assert len({tuple(u) for u in seen}) == CLASSES * 3
+
+
+@pytest.mark.parametrize("method", ["dsa", "dm"])
+def test_no_flip_where_the_strategy_has_none(method, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "flip", lambda images, u: pytest.fail("flipped"))
+    backend = backend_of(method, a_pool(), augment="color_crop_cutout_scale_rotate")
+    for step in range(8):
+        backend.step(step)
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa", "dm"])
+def test_images_start_from_noise_or_from_distinct_real_samples(method):
+    pool = a_pool()
+    real, noise = (backend_of(method, pool, ipc=3, init=init).images.detach() for init in ("real", "noise"))
+    for label in range(CLASSES):
+        places = [
+            int((whole_class(pool, label) - image).abs().flatten(1).max(1).values.argmin()) for image in real[label]
+        ]
+        assert torch.allclose(whole_class(pool, label)[places], real[label])
+        assert len(set(places)) == 3
+    assert 0.8 < float(noise.std()) < 1.2
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_too_few_real_samples_to_start_from_are_refused():
+    with pytest.raises(UserError, match=r"'zero' has 2 samples, fewer than distill\.ipc = 3"):
+        backend_of("dm", a_pool(held=2), ipc=3, init="real")
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
+def test_a_class_does_not_depend_on_which_other_classes_a_worker_owns(method):
+    """As long as nothing is shared (one outer iteration), a class's images are the same alone and in company."""
+    pool, options = a_pool(), {"outer": 1} if method == "dc" else {}
+    together, alone = backend_of(method, pool, **options), backend_of(method, pool, labels=[2], **options)
+    for step in range(2):
+        together.step(step)
+        alone.step(step)
+    assert torch.allclose(together.images[2], alone.images[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
+def test_a_state_moves_between_backends_with_other_classes(method):
+    pool, runtime = a_pool(), {"rule": "loss", "drop": 0.4, "refresh": 2}
+    options = {"outer": 1, "image_momentum": 0.5} if method == "dc" else {"image_momentum": 0.5}
+    whole = backend_of(method, pool, runtime=runtime, **options)
+    whole.step(0)
+    state = {key: value.clone() for key, value in whole.state_dict().items()}
+    part = backend_of(method, pool, runtime=runtime, labels=[0, 2], **options)
+    part.load_state_dict(state)
+    whole.step(1)
+    part.step(1)
+    assert torch.allclose(part.images, whole.images[[0, 2]], atol=1e-4)
+    assert sorted(part.state_dict()) == sorted(key for key in whole.state_dict() if not key.endswith("/1"))
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
+def test_what_is_not_finite_leaves_the_images_alone_and_names_class_and_step(method):
+    backend = backend_of(method, a_pool())
+    with torch.no_grad():
+        backend.images[1, 0, 0, 0, 0] = float("nan")
+    before = backend.images.detach().clone()
+    with pytest.raises(
+        DistillationDiverged, match=f"class 'one' is not finite at step 7, image learning rate 1.*{method}.image_lr"
+    ):
+        backend.step(7)
+    assert torch.equal(backend.images.detach().nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("method", ["dc", "dm"])
+def test_a_step_that_overflows_is_not_taken(method, monkeypatch):
+    """The rate is finite, the gradient is finite, their product is not."""
+    backend = backend_of(method, a_pool(), image_lr=3e38, init="real")
+    with torch.no_grad():
+        backend.images.mul_(1e-3)
+    before = backend.images.detach().clone()
+    update = backend.update
+
+    def steeper(losses, step):
+        backend.images.grad.mul_(1e6)
+        update(losses, step)
+
+    monkeypatch.setattr(backend, "update", steeper)
+    with pytest.raises(DistillationDiverged):
+        backend.step(0)
+    assert torch.equal(backend.images.detach(), before)
+
+
+def test_finish_gives_images_and_labels_in_class_order():
+    backend = backend_of("dc", a_pool(), labels=[0, 2])
+    images, labels = backend.finish()
+    assert labels.tolist() == [0, 0, 2, 2]
+    assert torch.equal(images, backend.images.detach().flatten(0, 1))
+
+
+def moved(method: str, spec, runtime=None, pool=None, labels=None, **options) -> torch.Tensor:
+    pool = pool or pool_of(spec)
+    options = {"image_lr": 1.0, "image_momentum": 0.0, "augment": "none", **options}
+    values = {"method": method, "ipc": options.pop("ipc", 1), method: options}
+    config = configuration.validate({"distill": values, "runtime": runtime or {}})
+    labels = list(range(spec.classes)) if labels is None else labels
+    backend = BACKENDS[method](Setting(config, spec, [str(c) for c in range(spec.classes)], labels, Solo(), CPU, 1))
+    backend.prepare(pool)
+    return image_gradient(backend)[1]
+
+
+def pool_of(spec, held=lambda c: 2) -> Pool:
+    chance = torch.Generator().manual_seed(1)
+    pixels = {
+        c: torch.randint(256, (held(c), *spec.shape), dtype=torch.uint8, generator=chance) for c in range(spec.classes)
+    }
+    channels = spec.shape[-3]
+    return Pool(pixels, Normalization((0.5,) * channels, (0.3,) * channels), seed=0)
+
+
+SPECS = {
+    "images": NetworkSpec("convnet", (3, 8, 8), 5, width=6),
+    "clips": NetworkSpec("convnet3d", (4, 1, 8, 8), 4, width=4),
+    "a hundred classes": NetworkSpec("convnet", (1, 8, 8), 100, width=4),
+}
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
+    spec = FixedNetwork(SPECS[kind], at_once=7)
+    options = {"outer": 1, "augment": SIAMESE if method == "dsa" else "none"}
+    called = []
+    whole = gradient_matching.class_gradients
+    monkeypatch.setattr(gradient_matching, "class_gradients", lambda *a, **k: (called.append(1), whole(*a, **k))[1])
+    together = moved(method, spec, **options)
+    assert called
+    monkeypatch.setattr(gradient_matching, "fits", lambda *_: False)
+    close(together, moved(method, spec, **options))
+
+
+@pytest.mark.parametrize("device_few", [2, 100])
+def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch):
+    """Classes of 1 to 5 samples, of which runtime pruning leaves different numbers."""
+    spec = FixedNetwork(SPECS["images"], at_once=20)
+    pool, runtime = pool_of(spec, held=lambda c: c + 1), {"rule": "loss", "drop": 0.5, "refresh": 1}
+    monkeypatch.setattr(gradient_matching, "FEW", device_few)
+    together = moved("dc", spec, runtime, pool, outer=1)
+    monkeypatch.setattr(gradient_matching, "fits", lambda *_: False)
+    close(together, moved("dc", spec, runtime, pool, outer=1))
+
+
+def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
+    spec = FixedNetwork(SPECS["images"])
+    whole = moved("dc", spec, outer=1, ipc=5)
+    monkeypatch.setitem(gradient_matching.BYTES, "cpu", gradient_matching.SECOND_ORDER * spec.work(1) * 2)
+    in_parts = []
+    real = gradient_matching.MatchingBackend._pull_in_parts
+    monkeypatch.setattr(
+        gradient_matching.MatchingBackend, "_pull_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
+    )
+    close(moved("dc", spec, outer=1, ipc=5), whole)
+    assert len(in_parts) == spec.classes
+
+
+def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
+    """Small networks take many classes at once, as far as their real batches leave room."""
+    spec, held, most = SPECS["a hundred classes"], 8, 10
+    each = gradient_matching.COPIES * 4 * held * math.prod(spec.shape)
+    whole = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
+    sizes = []
+    real = gradient_matching.MatchingBackend._real
+    monkeypatch.setattr(gradient_matching.MatchingBackend, "_real", lambda *a: (sizes.append(len(a[2])), real(*a))[1])
+    monkeypatch.setitem(gradient_matching.BYTES, "cpu", most * each)
+    monkeypatch.setattr(gradient_matching, "SECOND_ORDER", 1)
+    close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
+    assert sizes == [most] * 10
+
+
+def test_the_number_of_images_in_a_graph_does_not_grow_with_the_classes(monkeypatch):
+    sizes = []
+    whole = gradient_matching.class_gradients
+    monkeypatch.setattr(
+        gradient_matching, "class_gradients", lambda n, x, *a, **k: (sizes.append(len(x)), whole(n, x, *a, **k))[1]
+    )
+    moved("dc", FixedNetwork(SPECS["a hundred classes"], at_once=7), outer=1)
+    assert max(sizes) == 7
+
+
+BATCH_NORM = NetworkSpec("resnet18_bn", (3, 16, 16), 3)
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa", "idc"])
+def test_batch_norm_is_set_from_real_samples_and_then_kept(method):
+    """Said once; afterwards the output for a sample does not depend on the batch."""
+    options = {"inner": 1} if method == "idc" else {"outer": 1}
+    with pytest.warns(UserWarning, match="'resnet18_bn' has batch norm: a real batch of several classes sets"):
+        assert moved(method, FixedNetwork(BATCH_NORM), **options).abs().max() > 0
+    assert BACKENDS[method].batch_norm == "any"
+
+
+@pytest.mark.filterwarnings("ignore:distill.network")
+def test_samples_are_independent_under_settled_batch_norm():
+    spec = FixedNetwork(BATCH_NORM)
+    config = configuration.validate({"distill": {"method": "dc", "dc": {"outer": 1}}})
+    backend = BACKENDS["dc"](Setting(config, spec, ["a", "b", "c"], [0, 1, 2], Solo(), CPU, 1))
+    backend.prepare(pool_of(spec))
+    network = spec.build(0).train()
+    backend.settle_norms(network, 0, 0)
+    images = backend._norm_batch(0, 0)
+    assert len(images) == 3 * gradient_matching.NORM_EACH  # repeated, where fewer are kept
+    assert torch.allclose(network(images[:5])[0], network(images[:1])[0], atol=1e-4)
+    features = network.net.bn1(network.net.conv1(images))
+    assert float(features.mean().detach().abs()) < 1e-3  # standardised by this very batch
+    assert float(features.var().detach()) == pytest.approx(1, abs=0.01)

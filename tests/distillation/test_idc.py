@@ -1,0 +1,224 @@
+"""IDC against a textbook step, its images, its training on real data, and any number of workers."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FixedNetwork
+from test_backends import close
+from test_gradients import textbook_gradient
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.distillation.methods import idc
+from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.multi_formation import assembled, parts_of
+from distill_at_scale.distillation.synthetic_set import SyntheticSet
+from distill_at_scale.models.spec import NetworkSpec
+
+CPU, SHAPE, CLASSES, STD = torch.device("cpu"), (1, 8, 8), 4, 0.5
+SPEC = FixedNetwork(
+    NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4
+)  # once: building seeds all threads alike
+NAMES = ["zero", "one", "two", "three"]
+
+
+def a_pool(labels=range(CLASSES), held: int = 5) -> Pool:
+    pixels = {
+        c: torch.randint(256, (held, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(c))
+        for c in labels
+    }
+    return Pool(pixels, Normalization((0.5,), (STD,)), seed=0)
+
+
+def backend_of(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2, runtime=None, **options):
+    made = {"image_lr": 0.1, "image_momentum": 0.0, "inner": 1, "augment": "none", **options}
+    config = configuration.validate(
+        {"distill": {"method": "idc", "ipc": ipc, "idc": made}, "runtime": runtime or {"rule": "none"}}
+    )
+    backend = idc.FormationMatching(Setting(config, SPEC, NAMES, list(labels), workers or Solo(), CPU, 1))
+    backend.prepare(a_pool(labels, held))
+    return backend
+
+
+@pytest.mark.parametrize(("metric", "size"), [("mse", torch.square), ("l1", torch.abs)])
+def test_an_image_update_is_the_textbooks(metric, size):
+    """Decoded images, differences of weight gradients without the classifier's, a rate for pixels between 0 and 1."""
+    backend = backend_of(metric=metric)
+    images = backend.images.detach().clone().requires_grad_(True)
+    network, total, pool = backend.setting.spec.network, torch.zeros(()), a_pool()
+    for label in range(CLASSES):
+        real = textbook_gradient(network, pool.normalization.apply(pool.pixels[label]), label)
+        mine = textbook_gradient(network, parts_of(images[label], 2), label, create_graph=True)
+        pairs = [(a, b) for a, b in zip(real, mine, strict=True) if a.dim() == 4]
+        total = total + sum(size(a - b).sum() for a, b in pairs)
+    wanted = torch.autograd.grad(total, images)[0] * 0.1 * (2 / 10) / STD**2
+    metrics = backend.step(0)
+    close(images.detach() - backend.images.detach(), wanted)
+    assert metrics["loss"] == pytest.approx(float(total.detach()) / CLASSES, rel=1e-4)
+
+
+def test_images_start_as_real_ones_put_together():
+    backend = backend_of(held=8, ipc=2)
+    drawn = a_pool(held=8).draw([1], 8, "initial images")[0].images
+    assert torch.equal(backend.images[1].detach(), assembled(drawn, 2))
+
+
+def test_too_few_samples_for_all_parts_repeat():
+    parts = parts_of(backend_of(held=2, ipc=2).images[0].detach(), 2)
+    assert torch.allclose(parts[0], parts[2], atol=1e-5)
+    assert not torch.allclose(parts[0], parts[1], atol=1e-2)
+
+
+def test_fewer_samples_than_images_are_refused():
+    with pytest.raises(UserError, match=r"'zero' has 1 samples, fewer than distill\.ipc = 2"):
+        backend_of(held=1)
+
+
+def test_noise_lies_in_the_range_of_pixels_and_images_are_put_back_into_it():
+    backend = backend_of(init="noise")
+    assert -1 <= float(backend.images.detach().min()) < float(backend.images.detach().max()) <= 1
+    with torch.no_grad():
+        backend.images.add_(3)
+    backend.lr = backend.optimizer.param_groups[0]["lr"] = 0.0
+    backend.step(0)
+    assert float(backend.images.detach().max()) == 1
+
+
+def test_no_more_decoded_images_than_asked_are_matched_and_they_change():
+    backend = backend_of(ipc=4, synthetic_batch=5)
+    draw = backend._draw(0, 0, 0)
+    first, second = (backend.view(draw, step, 0, 0)(backend.images[0].detach()) for step in (0, 1))
+    assert len(first) == len(second) == 5
+    assert not torch.equal(first, second)
+
+
+def test_the_network_is_trained_on_real_samples_of_all_classes():
+    backend = backend_of(network_samples=100, network_cutmix=0.0, network_lr=0.1, network_batch=100)
+    network = backend.setting.spec.build(0)
+    twin = backend.setting.spec.build(0)
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
+    backend._train(network, optimizers[0], 0, 0)
+    pixels, labels = a_pool().whole()
+    F.cross_entropy(twin(a_pool().normalization.apply(pixels)), labels).backward()
+    optimizers[1].step()
+    for found, wanted in zip(network.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_mixed_targets_are_shares_of_two_classes():
+    backend = backend_of()
+    images, labels = backend._samples(0, 0)
+    mixed, targets = backend._mixed(images, labels, torch.Generator().manual_seed(1))
+    assert torch.allclose(targets.sum(1), torch.ones(len(labels)))
+    assert not torch.equal(mixed, images)
+    assert ((targets > 0).sum(1) <= 2).all()
+
+
+class Threads:
+    """Workers that are threads of one process and add up what they have."""
+
+    def __init__(self, size: int):
+        self.size, self.barrier, self.held = size, threading.Barrier(size), [None] * size
+
+    def of(self, rank: int):
+        worker = Solo()
+        worker.rank, worker.size = rank, self.size
+        worker.sum_ = lambda tensors: self._sum(rank, tensors)
+        return worker
+
+    def _sum(self, rank: int, tensors: list[torch.Tensor]) -> None:
+        self.held[rank] = [t.detach().clone() for t in tensors]
+        self.barrier.wait(60)
+        totals = [sum(parts[1:], parts[0]) for parts in zip(*self.held, strict=True)]
+        self.barrier.wait(60)
+        for tensor, total in zip(tensors, totals, strict=True):
+            tensor.copy_(total)
+
+
+def images_of(size: int) -> torch.Tensor:
+    """All classes' images after two steps of three inner iterations, by so many workers."""
+    options = {
+        "inner": 3,
+        "network_samples": 12,
+        "network_batch": 5,
+        "network_lr": 0.05,
+        "augment": "color_crop_cutout",
+    }
+    group, images, problems = Threads(size), torch.zeros(CLASSES, 2, *SHAPE), []
+
+    def work(rank: int) -> None:
+        labels = list(range(CLASSES))[rank::size]
+        try:
+            backend = backend_of(labels, group.of(rank), **options)
+            for step in range(2):
+                backend.step(step)
+            images[labels] = backend.images.detach()
+        except Exception as error:
+            problems.append(error)
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    return images
+
+
+@pytest.fixture(scope="module")
+def alone() -> torch.Tensor:
+    return images_of(1)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_workers_gives_the_same_images(alone, size):
+    assert not torch.allclose(alone, backend_of().images.detach(), atol=1e-2)
+    assert torch.allclose(images_of(size), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_not_finite_is_named_and_the_images_stay():
+    backend = backend_of(inner=2)
+    with torch.no_grad():
+        backend.images[1].fill_(float("nan"))
+    with pytest.raises(DistillationDiverged, match=r"class 'one' is not finite at step 4.*distill\.idc\.image_lr"):
+        backend.step(4)
+    assert torch.isfinite(backend.images[0]).all()
+
+
+def test_the_card_lets_the_set_be_taken_apart():
+    backend = backend_of()
+    images, labels = backend.finish()
+    card = backend.conclude(images, labels).card
+    protocol = idc.FormationMatching.protocol(configuration.Config()).card()
+    made = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
+    assert len(made.images) == len(made.labels) == CLASSES * 2 * 4
+    assert made.labels[:8].tolist() == [0] * 8
+
+
+def test_evaluation_is_cut_and_mixed_and_needs_no_cutout():
+    protocol = idc.FormationMatching.protocol(configuration.Config())
+    assert (protocol.epochs, protocol.cutmix) == (1000, 0.5)
+    assert protocol.augment == "color_crop_flip_scale_rotate"
+
+
+def test_runtime_pruning_drops_the_largest_losses():
+    plain, pruned = backend_of(), backend_of(runtime={"rule": "loss", "drop": 0.5, "refresh": 1})
+    plain.step(0)
+    pruned.step(0)
+    assert not torch.allclose(plain.images, pruned.images, atol=1e-4)
+
+
+def test_effects_are_found_by_squares_whatever_the_metric():
+    """Absolute differences have no second derivative; what an effect is small or large by is much the same."""
+    plain, pruned = backend_of(metric="l1"), backend_of(metric="l1", runtime={"rule": "ite", "drop": 0.5, "refresh": 1})
+    plain.step(0)
+    assert pruned.step(0)["real_share"] < 1
+    assert not torch.allclose(plain.images, pruned.images, atol=1e-4)

@@ -1,0 +1,156 @@
+"""SRe2L: the recovery against its formula, its batches, and resuming."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_teachers import CLASSES, CPU, NAMES, SHAPE, a_pool, a_setting, make
+
+from distill_at_scale.core.errors import DistillationDiverged
+from distill_at_scale.distillation.methods.sre2l import Recovery, Statistics
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
+
+
+@pytest.fixture
+def recovery(tmp_path):
+    """recovery(labels=..., steps=..., **options): a prepared backend with the same teacher."""
+
+    def prepared(labels=None, **options) -> Recovery:
+        setting = a_setting(tmp_path, "sre2l", **options)
+        if not (tmp_path / TEACHER).exists():
+            make(setting)
+        if labels is not None:
+            object.__setattr__(setting, "labels", labels)
+        backend = Recovery(setting)
+        backend.prepare(a_pool())
+        return backend
+
+    return prepared
+
+
+def test_the_distance_is_that_of_means_and_variances_before_every_batch_norm(recovery):
+    teacher = recovery().teacher
+    images, layers = torch.randn(5, *SHAPE), teacher.network.features
+    with Statistics(teacher) as statistics:
+        teacher(images)
+        found = statistics.distance()
+    entering, wanted = images, torch.zeros(())
+    for layer in layers:
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            wanted = wanted + (entering.mean((0, 2, 3)) - layer.running_mean).norm()
+            wanted = wanted + (entering.var((0, 2, 3), unbiased=False) - layer.running_var).norm()
+        entering = layer(entering)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+    assert float(wanted) > 0
+
+
+def test_a_step_is_adams_along_the_textbook_gradient(recovery):
+    backend = recovery(statistics=0.5, steps=10)
+    before = backend.images.detach().clone()
+    boxes, flipped = backend._views(0)
+    assert flipped is None
+    images = before.flatten(0, 1).requires_grad_(True)
+    with Statistics(backend.teacher) as statistics:
+        logits = backend.teacher(shown(images, boxes))
+        loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2])) + 0.5 * statistics.distance()
+    loss.backward()
+    adam = torch.optim.Adam([images], 0.25, (0.5, 0.9))
+    adam.step()
+    wanted = images.detach().clamp(backend.lowest, backend.highest)
+    metrics = backend.step(0)
+    assert torch.allclose(backend.images.detach().flatten(0, 1), wanted, atol=1e-4)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_the_rate_follows_a_cosine(recovery):
+    backend = recovery(steps=4)
+    rates = []
+    for i in range(4):
+        backend.step(i)
+        rates.append(backend.adam.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
+
+
+def test_images_stay_pixels_and_their_loss_falls(recovery):
+    backend = recovery(steps=30)
+    losses = [backend.step(i)["loss"] for i in range(30)]
+    shown_as = a_pool().normalization.invert(backend.finish()[0])
+    assert float(shown_as.min()) >= -1e-5
+    assert float(shown_as.max()) <= 1 + 1e-5
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_batches_mix_the_classes_and_hold_every_image_once(recovery):
+    batches = recovery(recover_batch=3).batches
+    assert torch.cat(batches).sort().values.tolist() == list(range(2 * CLASSES))
+    for places in batches:
+        assert sorted((places // 2).tolist()) == [0, 1, 2]  # ipc 2: each of the three classes once
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(4, [3, 3]), (5, [3, 3]), (100, [6]), (1, [1] * 6)])
+def test_batches_are_of_nearly_one_size(recovery, most, sizes):
+    assert [len(places) for places in recovery(recover_batch=most).batches] == sizes
+
+
+def test_what_is_drawn_for_a_class_does_not_depend_on_who_owns_it(recovery):
+    whole, alone = recovery(), recovery(labels=[2])
+    assert torch.equal(whole.images[2], alone.images[0])
+    assert torch.equal(whole._views(5)[0][4:], alone._views(5)[0])
+    assert not torch.equal(whole._views(5)[0][:2], alone._views(5)[0])
+
+
+def test_views_flip_where_the_teachers_strategy_does(recovery):
+    _, flipped = recovery(teacher_augment="flip")._views(0)
+    assert flipped is not None
+    assert flipped.shape == (2 * CLASSES,)
+
+
+def test_resuming_gives_the_same_images(recovery):
+    whole, first = recovery(steps=4), recovery(steps=4)
+    for i in range(4):
+        whole.step(i)
+    for i in range(2):
+        first.step(i)
+    state = {key: value.clone() for key, value in first.state_dict().items()}
+    second = recovery(steps=4)
+    second.load_state_dict(state)
+    for i in (2, 3):
+        second.step(i)
+    assert torch.equal(second.images, whole.images)
+    part = recovery(labels=[0, 2], steps=4)
+    part.load_state_dict(state)
+    assert torch.equal(part.images[1], first.images[2])
+
+
+def test_what_is_not_finite_leaves_the_images_alone_and_names_the_class(recovery):
+    backend = recovery(steps=4, recover_batch=1)
+    with torch.no_grad():
+        backend.images[1, 0, 0, 0, 0] = float("nan")
+    before = backend.images.detach().clone()
+    with pytest.raises(DistillationDiverged, match=r"class 'one' is not finite at step 3.*distill\.sre2l\.image_lr"):
+        backend.step(3)
+    assert torch.equal(backend.images.detach().nan_to_num(), before.nan_to_num())
+
+
+def test_recovered_images_are_what_the_teacher_takes_them_for(recovery):
+    backend = recovery(steps=40)
+    for i in range(40):
+        backend.step(i)
+    images, labels = backend.finish()
+    assert float((backend.teacher(images).argmax(1) == labels).float().mean()) > 0.8
+
+
+def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
+    backend = recovery(top_k=2)
+    more = backend.conclude(*backend.finish())
+    assert more.extras["labels/values"].shape == (2, 6, 2)
+    assert more.card["soft_label_bytes"] == 2 * 6 * 2 * 4
+    assert more.card["soft_labels"]["bytes_per_image"] == 16
+    state = {k.partition("/")[2]: v for k, v in more.extras.items() if k.startswith("teacher/")}
+    assert torch.equal(
+        Teacher.of(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)), backend.teacher(torch.ones(1, *SHAPE))
+    )
+    assert backend.setting.class_names == NAMES

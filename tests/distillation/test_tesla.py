@@ -1,0 +1,242 @@
+"""TESLA: its exact gradient is that of a full unroll, its own form drops one path; memory constant; learned soft labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_mtt import CLASSES, CPU, SHAPE, a_pool, backend_of, close, config_of, experts, setting_of, textbook
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.augment import Augmentation
+from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods.shared.experts import Experts, flat
+from distill_at_scale.distillation.methods.shared.unroll import (
+    Move,
+    Student,
+    Synthetic,
+    Trajectory,
+    recomputed,
+    unrolled,
+)
+from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.models.spec import NetworkSpec
+
+assert experts  # a fixture
+
+WAYS = {
+    "unrolled": unrolled,
+    "exact": recomputed,
+    "fixed": lambda *given: recomputed(*given, through=False),
+}
+
+
+@pytest.fixture
+def double():
+    """Without rounding to speak of, so that gradients agree that should."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def a_student(at_once: int = 100) -> Student:
+    return Student(NetworkSpec("convnet", SHAPE, CLASSES, width=6).build(0), at_once)
+
+
+def a_task(
+    student: Student, steps: int = 4, images: int = 6, batch: int = 6, augment: str = "color_crop"
+) -> Trajectory:
+    chance, augmentation = torch.Generator().manual_seed(0), Augmentation(augment)
+    moves = []
+    for _ in range(steps):
+        rows = torch.randperm(images, generator=chance)[:batch]
+        draw = augmentation.draw(chance, per_image=batch)
+        moves.append(Move(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
+    start = flat(student.network)
+    return Trajectory(start, start + 0.05 * torch.randn(len(start), generator=chance), moves)
+
+
+def a_set(images: int = 6, soft: bool = False) -> tuple[Synthetic, torch.Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    pixels = torch.randn(images, *SHAPE, generator=chance).requires_grad_(True)
+    targets = torch.arange(images) % CLASSES
+    if soft:
+        targets = torch.randn(images, CLASSES, generator=chance).requires_grad_(True)
+    return Synthetic(pixels, targets), torch.tensor(0.2, requires_grad=True)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("at_once", [100, 2])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_exact_gradient_is_that_of_the_full_unroll(soft, at_once):
+    """Of images, soft labels and rate, in parts or not, with batches of some of the images."""
+    student, (made, rate) = a_student(at_once), a_set(soft=soft)
+    task = a_task(student, batch=5)
+    wanted, found = unrolled(student, task, made, rate), recomputed(student, task, made, rate)
+    assert float(found[0]) == pytest.approx(float(wanted[0]))
+    assert len(found[1]) == len(wanted[1]) == 2 + soft
+    for ours, theirs in zip(found[1], wanted[1], strict=True):
+        close(ours, theirs, 1e-9)
+
+
+def test_the_exact_gradient_holds_in_single_precision():
+    student, (made, rate) = a_student(2), a_set(soft=True)
+    task = a_task(student)
+    for ours, theirs in zip(
+        recomputed(student, task, made, rate)[1], unrolled(student, task, made, rate)[1], strict=True
+    ):
+        close(ours, theirs, 1e-4)
+
+
+def without_the_path_through_theta(student, task, made, rate):
+    """MTT's autograd, but every gradient is taken at parameters that are cut off from what came before."""
+    theta, total = task.start, torch.zeros_like(task.start)
+    for move in task.moves:
+        here = (task.start - rate.detach() * total).detach().requires_grad_(True)
+        images, targets = made.batch(move)
+        loss = F.cross_entropy(student.logits(here, images), targets)
+        total = total + torch.autograd.grad(loss, here, create_graph=True)[0]
+    theta = task.start - rate * total
+    return torch.autograd.grad(task.distance(theta), [*made.learned, rate])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_teslas_own_form_is_the_unroll_without_the_path_through_the_parameters(soft):
+    student, (made, rate) = a_student(), a_set(soft=soft)
+    task = a_task(student)
+    found = WAYS["fixed"](student, task, made, rate)[1]
+    for ours, theirs in zip(found, without_the_path_through_theta(student, task, made, rate), strict=True):
+        close(ours, theirs, 1e-4)
+    full = unrolled(student, task, made, rate)[1]
+    assert float((found[0] - full[0]).norm() / full[0].norm()) > 0.05  # what it drops is not small
+
+
+def test_for_one_step_nothing_is_dropped():
+    student, (made, rate) = a_student(), a_set()
+    task = a_task(student, steps=1)
+    found = [way(student, task, made, rate)[1] for way in WAYS.values()]
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            close(ours, theirs, 1e-5)
+
+
+def peak_saved(way, steps: int, images: int = 6, at_once: int = 100) -> int:
+    """The most bytes that autograd keeps at one time for the backward pass."""
+    held = {"now": 0, "peak": 0}
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+            held["now"] += self.size
+            held["peak"] = max(held["peak"], held["now"])
+
+        def __del__(self):
+            held["now"] -= self.size
+
+    student, (made, rate) = a_student(at_once), a_set(images)
+    task = a_task(student, steps, images, images, "none")
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        way(student, task, made, rate)
+    return held["peak"]
+
+
+@pytest.mark.parametrize("way", ["exact", "fixed"])
+def test_memory_does_not_grow_with_the_number_of_steps(way):
+    few, many = (peak_saved(WAYS[way], steps) for steps in (2, 8))
+    assert many <= 1.05 * few
+    unrolled_few, unrolled_many = (peak_saved(WAYS["unrolled"], steps) for steps in (2, 8))
+    assert unrolled_many > 3 * unrolled_few
+    assert many < unrolled_few
+
+
+def test_memory_does_not_grow_with_the_batch():
+    small, large = (peak_saved(recomputed, 2, images, at_once=3) for images in (6, 24))
+    assert large < 1.3 * small
+
+
+@pytest.mark.parametrize(("gradient", "way"), [("exact", "unrolled"), ("fixed", "fixed")])
+def test_the_gradient_is_the_one_that_is_chosen(experts, gradient, way):
+    backend = backend_of(experts, "tesla", gradient=gradient)
+    task, made = backend.trajectory(0, 0), backend.synthetic()
+    wanted = WAYS[way](backend.student, task, made, backend.rate)[1]
+    for ours, theirs in zip(backend.match(task, made)[1], wanted, strict=True):
+        close(ours, theirs)
+
+
+def test_with_hard_labels_a_step_is_mtts(experts):
+    backend = backend_of(experts, "tesla", learn_labels=False)
+    before, task = backend.images.detach().clone().flatten(0, 1), backend.trajectory(3, 0)
+    _, wanted, _ = textbook(backend.setting.spec.build(0), task, before, backend.hard, torch.tensor(0.1))
+    backend.step(3)
+    close(before - backend.images.detach().flatten(0, 1), wanted)
+    assert "soft_labels" not in backend.conclude(*backend.finish()).extras
+    assert not [key for key in backend.state_dict() if key.startswith("logits")]
+
+
+def test_soft_labels_are_learned_and_concluded(experts):
+    backend = backend_of(experts, "tesla", label_lr=3.0)
+    before = backend.logits.detach().clone()
+    _, gradients = backend.match(backend.trajectory(0, 0), backend.synthetic())
+    backend.step(0)
+    close(before - backend.logits.detach(), 3.0 * gradients[1].view_as(before))
+    made = backend.conclude(*backend.finish())
+    assert torch.equal(made.extras["soft_labels"], backend.logits.detach().flatten(0, 1))
+    assert made.protocol["lr"] == float(backend.rate.detach())
+
+
+def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
+    backend = backend_of(experts, "tesla")
+    images, student = backend.images.detach().flatten(0, 1), backend.student
+    held = Experts(experts, 2, 4, sum(student.sizes), CPU)
+    mean = sum(student.logits(*held.parameters(k, 4), images) for k in range(2)) / 2
+    found = backend.logits.detach().flatten(0, 1)
+    for row, wanted, label in zip(found, mean, backend.hard.tolist(), strict=True):
+        others = [c for c in range(CLASSES) if c != label]
+        assert torch.allclose(row[others], wanted[others], atol=1e-5)
+        assert float(row[label]) == pytest.approx(float(wanted.max()), abs=1e-5)
+
+
+def test_labels_start_from_the_class_alone_on_request(experts):
+    backend = backend_of(experts, "tesla", label_init="class")
+    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.hard, CLASSES))
+
+
+def test_labels_start_from_the_class_where_images_are_noise(experts):
+    """What experts say of noise means nothing."""
+    backend = backend_of(experts, "tesla", init="noise")
+    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.hard, CLASSES))
+
+
+def test_the_defaults_are_mtts_with_soft_labels():
+    config, method = configuration.Config(), BACKENDS["tesla"]
+    assert (method.default_steps, method.parallel, method.init_of(config)) == (5000, "replicate", "real")
+    assert method.protocol(config) == TrainingProtocol(1000, SIAMESE, labels="soft")
+    assert (config.distill.tesla.gradient, config.distill.tesla.learn_labels) == ("exact", True)
+    assert method.protocol(config_of("tesla", learn_labels=False)).labels == "hard"
+    assert method.networks(config) == BACKENDS["mtt"].networks(config)
+    small = config_of("tesla")
+    assert method.network_options(small) == BACKENDS["mtt"].network_options(config_of("mtt"))
+
+
+def test_a_network_trains_on_the_soft_labels_that_were_saved(experts, tmp_path):
+    """The saved set carries what its protocol asks for."""
+    backend = backend_of(experts, "tesla")
+    images, labels = backend.finish()
+    made = backend.conclude(images, labels)
+    protocol = backend.protocol(setting_of(config_of("tesla"), tmp_path).config).card() | dict(made.protocol)
+    card = {"class_names": ["zero", "one", "two"], "protocol": protocol,
+            "normalization": {"mean": [0.5], "std": [0.3]}}  # fmt: skip
+    synthetic_set.SyntheticSet(images, labels, card, {}, dict(made.extras)).save(tmp_path / "set")
+    again = synthetic_set.load(tmp_path / "set")
+    assert again.protocol.labels == "soft"
+    assert again.training_set().soft["soft_labels"].shape == (len(labels), CLASSES)
+
+
+def test_the_pool_is_what_the_images_start_from(experts):
+    backend, pool = backend_of(experts, "tesla"), a_pool()
+    whole = pool.normalization.apply(pool.pixels[1])
+    assert all(
+        float((whole - image).abs().flatten(1).max(1).values.min()) < 1e-6 for image in backend.images.detach()[1]
+    )

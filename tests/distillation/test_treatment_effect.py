@@ -1,0 +1,268 @@
+"""The size of a real sample's effect on the synthetic gradient, against leaving it out and computing again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import nn
+
+from distill_at_scale.distillation.augment import Augmentation
+from distill_at_scale.distillation.methods.shared.gradient_distance import (
+    distance,
+    losses,
+    matched_parameters,
+    real_gradient,
+    synthetic_gradient,
+)
+from distill_at_scale.distillation.methods.shared.gradient_projections import projections
+from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects, gradient_effects
+from distill_at_scale.distillation.multi_formation import parts_of
+from distill_at_scale.models.spec import NetworkSpec
+
+SHAPE, LABEL = (1, 8, 8), 1
+MANY = 200  # directions: more than there are, so that nothing is left out
+
+
+def squares(real, made):
+    """IDC's distance: without the last layer."""
+    return sum((a - b).square().sum() for a, b in zip(real[:-1], made[:-1], strict=True))
+
+
+DISTANCES = {"cosine": distance, "squares": squares}
+ROTATED = Augmentation("rotate").draw(torch.Generator().manual_seed(3))
+VIEWS = {"as it is": lambda x: x, "rotated": ROTATED.apply, "in parts": lambda x: parts_of(x, 2)}
+
+
+def chance(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def a_network(seed=0, shape=SHAPE, name="convnet"):
+    return NetworkSpec(name, shape, 3, width=8).build(seed)
+
+
+def samples(n=60, shape=SHAPE, seed=1):
+    """Around one common image, as samples of a class are, and unlike each other in how far away from it."""
+    rng = chance(seed)
+    common, spread = torch.randn(1, *shape, generator=rng), torch.rand(n, *[1] * len(shape), generator=rng)
+    return common + 2 * spread * torch.randn(n, *shape, generator=rng)
+
+
+def rank(a, b):
+    return float(spearmanr(a, b)[0])
+
+
+def gradient_cases(network, real, images, view, metric):
+    """Sizes by leaving a sample out, and to first order by one product per sample."""
+    each = [real_gradient(network, x[None], LABEL, 1) for x in real]
+    n, mean = len(real), [torch.stack(layer).mean(0) for layer in zip(*each, strict=True)]
+    leaf = images.clone().requires_grad_(True)
+    made = synthetic_gradient(network, view(leaf), LABEL)
+
+    def gradient(target):
+        return torch.autograd.grad(metric(target, made), leaf, retain_graph=True)[0]
+
+    full = gradient(mean)
+    out = [full - gradient([(n * m - g) / (n - 1) for m, g in zip(mean, own, strict=True)]) for own in each]
+    target = [m.clone().requires_grad_(True) for m in mean]
+    slopes = torch.autograd.grad(metric(target, made), made, create_graph=True, allow_unused=True)
+    first = []
+    for own in each:  # the change of the slopes by a mixed product, then back to the images
+        tilts = [None if s is None else torch.zeros_like(s, requires_grad=True) for s in slopes]
+        used = [k for k, s in enumerate(slopes) if s is not None]
+        turned = torch.autograd.grad(
+            [slopes[k] for k in used], [target[k] for k in used], [tilts[k] for k in used], create_graph=True
+        )
+        change = torch.autograd.grad(turned, [tilts[k] for k in used], [own[k] - mean[k] for k in used])
+        first.append(torch.autograd.grad([made[k] for k in used], leaf, change, retain_graph=True)[0] / (n - 1))
+    return torch.stack([x.norm() for x in out]), torch.stack([x.norm() for x in first])
+
+
+def feature_cases(network, real, images, view):
+    features = network.embed(view(real)).detach()
+    leaf, n = images.clone().requires_grad_(True), len(real)
+    mine = network.embed(view(leaf)).mean(0)
+
+    def gradient(target):
+        return torch.autograd.grad((target - mine).square().sum(), leaf, retain_graph=True)[0]
+
+    full, mean = gradient(features.mean(0)), features.mean(0)
+    out = torch.stack([(full - gradient((n * mean - f) / (n - 1))).norm() for f in features])
+    first = [torch.autograd.grad(mine, leaf, 2 * (f - mean), retain_graph=True)[0].norm() / (n - 1) for f in features]
+    return features, out, torch.stack(first)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_first_order_ranks_as_leaving_one_out_does_under_gradient_matching(name):
+    out, first = gradient_cases(a_network(), samples(), samples(2, seed=5), VIEWS["as it is"], DISTANCES[name])
+    assert rank(out, first) >= 0.95
+
+
+def test_the_first_order_is_leaving_one_out_under_feature_matching():
+    _, out, first = feature_cases(a_network(), samples(), samples(3, seed=5), VIEWS["as it is"])
+    assert torch.allclose(out, first, rtol=1e-2)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", DISTANCES)
+def test_with_all_directions_the_size_is_that_of_the_first_order(name, view):
+    """Two images are all of them moved, so nothing is estimated."""
+    network, real, images = a_network(), samples(40), samples(2, seed=5)
+    _, first = gradient_cases(network, real, images, VIEWS[view], DISTANCES[name])
+    found = gradient_effects(network, real, images, VIEWS[view], LABEL, DISTANCES[name], MANY, chance(), 7)
+    assert torch.allclose(found, first, rtol=2e-2, atol=2e-3 * float(first.max()))
+
+
+@pytest.mark.parametrize("view", ["as it is", "rotated"])
+def test_with_all_directions_the_size_is_that_of_the_first_order_for_features_too(view):
+    network, images = a_network(), samples(2, seed=5)
+    features, _, first = feature_cases(network, samples(40), images, VIEWS[view])
+    found = feature_effects(network.embed, features, images, VIEWS[view], MANY, chance(), 7)
+    assert torch.allclose(found, first, rtol=2e-2, atol=2e-3 * float(first.max()))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_few_directions_rank_nearly_as_leaving_one_out_does(name):
+    network, real, images = a_network(), samples(), samples(8, seed=5)
+    out, _ = gradient_cases(network, real, images, VIEWS["as it is"], DISTANCES[name])
+    found = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, DISTANCES[name], 16, chance(), 16)
+    assert rank(out, found) >= 0.85
+
+
+def test_few_directions_rank_nearly_as_leaving_one_out_does_for_features_too():
+    network, images = a_network(), samples(10, seed=5)
+    features, out, _ = feature_cases(network, samples(), images, VIEWS["as it is"])
+    assert rank(out, feature_effects(network.embed, features, images, VIEWS["as it is"], 16, chance(), 16)) >= 0.7
+
+
+def test_the_sizes_do_not_depend_on_the_parts_and_are_drawn_from_the_generator():
+    network, real, images = a_network(), samples(20), samples(3, seed=5)
+
+    def found(at_once, seed=0):
+        return gradient_effects(network, real, images, VIEWS["rotated"], LABEL, distance, 4, chance(seed), at_once)
+
+    assert torch.equal(found(5), found(5))
+    assert torch.allclose(found(5), found(100), rtol=1e-2)
+    assert not torch.allclose(found(5), found(5, seed=1), rtol=1e-2)
+    features = network.embed(real).detach()
+    parts = [feature_effects(network.embed, features, images, ROTATED.apply, 4, chance(), k) for k in (1, 5, 100)]
+    assert torch.allclose(parts[0], parts[1], rtol=1e-2)
+    assert torch.allclose(parts[1], parts[2], rtol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
+    """Workers that train a network together agree up to rounding only, and are to drop the same samples."""
+    network, real, images = a_network(seed), samples(60, seed=seed), samples(2, seed=seed + 5)
+
+    def found(real):
+        return gradient_effects(network, real, images, lambda x: x, LABEL, distance, 8, chance(), 1000)
+
+    torch.testing.assert_close(found(real * (1 + 1e-6)), found(real), rtol=1e-4, atol=0)
+
+
+def test_one_direction_is_one_in_which_samples_have_effects():
+    network, real, images = a_network(), samples(60), samples(1, seed=5)
+    images = images * torch.tensor([0.0, *[1.0] * 7])  # the first pixels see no sample
+    seen = gradient_effects(network, real, images, lambda x: x * (images != 0), LABEL, distance, 1, chance(), 1000)
+    assert bool((seen > 0).all())
+
+
+def test_no_more_images_go_through_the_network_at_once_than_asked():
+    network, real, images, sizes = a_network(), samples(20), samples(30, seed=5), []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    gradient_effects(network, real, images, lambda x: x, LABEL, distance, 4, chance(), 5)
+    assert max(sizes) == 5
+
+
+def test_a_sample_alone_or_like_all_others_has_no_effect():
+    network, images = a_network(), samples(2, seed=5)
+    for real in (samples(1), samples(1).expand(4, *SHAPE)):
+        found = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, distance, 4, chance(), 4)
+        assert found.shape == (len(real),)
+        assert float(found.max()) < 1e-4
+        found = feature_effects(network.embed, network.embed(real), images, VIEWS["as it is"], 4, chance(), 4)
+        assert found.shape == (len(real),)
+        assert float(found.max()) < 1e-4
+
+
+def test_a_dead_channel_does_not_spoil_the_sizes():
+    network, images = a_network(), samples(2, seed=5)
+    with torch.no_grad():
+        network.features[1].bias[0] = -1e3
+    found = gradient_effects(network, samples(10), images, VIEWS["as it is"], LABEL, distance, 4, chance(), 4)
+    assert torch.isfinite(found).all()
+    assert float(found.max()) > 0
+
+
+def test_the_images_are_left_alone():
+    network, images = a_network(), samples(2, seed=5).requires_grad_(True)
+    before = images.detach().clone()
+    gradient_effects(network, samples(6), images, VIEWS["as it is"], LABEL, distance, 4, chance(), 4)
+    assert images.grad is None
+    assert torch.equal(images, before)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_clips_have_effects_too():
+    shape = (4, 1, 8, 8)
+    network, real, images = a_network(shape=shape, name="convnet3d"), samples(12, shape), samples(2, shape, 5)
+    _, first = gradient_cases(network, real, images, ROTATED.apply, distance)
+    found = gradient_effects(network, real, images, ROTATED.apply, LABEL, distance, MANY, chance(), 5)
+    assert torch.allclose(found, first, rtol=2e-2, atol=5e-3 * float(first.max()))
+
+
+def test_images_that_the_view_leaves_out_have_no_effects():
+    found = gradient_effects(
+        a_network(), samples(6), samples(2, seed=5), lambda x: x[:1] * 0 + 1, LABEL, distance, 4, chance(), 4
+    )
+    assert torch.equal(found, torch.zeros(6))
+
+
+class Odd(nn.Module):
+    """Layers of every kind: strides, groups, an activation that overwrites, a layer used twice, a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.overwrites = nn.ReLU(inplace=True)
+        self.twice = nn.Conv2d(4, 4, (3, 1), padding=(1, 0))
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.own = nn.Parameter(torch.randn(4, 4))
+        self.rows = nn.Linear(2, 3)
+        self.last = nn.Linear(24, 3)
+
+    def forward(self, images):
+        x = self.overwrites(self.first(images))
+        x = self.twice(torch.tanh(self.twice(x)))
+        x = torch.einsum("nchw,cd->ndhw", self.grouped(x), self.own)
+        return self.last(torch.tanh(self.rows(x)).flatten(1))
+
+
+@pytest.mark.parametrize("make", [Odd, a_network, lambda: a_network(name="alexnet", shape=SHAPE)])
+def test_projections_are_those_of_each_samples_gradient(make):
+    network, real = make(), samples(5)
+    directions = [torch.randn(3, *p.shape) for p in matched_parameters(network)]
+    found = projections(network, real, LABEL, [None, *directions[1:]], 2)
+    for row, image in zip(found, real, strict=True):
+        own = real_gradient(network, image[None], LABEL, 1)
+        wanted = sum((d * g).flatten(1).sum(1) for d, g in zip(directions[1:], own[1:], strict=True))
+        assert torch.allclose(row, wanted, rtol=1e-3, atol=1e-4 * float(found.abs().max()))
+    both = projections(network, real, LABEL, directions, 5)
+    assert not torch.allclose(both, found)
+
+
+def test_a_signal_in_one_dimension_goes_the_same_way():
+    network = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    real = torch.randn(6, 2, 16, generator=chance())
+    directions = [torch.randn(2, *p.shape) for p in matched_parameters(network)]
+    found = projections(network, real, LABEL, directions, 4)
+    own = real_gradient(network, real[:1], LABEL, 1)
+    wanted = sum((d * g).flatten(1).sum(1) for d, g in zip(directions, own, strict=True))
+    assert torch.allclose(found[0], wanted, rtol=1e-3, atol=1e-5)
+    assert (
+        losses(network, real, LABEL, 4).shape
+        == F.cross_entropy(network(real), torch.ones(6).long(), reduction="none").shape
+    )

@@ -1,0 +1,155 @@
+"""select.keep: auto: what is found, published, read again, and done with it; what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+import yaml
+from conftest import TINY, tiny_config
+from made_up_points import MadeUpRunner
+
+from distill_at_scale import cli
+from distill_at_scale.config.load import validate
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared import manifest
+from distill_at_scale.experiments import auto_keep_rate
+
+
+class Standing(MadeUpRunner):
+    """A made-up runner whose points stand on nothing."""
+
+    @property
+    def points(self):
+        return self
+
+    def take_over(self, run):
+        self.stood_on = run.path
+
+
+@pytest.fixture
+def finished(make_run, tmp_path):
+    """A run whose scores are there."""
+    return make_run(tmp_path / "run", select__keep="auto", distill__steps=8).stages("ingest", "score")
+
+
+def find(run, accuracy=lambda config, share: 0.6 if share >= 0.1 else 0.3, **keys):
+    runners = []
+
+    @contextlib.contextmanager
+    def make(config):
+        runners.append(Standing(run.dir / "auto", accuracy))
+        runners[0].config = config
+        yield runners[0]
+
+    config = tiny_config(run.dir, select__keep="auto", **{"distill__steps": 8, **keys})
+    return auto_keep_rate.rate(config, make, lambda line: None), runners
+
+
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.3, True), (0.7, False)])  # of 4 classes
+def test_a_search_at_chance_says_that_it_says_little(finished, accuracy, warned):
+    said = []
+
+    @contextlib.contextmanager
+    def make(config):
+        yield Standing(finished.dir / "auto", lambda config, share: accuracy)
+
+    auto_keep_rate.rate(tiny_config(finished.dir, select__keep="auto", distill__steps=8), make, said.append)
+    assert any("near chance" in line for line in said) == warned
+
+
+def test_the_rate_is_found_published_and_read_again(finished):
+    rate, runners = find(finished)
+    assert 0.1 <= rate < 0.2
+    assert runners[0].stood_on == finished.dir
+    assert {config.distill.steps for config in runners[0].tried} == {2}, "a quarter of the run's"
+    found = json.loads((finished.dir / "auto_keep_rate.json").read_text())
+    assert found["rate"] == rate
+    assert [one["keep"] for one in found["curve"]] == sorted(one["keep"] for one in found["curve"])
+    assert found["unpruned"] == pytest.approx(0.6)
+    again, runners = find(finished)
+    assert again == rate
+    assert not runners
+    assert auto_keep_rate.known_rate(tiny_config(finished.dir, select__keep="auto", distill__steps=8)) == rate
+
+
+def test_another_method_is_searched_again(finished):
+    find(finished)
+    assert find(finished, distill__method="dm")[1]
+
+
+def test_the_rate_above_which_all_tried_ones_suffice_is_taken(finished):
+    rate, _ = find(finished, lambda config, share: 0.3 if 0.01 < share < 0.6 else 0.6, select__auto__points=10)
+    assert 0.59 < rate < 0.7
+    assert json.loads((finished.dir / "auto_keep_rate.json").read_text())["smallest_sufficient"] < 0.01
+
+
+def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished):
+    def accuracy(config, share):
+        return (0.6 if share >= 0.1 else 0.3) + (0.05 if config.select.scope == "adaptive" and share < 1 else 0.0)
+
+    find(finished, accuracy, select__scope="adaptive")
+    found = json.loads((finished.dir / "auto_keep_rate.json").read_text())
+    assert found["adaptive_less_fixed"]["mean"] == pytest.approx(0.05)
+    assert found["adaptive"]["mean"] - found["fixed"]["mean"] == pytest.approx(0.05)
+
+
+def test_without_a_test_split_there_is_nothing_to_search_by(make_run, tmp_path):
+    run = make_run(tmp_path / "run", select__keep="auto", data__holdout=None).stages("ingest", "score")
+    with pytest.raises(UserError, match="no test split"):
+        find(run, data__holdout=None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"per_class": 3}, "select.per_class would replace"),
+        ({"order": "stratum"}, "select.order: stratum give a rate"),
+    ],
+)
+def test_keys_that_do_not_go_with_auto_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        validate({"select": {"keep": "auto", **keys}})
+
+
+def test_a_damaged_file_is_named(finished):
+    find(finished)
+    (finished.dir / "auto_keep_rate.json").write_text("{}")
+    with pytest.raises(UserError, match=r"auto\.json is damaged .* remove it"):
+        find(finished)
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    values = {**TINY, "run": {"dir": str(tmp_path / "run")}}
+    values["select"] = {"keep": "auto", "auto": {"points": 2, "lowest": 0.05, "steps": 1}}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_a_plan_says_that_the_rate_has_to_be_found(tiny_file, capsys):
+    assert cli.main(["plan", tiny_file]) == 0
+    said = capsys.readouterr().out
+    assert "select.keep: auto tries up to 7 short distillations" in said
+    assert "search " in said
+
+
+def test_a_whole_run_finds_the_rate_and_goes_on_with_it(tiny_file, tmp_path, capsys):
+    assert cli.main(["run", tiny_file]) == 0
+    run = tmp_path / "run"
+    rate = json.loads((run / "auto_keep_rate.json").read_text())["rate"]
+    facts = manifest.facts(run / "manifest.parquet")
+    assert facts["asked"] == {"keep": "auto", "found": rate}
+    assert "The rate was looked for" in (run / "report.html").read_text()
+    assert json.loads((run / "stages" / "select.json").read_text())["config"]["select.keep"] == rate
+    assert json.loads((run / "run.json").read_text())["config"]["select"]["keep"] == "auto"
+    records = [json.loads(path.read_text()) for path in (run / "auto" / "shared").glob("scores-*/stages/*.json")]
+    assert {record["reused_from"] for record in records} == {str(run)}
+    capsys.readouterr()
+    assert cli.main(["run", tiny_file]) == 0
+    said = capsys.readouterr().out
+    assert "was found before" in said
+    assert "select: already done" in said
+    assert cli.main(["run", tiny_file, f"select.keep={rate}"]) == 0, "the rate given is the same selection"

@@ -1,0 +1,82 @@
+"""Points of sweeps and studies: what they share, and where they lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run, tiny_config
+
+from distill_at_scale.config.load import with_overrides
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.experiments import points
+from distill_at_scale.experiments.points import Points
+from distill_at_scale.experiments.runners import LocalRunner
+from distill_at_scale.experiments.studies.base import Point
+from distill_at_scale.storage.run_dir import RunDir
+
+
+def test_points_share_ingest_and_scores_by_links(tmp_path):
+    runner = LocalRunner(tiny_config(tmp_path / "sweep"), Display.silent())
+    outcomes = runner.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
+    assert len(list((tmp_path / "sweep" / "shared").glob("scores-*/proxies/trial-*"))) == 2  # once for both
+    for outcome in outcomes:
+        assert (outcome.folder / "prepared").is_symlink()
+        assert (outcome.folder / "scores.parquet").is_symlink()
+        assert "reused_from" in json.loads((outcome.folder / "stages" / "score.json").read_text())
+    assert outcomes[0].kept < outcomes[1].kept
+
+
+def test_a_finished_point_is_read_and_not_tried_again(tmp_path):
+    runner = LocalRunner(tiny_config(tmp_path / "sweep"), Display.silent())
+    first = runner.run([Point()])[0]
+    written = (first.folder / "evaluation.json").stat().st_mtime_ns
+    assert runner.run([Point(), Point()])[1] == first
+    assert (first.folder / "evaluation.json").stat().st_mtime_ns == written
+
+
+def test_repetitions_distil_anew_from_the_same_selection_and_random_ones_draw_anew(tmp_path):
+    points = Points(tiny_config(tmp_path), lambda: pytest.fail("nothing is run"), Display.silent())
+    first, second = (points.configured(Point({}, seed)) for seed in (0, 1))
+    assert (second.distill_seed - first.distill_seed, second.select_seed - first.select_seed) == (1, 1)
+    assert first.run.dir != second.run.dir
+
+
+def test_a_points_folder_ignores_workers_and_clusters_and_knows_every_other_key(tmp_path):
+    config = tiny_config(tmp_path)
+
+    def folder(**overrides: object) -> str:
+        changed = with_overrides(config, {key.replace("__", "."): value for key, value in overrides.items()})
+        return Points(changed, lambda: pytest.fail("nothing is run"), Display.silent()).configured(Point()).run.dir
+
+    assert folder() == folder(distill__workers=2, cluster__actors=1)
+    others = [folder(), folder(runtime__drop=0.1), folder(score__epochs=3), folder(data__chunk=64), folder(run__seed=1)]
+    assert len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"error": 3, "passing": "no"}'])
+def test_a_damaged_note_is_a_failure_of_the_disk(tmp_path, text):
+    (tmp_path / points.FAILED).write_text(text)
+    found = points.failure_of(RunDir(tmp_path))
+    assert isinstance(found.message, str)
+    assert found.passing is ("error" not in text)
+    (tmp_path / points.STOPPED).write_text(text)
+    assert points.stopped_of(Point(), RunDir(tmp_path), "convnet") is None
+
+
+def test_what_points_share_is_taken_over_from_another_run(tmp_path):
+    Run(tiny_config(tmp_path / "earlier")).stages("ingest", "score")
+    config = tiny_config(tmp_path / "sweep", run={"dir": str(tmp_path / "sweep"), "reuse": str(tmp_path / "earlier")})
+    shared = LocalRunner(config, Display.silent()).run([Point()])[0].folder / "scores.parquet"
+    record = json.loads((shared.resolve().parent / "stages" / "score.json").read_text())
+    assert record["reused_from"] == str(tmp_path / "earlier")
+    assert not list(Path(tmp_path / "sweep").rglob("proxies"))
+
+
+def test_an_override_that_is_not_allowed_stops_before_anything_is_made(tmp_path):
+    runner = LocalRunner(tiny_config(tmp_path / "sweep"), Display.silent())
+    with pytest.raises(UserError, match=r"select\.kep"):
+        runner.run([Point(), Point({"select.kep": 0.1})])
+    assert not (tmp_path / "sweep").exists()

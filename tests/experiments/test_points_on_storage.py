@@ -1,0 +1,267 @@
+"""Sweeps, studies and select.keep: auto in a folder on object storage: what points share lies there once."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Run, tiny_config
+from rich.console import Console
+from test_object_storage import objects, quick  # noqa: F401
+
+from distill_at_scale import cli
+from distill_at_scale.core.errors import Unreachable, UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.experiments import auto_keep_rate, points
+from distill_at_scale.experiments.points import Points
+from distill_at_scale.experiments.runners import LocalRunner
+from distill_at_scale.experiments.studies.base import Point
+from distill_at_scale.experiments.sweep import run
+from distill_at_scale.experiments.trials import OneByOne
+from distill_at_scale.storage.filesystem import inside
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.sync import Mirror, scratch_of
+
+RATES = {"select.keep": [0.1, 0.3]}
+
+
+@pytest.fixture
+def remote(s3, bucket, tmp_path):
+    """remote("a"): a configuration whose run folder is on the storage, as the machine "a" sees it."""
+
+    def make(machine="a", **overrides):
+        own = {"run__scratch": str(tmp_path / machine), "run__retry_seconds": 0.0, "runtime__rule": "none"}
+        return tiny_config(s3(f"{bucket}/run"), **own, **overrides)
+
+    return make
+
+
+def sweep(config):
+    said = io.StringIO()
+    made = run.run(config, Display(Console(file=said, width=300)), OneByOne)
+    return made, said.getvalue()
+
+
+def results(table):
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in table.to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("address", "name", "expected"),
+    [
+        ("s3://bucket/run", "points/1", "s3://bucket/run/points/1"),
+        ("s3://bucket/run/?region=x&scheme=http", "points/1", "s3://bucket/run/points/1?region=x&scheme=http"),
+        ("s3://bucket/run/points/1?region=x", "../../shared/data-2", "s3://bucket/run/shared/data-2?region=x"),
+        ("s3://key:secret@bucket/run", "..", "s3://key:secret@bucket"),
+        ("/data/what?/run", "points/1", "/data/what?/run/points/1"),
+    ],
+)
+def test_an_address_inside_a_folder_keeps_its_options(address, name, expected):
+    assert inside(address, name) == expected
+
+
+def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bucket, tmp_path):
+    config = remote(sweep={"space": RATES})
+    made, said = sweep(config)
+    on_disk, _ = sweep(tiny_config(tmp_path / "disk", sweep={"space": RATES}, runtime__rule="none"))
+    assert results(made) == results(on_disk)
+    assert f"page: s3://{bucket}/run/sweep.html" in said
+    there = objects(s3, bucket)
+    assert {"sweep.parquet", "sweep.html"} <= set(there)
+    assert len([name for name in there if name.endswith("scores.parquet")]) == 1, "scores lie there more than once"
+    assert {name.split("/")[1].split("-")[0] for name in there if "/prepared/" in name} == {"data"}
+    assert not [name for name in there if ".work" in name]
+
+
+def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, monkeypatch):
+    real, tried = points.carry_out, []
+
+    def killed(config, *rest):
+        tried.append(config.run.dir)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        real(config, *rest)
+
+    monkeypatch.setattr(points, "carry_out", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(remote("a", sweep={"space": RATES, "controls": []}))
+    made, said = sweep(remote("b", sweep={"space": RATES, "controls": []}))
+    assert "2 trials, 1 of them finished before" in said
+    assert tried[2:] == tried[1:2]
+    assert made["error"].null_count == 2
+    tried.clear()
+    again, _ = sweep(remote("c", sweep={"space": RATES, "controls": []}))
+    assert not tried
+    assert results(again) == results(made)
+
+
+def test_a_trial_that_failed_is_noted_there_and_no_more_after_it_succeeded(remote, s3, bucket, monkeypatch):
+    real, settings = points.carry_out, {"sweep": {"space": RATES, "controls": []}}
+
+    def failing(config, *rest):
+        if config.select.keep == 0.1:
+            raise OSError(28, "No space left on device", "/scratch/x")
+        real(config, *rest)
+
+    monkeypatch.setattr(points, "carry_out", failing)
+    with pytest.raises(UserError, match=r"1 of 2 trials could not .*No space left on device"):
+        sweep(remote("a", **settings))
+    noted = [json.loads(content) for name, content in objects(s3, bucket).items() if name.endswith(points.FAILED)]
+    assert [note["passing"] for note in noted] == [True]
+    monkeypatch.setattr(points, "carry_out", real)
+    made, _ = sweep(remote("b", **settings))
+    assert made["error"].null_count == 2
+    assert not [name for name in objects(s3, bucket) if name.endswith(points.FAILED)]
+
+
+def test_points_on_one_machine_share_one_copy(remote):
+    runner = LocalRunner(remote(), Display.silent())
+    first, second = runner.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
+    assert (first.folder / "prepared").resolve() == (second.folder / "prepared").resolve()
+    assert first.folder.parent == second.folder.parent
+    again = LocalRunner(remote("b"), Display.silent()).run([Point({"select.keep": 0.2})])[0]
+    assert (again.kept, again.rows) == (first.kept, first.rows)
+
+
+def test_points_stand_on_what_was_made_anew(remote, s3, bucket, tmp_path):
+    """On machine a, which sees old points and new scores, and on b and c, whose copies are old or empty."""
+    path, random = tmp_path / "scores.npy", np.random.default_rng(0)
+    wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
+
+    def run_on(machine):
+        return LocalRunner(remote(machine, **wanted), Display.silent()).run([Point({"select.keep": 0.1})])[0]
+
+    np.save(path, random.random(1797))
+    before = pq.read_table(run_on("a").folder / "manifest.parquet")
+    run_on("b")
+    np.save(path, random.random(1797))
+    with pytest.raises(UserError, match=r"output of score for another configuration"):
+        Points(remote("a", **wanted), OneByOne().executor, Display.silent()).shared({})
+    record = next(
+        name for name in objects(s3, bucket) if name.startswith("shared/scores-") and name.endswith("/score.json")
+    )
+    s3.client.delete_object(Bucket=bucket, Key=f"run/{record}")  # as the message says
+    Points(remote("a", **wanted), OneByOne().executor, Display.silent()).shared({})
+    for machine in "abc":
+        Points(remote(machine, **wanted), OneByOne().executor, Display.silent()).shared({})
+        after = pq.read_table(run_on(machine).folder / "manifest.parquet")
+        assert not after.equals(before), machine
+
+
+def test_a_note_that_was_removed_elsewhere_does_not_come_back(remote, s3, bucket):
+    stood = Points(remote(), OneByOne().executor, Display.silent()).prepare(Point())
+    points.note_stop(stood, 4, 0.5)
+    other = Points(remote("b"), OneByOne().executor, Display.silent()).prepare(Point())
+    assert (other / points.STOPPED).exists()
+    other.drop(points.STOPPED)
+    stood.fetch()
+    with stood.lock():
+        pass
+    assert not (stood / points.STOPPED).exists()
+    assert not [name for name in objects(s3, bucket) if name.endswith(points.STOPPED)]
+
+
+def test_a_sweep_that_was_copied_to_a_disk_goes_on_there(remote, s3, bucket, tmp_path):
+    settings = {"sweep": {"space": {"select.keep": [0.1]}, "controls": []}}
+    made, _ = sweep(remote(**settings))
+    for name, content in objects(s3, bucket).items():
+        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk" / name).write_bytes(content)
+    wider = {"sweep": {"space": RATES, "controls": []}, "runtime__rule": "none"}
+    again, said = sweep(tiny_config(tmp_path / "disk", **wider))
+    assert "2 trials, 1 of them finished before" in said
+    assert results(again)[0] == results(made)[0]
+    assert again["error"].null_count == 2
+
+
+def test_a_trial_whose_folder_another_command_holds_changes_nothing_there(remote, s3, bucket, monkeypatch):
+    monkeypatch.setattr(points, "PATIENCE", 0)
+    settings = remote(sweep={"space": RATES, "controls": []})
+    held = RunDir.of(next(iter(run.plan(settings))).config.run)
+    held.create()
+    with held.lock():
+        with pytest.raises(UserError, match=r"1 of 2 trials could not .*is working in"):
+            sweep(settings)
+        inside_it = [name for name in objects(s3, bucket) if name.startswith(f"points/{held.named[-16:]}/")]
+        assert {name.split("/")[2] for name in inside_it} <= {"stages", ".run", ".lease.json", points.FAILED}
+    made, _ = sweep(settings)
+    assert made["error"].null_count == 2
+
+
+def test_a_storage_that_refuses_one_trial_leaves_the_others(remote, s3, bucket, monkeypatch):
+    settings, real = remote(sweep={"space": RATES, "controls": []}), RunDir.drop
+    first = run.plan(settings)[0].config.run.dir
+
+    def drop(self, name):
+        if self.remote.mirror.bucket.uri == first and name == points.FAILED:
+            raise Unreachable("503 SlowDown")
+        real(self, name)
+
+    monkeypatch.setattr(RunDir, "drop", drop)
+    with pytest.raises(UserError, match=r"1 of 2 trials could not .*503 SlowDown"):
+        sweep(settings)
+    monkeypatch.undo()
+    made, said = sweep(settings)
+    assert "1 of them finished before" in said
+    assert made["error"].null_count == 2
+
+
+def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
+    """Somebody else may write to the bucket."""
+    stood = Points(remote(), OneByOne().executor, Display.silent()).prepare(Point())
+    path = stood / "stages" / "score.json"
+    whole = path.read_text()
+    for link in ("../../other-bucket", "shared/data-../../x", "/etc", 3, "points/0123456789abcdef"):
+        path.write_text(json.dumps(json.loads(whole) | {"linked_to": link}))
+        with pytest.raises(UserError, match=r"score\.json is damaged \(linked_to = .* leads elsewhere\)"):
+            stood.record("score")
+    path.write_text(whole)
+    link = stood.record("score")["linked_to"]
+    shared = stood.remote.beside(link)
+    record = json.loads((shared.path / "stages" / "score.json").read_text())
+    shared.mirror.bucket.write("stages/score.json", json.dumps(record | {"linked_to": link}).encode())
+    elsewhere = RunDir.of(remote("b").run.model_copy(update={"dir": stood.remote.mirror.bucket.uri}))
+    for action in (elsewhere.fetch, lambda: elsewhere.remote.complete("score"), lambda: shared.complete("score")):
+        action()
+    assert not (elsewhere / "scores.parquet").is_file()
+
+
+def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(remote, s3, bucket, monkeypatch):
+    keys = {"select__keep": "auto", "select__auto": {"points": 2, "seeds": 2, "steps": 1, "evaluations": 1}}
+    config = remote(**keys)
+    result = Run(config)
+    result.pipeline._find_rate = lambda pipeline: cli.find_rate(pipeline, result.pipeline.display)
+    result.stages("ingest", "score", "select")
+    there = objects(s3, bucket)
+    assert "auto_keep_rate.json" in there
+    assert {name.split("/")[0] for name in there if name.endswith("scores.parquet")} == {"scores.parquet"}, "copied"
+    monkeypatch.setattr(LocalRunner, "run", lambda self, points: pytest.fail("it was looked for again"))
+    rate = json.loads(there["auto_keep_rate.json"])["rate"]
+    assert auto_keep_rate.known_rate(remote("b", **keys)) == rate
+    other = Run(remote("b", **keys))
+    other.pipeline._find_rate = lambda pipeline: cli.find_rate(pipeline, other.pipeline.display)
+    other.stages("select")
+    assert f"keep {rate:.4g} was found before" in other.text
+
+
+def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3, bucket):
+    settings = {"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1}
+    cli.run_studies(remote(studies=settings), Display.silent())
+    assert {"studies.html", "studies/drop.json", "studies/studies.parquet"} <= set(objects(s3, bucket))
+    said = io.StringIO()
+    cli.run_studies(remote("b", studies=settings), Display(Console(file=said, width=300)))
+    assert "study drop: already done" in said.getvalue()
+    s3.client.put_object(Bucket=bucket, Key="run/studies/drop.json", Body=b"{}")
+    with pytest.raises(UserError, match=rf"^s3://{bucket}/run/studies/drop\.json is no finding"):
+        cli.run_studies(remote("c", studies=settings), Display.silent())
+
+
+def test_the_folders_own_run_leaves_the_runs_inside_alone(remote, s3, bucket, tmp_path):
+    config = remote()
+    LocalRunner(config, Display.silent()).run([Point()])
+    copy = scratch_of(config.run.dir, str(tmp_path / "c"))
+    Mirror(config.run.dir, copy, 0.0).pull()
+    assert not copy.exists() or not [path for path in copy.rglob("*") if path.is_file()]

@@ -1,0 +1,405 @@
+"""Sweeps without Ray: what is tried, what is refused before anything starts, what is shared, and the table."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import tiny_config
+from rich.console import Console
+
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.distillation.methods.dc import GradientMatching
+from distill_at_scale.experiments import points
+from distill_at_scale.experiments.points import Failure
+from distill_at_scale.experiments.studies.base import Outcome, Point
+from distill_at_scale.experiments.sweep import run, space, summary, table
+from distill_at_scale.experiments.sweep import validate as checks
+from distill_at_scale.experiments.sweep.space import Trial
+from distill_at_scale.experiments.trials import OneByOne
+from distill_at_scale.pruning.proxies import train as proxy
+from distill_at_scale.storage.run_dir import RunDir
+
+RATES = {"select.keep": [0.1, 0.3]}
+
+
+def config(folder: Path | str = "nowhere", **sweep) -> Config:
+    sections = {key: sweep.pop(key) for key in list(sweep) if "__" in key}
+    return tiny_config(folder, sweep={"space": RATES, **sweep}, **{"runtime__rule": "none", **sections})
+
+
+def tried(found: list[Trial], control: str | None = None) -> list[dict]:
+    return [dict(trial.keys) for trial in found if trial.control == control]
+
+
+def sweep(settings: Config):
+    said = io.StringIO()
+    made = run.run(settings, Display(Console(file=said, width=200)), OneByOne)
+    return made, said.getvalue()
+
+
+def test_a_grid_is_the_product_of_all_lists_with_every_repetition():
+    found = space.trials(config(space={**RATES, "distill.ipc": [1, 2]}, seeds=2, controls=[]))
+    pairs = [(t.keys["select.keep"], t.keys["distill.ipc"], t.point.seed) for t in found]
+    assert pairs == [(k, i, s) for k in (0.1, 0.3) for i in (1, 2) for s in (0, 1)]
+
+
+def test_keys_may_be_nested_as_the_command_line_makes_them():
+    assert space.dimensions(config(space={"select": {"keep": [0.1]}})) == {"select.keep": [0.1]}
+
+
+def test_the_unpruned_control_is_tried_once_for_all_that_matters_without_pruning():
+    found = space.trials(config(space={**RATES, "distill.ipc": [1, 2], "runtime.rule": ["none", "loss"]}))
+    unpruned = [trial for trial in found if trial.control == "unpruned"]
+    assert [trial.keys["distill.ipc"] for trial in unpruned] == [1, 2]
+    for trial in unpruned:
+        assert trial.point.overrides["select.keep"] == 1
+        assert trial.point.overrides["runtime.rule"] == "none"
+        assert trial.point.overrides["evaluate.control"] == "random_real"
+
+
+def test_the_unpruned_control_keeps_everything_whatever_the_base_selects():
+    base = config(select__keep=0.3, select__order="stratum", select__stratum_start=0.2, controls=["unpruned"])
+    base = base.model_copy(update={"select": base.select.model_copy(update={"per_class": 3})})
+    trial = next(t for t in space.trials(base) if t.control == "unpruned")
+    settings = points.Points(base, OneByOne().executor, Display.silent()).configured(trial.point)
+    assert (settings.select.keep, settings.select.per_class, settings.select.order) == (1, None, "useful")
+
+
+def test_random_samples_are_tried_at_every_keep_rate_once():
+    found = space.trials(config(space={**RATES, "select.order": ["useful", "useless"], "select.criterion": ["loss"]}))
+    random = tried(found, "random")
+    assert [(keys["select.keep"], keys["select.criterion"]) for keys in random] == [(0.1, "random"), (0.3, "random")]
+    assert {keys["select.order"] for keys in random} == {None}
+
+
+def test_keeping_everything_is_the_unpruned_control_and_not_tried_again():
+    found = space.trials(config(space={"select.keep": [0.1, 1.0], "select.order": ["useful", "high"]}))
+    points_ = {id(t.point) for t in found if t.keys["select.keep"] == 1.0}
+    assert sum(t.keys["select.keep"] == 1.0 for t in found) == 3
+    assert len(points_) == 1
+
+
+def test_a_drop_rate_without_a_rule_makes_no_new_point():
+    found = space.trials(config(space={"runtime.rule": ["none", "loss"], "runtime.drop": [0.1, 0.5]}, controls=[]))
+    assert len(found) == 4
+    assert len({id(trial.point) for trial in found}) == 3
+
+
+def test_draws_lie_in_their_ranges_and_more_samples_go_on_where_fewer_ended():
+    wanted = {
+        "select.keep": {"loguniform": [0.01, 0.5]},
+        "distill.ipc": {"randint": [1, 3]},
+        "distill.method": ["dc", "dm"],
+    }
+    few = tried(space.trials(config(space=wanted, search="random", samples=10)))
+    many = tried(space.trials(config(space=wanted, search="random", samples=40)))
+    assert many[: len(few)] == few
+    assert all(0.01 <= keys["select.keep"] <= 0.5 for keys in many)
+    assert {keys["distill.ipc"] for keys in many} == {1, 2, 3}
+    assert {keys["distill.method"] for keys in many} == {"dc", "dm"}
+    assert sum(keys["select.keep"] < math.sqrt(0.005) for keys in many) in range(10, 31), "not uniform in the logarithm"
+
+
+def test_draws_follow_the_seed_of_the_run():
+    wanted = {"space": {"select.keep": {"uniform": [0.1, 0.9]}}, "search": "random", "samples": 3}
+    assert tried(space.trials(config(**wanted))) == tried(space.trials(config(**wanted)))
+    other = tiny_config("nowhere", run={"dir": "nowhere", "seed": 1}, sweep=wanted)
+    assert tried(space.trials(config(**wanted))) != tried(space.trials(other))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"space": {}}, "sweep.space is empty"),
+        ({"space": {"select.kep": [0.1]}}, "unknown key select.kep .*did you mean select.keep"),
+        ({"space": {"select.keep": [0.1, 2.0]}}, "select.keep.* = 2.0 .*not allowed"),
+        ({"space": {"select.keep": []}}, "select.keep .*has no values"),
+        ({"space": {"select.keep": 0.1}}, r"select.keep = 0.1 .*write \[0.1\]"),
+        ({"space": {"select.keep": {"uniform": [0.1, 0.2]}}}, "sweep.search = grid needs lists"),
+        ({"space": {"select.keep": {"uniform": [0.2, 0.1]}}, "search": "random"}, "is no range"),
+        ({"space": {"distill.ipc": {"randint": [0.5, 3]}}, "search": "random"}, "is no range"),
+        ({"space": {"select.keep": {"loguniform": [0, 0.1]}}, "search": "random"}, "must begin above 0"),
+        ({"space": {"select.keep": {"uniform": [0.5, 1.5]}}, "search": "random"}, "select.keep.* = 1.5 .*not allowed"),
+        ({"space": {"run.dir": ["a"]}}, "run.dir .*cannot be swept"),
+        ({"space": {"cluster.actors": [1, 2]}}, "cluster.actors .*cannot be swept"),
+        ({"space": {"sweep.seeds": [1, 2]}}, "sweep.seeds .*cannot be swept"),
+        ({"space": {"studies.seeds": [2, 3]}}, "studies.seeds .*cannot be swept"),
+        ({"space": {"distill.workers": [1, 2]}}, "distill.workers .*results do not depend"),
+        ({"space": {"distill.method": ["dc", "dq"]}}, "distill.method = 'dq' is unknown"),
+        ({"search": "asha"}, "asha needs Ray"),
+        ({"concurrent": 2}, "sweep.concurrent = 2 needs Ray"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_is_written(tmp_path, wanted, message):
+    with pytest.raises(UserError, match=message):
+        sweep(config(tmp_path / "run", **wanted))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_combination_that_is_not_allowed_is_named():
+    wanted = {"select.order": ["stratum"], "select.stratum_start": [0.2, 0.8], "select.keep": [0.5]}
+    with pytest.raises(UserError, match=r"select.stratum_start=0.8.*must end at or before 1"):
+        space.trials(config(space=wanted))
+
+
+@pytest.mark.parametrize("wanted", [{"space": {"select.keep": ["auto", 0.1]}},
+                                    {"space": {"distill.ipc": [1]}, "select__keep": "auto"}])  # fmt: skip
+def test_a_rate_that_is_looked_for_cannot_be_swept(tmp_path, wanted):
+    with pytest.raises(UserError, match=r"select.keep = auto cannot be swept.*list them"):
+        sweep(config(tmp_path / "run", **wanted))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_elsewhere_are_other_data():
+    where = points.Points(config(data__path="here"), OneByOne().executor, Display.silent())
+    base, same, other = (
+        where.configured(Point({"data.path": path} if path else {})).run.dir for path in (None, "here", "there")
+    )
+    assert base == same != other
+
+
+def test_asha_needs_evaluations_before_the_end():
+    on_ray = {"cluster__address": None, "search": "asha"}
+    with pytest.raises(UserError, match=r"set distill.evaluate_every"):
+        checks.check_search(config(**on_ray))
+    with pytest.raises(UserError, match=r"sweep.grace = 2.*only 1 times"):
+        checks.check_asha(config(**on_ray, grace=2, distill__evaluate_every=2))
+
+
+def test_a_trial_that_keeps_too_little_is_refused_after_ingest_and_before_scoring(tmp_path):
+    real = {"distill__ipc": 2, "distill__dc": {"init": "real"}, "select__min_per_class": 0}
+    with pytest.raises(UserError, match=r"the trial select.per_class=1: .*"):
+        sweep(config(tmp_path / "run", space={"select.per_class": [3, 1]}, controls=[], **real))  # fmt: skip
+    assert not list((tmp_path / "run").rglob("scores.parquet"))
+    assert not (tmp_path / "run" / "points").exists()
+
+
+def test_a_trial_that_empties_a_class_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the trial select.keep=0.001: .*keeps no sample of the class"):
+        sweep(config(tmp_path / "run", space={"select.keep": [0.001]}, controls=[], select__min_per_class=0))
+
+
+def test_without_a_test_split_nothing_starts(tmp_path):
+    with pytest.raises(UserError, match=r"test split"):
+        sweep(config(tmp_path / "run", data__holdout=None))
+    assert not list((tmp_path / "run").rglob("scores.parquet"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A finished sweep of two keep rates and two numbers of score epochs, and how many proxies it trained."""
+    folder, trained = tmp_path_factory.mktemp("sweep") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        original = proxy.Trial.run
+        patch.setattr(proxy.Trial, "run", lambda self, advance: (trained.append(self), original(self, advance))[1])
+        settings = config(folder, space={**RATES, "distill.ipc": [1, 2]}, seeds=1)
+        made, said = sweep(settings)
+    return settings, made, said, len(trained)
+
+
+def test_ingest_and_scores_are_made_once_and_read_by_all_trials(swept):
+    settings, made, _, trained = swept
+    root = Path(settings.run.dir)
+    assert trained == settings.score.trials
+    assert len(list((root / "shared").glob("data-*"))) == len(list((root / "shared").glob("scores-*"))) == 1
+    folders = list((root / "points").iterdir())
+    assert len(folders) == len(set(made["trial"].to_pylist())) == 2 + 4 + 4
+    for folder in folders:
+        assert (folder / "prepared").is_symlink()
+        assert (folder / "scores.parquet").is_symlink()
+        for stage in ("ingest", "score"):
+            assert "shared" in json.loads((folder / "stages" / f"{stage}.json").read_text())["reused_from"]
+
+
+def test_the_table_has_every_trial_its_controls_and_what_they_took(swept):
+    settings, made, _, _ = swept
+    assert pq.read_table(Path(settings.run.dir) / "sweep.parquet").equals(made)
+    rows = made.to_pylist()
+    kinds = {(row["control"], row["set"]) for row in rows}
+    assert kinds == {
+        (None, "distilled"),
+        ("random", "distilled"),
+        ("unpruned", "distilled"),
+        ("unpruned", "random_real"),
+    }
+    for row in rows:
+        assert 0 <= row["mean"] <= 1
+        assert row["n"] == settings.evaluate.seeds
+        assert row["seconds"] == pytest.approx(row["select_seconds"] + row["distill_seconds"] + row["evaluate_seconds"])
+        assert row["shared_seconds"] > 0
+        assert row["error"] is row["stopped"] is None
+    assert {row["kept"] for row in rows if row["control"] == "unpruned"} == {rows[0]["of"]}
+    assert {row["distill.ipc"] for row in rows} == {1, 2}
+
+
+def test_given_again_nothing_is_tried_again(swept, monkeypatch):
+    settings, made, _, _ = swept
+    monkeypatch.setattr(points, "carry_out", lambda *arguments: pytest.fail("a finished trial was started again"))
+    again, said = sweep(settings)
+    assert again.equals(made)
+    assert "10 of them finished before" in said
+
+
+def test_a_longer_space_tries_only_what_is_new(swept, monkeypatch):
+    settings, _, _, _ = swept
+    tried_now, original = [], points.carry_out
+    monkeypatch.setattr(points, "carry_out", lambda c, *more: (tried_now.append(c.select.keep), original(c, *more)))
+    wider = config(settings.run.dir, space={"select.keep": [0.1, 0.3, 0.5], "distill.ipc": [1]}, controls=["unpruned"])
+    sweep(wider)
+    assert tried_now == [0.5]
+
+
+def test_trials_that_stand_on_other_scores_than_there_are_now_are_tried_again(tmp_path):
+    path, random = tmp_path / "scores.npy", np.random.default_rng(0)
+    np.save(path, random.random(1797))
+    wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
+    settings = config(tmp_path / "run", space={"select.keep": [0.1]}, controls=[], **wanted)
+    sweep(settings)
+    (manifest,) = (tmp_path / "run").rglob("points/*/manifest.parquet")
+    before = pq.read_table(manifest)
+    np.save(path, random.random(1797))
+    with pytest.raises(UserError, match=r"output of score for another configuration"):
+        sweep(settings)
+    (record,) = (tmp_path / "run").glob("shared/scores-*/stages/score.json")
+    record.unlink()  # as the message says
+    sweep(settings)
+    assert not pq.read_table(manifest).equals(before)
+
+
+def test_two_commands_in_one_folder_are_refused(swept):
+    settings, _, _, _ = swept
+    with run.RunDir(settings.run.dir).lock(), pytest.raises(UserError, match="another command is working"):
+        sweep(settings)
+
+
+def test_a_trial_that_diverges_is_listed_and_the_others_go_on(tmp_path, monkeypatch):
+    original = GradientMatching.step
+
+    def step(self, i):
+        if self.setting.config.distill.ipc == 2:
+            raise DistillationDiverged("the loss of step 0 is not finite")
+        return original(self, i)
+
+    monkeypatch.setattr(GradientMatching, "step", step)
+    settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
+    made, said = sweep(settings)
+    rows = {row["distill.ipc"]: row for row in made.to_pylist()}
+    assert rows[2]["mean"] is None
+    assert "not finite" in rows[2]["error"]
+    assert rows[1]["mean"] is not None
+    assert "1 of 2 trials failed" in said
+    monkeypatch.setattr(GradientMatching, "step", original)
+    made, _ = sweep(settings)
+    assert made["error"].null_count == 2, "the failed trial was not tried again"
+    assert not list(tmp_path.rglob(points.FAILED))
+
+
+def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_same_one(tmp_path, monkeypatch):
+    original = GradientMatching.step
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/run/metrics.jsonl")
+
+    def step(self, i):
+        if self.setting.config.distill.ipc == 2:
+            raise full
+        return original(self, i)
+
+    monkeypatch.setattr(GradientMatching, "step", step)
+    settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
+    with pytest.raises(
+        UserError, match=r"1 of 2 trials could not .* No space left on device: .*metrics.jsonl.* same command"
+    ):
+        sweep(settings)
+    assert (tmp_path / "run" / "sweep.html").exists()
+    rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
+    assert rows[1]["mean"] is not None, "the other trial was not tried"
+    monkeypatch.setattr(GradientMatching, "step", original)
+    made, said = sweep(settings)
+    assert "2 trials, 1 of them finished before" in said
+    assert made["error"].null_count == 2
+
+
+def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeypatch):
+    """As where a trial's process is lost while the disk is full: nothing of its end is in its folder."""
+
+    class Losing(OneByOne):
+        def run(self, config, attempts, body, done):
+            done(0, None, "its process was lost")
+            super().run(config, attempts[1:], body, lambda number, last, error: done(number + 1, last, error))
+
+    monkeypatch.setattr(points, "note_failure", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    settings, said = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[]), io.StringIO()
+    with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
+        run.run(settings, Display(Console(file=said, width=200)), Losing)
+    assert "distill.ipc=2" in said.getvalue(), "the table is not shown where a trial was lost"
+    rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
+    assert rows[2]["error"] == "its process was lost"
+    assert rows[1]["mean"] is not None
+
+
+def test_where_every_trial_fails_the_command_fails(tmp_path, monkeypatch):
+    def step(self, i):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(GradientMatching, "step", step)
+    with pytest.raises(UserError, match=r"none of the 1 trials succeeded.*RuntimeError: out of luck"):
+        sweep(config(tmp_path / "run", space={"distill.ipc": [1]}, controls=[]))
+
+
+def outcome(keep: float, seed: int, top1: float, stopped: int | None = None) -> tuple[Trial, Outcome]:
+    trial = Trial(Point({"select.keep": keep}, seed), {"select.keep": keep, "distill.method": "dc"})
+    rows = [{"set": "distilled", "network": "convnet", "seed": 0, "top1": top1}]
+    return trial, Outcome(trial.point, rows, 3, 30, [3], {"select": 1.0, "distill": 2.0}, Path("x"), stopped)
+
+
+def test_stopped_and_failed_trials_are_rows_of_the_table():
+    failed = Trial(Point({}, 0), {"select.keep": 0.9, "distill.method": "dc"})
+    made = table.make(
+        [outcome(0.1, 0, 0.5, stopped=4), (failed, Failure("it broke", False))], ["a", "b"], ["select.keep"]
+    )
+    first, second = made.to_pylist()
+    assert (first["stopped"], first["mean"], first["std"], first["n"]) == (4, 0.5, None, 1)
+    assert (second["error"], second["mean"], second["trial"]) == ("it broke", None, "b")
+
+
+def test_columns_of_swept_keys_are_numbers_or_text():
+    values = [{"a": 1, "b": 0.5, "c": {"loss": 0.7}, "d": 2}, {"a": 2, "b": 1, "c": "random", "d": None}]
+    trials = [(Trial(Point(), keys), Failure("failed", False)) for keys in values]
+    made = table.make(trials, ["a", "b"], list("abcd"))
+    assert made["a"].to_pylist() == [1, 2]
+    assert made["b"].to_pylist() == [0.5, 1.0]
+    assert made["c"].to_pylist() == ['{"loss": 0.7}', "random"]
+    assert made["d"].to_pylist() == [2, None]
+
+
+def test_repetitions_are_one_line_at_the_end():
+    trials = [outcome(0.1, 0, 0.4), outcome(0.1, 1, 0.6), outcome(0.3, 0, 0.7)]
+    made = table.make(trials, ["0", "1", "2"], ["select.keep"])
+    lines = summary.rows(made)
+    assert [(line["configuration"], line["accuracy"], line["n"]) for line in lines] == [
+        ("select.keep=0.1", "50.0 ± 14.1", "2"),
+        ("select.keep=0.3", "70.0", "1"),
+    ]
+    assert lines[0]["seconds"] == "6.0"
+
+
+def test_a_point_that_was_stopped_is_known_only_where_a_scheduler_asks(digits_run, tmp_path):
+    folder = tmp_path / "point"
+    for name in ("stages/select.json", "stages/score.json", "stages/ingest.json", "manifest.parquet"):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((digits_run.dir / name).read_bytes())
+    assert points.stopped_of(Point(), RunDir(folder), "convnet") is None
+    points.note_stop(RunDir(folder), 4, 0.25)
+    found = points.stopped_of(Point(), RunDir(folder), "convnet")
+    assert (found.stopped, found.accuracy()) == (4, 0.25)
+    assert points.outcome_of(Point(), RunDir(folder)) is None

@@ -1,0 +1,368 @@
+"""The stages together: skipped when done, refused when different, resumed when interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared import manifest
+from distill_at_scale.distillation import engine as distill
+from distill_at_scale.distillation import evaluate
+from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.storage.run_dir import RunDir
+
+CORE = ("ingest", "score", "select", "distill", "evaluate")
+
+
+@pytest.fixture
+def copied(digits_run, tmp_path) -> Path:
+    """A copy of the finished run, free to be changed."""
+    shutil.copytree(digits_run.dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """What the stages published."""
+    names = ("prepared", "scores.parquet", "manifest.parquet", "synthetic")
+    paths = [
+        p
+        for name in names
+        for p in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))
+        if p.is_file()
+    ]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+
+def test_a_run_leaves_its_artefacts(digits_run):
+    for name in (
+        "prepared/dataset.json",
+        "rejected.parquet",
+        "scores.parquet",
+        "manifest.parquet",
+        "synthetic/card.json",
+        "synthetic/synthetic.safetensors",
+        "synthetic/preview.png",
+        "evaluation.json",
+        "metrics.jsonl",
+        "run.json",
+    ):
+        assert (digits_run.dir / name).is_file()
+    assert not any((digits_run.dir / ".work").iterdir())
+    assert not list(digits_run.dir.rglob("*.tmp"))
+
+
+def test_a_killed_commands_leftovers_are_swept(make_run, tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run" / ".prepared.0a1b.tmp").mkdir(parents=True)
+    (tmp_path / "run" / ".prepared.0a1b.tmp" / "half").write_bytes(b"x")
+    (tmp_path / "run" / ".scores.parquet.0a1b.tmp").write_bytes(b"x")
+    run.stages("ingest")
+    assert [p.name for p in (tmp_path / "run").glob(".*.tmp")] == []
+
+
+def interrupted(*arguments, **keys):
+    """Ctrl-C; some shells have their background commands ignore the signal itself."""
+    raise KeyboardInterrupt
+
+
+def test_a_kill_after_the_last_chunk_does_not_train_again(make_run, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run").stages("ingest")
+    monkeypatch.setattr(RunDir, "complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("score")
+    before = (tmp_path / "run" / "scores.parquet").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr(Local, "train_proxies", lambda *a, **k: pytest.fail("trained again"))
+    make_run(tmp_path / "run").stages("score", "select")
+    assert (tmp_path / "run" / "scores.parquet").read_bytes() == before
+    assert (tmp_path / "run" / "proxies" / "trial-00" / "epoch-000.safetensors").exists()
+
+
+def with_weights(make_run, digits_run, folder, place):
+    """A run that scores with the checkpoints of another one."""
+    place.mkdir(exist_ok=True)
+    files = []
+    for epoch in range(2):
+        files.append(str(place / f"{epoch}.safetensors"))
+        shutil.copy(digits_run.dir / "proxies" / "trial-00" / f"epoch-{epoch:03d}.safetensors", files[-1])
+    return make_run(folder, score__weights=files)
+
+
+def test_ready_made_weights_score_as_the_proxies_they_came_from(make_run, digits_run, tmp_path):
+    run = with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
+    assert "proxies" not in run.text
+    ours, theirs = (pq.read_table(folder / "scores.parquet") for folder in (run.dir, digits_run.dir))
+    given = np.stack(ours["loss_values"].to_numpy())
+    trained = np.stack(theirs["loss_values"].to_numpy())
+    assert given.shape[1] == 2
+    assert np.array_equal(given, trained[:, :2])
+
+
+def test_a_scored_run_needs_its_weights_no_more_wherever_they_lie(make_run, digits_run, tmp_path):
+    with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
+    os.rename(tmp_path / "weights", tmp_path / "moved")
+    files = [str(tmp_path / "moved" / f"{epoch}.safetensors") for epoch in range(2)]
+    moved = make_run(tmp_path / "run", score__weights=files).stages("score", "select")
+    assert moved.text.count("already done") == 2
+    shutil.rmtree(tmp_path / "moved")
+    gone = make_run(tmp_path / "run", score__weights=files).stages("score", "select", "distill")
+    assert "distill: finished" in gone.text
+
+
+def test_validate_lists_what_is_broken_and_changes_nothing(make_run, tmp_path):
+    for k in range(4):
+        for name in ("a", "b"):
+            path = tmp_path / "data" / "train" / name / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 9 * k, np.uint8)).save(path)
+    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
+    (tmp_path / "data" / "train" / "b" / "1.png").unlink()
+    (tmp_path / "data" / "train" / "b" / "1.png").symlink_to(tmp_path / "nowhere.png")
+    keys = {
+        "data__source": "imagefolder",
+        "data__path": str(tmp_path / "data"),
+        "data__classes": None,
+        "data__holdout": None,
+    }
+    run = make_run(tmp_path / "run", **keys)
+    assert run.pipeline.validate() == 2
+    found = pq.read_table(tmp_path / "run" / "validation.parquet").to_pylist()
+    assert [row["sample_id"] for row in found] == ["train/a/0.png", "train/b/1.png"]
+    assert "2 of 8 samples cannot be used" in run.text
+    assert not (tmp_path / "run" / "prepared").exists()
+    for k in range(4):
+        (tmp_path / "data" / "train" / "a" / f"{k}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="no training sample of the class 'a' can be used"):
+        make_run(tmp_path / "run", **keys).pipeline.validate()
+
+
+def test_the_run_file_records_configuration_and_surroundings(digits_run):
+    facts = json.loads((digits_run.dir / "run.json").read_text())
+    assert facts["config"]["distill"]["width"] == 8
+    assert facts["versions"]["torch"]
+    assert facts["hardware"]["cores"] >= 1
+    assert set(facts["seconds"]) == set(CORE)
+
+
+def test_the_manifest_holds_the_selection_and_where_it_comes_from(digits_run):
+    table, facts = manifest.read(digits_run.dir / "manifest.parquet")
+    counts = np.bincount(table["label"].to_numpy())
+    assert facts["kept_per_class"] == [int(0.2 * n + 0.5) for n in counts]
+    assert (facts["asked"], facts["criterion"], facts["order"]) == ({"keep": 0.2}, "loss", "useful")
+    record = digits_run.pipeline.dir.record("select")
+    assert facts["fingerprint"] == record["fingerprint"]
+    assert facts["scores"] == record["content"]["score"]
+    assert facts["reached"] == pytest.approx(sum(facts["kept_per_class"]) / counts.sum())
+
+
+def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
+    found = json.loads((digits_run.dir / "evaluation.json").read_text())
+    jobs = [evaluate.Job(row["set"], row["network"], row["seed"]) for row in found["rows"]]
+    assert jobs == evaluate.jobs(digits_run.config)
+    assert found["summary"] == evaluate.summarize(found["rows"])
+    assert all({"top1", "top5", "seconds"} <= set(row) for row in found["rows"])
+
+
+def test_a_second_run_does_nothing_and_says_so(make_run, copied):
+    before = outputs(copied)
+    run = make_run(copied)
+    run.pipeline._make_executor = lambda: pytest.fail("an executor was made")
+    run.stages(*CORE)
+    assert outputs(copied) == before
+    for stage in CORE:
+        assert f"{stage}: already done for this configuration, skipped" in run.text
+
+
+def test_the_same_configuration_gives_the_same_bytes_elsewhere(make_run, digits_run, tmp_path):
+    assert outputs(make_run(tmp_path / "other").stages(*CORE[:4]).dir) == outputs(digits_run.dir)
+
+
+@pytest.mark.parametrize(
+    ("override", "stage"),
+    [
+        ({"data__size": 10}, "ingest"),
+        ({"score__lr": 0.02}, "score"),
+        ({"select__keep": 0.3}, "select"),
+        ({"distill__dc__image_lr": 0.2}, "distill"),
+        ({"runtime__rule": "loss"}, "distill"),
+        ({"evaluate__epochs": 4}, "evaluate"),
+        ({"run__seed": 1}, "ingest"),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference(make_run, copied, override, stage):
+    before, (key, value) = outputs(copied), next(iter(override.items()))
+    with pytest.raises(UserError, match=f"holds the output of {stage} for another configuration") as error:
+        make_run(copied, **override).stages(*CORE)
+    assert key.replace("__", ".") in str(error.value)
+    assert str(value) in str(error.value)
+    assert outputs(copied) == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"distill__workers": 2},
+        {"distill__checkpoint_every": 7},
+        {"distill__evaluate_every": 2},
+        {"distill__dm__image_lr": 5.0},
+        {"runtime__drop": 0.9},
+        {"cluster__max_failures": 9},
+    ],
+)
+def test_what_does_not_change_the_result_does_not_change_the_fingerprint(make_run, copied, override):
+    run = make_run(copied, **override).stages(*CORE)
+    assert run.text.count("skipped") == len(CORE)
+
+
+def test_a_moved_run_is_still_valid(make_run, copied, tmp_path):
+    copied.rename(tmp_path / "moved")
+    assert make_run(tmp_path / "moved").stages(*CORE).text.count("skipped") == len(CORE)
+
+
+def test_default_and_explicit_steps_are_the_same(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill.BACKENDS["dc"], "default_steps", 3)
+    run = make_run(tmp_path / "run", distill__steps=None).stages(*CORE[:4])
+    assert make_run(run.dir, distill__steps=3).stages(*CORE[:4]).text.count("skipped") == 4
+
+
+def test_a_damaged_output_is_an_error(make_run, copied):
+    (copied / "scores.parquet").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"scores\.parquet is not what was written"):
+        make_run(copied).stages("score")
+
+
+def test_a_damaged_input_is_an_error(make_run, copied):
+    """A manifest that is not the recorded one is not taken for it, though only `distill` is asked for."""
+    (copied / "stages" / "distill.json").unlink()
+    table, facts = manifest.read(copied / "manifest.parquet")
+    manifest.write(copied / "manifest.parquet", table.slice(0, table.num_rows - 1), facts)
+    with pytest.raises(UserError, match=r"manifest\.parquet"):
+        make_run(copied).stages("distill")
+
+
+def test_a_stage_before_its_input_says_what_to_run(make_run, tmp_path):
+    with pytest.raises(UserError, match="distill-at-scale ingest"):
+        make_run(tmp_path / "run").stages("score")
+
+
+def test_a_changed_input_is_a_different_input(make_run, copied):
+    """A new selection in the same folder: the old synthetic set does not pass for its result."""
+    (copied / "stages" / "select.json").unlink()
+    with pytest.raises(UserError, match="holds the output of distill for another configuration") as error:
+        make_run(copied, select__keep=0.5).stages("select", "distill")
+    assert "select:" in str(error.value)
+
+
+def test_scores_are_shared_by_runs(make_run, digits_run, tmp_path):
+    run = make_run(tmp_path / "second", run__reuse=str(digits_run.dir), select__keep=0.5)
+    made = []
+    run.pipeline._make_executor = lambda: made.append(1) or Local()
+    run.stages("ingest", "score", "select")
+    assert not made
+    assert (run.dir / "scores.parquet").read_bytes() == (digits_run.dir / "scores.parquet").read_bytes()
+    assert run.pipeline.dir.record("select")["kept"] == sum(
+        int(0.5 * n + 0.5) for n in np.bincount(pq.read_table(run.dir / "manifest.parquet")["label"])
+    )
+    assert run.stages("distill").dir.joinpath("synthetic/card.json").exists()
+
+
+def test_a_run_to_reuse_that_does_not_exist_is_an_error(make_run, tmp_path):
+    with pytest.raises(UserError, match=r"run\.reuse"):
+        make_run(tmp_path / "run", run__reuse=str(tmp_path / "typo")).stages("ingest")
+
+
+def test_a_folder_in_use_is_refused(make_run, copied):
+    run = make_run(copied)
+    with run.pipeline.dir.lock(), pytest.raises(UserError, match="another command"):
+        make_run(copied).stages("ingest")
+
+
+class Stopping(Local):
+    """An executor that ends the process in the middle of a stage."""
+
+    def __init__(self, stage: str):
+        super().__init__()
+        self.left = {stage: 2}
+
+    def _advance(self, stage, advance):
+        def counted(value):
+            advance(value)
+            self.left[stage] = self.left.get(stage, -1) - 1
+            if self.left[stage] == 0:
+                raise KeyboardInterrupt
+
+        return counted
+
+    def ingest(self, *arguments):
+        return super().ingest(*arguments[:-1], self._advance("ingest", arguments[-1]))
+
+    def train_proxies(self, *arguments):
+        return super().train_proxies(*arguments[:-1], self._advance("proxies", arguments[-1]))
+
+    def score(self, *arguments):
+        return super().score(*arguments[:-1], self._advance("score", arguments[-1]))
+
+    def distill(self, *arguments):
+        return super().distill(*arguments[:-1], self._advance("distill", arguments[-1]))
+
+    def evaluate(self, *arguments):
+        return super().evaluate(*arguments[:-1], self._advance("evaluate", arguments[-1]))
+
+
+@pytest.mark.parametrize("stage", ["ingest", "proxies", "score", "distill", "evaluate"])
+def test_an_interrupted_stage_ends_with_the_same_bytes(make_run, digits_run, tmp_path, stage):
+    first = make_run(tmp_path / "run")
+    first.pipeline._make_executor = lambda: Stopping(stage)
+    with pytest.raises(KeyboardInterrupt):
+        first.stages(*CORE)
+    second = make_run(tmp_path / "run").stages(*CORE)
+    assert outputs(second.dir) == outputs(digits_run.dir)
+    rows = [
+        [{k: r[k] for k in r if k != "seconds"} for r in json.loads((d / "evaluation.json").read_text())["rows"]]
+        for d in (second.dir, digits_run.dir)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_finished_rows_of_an_evaluation_are_not_made_again(make_run, digits_run, tmp_path, monkeypatch):
+    shutil.copytree(digits_run.dir, tmp_path / "run")
+    (tmp_path / "run" / "stages" / "evaluate.json").unlink()
+    first = make_run(tmp_path / "run")
+    first.pipeline._make_executor = lambda: Stopping("evaluate")
+    with pytest.raises(KeyboardInterrupt):
+        first.stages("evaluate")
+    rows = next((tmp_path / "run" / ".work").rglob("rows.jsonl"))
+    rows.write_text(rows.read_text() + '{"set": "distil')  # a line that was cut short
+    trained, run_job = [], evaluate.Evaluator.run
+    monkeypatch.setattr(evaluate.Evaluator, "run", lambda self, job: trained.append(job) or run_job(self, job))
+    make_run(tmp_path / "run").stages("evaluate")
+    assert trained == evaluate.jobs(first.config)[2:]
+
+
+def test_a_set_too_small_for_the_images_is_refused_at_the_selection(make_run, digits_run, tmp_path):
+    run = make_run(tmp_path / "run", run__reuse=str(digits_run.dir), distill__ipc=500, distill__method="dm")
+    with pytest.raises(UserError, match=r"fewer than distill\.ipc = 500"):
+        run.stages("ingest", "score", "select")
+    assert not (tmp_path / "run" / "manifest.parquet").exists()
+
+
+def test_what_was_ingested_serves_after_the_source_is_gone(make_run, tmp_path):
+    from test_sources import touch
+
+    touch(tmp_path / "data", *(f"train/{c}/{k}.png" for c in "ab" for k in range(4)))
+    keys = {"data__source": "imagefolder", "data__path": str(tmp_path / "data"), "data__classes": None}
+    run = make_run(tmp_path / "run", **keys).stages("ingest")
+    shutil.rmtree(tmp_path / "data")
+    again = make_run(tmp_path / "run", **keys).stages("ingest", "score")
+    assert "what was ingested before is used" in again.text
+    with pytest.raises(UserError, match="no such folder"):
+        make_run(tmp_path / "new", **keys).stages("ingest")
+    assert run.dir.exists()

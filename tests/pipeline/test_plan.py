@@ -1,0 +1,317 @@
+"""The plan: every stage's figures before a run, refusals with advice, and predictions beside what stages took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from distill_at_scale import cli
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods.base import Cost, WithDefaults
+from distill_at_scale.distillation.methods.dc import GradientMatching
+from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.planning import facts as known
+from distill_at_scale.pipeline.planning import forecast, memory
+from distill_at_scale.pipeline.planning import plan as outcome
+from distill_at_scale.pipeline.planning.estimates import Estimate, Planner
+from distill_at_scale.pipeline.planning.facts import Facts
+from distill_at_scale.pipeline.planning.machine import Layout, Machine, Spread
+from distill_at_scale.pipeline.planning.step_benchmark import Stopwatch, scaled
+
+CPU = torch.device("cpu")
+GB = 10**9
+MACHINE = Machine(cores=4, memory=16 * GB, gpus=0, gpu_memory=0, disk=100 * GB)
+FACTS = Facts((1, 8, 8), [f"c{k}" for k in range(20)], [30] * 20, [6] * 20, 50, False, 16, "images")
+EVERY = ["ingest", "score", "select", "distill", "evaluate", "report"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Measurements of a few milliseconds: these tests do not look at how good they are."""
+    for module in ("micro_steps", "steps"):
+        monkeypatch.setattr(f"distill_at_scale.plan.{module}.SECONDS", 0.01)
+
+
+def estimate(stage: str = "distill", **fields) -> Estimate:
+    return Estimate(**{"stage": stage, "parts": {"steps": 60.0}, **fields})
+
+
+def layout(config=None, machine: Machine = MACHINE) -> Layout:
+    return Layout(config or tiny_config("x", cluster__address=None), machine)
+
+
+def test_a_plan_has_every_stage_and_is_published(tmp_path, make_run):
+    run = make_run(tmp_path / "run")
+    found = run.pipeline.forecast()
+    assert [row.estimate.stage for row in found.rows] == EVERY
+    assert all(row.estimate.seconds > 0 and row.estimate.host > 0 and row.actual is None for row in found.rows)
+    written = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert list(written["stages"]) == EVERY
+    assert written["total"]["seconds"] == pytest.approx(found.seconds, abs=0.01)
+    assert not (tmp_path / "run" / "prepared").exists()
+
+
+def test_after_a_run_predictions_stand_beside_what_the_stages_took(tmp_path, make_run):
+    run = make_run(tmp_path / "run")
+    before = {row.estimate.stage: row.estimate.seconds for row in run.pipeline.forecast().rows}
+    run.stages("ingest", "score", "select")
+    after = make_run(tmp_path / "run").pipeline.forecast()
+    for row in after.rows[:3]:
+        record = json.loads((tmp_path / "run" / "stages" / f"{row.estimate.stage}.json").read_text())
+        assert row.actual == record["seconds"]
+        assert row.before
+        assert row.estimate.seconds == pytest.approx(before[row.estimate.stage])
+        assert row.off == pytest.approx(row.estimate.seconds / row.actual - 1)
+    assert [row.actual for row in after.rows[3:]] == [None, None, None]
+
+
+def test_a_prediction_made_after_the_run_is_marked(digits_run, tmp_path):
+    import shutil
+
+    shutil.copytree(digits_run.dir, tmp_path / "run")
+    config = tiny_config(tmp_path / "run")
+    (tmp_path / "run" / "plan.json").unlink(missing_ok=True)
+    records = {"select": json.loads((tmp_path / "run" / "stages" / "select.json").read_text())}
+    found = forecast.make(config, FACTS, MACHINE, tmp_path / "run" / "plan.json", records, lambda stage: None)
+    assert {row.estimate.stage: row.before for row in found.rows}["select"] is False
+
+
+def test_output_of_another_configuration_is_not_taken_for_this_one(digits_run, make_run, tmp_path):
+    import shutil
+
+    shutil.copytree(digits_run.dir, tmp_path / "run")
+    run = make_run(tmp_path / "run", select__keep=0.5)
+    found = run.pipeline.forecast()
+    assert "holds the output of select for another configuration" in run.text
+    assert {row.estimate.stage for row in found.rows if row.actual is not None} <= {"ingest", "score"}
+
+
+@pytest.mark.parametrize("method", list(BACKENDS))
+def test_every_method_can_be_planned(method):
+    teacher = {"teacher_network": "convnet_bn"}  # of 8 x 8 pixels
+    config = tiny_config(
+        "x", distill__method=method, runtime__rule="loss", distill__sre2l=teacher, distill__rded=teacher
+    )
+    found = Planner(config, FACTS, layout(config)).distill()
+    assert found.parts["steps"] > 0
+
+
+def test_clips_can_be_planned():
+    facts = replace(FACTS, shape=(4, 3, 8, 8), kind="clips")
+    config = tiny_config("x", distill__method="dm", distill__network="convnet3d", score__network="convnet3d",
+                         evaluate__networks=["convnet3d"], data__frames=4)  # fmt: skip
+    planner = Planner(config, facts, layout(config))
+    assert all(found.seconds > 0 for found in (planner.score(), planner.distill(), planner.evaluate()))
+
+
+def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digits_run):
+    config = digits_run.config
+    listed = known.of_listing(config, ingest.plan(config))
+    from distill_at_scale.data.prepared.dataset import Prepared
+
+    prepared = known.of_prepared(config, Prepared(digits_run.dir / "prepared"), digits_run.dir / "manifest.parquet")
+    assert (listed.counts, listed.kept, listed.tests) == (prepared.counts, prepared.kept, prepared.tests)
+
+
+def test_what_is_kept_has_at_least_the_images_of_a_class():
+    assert known.will_keep(tiny_config("x", select__keep=0.1, distill__ipc=5), [100, 20, 3]) == [10, 5, 3]
+    assert known.will_keep(tiny_config("x", select__per_class=7, distill__ipc=2), [100, 5]) == [7, 5]
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "expected"),
+    [({1: 2.0}, 10, 20.0), ({1: 3.0, 5: 11.0}, 10, 21.0), ({1: 5.0, 4: 4.0}, 9, 5.0), ({2: 4.0, 4: 6.0}, 4, 6.0)],
+)
+def test_slices_are_scaled_along_a_line_and_never_downwards(found, own, expected):
+    assert scaled(found, own) == pytest.approx(expected)
+
+
+class Counting(GradientMatching):
+    """Its step takes no time, but says what it was made with."""
+
+    seen: ClassVar[list[tuple[int, int, int]]] = []
+
+    def step(self, i):
+        Counting.seen.append((len(self.setting.labels), self.outer, self.inner))
+        return {}
+
+
+def test_long_loops_are_measured_short_and_own_classes_are_a_slice(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "dc", Counting)
+    Counting.seen.clear()
+    config = tiny_config("x", distill__ipc=10, select__keep=0.5)
+    watch = Stopwatch(config, FACTS, CPU, 2, tmp_path)
+    assert (watch.loops, watch.own) == ({"outer": 10, "inner": 50}, 10)
+    watch.measure()
+    assert max(outer for _, outer, _ in Counting.seen) == 2
+    assert max(inner for _, _, inner in Counting.seen) == 2
+    assert max(labels for labels, _, _ in Counting.seen) <= 10
+
+
+def test_loops_add_up_as_they_nest(tmp_path, monkeypatch):
+    watch = Stopwatch(tiny_config("x", distill__ipc=10), FACTS, CPU, 1, tmp_path)
+    monkeypatch.setattr(watch, "_cost", lambda classes, outer, inner: 1 + 2 * outer + (outer - 1) * 3 * inner)
+    assert watch._looped(1) == pytest.approx(1 + 2 * 10 + 9 * 3 * 50)
+
+
+class Replicated(WithDefaults):
+    """Every worker holds all classes, and a teacher is needed."""
+
+    parallel, default_steps = "replicate", 4
+    init_of = staticmethod(lambda config: "noise")
+    protocol = staticmethod(lambda config: TrainingProtocol(2))
+    networks = staticmethod(lambda config: ["a", "b"])
+    costs = staticmethod(lambda config: [Cost("train two experts", "convnet", "kept", 20, True),
+                                         Cost("label them", "convnet", "synthetic", 30, False)])  # fmt: skip
+    make_network = staticmethod(lambda name, setting, real: (setting.networks / name).touch())
+    state_dict = finish = load_state_dict = None
+
+    def __init__(self, setting):
+        self.setting = setting
+
+    def prepare(self, real):
+        assert {"a", "b"} <= {path.name for path in self.setting.networks.iterdir()}
+
+    def step(self, i):
+        return {}
+
+
+def test_a_method_of_ones_own_with_networks_and_costs_is_planned_without_more():
+    config = tiny_config("x", distill__method="test_plan:Replicated", cluster__address=None)
+    found = Planner(config, FACTS, layout(config)).distill()
+    assert list(found.parts) == ["train two experts", "label them", "prepare", "steps", "start"]
+    assert all(seconds >= 0 for seconds in found.parts.values())
+
+
+def test_memory_is_followed_to_its_peak():
+    def work():
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        return (b * 2).sum() + torch.ones(10).sum()
+
+    assert 8000 <= memory.peak(work, CPU) < 8200
+
+
+def test_activations_grow_with_the_network():
+    small, large = (NetworkSpec("convnet", (3, 32, 32), 10, width) for width in (16, 32))
+    assert memory.activations(large) == pytest.approx(2 * memory.activations(small), rel=0.01)
+
+
+def test_images_and_their_momentum_count_in_a_workers_memory():
+    one, two = (memory.of_distillation(own, 10, 3072, 0, 0, CPU, "host")[0] for own in (100, 200))
+    assert two - one == 100 * 10 * 3072 * 8
+    assert memory.of_distillation(1, 1, 1, 5 * GB, 0, CPU, "shards")[0] < GB
+
+
+@pytest.mark.parametrize(
+    ("fields", "machine", "message"),
+    [
+        ({"host": 20 * GB}, {}, r"distill needs about 20\.0 GB of memory.*lower distill\.ipc"),
+        ({"host": 5 * GB, "processes": 4}, {}, r"in each of 4 processes"),
+        ({"device": 30 * GB}, {"gpus": 1, "gpu_memory": 24 * GB}, r"30\.0 GB of GPU memory, a worker has 24\.0 GB"),
+        (
+            {"disk": 80 * GB, "at_peak": 30 * GB},
+            {},
+            r"110\.0 GB on the run folder's disk \(most in distill\).*set run\.dir",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_key_to_change(fields, machine, message):
+    config = tiny_config("x", cluster__address=None)
+    there = layout(config, replace(MACHINE, **machine))
+    found = outcome.combine(config, there, [estimate(**fields)], {}, {})
+    with pytest.raises(UserError, match=message):
+        found.refuse()
+
+
+def test_a_run_that_fits_is_not_refused():
+    config = tiny_config("x", cluster__address=None)
+    outcome.combine(config, layout(config), [estimate(host=GB, disk=GB)], {}, {}).refuse()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"distill__workers": 9}, "distill.workers = 9 needs as many cores, this machine has 4"),
+        ({"score__workers": 8}, "score.workers = 8 needs"),
+        ({"cluster__gpus_per_worker": 1.0}, "cluster.gpus_per_worker = 1, this machine has 0 GPUs"),
+    ],
+)
+def test_workers_that_find_no_place_are_refused(overrides, message):
+    config = tiny_config("x", **{"cluster__address": None, **overrides})
+    assert any(message in line for line in outcome.problems(config, layout(config), []))
+    assert outcome.problems(config, layout(config.model_copy(update={"cluster": tiny_config("x").cluster})), []) == []
+
+
+def test_more_images_than_samples_are_refused(tmp_path, make_run):
+    with pytest.raises(UserError, match=r"fewer than distill\.ipc = 500"):
+        make_run(tmp_path / "run", distill__method="dm", distill__ipc=500).pipeline.forecast()
+
+
+def test_a_price_makes_costs():
+    config = tiny_config("x", cluster__address=None, cluster__price=3.0)
+    found = outcome.combine(config, layout(config), [estimate(parts={"steps": 7200.0}), estimate("score")], {}, {})
+    assert found.cost == pytest.approx(3.0 * (2 + 1 / 60))
+    remote = layout(tiny_config("x", cluster__address="ray://head:1"))
+    assert estimate(parts={"steps": 3600.0}, machines=remote.machines(8)).cost(3.0) == pytest.approx(24.0)
+
+
+def test_a_stage_of_weeks_is_worth_a_word():
+    (line,) = outcome.advice([estimate(parts={"steps": 30 * 86400.0})])
+    assert "distill takes 30.0 days here, most of it for: steps; lower distill.steps" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "tasks", "expected"),
+    [
+        ({"cluster__address": None}, 2, Spread(2, 2)),
+        ({"cluster__address": None}, 9, Spread(4, 1)),
+        ({"cluster__address": "none"}, 9, Spread(1, 1)),
+    ],
+)
+def test_tasks_share_the_cores(config, tasks, expected):
+    assert layout(tiny_config("x", **config)).tasks(tasks) == expected
+
+
+def test_the_command_prints_the_table_and_ends_with_nought(tmp_path, capsys):
+    import yaml
+    from conftest import TINY
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    assert cli.main(["plan", str(path), "cluster.price=2.0"]) == 0
+    out = capsys.readouterr().out
+    assert all(stage in out for stage in EVERY)
+    assert "cost" in out
+
+
+def test_the_command_refuses_what_does_not_fit_with_two(tmp_path, capsys, monkeypatch):
+    import yaml
+    from conftest import TINY
+
+    monkeypatch.setattr("distill_at_scale.pipeline.pipeline.here", lambda folder: replace(MACHINE, memory=2**20))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    assert cli.main(["plan", str(path)]) == 2
+    assert "this run does not fit here" in capsys.readouterr().err
+    assert json.loads(Path(tmp_path / "run" / "plan.json").read_text())["problems"]
+
+
+@pytest.mark.parametrize("shape", [(32,), (2, 32), (1, 8, 8), (2, 1, 4, 4)])
+def test_tensors_can_be_planned(shape):
+    facts = replace(FACTS, shape=shape, kind="tensors")
+    config = tiny_config("x", distill__method="dm", distill__dm__augment="none", distill__network="mlp",
+                         score__network="mlp", evaluate__networks=["mlp"], data__source="tensors")  # fmt: skip
+    planner = Planner(config, facts, layout(config))
+    assert all(found.seconds > 0 for found in (planner.score(), planner.distill(), planner.evaluate()))
+    assert planner._pool(1) == 6 * 4 * facts.values  # float32

@@ -1,0 +1,46 @@
+"""Driver and workers that meet on object storage: what each finds where it looks."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from conftest import tiny_config
+
+from distill_at_scale.distillation.engine import Places
+from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.synced import Exchanging
+from distill_at_scale.storage import lock as lease
+from distill_at_scale.storage import sync as mirror
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.sync import Mirror
+
+
+@pytest.fixture
+def folder(s3, tmp_path, monkeypatch):
+    """A run folder on the storage, as its driver sees it."""
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    monkeypatch.setattr(mirror, "FOLLOW", 0.01)
+    s3.client.create_bucket(Bucket="exchange")
+    made = RunDir.of(tiny_config(s3("exchange/run"), run__scratch=str(tmp_path / "driver")).run)
+    made.create()
+    with made.lock():
+        yield made
+
+
+def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(folder, tmp_path):
+    """The first worker was on another machine, which is lost; the next one reads the driver's copy."""
+    names = "prepared", "manifest.parquet", ".work/distill-1", "metrics.jsonl", "networks"
+    places = Places(*(folder / name for name in names))
+    elsewhere = Mirror(folder.remote.mirror.bucket.uri, tmp_path / "worker", 0.0)
+
+    class LostOnTheWay(Local):
+        def distill(self, config, places, report):
+            state = elsewhere.local / places.state.relative_to(folder.path)
+            state.parent.mkdir(parents=True)
+            state.write_text("of step 2")
+            elsewhere.push()
+            shutil.rmtree(elsewhere.local)
+
+    Exchanging(LostOnTheWay(), folder.remote).distill(tiny_config("unused"), places, lambda line: None)
+    assert places.state.read_text() == "of step 2"

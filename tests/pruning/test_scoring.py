@@ -1,0 +1,292 @@
+"""Proxies, scoring pass and score table: exact values, the same bytes however the work is cut, whole by id."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FixedNetwork, write_prepared
+
+from distill_at_scale.config.sections import ScoreSection
+from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.executors.base import score_piece, threads
+from distill_at_scale.pruning.criteria.factory import criteria_of
+from distill_at_scale.pruning.proxies import train as proxy
+from distill_at_scale.pruning.scoring import score_table
+from distill_at_scale.pruning.scoring.columns import matrix
+from distill_at_scale.pruning.scoring.scorer import Scorer
+
+CPU = torch.device("cpu")
+SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
+
+
+def samples(count=40):
+    """Sorted by class, as they are prepared."""
+    chance = torch.Generator().manual_seed(0)
+    labels = (torch.arange(count) % 3).sort().values
+    return torch.randint(256, (count, 1, 8, 8), dtype=torch.uint8, generator=chance), labels
+
+
+def trial_of(folder, trial=1, seed=0, workers=None, data=None, **section):
+    """A trial on the samples, whose prepared form lies beside its folder."""
+    section = {"epochs": 3, "batch": 16, "lr": 0.1, "width": 4, **section}
+    beside = folder.parent / f"{folder.name}-data"
+    if not beside.exists():
+        write_prepared(beside, *(tensor.numpy() for tensor in data or samples()))
+    return proxy.Trial(Prepared(beside), ScoreSection(**section), trial, seed, folder, CPU, workers)
+
+
+def train(folder, advance=lambda epochs: None, **keys):
+    trial_of(folder, **keys).run(advance)
+
+
+def start_from(monkeypatch, spec):
+    """Every proxy starts from the weights of a given specification."""
+    monkeypatch.setattr(proxy, "network_spec", lambda config, shape, classes, kind: spec)
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_trial_leaves_one_checkpoint_per_epoch(tmp_path):
+    finished = []
+    train(tmp_path, advance=finished.append)
+    assert sorted(files(tmp_path)) == [f"trial-01/epoch-{e:03d}.safetensors" for e in range(3)]
+    assert sum(finished) == 3
+
+
+@pytest.mark.parametrize("section", [{}, {"momentum": 0.9, "weight_decay": 0.01}], ids=["plain", "momentum"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, monkeypatch, section, shards):
+    spec = FixedNetwork(SPEC, at_once=7)
+    start_from(monkeypatch, spec)
+    train(tmp_path, batch=1000, shards=shards, **section)
+    network, (pixels, labels) = spec.build(0), samples()
+    optimizer = torch.optim.SGD(
+        network.parameters(), 0.1, section.get("momentum", 0), weight_decay=section.get("weight_decay", 0)
+    )
+    for epoch in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(network((pixels / 255 - 0.5) / 0.25), labels).backward()
+        optimizer.step()
+        saved = proxy.load_proxy(SPEC, proxy.checkpoint_path(tmp_path, 1, epoch), CPU).state_dict()
+        assert all(torch.allclose(saved[k], v, atol=1e-4) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_after):
+    def stop(epochs, left=[stop_after + 1]):  # noqa: B006
+        left[0] -= 1  # the first call tells how many epochs were there already
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    train(tmp_path / "whole", momentum=momentum)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", momentum=momentum, advance=stop)
+    assert len(files(tmp_path / "parts")) == stop_after
+    train(tmp_path / "parts", momentum=momentum)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_finished_trial_is_left_alone(tmp_path):
+    train(tmp_path)
+    before, told = files(tmp_path), []
+    train(tmp_path, advance=told.append)
+    assert files(tmp_path) == before
+    assert told == [3]
+
+
+def test_trials_and_seeds_have_weights_of_their_own(tmp_path):
+    for name, keys in (("a", {}), ("b", {"trial": 2}), ("c", {"seed": 1}), ("d", {})):
+        train(tmp_path / name, epochs=1, **keys)
+    a, b, c, d = (next(iter(files(tmp_path / name).values())) for name in "abcd")
+    assert len({a, b, c}) == 3
+    assert a == d
+
+
+def test_batch_norm_sees_a_logical_shard_as_a_whole(tmp_path, monkeypatch):
+    """A network that mixes samples is not fed in parts: its first update must follow the mean over the batch."""
+    bare = NetworkSpec("resnet18_bn", (1, 16, 16), 3)
+    spec = FixedNetwork(bare, at_once=5)
+    start_from(monkeypatch, spec)
+    chance = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randint(256, (12, 1, 16, 16), dtype=torch.uint8, generator=chance), torch.arange(12) % 3
+    train(tmp_path, trial=0, data=(pixels, labels), epochs=1, batch=12, shards=1)
+    network = spec.build(0).train()
+    network((pixels / 255 - 0.5) / 0.25)
+    saved = proxy.load_proxy(bare, proxy.checkpoint_path(tmp_path, 0, 0), CPU)
+    assert torch.allclose(saved.net.bn1.running_mean, network.net.bn1.running_mean, atol=1e-5)
+
+
+class Pair:
+    """One of two workers in threads: what a process group would do."""
+
+    size = 2
+
+    def __init__(self, rank, shared):
+        self.rank, self.shared = rank, shared
+
+    def gather_tensors(self, tensor):
+        place = self.shared["values"]
+        place[self.rank] = tensor
+        self.shared["barrier"].wait()
+        found = list(place)
+        self.shared["barrier"].wait()
+        return found
+
+    def highest(self, level):
+        return max(self.gather_tensors(level))
+
+    def broadcast(self, value):
+        return self.gather_tensors(value)[0]
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            tensor.copy_(sum(self.gather_tensors(tensor.clone())))
+
+
+def train_in_pairs(folder, **keys):
+    shared = {"values": [None, None], "barrier": threading.Barrier(2, timeout=60)}
+    trials = [trial_of(folder, workers=Pair(rank, shared), **keys) for rank in range(2)]
+    running = [threading.Thread(target=trial.run) for trial in trials]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_two_workers_end_with_the_bytes_of_one(tmp_path, momentum):
+    train(tmp_path / "one", shards=4, momentum=momentum, batch=10)
+    train_in_pairs(tmp_path / "two", shards=4, momentum=momentum, batch=10)
+    assert len(files(tmp_path / "one")) == 3
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_two_workers_resume_together(tmp_path):
+    train(tmp_path / "one", shards=2)
+    train(tmp_path / "two", shards=2, epochs=1)
+    train_in_pairs(tmp_path / "two", shards=2)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_number_of_workers_that_does_not_divide_the_shards_is_refused(tmp_path):
+    data = write_prepared(tmp_path, *(tensor.numpy() for tensor in samples()))
+    proxy.check_workers(data, ScoreSection(workers=2), 0)
+    with pytest.raises(UserError, match=r"score\.workers = 3 cannot share 2 logical shards evenly"):
+        proxy.check_workers(data, ScoreSection(workers=3), 0)
+
+
+def test_the_sum_of_a_tree_does_not_depend_on_who_adds_which_half():
+    values = [torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    whole = proxy.pairwise(values)
+    for workers in (2, 4):
+        each = 8 // workers
+        halves = [proxy.pairwise(values[i : i + each]) for i in range(0, 8, each)]
+        assert torch.equal(proxy.pairwise(halves), whole)
+
+
+def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(DistillationDiverged, match=r"trial 1, epoch \d, at score\.lr = 1e\+30"):
+        train(tmp_path, lr=1e30)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(torch.isfinite(p).all() for p in proxy.load_proxy(SPEC, path, CPU).parameters())
+
+
+def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
+    """Against every sample alone through every checkpoint."""
+    run, prepared, section = digits_run.dir, Prepared(digits_run.dir / "prepared"), digits_run.config.score
+    scores, facts = score_table.read(run / "scores.parquet")
+    assert (facts["trials"], facts["epochs"], facts["useful"]) == (2, 2, {"loss": "low"})
+    pixels, labels = prepared.load("train")
+    images = Normalization(tuple(prepared.mean), tuple(prepared.std)).apply(torch.from_numpy(pixels))
+    spec = proxy.network_spec(section, prepared.shape, 3)
+    networks = [
+        proxy.load_proxy(spec, proxy.checkpoint_path(run / "proxies", t, e), CPU) for t in range(2) for e in range(2)
+    ]
+    values = matrix(scores["loss_values"])
+    assert scores["sample_id"].to_pylist() == prepared.index()[0]
+    assert values.shape == (len(labels), 4)
+    for k in range(0, len(labels), 13):
+        each = [F.cross_entropy(n(images[k : k + 1]), torch.tensor([int(labels[k])])).item() for n in networks]
+        assert values[k].tolist() == pytest.approx(each, abs=1e-4)
+        assert scores["score"][k].as_py() == scores["loss"][k].as_py() == pytest.approx(np.mean(each), abs=1e-4)
+
+
+def score(run, folder, shares, backwards=False):
+    """Score the tiny run's chunks with as many scorers as shares."""
+    folder.mkdir()
+    chunks = Prepared(run.dir / "prepared").chunks()
+    with threads(1):
+        for share in range(shares):
+            scorer = Scorer(run.config, run.dir / "prepared", run.dir / "proxies", CPU)
+            own = chunks[share::shares][:: -1 if backwards else 1]
+            done = scorer.score([(chunk, score_piece(folder, chunk)) for chunk in own])
+            assert list(done) == [chunk.rows for chunk in own]
+    return chunks
+
+
+def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_of_chunks(digits_run, tmp_path):
+    for name, shares, backwards in (("one", 1, False), ("reversed", 1, True), ("three", 3, False)):
+        chunks = score(digits_run, tmp_path / name, shares, backwards)
+        pieces = [score_piece(tmp_path / name, c) for c in chunks]
+        prepared = Prepared(digits_run.dir / "prepared")
+        expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
+        score_table.write_scores(tmp_path / f"{name}.parquet", pieces, expected, digits_run.config)
+    assert files(tmp_path / "one") == files(tmp_path / "reversed") == files(tmp_path / "three")
+    whole = (digits_run.dir / "scores.parquet").read_bytes()
+    assert {(tmp_path / f"{name}.parquet").read_bytes() for name in ("one", "reversed", "three")} == {whole}
+
+
+def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
+    chunks = Prepared(digits_run.dir / "prepared").chunks()
+    score_piece(tmp_path, chunks[0]).write_bytes(b"finished")
+    scorer = Scorer(digits_run.config, digits_run.dir / "prepared", digits_run.dir / "proxies", CPU)
+    assert list(scorer.score([(chunks[0], score_piece(tmp_path, chunks[0]))])) == [chunks[0].rows]
+    assert score_piece(tmp_path, chunks[0]).read_bytes() == b"finished"
+
+
+class Confidence:
+    """A criterion from the user's own code: the largest logit, kept where it is high, of the last epoch."""
+
+    useful = "high"
+
+    def observe(self, seen):
+        return seen.logits.max(1).values
+
+    def aggregate(self, values):
+        return values[:, :, -1].mean(1)
+
+
+def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        score__criterion=["loss", "test_scoring:Confidence"],
+        select__criterion="test_scoring:Confidence",
+    )
+    run.stages("ingest", "score", "select")
+    scores, facts = score_table.read(run.dir / "scores.parquet")
+    assert facts["useful"] == {"loss": "low", "Confidence": "high"}
+    assert scores["score"].to_pylist() == scores["loss"].to_pylist()
+    values = matrix(scores["Confidence_values"]).reshape(-1, 2, 2)
+    assert scores["Confidence"].to_numpy() == pytest.approx(values[:, :, 1].mean(1))
+    manifest = pq.read_table(run.dir / "manifest.parquet").to_pylist()
+    for label in range(3):
+        kept, dropped = (
+            [r["score"] for r in manifest if r["label"] == label and r["kept"] is k] for k in (True, False)
+        )
+        assert min(kept) >= max(dropped)
+
+
+def test_a_criterion_that_breaks_the_contract_is_refused():
+    with pytest.raises(UserError, match="lacks useful, observe, aggregate"):
+        criteria_of(ScoreSection(criterion="json:JSONDecoder"))

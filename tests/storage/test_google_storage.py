@@ -1,0 +1,131 @@
+"""Run folders on `gs://`, against an emulator on this machine; more of it is in `test_object_storage.py`, on S3."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.request
+import uuid
+from urllib.parse import urlencode
+
+import pyarrow.fs
+import pytest
+from conftest import Run, tiny_config
+from rich.console import Console
+from test_object_storage import artefacts, on_disk, quick  # noqa: F401
+
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.experiments.sweep import run as sweeping
+from distill_at_scale.experiments.trials import OneByOne
+from distill_at_scale.storage import lock as lease
+from distill_at_scale.storage.filesystem import inside
+
+SWEEP = {"space": {"select.keep": [0.1, 0.3]}, "controls": []}
+
+
+@pytest.fixture(scope="module")
+def server():
+    """HOST:PORT of an emulator that holds its objects in memory."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with emulator.create_server("127.0.0.1", 0, in_memory=True) as running:
+        host, port = running._api._httpd.server_address
+        yield f"{host}:{port}"
+
+
+@pytest.fixture
+def folder(server):
+    """The address of a run folder in an empty bucket."""
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    said = json.dumps({"name": bucket}).encode()
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"http://{server}/storage/v1/b?project=p", said, headers))
+    return address(server, bucket)
+
+
+def address(server, bucket):
+    options = {"scheme": "http", "endpoint_override": server, "retry_limit_seconds": "10"}
+    return f"gs://anonymous@{bucket}/run?{urlencode(options)}"
+
+
+@pytest.fixture
+def remote(folder, tmp_path):
+    """remote("a"): a configuration whose run folder it is, as the machine "a" sees it."""
+
+    def make(machine="a", **overrides):
+        own = {"run__scratch": str(tmp_path / machine), "run__retry_seconds": 0.0, **overrides}
+        return tiny_config(folder, **own)
+
+    return make
+
+
+def objects(folder):
+    """Content by name, without what stands for empty folders."""
+    system, path = pyarrow.fs.FileSystem.from_uri(folder)
+    found = system.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    files = [one.path for one in found if one.type == pyarrow.fs.FileType.File]
+    return {name.removeprefix(f"{path}/"): system.open_input_stream(name).read() for name in files}
+
+
+def test_a_run_that_two_machines_made_has_the_bytes_of_one_on_a_disk(remote, folder, on_disk):  # noqa: F811
+    Run(remote()).stages("ingest", "score")
+    other = Run(remote("b"))
+    other.pipeline.run()
+    assert "score: already done" in other.text
+    found = objects(folder)
+    assert artefacts(found) == on_disk
+    assert {"report.html", "metrics.jsonl", "run.json"} <= set(found)
+    assert not [name for name in found if name.startswith(".work") or name == ".lease.json"]
+    assert len(synthetic_set.load(folder).labels) == 3
+
+
+def test_an_output_that_was_cut_short_is_refused(remote, folder):
+    Run(remote()).stages("ingest", "score")
+    system, path = pyarrow.fs.FileSystem.from_uri(inside(folder, "scores.parquet"))
+    whole = system.open_input_stream(path).read()
+    with system.open_output_stream(path) as out:
+        out.write(whole[:-1])
+    with pytest.raises(UserError, match=r"/run/scores\.parquet is not what was written"):
+        Run(remote("b")).stages("select")
+
+
+def test_a_bucket_that_is_not_there_is_one_error_at_once(server, tmp_path):
+    config = tiny_config(address(server, "nowhere"), run__scratch=str(tmp_path), run__retry_seconds=60.0)
+    run = Run(config)
+    with pytest.raises(
+        UserError, match=r"^run\.dir = 'gs://nowhere/run.*there is no bucket nowhere\. Check the address"
+    ):
+        run.stages("ingest")
+    assert "it is tried again" not in run.text
+
+
+def test_a_second_command_is_refused(remote, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "LOOK", 0.1)
+    first, second = (Run(remote(machine)).pipeline.dir for machine in "ab")
+    first.create()
+    second.create()
+    with first.lock(), pytest.raises(UserError, match=r"process \d+ on .* is working in gs://bucket-\w+/run"):
+        second.lock().__enter__()
+    with second.lock():
+        pass
+
+
+def sweep(config):
+    said = io.StringIO()
+    made = sweeping.run(config, Display(Console(file=said, width=300)), OneByOne)
+    rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in made.to_pylist()]
+    return rows, said.getvalue()
+
+
+def test_a_sweep_has_the_table_of_one_on_a_disk_and_another_machine_reads_it(remote, folder, tmp_path):
+    made, _ = sweep(remote(sweep=SWEEP, runtime__rule="none"))
+    expected, _ = sweep(tiny_config(tmp_path / "disk", sweep=SWEEP, runtime__rule="none"))
+    assert made == expected
+    there = objects(folder)
+    assert {"sweep.parquet", "sweep.html"} <= set(there)
+    assert len([name for name in there if name.endswith("scores.parquet")]) == 1, "scores lie there more than once"
+    again, said = sweep(remote("b", sweep=SWEEP, runtime__rule="none"))
+    assert again == made
+    assert "2 trials, 2 of them finished before" in said

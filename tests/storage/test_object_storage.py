@@ -1,0 +1,327 @@
+"""A whole run whose folder is on object storage: the same bytes as on a disk, whatever is refused or killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import Run, tiny_config
+
+from distill_at_scale.cli import export
+from distill_at_scale.core.errors import Unreachable, UserError
+from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.pruning.proxies import train as proxy
+from distill_at_scale.storage import lock as lease
+from distill_at_scale.storage import object_store as bucket_module
+from distill_at_scale.storage import sync as mirror
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import Inputs
+
+ARTEFACTS = (
+    "prepared/",
+    "scores.parquet",
+    "rejected.parquet",
+    "manifest.parquet",
+    "synthetic/",
+    "evaluation.json",
+    "proxies/",
+)
+TIMES = ("seconds", "card.json", "evaluation.json")  # files that hold how long something took
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "SETTLE", 0.0)
+    monkeypatch.setattr(bucket_module, "FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture
+def remote_run(s3, bucket, tmp_path):
+    """remote_run("a"): the run on the storage, as the machine "a" sees it."""
+
+    def make(machine="a", **overrides):
+        scratch = str(tmp_path / machine)
+        keys = {"run__scratch": scratch, "run__retry_seconds": 0.0, **overrides}
+        return Run(tiny_config(s3(f"{bucket}/run"), **keys))
+
+    return make
+
+
+def objects(s3, bucket):
+    """Content by name, without what stands for empty folders."""
+    listed = s3.client.list_objects_v2(Bucket=bucket).get("Contents", [])
+    keys = [o["Key"] for o in listed if not o["Key"].endswith("/")]
+    return {key.removeprefix("run/"): s3.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+def artefacts(files):
+    """Digest by name of what must be the same on every storage; of evaluation.json without the seconds."""
+    found = {}
+    for name, content in files.items():
+        if name == "evaluation.json":
+            rows = json.loads(content)["rows"]
+            content = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
+        if name.startswith(ARTEFACTS):
+            found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="session")
+def on_disk(digits_run):
+    files = (p for p in digits_run.dir.rglob("*") if p.is_file())
+    return artefacts({p.relative_to(digits_run.dir).as_posix(): p.read_bytes() for p in files})
+
+
+def test_a_run_on_object_storage_leaves_the_bytes_of_one_on_a_disk(remote_run, s3, bucket, on_disk):
+    run = remote_run()
+    run.pipeline.run()
+    found = objects(s3, bucket)
+    assert artefacts(found) == on_disk
+    assert {f"stages/{s}.json" for s in ("ingest", "score", "select", "distill", "evaluate", "report")} <= set(found)
+    assert {"report.html", "metrics.jsonl", "run.json"} <= set(found)
+    assert not [name for name in found if name.startswith(".work") or name == ".lease.json"]
+    again = remote_run("another machine")
+    again.pipeline.run()
+    assert "started" not in again.text
+    loaded = synthetic_set.load(s3(f"{bucket}/run"))
+    assert len(loaded.labels) == 3
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(which): uploads fail of whose number `which` says so; those of the lease do not count. Returns what failed."""
+
+    def make(which):
+        real, count, guard, failed = bucket_module.put, itertools.count(1), threading.Lock(), []
+
+        def put(system, path, content):
+            with guard:
+                fails = not path.endswith(lease.NAME) and which(next(count))
+            if fails:
+                failed.append(path)
+                raise OSError("503 SlowDown")
+            real(system, path, content)
+
+        monkeypatch.setattr(bucket_module, "put", put)
+        return failed
+
+    return make
+
+
+def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, on_disk, failing):
+    """Now and then one fails for good, and each time another machine goes on."""
+    failed = failing(lambda number: number % 23 == 0)
+    for machine in itertools.count():
+        try:
+            remote_run(f"machine {machine % 2}").pipeline.run()
+            break
+        except Unreachable:
+            assert machine < 20
+    assert len(failed) > 1
+    assert artefacts(objects(s3, bucket)) == on_disk
+
+
+@pytest.mark.chaos
+def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, failing, tmp_path):
+    """More than a hundred uploads, about ten minutes."""
+    for number in itertools.count(1):
+        bucket = f"each-{number}"
+        s3.client.create_bucket(Bucket=bucket)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bucket_module, "put", bucket_module.put)
+            failed = failing(lambda this, number=number: this == number)
+            first, second = (
+                Run(tiny_config(s3(f"{bucket}/run"), run__scratch=str(tmp_path / m), run__retry_seconds=0.0))
+                for m in "ab"
+            )
+            with contextlib.suppress(Unreachable):
+                first.pipeline.run()
+        second.pipeline.run()
+        assert artefacts(objects(s3, bucket)) == on_disk, failed
+        if not failed:
+            break
+
+
+def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, on_disk, monkeypatch):
+    monkeypatch.setattr(mirror, "FOLLOW", 0.01)
+    run = remote_run("a")
+    real = run.pipeline.executor.score
+
+    def killed(config, prepared, checkpoints, chunks, pieces, advance):
+        real(config, prepared, checkpoints, chunks[:1], pieces, lambda rows: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.pipeline.executor, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("ingest", "score")
+    left = [name for name in objects(s3, bucket) if name.startswith(".work/score-")]
+    assert len([name for name in left if "/pieces/" in name]) == 1
+    assert len([name for name in left if "/proxies/" in name]) == 4
+    other = remote_run("b")
+    monkeypatch.setattr(proxy.Trial, "_epoch", None)  # all are there
+    other.stages("ingest", "score")
+    found = objects(s3, bucket)
+    assert artefacts(found)["scores.parquet"] == on_disk["scores.parquet"]
+    assert (
+        artefacts(found)["proxies/trial-00/epoch-000.safetensors"] == on_disk["proxies/trial-00/epoch-000.safetensors"]
+    )
+
+
+def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
+    """plan, validate and export, each on a machine of its own."""
+    remote_run("a").stages("ingest", "score", "select")
+    finished = remote_run("b").pipeline.forecast()
+    assert remote_run("c").pipeline.validate() == 0
+    assert finished is not None
+    assert {"plan.json", "validation.parquet"} <= set(objects(s3, bucket))
+    out = tmp_path / "kept.csv"
+    export(remote_run("d").config, [], [out])
+    assert len(out.read_text().splitlines()) > 3
+
+
+def test_a_stage_without_a_record_is_not_trusted(remote_run, s3, bucket):
+    remote_run().stages("ingest")
+    s3.client.delete_object(Bucket=bucket, Key="run/stages/ingest.json")
+    again = remote_run().stages("ingest")
+    assert "ingest: finished" in again.text
+
+
+def test_an_output_that_was_cut_short_is_refused(remote_run, s3, bucket):
+    remote_run().stages("ingest", "score")
+    key = "run/scores.parquet"
+    whole = s3.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    s3.client.put_object(Bucket=bucket, Key=key, Body=whole[:-1])
+    with pytest.raises(UserError, match=r"bucket-\w+/run/scores\.parquet is not what was written"):
+        remote_run("b").stages("select")
+
+
+def test_a_new_run_at_an_old_address_takes_nothing_from_the_old_copy(remote_run, s3, bucket):
+    remote_run().stages("ingest")
+    for name in objects(s3, bucket):
+        s3.client.delete_object(Bucket=bucket, Key=f"run/{name}")
+    run = remote_run()
+    run.pipeline.dir.create()
+    with run.pipeline.dir.lock():
+        assert not (run.pipeline.dir / "prepared").exists()
+
+
+def test_a_second_command_is_refused(remote_run, monkeypatch):
+    """On another machine, as the holder's beat shows it to live."""
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "LOOK", 0.1)
+    first, second = remote_run("a").pipeline.dir, remote_run("b").pipeline.dir
+    first.create()
+    second.create()
+    with (
+        first.lock(),
+        pytest.raises(UserError, match=r"process \d+ on .* is working in s3://bucket-\w+/run"),
+        second.lock(),
+    ):
+        pass
+    with second.lock():
+        pass
+
+
+def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
+    """At once where its process is gone from this machine, not from one of the same name; else when its beat stands still."""
+    monkeypatch.setattr(lease, "LOOK", 0.01)
+    monkeypatch.setattr(lease, "STALE", 0.05)
+    run = remote_run()
+    folder, said = run.pipeline.dir, run.said
+    folder.create()
+    host = lease.socket.gethostname()
+    for machine, waited in (("another machine", True), (None, True), (lease.machine(), False)):
+        holder = {"host": host, "machine": machine, "pid": 2**22 + 1, "token": "x", "beat": 1}
+        folder.remote.mirror.bucket.write(lease.NAME, json.dumps(holder).encode())
+        before = said.tell()
+        with folder.lock():
+            assert ("gave none; taking over" in said.getvalue()[before:]) == waited
+
+
+def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucket):
+    folder = remote_run().pipeline.dir
+    folder.create()
+    other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.lock())
+        folder.remote.mirror.bucket.write(lease.NAME, json.dumps(other).encode())
+        with pytest.raises(UserError, match="process 1 on another host is working"):
+            folder.complete("ingest", Inputs({}, {}), [], 0.0)
+    assert "stages/ingest.json" not in objects(s3, bucket)
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["at work", "done already"])
+def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, bucket, monkeypatch, done):
+    """Neither in the background, nor at its end: what is there belongs to the other one."""
+    monkeypatch.setattr(mirror, "FOLLOW", 0.01)
+    folder = remote_run().pipeline.dir
+    folder.create()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.lock())
+        (folder / "scores.parquet").write_text("of this one")
+        (folder / "manifest.parquet").write_text("of this one")
+        folder.keep()
+        s3.client.put_object(Bucket=bucket, Key="run/scores.parquet", Body=b"of the other one")
+        other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
+        if done:
+            s3.client.delete_object(Bucket=bucket, Key=f"run/{lease.NAME}")
+        else:
+            s3.client.put_object(Bucket=bucket, Key=f"run/{lease.NAME}", Body=json.dumps(other).encode())
+        with pytest.raises(UserError, match="It took over while this one could not be seen to live"):
+            folder.remote.lease.check()
+        (folder / "scores.parquet").write_text("later, of this one")
+        (folder / "manifest.parquet").unlink()
+        with pytest.raises(UserError, match="another command has taken over"):
+            stack.close()
+    found = objects(s3, bucket)
+    assert found["scores.parquet"] == b"of the other one"
+    assert found["manifest.parquet"] == b"of this one"
+
+
+def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, bucket, monkeypatch):
+    """Else who goes on elsewhere would find that the output is not what its record says."""
+    folder = remote_run("a").pipeline.dir
+    folder.create()
+    with folder.lock():
+        (folder / "report.html").write_text("old")
+        folder.complete("report", Inputs({}, {}), [folder / "report.html"], 0.0)
+
+    def interrupted(inputs):
+        (run.pipeline.dir / "report.html").write_text("new, by another version")
+        raise KeyboardInterrupt
+
+    run = remote_run("b")
+    monkeypatch.setattr(run.pipeline, "inputs", lambda stage: Inputs({}, {"page": "another"}))
+    monkeypatch.setattr(run.pipeline, "_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.stages("report")
+    found = objects(s3, bucket)
+    assert found["report.html"] == b"new, by another version"
+    assert "stages/report.json" not in found
+    other = remote_run("c").pipeline.dir
+    other.create()
+    with other.lock():
+        assert (other / "report.html").read_text() == "new, by another version"
+
+
+def test_who_only_reads_removes_nothing(remote_run, s3, bucket):
+    """A finished stage's unfinished work goes with the next command that holds the folder."""
+    first = remote_run().stages("ingest", "score", "select").pipeline.dir
+    name = f"{first.work('select', Inputs({}, {})).parent.relative_to(first.path)}/select-"
+    name += f"{first.record('select')['fingerprint'][:16]}/left"
+    s3.client.put_object(Bucket=bucket, Key=f"run/{name}", Body=b"x")
+    remote_run("b").pipeline.dir.fetch()
+    assert name in objects(s3, bucket)
+    remote_run("c").stages("select")
+    assert name not in objects(s3, bucket)
+
+
+def test_a_run_on_a_disk_has_no_copy(tmp_path):
+    folder = RunDir.of(tiny_config(tmp_path / "run").run)
+    assert folder.remote is None
+    assert folder.path == Path(tmp_path / "run")

@@ -1,0 +1,252 @@
+"""A run's folder: skip what is valid, refuse what differs, publish in one step, never read a half-written output."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from distill_at_scale.core.atomic_files import located, publish
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.storage import run_dir as rundir
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import Inputs, digest
+
+INPUTS = Inputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with one completed stage."""
+    found = RunDir(tmp_path / "run")
+    found.create()
+    (found / "scores.parquet").write_bytes(b"scores")
+    found.complete("score", INPUTS, [found / "scores.parquet"], 1.5, mean_score=2.0)
+    return found
+
+
+def test_a_stage_that_never_ran_is_not_valid(run):
+    assert not run.valid("select", INPUTS)
+
+
+def test_the_same_inputs_are_valid(run):
+    assert run.valid("score", INPUTS)
+    assert run.record("score")["mean_score"] == 2.0
+
+
+def test_another_configuration_is_refused_with_the_difference(run):
+    other = Inputs({"score.lr": 0.2, "run.seed": 0, "score.new": 1}, {"ingest": "xyz"})
+    with pytest.raises(UserError) as error:
+        run.valid("score", other)
+    for line in ("score.lr: 0.1 -> 0.2", 'score.new: "absent" -> 1', 'ingest: "abc" -> "xyz"', "Nothing was changed"):
+        assert line in str(error.value)
+    assert "run.seed" not in str(error.value)
+    assert (run / "scores.parquet").read_bytes() == b"scores"
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
+    assert Inputs({"a": 1, "b": 2}, {}).fingerprint == Inputs({"b": 2, "a": 1}, {}).fingerprint
+    assert Inputs({"a": 1}, {}).fingerprint != Inputs({"a": 2}, {}).fingerprint
+    assert Inputs({"a": 1}, {}).fingerprint != Inputs({}, {"a": 1}).fingerprint
+
+
+def test_tuples_and_lists_are_no_difference(run):
+    (run / "x").write_text("x")
+    run.complete("select", Inputs({"list": (1, 2)}, {}), [run / "x"], 0)
+    assert run.valid("select", Inputs({"list": [1, 2]}, {}))
+
+
+def test_a_missing_output_is_an_error(run):
+    (run / "scores.parquet").unlink()
+    with pytest.raises(UserError, match=r"scores\.parquet is missing"):
+        run.valid("score", INPUTS)
+
+
+def test_a_truncated_output_is_an_error(run):
+    (run / "scores.parquet").write_bytes(b"sco")
+    with pytest.raises(UserError, match=r"scores\.parquet is not what was written"):
+        run.valid("score", INPUTS)
+
+
+def test_a_damaged_record_is_an_error(run):
+    (run / "stages" / "score.json").write_text('{"stage": "sc')
+    with pytest.raises(UserError, match="damaged"):
+        run.valid("score", INPUTS)
+
+
+def test_the_content_of_a_stage_follows_its_output(run):
+    before = run.content("score")
+    run.complete("score", INPUTS, [run / "scores.parquet"], 9.0)
+    assert run.content("score") == before
+    (run / "scores.parquet").write_bytes(b"other!")
+    run.complete("score", INPUTS, [run / "scores.parquet"], 9.0)
+    assert run.content("score") != before
+
+
+def test_the_content_of_a_stage_that_never_ran_says_what_to_do(run):
+    with pytest.raises(UserError, match="distill-at-scale select"):
+        run.content("select")
+
+
+def test_folders_are_recorded_file_by_file(run):
+    (run / "prepared" / "train").mkdir(parents=True)
+    (run / "prepared" / "train" / "a").write_text("a")
+    (run / "prepared" / "b").write_text("b")
+    run.complete("ingest", INPUTS, [run / "prepared"], 0)
+    assert sorted(run.record("ingest")["outputs"]) == ["prepared/b", "prepared/train/a"]
+
+
+def test_an_output_is_taken_over_from_another_run(run, tmp_path):
+    second = RunDir(tmp_path / "second", reuse=run.path)
+    second.create()
+    assert second.valid("score", INPUTS)
+    assert (second / "scores.parquet").read_bytes() == b"scores"
+    assert second.content("score") == run.content("score")
+    assert second.record("score")["reused_from"] == str(run.path)
+
+
+def test_an_output_of_another_configuration_is_not_taken_over(run, tmp_path):
+    second = RunDir(tmp_path / "second", reuse=run.path)
+    second.create()
+    assert not second.valid("score", Inputs({"score.lr": 0.2}, {}))
+    assert not (second / "scores.parquet").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"sco"], ids=["missing", "truncated"])
+def test_a_damaged_output_is_not_taken_over(run, tmp_path, content):
+    (run / "scores.parquet").unlink()
+    if content is not None:
+        (run / "scores.parquet").write_bytes(content)
+    second = RunDir(tmp_path / "second", reuse=run.path)
+    second.create()
+    with pytest.raises(UserError, match=r"scores\.parquet"):
+        second.valid("score", INPUTS)
+
+
+def test_a_second_holder_of_the_lock_is_refused(run):
+    with run.lock(), pytest.raises(UserError, match="another command"), RunDir(run.path).lock():
+        pass
+    with run.lock():
+        pass  # free again
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(UserError, match="cannot write"):
+        RunDir(closed / "run").create()
+
+
+def test_a_run_folder_below_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write.*run\.dir"):
+        RunDir(tmp_path / "file" / "run").create()
+
+
+def test_publish_replaces_a_file_in_one_step(tmp_path):
+    target = tmp_path / "a" / "x"
+    with publish(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path / "a") == ["x"]
+
+
+def test_publish_replaces_a_whole_folder(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("")
+    with publish(tmp_path / "x") as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("")
+    assert os.listdir(tmp_path / "x") == ["new"]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_inside_publish_leaves_nothing(tmp_path, folder):
+    def half_written():
+        with publish(tmp_path / "x") as temporary:
+            if folder:
+                temporary.mkdir()
+                temporary = temporary / "part"
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        half_written()
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_inside_publish_keeps_what_was_there(tmp_path):
+    (tmp_path / "x").write_text("old")
+
+    def half_written():
+        with publish(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        half_written()
+    assert (tmp_path / "x").read_text() == "old"
+
+
+def test_unfinished_work_belongs_to_one_fingerprint(run):
+    assert run.work("score", INPUTS) == run.work("score", INPUTS)
+    assert run.work("score", INPUTS) != run.work("score", Inputs({}, {}))
+
+
+def test_a_digest_is_the_same_in_every_process():
+    assert digest({"b": [1, 2], "a": None}) == digest(json.loads('{"a": null, "b": [1, 2]}'))
+    assert len(digest({})) == 32
+
+
+def test_files_of_another_run_are_linked_where_they_are_missing(tmp_path):
+    other = tmp_path / "other"
+    (other / "stages").mkdir(parents=True)
+    (other / "networks" / "abc").mkdir(parents=True)
+    (other / "networks" / "abc" / "expert").write_text("theirs")
+    (other / "networks" / "abc" / ".expert.partial").write_text("half")
+    run = RunDir(tmp_path / "run", other)
+    run.create()
+    run.take_over_files("networks/abc")
+    run.take_over_files("networks/unknown")
+    assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["expert"]
+    (run / "networks" / "abc" / "expert").unlink()
+    (run / "networks" / "abc" / "expert").write_text("mine")
+    run.take_over_files("networks/abc")
+    assert (run / "networks" / "abc" / "expert").read_text() == "mine"
+
+
+def test_half_written_networks_of_a_killed_command_are_swept(run):
+    folder = run / "networks" / "abc" / "expert.partial"
+    folder.mkdir(parents=True)
+    for place in (folder, folder.parent):
+        (place / ".epoch.1234.tmp").write_text("half")
+        (place / "whole").write_text("whole")
+    run.sweep()
+    assert sorted(p.name for p in (run / "networks").rglob("*") if p.is_file()) == ["whole", "whole"]
+
+
+def test_files_that_another_run_removes_meanwhile_are_left_out(tmp_path, monkeypatch):
+    other = tmp_path / "other" / "networks" / "abc"
+    other.mkdir(parents=True)
+    (tmp_path / "other" / "stages").mkdir()
+    gone, kept = other / "gone", other / "kept"
+    kept.write_text("kept")
+    monkeypatch.setattr(rundir, "files_in", lambda path: [gone, kept])
+    run = RunDir(tmp_path / "run", tmp_path / "other")
+    run.create()
+    run.take_over_files("networks/abc")
+    assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["kept"]
+
+
+def test_workers_are_told_of_a_folder_without_the_links_above_it(tmp_path):
+    """What is itself a link between run folders stays one."""
+    (tmp_path / "efs" / "run").mkdir(parents=True)
+    (tmp_path / "efs" / "shared").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "efs")
+    (tmp_path / "efs" / "run" / "prepared").symlink_to("../shared")
+    assert located(tmp_path / "runs" / "run" / "prepared") == tmp_path / "efs" / "run" / "prepared"

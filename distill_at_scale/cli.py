@@ -24,13 +24,14 @@ from distill_at_scale.experiments import auto_keep_rate
 from distill_at_scale.experiments.runners import LocalRunner, PointRunner, PooledRunner
 from distill_at_scale.experiments.studies import suite
 from distill_at_scale.experiments.sweep import run as sweep
-from distill_at_scale.experiments.trials import OneByOne, Trials
+from distill_at_scale.experiments.trials import OneByOne, TrialRunner
 from distill_at_scale.pipeline import fingerprints, validate
-from distill_at_scale.pipeline.executors.base import Executor, Local
+from distill_at_scale.pipeline.executors.base import Executor
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.monitoring.observers import Observer
 from distill_at_scale.pipeline.pipeline import Pipeline, decided
 from distill_at_scale.pipeline.planning import forecast
-from distill_at_scale.pipeline.planning.plan import Outcome
+from distill_at_scale.pipeline.planning.plan import RunPlan
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
@@ -171,7 +172,7 @@ def make_executor(config: Config, display: Display) -> Executor:
     Raises UserError where Ray is wanted and not installed, or cannot be reached.
     """
     if config.cluster.address == "none":
-        return Local()
+        return LocalExecutor()
     _need_ray()
     from distill_at_scale.cluster.executor import RayExecutor
 
@@ -191,7 +192,7 @@ def make_trackers(config: Config) -> Sequence[Observer]:
     return trackers(config)
 
 
-def make_trials(config: Config, display: Display) -> Trials:
+def make_trials(config: Config, display: Display) -> TrialRunner:
     """Where the trials of a sweep run: on Ray Tune, or in this process with cluster.address=none.
 
     Raises UserError as make_executor does.
@@ -219,10 +220,10 @@ def make_runner(config: Config, display: Display) -> Iterator[PointRunner]:
         yield LocalRunner(config, display)
         return
     _need_ray()
-    from distill_at_scale.cluster.actor_runner import WarmPool
+    from distill_at_scale.cluster.actor_runner import ActorRunner
     from distill_at_scale.cluster.executor import absolute
 
-    with WarmPool(config, display.say) as pool:
+    with ActorRunner(config, display.say) as pool:
         yield PooledRunner(absolute(config), display, pool)
 
 
@@ -250,7 +251,7 @@ def find_rate(pipeline: Pipeline, display: Display) -> float:
     return auto_keep_rate.rate(pipeline.config, runner, display.say)
 
 
-def show_plan(config: Config, found: Outcome, display: Display) -> None:
+def show_plan(config: Config, found: RunPlan, display: Display) -> None:
     """The plan's table, what its figures consist of, and then what cannot fit, as a UserError."""
     display.console.print(forecast.table(config, found))
     for line in forecast.remarks(found):

@@ -22,11 +22,11 @@ from torch import nn
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import schema, to_table, write_meta, write_shards
-from distill_at_scale.distillation.engine import Places
+from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,9 @@ class FixedNetwork(NetworkSpec):
         return self.parts
 
 
-def write_prepared(folder: Path, pixels: np.ndarray, labels: np.ndarray, group: int = 4, chunk: int = 16) -> Prepared:
+def write_prepared(
+    folder: Path, pixels: np.ndarray, labels: np.ndarray, group: int = 4, chunk: int = 16
+) -> PreparedDataset:
     """A prepared training split of uint8 pixels [n, C, H, W] and labels [n], which are sorted here; mean 0.5, std 0.25."""
     order = np.argsort(labels, kind="stable")
     pixels, labels = np.asarray(pixels)[order], np.asarray(labels)[order]
@@ -100,7 +102,7 @@ def write_prepared(folder: Path, pixels: np.ndarray, labels: np.ndarray, group: 
     meta = {"class_names": [f"c{i}" for i in range(len(counts))], "shape": list(shape), "counts": {"train": counts},
             "mean": [0.5] * shape[0], "std": [0.25] * shape[0], "chunk": chunk}  # fmt: skip
     write_meta(folder, meta, "made up")
-    return Prepared(folder)
+    return PreparedDataset(folder)
 
 
 class Run:
@@ -109,7 +111,7 @@ class Run:
     def __init__(self, config: Config):
         self.said = io.StringIO()
         self.config, self.dir = config, Path(config.run.dir)
-        self.pipeline = Pipeline(config, Local, Display(Console(file=self.said, width=200)))
+        self.pipeline = Pipeline(config, LocalExecutor, Display(Console(file=self.said, width=200)))
 
     def stages(self, *stages: str) -> Run:
         self.pipeline.run(stages)
@@ -162,9 +164,9 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def places(digits_run: Run, tmp_path: Path) -> Places:
+def places(digits_run: Run, tmp_path: Path) -> DistillPaths:
     """Where a distillation of the tiny run reads, and an own folder for what it writes."""
-    return Places(
+    return DistillPaths(
         digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", tmp_path / "work", tmp_path / "metrics.jsonl"
     )
 

@@ -1,4 +1,4 @@
-"""What a decoder that was taken over might try, for a child of `data/isolated.py`; it imports nothing large."""
+"""What a decoder that was taken over might try, for a child of `data/codecs/worker_process.py`; it imports nothing large."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from conftest import tiny_config
 
 from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.data.prepared.parquet import RowGroupWriter
-from distill_at_scale.experiments.studies.base import Context, Outcome, Point
+from distill_at_scale.experiments.point import Outcome, Point
+from distill_at_scale.experiments.studies.base import StudyContext
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 CLASSES, EACH = 4, 250
 
@@ -34,8 +35,8 @@ class MadeUpRunner:
         self.tried: list[Config] = []
 
     @property
-    def context(self) -> Context:
-        return Context(self.config, self, lambda line: None)
+    def context(self) -> StudyContext:
+        return StudyContext(self.config, self, lambda line: None)
 
     def configured(self, point: Point) -> Config:
         return with_overrides(self.config, point.overrides)
@@ -53,7 +54,7 @@ class MadeUpRunner:
             with RowGroupWriter(run / "scores.parquet", schema, score_table.KEY, 8) as out:
                 out.append(pa.table({"sample_id": ["a"], "label": [0], "loss": [1.0], "score": [1.0]}, schema))
                 out.facts = {"useful": {"loss": "low"}}
-            run.complete("score", Inputs({}, {}), [run / "scores.parquet"], 0.0)
+            run.complete("score", StageInputs({}, {}), [run / "scores.parquet"], 0.0)
         return self.folder
 
     def run(self, points: Sequence[Point]) -> list[Outcome]:

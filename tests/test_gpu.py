@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import SMALL
 
-from distill_at_scale.core.collectives import Solo
-from distill_at_scale.data.prepared.dataset import Prepared
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.engine import Distillation, backend_class, setting_of
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.core.collectives import SingleProcess
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.engine import Distillation, method_class, setting_of
+from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.gradient_distance import real_gradient
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -25,7 +25,7 @@ def keys(method: str, **more):
     return {"distill__method": method, "distill__ipc": 2, f"distill__{method}": SMALL[method], **more}
 
 
-@pytest.mark.parametrize("method", sorted(BACKENDS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_stage_runs_on_the_gpu(tmp_path, make_run, method):
     run = make_run(tmp_path / "run", **keys(method, runtime__rule="loss")).stages(*STAGES)
     assert (run.dir / "report.html").exists()
@@ -52,7 +52,7 @@ def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_images(tmp_path, p
     def images(steps: int, folder: str) -> torch.Tensor:
         config = make_config(tmp_path, **keys(method, distill__steps=steps, runtime__rule="loss"))
         here = type(places)(places.prepared, places.manifest, tmp_path / folder, tmp_path / f"{folder}.jsonl")
-        made = Distillation(config, here, Solo(), torch.device("cuda")).run()
+        made = Distillation(config, here, SingleProcess(), torch.device("cuda")).run()
         assert made is not None
         return made.images
 
@@ -78,10 +78,10 @@ def test_the_first_step_agrees_with_the_cpu(places, make_config, monkeypatch, me
 
 
 def gradient_of_a_step(config, places, device: torch.device) -> torch.Tensor:
-    prepared = Prepared(places.prepared)
-    setting = setting_of(config, prepared, places, Solo(), device)
-    backend = backend_class(config)(setting)
-    backend.prepare(Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device))
+    prepared = PreparedDataset(places.prepared)
+    setting = setting_of(config, prepared, places, SingleProcess(), device)
+    backend = method_class(config)(setting)
+    backend.prepare(ClassSampler.load(prepared, places.manifest, setting.labels, config.distill_seed, device))
     backend.step(0)
     return backend.images.grad.cpu()
 

@@ -27,16 +27,16 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.archives.gunzip import Bomb, gunzip
-from distill_at_scale.data.codecs.image import MOST_SCANS, ImageDecoder, Rejected
+from distill_at_scale.data.codecs.image import MOST_SCANS, ImageDecoder, SampleRejected
 from distill_at_scale.data.codecs.worker_process import Isolated
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.soft_labels import Teacher, TeacherFacts
 from distill_at_scale.models import pretrained
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 CPU = torch.device("cpu")
 RAN: list[object] = []
@@ -104,7 +104,7 @@ def test_a_jpeg_of_scans_without_end_is_refused():
     whole = buffer.getvalue()
     last = whole.rindex(b"\xff\xda")
     ImageDecoder(8)(whole)
-    with pytest.raises(Rejected, match=f"scans, more than {MOST_SCANS}"):
+    with pytest.raises(SampleRejected, match=f"scans, more than {MOST_SCANS}"):
         ImageDecoder(8)(whole[:-2] + whole[last:-2] * MOST_SCANS + whole[-2:])
 
 
@@ -151,14 +151,14 @@ def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
         field = whole.schema.field(2).with_metadata(about)
         pq.write_table(whole.cast(pa.schema([*list(whole.schema)[:2], field])), shard)
         with pytest.raises(UserError, match="ingest again"):
-            Prepared(tmp_path).load("train")
+            PreparedDataset(tmp_path).load("train")
     meta = json.loads((tmp_path / "dataset.json").read_text())
     for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []},
                   {"counts": {"train": [4, 0]}}, {"counts": {"train": [-4]}}, {"counts": {"train": ["4"]}},
                   {"chunk": 0}, {"chunk": 2**40}, {"mean": ["0"]}, {"std": [float("nan")]}):  # fmt: skip
         (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong))
         with pytest.raises(UserError, match="damaged"):
-            Prepared(tmp_path)
+            PreparedDataset(tmp_path)
     assert prepared.shape == (1, 2, 2)
 
 
@@ -196,7 +196,7 @@ def test_scores_that_are_bombs_or_pickles_are_refused(tmp_path, monkeypatch, kin
 
 @pytest.mark.parametrize("name", ["stages/distill.json", "../x", ".work/x", "/x", "a/../../x"])
 def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
-    inputs, other = Inputs({"a": 1}, {}), RunDir(tmp_path / "other")
+    inputs, other = StageInputs({"a": 1}, {}), RunDir(tmp_path / "other")
     other.create()
     (other / "a").write_text("1")
     other.complete("ingest", inputs, [other / "a"], 1.0)
@@ -213,7 +213,7 @@ def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
 
 
 def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
-    inputs, other = Inputs({"a": 1}, {}), RunDir(tmp_path / "other")
+    inputs, other = StageInputs({"a": 1}, {}), RunDir(tmp_path / "other")
     other.create()
     (tmp_path / "elsewhere").write_text("1")
     (other / "a").symlink_to(tmp_path / "elsewhere")

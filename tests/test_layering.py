@@ -12,57 +12,20 @@ import pytest
 from conftest import ROOT, TINY
 
 PACKAGE = ROOT / "distill_at_scale"
-LAYERS = [  # a module may import from its own layer and from those below it
-    {"errors", "rng", "progress"},
-    {"sections"},
-    {"method_sections", "study_sections"},
-    {"config"},
-    {"registry", "environment", "workers", "observe"},
-    {"architectures", "architectures1d", "architectures3d"},
-    {
-        "data",
-        "bucket",
-        "mirror",
-        "lease",
-        "working_copy",
-        "records",
-        "files",
-        "rundir",
-        "tensors",
-        "checkpoint",
-        "networks",
-        "augment",
-        "pruning",
-        "scoring",
-        "pictures",
-        "exports",
-        "soft_labels",
-    },
-    {"formation", "students", "synthetic"},
-    {"backends"},
-    {
-        "evaluate",
-        "distill",
-        "execution",
-        "exchange",
-        "trials",
-        "studies",
-        "plan",
-        "validate",
-        "figures",
-        "gantt",
-        "charts",
-        "ticks",
-        "wording",
-        "pages",
-        "report",
-    },
-    {"cluster"},
-    {"fingerprints", "preparation", "stages", "pipeline"},
-    {"points", "runners"},
-    {"sweep", "auto"},
-    {"cli"},
-    {"jobs"},
+ROOMS = [  # from the ground up: a module imports from its own room and from the rooms before it
+    "core",
+    "config",
+    "models",
+    "storage",
+    "data",
+    "pruning",
+    "distillation",
+    "pipeline",
+    "experiments",
+    "cluster",
+    "cli",
+    "__main__",
+    "jobs",
 ]
 
 
@@ -95,16 +58,16 @@ def imports(path: Path) -> set[str]:
 def layer(module: str) -> int:
     parts = module.split(".")
     head = parts[0] if parts[0] == "jobs" else parts[1]
-    return next(height for height, names in enumerate(LAYERS) if head in names)
+    return ROOMS.index(head)
 
 
 def own_imports(module: str) -> set[str]:
     return {name for name in imports(MODULES[module]) if name in MODULES and name not in ("distill_at_scale", module)}
 
 
-def test_every_module_has_a_layer():
-    heads = {m.split(".")[0] if m.startswith("jobs") else m.split(".")[1] for m in MODULES if m != "distill_at_scale"}
-    assert heads - set().union(*LAYERS) == set()
+def test_the_package_root_holds_the_rooms_and_nothing_else():
+    names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert names == {"__init__.py", "__main__.py", "cli.py", "py.typed", *ROOMS[:10]}
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m != "distill_at_scale"))
@@ -157,7 +120,7 @@ def test_every_module_says_what_it_does():
 
 
 def test_folders_that_are_no_tables_have_empty_init_files():
-    tables = {"backends", "data.sources", "scoring.criteria", "studies"}
+    tables = {"distillation.methods", "data.sources", "pruning.criteria", "experiments.studies"}
     for module, path in MODULES.items():
         if (
             path.name == "__init__.py"
@@ -185,7 +148,9 @@ def test_the_core_works_with_ray_blocked(tmp_path):
 
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
-    core = sorted(m for m in MODULES if m.startswith("distill_at_scale") and ".cluster" not in m)
+    core = sorted(
+        m for m in MODULES if m.startswith("distill_at_scale") and ".cluster" not in m and "__main__" not in m
+    )
     code = WITHOUT_RAY.format(modules=core, config=str(config))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)

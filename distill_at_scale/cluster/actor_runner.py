@@ -2,7 +2,7 @@
 
 Actors have one thread and a core (or the GPU share of a worker) each. They are started when they are first needed, stay for
 the whole command, and give their cores back while the ordinary executor works on the same Ray. A lost actor is replaced and
-its call made again, at most `cluster.max_failures` times. Left out: what the functions do (`points.py` says it).
+its call made again, at most `cluster.max_failures` times. Left out: what the functions do (`experiments/points.py` says it).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distill_at_scale.core.errors import UserError
 Call = tuple[int, Any]  # the number of a call, and the actor that makes it
 
 
-class WarmPool:
+class ActorRunner:
     """Connects to Ray when it is first used, and ends what it started; use it as a context."""
 
     def __init__(self, config: Config, say: Callable[[str], None]):
@@ -88,7 +88,7 @@ class WarmPool:
             self._session.close()
             self._session = None
 
-    def __enter__(self) -> WarmPool:
+    def __enter__(self) -> ActorRunner:
         return self
 
     def __exit__(

@@ -10,21 +10,21 @@ import torch
 
 from distill_at_scale.cluster.actor_pool import ANYWHERE, cores, cores_each, device, waited_for
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.events import Event, Note, ignore, measured
-from distill_at_scale.distillation.engine import Places, backend_class, make_network
+from distill_at_scale.distillation.engine import DistillPaths, make_network, method_class
 from distill_at_scale.pipeline.executors.base import Advance
 
 
 def run(
-    config: Config, places: Places, names: Sequence[str], advance: Advance, sharing: int = 1, note: Note = ignore
+    config: Config, places: DistillPaths, names: Sequence[str], advance: Advance, sharing: int = 1, note: Note = ignore
 ) -> None:
     """All of them, as many at a time as the cluster holds; one that is lost is made again.
 
     Cores follow from all that the method needs, not from what is missing: on other threads weights differ in the last bits.
     """
-    cpus = cores_each(min(len(backend_class(config).networks(config)) * sharing, cores()))
+    cpus = cores_each(min(len(method_class(config).networks(config)) * sharing, cores()))
     options = {
         "num_cpus": cpus,
         "num_gpus": config.cluster.gpus_per_worker or None,
@@ -44,9 +44,9 @@ def run(
 
 @ray.remote
 def _make(packed: dict[str, Any], paths: list[str], name: str, threads: int) -> Event:
-    space, events = Workspace(packed), list[Event]()
+    space, events = WorkerRunDir(packed), list[Event]()
     torch.set_num_threads(threads)
-    places = Places(*map(space, paths))
+    places = DistillPaths(*map(space, paths))
     made = places.networks / name
     own = made, made.with_suffix(".partial"), made.with_name(f"{name}.partial")  # and what it goes on from
     space.need("ingest", "select")

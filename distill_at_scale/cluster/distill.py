@@ -12,14 +12,15 @@ import ray.train
 import ray.train.torch
 
 from distill_at_scale.cluster import train_group
-from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.distillation.checkpoint import saved_step
-from distill_at_scale.distillation.engine import Places
-from distill_at_scale.pipeline.executors.base import Report, run_distillation
+from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.pipeline.executors.base import Report
+from distill_at_scale.pipeline.executors.tasks import run_distillation
 
 
-def run(config: Config, places: Places, report: Report, sharing: int, say: Callable[[str], None]) -> None:
+def run(config: Config, places: DistillPaths, report: Report, sharing: int, say: Callable[[str], None]) -> None:
     """Distil with `distill.workers` workers, or as many between its two numbers as find room, beside `sharing` - 1 other
     distillations.
 
@@ -42,9 +43,9 @@ def run(config: Config, places: Places, report: Report, sharing: int, say: Calla
     train_group.getting_on(attempt, lambda: saved_step(places.state), say)
 
 
-def _distill(space: Workspace, arguments: dict[str, Any]) -> None:
+def _distill(space: WorkerRunDir, arguments: dict[str, Any]) -> None:
     """One worker's part; the first one keeps checkpoint and log."""
-    places = Places(*map(space, arguments["places"]))
+    places = DistillPaths(*map(space, arguments["places"]))
     first = ray.train.get_context().get_world_rank() == 0
     space.need("ingest", "select")
     space.fetch(places.networks)

@@ -13,17 +13,17 @@ import torch
 
 from distill_at_scale.cluster.actor_pool import ANYWHERE, cores, cores_each, device, waited_for
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.events import Event, Note, ignore, measured
-from distill_at_scale.distillation.evaluate import Evaluator, Job
+from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
 from distill_at_scale.distillation.evaluate import jobs as every_job
 from distill_at_scale.pipeline.executors.base import Report
 
 
 def run(
     config: Config,
-    jobs: Sequence[Job],
+    jobs: Sequence[EvaluationJob],
     folders: tuple[Path, Path, Path],
     done: Report,
     sharing: int = 1,
@@ -56,11 +56,13 @@ def _evaluate(
     packed: dict[str, Any], folders: tuple[str, ...], job: dict[str, Any], threads: int
 ) -> tuple[dict[str, Any], Event]:
     torch.set_num_threads(threads)
-    space, events = Workspace(packed), list[Event]()
+    space, events = WorkerRunDir(packed), list[Event]()
     space.need("ingest", "select", "distill")
     with measured("evaluate", events.append) as counts:
         counts |= {"set": job["set"], "network": job["network"], "networks": 1}
-        row = _evaluator(_Settings(space.config), tuple(str(space(folder)) for folder in folders)).run(Job(**job))
+        row = _evaluator(_Settings(space.config), tuple(str(space(folder)) for folder in folders)).run(
+            EvaluationJob(**job)
+        )
     return row, events[0]
 
 

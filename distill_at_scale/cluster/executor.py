@@ -22,15 +22,15 @@ from distill_at_scale.cluster import (
 )
 from distill_at_scale.cluster.actor_pool import Tell, check_gpus, with_fewer_actors
 from distill_at_scale.cluster.pending_resources import watched
-from distill_at_scale.cluster.prometheus import Metrics
+from distill_at_scale.cluster.prometheus import PrometheusMetrics
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.core.atomic_files import located
 from distill_at_scale.core.events import Note, ignore
 from distill_at_scale.data.prepared.format import Chunk
-from distill_at_scale.distillation.engine import Places
-from distill_at_scale.distillation.evaluate import Job
+from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.distillation.evaluate import EvaluationJob
 from distill_at_scale.pipeline.executors.base import Advance, Chunks, Report
 from distill_at_scale.pipeline.monitoring.observers import Observer
 from distill_at_scale.storage.filesystem import is_uri, last_name
@@ -52,7 +52,7 @@ class RayExecutor:
         return Tell(self.note, self.say)
 
     def observers(self, config: Config) -> list[Observer]:
-        return [Metrics(last_name(config.run.dir))]
+        return [PrometheusMetrics(last_name(config.run.dir))]
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         with watched("ingest", self.say, advance) as advance:
@@ -73,20 +73,22 @@ class RayExecutor:
         with watched("monte_carlo", self.say, advance) as advance:
             monte_carlo.run(absolute(config), located(prepared), located(pieces), advance, self.note)
 
-    def make_networks(self, config: Config, places: Places, names: Sequence[str], advance: Advance) -> None:
+    def make_networks(self, config: Config, places: DistillPaths, names: Sequence[str], advance: Advance) -> None:
         with watched("training of networks", self.say, advance) as advance:
             aux_networks.run(absolute(config), places.located(), names, advance, self.sharing, self.note)
 
-    def rank_patches(self, config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance) -> None:
+    def rank_patches(self, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance) -> None:
         shared = with_fewer_actors(absolute(config), self.sharing)
         with watched("ranking of patches", self.say, advance) as advance:
             scoring.rank_patches(shared, places.located(), chunks, advance, self.tell)
 
-    def distill(self, config: Config, places: Places, report: Report) -> None:
+    def distill(self, config: Config, places: DistillPaths, report: Report) -> None:
         with watched("distill", self.say, report) as report:
             distillation.run(absolute(config), places.located(), report, self.sharing, self.say)
 
-    def evaluate(self, config: Config, jobs: Sequence[Job], folders: tuple[Path, Path, Path], done: Report) -> None:
+    def evaluate(
+        self, config: Config, jobs: Sequence[EvaluationJob], folders: tuple[Path, Path, Path], done: Report
+    ) -> None:
         prepared, synthetic, manifest = map(located, folders)
         with watched("evaluate", self.say, done) as done:
             evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.note)

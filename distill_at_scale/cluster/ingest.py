@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from distill_at_scale.cluster.actor_pool import Tell, grouped, reporting, stream, work_of
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Spent
+from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.data.ingest.chunks import (
     Recipe,
     check_chunk,
@@ -62,8 +62,8 @@ class Ingester:
     does = "decode"
 
     def __init__(self, packed: dict[str, Any], check: bool):
-        self.spent = Spent()
-        self.space, self.make = Workspace(packed), check_chunk if check else ingest_chunk
+        self.spent = TimeSpent()
+        self.space, self.make = WorkerRunDir(packed), check_chunk if check else ingest_chunk
 
     @cached_property
     def tools(self) -> tuple[Source, Recipe]:

@@ -13,11 +13,12 @@ import torch
 
 from distill_at_scale.cluster.actor_pool import actor_count, device, waited_for
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.events import Event, Note, ignore, measured
-from distill_at_scale.pipeline.executors.base import Advance, subset_trials, waiting_units
-from distill_at_scale.pruning.scoring.monte_carlo import Trials, Unit, piece
+from distill_at_scale.pipeline.executors.base import Advance
+from distill_at_scale.pipeline.executors.tasks import subset_trials, waiting_units
+from distill_at_scale.pruning.scoring.monte_carlo import SubsetTrials, Unit, piece
 
 AHEAD = 2  # units that are sent for every one that runs, so that no core waits
 
@@ -46,7 +47,7 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: No
 @ray.remote
 def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> Event:
     torch.set_num_threads(1)
-    space, events = Workspace(packed), list[Event]()
+    space, events = WorkerRunDir(packed), list[Event]()
     space.need("ingest")
     with measured("subsets", events.append) as counts:
         counts["subsets"] = unit[1]
@@ -56,7 +57,7 @@ def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> 
 
 
 @lru_cache(maxsize=1)
-def _trials(config: str, prepared: str) -> Trials:
+def _trials(config: str, prepared: str) -> SubsetTrials:
     """Kept between the tasks of a process, so that the training split is read once."""
     settings = Config.model_validate_json(config)
     return subset_trials(settings, Path(prepared), device(settings))

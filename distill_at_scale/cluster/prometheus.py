@@ -38,7 +38,7 @@ SHOWN = {  # key of a line of the distillation's log -> name and description of 
 }
 
 
-class Metrics:
+class PrometheusMetrics:
     """Turns events into counters and gauges."""
 
     name = "Ray's metrics"

@@ -29,15 +29,16 @@ from distill_at_scale.cluster.actor_pool import (
     work_of,
 )
 from distill_at_scale.cluster.session import pack
-from distill_at_scale.cluster.worker_run_dir import Workspace
+from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Event, Note, Spent, measured
+from distill_at_scale.core.events import Event, Note, TimeSpent, measured
 from distill_at_scale.data.prepared.format import Chunk
-from distill_at_scale.distillation.engine import Places
+from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
-from distill_at_scale.pipeline.executors.base import Advance, run_trial, score_piece
+from distill_at_scale.pipeline.executors.base import Advance
+from distill_at_scale.pipeline.executors.tasks import run_trial
 from distill_at_scale.pruning.proxies.train import checkpoint_path, finished_epochs
-from distill_at_scale.pruning.scoring.scorer import Scorer, Unit
+from distill_at_scale.pruning.scoring.scorer import Scorer, Unit, score_piece
 
 Work = Callable[[Sequence[Unit]], Iterator[int]]
 POLL = 0.5  # seconds between two looks at the finished epochs
@@ -68,7 +69,7 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, t
     look()
 
 
-def _together(space: Workspace, arguments: dict[str, Any]) -> None:
+def _together(space: WorkerRunDir, arguments: dict[str, Any]) -> None:
     """In one of a group of workers: every trial, its batches shared with the others."""
     prepared, checkpoints = space(arguments["prepared"]), space(arguments["checkpoints"])
     space.need("ingest")
@@ -101,7 +102,7 @@ def _side_by_side(
 
 @ray.remote
 def _trial(packed: dict[str, Any], prepared: str, checkpoints: str, trial: int, threads: int) -> Event:
-    space, events = Workspace(packed), list[Event]()
+    space, events = WorkerRunDir(packed), list[Event]()
     torch.set_num_threads(threads)
     folder = space(checkpoints)
     own = checkpoint_path(folder, trial, 0).parent
@@ -122,7 +123,7 @@ def score(
     _over_chunks(config, chunks, pieces, ScoringActor, arguments, advance, tell)
 
 
-def rank_patches(config: Config, places: Places, chunks: Sequence[Chunk], advance: Advance, tell: Tell) -> None:
+def rank_patches(config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance, tell: Tell) -> None:
     """Rank the patches of every chunk that has no piece yet, by the same kind of actors."""
     arguments = {"prepared": str(places.prepared), "networks": str(places.networks)}
     pieces = patch_ranking.pieces_folder(places.networks, config)
@@ -158,8 +159,8 @@ class ChunkActor:
     does = "work"
 
     def __init__(self, packed: dict[str, Any], **folders: str):
-        self.spent = Spent()
-        self.space = Workspace(packed)
+        self.spent = TimeSpent()
+        self.space = WorkerRunDir(packed)
         self.folders = {name: self.space(folder) for name, folder in folders.items()}
 
     def load(self, config: Config, device: torch.device) -> Work:

@@ -21,8 +21,8 @@ from distill_at_scale.config.sections import MlflowSection, WandbSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import Event
 from distill_at_scale.pipeline.monitoring.observers import Observer
-from distill_at_scale.pipeline.report.html import public
 from distill_at_scale.storage.filesystem import last_name
+from distill_at_scale.storage.redact import public
 from distill_at_scale.storage.run_dir import RunDir
 
 NOT_LOGGED = ("step", "of", "at")  # of a line of the log
@@ -31,7 +31,7 @@ NO_PARAMETERS = ("track.", "sweep.", "studies.")
 LONGEST = 500  # characters of a parameter
 
 
-class Backend(Protocol):
+class TrackerClient(Protocol):
     """A run that was begun with a tracker."""
 
     def log(self, values: Mapping[str, float], step: int | None) -> None: ...
@@ -67,9 +67,9 @@ def _need(package: str) -> None:
 class Tracker:
     """Hands events on as metrics; begins the run when there is something to tell."""
 
-    def __init__(self, name: str, config: Config, begin: Callable[[], Backend]):
+    def __init__(self, name: str, config: Config, begin: Callable[[], TrackerClient]):
         self.name, self.begin, self.folder = name, begin, RunDir.of(config.run).path
-        self.run: Backend | None = None
+        self.run: TrackerClient | None = None
         self.failed = False
         self.results: dict[str, list[float]] = {}
 

@@ -18,13 +18,13 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from distill_at_scale.cluster.actor_pool import LOST, cores, cores_each, lost_too_often
 from distill_at_scale.cluster.session import pack, plain_errors
-from distill_at_scale.cluster.worker_run_dir import Notes, Workspace
+from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import DistillationDiverged, GivenUp, Unreachable, UserError, WorkersLost
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FOLLOW, UNFINISHED
 
-Body = Callable[[Workspace, dict[str, Any]], None]
+Body = Callable[[WorkerRunDir, dict[str, Any]], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
 LEFT = "given up"  # what the latter says where the driver ends the run
 GROUP = "placement_group.txt"  # note of what the workers hold
@@ -148,7 +148,7 @@ def _worker(loop: dict[str, Any]) -> None:
     starts the workers again; any other exception is a failure, after which they resume.
     """
     torch.set_num_threads(loop["cpus"])
-    space = Workspace(loop["packed"])
+    space = WorkerRunDir(loop["packed"])
     notes = Notes(space(loop["work"]), space.config)
     if ray.train.get_context().get_world_rank() == 0:
         _note_group(notes)

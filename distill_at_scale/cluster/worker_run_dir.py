@@ -3,7 +3,7 @@
 On a disk that all nodes share, everybody sees it at the driver's path, and nothing here does anything. On object storage
 every node has a copy of its own: a process fetches what it reads before it calls what the core does, and stores what that
 publishes. On the driver's machine it sees the driver's copy, which the driver itself keeps. What the driver stores and
-fetches is in `exchange.py`.
+fetches is in `pipeline/executors/synced.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.working_copy import LOCK, WorkingCopy
 
 
-class Workspace:
+class WorkerRunDir:
     """What a worker does with the run folder; made from what the driver packed."""
 
     def __init__(self, packed: dict[str, Any]):

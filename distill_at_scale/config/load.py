@@ -1,8 +1,8 @@
 """One strict schema for a whole run: defaults <- YAML file <- dotted overrides.
 
 Every key has a type and a range; an unknown key or a wrong value stops the run before anything is computed and says
-what is allowed. The keys are in `sections.py` and `method_sections.py`. Names of interchangeable parts (a source, a
-criterion, a backend, a network) are plain strings here and are resolved in `registry.py`, so that this module depends on
+what is allowed. The keys are in `config/sections.py` and `config/methods.py`. Names of interchangeable parts (a source, a
+criterion, a backend, a network) are plain strings here and are resolved in `config/registry.py`, so that this module depends on
 nothing else in the package.
 """
 

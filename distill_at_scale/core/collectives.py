@@ -1,6 +1,6 @@
 """What a stage that runs in several processes needs of the others: sums, a shared signal, and gathering to rank 0.
 
-`Solo` is the single process; `Group` is a torch.distributed process group. Neither knows who started the processes.
+`SingleProcess` is one process alone; `ProcessGroup` is a torch.distributed process group. Neither starts processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Workers(Protocol):
         """The smallest value that is not None, everywhere."""
 
 
-class Solo:
+class SingleProcess:
     rank, size = 0, 1
 
     def sum_(self, tensors: list[Tensor]) -> None:
@@ -57,7 +57,7 @@ class Solo:
         return value
 
 
-class Group:
+class ProcessGroup:
     """An initialised default process group."""
 
     def __init__(self, device: torch.device):
@@ -96,4 +96,4 @@ class Group:
 def workers_here(device: torch.device) -> Workers:
     """The process group where one was initialised with several processes, else Solo."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return Group(device) if several else Solo()
+    return ProcessGroup(device) if several else SingleProcess()

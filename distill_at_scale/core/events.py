@@ -2,7 +2,7 @@
 
 Workers measure into these and send them home with their results; the driver hands each to every observer. Nothing here
 decides anything, so results do not depend on it. Left out: what observers make of events (the other files here, and
-`cluster/metrics.py`).
+`cluster/prometheus.py`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def at_once(what: What, name: str, values: Mapping[str, Any] | None = None, stag
     return Event(what, name, now, now, values=values or {}, stage=stage)
 
 
-class Spent:
+class TimeSpent:
     """Seconds that one worker spent, by purpose; two threads may add to it if each has purposes of its own."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Spent:
 
 
 @contextmanager
-def measured(name: str, note: Note, spent: Spent | None = None, what: What = "work") -> Iterator[dict[str, Any]]:
+def measured(name: str, note: Note, spent: TimeSpent | None = None, what: What = "work") -> Iterator[dict[str, Any]]:
     """Note the block as one event, with the counts that the block puts into the dict, once it has come to its end."""
     counts: dict[str, Any] = {}
     began = time.time()

@@ -24,7 +24,7 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 
 @dataclass(frozen=True)
-class Draw:
+class AugmentParams:
     """One family and uniform random numbers in [0, 1), [1 or n, 4], from which its parameters follow."""
 
     family: str | None
@@ -36,7 +36,7 @@ class Draw:
             return images
         if images.dim() == 5:
             each = self.numbers.expand(len(images), -1).repeat_interleave(images.shape[1], 0)
-            return Draw(self.family, each).apply(images.flatten(0, 1)).view(images.shape)
+            return AugmentParams(self.family, each).apply(images.flatten(0, 1)).view(images.shape)
         return FAMILIES[self.family](images, self.numbers.to(images.device).expand(len(images), -1))
 
 
@@ -48,12 +48,12 @@ class Augmentation:
         if unknown := [name for name in self.families if name not in FAMILIES]:
             raise UserError(f"unknown augmentation {unknown[0]!r} in {strategy!r}; known: none, or any of {SIAMESE}")
 
-    def draw(self, generator: torch.Generator, per_image: int | None = None) -> Draw:
+    def draw(self, generator: torch.Generator, per_image: int | None = None) -> AugmentParams:
         """One draw shared by a whole batch, or with `per_image` parameters for each of so many images."""
         if not self.families:
-            return Draw(None, torch.zeros(1, 4))
+            return AugmentParams(None, torch.zeros(1, 4))
         family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
-        return Draw(family, torch.rand(per_image or 1, 4, generator=generator))
+        return AugmentParams(family, torch.rand(per_image or 1, 4, generator=generator))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The one loop: a backend's steps, with checkpoints, resume, a log, and a clean stop where a loss is not finite.
 
 It runs the same in one process and in each worker of a group: every worker owns some classes and their synthetic
-images. State is gathered to rank 0 only to be saved (`checkpoint.py`), so all workers resume from the same step.
+images. State is gathered to rank 0 only to be saved (`distillation/checkpoint.py`), so all workers resume from the same step.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core.atomic_files import located
-from distill_at_scale.core.collectives import Solo, Workers
+from distill_at_scale.core.collectives import SingleProcess, Workers
 from distill_at_scale.core.environment import gpu_memory
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization, whitening_card
 from distill_at_scale.data.sampling import placement
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import checkpoint, evaluate
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.checkpoint import Saved
-from distill_at_scale.distillation.methods import BACKENDS
-from distill_at_scale.distillation.methods.base import Backend, Setting, WithDefaults, too_few
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.distillation.methods.base import Method, MethodContext, WithDefaults, too_few
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -55,22 +55,22 @@ LATE, DIVERGED = 1, 2  # what a worker may tell the others after a step: save a 
 Report = Callable[[dict[str, Any]], None]
 
 
-def backend_class(config: Config) -> type[Backend]:
+def method_class(config: Config) -> type[Method]:
     """The method; what one of the user's own leaves out of the contract it answers as most do."""
-    found = resolve("distill.method", config.distill.method, BACKENDS, BACKEND_CONTRACT)
+    found = resolve("distill.method", config.distill.method, METHODS, BACKEND_CONTRACT)
     return found if issubclass(found, WithDefaults) else type(found.__name__, (found, WithDefaults), {})
 
 
 def runtime_of(config: Config) -> dict[str, Any]:
     """What the card says of runtime pruning; methods without a real matching batch do none, and say why."""
-    reason = backend_class(config).no_runtime
+    reason = method_class(config).no_runtime
     if reason and config.runtime.rule != "none":
         return {"rule": "not applicable", "reason": reason}
     return config.runtime.model_dump()
 
 
 def step_count(config: Config) -> int:
-    return config.distill.steps or backend_class(config).default_steps
+    return config.distill.steps or method_class(config).default_steps
 
 
 class Classes(evaluate.Splits, Protocol):
@@ -90,18 +90,18 @@ def check(config: Config, prepared: Classes, kept_per_class: list[int]) -> None:
             raise UserError(
                 f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class"
             )
-        if backend_class(config).init_of(config) == "real" and kept < config.distill.ipc:
+        if method_class(config).init_of(config) == "real" and kept < config.distill.ipc:
             raise UserError(too_few(name, kept, config.distill.ipc))
     if config.distill.evaluate_every:
         evaluate.need_test_split(prepared)
-    if config.distill.most_workers > len(names) and backend_class(config).parallel == "classes":
+    if config.distill.most_workers > len(names) and method_class(config).parallel == "classes":
         raise UserError(
             f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}"
         )
 
 
 @dataclass(frozen=True)
-class Places:
+class DistillPaths:
     """Where the loop reads and writes."""
 
     prepared: Path
@@ -114,21 +114,23 @@ class Places:
     def state(self) -> Path:
         return self.work / "state.safetensors"
 
-    def located(self) -> Places:
-        return Places(*(located(path) for path in self.as_tuple()))
+    def located(self) -> DistillPaths:
+        return DistillPaths(*(located(path) for path in self.as_tuple()))
 
     def as_tuple(self) -> tuple[Path, ...]:
         return self.prepared, self.manifest, self.work, self.log, self.networks
 
 
-def setting_of(config: Config, prepared: Prepared, places: Places, workers: Workers, device: torch.device) -> Setting:
+def setting_of(
+    config: Config, prepared: PreparedDataset, places: DistillPaths, workers: Workers, device: torch.device
+) -> MethodContext:
     """What a worker's backend knows; of `classes` methods each worker owns every size-th class."""
     names, section = prepared.class_names, config.distill
     labels = list(range(len(names)))
-    if backend_class(config).parallel == "classes":
+    if method_class(config).parallel == "classes":
         labels = labels[workers.rank :: workers.size]
     spec = NetworkSpec(section.network, prepared.shape, len(names), section.width, section.depth, prepared.kind)
-    return Setting(
+    return MethodContext(
         config,
         spec,
         names,
@@ -141,25 +143,25 @@ def setting_of(config: Config, prepared: Prepared, places: Places, workers: Work
     )
 
 
-def missing_networks(config: Config, places: Places) -> list[str]:
+def missing_networks(config: Config, places: DistillPaths) -> list[str]:
     """The networks that the method needs and that have not been made yet."""
-    return [name for name in backend_class(config).networks(config) if not (places.networks / name).exists()]
+    return [name for name in method_class(config).networks(config) if not (places.networks / name).exists()]
 
 
 def make_network(
-    config: Config, places: Places, name: str, device: torch.device, labels: Sequence[int] | None = None
+    config: Config, places: DistillPaths, name: str, device: torch.device, labels: Sequence[int] | None = None
 ) -> None:
     """Make one of them, from the kept samples alone, of all classes or of some."""
-    prepared = Prepared(places.prepared)
+    prepared = PreparedDataset(places.prepared)
     chosen = range(len(prepared.class_names)) if labels is None else labels
-    setting = replace(setting_of(config, prepared, places, Solo(), device), labels=list(chosen))
+    setting = replace(setting_of(config, prepared, places, SingleProcess(), device), labels=list(chosen))
     hold = config.distill.hold
-    pool = Pool.load(prepared, places.manifest, setting.labels, config.distill_seed, device, hold)
+    pool = ClassSampler.load(prepared, places.manifest, setting.labels, config.distill_seed, device, hold)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
-        backend_class(config).make_network(name, setting, pool)
+        method_class(config).make_network(name, setting, pool)
 
 
-def shared_room(config: Config, workers: Workers, device: torch.device) -> placement.Room:
+def shared_room(config: Config, workers: Workers, device: torch.device) -> placement.MemoryBudget:
     """What one worker may fill with samples, where several share a machine; all must call it, and before they load."""
     found = placement.room(device, share=min(1.0, config.cluster.gpus_per_worker or 1.0))
     host = socket.gethostname()
@@ -171,17 +173,24 @@ class Distillation:
     """One worker's share of a distillation."""
 
     def __init__(
-        self, config: Config, places: Places, workers: Workers, device: torch.device, report: Report = lambda _: None
+        self,
+        config: Config,
+        places: DistillPaths,
+        workers: Workers,
+        device: torch.device,
+        report: Report = lambda _: None,
     ):
         self.config, self.places, self.workers, self.device, self.report = config, places, workers, device, report
-        self.prepared = Prepared(places.prepared)
+        self.prepared = PreparedDataset(places.prepared)
         self.steps = step_count(config)
         self.setting = setting_of(config, self.prepared, places, workers, device)
         hold, free = config.distill.hold, shared_room(config, workers, device)
-        pool = Pool.load(self.prepared, places.manifest, self.setting.labels, config.distill_seed, device, hold, free)
+        pool = ClassSampler.load(
+            self.prepared, places.manifest, self.setting.labels, config.distill_seed, device, hold, free
+        )
         self.held = pool.held
         self.normalization: Normalization = pool.normalization
-        self.backend = backend_class(config)(self.setting)
+        self.backend = method_class(config)(self.setting)
         self.backend.prepare(pool)
         self.snapshots: dict[int, Tensor] = {}
         self.logged = 0, 0.0  # step and seconds of the last line of the log
@@ -329,6 +338,6 @@ class Distillation:
             "steps": self.steps,
             "network": {"name": section.network, "width": section.width, "depth": section.depth},
             "runtime": runtime_of(self.config),
-            "protocol": backend_class(self.config).protocol(self.config).card(),
+            "protocol": method_class(self.config).protocol(self.config).card(),
             "seed": self.config.distill_seed,
         } | ({"kind": "tensors"} if self.prepared.kind == "tensors" else {})

@@ -21,7 +21,7 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation import synthetic_set
@@ -31,7 +31,7 @@ from distill_at_scale.models.spec import NetworkSpec
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """One network to train and test."""
 
     set: str  # distilled | random_real | kept | full
@@ -39,10 +39,15 @@ class Job:
     seed: int
 
 
-def jobs(config: Config) -> list[Job]:
+def jobs(config: Config) -> list[EvaluationJob]:
     controls = [] if config.evaluate.control == "none" else [config.evaluate.control]
     sets = ["distilled", *controls, *config.evaluate.bounds]
-    return [Job(s, n, seed) for s in sets for n in config.evaluate.networks for seed in range(config.evaluate.seeds)]
+    return [
+        EvaluationJob(s, n, seed)
+        for s in sets
+        for n in config.evaluate.networks
+        for seed in range(config.evaluate.seeds)
+    ]
 
 
 class Evaluator:
@@ -50,13 +55,13 @@ class Evaluator:
 
     def __init__(self, config: Config, prepared: Path, synthetic_folder: Path, manifest: Path, device: torch.device):
         self.config, self.device, self.manifest = config, device, manifest
-        self.prepared = Prepared(prepared)
+        self.prepared = PreparedDataset(prepared)
         need_test_split(self.prepared)
         self.synthetic = synthetic_set.load(synthetic_folder)
         pixels, labels = self.prepared.load("test")
         self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: EvaluationJob) -> dict[str, Any]:
         """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
 
         Raises DistillationDiverged where training does not stay finite, naming the job.
@@ -75,7 +80,7 @@ class Evaluator:
             )
         return {**asdict(job), **asdict(found), "seconds": round(time.perf_counter() - started, 3)}
 
-    def _protocol(self, job: Job) -> TrainingProtocol:
+    def _protocol(self, job: EvaluationJob) -> TrainingProtocol:
         expected = self.synthetic.protocol
         if job.set != "distilled" and "student_lr" in self.synthetic.card:  # learned for these images alone
             expected = replace(expected, lr=TrainingProtocol(1).lr)
@@ -86,7 +91,7 @@ class Evaluator:
         protocol = expected.overridden(self.config.evaluate)
         return replace(protocol, epochs=self.config.evaluate.bound_epochs) if job.set in ("kept", "full") else protocol
 
-    def _training_set(self, job: Job) -> TrainingSet:
+    def _training_set(self, job: EvaluationJob) -> TrainingSet:
         if job.set == "distilled":
             return self.synthetic.training_set()
         if job.set == "random_real":
@@ -119,7 +124,7 @@ def need_test_split(prepared: Splits) -> None:
 
 
 def random_real(
-    prepared: Prepared, ipc: int, seed: int, draw: int
+    prepared: PreparedDataset, ipc: int, seed: int, draw: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """ipc random training samples of every class (all of it, if it has fewer): pixels uint8 and labels."""
     pixels, labels = [], []

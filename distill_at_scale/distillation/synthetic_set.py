@@ -4,7 +4,7 @@
 labels (int64 [n]) and what else the method made (a soft label per image, for example); `card.json` says what the numbers
 mean, and `whitening.safetensors` is there where they are whitened. What is large and mostly not wanted (the labels of
 views, the teacher behind them) lies in files of its own, which are read when asked for. `load(folder)` is the one call that
-a user needs. The layouts themselves are in `exports.py`.
+a user needs. The layouts themselves are in `distillation/export.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     <run.dir>/auto/        the points that were tried, standing on the run's own ingest and scores
     <run.dir>/auto.json    rate, curve, confidence, seconds; read, not made again, while nothing that it depends on changes
 
-The rate that is taken is the smallest above which every tried one is sufficient too (`studies/bisection.py`). Short
+The rate that is taken is the smallest above which every tried one is sufficient too (`experiments/studies/bisection.py`). Short
 distillations stand for long ones, and the test split decides: the rate is a good guess, not a proof. Left out: how points
 are tried.
 """
@@ -19,16 +19,16 @@ from typing import Any
 from distill_at_scale.config.load import Config, flatten, with_overrides
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.core.hashing import digest
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import need_test_split
 from distill_at_scale.experiments.runners import PointRunner
-from distill_at_scale.experiments.studies.base import Context, mean_and_std
+from distill_at_scale.experiments.studies.base import StudyContext, mean_and_std
 from distill_at_scale.experiments.studies.bisection import Found, Search
 from distill_at_scale.experiments.studies.comparison import accuracies, difference
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir, address_of
-from distill_at_scale.storage.stage_record import digest
 from distill_at_scale.storage.sync import AUTO
 
 MakeRunner = Callable[[Config], AbstractContextManager[PointRunner]]
@@ -46,14 +46,14 @@ def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) ->
     if (known := read(run)) and known["made_with"] == wanted:
         say(f"auto: keep {known['rate']:.4g} was found before ({run.place(NAME)})")
         return float(known["rate"])
-    need_test_split(Prepared(run / "prepared"))
+    need_test_split(PreparedDataset(run / "prepared"))
     began = time.perf_counter()
     searched = searching(config)
     say(f"auto: looking for the smallest sufficient rate, {searched.distill.steps} steps a distillation")
     with make_runner(searched) as runner:
         runner.points.take_over(run)
         section = config.select.auto
-        context = Context(searched, runner, say)
+        context = StudyContext(searched, runner, say)
         found = Search(context, section.tolerance, section.lowest, section.points, section.seeds).run()
         against = _against_fixed(context, found) if config.select.scope == "adaptive" else {}
     report = (
@@ -133,7 +133,7 @@ def _report(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _against_fixed(context: Context, found: Found) -> dict[str, Any]:
+def _against_fixed(context: StudyContext, found: Found) -> dict[str, Any]:
     """The same rate with adaptive rates per class and with the same rate for every class."""
     adaptive = found.unbroken
     fixed = {"select.scope": "class", "select.per_class": None, "select.keep": adaptive.keep}

@@ -20,9 +20,10 @@ from typing import Any
 from distill_at_scale.config.load import Config, flatten, with_overrides
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import Busy, UserError, is_passing
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.experiments.studies.base import Outcome, Point
+from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.trials import Watch
 from distill_at_scale.pipeline import fingerprints
 from distill_at_scale.pipeline.executors.base import Executor
@@ -30,7 +31,6 @@ from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.stages.stages import MakeObservers, nobody
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir, address_of
-from distill_at_scale.storage.stage_record import digest
 from distill_at_scale.storage.sync import POINTS, SHARED
 from distill_at_scale.storage.working_copy import NOTES
 

@@ -1,6 +1,6 @@
 """What tries the points of studies: finished ones are read, the others are prepared and then tried, here or in warm actors.
 
-Left out: what a point is and where it lies (`points.py`), and trials of a sweep (`trials.py`).
+Left out: what a point is and where it lies (`experiments/points.py`), and trials of a sweep (`experiments/trials.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation.evaluate import need_test_split
+from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import MakeExecutor, Points, carry_out, outcome_of
-from distill_at_scale.experiments.studies.base import Outcome, Point
-from distill_at_scale.pipeline.executors.base import Executor, Local
+from distill_at_scale.pipeline.executors.base import Executor
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import AT_ONCE
 
@@ -54,7 +55,7 @@ class PointRunner:
                 todo.setdefault(config.run.dir, (config, named(point)))
         for point, config in zip(points, configs, strict=True):
             if config.run.dir in todo:
-                need_test_split(Prepared(self.points.prepare(point) / "prepared"))
+                need_test_split(PreparedDataset(self.points.prepare(point) / "prepared"))
         if todo:
             with self.display.meter("points", len(todo), "points") as meter:
                 for _ in self._try(list(todo.values())):
@@ -70,7 +71,7 @@ class LocalRunner(PointRunner):
     """Points one after the other in this process."""
 
     def __init__(self, config: Config, display: Display):
-        super().__init__(config, Local, display)
+        super().__init__(config, LocalExecutor, display)
 
     def _try(self, todo: Sequence[tuple[Config, str]]) -> Iterator[None]:
         for config, name in todo:
@@ -113,6 +114,6 @@ def try_out(values: dict[str, Any], name: str) -> None:
     wanted = config.cluster.address == "none" or config.cluster.gpus_per_worker
     device = torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
     try:
-        carry_out(config, Local(device))
+        carry_out(config, LocalExecutor(device))
     except UserError as error:
         raise type(error)(f"{name}: {error}") from None

@@ -1,6 +1,6 @@
 """Trials of a sweep: the contract of what runs several of them, and the one that takes them in turn in this process.
 
-`cluster/sweep.py` has the other one, on Ray Tune. Left out: what a trial is (`points.py`), and which are tried (`sweep/`).
+`cluster/tune_trials.py` has the other one, on Ray Tune. Left out: what a trial is (`experiments/points.py`), and which are tried (`sweep/`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.pipeline.executors.base import Executor, Local
+from distill_at_scale.pipeline.executors.base import Executor
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 
 Watch = Callable[[dict[str, Any]], None]  # takes every line of a distillation's log as it is written
 Body = Callable[[Config, Executor, Watch | None], None]  # runs one trial
@@ -38,7 +39,7 @@ class Done(Protocol):
         work in the trial's folder."""
 
 
-class Trials(Protocol):
+class TrialRunner(Protocol):
     """Where trials run."""
 
     def executor(self) -> Executor:
@@ -58,7 +59,7 @@ class OneByOne:
     """In this process, in turn; nothing is judged."""
 
     def executor(self) -> Executor:
-        return Local()
+        return LocalExecutor()
 
     def check(self, config: Config) -> None:
         pass

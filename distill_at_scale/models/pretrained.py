@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.models.spec import OF_CLIPS, TORCHVISION, NetworkSpec, is_of_torchvision
 from distill_at_scale.models.torchvision_weights import Published, explain, fits, similar
 from distill_at_scale.models.torchvision_weights import published as find_published
-from distill_at_scale.storage.stage_record import digest
 
 State = dict[str, Tensor]
 MOST_EXPANDED = 16  # times the file: weights may share their bytes, and a pickle may repeat one number without end

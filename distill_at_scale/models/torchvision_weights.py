@@ -1,6 +1,6 @@
 """The weights that torchvision publishes, as it describes them itself: name, file, network, classes, normalisation.
 
-They are known offline; nothing is downloaded. `weights.py` looks for the files in torch's own folder.
+They are known offline; nothing is downloaded. `models/pretrained.py` looks for the files in torch's own folder.
 """
 
 from __future__ import annotations

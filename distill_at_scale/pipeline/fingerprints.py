@@ -13,7 +13,7 @@ from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.config.sections import DataSection, EvaluateSection, ScoreSection, Section
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.clip import decoders_for
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.models import pretrained
@@ -21,7 +21,7 @@ from distill_at_scale.pipeline.report import run_report
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, criteria_of
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
 OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
@@ -42,7 +42,7 @@ OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_li
 TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
 
 
-def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
+def inputs(stage: str, config: Config, run: RunDir) -> StageInputs:
     """The inputs of a stage after ingest.
 
     Raises UserError where an earlier stage has not been run, or its output is no longer whole.
@@ -52,12 +52,12 @@ def inputs(stage: str, config: Config, run: RunDir) -> Inputs:
     ](config, run)
     content = {name: run.content(name) for name in reads}
     if stage == "report":
-        content["page"] = run_report.version()
+        content["page"] = str(run_report.VERSION)
     if stage == "score":
         content |= _weights(config, run) | _imported(config, run)
     if stage == "distill":
         content |= _teacher(config, run)
-    return Inputs(values, content)
+    return StageInputs(values, content)
 
 
 def _weights(config: Config, run: RunDir) -> dict[str, str]:
@@ -89,7 +89,7 @@ def _imported(config: Config, run: RunDir) -> dict[str, str]:
 def _teacher(config: Config, run: RunDir) -> dict[str, str]:
     """Ready-made weights of a teacher by content; where they are gone, what the finished stage was made with."""
     try:
-        found = distill.backend_class(config).network_options(config).get("teacher_weights")
+        found = distill.method_class(config).network_options(config).get("teacher_weights")
     except UserError:
         record = run.record("distill")
         if record is None or "teacher weights" not in record["content"]:
@@ -134,11 +134,11 @@ def select(config: Config, run: RunDir) -> Dependence:
     return _section(config, "select") | {f"select.{key}": value for key, value in resolved.items()}, ("score",)
 
 
-def networks(config: Config, run: RunDir) -> Inputs:
+def networks(config: Config, run: RunDir) -> StageInputs:
     """Behind the experts or the teacher of a method: whatever decides their weights, and nothing else of the method."""
-    options = distill.backend_class(config).network_options(config)
+    options = distill.method_class(config).network_options(config)
     content = {name: run.content(name) for name in ("ingest", "select")}
-    return Inputs(options | {"distill.seed": config.distill_seed}, content)
+    return StageInputs(options | {"distill.seed": config.distill_seed}, content)
 
 
 def distillation(config: Config, run: RunDir) -> Dependence:
@@ -153,7 +153,7 @@ def distillation(config: Config, run: RunDir) -> Dependence:
 def _runtime(config: Config) -> dict[str, Any]:
     """What runtime pruning depends on: nothing where there is none, and the thresholds' keys only where there are some."""
     rule = config.runtime.rule
-    if rule == "none" or distill.backend_class(config).no_runtime:
+    if rule == "none" or distill.method_class(config).no_runtime:
         return {"runtime.rule": "none"}
     of_effects = ("runtime.tail", "runtime.probes", "runtime.decay")
     return {k: v for k, v in flatten(config.runtime, "runtime.").items() if rule == "ite" or k not in of_effects}
@@ -165,7 +165,7 @@ def evaluation(config: Config, run: RunDir) -> Dependence:
 
 
 def page(config: Config, run: RunDir) -> Dependence:
-    evaluated = run.record("evaluate") is not None or Prepared(run / "prepared").has_test()
+    evaluated = run.record("evaluate") is not None or PreparedDataset(run / "prepared").has_test()
     return {}, ("ingest", "score", "select", "distill", *(("evaluate",) if evaluated else ()))
 
 

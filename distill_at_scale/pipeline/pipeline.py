@@ -1,6 +1,6 @@
 """The stages in order. Each reads one artefact and writes one, is skipped where its valid output is there, and resumes.
 
-This file says when a stage runs and what it depends on; what it calls and publishes is in `stages.py`.
+This file says when a stage runs and what it depends on; what it calls and publishes is in `pipeline/stages.py`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from distill_at_scale.core.events import Event, at_once
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.merge import unusable, write_rejected
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.pipeline import fingerprints, validate
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.planning import facts as known
 from distill_at_scale.pipeline.planning import forecast
 from distill_at_scale.pipeline.planning.machine import here
-from distill_at_scale.pipeline.planning.plan import Outcome
+from distill_at_scale.pipeline.planning.plan import RunPlan
 from distill_at_scale.pipeline.stages.stages import MakeObservers, Stages, nobody
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.storage.run_dir import STAGES
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 
 class Pipeline(Stages):
@@ -57,7 +57,11 @@ class Pipeline(Stages):
         with self.dir.lock():
             try:
                 for stage in stages:
-                    if stage == "evaluate" and len(stages) > 1 and not Prepared(self.dir / "prepared").has_test():
+                    if (
+                        stage == "evaluate"
+                        and len(stages) > 1
+                        and not PreparedDataset(self.dir / "prepared").has_test()
+                    ):
                         self.display.say("evaluate: left out, the data set has no test split (data.holdout makes one)")
                         continue
                     if stage == "select" and self.config.select.keep == "auto":
@@ -97,7 +101,7 @@ class Pipeline(Stages):
         validate.check_weights(self.config, planned)
         imported.check(self.config, plan)
         distill.check(self.config, planned, planned.counts)
-        inputs = Inputs(fingerprints.data(self.config), {"source": plan.source})
+        inputs = StageInputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
         self._say_plan(plan)
         if self.config.data.transform != "none":
@@ -114,7 +118,7 @@ class Pipeline(Stages):
             self.display.say(line)
         return unusable(listed).num_rows
 
-    def forecast(self) -> Outcome:
+    def forecast(self) -> RunPlan:
         """What every stage will take, from a few measured micro-steps; published as plan.json and returned.
 
         Raises UserError for what no stage could do; what does not fit is among the outcome's problems.
@@ -125,7 +129,7 @@ class Pipeline(Stages):
         finished = self._finished()
         if "ingest" in finished:
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
-            facts = known.of_prepared(self.config, Prepared(self.dir / "prepared"), chosen)
+            facts = known.of_prepared(self.config, PreparedDataset(self.dir / "prepared"), chosen)
         else:
             facts = known.of_listing(self.config, ingest.plan(self.config))
         validate.check_networks(self.config, facts)
@@ -173,7 +177,7 @@ class Pipeline(Stages):
         finally:
             self.observers.note(Event("stage", ended, began, time.time()))
 
-    def _carry_out(self, stage: str, inputs: Inputs) -> None:
+    def _carry_out(self, stage: str, inputs: StageInputs) -> None:
         self.display.say(f"{stage}: started")
         self.dir.sweep()
         self.dir.withdraw(stage)
@@ -185,11 +189,11 @@ class Pipeline(Stages):
         shutil.rmtree(self.dir.work(stage, inputs))
         self.display.say(f"{stage}: finished in {time.perf_counter() - began:.1f} s")
 
-    def inputs(self, stage: str) -> Inputs:
+    def inputs(self, stage: str) -> StageInputs:
         """The configuration values and contents that a stage depends on."""
         return self._ingest_inputs() if stage == "ingest" else fingerprints.inputs(stage, self.config, self.dir)
 
-    def _ingest_inputs(self) -> Inputs:
+    def _ingest_inputs(self) -> StageInputs:
         config = fingerprints.data(self.config)
         try:
             self.plan = ingest.plan(self.config)
@@ -198,8 +202,8 @@ class Pipeline(Stages):
             if record is None or record["config"] != json.loads(json.dumps(config)):
                 raise
             self.display.say(f"ingest: the source cannot be read now ({error}); what was ingested before is used")
-            return Inputs(config, record["content"])
-        return Inputs(config, {"source": self.plan.source})
+            return StageInputs(config, record["content"])
+        return StageInputs(config, {"source": self.plan.source})
 
 
 def decided(config: Config, rate: float) -> Config:

@@ -111,7 +111,7 @@ def _check_augmentations(config: Config) -> None:
 
 
 def _protocol(config: Config) -> TrainingProtocol:
-    found = distill.backend_class(config).protocol(config)
+    found = distill.method_class(config).protocol(config)
     if not isinstance(found, TrainingProtocol):
         raise UserError(
             f"distill.method = {config.distill.method!r} does not keep the contract: its protocol(config) gives "
@@ -152,7 +152,7 @@ class Shaped(Protocol):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedDataset:
     shape: tuple[int, ...]
     class_names: list[str]
     source_class_names: list[str]
@@ -164,14 +164,14 @@ class Planned:
         return self.tested
 
 
-def planned(config: Config, plan: ingest.Plan) -> Planned:
+def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
     """What the prepared data will be; which classes a choice by variance leaves is not known yet, the largest stand in.
 
     Raises UserError where `data.transform` needs more classes than there are.
     """
     counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
     left = derived_splits.forecast(config.data, counts, config.run.seed)
-    return Planned(
+    return PlannedDataset(
         sample_shape(config.data),
         [plan.class_names[label] for label in left.classes],
         plan.source_class_names,
@@ -188,7 +188,7 @@ def check_networks(config: Config, prepared: Shaped) -> None:
     """
     for key, name, width, depth in _wanted(config):
         spec = NetworkSpec(name, prepared.shape, len(prepared.class_names), width, depth, prepared.kind)
-        _check_network(key, spec, distill.backend_class(config).batch_norm)
+        _check_network(key, spec, distill.method_class(config).batch_norm)
 
 
 def check_weights(config: Config, prepared: Shaped) -> None:
@@ -231,7 +231,7 @@ def _check_network(key: str, spec: NetworkSpec, batch_norm: str) -> None:
         raise UserError(f"{key} = {spec.name!r} cannot take images of shape {spec.shape}: {error}") from None
 
 
-def space(config: Config, plan: ingest.Plan, free: int) -> str:
+def space(config: Config, plan: ingest.IngestPlan, free: int) -> str:
     """What an ingest needs on the disk at its end, when pieces and shards are both there; `free` is in bytes."""
     part = JPEG_PART if stores_jpeg(config.data) else 1
     each = math.prod(sample_shape(config.data)) * (4 if sample_types.holds_tensors(config.data) else 1)
@@ -244,7 +244,7 @@ def space(config: Config, plan: ingest.Plan, free: int) -> str:
     return line + (": NOT ENOUGH, it will stop when the disk is full" if needed > free else "")
 
 
-def summary(plan: ingest.Plan, listed: pa.Table, path: Path) -> list[str]:
+def summary(plan: ingest.IngestPlan, listed: pa.Table, path: Path) -> list[str]:
     """What a user wants to read after every sample was looked at; `listed` has the schema `merge.SET_ASIDE`.
 
     Raises UserError where a class would lose all its training samples.

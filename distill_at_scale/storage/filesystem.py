@@ -70,7 +70,7 @@ def unanswered(error: OSError) -> bool:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileInfo:
     """A file: its path relative to the root, and its size in bytes (-1 where it cannot be looked at)."""
 
     path: str
@@ -109,10 +109,10 @@ class Store:
         order = pc.sort_indices(paths)
         return paths.take(order), sizes.take(order)
 
-    def files(self, folder: str = "") -> list[Entry]:
+    def files(self, folder: str = "") -> list[FileInfo]:
         """Every file below a folder, at any depth, sorted by path; hidden ones are left out."""
         paths, sizes = self.table(folder)
-        return [Entry(path, size) for path, size in zip(paths.to_pylist(), sizes.to_pylist(), strict=True)]
+        return [FileInfo(path, size) for path, size in zip(paths.to_pylist(), sizes.to_pylist(), strict=True)]
 
     def names(self, folder: str = "") -> tuple[list[str], list[str]]:
         """The names of the folders and of the files right below a folder, sorted; hidden ones are left out."""

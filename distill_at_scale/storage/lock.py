@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.core.errors import Busy, UserError
-from distill_at_scale.storage.object_store import Bucket
+from distill_at_scale.storage.object_store import ObjectStore
 
 NAME = ".lease.json"
 BEAT = 10.0  # seconds between two beats
@@ -28,10 +28,10 @@ SETTLE = 1.0  # seconds between writing one's name and reading it back
 LOOK = 2.0  # seconds between two looks at another's beat
 
 
-class Lease:
+class StorageLock:
     """Held between `take` and `release`."""
 
-    def __init__(self, bucket: Bucket):
+    def __init__(self, bucket: ObjectStore):
         self.bucket, self.token, self.beats = bucket, uuid.uuid4().hex, 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)

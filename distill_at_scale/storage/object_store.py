@@ -1,7 +1,7 @@
 """A folder on object storage (`s3://…`, `gs://…`): single files, which are there whole or not at all.
 
 Nothing relies on renaming. What the storage refuses for a while is asked again, and said; what it refuses for good is one
-error. Left out: the working copy (`mirror.py`).
+error. Left out: the working copy (`storage/sync.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_remote(path: str | Path) -> bool:
     return is_uri(str(path)) and not str(path).startswith("file://")
 
 
-class Bucket:
+class ObjectStore:
     """The folder `uri`. Names are POSIX paths in it; "" is the folder itself.
 
     What is refused is tried again for `patience` seconds, and then is Unreachable, which says what it was.

@@ -5,7 +5,7 @@ depended on (its configuration and the content hashes of its inputs) and what it
 fingerprint is the hash of the former. Where data lies, how many workers ran and where the run folder is are never
 part of it.
 
-A folder on object storage is worked on in a copy on this machine's disk (`working_copy.py`): `path` is that copy.
+A folder on object storage is worked on in a copy on this machine's disk (`storage/working_copy.py`): `path` is that copy.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 from distill_at_scale.config.sections import RunSection
 from distill_at_scale.core.atomic_files import file_digests, files_in, publish, write_json
 from distill_at_scale.core.errors import Busy, UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage.object_store import Say, is_remote
-from distill_at_scale.storage.stage_record import LINKED, Inputs, checked, digest, is_artefact
-from distill_at_scale.storage.sync import Mirror, scratch_of
+from distill_at_scale.storage.stage_record import LINKED, StageInputs, checked, is_artefact
+from distill_at_scale.storage.sync import FolderSync, scratch_of
 from distill_at_scale.storage.working_copy import LOCK, WorkingCopy, link, tops, work_name
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
@@ -51,7 +52,7 @@ class RunDir:
         if not is_remote(run.dir):
             return cls(run.dir.removeprefix("file://"), reuse)
         path = scratch_of(run.dir, run.scratch)
-        return cls(path, reuse, WorkingCopy(Mirror(run.dir, path, run.retry_seconds, say)))
+        return cls(path, reuse, WorkingCopy(FolderSync(run.dir, path, run.retry_seconds, say)))
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -143,7 +144,7 @@ class RunDir:
         for left in [path for pattern in half for path in self.path.glob(pattern)]:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
-    def work(self, stage: str, inputs: Inputs) -> Path:
+    def work(self, stage: str, inputs: StageInputs) -> Path:
         """The folder for a stage's unfinished work; belongs to one fingerprint, so it can always be resumed from."""
         folder = self.path / work_name(stage, inputs.fingerprint)
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ class RunDir:
                 f"{self.place(f'stages/{stage}.json')} is damaged ({error}); remove it to run {stage} again"
             ) from None
 
-    def valid(self, stage: str, inputs: Inputs, redo: bool = False) -> bool:
+    def valid(self, stage: str, inputs: StageInputs, redo: bool = False) -> bool:
         """Whether the stage's output for exactly these inputs is there and whole.
 
         Raises UserError where the folder holds the output of another configuration, with the difference; with `redo` that
@@ -180,7 +181,7 @@ class RunDir:
             )
         return self._whole(stage, record)
 
-    def complete(self, stage: str, inputs: Inputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
+    def complete(self, stage: str, inputs: StageInputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
         """Publish the record of a stage whose outputs are all in place."""
         found = file_digests([p for path in outputs for p in files_in(path)])
         files = {path.relative_to(self.path).as_posix(): entry for path, entry in found.items()}
@@ -231,7 +232,7 @@ class RunDir:
                 raise UserError(f"{self.place(name)} is {state}; remove {record_of} to run {stage} again")
         return True
 
-    def _take_over(self, stage: str, inputs: Inputs) -> bool:
+    def _take_over(self, stage: str, inputs: StageInputs) -> bool:
         """Link the same output from the run named in run.reuse, if it is there."""
         record = self.reuse.record(stage) if self.reuse else None
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:

@@ -5,7 +5,6 @@ A record may come from somebody else's run, so its form and the names in it are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from distill_at_scale.core.hashing import digest
+
 # of a run inside another folder, as those of a sweep: where the output of a stage lies that it shares, seen from that folder;
 # the folder's own run is ".."
 LINKED, LINKS = "linked_to", re.compile(r"\.\.|shared/(data|scores)-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class StageInputs:
     """What a stage depends on: flat configuration values and the content hashes of what it reads."""
 
     config: Mapping[str, Any]
@@ -65,11 +66,6 @@ def is_artefact(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
     return bool(path.parts) and not path.is_absolute() and not hidden and path.parts[0] != "stages" and "\0" not in name
-
-
-def digest(value: Any) -> str:
-    """SHA-256 (hex, 32 digits) of a JSON-able value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _short(value: Any) -> str:

@@ -2,8 +2,8 @@
 
 As rsync does, a file counts as the same where size and time are: what was fetched or stored carries the storage's time.
 Hidden files are half-written and stay here, but for those in `.work`, and so do links. The runs of a sweep, in its folder,
-have copies of their own. Left out: how single files travel (`bucket.py`), who may
-work in the folder (`lease.py`), and what of it is finished (`working_copy.py`).
+have copies of their own. Left out: how single files travel (`storage/object_store.py`), who may
+work in the folder (`storage/lock.py`), and what of it is finished (`storage/working_copy.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.filesystem import inside, shown
-from distill_at_scale.storage.object_store import Bucket, Say
+from distill_at_scale.storage.object_store import ObjectStore, Say
 
 AT_ONCE = 8  # transfers side by side
 MAPPED = 64 * 2**20  # bytes; larger files are stored from the page cache, and are never changed in place
@@ -42,17 +42,17 @@ def scratch_of(uri: str, scratch: str | None = None) -> Path:
 
 def fetched(uri: str, name: str) -> Path:
     """A copy, to be read, of what a URI holds: of its folder `name`, where it has such a one."""
-    mirror = Mirror(uri, scratch_of(uri).with_suffix(".read"), PATIENCE)
+    mirror = FolderSync(uri, scratch_of(uri).with_suffix(".read"), PATIENCE)
     mirror.make()
     mirror.renew(*([name] if mirror.holds(name) else []))
     return mirror.local
 
 
-class Mirror:
-    """The working copy `local` of the folder `uri`; `patience` and `say` are those of `Bucket`."""
+class FolderSync:
+    """The working copy `local` of the folder `uri`; `patience` and `say` are those of `ObjectStore`."""
 
     def __init__(self, uri: str, local: Path, patience: float, say: Say = lambda text: None):
-        self.bucket, self.local = Bucket(uri, patience, say), local
+        self.bucket, self.local = ObjectStore(uri, patience, say), local
         self._known: dict[str, tuple[int, int]] = {}  # files that are the same here and there: size, time in ns
         self._guard = threading.RLock()
 

@@ -20,9 +20,9 @@ from typing import Any, TextIO
 
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.storage.filesystem import inside, shown
-from distill_at_scale.storage.lock import Lease
+from distill_at_scale.storage.lock import StorageLock
 from distill_at_scale.storage.stage_record import LINKED, checked, is_artefact
-from distill_at_scale.storage.sync import POINTS, SHARED, UNFINISHED, Mirror, repeated, scratch_of
+from distill_at_scale.storage.sync import POINTS, SHARED, UNFINISHED, FolderSync, repeated, scratch_of
 
 DIGEST = re.compile("[0-9a-f]{32}")
 IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
@@ -33,8 +33,8 @@ NOTES = ("stopped.json", "failed.json")  # of a point: there or not, as whoever 
 class WorkingCopy:
     """A mirror that knows of stages, and of who works in it."""
 
-    def __init__(self, mirror: Mirror):
-        self.mirror, self.lease = mirror, Lease(mirror.bucket)
+    def __init__(self, mirror: FolderSync):
+        self.mirror, self.lease = mirror, StorageLock(mirror.bucket)
 
     @property
     def path(self) -> Path:
@@ -55,7 +55,7 @@ class WorkingCopy:
         bucket = self.mirror.bucket
         bucket.hurry.clear()
         bucket.barred.clear()
-        self.lease = Lease(bucket)
+        self.lease = StorageLock(bucket)
         lock.truncate(0)
         lock.write(self.lease.token)
         lock.flush()
@@ -119,7 +119,7 @@ class WorkingCopy:
         bucket = self.mirror.bucket
         uri = inside(bucket.uri, f"../../{link}")
         path = self.path.parent / scratch_of(uri).name
-        return WorkingCopy(Mirror(uri, path, bucket.patience, bucket.say))
+        return WorkingCopy(FolderSync(uri, path, bucket.patience, bucket.say))
 
     def way_to(self, other: WorkingCopy) -> str:
         """What `beside` takes."""

@@ -140,7 +140,7 @@ def run(config: Config, of: Constants, gpus: int) -> Parts:
     parts["score"] = POOL + max(passes / gpus, handed) + SAMPLES / of.joined
     parts["distill"] = TRAIN + distill.step_count(config) * _step(config, own, of, gpus)
     jobs = evaluate.jobs(config)
-    protocol = distill.backend_class(config).protocol(config).overridden(evaluating)
+    protocol = distill.method_class(config).protocol(config).overridden(evaluating)
     training = CLASSES * distilling.ipc * protocol.epochs * TRAINED + TESTS
     parts["evaluate"] = TASKS + math.ceil(len(jobs) / gpus) * training * flops(own) / of.flops
     return parts

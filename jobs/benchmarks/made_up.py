@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources.base import listing
-from distill_at_scale.storage.stage_record import digest
 
 SAMPLES, CLASSES, LARGEST, SMALLEST, FULL = 1_281_167, 1000, 1300, 732, 895
 SIDE, TEST_EACH = 16, 2

@@ -20,7 +20,7 @@ from pathlib import Path
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.progress import Display
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 
 LEVELS = {"none": ["select.keep=1", "runtime.rule=none"], "static": ["runtime.rule=none"], "both": []}
@@ -59,7 +59,7 @@ def _row(options: argparse.Namespace, base: list[str], method: str, ipc: int, le
 
 
 def _run(config: Config, stages: tuple[str, ...]) -> None:
-    Pipeline(config, Local, Display()).run(stages)
+    Pipeline(config, LocalExecutor, Display()).run(stages)
 
 
 def _table(out: Path) -> str:

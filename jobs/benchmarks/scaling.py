@@ -31,11 +31,11 @@ import torch
 from side_by_side import Clock, columns, roof
 
 from distill_at_scale.config.load import Config, validate
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.environment import environment
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
-from distill_at_scale.distillation.engine import Distillation, Places
+from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import dummy_data
 from distill_at_scale.pipeline.planning.facts import Facts
@@ -118,7 +118,7 @@ def scoring(options: argparse.Namespace, folder: Path) -> list[Case]:
     facts = _facts(range(1))
     made = dummy_data.write(folder / "scored", facts, [0], CHUNK, CHUNK)
     dummy_data.write_checkpoints(folder / "proxies", NetworkSpec("convnet", SHAPE, 1, WIDTH), EPOCHS)
-    one = Prepared(made.prepared).chunks()[0]
+    one = PreparedDataset(made.prepared).chunks()[0]
 
     def by_actors(actors: int, samples: int) -> Callable[[Path], tuple[float, float]]:
         return lambda place: _score(actors, made.prepared, folder / "proxies", _chunks(one, samples), place)
@@ -164,7 +164,7 @@ def plain_scoring(
     _pin(core)
     work, scorer = Path(place) / str(core), Scorer(_scores(1), Path(prepared), Path(proxies), CPU)
     work.mkdir()
-    chunks = _chunks(Prepared(prepared).chunks()[0], samples + CHUNK)
+    chunks = _chunks(PreparedDataset(prepared).chunks()[0], samples + CHUNK)
     scored = scorer.score([(chunk, work / f"{chunk.index}.parquet") for chunk in chunks])
     next(scored)
     ready()
@@ -215,7 +215,7 @@ def _distill(workers: int, config: Config, made: dummy_data.MadeUp, classes: int
     from distill_at_scale.cluster.executor import RayExecutor
 
     lines: list[dict[str, Any]] = []
-    places, began = Places(made.prepared, made.manifest, place, place / "metrics.jsonl"), time.perf_counter()
+    places, began = DistillPaths(made.prepared, made.manifest, place, place / "metrics.jsonl"), time.perf_counter()
     executor = RayExecutor(config, lambda text: None, sharing=2 // workers)  # so that a worker has one core
     executor.distill(config, places, lines.append)
     whole = time.perf_counter() - began
@@ -231,8 +231,8 @@ def plain_distillation(
     _pin(core)
     work = Path(place) / str(core)
     work.mkdir()
-    places = Places(Path(folders[0]), Path(folders[1]), work, work / "metrics.jsonl")
-    made = Distillation(_distils(method, 1, steps), places, Solo(), CPU)
+    places = DistillPaths(Path(folders[0]), Path(folders[1]), work, work / "metrics.jsonl")
+    made = Distillation(_distils(method, 1, steps), places, SingleProcess(), CPU)
     for i in range(3):
         made.backend.step(i)
     ready()

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from distill_at_scale.config.load import validate
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.data.codecs.image import ImageDecoder
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import group_rows, schema, to_table, write_meta, write_shards
 from distill_at_scale.models.spec import NetworkSpec, in_parts
 from distill_at_scale.pruning.proxies.train import checkpoint_path
@@ -142,7 +142,9 @@ def _measure(
     if row in ("ours", "one actor"):
         actors = options.cores if row == "ours" else 1
         return ours(options, folder, prepared, count, samples // (1 if row == "ours" else 2), actors)
-    spec = NetworkSpec("convnet", Prepared(prepared).shape, len(Prepared(prepared).class_names), options.width)
+    spec = NetworkSpec(
+        "convnet", PreparedDataset(prepared).shape, len(PreparedDataset(prepared).class_names), options.width
+    )
     states = [_weights(folder / "proxies", epoch) for epoch in range(count)]
     measure = _loader if row == "loader" else _naive
     return measure(spec, states, files, options, min(samples, SLOW))
@@ -167,7 +169,7 @@ def forward_alone(
 ) -> int:
     """The fastest forward passes that we know of: compiled, channels last, a batch that fits the cache, one thread."""
     torch.set_num_threads(1)
-    data = Prepared(prepared)
+    data = PreparedDataset(prepared)
     spec = NetworkSpec(network, data.shape, len(data.class_names), width)
     pixels = torch.from_numpy(np.array(data.pixels(data.read(data.chunks()[core]))))
     at_once = spec.at_once(torch.device("cpu"))
@@ -192,7 +194,7 @@ def ours(options: argparse.Namespace, folder: Path, prepared: Path, count: int, 
     config = validate({"score": {"trials": 1, "epochs": count, "network": options.network, "width": options.width,
                                  "compile": "always"},
                        "cluster": {"actors": actors}})  # fmt: skip
-    held = Prepared(prepared).chunks()
+    held = PreparedDataset(prepared).chunks()
     chunks = [replace(held[i % len(held)], index=i) for i in range(-(-samples // held[0].rows))]  # again and again
     pieces = folder / f"pieces-{count}-{actors}"
     pieces.mkdir()

@@ -40,7 +40,7 @@ from distill_at_scale.cluster.session import quieten
 from distill_at_scale.config.load import Config, validate
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.environment import environment
-from distill_at_scale.core.events import Spent
+from distill_at_scale.core.events import TimeSpent
 
 # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
 CHUNK, CHUNKS, CHECKPOINTS = 1024, 1310, 25
@@ -55,7 +55,7 @@ class Sleeper:
     does = "score"
 
     def __init__(self, seconds: float, publishes: bool):
-        self.spent = Spent()
+        self.spent = TimeSpent()
         self.seconds, self.publishes = seconds, publishes
         losses = pa.array(np.random.default_rng(0).gamma(2.0, 1.0, CHUNK * CHECKPOINTS).astype(np.float32))
         ids = [f"train/n{1440764 + i % 2:08d}/n01440764_{i:08d}.JPEG" for i in range(CHUNK)]

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from distill_at_scale.config.load import validate
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.environment import environment
 from distill_at_scale.core.rng import derive
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.engine import backend_class
-from distill_at_scale.distillation.methods.base import ImageBackend, Setting
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.engine import method_class
+from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.models.spec import NetworkSpec
 from jobs.benchmarks import textbook
 
@@ -103,29 +103,29 @@ def _spec(options: argparse.Namespace) -> NetworkSpec:
     return NetworkSpec("convnet3d" if options.clips else "convnet", _shape(options), options.classes, options.width)
 
 
-def _pool(options: argparse.Namespace, device: torch.device) -> Pool:
+def _pool(options: argparse.Namespace, device: torch.device) -> ClassSampler:
     chance, shape = torch.Generator().manual_seed(0), (max(options.real, options.held), *_shape(options))
     pixels = {
         c: torch.randint(256, shape, generator=chance, dtype=torch.uint8).to(device) for c in range(options.classes)
     }
-    return Pool(pixels, Normalization((0.5,) * 3, (1.0,) * 3), seed=0)  # so that IDC's rate needs no scale
+    return ClassSampler(pixels, Normalization((0.5,) * 3, (1.0,) * 3), seed=0)  # so that IDC's rate needs no scale
 
 
 def _backend(
     options: argparse.Namespace, method: str, ipc: int, device: torch.device, runtime: dict[str, object]
-) -> ImageBackend:
+) -> ImageMethod:
     loops: dict[str, dict[str, object]] = {"dc": {"outer": 1}, "dsa": {"outer": 1}, "idc": {"inner": 1}, "dm": {}}
     section = {"real_batch": options.real, "augment": "none", "image_lr": 1e-30, "init": "noise", **loops[method]}
     section |= {"synthetic_batch": 10_000} if method == "idc" else {}
     config = validate({"distill": {"method": method, "ipc": ipc, method: section}, "runtime": runtime})
     classes = list(range(options.classes))
-    setting = Setting(config, _spec(options), [str(c) for c in classes], classes, Solo(), device, 1000)
-    made = backend_class(config)(setting)
-    assert isinstance(made, ImageBackend)
+    setting = MethodContext(config, _spec(options), [str(c) for c in classes], classes, SingleProcess(), device, 1000)
+    made = method_class(config)(setting)
+    assert isinstance(made, ImageMethod)
     return made
 
 
-def _ours(backend: ImageBackend, images: torch.Tensor) -> Row:
+def _ours(backend: ImageMethod, images: torch.Tensor) -> Row:
     def step(i: int) -> torch.Tensor:
         with torch.no_grad():
             backend.images.copy_(images)
@@ -136,7 +136,7 @@ def _ours(backend: ImageBackend, images: torch.Tensor) -> Row:
     return step
 
 
-def _textbook(options: argparse.Namespace, method: str, pool: Pool, images: torch.Tensor, drop: float) -> Row:
+def _textbook(options: argparse.Namespace, method: str, pool: ClassSampler, images: torch.Tensor, drop: float) -> Row:
     spec = _spec(options)
 
     def step(i: int) -> torch.Tensor:

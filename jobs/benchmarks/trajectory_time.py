@@ -3,7 +3,7 @@
     python jobs/benchmarks/trajectory_time.py [--steps 10] [--ipc 1] [--width 128] [--repeats 3] [--threads 1]
 
 Made-up images in CIFAR-10's shape. The textbook slices every parameter out of the flat vector and sends a whole batch through
-the network, as the published code does; ours are the three ways of `backends/unrolled.py`. Rows are measured in turn, round
+the network, as the published code does; ours are the three ways of `distillation/methods/shared/unroll.py`. Rows are measured in turn, round
 by round, so that they share whatever else the machine does; the first round is not counted. Bytes are the most that is
 saved for backward passes at one time. Prints one JSON object.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from distill_at_scale.core.environment import environment
-from distill_at_scale.distillation.augment import Draw
+from distill_at_scale.distillation.augment import AugmentParams
 from distill_at_scale.distillation.methods.shared.experts import flat
 from distill_at_scale.distillation.methods.shared.unroll import (
     Matched,
@@ -82,7 +82,9 @@ def _made_up(options: argparse.Namespace, device: torch.device) -> tuple[Student
     student = Student(spec.build(0).to(device), spec.at_once(device))
     start = flat(spec.build(1))
     target = start + 0.01 * torch.randn(len(start), generator=chance)
-    moves = [Move(torch.randperm(n, generator=chance), Draw(None, torch.zeros(1, 4))) for _ in range(options.steps)]
+    moves = [
+        Move(torch.randperm(n, generator=chance), AugmentParams(None, torch.zeros(1, 4))) for _ in range(options.steps)
+    ]
     images = torch.randn(n, *SHAPE, generator=chance).to(device).requires_grad_(True)
     made = Synthetic(images, torch.arange(n, device=device) % CLASSES)
     return (

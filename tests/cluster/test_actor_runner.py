@@ -12,8 +12,8 @@ from rich.console import Console
 
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Display
+from distill_at_scale.experiments.point import Point
 from distill_at_scale.experiments.runners import LocalRunner, PooledRunner
-from distill_at_scale.experiments.studies.base import Point
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture
 def pool(tmp_path):
-    from distill_at_scale.cluster.actor_runner import WarmPool
+    from distill_at_scale.cluster.actor_runner import ActorRunner
 
-    with WarmPool(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None) as pool:
+    with ActorRunner(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None) as pool:
         yield pool
     assert ray.is_initialized(), "a Ray that was there before stays"
 

@@ -14,13 +14,14 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.methods.shared import patch_ranking
-from distill_at_scale.pipeline.executors.base import Local, score_piece
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pruning.proxies import train as proxy
+from distill_at_scale.pruning.scoring.scorer import score_piece
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -61,13 +62,13 @@ def quiet() -> Display:
 
 
 def run_local(config: Config, stages=("ingest", "score", "select")) -> Path:
-    Pipeline(config, Local, quiet()).run(stages)
+    Pipeline(config, LocalExecutor, quiet()).run(stages)
     return Path(config.run.dir)
 
 
 def distilled(config: Config, run: Path, work: Path, say=lambda text: None) -> synthetic_set.SyntheticSet:
     work.mkdir(parents=True, exist_ok=True)
-    places = distill.Places(run / "prepared", run / "manifest.parquet", work, work / "metrics.jsonl")
+    places = distill.DistillPaths(run / "prepared", run / "manifest.parquet", work, work / "metrics.jsonl")
     executor(config, say).distill(config, places, lambda line: None)
     return synthetic_set.load(work / "synthetic")
 
@@ -94,7 +95,7 @@ def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, fin
         "report.html",
     ):
         assert (run / name).exists(), name
-    assert Prepared(run / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
+    assert PreparedDataset(run / "prepared").fingerprint == PreparedDataset(finished / "prepared").fingerprint
     assert any(line.startswith("  distill: 8 of 8 steps") for line in lines)
 
 
@@ -102,8 +103,8 @@ def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, fin
 def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_path, finished, actors):
     config = settings(tmp_path, cluster={"actors": actors})
     prepared, proxies = finished / "prepared", finished / "proxies"
-    chunks = Prepared(prepared).chunks("train")
-    for name, by in (("ray", executor(config)), ("local", Local())):
+    chunks = PreparedDataset(prepared).chunks("train")
+    for name, by in (("ray", executor(config)), ("local", LocalExecutor())):
         (tmp_path / name).mkdir()
         by.score(config, prepared, proxies, chunks, tmp_path / name, lambda count: None)
     for chunk in chunks:
@@ -113,8 +114,8 @@ def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_
 
 def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
     config = settings(tmp_path)
-    places = distill.Places(finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path / "log")
-    Local().distill(config, places, lambda line: None)
+    places = distill.DistillPaths(finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path / "log")
+    LocalExecutor().distill(config, places, lambda line: None)
     alone = synthetic_set.load(tmp_path / "synthetic")
     both = distilled(config, finished, tmp_path / "ray")
     assert torch.equal(alone.labels, both.labels)
@@ -148,15 +149,18 @@ def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
     Pipeline(config, lambda: executor(config, said.append), quiet()).run(("ingest",))
     assert "  1 unit of work was repeated after losses, and counted once" in said
     assert marker.exists(), "nothing was killed, so nothing was tested"
-    assert Prepared(Path(config.run.dir) / "prepared").fingerprint == Prepared(finished / "prepared").fingerprint
+    assert (
+        PreparedDataset(Path(config.run.dir) / "prepared").fingerprint
+        == PreparedDataset(finished / "prepared").fingerprint
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_scoring_actor_loses_and_doubles_nothing(tmp_path, finished):
     config = settings(tmp_path, score={"criterion": "fault_plugins:KillingLoss"}, cluster={"actors": 2})
-    chunks = Prepared(finished / "prepared").chunks("train")
+    chunks = PreparedDataset(finished / "prepared").chunks("train")
     tables = []
-    for name, by in (("ray", executor(config)), ("local", Local())):
+    for name, by in (("ray", executor(config)), ("local", LocalExecutor())):
         (tmp_path / name).mkdir()
         if name == "ray":
             fault_plugins.ARMED.touch()
@@ -227,10 +231,12 @@ def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_mi
     own = {"method": "fault_plugins:KillingExperts", "mtt": EXPERTS, "width": 32, "options": {"marker": str(marker)}}
     config = settings(tmp_path, distill=own)
     made = []
-    for name, by in (("ray", executor(config)), ("local", Local())):
+    for name, by in (("ray", executor(config)), ("local", LocalExecutor())):
         folder = tmp_path / name
         folder.mkdir()
-        places = distill.Places(finished / "prepared", finished / "manifest.parquet", folder, folder / "log", folder)
+        places = distill.DistillPaths(
+            finished / "prepared", finished / "manifest.parquet", folder, folder / "log", folder
+        )
         names = distill.missing_networks(config, places)
         by.make_networks(config, places, names, lambda count: None)
         assert marker.exists(), "nothing was killed, so nothing was tested"
@@ -249,16 +255,16 @@ def test_patches_are_ranked_to_the_same_bytes_on_ray_and_become_a_set(tmp_path, 
     (table,) = Path(config.run.dir).glob("networks/*/patches-*.parquet")
     (tmp_path / "local").mkdir()
     shutil.copy(table.parent / "teacher.safetensors", tmp_path / "local")
-    places = distill.Places(
+    places = distill.DistillPaths(
         finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path, tmp_path / "local"
     )
     pieces, chunks = (
         patch_ranking.pieces_folder(places.networks, config),
-        Prepared(finished / "prepared").chunks("train"),
+        PreparedDataset(finished / "prepared").chunks("train"),
     )
     pieces.mkdir()
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
-    Local().rank_patches(config, places, chunks, lambda count: None)
+    LocalExecutor().rank_patches(config, places, chunks, lambda count: None)
     again = patch_ranking.table_path(places.networks, config)
     patch_ranking.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, TEACHER["crops"], again)
     assert again.read_bytes() == table.read_bytes()

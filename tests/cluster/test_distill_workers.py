@@ -16,11 +16,11 @@ from conftest import leave_group
 from safetensors.torch import load_file
 from test_distill import CPU, LOOPS, elsewhere, lines, same, start, stop_before
 
-from distill_at_scale.core.collectives import Group
+from distill_at_scale.core.collectives import ProcessGroup
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.checkpoint import saved_step
-from distill_at_scale.distillation.engine import Distillation, Places
+from distill_at_scale.distillation.engine import Distillation, DistillPaths
 
 # one process group runs all of it, as starting processes costs seconds
 
@@ -39,11 +39,11 @@ DIVERGING = {"distill__steps": 20, "distill__dc__image_lr": 1e30}
 POISONED = [{"distill__steps": 2}, {**LOOPS, "distill__steps": 2}]  # nothing shared between classes; a shared network
 
 
-def work(rank: int, folder: str, places: Places) -> None:
+def work(rank: int, folder: str, places: DistillPaths) -> None:
     """One of two workers; leaves its findings as files."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    group = Group(CPU)
+    group = ProcessGroup(CPU)
     for name, overrides in PAIRS.items():
         result = start(elsewhere(places, name), group, **overrides).run()
         assert (result is not None) == (rank == 0)
@@ -96,7 +96,7 @@ def _message(distillation: Distillation) -> str:
 def pair(digits_run, tmp_path_factory) -> Path:
     """The folder with what two workers found."""
     folder = tmp_path_factory.mktemp("pair")
-    places = Places(
+    places = DistillPaths(
         digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", folder / "work", folder / "metrics.jsonl"
     )
     mp.spawn(work, (str(folder), places), nprocs=2)

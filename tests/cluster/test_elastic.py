@@ -17,11 +17,11 @@ import yaml
 from conftest import ROOT, TINY, tiny_config
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.distillation.engine import Places
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 
 WAITS = [[6, 2], [12, 1]]  # two workers stop before step 6, and one before step 12
 STEPS = {"steps": 20, "checkpoint_every": 2}
@@ -34,7 +34,7 @@ def test_what_is_no_number_of_workers_is_refused(workers):
 
 
 def test_more_workers_than_classes_are_refused_where_each_owns_some(digits_run):
-    prepared = Prepared(digits_run.dir / "prepared")
+    prepared = PreparedDataset(digits_run.dir / "prepared")
     with pytest.raises(UserError, match=r"distill\.workers = \[1, 4\] is more than the 3 classes"):
         distill.check(tiny_config("unused", distill__workers=[1, 4]), prepared, [5, 5, 5])
 
@@ -64,7 +64,7 @@ def test_as_many_start_as_find_room(places, tmp_path):
 
     found = {}
     for name, workers in (("elastic", [1, 3]), ("fixed", 2)):
-        own = Places(places.prepared, places.manifest, tmp_path / name, tmp_path / f"{name}.jsonl")
+        own = DistillPaths(places.prepared, places.manifest, tmp_path / name, tmp_path / f"{name}.jsonl")
         config = tiny_config("unused", cluster__address=None, distill__workers=workers)
         RayExecutor(config, lambda text: None).distill(config, own, lambda line: None)
         found[name] = images(own.work)
@@ -142,9 +142,9 @@ def test_a_group_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, digi
     began = held(log)
     assert (began[0], began[-1]) == (2, 2)
     assert 1 in began
-    alone = Places(run / "prepared", run / "manifest.parquet", tmp_path / "alone", tmp_path / "alone.jsonl")
+    alone = DistillPaths(run / "prepared", run / "manifest.parquet", tmp_path / "alone", tmp_path / "alone.jsonl")
     spared = {"distill__method": "fault_plugins:WaitingBackend", "distill__options": {"waits": []}}
-    Local().distill(
+    LocalExecutor().distill(
         tiny_config("unused", **spared, **{f"distill__{k}": v for k, v in STEPS.items()}), alone, lambda line: None
     )
     torch.testing.assert_close(images(run), images(alone.work), rtol=1e-4, atol=1e-5)

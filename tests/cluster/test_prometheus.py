@@ -12,7 +12,7 @@ from distill_at_scale.core.events import Event, at_once
 pytest.importorskip("ray")
 
 from distill_at_scale.cluster import prometheus
-from distill_at_scale.cluster.prometheus import PREFIX, Metrics
+from distill_at_scale.cluster.prometheus import PREFIX, PrometheusMetrics
 
 
 class Noted:
@@ -31,10 +31,10 @@ class Noted:
 
 
 @pytest.fixture
-def made(monkeypatch) -> Metrics:
+def made(monkeypatch) -> PrometheusMetrics:
     monkeypatch.setattr(prometheus, "Counter", Noted)
     monkeypatch.setattr(prometheus, "Gauge", Noted)
-    return Metrics("mine")
+    return PrometheusMetrics("mine")
 
 
 def work(pid: int, **values) -> Event:

@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune: trials that share cores without a deadlock, and a killed driver (asha: `test_workspace.py`)."""
+"""Sweeps on Ray Tune: trials that share cores without a deadlock, and a killed driver (asha: `test_worker_run_dir.py`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import points
 from distill_at_scale.experiments.points import Points
 from distill_at_scale.experiments.sweep import run
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 
 ray = pytest.importorskip("ray")
@@ -36,7 +36,7 @@ def config(folder: Path, space: dict, sweep: dict | None = None, **sections) -> 
 
 def made_before(settings: Config) -> None:
     """Ingest and scores without Ray, which is quicker; that they run on it is shown elsewhere."""
-    Points(settings, Local, Display.silent()).shared({})
+    Points(settings, LocalExecutor, Display.silent()).shared({})
 
 
 def sweep(settings: Config, made: bool = True):

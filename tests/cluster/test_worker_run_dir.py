@@ -10,11 +10,11 @@ import pytest
 from conftest import Run, tiny_config
 from test_object_storage import artefacts, objects, on_disk, quick  # noqa: F401
 
-from distill_at_scale.cluster.worker_run_dir import Notes, Workspace
+from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments.points import Points
 from distill_at_scale.experiments.sweep import run as sweep
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import scratch_of
 
@@ -79,7 +79,7 @@ def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_se
     }
     keys |= {"distill__steps": 40, "distill__evaluate_every": 10, "evaluate__epochs": 30, "evaluate__seeds": 1}
     config = apart("trials", cluster__address=None, **keys)
-    Points(config, Local, Display.silent()).shared({})  # without Ray, which is quicker
+    Points(config, LocalExecutor, Display.silent()).shared({})  # without Ray, which is quicker
     made = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
     rows = made.to_pylist()
     stopped = {row["trial"] for row in rows if row["stopped"] is not None}
@@ -104,9 +104,9 @@ def test_a_process_that_sees_the_drivers_copy_fetches_nothing(apart):
     run.create()
     with run.lock():
         packed = {"config": config.model_dump(), "path": [], "copy": run.remote.marks()}
-        assert Workspace(packed).remote is None
+        assert WorkerRunDir(packed).remote is None
         packed["copy"] = {**packed["copy"], "token": "another", "root": "/driver/copy"}
-        other = Workspace(packed)
+        other = WorkerRunDir(packed)
         assert other.remote is not None
         assert other("/driver/copy/prepared") == run / "prepared"
 

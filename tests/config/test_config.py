@@ -11,7 +11,7 @@ from distill_at_scale.config import load as config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.pipeline.validate import check_names
 
 
@@ -178,7 +178,7 @@ def test_flatten_gives_dotted_keys():
 
 
 def test_a_name_is_looked_up_in_its_table():
-    assert resolve("distill.method", "dc", BACKENDS) is BACKENDS["dc"]
+    assert resolve("distill.method", "dc", METHODS) is METHODS["dc"]
 
 
 def test_an_unknown_name_names_key_and_nearest():

@@ -16,11 +16,11 @@ from distill_at_scale.pipeline import validate
 METHOD = '''
 """Moves every synthetic image towards the mean of its class's real batch."""
 
-from distill_at_scale.distillation.methods.base import ImageBackend
+from distill_at_scale.distillation.methods.base import ImageMethod
 from distill_at_scale.distillation.student import TrainingProtocol
 
 
-class Means(ImageBackend):
+class Means(ImageMethod):
     default_steps = 50
 
     @staticmethod

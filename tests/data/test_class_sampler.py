@@ -8,9 +8,9 @@ import torch
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 
 NORM = Normalization((0.5, 0.25), (0.2, 0.1))
 
@@ -22,7 +22,7 @@ def pool():
         c: torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 2, 2, 2) + 100 * c
         for c, n in ((0, 10), (1, 4))
     }
-    return Pool(held, Normalization((0.0, 0.0), (1 / 255, 1 / 255)), seed=3)
+    return ClassSampler(held, Normalization((0.0, 0.0), (1 / 255, 1 / 255)), seed=3)
 
 
 def test_normalising_is_channel_wise_and_can_be_inverted():
@@ -54,8 +54,8 @@ def test_a_draw_is_decided_by_purpose_and_index_alone(pool):
 
 
 def test_a_pool_holds_the_kept_samples_of_its_classes_only(digits_run):
-    prepared = Prepared(digits_run.dir / "prepared")
-    pool = Pool.load(prepared, digits_run.dir / "manifest.parquet", [0, 2], 0, torch.device("cpu"))
+    prepared = PreparedDataset(digits_run.dir / "prepared")
+    pool = ClassSampler.load(prepared, digits_run.dir / "manifest.parquet", [0, 2], 0, torch.device("cpu"))
     table, facts = manifest.read(digits_run.dir / "manifest.parquet")
     assert [pool.count(0), pool.count(2)] == [facts["kept_per_class"][0], facts["kept_per_class"][2]]
     assert sorted(pool.pixels) == [0, 2]
@@ -68,4 +68,6 @@ def test_a_class_of_which_nothing_is_kept_is_named(digits_run, tmp_path):
     kept = [row["kept"] and row["label"] != 1 for row in table.to_pylist()]
     manifest.write(tmp_path / "m.parquet", table.set_column(4, "kept", pa.array(kept)), facts)
     with pytest.raises(UserError, match="keeps no sample of the class '1'"):
-        Pool.load(Prepared(digits_run.dir / "prepared"), tmp_path / "m.parquet", [0, 1], 0, torch.device("cpu"))
+        ClassSampler.load(
+            PreparedDataset(digits_run.dir / "prepared"), tmp_path / "m.parquet", [0, 1], 0, torch.device("cpu")
+        )

@@ -18,7 +18,7 @@ from videos import numbered, write_video
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.video import moving_digits
 from distill_at_scale.distillation import synthetic_set
 
@@ -62,7 +62,7 @@ def clip_run(tmp_path_factory, files) -> Run:
 
 
 def test_every_stage_works_on_clips(clip_run):
-    meta = Prepared(clip_run.dir / "prepared").meta
+    meta = PreparedDataset(clip_run.dir / "prepared").meta
     assert meta["shape"] == [4, 1, 8, 8]
     assert meta["counts"] == {"train": [18] * 3, "test": [9] * 3}
     assert sum(meta["decoders"].values()) == 81
@@ -82,7 +82,7 @@ def test_every_stage_works_on_clips(clip_run):
 def test_prepared_clips_are_the_frames_of_the_files_and_their_statistics(clip_run, files):
     from distill_at_scale.data.codecs.clip import clip_decoder
 
-    prepared = Prepared(clip_run.dir / "prepared")
+    prepared = PreparedDataset(clip_run.dir / "prepared")
     pixels, labels = prepared.load("train")
     decoder = clip_decoder(clip_run.config.data, 0)
     name = sorted((files / "train" / "right").iterdir())[3]
@@ -107,7 +107,7 @@ def test_every_method_moves_the_frames_of_clips(tmp_path, files, clip_run, metho
 
 def test_real_initial_clips_are_whole_clips_of_their_class(clip_run):
     """Each starts as the frames of one real, kept clip, in their order."""
-    prepared, made = Prepared(clip_run.dir / "prepared"), synthetic_set.load(clip_run.dir)
+    prepared, made = PreparedDataset(clip_run.dir / "prepared"), synthetic_set.load(clip_run.dir)
     table = pq.read_table(clip_run.dir / "manifest.parquet")
     kept = table.filter(table["kept"])["sample_id"].to_pylist()
     pixels, labels = prepared.load("train", only=kept)
@@ -128,7 +128,7 @@ def test_clips_are_kept_as_jpeg_where_they_are_large(tmp_path, files, clip_run):
     run = Run(tiny_config(tmp_path / "run", data={**DATA, "path": str(files), "size": 16, "store": "jpeg", "quality": 95},
                           **NETWORKS)).stages("ingest")  # fmt: skip
     raw = Run(tiny_config(tmp_path / "raw", data={**DATA, "path": str(files), "size": 16}, **NETWORKS)).stages("ingest")
-    stored, exact = (Prepared(r.dir / "prepared").load("train")[0].astype(int) for r in (run, raw))
+    stored, exact = (PreparedDataset(r.dir / "prepared").load("train")[0].astype(int) for r in (run, raw))
     assert stored.shape == exact.shape == (54, 4, 1, 16, 16)
     assert 0 < np.abs(stored - exact).mean() < 3
 
@@ -165,10 +165,10 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
     }
     assert {name: listed[name]["reason"] for name in reasons} == reasons
     assert listed["train/b/notes.txt"]["used"] is False
-    meta = Prepared(run.dir / "prepared").meta
+    meta = PreparedDataset(run.dir / "prepared").meta
     assert meta["counts"]["train"] == [4, 3]
     assert meta["rejected"] == 4
-    pixels, _ = Prepared(run.dir / "prepared").load("train", only=["train/a/short.mp4"])
+    pixels, _ = PreparedDataset(run.dir / "prepared").load("train", only=["train/a/short.mp4"])
     assert all(np.array_equal(pixels[0, 2], pixels[0, frame]) for frame in range(3, 8))
 
 
@@ -212,7 +212,7 @@ def test_where_only_val_is_there_it_can_be_distilled(tmp_path, shared_data):
     with pytest.raises(UserError, match=r"holds no split 'train', only val; .*set data\.train_split"):
         Run(tiny_config(tmp_path / "no", data=data, **NETWORKS)).stages("ingest")
     run = Run(tiny_config(tmp_path / "run", data={**data, "train_split": "val"}, **NETWORKS)).stages("ingest")
-    prepared = Prepared(run.dir / "prepared")
+    prepared = PreparedDataset(run.dir / "prepared")
     assert prepared.class_names == ["arm wrestling", "bungee jumping"]
     assert prepared.meta["counts"] == {"train": [3, 3], "test": [1, 1]}
     assert prepared.shape == (8, 3, 32, 32)

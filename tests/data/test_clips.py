@@ -23,7 +23,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs import clip as clips
 from distill_at_scale.data.codecs.clip import ClipDecoder, clip_decoder, decoders_for
 from distill_at_scale.data.codecs.clip_worker import Wanted, choose
-from distill_at_scale.data.codecs.image import Rejected
+from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.codecs.worker_process import Died, Isolated
 
 RAW = write_video(None, numbered(60))
@@ -98,13 +98,13 @@ def test_a_short_video_repeats_its_last_frame_and_says_so(decoder):
 
 
 def test_a_short_video_can_be_left_out_instead(decoder):
-    with pytest.raises(Rejected, match=r"3 frames, fewer than data.frames = 5 \(data.short = reject\)"):
+    with pytest.raises(SampleRejected, match=r"3 frames, fewer than data.frames = 5 \(data.short = reject\)"):
         decoder(5, short="reject")("x", write_video(None, numbered(3)))
 
 
 def test_one_picture_is_no_video(decoder):
     for codec in ("libx264", "gif"):
-        with pytest.raises(Rejected, match="a single frame, not a video"):
+        with pytest.raises(SampleRejected, match="a single frame, not a video"):
             decoder()("x", write_video(None, numbered(1), codec=codec))
 
 
@@ -126,13 +126,13 @@ def test_what_is_left_of_a_cut_file_is_used_with_a_remark_or_rejected(decoder):
     assert numbers(pixels) == [15, 45]
     assert remark.startswith("cut: ")
     assert "of 60 frames" in remark
-    with pytest.raises(Rejected, match=r"cut: \d+ of 60 frames decode"):
+    with pytest.raises(SampleRejected, match=r"cut: \d+ of 60 frames decode"):
         decoder(8)("x", cut(numbered(60), 0.5))
 
 
 def test_an_empty_file_is_rejected_without_a_child():
     isolated = Isolated("no_such_module:function")
-    with pytest.raises(Rejected, match="empty file"):
+    with pytest.raises(SampleRejected, match="empty file"):
         ClipDecoder(4, 16, 3, child=isolated)("x", b"")
 
 
@@ -148,7 +148,7 @@ def test_an_empty_file_is_rejected_without_a_child():
 def test_a_file_that_kills_its_decoder_is_rejected_and_the_next_one_decodes(mark, how):
     isolated = Isolated(clips.FUNCTION, memory=2**30)
     decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty",), time_limit=0.7, child=isolated)
-    with pytest.raises(Rejected, match=how):
+    with pytest.raises(SampleRejected, match=how):
         decoder("bad", marked(RAW, mark))
     assert numbers(decoder("good", RAW)[0]) == [7, 22, 37, 52]
     isolated.close()
@@ -180,7 +180,7 @@ def test_a_child_that_was_killed_from_outside_is_replaced(seconds):
 
 def test_a_file_on_which_the_child_is_killed_again_and_again_is_rejected():
     isolated = Isolated(clips.FUNCTION)
-    with pytest.raises(Rejected, match="signal 9"):
+    with pytest.raises(SampleRejected, match="signal 9"):
         ClipDecoder(4, 16, 3, decoders=("videos:faulty",), child=isolated)("x", marked(RAW, "kill"))
     isolated.close()
 
@@ -274,7 +274,7 @@ def test_a_file_that_decord_cannot_do_is_decoded_by_pyav_and_logged(decoder, cap
     with caplog.at_level(logging.INFO, "distill_at_scale"):
         assert numbers(decoder(decoders=("decord", "pyav"))("a gif", raw)[0]) == [7, 22, 37, 52]
     assert any(m.startswith("a gif: decoded by PyAV, as decord ") for m in caplog.messages)
-    with pytest.raises(Rejected, match="decord"):
+    with pytest.raises(SampleRejected, match="decord"):
         decoder(decoders=("decord",))("a gif", raw)
 
 

@@ -12,7 +12,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.ingest.near_duplicates import jitter
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import schema, to_table, write_meta, write_shards
 
 
@@ -36,7 +36,7 @@ def prepared_set(folder, counts, tests=3, spread=None, shape=(1, 8, 8), dtype=np
 
 def derived(folder, seed=0, **keys):
     meta = derived_splits.derive(folder, DataSection(chunk=16, **keys), seed)
-    prepared = Prepared(folder)
+    prepared = PreparedDataset(folder)
     assert {k: v for k, v in prepared.meta.items() if k != "fingerprint"} == json.loads(json.dumps(meta))
     ids, labels = prepared.index("train")
     pairs = list(zip(labels.tolist(), ids, strict=True))
@@ -73,7 +73,7 @@ def test_a_steeper_tail_keeps_a_part_of_a_flatter_one_and_another_seed_other_sam
 
 
 def test_near_duplicates_keep_the_original_and_add_jittered_ones_beside_it(tmp_path):
-    before = _by_id(Prepared(prepared_set(tmp_path / "a", [6, 5])), "train")
+    before = _by_id(PreparedDataset(prepared_set(tmp_path / "a", [6, 5])), "train")
     prepared = derived(prepared_set(tmp_path / "b", [6, 5]), transform="near_duplicates", copies=3)
     after = _by_id(prepared, "train")
     assert prepared.counts("train") == [18, 15]
@@ -188,7 +188,7 @@ def test_a_whole_run_on_a_derived_set_of_either_store(tmp_path, make_run, store,
     assert "data.transform" in run.text
     assert run.pipeline.forecast().problems == []
     run.stages("ingest", "score", "select", "distill", "evaluate", "report")
-    prepared = Prepared(run.dir / "prepared")
+    prepared = PreparedDataset(run.dir / "prepared")
     assert pq.read_metadata(run.dir / "scores.parquet").num_rows == sum(prepared.counts("train"))
     assert "training split was changed on purpose" in (run.dir / "report.html").read_text()
     assert prepared.groups("train")[0].rows <= 64
@@ -197,7 +197,9 @@ def test_a_whole_run_on_a_derived_set_of_either_store(tmp_path, make_run, store,
         first = prepared.read(prepared.groups("train")[0]).to_pylist()[0]
         assert (
             first
-            == Prepared(plain.dir / "prepared").read(Prepared(plain.dir / "prepared").groups("train")[0]).to_pylist()[0]
+            == PreparedDataset(plain.dir / "prepared")
+            .read(PreparedDataset(plain.dir / "prepared").groups("train")[0])
+            .to_pylist()[0]
         )
 
 
@@ -213,4 +215,4 @@ def test_a_transform_changes_the_run_and_its_parameters_do_only_with_it(tmp_path
     make_run(tmp_path / "run", data__copies=9).stages("ingest")  # without a transform of no meaning
     with pytest.raises(UserError, match="transform"):
         make_run(tmp_path / "run", data__transform="long_tail").stages("ingest")
-    assert "transform" not in Prepared(run.dir / "prepared").meta
+    assert "transform" not in PreparedDataset(run.dir / "prepared").meta

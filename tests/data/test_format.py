@@ -9,7 +9,7 @@ import pytest
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import format as shards
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of, schema, to_table, write_meta, write_shards
 
 SHAPE = (3, 4, 4)
@@ -35,7 +35,7 @@ def write(folder, group=4):
         },
         "x",
     )
-    return Prepared(folder)
+    return PreparedDataset(folder)
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_statistics_in_a_footer_are_not_believed(prepared):
     shard = prepared.folder / "train" / "shard-00000.parquet"
     in_footer(shard, b"\x04\x01\0\0\0", b"\x04\x02\0\0\0")  # four bytes: the label 1, as the least and largest value
     assert pq.read_metadata(shard).row_group(2).column(1).statistics.min == 2
-    assert [group.label for group in Prepared(prepared.folder).groups()] == [0, 0, 1, 2]
-    assert Prepared(prepared.folder).load("train")[1].tolist() == LABELS
+    assert [group.label for group in PreparedDataset(prepared.folder).groups()] == [0, 0, 1, 2]
+    assert PreparedDataset(prepared.folder).load("train")[1].tolist() == LABELS
 
 
 READS = [
@@ -125,7 +125,7 @@ def test_labels_that_are_not_as_counted_are_refused_when_they_are_read(prepared,
         for first, last in ((0, 4), (4, 6), (6, 8), (8, 10)):
             out.write_table(to_table(IDS, labels, PIXELS).slice(first, last - first))
     with pytest.raises(UserError, match=r"shard-00000.*other classes than .*dataset.json counts; ingest again"):
-        read(Prepared(prepared.folder))
+        read(PreparedDataset(prepared.folder))
 
 
 def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
@@ -138,10 +138,10 @@ def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
     ]:
         pq.write_table(found, shard, row_group_size=2)
         with pytest.raises(UserError, match=said):
-            Prepared(prepared.folder).groups()
+            PreparedDataset(prepared.folder).groups()
     pq.write_table(whole, shard, row_group_size=10)  # a group of several classes
     with pytest.raises(UserError, match="other rows"):
-        Prepared(prepared.folder).groups()
+        PreparedDataset(prepared.folder).groups()
 
 
 def test_a_split_that_is_not_there_is_empty(prepared):
@@ -165,14 +165,14 @@ def test_large_data_is_cut_into_several_shards(tmp_path, monkeypatch):
 
 def test_a_folder_without_prepared_data_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="distill-at-scale ingest"):
-        Prepared(tmp_path)
+        PreparedDataset(tmp_path)
 
 
 def test_the_fingerprint_covers_metadata_and_content(tmp_path):
     found = []
     for meta, content in (({"a": 1}, "x"), ({"a": 1}, "y"), ({"a": 2}, "x"), ({"a": 1}, "x")):
         write_meta(tmp_path, meta, content)
-        found.append(Prepared(tmp_path).fingerprint)
+        found.append(PreparedDataset(tmp_path).fingerprint)
     assert len(set(found)) == 3
     assert found[0] == found[3]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, Rejected, decode_stored, encode
+from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, SampleRejected, decode_stored, encode
 
 
 def picture(width: int = 12, height: int = 8) -> Image.Image:
@@ -119,20 +119,20 @@ def test_sixteen_bits_per_pixel_keep_their_brightness():
     ids=["empty", "text", "zeros", "svg", "half a jpeg", "half a png"],
 )
 def test_a_broken_sample_is_rejected_with_its_reason(raw, reason):
-    with pytest.raises(Rejected, match=reason):
+    with pytest.raises(SampleRejected, match=reason):
         ImageDecoder(8)(raw)
 
 
 def test_a_decompression_bomb_is_rejected_unopened():
     raw = encoded(Image.new("1", (3000, 3000)))
     assert len(raw) < 10_000
-    with pytest.raises(Rejected, match=r"3000 x 3000 pixels, more than data\.max_pixels = 1000000"):
+    with pytest.raises(SampleRejected, match=r"3000 x 3000 pixels, more than data\.max_pixels = 1000000"):
         ImageDecoder(8, max_pixels=1_000_000)(raw)
 
 
 def test_what_is_far_beyond_pillows_own_limit_is_rejected_too(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Rejected, match="bomb"):
+    with pytest.raises(SampleRejected, match="bomb"):
         ImageDecoder(8)(encoded(Image.new("1", (100, 100))))
 
 
@@ -150,7 +150,7 @@ def test_whatever_the_bytes_are_they_decode_or_are_rejected(kind):
                 raw[chance.randrange(min(len(raw), chance.choice([64, 300, len(raw)])))] = chance.randrange(256)
             try:
                 found = decoder(bytes(raw[: chance.choice([len(raw), chance.randrange(1, len(raw))])]))
-            except Rejected:
+            except SampleRejected:
                 continue
             assert found.shape == (3, 8, 8)
 
@@ -282,7 +282,7 @@ def test_a_jpeg_cut_anywhere_is_rejected_and_never_filled_with_grey(options, siz
     raw, decoder = encoded(photo(200, 150), "JPEG", quality=90, **options), ImageDecoder(size)
     decoder(raw)
     for end in [*range(3, len(raw), 97), *range(len(raw) - 40, len(raw))]:  # the last: only half of the end marker
-        with pytest.raises(Rejected):
+        with pytest.raises(SampleRejected):
             decoder(raw[:end])
 
 
@@ -296,7 +296,7 @@ def test_a_jpeg_that_claims_too_many_pixels_is_rejected_before_it_is_decoded():
     raw = bytearray(encoded(photo(200, 150), "JPEG"))
     place = raw.index(b"\xff\xc0") + 5  # height and width in the frame header
     raw[place : place + 4] = struct.pack(">HH", 9000, 9000)
-    with pytest.raises(Rejected, match=r"9000 x 9000 pixels, more than data\.max_pixels = 80000000"):
+    with pytest.raises(SampleRejected, match=r"9000 x 9000 pixels, more than data\.max_pixels = 80000000"):
         ImageDecoder(32, max_pixels=80_000_000)(bytes(raw))
 
 
@@ -372,16 +372,16 @@ def test_a_damaged_stored_image_is_rejected(channels):
     image = pixels(channels)
     data = encode(image, 90)
     for end in range(len(data)):
-        with pytest.raises(Rejected, match="stored image is damaged"):
+        with pytest.raises(SampleRejected, match="stored image is damaged"):
             decode_stored(data[:end], image.shape)
     for rubbish in (b"\0" * 500, encoded(picture())):
-        with pytest.raises(Rejected, match="stored image is damaged"):
+        with pytest.raises(SampleRejected, match="stored image is damaged"):
             decode_stored(rubbish, image.shape)
 
 
 @pytest.mark.parametrize("shape", [(3, 45, 60), (1, 60, 45), (3, 60, 46)])
 def test_a_stored_image_of_another_shape_is_rejected_and_both_are_named(shape):
-    with pytest.raises(Rejected) as caught:
+    with pytest.raises(SampleRejected) as caught:
         decode_stored(encode(pixels(), 90), shape)
     assert str(caught.value) == f"stored image has the shape (3, 60, 45) (C, H, W), not {shape}"
 

@@ -19,13 +19,13 @@ from PIL import Image
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.events import Spent
+from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.data.ingest import chunks as pieces
 from distill_at_scale.data.ingest import merge as merging
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, piece_path, recipe_of
 from distill_at_scale.data.ingest.merge import merge
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import listing
@@ -46,7 +46,9 @@ def digits_config(seed: int = 0, **data) -> configuration.Config:
     return configuration.validate({"run": {"seed": seed}, "data": {**TINY["data"], **data}})
 
 
-def decode(plan: ingest.Plan, config: configuration.Config, pieces: Path, backwards: bool = False) -> tuple[int, int]:
+def decode(
+    plan: ingest.IngestPlan, config: configuration.Config, pieces: Path, backwards: bool = False
+) -> tuple[int, int]:
     """Every chunk into its piece; (used, rejected)."""
     pieces.mkdir(parents=True, exist_ok=True)
     source, found = ingest.open_source(config.data), []
@@ -55,11 +57,11 @@ def decode(plan: ingest.Plan, config: configuration.Config, pieces: Path, backwa
     return sum(used for used, _ in found), sum(bad for _, bad in found)
 
 
-def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> Prepared:
+def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> PreparedDataset:
     plan = ingest.plan(config)
     decode(plan, config, folder / "pieces", backwards)
     merge(plan, folder / "pieces", folder / "prepared", config.data)
-    return Prepared(folder / "prepared")
+    return PreparedDataset(folder / "prepared")
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -83,7 +85,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prepared(pictures: Path, tmp_path: Path) -> Prepared:
+def prepared(pictures: Path, tmp_path: Path) -> PreparedDataset:
     return prepare(folder_config(pictures), tmp_path)
 
 
@@ -98,7 +100,7 @@ def test_every_sample_keeps_its_id_label_and_pixels(prepared):
 
 
 def test_rows_are_sorted_by_class_and_id_with_one_class_per_row_group(digits_run):
-    prepared = Prepared(digits_run.dir / "prepared")
+    prepared = PreparedDataset(digits_run.dir / "prepared")
     for split in ("train", "test"):
         groups = prepared.groups(split)
         assert [g.label for g in groups] == sorted(g.label for g in groups)
@@ -299,7 +301,7 @@ def test_classes_that_make_no_sense_are_refused(classes, message):
 
 def test_pixels_pass_the_ingest_unchanged(digits_run):
     source = SOURCES["digits"](digits_run.config.data)
-    prepared = Prepared(digits_run.dir / "prepared")
+    prepared = PreparedDataset(digits_run.dir / "prepared")
     table = prepared.read(prepared.chunks()[0])
     for name, image in zip(table["sample_id"].to_pylist(), pixels_of(table), strict=True):
         assert np.array_equal(image[0], source.images[int(name.removeprefix("digits/"))])
@@ -383,19 +385,21 @@ def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pieces, "READ_AT_ONCE", 5)
     recipe = recipe_of(config)
-    for _ in pieces._decoded(Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name), Spent()):
+    for _ in pieces._decoded(
+        Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name), TimeSpent()
+    ):
         pass
     assert (len(started), len(decoded)) == (12, 60)
     assert max(most) <= 4
 
 
-def same_ids(listings: dict[str, list[int]]) -> ingest.Plan:
+def same_ids(listings: dict[str, list[int]]) -> ingest.IngestPlan:
     """A plan whose splits use the same ids, as WebDataset's keys and Hugging Face's paths may."""
     tables = {
         split: listing([f"{i}.png" for i in range(len(labels))], labels, [split] * len(labels), [0] * len(labels))
         for split, labels in listings.items()
     }
-    return ingest.Plan(["cat", "dog"], ["cat", "dog"], tables, "")
+    return ingest.IngestPlan(["cat", "dog"], ["cat", "dog"], tables, "")
 
 
 def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import write_prepared
 
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import schema, to_jpeg_table, write_meta, write_shards
 from distill_at_scale.data.sampling import lookahead, placement
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import Ahead, Foresight, Request
-from distill_at_scale.data.sampling.placement import InShards, Room, choose, kept_places
+from distill_at_scale.data.sampling.placement import InShards, MemoryBudget, choose, kept_places
 from distill_at_scale.distillation import engine as distill
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +39,7 @@ def made(tmp_path):
 
 
 def load(made, hold, labels=(0, 1, 2), free=None):
-    return Pool.load(*made, labels, 5, CPU, hold, free)
+    return ClassSampler.load(*made, labels, 5, CPU, hold, free)
 
 
 def test_kept_samples_are_found_by_id_and_class(made):
@@ -100,7 +100,7 @@ def test_jpegs_are_decoded_on_the_way(tmp_path):
     write_shards(tmp_path / "train", [table], schema((3, 8, 8), jpeg=True), 2)
     meta = {"class_names": ["a"], "shape": [3, 8, 8], "counts": {"train": [6]}, "mean": [0.5] * 3, "std": [0.2] * 3}
     write_meta(tmp_path, meta | {"jpeg": True}, "x")
-    prepared = Prepared(tmp_path)
+    prepared = PreparedDataset(tmp_path)
     held = InShards(prepared, {0: np.array([1, 3, 5], np.int32)}, threads=2)
     found = held.take(0, torch.tensor([2, 0]))
     assert np.array_equal(found.numpy(), prepared.load("train")[0][[5, 1]])
@@ -122,26 +122,26 @@ def test_jpegs_are_decoded_on_the_way(tmp_path):
     ],
 )
 def test_the_place_follows_from_sizes_or_from_what_is_asked(hold, needed, device, where):
-    assert choose(hold, needed, device, Room(100, 1000))[0] == where
+    assert choose(hold, needed, device, MemoryBudget(100, 1000))[0] == where
 
 
 def test_the_pool_says_where_it_is_and_why(made):
     assert load(made, "auto").held.startswith("30 kept samples (1.0 KB) lie in the host's memory (at most")
-    assert "stay on disk" in load(made, "auto", free=Room(0, 100)).held
+    assert "stay on disk" in load(made, "auto", free=MemoryBudget(0, 100)).held
     assert "as distill.hold = shards asks" in load(made, "shards").held
 
 
 def test_workers_of_one_machine_share_its_memory(monkeypatch, make_config, tmp_path):
     monkeypatch.setattr(placement, "free_memory", lambda: 1000)
 
-    class Three(Solo):
+    class Three(SingleProcess):
         size = 3
 
         def gather(self, value):
             return [value, (value[0], 400), ("elsewhere", 1)]
 
     assert distill.shared_room(make_config(tmp_path), Three(), CPU).host == 400 // 2
-    assert distill.shared_room(make_config(tmp_path), Solo(), CPU).host == 500
+    assert distill.shared_room(make_config(tmp_path), SingleProcess(), CPU).host == 500
 
 
 def test_memory_within_a_container_counts(monkeypatch, tmp_path):

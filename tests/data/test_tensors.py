@@ -17,10 +17,10 @@ from distill_at_scale.config import load as configuration
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.images import PLOT, drawn
-from distill_at_scale.data.codecs.image import Rejected
+from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.ingest import sample_types
 from distill_at_scale.data.ingest.sample_types import TensorDecoder
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization, normalization_of
 from distill_at_scale.data.sources.tensors import Tensors
 from distill_at_scale.distillation import export as exports
@@ -116,7 +116,7 @@ def test_signals_are_distilled_and_beat_random_ones(finished):
 
 
 def test_prepared_tensors_are_the_given_numbers(finished, waves):
-    prepared = Prepared(finished / "prepared")
+    prepared = PreparedDataset(finished / "prepared")
     assert (prepared.kind, prepared.shape, prepared.dtype) == ("tensors", (1, 64), np.float32)
     values, labels = prepared.load("train")
     given, _ = signals(360, 0, 3.0)
@@ -128,7 +128,7 @@ def test_prepared_tensors_are_the_given_numbers(finished, waves):
 
 
 def test_tensors_are_normalised_by_their_first_axis(finished):
-    prepared = Prepared(finished / "prepared")
+    prepared = PreparedDataset(finished / "prepared")
     normal = normalization_of(prepared).apply(torch.from_numpy(prepared.load("train")[0]))
     assert abs(float(normal.mean())) < 1e-4
     assert float(normal.std(correction=0)) == pytest.approx(1, abs=1e-4)
@@ -152,7 +152,7 @@ def test_a_set_of_signals_is_self_contained(finished):
     assert "x - mean" in made.card["normalization"]["meaning"]
     values = made.values()
     assert values.dtype == torch.float32
-    prepared = Prepared(finished / "prepared")
+    prepared = PreparedDataset(finished / "prepared")
     assert torch.allclose(values, made.images * prepared.std[0] + prepared.mean[0])
     assert prepared.mean[0] == pytest.approx(5, abs=0.5)  # the data's own scale
     with pytest.raises(UserError, match=r"no pixels; values\(\)"):
@@ -263,7 +263,7 @@ def test_broken_rows_are_rejected_with_their_reasons(tmp_path):
     for raw in source.read(source.listing("train")):
         try:
             reasons.append(decode(raw).dtype.name)
-        except Rejected as error:
+        except SampleRejected as error:
             reasons.append(str(error))
     ragged = "no array of numbers: missing, or its lists differ in length or lack numbers"
     finite = "1 of its values are not finite in 32 bits"

@@ -10,9 +10,9 @@ import torch
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import whitening
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Whitening, normalization_of
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.evaluate import Evaluator
 from distill_at_scale.pipeline import validate
@@ -27,7 +27,7 @@ def whitened(tmp_path_factory, make_run):
 
 
 def test_whitened_data_are_uncorrelated_up_to_epsilon(whitened):
-    prepared = Prepared(whitened.dir / "prepared")
+    prepared = PreparedDataset(whitened.dir / "prepared")
     pixels = torch.from_numpy(prepared.load("train")[0])
     plain = normalization_of(prepared, whitened=False).apply(pixels).flatten(1).double()
     found = normalization_of(prepared).apply(pixels).flatten(1).double()
@@ -38,7 +38,7 @@ def test_whitened_data_are_uncorrelated_up_to_epsilon(whitened):
 
 
 def test_the_round_trip_gives_the_pixels_back(whitened):
-    prepared = Prepared(whitened.dir / "prepared")
+    prepared = PreparedDataset(whitened.dir / "prepared")
     pixels = torch.from_numpy(prepared.load("train")[0])
     norm = normalization_of(prepared)
     assert torch.equal(norm.stored(norm.apply(pixels)), pixels)
@@ -57,8 +57,8 @@ def test_the_inverse_of_a_nearly_singular_covariance_is_exact(tmp_path):
 
 
 def test_draws_are_whitened_and_a_saved_set_knows_how(whitened):
-    prepared = Prepared(whitened.dir / "prepared")
-    pool = Pool.load(prepared, whitened.dir / "manifest.parquet", [0], 0, CPU)
+    prepared = PreparedDataset(whitened.dir / "prepared")
+    pool = ClassSampler.load(prepared, whitened.dir / "manifest.parquet", [0], 0, CPU)
     draw = pool.draw([0], 5, "x", 0)[0]
     assert torch.equal(draw.images, normalization_of(prepared).apply(pool.pixels[0][draw.rows]))
     made = synthetic_set.load(whitened.dir)
@@ -71,7 +71,7 @@ def test_draws_are_whitened_and_a_saved_set_knows_how(whitened):
 
 def test_a_real_start_looks_like_real_samples(whitened):
     """Before the first step the images are whitened real samples: shown, they are these samples."""
-    made, prepared = synthetic_set.load(whitened.dir), Prepared(whitened.dir / "prepared")
+    made, prepared = synthetic_set.load(whitened.dir), PreparedDataset(whitened.dir / "prepared")
     first = made.snapshots[0][0].numpy()
     assert (prepared.load("train", labels=[0])[0] == first).all((1, 2, 3)).any()
 

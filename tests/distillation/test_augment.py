@@ -10,7 +10,7 @@ import torch
 from distill_at_scale.config.methods import SIAMESE
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation import augment
-from distill_at_scale.distillation.augment import FAMILIES, Augmentation, Draw
+from distill_at_scale.distillation.augment import FAMILIES, Augmentation, AugmentParams
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NUMBERS = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
@@ -82,13 +82,13 @@ SLOW = {
 }
 
 
-def fixed(family: str, *numbers: float) -> Draw:
-    return Draw(family, torch.tensor([[*numbers, *[0.0] * (4 - len(numbers))]]))
+def fixed(family: str, *numbers: float) -> AugmentParams:
+    return AugmentParams(family, torch.tensor([[*numbers, *[0.0] * (4 - len(numbers))]]))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_agrees_with_a_slow_reference(family):
-    fast = Draw(family, NUMBERS).apply(IMAGES)
+    fast = AugmentParams(family, NUMBERS).apply(IMAGES)
     slow = torch.stack([SLOW[family](image, u) for image, u in zip(IMAGES, NUMBERS, strict=True)])
     assert torch.allclose(fast, slow, atol=1e-5)
     assert not torch.allclose(fast, IMAGES, atol=1e-3)
@@ -96,14 +96,14 @@ def test_every_family_agrees_with_a_slow_reference(family):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_one_draw_treats_all_images_alike(family):
-    draw = Draw(family, NUMBERS[:1])
+    draw = AugmentParams(family, NUMBERS[:1])
     assert torch.allclose(draw.apply(IMAGES), torch.cat([draw.apply(image[None]) for image in IMAGES]), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_gradients_flow_through_every_family(family):
     images = IMAGES[:2].double().requires_grad_(True)
-    draw = Draw(family, NUMBERS[:1].double())
+    draw = AugmentParams(family, NUMBERS[:1].double())
     assert torch.autograd.gradcheck(draw.apply, (images,))
     assert torch.autograd.grad(draw.apply(images).square().sum(), images)[0].abs().sum() > 0
 
@@ -125,7 +125,7 @@ def test_the_neutral_parameters_leave_an_image_as_it_is(family, numbers):
 def test_a_cutout_is_a_square_of_half_the_side_with_its_centre_in_the_image():
     for size, sizes in ((8, {2, 3, 4}), (10, {3, 4, 5})):
         ones = torch.ones(500, 1, size, size)
-        holes = Draw("cutout", torch.rand(500, 4, generator=torch.Generator().manual_seed(2))).apply(ones) == 0
+        holes = AugmentParams("cutout", torch.rand(500, 4, generator=torch.Generator().manual_seed(2))).apply(ones) == 0
         heights, widths = holes.any(3).sum((1, 2)), holes.any(2).sum((1, 2))
         assert torch.equal(holes.sum((1, 2, 3)), heights * widths)  # a full rectangle
         assert set(heights.tolist()) == sizes
@@ -135,7 +135,7 @@ def test_a_cutout_is_a_square_of_half_the_side_with_its_centre_in_the_image():
 def test_a_crop_shifts_by_at_most_an_eighth_in_every_direction():
     point = torch.zeros(400, 1, 16, 16)
     point[:, :, 8, 8] = 1
-    moved = Draw("crop", torch.rand(400, 4, generator=torch.Generator().manual_seed(3))).apply(point)
+    moved = AugmentParams("crop", torch.rand(400, 4, generator=torch.Generator().manual_seed(3))).apply(point)
     places = {(int(i) // 16 - 8, int(i) % 16 - 8) for i in moved.flatten(1).argmax(1)}
     assert places == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
 
@@ -187,7 +187,7 @@ def test_an_unknown_family_is_named():
 def test_all_frames_of_a_clip_change_alike(family):
     image = torch.randn(3, 1, 2, 16, 16)
     clips = image.expand(3, 4, 2, 16, 16).clone()  # four equal frames each
-    draw = Draw(family, torch.rand(3, 4, generator=torch.Generator().manual_seed(1)))
+    draw = AugmentParams(family, torch.rand(3, 4, generator=torch.Generator().manual_seed(1)))
     changed = draw.apply(clips)
     assert changed.shape == clips.shape
     for frame in range(4):

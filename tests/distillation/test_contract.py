@@ -1,4 +1,4 @@
-"""The contract of a method (backends/base.py), for every entry of BACKENDS: being in the table is all that is needed.
+"""The contract of a method (backends/base.py), for every entry of METHODS: being in the table is all that is needed.
 
 A method runs with its own small settings where SMALL has some, else with its defaults, on the tiny digits.
 """
@@ -14,19 +14,20 @@ import pytest
 import torch
 from conftest import SMALL, tiny_config
 
-from distill_at_scale.core.collectives import Solo
-from distill_at_scale.data.prepared.dataset import Prepared
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.core.collectives import SingleProcess
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation.engine import Places, backend_class, make_network, missing_networks, setting_of
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.engine import DistillPaths, make_network, method_class, missing_networks, setting_of
+from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import Conclusion, Cost
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.student import TrainingProtocol
-from distill_at_scale.pipeline.executors.base import Local, score_piece
+from distill_at_scale.pipeline.executors.local import LocalExecutor
+from distill_at_scale.pruning.scoring.scorer import score_piece
 
 CPU = torch.device("cpu")
-METHODS = sorted(BACKENDS)
+METHODS = sorted(METHODS)
 
 
 def config_of(method: str, **keys: Any):
@@ -39,26 +40,29 @@ def made_networks(digits_run, tmp_path_factory):
     """The networks of each method, made when first asked for, once for all tests."""
     folders: dict[str, Path] = {}
 
-    def make(method: str, places: Places) -> Places:
+    def make(method: str, places: DistillPaths) -> DistillPaths:
         if method not in folders:
             folders[method] = tmp_path_factory.mktemp(method)
             own = replace(places, networks=folders[method])
             for name in missing_networks(config_of(method), own):
                 make_network(config_of(method), own, name, CPU)
             assert missing_networks(config_of(method), own) == []
-            if backend_class(config_of(method)).ranks_patches:
+            if method_class(config_of(method)).ranks_patches:
                 rank(config_of(method), own)
         return replace(places, networks=folders[method])
 
     return make
 
 
-def rank(config, places: Places) -> None:
+def rank(config, places: DistillPaths) -> None:
     """As the pipeline does."""
-    chunks, pieces = Prepared(places.prepared).chunks("train"), patch_ranking.pieces_folder(places.networks, config)
+    chunks, pieces = (
+        PreparedDataset(places.prepared).chunks("train"),
+        patch_ranking.pieces_folder(places.networks, config),
+    )
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
-    Local().rank_patches(config, places, chunks, lambda samples: None)
+    LocalExecutor().rank_patches(config, places, chunks, lambda samples: None)
     found = [score_piece(pieces, chunk) for chunk in chunks]
     patch_ranking.merge(found, candidates, config.distill.rded.crops, patch_ranking.table_path(places.networks, config))
 
@@ -69,10 +73,10 @@ def start(places, made_networks):
 
     def ready(method: str):
         config, where = config_of(method), made_networks(method, places)
-        prepared = Prepared(where.prepared)
-        setting = setting_of(config, prepared, where, Solo(), CPU)
-        backend = backend_class(config)(setting)
-        backend.prepare(Pool.load(prepared, where.manifest, setting.labels, config.distill_seed, CPU))
+        prepared = PreparedDataset(where.prepared)
+        setting = setting_of(config, prepared, where, SingleProcess(), CPU)
+        backend = method_class(config)(setting)
+        backend.prepare(ClassSampler.load(prepared, where.manifest, setting.labels, config.distill_seed, CPU))
         return backend
 
     return ready
@@ -85,7 +89,7 @@ def copied(state):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_answers_every_question_of_the_contract(method):
     config = config_of(method)
-    made = backend_class(config)
+    made = method_class(config)
     assert made.parallel in ("classes", "replicate")
     assert made.default_steps >= 1
     assert isinstance(made.no_runtime, str)
@@ -145,14 +149,14 @@ def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
     assert isinstance(found, Conclusion)
     assert all(isinstance(value, torch.Tensor) for value in found.extras.values())
     json.dumps(dict(found.card))
-    expected = backend_class(config_of(method)).protocol(config_of(method))
+    expected = method_class(config_of(method)).protocol(config_of(method))
     assert TrainingProtocol.of(expected.card() | dict(found.protocol))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, made_networks, tmp_path):
     config, where = config_of(method), made_networks(method, places)
-    made = distill.Distillation(config, where, Solo(), CPU).run()
+    made = distill.Distillation(config, where, SingleProcess(), CPU).run()
     made.save(tmp_path / "set")
     assert made.card["method"] == method
     training = made.training_set()
@@ -163,7 +167,7 @@ def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, m
 def test_networks_are_made_with_deterministic_kernels(digits_run, places, monkeypatch):
     found = []
     monkeypatch.setattr(
-        BACKENDS["mtt"], "make_network", lambda *_: found.append(torch.backends.cudnn.deterministic), raising=False
+        METHODS["mtt"], "make_network", lambda *_: found.append(torch.backends.cudnn.deterministic), raising=False
     )
     make_network(config_of("mtt"), places, "expert-000.safetensors", CPU)
     assert found == [True]

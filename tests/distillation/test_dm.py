@@ -8,11 +8,11 @@ from test_backends import CLASSES, a_pool, backend_of, close, image_gradient, wh
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods import dm
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.models.spec import NetworkSpec
 
 CPU = torch.device("cpu")
@@ -25,9 +25,11 @@ def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None
     pixels = {c: torch.randint(256, (4, *shape), dtype=torch.uint8, generator=rng) for c in range(classes)}
     config = configuration.validate({"distill": {"method": "dm", "ipc": ipc, "dm": options}, "runtime": runtime or {}})
     spec = NetworkSpec(network, shape, classes, width=4)
-    setting = Setting(config, spec, [str(c) for c in range(classes)], list(range(classes)), Solo(), CPU, 1)
+    setting = MethodContext(
+        config, spec, [str(c) for c in range(classes)], list(range(classes)), SingleProcess(), CPU, 1
+    )
     backend = dm.DistributionMatching(setting)
-    backend.prepare(Pool(pixels, Normalization((0.5,), (0.3,)), seed=0))
+    backend.prepare(ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0))
     return backend
 
 

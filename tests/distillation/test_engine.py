@@ -15,15 +15,15 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 
-from distill_at_scale.core.collectives import Solo, workers_here
+from distill_at_scale.core.collectives import SingleProcess, workers_here
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of, to_table
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.checkpoint import Timer, saved_step
-from distill_at_scale.distillation.engine import Distillation, Places
+from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.distillation.student import TrainingProtocol
 
 CPU = torch.device("cpu")
@@ -64,11 +64,11 @@ CASES = {
 }
 
 
-def start(places: Places, workers=None, **overrides) -> Distillation:
-    return Distillation(tiny_config("unused", **overrides), places, workers or Solo(), CPU)
+def start(places: DistillPaths, workers=None, **overrides) -> Distillation:
+    return Distillation(tiny_config("unused", **overrides), places, workers or SingleProcess(), CPU)
 
 
-def elsewhere(places: Places, name: str) -> Places:
+def elsewhere(places: DistillPaths, name: str) -> DistillPaths:
     return replace(places, work=places.work / name, log=places.log.with_name(f"{name}.jsonl"))
 
 
@@ -93,7 +93,7 @@ def stop_before(distillation: Distillation, step: int) -> None:
     distillation.backend.step = step_or_stop
 
 
-def lines(places: Places) -> list[dict]:
+def lines(places: DistillPaths) -> list[dict]:
     every = [json.loads(line) for line in places.log.read_text().splitlines()]
     return [line for line in every if line["stage"] == "distill"]
 
@@ -197,7 +197,7 @@ def test_the_set_does_not_depend_on_where_the_kept_samples_lie(places, method):
 def test_where_the_kept_samples_lie_is_said_once(places):
     reported = []
     config = tiny_config("unused", distill__steps=3, distill__hold="shards")
-    Distillation(config, places, Solo(), CPU, reported.append).run()
+    Distillation(config, places, SingleProcess(), CPU, reported.append).run()
     said = [line["held"] for line in reported if "held" in line]
     assert len(said) == 1
     assert "stay on disk" in said[0]
@@ -265,7 +265,7 @@ def test_the_card_says_what_the_set_is(places):
     assert {key: card[key] for key in expected} == expected
     assert card["runtime"]["rule"] == "loss"
     assert card["method_options"]["outer"] == 2
-    prepared = Prepared(places.prepared)
+    prepared = PreparedDataset(places.prepared)
     assert (card["normalization"]["mean"], card["normalization"]["std"]) == (prepared.mean, prepared.std)
     json.dumps(card)
 
@@ -284,7 +284,7 @@ def test_distillation_moves_the_images_towards_the_data(places):
 
 
 def test_what_cannot_work_is_refused_before_the_start(places, make_config):
-    prepared = Prepared(places.prepared)
+    prepared = PreparedDataset(places.prepared)
     with pytest.raises(UserError, match=r"keeps no sample of the class '1'; raise select\.keep"):
         distill.check(make_config("x"), prepared, [5, 0, 5])
     with pytest.raises(UserError, match=r"the class '2' has 3 samples, fewer than distill\.ipc = 4"):
@@ -295,7 +295,7 @@ def test_what_cannot_work_is_refused_before_the_start(places, make_config):
 
 
 def test_a_method_of_ones_own(places):
-    found = start(places, distill__method="test_distill:Frozen", distill__options={"level": 0.25}).run()
+    found = start(places, distill__method="test_engine:Frozen", distill__options={"level": 0.25}).run()
     assert torch.equal(found.images, torch.full((3, 1, 8, 8), 0.25))
     assert found.card["method_options"] == {"level": 0.25}
 

@@ -12,12 +12,12 @@ from conftest import FixedNetwork
 from torch import nn
 
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.distillation import student as students
-from distill_at_scale.distillation.evaluate import Evaluator, Job
+from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -42,21 +42,21 @@ def test_there_is_a_job_for_every_set_network_and_seed(make_config):
     )
     assert len(jobs) == len(set(jobs)) == 3 * 2 * 3
     assert {job.set for job in jobs} == {"distilled", "random_real", "full"}
-    assert Job("random_real", "vgg11", 2) in jobs
+    assert EvaluationJob("random_real", "vgg11", 2) in jobs
 
 
 def test_a_row_has_fractions_and_the_same_job_gives_the_same_row(evaluator):
     for name in ("distilled", "random_real", "kept", "full"):
-        rows = [evaluator(evaluate__bound_epochs=1).run(Job(name, "convnet", 1)) for _ in range(2)]
+        rows = [evaluator(evaluate__bound_epochs=1).run(EvaluationJob(name, "convnet", 1)) for _ in range(2)]
         assert {k: rows[0][k] for k in ("set", "network", "seed")} == {"set": name, "network": "convnet", "seed": 1}
         assert 0 <= rows[0]["top1"] <= rows[0]["top5"] == 1.0  # five guesses of three classes
         assert rows[0]["top1"] == rows[1]["top1"]
 
 
 def test_each_job_trains_on_its_set(evaluator, digits_run):
-    run, found = Prepared(digits_run.dir / "prepared"), evaluator()
+    run, found = PreparedDataset(digits_run.dir / "prepared"), evaluator()
     sizes = {
-        name: len(found._training_set(Job(name, "convnet", 0)).labels)
+        name: len(found._training_set(EvaluationJob(name, "convnet", 0)).labels)
         for name in ("distilled", "random_real", "kept", "full")
     }
     assert sizes == {
@@ -69,12 +69,12 @@ def test_each_job_trains_on_its_set(evaluator, digits_run):
 
 def test_training_on_more_data_helps(evaluator):
     """The bound learns the digits; a network that saw nothing does not."""
-    found = evaluator(evaluate__bound_epochs=15).run(Job("full", "convnet", 0))
+    found = evaluator(evaluate__bound_epochs=15).run(EvaluationJob("full", "convnet", 0))
     assert found["top1"] > 0.7
 
 
 def test_the_random_control_draws_anew_for_every_seed(digits_run):
-    prepared = Prepared(digits_run.dir / "prepared")
+    prepared = PreparedDataset(digits_run.dir / "prepared")
     first, same, other = (evaluate.random_real(prepared, 4, 0, draw) for draw in (0, 0, 1))
     assert first[1].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert np.array_equal(first[0], same[0])
@@ -86,7 +86,7 @@ def test_the_random_control_draws_anew_for_every_seed(digits_run):
 
 
 def test_the_random_control_takes_all_of_a_small_class(digits_run):
-    prepared = Prepared(digits_run.dir / "prepared")
+    prepared = PreparedDataset(digits_run.dir / "prepared")
     pixels, labels = evaluate.random_real(prepared, 10_000, 0, 0)
     assert np.array_equal(pixels, prepared.load("train")[0])
     assert np.bincount(labels).tolist() == prepared.counts()
@@ -181,4 +181,4 @@ def test_without_a_test_split_the_message_says_what_to_do(make_run, tmp_path):
 
 def test_training_that_diverges_names_the_job(evaluator):
     with pytest.raises(DistillationDiverged, match=r"distilled.*convnet.*learning rate of 1e\+30; lower evaluate\.lr"):
-        evaluator(evaluate__lr=1e30).run(Job("distilled", "convnet", 0))
+        evaluator(evaluate__lr=1e30).run(EvaluationJob("distilled", "convnet", 0))

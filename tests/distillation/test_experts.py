@@ -11,7 +11,7 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
 from distill_at_scale.distillation.augment import FAMILIES
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.experts import Expert, Experts, flat
 from distill_at_scale.distillation.methods.shared.unroll import Student
 from distill_at_scale.pipeline import fingerprints
@@ -49,7 +49,7 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
 def test_experts_learn_their_samples(tmp_path):
     config = config_of(expert_epochs=60, expert_lr=0.3, experts=1)
     setting, pool = setting_of(config, tmp_path), a_pool()
-    BACKENDS["mtt"].make_network("expert-000.safetensors", setting, pool)
+    METHODS["mtt"].make_network("expert-000.safetensors", setting, pool)
     student = Student(setting.spec.build(0), 100)
     held = Experts(tmp_path, 1, 60, sum(student.sizes), CPU)
     pixels, labels = pool.whole()

@@ -12,13 +12,13 @@ from test_gradients import textbook_distance, textbook_gradient
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import FAMILIES
-from distill_at_scale.distillation.methods import BACKENDS, dc
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods import METHODS, dc
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared import gradient_matching
 from distill_at_scale.distillation.methods.shared.gradient_distance import distances
 from distill_at_scale.distillation.student import TrainingProtocol
@@ -28,13 +28,13 @@ SHAPE, CLASSES, HELD = (1, 8, 8), 3, 9
 CPU = torch.device("cpu")
 
 
-def a_pool(held: int = HELD) -> Pool:
+def a_pool(held: int = HELD) -> ClassSampler:
     chance = torch.Generator().manual_seed(0)
     pixels = {c: torch.randint(256, (held, *SHAPE), dtype=torch.uint8, generator=chance) for c in range(CLASSES)}
-    return Pool(pixels, Normalization((0.5,), (0.3,)), seed=0)
+    return ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0)
 
 
-def backend_of(method: str, pool: Pool, ipc: int = 2, runtime: dict | None = None, labels=None, **options):
+def backend_of(method: str, pool: ClassSampler, ipc: int = 2, runtime: dict | None = None, labels=None, **options):
     """A backend with one fixed network; the whole class is a real batch, the image rate is 1, no momentum."""
     section = {"image_lr": 1.0, "image_momentum": 0.0, "real_batch": 256, "augment": "none", **options}
     config = configuration.validate(
@@ -42,7 +42,7 @@ def backend_of(method: str, pool: Pool, ipc: int = 2, runtime: dict | None = Non
     )
     spec = FixedNetwork(NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4)
     labels = list(range(CLASSES)) if labels is None else labels
-    backend = BACKENDS[method](Setting(config, spec, ["zero", "one", "two"], labels, Solo(), CPU, 1))
+    backend = METHODS[method](MethodContext(config, spec, ["zero", "one", "two"], labels, SingleProcess(), CPU, 1))
     backend.prepare(pool)
     return backend
 
@@ -132,11 +132,11 @@ def test_the_default_loops_are_the_official_ones(ipc, loops):
 
 def test_the_defaults_are_the_official_ones():
     config = configuration.Config()
-    assert [BACKENDS[m].default_steps for m in ("dc", "dsa", "dm", "idc")] == [1000, 1000, 20_000, 2000]
-    assert [BACKENDS[m].init_of(config) for m in ("dc", "dsa", "dm")] == ["noise", "real", "real"]
-    assert BACKENDS["dc"].protocol(config) == TrainingProtocol(300)
-    assert BACKENDS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE)
-    assert BACKENDS["dm"].protocol(config).epochs == 1000
+    assert [METHODS[m].default_steps for m in ("dc", "dsa", "dm", "idc")] == [1000, 1000, 20_000, 2000]
+    assert [METHODS[m].init_of(config) for m in ("dc", "dsa", "dm")] == ["noise", "real", "real"]
+    assert METHODS["dc"].protocol(config) == TrainingProtocol(300)
+    assert METHODS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE)
+    assert METHODS["dm"].protocol(config).epochs == 1000
     assert (config.distill.dc.image_lr, config.distill.dc.image_momentum, config.distill.dc.network_lr) == (
         0.1,
         0.5,
@@ -347,18 +347,20 @@ def moved(method: str, spec, runtime=None, pool=None, labels=None, **options) ->
     values = {"method": method, "ipc": options.pop("ipc", 1), method: options}
     config = configuration.validate({"distill": values, "runtime": runtime or {}})
     labels = list(range(spec.classes)) if labels is None else labels
-    backend = BACKENDS[method](Setting(config, spec, [str(c) for c in range(spec.classes)], labels, Solo(), CPU, 1))
+    backend = METHODS[method](
+        MethodContext(config, spec, [str(c) for c in range(spec.classes)], labels, SingleProcess(), CPU, 1)
+    )
     backend.prepare(pool)
     return image_gradient(backend)[1]
 
 
-def pool_of(spec, held=lambda c: 2) -> Pool:
+def pool_of(spec, held=lambda c: 2) -> ClassSampler:
     chance = torch.Generator().manual_seed(1)
     pixels = {
         c: torch.randint(256, (held(c), *spec.shape), dtype=torch.uint8, generator=chance) for c in range(spec.classes)
     }
     channels = spec.shape[-3]
-    return Pool(pixels, Normalization((0.5,) * channels, (0.3,) * channels), seed=0)
+    return ClassSampler(pixels, Normalization((0.5,) * channels, (0.3,) * channels), seed=0)
 
 
 SPECS = {
@@ -398,9 +400,9 @@ def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
     whole = moved("dc", spec, outer=1, ipc=5)
     monkeypatch.setitem(gradient_matching.BYTES, "cpu", gradient_matching.SECOND_ORDER * spec.work(1) * 2)
     in_parts = []
-    real = gradient_matching.MatchingBackend._pull_in_parts
+    real = gradient_matching.MatchingMethod._pull_in_parts
     monkeypatch.setattr(
-        gradient_matching.MatchingBackend, "_pull_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
+        gradient_matching.MatchingMethod, "_pull_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
     )
     close(moved("dc", spec, outer=1, ipc=5), whole)
     assert len(in_parts) == spec.classes
@@ -412,8 +414,8 @@ def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
     each = gradient_matching.COPIES * 4 * held * math.prod(spec.shape)
     whole = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
     sizes = []
-    real = gradient_matching.MatchingBackend._real
-    monkeypatch.setattr(gradient_matching.MatchingBackend, "_real", lambda *a: (sizes.append(len(a[2])), real(*a))[1])
+    real = gradient_matching.MatchingMethod._real
+    monkeypatch.setattr(gradient_matching.MatchingMethod, "_real", lambda *a: (sizes.append(len(a[2])), real(*a))[1])
     monkeypatch.setitem(gradient_matching.BYTES, "cpu", most * each)
     monkeypatch.setattr(gradient_matching, "SECOND_ORDER", 1)
     close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
@@ -439,14 +441,14 @@ def test_batch_norm_is_set_from_real_samples_and_then_kept(method):
     options = {"inner": 1} if method == "idc" else {"outer": 1}
     with pytest.warns(UserWarning, match="'resnet18_bn' has batch norm: a real batch of several classes sets"):
         assert moved(method, FixedNetwork(BATCH_NORM), **options).abs().max() > 0
-    assert BACKENDS[method].batch_norm == "any"
+    assert METHODS[method].batch_norm == "any"
 
 
 @pytest.mark.filterwarnings("ignore:distill.network")
 def test_samples_are_independent_under_settled_batch_norm():
     spec = FixedNetwork(BATCH_NORM)
     config = configuration.validate({"distill": {"method": "dc", "dc": {"outer": 1}}})
-    backend = BACKENDS["dc"](Setting(config, spec, ["a", "b", "c"], [0, 1, 2], Solo(), CPU, 1))
+    backend = METHODS["dc"](MethodContext(config, spec, ["a", "b", "c"], [0, 1, 2], SingleProcess(), CPU, 1))
     backend.prepare(pool_of(spec))
     network = spec.build(0).train()
     backend.settle_norms(network, 0, 0)

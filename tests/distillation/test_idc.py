@@ -12,12 +12,12 @@ from test_backends import close
 from test_gradients import textbook_gradient
 
 from distill_at_scale.config import load as configuration
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods import idc
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.multi_formation import assembled, parts_of
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
@@ -29,12 +29,12 @@ SPEC = FixedNetwork(
 NAMES = ["zero", "one", "two", "three"]
 
 
-def a_pool(labels=range(CLASSES), held: int = 5) -> Pool:
+def a_pool(labels=range(CLASSES), held: int = 5) -> ClassSampler:
     pixels = {
         c: torch.randint(256, (held, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(c))
         for c in labels
     }
-    return Pool(pixels, Normalization((0.5,), (STD,)), seed=0)
+    return ClassSampler(pixels, Normalization((0.5,), (STD,)), seed=0)
 
 
 def backend_of(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2, runtime=None, **options):
@@ -42,7 +42,9 @@ def backend_of(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2,
     config = configuration.validate(
         {"distill": {"method": "idc", "ipc": ipc, "idc": made}, "runtime": runtime or {"rule": "none"}}
     )
-    backend = idc.FormationMatching(Setting(config, SPEC, NAMES, list(labels), workers or Solo(), CPU, 1))
+    backend = idc.FormationMatching(
+        MethodContext(config, SPEC, NAMES, list(labels), workers or SingleProcess(), CPU, 1)
+    )
     backend.prepare(a_pool(labels, held))
     return backend
 
@@ -128,7 +130,7 @@ class Threads:
         self.size, self.barrier, self.held = size, threading.Barrier(size), [None] * size
 
     def of(self, rank: int):
-        worker = Solo()
+        worker = SingleProcess()
         worker.rank, worker.size = rank, self.size
         worker.sum_ = lambda tensors: self._sum(rank, tensors)
         return worker

@@ -18,15 +18,15 @@ from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import SIAMESE
 from distill_at_scale.core import safetensors_io
-from distill_at_scale.core.collectives import Group, Solo
+from distill_at_scale.core.collectives import ProcessGroup, SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods import BACKENDS
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared.unroll import Move, Synthetic, unrolled
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
@@ -38,10 +38,10 @@ SMALL = {"image_lr": 1.0, "image_momentum": 0.0, "student_lr": 0.1, "student_lr_
          "expert_augment": "none", "augment": "none"}  # fmt: skip
 
 
-def a_pool() -> Pool:
+def a_pool() -> ClassSampler:
     chance = torch.Generator().manual_seed(0)
     pixels = {c: torch.randint(256, (HELD, *SHAPE), dtype=torch.uint8, generator=chance) for c in range(CLASSES)}
-    return Pool(pixels, Normalization((0.5,), (0.3,)), seed=0)
+    return ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0)
 
 
 def config_of(method: str = "mtt", ipc: int = 2, network: str = "convnet", **options) -> Config:
@@ -49,15 +49,15 @@ def config_of(method: str = "mtt", ipc: int = 2, network: str = "convnet", **opt
     return configuration.validate({"distill": section})
 
 
-def setting_of(config: Config, folder: Path, workers=None, shape=SHAPE) -> Setting:
+def setting_of(config: Config, folder: Path, workers=None, shape=SHAPE) -> MethodContext:
     spec = NetworkSpec(config.distill.network, shape, CLASSES, width=6)
-    return Setting(config, spec, ["zero", "one", "two"], [0, 1, 2], workers or Solo(), CPU, 1, folder)
+    return MethodContext(config, spec, ["zero", "one", "two"], [0, 1, 2], workers or SingleProcess(), CPU, 1, folder)
 
 
 def made_experts(folder: Path, **options) -> Path:
     config = config_of(**options)
-    for name in BACKENDS["mtt"].networks(config):
-        BACKENDS["mtt"].make_network(name, setting_of(config, folder), a_pool())
+    for name in METHODS["mtt"].networks(config):
+        METHODS["mtt"].make_network(name, setting_of(config, folder), a_pool())
     return folder
 
 
@@ -68,7 +68,7 @@ def experts(tmp_path_factory) -> Path:
 
 
 def backend_of(folder: Path, method: str = "mtt", workers=None, **options):
-    backend = BACKENDS[method](setting_of(config_of(method, **options), folder, workers))
+    backend = METHODS[method](setting_of(config_of(method, **options), folder, workers))
     backend.prepare(a_pool())
     return backend
 
@@ -96,7 +96,7 @@ def textbook(network, task, images, labels, rate):
 
 
 def test_the_cost_of_the_experts_is_stated():
-    (cost,) = BACKENDS["mtt"].costs(config_of(experts=7, network="vgg11"))
+    (cost,) = METHODS["mtt"].costs(config_of(experts=7, network="vgg11"))
     assert (cost.what, cost.network, cost.images, cost.passes, cost.backward) == (
         "train 7 experts",
         "vgg11",
@@ -201,7 +201,7 @@ def test_what_is_learned_goes_into_the_protocol_and_the_card(experts):
 
 
 def test_the_defaults_are_the_official_ones():
-    config, method = configuration.Config(), BACKENDS["mtt"]
+    config, method = configuration.Config(), METHODS["mtt"]
     section = config.distill.mtt
     assert (method.default_steps, method.parallel, method.init_of(config)) == (5000, "replicate", "real")
     assert method.protocol(config) == TrainingProtocol(1000, SIAMESE)
@@ -270,7 +270,7 @@ def test_an_update_that_cannot_be_is_not_made(experts, options, message):
 def test_batch_norm_is_refused_with_the_reason(tmp_path):
     config = config_of(network="resnet18_bn")
     with pytest.raises(UserError, match=r"resnet18_bn.*batch norm, whose running statistics are no parameters"):
-        BACKENDS["mtt"](setting_of(config, tmp_path, shape=(1, 16, 16)))
+        METHODS["mtt"](setting_of(config, tmp_path, shape=(1, 16, 16)))
 
 
 def test_in_parts_a_draw_stays_with_its_images():
@@ -288,7 +288,7 @@ def work(rank: int, folder: str, experts: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for method in ("mtt", "tesla"):
-        backend = backend_of(Path(experts), method, Group(CPU), image_momentum=0.5, image_lr=0.1)
+        backend = backend_of(Path(experts), method, ProcessGroup(CPU), image_momentum=0.5, image_lr=0.1)
         for i in range(2):
             backend.step(i)
         safetensors_io.save(Path(folder) / f"{method}-{rank}.safetensors", backend.state_dict())

@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import leave_group, tiny_config
 
-from distill_at_scale.core.collectives import Group, Solo
+from distill_at_scale.core.collectives import ProcessGroup, SingleProcess
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.distillation.engine import Distillation, Places
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.engine import Distillation, DistillPaths
+from distill_at_scale.distillation.methods import METHODS
 
 CPU = torch.device("cpu")
 LOOPS = {"outer": 2, "inner": 2, "network_batch": 5, "network_lr": 0.05}
@@ -29,18 +29,18 @@ CHEAP: dict[str, dict[str, Any]] = {  # smaller than their defaults; a method th
     "idc": {"inner": 2, "network_samples": 20, "network_batch": 10, "real_batch": 8},
 }
 APART = ("sre2l", "rded")  # they need a teacher, which their own tests make
-METHODS = [name for name, kind in BACKENDS.items() if kind.parallel == "classes" and name not in APART]
+METHODS = [name for name, kind in METHODS.items() if kind.parallel == "classes" and name not in APART]
 CASES = [
     (method, rule)
     for method in METHODS
     for rule in ("none", "loss", "ite")
-    if not (rule != "none" and BACKENDS[method].no_runtime)
+    if not (rule != "none" and METHODS[method].no_runtime)
 ]
 CLASSES = [str(digit) for digit in range(5)]  # no multiple of 2 or 4: shares differ
 STEPS, IPC = 3, 2
 
 
-class Spy(Group):
+class Spy(ProcessGroup):
     """A group of workers that counts what is asked of it."""
 
     def __init__(self, size: int, members: Any):
@@ -90,7 +90,7 @@ def name_of(method: str, rule: str, workers: int) -> str:
     return f"{method}-{rule}-{workers}"
 
 
-def begin(places: Places, method: str, rule: str, workers: Any) -> Distillation:
+def begin(places: DistillPaths, method: str, rule: str, workers: Any) -> Distillation:
     overrides = {f"distill__{method}__{key}": value for key, value in CHEAP.get(method, {}).items()}
     config = tiny_config("unused", data__classes=CLASSES, distill__method=method, distill__ipc=IPC, distill__steps=STEPS,
                          distill__checkpoint_every=2, runtime__rule=rule, runtime__refresh=2, **overrides)  # fmt: skip
@@ -98,7 +98,7 @@ def begin(places: Places, method: str, rule: str, workers: Any) -> Distillation:
     return Distillation(config, replace(places, work=places.work / own, log=places.work / f"{own}.jsonl"), workers, CPU)
 
 
-def work(rank: int, folder: str, places: Places) -> None:
+def work(rank: int, folder: str, places: DistillPaths) -> None:
     """One of four processes; leaves the sets, and what each worker asked of the others."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
@@ -117,12 +117,12 @@ def work(rank: int, folder: str, places: Places) -> None:
 
 
 @pytest.fixture(scope="module")
-def five_classes(make_run, tmp_path_factory) -> Places:
+def five_classes(make_run, tmp_path_factory) -> DistillPaths:
     run = make_run(tmp_path_factory.mktemp("five") / "run", data__classes=CLASSES, distill__ipc=IPC)
     run.stages("ingest", "score", "select")
     work = run.dir / "parallel"
     work.mkdir()
-    return Places(run.dir / "prepared", run.dir / "manifest.parquet", work, work / "log.jsonl")
+    return DistillPaths(run.dir / "prepared", run.dir / "manifest.parquet", work, work / "log.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def group(five_classes, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(five_classes) -> dict[tuple[str, str], synthetic_set.SyntheticSet]:
-    return {case: begin(five_classes, *case, Solo()).run() for case in CASES}
+    return {case: begin(five_classes, *case, SingleProcess()).run() for case in CASES}
 
 
 def asked(group: Path, method: str, rule: str, size: int) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def test_runtime_pruning_changed_what_they_agree_on(alone, method):
 def test_every_batch_of_the_inner_loop_is_one_sum_of_the_whole_gradient(group, five_classes, method, size):
     batches = -(-len(CLASSES) * IPC // LOOPS["network_batch"])
     expected = STEPS * (LOOPS["outer"] - 1) * LOOPS["inner"] * batches
-    parameters = len(list(begin(five_classes, method, "none", Solo()).setting.spec.build(0).parameters()))
+    parameters = len(list(begin(five_classes, method, "none", SingleProcess()).setting.spec.build(0).parameters()))
     for found in asked(group, method, "none", size):
         assert found["sums"] == [parameters] * expected
 

@@ -20,14 +20,15 @@ from test_teachers import QUICK, SHAPE, a_pool, a_setting, make
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.distillation.engine import Places
+from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.rded import Patches, best
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.executors.base import Local, score_piece
+from distill_at_scale.pipeline.executors.local import LocalExecutor
+from distill_at_scale.pruning.scoring.scorer import score_piece
 
 CLASSES, HELD, KEPT = 3, 20, 12
 OPTIONS = {"crops": 3, "candidates": 8, "factor": 2}
@@ -49,7 +50,7 @@ def ranked(tmp_path):
         setting = a_setting(tmp_path / "networks", steps=options.pop("steps", 1), **OPTIONS | options)
         if not (setting.networks / TEACHER).exists():
             make(setting)
-        places = Places(
+        places = DistillPaths(
             tmp_path / "prepared", tmp_path / "manifest.parquet", tmp_path, tmp_path / "l", setting.networks
         )
         pieces = patch_ranking.pieces_folder(places.networks, setting.config)
@@ -61,7 +62,7 @@ def ranked(tmp_path):
 
 
 def table_of(setting, places, chunks, candidates) -> pa.Table:
-    Local().rank_patches(setting.config, places, chunks, lambda n: None)
+    LocalExecutor().rank_patches(setting.config, places, chunks, lambda n: None)
     pieces = patch_ranking.pieces_folder(places.networks, setting.config)
     target = patch_ranking.table_path(places.networks, setting.config)
     patch_ranking.merge([score_piece(pieces, c) for c in chunks], candidates, setting.config.distill.rded.crops, target)
@@ -69,9 +70,11 @@ def table_of(setting, places, chunks, candidates) -> pa.Table:
 
 
 def kept_pool(places, hold="auto"):
-    from distill_at_scale.data.sampling.class_sampler import Pool
+    from distill_at_scale.data.sampling.class_sampler import ClassSampler
 
-    return Pool.load(Prepared(places.prepared), places.manifest, range(CLASSES), 0, torch.device("cpu"), hold)
+    return ClassSampler.load(
+        PreparedDataset(places.prepared), places.manifest, range(CLASSES), 0, torch.device("cpu"), hold
+    )
 
 
 def test_every_crop_of_every_candidate_is_ranked_by_the_teachers_loss(ranked):
@@ -96,9 +99,9 @@ def test_candidates_are_drawn_from_the_kept_samples_by_the_seed(ranked):
 
 def test_only_candidates_are_decoded(ranked, monkeypatch):
     setting, places, chunks, candidates = ranked()
-    seen, decode = [], Prepared.pixels
+    seen, decode = [], PreparedDataset.pixels
     monkeypatch.setattr(
-        Prepared,
+        PreparedDataset,
         "pixels",
         lambda self, table, *a: (seen.extend(table["sample_id"].to_pylist()), decode(self, table, *a))[1],
     )
@@ -108,14 +111,14 @@ def test_only_candidates_are_decoded(ranked, monkeypatch):
 
 def test_row_groups_without_a_candidate_are_not_read(ranked, monkeypatch):
     setting, places, chunks, candidates = ranked(candidates=1)
-    read, whole = Prepared.read, []
+    read, whole = PreparedDataset.read, []
 
     def spy(self, part, split="train", columns=None):
         if columns is None:
             whole.append(part)
         return read(self, part, split, columns)
 
-    monkeypatch.setattr(Prepared, "read", spy)
+    monkeypatch.setattr(PreparedDataset, "read", spy)
     table_of(setting, places, chunks, candidates)
     assert len(whole) == CLASSES
 
@@ -264,13 +267,15 @@ def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
 
 @pytest.mark.parametrize("candidates", [5, 8])  # with five, further crops of the same images are taken
 def test_samples_that_lie_in_shards_make_the_same_images(ranked, tmp_path, candidates):
-    from distill_at_scale.data.sampling.class_sampler import Pool
+    from distill_at_scale.data.sampling.class_sampler import ClassSampler
 
     backend, _ = built(ranked, candidates=candidates)
     backend.step(0)
     images, _ = backend.finish()
-    prepared, device = Prepared(tmp_path / "prepared"), torch.device("cpu")
-    backend.prepare(Pool.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards"))
+    prepared, device = PreparedDataset(tmp_path / "prepared"), torch.device("cpu")
+    backend.prepare(
+        ClassSampler.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards")
+    )
     backend.step(0)
     assert torch.equal(backend.finish()[0], images)
 
@@ -326,11 +331,11 @@ def test_a_set_without_its_labels_still_shows_its_images(whole_run, tmp_path):
 
 
 def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_protocol(whole_run):
-    from distill_at_scale.distillation.evaluate import Evaluator, Job
+    from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
 
     folders = [whole_run.dir / name for name in ("prepared", "synthetic", "manifest.parquet")]
     evaluator = Evaluator(whole_run.config, *folders, torch.device("cpu"))
-    control, made = (evaluator._training_set(Job(s, "convnet", 0)) for s in ("random_real", "distilled"))
+    control, made = (evaluator._training_set(EvaluationJob(s, "convnet", 0)) for s in ("random_real", "distilled"))
     assert (control.views.epochs, control.views.temperature) == (made.views.epochs, 20.0)
     assert asdict(control.views.teacher.facts) == asdict(evaluator.synthetic.teacher(torch.device("cpu")).facts)
     for batch in evaluator.synthetic.protocol.plan.batches(
@@ -338,7 +343,7 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
     ):  # asked about the set itself, it gives the set's labels
         views = batch.apply(made.images[batch.rows])
         assert torch.allclose(control.views.of(0, batch, views), made.views.of(0, batch, views), atol=2e-2)
-    kept = Job("kept", "convnet", 0)
+    kept = EvaluationJob("kept", "convnet", 0)
     assert evaluator._training_set(kept).views is None
     assert evaluator._protocol(kept).labels == "hard"
 

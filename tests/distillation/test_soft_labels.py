@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation.soft_labels import (
     StoredLabels,
@@ -146,7 +146,7 @@ def test_as_many_as_there_are_classes_are_all_of_them():
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_stored_labels_are_the_teachers_answers_to_the_very_views(top_k):
     images, asked = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 3, top_k, 5.0)
-    stored = StoredLabels.of_tensors(relabel(images, PLAN, asked, Solo()), CLASSES)
+    stored = StoredLabels.of_tensors(relabel(images, PLAN, asked, SingleProcess()), CLASSES)
     assert stored.epochs == 3
     for epoch in range(3):
         for batch in PLAN.batches(epoch, 10):
@@ -158,12 +158,14 @@ def test_stored_labels_are_the_teachers_answers_to_the_very_views(top_k):
 def test_the_size_is_two_bytes_a_class_or_four_of_those_that_are_stored():
     images = torch.randn(10, *SHAPE, generator=chance())
     for top_k, each in ((None, 2 * CLASSES), (2, 2 * 4)):
-        assert size_of(relabel(images, PLAN, TeacherLabels(a_teacher(), 3, top_k, 5.0), Solo())) == 10 * 3 * each
+        assert (
+            size_of(relabel(images, PLAN, TeacherLabels(a_teacher(), 3, top_k, 5.0), SingleProcess())) == 10 * 3 * each
+        )
 
 
 def test_workers_share_the_epochs():
     images, asked = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 5, None, 5.0)
-    alone = relabel(images, PLAN, asked, Solo())["values"]
+    alone = relabel(images, PLAN, asked, SingleProcess())["values"]
     parts: list = [[], []]
     assert relabel(images, PLAN, asked, Pretended(1, 2, parts[1])) == {}
     relabel(images, PLAN, asked, Pretended(0, 2, parts[0]))

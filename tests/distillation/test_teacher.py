@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core import safetensors_io
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.methods import BACKENDS
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared import teacher as teachers
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher
 from distill_at_scale.models.spec import NetworkSpec
@@ -28,12 +28,12 @@ QUICK = {"teacher_network": "convnet_bn", "teacher_epochs": 3, "teacher_batch": 
          "label_epochs": 2}  # fmt: skip
 
 
-def a_pool() -> Pool:
+def a_pool() -> ClassSampler:
     """Classes of different brightness, easily told apart."""
     chance = torch.Generator().manual_seed(0)
     noise = torch.randint(-20, 20, (CLASSES, HELD, *SHAPE), generator=chance)
     pixels = {c: (noise[c] + 60 + 60 * c).to(torch.uint8) for c in range(CLASSES)}
-    return Pool(pixels, Normalization((0.5,), (0.25,)), seed=0)
+    return ClassSampler(pixels, Normalization((0.5,), (0.25,)), seed=0)
 
 
 def a_config(method: str = "rded", **options):
@@ -42,14 +42,14 @@ def a_config(method: str = "rded", **options):
     return configuration.validate(values)
 
 
-def a_setting(folder, method: str = "rded", steps: int = 1, **options) -> Setting:
+def a_setting(folder, method: str = "rded", steps: int = 1, **options) -> MethodContext:
     config = a_config(method, **options)
     spec = NetworkSpec("convnet", SHAPE, CLASSES, 6)
-    return Setting(config, spec, NAMES, list(range(CLASSES)), Solo(), CPU, steps, folder)
+    return MethodContext(config, spec, NAMES, list(range(CLASSES)), SingleProcess(), CPU, steps, folder)
 
 
-def make(setting: Setting, real: Pool | None = None) -> Teacher:
-    BACKENDS[setting.config.distill.method].make_network(TEACHER, setting, real or a_pool())
+def make(setting: MethodContext, real: ClassSampler | None = None) -> Teacher:
+    METHODS[setting.config.distill.method].make_network(TEACHER, setting, real or a_pool())
     return Teacher.load(setting.networks / TEACHER, CPU)
 
 
@@ -86,10 +86,10 @@ def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypat
 
 
 def test_both_methods_share_a_teacher_with_equal_options():
-    options = [BACKENDS[m].network_options(a_config(m)) for m in ("sre2l", "rded")]
+    options = [METHODS[m].network_options(a_config(m)) for m in ("sre2l", "rded")]
     assert options[0] == options[1]
-    assert options[0] != BACKENDS["rded"].network_options(a_config(teacher_lr=0.1))
-    assert options[0] == BACKENDS["rded"].network_options(a_config(label_epochs=7, crops=2))
+    assert options[0] != METHODS["rded"].network_options(a_config(teacher_lr=0.1))
+    assert options[0] == METHODS["rded"].network_options(a_config(label_epochs=7, crops=2))
 
 
 def test_a_teacher_that_diverges_says_so(tmp_path):
@@ -109,12 +109,12 @@ def test_ready_made_weights_are_taken_and_known_by_their_content(tmp_path):
     teacher = make(a_setting(tmp_path, teacher_weights=path))
     images = torch.randn(4, *SHAPE)
     assert torch.allclose(teacher(images), network(images), atol=1e-5)
-    before = BACKENDS["rded"].network_options(a_config(teacher_weights=path))
+    before = METHODS["rded"].network_options(a_config(teacher_weights=path))
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes((tmp_path / "w.safetensors").read_bytes())
-    assert before == BACKENDS["rded"].network_options(a_config(teacher_weights=str(moved), teacher_lr=0.3))
+    assert before == METHODS["rded"].network_options(a_config(teacher_weights=str(moved), teacher_lr=0.3))
     safetensors_io.save(moved, {k: v + 1 if v.is_floating_point() else v for k, v in network.state_dict().items()})
-    assert before != BACKENDS["rded"].network_options(a_config(teacher_weights=str(moved)))
+    assert before != METHODS["rded"].network_options(a_config(teacher_weights=str(moved)))
 
 
 def test_ready_made_weights_of_another_class_order_are_put_in_order(tmp_path):
@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_are_told_by_the_teachers_keys(tmp_path):
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_network = 'convnet'"):
         make(a_setting(tmp_path, teacher_network="convnet", teacher_weights=path))
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_weights = '.*none': there is no such file"):
-        BACKENDS["rded"].network_options(a_config(teacher_weights=str(tmp_path / "none")))
+        METHODS["rded"].network_options(a_config(teacher_weights=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -150,26 +150,26 @@ def test_weights_that_do_not_fit_are_told_by_the_teachers_keys(tmp_path):
 ])  # fmt: skip
 def test_a_teacher_that_cannot_serve_is_refused_before_the_run(options, message):
     with pytest.raises(UserError, match=message):
-        BACKENDS["sre2l"].protocol(a_config("sre2l", **options))
+        METHODS["sre2l"].protocol(a_config("sre2l", **options))
 
 
 def test_rded_does_not_need_batch_norm():
-    BACKENDS["rded"].protocol(a_config(teacher_network="convnet"))
+    METHODS["rded"].protocol(a_config(teacher_network="convnet"))
 
 
 def test_whitened_data_and_plain_tensors_are_refused():
     for data, message in (({"whiten": "zca"}, "data.whiten=none"), ({"source": "tensors"}, "tensors has none")):
         values = {"distill": {"method": "rded", "rded": QUICK}, "data": {"size": 8, "channels": 1} | data}
         with pytest.raises(UserError, match=message):
-            BACKENDS["rded"].protocol(configuration.validate(values))
+            METHODS["rded"].protocol(configuration.validate(values))
 
 
 def test_students_train_as_the_papers_say_and_views_flip_only_where_the_teacher_flips():
     config = a_config(teacher_augment="color_crop_flip", label_epochs=300)
-    made = BACKENDS["rded"].protocol(config)
+    made = METHODS["rded"].protocol(config)
     assert (made.epochs, made.optimizer, made.lr, made.labels, made.temperature) == (300, "adamw", 1e-3, "views", 20.0)
     assert made.plan.flip
-    assert not BACKENDS["rded"].protocol(a_config(teacher_augment="color_crop")).plan.flip
+    assert not METHODS["rded"].protocol(a_config(teacher_augment="color_crop")).plan.flip
 
 
 def test_another_batch_for_evaluation_is_refused_before_the_run():
@@ -179,16 +179,16 @@ def test_another_batch_for_evaluation_is_refused_before_the_run():
         "evaluate": {"batch": 7},
     }
     with pytest.raises(UserError, match=r"evaluate\.batch = 7: the set has labels for batches of 64"):
-        BACKENDS["rded"].protocol(configuration.validate(values))
+        METHODS["rded"].protocol(configuration.validate(values))
 
 
 def test_the_costs_name_training_labelling_and_ranking():
-    costs = BACKENDS["rded"].costs(a_config(label_epochs=7, crops=4))
+    costs = METHODS["rded"].costs(a_config(label_epochs=7, crops=4))
     assert [(c.images, c.passes, c.backward) for c in costs] == [
         ("kept", 3, True), ("synthetic", 7, False), ("kept", 4, False)
     ]  # fmt: skip
     assert {c.network for c in costs} == {"convnet_bn"}
-    assert [c.images for c in BACKENDS["sre2l"].costs(a_config("sre2l", teacher_weights="w"))] == ["synthetic"]
+    assert [c.images for c in METHODS["sre2l"].costs(a_config("sre2l", teacher_weights="w"))] == ["synthetic"]
 
 
 def test_a_damaged_unfinished_teacher_is_named(tmp_path):

@@ -11,7 +11,7 @@ from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.experts import Experts, flat
 from distill_at_scale.distillation.methods.shared.unroll import (
     Move,
@@ -210,14 +210,14 @@ def test_labels_start_from_the_class_where_images_are_noise(experts):
 
 
 def test_the_defaults_are_mtts_with_soft_labels():
-    config, method = configuration.Config(), BACKENDS["tesla"]
+    config, method = configuration.Config(), METHODS["tesla"]
     assert (method.default_steps, method.parallel, method.init_of(config)) == (5000, "replicate", "real")
     assert method.protocol(config) == TrainingProtocol(1000, SIAMESE, labels="soft")
     assert (config.distill.tesla.gradient, config.distill.tesla.learn_labels) == ("exact", True)
     assert method.protocol(config_of("tesla", learn_labels=False)).labels == "hard"
-    assert method.networks(config) == BACKENDS["mtt"].networks(config)
+    assert method.networks(config) == METHODS["mtt"].networks(config)
     small = config_of("tesla")
-    assert method.network_options(small) == BACKENDS["mtt"].network_options(config_of("mtt"))
+    assert method.network_options(small) == METHODS["mtt"].network_options(config_of("mtt"))
 
 
 def test_a_network_trains_on_the_soft_labels_that_were_saved(experts, tmp_path):

@@ -12,9 +12,10 @@ from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import with_overrides
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
+from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.studies import across_datasets
-from distill_at_scale.experiments.studies.base import Context, Outcome
+from distill_at_scale.experiments.studies.base import StudyContext
 
 SETS = {
     "tail": {"data.transform": "long_tail", "data.imbalance": 100.0},
@@ -57,7 +58,7 @@ class MadeUp:
 @pytest.fixture
 def context(make_config, tmp_path):
     config = make_config(tmp_path, studies={"across": {"sets": SETS, "keep": [0.1]}})
-    return Context(config, MadeUp(config), lambda line: None)
+    return StudyContext(config, MadeUp(config), lambda line: None)
 
 
 def test_every_set_is_compared_with_its_own_unpruned_runs(context):
@@ -118,13 +119,13 @@ def test_a_set_that_is_not_allowed_is_named_before_anything_starts(context, over
     config = with_overrides(context.config, {"studies.across.sets": {**SETS, "odd": overrides}})
     runner = MadeUp(config)
     with pytest.raises(UserError, match=message):
-        across_datasets.study(Context(config, runner, lambda line: None))
+        across_datasets.study(StudyContext(config, runner, lambda line: None))
     assert runner.asked == []
 
 
 def test_a_set_without_a_test_split_is_left_out_and_said_so(context):
     runner = MadeUp(context.config, lost=("long_tail",))
-    found = across_datasets.study(Context(context.config, runner, lambda line: None))
+    found = across_datasets.study(StudyContext(context.config, runner, lambda line: None))
     assert list(found.facts["sets"]) == ["digits", "twins"]
     assert "The set tail is left out" in found.notes[0]
 
@@ -137,7 +138,7 @@ def test_a_set_near_chance_is_said_to_tell_little(context, monkeypatch):
 
 def test_a_set_that_is_called_like_the_source_leaves_the_base_its_other_name_and_doubles_nothing(context):
     config = with_overrides(context.config, {"studies.across.sets": {"digits": {}}})
-    found = across_datasets.study(Context(config, MadeUp(config), lambda line: None))
+    found = across_datasets.study(StudyContext(config, MadeUp(config), lambda line: None))
     assert list(found.facts["sets"]) == ["base", "digits"]
     assert {row["n"] for row in found.rows} == {3}
 
@@ -157,7 +158,7 @@ def test_the_whole_study_on_digits(make_config, tmp_path):
     studies = {"seeds": 2, "steps": 1, "across": {"sets": sets, "keep": [0.5]}}
     config = make_config(tmp_path / "run", studies=studies, score__trials=1, score__epochs=1)
     runner = LocalRunner(config, Display.silent())
-    found = across_datasets.study(Context(config, runner, lambda line: None))
+    found = across_datasets.study(StudyContext(config, runner, lambda line: None))
     assert list(found.facts["sets"]) == ["digits", "tail", "two"]
     by = {(row["set"], row["selection"]): row for row in found.rows}
     assert by["two", "unpruned"]["of"] < by["digits", "unpruned"]["of"]
@@ -169,9 +170,9 @@ def test_the_configuration_for_digits_is_valid_with_all_of_its_sets(tmp_path):
     path = ROOT / "configs" / "studies_across_digits.yaml"
     config = configuration.load(path, [f"run.dir={tmp_path}"])
     runner = LocalRunner(config, Display.silent())
-    sets = across_datasets._sets(Context(config, runner, print))
+    sets = across_datasets._sets(StudyContext(config, runner, print))
     assert {"digits", "long_tail_10", "long_tail_100", "near_duplicates", "moving_digits"} <= set(sets)
     for name, overrides in sets.items():
-        across_datasets._configured(Context(config, runner, print), name, overrides)
+        across_datasets._configured(StudyContext(config, runner, print), name, overrides)
     assert "study " + str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
     assert yaml.safe_load(path.read_text())["studies"]["run"] == ["across"]

@@ -12,9 +12,9 @@ from distill_at_scale.config.load import with_overrides
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import points
+from distill_at_scale.experiments.point import Point
 from distill_at_scale.experiments.points import Points
 from distill_at_scale.experiments.runners import LocalRunner
-from distill_at_scale.experiments.studies.base import Point
 from distill_at_scale.storage.run_dir import RunDir
 
 

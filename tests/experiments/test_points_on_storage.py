@@ -16,14 +16,14 @@ from distill_at_scale import cli
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import auto_keep_rate, points
+from distill_at_scale.experiments.point import Point
 from distill_at_scale.experiments.points import Points
 from distill_at_scale.experiments.runners import LocalRunner
-from distill_at_scale.experiments.studies.base import Point
 from distill_at_scale.experiments.sweep import run
 from distill_at_scale.experiments.trials import OneByOne
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.sync import Mirror, scratch_of
+from distill_at_scale.storage.sync import FolderSync, scratch_of
 
 RATES = {"select.keep": [0.1, 0.3]}
 
@@ -263,5 +263,5 @@ def test_the_folders_own_run_leaves_the_runs_inside_alone(remote, s3, bucket, tm
     config = remote()
     LocalRunner(config, Display.silent()).run([Point()])
     copy = scratch_of(config.run.dir, str(tmp_path / "c"))
-    Mirror(config.run.dir, copy, 0.0).pull()
+    FolderSync(config.run.dir, copy, 0.0).pull()
     assert not copy.exists() or not [path for path in copy.rglob("*") if path.is_file()]

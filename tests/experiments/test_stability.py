@@ -14,7 +14,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.studies import drift, rankings, stability
-from distill_at_scale.experiments.studies.base import Context
+from distill_at_scale.experiments.studies.base import StudyContext
 from distill_at_scale.pruning.scoring.reliability import spearman_brown
 from distill_at_scale.pruning.scoring.score_table import KEY
 
@@ -64,7 +64,7 @@ def noisy(n=300, trials=4, epochs=2, noise=0.0, classes=3, seed=0):
 def studied(make_config, tmp_path, folders, **keys):
     config = make_config(tmp_path / "run", **keys)
     runner = MadeUp(config, folders)
-    return stability.study(Context(config, runner, lambda line: None)), runner
+    return stability.study(StudyContext(config, runner, lambda line: None)), runner
 
 
 def test_trials_that_rank_alike_agree_wholly_and_one_suffices(make_config, tmp_path):
@@ -208,7 +208,7 @@ def whole(make_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stability")
     config = make_config(folder / "run", studies=studies, score__width=4, evaluate__epochs=5)
     runner = LocalRunner(config, Display.silent())
-    context = Context(config, runner, lambda line: None)
+    context = StudyContext(config, runner, lambda line: None)
     return context, stability.study(context)
 
 
@@ -229,7 +229,7 @@ def test_losses_are_those_of_the_samples_in_the_order_of_the_scores(whole):
     drawn = scores.draw(0)
     losses = drift.losses_of(context.config, outcome, drawn, 0)
     some = np.array([0, 40, len(drawn.rows) - 1])
-    part = rankings.Drawn(drawn.rows[some], drawn.labels[some], drawn.places[some], drawn.of)
+    part = rankings.RankSample(drawn.rows[some], drawn.labels[some], drawn.places[some], drawn.of)
     assert np.allclose(drift.losses_of(context.config, outcome, part, 0), losses[some], rtol=1e-4)
 
 

@@ -13,7 +13,8 @@ import pytest
 from distill_at_scale.config.load import validate
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.studies import findings, page
-from distill_at_scale.experiments.studies.base import Finding, Plot, Series
+from distill_at_scale.experiments.studies.base import Finding
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
 FINDING = Finding(
     "drop",

@@ -20,11 +20,11 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.distillation.methods.dc import GradientMatching
 from distill_at_scale.experiments import points
+from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import Failure
-from distill_at_scale.experiments.studies.base import Outcome, Point
 from distill_at_scale.experiments.sweep import run, space, summary, table
 from distill_at_scale.experiments.sweep import validate as checks
-from distill_at_scale.experiments.sweep.space import Trial
+from distill_at_scale.experiments.sweep.space import SweepTrial
 from distill_at_scale.experiments.trials import OneByOne
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.storage.run_dir import RunDir
@@ -37,7 +37,7 @@ def config(folder: Path | str = "nowhere", **sweep) -> Config:
     return tiny_config(folder, sweep={"space": RATES, **sweep}, **{"runtime__rule": "none", **sections})
 
 
-def tried(found: list[Trial], control: str | None = None) -> list[dict]:
+def tried(found: list[SweepTrial], control: str | None = None) -> list[dict]:
     return [dict(trial.keys) for trial in found if trial.control == control]
 
 
@@ -200,8 +200,8 @@ def swept(tmp_path_factory):
     """A finished sweep of two keep rates and two numbers of score epochs, and how many proxies it trained."""
     folder, trained = tmp_path_factory.mktemp("sweep") / "run", []
     with pytest.MonkeyPatch.context() as patch:
-        original = proxy.Trial.run
-        patch.setattr(proxy.Trial, "run", lambda self, advance: (trained.append(self), original(self, advance))[1])
+        original = proxy.ProxyTrial.run
+        patch.setattr(proxy.ProxyTrial, "run", lambda self, advance: (trained.append(self), original(self, advance))[1])
         settings = config(folder, space={**RATES, "distill.ipc": [1, 2]}, seeds=1)
         made, said = sweep(settings)
     return settings, made, said, len(trained)
@@ -355,14 +355,14 @@ def test_where_every_trial_fails_the_command_fails(tmp_path, monkeypatch):
         sweep(config(tmp_path / "run", space={"distill.ipc": [1]}, controls=[]))
 
 
-def outcome(keep: float, seed: int, top1: float, stopped: int | None = None) -> tuple[Trial, Outcome]:
-    trial = Trial(Point({"select.keep": keep}, seed), {"select.keep": keep, "distill.method": "dc"})
+def outcome(keep: float, seed: int, top1: float, stopped: int | None = None) -> tuple[SweepTrial, Outcome]:
+    trial = SweepTrial(Point({"select.keep": keep}, seed), {"select.keep": keep, "distill.method": "dc"})
     rows = [{"set": "distilled", "network": "convnet", "seed": 0, "top1": top1}]
     return trial, Outcome(trial.point, rows, 3, 30, [3], {"select": 1.0, "distill": 2.0}, Path("x"), stopped)
 
 
 def test_stopped_and_failed_trials_are_rows_of_the_table():
-    failed = Trial(Point({}, 0), {"select.keep": 0.9, "distill.method": "dc"})
+    failed = SweepTrial(Point({}, 0), {"select.keep": 0.9, "distill.method": "dc"})
     made = table.make(
         [outcome(0.1, 0, 0.5, stopped=4), (failed, Failure("it broke", False))], ["a", "b"], ["select.keep"]
     )
@@ -373,7 +373,7 @@ def test_stopped_and_failed_trials_are_rows_of_the_table():
 
 def test_columns_of_swept_keys_are_numbers_or_text():
     values = [{"a": 1, "b": 0.5, "c": {"loss": 0.7}, "d": 2}, {"a": 2, "b": 1, "c": "random", "d": None}]
-    trials = [(Trial(Point(), keys), Failure("failed", False)) for keys in values]
+    trials = [(SweepTrial(Point(), keys), Failure("failed", False)) for keys in values]
     made = table.make(trials, ["a", "b"], list("abcd"))
     assert made["a"].to_pylist() == [1, 2]
     assert made["b"].to_pylist() == [0.5, 1.0]

@@ -13,7 +13,7 @@ import numpy as np
 from videos import numbered, write_video
 
 from distill_at_scale.data.codecs.clip import ClipDecoder
-from distill_at_scale.data.codecs.image import Rejected
+from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.codecs.worker_process import Died, Isolated
 
 SIDE, FRAMES = 16, 3
@@ -52,7 +52,7 @@ def test_broken_videos_are_refused_or_what_a_plain_decode_gives():
     def attempt(raw: bytes) -> bool:
         try:
             clip, remark = decoder("x", raw)
-        except Rejected:
+        except SampleRejected:
             return False
         assert (clip.shape, clip.dtype) == ((FRAMES, 1, SIDE, SIDE), np.uint8)
         try:

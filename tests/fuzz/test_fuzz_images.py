@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, Rejected, decode_stored, encode
+from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, SampleRejected, decode_stored, encode
 
 SIDE = 24
 DECODERS = {channels: ImageDecoder(SIDE, channels, max_pixels=1_000_000) for channels in (1, 3)}
@@ -93,7 +93,7 @@ def test_broken_images_are_refused_or_what_pillow_sees():
         for channels, decoder in DECODERS.items():
             try:
                 found[channels] = decoder(raw)
-            except Rejected:
+            except SampleRejected:
                 continue
             assert (found[channels].shape, found[channels].dtype) == (decoder.shape, np.uint8)
             if (wanted := plainly(raw, channels)) is not None:
@@ -110,7 +110,7 @@ def test_broken_stored_images_are_refused_or_of_their_shape():
     def attempt(raw: bytes) -> bool:
         try:
             found = decode_stored(raw, shape)
-        except Rejected:
+        except SampleRejected:
             return False
         assert (found.shape, found.dtype) == (shape, np.uint8)
         return True

@@ -21,7 +21,7 @@ from conftest import write_prepared
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
 from distill_at_scale.pruning.scoring import score_table
 
@@ -133,7 +133,7 @@ def test_broken_shards_are_refused_or_of_the_declared_shape(tmp_path: Path):
     def attempt(data: bytes) -> bool:
         shard.write_bytes(data)
         try:
-            found, labels = Prepared(tmp_path).load("train")
+            found, labels = PreparedDataset(tmp_path).load("train")
         except UserError:
             return False
         assert (found.shape[1:], found.dtype, len(found)) == ((1, 4, 4), np.uint8, len(labels))
@@ -148,7 +148,7 @@ def shard_of(folder: Path) -> tuple[Path, Callable[[], object]]:
     write_prepared(folder, np.random.default_rng(0).integers(0, 256, (ROWS, 1, 4, 4), np.uint8), np.arange(ROWS) % 3)
 
     def read() -> object:
-        prepared = Prepared(folder)
+        prepared = PreparedDataset(folder)
         pixels, labels = prepared.load("train")
         ids, found = prepared.index()
         taken = prepared.take("train", 1, [0, 2])

@@ -13,7 +13,7 @@ from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 TEXT = b"""run: {dir: runs/x, seed: 3}
 data:
@@ -72,7 +72,7 @@ def test_broken_configurations_are_refused_or_whole(tmp_path: Path):
 
 
 def test_no_broken_record_brings_in_what_lies_outside_its_run(tmp_path: Path):
-    inputs = Inputs({"a": 1}, {"b": "c"})
+    inputs = StageInputs({"a": 1}, {"b": "c"})
     other = RunDir(tmp_path / "other")
     other.create()
     (other / "prepared").mkdir()

@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from distill_at_scale.experiments.studies.base import Plot, Series
 from distill_at_scale.pipeline.report import charts, ticks
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
 
 def svg(plot):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_at_scale.core.events import Event, Spent, at_once, measured
+from distill_at_scale.core.events import Event, TimeSpent, at_once, measured
 from distill_at_scale.core.progress import Display
 from distill_at_scale.pipeline.monitoring import distillation_log
 from distill_at_scale.pipeline.monitoring.distillation_log import DistillationLog
@@ -17,7 +17,7 @@ def test_an_event_survives_its_way_home():
 
 
 def test_a_measured_block_is_noted_with_its_counts_once_it_ended():
-    events, spent = list[Event](), Spent()
+    events, spent = list[Event](), TimeSpent()
     with measured("decode", events.append, spent) as counts:
         with spent.on("read"):
             counts["samples"] = 5
@@ -35,7 +35,7 @@ def test_a_block_that_raises_is_not_noted():
 
 
 def test_seconds_are_told_once():
-    spent = Spent()
+    spent = TimeSpent()
     with spent.on("read"):
         pass
     first = spent.news()["read_seconds"]

@@ -16,7 +16,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 
 CORE = ("ingest", "score", "select", "distill", "evaluate")
@@ -80,7 +80,7 @@ def test_a_kill_after_the_last_chunk_does_not_train_again(make_run, tmp_path, mo
         run.stages("score")
     before = (tmp_path / "run" / "scores.parquet").read_bytes()
     monkeypatch.undo()
-    monkeypatch.setattr(Local, "train_proxies", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(LocalExecutor, "train_proxies", lambda *a, **k: pytest.fail("trained again"))
     make_run(tmp_path / "run").stages("score", "select")
     assert (tmp_path / "run" / "scores.parquet").read_bytes() == before
     assert (tmp_path / "run" / "proxies" / "trial-00" / "epoch-000.safetensors").exists()
@@ -165,7 +165,7 @@ def test_the_manifest_holds_the_selection_and_where_it_comes_from(digits_run):
 
 def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
     found = json.loads((digits_run.dir / "evaluation.json").read_text())
-    jobs = [evaluate.Job(row["set"], row["network"], row["seed"]) for row in found["rows"]]
+    jobs = [evaluate.EvaluationJob(row["set"], row["network"], row["seed"]) for row in found["rows"]]
     assert jobs == evaluate.jobs(digits_run.config)
     assert found["summary"] == evaluate.summarize(found["rows"])
     assert all({"top1", "top5", "seconds"} <= set(row) for row in found["rows"])
@@ -228,7 +228,7 @@ def test_a_moved_run_is_still_valid(make_run, copied, tmp_path):
 
 
 def test_default_and_explicit_steps_are_the_same(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill.BACKENDS["dc"], "default_steps", 3)
+    monkeypatch.setattr(distill.METHODS["dc"], "default_steps", 3)
     run = make_run(tmp_path / "run", distill__steps=None).stages(*CORE[:4])
     assert make_run(run.dir, distill__steps=3).stages(*CORE[:4]).text.count("skipped") == 4
 
@@ -264,7 +264,7 @@ def test_a_changed_input_is_a_different_input(make_run, copied):
 def test_scores_are_shared_by_runs(make_run, digits_run, tmp_path):
     run = make_run(tmp_path / "second", run__reuse=str(digits_run.dir), select__keep=0.5)
     made = []
-    run.pipeline._make_executor = lambda: made.append(1) or Local()
+    run.pipeline._make_executor = lambda: made.append(1) or LocalExecutor()
     run.stages("ingest", "score", "select")
     assert not made
     assert (run.dir / "scores.parquet").read_bytes() == (digits_run.dir / "scores.parquet").read_bytes()
@@ -285,7 +285,7 @@ def test_a_folder_in_use_is_refused(make_run, copied):
         make_run(copied).stages("ingest")
 
 
-class Stopping(Local):
+class Stopping(LocalExecutor):
     """An executor that ends the process in the middle of a stage."""
 
     def __init__(self, stage: str):

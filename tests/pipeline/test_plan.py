@@ -14,7 +14,7 @@ from conftest import tiny_config
 from distill_at_scale import cli
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.distillation.methods import BACKENDS
+from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import Cost, WithDefaults
 from distill_at_scale.distillation.methods.dc import GradientMatching
 from distill_at_scale.distillation.student import TrainingProtocol
@@ -22,9 +22,9 @@ from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import facts as known
 from distill_at_scale.pipeline.planning import forecast, memory
 from distill_at_scale.pipeline.planning import plan as outcome
-from distill_at_scale.pipeline.planning.estimates import Estimate, Planner
+from distill_at_scale.pipeline.planning.estimates import Planner, StageEstimate
 from distill_at_scale.pipeline.planning.facts import Facts
-from distill_at_scale.pipeline.planning.machine import Layout, Machine, Spread
+from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine, Spread
 from distill_at_scale.pipeline.planning.step_benchmark import Stopwatch, scaled
 
 CPU = torch.device("cpu")
@@ -41,12 +41,12 @@ def quick(monkeypatch):
         monkeypatch.setattr(f"distill_at_scale.plan.{module}.SECONDS", 0.01)
 
 
-def estimate(stage: str = "distill", **fields) -> Estimate:
-    return Estimate(**{"stage": stage, "parts": {"steps": 60.0}, **fields})
+def estimate(stage: str = "distill", **fields) -> StageEstimate:
+    return StageEstimate(**{"stage": stage, "parts": {"steps": 60.0}, **fields})
 
 
-def layout(config=None, machine: Machine = MACHINE) -> Layout:
-    return Layout(config or tiny_config("x", cluster__address=None), machine)
+def layout(config=None, machine: Machine = MACHINE) -> ClusterLayout:
+    return ClusterLayout(config or tiny_config("x", cluster__address=None), machine)
 
 
 def test_a_plan_has_every_stage_and_is_published(tmp_path, make_run):
@@ -95,7 +95,7 @@ def test_output_of_another_configuration_is_not_taken_for_this_one(digits_run, m
     assert {row.estimate.stage for row in found.rows if row.actual is not None} <= {"ingest", "score"}
 
 
-@pytest.mark.parametrize("method", list(BACKENDS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_can_be_planned(method):
     teacher = {"teacher_network": "convnet_bn"}  # of 8 x 8 pixels
     config = tiny_config(
@@ -116,9 +116,11 @@ def test_clips_can_be_planned():
 def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digits_run):
     config = digits_run.config
     listed = known.of_listing(config, ingest.plan(config))
-    from distill_at_scale.data.prepared.dataset import Prepared
+    from distill_at_scale.data.prepared.dataset import PreparedDataset
 
-    prepared = known.of_prepared(config, Prepared(digits_run.dir / "prepared"), digits_run.dir / "manifest.parquet")
+    prepared = known.of_prepared(
+        config, PreparedDataset(digits_run.dir / "prepared"), digits_run.dir / "manifest.parquet"
+    )
     assert (listed.counts, listed.kept, listed.tests) == (prepared.counts, prepared.kept, prepared.tests)
 
 
@@ -146,7 +148,7 @@ class Counting(GradientMatching):
 
 
 def test_long_loops_are_measured_short_and_own_classes_are_a_slice(tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "dc", Counting)
+    monkeypatch.setitem(METHODS, "dc", Counting)
     Counting.seen.clear()
     config = tiny_config("x", distill__ipc=10, select__keep=0.5)
     watch = Stopwatch(config, FACTS, CPU, 2, tmp_path)

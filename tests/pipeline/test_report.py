@@ -22,9 +22,9 @@ from rich.console import Console
 from distill_at_scale.config.load import validate
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared import format as shards
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.report import html as pages
 from distill_at_scale.pipeline.report import run_plots, run_report
@@ -47,7 +47,7 @@ def config_in(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    Pipeline(config_in(folder), Local, Display(Console(quiet=True))).run()
+    Pipeline(config_in(folder), LocalExecutor, Display(Console(quiet=True))).run()
     return folder
 
 
@@ -182,7 +182,7 @@ def test_random_selection_is_called_the_control(run):
 
 
 def test_easiest_and_hardest_are_the_ends_of_the_scores(run):
-    prepared = Prepared(run / "prepared")
+    prepared = PreparedDataset(run / "prepared")
     labels, scores, _ = run_report._scores(run)
     first = run_report._samples(run, prepared)["rows"][0]
     pixels, targets = prepared.load("train", labels={0})

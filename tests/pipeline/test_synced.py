@@ -7,13 +7,13 @@ import shutil
 import pytest
 from conftest import tiny_config
 
-from distill_at_scale.distillation.engine import Places
-from distill_at_scale.pipeline.executors.base import Local
-from distill_at_scale.pipeline.executors.synced import Exchanging
+from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.pipeline.executors.local import LocalExecutor
+from distill_at_scale.pipeline.executors.synced import SyncedExecutor
 from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage import sync as mirror
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.sync import Mirror
+from distill_at_scale.storage.sync import FolderSync
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def folder(s3, tmp_path, monkeypatch):
 def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(folder, tmp_path):
     """The first worker was on another machine, which is lost; the next one reads the driver's copy."""
     names = "prepared", "manifest.parquet", ".work/distill-1", "metrics.jsonl", "networks"
-    places = Places(*(folder / name for name in names))
-    elsewhere = Mirror(folder.remote.mirror.bucket.uri, tmp_path / "worker", 0.0)
+    places = DistillPaths(*(folder / name for name in names))
+    elsewhere = FolderSync(folder.remote.mirror.bucket.uri, tmp_path / "worker", 0.0)
 
-    class LostOnTheWay(Local):
+    class LostOnTheWay(LocalExecutor):
         def distill(self, config, places, report):
             state = elsewhere.local / places.state.relative_to(folder.path)
             state.parent.mkdir(parents=True)
@@ -42,5 +42,5 @@ def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(
             elsewhere.push()
             shutil.rmtree(elsewhere.local)
 
-    Exchanging(LostOnTheWay(), folder.remote).distill(tiny_config("unused"), places, lambda line: None)
+    SyncedExecutor(LostOnTheWay(), folder.remote).distill(tiny_config("unused"), places, lambda line: None)
     assert places.state.read_text() == "of step 2"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distill_at_scale.core.events import Event, at_once
-from distill_at_scale.pipeline.monitoring.timeline import NAME, Entry, Timeline, read
+from distill_at_scale.pipeline.monitoring.timeline import NAME, Timeline, TimelineEntry, read
 from distill_at_scale.pipeline.monitoring.utilization import account
 
 
@@ -47,15 +47,18 @@ def test_lines_that_are_no_events_are_skipped(tmp_path, line):
 
 
 def test_a_command_that_found_everything_done_takes_no_time():
-    entries = [Entry(1, stage("skipped", 5)), Entry(2, stage("skipped", 9))]
+    entries = [TimelineEntry(1, stage("skipped", 5)), TimelineEntry(2, stage("skipped", 9))]
     assert account(entries) is None
     assert account([]) is None
 
 
 def test_the_account_leaves_out_pauses_between_commands():
     entries = [
-        *(Entry(1, e) for e in (stage("started", 0), Event("wait", "start", 0, 4, "d", 9, {}, "score"), work(5, 10))),
-        *(Entry(2, e) for e in (stage("started", 1000), work(1002, 1006), stage("finished", 1000, 1010))),
+        *(
+            TimelineEntry(1, e)
+            for e in (stage("started", 0), Event("wait", "start", 0, 4, "d", 9, {}, "score"), work(5, 10))
+        ),
+        *(TimelineEntry(2, e) for e in (stage("started", 1000), work(1002, 1006), stage("finished", 1000, 1010))),
     ]
     found = account(entries)
     assert found is not None
@@ -65,7 +68,7 @@ def test_the_account_leaves_out_pauses_between_commands():
 
 
 def test_work_side_by_side_counts_once_and_pieces_in_a_row_are_one_bar():
-    entries = [Entry(1, e) for e in (work(0, 10), work(5, 15, "b", 2), work(10.01, 20), stage("started", 0))]
+    entries = [TimelineEntry(1, e) for e in (work(0, 10), work(5, 15, "b", 2), work(10.01, 20), stage("started", 0))]
     found = account(entries)
     assert found is not None
     assert found.busy == pytest.approx(20)

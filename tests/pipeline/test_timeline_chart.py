@@ -7,13 +7,13 @@ import base64
 import pytest
 
 from distill_at_scale.core.events import Event
-from distill_at_scale.pipeline.monitoring.timeline import Entry
+from distill_at_scale.pipeline.monitoring.timeline import TimelineEntry
 from distill_at_scale.pipeline.monitoring.utilization import account
 from distill_at_scale.pipeline.report import timeline_chart
 from distill_at_scale.pipeline.report.text import NBSP
 
 
-def entries(hosts: int, each: int, *more: Event, attempt: int = 1) -> list[Entry]:
+def entries(hosts: int, each: int, *more: Event, attempt: int = 1) -> list[TimelineEntry]:
     """Every worker decodes from second 20 to 90 of 100."""
     events = [
         Event("stage", "started", 0, 0, "d", 9, {}, "ingest"),
@@ -22,7 +22,7 @@ def entries(hosts: int, each: int, *more: Event, attempt: int = 1) -> list[Entry
     events += [Event("wait", "start", 0, 10, "d", 9, {}, "ingest"), *more]
     for host in range(hosts):
         events += [Event("work", "decode", 20, 90, f"node-{host:03d}", pid, {}, "ingest") for pid in range(each)]
-    return [Entry(attempt, event) for event in events]
+    return [TimelineEntry(attempt, event) for event in events]
 
 
 def svg(uri: str) -> str:

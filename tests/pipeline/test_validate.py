@@ -6,13 +6,13 @@ import pytest
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.validate import check_names, check_networks, check_weights
 
 
 def test_networks_that_fit_pass(tmp_path, make_config, digits_run):
-    check_networks(make_config(tmp_path), Prepared(digits_run.dir / "prepared"))
+    check_networks(make_config(tmp_path), PreparedDataset(digits_run.dir / "prepared"))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_networks_that_fit_pass(tmp_path, make_config, digits_run):
 )
 def test_networks_that_do_not_fit_the_data_are_refused(tmp_path, make_config, digits_run, keys, message):
     with pytest.raises(UserError, match=message):
-        check_networks(make_config(tmp_path, **keys), Prepared(digits_run.dir / "prepared"))
+        check_networks(make_config(tmp_path, **keys), PreparedDataset(digits_run.dir / "prepared"))
 
 
 def test_batch_norm_is_refused_for_matching(tmp_path, make_run):
@@ -46,7 +46,7 @@ def test_torchvisions_classifiers_may_be_named(tmp_path, make_config):
 
 def test_given_weights_are_loaded_before_the_run(tmp_path, make_config, digits_run):
     """Of three digits, out of a source of ten."""
-    prepared = Prepared(digits_run.dir / "prepared")
+    prepared = PreparedDataset(digits_run.dir / "prepared")
     files = {count: str(tmp_path / f"{count}.safetensors") for count in (3, 4, 10)}
     for count, file in files.items():
         safetensors_io.save(

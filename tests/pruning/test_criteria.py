@@ -17,19 +17,19 @@ from torch import nn
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline import validate
-from distill_at_scale.pipeline.executors.base import score_piece, threads
+from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pruning.criteria import CRITERIA, coreset
 from distill_at_scale.pruning.criteria.factory import criteria_of, epochs_of, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import score_table, scorer
-from distill_at_scale.pruning.scoring.agreement import CLASSES, SAMPLES, Agreement
 from distill_at_scale.pruning.scoring.classifier import projected
 from distill_at_scale.pruning.scoring.columns import classes, matrix
 from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
-from distill_at_scale.pruning.scoring.scorer import Scorer
+from distill_at_scale.pruning.scoring.reliability import CLASSES, SAMPLES, Agreement
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_piece
 
 CPU = torch.device("cpu")
 ALL = list(CRITERIA)
@@ -400,7 +400,7 @@ def proxies(tmp_path_factory):
     write_prepared(folder / "prepared", chance.integers(0, 256, (70, 1, 8, 8), np.uint8), labels)
     for trial in range(2):
         section = ScoreSection(epochs=3, batch=16, lr=0.1, width=4)
-        proxy.Trial(Prepared(folder / "prepared"), section, trial, 0, folder / "proxies", CPU).run()
+        proxy.ProxyTrial(PreparedDataset(folder / "prepared"), section, trial, 0, folder / "proxies", CPU).run()
     return folder
 
 
@@ -408,7 +408,7 @@ def scored(folder, target, names, shares=1, step=1, more=None, **section):
     """The table of some criteria, made by as many scorers."""
     keys = {"criterion": names, "epochs": 3, "width": 4, **section}
     config = tiny_config(target, **{f"score__{key}": value for key, value in keys.items()})
-    prepared, pieces = Prepared(folder / "prepared"), target / "pieces"
+    prepared, pieces = PreparedDataset(folder / "prepared"), target / "pieces"
     pieces.mkdir(parents=True)
     chunks = prepared.chunks()
     with threads(1):
@@ -448,7 +448,7 @@ def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path
 def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
     """Density of the last epoch against the features of every network, made one by one."""
     found, _ = score_table.read(scored(proxies, tmp_path / "run", "density", neighbours=4))
-    pixels, labels = Prepared(proxies / "prepared").load("train")
+    pixels, labels = PreparedDataset(proxies / "prepared").load("train")
     images = (torch.from_numpy(pixels) / 255 - 0.5) / 0.25
     expected = np.zeros(70)
     for trial in range(2):
@@ -527,7 +527,7 @@ def test_random_alone_needs_no_proxies_and_every_stage_after_it_runs(make_run, t
     assert found.column_names == ["sample_id", "label", "score"]
     assert set(found["score"].to_pylist()) == {0.0}
     assert (facts["useful"], facts["agreement"], facts["trials"]) == ({}, None, 0)
-    assert found["sample_id"].to_pylist() == Prepared(run.dir / "prepared").index()[0]
+    assert found["sample_id"].to_pylist() == PreparedDataset(run.dir / "prepared").index()[0]
     kept = pq.read_table(run.dir / "manifest.parquet")
     assert 0 < kept["kept"].to_pylist().count(True) < kept.num_rows
     assert (run.dir / "report.html").is_file()
@@ -540,4 +540,4 @@ def test_any_criterion_may_decide_the_selection(make_run, tmp_path):
     for label in range(3):
         kept, dropped = ([r["score"] for r in rows if r["label"] == label and r["kept"] is k] for k in (True, False))
         assert min(kept) >= max(dropped)
-    scorer.check(run.config, Prepared(run.dir / "prepared"))
+    scorer.check(run.config, PreparedDataset(run.dir / "prepared"))

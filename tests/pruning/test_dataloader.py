@@ -10,7 +10,7 @@ import torch
 from conftest import write_prepared
 
 from distill_at_scale.pruning.proxies import dataloader
-from distill_at_scale.pruning.proxies.dataloader import Stream
+from distill_at_scale.pruning.proxies.dataloader import ProxyDataLoader
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,14 @@ def numbers(images: torch.Tensor) -> list[int]:
     return (images[:, 0, 0, 0].long() + 256 * images[:, 0, 0, 1].long()).tolist()
 
 
-def epoch(source: Stream, number=0, own=None, trial=0):
+def epoch(source: ProxyDataLoader, number=0, own=None, trial=0):
     dealt = source.deal(trial, number)
     return list(source.batches(trial, number, dealt, own or range(len(dealt))))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_no_sample_comes_twice_in_an_epoch_and_few_sit_out(data, shards):
-    steps = epoch(Stream(data, 0, 32, shards))
+    steps = epoch(ProxyDataLoader(data, 0, 32, shards))
     seen = [n for parts in steps for images, _ in parts for n in numbers(images)]
     assert len(seen) == len(set(seen)) == len(steps) * 32
     assert len(steps) == 300 // 32
@@ -41,13 +41,13 @@ def test_no_sample_comes_twice_in_an_epoch_and_few_sit_out(data, shards):
 
 def test_labels_belong_to_their_images(data):
     classes = np.repeat(np.arange(4), [150, 80, 50, 20])
-    for parts in epoch(Stream(data, 0, 32, 4)):
+    for parts in epoch(ProxyDataLoader(data, 0, 32, 4)):
         for images, labels in parts:
             assert labels.tolist() == classes[numbers(images)].tolist()
 
 
 def test_every_worker_gets_its_own_part_of_the_very_same_batches(data):
-    source = Stream(data, 0, 32, 4)
+    source = ProxyDataLoader(data, 0, 32, 4)
     whole = epoch(source)
     first, second = epoch(source, own=range(2)), epoch(source, own=range(2, 4))
     for all_parts, a, b in zip(whole, first, second, strict=True):
@@ -55,10 +55,10 @@ def test_every_worker_gets_its_own_part_of_the_very_same_batches(data):
 
 
 def test_epochs_trials_and_seeds_differ_and_repeat(data):
-    def order(source=Stream(data, 0, 32, 4), **keys):
+    def order(source=ProxyDataLoader(data, 0, 32, 4), **keys):
         return [n for parts in epoch(source, **keys) for images, _ in parts for n in numbers(images)]
 
-    found = [order(), order(number=1), order(trial=1), order(Stream(data, 1, 32, 4))]
+    found = [order(), order(number=1), order(trial=1), order(ProxyDataLoader(data, 1, 32, 4))]
     assert len({tuple(f) for f in found}) == 4
     assert order() == found[0]
 
@@ -66,7 +66,7 @@ def test_epochs_trials_and_seeds_differ_and_repeat(data):
 @pytest.mark.parametrize("window", [1, 200, 10**6])
 def test_a_small_window_still_gives_every_sample_once_and_mixes_classes(data, monkeypatch, window):
     monkeypatch.setattr(dataloader, "WINDOW_BYTES", window)
-    steps = epoch(Stream(data, 0, 32, 4))
+    steps = epoch(ProxyDataLoader(data, 0, 32, 4))
     seen = [n for parts in steps for images, _ in parts for n in numbers(images)]
     assert len(seen) == len(set(seen)) == 288
     classes = Counter(label for parts in steps[:3] for _, labels in parts for label in labels.tolist())
@@ -84,23 +84,23 @@ def test_a_window_bounds_what_is_held(data, monkeypatch):
             yield window
 
     monkeypatch.setattr(dataloader, "_windows", watched)
-    epoch(Stream(data, 0, 32, 4))
+    epoch(ProxyDataLoader(data, 0, 32, 4))
     assert len(held) > 20
     assert max(held) * 16 <= 16 * 10
 
 
 def test_a_share_takes_its_part_of_every_class(data):
-    source = Stream(data, 0, 8, 1, share=0.25)
+    source = ProxyDataLoader(data, 0, 8, 1, share=0.25)
     rows = Counter()
     for group in source.groups:
         rows[group.label] += group.rows
     for label, count in enumerate((150, 80, 50, 20)):
         assert 0.25 * count - 4 <= rows[label] <= 0.25 * count + 4
-    assert Stream(data, 0, 8, 1, share=0.001).samples >= 4, "every class keeps at least one row group"
+    assert ProxyDataLoader(data, 0, 8, 1, share=0.001).samples >= 4, "every class keeps at least one row group"
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch(tmp_path):
     small = write_prepared(tmp_path, np.zeros((10, 1, 4, 4), np.uint8), np.arange(10) % 2)
-    steps = epoch(Stream(small, 0, 256, 8))
+    steps = epoch(ProxyDataLoader(small, 0, 256, 8))
     assert len(steps) == 1
     assert sum(len(labels) for _, labels in steps[0]) == 10

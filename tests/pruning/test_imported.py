@@ -14,18 +14,18 @@ from conftest import tiny_config
 from distill_at_scale import cli
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pipeline import fingerprints, validate
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.pruning.criteria.factory import criteria_of
 from distill_at_scale.pruning.scoring import imported, score_table
-from distill_at_scale.pruning.scoring.brought import ids_of
+from distill_at_scale.pruning.scoring.columns import ids_of
 from distill_at_scale.storage.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
 def ids(digits_run):
-    return ids_of(Prepared(digits_run.dir / "prepared"))
+    return ids_of(PreparedDataset(digits_run.dir / "prepared"))
 
 
 @pytest.fixture(scope="module")

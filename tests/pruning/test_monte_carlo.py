@@ -16,10 +16,11 @@ from rich.console import Console
 from distill_at_scale.config.sections import MonteCarloSection
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared.dataset import Prepared
-from distill_at_scale.pipeline.executors.base import Local, subset_trials
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.pipeline.executors.local import LocalExecutor
+from distill_at_scale.pipeline.executors.tasks import subset_trials
 from distill_at_scale.pruning.scoring import extra_columns, monte_carlo, monte_carlo_utility
-from distill_at_scale.pruning.scoring.brought import Brought
+from distill_at_scale.pruning.scoring.columns import ExtraColumn
 from distill_at_scale.pruning.selection import warnings as trust
 from distill_at_scale.storage.run_dir import RunDir
 
@@ -33,10 +34,10 @@ def small_config(folder, **more):
 
 @pytest.fixture(scope="module")
 def prepared(digits_run):
-    return Prepared(digits_run.dir / "prepared")
+    return PreparedDataset(digits_run.dir / "prepared")
 
 
-class Counting(Local):
+class Counting(LocalExecutor):
     """Says which units were run."""
 
     def __init__(self):
@@ -262,7 +263,7 @@ def test_a_class_of_one_sample_is_refused(tmp_path):
 
 
 def test_a_column_answers_in_any_order_and_refuses_strangers():
-    column = Brought("low", pa.array(["a", "b", "c", "d"]), np.array([1, 2, 3, 4], np.float32))
+    column = ExtraColumn("low", pa.array(["a", "b", "c", "d"]), np.array([1, 2, 3, 4], np.float32))
     assert column.values(pa.array(["a", "b"])).tolist() == [1, 2]
     assert column.values(pa.chunked_array([["c"], ["d"]])).tolist() == [3, 4]
     assert column.values(pa.array(["a", "b"])).tolist() == [1, 2]  # from the start again
@@ -293,7 +294,7 @@ def test_utilities_are_the_same_bytes_on_ray(tmp_path, prepared):
     for name in ("ray", "local"):
         (tmp_path / name).mkdir()
     on_ray.run(config, prepared.folder.resolve(), tmp_path / "ray", advanced.append)
-    Local(torch.device("cpu")).monte_carlo(config, prepared.folder, tmp_path / "local", lambda count: None)
+    LocalExecutor(torch.device("cpu")).monte_carlo(config, prepared.folder, tmp_path / "local", lambda count: None)
     assert sum(advanced) == 12
     for unit in monte_carlo.units(config.score.monte_carlo):
         here, there = (monte_carlo.piece(tmp_path / name, unit).read_bytes() for name in ("ray", "local"))

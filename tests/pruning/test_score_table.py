@@ -76,8 +76,8 @@ def test_the_bytes_do_not_depend_on_how_the_pieces_were_cut(tmp_path, monkeypatc
 
 def test_two_criteria_have_columns_of_their_own(tmp_path):
     whole = rows(9)
-    whole = whole.append_column("test_table:Last", whole["loss"])
-    write(tmp_path, *cut(tmp_path / "p", whole, [4]), score__criterion=["test_table:Last", "loss"])
+    whole = whole.append_column("test_score_table:Last", whole["loss"])
+    write(tmp_path, *cut(tmp_path / "p", whole, [4]), score__criterion=["test_score_table:Last", "loss"])
     scores, facts = score_table.read(tmp_path / "scores.parquet")
     assert facts["useful"] == {"Last": "high", "loss": "low"}
     assert scores["score"].to_pylist() == scores["Last"].to_pylist() != scores["loss"].to_pylist()
@@ -104,9 +104,9 @@ class Total(Last):
 
 
 def test_a_criterion_that_does_not_score_every_sample_is_refused(tmp_path):
-    whole = rows(9).rename_columns(["sample_id", "label", "test_table:Total"])
+    whole = rows(9).rename_columns(["sample_id", "label", "test_score_table:Total"])
     with pytest.raises(UserError, match=r"Total makes scores of shape .. of 9 samples"):
-        write(tmp_path, *cut(tmp_path / "p", whole, []), score__criterion="test_table:Total")
+        write(tmp_path, *cut(tmp_path / "p", whole, []), score__criterion="test_score_table:Total")
 
 
 def test_given_weights_are_trials_of_one_epoch(tmp_path):

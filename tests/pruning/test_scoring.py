@@ -13,15 +13,15 @@ from conftest import FixedNetwork, write_prepared
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.executors.base import score_piece, threads
+from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pruning.criteria.factory import criteria_of
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.scoring.columns import matrix
-from distill_at_scale.pruning.scoring.scorer import Scorer
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_piece
 
 CPU = torch.device("cpu")
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
@@ -40,7 +40,7 @@ def trial_of(folder, trial=1, seed=0, workers=None, data=None, **section):
     beside = folder.parent / f"{folder.name}-data"
     if not beside.exists():
         write_prepared(beside, *(tensor.numpy() for tensor in data or samples()))
-    return proxy.Trial(Prepared(beside), ScoreSection(**section), trial, seed, folder, CPU, workers)
+    return proxy.ProxyTrial(PreparedDataset(beside), ScoreSection(**section), trial, seed, folder, CPU, workers)
 
 
 def train(folder, advance=lambda epochs: None, **keys):
@@ -204,7 +204,7 @@ def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path
 
 def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
     """Against every sample alone through every checkpoint."""
-    run, prepared, section = digits_run.dir, Prepared(digits_run.dir / "prepared"), digits_run.config.score
+    run, prepared, section = digits_run.dir, PreparedDataset(digits_run.dir / "prepared"), digits_run.config.score
     scores, facts = score_table.read(run / "scores.parquet")
     assert (facts["trials"], facts["epochs"], facts["useful"]) == (2, 2, {"loss": "low"})
     pixels, labels = prepared.load("train")
@@ -225,7 +225,7 @@ def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
 def score(run, folder, shares, backwards=False):
     """Score the tiny run's chunks with as many scorers as shares."""
     folder.mkdir()
-    chunks = Prepared(run.dir / "prepared").chunks()
+    chunks = PreparedDataset(run.dir / "prepared").chunks()
     with threads(1):
         for share in range(shares):
             scorer = Scorer(run.config, run.dir / "prepared", run.dir / "proxies", CPU)
@@ -239,7 +239,7 @@ def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_
     for name, shares, backwards in (("one", 1, False), ("reversed", 1, True), ("three", 3, False)):
         chunks = score(digits_run, tmp_path / name, shares, backwards)
         pieces = [score_piece(tmp_path / name, c) for c in chunks]
-        prepared = Prepared(digits_run.dir / "prepared")
+        prepared = PreparedDataset(digits_run.dir / "prepared")
         expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
         score_table.write_scores(tmp_path / f"{name}.parquet", pieces, expected, digits_run.config)
     assert files(tmp_path / "one") == files(tmp_path / "reversed") == files(tmp_path / "three")
@@ -248,7 +248,7 @@ def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_
 
 
 def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
-    chunks = Prepared(digits_run.dir / "prepared").chunks()
+    chunks = PreparedDataset(digits_run.dir / "prepared").chunks()
     score_piece(tmp_path, chunks[0]).write_bytes(b"finished")
     scorer = Scorer(digits_run.config, digits_run.dir / "prepared", digits_run.dir / "proxies", CPU)
     assert list(scorer.score([(chunks[0], score_piece(tmp_path, chunks[0]))])) == [chunks[0].rows]

@@ -12,7 +12,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.storage import filesystem, s3
-from distill_at_scale.storage.filesystem import Entry, Store
+from distill_at_scale.storage.filesystem import FileInfo, Store
 
 
 def put(root, *names):
@@ -25,7 +25,7 @@ def test_files_are_sorted_by_path_at_any_depth_without_hidden_ones(tmp_path):
     put(tmp_path, "b/1", "b-a/2", "a/c/d/3", ".x", ".h/4", "a/.h/5", "a/c/.y", "z é/6")
     store = Store(str(tmp_path))
     assert [entry.path for entry in store.files()] == ["a/c/d/3", "b-a/2", "b/1", "z é/6"]
-    assert store.files("a") == [Entry("a/c/d/3", 7)]
+    assert store.files("a") == [FileInfo("a/c/d/3", 7)]
     assert store.files("nowhere") == []
     assert store.names() == (["a", "b", "b-a", "z é"], [])
     assert store.names("a/c/d") == ([], ["3"])

@@ -20,7 +20,7 @@ from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage import object_store as bucket_module
 from distill_at_scale.storage import sync as mirror
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 ARTEFACTS = (
     "prepared/",
@@ -163,7 +163,7 @@ def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bu
     assert len([name for name in left if "/pieces/" in name]) == 1
     assert len([name for name in left if "/proxies/" in name]) == 4
     other = remote_run("b")
-    monkeypatch.setattr(proxy.Trial, "_epoch", None)  # all are there
+    monkeypatch.setattr(proxy.ProxyTrial, "_epoch", None)  # all are there
     other.stages("ingest", "score")
     found = objects(s3, bucket)
     assert artefacts(found)["scores.parquet"] == on_disk["scores.parquet"]
@@ -251,7 +251,7 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
         stack.enter_context(folder.lock())
         folder.remote.mirror.bucket.write(lease.NAME, json.dumps(other).encode())
         with pytest.raises(UserError, match="process 1 on another host is working"):
-            folder.complete("ingest", Inputs({}, {}), [], 0.0)
+            folder.complete("ingest", StageInputs({}, {}), [], 0.0)
     assert "stages/ingest.json" not in objects(s3, bucket)
 
 
@@ -289,14 +289,14 @@ def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, buc
     folder.create()
     with folder.lock():
         (folder / "report.html").write_text("old")
-        folder.complete("report", Inputs({}, {}), [folder / "report.html"], 0.0)
+        folder.complete("report", StageInputs({}, {}), [folder / "report.html"], 0.0)
 
     def interrupted(inputs):
         (run.pipeline.dir / "report.html").write_text("new, by another version")
         raise KeyboardInterrupt
 
     run = remote_run("b")
-    monkeypatch.setattr(run.pipeline, "inputs", lambda stage: Inputs({}, {"page": "another"}))
+    monkeypatch.setattr(run.pipeline, "inputs", lambda stage: StageInputs({}, {"page": "another"}))
     monkeypatch.setattr(run.pipeline, "_report", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.stages("report")
@@ -312,7 +312,7 @@ def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, buc
 def test_who_only_reads_removes_nothing(remote_run, s3, bucket):
     """A finished stage's unfinished work goes with the next command that holds the folder."""
     first = remote_run().stages("ingest", "score", "select").pipeline.dir
-    name = f"{first.work('select', Inputs({}, {})).parent.relative_to(first.path)}/select-"
+    name = f"{first.work('select', StageInputs({}, {})).parent.relative_to(first.path)}/select-"
     name += f"{first.record('select')['fingerprint'][:16]}/left"
     s3.client.put_object(Bucket=bucket, Key=f"run/{name}", Body=b"x")
     remote_run("b").pipeline.dir.fetch()

@@ -9,11 +9,12 @@ import pytest
 
 from distill_at_scale.core.atomic_files import located, publish
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage import run_dir as rundir
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import Inputs, digest
+from distill_at_scale.storage.stage_record import StageInputs
 
-INPUTS = Inputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
+INPUTS = StageInputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_the_same_inputs_are_valid(run):
 
 
 def test_another_configuration_is_refused_with_the_difference(run):
-    other = Inputs({"score.lr": 0.2, "run.seed": 0, "score.new": 1}, {"ingest": "xyz"})
+    other = StageInputs({"score.lr": 0.2, "run.seed": 0, "score.new": 1}, {"ingest": "xyz"})
     with pytest.raises(UserError) as error:
         run.valid("score", other)
     for line in ("score.lr: 0.1 -> 0.2", 'score.new: "absent" -> 1', 'ingest: "abc" -> "xyz"', "Nothing was changed"):
@@ -46,15 +47,15 @@ def test_another_configuration_is_refused_with_the_difference(run):
 
 
 def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
-    assert Inputs({"a": 1, "b": 2}, {}).fingerprint == Inputs({"b": 2, "a": 1}, {}).fingerprint
-    assert Inputs({"a": 1}, {}).fingerprint != Inputs({"a": 2}, {}).fingerprint
-    assert Inputs({"a": 1}, {}).fingerprint != Inputs({}, {"a": 1}).fingerprint
+    assert StageInputs({"a": 1, "b": 2}, {}).fingerprint == StageInputs({"b": 2, "a": 1}, {}).fingerprint
+    assert StageInputs({"a": 1}, {}).fingerprint != StageInputs({"a": 2}, {}).fingerprint
+    assert StageInputs({"a": 1}, {}).fingerprint != StageInputs({}, {"a": 1}).fingerprint
 
 
 def test_tuples_and_lists_are_no_difference(run):
     (run / "x").write_text("x")
-    run.complete("select", Inputs({"list": (1, 2)}, {}), [run / "x"], 0)
-    assert run.valid("select", Inputs({"list": [1, 2]}, {}))
+    run.complete("select", StageInputs({"list": (1, 2)}, {}), [run / "x"], 0)
+    assert run.valid("select", StageInputs({"list": [1, 2]}, {}))
 
 
 def test_a_missing_output_is_an_error(run):
@@ -109,7 +110,7 @@ def test_an_output_is_taken_over_from_another_run(run, tmp_path):
 def test_an_output_of_another_configuration_is_not_taken_over(run, tmp_path):
     second = RunDir(tmp_path / "second", reuse=run.path)
     second.create()
-    assert not second.valid("score", Inputs({"score.lr": 0.2}, {}))
+    assert not second.valid("score", StageInputs({"score.lr": 0.2}, {}))
     assert not (second / "scores.parquet").exists()
 
 
@@ -195,7 +196,7 @@ def test_an_error_inside_publish_keeps_what_was_there(tmp_path):
 
 def test_unfinished_work_belongs_to_one_fingerprint(run):
     assert run.work("score", INPUTS) == run.work("score", INPUTS)
-    assert run.work("score", INPUTS) != run.work("score", Inputs({}, {}))
+    assert run.work("score", INPUTS) != run.work("score", StageInputs({}, {}))
 
 
 def test_a_digest_is_the_same_in_every_process():

@@ -17,7 +17,7 @@ import pytest
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage import object_store, working_copy
-from distill_at_scale.storage.sync import Mirror, scratch_of
+from distill_at_scale.storage.sync import FolderSync, scratch_of
 from distill_at_scale.storage.working_copy import WorkingCopy
 
 BUCKETS = itertools.count()
@@ -34,7 +34,7 @@ def place(s3):
 @pytest.fixture
 def copies(place, tmp_path):
     """Two machines that work on one folder."""
-    return [Mirror(place, tmp_path / name, 0.0) for name in "ab"]
+    return [FolderSync(place, tmp_path / name, 0.0) for name in "ab"]
 
 
 def write(mirror, name, text):
@@ -65,14 +65,14 @@ def test_only_what_differs_travels(copies, monkeypatch):
     a.push()
     b.pull()
     fetched, stored = [], []
-    monkeypatch.setattr(Mirror, "_fetch", lambda self, name, info: fetched.append(name) or name)
+    monkeypatch.setattr(FolderSync, "_fetch", lambda self, name, info: fetched.append(name) or name)
     monkeypatch.setattr(object_store, "put", lambda system, path, content: stored.append(path))
-    Mirror(b.bucket.uri, b.local, 0.0).pull()
+    FolderSync(b.bucket.uri, b.local, 0.0).pull()
     b.push()
     assert fetched == stored == []
     write(b, "two", "3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mirror, "_store", lambda self, name: stored.append(name))
+        patch.setattr(FolderSync, "_store", lambda self, name: stored.append(name))
         b.push()
     assert stored == ["two"]
 
@@ -151,7 +151,7 @@ def test_an_upload_that_is_cut_off_is_never_seen(place, s3, tmp_path, size, shar
     """pyarrow completes what a stream was given when it is closed, or thrown away; so nothing is given by halves."""
     cut = Cut(s3.address, int(size * share))
     uri = place.replace(s3.address.replace(":", "%3A"), cut.address.replace(":", "%3A")) + "&attempts=1"
-    broken, whole = Mirror(uri, tmp_path / "a", 0.0), Mirror(place, tmp_path / "b", 0.0)
+    broken, whole = FolderSync(uri, tmp_path / "a", 0.0), FolderSync(place, tmp_path / "b", 0.0)
     write(broken, "large", "x" * size)
     with cut.listening, pytest.raises(Unreachable, match="storing large failed"):
         broken.push()
@@ -183,7 +183,7 @@ def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
 def test_what_goes_together_is_stored_in_the_order_in_which_it_was_published(copies, monkeypatch):
     a, _ = copies
     stored = []
-    monkeypatch.setattr(Mirror, "_store", lambda self, name: stored.append(name))
+    monkeypatch.setattr(FolderSync, "_store", lambda self, name: stored.append(name))
     for time, name in enumerate(["pieces/1.rejected", "pieces/1.arrow", "pieces/2.rejected", "pieces/2.arrow"]):
         write(a, name, "x")
         os.utime(a.local / name, ns=(time, time))
@@ -207,7 +207,7 @@ def test_a_beat_of_the_lease_is_not_tried_again(copies, monkeypatch):
     """It would come late: another command may have taken over meanwhile."""
     a, _ = copies
     a.bucket.patience, a.bucket.say, asked = 3600.0, pytest.fail, []
-    held = lease.Lease(a.bucket)
+    held = lease.StorageLock(a.bucket)
     monkeypatch.setattr(held, "_done", SimpleNamespace(wait=lambda seconds: len(asked) == 2))
     monkeypatch.setattr(held, "_is_ours", lambda: True)
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ def test_a_full_disk_is_no_refusal_of_the_storage(copies):
 
 
 def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):
-    nowhere = Mirror(s3("no-such-bucket/run"), tmp_path, 600.0)
+    nowhere = FolderSync(s3("no-such-bucket/run"), tmp_path, 600.0)
     with pytest.raises(Unreachable, match=r"run\.dir = .*storing one failed"):
         nowhere.bucket.write("one", b"1")
 
@@ -235,7 +235,7 @@ def test_a_missing_bucket_is_not_waited_for(s3, tmp_path):
 def test_secrets_are_not_in_messages(s3, tmp_path):
     uri = s3("no-such-bucket/run").replace("s3://", "s3://someone:verysecretword@")
     with pytest.raises(Unreachable) as error:
-        Mirror(uri, tmp_path, 0.0).bucket.write("one", b"1")
+        FolderSync(uri, tmp_path, 0.0).bucket.write("one", b"1")
     assert "verysecretword" not in str(error.value)
 
 
@@ -257,7 +257,7 @@ def test_neither_records_nor_names_lead_out_of_the_copy(place, s3, tmp_path, sta
     record = {"stage": stage, "fingerprint": fingerprint, "outputs": {"../../out.txt": {"bytes": 1, "sha256": ""}}}
     for key, body in (("stages/score.json", json.dumps(record)), ("../../out.txt", "x")):
         s3.client.put_object(Bucket=bucket_name, Key=f"runs/x/{key}", Body=body.encode())
-    copy = WorkingCopy(Mirror(place, tmp_path / "copies" / "b", 0.0))
+    copy = WorkingCopy(FolderSync(place, tmp_path / "copies" / "b", 0.0))
     copy.mirror.bucket.write(working_copy.IDENTITY, b"id")
     copy.fetch()
     assert victim.is_dir()

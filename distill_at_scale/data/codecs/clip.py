@@ -1,6 +1,6 @@
 """Encoded video -> uint8 clip of a fixed shape, or the reason why not: which frames, how large, and in which process.
 
-Decoding happens in a child process (`data/isolated.py`, `data/frames.py`), one for each ClipDecoder, started when first
+Decoding happens in a child process (`data/codecs/worker_process.py`, `data/codecs/clip_worker.py`), one for each ClipDecoder, started when first
 needed: old C code fed with foreign files hangs, crashes and asks for all memory. A file on which the child gives no answer
 in time, or dies, is tried once more by the decoders that are left (PyAV after decord), and then rejected.
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.codecs.image import Rejected
+from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.codecs.worker_process import Died, Isolated
 
 Array = np.ndarray[Any, Any]
@@ -66,10 +66,10 @@ class ClipDecoder:
         `name` is the sample's id, which decides random draws. Raises Rejected for whatever is wrong with the sample.
         """
         if not raw:
-            raise Rejected("empty file")
+            raise SampleRejected("empty file")
         said, pixels = self._ask(name, raw)
         if "rejected" in said:
-            raise Rejected(said["rejected"])
+            raise SampleRejected(said["rejected"])
         self.tally[said["decoder"]] += 1
         if said["failures"]:
             level = logging.INFO if said["foreseen"] else logging.WARNING
@@ -94,7 +94,7 @@ class ClipDecoder:
             else:
                 foreseen = said.get("foreseen", True) and not deaths
                 return {**said, "failures": deaths + said.get("failures", []), "foreseen": foreseen}, pixels
-        raise Rejected(deaths[-1])
+        raise SampleRejected(deaths[-1])
 
     def _wanted(self, name: str) -> dict[str, Any]:
         """The fields of `data.frames.Wanted`."""

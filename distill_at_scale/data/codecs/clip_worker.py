@@ -1,6 +1,6 @@
 """One video file -> the clip that is asked for, or the reason why not: which frames, and which decoder if one fails.
 
-This runs in the child process of a `ClipDecoder`, behind `data/isolated.py`; it knows neither the configuration nor torch.
+This runs in the child process of a `ClipDecoder`, behind `data/codecs/worker_process.py`; it knows neither the configuration nor torch.
 """
 
 from __future__ import annotations

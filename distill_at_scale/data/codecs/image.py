@@ -3,7 +3,7 @@
 Reading. Pillow decodes, and decides what is damaged. A JPEG is scaled down inside its inverse DCT to at least 1.25
 times the size asked on both sides, and the rest is antialiased bicubic on the exact, fractional extent of the scaled
 image. For 500 x 375 JPEGs that is 3 times (64 pixels) and 2 times (128 pixels) the rate of a full decode, 45 and 49
-dB from its result, and 40 dB where 1.25 is just met (`jobs/benchmarks/decode.py`). A margin of 1 falls to 35 dB, one
+dB from its result, and 40 dB where 1.25 is just met (`data/codecs/image.py`). A margin of 1 falls to 35 dB, one
 of 1.5 or 2 makes this most common size of ImageNet a third to a half slower, ignoring the fraction costs 14 dB.
 simplejpeg at the same scale is 1.0 to 1.1 times as fast, as the resize remains: not worth a second path. torch's
 resize is vectorised, which at 224 pixels is 2.6 times the rate in all, but processes that only decode shall not load
@@ -14,7 +14,7 @@ pixels), so images are kept as JPEG, 4:4:4. On scaled-down photos quality 90 is 
 needs quality 95 and a fifth more bytes to come as near. There is no resize here, so simplejpeg pays: 1.25 to 1.5
 times Pillow's rate with the same bits. WebP and PNG decode at a third of the rate or less.
 
-Left out: clips (`data/clips.py`), alpha (dropped, as in torchvision, not blended), animations (the first frame
+Left out: clips (`data/codecs/clip.py`), alpha (dropped, as in torchvision, not blended), animations (the first frame
 counts), colour profiles, and a JPEG that was cut and closed again with an end marker (Pillow cannot tell it from a
 whole one).
 """
@@ -51,7 +51,7 @@ Array = np.ndarray[Any, Any]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-class Rejected(Exception):
+class SampleRejected(Exception):
     """A sample that cannot be used; the message is the reason that goes to rejected.parquet."""
 
 
@@ -77,14 +77,14 @@ class ImageDecoder:
             return ready
         try:
             return _planes(self._image(raw))
-        except (Rejected, MemoryError):
+        except (SampleRejected, MemoryError):
             raise
         except UnidentifiedImageError:
-            raise Rejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
+            raise SampleRejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
         except Image.DecompressionBombError as error:
-            raise Rejected(f"decompression bomb: {error}") from None
+            raise SampleRejected(f"decompression bomb: {error}") from None
         except Exception as error:  # a decoder fed with damaged bytes raises almost anything
-            raise Rejected(f"damaged: {str(error) or type(error).__name__}") from None
+            raise SampleRejected(f"damaged: {str(error) or type(error).__name__}") from None
 
     def _ready(self, raw: Array) -> Array | None:
         """Pixels that need no work but a copy: sets of tiny images come as millions of these."""
@@ -106,13 +106,15 @@ class ImageDecoder:
     def _open(self, raw: bytes) -> tuple[Image.Image, Box]:
         """The decoded image, a JPEG perhaps scaled down, and the part of it to use."""
         if not raw:
-            raise Rejected("empty file")
+            raise SampleRejected("empty file")
         image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
         width, height = image.size
         if width * height > self.max_pixels:
-            raise Rejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
+            raise SampleRejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
         if image.format == "JPEG" and raw.count(SCAN) > MOST_SCANS:
-            raise Rejected(f"a JPEG of {raw.count(SCAN)} scans, more than {MOST_SCANS}, which take time without end")
+            raise SampleRejected(
+                f"a JPEG of {raw.count(SCAN)} scans, more than {MOST_SCANS}, which take time without end"
+            )
         least = math.ceil(MARGIN * self.size)
         drafted = image.draft("L" if self.channels == 1 else None, (least, least))  # None for all but JPEG
         image.load()
@@ -152,10 +154,10 @@ def decode_stored(data: bytes, shape: Sequence[int]) -> Array:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         found, wanted = (1 if space == "Gray" else 3, height, width), tuple(shape)
         if found != wanted:
-            raise Rejected(f"stored image has the shape {found} (C, H, W), not {wanted}")
+            raise SampleRejected(f"stored image has the shape {found} (C, H, W), not {wanted}")
         image = simplejpeg.decode_jpeg(data, "GRAY" if shape[0] == 1 else "RGBX", fastdct=False)
     except ValueError as error:
-        raise Rejected(f"stored image is damaged: {error}") from None
+        raise SampleRejected(f"stored image is damaged: {error}") from None
     if shape[0] == 1:
         return image.reshape(shape)
     words = image.view("<u4")[..., 0]  # R, G, B and padding: taking planes out of words is faster than out of bytes
@@ -183,7 +185,7 @@ def _orientation(image: Image.Image) -> int:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey levels become 8-bit ones; Pillow's own conversion would clip them to white."""
     if image.mode == "F":
-        raise Rejected("floating-point pixels; convert the image to 8 or 16 bits")
+        raise SampleRejected("floating-point pixels; convert the image to 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     return Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 257).astype(np.uint8))

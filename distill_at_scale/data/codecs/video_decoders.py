@@ -2,7 +2,7 @@
 
 Exact with PyAV decodes frames on which no other frame depends only where they are wanted, and jumps over what lies between
 the last wanted frame and the next key frame: bit for bit the frames of a plain decode, at 1.4 to 1.5 times decord's rate on
-Kinetics (`jobs/benchmarks/video.py`). `fast` also leaves out the loop filter: the same frames, 43 dB from exact at 64
+Kinetics (`data/codecs/video_probe.py`). `fast` also leaves out the loop filter: the same frames, 43 dB from exact at 64
 pixels, 1.7 to 1.9 times decord's rate. Taking the nearest reference frame instead of the wanted one gains nothing on top and
 falls to 37 dB; leaving out all B-frames is no faster and falls to 25 dB; a key frame is 56 frames away on average. Frames
 that are wanted but do not come (hidden packets, damage) are looked for once more by decoding everything in order.

@@ -4,7 +4,7 @@ FFmpeg (through PyAV) opens a file from memory, in a fixed set of formats: playl
 files or to the network are no videos here. Length and size are taken from the header and checked first. Then the packets
 are listed, about a millisecond: they say how many frames there are, and whether the end of the file is missing.
 
-Left out: decoding (`data/decoders.py`), sound, subtitles, encrypted files.
+Left out: decoding (`data/codecs/video_decoders.py`), sound, subtitles, encrypted files.
 """
 
 from __future__ import annotations

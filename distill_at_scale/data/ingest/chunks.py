@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.atomic_files import publish
-from distill_at_scale.core.events import Spent
+from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.core.prefetch import ahead
 from distill_at_scale.data.codecs.clip import ClipDecoder, clip_decoder
-from distill_at_scale.data.codecs.image import ImageDecoder, Rejected, encode
+from distill_at_scale.data.codecs.image import ImageDecoder, SampleRejected, encode
 from distill_at_scale.data.ingest.plan import mapped
 from distill_at_scale.data.ingest.sample_types import TensorDecoder, holds_tensors, sample_shape
 from distill_at_scale.data.prepared import format as shards
@@ -68,7 +68,7 @@ class Recipe:
         if isinstance(self.decoder, ImageDecoder | TensorDecoder):
             return self.decoder(raw), None
         if not isinstance(raw, bytes):
-            raise Rejected("pixels, not the bytes of a video file")
+            raise SampleRejected("pixels, not the bytes of a video file")
         return self.decoder(name, raw)
 
 
@@ -109,14 +109,14 @@ def is_finished(piece: Path, check: bool) -> bool:
 
 
 def ingest_chunk(
-    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: Spent | None = None
+    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: TimeSpent | None = None
 ) -> tuple[int, int]:
     """Decode some rows of a listing and publish them, sorted by class and id, as the piece `target`.
 
     Returns the number of samples used and rejected. A piece that is there already is not made again. `spent` takes the
     seconds of read (which runs ahead of the rest), decode and write.
     """
-    spent = spent or Spent()
+    spent = spent or TimeSpent()
     if not is_finished(target, check=False):
         order = rows.sort_by([("label", "ascending"), ("sample_id", "ascending")]).select(["sample_id", "label"])
         made, before = _Made(recipe), recipe.tally()
@@ -130,11 +130,11 @@ def ingest_chunk(
 
 
 def check_chunk(
-    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: Spent | None = None
+    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: TimeSpent | None = None
 ) -> tuple[int, int]:
     """As `ingest_chunk`, but keeps only the list of what would be rejected."""
     if not is_finished(target, check=True):
-        bad = _decoded(source, recipe, rows, lambda name, pixels: None, spent or Spent())
+        bad = _decoded(source, recipe, rows, lambda name, pixels: None, spent or TimeSpent())
         _publish_rejected(target, _table_of(bad))
     return finished(target, rows, check=True)
 
@@ -196,7 +196,7 @@ def _part(values: int) -> int:
 
 
 def _decoded(
-    source: Source, recipe: Recipe, rows: pa.Table, use: Any, spent: Spent
+    source: Source, recipe: Recipe, rows: pa.Table, use: Any, spent: TimeSpent
 ) -> Iterator[tuple[str, str, str, bool]]:
     """Decode rows in order and hand each over; yields (sample_id, location, reason, used) of what is not as it should be."""
     small = rows["size"].to_numpy() <= recipe.max_bytes
@@ -214,9 +214,9 @@ def _decoded_part(
     for i, raw in enumerate(raws):
         try:
             if isinstance(raw, OSError):
-                raise Rejected(raw.strerror or str(raw))
+                raise SampleRejected(raw.strerror or str(raw))
             pixels, remark = recipe.decode(names[i], raw)
-        except Rejected as error:
+        except SampleRejected as error:
             yield names[i], part["location"][i].as_py(), str(error), False
         else:
             use(names[i], pixels)
@@ -228,7 +228,7 @@ def _too_large(size: int, limit: int) -> str:
     return f"{size:,} bytes, more than data.max_bytes = {limit:,}"
 
 
-def _read(source: Source, rows: pa.Table, spent: Spent) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
+def _read(source: Source, rows: pa.Table, spent: TimeSpent) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
     """Raw samples, some at a time; where a read fails, one by one, so that the failure concerns one sample."""
     for part in _parts(rows):
         raws: Sequence[Raw | OSError]

@@ -32,7 +32,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest.channel_stats import Moments
 from distill_at_scale.data.ingest.near_duplicates import duplicated
 from distill_at_scale.data.prepared import format as shards
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 
 MEASURED = 200  # samples of a class whose variance is measured
 READ_BYTES = 32 * 2**20  # of samples in memory at once
@@ -70,7 +70,7 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
 
     Raises UserError for fewer classes than the transform needs, and for ids that those of near-duplicates would meet.
     """
-    before = Prepared(folder)
+    before = PreparedDataset(folder)
     moments, names = Moments(before.shape, before.kind == "tensors"), before.class_names
     if data.transform in BY_VARIANCE:
         names, about = _by_variance(before, data, seed, moments)
@@ -125,7 +125,7 @@ def wanted_classes(data: DataSection, classes: int) -> int:
     return wanted
 
 
-def _tailed(prepared: Prepared, data: DataSection, seed: int) -> Iterator[pa.Table]:
+def _tailed(prepared: PreparedDataset, data: DataSection, seed: int) -> Iterator[pa.Table]:
     counts = prepared.counts("train")
     chosen: dict[int, Array] = {}
     for label, keep in enumerate(tail(data, counts, seed)):
@@ -135,7 +135,7 @@ def _tailed(prepared: Prepared, data: DataSection, seed: int) -> Iterator[pa.Tab
 
 
 def _parts(
-    prepared: Prepared, split: str, labels: Mapping[int, int], chosen: Mapping[int, Array] | None = None
+    prepared: PreparedDataset, split: str, labels: Mapping[int, int], chosen: Mapping[int, Array] | None = None
 ) -> Iterator[pa.Table]:
     """Rows of some classes with new labels, in order; `chosen` says which places of each class."""
     places = dict.fromkeys(labels, 0)
@@ -151,7 +151,7 @@ def _parts(
 
 
 def _by_variance(
-    prepared: Prepared, data: DataSection, seed: int, moments: Moments
+    prepared: PreparedDataset, data: DataSection, seed: int, moments: Moments
 ) -> tuple[list[str], dict[str, Any]]:
     """Keep the classes of the smallest or largest variance, in both splits; returns their names and what is to be said."""
     wanted = wanted_classes(data, len(prepared.class_names))
@@ -167,7 +167,7 @@ def _by_variance(
     return kept, {"variance_classes": wanted, "variances": variances, "changes": list(prepared.meta["counts"])}
 
 
-def _variance(prepared: Prepared, label: int, seed: int) -> float:
+def _variance(prepared: PreparedDataset, label: int, seed: int) -> float:
     """The variance of a class around its mean sample, averaged over pixels (on the scale 0..1; of tensors, in units of
     the training values' variance), from at most MEASURED samples."""
     count = prepared.counts("train")[label]
@@ -189,7 +189,7 @@ def _watched(tables: Iterable[pa.Table], moments: Moments) -> Iterator[pa.Table]
         yield table
 
 
-def _rewrite(prepared: Prepared, split: str, tables: Iterable[pa.Table], data: DataSection) -> None:
+def _rewrite(prepared: PreparedDataset, split: str, tables: Iterable[pa.Table], data: DataSection) -> None:
     """The shards of a split anew: beside the old ones, then in their place."""
     old, new = prepared.folder / split, prepared.folder / f"{split}.derived"
     if not prepared.groups(split):

@@ -25,7 +25,7 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import channel_stats, derived_splits
 from distill_at_scale.data.ingest.chunks import REJECTED, piece_path, rejected_path, stores_jpeg
-from distill_at_scale.data.ingest.plan import Plan, mapped
+from distill_at_scale.data.ingest.plan import IngestPlan, mapped
 from distill_at_scale.data.ingest.sample_types import holds_tensors, sample_shape
 from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared import whitening
@@ -44,7 +44,7 @@ def threads_here() -> int:
 
 
 def merge(
-    plan: Plan, pieces: Path, prepared: Path, data: DataSection, seed: int = 0, threads: int | None = None
+    plan: IngestPlan, pieces: Path, prepared: Path, data: DataSection, seed: int = 0, threads: int | None = None
 ) -> dict[str, Any]:
     """Sort all pieces by class into `prepared/`; returns the metadata that goes to dataset.json.
 
@@ -87,7 +87,7 @@ def merge(
     return meta
 
 
-def write_rejected(plan: Plan, pieces: Path, target: Path, chunk: int) -> pa.Table:
+def write_rejected(plan: IngestPlan, pieces: Path, target: Path, chunk: int) -> pa.Table:
     """One list (schema SET_ASIDE), sorted by id and split, of everything that was set aside or is used with a remark."""
     found = [SET_ASIDE.empty_table(), *(_of_source(table, split) for split, table in plan.aside.items())]
     for split, index, _ in plan.chunks(chunk):
@@ -180,7 +180,7 @@ def _decoders(piece: Path) -> Counter[str]:
     return Counter(json.loads(mapped(piece).schema.metadata.get(b"decoders", b"{}")))
 
 
-def _all_rejected(plan: Plan, label: int, rejected: pa.Table, folder: Path) -> str:
+def _all_rejected(plan: IngestPlan, label: int, rejected: pa.Table, folder: Path) -> str:
     listing = plan.listings["train"]
     lost = listing.filter(pc.equal(listing["label"], label))["sample_id"]
     train = unusable(rejected).filter(pc.equal(unusable(rejected)["split"], "train"))

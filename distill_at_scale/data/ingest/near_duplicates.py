@@ -1,7 +1,7 @@
 """Near-duplicates of `data.transform`: every training sample several times, all but the first jittered a little.
 
 What a sample becomes depends on its id, the number of the copy and the seed alone. The samples stream through, sorted by
-class and id. Left out: when it is done, and what dataset.json says of it (`transforms.py`).
+class and id. Left out: when it is done, and what dataset.json says of it (`data/ingest/derived_splits.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.image import encode
 from distill_at_scale.data.prepared import format as shards
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 
 READ_BYTES = 32 * 2**20  # of near-duplicates in memory at once
 SHIFT, CONTRAST, BRIGHTNESS, NOISE = 1 / 8, 0.2, 0.1, 0.02  # of the side; of 1; of the scale; of the scale
@@ -52,7 +52,7 @@ def _shifted(sample: Array, down: int, right: int) -> Array:
     return sample[..., rows[:, None], columns]
 
 
-def duplicated(prepared: Prepared, data: DataSection, seed: int) -> Iterator[pa.Table]:
+def duplicated(prepared: PreparedDataset, data: DataSection, seed: int) -> Iterator[pa.Table]:
     """Samples and their near-duplicates, sorted by class and id; some source samples are in memory at a time."""
     span = max(1, READ_BYTES // (prepared.value_bytes * data.copies))
     for label in range(len(prepared.class_names)):
@@ -76,7 +76,7 @@ def _check_distinct(names: pa.Array) -> None:
 
 
 def _copied(
-    prepared: Prepared, label: int, names: pa.Array, places: Array, copies: Array, data: DataSection, seed: int
+    prepared: PreparedDataset, label: int, names: pa.Array, places: Array, copies: Array, data: DataSection, seed: int
 ) -> pa.Table:
     """Rows by name, of the sample at a place of the class and its copy number; number 0 is stored as it was."""
     unique, inverse = np.unique(places, return_inverse=True)
@@ -101,7 +101,7 @@ def _copied(
     return pa.table(columns, schema=stored.schema.remove_metadata())
 
 
-def _stored(prepared: Prepared, label: int, places: Array) -> pa.Table:
+def _stored(prepared: PreparedDataset, label: int, places: Array) -> pa.Table:
     """Rows at some places (ascending) of a class, as they are stored."""
     parts, start = [], 0
     for group in prepared.groups("train"):

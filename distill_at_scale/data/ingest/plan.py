@@ -1,7 +1,7 @@
 """The plan of an ingest: which samples of a source are wanted, their final labels, and fixed chunks of them.
 
-`pieces.py` decodes one chunk and publishes it; `merge.py` sorts all pieces by class into shards. Chunks do not depend on
-the number of workers, so neither do the shards. Ray is not needed; `cluster/ingest.py` uses it.
+`data/ingest/chunks.py` decodes one chunk and publishes it; `merge.py` sorts all pieces by class into shards. Chunks do not depend on
+the number of workers, so neither do the shards. Ray is not needed; `data/ingest/plan.py` uses it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import SET_ASIDE, Source
 from distill_at_scale.data.sources.class_subsets import class_list, explicit_order
 from distill_at_scale.storage.filesystem import shown
-from distill_at_scale.storage.stage_record import digest
 
 CONTRACT = ("splits", "listing", "digest", "read")
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class IngestPlan:
     """What is to be ingested: the class names and, per split, the listing with final labels."""
 
     class_names: list[str]
@@ -49,7 +49,7 @@ class Plan:
             for i in range(-(-table.num_rows // size))
         ]
 
-    def on_disk(self, folder: Path) -> Plan:
+    def on_disk(self, folder: Path) -> IngestPlan:
         """The same plan, whose listings lie in files: every process maps them, and none holds or is sent them."""
         kept = {}
         for split, table in self.listings.items():
@@ -84,7 +84,7 @@ def open_source(data: DataSection) -> Source:
     return resolve("data.source", data.source, SOURCES, CONTRACT)(data)
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config) -> IngestPlan:
     """List the samples of every split.
 
     Raises UserError for a missing path, a split without samples, an unknown class, or a class without training samples.
@@ -110,7 +110,7 @@ def plan(config: Config) -> Plan:
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
         raise UserError(_without_samples(names, empty, aside.get("train"), shown(data.path or data.source)))
-    return Plan(names, every, listings, _content(source, splits, names, every, listings), aside)
+    return IngestPlan(names, every, listings, _content(source, splits, names, every, listings), aside)
 
 
 def _without_samples(names: list[str], empty: Array, aside: pa.Table | None, place: str) -> str:

@@ -14,7 +14,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.codecs.image import Rejected
+from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.ingest.plan import CONTRACT, open_source
 from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.sources import SOURCES
@@ -82,11 +82,13 @@ class TensorDecoder:
         Raises Rejected for what has another shape, no numbers, or numbers that are not finite.
         """
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
-            raise Rejected("no array of numbers: missing, or its lists differ in length or lack numbers")
+            raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack numbers")
         if raw.shape != self.shape:
-            raise Rejected(f"its shape is {list(raw.shape)}, that of the first training sample {list(self.shape)}")
+            raise SampleRejected(
+                f"its shape is {list(raw.shape)}, that of the first training sample {list(self.shape)}"
+            )
         with np.errstate(over="ignore"):
             values = raw.astype(np.float32)
         if not np.isfinite(values).all():
-            raise Rejected(f"{int((~np.isfinite(values)).sum())} of its values are not finite in 32 bits")
+            raise SampleRejected(f"{int((~np.isfinite(values)).sum())} of its values are not finite in 32 bits")
         return values

@@ -1,6 +1,6 @@
 """A prepared data set on disk, as every stage after ingest reads it: by scoring chunk, by class, or by sample.
 
-The format is in `shards.py`. What is read may come from somebody else, so types, shapes and classes are checked. The class
+The format is in `data/prepared/format.py`. What is read may come from somebody else, so types, shapes and classes are checked. The class
 of a row group follows from the counts in dataset.json, as rows are sorted by class, and labels are compared with it
 whenever they are read: statistics in a footer may lie, and pyarrow ends the process on broken ones.
 """
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.format import JPEG_PART, MOST_AXES, MOST_VALUES, Array, Chunk, Group, pixels_of
+from distill_at_scale.data.prepared.format import JPEG_PART, MOST_AXES, MOST_VALUES, Array, Chunk, RowGroup, pixels_of
 from distill_at_scale.data.prepared.parquet import reading
 
 OPEN_FILES = 64
@@ -35,7 +35,7 @@ MOST_CHUNK = 2**20  # samples of a unit of scoring
 COLUMNS = [("sample_id", pa.string()), ("label", pa.int32())]  # before the samples themselves
 
 
-class Prepared:
+class PreparedDataset:
     """A prepared data set on disk."""
 
     def __init__(self, folder: str | Path):
@@ -102,7 +102,7 @@ class Prepared:
     def has_test(self) -> bool:
         return sum(self.counts("test")) > 0
 
-    def groups(self, split: str = "train") -> list[Group]:
+    def groups(self, split: str = "train") -> list[RowGroup]:
         """Every row group of a split, in class order."""
         return self._groups[split]
 
@@ -118,8 +118,8 @@ class Prepared:
                 found.append(Chunk(len(found), group.file, group.number, 1, group.rows))
         return found
 
-    def read(self, part: Chunk | Group, split: str = "train", columns: Sequence[str] | None = None) -> pa.Table:
-        numbers = [part.number] if isinstance(part, Group) else range(part.first, part.first + part.groups)
+    def read(self, part: Chunk | RowGroup, split: str = "train", columns: Sequence[str] | None = None) -> pa.Table:
+        numbers = [part.number] if isinstance(part, RowGroup) else range(part.first, part.first + part.groups)
         return self._rows(split, part.file, numbers, columns)
 
     def pixels(self, table: pa.Table, threads: int = 1) -> Array:
@@ -157,7 +157,7 @@ class Prepared:
                 found.append(np.full(len(pixels[-1]), group.label, np.int64))
         return np.concatenate(pixels), np.concatenate(found)
 
-    def _wanted(self, split: str, groups: Sequence[Group], only: Collection[str] | pa.Array) -> Array:
+    def _wanted(self, split: str, groups: Sequence[RowGroup], only: Collection[str] | pa.Array) -> Array:
         """Which samples of some row groups are among `only`: bool [rows]; looked up at once, as the set is built once."""
         wanted = only if isinstance(only, pa.Array | pa.ChunkedArray) else pa.array(list(only), pa.string())
         numbers: dict[str, list[int]] = {}
@@ -203,34 +203,34 @@ class Prepared:
         if numbers:
             yield file, numbers, np.concatenate(rows)
 
-    def _files_of(self, split: str, label: int) -> dict[str, list[Group]]:
+    def _files_of(self, split: str, label: int) -> dict[str, list[RowGroup]]:
         """The row groups of a class by file, in order."""
-        found: dict[str, list[Group]] = {}
+        found: dict[str, list[RowGroup]] = {}
         for group in self._by_label[split].get(label, []):
             found.setdefault(group.file, []).append(group)
         return found
 
     @cached_property
-    def _groups(self) -> dict[str, list[Group]]:
+    def _groups(self) -> dict[str, list[RowGroup]]:
         return {split: list(self._scan(split)) for split in ("train", "test")}
 
     @cached_property
-    def _by_label(self) -> dict[str, dict[int, list[Group]]]:
-        found: dict[str, dict[int, list[Group]]] = {split: {} for split in self._groups}
+    def _by_label(self) -> dict[str, dict[int, list[RowGroup]]]:
+        found: dict[str, dict[int, list[RowGroup]]] = {split: {} for split in self._groups}
         for split, groups in self._groups.items():
             for group in groups:
                 found[split].setdefault(group.label, []).append(group)
         return found
 
     @cached_property
-    def _by_file(self) -> dict[tuple[str, str], list[Group]]:
-        found: dict[tuple[str, str], list[Group]] = {}
+    def _by_file(self) -> dict[tuple[str, str], list[RowGroup]]:
+        found: dict[tuple[str, str], list[RowGroup]] = {}
         for split, groups in self._groups.items():
             for group in groups:
                 found.setdefault((split, group.file), []).append(group)
         return found
 
-    def _scan(self, split: str) -> Iterator[Group]:
+    def _scan(self, split: str) -> Iterator[RowGroup]:
         """Raises UserError where the shards hold other rows than dataset.json counts."""
         ends, start = list(accumulate(self.counts(split))), 0  # of each class among the rows of the split
         for path in sorted((self.folder / split).glob("shard-*.parquet")):
@@ -239,7 +239,7 @@ class Prepared:
                 fits = rows == 1 or 1 < rows <= MOST_BYTES // self.value_bytes
                 if not fits or label == len(ends) or start + rows > ends[label]:
                     raise UserError(f"{path} holds other rows than {self.folder}/dataset.json counts; ingest again")
-                yield Group(path.name, number, label, rows)
+                yield RowGroup(path.name, number, label, rows)
                 start += rows
         if start < sum(self.counts(split)):
             raise UserError(f"{self.folder / split} lacks rows that {self.folder}/dataset.json counts; ingest again")

@@ -6,7 +6,7 @@ metadata; Parquet would store a list of bytes as 32-bit numbers, which takes 13 
 (binary: the resized image, encoded again; of a clip its frames below each other). Arrays of other data are in a column
 values (fixed-size binary of float32; their shape and type are in the field's metadata). Rows are sorted by class and, within
 it, by id; a row group holds one class and few rows, so that any part of the set is read without the rest. `dataset.json`
-holds class names, shape, counts, channel statistics and the content fingerprint. Reading them is in `prepared.py`.
+holds class names, shape, counts, channel statistics and the content fingerprint. Reading them is in `data/prepared/dataset.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.codecs.image import Rejected, decode_stored
-from distill_at_scale.storage.stage_record import digest
+from distill_at_scale.core.hashing import digest
+from distill_at_scale.data.codecs.image import SampleRejected, decode_stored
 
 SHARD_BYTES = 128 * 2**20
 GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least
@@ -43,7 +43,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """One row group: some samples of one class."""
 
     file: str
@@ -137,7 +137,7 @@ def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
         try:
             image = decode_stored(data, (channels, frames * height, width))
             images[i] = image if len(shape) == 3 else np.moveaxis(image.reshape(channels, frames, height, width), 1, 0)
-        except Rejected as error:
+        except SampleRejected as error:
             name = table["sample_id"][i].as_py()
             raise UserError(f"the prepared image of {name!r} is damaged ({error}); ingest again") from None
 

@@ -2,7 +2,7 @@
 
 Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label
 and id. The schema's metadata holds rule, rate asked and reached, seed and fingerprints as JSON under the key
-`selection`. Left out: how the rows are chosen (`static.py`).
+`selection`. Left out: how the rows are chosen (`pruning/selection/select.py`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import MOST_AXES
 from distill_at_scale.data.prepared.whitening import FILE
 
@@ -129,7 +129,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
-def normalization_of(prepared: Prepared, whitened: bool = True) -> Normalization:
+def normalization_of(prepared: PreparedDataset, whitened: bool = True) -> Normalization:
     """Of a prepared set; `whitened=False` is what scoring sees."""
     plain = Normalization(tuple(prepared.mean), tuple(prepared.std))
     if prepared.kind == "tensors":
@@ -138,7 +138,7 @@ def normalization_of(prepared: Prepared, whitened: bool = True) -> Normalization
     return replace(plain, whitening=Whitening.load(path)) if whitened and path.exists() else plain
 
 
-def whitening_card(prepared: Prepared) -> dict[str, Any] | None:
+def whitening_card(prepared: PreparedDataset) -> dict[str, Any] | None:
     """What the card of a set says of the whitening; None without one."""
     path = prepared.folder / FILE
     if not path.exists():

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 
 FILE = "whitening.safetensors"  # in prepared/ and in synthetic/
 EPSILON = 0.1
@@ -39,7 +39,7 @@ def fit(folder: Path) -> None:
 
     Raises UserError for samples that are too large.
     """
-    prepared = Prepared(folder)
+    prepared = PreparedDataset(folder)
     check(prepared.shape)
     size, total = math.prod(prepared.shape), 0
     mean, products = np.zeros(size), np.zeros((size, size))
@@ -61,7 +61,7 @@ def inverse_root(covariance: Array) -> Array:
     return ((root + root.T) / 2).astype(np.float32)
 
 
-def _normalised(prepared: Prepared, stored: Array) -> Array:
+def _normalised(prepared: PreparedDataset, stored: Array) -> Array:
     """Stored values [n, *shape] -> flat normalised float64 [n, d]."""
     tensors = prepared.kind == "tensors"
     columns = (-1, *(1,) * (len(prepared.shape) - 1 if tensors else 2))

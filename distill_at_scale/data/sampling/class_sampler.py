@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.core import rng
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization, normalization_of
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.data.sampling.lookahead import Ahead, Request
-from distill_at_scale.data.sampling.placement import Holding, InShards, Resident, Room
+from distill_at_scale.data.sampling.placement import InMemory, InShards, MemoryBudget, Placement
 
 MOST_THREADS = 8  # that decode JPEGs of a draw
 
 
 @dataclass(frozen=True)
-class Draw:
+class RealBatch:
     """Real images of one class: images float32 [n, *shape] and their places in the class's pool [n]."""
 
     label: int
@@ -33,15 +33,15 @@ class Draw:
     rows: Tensor
 
 
-class Pool:
+class ClassSampler:
     """The kept training samples of some classes, by class. `held` says where they lie, in a sentence."""
 
     held: str = ""
 
-    def __init__(self, pixels: dict[int, Tensor] | Holding, normalization: Normalization, seed: int,
+    def __init__(self, pixels: dict[int, Tensor] | Placement, normalization: Normalization, seed: int,
                  device: torch.device | None = None):  # fmt: skip
         """`pixels`: label -> stored values [n, *shape], or a holding; draws go to `device` (default: where they lie)."""
-        self.holding: Holding = Resident(pixels) if isinstance(pixels, dict) else pixels
+        self.holding: Placement = InMemory(pixels) if isinstance(pixels, dict) else pixels
         self.normalization, self.seed = normalization, seed
         self.device = device or (
             next(iter(pixels.values())).device if isinstance(pixels, dict) else torch.device("cpu")
@@ -50,8 +50,8 @@ class Pool:
         self._taken: Callable[[Request], list[tuple[Tensor, Tensor]]] = Ahead(self._take) if apart else self._take
 
     @classmethod
-    def load(cls, prepared: Prepared, manifest: Path, labels: Collection[int], seed: int, device: torch.device,
-             hold: str = "auto", free: Room | None = None) -> Pool:  # fmt: skip
+    def load(cls, prepared: PreparedDataset, manifest: Path, labels: Collection[int], seed: int, device: torch.device,
+             hold: str = "auto", free: MemoryBudget | None = None) -> ClassSampler:  # fmt: skip
         """What the manifest keeps of some classes, held where `hold` (distill.hold) says; `free` bounds auto.
 
         Raises UserError for a class of which nothing is kept.
@@ -60,9 +60,9 @@ class Pool:
         needed = placement.needed_bytes(prepared, places)
         where, why = placement.choose(hold, needed, device, free or placement.room(device))
         if where == "shards":
-            found: Holding = InShards(prepared, places, min(MOST_THREADS, os.cpu_count() or 1))
+            found: Placement = InShards(prepared, places, min(MOST_THREADS, os.cpu_count() or 1))
         else:
-            found = Resident.load(prepared, places, device if where == "device" else torch.device("cpu"))
+            found = InMemory.load(prepared, places, device if where == "device" else torch.device("cpu"))
         pool = cls(found, normalization_of(prepared), seed, device)
         pool.held = placement.sentence(where, sum(found.counts.values()), needed, why, device)
         return pool
@@ -70,7 +70,7 @@ class Pool:
     @property
     def pixels(self) -> dict[int, Tensor]:
         """Stored values by class; only where they are in memory."""
-        assert isinstance(self.holding, Resident)
+        assert isinstance(self.holding, InMemory)
         return self.holding.pixels
 
     def count(self, label: int) -> int:
@@ -87,10 +87,12 @@ class Pool:
             start += count
         return every, labels
 
-    def draw(self, labels: Sequence[int], n: int, purpose: str, *index: int) -> list[Draw]:
+    def draw(self, labels: Sequence[int], n: int, purpose: str, *index: int) -> list[RealBatch]:
         """min(n, kept) images of each class, without replacement; decided by (seed, purpose, index, class) alone."""
         found = self._taken(Request(tuple(labels), n, purpose, index))
-        return [Draw(label, self._image(stored), rows) for label, (stored, rows) in zip(labels, found, strict=True)]
+        return [
+            RealBatch(label, self._image(stored), rows) for label, (stored, rows) in zip(labels, found, strict=True)
+        ]
 
     def _image(self, stored: Tensor) -> Tensor:
         return self.normalization.apply(stored.to(self.device, non_blocking=True))

@@ -1,6 +1,6 @@
 """Where the kept samples lie while they are drawn from, and the choice of that place from sizes.
 
-`Resident` has them all in memory, on the device or in the host's; `InShards` reads what is drawn from the prepared shards.
+`InMemory` has them all in memory, on the device or in the host's; `InShards` reads what is drawn from the prepared shards.
 Both give the same bytes. What is pruned is found by id, class by class, and never decoded: row groups hold neighbours too,
 which are left aside.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept_in_parts
 
 DEVICE_SHARE, HOST_SHARE = 0.4, 0.5  # of what is free: networks and batches need the rest
@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 Places = Mapping[int, Array]  # label -> places of the kept samples within the class, ascending
 
 
-def kept_places(prepared: Prepared, manifest: Path, labels: Collection[int]) -> dict[int, Array]:
+def kept_places(prepared: PreparedDataset, manifest: Path, labels: Collection[int]) -> dict[int, Array]:
     """Where the kept samples of some classes are; ids are joined class by class, so memory holds those of one.
 
     Raises UserError for a class of which nothing is kept, and where the manifest keeps samples that are not there.
@@ -52,7 +52,7 @@ def kept_places(prepared: Prepared, manifest: Path, labels: Collection[int]) -> 
     return places
 
 
-class Holding(Protocol):
+class Placement(Protocol):
     """The kept samples of some classes, as they are stored."""
 
     @property
@@ -70,7 +70,7 @@ class Holding(Protocol):
         """All of a class."""
 
 
-class Resident:
+class InMemory:
     """In memory: label -> stored values [n, *shape], all on one device."""
 
     def __init__(self, pixels: dict[int, Tensor]):
@@ -80,7 +80,7 @@ class Resident:
         self.where = "device" if on_device else "host"
 
     @classmethod
-    def load(cls, prepared: Prepared, places: Places, device: torch.device) -> Resident:
+    def load(cls, prepared: PreparedDataset, places: Places, device: torch.device) -> InMemory:
         return cls({label: _filled(prepared, label, found).to(device) for label, found in places.items()})
 
     def take(self, label: int, rows: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class InShards:
 
     where = "shards"
 
-    def __init__(self, prepared: Prepared, places: Places, threads: int = 1):
+    def __init__(self, prepared: PreparedDataset, places: Places, threads: int = 1):
         self.prepared, self.places, self.threads = prepared, places, threads
         self.counts = {label: len(found) for label, found in places.items()}
 
@@ -112,7 +112,7 @@ class InShards:
         return _filled(self.prepared, label, self.places[label])
 
 
-def _filled(prepared: Prepared, label: int, places: Array) -> Tensor:
+def _filled(prepared: PreparedDataset, label: int, places: Array) -> Tensor:
     """The samples at some places of a class, in memory; read in parts, so that little more than they is needed."""
     held = np.empty((len(places), *prepared.shape), prepared.dtype)
     at_once = max(1, READ_BYTES // max(1, prepared.value_bytes))
@@ -122,17 +122,17 @@ def _filled(prepared: Prepared, label: int, places: Array) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """Bytes of memory that one worker may fill with samples: of its device (0 where that is the host's), and of its host."""
 
     device: int
     host: int
 
 
-def room(device: torch.device, here: int = 1, share: float = 1.0) -> Room:
+def room(device: torch.device, here: int = 1, share: float = 1.0) -> MemoryBudget:
     """What is free now, less what else needs it; `here` workers share the host, this one has `share` of the device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return Room(int(free * DEVICE_SHARE * share), int(free_memory() * HOST_SHARE / here))
+    return MemoryBudget(int(free * DEVICE_SHARE * share), int(free_memory() * HOST_SHARE / here))
 
 
 def free_memory() -> int:
@@ -161,7 +161,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def choose(hold: str, needed: int, device: torch.device, free: Room) -> tuple[str, str]:
+def choose(hold: str, needed: int, device: torch.device, free: MemoryBudget) -> tuple[str, str]:
     """Where the samples go ("device", "host" or "shards"), and why, in words; on a CPU "device" is the host."""
     if hold != "auto":
         where = "host" if hold == "device" and device.type == "cpu" else hold
@@ -189,6 +189,6 @@ def sentence(where: str, samples: int, needed: int, why: str, device: torch.devi
     return f"{samples:,} kept samples ({size(needed)}) {lie} ({why})"
 
 
-def needed_bytes(prepared: Prepared, places: Places) -> int:
+def needed_bytes(prepared: PreparedDataset, places: Places) -> int:
     """What the kept samples take in memory."""
     return sum(map(len, places.values())) * math.prod(prepared.shape) * prepared.dtype.itemsize

@@ -9,7 +9,7 @@ from distill_at_scale.distillation.methods.rded import Patches
 from distill_at_scale.distillation.methods.sre2l import Recovery
 from distill_at_scale.distillation.methods.tesla import ConstantMemoryMatching
 
-BACKENDS = {
+METHODS = {
     "dc": GradientMatching,
     "dsa": SiameseMatching,
     "dm": DistributionMatching,

@@ -1,7 +1,7 @@
 """The contract of a distillation method, and what the methods share: the synthetic images of a worker's own classes.
 
 Where a method needs networks of its own (experts, a teacher) it names them in `networks`; each is made by
-`make_network`, in a task of its own, before anything else. The loop in `distill.py` calls `prepare` once, then `step(i)`
+`make_network`, in a task of its own, before anything else. The loop in `distillation/engine.py` calls `prepare` once, then `step(i)`
 for every outer update, and `finish` for the images as they are; `conclude` comes once, after the last step. In between it
 may save `state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from (seed,
 purpose, i), so nothing else has to be saved. Keys of a state are `what/label` where they belong to a class, so that a
@@ -22,7 +22,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import Workers
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
@@ -31,7 +31,7 @@ FAR = 1e30  # well below the largest 32-bit float
 
 
 @dataclass(frozen=True)
-class Setting:
+class MethodContext:
     """Everything a backend may know about its surroundings."""
 
     config: Config
@@ -49,7 +49,7 @@ class Setting:
         return self.config.distill_seed
 
 
-class Backend(Protocol):
+class Method(Protocol):
     parallel: ClassVar[str]  # "classes": each worker owns some; "replicate": each worker holds all
     default_steps: ClassVar[int]
     no_runtime: ClassVar[str]  # why runtime pruning does not apply; "" where it does
@@ -58,7 +58,7 @@ class Backend(Protocol):
         bool
     ]  # whether patches of real images are ranked by the scoring actors before the first step
 
-    def __init__(self, setting: Setting) -> None: ...
+    def __init__(self, setting: MethodContext) -> None: ...
 
     @staticmethod
     def init_of(config: Config) -> str:
@@ -77,14 +77,14 @@ class Backend(Protocol):
         """The configuration values that decide what these networks are; they are part of the fingerprint."""
 
     @staticmethod
-    def make_network(name: str, setting: Setting, real: Pool) -> None:
+    def make_network(name: str, setting: MethodContext, real: ClassSampler) -> None:
         """Make one of them, from the kept samples of all classes, and publish it as `setting.networks / name`."""
 
     @staticmethod
     def costs(config: Config) -> list[Cost]:
         """Passes through networks beside the steps, for `plan`."""
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         """Called once, with the kept samples of the own classes, when the networks are there."""
 
     def step(self, i: int) -> dict[str, float]:
@@ -142,7 +142,7 @@ class WithDefaults:
         return {}
 
     @staticmethod
-    def make_network(name: str, setting: Setting, real: Pool) -> None:
+    def make_network(name: str, setting: MethodContext, real: ClassSampler) -> None:
         raise UserError(
             f"the method distill.method = {setting.config.distill.method!r} names the network {name!r} and has no "
             "make_network(name, setting, real) to make it"
@@ -156,17 +156,17 @@ class WithDefaults:
         return Conclusion()
 
 
-class ImageBackend(WithDefaults):
+class ImageMethod(WithDefaults):
     """Synthetic images [own classes, ipc, *shape] with their optimiser: SGD with momentum."""
 
-    def __init__(self, setting: Setting, init: str, lr: float, momentum: float) -> None:
+    def __init__(self, setting: MethodContext, init: str, lr: float, momentum: float) -> None:
         self.setting, self.init, self.lr, self.momentum = setting, init, lr, momentum
         self.ipc = setting.config.distill.ipc
         self.pruning = RuntimePruning(setting.config.runtime)
         self.problem: DistillationDiverged | None = None
         self.visit = 0
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         self.real = real
         images = torch.stack([self._initial(label) for label in self.setting.labels])
         self.images = images.to(self.setting.device).requires_grad_(True)

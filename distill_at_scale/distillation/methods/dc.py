@@ -15,9 +15,9 @@ from torch import nn
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import MatchingSection
 from distill_at_scale.core.rng import derive, generator
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import distances
-from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingBackend
+from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 from distill_at_scale.distillation.student import TrainingProtocol
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # ipc -> outer, inner
@@ -28,7 +28,7 @@ def default_loops(ipc: int) -> tuple[int, int]:
     return LOOPS[max(known for known in LOOPS if known <= ipc)]
 
 
-class GradientMatching(MatchingBackend):
+class GradientMatching(MatchingMethod):
     default_steps: ClassVar[int] = 1000
 
     @staticmethod
@@ -44,7 +44,7 @@ class GradientMatching(MatchingBackend):
         augment = cls.section(config).augment
         return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MethodContext) -> None:
         self.options = self.section(setting.config)
         made = self.options
         super().__init__(

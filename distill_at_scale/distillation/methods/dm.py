@@ -15,9 +15,9 @@ from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.rng import derive, generator
-from distill_at_scale.data.sampling.class_sampler import Draw as Batch
-from distill_at_scale.distillation.augment import Augmentation, Draw
-from distill_at_scale.distillation.methods.base import ImageBackend, Setting
+from distill_at_scale.data.sampling.class_sampler import RealBatch
+from distill_at_scale.distillation.augment import Augmentation, AugmentParams
+from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import in_parts, maybe_compile, will_compile
@@ -27,7 +27,7 @@ KEPT_LAYERS = 5  # activations that the backward pass needs, in outputs of the w
 COPIES = 4  # of a real batch at once: drawn, normalised, augmented, joined with those of the other classes
 
 
-class DistributionMatching(ImageBackend):
+class DistributionMatching(ImageMethod):
     default_steps: ClassVar[int] = 20_000
 
     @staticmethod
@@ -39,7 +39,7 @@ class DistributionMatching(ImageBackend):
         augment = config.distill.dm.augment
         return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MethodContext) -> None:
         self.options = setting.config.distill.dm
         default_lr = 10.0 if setting.config.distill.ipc >= 100 else 1.0
         super().__init__(setting, self.options.init, self.options.image_lr or default_lr, self.options.image_momentum)
@@ -91,7 +91,7 @@ class DistributionMatching(ImageBackend):
         return (targets - means).square().sum(1), counts
 
     def _real_means(
-        self, images: Tensor, means: Tensor, labels: list[int], draws: list[Draw], step: int
+        self, images: Tensor, means: Tensor, labels: list[int], draws: list[AugmentParams], step: int
     ) -> tuple[Tensor, tuple[int, int]]:
         """Mean feature of each class's real batch after runtime pruning [classes, features], and the counts."""
         batches = self.real.draw(labels, self.options.real_batch, "real batch", step)
@@ -107,7 +107,9 @@ class DistributionMatching(ImageBackend):
                 features[k] = features[k][self._look(batch, features[k], images[k], means[k], draws[k], step)]
         return torch.stack([found.mean(0) for found in features]), (sum(len(x) for x in real), drawn)
 
-    def _look(self, batch: Batch, features: Tensor, images: Tensor, mean: Tensor, draw: Draw, step: int) -> Tensor:
+    def _look(
+        self, batch: RealBatch, features: Tensor, images: Tensor, mean: Tensor, draw: AugmentParams, step: int
+    ) -> Tensor:
         """Which samples of a batch that was embedded in full count."""
 
         def effects() -> Tensor:

@@ -24,11 +24,11 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.augment import Augmentation, Draw, cutmix
-from distill_at_scale.distillation.methods.base import Conclusion, Setting, too_few
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.augment import Augmentation, AugmentParams, cutmix
+from distill_at_scale.distillation.methods.base import Conclusion, MethodContext, too_few
 from distill_at_scale.distillation.methods.shared.gradient_distance import absolutes, squares
-from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingBackend, View, repeated
+from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod, View, repeated
 from distill_at_scale.distillation.multi_formation import assembled, parts_of
 from distill_at_scale.distillation.student import TrainingProtocol
 
@@ -36,7 +36,7 @@ METRICS = {"mse": squares, "l1": absolutes}
 RATE_IPC = 10  # the images per class that the published rate belongs to
 
 
-class FormationMatching(MatchingBackend):
+class FormationMatching(MatchingMethod):
     default_steps: ClassVar[int] = 2000
 
     @staticmethod
@@ -48,7 +48,7 @@ class FormationMatching(MatchingBackend):
         made = config.distill.idc
         return TrainingProtocol(1000, made.student_augment, cutmix=made.student_cutmix)
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MethodContext) -> None:
         made = self.options = setting.config.distill.idc
         lr = made.image_lr * setting.config.distill.ipc / RATE_IPC
         super().__init__(
@@ -62,12 +62,12 @@ class FormationMatching(MatchingBackend):
     def shown(self) -> int:
         return min(self.ipc * self.options.factor**2, self.options.synthetic_batch)
 
-    def view(self, draw: Draw, step: int, outer: int, label: int) -> View:
+    def view(self, draw: AugmentParams, step: int, outer: int, label: int) -> View:
         chance = generator(self.setting.seed, "synthetic batch", step, outer, label)
         order = torch.randperm(self.ipc * self.options.factor**2, generator=chance)[: self.shown].sort().values
         return lambda images: draw.apply(parts_of(images, self.options.factor)[order.to(images.device)])
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         self.darkest, self.brightest = self._range(real.normalization)
         super().prepare(real)
         counts = torch.zeros(self.setting.spec.classes)

@@ -1,8 +1,8 @@
 """MTT, matching training trajectories (Cazenavette et al. 2022, arXiv 2203.11932; METHOD.md section 4).
 
-Experts are trained on the kept samples beforehand (`trajectories.py`). Every step puts a student where an expert was after
+Experts are trained on the kept samples beforehand (`distillation/methods/shared/experts.py`). Every step puts a student where an expert was after
 some epoch, lets it take `student_steps` steps on the synthetic images, and moves these, and the student's learning rate,
-so that it ends nearer to where the expert was `target_epochs` later (`unrolled.py`).
+so that it ends nearer to where the expert was `target_epochs` later (`distillation/methods/shared/unroll.py`).
 
 Several workers follow a trajectory each and average their gradients by one flat all-reduce: a step is then a batch of as
 many trajectories, so results differ from those of one worker as they do for any batch size; each worker holds all images.
@@ -19,9 +19,9 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import TrajectorySection
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.core.rng import generator
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Conclusion, Cost, ImageBackend, Setting
+from distill_at_scale.distillation.methods.base import Conclusion, Cost, ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.experts import (
     Expert,
     Experts,
@@ -40,7 +40,7 @@ from distill_at_scale.distillation.methods.shared.unroll import (
 from distill_at_scale.distillation.student import TrainingProtocol
 
 
-class TrajectoryMatching(ImageBackend):
+class TrajectoryMatching(ImageMethod):
     parallel: ClassVar[str] = "replicate"
     default_steps: ClassVar[int] = 5000
     no_runtime: ClassVar[str] = "trajectory matching has no real batch in its steps from which samples could be dropped"
@@ -67,7 +67,7 @@ class TrajectoryMatching(ImageBackend):
         return expert_options(config, cls.section(config))
 
     @classmethod
-    def make_network(cls, name: str, setting: Setting, real: Pool) -> None:
+    def make_network(cls, name: str, setting: MethodContext, real: ClassSampler) -> None:
         section = cls.section(setting.config)
         number = cls.networks(setting.config).index(name)
         Expert(number, setting, section, real).run(setting.networks / name)
@@ -78,7 +78,7 @@ class TrajectoryMatching(ImageBackend):
         passes = section.experts * section.expert_epochs
         return [Cost(f"train {section.experts} experts", config.distill.network, "kept", passes, True)]
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MethodContext) -> None:
         self.options = self.section(setting.config)
         super().__init__(setting, self.options.init, self.options.image_lr, self.options.image_momentum)
         self.augmentation = Augmentation(self.options.augment)
@@ -88,7 +88,7 @@ class TrajectoryMatching(ImageBackend):
         count, epochs = self.options.experts, self.options.expert_epochs
         self.experts = Experts(setting.networks, count, epochs, sum(self.student.sizes), setting.device)
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
         self.rate = torch.tensor(self.options.student_lr, device=self.setting.device, requires_grad=True)
         self.hard = torch.tensor(self.setting.labels, device=self.setting.device).repeat_interleave(self.ipc)

@@ -22,8 +22,8 @@ from torch import Tensor
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import PatchSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.methods.base import Conclusion, Cost, Setting
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.methods.base import Conclusion, Cost, MethodContext
 from distill_at_scale.distillation.methods.shared.patch_ranking import crops_of, images_per_class, read, table_path
 from distill_at_scale.distillation.methods.shared.teacher import Taught
 from distill_at_scale.distillation.multi_formation import assembled
@@ -51,13 +51,13 @@ class Patches(Taught):
         section = cls.section(config)
         return [*super().costs(config), Cost("rank patches", section.teacher_network, "kept", section.crops, False)]
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MethodContext) -> None:
         self.setting, self.options = setting, self.section(setting.config)
         self.ipc = setting.config.distill.ipc
         self.wanted = self.ipc * self.options.factor**2  # patches of a class
         self.path = table_path(setting.networks, setting.config)
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         self.real = real
         shape = self.setting.spec.shape
         if min(shape[-2:]) < self.options.factor:

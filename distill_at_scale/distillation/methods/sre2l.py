@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import RecoverSection
 from distill_at_scale.core import rng
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.methods.base import ImageBackend, Setting
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import Taught
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, boxes_of, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
-class Recovery(Taught, ImageBackend):
+class Recovery(Taught, ImageMethod):
     default_steps: ClassVar[int] = 4000
     no_runtime: ClassVar[str] = "sre2l matches the statistics that a teacher has remembered, so there is no real batch"
     teacher_needs_batch_norm: ClassVar[bool] = True
@@ -47,12 +47,12 @@ class Recovery(Taught, ImageBackend):
     def init_of(cls, config: Config) -> str:
         return cls.section(config).init
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: MethodContext) -> None:
         self.options = self.section(setting.config)
         super().__init__(setting, self.options.init, self.options.image_lr, 0.0)
         self.flip = self.protocol(setting.config).augment == "flip"
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
         betas = self.options.beta1, self.options.beta2
         self.adam = torch.optim.Adam([self.images], self.lr, betas)

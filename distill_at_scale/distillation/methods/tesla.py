@@ -1,7 +1,7 @@
 """TESLA (Cui et al. 2023, arXiv 2211.10586): trajectory matching with memory constant in student_steps, and soft labels.
 
 `gradient: exact` is MTT's gradient with one step's activations in memory; `gradient: fixed` is TESLA's own form, which
-leaves out how a step's images act through later parameters (both in `unrolled.py`, which says what exactly is dropped).
+leaves out how a step's images act through later parameters (both in `distillation/methods/shared/unroll.py`, which says what exactly is dropped).
 With `learn_labels` the labels are logits [images, classes] that are learned with the images and saved as
 `soft_labels`; they start from the mean logits of the trained experts, or (always where the images start from noise, of which
 experts know nothing) from the class alone.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import ConstantMemorySection
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import Conclusion
 from distill_at_scale.distillation.methods.mtt import TrajectoryMatching
 from distill_at_scale.distillation.methods.shared.unroll import Matched, Synthetic, Trajectory, recomputed
@@ -38,7 +38,7 @@ class ConstantMemoryMatching(TrajectoryMatching):
         protocol = super().protocol(config)
         return replace(protocol, labels="soft") if cls.section(config).learn_labels else protocol
 
-    def prepare(self, real: Pool) -> None:
+    def prepare(self, real: ClassSampler) -> None:
         self.logits: Tensor | None = None
         super().prepare(real)
         if self.options.learn_labels:

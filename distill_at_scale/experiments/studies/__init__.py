@@ -13,9 +13,9 @@ from distill_at_scale.experiments.studies import (
     stability,
     stratified,
 )
-from distill_at_scale.experiments.studies.base import Context, Finding
+from distill_at_scale.experiments.studies.base import Finding, StudyContext
 
-STUDIES: dict[str, Callable[[Context], Finding]] = {
+STUDIES: dict[str, Callable[[StudyContext], Finding]] = {
     "critical_ratio": critical_ratio.study,
     "stratified": stratified.study,
     "drop": drop.study,
@@ -23,7 +23,7 @@ STUDIES: dict[str, Callable[[Context], Finding]] = {
     "stability": stability.study,
     "across": across_datasets.study,
 }
-CHECKS: dict[str, Callable[[Context], None]] = {  # what can be known to be wrong before anything is made
+CHECKS: dict[str, Callable[[StudyContext], None]] = {  # what can be known to be wrong before anything is made
     "critical_ratio": critical_ratio.check,
     "interaction": interaction.check,
     "stability": stability.check,

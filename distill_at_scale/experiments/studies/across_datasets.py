@@ -14,20 +14,11 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import (
-    BY_RATE,
-    RANDOM,
-    UNPRUNED,
-    Context,
-    Finding,
-    Outcome,
-    Plot,
-    Point,
-    Series,
-    mean_and_std,
-)
+from distill_at_scale.experiments.point import Outcome, Point
+from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, StudyContext, mean_and_std
 from distill_at_scale.experiments.studies.comparison import difference, near_chance
 from distill_at_scale.pipeline import validate
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import NBSP, count, points
 
 NAME = "across"
@@ -64,7 +55,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Set:
+class StudyDataset:
     """One data set and its curve."""
 
     name: str
@@ -88,7 +79,7 @@ class Set:
         return part, math.hypot(cell.std, part * self.unpruned.std) / self.unpruned.mean
 
 
-def study(context: Context) -> Finding:
+def study(context: StudyContext) -> Finding:
     """Raises UserError that names the set, before anything starts, for one whose configuration is not allowed."""
     sets = _sets(context)
     configs = {name: _configured(context, name, overrides) for name, overrides in sets.items()}
@@ -109,7 +100,7 @@ def study(context: Context) -> Finding:
     return Finding(NAME, "Across data sets", _answer(context, found), _paper(found), rows, plots, _facts(found), notes)
 
 
-def check(context: Context) -> None:
+def check(context: StudyContext) -> None:
     """Raises UserError that names the set for one whose configuration or names are not allowed; nothing is made."""
     for name, overrides in _sets(context).items():
         config = _configured(context, name, overrides)
@@ -119,18 +110,18 @@ def check(context: Context) -> None:
             raise UserError(f"studies.across.sets.{name}: {error}" if overrides else str(error)) from None
 
 
-def _sets(context: Context) -> dict[str, Mapping[str, Any]]:
+def _sets(context: StudyContext) -> dict[str, Mapping[str, Any]]:
     """What differs from the base, by name; the base itself comes first."""
     section = context.config.studies.across
     source = context.config.data.source.rpartition(":")[2]
     return {source if source not in section.sets else "base": {}, **section.sets}
 
 
-def _rates(context: Context) -> list[float]:
+def _rates(context: StudyContext) -> list[float]:
     return sorted(set(context.config.studies.across.keep))
 
 
-def _configured(context: Context, name: str, overrides: Mapping[str, Any]) -> Config:
+def _configured(context: StudyContext, name: str, overrides: Mapping[str, Any]) -> Config:
     """All points of a set can be configured; returns the configuration of its unpruned ones."""
     place = f"studies.across.sets.{name}"
     for key in overrides:
@@ -159,7 +150,7 @@ def _random(overrides: Mapping[str, Any], rate: float) -> dict[str, Any]:
     return {**overrides, **BY_RATE, **RANDOM, "select.order": "useful", "select.scope": "class", "select.keep": rate}
 
 
-def _points(context: Context, overrides: Mapping[str, Any]) -> list[Point]:
+def _points(context: StudyContext, overrides: Mapping[str, Any]) -> list[Point]:
     found = context.points(_unpruned(overrides))
     for rate in _rates(context):
         found += context.points(_ours(overrides, rate)) + context.points(_random(overrides, rate))
@@ -167,8 +158,8 @@ def _points(context: Context, overrides: Mapping[str, Any]) -> list[Point]:
 
 
 def _set(
-    context: Context, name: str, config: Config, overrides: Mapping[str, Any], outcomes: Sequence[Outcome]
-) -> Set | None:
+    context: StudyContext, name: str, config: Config, overrides: Mapping[str, Any], outcomes: Sequence[Outcome]
+) -> StudyDataset | None:
     """None where a part of it has no outcome."""
 
     def cell(asked: Mapping[str, Any]) -> Cell | None:
@@ -184,7 +175,7 @@ def _set(
     random = {rate: made for rate in _rates(context) if (made := cell(_random(overrides, rate)))}
     if unpruned is None or not len(ours) == len(random) == len(_rates(context)):
         return None
-    return Set(name, config, unpruned, ours, random)
+    return StudyDataset(name, config, unpruned, ours, random)
 
 
 def clear(ours: Sequence[float], theirs: Sequence[float]) -> int:
@@ -193,13 +184,13 @@ def clear(ours: Sequence[float], theirs: Sequence[float]) -> int:
     return 0 if not gap.clear else 1 if gap.mean > 0 else -1
 
 
-def _rows(one: Set) -> list[dict[str, Any]]:
+def _rows(one: StudyDataset) -> list[dict[str, Any]]:
     cells = [("unpruned", 1.0, one.unpruned)]
     cells += [(name, rate, cells[rate]) for name, cells in _ways(one).items() for rate in cells]
     return [_row(one, name, rate, cell) for name, rate, cell in cells]
 
 
-def _ways(one: Set) -> dict[str, dict[float, Cell]]:
+def _ways(one: StudyDataset) -> dict[str, dict[float, Cell]]:
     return {_criterion(one.config): one.ours, "random": one.random}
 
 
@@ -212,14 +203,14 @@ def _criterion(config: Config) -> str:
     return name if config.select.order == "useful" else f"{name}, {config.select.order}"
 
 
-def _row(one: Set, name: str, rate: float, cell: Cell) -> dict[str, Any]:
+def _row(one: StudyDataset, name: str, rate: float, cell: Cell) -> dict[str, Any]:
     relative, error = one.relative(cell)
     return {"set": one.name, "data": one.kind, "selection": name, "keep": rate, "kept": cell.kept, "of": cell.of,
             "mean": cell.mean, "std": cell.std, "n": len(cell.accuracies), "relative": relative,
             "relative std": error}  # fmt: skip
 
 
-def _plot(context: Context, found: Sequence[Set]) -> Plot:
+def _plot(context: StudyContext, found: Sequence[StudyDataset]) -> Plot:
     """All sets side by side: one bar per set, rate and way of selecting."""
     names, series = [one.name for one in found], []
     for rate in _rates(context):
@@ -232,7 +223,7 @@ def _plot(context: Context, found: Sequence[Set]) -> Plot:
     return Plot(title, "data set", "top-1, as a part of unpruned", series, [("unpruned", 1.0)])
 
 
-def _paper(found: Sequence[Set]) -> str:
+def _paper(found: Sequence[StudyDataset]) -> str:
     verdicts = [clear(cell.accuracies, one.random[r].accuracies) for one in found for r, cell in one.ours.items()]
     return (
         f"{PAPER} Here, of {len(verdicts)} pairs of set and rate, the selection is clearly better than a random one in "
@@ -240,7 +231,7 @@ def _paper(found: Sequence[Set]) -> str:
     )
 
 
-def _answer(context: Context, found: Sequence[Set]) -> str:
+def _answer(context: StudyContext, found: Sequence[StudyDataset]) -> str:
     if not found:
         return "No data set could be evaluated."
     sentences = [_of_rate(context, found, rate) for rate in _rates(context)]
@@ -251,7 +242,7 @@ def _answer(context: Context, found: Sequence[Set]) -> str:
     return " ".join(sentences)
 
 
-def _of_rate(context: Context, found: Sequence[Set], rate: float) -> str:
+def _of_rate(context: StudyContext, found: Sequence[StudyDataset], rate: float) -> str:
     def which(sign: int, against: str) -> str:
         theirs = [one.unpruned if against == "unpruned" else one.random[rate] for one in found]
         pairs = zip(found, theirs, strict=True)
@@ -268,14 +259,14 @@ def _of_rate(context: Context, found: Sequence[Set], rate: float) -> str:
     )
 
 
-def _gain(one: Set, rate: float) -> str:
+def _gain(one: StudyDataset, rate: float) -> str:
     ours, random = one.ours[rate], one.random[rate]
     gain = points(ours.mean - random.mean)
     unsure = "" if clear(ours.accuracies, random.accuracies) else ", not clear"
     return f"{gain} points ({100 * one.relative(ours)[0]:.0f}{NBSP}% of unpruned{unsure})"
 
 
-def _facts(found: Sequence[Set]) -> dict[str, Any]:
+def _facts(found: Sequence[StudyDataset]) -> dict[str, Any]:
     return {
         "sets": {
             one.name: {
@@ -291,7 +282,7 @@ def _facts(found: Sequence[Set]) -> dict[str, Any]:
     }
 
 
-def _notes(context: Context, found: Sequence[Set]) -> list[str]:
+def _notes(context: StudyContext, found: Sequence[StudyDataset]) -> list[str]:
     notes = [
         f"{context.config.studies.seeds} distillations per point; a difference is clear where its paired 95 % t-interval "
         "leaves zero out."

@@ -2,54 +2,25 @@
 
 A study knows nothing of Ray, folders or pages: it asks the runner for outcomes of points, several at once where they do not
 depend on each other, and returns one finding. The same point asked for twice, also by another study or after an
-interruption, is tried once. Left out: how points are tried (`points.py`) and how findings look (`findings.py`).
+interruption, is tried once. Left out: how points are tried (`experiments/points.py`) and how findings look (`findings.py`).
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.experiments.point import Outcome, Point
+from distill_at_scale.pipeline.report.plot_spec import Plot
 
 BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # select.keep alone says how many
 STATIC: Mapping[str, Any] = {**BY_RATE, "runtime.rule": "none"}
 UNPRUNED: Mapping[str, Any] = {**STATIC, "select.keep": 1.0}
 RANDOM: Mapping[str, Any] = {"select.criterion": "random"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One distillation to evaluate: what differs from the base configuration, and the number of its repetition.
-
-    Repetition k distils from the same scores with distill.seed and select.seed raised by k. Real images as a control
-    (set random_real) are trained on only where `evaluate.control` is among the overrides.
-    """
-
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a point."""
-
-    point: Point
-    rows: Sequence[Mapping[str, Any]]  # of its evaluation: set, network, seed, top1, top5, seconds
-    kept: int
-    of: int
-    kept_per_class: Sequence[int]
-    seconds: Mapping[str, float]  # by stage: select, distill, evaluate, and of the shared ones ingest, score
-    folder: Path  # of its run
-    stopped: int | None = None  # the step after which a scheduler gave it up; then `rows` has its last evaluation
-
-    def accuracy(self, name: str = "distilled") -> float:
-        """Mean top-1 of a set over evaluation networks, as a fraction; NaN where it was not evaluated."""
-        found = [row["top1"] for row in self.rows if row["set"] == name]
-        return statistics.fmean(found) if found else float("nan")
 
 
 class Runner(Protocol):
@@ -69,29 +40,6 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
-class Series:
-    """Marks of one kind in a plot; `error` is a standard deviation per mark, None where there is none."""
-
-    name: str
-    x: Sequence[float] | Sequence[str]
-    y: Sequence[float]
-    error: Sequence[float | None] | None = None
-    kind: Literal["line", "points", "bars"] = "line"
-    role: Literal["ours", "random", "unpruned", "other"] = "other"  # decides the colour
-
-
-@dataclass(frozen=True)
-class Plot:
-    title: str
-    x_label: str
-    y_label: str
-    series: Sequence[Series]
-    levels: Sequence[tuple[str, float]] = ()  # horizontal lines: the unpruned accuracy, chance
-    marks: Sequence[tuple[str, float]] = ()  # vertical lines: a recommended rate, a break point
-    log_x: bool = False
-
-
-@dataclass(frozen=True)
 class Finding:
     """The answer of a study."""
 
@@ -106,7 +54,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Context:
+class StudyContext:
     """What a study works with."""
 
     config: Config  # the base

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill_at_scale.experiments.studies.base import UNPRUNED, Context, Outcome, Point
+from distill_at_scale.experiments.point import Outcome, Point
+from distill_at_scale.experiments.studies.base import UNPRUNED, StudyContext
 from distill_at_scale.experiments.studies.comparison import Level, accuracies, near_chance
 
 CLOSE = 1.05  # neighbouring rates within this factor are not told apart
@@ -98,7 +99,7 @@ class Found:
 class Search:
     """A search under one context; `base` is what all its points differ by from the configuration."""
 
-    context: Context
+    context: StudyContext
     tolerance: float
     lowest: float
     points: int  # rates that are tried at most

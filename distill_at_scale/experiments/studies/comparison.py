@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from scipy.stats import spearmanr, t
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import Context, Outcome, mean_and_std
+from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.studies.base import StudyContext, mean_and_std
 from distill_at_scale.pipeline.report.text import NBSP, count, points
 from distill_at_scale.pruning.scoring import score_table
 
@@ -111,7 +112,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     return float(found.statistic), float(found.pvalue)
 
 
-def criterion_of(context: Context) -> tuple[str, str]:
+def criterion_of(context: StudyContext) -> tuple[str, str]:
     """What the criterion of the configuration is called, and which end of it is useful: low or high."""
     chosen = context.config.criterion
     if not isinstance(chosen, str):
@@ -121,7 +122,7 @@ def criterion_of(context: Context) -> tuple[str, str]:
     return column, useful.get(column, "low")
 
 
-def class_names(context: Context, count: int) -> list[str]:
+def class_names(context: StudyContext, count: int) -> list[str]:
     """Of the shared data; numbers where it has other classes than `count`."""
     path = context.runner.shared({}) / "prepared" / "dataset.json"
     names = json.loads(path.read_text())["class_names"] if path.exists() else []

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import RANDOM, Context, Finding, Outcome, Plot, Series, mean_and_std
+from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext, mean_and_std
 from distill_at_scale.experiments.studies.bisection import Found, Search
 from distill_at_scale.experiments.studies.comparison import (
     accuracies,
@@ -20,6 +21,7 @@ from distill_at_scale.experiments.studies.comparison import (
     repetitions,
     spread,
 )
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import count
 from distill_at_scale.pipeline.report.text import share as percent
 
@@ -28,7 +30,7 @@ CIFAR10 = {"frog", "truck", "ship", "horse", "cat", "deer"}
 PAPER = "The paper (CIFAR-10, DC, one image per class, low loss): 0.04 % (20 images) suffice, 28.4 ± 0.2 % against 28.6 ± 0.2 %"
 
 
-def check(context: Context) -> None:
+def check(context: StudyContext) -> None:
     """Raises UserError where the configuration keeps a stratum: that has no smallest rate."""
     if context.config.select.order == "stratum":
         raise UserError(
@@ -36,7 +38,7 @@ def check(context: Context) -> None:
         )
 
 
-def study(context: Context) -> Finding:
+def study(context: StudyContext) -> Finding:
     check(context)
     section = context.config.studies.critical_ratio
     found = Search(context, section.tolerance, section.lowest, section.points, context.config.studies.seeds).run()
@@ -47,13 +49,13 @@ def study(context: Context) -> Finding:
     )  # fmt: skip
 
 
-def _random(context: Context, found: Found) -> list[Outcome]:
+def _random(context: StudyContext, found: Found) -> list[Outcome]:
     """Random selection at the rate that was found."""
     overrides = {**RANDOM, "select.order": "useful", "select.scope": "class", "select.per_class": None}
     return context.runner.run(context.points({**overrides, "select.keep": found.smallest.keep}))
 
 
-def _answer(context: Context, found: Found, random: Sequence[Outcome]) -> str:
+def _answer(context: StudyContext, found: Found, random: Sequence[Outcome]) -> str:
     best, level = found.smallest, found.level
     if best.keep == 1:
         return (
@@ -76,7 +78,7 @@ def _each(outcome: Outcome) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _paper(context: Context, found: Found) -> str:
+def _paper(context: StudyContext, found: Found) -> str:
     distill, first = context.config.distill, found.smallest.outcomes[0]
     names = set(class_names(context, len(first.kept_per_class)))
     if not (distill.method == "dc" and distill.ipc == 1 and first.of == 50_000 and names >= CIFAR10):
@@ -133,7 +135,7 @@ def _facts(found: Found) -> dict[str, Any]:
     }
 
 
-def _notes(context: Context, found: Found) -> list[str]:
+def _notes(context: StudyContext, found: Found) -> list[str]:
     notes = [
         f"{repetitions(len(found.smallest.outcomes), context.config.studies.evaluations)} per rate, "
         f"{len(found.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",

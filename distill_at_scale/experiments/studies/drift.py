@@ -17,13 +17,14 @@ from torch import nn
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core import rng
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.distillation.methods import BACKENDS
-from distill_at_scale.experiments.studies.base import UNPRUNED, Context, Outcome, Point
-from distill_at_scale.experiments.studies.rankings import Drawn
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.experiments.point import Outcome, Point
+from distill_at_scale.experiments.studies.base import UNPRUNED, StudyContext
+from distill_at_scale.experiments.studies.rankings import RankSample
 from distill_at_scale.models.spec import NetworkSpec, in_parts
 
 STAGES = 4
@@ -47,16 +48,16 @@ def stages(config: Config) -> list[int]:
         return sorted(set(config.studies.stability.steps))
     whole = config.studies.steps or config.distill.steps
     if whole is None:
-        whole = int(getattr(resolve("distill.method", config.distill.method, BACKENDS), "default_steps", 1000))
+        whole = int(getattr(resolve("distill.method", config.distill.method, METHODS), "default_steps", 1000))
     return sorted({max(1, round(step)) for step in np.geomspace(max(1.0, FIRST * whole), whole, STAGES).tolist()})
 
 
-def points(context: Context) -> list[Point]:
+def points(context: StudyContext) -> list[Point]:
     overrides = {**context.overrides, **UNPRUNED}
     return [Point({**overrides, "distill.steps": step}) for step in stages(context.config)]
 
 
-def measure(context: Context, drawn: Drawn) -> Drift | None:
+def measure(context: StudyContext, drawn: RankSample) -> Drift | None:
     """None where nothing is evaluated, as the data have no test split."""
     outcomes = context.runner.run(points(context))
     if len(outcomes) < 2:
@@ -67,9 +68,9 @@ def measure(context: Context, drawn: Drawn) -> Drift | None:
     return Drift(steps, np.stack(losses, 1), again, [outcome.accuracy() for outcome in outcomes])
 
 
-def losses_of(config: Config, outcome: Outcome, drawn: Drawn, draw: int) -> Array:
+def losses_of(config: Config, outcome: Outcome, drawn: RankSample, draw: int) -> Array:
     """Cross-entropy float32 [n] of real training samples under a network trained on the outcome's set."""
-    made, prepared = synthetic_set.load(outcome.folder / "synthetic"), Prepared(outcome.folder / "prepared")
+    made, prepared = synthetic_set.load(outcome.folder / "synthetic"), PreparedDataset(outcome.folder / "prepared")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distill, classes = config.distill, len(prepared.class_names)
     name = config.evaluate.networks[0]
@@ -82,7 +83,12 @@ def losses_of(config: Config, outcome: Outcome, drawn: Drawn, draw: int) -> Arra
 
 @torch.no_grad()
 def _losses(
-    network: nn.Module, spec: NetworkSpec, prepared: Prepared, normal: Normalization, drawn: Drawn, device: torch.device
+    network: nn.Module,
+    spec: NetworkSpec,
+    prepared: PreparedDataset,
+    normal: Normalization,
+    drawn: RankSample,
+    device: torch.device,
 ) -> Array:
     found, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.value_bytes)
     for label in np.unique(drawn.labels).tolist():

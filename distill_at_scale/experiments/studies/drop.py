@@ -10,16 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.experiments.studies.base import (
-    RANDOM,
-    STATIC,
-    UNPRUNED,
-    Context,
-    Finding,
-    Plot,
-    Series,
-    mean_and_std,
-)
+from distill_at_scale.experiments.studies.base import RANDOM, STATIC, UNPRUNED, Finding, StudyContext, mean_and_std
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     accuracies,
@@ -29,6 +20,7 @@ from distill_at_scale.experiments.studies.comparison import (
     repetitions,
     spread,
 )
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import share as percent
 
 NAME = "drop"
@@ -40,7 +32,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 ROLES = {"unpruned": "unpruned", "random": "random", "least useful": "ours", "most useful": "other"}
 
 
-def study(context: Context) -> Finding:
+def study(context: StudyContext) -> Finding:
     share = context.config.studies.drop.drop
     found = _tried(context, share)
     gaps = {way: difference(found[way], found["unpruned"]) for way in WAYS}
@@ -61,7 +53,7 @@ def study(context: Context) -> Finding:
     )
 
 
-def _tried(context: Context, share: float) -> dict[str, list[float]]:
+def _tried(context: StudyContext, share: float) -> dict[str, list[float]]:
     """Accuracies by way of dropping, and unpruned."""
     cut = {**STATIC, "select.scope": "class", "select.keep": round(1 - share, 10)}
     points = {"unpruned": context.points(UNPRUNED)}

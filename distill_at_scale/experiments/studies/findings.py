@@ -13,7 +13,8 @@ import numpy as np
 
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import Finding, Plot, Series
+from distill_at_scale.experiments.studies.base import Finding
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
 
 def write(path: Path, finding: Finding) -> None:

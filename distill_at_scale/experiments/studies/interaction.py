@@ -16,16 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import (
-    STATIC,
-    UNPRUNED,
-    Context,
-    Finding,
-    Outcome,
-    Plot,
-    Series,
-    mean_and_std,
-)
+from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext, mean_and_std
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     Level,
@@ -38,6 +30,7 @@ from distill_at_scale.experiments.studies.comparison import (
     repetitions,
     spread,
 )
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import count
 from distill_at_scale.pipeline.report.text import share as percent
 
@@ -45,12 +38,12 @@ NAME = "interaction"
 FIRST = 2  # rates behind the additive prediction
 
 
-def check(context: Context) -> None:
+def check(context: StudyContext) -> None:
     """Raises UserError where the drop rates do not ascend within (0, 1)."""
     _checked(context.config.studies.interaction.drops)
 
 
-def study(context: Context) -> Finding:
+def study(context: StudyContext) -> Finding:
     section = context.config.studies.interaction
     drops = _checked(section.drops)
     whole, tried = _tried(context, drops)
@@ -75,7 +68,7 @@ def _checked(drops: Sequence[float]) -> list[float]:
     return list(drops)
 
 
-def _tried(context: Context, drops: Sequence[float]) -> tuple[list[Outcome], list[list[Outcome]]]:
+def _tried(context: StudyContext, drops: Sequence[float]) -> tuple[list[Outcome], list[list[Outcome]]]:
     """Unpruned outcomes, and those of every drop rate."""
     cut = {**STATIC, "select.scope": "class", "select.order": "useful"}
     parts = [context.points(UNPRUNED)]
@@ -96,7 +89,7 @@ def _break_point(drops: Sequence[float], means: Sequence[float], least: float) -
 
 
 def _class_breaks(
-    context: Context,
+    context: StudyContext,
     drops: Sequence[float],
     whole: Sequence[Outcome],
     tried: Sequence[Sequence[Outcome]],
@@ -132,7 +125,7 @@ def _held(drops: Sequence[float], break_drop: float | None) -> float:
 
 
 def _answer(
-    context: Context, drops: Sequence[float], break_drop: float | None, level: Level, gaps: Sequence[Difference]
+    context: StudyContext, drops: Sequence[float], break_drop: float | None, level: Level, gaps: Sequence[Difference]
 ) -> str:
     name, _ = criterion_of(context)
     where = (
@@ -197,7 +190,7 @@ def _class_plot(classes: Mapping[str, float | None]) -> Plot:
     return Plot("Break point per class (1: does not break)", "class", "share dropped", [series])
 
 
-def _notes(context: Context, drops: Sequence[float], classes: Mapping[str, float | None]) -> list[str]:
+def _notes(context: StudyContext, drops: Sequence[float], classes: Mapping[str, float | None]) -> list[str]:
     section = context.config.studies
     broken = {name: drop for name, drop in classes.items() if drop is not None}
     notes = [

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.experiments.studies.base import Finding, Plot
+from distill_at_scale.experiments.studies.base import Finding
 from distill_at_scale.experiments.studies.findings import plain
 from distill_at_scale.pipeline.report import charts
 from distill_at_scale.pipeline.report import html as pages
+from distill_at_scale.pipeline.report.plot_spec import Plot
 from distill_at_scale.pipeline.report.text import NBSP
 
 LISTED = 12  # rows of a table that are shown at once; longer tables are closed

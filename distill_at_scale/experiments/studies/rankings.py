@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RankSample:
     """The samples that are looked at, in the order of the table."""
 
     rows: Array  # int64 [n], in the table
@@ -62,7 +62,7 @@ class Scores:
         """Whether low scores are useful."""
         return self.facts.get("useful", {}).get(column, "low") == "low"
 
-    def draw(self, seed: int) -> Drawn:
+    def draw(self, seed: int) -> RankSample:
         with reading(self.path, "score"):
             labels = self.file.read(["label"])["label"].to_numpy()
         classes, starts, counts = np.unique(labels, return_index=True, return_counts=True)
@@ -72,7 +72,7 @@ class Scores:
             draw = rng.numpy_generator(seed, "stability", int(classes[number])).permutation(counts[number])
             places.append(np.sort(draw[:SAMPLES]))
         rows = np.concatenate([starts[number] + found for number, found in zip(chosen.tolist(), places, strict=True)])
-        return Drawn(rows, labels[rows], np.concatenate(places), len(labels))
+        return RankSample(rows, labels[rows], np.concatenate(places), len(labels))
 
     def read(self, column: str, rows: Array) -> Array:
         """Some rows (ascending) of a column: float32 [n], of lists [n, values]."""

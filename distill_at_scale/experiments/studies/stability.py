@@ -16,9 +16,10 @@ import numpy as np
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.studies import drift, rankings
-from distill_at_scale.experiments.studies.base import Context, Finding, Plot, Series
-from distill_at_scale.experiments.studies.rankings import Drawn, Scores
+from distill_at_scale.experiments.studies.base import Finding, StudyContext
+from distill_at_scale.experiments.studies.rankings import RankSample, Scores
 from distill_at_scale.models.spec import builder
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import share
 from distill_at_scale.pruning.scoring.reliability import spearman_brown
 
@@ -48,9 +49,9 @@ class _Part:
 class _Base:
     """The scores that the others are compared with."""
 
-    context: Context
+    context: StudyContext
     scores: Scores
-    drawn: Drawn
+    drawn: RankSample
     column: str
     rates: list[float]
 
@@ -79,7 +80,7 @@ class _Base:
                 "deviation over classes": found[1], **jaccard}  # fmt: skip
 
 
-def check(context: Context) -> None:
+def check(context: StudyContext) -> None:
     """Raises UserError for a network that is not there, and where nothing is scored; nothing is made."""
     if not rankings.scored(context.config.score):
         raise UserError("the study stability needs scores; name a criterion other than random in score.criterion, or leave "
@@ -88,7 +89,7 @@ def check(context: Context) -> None:
         builder("studies.stability.networks", name)
 
 
-def study(context: Context) -> Finding:
+def study(context: StudyContext) -> Finding:
     """Raises UserError, before anything is distilled, for a point or network that is not allowed."""
     for point in drift.points(context):
         context.runner.configured(point)
@@ -107,7 +108,7 @@ def study(context: Context) -> Finding:
     return Finding(NAME, "Stability of scores and selections", answer, PAPER, rows, plots, facts, notes)
 
 
-def _base(context: Context) -> _Base:
+def _base(context: StudyContext) -> _Base:
     scores, config = Scores(context.runner.shared({}) / "scores.parquet"), context.config
     wanted = config.criterion.rpartition(":")[2] if isinstance(config.criterion, str) else ""
     column = wanted if wanted in scores.columns else scores.columns[0]

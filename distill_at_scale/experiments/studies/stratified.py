@@ -11,16 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from distill_at_scale.experiments.studies.base import (
-    STATIC,
-    UNPRUNED,
-    Context,
-    Finding,
-    Outcome,
-    Plot,
-    Series,
-    mean_and_std,
-)
+from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext, mean_and_std
 from distill_at_scale.experiments.studies.comparison import (
     SIGNIFICANT,
     accuracies,
@@ -29,6 +21,7 @@ from distill_at_scale.experiments.studies.comparison import (
     repetitions,
     spread,
 )
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
 NAME = "stratified"
 ANSWERS = {
@@ -38,7 +31,7 @@ ANSWERS = {
 }
 
 
-def study(context: Context) -> Finding:
+def study(context: StudyContext) -> Finding:
     strata = _strata(context, context.config.studies.stratified.strata)
     whole = accuracies(context.runner.run(context.points(UNPRUNED)))
     pairs = [(k, value) for k, outcomes in enumerate(strata) for value in accuracies(outcomes)]
@@ -58,7 +51,7 @@ def study(context: Context) -> Finding:
     )  # fmt: skip
 
 
-def _strata(context: Context, count: int) -> list[list[Outcome]]:
+def _strata(context: StudyContext, count: int) -> list[list[Outcome]]:
     """Outcomes by stratum, the most useful first."""
     points = []
     for k in range(count):
@@ -102,7 +95,7 @@ def _plot(strata: Sequence[Sequence[Outcome]], whole: Sequence[float]) -> Plot:
                 [("unpruned", statistics.fmean(whole))])  # fmt: skip
 
 
-def _notes(context: Context, strata: Sequence[Sequence[Outcome]], means: Sequence[float]) -> list[str]:
+def _notes(context: StudyContext, strata: Sequence[Sequence[Outcome]], means: Sequence[float]) -> list[str]:
     notes = [f"{repetitions(len(strata[0]), context.config.studies.evaluations)} per stratum."]
     best = means.index(max(means))
     if best not in (0, len(means) - 1):

@@ -5,7 +5,7 @@
     <run.dir>/studies.html               the page
 
 A finding of the same configuration and scores is read, not made again; within a study finished points are. Left out: how
-points are tried (`points.py`) and how findings look (`page.py`).
+points are tried (`experiments/points.py`) and how findings look (`page.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.load import Config, flatten
 from distill_at_scale.core.atomic_files import publish, write_json
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.experiments.studies import CHECKS, STUDIES, findings, page
-from distill_at_scale.experiments.studies.base import Context, Finding, Runner
+from distill_at_scale.experiments.studies.base import Finding, Runner, StudyContext
 from distill_at_scale.storage.run_dir import RunDir
-from distill_at_scale.storage.stage_record import digest
 
 MADE_WITH = "made_with"
 NOT_OF_FINDINGS = ("run", "cluster", "sweep", "studies")
@@ -39,7 +39,7 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
     if missing := [name for name in config.studies.run if name not in STUDIES]:
         raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
     run = RunDir.of(config.run)
-    context, every = Context(config, runner, say), []
+    context, every = StudyContext(config, runner, say), []
     for name in config.studies.run:
         CHECKS.get(name, lambda _: None)(context)
     scores = RunDir(runner.shared({})).content("score")
@@ -50,7 +50,7 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
     return every
 
 
-def _found(context: Context, name: str, run: RunDir, made_with: str) -> Finding:
+def _found(context: StudyContext, name: str, run: RunDir, made_with: str) -> Finding:
     path, place = run / "studies" / f"{name}.json", run.place(f"studies/{name}.json")
     if (finding := read(path, place, made_with)) is not None:
         context.say(f"study {name}: already done for this configuration, skipped ({place})")

@@ -3,7 +3,7 @@
 A row is one trial's accuracy (a fraction) on one set with one kind of network; rows that differ only in the seed are
 repetitions of a configuration. Costs are seconds of one distillation: selecting, distilling and, where a selection
 needs scores, scoring. Ingest, which all need, counts for none where the table has `score_seconds`, else it is taken for a
-part of scoring. Left out: sentences (`answers.py`), plots (`curves.py`) and the page.
+part of scoring. Left out: sentences (`experiments/sweep/text.py`), plots (`experiments/sweep/plots.py`) and the page.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Difference:
+class AccuracyDifference:
     """Of two means, with its confidence interval by Welch (unequal variances)."""
 
     value: float
@@ -209,7 +209,7 @@ def _closest(found: Sequence[Configuration], wanted: Mapping[str, Any]) -> Confi
     return max(fitting, key=equal, default=None)
 
 
-def difference(ours: Accuracy, theirs: Accuracy) -> Difference | None:
+def difference(ours: Accuracy, theirs: Accuracy) -> AccuracyDifference | None:
     """Welch's interval of ours - theirs; None where either side has a single evaluation, so that nothing is known of chance."""
     distillations = len(ours.means) > 1 and len(theirs.means) > 1
     (a, s, n), (b, t, m) = (
@@ -220,7 +220,7 @@ def difference(ours: Accuracy, theirs: Accuracy) -> Difference | None:
     if s is None or t is None:
         return None
     low, high, p = welch((a, s, n), (b, t, m))
-    return Difference(a - b, low, high, p, "distillations" if distillations else "networks", (n, m))
+    return AccuracyDifference(a - b, low, high, p, "distillations" if distillations else "networks", (n, m))
 
 
 def welch(ours: tuple[float, float, int], theirs: tuple[float, float, int]) -> tuple[float, float, float]:
@@ -252,8 +252,8 @@ class Recommendation:
     best: Configuration
     unpruned: Configuration | None
     random: Configuration | None
-    over_random: Difference | None
-    over_unpruned: Difference | None
+    over_random: AccuracyDifference | None
+    over_unpruned: AccuracyDifference | None
     cheaper_random: Configuration | None = None  # a random selection within the same deviation that costs less
 
     @property

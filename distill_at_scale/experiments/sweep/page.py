@@ -1,6 +1,6 @@
 """The page of a sweep: `sweep.html`, one file that opens offline, made of the sweep's table and nothing else.
 
-This file puts together what `analysis.py` finds, `answers.py` says and `curves.py` plots. Left out: running trials.
+This file puts together what `analysis.py` finds, `experiments/sweep/text.py` says and `experiments/sweep/plots.py` plots. Left out: running trials.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from distill_at_scale.config.load import Config, flatten
-from distill_at_scale.experiments.studies.base import Plot
 from distill_at_scale.experiments.sweep import analysis
 from distill_at_scale.experiments.sweep import plots as curves
 from distill_at_scale.experiments.sweep import text as answers
 from distill_at_scale.experiments.sweep.analysis import Configuration, Recommendation
 from distill_at_scale.pipeline.report import charts
 from distill_at_scale.pipeline.report import html as pages
+from distill_at_scale.pipeline.report.plot_spec import Plot
 from distill_at_scale.pipeline.report.text import points
 
 LISTED = 30  # configurations that are listed at once; the rest on demand
@@ -153,7 +153,7 @@ def _compared(found: Recommendation) -> dict[str, Any]:
     return {**texts, "saved": found.saved if found.chosen.control != "unpruned" else None}
 
 
-def _interval(over: analysis.Difference) -> dict[str, str]:
+def _interval(over: analysis.AccuracyDifference) -> dict[str, str]:
     low, high = points(over.low), points(over.high)
     return {"value": points(over.value), "interval": f"{low} to {high}", "verdict": over.verdict}
 

@@ -1,7 +1,7 @@
 """The plots of a sweep: accuracy over the keep rate (or what else was swept) with its controls, and accuracy over cost.
 
 A plot holds at most eight series; keys that also matter without pruning (method, images per class, ...) get plots of
-their own, each with its own controls. Left out: how plots are drawn (`charts.py`) and the figures in them (`analysis.py`).
+their own, each with its own controls. Left out: how plots are drawn (`pipeline/report/charts.py`) and the figures in them (`analysis.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.experiments.studies.base import Plot, Series
 from distill_at_scale.experiments.sweep.analysis import (
     KEEP,
     RANKING,
@@ -22,6 +21,7 @@ from distill_at_scale.experiments.sweep.analysis import (
     unpruned_of,
 )
 from distill_at_scale.experiments.sweep.text import accuracy, label, short
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import share
 
 RATE = "share of the training samples kept"

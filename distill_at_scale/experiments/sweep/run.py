@@ -1,7 +1,7 @@
 """The command `sweep`: ingest and scores once for all trials, the trials, and their table and page.
 
-Trials are points (`points.py`), so one that is finished is never done again, and one that was interrupted goes on. How
-they are run, several at a time or one after the other, is the business of `trials.py`. Left out: what is tried (`space.py`).
+Trials are points (`experiments/points.py`), so one that is finished is never done again, and one that was interrupted goes on. How
+they are run, several at a time or one after the other, is the business of `experiments/trials.py`. Left out: what is tried (`space.py`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import pyarrow as pa
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.experiments import points
+from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import Failure, Points
-from distill_at_scale.experiments.studies.base import Outcome
 from distill_at_scale.experiments.sweep import page, space, summary, table
 from distill_at_scale.experiments.sweep import validate as checks
-from distill_at_scale.experiments.sweep.space import Trial
-from distill_at_scale.experiments.trials import Attempt, Last, Trials
+from distill_at_scale.experiments.sweep.space import SweepTrial
+from distill_at_scale.experiments.trials import Attempt, Last, TrialRunner
 from distill_at_scale.pipeline import validate
-from distill_at_scale.pipeline.executors.base import Local
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.stages.stages import MakeObservers, nobody
 from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import RunDir
@@ -39,10 +39,10 @@ UNKNOWN = Failure("its end could not be noted in its folder", passing=True)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTrial:
     """A trial and the configuration of its point; trials of one point have the same."""
 
-    trial: Trial
+    trial: SweepTrial
     config: Config
 
     @property
@@ -63,7 +63,9 @@ class Planned:
         return finished
 
 
-def run(config: Config, display: Display, connect: Callable[[], Trials], observers: MakeObservers = nobody) -> pa.Table:
+def run(
+    config: Config, display: Display, connect: Callable[[], TrialRunner], observers: MakeObservers = nobody
+) -> pa.Table:
     """Everything; returns the table, which is also shown and in sweep.parquet.
 
     Raises UserError for whatever can be known to be wrong before a trial starts, where no trial succeeded, and at the end
@@ -90,10 +92,10 @@ def note(run: RunDir, last: Last | None, error: str | None) -> None:
         points.note_failure(run, Failure(error, passing=True))
 
 
-def plan(config: Config) -> list[Planned]:
+def plan(config: Config) -> list[PlannedTrial]:
     """All trials with their configurations, and every name in them resolved; nothing is read or written."""
-    where = Points(config, Local, Display.silent())
-    found = [Planned(trial, where.configured(trial.point)) for trial in space.trials(config)]
+    where = Points(config, LocalExecutor, Display.silent())
+    found = [PlannedTrial(trial, where.configured(trial.point)) for trial in space.trials(config)]
     for planned in found:
         checks.check_rate(planned.config)
         validate.check_names(planned.config)
@@ -110,8 +112,8 @@ class Sweep:
         config: Config,
         base: RunDir,
         display: Display,
-        trials: Trials,
-        planned: Sequence[Planned],
+        trials: TrialRunner,
+        planned: Sequence[PlannedTrial],
         observers: MakeObservers = nobody,
     ):
         self.config, self.base, self.display, self.trials, self.planned = config, base, display, trials, planned
@@ -136,13 +138,13 @@ class Sweep:
 
     def _check_data(self) -> None:
         """Every trial against the data that it stands on, before anything is scored."""
-        seen: dict[Path, Prepared] = {}
+        seen: dict[Path, PreparedDataset] = {}
         for planned in self.planned:
             folder = self.points.ingested(planned.config).path
-            data = seen.setdefault(folder, Prepared(folder / "prepared"))
+            data = seen.setdefault(folder, PreparedDataset(folder / "prepared"))
             checks.check_trial(space.said(planned.trial), planned.config, data)
 
-    def _try(self, todo: Sequence[Planned]) -> None:
+    def _try(self, todo: Sequence[PlannedTrial]) -> None:
         """Run what is not finished; with asha the finished ones come first, to be compared with again."""
         asha = self.config.sweep.search == "asha"
         jobs = [*(job for job in self.jobs if asha and job not in todo), *todo]
@@ -165,7 +167,7 @@ class Sweep:
     def publish(self, made: pa.Table) -> None:
         table.write(made, self.base / "sweep.parquet")
 
-    def _ended(self, job: Planned, last: Last | None, error: str | None) -> None:
+    def _ended(self, job: PlannedTrial, last: Last | None, error: str | None) -> None:
         """Others go on meanwhile, so nothing is waited for; what cannot be noted or read now is looked at in the end."""
         if error is not None:
             self.ends[job.folder] = Failure(error, passing=True)
@@ -174,7 +176,7 @@ class Sweep:
             self._look(job, hurry=True)
             self.publish(self.so_far())
 
-    def _look(self, job: Planned, hurry: bool = False) -> None:
+    def _look(self, job: PlannedTrial, hurry: bool = False) -> None:
         found = job.outcome(self.config.sweep.search, hurry) or points.failure_of(job.opened())
         self.ends[job.folder] = found or self.ends[job.folder]
 
@@ -203,7 +205,7 @@ class Sweep:
         return made
 
 
-def _side_by_side(action: Callable[[Planned], T], jobs: Sequence[Planned]) -> list[T]:
+def _side_by_side(action: Callable[[PlannedTrial], T], jobs: Sequence[PlannedTrial]) -> list[T]:
     """On object storage each is some requests."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(action, jobs))

@@ -2,7 +2,7 @@
 
 Grid is the product of all lists; random and asha draw `sweep.samples` configurations, in a fixed order from run.seed.
 Where a key has no effect (which scores, when everything is kept; a drop rate without a rule) it takes one fixed value, so
-that equal distillations are equal points and are tried once. Left out: what the data say to a trial (`checks.py`).
+that equal distillations are equal points and are tried once. Left out: what the data say to a trial (`experiments/sweep/validate.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from distill_at_scale.config.experiments import Control
 from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import RANDOM, UNPRUNED, Point
-from distill_at_scale.storage.stage_record import digest
+from distill_at_scale.core.hashing import digest
+from distill_at_scale.experiments.point import Point
+from distill_at_scale.experiments.studies.base import RANDOM, UNPRUNED
 
 RANGES = ("uniform", "loguniform", "randint")
 REFUSED = {  # sections and keys that make no difference to a result, or that the sweep itself decides
@@ -39,7 +40,7 @@ ORIGIN = "sweep.space"
 
 
 @dataclass(frozen=True)
-class Trial:
+class SweepTrial:
     """A point to try, and how the table shows it."""
 
     point: Point
@@ -64,7 +65,7 @@ def dimensions(config: Config) -> dict[str, Any]:
     return found
 
 
-def trials(config: Config) -> list[Trial]:
+def trials(config: Config) -> list[SweepTrial]:
     """All trials, controls first; points that are equal are the same object.
 
     Raises UserError where a combination of values is not allowed.
@@ -73,9 +74,11 @@ def trials(config: Config) -> list[Trial]:
     combinations = list(_grid(space)) if config.sweep.search == "grid" else _draws(config, space)
     first = _first_scores(combinations)
     found = [*_unpruned(config, combinations, first), *_random(config, combinations, first)]
-    found += [Trial(Point(_without_idle(config, keys)), keys) for keys in combinations]
+    found += [SweepTrial(Point(_without_idle(config, keys)), keys) for keys in combinations]
     repeated = [
-        Trial(Point(t.point.overrides, seed), t.keys, t.control) for t in found for seed in range(config.sweep.seeds)
+        SweepTrial(Point(t.point.overrides, seed), t.keys, t.control)
+        for t in found
+        for seed in range(config.sweep.seeds)
     ]
     return _merged(config, repeated)
 
@@ -152,7 +155,9 @@ def _first_scores(combinations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in combinations[0].items() if key.startswith("score.")}
 
 
-def _unpruned(config: Config, combinations: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> Iterator[Trial]:
+def _unpruned(
+    config: Config, combinations: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]
+) -> Iterator[SweepTrial]:
     """Once per combination of what matters without pruning; it also trains networks on random real images."""
     if "unpruned" not in config.sweep.controls:
         return
@@ -160,10 +165,12 @@ def _unpruned(config: Config, combinations: Sequence[Mapping[str, Any]], scores:
         kept = {k: v for k, v in keys.items() if not k.startswith(("select.", "runtime.", "score."))}
         overrides = _without_idle(config, {**kept, **scores, **EVERYTHING, **UNPRUNED})
         shown = {k: {**UNPRUNED, **kept}.get(k) for k in keys}
-        yield Trial(Point({**overrides, "evaluate.control": "random_real"}), shown, "unpruned")
+        yield SweepTrial(Point({**overrides, "evaluate.control": "random_real"}), shown, "unpruned")
 
 
-def _random(config: Config, combinations: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> Iterator[Trial]:
+def _random(
+    config: Config, combinations: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]
+) -> Iterator[SweepTrial]:
     """As many random samples as every trial that prunes keeps."""
     if "random" not in config.sweep.controls:
         return
@@ -173,7 +180,7 @@ def _random(config: Config, combinations: Sequence[Mapping[str, Any]], scores: M
         overrides["select.per_class"] = _value(config, keys, "select.per_class")
         if _prunes(config, overrides):
             shown = {k: None if k in idle or k.startswith("score.") else v for k, v in {**keys, **RANDOM}.items()}
-            yield Trial(Point(_without_idle(config, overrides)), {k: shown[k] for k in keys}, "random")
+            yield SweepTrial(Point(_without_idle(config, overrides)), {k: shown[k] for k in keys}, "random")
 
 
 def _without_idle(config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,20 +202,20 @@ def _value(config: Config, overrides: Mapping[str, Any], key: str) -> Any:
     return overrides.get(key, getattr(getattr(config, section), name))
 
 
-def _merged(config: Config, found: Sequence[Trial]) -> list[Trial]:
+def _merged(config: Config, found: Sequence[SweepTrial]) -> list[SweepTrial]:
     """Each trial once; where two distil the same, they share the point, of the unpruned control if it is among them."""
     points: dict[str, Point] = {}
-    unique: dict[str, Trial] = {}
+    unique: dict[str, SweepTrial] = {}
     for trial in found:
         overrides = {key: value for key, value in trial.point.overrides.items() if key != "evaluate.control"}
         whole = with_overrides(config, overrides, f"{ORIGIN}: {said(trial)}").model_dump(exclude={"sweep", "studies"})
         point = points.setdefault(digest([whole, trial.point.seed]), trial.point)
-        merged = Trial(point, trial.keys, trial.control)
+        merged = SweepTrial(point, trial.keys, trial.control)
         unique.setdefault(digest([dict(trial.keys), trial.control, trial.point.seed]), merged)
     return list(unique.values())
 
 
-def said(trial: Trial) -> str:
+def said(trial: SweepTrial) -> str:
     """A trial in words: its control, its keys and the number of its repetition."""
     parts: list[str] = [] if trial.control is None else [trial.control]
     parts += [f"{key}={value}" for key, value in trial.keys.items() if value is not None]

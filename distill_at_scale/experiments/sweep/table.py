@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import Failure
-from distill_at_scale.experiments.studies.base import Outcome, mean_and_std
-from distill_at_scale.experiments.sweep.space import Trial
+from distill_at_scale.experiments.studies.base import mean_and_std
+from distill_at_scale.experiments.sweep.space import SweepTrial
 
 BEFORE = [("trial", pa.string()), ("seed", pa.int64())]
 AFTER = [
@@ -35,7 +36,7 @@ AFTER = [
 RANDOM_REAL = "random_real"
 
 
-def make(trials: Sequence[tuple[Trial, Outcome | Failure]], names: Sequence[str], keys: Sequence[str]) -> pa.Table:
+def make(trials: Sequence[tuple[SweepTrial, Outcome | Failure]], names: Sequence[str], keys: Sequence[str]) -> pa.Table:
     """Of trials that are finished, stopped, or failed with a message; `names` are those of their run folders."""
     rows = [row for (trial, found), name in zip(trials, names, strict=True) for row in _rows(trial, found, name)]
     columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in BEFORE}
@@ -49,7 +50,7 @@ def write(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary)
 
 
-def _rows(trial: Trial, found: Outcome | Failure, name: str) -> Iterator[dict[str, Any]]:
+def _rows(trial: SweepTrial, found: Outcome | Failure, name: str) -> Iterator[dict[str, Any]]:
     shown: dict[str, Any] = {
         "trial": name, "seed": trial.point.seed, "keys": trial.keys, "control": trial.control,
     }  # fmt: skip

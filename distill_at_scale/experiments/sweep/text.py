@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.experiments.sweep.analysis import KEEP, Accuracy, Configuration, Difference, Recommendation
-from distill_at_scale.pipeline.report.html import public
+from distill_at_scale.experiments.sweep.analysis import (
+    KEEP,
+    Accuracy,
+    AccuracyDifference,
+    Configuration,
+    Recommendation,
+)
 from distill_at_scale.pipeline.report.text import NBSP, duration, points, share
+from distill_at_scale.storage.redact import public
 
 CONTROLS = {"unpruned": "unpruned", "random": "random selection"}
 
@@ -157,7 +163,7 @@ def against_random(found: Recommendation) -> str:
     )
 
 
-def interval(found: Difference) -> str:
+def interval(found: AccuracyDifference) -> str:
     """A difference in points with its confidence interval."""
     counts = " and ".join(map(str, found.counts))
     single = "" if found.over == "distillations" else " of single distillations"

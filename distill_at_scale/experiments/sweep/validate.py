@@ -1,7 +1,7 @@
 """What can be known to be wrong with a sweep before anything is scored: names, and trials that the data cannot fill.
 
 Counts are exact for scope class; for the other scopes, whose cut depends on the scores, a trial is refused only where no
-scores could fill it. Left out: the space itself (`space.py`), and whether the cluster holds the trials (`cluster/sweep.py`).
+scores could fill it. Left out: the space itself (`space.py`), and whether the cluster holds the trials (`cluster/tune_trials.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.pipeline import validate
@@ -58,7 +58,7 @@ def evaluations(config: Config) -> int:
     return (distill.step_count(config) - 1) // config.distill.evaluate_every
 
 
-def check_trial(name: str, config: Config, data: Prepared) -> None:
+def check_trial(name: str, config: Config, data: PreparedDataset) -> None:
     """Raises UserError, naming the trial, where its networks do not fit, or a class is emptied or keeps too few samples."""
     try:
         evaluate.need_test_split(data)

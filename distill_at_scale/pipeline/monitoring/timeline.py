@@ -19,7 +19,7 @@ LEFT_OUT = ("log", "result")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TimelineEntry:
     """A line of the file."""
 
     attempt: int
@@ -53,13 +53,13 @@ class Timeline:
             self._file = None
 
 
-def read(path: Path) -> list[Entry]:
+def read(path: Path) -> list[TimelineEntry]:
     """All entries in the order in which they were written."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             values = json.loads(line)
-            found.append(Entry(values.pop("attempt"), Event(**values)))
+            found.append(TimelineEntry(values.pop("attempt"), Event(**values)))
         except (ValueError, TypeError, KeyError, AttributeError):
             continue  # cut short when a command was killed
     return found

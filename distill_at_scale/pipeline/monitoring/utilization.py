@@ -1,6 +1,6 @@
 """What the timeline says about where the time went: when commands ran, who worked when, and what nobody worked in.
 
-Seconds here run over all commands without the pauses between them. Left out: how it is drawn (`gantt.py`).
+Seconds here run over all commands without the pauses between them. Left out: how it is drawn (`pipeline/report/timeline_chart.py`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from distill_at_scale.core.events import Event
-from distill_at_scale.pipeline.monitoring.timeline import Entry
+from distill_at_scale.pipeline.monitoring.timeline import TimelineEntry
 
 JOIN = 0.002  # of the whole time, between two pieces of one worker's work, counts as no pause
 
 
 @dataclass(frozen=True)
-class Bar:
+class WorkSpan:
     """Somebody was busy with a stage from `began` to `ended`, in seconds of the account."""
 
     stage: str
@@ -33,17 +33,17 @@ class Worker:
 
     host: str
     pid: int
-    bars: list[Bar]
+    bars: list[WorkSpan]
 
 
 @dataclass(frozen=True)
-class Account:
+class Utilization:
     """Everything that the chart and the sentence are made of."""
 
     starts: list[float]  # of every command
     seconds: float
-    stages: list[Bar]  # in the driver
-    waits: list[Bar]  # for Ray to start
+    stages: list[WorkSpan]  # in the driver
+    waits: list[WorkSpan]  # for Ray to start
     workers: list[Worker]  # by host, then by their first work
     losses: list[float]
     busy: float  # seconds in which anyone worked
@@ -53,9 +53,9 @@ class Account:
         return sum(bar.seconds for bar in self.waits)
 
 
-def account(entries: Sequence[Entry]) -> Account | None:
+def account(entries: Sequence[TimelineEntry]) -> Utilization | None:
     """None where no command did anything."""
-    events, stages = list[Event](), list[Bar]()  # in seconds of the account
+    events, stages = list[Event](), list[WorkSpan]()  # in seconds of the account
     starts, end = [], 0.0
     for attempt in sorted({entry.attempt for entry in entries}):
         mine = [entry.event for entry in entries if entry.attempt == attempt]
@@ -70,7 +70,7 @@ def account(entries: Sequence[Entry]) -> Account | None:
     if not starts or not end:
         return None
     work = [event for event in events if event.what == "work"]
-    return Account(
+    return Utilization(
         starts,
         end,
         stages,
@@ -85,15 +85,15 @@ def _moved(event: Event, by: float) -> Event:
     return Event(event.what, event.name, event.began + by, event.ended + by, event.host, event.pid, {}, event.stage)
 
 
-def _stages(events: Sequence[Event], end: float) -> list[Bar]:
+def _stages(events: Sequence[Event], end: float) -> list[WorkSpan]:
     """Those of one command, from started to finished or failed; a stage that was killed lasts to the command's end."""
     found, open_ = [], dict[str, float]()
     for event in (event for event in events if event.what == "stage"):
         if event.name == "started":
             open_[event.stage] = event.began
         elif event.name in ("finished", "failed") and event.stage in open_:
-            found.append(Bar(event.stage, open_.pop(event.stage), event.ended))
-    return found + [Bar(stage, began, end) for stage, began in open_.items()]
+            found.append(WorkSpan(event.stage, open_.pop(event.stage), event.ended))
+    return found + [WorkSpan(stage, began, end) for stage, began in open_.items()]
 
 
 def _workers(work: Sequence[Event], pause: float) -> list[Worker]:
@@ -104,15 +104,15 @@ def _workers(work: Sequence[Event], pause: float) -> list[Worker]:
     return sorted(made, key=lambda worker: worker.host)  # and so by their first work
 
 
-def _bars(events: Iterable[Event], pause: float) -> list[Bar]:
+def _bars(events: Iterable[Event], pause: float) -> list[WorkSpan]:
     """Pieces of one stage that follow each other, with no longer pause, become one bar."""
-    found: list[Bar] = []
+    found: list[WorkSpan] = []
     for event in events:
         last = found[-1] if found else None
         if last and last.stage == event.stage and event.began - last.ended <= pause:
-            found[-1] = Bar(last.stage, last.began, max(last.ended, event.ended))
+            found[-1] = WorkSpan(last.stage, last.began, max(last.ended, event.ended))
         else:
-            found.append(Bar(event.stage, event.began, event.ended))
+            found.append(WorkSpan(event.stage, event.began, event.ended))
     return found
 
 

@@ -1,6 +1,6 @@
-"""Every stage's expected wall time, memory and disk, composed of what `micro_benchmarks.py` and `steps.py` measure.
+"""Every stage's expected wall time, memory and disk, composed of what `micro_benchmarks.py` and `pipeline/planning/step_benchmark.py` measure.
 
-Counts come from `known.py`, the spread over cores, GPUs and workers from `machine.py`. Starting Ray and its processes is
+Counts come from `pipeline/planning/facts.py`, the spread over cores, GPUs and workers from `machine.py`. Starting Ray and its processes is
 counted with fixed figures. Left out: other load on the machine, and how much slower cores are when all of them work.
 """
 
@@ -19,7 +19,7 @@ from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import memory, micro_benchmarks
 from distill_at_scale.pipeline.planning.facts import Facts
-from distill_at_scale.pipeline.planning.machine import Layout, Spread
+from distill_at_scale.pipeline.planning.machine import ClusterLayout, Spread
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
 from distill_at_scale.pipeline.planning.step_benchmark import Distilled, Stopwatch
 from distill_at_scale.pruning.criteria.factory import criteria_of, needed_epochs
@@ -31,7 +31,7 @@ SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sampl
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StageEstimate:
     """A stage: seconds with what they consist of; bytes of its largest process, of one GPU, and left on the disk."""
 
     stage: str
@@ -59,9 +59,9 @@ class Planner:
 
     config: Config
     facts: Facts
-    layout: Layout
+    layout: ClusterLayout
 
-    def ingest(self) -> Estimate:
+    def ingest(self) -> StageEstimate:
         facts, spread = self.facts, self.layout.actors(gpu=False)
         assert facts.listing is not None
         decoding, writing = micro_benchmarks.decode(self.config, facts.listing), micro_benchmarks.write(facts)
@@ -70,10 +70,10 @@ class Planner:
         parts = {"decode": decoding.once + facts.samples * decoding.each / side, "sort": facts.samples * writing.each}
         disk = facts.samples * (facts.stored + IDS)
         host = max(memory.of_ingest(self.config, facts), PROCESS)
-        return Estimate("ingest", self._started(parts, POOL), side, host, disk=disk, at_peak=disk,
+        return StageEstimate("ingest", self._started(parts, POOL), side, host, disk=disk, at_peak=disk,
                         machines=self.layout.machines(side))  # fmt: skip
 
-    def score(self) -> Estimate:
+    def score(self) -> StageEstimate:
         facts, score, device = self.facts, self.config.score, self.layout.device
         spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
         trials, epochs = score.checkpoints
@@ -81,7 +81,7 @@ class Planner:
         criteria = criteria_of(score)
         if not criteria:
             note = ["scores that need no proxies are not foreseen"] if set(score.criteria) != {RANDOM} else []
-            return Estimate(
+            return StageEstimate(
                 "score", {"write": facts.train * SELECT_EACH}, host=WITH_TORCH, disk=facts.train * IDS, notes=note
             )
         seen = trials * len(needed_epochs(criteria.values(), epochs))  # checkpoints that the pass looks through
@@ -102,14 +102,14 @@ class Planner:
         disk = facts.train * (IDS + 4 * len(criteria) * (1 + seen)) + kept
         beyond = [name for name in score.criteria if name not in ("loss", RANDOM)]
         notes = [f"foreseen as for the criterion loss, without what {', '.join(beyond)} take more"] if beyond else []
-        return Estimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
+        return StageEstimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
                         self.layout.machines(side), notes)  # fmt: skip
 
-    def select(self) -> Estimate:
+    def select(self) -> StageEstimate:
         parts = {"select": SELECT_ONCE + self.facts.train * SELECT_EACH}
-        return Estimate("select", parts, host=WITH_TORCH + 2 * self.facts.train * 8, disk=self.facts.train * IDS)
+        return StageEstimate("select", parts, host=WITH_TORCH + 2 * self.facts.train * 8, disk=self.facts.train * IDS)
 
-    def distill(self) -> Estimate:
+    def distill(self) -> StageEstimate:
         facts, wanted, device = self.facts, self.config.distill, self.layout.device
         spread = self.layout.group(wanted.fewest_workers, wanted.most_workers)
         with tempfile.TemporaryDirectory() as folder:
@@ -123,10 +123,10 @@ class Planner:
         images = 4 * facts.classes * wanted.ipc * facts.values
         networks = len(self._names()) * self._network_bytes()
         notes = [f"kept samples lie in: {held}, {pool / 2**20:,.0f} MB a worker", *_said(found)]
-        return Estimate("distill", self._started(parts, TRAIN), workers, *size, images + networks, 5 * images,
+        return StageEstimate("distill", self._started(parts, TRAIN), workers, *size, images + networks, 5 * images,
                         self.layout.machines(workers), notes)  # fmt: skip
 
-    def evaluate(self) -> Estimate:
+    def evaluate(self) -> StageEstimate:
         facts, section, device = self.facts, self.config.evaluate, self.layout.device
         jobs = evaluate.jobs(self.config)
         spread = self.layout.tasks(len(jobs))
@@ -141,11 +141,11 @@ class Planner:
             test = micro_benchmarks.testing(spec, facts.tests, device, spread.threads).each
             seconds += len(jobs) / len(section.networks) * test * facts.tests
         parts = {"train and test": seconds / len(jobs) * spread.waves(len(jobs))}
-        return Estimate("evaluate", self._started(parts, TASKS), spread.side_by_side, *max(sizes), 0, 0,
+        return StageEstimate("evaluate", self._started(parts, TASKS), spread.side_by_side, *max(sizes), 0, 0,
                         self.layout.machines(spread.side_by_side))  # fmt: skip
 
-    def report(self) -> Estimate:
-        return Estimate("report", {"report": REPORT}, host=WITH_TORCH, disk=2 * 2**20)
+    def report(self) -> StageEstimate:
+        return StageEstimate("report", {"report": REPORT}, host=WITH_TORCH, disk=2 * 2**20)
 
     def room(self, processes: int) -> int:
         """Bytes for one of so many processes, or on a GPU for its share of it."""
@@ -167,7 +167,7 @@ class Planner:
     def _sets(self) -> list[tuple[int, TrainingProtocol, int]]:
         """(images, protocol, networks) of everything that a kind of network is trained on."""
         section, facts, bounds = self.config.evaluate, self.facts, self.config.evaluate.bounds
-        protocol = distill.backend_class(self.config).protocol(self.config).overridden(section)
+        protocol = distill.method_class(self.config).protocol(self.config).overridden(section)
         made = facts.classes * self.config.distill.ipc
         long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
         sets = [(made, protocol, 2 * section.seeds)]
@@ -175,7 +175,7 @@ class Planner:
 
     def _extra(self) -> dict[str, float]:
         """Seconds of what the method does beside its steps; the networks that it needs are made side by side."""
-        return {cost.what: self._passes(cost) for cost in distill.backend_class(self.config).costs(self.config)}
+        return {cost.what: self._passes(cost) for cost in distill.method_class(self.config).costs(self.config)}
 
     def _passes(self, cost: Cost) -> float:
         count = sum(self.facts.kept) if cost.images == "kept" else self.facts.classes * self.config.distill.ipc
@@ -188,7 +188,7 @@ class Planner:
         return cost.passes * count * each * _waves(spread, len(names))
 
     def _names(self) -> list[str]:
-        return distill.backend_class(self.config).networks(self.config)
+        return distill.method_class(self.config).networks(self.config)
 
     def _network_bytes(self) -> int:
         """Of one network that the method needs; of a trajectory one state per epoch."""

@@ -13,7 +13,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import JPEG_PART, group_rows
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pruning.selection import quotas
@@ -34,7 +34,7 @@ class Facts:
     jpeg: bool
     group: int  # rows of a row group
     kind: str  # images, clips or tensors
-    listing: ingest.Plan | None = None
+    listing: ingest.IngestPlan | None = None
 
     def has_test(self) -> bool:
         return self.tests > 0
@@ -76,7 +76,7 @@ class Facts:
         return sum(-(-count // self.group) for count in self.counts)
 
 
-def of_prepared(config: Config, prepared: Prepared, chosen: Path | None) -> Facts:
+def of_prepared(config: Config, prepared: PreparedDataset, chosen: Path | None) -> Facts:
     """From finished stages; `chosen` is the manifest, where there is one."""
     counts, jpeg = prepared.counts("train"), bool(prepared.meta.get("jpeg"))
     kept = manifest.facts(chosen)["kept_per_class"] if chosen else will_keep(config, counts)
@@ -84,7 +84,7 @@ def of_prepared(config: Config, prepared: Prepared, chosen: Path | None) -> Fact
     return Facts(prepared.shape, prepared.class_names, counts, kept, tests, jpeg, group, prepared.kind)
 
 
-def of_listing(config: Config, listing: ingest.Plan) -> Facts:
+def of_listing(config: Config, listing: ingest.IngestPlan) -> Facts:
     """From what the source lists; that samples may be broken is not known yet."""
     planned = validate.planned(config, listing)
     jpeg, counts = stores_jpeg(config.data), planned.counts

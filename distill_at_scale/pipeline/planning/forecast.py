@@ -16,10 +16,10 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import jobs, need_test_split
 from distill_at_scale.pipeline.planning import plan as outcome
-from distill_at_scale.pipeline.planning.estimates import RAY, Estimate, Planner
+from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
 from distill_at_scale.pipeline.planning.facts import Facts
-from distill_at_scale.pipeline.planning.machine import Layout, Machine
-from distill_at_scale.pipeline.planning.plan import Outcome, in_words
+from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine
+from distill_at_scale.pipeline.planning.plan import RunPlan, in_words
 
 Advance = Callable[[str], None]  # called with each stage when it has been measured
 MIB, GIB = 2**20, 2**30
@@ -32,14 +32,14 @@ def make(
     path: Path,
     records: Mapping[str, Mapping[str, Any]],
     advance: Advance,
-) -> Outcome:
+) -> RunPlan:
     """Measure, estimate, and publish the plan at `path`; `records` are those of finished stages.
 
     Raises UserError for what no stage could do (too few samples or classes); what does not fit is among its problems.
     """
     distill.check(config, facts, facts.kept)
-    layout, earlier = Layout(config, machine), outcome.read(path, config)
-    estimates: list[Estimate] = []
+    layout, earlier = ClusterLayout(config, machine), outcome.read(path, config)
+    estimates: list[StageEstimate] = []
     for stage in _stages(facts):
         estimates += _estimate(stage, Planner(config, facts, layout), earlier, records)
         advance(stage)
@@ -57,28 +57,30 @@ def _stages(facts: Facts) -> list[str]:
     return ["ingest", "score", "select", "distill", *(["evaluate"] if facts.has_test() else []), "report"]
 
 
-def _estimate(stage: str, planner: Planner, earlier: Mapping[str, Any], records: Mapping[str, Any]) -> list[Estimate]:
+def _estimate(
+    stage: str, planner: Planner, earlier: Mapping[str, Any], records: Mapping[str, Any]
+) -> list[StageEstimate]:
     """An estimate; of a finished stage the stored one, and of a finished ingest without one none."""
     stored = earlier.get("stages", {}).get(stage)
     if stage in records and stored:
-        return [Estimate(**stored["estimate"])]
+        return [StageEstimate(**stored["estimate"])]
     if stage == "ingest" and planner.facts.listing is None:
         return []
     return [getattr(planner, stage)()]
 
 
-def _with_ray(estimates: list[Estimate], layout: Layout, records: Mapping[str, Any]) -> list[Estimate]:
+def _with_ray(estimates: list[StageEstimate], layout: ClusterLayout, records: Mapping[str, Any]) -> list[StageEstimate]:
     """Ray's own start, once per command, in the first stage that needs it."""
     if layout.alone:
         return estimates
     for k, estimate in enumerate(estimates):
         if estimate.stage not in records and "start" in estimate.parts:
             parts = {**estimate.parts, "start": estimate.parts["start"] + RAY}
-            return [*estimates[:k], Estimate(**{**vars(estimate), "parts": parts}), *estimates[k + 1 :]]
+            return [*estimates[:k], StageEstimate(**{**vars(estimate), "parts": parts}), *estimates[k + 1 :]]
     return estimates
 
 
-def _with_search(estimates: list[Estimate], config: Config, layout: Layout) -> list[Estimate]:
+def _with_search(estimates: list[StageEstimate], config: Config, layout: ClusterLayout) -> list[StageEstimate]:
     """Of select.keep: auto the short distillations, one actor each, before the selection; as if everything were kept."""
     auto, by_stage = config.select.auto, {estimate.stage: estimate for estimate in estimates}
     made, tested, steps = by_stage["distill"], by_stage["evaluate"], distill.step_count(config)
@@ -93,7 +95,7 @@ def _with_search(estimates: list[Estimate], config: Config, layout: Layout) -> l
     return [found if estimate is chosen else estimate for estimate in estimates]
 
 
-def table(config: Config, found: Outcome) -> Table:
+def table(config: Config, found: RunPlan) -> Table:
     """The plan for people: one row per stage, and the total."""
     done = any(row.actual is not None for row in found.rows)
     shown = Table(title=f"plan: {config.distill.method}, {config.distill.ipc} per class")
@@ -110,7 +112,7 @@ def table(config: Config, found: Outcome) -> Table:
     return shown
 
 
-def remarks(found: Outcome) -> list[str]:
+def remarks(found: RunPlan) -> list[str]:
     """What the estimates consist of, as lines, then advice."""
     lines = []
     for row in found.rows:
@@ -123,14 +125,14 @@ def _actual(seconds: float | None) -> str:
     return "" if seconds is None else in_words(seconds)
 
 
-def _off(row: outcome.Row) -> str:
+def _off(row: outcome.PlanRow) -> str:
     """How far off; in brackets where the prediction was made afterwards."""
     if row.off is None:
         return ""
     return f"{row.off:+.0%}" if row.before else f"({row.off:+.0%})"
 
 
-def _sizes(estimate: Estimate) -> list[str]:
+def _sizes(estimate: StageEstimate) -> list[str]:
     device = _bytes(estimate.device) if estimate.device else ""
     return [f"{estimate.processes} × {_bytes(estimate.host)}", device, _bytes(estimate.disk + estimate.at_peak)]
 

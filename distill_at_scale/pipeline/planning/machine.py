@@ -57,7 +57,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ClusterLayout:
     """How the executor that cluster.address asks for will spread a configuration's work over a machine."""
 
     config: Config

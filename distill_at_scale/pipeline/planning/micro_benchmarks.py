@@ -2,7 +2,7 @@
 
 Each function takes about `SECONDS`, whatever the network. Where a real batch would take longer a smaller one is measured;
 on a CPU the time of an image hardly depends on the batch, as networks see it in parts. The steps of a
-distillation are in `steps.py`.
+distillation are in `pipeline/planning/step_benchmark.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, recipe_of
 from distill_at_scale.data.ingest.plan import open_source
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
 from distill_at_scale.models.spec import NetworkSpec, will_compile
-from distill_at_scale.pipeline.executors.base import threads
+from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pipeline.planning import dummy_data
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pruning.proxies import train as proxy
@@ -41,7 +41,7 @@ LEAST = 8  # samples that are measured at least
 
 
 @dataclass(frozen=True)
-class Rate:
+class Throughput:
     """Seconds for one sample, and seconds once (compiling, opening)."""
 
     each: float
@@ -68,7 +68,7 @@ def repeated(work: Callable[[], object], device: torch.device, seconds: float = 
     return min([first, *(timed(work, device) for _ in range(count))])
 
 
-def decode(config: Config, listing: ingest.Plan) -> Rate:
+def decode(config: Config, listing: ingest.IngestPlan) -> Throughput:
     """Reading and decoding real samples, in one thread: the first ones of the listing, as archives are read in order."""
     rows, cpu = listing.listings["train"], torch.device("cpu")
     source, recipe = open_source(config.data), recipe_of(config)
@@ -78,18 +78,18 @@ def decode(config: Config, listing: ingest.Plan) -> Rate:
         guess = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, few), Path(folder) / "b.arrow"), cpu) / few
         count = max(few, min(rows.num_rows, config.data.chunk, int(SECONDS / max(guess, 1e-6))))
         took = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, count), Path(folder) / "c.arrow"), cpu)
-    return Rate(took / count, once)
+    return Throughput(took / count, once)
 
 
-def write(facts: Facts) -> Rate:
+def write(facts: Facts) -> Throughput:
     """Sorting decoded samples into shards, which one process does."""
     count = max(64, min(4096, int(2**24 / facts.values)))
     with tempfile.TemporaryDirectory() as folder:
         took = timed(lambda: dummy_data.write(Path(folder), facts, [0], count), torch.device("cpu"))
-    return Rate(took / count)
+    return Throughput(took / count)
 
 
-def proxy_training(config: Config, facts: Facts, device: torch.device, cores: int) -> Rate:
+def proxy_training(config: Config, facts: Facts, device: torch.device, cores: int) -> Throughput:
     """One sample of an epoch of one proxy; the fastest of a few epochs after the first."""
     spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     samples = int(facts.train * config.score.share)
@@ -103,18 +103,18 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
         update = {"batch": batch, "epochs": EPOCHS, "trials": 1, "share": 1.0, "weights": None, "shards": shards}
         score = config.score.model_copy(update=update | {"compile": "always" if compiled else "never"})
         steps, took = _trial(score, made.prepared, Path(name) / "proxies", device)
-    return Rate(min(took[1:]) / (steps * batch), max(0.0, took[0] - min(took[1:])))
+    return Throughput(min(took[1:]) / (steps * batch), max(0.0, took[0] - min(took[1:])))
 
 
 def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.device) -> tuple[int, list[float]]:
     """Steps of an epoch, and the seconds of every epoch."""
-    trial = proxy.Trial(Prepared(prepared), score, 0, 0, folder, device)
+    trial = proxy.ProxyTrial(PreparedDataset(prepared), score, 0, 0, folder, device)
     times: list[float] = []
     trial.run(lambda done: times.append(now(device)))
     return max(1, trial.stream.steps(trial.stream.deal(0, 1))), [b - a for a, b in pairwise(times)]
 
 
-def scoring(config: Config, facts: Facts, device: torch.device) -> Rate:
+def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
     """One sample under one checkpoint."""
     spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     trials, epochs = config.score.checkpoints
@@ -127,17 +127,17 @@ def scoring(config: Config, facts: Facts, device: torch.device) -> Rate:
         update = {"trials": 1, "epochs": held, "weights": None, "compile": "always" if compiled else "never"}
         changed = config.model_copy(update={"score": config.score.model_copy(update=update)})
         scorer = Scorer(changed, made.prepared, Path(name) / "proxies", device)
-        chunks = Prepared(made.prepared).chunks()
+        chunks = PreparedDataset(made.prepared).chunks()
         first = timed(partial(_score, scorer, chunks, Path(name) / "a"), device)
         second = min(timed(partial(_score, scorer, chunks, Path(name) / again), device) for again in ("b", "c"))
-    return Rate(second / (count * held), max(0.0, first - second))
+    return Throughput(second / (count * held), max(0.0, first - second))
 
 
 def _score(scorer: Scorer, chunks: list[Chunk], folder: Path) -> None:
     list(scorer.score([(chunk, folder / f"{chunk.index}") for chunk in chunks]))
 
 
-def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: torch.device, cores: int) -> Rate:
+def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: torch.device, cores: int) -> Throughput:
     """One of `count` images in an epoch of training a student."""
     with threads(cores):
         few = max(1, min(count, max(LEAST, int(2 * SECONDS / _step(spec, device)))))
@@ -146,10 +146,10 @@ def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: 
         students.train(spec, made, fast, 0, device)
         took = repeated(lambda: students.train(spec, made, fast, 0, device), device)
         took -= min(0.5 * took, timed(lambda: spec.build(0).to(device), device))  # built once, not in every epoch
-    return Rate(took / few)
+    return Throughput(took / few)
 
 
-def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> Rate:
+def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> Throughput:
     """One image that a network sees without learning from it."""
     with threads(cores):
         few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / _step(spec, device)))))
@@ -159,7 +159,7 @@ def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> 
         network = spec.build(0).to(device)
         at_once = spec.at_once(device)
         took = repeated(lambda: students.test(network, pixels, labels, normal, device, at_once), device)
-    return Rate(took / few)
+    return Throughput(took / few)
 
 
 def _step(spec: NetworkSpec, device: torch.device) -> float:

@@ -14,9 +14,9 @@ from typing import Any
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.pipeline.planning.estimates import Estimate
-from distill_at_scale.pipeline.planning.machine import Layout, Machine
-from distill_at_scale.storage.stage_record import digest
+from distill_at_scale.core.hashing import digest
+from distill_at_scale.pipeline.planning.estimates import StageEstimate
+from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine
 
 LONG = 7 * 24 * 3600.0  # seconds from which a stage is worth a word
 USABLE = 0.95  # of the memory
@@ -31,10 +31,10 @@ HOST_KEYS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One line of the plan: what was predicted, and what the stage took where it has been run."""
 
-    estimate: Estimate
+    estimate: StageEstimate
     cost: float | None
     actual: float | None = None
     before: bool = True  # whether the prediction was made before the stage ran
@@ -46,8 +46,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    rows: list[Row]
+class RunPlan:
+    rows: list[PlanRow]
     problems: list[str]
     advice: list[str]
 
@@ -66,7 +66,7 @@ class Outcome:
             raise UserError("this run does not fit here:\n  " + "\n  ".join(self.problems))
 
 
-def problems(config: Config, layout: Layout, estimates: list[Estimate]) -> list[str]:
+def problems(config: Config, layout: ClusterLayout, estimates: list[StageEstimate]) -> list[str]:
     """What cannot fit, each with the key to change."""
     found = _workers(config, layout)
     for estimate in estimates:
@@ -74,7 +74,7 @@ def problems(config: Config, layout: Layout, estimates: list[Estimate]) -> list[
     return found + _disk(estimates, layout.machine)
 
 
-def _workers(config: Config, layout: Layout) -> list[str]:
+def _workers(config: Config, layout: ClusterLayout) -> list[str]:
     if layout.alone or layout.remote:
         return []
     cores, gpus, share = layout.machine.cores, layout.machine.gpus, config.cluster.gpus_per_worker
@@ -89,7 +89,7 @@ def _workers(config: Config, layout: Layout) -> list[str]:
     return found
 
 
-def _memory(estimate: Estimate, machine: Machine, config: Config) -> list[str]:
+def _memory(estimate: StageEstimate, machine: Machine, config: Config) -> list[str]:
     together, found = estimate.host * estimate.processes, []
     if together > USABLE * machine.memory:
         found.append(
@@ -105,7 +105,7 @@ def _memory(estimate: Estimate, machine: Machine, config: Config) -> list[str]:
     return found
 
 
-def _disk(estimates: list[Estimate], machine: Machine) -> list[str]:
+def _disk(estimates: list[StageEstimate], machine: Machine) -> list[str]:
     left, most, where = 0, 0, ""
     for estimate in estimates:
         now = left + estimate.disk + estimate.at_peak
@@ -119,7 +119,7 @@ def _disk(estimates: list[Estimate], machine: Machine) -> list[str]:
     ]
 
 
-def advice(estimates: list[Estimate]) -> list[str]:
+def advice(estimates: list[StageEstimate]) -> list[str]:
     """What is worth a second thought, without being impossible."""
     found = []
     for estimate in estimates:
@@ -144,8 +144,12 @@ LONGER = {
 
 
 def combine(
-    config: Config, layout: Layout, estimates: list[Estimate], earlier: Mapping[str, Any], actual: Mapping[str, float]
-) -> Outcome:
+    config: Config,
+    layout: ClusterLayout,
+    estimates: list[StageEstimate],
+    earlier: Mapping[str, Any],
+    actual: Mapping[str, float],
+) -> RunPlan:
     """Predictions with what finished stages took; `earlier` is a plan of the same configuration, or empty."""
     rows = []
     for estimate in estimates:
@@ -153,10 +157,10 @@ def combine(
         stored = earlier.get("stages", {}).get(estimate.stage)
         before = took is None or bool(stored and stored["before"])
         if took is not None and stored and stored["before"]:
-            estimate = Estimate(**stored["estimate"])
-        rows.append(Row(estimate, estimate.cost(config.cluster.price), took, before))
+            estimate = StageEstimate(**stored["estimate"])
+        rows.append(PlanRow(estimate, estimate.cost(config.cluster.price), took, before))
     waiting = [row.estimate for row in rows if row.actual is None]
-    return Outcome(rows, problems(config, layout, waiting), advice(waiting))
+    return RunPlan(rows, problems(config, layout, waiting), advice(waiting))
 
 
 def identity(config: Config) -> str:
@@ -174,7 +178,7 @@ def read(path: Path, config: Config) -> dict[str, Any]:
     return found if found.get("configuration") == identity(config) else {}
 
 
-def write(path: Path, config: Config, machine: Machine, outcome: Outcome) -> None:
+def write(path: Path, config: Config, machine: Machine, outcome: RunPlan) -> None:
     """plan.json: per stage the estimate, cost, actual seconds and how far off; totals, problems and advice."""
     stages = {
         row.estimate.stage: {

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.collectives import Solo
+from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation.engine import Distillation, Places
+from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
-from distill_at_scale.pipeline.executors.base import score_piece
 from distill_at_scale.pipeline.planning import dummy_data
 from distill_at_scale.pipeline.planning.dummy_data import MadeUp
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.memory import peak
 from distill_at_scale.pipeline.planning.micro_benchmarks import SECONDS, repeated, timed
+from distill_at_scale.pruning.scoring.scorer import score_piece
 
 SHORT = {"experts": 1, "expert_epochs": 1, "max_start": 0, "target_epochs": 1, "teacher_epochs": 1, "label_epochs": 1}
 DRAWN = ("real_batch", "candidates")  # keys of methods: real samples of a class that a step may see
@@ -38,7 +38,7 @@ LATENCY, BANDWIDTH = 3e-4, 1e9  # seconds of one all-reduce of a few numbers, an
 LARGEST_SLICE = 64  # classes
 
 
-class Slice(Solo):
+class Slice(SingleProcess):
     """One of many workers that owns a slice of the classes, alone here; counts what it would have exchanged."""
 
     def __init__(self, size: int):
@@ -82,7 +82,7 @@ class Stopwatch:
 
     def __init__(self, config: Config, facts: Facts, device: torch.device, workers: int, folder: Path):
         self.config, self.facts, self.device, self.workers, self.folder = config, facts, device, workers, folder
-        self.kind = distill.backend_class(config)
+        self.kind = distill.method_class(config)
         self.shared = self.kind.parallel == "classes"
         self.own = -(-facts.classes // workers) if self.shared else facts.classes
         self.section: Any = getattr(config.distill, config.distill.method, None)
@@ -107,7 +107,7 @@ class Stopwatch:
         return max(1, min(max(self.facts.kept), self._drawn()))
 
     def _reading(self, classes: int) -> float:
-        prepared = Prepared(self._made(classes).prepared)
+        prepared = PreparedDataset(self._made(classes).prepared)
         return timed(lambda: prepared.load("train"), self.device) / sum(prepared.counts())
 
     def _typical(self, classes: int) -> float:
@@ -157,7 +157,7 @@ class Stopwatch:
         """A distillation of made-up data in which this process owns about so many classes."""
         made = self._made(classes)
         config = self._shortened(outer, inner, looks)
-        places = Places(
+        places = DistillPaths(
             made.prepared, made.manifest, made.folder / "work", made.folder / "log", made.folder / "networks"
         )
         for name in distill.missing_networks(config, places):
@@ -223,14 +223,14 @@ class Stopwatch:
         return self.config.model_copy(update={"distill": distilled, "runtime": runtime})
 
 
-def _rank(config: Config, places: Places, device: torch.device) -> None:
+def _rank(config: Config, places: DistillPaths, device: torch.device) -> None:
     """The table of ranked patches, which the pipeline has made before the first step."""
     target, pieces = (make(places.networks, config) for make in (patch_ranking.table_path, patch_ranking.pieces_folder))
     if target.exists():
         return
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
-    units = [(chunk, score_piece(pieces, chunk)) for chunk in Prepared(places.prepared).chunks("train")]
+    units = [(chunk, score_piece(pieces, chunk)) for chunk in PreparedDataset(places.prepared).chunks("train")]
     list(patch_ranking.Ranker(config, places.prepared, places.networks, device).rank(units))
     patch_ranking.merge([path for _, path in units], candidates, config.distill.rded.crops, target)
 

@@ -1,4 +1,4 @@
-"""Draws a study's or a sweep's `Plot` as SVG, in the style of `figures.py`.
+"""Draws a study's or a sweep's `Plot` as SVG, in the style of `pipeline/report/run_plots.py`.
 
 Numbers on x give lines, points and error bars over two axes; names on x (or bars) give rows, one per name, which leaves
 room for long names. Colours tell roles: what was selected, what was drawn at random, what is unpruned; the rest takes a
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import matplotlib
@@ -18,12 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
-from distill_at_scale.experiments.studies.base import Plot, Series
-from distill_at_scale.pipeline.report.run_plots import COLORS, FAINT, INK, LINE, STYLE, WIDTH, clip, svg
-from distill_at_scale.pipeline.report.ticks import apart, formatter, log_ticks, shares
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
+from distill_at_scale.pipeline.report.style import COLORS, FAINT, INK, LINE, STYLE, WIDTH, clip, svg
 
 ROLES = {"ours": COLORS["distilled"], "random": COLORS["random_real"], "unpruned": COLORS["full"]}
 TEXT = {COLORS["full"]: "#96650f", COLORS["random_real"]: FAINT}  # of pale colours, dark enough to be read
@@ -283,3 +283,41 @@ def _handle(series: Series, color: str, marker: str) -> Any:
 def clean(text: str) -> str:
     """Without characters that a picture cannot hold."""
     return UNPRINTABLE.sub("\ufffd", text)
+
+
+STEPS = (1, 2, 5)  # of ticks on a logarithmic axis, in every decade
+
+
+UNIT_GIVEN = re.compile(r"%|per cent|percent|points|seconds|difference|correlation", re.IGNORECASE)
+
+
+A_SHARE = re.compile(r"\b(accuracy|top-1|share|rate|keep|kept|drop|dropped)\b", re.IGNORECASE)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Plain numbers between two: 1, 2 and 5 of every decade, of many decades only the ones."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = STEPS if high / low < 2e3 else STEPS[:1]
+    found = [float(f"{step}e{decade}") for decade in decades for step in steps]
+    return [tick for tick in found if low / 1.1 <= tick <= high * 1.1] or [low, high]
+
+
+def shares(label: str, values: Sequence[float], log: bool = False) -> bool:
+    """Whether the values are fractions that are better read in per cent."""
+    fits = bool(values) and min(values) >= 0 and max(values) <= 1
+    return fits and not UNIT_GIVEN.search(label) and bool(A_SHARE.search(label))
+
+
+def formatter(scale: float) -> FuncFormatter:
+    """Plain numbers; with a scale of 100, per cent."""
+    unit = "\u00a0%" if scale == 100 else ""
+    return FuncFormatter(lambda value, _: f"{scale * value:,.6g}{unit}".replace("-", "−"))
+
+
+def apart(places: Sequence[float], distance: float) -> list[float]:
+    """Places at least `distance` from each other, in their order, moved as little as a pass upwards needs."""
+    found = list(places)
+    order = sorted(range(len(found)), key=found.__getitem__)
+    for lower, upper in pairwise(order):
+        found[upper] = max(found[upper], found[lower] + distance)
+    return found

@@ -1,7 +1,7 @@
 """What the pages of runs, sweeps and studies have in common: the template engine, the frame around them, settings as text.
 
 Every page is one file that opens offline; what users named is escaped. Left out: what the pages say and show
-(`report.py`, `sweep/page.py`, `studies/page.py`).
+(`pipeline/report/run_report.py`, `experiments/sweep/page.py`, `experiments/studies/page.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.pipeline.report import run_plots
 from distill_at_scale.pipeline.report import text as wording
 from distill_at_scale.storage.filesystem import shown
+from distill_at_scale.storage.redact import public
 
 
 def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:
@@ -51,12 +52,3 @@ def settings(config: Config) -> str:
 def as_yaml(values: Mapping[str, Any]) -> str:
     """Settings as YAML; addresses in them lose their credentials."""
     return yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True, width=100)
-
-
-def public(value: Any) -> Any:
-    """A plain value as it may be shown."""
-    if isinstance(value, Mapping):
-        return {key: public(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(inner) for inner in value]
-    return shown(value) if isinstance(value, str) and "://" in value else value

@@ -2,15 +2,11 @@
 
 Charts are drawn on `Figure` objects, so no global state of pyplot is touched; their text stays text and is set in the
 reader's system font. The same input gives the same bytes. What is drawn, and what is said about it, is decided in
-`report.py`.
+`pipeline/report/run_report.py`.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,36 +17,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from distill_at_scale.core.images import Frames, palette_png, png, to_frames, webp
+from distill_at_scale.pipeline.report.style import (
+    COLORS,
+    FAINT,
+    INK,
+    LINE,
+    SET_NAMES,
+    STYLE,
+    WIDTH,
+    _uri,
+    clean,
+    figure_of,
+    svg,
+)
 
-COLORS = {"distilled": "#2f5fd0", "random_real": "#8b97a8", "kept": "#12927f", "full": "#d9962b", "dropped": "#d5dae2"}
-SET_NAMES = {
-    "distilled": "Distilled",
-    "random_real": "Random real",
-    "kept": "All kept samples",
-    "full": "Whole training set",
-}
-INK, FAINT, LINE = "#1c2430", "#66717f", "#dfe3e8"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-WIDTH = 9.6  # inches
 BINS = 72
 FEW = 20  # so many kept samples of a class are drawn one by one
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "text.parse_math": False,  # a class name may hold a dollar sign
-    "font.size": 9,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": FAINT,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "text.color": INK,
-}
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Bar:
+class AccuracyBar:
     """One bar of the accuracy chart: a row of the evaluation's summary, its seeds in per cent, the text beside it."""
 
     row: Mapping[str, Any]
@@ -80,7 +68,7 @@ class Distribution:
     kept: Array  # bool [n]
 
 
-def accuracies(bars: Sequence[Bar], chance: float) -> str:
+def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
     """Bars by network, with the standard deviation and every single seed; `chance` is a dashed line."""
     networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
     with matplotlib.rc_context(STYLE):
@@ -176,22 +164,7 @@ def _shown(frames: Frames) -> str:
     return _uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
 
 
-def figure_of(height: float) -> tuple[Figure, Axes]:
-    """A chart over the whole width, so many inches high."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def clean(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
-    """Named rows instead of a vertical axis, and light vertical lines."""
-    axes.set_yticks([place for place, _ in names], [clip(name) for _, name in names], color=INK)
-    axes.tick_params(length=0)
-    axes.grid(axis="x", color=LINE, lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-
-
-def _bar(axes: Axes, place: float, bar: Bar) -> None:
+def _bar(axes: Axes, place: float, bar: AccuracyBar) -> None:
     axes.barh(place, bar.mean, height=0.66, color=COLORS[bar.row["set"]], alpha=0.85)
     if bar.row["std"] is not None:
         axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
@@ -243,24 +216,6 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str) -> None:
     axes.grid(color=LINE, lw=0.7)
     axes.tick_params(length=0)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-
-
-def clip(name: str, longest: int = 26) -> str:
-    """A name cut to so many characters, with an ellipsis."""
-    return name if len(name) <= longest else name[: longest - 1] + "…"
-
-
-def svg(figure: Figure) -> str:
-    """A figure as a data URI; its text is set in the reader's font."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the reader's font has it
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _uri("image/svg+xml", re.sub(r"'DejaVu Sans'[^;\"]*", FONT, buffer.getvalue()).encode())
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def size_of(uri: str) -> int:

@@ -1,6 +1,6 @@
 """The report: one HTML file that opens offline, made only of what the run folder holds.
 
-This file reads the artefacts and cuts them down to what can be shown at any number of classes; `wording.py` puts the
+This file reads the artefacts and cuts them down to what can be shown at any number of classes; `pipeline/report/text.py` puts the
 findings into words, `run_plots.py` draws and `report.html.j2` is the page. It computes no result of its own. A part without
 artefact is left out.
 """
@@ -23,15 +23,15 @@ from distill_at_scale.config.load import Config, flatten
 from distill_at_scale.core.images import drawn
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.parquet import reading
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
-from distill_at_scale.experiments.studies.base import Plot, Series
 from distill_at_scale.pipeline.monitoring import timeline
 from distill_at_scale.pipeline.report import charts, run_plots, timeline_chart
 from distill_at_scale.pipeline.report import html as pages
 from distill_at_scale.pipeline.report import text as wording
+from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.run_dir import STAGES, RunDir
@@ -60,7 +60,7 @@ def write(run: RunDir, config: Config) -> Path:
 
 def contents(run: RunDir, config: Config) -> dict[str, Any]:
     """Everything that the page shows."""
-    prepared, made = Prepared(run / "prepared"), synthetic_set.load(run / "synthetic")
+    prepared, made = PreparedDataset(run / "prepared"), synthetic_set.load(run / "synthetic")
     about, evaluation = _json(run / "run.json"), _json(run / "evaluation.json")
     records = {stage: record for stage in STAGES if stage != "report" and (record := run.record(stage))}
     settings = _settings(about, records, config)
@@ -92,7 +92,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
     }
 
 
-def _question(made: SyntheticSet, prepared: Prepared, selection: Mapping[str, Any] | None) -> str:
+def _question(made: SyntheticSet, prepared: PreparedDataset, selection: Mapping[str, Any] | None) -> str:
     ipc, counts = made.card["images_per_class"], prepared.counts("train")
     kept = selection["share"] if selection else None
     return wording.question(prepared.shape, len(made.labels), ipc, counts, kept, prepared.kind)
@@ -106,7 +106,7 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
     single: dict[tuple[str, str], list[float]] = {(row["set"], row["network"]): [] for row in summary}
     for row in evaluation["rows"]:
         single[row["set"], row["network"]].append(100 * row["top1"])
-    bars = [run_plots.Bar(row, single[row["set"], row["network"]], wording.accuracy(row)) for row in ordered]
+    bars = [run_plots.AccuracyBar(row, single[row["set"], row["network"]], wording.accuracy(row)) for row in ordered]
     bounds = any(row["set"] in ("kept", "full") for row in summary)
     controls = [network for network in networks if network.startswith(wording.CONTROL)]
     found = {"rows": ordered, "top5": classes > 5, "bounds": bounds, "controls": controls, "chance": 1 / classes}
@@ -171,7 +171,7 @@ def _curve(path: Path) -> dict[str, Any] | None:
     return {"chart": run_plots.curve(found["loss"], top1), "top1": bool(top1)} if found["loss"] or top1 else None
 
 
-def _selection(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
+def _selection(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     """The cut: what was asked and reached, and the distribution of the scores per class."""
     if not (run / "manifest.parquet").exists():
         return None
@@ -218,7 +218,7 @@ def _scores(run: RunDir) -> tuple[Array, Array, str] | None:
     return table["label"].to_numpy(), table["score"].to_numpy(), name
 
 
-def _samples(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
+def _samples(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     """The real samples with the lowest and the highest scores of the first classes."""
     if not (found := _scores(run)) or not (run / "manifest.parquet").exists():
         return None

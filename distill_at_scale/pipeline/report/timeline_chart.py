@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from distill_at_scale.pipeline.monitoring.timeline import Entry
-from distill_at_scale.pipeline.monitoring.utilization import Account, Bar, Worker, account
-from distill_at_scale.pipeline.report.run_plots import INK, LINE, STYLE, clean, figure_of, svg
+from distill_at_scale.pipeline.monitoring.timeline import TimelineEntry
+from distill_at_scale.pipeline.monitoring.utilization import Utilization, Worker, WorkSpan, account
+from distill_at_scale.pipeline.report.style import INK, LINE, STYLE, clean, figure_of, svg
 from distill_at_scale.pipeline.report.text import NBSP, duration
 
 COLORS = {
@@ -42,7 +42,7 @@ class Lane:
     workers: Sequence[Worker]
 
 
-def part(entries: Sequence[Entry]) -> dict[str, Any] | None:
+def part(entries: Sequence[TimelineEntry]) -> dict[str, Any] | None:
     """What the page shows of a timeline; None where there is nothing."""
     found = account(entries)
     if found is None:
@@ -62,7 +62,7 @@ def lanes(workers: Sequence[Worker]) -> list[Lane]:
     return [Lane(_named(part, hosts), [worker for host in part for worker in hosts[host]]) for part in parts]
 
 
-def chart(found: Account) -> str:
+def chart(found: Utilization) -> str:
     """The same account gives the same bytes."""
     shown = lanes(found.workers)
     with matplotlib.rc_context(STYLE):
@@ -78,14 +78,14 @@ def chart(found: Account) -> str:
         return svg(figure)
 
 
-def legend(found: Account) -> list[tuple[str, str]]:
+def legend(found: Utilization) -> list[tuple[str, str]]:
     """Names and colours of what the chart shows."""
     seen = {bar.stage for bar in found.stages}
     shown = [(name, color) for name, color in COLORS.items() if name in seen]
     return shown + ([("starting Ray", WAITING)] if found.waited >= LEAST * found.seconds else [])
 
 
-def sentence(found: Account) -> str:
+def sentence(found: Utilization) -> str:
     """What the time went to."""
     rest = max(0.0, found.seconds - found.busy - found.waited)
     commands = f" in {len(found.starts)} commands" if len(found.starts) > 1 else ""
@@ -112,7 +112,7 @@ def _named(part: Sequence[str], hosts: dict[str, list[Worker]]) -> str:
     return f"{name} ({count}{NBSP}workers)" if count > 1 else name
 
 
-def _driver(axes: Axes, found: Account) -> None:
+def _driver(axes: Axes, found: Utilization) -> None:
     for bar in found.stages:
         _spans(axes, 0, [bar], COLORS.get(bar.stage, OTHER), 0.45)
     _spans(axes, 0, found.waits, WAITING)
@@ -128,7 +128,7 @@ def _time(axes: Axes, seconds: float, remark: str) -> None:
     axes.set_xlabel(f"{unit} since the start{remark}")
 
 
-def _spans(axes: Axes, row: int, bars: Sequence[Bar], color: str, alpha: float = 1) -> None:
+def _spans(axes: Axes, row: int, bars: Sequence[WorkSpan], color: str, alpha: float = 1) -> None:
     spans: Any = [(bar.began, bar.seconds) for bar in bars]
     axes.broken_barh(spans, (row - 0.36, 0.72), facecolor=color, alpha=alpha, lw=0)
 
@@ -147,7 +147,7 @@ def _lane(axes: Axes, row: int, lane: Lane, seconds: float) -> None:
             axes.stairs(row + 0.36 - height, edges, baseline=row + 0.36, fill=True, color=color)
 
 
-def _busy(bars: Sequence[Bar], edges: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _busy(bars: Sequence[WorkSpan], edges: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Mean number of busy workers in every bin."""
     found = np.zeros(len(edges) - 1)
     for bar in bars:

@@ -11,33 +11,36 @@ from pathlib import Path
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation.engine import Places
+from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline import fingerprints
-from distill_at_scale.pipeline.executors.base import Executor, score_piece
+from distill_at_scale.pipeline.executors.base import Executor
+from distill_at_scale.pruning.scoring.scorer import score_piece
 from distill_at_scale.storage.run_dir import RunDir
 
 
-def places_of(config: Config, run: RunDir, work: Path) -> Places:
+def places_of(config: Config, run: RunDir, work: Path) -> DistillPaths:
     """Where the distillation of a run reads and writes."""
     folder = run / "networks" / fingerprints.networks(config, run).fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
     run.take_over_files(folder.relative_to(run.path).as_posix())
-    return Places(run / "prepared", run / "manifest.parquet", work, run / "metrics.jsonl", folder)
+    return DistillPaths(run / "prepared", run / "manifest.parquet", work, run / "metrics.jsonl", folder)
 
 
-def prepare(config: Config, data: Prepared, places: Places, executor: Executor, display: Display) -> None:
+def prepare(config: Config, data: PreparedDataset, places: DistillPaths, executor: Executor, display: Display) -> None:
     """Make what is missing."""
     if missing := distill.missing_networks(config, places):
         with display.meter("networks", len(missing), "networks") as meter:
             executor.make_networks(config, places, missing, meter.advance)
-    if distill.backend_class(config).ranks_patches:
+    if distill.method_class(config).ranks_patches:
         _rank_patches(config, data, places, executor, display)
 
 
-def _rank_patches(config: Config, data: Prepared, places: Places, executor: Executor, display: Display) -> None:
+def _rank_patches(
+    config: Config, data: PreparedDataset, places: DistillPaths, executor: Executor, display: Display
+) -> None:
     """The table of ranked patches, beside the teacher."""
     target, pieces = (make(places.networks, config) for make in (patch_ranking.table_path, patch_ranking.pieces_folder))
     section = config.distill.rded

@@ -1,7 +1,7 @@
 """What each stage checks, calls and publishes; how the work is spread is the executor's business.
 
 Each reads the artefacts of earlier stages in the run folder and returns what it wrote, with facts for its record. Left out:
-when a stage runs, and what it depends on (`pipeline.py`, `fingerprints.py`).
+when a stage runs, and what it depends on (`pipeline/pipeline.py`, `pipeline/fingerprints.py`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import is_finished, piece_path
 from distill_at_scale.data.ingest.merge import merge
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate, synthetic_set
 from distill_at_scale.pipeline import validate
-from distill_at_scale.pipeline.executors.base import Executor, score_piece
-from distill_at_scale.pipeline.executors.synced import Exchanging
+from distill_at_scale.pipeline.executors.base import Executor
+from distill_at_scale.pipeline.executors.synced import SyncedExecutor
 from distill_at_scale.pipeline.monitoring.distillation_log import DistillationLog
 from distill_at_scale.pipeline.monitoring.observers import Observer, Observers
 from distill_at_scale.pipeline.monitoring.tensorboard import TensorBoard
@@ -41,12 +41,13 @@ from distill_at_scale.pipeline.stages import networks
 from distill_at_scale.pruning.criteria.factory import criteria_of
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import extra_columns, imported, score_table, scorer
+from distill_at_scale.pruning.scoring.scorer import score_piece
 from distill_at_scale.pruning.selection import select as static
 from distill_at_scale.pruning.selection import warnings as trust
 from distill_at_scale.pruning.selection.ranking import columns_of
 from distill_at_scale.storage.filesystem import shown
 from distill_at_scale.storage.run_dir import STAGES, RunDir
-from distill_at_scale.storage.stage_record import Inputs
+from distill_at_scale.storage.stage_record import StageInputs
 
 MakeObservers = Callable[[Config], Sequence[Observer]]  # who is to watch a run, beside timeline and TensorBoard
 
@@ -73,7 +74,7 @@ class Stages:
         self.dir = RunDir.of(config.run, display.say)
         always = (Timeline(self.dir.path), TensorBoard(self.dir.path))
         self.observers = Observers(display.say, [*always, *observers(config)])
-        self.plan: ingest.Plan  # what the source lists, once ingest has looked
+        self.plan: ingest.IngestPlan  # what the source lists, once ingest has looked
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -87,15 +88,15 @@ class Stages:
             made.note = self.observers.note
             for observer in made.observers(self.config):
                 self.observers.add(observer)
-            self._executor = Exchanging(made, self.dir.remote) if self.dir.remote else made
+            self._executor = SyncedExecutor(made, self.dir.remote) if self.dir.remote else made
         return self._executor
 
-    def _say_plan(self, plan: ingest.Plan) -> None:
+    def _say_plan(self, plan: ingest.IngestPlan) -> None:
         if self.config.data.frames:
             self.display.say(f"  clips are decoded by {named(decoders_for(self.config.data))}")
         self.display.say(validate.space(self.config, plan, shutil.disk_usage(self.dir.path).free))
 
-    def _ingest(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+    def _ingest(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         validate.check_networks(self.config, validate.planned(self.config, self.plan))
         imported.check(self.config, self.plan)
         pieces = self.dir.work("ingest", inputs) / "pieces"
@@ -121,8 +122,8 @@ class Stages:
             "rejected": rejected,
         }
 
-    def _score(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        data, score = Prepared(self.dir / "prepared"), self.config.score
+    def _score(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
+        data, score = PreparedDataset(self.dir / "prepared"), self.config.score
         validate.check_networks(self.config, data)
         validate.check_weights(self.config, data)
         scorer.check(self.config, data)
@@ -156,7 +157,7 @@ class Stages:
         self.display.say(f"  mean score {facts['mean_score']:.4f} over {written['rows']} samples")
         return self._score_outputs(), facts
 
-    def _write_unscored(self, data: Prepared) -> tuple[list[Path], dict[str, Any]]:
+    def _write_unscored(self, data: PreparedDataset) -> tuple[list[Path], dict[str, Any]]:
         """The table of samples where no criterion needs a checkpoint, so that no proxy is trained."""
         more = self._brought(data)
         rows = (data.read(chunk, columns=["sample_id", "label"]) for chunk in data.chunks("train"))
@@ -164,13 +165,13 @@ class Stages:
         self.display.say(f"  {written['rows']} samples; no criterion needs proxies, so none was trained")
         return self._score_outputs(), {"mean_score": written["mean_score"]}
 
-    def _brought(self, data: Prepared) -> dict[str, Any]:
+    def _brought(self, data: PreparedDataset) -> dict[str, Any]:
         return extra_columns.columns_of(self.config, self.dir, data, lambda: self.executor, self.display)
 
     def _score_outputs(self) -> list[Path]:
         return [self.dir / "scores.parquet", *extra_columns.outputs(self.config, self.dir)]
 
-    def _train_proxies(self, data: Prepared, prepared: Path, checkpoints: Path) -> None:
+    def _train_proxies(self, data: PreparedDataset, prepared: Path, checkpoints: Path) -> None:
         score = self.config.score
         proxy.check_workers(data, score, self.config.run.seed)
         before, executor = proxy.finished_epochs(score, checkpoints), self.executor
@@ -185,14 +186,14 @@ class Stages:
                 shutil.rmtree(target)  # left by a score stage whose record the user removed
             os.replace(checkpoints, target)
 
-    def _select(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+    def _select(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
         about, criterion = score_table.facts(scores), columns_of(self.config.criterion)
         low = {name: end == "low" for name, end in about["useful"].items()}
         minimum, seed = self.config.min_per_class, self.config.select_seed
         with manifest.writing(path) as out:
             chosen = static.select(scores, out, self.config.select, criterion, low, minimum, seed)
-            distill.check(self.config, Prepared(self.dir / "prepared"), chosen["kept_per_class"])
+            distill.check(self.config, PreparedDataset(self.dir / "prepared"), chosen["kept_per_class"])
             chosen["warnings"] = self._doubts(criterion, about, chosen["reached"])
             if self.asked.select.keep == "auto":
                 chosen["asked"] = {"keep": "auto", "found": self.config.select.rate}
@@ -211,9 +212,9 @@ class Stages:
         sampled = trust.monte_carlo_facts(self.dir / extra_columns.TABLE)
         return trust.warnings(names, about, kept, trust.break_point_of(folders), sampled)
 
-    def _distill(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+    def _distill(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         facts = manifest.facts(self.dir / "manifest.parquet")
-        data = Prepared(self.dir / "prepared")
+        data = PreparedDataset(self.dir / "prepared")
         validate.check_networks(self.config, data)
         distill.check(self.config, data, facts["kept_per_class"])
         work = self.dir.work("distill", inputs)
@@ -240,8 +241,8 @@ class Stages:
         result.save(self.dir / "synthetic")
         return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
 
-    def _evaluate(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
-        data = Prepared(self.dir / "prepared")
+    def _evaluate(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
+        data = PreparedDataset(self.dir / "prepared")
         evaluate.need_test_split(data)
         validate.check_networks(self.config, data)
         finished = _Rows(self.dir.work("evaluate", inputs) / "rows.jsonl")
@@ -265,9 +266,9 @@ class Stages:
         write_json(path, {"rows": rows, "summary": evaluate.summarize(rows), "fingerprint": inputs.fingerprint})
         return [path], {}
 
-    def _report(self, inputs: Inputs) -> tuple[list[Path], dict[str, Any]]:
+    def _report(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         run_report.write(self.dir, self.config)
-        return [self.dir / "run_report.html"], {}
+        return [self.dir / "report.html"], {}
 
     def _write_run_json(self) -> None:
         stages = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
@@ -302,7 +303,7 @@ class _Rows:
             path.write_text(write)
 
     @property
-    def jobs(self) -> set[evaluate.Job]:
+    def jobs(self) -> set[evaluate.EvaluationJob]:
         return {_job(row) for row in self.rows}
 
     def add(self, row: dict[str, Any]) -> None:
@@ -311,5 +312,5 @@ class _Rows:
             log.write(json.dumps(row) + "\n")
 
 
-def _job(row: dict[str, Any]) -> evaluate.Job:
-    return evaluate.Job(row["set"], row["network"], row["seed"])
+def _job(row: dict[str, Any]) -> evaluate.EvaluationJob:
+    return evaluate.EvaluationJob(row["set"], row["network"], row["seed"])

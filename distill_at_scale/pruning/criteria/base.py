@@ -3,7 +3,7 @@
 A criterion is made without arguments, or by its classmethod `of(section)` from the `score` section where it has one (which
 raises UserError where the section does not fit it). `epochs(count)` names the epochs that it needs of `count` trained ones,
 counted from 0; a criterion without it needs all of them. A criterion that sets `sees_features = True` spares a second pass
-for them. Left out: how what is seen is made (`scoring/classifier.py`, `scoring/gradient_norms.py`).
+for them. Left out: how what is seen is made (`pruning/scoring/classifier.py`, `pruning/scoring/gradient_norms.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 
-class Seen(Protocol):
+class ProxyOutputs(Protocol):
     """Some samples under one checkpoint; all but the labels is made when it is first asked for, once for all criteria."""
 
     @property
@@ -41,7 +41,7 @@ class Criterion(Protocol):
 
     useful: Literal["low", "high"]  # which end of the scale marks a useful sample
 
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         """Under one checkpoint: one value per sample [n]."""
 
     def aggregate(self, values: Array) -> Array:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill_at_scale.pruning.criteria.base import Array, Seen, mean
+from distill_at_scale.pruning.criteria.base import Array, ProxyOutputs, mean
 
 
 class Margin:
@@ -19,7 +19,7 @@ class Margin:
 
     useful: Literal["low", "high"] = "high"
 
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         chances, own = seen.logits.softmax(1), seen.labels[:, None]
         return chances.gather(1, own)[:, 0] - chances.scatter(1, own, 0).amax(1)
 
@@ -32,7 +32,7 @@ class Entropy:
 
     useful: Literal["low", "high"] = "low"
 
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         return torch.special.entr(seen.logits.softmax(1)).sum(1)
 
     def aggregate(self, values: Array) -> Array:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.pruning.criteria.base import Array, Seen, mean
+from distill_at_scale.pruning.criteria.base import Array, ProxyOutputs, mean
 
 
 class Forgetting:
@@ -31,7 +31,7 @@ class Forgetting:
             raise UserError("score.criterion = 'forgetting' needs more than one epoch; raise score.epochs")
         return cls()
 
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         """1 where the sample is classified right, else 0."""
         return (seen.logits.argmax(1) == seen.labels).float()
 

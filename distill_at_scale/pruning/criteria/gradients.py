@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distill_at_scale.pruning.criteria.base import Seen
+from distill_at_scale.pruning.criteria.base import ProxyOutputs
 from distill_at_scale.pruning.criteria.el2n import errors
 from distill_at_scale.pruning.criteria.loss import EarlyLoss
 
@@ -17,10 +17,10 @@ from distill_at_scale.pruning.criteria.loss import EarlyLoss
 class LastLayerGraNd(EarlyLoss):
     sees_features = True
 
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         return errors(seen).norm(dim=1) * (seen.features.square().sum(1) + 1).sqrt()
 
 
 class GraNd(EarlyLoss):
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         return seen.gradient_norms

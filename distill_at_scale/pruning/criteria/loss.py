@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_at_scale.config.sections import ScoreSection
-from distill_at_scale.pruning.criteria.base import Array, Seen, mean
+from distill_at_scale.pruning.criteria.base import Array, ProxyOutputs, mean
 
 
 class Loss:
@@ -20,7 +20,7 @@ class Loss:
 
     useful: Literal["low", "high"] = "low"
 
-    def observe(self, seen: Seen) -> Tensor:
+    def observe(self, seen: ProxyOutputs) -> Tensor:
         return F.cross_entropy(seen.logits, seen.labels, reduction="none")
 
     def aggregate(self, values: Array) -> Array:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from distill_at_scale.core import rng
 from distill_at_scale.core.prefetch import ahead
-from distill_at_scale.data.prepared.dataset import Prepared
-from distill_at_scale.data.prepared.format import Group
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.format import RowGroup
 
 WINDOW_BYTES = 512 * 2**20  # of stored images, over all logical shards of a proxy
 GROUPS_EACH = 4  # row groups that a logical shard has at least
@@ -29,17 +29,17 @@ Batch = tuple[Tensor, Tensor]  # uint8 [n, *shape], labels int64 [n]
 
 
 @dataclass(frozen=True)
-class Stream:
+class ProxyDataLoader:
     """What one trial is trained on; equal on every worker."""
 
-    prepared: Prepared
+    prepared: PreparedDataset
     seed: int
     batch: int
     shards: int  # logical shards that are asked for
     share: float = 1.0  # of the training split, class by class
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[RowGroup]:
         """The row groups that are trained on: all, or about `share` of every class's, at least one."""
         if self.share == 1:
             return self.prepared.groups("train")
@@ -59,14 +59,14 @@ class Stream:
         most = min(self.shards, self.batch, max(1, len(self.groups) // GROUPS_EACH))
         return 1 << (most.bit_length() - 1)
 
-    def deal(self, trial: int, epoch: int) -> list[list[Group]]:
+    def deal(self, trial: int, epoch: int) -> list[list[RowGroup]]:
         """The row groups of every logical shard, in the order of reading: classes spread evenly, rows balanced."""
         draw = rng.numpy_generator(self.seed, "proxy deal", trial, epoch)
         keyed = []
         for groups in _by_label(self.groups).values():
             places = (np.arange(len(groups)) + draw.random()) / len(groups)
             keyed += [(place, groups[i]) for place, i in zip(places, draw.permutation(len(groups)), strict=True)]
-        shards: list[list[Group]] = [[] for _ in range(self.logical_shards)]
+        shards: list[list[RowGroup]] = [[] for _ in range(self.logical_shards)]
         rows = [0] * len(shards)
         for _, group in sorted(keyed, key=lambda pair: pair[0]):
             least = rows.index(min(rows))
@@ -74,7 +74,7 @@ class Stream:
             rows[least] += group.rows
         return shards
 
-    def sizes(self, dealt: Sequence[Sequence[Group]]) -> list[int]:
+    def sizes(self, dealt: Sequence[Sequence[RowGroup]]) -> list[int]:
         """Samples of each logical shard in every batch; a set that is no larger than a batch is one."""
         rows = [sum(group.rows for group in groups) for groups in dealt]
         if self.samples <= self.batch:
@@ -82,12 +82,12 @@ class Stream:
         each = [self.batch // len(dealt) + (i < self.batch % len(dealt)) for i in range(len(dealt))]
         return [min(size, held) for size, held in zip(each, rows, strict=True)]
 
-    def steps(self, dealt: Sequence[Sequence[Group]]) -> int:
+    def steps(self, dealt: Sequence[Sequence[RowGroup]]) -> int:
         """Full batches of an epoch; which samples sit one out is random."""
         pairs = zip(self.sizes(dealt), dealt, strict=True)
         return min(sum(group.rows for group in groups) // size for size, groups in pairs)
 
-    def batches(self, trial: int, epoch: int, dealt: Sequence[Sequence[Group]], own: range) -> Iterator[list[Batch]]:
+    def batches(self, trial: int, epoch: int, dealt: Sequence[Sequence[RowGroup]], own: range) -> Iterator[list[Batch]]:
         """Per step, the parts of a worker's `own` logical shards."""
         sizes = self.sizes(dealt)
         parts = [self._part(dealt[s], sizes[s], len(dealt), rng.generator(self.seed, "proxy order", trial, epoch, s))
@@ -95,7 +95,7 @@ class Stream:
         steps = range(self.steps(dealt))
         yield from ahead([next(part) for part in parts] for _ in steps)
 
-    def _part(self, groups: Sequence[Group], size: int, shards: int, draw: torch.Generator) -> Iterator[Batch]:
+    def _part(self, groups: Sequence[RowGroup], size: int, shards: int, draw: torch.Generator) -> Iterator[Batch]:
         left: pa.Table | None = None
         for window in _windows(groups, WINDOW_BYTES // shards, self.prepared):
             tables = [self.prepared.read(group) for group in window]
@@ -110,10 +110,10 @@ class Stream:
             left = table.take(pa.array(order[table.num_rows - table.num_rows % size :]))
 
 
-def _windows(groups: Sequence[Group], size: int, prepared: Prepared) -> Iterator[list[Group]]:
+def _windows(groups: Sequence[RowGroup], size: int, prepared: PreparedDataset) -> Iterator[list[RowGroup]]:
     """Consecutive row groups of at most so many bytes (one at least)."""
     each = prepared.image_bytes
-    window: list[Group] = []
+    window: list[RowGroup] = []
     held = 0
     for group in groups:
         if window and held + group.rows * each > size:
@@ -125,8 +125,8 @@ def _windows(groups: Sequence[Group], size: int, prepared: Prepared) -> Iterator
         yield window
 
 
-def _by_label(groups: Sequence[Group]) -> dict[int, list[Group]]:
-    found: dict[int, list[Group]] = {}
+def _by_label(groups: Sequence[RowGroup]) -> dict[int, list[RowGroup]]:
+    found: dict[int, list[RowGroup]] = {}
     for group in groups:
         found.setdefault(group.label, []).append(group)
     return found

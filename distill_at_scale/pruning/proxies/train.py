@@ -1,7 +1,7 @@
 """Proxies: networks trained from scratch on the training split, with a checkpoint after every epoch.
 
 One trial is one network with its own initialisation and order of batches. Trials are independent, so they run anywhere;
-within a trial several workers may each take some of its logical shards (`stream.py`). On CPUs the gradients of the
+within a trial several workers may each take some of its logical shards (`pruning/proxies/dataloader.py`). On CPUs the gradients of the
 logical shards are added up in one fixed order, so the weights are the same bytes for any number of workers that have
 the same number of threads (networks with batch norm excepted: their running statistics are averaged). An interrupted
 trial goes on from its last checkpoint.
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import rng, safetensors_io
-from distill_at_scale.core.collectives import Solo, Workers
+from distill_at_scale.core.collectives import SingleProcess, Workers
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.models.spec import NetworkSpec, maybe_compile, mixes_samples, will_compile
-from distill_at_scale.pruning.proxies.dataloader import Batch, Stream
+from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 Advance = Callable[[int], None]  # called with 1 after each epoch, also for those that were there already
 
@@ -46,9 +46,9 @@ def checkpoint_path(folder: Path, trial: int, epoch: int) -> Path:
     return folder / f"trial-{trial:02d}" / f"epoch-{epoch:03d}.safetensors"
 
 
-def check_workers(prepared: Prepared, config: ScoreSection, seed: int) -> None:
+def check_workers(prepared: PreparedDataset, config: ScoreSection, seed: int) -> None:
     """Raises UserError where the workers of a proxy cannot share its logical shards evenly."""
-    shards = Stream(prepared, seed, config.batch, config.shards, config.share).logical_shards
+    shards = ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share).logical_shards
     if shards % config.workers:
         raise UserError(
             f"score.workers = {config.workers} cannot share {shards} logical shards evenly; take a power of two up to "
@@ -56,17 +56,25 @@ def check_workers(prepared: Prepared, config: ScoreSection, seed: int) -> None:
         )
 
 
-class Trial:
+class ProxyTrial:
     """The training of one proxy, as far as one worker is concerned."""
 
-    def __init__(self, prepared: Prepared, config: ScoreSection, trial: int, seed: int, folder: Path, device: torch.device,
-                 workers: Workers | None = None):  # fmt: skip
+    def __init__(
+        self,
+        prepared: PreparedDataset,
+        config: ScoreSection,
+        trial: int,
+        seed: int,
+        folder: Path,
+        device: torch.device,
+        workers: Workers | None = None,
+    ):
         self.config, self.trial, self.seed, self.folder, self.device = config, trial, seed, folder, device
-        self.workers = workers or Solo()
+        self.workers = workers or SingleProcess()
         self.prepared = prepared
         self.spec = network_spec(config, prepared.shape, len(prepared.class_names), prepared.kind)
         self.normalization = normalization_of(prepared, whitened=False)
-        self.stream = Stream(prepared, seed, config.batch, config.shards, config.share)
+        self.stream = ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
         work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike
         compiled = will_compile(config.compile, work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +20,9 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pruning.criteria.factory import class_wise, column_of, criteria_of, epochs_of, values_of
-from distill_at_scale.pruning.scoring.agreement import Agreement
+from distill_at_scale.pruning.scoring.reliability import Agreement
 from distill_at_scale.pruning.scoring.scorer import FEATURES
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
@@ -179,3 +181,36 @@ def matrix(column: pa.ChunkedArray) -> Array:
     if not pa.types.is_fixed_size_list(column.type) and len(pc.unique(pc.list_value_length(column))) > 1:
         raise ValueError("the lists differ in length")
     return flat.reshape(len(column), -1)
+
+
+@dataclass
+class ExtraColumn:
+    """Scores float32 [n] of the samples `ids` [n], which are sorted as the prepared data are; `facts` go to the table's."""
+
+    useful: Literal["low", "high"]
+    ids: pa.Array
+    scores: Array
+    facts: dict[str, Any] = field(default_factory=dict)
+    _next: int = 0
+
+    def values(self, sample_ids: pa.Array | pa.ChunkedArray) -> Array:
+        """The scores of some samples, float32 [k]; asked in the order of the table it looks nothing up.
+
+        Raises KeyError for an id that is not among the training samples.
+        """
+        if isinstance(sample_ids, pa.ChunkedArray):
+            sample_ids = sample_ids.combine_chunks()
+        end = self._next + len(sample_ids)
+        if not self.ids.slice(self._next, len(sample_ids)).equals(sample_ids):
+            places = pc.index_in(sample_ids, self.ids)
+            if places.null_count:
+                raise KeyError(sample_ids.filter(pc.is_null(places))[0].as_py())
+            return self.scores[places.to_numpy()]
+        first, self._next = self._next, end % max(1, len(self.ids))
+        return self.scores[first:end]
+
+
+def ids_of(prepared: PreparedDataset) -> pa.Array:
+    """The ids of the training samples, by label and id, as a string array [n]."""
+    parts = [prepared.read(chunk, columns=["sample_id"])["sample_id"] for chunk in prepared.chunks("train")]
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string()).combine_chunks()

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 from distill_at_scale.pruning.scoring import imported, monte_carlo, monte_carlo_utility
-from distill_at_scale.pruning.scoring.brought import Brought, ids_of
+from distill_at_scale.pruning.scoring.columns import ExtraColumn, ids_of
 from distill_at_scale.storage.run_dir import RunDir
 
 TABLE = "monte_carlo.parquet"  # in the run folder: standard errors and counts
@@ -29,7 +29,7 @@ class Subsets(Protocol):
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Callable[[int], None]) -> None: ...
 
 
-def check(config: Config, prepared: Prepared) -> None:
+def check(config: Config, prepared: PreparedDataset) -> None:
     """Raises UserError for what no work could mend: see `monte_carlo.check` and `imported.check`."""
     imported.check(config)
     if MONTE_CARLO in config.score.criteria:
@@ -37,8 +37,8 @@ def check(config: Config, prepared: Prepared) -> None:
 
 
 def columns_of(
-    config: Config, run: RunDir, prepared: Prepared, executor: Callable[[], Subsets], display: Display
-) -> dict[str, Brought]:
+    config: Config, run: RunDir, prepared: PreparedDataset, executor: Callable[[], Subsets], display: Display
+) -> dict[str, ExtraColumn]:
     """Every such column, by name; runs the subsets that are not there yet.
 
     Raises UserError as `check` does, and for imported scores that do not fit the samples.
@@ -62,8 +62,8 @@ def outputs(config: Config, run: RunDir) -> Iterable[Path]:
 
 
 def _of_subsets(
-    config: Config, run: RunDir, prepared: Prepared, executor: Callable[[], Subsets], display: Display, ids: pa.Array
-) -> Brought:  # fmt: skip
+    config: Config, run: RunDir, prepared: PreparedDataset, executor: Callable[[], Subsets], display: Display, ids: pa.Array
+) -> ExtraColumn:  # fmt: skip
     section, folder = config.score.monte_carlo, f"monte_carlo/{monte_carlo.key_of(config, prepared)}"
     run.take_over_files(folder)
     (run / folder).mkdir(parents=True, exist_ok=True)
@@ -76,4 +76,4 @@ def _of_subsets(
         display.say(line)
     labels = np.repeat(np.arange(len(prepared.counts())), prepared.counts())
     monte_carlo_utility.write(run / TABLE, ids, labels, found)
-    return Brought("high", ids, found.utility, found.facts)
+    return ExtraColumn("high", ids, found.utility, found.facts)

@@ -29,7 +29,7 @@ from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.pruning.scoring.brought import Brought
+from distill_at_scale.pruning.scoring.columns import ExtraColumn
 
 Array = np.ndarray[Any, Any]
 SUFFIXES = (".json", ".npy", ".npz", ".csv", ".parquet")
@@ -40,7 +40,7 @@ AS_TEXT = pyarrow.csv.ConvertOptions(column_types={"sample_id": pa.string()})  #
 
 
 @dataclass(frozen=True)
-class Given:
+class ImportedScores:
     """What a file holds: numbers float64 [n] (NaN where it says null) and, unless they go by position, their ids [n]."""
 
     numbers: Array
@@ -52,7 +52,7 @@ class Positions:
     """What position i means: ids in the order of the source's own listing."""
 
     config: Config
-    plan: ingest.Plan | None = None  # where it has been made already
+    plan: ingest.IngestPlan | None = None  # where it has been made already
 
     @cached_property
     def left(self) -> pa.ChunkedArray:
@@ -97,7 +97,7 @@ def check_names(score: ScoreSection, criteria: Mapping[str, Any]) -> None:
             raise UserError(f"score.imported_useful names {name!r}, which is not in score.imported; add its file there")
 
 
-def check(config: Config, plan: ingest.Plan | None = None) -> None:
+def check(config: Config, plan: ingest.IngestPlan | None = None) -> None:
     """Read every file and count, before anything is computed; `plan` is that of the ingest, where it has been made.
 
     Raises UserError for what is missing, is not numbers, or is not as many as there are samples.
@@ -116,7 +116,7 @@ def digest_of(name: str, file: str) -> str:
     return str(file_digest(_existing(name, file))["sha256"])
 
 
-def columns(config: Config, ids: pa.Array) -> dict[str, Brought]:
+def columns(config: Config, ids: pa.Array) -> dict[str, ExtraColumn]:
     """A column for every name, of the training samples `ids` (as the prepared data are sorted).
 
     Raises UserError for a wrong count, for ids that are missing or unknown, and for scores that are not finite.
@@ -125,11 +125,11 @@ def columns(config: Config, ids: pa.Array) -> dict[str, Brought]:
     found = {}
     for name, file in config.score.imported.items():
         numbers = joined(read(name, file), ids, positions, _key(name, file))
-        found[name] = Brought(useful.get(name, "low"), ids, numbers, {"imported": True})
+        found[name] = ExtraColumn(useful.get(name, "low"), ids, numbers, {"imported": True})
     return found
 
 
-def joined(given: Given, ids: pa.Array, positions: Positions, key: str) -> Array:
+def joined(given: ImportedScores, ids: pa.Array, positions: Positions, key: str) -> Array:
     """The numbers in the order of `ids`, float32 [n].
 
     Raises UserError as `columns` does.
@@ -154,16 +154,16 @@ def joined(given: Given, ids: pa.Array, positions: Positions, key: str) -> Array
     return numbers
 
 
-def read(name: str, file: str) -> Given:
+def read(name: str, file: str) -> ImportedScores:
     """Raises UserError where the file is missing, damaged, of another kind, or does not hold numbers."""
     path, key = _existing(name, file), _key(name, file)
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            return Given(_numbers(_of_json(json.loads(path.read_text()), key), key))
+            return ImportedScores(_numbers(_of_json(json.loads(path.read_text()), key), key))
         if suffix in (".npy", ".npz"):
             _refuse_bomb(path, key)
-            return Given(_numbers(_of_numpy(np.load(path, allow_pickle=False), key), key))
+            return ImportedScores(_numbers(_of_numpy(np.load(path, allow_pickle=False), key), key))
         table = pyarrow.csv.read_csv(path, convert_options=AS_TEXT) if suffix == ".csv" else pq.ParquetFile(path).read()
     except (ValueError, OSError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
         raise UserError(f"{key} cannot be read: {' '.join(str(error).split())}; write it again") from None
@@ -227,7 +227,7 @@ def _no_number(found: Any) -> Any:
     return next((v for v in values if v is not None and (isinstance(v, bool) or not isinstance(v, int | float))), None)
 
 
-def _of_table(table: pa.Table, name: str, key: str) -> Given:
+def _of_table(table: pa.Table, name: str, key: str) -> ImportedScores:
     """By id: the column of the name, or `score`."""
     column = name if name in table.column_names else "score"
     if lacking := [c for c in ("sample_id", column) if c not in table.column_names]:
@@ -243,7 +243,7 @@ def _of_table(table: pa.Table, name: str, key: str) -> Given:
     if len(counted) != len(ids):
         twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")[0].as_py()
         raise UserError(f"{key} holds the sample {twice!r} more than once; keep one of its rows")
-    return Given(table[column].cast(pa.float64()).to_numpy().astype(np.float64), ids)
+    return ImportedScores(table[column].cast(pa.float64()).to_numpy().astype(np.float64), ids)
 
 
 def _refuse_strangers(known: pa.Array, ids: pa.Array, positions: Positions, key: str) -> None:

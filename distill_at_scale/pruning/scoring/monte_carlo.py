@@ -7,8 +7,8 @@ The test split is never touched: a selection by accuracy on it would make every 
 of a sample is the mean accuracy of its own class over the subsets that held it; high is useful.
 
 Subsets are independent: units of some of them are published as they are done, whoever does them, and neither done again
-after an interruption nor when more are asked for. Left out: how the work is spread (`cluster/monte_carlo.py`), and DC
-(`backends/condensed.py`, which is handed in).
+after an interruption nor when more are asked for. Left out: how the work is spread (`pruning/scoring/monte_carlo.py`), and DC
+(`distillation/dc_subset.py`, which is handed in).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import MonteCarloSection
 from distill_at_scale.core import rng, safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.core.hashing import digest
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.models.spec import NetworkSpec, in_parts
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
-from distill_at_scale.storage.stage_record import digest
 
 HELD_BYTES = 2**30  # a training split up to this is kept in memory by every process that runs subsets
 BATCH, MOMENTUM = 256, 0.9
@@ -43,24 +43,24 @@ Distil = Callable[[Mapping[int, Tensor], int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Subset:
     """Places within a class, ascending: what is learned from, and what is tested on."""
 
     members: Array
     validation: Array
 
 
-def draw(seed: int, subset: int, counts: Sequence[int], section: MonteCarloSection) -> list[Drawn]:
+def draw(seed: int, subset: int, counts: Sequence[int], section: MonteCarloSection) -> list[Subset]:
     """A subset by class; of a class of fewer than twice `per_class` samples half is learned from."""
     generator, found = rng.numpy_generator(seed, "monte carlo", subset), []
     for count in counts:
         few = min(section.per_class, count // 2)
         places = generator.choice(count, few + min(section.validation, count - few), replace=False)
-        found.append(Drawn(np.sort(places[:few]), np.sort(places[few:])))
+        found.append(Subset(np.sort(places[:few]), np.sort(places[few:])))
     return found
 
 
-def check(config: Config, prepared: Prepared) -> None:
+def check(config: Config, prepared: PreparedDataset) -> None:
     """Raises UserError where a class is too small to be learned and tested, or the subsets are too few to hold every sample."""
     section, counts = config.score.monte_carlo, prepared.counts()
     if (least := min(counts)) < 2:
@@ -79,7 +79,7 @@ def check(config: Config, prepared: Prepared) -> None:
         )
 
 
-def key_of(config: Config, prepared: Prepared) -> str:
+def key_of(config: Config, prepared: PreparedDataset) -> str:
     """Stands for everything that the accuracy of a subset depends on; not for how many there are."""
     score = config.score
     section = score.monte_carlo.model_dump(exclude={"subsets", "at_once", *(() if _distils(config) else ("steps",))})
@@ -97,12 +97,12 @@ def piece(pieces: Path, unit: Unit) -> Path:
     return pieces / f"subsets-{unit[0]:07d}-{unit[1]}.safetensors"
 
 
-class Trials:
+class SubsetTrials:
     """What a process needs to run subsets: the training split, if it fits, and how a network is made and trained."""
 
     def __init__(self, config: Config, prepared: Path, device: torch.device, distil: Distil | None = None):
         self.prepared, self.section, self.device, self.distil = (
-            Prepared(prepared),
+            PreparedDataset(prepared),
             config.score.monte_carlo,
             device,
             distil,
@@ -179,7 +179,7 @@ class Trials:
             yield label, torch.from_numpy(pixels[labels == label])
 
 
-def spec_of(config: Config, prepared: Prepared) -> NetworkSpec:
+def spec_of(config: Config, prepared: PreparedDataset) -> NetworkSpec:
     """The scorer's network, as narrow as score.monte_carlo.width."""
     score, classes = config.score, len(prepared.class_names)
     return NetworkSpec(score.network, prepared.shape, classes, score.monte_carlo.width, score.depth, prepared.kind)

@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class UtilityEstimate:
     """Of every training sample, by class and place: utility, its standard error (NaN below two subsets), and how many
     subsets held it; float32 [n], float32 [n], int32 [n]."""
 
@@ -54,7 +54,7 @@ def accuracies(pieces: Path, section: MonteCarloSection) -> Array:
     return np.concatenate(found)
 
 
-def estimate(found: Array, counts: Sequence[int], section: MonteCarloSection, seed: int) -> Estimate:
+def estimate(found: Array, counts: Sequence[int], section: MonteCarloSection, seed: int) -> UtilityEstimate:
     """Accuracies [subsets, classes] -> utilities; a sample that no subset held gets the mean of its class."""
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     held, sums = (np.zeros((2, starts[-1])) for _ in range(2))  # by halves of the subsets: even and odd
@@ -70,7 +70,7 @@ def estimate(found: Array, counts: Sequence[int], section: MonteCarloSection, se
     return _estimate(held, sums, squares, labels, len(found))
 
 
-def _estimate(held: Array, sums: Array, squares: Array, labels: Array, subsets: int) -> Estimate:
+def _estimate(held: Array, sums: Array, squares: Array, labels: Array, subsets: int) -> UtilityEstimate:
     number = held.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = sums.sum(0) / number
@@ -84,7 +84,7 @@ def _estimate(held: Array, sums: Array, squares: Array, labels: Array, subsets: 
         mean[inside & missed] = rest.mean() if len(rest) else 0.0
     facts = {"subsets": subsets, "held": round(float(number.mean()), 3), "missed": int(missed.sum())}
     facts |= _trust(mean, error, halves, labels, subsets)
-    return Estimate(mean.astype(np.float32), error.astype(np.float32), number.astype(np.int32), facts)
+    return UtilityEstimate(mean.astype(np.float32), error.astype(np.float32), number.astype(np.int32), facts)
 
 
 def _trust(mean: Array, error: Array, halves: Array, labels: Array, subsets: int) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def sentence(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write(path: Path, ids: pa.Array, labels: Array, found: Estimate) -> None:
+def write(path: Path, ids: pa.Array, labels: Array, found: UtilityEstimate) -> None:
     """monte_carlo.parquet: sample_id, label, monte_carlo, standard_error and held; the facts under the key monte_carlo."""
     columns = {
         "sample_id": ids,

@@ -5,7 +5,7 @@ has values per checkpoint, these as `<criterion>_values`, float32 lists [trials 
 label and id. The file's metadata holds, under `scores`: trials and epochs that were trained, `criteria` in their order, each
 one's `useful` end, the epochs that each looked at (`observed`), and how well the trials behind the first one agree.
 Pieces stream through: memory holds some of them and a row group (for criteria of whole classes: one class), never the
-table. Left out: how values become scores (`columns.py`), and what is kept (`pruning/static.py`).
+table. Left out: how values become scores (`columns.py`), and what is kept (`pruning/selection/select.py`).
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.events import Spent
+from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.core.prefetch import ahead
-from distill_at_scale.data.prepared.dataset import Prepared
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.models import pretrained
 from distill_at_scale.models.spec import NetworkSpec, will_compile
@@ -57,7 +57,7 @@ class Checkpoint:
     epoch: int = 0
 
 
-def check(config: Config, prepared: Prepared) -> None:
+def check(config: Config, prepared: PreparedDataset) -> None:
     """Raises UserError, before anything is trained, where a criterion needs features that the network has not."""
     if any(sees_features(criterion) for criterion in criteria_of(config.score).values()):
         names = prepared.class_names
@@ -68,11 +68,11 @@ class Scorer:
     """Holds every checkpoint that some criterion looks at on one device and scores chunks."""
 
     def __init__(
-        self, config: Config, prepared: Path, checkpoints: Path, device: torch.device, spent: Spent | None = None
+        self, config: Config, prepared: Path, checkpoints: Path, device: torch.device, spent: TimeSpent | None = None
     ):
         """`spent` takes the seconds of read (which runs ahead of the rest), forward and write."""
-        score, self.device, self.spent = config.score, device, spent or Spent()
-        self.prepared, self.dimensions = Prepared(prepared), score.features
+        score, self.device, self.spent = config.score, device, spent or TimeSpent()
+        self.prepared, self.dimensions = PreparedDataset(prepared), score.features
         self.criteria = criteria_of(score)
         (_, epochs), self.last = score.checkpoints, score.checkpoints[1] - 1
         self.needed = needed_epochs(self.criteria.values(), epochs)
@@ -186,3 +186,7 @@ def _lists(values: Tensor) -> pa.FixedSizeListArray:
     """float32 [n, width] -> n lists."""
     flat = values.float().cpu().numpy()
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(flat).reshape(-1)), flat.shape[1])
+
+
+def score_piece(pieces: Path, chunk: Chunk) -> Path:
+    return pieces / f"chunk-{chunk.index:06d}.parquet"

@@ -2,7 +2,7 @@
 
 A cut is made once, then asked class by class, labels ascending. The adaptive one is Neyman's allocation (1934): with the
 budget of the cut by class, a class gets samples in proportion to its size times the standard deviation of its scores, at
-least the minimum and at most all of it. Left out: the ranks (`ranking.py`) and the pass over the rows (`static.py`).
+least the minimum and at most all of it. Left out: the ranks (`ranking.py`) and the pass over the rows (`pruning/selection/select.py`).
 """
 
 from __future__ import annotations

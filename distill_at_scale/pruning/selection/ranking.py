@@ -2,7 +2,7 @@
 
 Of several criteria each ranks a class by its own direction, equal scores sharing their mean rank; the ranks, scaled to
 0 (most useful) .. 1, are added up by weight and divided by the sum of the weights, so that low is useful. No scale of a
-score matters, only its order. A ranking is computed class by class and holds nothing. Left out: what is kept (`cuts.py`).
+score matters, only its order. A ranking is computed class by class and holds nothing. Left out: what is kept (`pruning/selection/quotas.py`).
 """
 
 from __future__ import annotations

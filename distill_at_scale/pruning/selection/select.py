@@ -3,7 +3,7 @@
 Samples are ranked by usefulness, within each class or over all, ties by sample id, and the first are kept. Per class
 at least `min_per_class` samples stay; where that overrode the rate, the manifest's metadata says so. Rows stream
 through: memory holds the numbers of the largest class, and for the global scope a 32-bit key of every sample.
-What ranks is in `ranking.py`, how many are kept in `cuts.py`. Left out: where the scores come from, and what becomes of
+What ranks is in `ranking.py`, how many are kept in `pruning/selection/quotas.py`. Left out: where the scores come from, and what becomes of
 the manifest's rows.
 """
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources.base import listing
-from distill_at_scale.storage.stage_record import digest
 
 
 class Digits:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources.base import (
     LARGEST_LABEL,
     data_store,
@@ -33,7 +34,6 @@ from distill_at_scale.data.sources.base import (
     split_word,
 )
 from distill_at_scale.storage.filesystem import unanswered
-from distill_at_scale.storage.stage_record import digest
 
 T = TypeVar("T")
 LARGEST_GROUP = 16  # times data.max_bytes: of the samples of a row group together

@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.sources.base import listing
 from distill_at_scale.storage.filesystem import Store
-from distill_at_scale.storage.stage_record import digest
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 ARCHIVES = {"train": TRAIN, "test": VAL}

@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.sources.base import LARGEST_LABEL, LISTING, SPLIT_NAMES, labelled
 from distill_at_scale.storage.filesystem import Store, is_uri, shown
-from distill_at_scale.storage.stage_record import digest
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)

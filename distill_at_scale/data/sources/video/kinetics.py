@@ -1,7 +1,7 @@
 """Kinetics-400/600/700 as downloaded clips: `<split>/<label>/<id>_<start>_<end>.mp4`, or flat, and the official CSVs.
 
 Labels come from the lists (`kinetics_csv.py`), never from folders; what does not fit is set aside with its reason
-(`kinetics_match.py`). Ids are the POSIX paths relative to the root, classes the sorted labels of the training list. The
+(`data/sources/video/kinetics_files.py`). Ids are the POSIX paths relative to the root, classes the sorted labels of the training list. The
 evaluation split is val, else a test split whose list has labels. Files of CVDF's `replacement/` take the place of others.
 Nothing is opened before it is read: an empty or broken file is the decoder's matter.
 """

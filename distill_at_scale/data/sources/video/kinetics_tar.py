@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import gzip_tar, tar
 from distill_at_scale.data.sources.video.kinetics import Kinetics
 from distill_at_scale.data.sources.video.kinetics_files import FILES, SPLIT, UNFINISHED, VIDEO
-from distill_at_scale.storage.stage_record import digest
 
 ARCHIVE = re.compile(r"\.(tar\.gz|tgz|tar)$", re.IGNORECASE)
 OTHER = re.compile(r"\.(tar\.(bz2?|xz|zst|lz4|z)|tbz2?|txz|tzst|zip|rar|7z)$", re.IGNORECASE)

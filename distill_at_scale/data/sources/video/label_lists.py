@@ -1,6 +1,6 @@
 """The lists of labels of a set of videos: where they lie (data.annotations, or their usual places), and their text.
 
-What a line of a list means is for the source to say; `ground_truth.py` does the same for ImageNet's lists.
+What a line of a list means is for the source to say; `data/sources/image/imagenet_labels.py` does the same for ImageNet's lists.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from distill_at_scale.config.methods import TrajectorySection
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive, generator
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Setting
+from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.models.spec import mixes_samples
 
 
@@ -63,7 +63,7 @@ class Expert:
     Batches go through the network in parts that fit the cache; without batch norm that is the same gradient.
     """
 
-    def __init__(self, number: int, setting: Setting, section: TrajectorySection, real: Pool):
+    def __init__(self, number: int, setting: MethodContext, section: TrajectorySection, real: ClassSampler):
         self.number, self.seed, self.section = number, setting.seed, section
         self.method, self.device = setting.config.distill.method, setting.device
         self.pixels, self.labels = real.whole()

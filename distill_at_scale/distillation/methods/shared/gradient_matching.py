@@ -7,7 +7,7 @@ up to 1.5 times as fast at 1 image and 100 classes, equal at 4, slower from 8 on
 in the cache. A class whose images exceed BYTES under a second-order graph is taken in parts: the distance depends on the
 mean gradient alone, so its derivative there, found once, pulls on each part.
 
-Batch norm would mix the samples of a batch. As DC's authors do, a real batch of several classes first sets its statistics,
+RealBatch norm would mix the samples of a batch. As DC's authors do, a real batch of several classes first sets its statistics,
 and then it stays in evaluation mode.
 """
 
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_at_scale.core.rng import generator
-from distill_at_scale.data.sampling.class_sampler import Draw as Batch
-from distill_at_scale.data.sampling.class_sampler import Pool
-from distill_at_scale.distillation.augment import Augmentation, Draw
-from distill_at_scale.distillation.methods.base import ImageBackend, Setting
+from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
+from distill_at_scale.distillation.augment import Augmentation, AugmentParams
+from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, fits
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     Metric,
@@ -47,13 +46,20 @@ NORM_BATCH, NORM_EACH = 256, 16  # real images that set batch norm's statistics:
 View = Callable[[Tensor], Tensor]  # a class's images as they are stored -> as the network sees them
 
 
-class MatchingBackend(ImageBackend):
+class MatchingMethod(ImageMethod):
     """Images with their optimiser, a metric between gradients, and `match`."""
 
     batch_norm: ClassVar[str] = "any"
 
     def __init__(
-        self, setting: Setting, init: str, lr: float, momentum: float, augment: str, real_batch: int, metric: Metric
+        self,
+        setting: MethodContext,
+        init: str,
+        lr: float,
+        momentum: float,
+        augment: str,
+        real_batch: int,
+        metric: Metric,
     ) -> None:
         super().__init__(setting, init, lr, momentum)
         self.augmentation, self.real_batch, self.metric = Augmentation(augment), real_batch, metric
@@ -75,7 +81,7 @@ class MatchingBackend(ImageBackend):
         """How many images the network sees of a class."""
         return self.ipc
 
-    def view(self, draw: Draw, step: int, outer: int, label: int) -> View:
+    def view(self, draw: AugmentParams, step: int, outer: int, label: int) -> View:
         """How a class's images are shown to the network in this update."""
         return draw.apply
 
@@ -111,7 +117,7 @@ class MatchingBackend(ImageBackend):
             return 1
         return max(1, limit // each)
 
-    def _draw(self, step: int, outer: int, label: int) -> Draw:
+    def _draw(self, step: int, outer: int, label: int) -> AugmentParams:
         """The draw that the real and the synthetic images of a class share."""
         return self.augmentation.draw(generator(self.setting.seed, "siamese", step, outer, label))
 
@@ -119,7 +125,7 @@ class MatchingBackend(ImageBackend):
         self,
         network: nn.Module,
         places: Sequence[int],
-        draws: Sequence[Draw],
+        draws: Sequence[AugmentParams],
         views: Sequence[View],
         when: tuple[int, int, int],
     ) -> list[Tensor]:
@@ -151,7 +157,7 @@ class MatchingBackend(ImageBackend):
         self.used = self.drawn = 0
         return {"loss": total / (updates * len(self.setting.labels)), "real_share": share}
 
-    def _losses(self, network: nn.Module, batches: Sequence[Batch], images: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _losses(self, network: nn.Module, batches: Sequence[RealBatch], images: Sequence[Tensor]) -> Sequence[Tensor]:
         """The cross-entropy of every sample, class by class."""
         together, counts = torch.cat(list(images)), [len(x) for x in images]
         labels = torch.tensor([b.label for b in batches]).repeat_interleave(torch.tensor(counts))
@@ -233,7 +239,7 @@ class MatchingBackend(ImageBackend):
         return batch.flatten(0, 1)
 
 
-def repeated(real: Pool, label: int, n: int, purpose: str, *index: int) -> Tensor:
+def repeated(real: ClassSampler, label: int, n: int, purpose: str, *index: int) -> Tensor:
     """n real images of a class [n, *shape]; where fewer are kept they repeat."""
     images = real.draw([label], n, purpose, *index)[0].images
     return images[torch.arange(n, device=images.device) % len(images)]

@@ -28,13 +28,13 @@ from distill_at_scale.config.methods import PatchSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.prefetch import ahead
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.dataset import Prepared
-from distill_at_scale.data.prepared.format import Chunk, Group
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.format import Chunk, RowGroup
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, boxes_of, shown
-from distill_at_scale.storage.stage_record import digest
 
 CANDIDATES = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("row", pa.int32())])
 SCHEMA = CANDIDATES.append(pa.field("crop", pa.int32())).append(pa.field("loss", pa.float32()))
@@ -89,7 +89,7 @@ class Ranker:
     """Holds the teacher on one device and ranks the candidates of chunks."""
 
     def __init__(self, config: Config, prepared: Path, networks: Path, device: torch.device):
-        self.config, self.device, self.prepared = config, device, Prepared(prepared)
+        self.config, self.device, self.prepared = config, device, PreparedDataset(prepared)
         self.teacher = Teacher.load(networks / TEACHER, device, config.distill.rded.teacher_network)
         self.candidates = pq.read_table(_candidates_path(pieces_folder(networks, config))).combine_chunks()
         self.normalization = Normalization(tuple(self.prepared.mean), tuple(self.prepared.std))
@@ -113,7 +113,7 @@ class Ranker:
                 table = self.prepared.read(group).filter(places.is_valid())
                 yield mine.take(places.drop_null()), self.prepared.pixels(table)
 
-    def _of_class(self, group: Group) -> pa.Table:
+    def _of_class(self, group: RowGroup) -> pa.Table:
         labels = self.candidates["label"].to_numpy()
         first, last = np.searchsorted(labels, [group.label, group.label + 1])
         return self.candidates.slice(first, last - first)

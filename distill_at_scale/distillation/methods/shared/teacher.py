@@ -28,9 +28,9 @@ from distill_at_scale.core import rng, safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.ingest.chunks import sample_shape
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import Pool
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Conclusion, Cost, Setting, WithDefaults
+from distill_at_scale.distillation.methods.base import Conclusion, Cost, MethodContext, WithDefaults
 from distill_at_scale.distillation.soft_labels import (
     TEACHER,
     Teacher,
@@ -53,7 +53,7 @@ class Taught(WithDefaults):
 
     batch_norm: ClassVar[str] = "any"  # distill.network is not used
     teacher_needs_batch_norm: ClassVar[bool] = False
-    setting: Setting
+    setting: MethodContext
 
     @classmethod
     def section(cls, config: Config) -> TeacherSection:
@@ -90,7 +90,7 @@ class Taught(WithDefaults):
         return options
 
     @classmethod
-    def make_network(cls, name: str, setting: Setting, real: Pool) -> None:
+    def make_network(cls, name: str, setting: MethodContext, real: ClassSampler) -> None:
         section = cls.section(setting.config)
         make = _ready_made if section.teacher_weights else _trained
         teacher = make(section, setting, real)
@@ -181,14 +181,14 @@ def check_weights(config: Config, shape: tuple[int, ...], class_names: list[str]
             pretrained.load(section.teacher_weights, spec, class_names, source)
 
 
-def _facts(section: TeacherSection, setting: Setting) -> TeacherFacts:
+def _facts(section: TeacherSection, setting: MethodContext) -> TeacherFacts:
     made, spec = setting.config.distill, setting.spec
     channels = spec.shape[-3]
     plain = (1.0,) * channels, (0.0,) * channels
     return TeacherFacts(section.teacher_network, spec.shape, spec.classes, made.width, made.depth, *plain)
 
 
-def _ready_made(section: TeacherSection, setting: Setting, real: Pool) -> Teacher:
+def _ready_made(section: TeacherSection, setting: MethodContext, real: ClassSampler) -> Teacher:
     names, facts = setting.class_names, _facts(section, setting)
     source = list(setting.source_class_names) or names
     with _own_keys(setting.config):
@@ -202,7 +202,7 @@ def _ready_made(section: TeacherSection, setting: Setting, real: Pool) -> Teache
     return Teacher.of(facts, given.state, setting.device)
 
 
-def _trained(section: TeacherSection, setting: Setting, real: Pool) -> Teacher:
+def _trained(section: TeacherSection, setting: MethodContext, real: ClassSampler) -> Teacher:
     facts = _facts(section, setting)
     training = _Training(section, setting, facts.spec)
     right = training.run(real)
@@ -213,7 +213,7 @@ def _trained(section: TeacherSection, setting: Setting, real: Pool) -> Teacher:
 class _Training:
     """SGD on the kept samples of all classes, with a checkpoint after every epoch."""
 
-    def __init__(self, section: TeacherSection, setting: Setting, spec: NetworkSpec):
+    def __init__(self, section: TeacherSection, setting: MethodContext, spec: NetworkSpec):
         self.section, self.setting = section, setting
         self.path = _partial(setting.networks)
         self.network = spec.build(rng.derive(setting.seed, "teacher")).to(setting.device).train()
@@ -222,7 +222,7 @@ class _Training:
         )  # fmt: skip
         self.augmentation = Augmentation(section.teacher_augment)
 
-    def run(self, real: Pool) -> float:
+    def run(self, real: ClassSampler) -> float:
         """Train the epochs that are left; the accuracy on the augmented samples of the last epoch."""
         pixels, labels = real.whole()
         start, right = self._resume()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distill_at_scale.distillation.augment import Draw
+from distill_at_scale.distillation.augment import AugmentParams
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Move:
     """One step of the student: places of the synthetic images [batch], and how they are augmented."""
 
     rows: Tensor
-    draw: Draw
+    draw: AugmentParams
 
     def split(self, at_once: int) -> list[Move]:
         """The same step in parts."""
@@ -41,7 +41,7 @@ class Move:
         shared = len(numbers) != len(self.rows)
         each = [numbers] * -(-len(self.rows) // at_once) if shared else numbers.split(at_once)
         rows = self.rows.split(at_once)
-        return [Move(r, Draw(self.draw.family, n)) for r, n in zip(rows, each, strict=True)]
+        return [Move(r, AugmentParams(self.draw.family, n)) for r, n in zip(rows, each, strict=True)]
 
 
 @dataclass(frozen=True)

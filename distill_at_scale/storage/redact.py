@@ -1,0 +1,17 @@
+"""Removes credentials from values before they are shown or stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill_at_scale.storage.filesystem import shown
+
+
+def public(value: Any) -> Any:
+    """A plain value as it may be shown."""
+    if isinstance(value, Mapping):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    return shown(value) if isinstance(value, str) and "://" in value else value

@@ -1,9 +1,9 @@
 """All stages in order: `ray job submit --working-dir . -- python jobs/pipeline.py CONFIG [section.key=value ...]`."""
 
 import sys
-from os.path import abspath, dirname
+from pathlib import Path
 
-sys.path[0] = dirname(dirname(abspath(__file__)))  # this folder's select.py must not stand for Python's own
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the package comes from the uploaded working directory
 
 from distill_at_scale.cli import main  # noqa: E402
 

@@ -20,5 +20,5 @@ def test_a_job_starts_and_passes_its_arguments_on(job, tmp_path):
     assert "cannot read the configuration" in ended.stderr
 
 
-def test_there_is_a_job_for_every_stage():
-    assert {path.stem for path in JOBS} >= {"pipeline", "ingest", "score", "select", "distill", "evaluate", "report"}
+def test_the_jobs_that_recipes_and_users_name_are_there():
+    assert {path.stem for path in JOBS} == {"pipeline", "sweep", "study"}

@@ -32,7 +32,7 @@ Header = dict[str, Any]
 Function = Callable[[Header, bytes], tuple[Header, bytes]]
 
 LENGTHS = struct.Struct("<QQ")  # of the JSON object and of the bytes that follow it
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from distill_at_scale.data import isolated; isolated.serve()"
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from distill_at_scale.data.codecs import worker_process as w; w.serve()"
 START_SECONDS = 300.0  # for its imports, on a busy machine with a slow disk
 NO_NEW_PRIVILEGES = 38  # of prctl
 GRACE = 10  # seconds after which a child whose parent is gone ends itself

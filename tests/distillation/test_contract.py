@@ -27,7 +27,7 @@ from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pruning.scoring.scorer import score_piece
 
 CPU = torch.device("cpu")
-METHODS = sorted(METHODS)
+NAMES = sorted(METHODS)
 
 
 def config_of(method: str, **keys: Any):
@@ -86,7 +86,7 @@ def copied(state):
     return {key: value.clone() for key, value in state.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_a_method_answers_every_question_of_the_contract(method):
     config = config_of(method)
     made = method_class(config)
@@ -108,7 +108,7 @@ def test_a_method_answers_every_question_of_the_contract(method):
         assert cost.passes >= 0, asdict(cost)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_a_step_gives_numbers_and_the_set_has_its_shape(method, start):
     backend = start(method)
     for i in range(2):
@@ -124,7 +124,7 @@ def test_a_step_gives_numbers_and_the_set_has_its_shape(method, start):
     assert torch.isfinite(images).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_a_state_continues_with_the_same_bytes(method, start):
     whole, resumed = start(method), start(method)
     whole.step(0)
@@ -140,7 +140,7 @@ def test_a_state_continues_with_the_same_bytes(method, start):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
     backend = start(method)
     backend.step(0)
@@ -153,7 +153,7 @@ def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
     assert TrainingProtocol.of(expected.card() | dict(found.protocol))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, made_networks, tmp_path):
     config, where = config_of(method), made_networks(method, places)
     made = distill.Distillation(config, where, SingleProcess(), CPU).run()

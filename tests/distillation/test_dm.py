@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_backends import CLASSES, a_pool, backend_of, close, image_gradient, whole_class
+from test_gradient_matching import CLASSES, a_pool, backend_of, close, image_gradient, whole_class
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE

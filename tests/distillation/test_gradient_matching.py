@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
-from test_gradients import textbook_distance, textbook_gradient
+from test_class_gradients import textbook_distance, textbook_gradient
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE

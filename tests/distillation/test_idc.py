@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
-from test_backends import close
-from test_gradients import textbook_gradient
+from test_gradient_matching import close
+from test_class_gradients import textbook_gradient
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core.collectives import SingleProcess

@@ -29,10 +29,10 @@ CHEAP: dict[str, dict[str, Any]] = {  # smaller than their defaults; a method th
     "idc": {"inner": 2, "network_samples": 20, "network_batch": 10, "real_batch": 8},
 }
 APART = ("sre2l", "rded")  # they need a teacher, which their own tests make
-METHODS = [name for name, kind in METHODS.items() if kind.parallel == "classes" and name not in APART]
+BY_CLASS = [name for name, kind in METHODS.items() if kind.parallel == "classes" and name not in APART]
 CASES = [
     (method, rule)
-    for method in METHODS
+    for method in BY_CLASS
     for rule in ("none", "loss", "ite")
     if not (rule != "none" and METHODS[method].no_runtime)
 ]
@@ -150,14 +150,14 @@ def test_workers_give_the_set_of_one_process(group, alone, method, rule, size):
     assert several.card == one.card
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_CLASS)
 def test_runtime_pruning_changed_what_they_agree_on(alone, method):
     if (method, "loss") in alone:
         assert not torch.equal(alone[method, "none"].images, alone[method, "loss"].images)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("method", [name for name in ("dc", "dsa") if name in METHODS])
+@pytest.mark.parametrize("method", [name for name in ("dc", "dsa") if name in BY_CLASS])
 def test_every_batch_of_the_inner_loop_is_one_sum_of_the_whole_gradient(group, five_classes, method, size):
     batches = -(-len(CLASSES) * IPC // LOOPS["network_batch"])
     expected = STEPS * (LOOPS["outer"] - 1) * LOOPS["inner"] * batches

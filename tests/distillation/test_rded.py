@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_prepared
-from test_teachers import QUICK, SHAPE, a_pool, a_setting, make
+from test_teacher import QUICK, SHAPE, a_pool, a_setting, make
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
@@ -297,7 +297,7 @@ def test_the_whole_path_ends_in_a_set_that_loads_and_trains(whole_run):
     assert made.protocol.labels == "views"
     assert made.card["soft_label_bytes"] == 2 * 6 * 3 * 2
     assert sorted(p.name for p in (whole_run.dir / "synthetic").iterdir()) == [
-        "card.json", "labels.safetensors", "preview.png", "snapshots.safetensors", "synthetic_set.safetensors",
+        "card.json", "labels.safetensors", "preview.png", "snapshots.safetensors", "synthetic.safetensors",
         "teacher.safetensors"]  # fmt: skip
     assert made.training_set().views.epochs == 2
     rows = json.loads((whole_run.dir / "evaluation.json").read_text())["rows"]
@@ -312,11 +312,11 @@ def test_what_is_left_of_the_ranking_is_one_table_beside_the_teacher(whole_run):
 
 def test_a_second_distillation_ranks_and_trains_nothing_again(whole_run, make_run):
     os.remove(whole_run.dir / "stages" / "distill.json")
-    before = (whole_run.dir / "synthetic" / "synthetic_set.safetensors").read_bytes()
+    before = (whole_run.dir / "synthetic" / "synthetic.safetensors").read_bytes()
     again = make_run(whole_run.dir, **RDED, evaluate__bounds=["kept"], evaluate__bound_epochs=1).stages("distill")
     assert "rank:" not in again.text
     assert "networks:" not in again.text
-    assert (whole_run.dir / "synthetic" / "synthetic_set.safetensors").read_bytes() == before
+    assert (whole_run.dir / "synthetic" / "synthetic.safetensors").read_bytes() == before
 
 
 def test_a_set_without_its_labels_still_shows_its_images(whole_run, tmp_path):

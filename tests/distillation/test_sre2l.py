@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_teachers import CLASSES, CPU, NAMES, SHAPE, a_pool, a_setting, make
+from test_teacher import CLASSES, CPU, NAMES, SHAPE, a_pool, a_setting, make
 
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.distillation.methods.sre2l import Recovery, Statistics

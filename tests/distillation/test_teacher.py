@@ -127,8 +127,8 @@ def test_ready_made_weights_of_another_class_order_are_put_in_order(tmp_path):
 
 def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypatch):
     network, path = ready_made(tmp_path)
-    load = teachers.weights.load
-    monkeypatch.setattr(teachers.weights, "load", lambda *a: replace(load(*a), normalization=((0.4,), (0.2,))))
+    load = teachers.pretrained.load
+    monkeypatch.setattr(teachers.pretrained, "load", lambda *a: replace(load(*a), normalization=((0.4,), (0.2,))))
     pixels = torch.rand(4, *SHAPE)
     teacher = make(a_setting(tmp_path, teacher_weights=path))
     assert torch.allclose(teacher((pixels - 0.5) / 0.25), network((pixels - 0.4) / 0.2), atol=1e-4)

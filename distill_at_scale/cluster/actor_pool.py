@@ -19,7 +19,7 @@ from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ClusterSection
 from distill_at_scale.core.errors import UserError, WorkersLost
-from distill_at_scale.core.events import Event, Note, at_once, ignore, measured
+from distill_at_scale.core.events import Emit, Event, discard, instant, measured
 
 CHUNKS_AT_ONCE, UNITS_EACH = 8, 8  # chunks in a unit of work at most, and units that an actor gets at least
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Tell(NamedTuple):
     """Who hears of what happens: observers of events, and the user."""
 
-    note: Note = ignore
+    emit: Emit = discard
     say: Callable[[str], None] = lambda text: None
 
 
@@ -65,13 +65,13 @@ def stream(
                 event = Event.from_json(row.pop("event"))
                 repeated += event.values.get("restarted", 0)
                 if waiting.pop(row["unit"], None) is not None:  # Ray makes a result again whose node was lost with it
-                    tell.note(event)
+                    tell.emit(event)
                     yield row
             break
         except LOST as error:
             if not waiting:  # they were lost after their last unit
                 break
-            tell.note(at_once("lost", "workers of the pool", {"units": len(waiting)}))
+            tell.emit(instant("lost", "workers of the pool", {"units": len(waiting)}))
             if failures == config.cluster.max_failures:
                 raise WorkersLost(_gave_up(failures + 1, waiting, error)) from None
             tell.say(f"  workers were lost; what is left of {len(waiting)} units of work is sent again")

@@ -12,13 +12,13 @@ from distill_at_scale.cluster.actor_pool import ANYWHERE, cores, cores_each, dev
 from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Event, Note, ignore, measured
+from distill_at_scale.core.events import Emit, Event, discard, measured
 from distill_at_scale.distillation.engine import DistillPaths, make_network, method_class
 from distill_at_scale.pipeline.executors.base import Advance
 
 
 def run(
-    config: Config, places: DistillPaths, names: Sequence[str], advance: Advance, sharing: int = 1, note: Note = ignore
+    config: Config, places: DistillPaths, names: Sequence[str], advance: Advance, sharing: int = 1, emit: Emit = discard
 ) -> None:
     """All of them, as many at a time as the cluster holds; one that is lost is made again.
 
@@ -38,7 +38,7 @@ def run(
         while running:
             finished, running = ray.wait(running)
             for event in ray.get(finished):
-                note(event)
+                emit(event)
             advance(len(finished))
 
 

@@ -15,7 +15,7 @@ from distill_at_scale.cluster.actor_pool import ANYWHERE, cores, cores_each, dev
 from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Event, Note, ignore, measured
+from distill_at_scale.core.events import Emit, Event, discard, measured
 from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
 from distill_at_scale.distillation.evaluate import jobs as every_job
 from distill_at_scale.pipeline.executors.base import Report
@@ -27,7 +27,7 @@ def run(
     folders: tuple[Path, Path, Path],
     done: Report,
     sharing: int = 1,
-    note: Note = ignore,
+    emit: Emit = discard,
 ) -> None:
     """Some jobs, as many at a time as the cluster holds; reports each row when it is there.
 
@@ -47,7 +47,7 @@ def run(
         while running:
             finished, running = ray.wait(running)
             for row, event in ray.get(finished):
-                note(event)
+                emit(event)
                 done(row)
 
 

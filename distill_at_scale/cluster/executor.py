@@ -26,8 +26,8 @@ from distill_at_scale.cluster.prometheus import PrometheusMetrics
 from distill_at_scale.cluster.session import Session
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DistillSection
-from distill_at_scale.core.atomic_files import located
-from distill_at_scale.core.events import Note, ignore
+from distill_at_scale.core.atomic_files import resolve_parent
+from distill_at_scale.core.events import Emit, discard
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.evaluate import EvaluationJob
@@ -45,37 +45,37 @@ class RayExecutor:
         self.session, self.say = Session(config.cluster, say), say
         check_gpus(config.cluster)
         self.sharing = sharing
-        self.note: Note = ignore
+        self.emit: Emit = discard
 
     @property
     def tell(self) -> Tell:
-        return Tell(self.note, self.say)
+        return Tell(self.emit, self.say)
 
     def observers(self, config: Config) -> list[Observer]:
         return [PrometheusMetrics(last_name(config.run.dir))]
 
     def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
         with watched("ingest", self.say, advance) as advance:
-            return ingest.run(absolute(config), chunks, located(pieces), advance, check, self.tell)
+            return ingest.run(absolute(config), chunks, resolve_parent(pieces), advance, check, self.tell)
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         with watched("training of proxies", self.say, advance) as advance:
-            scoring.train(absolute(config), located(prepared), located(checkpoints), advance, self.tell)
+            scoring.train(absolute(config), resolve_parent(prepared), resolve_parent(checkpoints), advance, self.tell)
 
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
-        folders = located(prepared), located(checkpoints), located(pieces)
+        folders = resolve_parent(prepared), resolve_parent(checkpoints), resolve_parent(pieces)
         with watched("score", self.say, advance) as advance:
             scoring.score(absolute(config), chunks, folders, advance, self.tell)
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
         with watched("monte_carlo", self.say, advance) as advance:
-            monte_carlo.run(absolute(config), located(prepared), located(pieces), advance, self.note)
+            monte_carlo.run(absolute(config), resolve_parent(prepared), resolve_parent(pieces), advance, self.emit)
 
     def make_networks(self, config: Config, places: DistillPaths, names: Sequence[str], advance: Advance) -> None:
         with watched("training of networks", self.say, advance) as advance:
-            aux_networks.run(absolute(config), places.located(), names, advance, self.sharing, self.note)
+            aux_networks.run(absolute(config), places.located(), names, advance, self.sharing, self.emit)
 
     def rank_patches(self, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance) -> None:
         shared = with_fewer_actors(absolute(config), self.sharing)
@@ -89,9 +89,9 @@ class RayExecutor:
     def evaluate(
         self, config: Config, jobs: Sequence[EvaluationJob], folders: tuple[Path, Path, Path], done: Report
     ) -> None:
-        prepared, synthetic, manifest = map(located, folders)
+        prepared, synthetic, manifest = map(resolve_parent, folders)
         with watched("evaluate", self.say, done) as done:
-            evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.note)
+            evaluation.run(absolute(config), jobs, (prepared, synthetic, manifest), done, self.sharing, self.emit)
 
     def close(self) -> None:
         self.session.close()
@@ -101,7 +101,7 @@ def absolute(config: Config) -> Config:
     """Workers may start in another folder: relative paths of data and weights become absolute."""
     data, score = config.data, config.score
     found = {key: _absolute(value) for key in ("path", "class_names") if (value := getattr(data, key)) is not None}
-    files = (_absolute(name) if Path(name).expanduser().is_file() else name for name in score.given_weights)
+    files = (_absolute(name) if Path(name).expanduser().is_file() else name for name in score.weight_names)
     weights = list(files) or None
     return config.model_copy(
         update={

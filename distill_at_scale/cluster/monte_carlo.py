@@ -15,7 +15,7 @@ from distill_at_scale.cluster.actor_pool import actor_count, device, waited_for
 from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Event, Note, ignore, measured
+from distill_at_scale.core.events import Emit, Event, discard, measured
 from distill_at_scale.pipeline.executors.base import Advance
 from distill_at_scale.pipeline.executors.tasks import subset_trials, waiting_units
 from distill_at_scale.pruning.scoring.monte_carlo import SubsetTrials, Unit, piece
@@ -23,7 +23,7 @@ from distill_at_scale.pruning.scoring.monte_carlo import SubsetTrials, Unit, pie
 AHEAD = 2  # units that are sent for every one that runs, so that no core waits
 
 
-def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: Note = ignore) -> None:
+def run(config: Config, prepared: Path, pieces: Path, advance: Advance, emit: Emit = discard) -> None:
     """All units that are not there yet; one whose process is lost is run again, `cluster.max_failures` times at most."""
     gpus = config.cluster.gpus_per_worker
     options = {"num_cpus": 1, "num_gpus": gpus or None, "max_retries": config.cluster.max_failures}
@@ -40,7 +40,7 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, note: No
                 return
             finished, running = ray.wait(running)
             for event in ray.get(finished):
-                note(event)
+                emit(event)
                 advance(event.values["subsets"])
 
 

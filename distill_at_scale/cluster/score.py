@@ -31,7 +31,7 @@ from distill_at_scale.cluster.actor_pool import (
 from distill_at_scale.cluster.session import pack
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Event, Note, TimeSpent, measured
+from distill_at_scale.core.events import Emit, Event, TimeSpent, measured
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
@@ -55,17 +55,17 @@ def train(config: Config, prepared: Path, checkpoints: Path, advance: Advance, t
         done = epochs
 
     look()
-    trials, epochs = config.score.checkpoints
+    trials, epochs = config.score.checkpoint_counts
     todo = [t for t in range(trials) if not checkpoint_path(checkpoints, t, epochs - 1).exists()]
     if todo and config.score.workers > 1:
         places = {"prepared": str(prepared), "checkpoints": str(checkpoints), "trials": todo}
-        with measured("train proxies together", tell.note) as counts:
+        with measured("train proxies together", tell.emit) as counts:
             counts["workers"] = config.score.workers
             group = config, config.score.workers, places, checkpoints.parent / "train", look
             attempt = partial(train_group.fit, "score", _together, *group)
             train_group.getting_on(attempt, lambda: finished_epochs(config.score, checkpoints), tell.say)
     elif todo:
-        _side_by_side(config, prepared, checkpoints, todo, look, tell.note)
+        _side_by_side(config, prepared, checkpoints, todo, look, tell.emit)
     look()
 
 
@@ -81,7 +81,7 @@ def _together(space: WorkerRunDir, arguments: dict[str, Any]) -> None:
 
 
 def _side_by_side(
-    config: Config, prepared: Path, checkpoints: Path, trials: Sequence[int], look: Callable[[], None], note: Note
+    config: Config, prepared: Path, checkpoints: Path, trials: Sequence[int], look: Callable[[], None], emit: Emit
 ) -> None:
     """As many trials at a time as the cluster holds; cores follow from all of them, so a resumed one ends the same."""
     cpus = cores_each(min(config.score.trials, max(cores(), 1)))
@@ -96,7 +96,7 @@ def _side_by_side(
         while running:
             finished, running = ray.wait(running, timeout=POLL)
             for event in ray.get(finished):
-                note(event)
+                emit(event)
             look()
 
 

@@ -20,7 +20,7 @@ from distill_at_scale.cluster.actor_pool import LOST, cores, cores_each, lost_to
 from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.errors import DistillationDiverged, GivenUp, Unreachable, UserError, WorkersLost
+from distill_at_scale.core.errors import DistillationDiverged, TrialStopped, Unreachable, UserError, WorkersLost
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FOLLOW, UNFINISHED
 
@@ -245,7 +245,7 @@ def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) 
         while thread.is_alive():
             thread.join(POLL)
             poll()
-    except GivenUp:
+    except TrialStopped:
         notes.write(REFUSED, LEFT)  # so that workers which Ray starts again end at once, and the run with them
         release(notes)
         thread.join(LEAVING)

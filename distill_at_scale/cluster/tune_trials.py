@@ -33,7 +33,7 @@ from distill_at_scale.cluster.executor import RayExecutor, absolute
 from distill_at_scale.cluster.session import Session, pack, unpack
 from distill_at_scale.cluster.train_group import release_all
 from distill_at_scale.config.load import Config, with_overrides
-from distill_at_scale.core.errors import Busy, GivenUp, Unreachable, UserError
+from distill_at_scale.core.errors import Busy, TrialStopped, Unreachable, UserError
 from distill_at_scale.distillation.engine import step_count
 from distill_at_scale.experiments.trials import Attempt, Body, Done
 from distill_at_scale.pipeline.executors.base import Executor
@@ -105,7 +105,7 @@ def concurrency(config: Config) -> int:
 
     Raises UserError where the cluster cannot hold them.
     """
-    workers, share, have = config.distill.fewest_workers, config.cluster.gpus_per_worker, cores()
+    workers, share, have = config.distill.min_workers, config.cluster.gpus_per_worker, cores()
     gpus = ray.cluster_resources().get("GPU", 0)
     room = min(have // workers, int(gpus / (workers * share)) if share else have)
     asked = config.sweep.concurrent or 1
@@ -179,7 +179,7 @@ def _trainable(attempts: Sequence[Attempt], body: Body, sharing: int, stops: str
                 reporter.again(run / "metrics.jsonl")
             if not old[number]:
                 body(config, RayExecutor(config, lambda text: None, sharing), reporter)
-        except GivenUp:
+        except TrialStopped:
             return {ENDED: True, GIVEN_UP: reporter.last if reporter else None}
         except Busy as error:
             return {ENDED: True, BUSY: str(error)}
@@ -210,7 +210,7 @@ class _Reporter:
             self.last = {METRIC: line[METRIC], "step": self.step}
             tune.report({TIME: self.step // self.every, **self.last})
             if self.stops and ray.get(ray.get_actor(self.stops).has.remote(self.number)):
-                raise GivenUp
+                raise TrialStopped
 
 
 class _Ended(tune.Callback):

@@ -175,7 +175,7 @@ def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, 
     return flat
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """' (did you mean ...?)' for the closest known name, else the list of all."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -232,7 +232,7 @@ def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
     ]
     where = given[0] if given and key else file
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key} (in {where}); {nearest(key, known)}"
+        return f"unknown key {key} (in {where}); {suggest(key, known)}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if not key:
         return f"{where}: {message}"

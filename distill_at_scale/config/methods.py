@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill_at_scale.config.sections import LARGEST_RATE, Section
+from distill_at_scale.config.sections import MAX_LR, Section
 
-SIAMESE = "color_crop_cutout_flip_scale_rotate"
+SIAMESE_AUGMENT = "color_crop_cutout_flip_scale_rotate"
 
 
-class MatchingSection(Section):
+class DCSection(Section):
     """Gradient matching (METHOD.md section 4, DC)."""
 
-    image_lr: float = Field(0.1, gt=0, le=LARGEST_RATE)
+    image_lr: float = Field(0.1, gt=0, le=MAX_LR)
     image_momentum: float = Field(0.5, ge=0, lt=1)
-    network_lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
+    network_lr: float = Field(0.01, gt=0, le=MAX_LR)
     outer: int | None = Field(None, ge=1)  # default by images per class: 1, 10, 50
     inner: int | None = Field(None, ge=1)  # default by images per class: 1, 50, 10
     real_batch: int = Field(256, ge=1)  # per class; at most what is kept of the class
@@ -28,32 +28,32 @@ class MatchingSection(Section):
     augment: str = "none"
 
 
-class SiameseSection(MatchingSection):
+class DSASection(DCSection):
     init: Literal["noise", "real"] = "real"
-    augment: str = SIAMESE
+    augment: str = SIAMESE_AUGMENT
 
 
-class DistributionSection(Section):
+class DMSection(Section):
     """Distribution matching (METHOD.md section 4, DM)."""
 
-    image_lr: float | None = Field(None, gt=0, le=LARGEST_RATE)  # default 1, and 10 from 100 images per class on
+    image_lr: float | None = Field(None, gt=0, le=MAX_LR)  # default 1, and 10 from 100 images per class on
     image_momentum: float = Field(0.5, ge=0, lt=1)
     real_batch: int = Field(256, ge=1)
     init: Literal["noise", "real"] = "real"
-    augment: str = SIAMESE
+    augment: str = SIAMESE_AUGMENT
 
 
-class FormationSection(Section):
+class IDCSection(Section):
     """Multi-formation matching with networks trained on real data (IDC, arXiv 2205.14959)."""
 
-    image_lr: float = Field(5e-3, gt=0, le=LARGEST_RATE)
+    image_lr: float = Field(5e-3, gt=0, le=MAX_LR)
     image_momentum: float = Field(0.5, ge=0, lt=1)
     factor: int = Field(2, ge=1, le=8)  # an image holds factor x factor training images; 3 on ImageNet
     metric: Literal["mse", "l1"] = "mse"  # between gradients; l1 on MNIST-like sets and ImageNet
     inner: int = Field(100, ge=1)  # image updates under one network, each followed by training it on real data
     real_batch: int = Field(64, ge=1)  # per class
     synthetic_batch: int = Field(128, ge=1)  # decoded images per class, at most
-    network_lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
+    network_lr: float = Field(0.01, gt=0, le=MAX_LR)
     network_momentum: float = Field(0.9, ge=0, lt=1)
     network_weight_decay: float = Field(5e-4, ge=0)
     network_samples: int = Field(2000, ge=1)  # real samples per inner iteration
@@ -65,13 +65,13 @@ class FormationSection(Section):
     student_cutmix: float = Field(0.5, ge=0, le=1)  # the share of their batches that are cut and mixed
 
 
-class TrajectorySection(Section):
+class MTTSection(Section):
     """Matching training trajectories (MTT, arXiv 2203.11932)."""
 
-    image_lr: float = Field(1000.0, gt=0, le=LARGEST_RATE)
+    image_lr: float = Field(1000.0, gt=0, le=MAX_LR)
     image_momentum: float = Field(0.5, ge=0, lt=1)
-    student_lr: float = Field(0.01, gt=0, le=LARGEST_RATE)  # where the learned rate starts
-    student_lr_rate: float = Field(1e-5, ge=0, le=LARGEST_RATE)  # how fast it is learned
+    student_lr: float = Field(0.01, gt=0, le=MAX_LR)  # where the learned rate starts
+    student_lr_rate: float = Field(1e-5, ge=0, le=MAX_LR)  # how fast it is learned
     student_steps: int = Field(20, ge=1)  # on synthetic data, from an expert's epoch
     student_batch: int | None = Field(None, ge=1)  # synthetic images per step; null: all of them
     target_epochs: int = Field(3, ge=1)  # how many epochs later the expert is to be met
@@ -79,15 +79,15 @@ class TrajectorySection(Section):
     experts: int = Field(100, ge=1)
     expert_epochs: int = Field(50, ge=1)
     expert_batch: int = Field(256, ge=1)
-    expert_lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
+    expert_lr: float = Field(0.01, gt=0, le=MAX_LR)
     expert_momentum: float = Field(0.0, ge=0, lt=1)
     expert_weight_decay: float = Field(0.0, ge=0)
-    expert_augment: str = SIAMESE
+    expert_augment: str = SIAMESE_AUGMENT
     init: Literal["noise", "real"] = "real"
-    augment: str = SIAMESE
+    augment: str = SIAMESE_AUGMENT
 
     @model_validator(mode="after")
-    def _experts_last_long_enough(self) -> TrajectorySection:
+    def _experts_last_long_enough(self) -> MTTSection:
         if self.max_start + self.target_epochs > self.expert_epochs:
             raise ValueError(
                 f"max_start + target_epochs is {self.max_start + self.target_epochs}, after the last of {self.expert_epochs} "
@@ -96,14 +96,14 @@ class TrajectorySection(Section):
         return self
 
 
-class ConstantMemorySection(TrajectorySection):
+class TESLASection(MTTSection):
     """TESLA (arXiv 2211.10586): MTT's gradient with memory constant in student_steps, and learned soft labels."""
 
     gradient: Literal["exact", "fixed"] = (
         "exact"  # fixed: the paper's own, which leaves out the path through later steps
     )
     learn_labels: bool = True
-    label_lr: float = Field(1.0, ge=0, le=LARGEST_RATE)  # of the soft labels' logits
+    label_lr: float = Field(1.0, ge=0, le=MAX_LR)  # of the soft labels' logits
     label_init: Literal["experts", "class"] = (
         "experts"  # the experts' mean logits for real images, or 5 for the own class
     )
@@ -116,7 +116,7 @@ class TeacherSection(Section):
     teacher_weights: str | None = None  # ready-made: a file or torchvision's name, as in score.weights
     teacher_epochs: int = Field(50, ge=1)
     teacher_batch: int = Field(128, ge=1)
-    teacher_lr: float = Field(0.05, gt=0, le=LARGEST_RATE)
+    teacher_lr: float = Field(0.05, gt=0, le=MAX_LR)
     teacher_momentum: float = Field(0.9, ge=0, lt=1)
     teacher_weight_decay: float = Field(5e-4, ge=0)
     teacher_augment: str = "color_crop_cutout_flip_scale_rotate"
@@ -128,14 +128,14 @@ class TeacherSection(Section):
     )  # the smallest share of an image that a view shows (random resized crop)
     cutmix: float = Field(1.0, ge=0, le=1)  # the share of batches that are cut and mixed
     student_optimizer: Literal["sgd", "adamw"] = "adamw"
-    student_lr: float = Field(1e-3, gt=0, le=LARGEST_RATE)
+    student_lr: float = Field(1e-3, gt=0, le=MAX_LR)
     student_batch: int = Field(64, ge=1)
 
 
-class RecoverSection(TeacherSection):
+class SRe2LSection(TeacherSection):
     """Squeeze, recover, relabel (SRe2L, arXiv 2306.13092)."""
 
-    image_lr: float = Field(0.25, gt=0, le=LARGEST_RATE)
+    image_lr: float = Field(0.25, gt=0, le=MAX_LR)
     beta1: float = Field(0.5, ge=0, lt=1)  # of Adam
     beta2: float = Field(0.9, ge=0, lt=1)
     statistics: float = Field(0.01, ge=0)  # weight of matching the batch norm statistics
@@ -144,7 +144,7 @@ class RecoverSection(TeacherSection):
     init: Literal["noise", "real"] = "noise"
 
 
-class PatchSection(TeacherSection):
+class RDEDSection(TeacherSection):
     """Realistic, diverse, efficient: patches of real images (RDED, arXiv 2312.03526)."""
 
     factor: int = Field(2, ge=1, le=8)  # an image shows factor x factor patches
@@ -165,14 +165,14 @@ class DistillSection(Section):
     evaluate_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(50, ge=1)  # steps; also about once a minute (checkpoint.py)
     hold: Literal["auto", "device", "host", "shards"] = "auto"  # where the kept samples lie; auto: by what fits
-    dc: MatchingSection = MatchingSection()
-    dsa: SiameseSection = SiameseSection()
-    dm: DistributionSection = DistributionSection()
-    idc: FormationSection = FormationSection()
-    mtt: TrajectorySection = TrajectorySection()
-    tesla: ConstantMemorySection = ConstantMemorySection()
-    sre2l: RecoverSection = RecoverSection()
-    rded: PatchSection = PatchSection()
+    dc: DCSection = DCSection()
+    dsa: DSASection = DSASection()
+    dm: DMSection = DMSection()
+    idc: IDCSection = IDCSection()
+    mtt: MTTSection = MTTSection()
+    tesla: TESLASection = TESLASection()
+    sre2l: SRe2LSection = SRe2LSection()
+    rded: RDEDSection = RDEDSection()
     options: dict[str, Any] = Field({})  # for a method of your own (package.module:Object)
 
     @field_validator("workers", mode="before")
@@ -184,9 +184,9 @@ class DistillSection(Section):
         return value
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]

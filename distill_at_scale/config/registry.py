@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from distill_at_scale.config.load import nearest
+from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 
 
@@ -22,7 +22,7 @@ def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...
     if name in table:
         return table[name]
     if ":" not in name:
-        raise UserError(f"{key} = {name!r} is unknown; {nearest(name, table)} (or package.module:Object)")
+        raise UserError(f"{key} = {name!r} is unknown; {suggest(name, table)} (or package.module:Object)")
     module_name, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)

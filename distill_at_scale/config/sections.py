@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-LARGEST_RATE = 3e38  # what a 32-bit float holds
-CLIPS_AT_ONCE = 64  # in a chunk
+MAX_LR = 3e38  # what a 32-bit float holds
+CLIPS_PER_CHUNK = 64  # in a chunk
 
 
 class Section(BaseModel):
@@ -85,7 +85,7 @@ class DataSection(Section):
     def _chunk_of_clips(cls, values: Any) -> Any:
         """A clip takes some hundred times as long to decode as an image."""
         if isinstance(values, dict) and values.get("frames") is not None:
-            return {"chunk": CLIPS_AT_ONCE, **values}
+            return {"chunk": CLIPS_PER_CHUNK, **values}
         return values
 
 
@@ -101,7 +101,7 @@ class MonteCarloSection(Section):
     steps: int = Field(20, ge=1)  # of learn: dc
     epochs: int = Field(30, ge=1)  # of training a network on the subset (or on what it was distilled into)
     networks: int = Field(1, ge=1)  # trained per subset
-    lr: float = Field(0.05, gt=0, le=LARGEST_RATE)  # of that training: SGD with momentum 0.9
+    lr: float = Field(0.05, gt=0, le=MAX_LR)  # of that training: SGD with momentum 0.9
     width: int = Field(32, ge=1)
     validation: int = Field(
         100, ge=1
@@ -134,7 +134,7 @@ class ScoreSection(Section):
     width: int = Field(128, ge=1)
     depth: int | None = Field(None, ge=1, le=8)
     batch: int = Field(256, ge=1)
-    lr: float = Field(0.01, gt=0, le=LARGEST_RATE)
+    lr: float = Field(0.01, gt=0, le=MAX_LR)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     compile: Literal["auto", "always", "never"] = "auto"
@@ -145,14 +145,14 @@ class ScoreSection(Section):
         return [self.criterion] if isinstance(self.criterion, str) else list(self.criterion)
 
     @property
-    def given_weights(self) -> list[str]:
+    def weight_names(self) -> list[str]:
         """The ready-made checkpoints; empty where proxies are trained."""
         return [self.weights] if isinstance(self.weights, str) else list(self.weights or [])
 
     @property
-    def checkpoints(self) -> tuple[int, int]:
+    def checkpoint_counts(self) -> tuple[int, int]:
         """Trials and epochs behind every score; a ready-made checkpoint is a trial of one epoch."""
-        return (len(self.given_weights), 1) if self.weights is not None else (self.trials, self.epochs)
+        return (len(self.weight_names), 1) if self.weights is not None else (self.trials, self.epochs)
 
     @field_validator("criterion")
     @classmethod
@@ -220,7 +220,7 @@ class EvaluateSection(Section):
     # how a network is trained; null: as the set expects (its card's protocol)
     epochs: int | None = Field(None, ge=1)
     batch: int | None = Field(None, ge=1)
-    lr: float | None = Field(None, gt=0, le=LARGEST_RATE)
+    lr: float | None = Field(None, gt=0, le=MAX_LR)
     momentum: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
     control: Literal["random_real", "none"] = "random_real"

@@ -40,7 +40,7 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n")
 
 
-def located(path: Path) -> Path:
+def resolve_parent(path: Path) -> Path:
     """What a path is called on all nodes of a cluster: links above it may be this node's alone. It may itself be a link, by
     which one run folder stands on another."""
     return path.parent.resolve() / path.name

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Workers(Protocol):
+class Collectives(Protocol):
     rank: int
     size: int
 
-    def sum_(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Add up tensors over all workers, in place, in one flat all-reduce."""
 
-    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every worker's tensor of one shape, in rank order, everywhere."""
 
-    def highest(self, level: int) -> int:
+    def all_reduce_max(self, level: int) -> int:
         """The highest level of all workers, everywhere, once all have told theirs."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -31,20 +31,20 @@ class Workers(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, everywhere."""
 
-    def first(self, value: Any) -> Any:
+    def smallest(self, value: Any) -> Any:
         """The smallest value that is not None, everywhere."""
 
 
 class SingleProcess:
     rank, size = 0, 1
 
-    def sum_(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         pass
 
-    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
-    def highest(self, level: int) -> int:
+    def all_reduce_max(self, level: int) -> int:
         return level
 
     def gather(self, value: Any) -> list[Any]:
@@ -53,7 +53,7 @@ class SingleProcess:
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def first(self, value: Any) -> Any:
+    def smallest(self, value: Any) -> Any:
         return value
 
 
@@ -63,18 +63,18 @@ class ProcessGroup:
     def __init__(self, device: torch.device):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
 
-    def sum_(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(found, tensor)
         return found
 
-    def highest(self, level: int) -> int:
+    def all_reduce_max(self, level: int) -> int:
         shared = torch.tensor([level], device=self.device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared.item())
@@ -89,11 +89,11 @@ class ProcessGroup:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def first(self, value: Any) -> Any:
+    def smallest(self, value: Any) -> Any:
         return min((v for v in self.gather(value) if v is not None), default=None)
 
 
-def workers_here(device: torch.device) -> Workers:
+def current_workers(device: torch.device) -> Collectives:
     """The process group where one was initialised with several processes, else Solo."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return ProcessGroup(device) if several else SingleProcess()

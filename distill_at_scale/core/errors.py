@@ -17,12 +17,12 @@ class Busy(UserError):
     """Another command is at work in the folder, or has taken it over."""
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error is one of the machines, disks and storage at work, so that the same work may well succeed later."""
     return isinstance(error, OSError | Unreachable | WorkersLost | Busy)
 
 
-class GivenUp(BaseException):
+class TrialStopped(BaseException):
     """A scheduler gave a distillation up, which is no failure: it passes by whatever notes errors."""
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-What = Literal["stage", "work", "wait", "lost", "log", "result"]
+EventKind = Literal["stage", "work", "wait", "lost", "log", "result"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Event:
     wait: what was waited for. lost: workers that were lost. log: a line of the distillation's log. result: an evaluation row.
     """
 
-    what: What
+    what: EventKind
     name: str
     began: float
     ended: float
@@ -50,14 +50,14 @@ class Event:
         return self.ended - self.began
 
 
-Note = Callable[[Event], None]
+Emit = Callable[[Event], None]
 
 
-def ignore(event: Event) -> None:
+def discard(event: Event) -> None:
     """For those who do not want to know."""
 
 
-def at_once(what: What, name: str, values: Mapping[str, Any] | None = None, stage: str = "") -> Event:
+def instant(what: EventKind, name: str, values: Mapping[str, Any] | None = None, stage: str = "") -> Event:
     """An event of this moment, here."""
     now = time.time()
     return Event(what, name, now, now, values=values or {}, stage=stage)
@@ -78,7 +78,7 @@ class TimeSpent:
         finally:
             self._seconds[f"{purpose}_seconds"] += time.perf_counter() - began
 
-    def news(self) -> dict[str, float]:
+    def delta(self) -> dict[str, float]:
         """What was added since this was last asked."""
         now = dict(self._seconds)
         found = {purpose: seconds - self._told.get(purpose, 0) for purpose, seconds in now.items()}
@@ -87,9 +87,11 @@ class TimeSpent:
 
 
 @contextmanager
-def measured(name: str, note: Note, spent: TimeSpent | None = None, what: What = "work") -> Iterator[dict[str, Any]]:
+def measured(
+    name: str, emit: Emit, spent: TimeSpent | None = None, what: EventKind = "work"
+) -> Iterator[dict[str, Any]]:
     """Note the block as one event, with the counts that the block puts into the dict, once it has come to its end."""
     counts: dict[str, Any] = {}
     began = time.time()
     yield counts
-    note(Event(what, name, began, time.time(), values=counts | (spent.news() if spent else {})))
+    emit(Event(what, name, began, time.time(), values=counts | (spent.delta() if spent else {})))

@@ -1,7 +1,7 @@
 """uint8 pixels -> pictures: a still, the frames of a clip, a grid of either, and their bytes as (animated) PNG or WebP.
 
 An image is [C, H, W], a clip [T, C, H, W]; one channel is grey, three are RGB. Every picture is a list of frames here, one
-for an image. Other arrays are drawn first (`drawn`), which gives pixels. The same input gives the same bytes. What is shown,
+for an image. Other arrays are drawn first (`to_pixels`), which gives pixels. The same input gives the same bytes. What is shown,
 and how much of it, is decided by those who call.
 """
 
@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 Frames = list[Image.Image]
 
 
-def drawn(samples: Array) -> Array:
+def to_pixels(samples: Array) -> Array:
     """Pixels as they are; other arrays, float [n, *shape], as pixels uint8 [n, C, H, W] on one common scale of values.
 
     A signal ([L], or [C, L] of few channels) becomes a line plot, whatever else a grey picture whose rows are the last axis.

@@ -34,14 +34,14 @@ class Meter:
     def __init__(self, display: Display, name: str, total: int, unit: str, before: int = 0):
         self.display, self.name, self.total, self.unit = display, name, total, unit
         self.done, self.before, self.began, self.shown = 0, before, time.monotonic(), 0.0
-        self.working = self.began  # when work began, where that is known to be later
-        self.made = 0  # units that this command finished, those that it did again after a loss included
+        self.work_began = self.began  # when work began, where that is known to be later
+        self.done_here = 0  # units that this command finished, those that it did again after a loss included
         self.note = ""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         old = min(count, self.before)
         self.before -= old
-        self.made += count - old
+        self.done_here += count - old
         self.done += count
         self.note = self.note if note is None else note
         self.display.refresh(self)
@@ -49,26 +49,26 @@ class Meter:
     def resume(self, done: int) -> None:
         """Work begins now behind the first `done` units, or goes on from there after a loss."""
         self.done = done
-        if not self.made:
-            self.working = time.monotonic()
+        if not self.done_here:
+            self.work_began = time.monotonic()
         self.display.refresh(self)
 
     @property
     def rate(self) -> float:
         """Units per second of this command's own work."""
-        return self.made / max(time.monotonic() - self.working, 1e-9)
+        return self.done_here / max(time.monotonic() - self.work_began, 1e-9)
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds until the total is reached at this rate; None while nothing is known."""
-        return (self.total - self.done) / self.rate if self.made else None
+        return (self.total - self.done) / self.rate if self.done_here else None
 
     def line(self, ended: bool = False) -> str:
         parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}"]
-        if old := self.done - self.made:
+        if old := self.done - self.done_here:
             parts += [f"{old:,} of them before"] if old > 0 else [f"{-old:,} done again"]
-        parts += [f"{self.rate:,.1f} {self.unit}/s"] if self.made else []
-        parts += [f"{lasting(self.left)} left"] if self.left and not ended else []
+        parts += [f"{self.rate:,.1f} {self.unit}/s"] if self.done_here else []
+        parts += [f"{format_seconds(self.seconds_left)} left"] if self.seconds_left and not ended else []
         return ", ".join([*parts, *([self.note] if self.note else [])])
 
 
@@ -107,14 +107,14 @@ class Display:
 
     def refresh(self, meter: Meter) -> None:
         if self.bars is not None:
-            left = f"{lasting(meter.left)} left" if meter.left else ""
+            left = f"{format_seconds(meter.seconds_left)} left" if meter.seconds_left else ""
             self.bars.update(self.task, completed=meter.done, note=meter.note, left=left)
         elif time.monotonic() - max(meter.shown, meter.began) >= LINE_EVERY and meter.done < meter.total:
             meter.shown = time.monotonic()
             self.say(f"  {meter.line()}")
 
 
-def lasting(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """12 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:

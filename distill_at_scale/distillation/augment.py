@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.errors import UserError
 
 FLIP, SCALE, ROTATE = 0.5, 1.2, 15.0  # probability, largest factor, largest angle in degrees
@@ -46,7 +46,9 @@ class Augmentation:
     def __init__(self, strategy: str):
         self.families = () if strategy == "none" else tuple(strategy.split("_"))
         if unknown := [name for name in self.families if name not in FAMILIES]:
-            raise UserError(f"unknown augmentation {unknown[0]!r} in {strategy!r}; known: none, or any of {SIAMESE}")
+            raise UserError(
+                f"unknown augmentation {unknown[0]!r} in {strategy!r}; known: none, or any of {SIAMESE_AUGMENT}"
+            )
 
     def draw(self, generator: torch.Generator, per_image: int | None = None) -> AugmentParams:
         """One draw shared by a whole batch, or with `per_image` parameters for each of so many images."""

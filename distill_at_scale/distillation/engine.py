@@ -20,8 +20,8 @@ from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
-from distill_at_scale.core.atomic_files import located
-from distill_at_scale.core.collectives import SingleProcess, Workers
+from distill_at_scale.core.atomic_files import resolve_parent
+from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.environment import gpu_memory
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive
@@ -94,7 +94,7 @@ def check(config: Config, prepared: Classes, kept_per_class: list[int]) -> None:
             raise UserError(too_few(name, kept, config.distill.ipc))
     if config.distill.evaluate_every:
         evaluate.need_test_split(prepared)
-    if config.distill.most_workers > len(names) and method_class(config).parallel == "classes":
+    if config.distill.max_workers > len(names) and method_class(config).parallel == "classes":
         raise UserError(
             f"distill.workers = {config.distill.workers} is more than the {len(names)} classes; lower it to {len(names)}"
         )
@@ -115,14 +115,14 @@ class DistillPaths:
         return self.work / "state.safetensors"
 
     def located(self) -> DistillPaths:
-        return DistillPaths(*(located(path) for path in self.as_tuple()))
+        return DistillPaths(*(resolve_parent(path) for path in self.as_tuple()))
 
     def as_tuple(self) -> tuple[Path, ...]:
         return self.prepared, self.manifest, self.work, self.log, self.networks
 
 
 def setting_of(
-    config: Config, prepared: PreparedDataset, places: DistillPaths, workers: Workers, device: torch.device
+    config: Config, prepared: PreparedDataset, places: DistillPaths, workers: Collectives, device: torch.device
 ) -> MethodContext:
     """What a worker's backend knows; of `classes` methods each worker owns every size-th class."""
     names, section = prepared.class_names, config.distill
@@ -161,7 +161,7 @@ def make_network(
         method_class(config).make_network(name, setting, pool)
 
 
-def shared_room(config: Config, workers: Workers, device: torch.device) -> placement.MemoryBudget:
+def shared_room(config: Config, workers: Collectives, device: torch.device) -> placement.MemoryBudget:
     """What one worker may fill with samples, where several share a machine; all must call it, and before they load."""
     found = placement.room(device, share=min(1.0, config.cluster.gpus_per_worker or 1.0))
     host = socket.gethostname()
@@ -176,7 +176,7 @@ class Distillation:
         self,
         config: Config,
         places: DistillPaths,
-        workers: Workers,
+        workers: Collectives,
         device: torch.device,
         report: Report = lambda _: None,
     ):
@@ -232,10 +232,10 @@ class Distillation:
         except DistillationDiverged as error:
             problem = error
         late = self.workers.rank == 0 and self.timer.is_due  # it writes the file, so it knows how long that takes
-        told = self.workers.highest(DIVERGED if problem else LATE if late else 0)
+        told = self.workers.all_reduce_max(DIVERGED if problem else LATE if late else 0)
         if told == DIVERGED:
             self._save(i, time.perf_counter() - began)
-            visit, message = self.workers.first((problem.visit, str(problem)) if problem else None)
+            visit, message = self.workers.smallest((problem.visit, str(problem)) if problem else None)
             raise DistillationDiverged(message, visit)
         return metrics, told == LATE
 

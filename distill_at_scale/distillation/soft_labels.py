@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill_at_scale.core import rng, safetensors_io
-from distill_at_scale.core.collectives import Workers
+from distill_at_scale.core.collectives import Collectives
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation.augment import Mixed, cutmix
 from distill_at_scale.models.spec import NetworkSpec, in_parts, is_plug_in
@@ -264,7 +264,7 @@ class TeacherLabels:
         return expand(compact(self.teacher.answers(views), self.top_k, self.temperature), self.teacher.facts.classes)
 
 
-def relabel(images: Tensor, plan: ViewPlan, asked: TeacherLabels, workers: Workers) -> dict[str, Tensor]:
+def relabel(images: Tensor, plan: ViewPlan, asked: TeacherLabels, workers: Collectives) -> dict[str, Tensor]:
     """The labels of a whole set [n, *shape], `StoredLabels` by name, on rank 0 alone; elsewhere empty.
 
     Workers take the epochs in turn and hand each over as it is made, so that only rank 0 holds them all.

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.images import Frames, drawn, grid, png
+from distill_at_scale.core.images import Frames, grid, png, to_pixels
 from distill_at_scale.data.prepared.normalization import Normalization, Whitening
 from distill_at_scale.data.prepared.whitening import FILE as WHITENING
 from distill_at_scale.distillation import export as exports
@@ -250,7 +250,7 @@ def preview(synthetic: SyntheticSet) -> Frames:
     """
     ipc = max(1, len(synthetic.labels) // max(1, len(synthetic.class_names)))
     columns = PREVIEW_COLUMNS if ipc == 1 else min(ipc, PREVIEW_COLUMNS)
-    shown = torch.from_numpy(drawn(synthetic.values()[: ipc * PREVIEW_CLASSES].numpy()))
+    shown = torch.from_numpy(to_pixels(synthetic.values()[: ipc * PREVIEW_CLASSES].numpy()))
     shown = shown[: ipc * PREVIEW_CLASSES].unflatten(0, (-1, ipc))[:, :columns].flatten(0, 1)
     if shown.dim() == 5:
         fit = max(1, PREVIEW_BYTES // shown[0].numel())

@@ -19,7 +19,7 @@ from typing import Any
 
 from distill_at_scale.config.load import Config, flatten, with_overrides
 from distill_at_scale.core.atomic_files import write_json
-from distill_at_scale.core.errors import Busy, UserError, is_passing
+from distill_at_scale.core.errors import Busy, UserError, is_transient
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared import manifest
@@ -170,7 +170,7 @@ def attempt(config: Config, executor: Executor, watch: Watch | None = None, obse
         raise
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        note_failure(run, Failure(message, is_passing(error)))
+        note_failure(run, Failure(message, is_transient(error)))
 
 
 def note_failure(run: RunDir, failure: Failure) -> None:

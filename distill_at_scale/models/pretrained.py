@@ -83,7 +83,7 @@ def check(config: Config, shape: Sequence[int], class_names: list[str], source_c
     """Load every checkpoint of `score.weights` once; raises the UserError of the first that cannot be used."""
     score = config.score
     spec = NetworkSpec(score.network, tuple(shape), len(class_names), score.width, score.depth)
-    for name in score.given_weights:
+    for name in score.weight_names:
         load(name, spec, class_names, source_class_names)
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_at_scale.config.load import nearest
+from distill_at_scale.config.load import suggest
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
@@ -221,7 +221,7 @@ def builder(key: str, name: str) -> Callable[[NetworkSpec], nn.Module]:
     if wanted in MORE_THAN_LOGITS:
         raise UserError(f"{key} = {name!r} has outputs beside its logits and cannot be used; take another network")
     if not is_of_torchvision(wanted):
-        raise UserError(f"{key} = {name!r} is no classifier of torchvision; {nearest(wanted, _classifiers())}")
+        raise UserError(f"{key} = {name!r} is no classifier of torchvision; {suggest(wanted, _classifiers())}")
     return partial(_of_torchvision, wanted)
 
 

@@ -63,7 +63,7 @@ def inputs(stage: str, config: Config, run: RunDir) -> StageInputs:
 def _weights(config: Config, run: RunDir) -> dict[str, str]:
     """Ready-made checkpoints by content; where they are gone, what the finished stage was made with."""
     try:
-        found = pretrained.digests(config.score.given_weights)
+        found = pretrained.digests(config.score.weight_names)
     except UserError:
         record = run.record("score")
         if record is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import Unreachable
-from distill_at_scale.core.events import Event, at_once
+from distill_at_scale.core.events import Event, instant
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.merge import unusable, write_rejected
@@ -160,7 +160,7 @@ class Pipeline(Stages):
         inputs = self.inputs(stage)
         if self.dir.valid(stage, inputs, redo=stage == "report"):
             self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.named})")
-            self.observers.note(at_once("stage", "skipped", stage=stage))
+            self.observers.emit(instant("stage", "skipped", stage=stage))
             return
         with self._observed(stage):
             self._carry_out(stage, inputs)
@@ -170,12 +170,12 @@ class Pipeline(Stages):
         """Tell the observers how it begins and ends."""
         began, ended = time.time(), "failed"
         self.observers.stage = stage
-        self.observers.note(at_once("stage", "started"))
+        self.observers.emit(instant("stage", "started"))
         try:
             yield
             ended = "finished"
         finally:
-            self.observers.note(Event("stage", ended, began, time.time()))
+            self.observers.emit(Event("stage", ended, began, time.time()))
 
     def _carry_out(self, stage: str, inputs: StageInputs) -> None:
         self.display.say(f"{stage}: started")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from distill_at_scale.config.load import Config, nearest
+from distill_at_scale.config.load import Config, suggest
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.config.sections import ScoreSection, Section
 from distill_at_scale.core.errors import UserError
@@ -77,7 +77,7 @@ def _check_criteria(config: Config) -> None:
     for name, weight in chosen.items():
         if name not in known:
             raise UserError(
-                f"select.criterion weighs {name!r}, which is not scored; {nearest(name, known)} (score.criterion)"
+                f"select.criterion weighs {name!r}, which is not scored; {suggest(name, known)} (score.criterion)"
             )
         if weight <= 0:
             raise UserError(

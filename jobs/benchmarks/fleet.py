@@ -127,7 +127,7 @@ def run(config: Config, of: Constants, gpus: int) -> Parts:
     score, distilling, evaluating = config.score, config.distill, config.evaluate
     proxy = _spec(score.network, config, score.width, score.depth)
     own = _spec(distilling.network, config, distilling.width, distilling.depth)
-    trials, epochs = score.checkpoints
+    trials, epochs = score.checkpoint_counts
     threads, handed = min(MOST_THREADS, of.cores * min(NODE, gpus)), SAMPLES / CHUNK / of.handed
     parts = {"start of Ray": RAY}
     parts["ingest: decode"] = POOL + max(SAMPLES / (of.decode * of.cores * gpus), handed)

@@ -206,7 +206,7 @@ def test_links_to_weights_and_data_keep_their_names_for_the_workers(tmp_path):
     (tmp_path / "blob").write_bytes(b"")
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
     config = settings(tmp_path, score={"weights": str(tmp_path / "model.safetensors")}, data={"path": "s3://bucket/x"})
-    assert absolute(config).score.given_weights == [str(tmp_path / "model.safetensors")]
+    assert absolute(config).score.weight_names == [str(tmp_path / "model.safetensors")]
     assert absolute(config).data.path == "s3://bucket/x"
 
 

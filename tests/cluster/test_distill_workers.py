@@ -71,14 +71,14 @@ def work(rank: int, folder: str, places: DistillPaths) -> None:
                 poisoned.backend.images[0].fill_(float("inf"))
         messages.append(_message(poisoned))
     found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
-    group.sum_(list(found.values()))
+    group.all_reduce_sum(list(found.values()))
     facts = {
         "messages": messages,
         "sum": [t.tolist() for t in found.values()],
         "gather": group.gather(rank),
         "broadcast": group.broadcast(10 + rank),
-        "highest": [group.highest(2 * rank), group.highest(0)],
-        "first": group.first("second" if rank == 1 else None),
+        "highest": [group.all_reduce_max(2 * rank), group.all_reduce_max(0)],
+        "first": group.smallest("second" if rank == 1 else None),
     }
     (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
     leave_group()

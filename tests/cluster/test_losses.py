@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale.core.errors import Unreachable, UserError, WorkersLost
-from distill_at_scale.core.events import at_once
+from distill_at_scale.core.events import instant
 from distill_at_scale.distillation import evaluate
 
 ray = pytest.importorskip("ray")
@@ -89,7 +89,7 @@ def passes(monkeypatch):
     def make(left):
         def once(waiting, actor, arguments, config, gpus):
             for number in list(waiting)[: len(waiting) - left]:
-                yield {"unit": number, "event": at_once("work", "x").to_json()}
+                yield {"unit": number, "event": instant("work", "x").to_json()}
             raise LOST
 
         monkeypatch.setattr(actor_pool, "_stream_once", once)

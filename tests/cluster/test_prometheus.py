@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distill_at_scale.core.events import Event, at_once
+from distill_at_scale.core.events import Event, instant
 
 pytest.importorskip("ray")
 
@@ -66,7 +66,7 @@ def test_lines_of_the_log_set_gauges(made):
         "gpu_bytes": 10,
         "gpu_peak_bytes": 20,
     }
-    made(at_once("log", "line", line, "distill"))
+    made(instant("log", "line", line, "distill"))
     shown = {gauge.name.removeprefix(PREFIX): gauge.values[0][0] for gauge in made.gauges.values() if gauge.values}
     assert shown == {
         "step": 5,

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.events import Event, at_once
+from distill_at_scale.core.events import Event, instant
 
 pytest.importorskip("ray")
 
@@ -25,11 +25,11 @@ def told(tmp_path):
     row = {"set": "distilled", "network": "convnet", "seed": 0, "top1": 0.5, "top5": 0.75}
     lines = [{"held": "here", "step": 0, "of": 2, "at": 1.0, "workers": []}, {"step": 1, "of": 2, "loss": 0.5}]
     return [
-        at_once("stage", "skipped", stage="ingest"),
-        at_once("stage", "started", stage="distill"),
-        *(at_once("log", "line", line, "distill") for line in [*lines, {"step": 2, "of": 2, "loss": 0.25}]),
-        at_once("result", "network", row | {"top1": 0.25}, "evaluate"),
-        at_once("result", "network", row | {"seed": 1, "top1": 0.75}, "evaluate"),
+        instant("stage", "skipped", stage="ingest"),
+        instant("stage", "started", stage="distill"),
+        *(instant("log", "line", line, "distill") for line in [*lines, {"step": 2, "of": 2, "loss": 0.25}]),
+        instant("result", "network", row | {"top1": 0.25}, "evaluate"),
+        instant("result", "network", row | {"seed": 1, "top1": 0.75}, "evaluate"),
         Event("stage", "finished", 0.0, 2.5, stage="evaluate"),
     ]
 

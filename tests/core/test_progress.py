@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from distill_at_scale.core import progress
-from distill_at_scale.core.progress import Display, lasting
+from distill_at_scale.core.progress import Display, format_seconds
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def test_units_from_before_are_no_work_of_this_command(clock, display):
     with display.meter("decode", 1000, "samples", before=600) as meter:
         meter.advance(600)
         assert meter.rate == 0
-        assert meter.left is None
+        assert meter.seconds_left is None
         clock.now += 10
         meter.advance(100)
         assert meter.rate == pytest.approx(10)
-        assert meter.left == pytest.approx(30)
+        assert meter.seconds_left == pytest.approx(30)
     assert shown(display).splitlines() == [
         "  decode: 700 of 1,000 samples, 600 of them before, 10.0 samples/s, 30 s left",
         "  decode: 700 of 1,000 samples, 600 of them before, 10.0 samples/s, 10.0 s",
@@ -51,7 +51,7 @@ def test_units_that_were_there_may_come_in_parts_and_with_new_ones(clock, displa
         clock.now += 5
         for count in (20, 20, 20):
             meter.advance(count)
-        assert (meter.done, meter.made) == (60, 10)
+        assert (meter.done, meter.done_here) == (60, 10)
 
 
 def test_steps_that_are_done_again_are_work_but_no_progress(clock, display):
@@ -63,7 +63,7 @@ def test_steps_that_are_done_again_are_work_but_no_progress(clock, display):
         meter.advance(40)
         assert meter.done == 60
         assert meter.rate == pytest.approx(10)
-        assert meter.left == pytest.approx(4)
+        assert meter.seconds_left == pytest.approx(4)
     assert "60 of 100 steps, 20 done again, 10.0 steps/s" in shown(display)
 
 
@@ -98,4 +98,4 @@ def test_a_terminal_shows_what_is_left(clock):
     ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (59.9, "1 min 0 s")]
 )
 def test_durations_are_said_as_a_reader_says_them(seconds, text):
-    assert lasting(seconds) == text
+    assert format_seconds(seconds) == text

@@ -16,7 +16,7 @@ from distill_at_scale.cli import main
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.images import PLOT, drawn
+from distill_at_scale.core.images import PLOT, to_pixels
 from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.ingest import sample_types
 from distill_at_scale.data.ingest.sample_types import TensorDecoder
@@ -280,16 +280,16 @@ def test_a_column_without_numbers_is_named(tmp_path):
 
 def test_drawing_is_for_what_has_no_pixels():
     pixels = np.zeros((2, 3, 8, 8), np.uint8)
-    assert drawn(pixels) is pixels
+    assert to_pixels(pixels) is pixels
     lines = np.stack([np.linspace(0, 1, 50), np.linspace(1, 0, 50)]).astype(np.float32)
-    plots = drawn(lines)
+    plots = to_pixels(lines)
     assert plots.shape == (2, 3, PLOT, PLOT)
     up = (plots[0] != 255).any(0)
     assert up[-12:, :12].any()
     assert not up[:12, :12].any()
     fields = np.random.default_rng(0).random((2, 4, 5, 600)).astype(np.float32)
-    assert drawn(fields).shape == (2, 1, 20, 200)
-    assert drawn(np.full((2, 10, 10, 10), 3.0, np.float32)).max() == 0
+    assert to_pixels(fields).shape == (2, 1, 20, 200)
+    assert to_pixels(np.full((2, 10, 10, 10), 3.0, np.float32)).max() == 0
 
 
 def test_exported_lists_have_the_samples_shape(tmp_path):

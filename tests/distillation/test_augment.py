@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation import augment
 from distill_at_scale.distillation.augment import FAMILIES, Augmentation, AugmentParams
@@ -148,7 +148,7 @@ def test_half_of_the_images_are_flipped():
 
 
 def test_a_strategy_draws_each_of_its_families_and_no_other():
-    strategy = Augmentation(SIAMESE.replace("_flip", ""))
+    strategy = Augmentation(SIAMESE_AUGMENT.replace("_flip", ""))
     drawn = {strategy.draw(torch.Generator().manual_seed(seed)).family for seed in range(200)}
     assert drawn == {"color", "crop", "cutout", "scale", "rotate"}
 
@@ -161,14 +161,14 @@ def test_without_flip_in_the_strategy_nothing_is_flipped(monkeypatch):
 
 
 def test_the_whole_strategy_is_what_the_method_names():
-    assert set(Augmentation(SIAMESE).families) == set(FAMILIES)
+    assert set(Augmentation(SIAMESE_AUGMENT).families) == set(FAMILIES)
     constants = (augment.FLIP, augment.SCALE, augment.ROTATE, augment.CROP, augment.CUTOUT)
     assert constants == (0.5, 1.2, 15.0, 0.125, 0.5)
     assert (augment.BRIGHTNESS, augment.SATURATION, augment.CONTRAST) == (1.0, 2.0, 0.5)
 
 
 def test_a_draw_is_decided_by_its_generator():
-    first, same, other = (Augmentation(SIAMESE).draw(torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    first, same, other = (Augmentation(SIAMESE_AUGMENT).draw(torch.Generator().manual_seed(s)) for s in (5, 5, 6))
     assert first.family == same.family
     assert torch.equal(first.numbers, same.numbers)
     assert not torch.equal(first.numbers, other.numbers)

@@ -7,7 +7,7 @@ import torch
 from test_gradient_matching import CLASSES, a_pool, backend_of, close, image_gradient, whole_class
 
 from distill_at_scale.config import load as configuration
-from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -37,7 +37,7 @@ def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None
 def test_a_step_does_not_depend_on_how_classes_are_grouped(rule):
     moved, metrics = [], []
     for group in (1, 2, 3):
-        backend = backend_of("dm", a_pool(), runtime=RULES[rule], augment=SIAMESE)
+        backend = backend_of("dm", a_pool(), runtime=RULES[rule], augment=SIAMESE_AUGMENT)
         backend.group = group
         metrics.append([backend.step(i) for i in range(3)])
         moved.append(backend.images.detach())
@@ -97,11 +97,11 @@ def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():
 
 def test_rule_ite_embeds_less_between_looks_and_resumes_to_the_same_bytes():
     runtime = {"rule": "ite", "drop": 0.4, "refresh": 3, "probes": 4}
-    one = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE, image_momentum=0.5)
+    one = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
     shares = [one.step(i)["real_share"] for i in range(2)]
     assert shares[0] == 1
     assert shares[1] < 0.9
-    again = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE, image_momentum=0.5)
+    again = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
     again.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
     for i in range(2, 5):
         assert one.step(i) == again.step(i)

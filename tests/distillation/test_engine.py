@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 
-from distill_at_scale.core.collectives import SingleProcess, workers_here
+from distill_at_scale.core.collectives import SingleProcess, current_workers
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of, to_table
@@ -329,7 +329,12 @@ class Frozen:
 
 
 def test_alone_means_solo():
-    workers = workers_here(CPU)
+    workers = current_workers(CPU)
     assert (workers.rank, workers.size) == (0, 1)
-    assert (workers.gather(3), workers.broadcast(4), workers.highest(0), workers.highest(2)) == ([3], 4, 0, 2)
-    assert workers.first(None) is None
+    assert (workers.gather(3), workers.broadcast(4), workers.all_reduce_max(0), workers.all_reduce_max(2)) == (
+        [3],
+        4,
+        0,
+        2,
+    )
+    assert workers.smallest(None) is None

@@ -11,7 +11,7 @@ from conftest import FixedNetwork
 from test_class_gradients import textbook_distance, textbook_gradient
 
 from distill_at_scale.config import load as configuration
-from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
@@ -135,7 +135,7 @@ def test_the_defaults_are_the_official_ones():
     assert [METHODS[m].default_steps for m in ("dc", "dsa", "dm", "idc")] == [1000, 1000, 20_000, 2000]
     assert [METHODS[m].init_of(config) for m in ("dc", "dsa", "dm")] == ["noise", "real", "real"]
     assert METHODS["dc"].protocol(config) == TrainingProtocol(300)
-    assert METHODS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE)
+    assert METHODS["dsa"].protocol(config) == TrainingProtocol(1000, SIAMESE_AUGMENT)
     assert METHODS["dm"].protocol(config).epochs == 1000
     assert (config.distill.dc.image_lr, config.distill.dc.image_momentum, config.distill.dc.network_lr) == (
         0.1,
@@ -215,7 +215,7 @@ def test_dsa_is_dc_with_its_own_section():
 def test_real_and_synthetic_images_get_the_same_draw(method):
     """Where the synthetic images are the real batch, the same draw leaves nothing to match, step after step."""
     pool = a_pool(held=4)
-    backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE, image_lr=1e-12)
+    backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE_AUGMENT, image_lr=1e-12)
     pairs = []
 
     def spy(real, synthetic):
@@ -242,7 +242,7 @@ def test_every_class_and_step_has_a_draw_of_its_own(method, monkeypatch):
             FAMILIES, name, lambda images, u, family=family: (seen.append(u[0].tolist()), family(images, u))[1]
         )
     options = {"outer": 1} if method == "dsa" else {}
-    backend = backend_of(method, a_pool(), augment=SIAMESE, **options)
+    backend = backend_of(method, a_pool(), augment=SIAMESE_AUGMENT, **options)
     for step in range(3):
         backend.step(step)
     assert len(seen) == 2 * CLASSES * 3  # real and synthetic
@@ -374,7 +374,7 @@ SPECS = {
 @pytest.mark.parametrize("kind", SPECS)
 def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
     spec = FixedNetwork(SPECS[kind], at_once=7)
-    options = {"outer": 1, "augment": SIAMESE if method == "dsa" else "none"}
+    options = {"outer": 1, "augment": SIAMESE_AUGMENT if method == "dsa" else "none"}
     called = []
     whole = gradient_matching.class_gradients
     monkeypatch.setattr(gradient_matching, "class_gradients", lambda *a, **k: (called.append(1), whole(*a, **k))[1])

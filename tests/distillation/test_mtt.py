@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.collectives import ProcessGroup, SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -153,11 +153,11 @@ def test_batches_shuffle_all_images_before_any_comes_again(experts):
 
 
 def test_every_step_and_worker_has_its_own_trajectory_and_augmentation(experts):
-    backend = backend_of(experts, augment=SIAMESE)
+    backend = backend_of(experts, augment=SIAMESE_AUGMENT)
     tasks = [backend.trajectory(i, rank) for i in range(3) for rank in range(2)]
     assert len({float(task.moves[0].draw.numbers.sum()) for task in tasks}) == 6
     assert len({tuple(u.tolist()) for u in tasks[0].moves[0].draw.numbers}) == 6  # per image
-    again = backend_of(experts, augment=SIAMESE).trajectory(1, 0)
+    again = backend_of(experts, augment=SIAMESE_AUGMENT).trajectory(1, 0)
     assert torch.equal(again.moves[0].draw.numbers, tasks[2].moves[0].draw.numbers)
 
 
@@ -204,7 +204,7 @@ def test_the_defaults_are_the_official_ones():
     config, method = configuration.Config(), METHODS["mtt"]
     section = config.distill.mtt
     assert (method.default_steps, method.parallel, method.init_of(config)) == (5000, "replicate", "real")
-    assert method.protocol(config) == TrainingProtocol(1000, SIAMESE)
+    assert method.protocol(config) == TrainingProtocol(1000, SIAMESE_AUGMENT)
     assert len(method.networks(config)) == 100
     assert (section.image_lr, section.image_momentum, section.student_lr, section.student_lr_rate) == (
         1000,

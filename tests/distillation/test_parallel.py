@@ -49,20 +49,20 @@ class Spy(ProcessGroup):
         self.sums: list[int] = []  # tensors in each
         self.gathered: list[str] = []
 
-    def sum_(self, tensors):
+    def all_reduce_sum(self, tensors):
         self.sums.append(len(tensors))
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat, group=self.members)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def gather_tensors(self, tensor):
+    def all_gather(self, tensor):
         self.gathered.append("tensors")
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(found, tensor, group=self.members)
         return found
 
-    def highest(self, level):
+    def all_reduce_max(self, level):
         shared = torch.tensor([level])
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.members)
         return int(shared.item())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_mtt import CLASSES, CPU, SHAPE, a_pool, backend_of, close, config_of, experts, setting_of, textbook
 
 from distill_at_scale.config import load as configuration
-from distill_at_scale.config.methods import SIAMESE
+from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods import METHODS
@@ -212,7 +212,7 @@ def test_labels_start_from_the_class_where_images_are_noise(experts):
 def test_the_defaults_are_mtts_with_soft_labels():
     config, method = configuration.Config(), METHODS["tesla"]
     assert (method.default_steps, method.parallel, method.init_of(config)) == (5000, "replicate", "real")
-    assert method.protocol(config) == TrainingProtocol(1000, SIAMESE, labels="soft")
+    assert method.protocol(config) == TrainingProtocol(1000, SIAMESE_AUGMENT, labels="soft")
     assert (config.distill.tesla.gradient, config.distill.tesla.learn_labels) == ("exact", True)
     assert method.protocol(config_of("tesla", learn_labels=False)).labels == "hard"
     assert method.networks(config) == METHODS["mtt"].networks(config)

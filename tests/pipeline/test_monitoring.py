@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_at_scale.core.events import Event, TimeSpent, at_once, measured
+from distill_at_scale.core.events import Event, TimeSpent, instant, measured
 from distill_at_scale.core.progress import Display
 from distill_at_scale.pipeline.monitoring import distillation_log
 from distill_at_scale.pipeline.monitoring.distillation_log import DistillationLog
@@ -38,9 +38,9 @@ def test_seconds_are_told_once():
     spent = TimeSpent()
     with spent.on("read"):
         pass
-    first = spent.news()["read_seconds"]
+    first = spent.delta()["read_seconds"]
     assert first > 0
-    assert spent.news()["read_seconds"] == 0
+    assert spent.delta()["read_seconds"] == 0
 
 
 class Broken:
@@ -70,8 +70,8 @@ def test_an_observer_that_fails_is_left_out_and_the_others_go_on():
     said, kept = list[str](), Kept()
     observers = Observers(said.append, [Broken(), kept])
     observers.stage = "score"
-    observers.note(at_once("work", "score"))
-    observers.note(at_once("stage", "skipped", stage="select"))
+    observers.emit(instant("work", "score"))
+    observers.emit(instant("stage", "skipped", stage="select"))
     observers.close()
     assert [event.stage for event in kept.events] == ["score", "select"]
     assert kept.closed
@@ -84,7 +84,7 @@ def test_an_observer_that_fails_tells_no_credentials():
             raise OSError("API request to http://someone:do-not-tell@host:5000/api failed")
 
     said = list[str]()
-    Observers(said.append, [Unreachable()]).note(at_once("stage", "started"))
+    Observers(said.append, [Unreachable()]).emit(instant("stage", "started"))
     assert said == ["  the broken one is left out from here on: API request to http://host:5000/api failed"]
 
 
@@ -119,7 +119,7 @@ def test_work_is_noted_for_every_worker_piece_by_piece(log):
         log(step(number))
     assert pieces(log) == [("a", 1, 5), ("b", 2, 5)] * 2
     assert [event.began for event in log.events if event.what == "work"] == [100, 100, 103, 103]
-    assert log.meter.made == 10
+    assert log.meter.done_here == 10
 
 
 def test_a_loss_is_noted_and_the_log_may_be_told_again(log):
@@ -130,7 +130,7 @@ def test_a_loss_is_noted_and_the_log_may_be_told_again(log):
         log(line)
     assert pieces(log) == [("a", 1, 20), ("b", 2, 5)]
     assert [event.values for event in log.events if event.what == "lost"] == [{"step": 20}]
-    assert (log.meter.done, log.meter.made) == (15, 25)
+    assert (log.meter.done, log.meter.done_here) == (15, 25)
     assert log.said == ["  samples lie here"] * 2
 
 
@@ -141,5 +141,5 @@ def test_lines_of_an_earlier_command_are_no_work_of_this_one(log):
     log(hold(20, 101.0, ("b", 2)))
     log(step(30))
     assert pieces(log) == [("b", 2, 10)]
-    assert (log.meter.done, log.meter.made) == (30, 10)
+    assert (log.meter.done, log.meter.done_here) == (30, 10)
     assert sum(event.what == "log" for event in log.events) == 5

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto import event_pb2
 
-from distill_at_scale.core.events import Event, at_once
+from distill_at_scale.core.events import Event, instant
 from distill_at_scale.pipeline.monitoring.observers import Observers
 from distill_at_scale.pipeline.monitoring.tensorboard import FOLDER, TensorBoard
 
@@ -37,7 +37,7 @@ def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 def tell(board: TensorBoard, *lines: dict) -> None:
     for line in lines:
-        board(at_once("log", "line", line, "distill"))
+        board(instant("log", "line", line, "distill"))
 
 
 def test_steps_that_are_done_again_are_in_the_curve_once(tmp_path):
@@ -58,9 +58,9 @@ def test_results_are_told_anew_by_every_command(tmp_path):
     row = {"set": "distilled", "network": "convnet", "top1": 0.5, "top5": 0.9}
     for seeds in ((0, 2), (0, 1, 2)):
         board = TensorBoard(tmp_path)
-        board(at_once("stage", "started", stage="evaluate"))
+        board(instant("stage", "started", stage="evaluate"))
         for seed in seeds:
-            board(at_once("result", "network", {**row, "seed": seed}, "evaluate"))
+            board(instant("result", "network", {**row, "seed": seed}, "evaluate"))
         board.close()
     found = curve(tmp_path / FOLDER / "evaluate", "distilled/convnet/top1")
     assert found == [(0, 0.5), (1, 0.5), (2, 0.5)]
@@ -80,8 +80,8 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path):
     (tmp_path / FOLDER).write_text("in the way")
     said: list[str] = []
     observers = Observers(said.append, [TensorBoard(tmp_path)])
-    observers.note(at_once("stage", "finished", stage="score"))
-    observers.note(at_once("stage", "finished", stage="select"))
+    observers.emit(instant("stage", "finished", stage="score"))
+    observers.emit(instant("stage", "finished", stage="select"))
     observers.close()
     assert len(said) == 1
     assert said[0].startswith("  TensorBoard is left out from here on: ")

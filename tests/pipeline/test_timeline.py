@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_at_scale.core.events import Event, at_once
+from distill_at_scale.core.events import Event, instant
 from distill_at_scale.pipeline.monitoring.timeline import NAME, Timeline, TimelineEntry, read
 from distill_at_scale.pipeline.monitoring.utilization import account
 
@@ -21,7 +21,7 @@ def test_commands_append_and_are_numbered(tmp_path):
     for _ in range(2):
         timeline = Timeline(tmp_path)
         timeline(work(1, 2))
-        timeline(at_once("log", "line", {"loss": 1.0}))
+        timeline(instant("log", "line", {"loss": 1.0}))
         timeline.close()
     entries = read(tmp_path / NAME)
     assert [entry.attempt for entry in entries] == [1, 2]

@@ -135,7 +135,7 @@ class Pair:
     def __init__(self, rank, shared):
         self.rank, self.shared = rank, shared
 
-    def gather_tensors(self, tensor):
+    def all_gather(self, tensor):
         place = self.shared["values"]
         place[self.rank] = tensor
         self.shared["barrier"].wait()
@@ -143,15 +143,15 @@ class Pair:
         self.shared["barrier"].wait()
         return found
 
-    def highest(self, level):
-        return max(self.gather_tensors(level))
+    def all_reduce_max(self, level):
+        return max(self.all_gather(level))
 
     def broadcast(self, value):
-        return self.gather_tensors(value)[0]
+        return self.all_gather(value)[0]
 
-    def sum_(self, tensors):
+    def all_reduce_sum(self, tensors):
         for tensor in tensors:
-            tensor.copy_(sum(self.gather_tensors(tensor.clone())))
+            tensor.copy_(sum(self.all_gather(tensor.clone())))
 
 
 def train_in_pairs(folder, **keys):

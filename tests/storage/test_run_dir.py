@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from distill_at_scale.core.atomic_files import located, publish
+from distill_at_scale.core.atomic_files import publish, resolve_parent
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage import run_dir as rundir
@@ -250,4 +250,4 @@ def test_workers_are_told_of_a_folder_without_the_links_above_it(tmp_path):
     (tmp_path / "efs" / "shared").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "efs")
     (tmp_path / "efs" / "run" / "prepared").symlink_to("../shared")
-    assert located(tmp_path / "runs" / "run" / "prepared") == tmp_path / "efs" / "run" / "prepared"
+    assert resolve_parent(tmp_path / "runs" / "run" / "prepared") == tmp_path / "efs" / "run" / "prepared"

@@ -24,7 +24,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.events import TimeSpent
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.codecs.clip import ClipDecoder, clip_decoder
 from distill_at_scale.data.codecs.image import ImageDecoder, SampleRejected, encode
 from distill_at_scale.data.ingest.plan import mapped
@@ -202,7 +202,7 @@ def _decoded(
     small = rows["size"].to_numpy() <= recipe.max_bytes
     for row in rows.filter(pa.array(~small)).to_pylist():
         yield row["sample_id"], row["location"], _too_large(row["size"], recipe.max_bytes), False
-    for part, raws in ahead(_read(source, rows if small.all() else rows.filter(pa.array(small)), spent)):
+    for part, raws in prefetch(_read(source, rows if small.all() else rows.filter(pa.array(small)), spent)):
         with spent.on("decode"):
             yield from _decoded_part(recipe, part, raws, use)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config.load import Config, nearest
+from distill_at_scale.config.load import Config, suggest
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
@@ -166,7 +166,7 @@ def _content(
 def _subset(wanted: list[str], known: list[str]) -> list[str]:
     for name in wanted:
         if name not in known:
-            raise UserError(f"data.classes: {name!r} is not a class of this data set; {nearest(name, known)}")
+            raise UserError(f"data.classes: {name!r} is not a class of this data set; {suggest(name, known)}")
     if len(set(wanted)) != len(wanted) or not wanted:
         raise UserError("data.classes must name at least one class, and each once")
     return list(wanted)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_at_scale.config.load import nearest
+from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 
 SUBSETS = {  # WordNet ids
@@ -59,7 +59,7 @@ def class_list(value: Sequence[str] | str) -> list[str]:
         return SUBSETS[known].split()
     if not Path(value).expanduser().is_file():
         raise UserError(
-            f"data.classes = {value!r} is neither a known subset ({nearest(value, SUBSETS)}) nor a text file with "
+            f"data.classes = {value!r} is neither a known subset ({suggest(value, SUBSETS)}) nor a text file with "
             "one class per line; one class alone is written as a list, [name]"
         )
     return _lines(value, "data.classes")

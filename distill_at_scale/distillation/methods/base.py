@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.collectives import Workers
+from distill_at_scale.core.collectives import Collectives
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -38,7 +38,7 @@ class MethodContext:
     spec: NetworkSpec
     class_names: list[str]
     labels: list[int]  # the classes that this worker owns, ascending
-    workers: Workers
+    workers: Collectives
     device: torch.device
     steps: int
     networks: Path = Path()  # the folder of what `make_network` made

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import MatchingSection
+from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import distances
@@ -32,7 +32,7 @@ class GradientMatching(MatchingMethod):
     default_steps: ClassVar[int] = 1000
 
     @staticmethod
-    def section(config: Config) -> MatchingSection:
+    def section(config: Config) -> DCSection:
         return config.distill.dc
 
     @classmethod
@@ -83,7 +83,7 @@ class GradientMatching(MatchingMethod):
                     logits = network(draw.apply(images[mine.to(images.device)]))
                     loss = F.cross_entropy(logits, own[mine].to(images.device), reduction="sum") / len(batch)
                     gradients = list(torch.autograd.grad(loss, parameters))
-                self.setting.workers.sum_(gradients)
+                self.setting.workers.all_reduce_sum(gradients)
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters, gradients, strict=True):
                         parameter.sub_(gradient, alpha=self.options.network_lr)

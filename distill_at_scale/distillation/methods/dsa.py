@@ -7,11 +7,11 @@ start from real ones. All else is DC.
 from __future__ import annotations
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import MatchingSection
+from distill_at_scale.config.methods import DCSection
 from distill_at_scale.distillation.methods.dc import GradientMatching
 
 
 class SiameseMatching(GradientMatching):
     @staticmethod
-    def section(config: Config) -> MatchingSection:
+    def section(config: Config) -> DCSection:
         return config.distill.dsa

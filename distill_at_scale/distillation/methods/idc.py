@@ -73,7 +73,7 @@ class FormationMatching(MatchingMethod):
         counts = torch.zeros(self.setting.spec.classes)
         counts[self.setting.labels] = torch.tensor([float(real.count(c)) for c in self.setting.labels])
         counts = counts.to(self.setting.device)
-        self.setting.workers.sum_([counts])
+        self.setting.workers.all_reduce_sum([counts])
         self.everything = torch.arange(len(counts)).repeat_interleave(counts.long().cpu())  # the label of every sample
 
     def _range(self, normalization: Normalization) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class FormationMatching(MatchingMethod):
                 loss = F.cross_entropy(network(part), wanted, reduction="sum") / len(rows)
                 for gradient, more in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
                     gradient.add_(more)
-            self.setting.workers.sum_(gradients)
+            self.setting.workers.all_reduce_sum(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -159,7 +159,7 @@ class FormationMatching(MatchingMethod):
             if len(places):
                 drawn = self.real.draw([label], len(places), "network samples", step, inner)[0]
                 images[places.to(images.device)] = drawn.images
-        self.setting.workers.sum_([images])  # each worker knows its own classes' images
+        self.setting.workers.all_reduce_sum([images])  # each worker knows its own classes' images
         return images, labels
 
     def _mixed(self, images: Tensor, labels: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:

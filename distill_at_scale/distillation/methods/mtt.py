@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import TrajectorySection
+from distill_at_scale.config.methods import MTTSection
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -46,7 +46,7 @@ class TrajectoryMatching(ImageMethod):
     no_runtime: ClassVar[str] = "trajectory matching has no real batch in its steps from which samples could be dropped"
 
     @staticmethod
-    def section(config: Config) -> TrajectorySection:
+    def section(config: Config) -> MTTSection:
         return config.distill.mtt
 
     @classmethod
@@ -129,7 +129,7 @@ class TrajectoryMatching(ImageMethod):
         workers = self.setting.workers
         loss, gradients = self.match(self.trajectory(i, workers.rank), self.synthetic())
         shared = [loss.clone(), *gradients]
-        workers.sum_(shared)
+        workers.all_reduce_sum(shared)
         loss, *gradients = [tensor / workers.size for tensor in shared]
         rate = float(self.rate.detach())
         self._advance(i, loss, gradients)

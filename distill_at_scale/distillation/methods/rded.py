@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import PatchSection
+from distill_at_scale.config.methods import RDEDSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import Conclusion, Cost, MethodContext
@@ -38,7 +38,7 @@ class Patches(Taught):
     ranks_patches: ClassVar[bool] = True  # the pipeline has them ranked before the first step
 
     @classmethod
-    def section(cls, config: Config) -> PatchSection:
+    def section(cls, config: Config) -> RDEDSection:
         return config.distill.rded
 
     @staticmethod

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import RecoverSection
+from distill_at_scale.config.methods import SRe2LSection
 from distill_at_scale.core import rng
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
@@ -40,7 +40,7 @@ class Recovery(Taught, ImageMethod):
     teacher_needs_batch_norm: ClassVar[bool] = True
 
     @classmethod
-    def section(cls, config: Config) -> RecoverSection:
+    def section(cls, config: Config) -> SRe2LSection:
         return config.distill.sre2l
 
     @classmethod

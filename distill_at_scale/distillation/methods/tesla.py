@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import ConstantMemorySection
+from distill_at_scale.config.methods import TESLASection
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import Conclusion
 from distill_at_scale.distillation.methods.mtt import TrajectoryMatching
@@ -27,10 +27,10 @@ CERTAIN = 5.0  # the logit of an image's class, the others 0, where labels start
 
 
 class ConstantMemoryMatching(TrajectoryMatching):
-    options: ConstantMemorySection
+    options: TESLASection
 
     @staticmethod
-    def section(config: Config) -> ConstantMemorySection:
+    def section(config: Config) -> TESLASection:
         return config.distill.tesla
 
     @classmethod

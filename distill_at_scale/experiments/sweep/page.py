@@ -113,7 +113,7 @@ def _times(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
 
 def _devices(config: Config) -> dict[str, Any]:
     """What an hour of a trial takes: GPUs where workers have some, else workers."""
-    workers = config.distill.most_workers
+    workers = config.distill.max_workers
     gpus = workers * config.cluster.gpus_per_worker
     return {"count": gpus, "name": "GPU"} if gpus else {"count": workers, "name": "Worker"}
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Note
+from distill_at_scale.core.events import Emit
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.evaluate import EvaluationJob
@@ -24,7 +24,7 @@ Chunks = Sequence[tuple[str, int, pa.Table]]  # split, index and rows of a listi
 
 
 class Executor(Protocol):
-    note: Note  # is told of every finished piece of work, wait and loss
+    emit: Emit  # is told of every finished piece of work, wait and loss
 
     def observers(self, config: Config) -> list[Observer]:
         """Who else is to watch a run that works here."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Event, Note, TimeSpent, ignore, measured
+from distill_at_scale.core.events import Emit, Event, TimeSpent, discard, measured
 from distill_at_scale.data.ingest.chunks import (
     check_chunk,
     finished,
@@ -34,7 +34,7 @@ class LocalExecutor:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.note: Note = ignore
+        self.emit: Emit = discard
 
     def observers(self, config: Config) -> list[Observer]:
         return []
@@ -47,7 +47,7 @@ class LocalExecutor:
             if is_finished(target, check):
                 used, bad = finished(target, rows, check)
             else:
-                with measured("decode", self.note, spent) as counts:
+                with measured("decode", self.emit, spent) as counts:
                     used, bad = make(source, recipe, rows, target, spent)
                     counts |= {"samples": used, "rejected": bad}
             rejected += bad
@@ -56,7 +56,7 @@ class LocalExecutor:
 
     def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
         for trial in range(config.score.trials):
-            with measured("train a proxy", self.note) as counts:
+            with measured("train a proxy", self.emit) as counts:
                 counts["trial"] = trial
                 run_trial(config, prepared, checkpoints, trial, self.device, advance)
 
@@ -81,14 +81,14 @@ class LocalExecutor:
         with threads(1):  # as each task of a cluster does, so that the utilities are the same bytes
             trials = subset_trials(config, prepared, self.device)
             for unit in waiting:
-                with measured("subsets", self.note) as counts:
+                with measured("subsets", self.emit) as counts:
                     counts["subsets"] = unit[1]
                     trials.publish(unit, pieces)
                 advance(unit[1])
 
     def make_networks(self, config: Config, places: DistillPaths, names: Sequence[str], advance: Advance) -> None:
         for name in names:
-            with measured(f"make {name}", self.note):
+            with measured(f"make {name}", self.emit):
                 make_network(config, places, name, self.device)
             advance(1)
 
@@ -112,7 +112,7 @@ class LocalExecutor:
     ) -> None:
         evaluator = Evaluator(config, *folders, self.device)
         for job in jobs:
-            with measured("evaluate", self.note) as counts:
+            with measured("evaluate", self.emit) as counts:
                 counts |= {"set": job.set, "network": job.network, "networks": 1}
                 row = evaluator.run(job)
             done(row)
@@ -124,6 +124,6 @@ class LocalExecutor:
         """Work through chunks, of which each says how many samples it held."""
         began = time.time()
         for samples in chunks:
-            self.note(Event("work", name, began, time.time(), values={"samples": samples, **spent.news()}))
+            self.emit(Event("work", name, began, time.time(), values={"samples": samples, **spent.delta()}))
             advance(samples)
             began = time.time()

@@ -24,7 +24,7 @@ class SyncedExecutor:
 
     def __init__(self, executor: Executor, copy: WorkingCopy):
         self.executor, self.copy = executor, copy
-        self.note = executor.note
+        self.emit = executor.emit
 
     def observers(self, config: Config) -> list[Observer]:
         return self.executor.observers(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.collectives import workers_here
+from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation.dc_subset import distiller
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
@@ -35,7 +35,7 @@ def run_trial(
     config: Config, prepared: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance
 ) -> None:
     """Train one proxy, together with the other workers of a process group, if there is one."""
-    workers = workers_here(device)
+    workers = current_workers(device)
     proxy.ProxyTrial(PreparedDataset(prepared), config.score, trial, config.run.seed, checkpoints, device, workers).run(
         advance
     )
@@ -44,7 +44,7 @@ def run_trial(
 def run_distillation(config: Config, places: DistillPaths, device: torch.device, report: Report) -> None:
     """One worker's part of the distillation; rank 0 leaves the result."""
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
-        synthetic = Distillation(config, places, workers_here(device), device, report).run()
+        synthetic = Distillation(config, places, current_workers(device), device, report).run()
     if synthetic is not None:
         synthetic.save(places.work / "synthetic")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distill_at_scale.core.events import Event, Note, at_once
+from distill_at_scale.core.events import Emit, Event, instant
 from distill_at_scale.core.progress import Meter
 
 PIECES = 20  # events of work at most for every worker, if none is lost
@@ -19,15 +19,15 @@ PIECES = 20  # events of work at most for every worker, if none is lost
 class DistillationLog:
     """Takes every line as it is written, in the driver."""
 
-    def __init__(self, note: Note, meter: Meter, say: Callable[[str], None]):
-        self.note, self.meter, self.say = note, meter, say
+    def __init__(self, emit: Emit, meter: Meter, say: Callable[[str], None]):
+        self.emit, self.meter, self.say = emit, meter, say
         self.opened = time.time()
         self.workers: list[tuple[str, int]] = []  # host and process of those at work
         self.since = 0.0  # when the workers began, Unix seconds
         self.until, self.step = 0.0, 0  # where the next piece of work begins
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        self.note(at_once("log", "line", line))
+        self.emit(instant("log", "line", line))
         if "held" in line:
             if line["at"] >= self.opened and line["at"] > self.since:
                 self._begin(line)
@@ -41,7 +41,7 @@ class DistillationLog:
     def _begin(self, line: Mapping[str, Any]) -> None:
         """A group of workers starts, the first or after a loss."""
         if self.workers:
-            self.note(at_once("lost", "workers of the distillation", {"step": self.meter.done}))
+            self.emit(instant("lost", "workers of the distillation", {"step": self.meter.done}))
         self.say(f"  {line['held']}")
         self.workers = [(host, pid) for host, pid in line["workers"]]
         self.since = self.until = line["at"]
@@ -51,7 +51,7 @@ class DistillationLog:
     def _piece(self, step: int) -> None:
         now = max(time.time(), self.until)
         for host, pid in self.workers:
-            self.note(Event("work", "steps", self.until, now, host, pid, {"steps": step - self.step}))
+            self.emit(Event("work", "steps", self.until, now, host, pid, {"steps": step - self.step}))
         self.until, self.step = now, step
 
 

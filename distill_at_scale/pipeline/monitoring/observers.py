@@ -32,7 +32,7 @@ class Observers:
     def add(self, observer: Observer) -> None:
         self.all.append(observer)
 
-    def note(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         event = event if event.stage else replace(event, stage=self.stage)
         for observer in list(self.all):
             self._guarded(observer, lambda observer=observer: observer(event))  # type: ignore[misc]

@@ -76,7 +76,7 @@ class Planner:
     def score(self) -> StageEstimate:
         facts, score, device = self.facts, self.config.score, self.layout.device
         spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
-        trials, epochs = score.checkpoints
+        trials, epochs = score.checkpoint_counts
         parts, sizes, side = {}, [], 1
         criteria = criteria_of(score)
         if not criteria:
@@ -111,7 +111,7 @@ class Planner:
 
     def distill(self) -> StageEstimate:
         facts, wanted, device = self.facts, self.config.distill, self.layout.device
-        spread = self.layout.group(wanted.fewest_workers, wanted.most_workers)
+        spread = self.layout.group(wanted.min_workers, wanted.max_workers)
         with tempfile.TemporaryDirectory() as folder:
             workers = spread.side_by_side
             found = Stopwatch(self.config, facts, device, workers, Path(folder)).measure()

@@ -121,7 +121,7 @@ def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.devi
 
 def of_scorer(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:
     """Host and device bytes of one actor: two chunks as they are read, all checkpoints, and one part of a chunk."""
-    trials, epochs = config.score.checkpoints
+    trials, epochs = config.score.checkpoint_counts
     chunk = min(facts.train, scored_chunk(facts.shape, config.data.chunk)) * facts.values
     layers = int(SCRATCH * 3 * spec.work(spec.at_once(device)))
     return _split(WITH_TORCH + 3 * chunk, trials * epochs * parameters(spec) + chunk + layers, device)

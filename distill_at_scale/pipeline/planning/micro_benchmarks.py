@@ -117,7 +117,7 @@ def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.devi
 def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
     """One sample under one checkpoint."""
     spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
-    trials, epochs = config.score.checkpoints
+    trials, epochs = config.score.checkpoint_counts
     compiled = will_compile(config.score.compile, spec.work(facts.train * trials * epochs))
     with tempfile.TemporaryDirectory() as name, threads(1):
         held = min(4, trials * epochs)

@@ -78,12 +78,12 @@ def _workers(config: Config, layout: ClusterLayout) -> list[str]:
     if layout.alone or layout.remote:
         return []
     cores, gpus, share = layout.machine.cores, layout.machine.gpus, config.cluster.gpus_per_worker
-    wanted = {"distill.workers": config.distill.fewest_workers, "score.workers": config.score.workers}
+    wanted = {"distill.workers": config.distill.min_workers, "score.workers": config.score.workers}
     found = [f"{key} = {count} needs as many cores, this machine has {cores}; lower {key} to {cores}"
              for key, count in wanted.items() if count > cores]  # fmt: skip
     if share > gpus:
         found.append(f"cluster.gpus_per_worker = {share:g}, this machine has {gpus} GPUs; lower it (0 runs on CPUs)")
-    elif share * config.distill.fewest_workers > gpus:
+    elif share * config.distill.min_workers > gpus:
         found.append(f"distill.workers = {config.distill.workers} with cluster.gpus_per_worker = {share:g} do not fit on "
                      f"{gpus} GPUs; lower distill.workers or cluster.gpus_per_worker")  # fmt: skip
     return found

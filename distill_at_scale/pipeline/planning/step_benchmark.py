@@ -44,7 +44,7 @@ class Slice(SingleProcess):
     def __init__(self, size: int):
         self.size, self.calls, self.bytes = size, 0, 0  # type: ignore[misc]
 
-    def sum_(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         self.calls += 1
         self.bytes += sum(t.numel() * t.element_size() for t in tensors)
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from distill_at_scale.config.load import Config, flatten
-from distill_at_scale.core.images import drawn
+from distill_at_scale.core.images import to_pixels
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -115,7 +115,7 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
 
 def _synthetic(made: SyntheticSet) -> dict[str, Any]:
     """The first samples of the first classes, as many classes as the budget of bytes allows."""
-    labels, pixels = made.labels.numpy(), drawn(made.values().numpy())
+    labels, pixels = made.labels.numpy(), to_pixels(made.values().numpy())
     clips = pixels.ndim == 5
     columns = min(made.card["images_per_class"], CLIP_COLUMNS if clips else IMAGE_COLUMNS)
     side = min(pixels.shape[-1], SMALL_SIDE if clips and columns > 1 else SYNTHETIC_SIDE)
@@ -149,7 +149,7 @@ def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
     if not made.snapshots:
         return None
     names, steps = made.class_names[:SNAPSHOT_CLASSES], sorted(made.snapshots)
-    shots = {step: drawn(shot.numpy()) for step, shot in made.snapshots.items()}
+    shots = {step: to_pixels(shot.numpy()) for step, shot in made.snapshots.items()}
     first = [shots[s][:: max(1, len(shots[s]) // len(names))][: len(names)] for s in steps]
     columns = _within(CLIP_BYTES, SMALL_SIDE, zip(*first, strict=True))
     rows = list(zip(steps, zip(*columns, strict=True), strict=True))
@@ -228,7 +228,8 @@ def _samples(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     rows = [{"name": prepared.class_names[c]} | _extremes(scores[labels == c], kept[labels == c]) for c in classes]
     tiles = [sorted(row["low"] + row["high"], key=lambda tile: tile["place"]) for row in rows]
     read = (
-        drawn(prepared.take("train", c, [tile["place"] for tile in of])) for c, of in zip(classes, tiles, strict=True)
+        to_pixels(prepared.take("train", c, [tile["place"] for tile in of]))
+        for c, of in zip(classes, tiles, strict=True)
     )
     made = run_plots.gallery(chain.from_iterable(read), SMALL_SIDE, CLIP_BYTES)
     for tile, picture in zip(chain.from_iterable(tiles), made.pictures, strict=True):

@@ -18,7 +18,7 @@ from typing import Any
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.environment import environment
-from distill_at_scale.core.events import at_once, measured
+from distill_at_scale.core.events import instant, measured
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.codecs.clip import decoders_for, named
 from distill_at_scale.data.ingest import derived_splits
@@ -83,9 +83,9 @@ class Stages:
     @property
     def executor(self) -> Executor:
         if self._executor is None:
-            with measured("start", self.observers.note, what="wait"):
+            with measured("start", self.observers.emit, what="wait"):
                 made = self._make_executor()
-            made.note = self.observers.note
+            made.emit = self.observers.emit
             for observer in made.observers(self.config):
                 self.observers.add(observer)
             self._executor = SyncedExecutor(made, self.dir.remote) if self.dir.remote else made
@@ -226,7 +226,7 @@ class Stages:
             self.display.say("  going on from the last checkpoint")
         executor = self.executor
         with self.display.meter("distill", distill.step_count(self.config), "steps") as meter:
-            log = DistillationLog(self.observers.note, meter, self.display.say)
+            log = DistillationLog(self.observers.emit, meter, self.display.say)
 
             def show(line: dict[str, Any]) -> None:
                 log(line)
@@ -254,11 +254,11 @@ class Stages:
 
             def done(row: dict[str, Any]) -> None:
                 finished.add(row)
-                self.observers.note(at_once("result", "network", row))
+                self.observers.emit(instant("result", "network", row))
                 meter.advance(1, f"{row['set']} {row['top1']:.3f}")
 
             for row in finished.rows:
-                self.observers.note(at_once("result", "network", row))
+                self.observers.emit(instant("result", "network", row))
             executor.evaluate(self.config, todo, folders, done)
         order = {job: place for place, job in enumerate(evaluate.jobs(self.config))}
         rows = sorted(finished.rows, key=lambda row: order[_job(row)])

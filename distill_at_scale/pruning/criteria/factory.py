@@ -39,7 +39,7 @@ def _made(name: str, section: ScoreSection) -> Any:
     method = "observe_class" if hasattr(found, "observe_class") else "observe"
     resolve(key, name, CRITERIA, CLASS_CONTRACT if method == "observe_class" else CRITERION_CONTRACT)
     made = _instance(name, found, section)
-    _check_promises(name, made, section.checkpoints[1])
+    _check_promises(name, made, section.checkpoint_counts[1])
     try:
         inspect.signature(getattr(made, method)).bind(None)
     except TypeError:

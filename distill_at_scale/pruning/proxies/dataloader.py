@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill_at_scale.core import rng
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import RowGroup
 
@@ -93,7 +93,7 @@ class ProxyDataLoader:
         parts = [self._part(dealt[s], sizes[s], len(dealt), rng.generator(self.seed, "proxy order", trial, epoch, s))
                  for s in own]  # fmt: skip
         steps = range(self.steps(dealt))
-        yield from ahead([next(part) for part in parts] for _ in steps)
+        yield from prefetch([next(part) for part in parts] for _ in steps)
 
     def _part(self, groups: Sequence[RowGroup], size: int, shards: int, draw: torch.Generator) -> Iterator[Batch]:
         left: pa.Table | None = None

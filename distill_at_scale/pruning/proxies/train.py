@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import rng, safetensors_io
-from distill_at_scale.core.collectives import SingleProcess, Workers
+from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
@@ -38,7 +38,7 @@ def network_spec(
 
 def finished_epochs(config: ScoreSection, folder: Path) -> int:
     """How many epochs of all trials have a checkpoint."""
-    trials, epochs = config.checkpoints
+    trials, epochs = config.checkpoint_counts
     return sum(checkpoint_path(folder, t, e).exists() for t in range(trials) for e in range(epochs))
 
 
@@ -67,7 +67,7 @@ class ProxyTrial:
         seed: int,
         folder: Path,
         device: torch.device,
-        workers: Workers | None = None,
+        workers: Collectives | None = None,
     ):
         self.config, self.trial, self.seed, self.folder, self.device = config, trial, seed, folder, device
         self.workers = workers or SingleProcess()
@@ -97,7 +97,7 @@ class ProxyTrial:
             self._epoch(epoch)
             if self.workers.rank == 0:
                 self._save(checkpoint_path(self.folder, self.trial, epoch))
-            self.workers.highest(0)  # nobody goes on before it is there
+            self.workers.all_reduce_max(0)  # nobody goes on before it is there
             advance(1)
 
     def _epoch(self, epoch: int) -> None:
@@ -119,7 +119,7 @@ class ProxyTrial:
     def _exact_sum(self, parts: Sequence[Batch], total: int) -> Tensor:
         """The gradient of the batch: those of the logical shards, added up pairwise in one fixed order."""
         own = pairwise([self._gradient(images, labels, total) for images, labels in parts])
-        return pairwise(self.workers.gather_tensors(own))
+        return pairwise(self.workers.all_gather(own))
 
     def _fast_sum(self, parts: Sequence[Batch], total: int) -> Tensor:
         """The same up to rounding, in one pass; batch norm still sees logical shards apart."""
@@ -128,7 +128,7 @@ class ProxyTrial:
         else:
             images, labels = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
             own = self._gradient(images, labels, total)
-        self.workers.sum_([own])
+        self.workers.all_reduce_sum([own])
         return own
 
     def _gradient(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
@@ -153,7 +153,7 @@ class ProxyTrial:
     def _average_statistics(self) -> None:
         buffers = [b for b in self.network.buffers() if b.is_floating_point()]
         if self.workers.size > 1 and buffers:
-            self.workers.sum_(buffers)
+            self.workers.all_reduce_sum(buffers)
             for buffer in buffers:
                 buffer.div_(self.workers.size)
 

@@ -48,7 +48,7 @@ class Columns:
 
     def __init__(self, config: Config, more: Mapping[str, Column]):
         score = config.score
-        self.criteria, self.more, self.checkpoints = criteria_of(score), dict(more), score.checkpoints
+        self.criteria, self.more, self.checkpoints = criteria_of(score), dict(more), score.checkpoint_counts
         self.class_wise = any(class_wise(criterion) for criterion in self.criteria.values())
         made = {**self.criteria, **self.more}
         if lacking := [name for name in score.criteria if name not in made and name != RANDOM]:

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import RowGroupWriter, check_rows, facts_of, open_table, reading
 from distill_at_scale.pruning.scoring.columns import Column, Columns, Part
 
@@ -48,7 +48,7 @@ def write_scores(
     that no checkpoint makes, by the names of their columns. The bytes depend on the rows alone. Raises UserError where a
     piece is missing or damaged, or where an expected id is missing, is there twice, or was not expected.
     """
-    read = zip(pieces, expected, ahead(map(_read_piece, pieces), 16), strict=True)
+    read = zip(pieces, expected, prefetch(map(_read_piece, pieces), 16), strict=True)
     return _publish(path, ((piece, in_order(piece, table, ids)) for piece, ids, table in read), config, more)
 
 

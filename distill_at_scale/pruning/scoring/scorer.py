@@ -25,7 +25,7 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import TimeSpent
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.models import pretrained
@@ -74,7 +74,7 @@ class Scorer:
         score, self.device, self.spent = config.score, device, spent or TimeSpent()
         self.prepared, self.dimensions = PreparedDataset(prepared), score.features
         self.criteria = criteria_of(score)
-        (_, epochs), self.last = score.checkpoints, score.checkpoints[1] - 1
+        (_, epochs), self.last = score.checkpoint_counts, score.checkpoint_counts[1] - 1
         self.needed = needed_epochs(self.criteria.values(), epochs)
         self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
@@ -94,7 +94,7 @@ class Scorer:
 
     def _given(self, score: ScoreSection) -> list[Checkpoint]:
         names = self.prepared.class_names, self.prepared.source_class_names
-        found = (pretrained.load(name, self.spec, *names) for name in score.given_weights)
+        found = (pretrained.load(name, self.spec, *names) for name in score.weight_names)
         return [
             self._checkpoint(g.state, replace(self.spec, classes=g.outputs), g.normalization, g.classes) for g in found
         ]
@@ -119,7 +119,7 @@ class Scorer:
         there = {target for _, target in units if target.exists()}
         yield from (chunk.rows for chunk, target in units if target in there)
         missing = [unit for unit in units if unit[1] not in there]
-        for (chunk, target), (table, pixels) in zip(missing, ahead(self._read(c) for c, _ in missing), strict=True):
+        for (chunk, target), (table, pixels) in zip(missing, prefetch(self._read(c) for c, _ in missing), strict=True):
             with self.spent.on("forward"):
                 scored = self._score(table, pixels)
             with self.spent.on("write"), publish(target) as temporary:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import BATCH, batches, open_table, reading
 
 SORTABLE = 5_000_000  # a table of fewer rows is sorted in memory if need be
@@ -53,7 +53,7 @@ class Samples:
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of all rows, as they lie; read ahead in another thread."""
-        return ahead(self._batches(columns), 16)
+        return prefetch(self._batches(columns), 16)
 
     def classes(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """(label, its rows with label and `columns`), labels ascending.
@@ -72,7 +72,7 @@ class Samples:
 
         Raises Unsorted where they do not, and UserError for an id that is missing, or there twice in its class.
         """
-        return ahead(self._proved_ids(), 16)
+        return prefetch(self._proved_ids(), 16)
 
     def id_of(self, row: int) -> str:
         """The sample id of one row, for a message."""

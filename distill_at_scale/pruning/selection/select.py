@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.pruning.selection import ranking as ranks_by
 from distill_at_scale.pruning.selection.quotas import Cut, cut_of
 from distill_at_scale.pruning.selection.ranking import Ranking, places
@@ -59,7 +59,7 @@ def select(
     tally = _Tally()
     try:
         cut = cut_of(config, minimum, samples, ranking)
-        for rows in _with_ids(samples, ahead(_ranked(samples, ranking, cut, tally), 2)):
+        for rows in _with_ids(samples, prefetch(_ranked(samples, ranking, cut, tally), 2)):
             out.append(rows)
     except Unsorted as why:
         out.clear()

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill_at_scale.config.load import nearest
+from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.video.base import ROWS, ListedVideos
 from distill_at_scale.data.sources.video.label_lists import Lists, find_lists
@@ -89,7 +89,7 @@ class SomethingV2(ListedVideos):
             owner = str(templates[number - 1]).translate(NO_BRACKETS)
             raise UserError(
                 f"{self.lists.place(name)}, entry {number}: {owner!r} is no class of {self._name('labels')} "
-                f"({nearest(owner, self.class_names)}); download the lists that belong together"
+                f"({suggest(owner, self.class_names)}); download the lists that belong together"
             )
         return pa.array([known[template] for template in templates], pa.int32())
 

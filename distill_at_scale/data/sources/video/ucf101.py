@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.config.load import nearest
+from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.video.base import ROWS, VIDEO_EXTENSIONS, ListedVideos
 from distill_at_scale.data.sources.video.label_lists import Lists, find_lists
@@ -82,7 +82,7 @@ class Ucf101(ListedVideos):
             raise UserError(f"{place}: {text!r} is no line of such a list; {FORM}")
         owner, file, number = parts.groups()
         if owner not in labels:
-            raise UserError(f"{place}: {owner!r} is no class of {CLASSES} ({nearest(owner, labels)}); mend the line")
+            raise UserError(f"{place}: {owner!r} is no class of {CLASSES} ({suggest(owner, labels)}); mend the line")
         if number is not None and int(number) != labels[owner] + 1:
             raise UserError(
                 f"{place}: the number is {number}, but {owner} has {labels[owner] + 1} in {CLASSES}; mend the line"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import TrajectorySection
+from distill_at_scale.config.methods import MTTSection
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive, generator
@@ -35,7 +35,7 @@ def expert_name(number: int) -> str:
     return f"expert-{number:03d}.safetensors"
 
 
-def expert_options(config: Config, section: TrajectorySection) -> dict[str, Any]:
+def expert_options(config: Config, section: MTTSection) -> dict[str, Any]:
     """What decides an expert's weights, under names that do not depend on the method: methods share experts."""
     own = {key: value for key, value in section.model_dump().items() if key.startswith("expert_")}
     shared = {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")}
@@ -63,7 +63,7 @@ class Expert:
     Batches go through the network in parts that fit the cache; without batch norm that is the same gradient.
     """
 
-    def __init__(self, number: int, setting: MethodContext, section: TrajectorySection, real: ClassSampler):
+    def __init__(self, number: int, setting: MethodContext, section: MTTSection, real: ClassSampler):
         self.number, self.seed, self.section = number, setting.seed, section
         self.method, self.device = setting.config.distill.method, setting.device
         self.pixels, self.labels = real.whole()

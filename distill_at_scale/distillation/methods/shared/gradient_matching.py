@@ -235,7 +235,7 @@ class MatchingMethod(ImageMethod):
         for k, label in enumerate(chosen):
             if label in self.setting.labels:
                 batch[k] = repeated(self.real, label, each, "norm batch", step, outer)
-        self.setting.workers.sum_([batch])
+        self.setting.workers.all_reduce_sum([batch])
         return batch.flatten(0, 1)
 
 

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import PatchSection
+from distill_at_scale.config.methods import RDEDSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.core.prefetch import ahead
+from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk, RowGroup
@@ -54,7 +54,7 @@ def pieces_folder(networks: Path, config: Config) -> Path:
     return table_path(networks, config).with_suffix(".pieces")
 
 
-def crops_of(seed: int, sample_id: str, section: PatchSection) -> Tensor:
+def crops_of(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
     """The crops of a sample [crops, 4], as shares of its sides."""
     numbers = torch.rand(section.crops, 4, generator=rng.generator(seed, "patch crops", sample_id))
     return boxes_of(numbers, section.crop_scale)
@@ -97,7 +97,7 @@ class Ranker:
 
     def rank(self, units: Sequence[tuple[Chunk, Path]]) -> Iterator[int]:
         """Publish the piece of each chunk; yields the chunk's samples. What is next is read meanwhile."""
-        for (chunk, target), found in ahead((unit, list(self._candidates_in(unit[0]))) for unit in units):
+        for (chunk, target), found in prefetch((unit, list(self._candidates_in(unit[0]))) for unit in units):
             tables = [self._ranked(rows, pixels) for rows, pixels in found]
             with publish(target) as temporary:
                 pq.write_table(pa.concat_tables([SCHEMA.empty_table(), *tables]), temporary)

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from distill_at_scale.data.sources.image.digits import Digits
-from distill_at_scale.distillation.methods.dm import DistributionMatching
-from distill_at_scale.distillation.methods.mtt import TrajectoryMatching
-from distill_at_scale.distillation.methods.shared.experts import Expert, expert_name
+from distill_at_scale.distillation.methods.dm import DM
+from distill_at_scale.distillation.methods.mtt import MTT
+from distill_at_scale.distillation.methods.shared.experts import ExpertTraining, expert_name
 from distill_at_scale.pruning.criteria.loss import Loss
 
 ARMED = Path(tempfile.gettempdir()) / f"distill-at-scale-kill-a-scorer-{os.getuid()}"  # the next one to score dies
@@ -31,43 +31,43 @@ class KillingSource(Digits):
         return super().read(rows)
 
 
-class KillingBackend(DistributionMatching):
+class KillingBackend(DM):
     """DM whose worker dies in step 6, once; distill.options.marker names the file that remembers it."""
 
     def step(self, i):
-        marker = Path(self.setting.config.distill.options["marker"])
-        if i == 6 and self.setting.workers.rank == self.setting.workers.size - 1 and not marker.exists():
+        marker = Path(self.context.config.distill.options["marker"])
+        if i == 6 and self.context.workers.rank == self.context.workers.size - 1 and not marker.exists():
             marker.touch()
             os._exit(1)
         return super().step(i)
 
 
-class WaitingBackend(DistributionMatching):
+class WaitingBackend(DM):
     """DM that waits, in each step of distill.options.waits, until there is another number of workers than given there."""
 
     def step(self, i):
-        while [i, self.setting.workers.size] in self.setting.config.distill.options["waits"]:
+        while [i, self.context.workers.size] in self.context.config.distill.options["waits"]:
             time.sleep(0.1)
         return super().step(i)
 
 
-class DyingExpert(Expert):
+class DyingExpert(ExpertTraining):
     def _epoch(self, epoch):
         if epoch == 1:
             os._exit(1)
         super()._epoch(epoch)
 
 
-class KillingExperts(TrajectoryMatching):
+class KillingExperts(MTT):
     """MTT of whose second expert the process dies in epoch 1, once; distill.options.marker remembers it."""
 
     @classmethod
-    def make_network(cls, name, setting, real):
-        marker = Path(setting.config.distill.options["marker"])
+    def make_network(cls, name, context, real):
+        marker = Path(context.config.distill.options["marker"])
         if name == expert_name(1) and not marker.exists():
             marker.touch()
-            DyingExpert(1, setting, cls.section(setting.config), real).run(setting.networks / name)
-        super().make_network(name, setting, real)
+            DyingExpert(1, context, cls.section(context.config), real).run(context.networks / name)
+        super().make_network(name, context, real)
 
 
 class KillingLoss(Loss):

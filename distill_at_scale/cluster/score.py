@@ -126,7 +126,7 @@ def score(
 def rank_patches(config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance, tell: Tell) -> None:
     """Rank the patches of every chunk that has no piece yet, by the same kind of actors."""
     arguments = {"prepared": str(places.prepared), "networks": str(places.networks)}
-    pieces = patch_ranking.pieces_folder(places.networks, config)
+    pieces = patch_ranking.parts_folder(places.networks, config)
     _over_chunks(config, chunks, pieces, RankingActor, arguments, advance, tell)
 
 
@@ -198,7 +198,7 @@ class RankingActor(ChunkActor):
     does = "rank"
 
     def load(self, config: Config, device: torch.device) -> Work:
-        return patch_ranking.Ranker(config, self.folders["prepared"], self.folders["networks"], device).rank
+        return patch_ranking.PatchRanker(config, self.folders["prepared"], self.folders["networks"], device).rank
 
 
 def _chunk(fields: dict[str, Any]) -> Chunk:

@@ -18,7 +18,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.distillation.methods.dc import GradientMatching
+from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.pruning.scoring.monte_carlo import Distil, spec_of
 
 
@@ -43,13 +43,13 @@ def distiller(config: Config, prepared: PreparedDataset, device: torch.device) -
             device,
             section.steps,
         )
-        backend = GradientMatching(setting)
+        backend = DC(setting)
         backend.prepare(
             ClassSampler({c: pixels.to(device) for c, pixels in stored.items()}, normalization, seed, device)
         )
         for step in range(section.steps):
             backend.step(step)
-        images, labels = backend.finish()
+        images, labels = backend.snapshot()
         return images.to(device), labels.to(device)
 
     return distil

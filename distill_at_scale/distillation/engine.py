@@ -33,7 +33,7 @@ from distill_at_scale.distillation import checkpoint, evaluate
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.checkpoint import Saved
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import Method, MethodContext, WithDefaults, too_few
+from distill_at_scale.distillation.methods.base import Method, MethodContext, MethodDefaults, too_few_message
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -44,7 +44,7 @@ BACKEND_CONTRACT = (
     "protocol",
     "prepare",
     "step",
-    "finish",
+    "snapshot",
     "state_dict",
     "load_state_dict",
 )
@@ -58,7 +58,7 @@ Report = Callable[[dict[str, Any]], None]
 def method_class(config: Config) -> type[Method]:
     """The method; what one of the user's own leaves out of the contract it answers as most do."""
     found = resolve("distill.method", config.distill.method, METHODS, BACKEND_CONTRACT)
-    return found if issubclass(found, WithDefaults) else type(found.__name__, (found, WithDefaults), {})
+    return found if issubclass(found, MethodDefaults) else type(found.__name__, (found, MethodDefaults), {})
 
 
 def runtime_of(config: Config) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def check(config: Config, prepared: Classes, kept_per_class: list[int]) -> None:
                 f"the manifest keeps no sample of the class {name!r}; raise select.keep or select.min_per_class"
             )
         if method_class(config).init_of(config) == "real" and kept < config.distill.ipc:
-            raise UserError(too_few(name, kept, config.distill.ipc))
+            raise UserError(too_few_message(name, kept, config.distill.ipc))
     if config.distill.evaluate_every:
         evaluate.need_test_split(prepared)
     if config.distill.max_workers > len(names) and method_class(config).parallel == "classes":
@@ -252,7 +252,7 @@ class Distillation:
 
     def _gather(self) -> tuple[Tensor, Tensor]:
         """All workers' images and labels, sorted by label."""
-        parts = self.workers.gather(self.backend.finish())
+        parts = self.workers.gather(self.backend.snapshot())
         if self.backend.parallel == "replicate":
             parts = parts[:1]
         images, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -319,7 +319,7 @@ class Distillation:
     def _set(self) -> SyntheticSet:
         """The set as it is, on every worker; only rank 0 may rely on it."""
         images, labels = self.workers.broadcast(self._gather())
-        more = self.backend.conclude(images, labels)
+        more = self.backend.finalize(images, labels)
         card = self._card()
         card["protocol"] |= more.protocol
         whitening = self.normalization.whitening

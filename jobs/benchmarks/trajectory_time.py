@@ -26,11 +26,11 @@ from distill_at_scale.core.environment import environment
 from distill_at_scale.distillation.augment import AugmentParams
 from distill_at_scale.distillation.methods.shared.experts import flat
 from distill_at_scale.distillation.methods.shared.unroll import (
-    Matched,
-    Move,
-    Student,
-    Synthetic,
-    Trajectory,
+    FlatNetwork,
+    LossAndGradients,
+    StudentStep,
+    SyntheticData,
+    TrajectorySegment,
     recomputed,
     unrolled,
 )
@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = _made_up(options, device)
-    ways: dict[str, Callable[[], Matched]] = {
+    ways: dict[str, Callable[[], LossAndGradients]] = {
         "textbook": partial(textbook, *given),
         "unrolled (mtt)": partial(unrolled, *given),
         "recomputed, exact (tesla)": partial(recomputed, *given),
@@ -73,29 +73,32 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _made_up(options: argparse.Namespace, device: torch.device) -> tuple[Student, Trajectory, Synthetic, Tensor]:
+def _made_up(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[FlatNetwork, TrajectorySegment, SyntheticData, Tensor]:
     spec, chance, n = (
         NetworkSpec("convnet", SHAPE, CLASSES, options.width),
         torch.Generator().manual_seed(0),
         options.ipc * 10,
     )
-    student = Student(spec.build(0).to(device), spec.at_once(device))
+    student = FlatNetwork(spec.build(0).to(device), spec.at_once(device))
     start = flat(spec.build(1))
     target = start + 0.01 * torch.randn(len(start), generator=chance)
     moves = [
-        Move(torch.randperm(n, generator=chance), AugmentParams(None, torch.zeros(1, 4))) for _ in range(options.steps)
+        StudentStep(torch.randperm(n, generator=chance), AugmentParams(None, torch.zeros(1, 4)))
+        for _ in range(options.steps)
     ]
     images = torch.randn(n, *SHAPE, generator=chance).to(device).requires_grad_(True)
-    made = Synthetic(images, torch.arange(n, device=device) % CLASSES)
+    made = SyntheticData(images, torch.arange(n, device=device) % CLASSES)
     return (
         student,
-        Trajectory(start.to(device), target.to(device), moves),
+        TrajectorySegment(start.to(device), target.to(device), moves),
         made,
         torch.tensor(0.02, device=device, requires_grad=True),
     )
 
 
-def textbook(student: Student, task: Trajectory, made: Synthetic, rate: Tensor) -> Matched:
+def textbook(student: FlatNetwork, task: TrajectorySegment, made: SyntheticData, rate: Tensor) -> LossAndGradients:
     """As in the published code: one slice per parameter, whole batches, autograd through all steps."""
     theta = task.start.clone().requires_grad_(True)
     for move in task.moves:
@@ -110,7 +113,7 @@ def textbook(student: Student, task: Trajectory, made: Synthetic, rate: Tensor) 
     return loss.detach(), list(torch.autograd.grad(loss, [made.images, rate]))
 
 
-def saved_bytes(way: Callable[[], Matched]) -> int:
+def saved_bytes(way: Callable[[], LossAndGradients]) -> int:
     """The most bytes that autograd keeps at one time; tensors that are saved twice count twice."""
     held = {"now": 0, "peak": 0}
 
@@ -128,7 +131,9 @@ def saved_bytes(way: Callable[[], Matched]) -> int:
     return held["peak"]
 
 
-def _measure(ways: dict[str, Callable[[], Matched]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def _measure(
+    ways: dict[str, Callable[[], LossAndGradients]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(repeats + 1):
         for name, way in ways.items():

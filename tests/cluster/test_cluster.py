@@ -259,7 +259,7 @@ def test_patches_are_ranked_to_the_same_bytes_on_ray_and_become_a_set(tmp_path, 
         finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path, tmp_path / "local"
     )
     pieces, chunks = (
-        patch_ranking.pieces_folder(places.networks, config),
+        patch_ranking.parts_folder(places.networks, config),
         PreparedDataset(finished / "prepared").chunks("train"),
     )
     pieces.mkdir()

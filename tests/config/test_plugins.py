@@ -31,17 +31,17 @@ class Means(ImageMethod):
     def protocol(config):
         return TrainingProtocol(epochs=20)
 
-    def __init__(self, setting):
-        self.batch = setting.config.distill.options["batch"]
-        super().__init__(setting, init="noise", lr=setting.config.distill.options["image_lr"], momentum=0.0)
+    def __init__(self, context):
+        self.batch = context.config.distill.options["batch"]
+        super().__init__(context, init="noise", lr=context.config.distill.options["image_lr"], momentum=0.0)
 
     def step(self, i):
         self.optimizer.zero_grad()
-        draws = self.real.draw(self.setting.labels, self.batch, "real batch", i)
+        draws = self.real.draw(self.context.labels, self.batch, "real batch", i)
         losses = [(self.images[k] - draw.images.mean(0)).square().mean() for k, draw in enumerate(draws)]
         sum(losses).backward()
         self.update(losses, i)
-        self.settle()
+        self.raise_if_diverged()
         return {"loss": float(sum(losses).detach()) / len(losses)}
 '''
 NETWORK = """

@@ -20,7 +20,7 @@ from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.engine import DistillPaths, make_network, method_class, missing_networks, setting_of
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import Conclusion, Cost
+from distill_at_scale.distillation.methods.base import Cost, FinalOutputs
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.pipeline.executors.local import LocalExecutor
@@ -58,7 +58,7 @@ def rank(config, places: DistillPaths) -> None:
     """As the pipeline does."""
     chunks, pieces = (
         PreparedDataset(places.prepared).chunks("train"),
-        patch_ranking.pieces_folder(places.networks, config),
+        patch_ranking.parts_folder(places.networks, config),
     )
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
@@ -115,7 +115,7 @@ def test_a_step_gives_numbers_and_the_set_has_its_shape(method, start):
         metrics = backend.step(i)
         assert metrics
         assert all(isinstance(value, float) and value == value for value in metrics.values())
-    images, labels = backend.finish()
+    images, labels = backend.snapshot()
     assert images.shape == (6, 1, 8, 8)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert images.device.type == "cpu"
@@ -136,7 +136,7 @@ def test_a_state_continues_with_the_same_bytes(method, start):
     assert all(torch.equal(again[key], value) for key, value in state.items())
     whole.step(1)
     resumed.step(1)
-    for a, b in zip(whole.finish(), resumed.finish(), strict=True):
+    for a, b in zip(whole.snapshot(), resumed.snapshot(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -144,9 +144,9 @@ def test_a_state_continues_with_the_same_bytes(method, start):
 def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
     backend = start(method)
     backend.step(0)
-    images, labels = backend.finish()
-    found = backend.conclude(images, labels)
-    assert isinstance(found, Conclusion)
+    images, labels = backend.snapshot()
+    found = backend.finalize(images, labels)
+    assert isinstance(found, FinalOutputs)
     assert all(isinstance(value, torch.Tensor) for value in found.extras.values())
     json.dumps(dict(found.card))
     expected = method_class(config_of(method)).protocol(config_of(method))

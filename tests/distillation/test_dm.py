@@ -28,7 +28,7 @@ def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None
     setting = MethodContext(
         config, spec, [str(c) for c in range(classes)], list(range(classes)), SingleProcess(), CPU, 1
     )
-    backend = dm.DistributionMatching(setting)
+    backend = dm.DM(setting)
     backend.prepare(ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0))
     return backend
 
@@ -69,7 +69,7 @@ def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
     """Without dropping by chance: sorted effects by leaving one out, and only what is outermost is gone."""
     pool = a_pool()
     backend = backend_of("dm", pool, runtime={"rule": "ite", "drop": 0.5, "tail": 0.5, "probes": 64})
-    embed = backend.setting.spec.network.embed
+    embed = backend.context.spec.network.embed
     before, found = image_gradient(backend)
     images, wanted = before.clone().requires_grad_(True), torch.zeros(())
     for label in range(CLASSES):

@@ -318,7 +318,7 @@ class Frozen:
     def step(self, i):
         return {"loss": 0.0}
 
-    def finish(self):
+    def snapshot(self):
         return self.images, torch.tensor(self.setting.labels)
 
     def state_dict(self):

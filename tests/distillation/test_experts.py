@@ -12,8 +12,8 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
 from distill_at_scale.distillation.augment import FAMILIES
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.shared.experts import Expert, Experts, flat
-from distill_at_scale.distillation.methods.shared.unroll import Student
+from distill_at_scale.distillation.methods.shared.experts import ExpertFiles, ExpertTraining, flat
+from distill_at_scale.distillation.methods.shared.unroll import FlatNetwork
 from distill_at_scale.pipeline import fingerprints
 
 assert experts  # a fixture
@@ -22,7 +22,7 @@ assert experts  # a fixture
 def test_an_expert_keeps_its_parameters_after_every_epoch(experts):
     held = safetensors_io.load(experts / "expert-001.safetensors")["parameters"]
     setting = setting_of(config_of(), experts)
-    fresh = Expert(1, setting, setting.config.distill.mtt, a_pool())
+    fresh = ExpertTraining(1, setting, setting.config.distill.mtt, a_pool())
     assert torch.equal(held[0], flat(fresh.network))
     assert held.shape == (5, len(held[0]))
     assert held.dtype == torch.float32
@@ -50,8 +50,8 @@ def test_experts_learn_their_samples(tmp_path):
     config = config_of(expert_epochs=60, expert_lr=0.3, experts=1)
     setting, pool = setting_of(config, tmp_path), a_pool()
     METHODS["mtt"].make_network("expert-000.safetensors", setting, pool)
-    student = Student(setting.spec.build(0), 100)
-    held = Experts(tmp_path, 1, 60, sum(student.sizes), CPU)
+    student = FlatNetwork(setting.spec.build(0), 100)
+    held = ExpertFiles(tmp_path, 1, 60, sum(student.sizes), CPU)
     pixels, labels = pool.whole()
     first, last = held.parameters(0, 0, 60)
     right = [
@@ -66,18 +66,18 @@ def test_experts_learn_their_samples(tmp_path):
 def test_a_killed_expert_goes_on_to_the_same_bytes(tmp_path, monkeypatch, momentum):
     options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1}
     whole, killed = made_experts(tmp_path / "whole", **options), tmp_path / "killed"
-    epoch_of = Expert._epoch
+    epoch_of = ExpertTraining._epoch
 
     def dies(self, epoch):
         if epoch == 2:
             raise KeyboardInterrupt
         epoch_of(self, epoch)
 
-    monkeypatch.setattr(Expert, "_epoch", dies)
+    monkeypatch.setattr(ExpertTraining, "_epoch", dies)
     with pytest.raises(KeyboardInterrupt):
         made_experts(killed, **options)
     done = []
-    monkeypatch.setattr(Expert, "_epoch", lambda self, epoch: (done.append(epoch), epoch_of(self, epoch)))
+    monkeypatch.setattr(ExpertTraining, "_epoch", lambda self, epoch: (done.append(epoch), epoch_of(self, epoch)))
     made_experts(killed, **options)
     assert done == [2, 3]
     name = "expert-000.safetensors"

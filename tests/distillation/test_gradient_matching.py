@@ -20,7 +20,7 @@ from distill_at_scale.distillation.augment import FAMILIES
 from distill_at_scale.distillation.methods import METHODS, dc
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared import gradient_matching
-from distill_at_scale.distillation.methods.shared.gradient_distance import distances
+from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -78,7 +78,7 @@ def test_a_dc_step_is_the_textbooks():
     backend = backend_of("dc", pool, outer=1, inner=1)
     before, found = image_gradient(backend)
     real = [whole_class(pool, label) for label in range(CLASSES)]
-    close(found, textbook_dc(backend.setting.spec.network, real, before))
+    close(found, textbook_dc(backend.context.spec.network, real, before))
 
 
 def test_the_inner_loop_trains_the_network_on_the_synthetic_set():
@@ -87,7 +87,7 @@ def test_the_inner_loop_trains_the_network_on_the_synthetic_set():
     backend = backend_of("dc", pool, outer=2, inner=3, network_lr=0.5)
     before = backend.images.detach().clone()
     backend.step(0)
-    network = backend.setting.spec.build(0)
+    network = backend.context.spec.build(0)
     real = [whole_class(pool, label) for label in range(CLASSES)]
     middle = before - textbook_dc(network, real, before)
     optimizer = torch.optim.SGD(network.parameters(), 0.5)
@@ -103,7 +103,7 @@ def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     """Three batches of two of six images: at a rate near zero, their gradients add up to three times the mean's."""
     pool = a_pool()
     backend = backend_of("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
-    network = backend.setting.spec.build(0)
+    network = backend.context.spec.build(0)
     before = [p.detach().clone() for p in network.parameters()]
     images, labels = backend.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
     wanted = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
@@ -150,7 +150,7 @@ def test_the_masked_gradient_is_autograds_on_the_kept_samples(drop):
     pool = a_pool()
     backend = backend_of("dc", pool, outer=1, runtime={"rule": "loss", "drop": drop, "refresh": 1})
     before, found = image_gradient(backend)
-    network, kept = backend.setting.spec.network, []
+    network, kept = backend.context.spec.network, []
     for label in range(CLASSES):
         batch = whole_class(pool, label)
         order = sorted(
@@ -174,10 +174,10 @@ def test_a_dm_step_is_the_textbooks():
     images = before.clone().requires_grad_(True)
     loss = torch.zeros(())
     for label in range(CLASSES):
-        feature = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in whole_class(pool, label)]).mean(
+        feature = torch.stack([backend.context.spec.network.embed(x[None])[0] for x in whole_class(pool, label)]).mean(
             0
         )
-        mine = torch.stack([backend.setting.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
+        mine = torch.stack([backend.context.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
         loss = loss + ((feature - mine) ** 2).sum()
     close(found, torch.autograd.grad(loss, images)[0])
 
@@ -187,7 +187,7 @@ def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
     pool = a_pool()
     backend = backend_of("dm", pool, runtime={"rule": "loss", "drop": drop})
     before, found = image_gradient(backend)
-    images, embed = before.clone().requires_grad_(True), backend.setting.spec.network.embed
+    images, embed = before.clone().requires_grad_(True), backend.context.spec.network.embed
     loss = torch.zeros(())
     for label in range(CLASSES):
         features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
@@ -220,7 +220,7 @@ def test_real_and_synthetic_images_get_the_same_draw(method):
 
     def spy(real, synthetic):
         pairs.append((real, synthetic))
-        return distances(real, synthetic)
+        return cosine_distance(real, synthetic)
 
     if method == "dsa":
         backend.metric = spy
@@ -336,7 +336,7 @@ def test_a_step_that_overflows_is_not_taken(method, monkeypatch):
 
 def test_finish_gives_images_and_labels_in_class_order():
     backend = backend_of("dc", a_pool(), labels=[0, 2])
-    images, labels = backend.finish()
+    images, labels = backend.snapshot()
     assert labels.tolist() == [0, 0, 2, 2]
     assert torch.equal(images, backend.images.detach().flatten(0, 1))
 
@@ -380,7 +380,7 @@ def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
     monkeypatch.setattr(gradient_matching, "class_gradients", lambda *a, **k: (called.append(1), whole(*a, **k))[1])
     together = moved(method, spec, **options)
     assert called
-    monkeypatch.setattr(gradient_matching, "fits", lambda *_: False)
+    monkeypatch.setattr(gradient_matching, "supports_class_gradients", lambda *_: False)
     close(together, moved(method, spec, **options))
 
 
@@ -391,7 +391,7 @@ def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch)
     pool, runtime = pool_of(spec, held=lambda c: c + 1), {"rule": "loss", "drop": 0.5, "refresh": 1}
     monkeypatch.setattr(gradient_matching, "FEW", device_few)
     together = moved("dc", spec, runtime, pool, outer=1)
-    monkeypatch.setattr(gradient_matching, "fits", lambda *_: False)
+    monkeypatch.setattr(gradient_matching, "supports_class_gradients", lambda *_: False)
     close(together, moved("dc", spec, runtime, pool, outer=1))
 
 
@@ -451,7 +451,7 @@ def test_samples_are_independent_under_settled_batch_norm():
     backend = METHODS["dc"](MethodContext(config, spec, ["a", "b", "c"], [0, 1, 2], SingleProcess(), CPU, 1))
     backend.prepare(pool_of(spec))
     network = spec.build(0).train()
-    backend.settle_norms(network, 0, 0)
+    backend.set_batch_norm_statistics(network, 0, 0)
     images = backend._norm_batch(0, 0)
     assert len(images) == 3 * gradient_matching.NORM_EACH  # repeated, where fewer are kept
     assert torch.allclose(network(images[:5])[0], network(images[:1])[0], atol=1e-4)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
-from test_gradient_matching import close
 from test_class_gradients import textbook_gradient
+from test_gradient_matching import close
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core.collectives import SingleProcess
@@ -42,9 +42,7 @@ def backend_of(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2,
     config = configuration.validate(
         {"distill": {"method": "idc", "ipc": ipc, "idc": made}, "runtime": runtime or {"rule": "none"}}
     )
-    backend = idc.FormationMatching(
-        MethodContext(config, SPEC, NAMES, list(labels), workers or SingleProcess(), CPU, 1)
-    )
+    backend = idc.IDC(MethodContext(config, SPEC, NAMES, list(labels), workers or SingleProcess(), CPU, 1))
     backend.prepare(a_pool(labels, held))
     return backend
 
@@ -54,7 +52,7 @@ def test_an_image_update_is_the_textbooks(metric, size):
     """Decoded images, differences of weight gradients without the classifier's, a rate for pixels between 0 and 1."""
     backend = backend_of(metric=metric)
     images = backend.images.detach().clone().requires_grad_(True)
-    network, total, pool = backend.setting.spec.network, torch.zeros(()), a_pool()
+    network, total, pool = backend.context.spec.network, torch.zeros(()), a_pool()
     for label in range(CLASSES):
         real = textbook_gradient(network, pool.normalization.apply(pool.pixels[label]), label)
         mine = textbook_gradient(network, parts_of(images[label], 2), label, create_graph=True)
@@ -103,8 +101,8 @@ def test_no_more_decoded_images_than_asked_are_matched_and_they_change():
 
 def test_the_network_is_trained_on_real_samples_of_all_classes():
     backend = backend_of(network_samples=100, network_cutmix=0.0, network_lr=0.1, network_batch=100)
-    network = backend.setting.spec.build(0)
-    twin = backend.setting.spec.build(0)
+    network = backend.context.spec.build(0)
+    twin = backend.context.spec.build(0)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
     backend._train(network, optimizers[0], 0, 0)
     pixels, labels = a_pool().whole()
@@ -132,7 +130,7 @@ class Threads:
     def of(self, rank: int):
         worker = SingleProcess()
         worker.rank, worker.size = rank, self.size
-        worker.sum_ = lambda tensors: self._sum(rank, tensors)
+        worker.all_reduce_sum = lambda tensors: self._sum(rank, tensors)
         return worker
 
     def _sum(self, rank: int, tensors: list[torch.Tensor]) -> None:
@@ -197,16 +195,16 @@ def test_what_is_not_finite_is_named_and_the_images_stay():
 
 def test_the_card_lets_the_set_be_taken_apart():
     backend = backend_of()
-    images, labels = backend.finish()
-    card = backend.conclude(images, labels).card
-    protocol = idc.FormationMatching.protocol(configuration.Config()).card()
+    images, labels = backend.snapshot()
+    card = backend.finalize(images, labels).card
+    protocol = idc.IDC.protocol(configuration.Config()).card()
     made = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
     assert len(made.images) == len(made.labels) == CLASSES * 2 * 4
     assert made.labels[:8].tolist() == [0] * 8
 
 
 def test_evaluation_is_cut_and_mixed_and_needs_no_cutout():
-    protocol = idc.FormationMatching.protocol(configuration.Config())
+    protocol = idc.IDC.protocol(configuration.Config())
     assert (protocol.epochs, protocol.cutmix) == (1000, 0.5)
     assert protocol.augment == "color_crop_flip_scale_rotate"
 

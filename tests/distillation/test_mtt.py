@@ -27,7 +27,7 @@ from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.distillation.methods.shared.unroll import Move, Synthetic, unrolled
+from distill_at_scale.distillation.methods.shared.unroll import StudentStep, SyntheticData, unrolled
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -111,7 +111,7 @@ def test_a_step_is_the_textbooks(experts, batch):
     """Images and rate move along the gradient of a full unroll, whole batches or parts of them."""
     backend = backend_of(experts, student_batch=batch)
     before, rate = backend.images.detach().clone(), backend.rate.detach().clone()
-    task, network = backend.trajectory(5, 0), backend.setting.spec.build(0)
+    task, network = backend.trajectory(5, 0), backend.context.spec.build(0)
     loss, of_images, of_rate = textbook(network, task, before.flatten(0, 1), backend.hard, rate)
     metrics = backend.step(5)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -134,7 +134,7 @@ def test_momentum_is_that_of_sgd(experts):
 
 def test_start_and_target_are_epochs_of_one_expert(experts):
     backend = backend_of(experts)
-    held = [safetensors_io.load(experts / name)["parameters"] for name in backend.networks(backend.setting.config)]
+    held = [safetensors_io.load(experts / name)["parameters"] for name in backend.networks(backend.context.config)]
     seen = set()
     for i in range(40):
         task = backend.trajectory(i, 0)
@@ -192,7 +192,7 @@ def test_a_state_goes_on_to_the_same_bytes(experts, method):
 def test_what_is_learned_goes_into_the_protocol_and_the_card(experts):
     backend = backend_of(experts)
     backend.step(0)
-    made = backend.conclude(*backend.finish())
+    made = backend.finalize(*backend.snapshot())
     rate = float(backend.rate.detach())
     assert rate != pytest.approx(0.1, abs=1e-9)
     assert dict(made.protocol) == {"lr": rate}
@@ -277,7 +277,7 @@ def test_in_parts_a_draw_stays_with_its_images():
     """The augmented parts, put together, are the augmented whole."""
     images = torch.rand(5, *SHAPE)
     draw = Augmentation("color").draw(torch.Generator().manual_seed(0), per_image=5)
-    move, made = Move(torch.randperm(5), draw), Synthetic(images, torch.arange(5) % CLASSES)
+    move, made = StudentStep(torch.randperm(5), draw), SyntheticData(images, torch.arange(5) % CLASSES)
     parts = [made.batch(part) for part in move.split(2)]
     whole = made.batch(move)
     assert torch.allclose(torch.cat([p[0] for p in parts]), whole[0])

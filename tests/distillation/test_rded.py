@@ -23,7 +23,7 @@ from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.engine import DistillPaths
-from distill_at_scale.distillation.methods.rded import Patches, best
+from distill_at_scale.distillation.methods.rded import RDED, best_crops
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
 from distill_at_scale.models.spec import NetworkSpec
@@ -53,7 +53,7 @@ def ranked(tmp_path):
         places = DistillPaths(
             tmp_path / "prepared", tmp_path / "manifest.parquet", tmp_path, tmp_path / "l", setting.networks
         )
-        pieces = patch_ranking.pieces_folder(places.networks, setting.config)
+        pieces = patch_ranking.parts_folder(places.networks, setting.config)
         pieces.mkdir(parents=True, exist_ok=True)
         candidates = patch_ranking.draw_candidates(places.manifest, setting.config, pieces)
         return setting, places, prepared.chunks(), candidates
@@ -63,7 +63,7 @@ def ranked(tmp_path):
 
 def table_of(setting, places, chunks, candidates) -> pa.Table:
     LocalExecutor().rank_patches(setting.config, places, chunks, lambda n: None)
-    pieces = patch_ranking.pieces_folder(places.networks, setting.config)
+    pieces = patch_ranking.parts_folder(places.networks, setting.config)
     target = patch_ranking.table_path(places.networks, setting.config)
     patch_ranking.merge([score_piece(pieces, c) for c in chunks], candidates, setting.config.distill.rded.crops, target)
     return pq.read_table(target)
@@ -84,7 +84,7 @@ def test_every_crop_of_every_candidate_is_ranked_by_the_teachers_loss(ranked):
     teacher, pool = Teacher.load(places.networks / TEACHER, torch.device("cpu")), kept_pool(places)
     for row in table.to_pylist()[::7]:
         image = pool.normalization.apply(pool.pixels[row["label"]][row["row"]][None])
-        box = patch_ranking.crops_of(setting.seed, row["sample_id"], setting.config.distill.rded)[row["crop"]]
+        box = patch_ranking.crop_boxes(setting.seed, row["sample_id"], setting.config.distill.rded)[row["crop"]]
         loss = F.cross_entropy(teacher(shown(image, box[None])), torch.tensor([row["label"]]))
         assert row["loss"] == pytest.approx(float(loss), rel=1e-3, abs=1e-5)
 
@@ -129,11 +129,11 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, mo
     target = patch_ranking.table_path(places.networks, setting.config)
     table_of(setting, places, chunks, candidates)
     whole = target.read_bytes()
-    pieces = [score_piece(patch_ranking.pieces_folder(places.networks, setting.config), chunk) for chunk in chunks]
+    pieces = [score_piece(patch_ranking.parts_folder(places.networks, setting.config), chunk) for chunk in chunks]
     before = pieces[0].stat().st_mtime_ns
     for piece in pieces[1:]:
         piece.unlink()
-    ranker = patch_ranking.Ranker(setting.config, places.prepared, places.networks, torch.device("cpu"))
+    ranker = patch_ranking.PatchRanker(setting.config, places.prepared, places.networks, torch.device("cpu"))
     assert list(ranker.rank([(chunks[2], pieces[2])])) == [chunks[2].rows]  # another actor, in another order
     table_of(setting, places, chunks, candidates)
     assert target.read_bytes() == whole
@@ -149,7 +149,7 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
     setting, places, chunks, candidates = ranked()
     table_of(setting, places, chunks, candidates)
     target, pieces = (
-        make(places.networks, setting.config) for make in (patch_ranking.table_path, patch_ranking.pieces_folder)
+        make(places.networks, setting.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
     )
     whole = target.read_bytes()
     work = [{**asdict(chunk), "path": str(score_piece(pieces, chunk))} for chunk in chunks]
@@ -192,7 +192,7 @@ def test_other_options_are_other_tables(ranked):
 
 def test_the_best_crop_of_every_image_comes_first_then_their_second_best():
     losses = np.array([[3.0, 1.0], [0.5, 9.0], [2.0, 2.0]])
-    images, crops = best(losses, 8)
+    images, crops = best_crops(losses, 8)
     assert images.tolist() == [1, 0, 2, 2, 0, 1, 1, 0]
     assert crops.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
 
@@ -200,7 +200,7 @@ def test_the_best_crop_of_every_image_comes_first_then_their_second_best():
 def built(ranked, **options):
     setting, places, chunks, candidates = ranked(**options)
     table = table_of(setting, places, chunks, candidates)
-    backend = Patches(setting)
+    backend = RDED(setting)
     backend.prepare(kept_pool(places))
     return backend, table
 
@@ -208,7 +208,7 @@ def built(ranked, **options):
 def test_images_are_tiled_of_the_most_realistic_patches(ranked):
     backend, table = built(ranked, crop_scale=1.0, crops=1)
     assert backend.step(0)["classes"] == CLASSES
-    images, labels = backend.finish()
+    images, labels = backend.snapshot()
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     mine = table.filter(pc.equal(table["label"], 1)).sort_by([("loss", "ascending"), ("row", "ascending")])
     first = backend.real.normalization.apply(backend.real.pixels[1][mine["row"][0].as_py()][None])
@@ -220,10 +220,10 @@ def test_images_are_tiled_of_the_most_realistic_patches(ranked):
 def test_samples_in_shards_give_the_same_set(ranked):
     backend, _ = built(ranked)
     backend.step(0)
-    held = backend.finish()[0]
+    held = backend.snapshot()[0]
     backend.prepare(kept_pool(ranked()[1], "shards"))
     backend.step(0)
-    assert torch.equal(backend.finish()[0], held)
+    assert torch.equal(backend.snapshot()[0], held)
 
 
 def test_a_damaged_table_is_named(ranked):
@@ -241,7 +241,7 @@ def test_with_a_factor_of_one_an_image_is_one_crop(ranked):
     backend.step(0)
     mine = table.filter(pc.equal(table["label"], 0)).sort_by([("loss", "ascending"), ("row", "ascending")])
     real = backend.real.normalization.apply(backend.real.pixels[0][mine["row"][0].as_py()])
-    assert torch.allclose(backend.finish()[0][0], real, atol=1e-4)
+    assert torch.allclose(backend.snapshot()[0][0], real, atol=1e-4)
 
 
 def test_several_steps_build_the_same_set_and_a_state_goes_on(ranked):
@@ -253,16 +253,16 @@ def test_several_steps_build_the_same_set_and_a_state_goes_on(ranked):
     resumed.load_state_dict(divided.state_dict())
     for i in (1, 2):
         resumed.step(i)
-    assert torch.equal(resumed.finish()[0], whole.finish()[0])
+    assert torch.equal(resumed.snapshot()[0], whole.snapshot()[0])
 
 
 def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
     backend, _ = built(ranked, candidates=5)
     backend.step(0)
-    more = backend.conclude(*backend.finish())
+    more = backend.finalize(*backend.snapshot())
     assert more.card["patches_of_reused_images"] == {"zero": 3, "one": 3, "two": 3}  # eight wanted of five
     enough, _ = built(ranked, candidates=8)
-    assert enough.conclude(*enough.finish()).card["patches_of_reused_images"] == {}
+    assert enough.finalize(*enough.snapshot()).card["patches_of_reused_images"] == {}
 
 
 @pytest.mark.parametrize("candidates", [5, 8])  # with five, further crops of the same images are taken
@@ -271,22 +271,22 @@ def test_samples_that_lie_in_shards_make_the_same_images(ranked, tmp_path, candi
 
     backend, _ = built(ranked, candidates=candidates)
     backend.step(0)
-    images, _ = backend.finish()
+    images, _ = backend.snapshot()
     prepared, device = PreparedDataset(tmp_path / "prepared"), torch.device("cpu")
     backend.prepare(
         ClassSampler.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards")
     )
     backend.step(0)
-    assert torch.equal(backend.finish()[0], images)
+    assert torch.equal(backend.snapshot()[0], images)
 
 
-RDED = {"distill__method": "rded", "distill__rded": QUICK | OPTIONS, "distill__ipc": 2, "evaluate__epochs": 2,
+RUN = {"distill__method": "rded", "distill__rded": QUICK | OPTIONS, "distill__ipc": 2, "evaluate__epochs": 2,
         "evaluate__seeds": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole_run(make_run, tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("rded") / "run", **RDED, evaluate__bounds=["kept"], evaluate__bound_epochs=1)
+    run = make_run(tmp_path_factory.mktemp("rded") / "run", **RUN, evaluate__bounds=["kept"], evaluate__bound_epochs=1)
     return run.stages("ingest", "score", "select", "distill", "evaluate")
 
 
@@ -313,7 +313,7 @@ def test_what_is_left_of_the_ranking_is_one_table_beside_the_teacher(whole_run):
 def test_a_second_distillation_ranks_and_trains_nothing_again(whole_run, make_run):
     os.remove(whole_run.dir / "stages" / "distill.json")
     before = (whole_run.dir / "synthetic" / "synthetic.safetensors").read_bytes()
-    again = make_run(whole_run.dir, **RDED, evaluate__bounds=["kept"], evaluate__bound_epochs=1).stages("distill")
+    again = make_run(whole_run.dir, **RUN, evaluate__bounds=["kept"], evaluate__bound_epochs=1).stages("distill")
     assert "rank:" not in again.text
     assert "networks:" not in again.text
     assert (whole_run.dir / "synthetic" / "synthetic.safetensors").read_bytes() == before
@@ -352,12 +352,12 @@ def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run,
     made, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     safetensors_io.save(first, made)
-    run = make_run(tmp_path / "run", **RDED | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(first)}})
+    run = make_run(tmp_path / "run", **RUN | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(first)}})
     run.stages("ingest", "score", "select", "distill")
     before = run.dir.joinpath("stages", "distill.json").read_bytes()
     assert str(tmp_path) not in (run.dir / "synthetic" / "card.json").read_text()
     first.rename(second)
-    there = RDED | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(second)}}
+    there = RUN | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(second)}}
     make_run(tmp_path / "run", **there).stages("distill")
     assert run.dir.joinpath("stages", "distill.json").read_bytes() == before
     safetensors_io.save(second, moved)

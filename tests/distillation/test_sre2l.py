@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_teacher import CLASSES, CPU, NAMES, SHAPE, a_pool, a_setting, make
 
 from distill_at_scale.core.errors import DistillationDiverged
-from distill_at_scale.distillation.methods.sre2l import Recovery, Statistics
+from distill_at_scale.distillation.methods.sre2l import BatchNormLoss, SRe2L
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
 
 
@@ -18,13 +18,13 @@ from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
 def recovery(tmp_path):
     """recovery(labels=..., steps=..., **options): a prepared backend with the same teacher."""
 
-    def prepared(labels=None, **options) -> Recovery:
+    def prepared(labels=None, **options) -> SRe2L:
         setting = a_setting(tmp_path, "sre2l", **options)
         if not (tmp_path / TEACHER).exists():
             make(setting)
         if labels is not None:
             object.__setattr__(setting, "labels", labels)
-        backend = Recovery(setting)
+        backend = SRe2L(setting)
         backend.prepare(a_pool())
         return backend
 
@@ -34,7 +34,7 @@ def recovery(tmp_path):
 def test_the_distance_is_that_of_means_and_variances_before_every_batch_norm(recovery):
     teacher = recovery().teacher
     images, layers = torch.randn(5, *SHAPE), teacher.network.features
-    with Statistics(teacher) as statistics:
+    with BatchNormLoss(teacher) as statistics:
         teacher(images)
         found = statistics.distance()
     entering, wanted = images, torch.zeros(())
@@ -53,7 +53,7 @@ def test_a_step_is_adams_along_the_textbook_gradient(recovery):
     boxes, flipped = backend._views(0)
     assert flipped is None
     images = before.flatten(0, 1).requires_grad_(True)
-    with Statistics(backend.teacher) as statistics:
+    with BatchNormLoss(backend.teacher) as statistics:
         logits = backend.teacher(shown(images, boxes))
         loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2])) + 0.5 * statistics.distance()
     loss.backward()
@@ -77,7 +77,7 @@ def test_the_rate_follows_a_cosine(recovery):
 def test_images_stay_pixels_and_their_loss_falls(recovery):
     backend = recovery(steps=30)
     losses = [backend.step(i)["loss"] for i in range(30)]
-    shown_as = a_pool().normalization.invert(backend.finish()[0])
+    shown_as = a_pool().normalization.invert(backend.snapshot()[0])
     assert float(shown_as.min()) >= -1e-5
     assert float(shown_as.max()) <= 1 + 1e-5
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
@@ -139,13 +139,13 @@ def test_recovered_images_are_what_the_teacher_takes_them_for(recovery):
     backend = recovery(steps=40)
     for i in range(40):
         backend.step(i)
-    images, labels = backend.finish()
+    images, labels = backend.snapshot()
     assert float((backend.teacher(images).argmax(1) == labels).float().mean()) > 0.8
 
 
 def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
     backend = recovery(top_k=2)
-    more = backend.conclude(*backend.finish())
+    more = backend.finalize(*backend.snapshot())
     assert more.extras["labels/values"].shape == (2, 6, 2)
     assert more.card["soft_label_bytes"] == 2 * 6 * 2 * 4
     assert more.card["soft_labels"]["bytes_per_image"] == 16
@@ -153,4 +153,4 @@ def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
     assert torch.equal(
         Teacher.of(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)), backend.teacher(torch.ones(1, *SHAPE))
     )
-    assert backend.setting.class_names == NAMES
+    assert backend.context.class_names == NAMES

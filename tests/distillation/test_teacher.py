@@ -67,19 +67,19 @@ def test_a_teacher_learns_the_kept_samples(tmp_path):
 
 def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = make(a_setting(tmp_path / "a"))
-    setting, epoch = a_setting(tmp_path / "b"), teachers._Training._epoch
+    setting, epoch = a_setting(tmp_path / "b"), teachers.TeacherTraining._epoch
 
     def stop(self, pixels, labels, normalization, number):
         if number == 2:
             raise KeyboardInterrupt
         return epoch(self, pixels, labels, normalization, number)
 
-    monkeypatch.setattr(teachers._Training, "_epoch", stop)
+    monkeypatch.setattr(teachers.TeacherTraining, "_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         make(setting)
     assert not (setting.networks / TEACHER).exists()
     seen = []
-    monkeypatch.setattr(teachers._Training, "_epoch", lambda *a: (seen.append(a[4]), epoch(*a))[1])
+    monkeypatch.setattr(teachers.TeacherTraining, "_epoch", lambda *a: (seen.append(a[4]), epoch(*a))[1])
     assert torch.equal(weights(make(setting)), weights(whole))
     assert seen == [2]
     assert [p.name for p in setting.networks.iterdir()] == [TEACHER]

@@ -12,12 +12,12 @@ from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.shared.experts import Experts, flat
+from distill_at_scale.distillation.methods.shared.experts import ExpertFiles, flat
 from distill_at_scale.distillation.methods.shared.unroll import (
-    Move,
-    Student,
-    Synthetic,
-    Trajectory,
+    FlatNetwork,
+    StudentStep,
+    SyntheticData,
+    TrajectorySegment,
     recomputed,
     unrolled,
 )
@@ -41,30 +41,30 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def a_student(at_once: int = 100) -> Student:
-    return Student(NetworkSpec("convnet", SHAPE, CLASSES, width=6).build(0), at_once)
+def a_student(at_once: int = 100) -> FlatNetwork:
+    return FlatNetwork(NetworkSpec("convnet", SHAPE, CLASSES, width=6).build(0), at_once)
 
 
 def a_task(
-    student: Student, steps: int = 4, images: int = 6, batch: int = 6, augment: str = "color_crop"
-) -> Trajectory:
+    student: FlatNetwork, steps: int = 4, images: int = 6, batch: int = 6, augment: str = "color_crop"
+) -> TrajectorySegment:
     chance, augmentation = torch.Generator().manual_seed(0), Augmentation(augment)
     moves = []
     for _ in range(steps):
         rows = torch.randperm(images, generator=chance)[:batch]
         draw = augmentation.draw(chance, per_image=batch)
-        moves.append(Move(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
+        moves.append(StudentStep(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
     start = flat(student.network)
-    return Trajectory(start, start + 0.05 * torch.randn(len(start), generator=chance), moves)
+    return TrajectorySegment(start, start + 0.05 * torch.randn(len(start), generator=chance), moves)
 
 
-def a_set(images: int = 6, soft: bool = False) -> tuple[Synthetic, torch.Tensor]:
+def a_set(images: int = 6, soft: bool = False) -> tuple[SyntheticData, torch.Tensor]:
     chance = torch.Generator().manual_seed(1)
     pixels = torch.randn(images, *SHAPE, generator=chance).requires_grad_(True)
     targets = torch.arange(images) % CLASSES
     if soft:
         targets = torch.randn(images, CLASSES, generator=chance).requires_grad_(True)
-    return Synthetic(pixels, targets), torch.tensor(0.2, requires_grad=True)
+    return SyntheticData(pixels, targets), torch.tensor(0.2, requires_grad=True)
 
 
 @pytest.mark.usefixtures("double")
@@ -168,10 +168,10 @@ def test_the_gradient_is_the_one_that_is_chosen(experts, gradient, way):
 def test_with_hard_labels_a_step_is_mtts(experts):
     backend = backend_of(experts, "tesla", learn_labels=False)
     before, task = backend.images.detach().clone().flatten(0, 1), backend.trajectory(3, 0)
-    _, wanted, _ = textbook(backend.setting.spec.build(0), task, before, backend.hard, torch.tensor(0.1))
+    _, wanted, _ = textbook(backend.context.spec.build(0), task, before, backend.hard, torch.tensor(0.1))
     backend.step(3)
     close(before - backend.images.detach().flatten(0, 1), wanted)
-    assert "soft_labels" not in backend.conclude(*backend.finish()).extras
+    assert "soft_labels" not in backend.finalize(*backend.snapshot()).extras
     assert not [key for key in backend.state_dict() if key.startswith("logits")]
 
 
@@ -181,7 +181,7 @@ def test_soft_labels_are_learned_and_concluded(experts):
     _, gradients = backend.match(backend.trajectory(0, 0), backend.synthetic())
     backend.step(0)
     close(before - backend.logits.detach(), 3.0 * gradients[1].view_as(before))
-    made = backend.conclude(*backend.finish())
+    made = backend.finalize(*backend.snapshot())
     assert torch.equal(made.extras["soft_labels"], backend.logits.detach().flatten(0, 1))
     assert made.protocol["lr"] == float(backend.rate.detach())
 
@@ -189,7 +189,7 @@ def test_soft_labels_are_learned_and_concluded(experts):
 def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
     backend = backend_of(experts, "tesla")
     images, student = backend.images.detach().flatten(0, 1), backend.student
-    held = Experts(experts, 2, 4, sum(student.sizes), CPU)
+    held = ExpertFiles(experts, 2, 4, sum(student.sizes), CPU)
     mean = sum(student.logits(*held.parameters(k, 4), images) for k in range(2)) / 2
     found = backend.logits.detach().flatten(0, 1)
     for row, wanted, label in zip(found, mean, backend.hard.tolist(), strict=True):
@@ -223,8 +223,8 @@ def test_the_defaults_are_mtts_with_soft_labels():
 def test_a_network_trains_on_the_soft_labels_that_were_saved(experts, tmp_path):
     """The saved set carries what its protocol asks for."""
     backend = backend_of(experts, "tesla")
-    images, labels = backend.finish()
-    made = backend.conclude(images, labels)
+    images, labels = backend.snapshot()
+    made = backend.finalize(images, labels)
     protocol = backend.protocol(setting_of(config_of("tesla"), tmp_path).config).card() | dict(made.protocol)
     card = {"class_names": ["zero", "one", "two"], "protocol": protocol,
             "normalization": {"mean": [0.5], "std": [0.3]}}  # fmt: skip

@@ -10,10 +10,10 @@ from torch import nn
 
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
-    distance,
-    losses,
+    class_distance,
     matched_parameters,
     real_gradient,
+    sample_losses,
     synthetic_gradient,
 )
 from distill_at_scale.distillation.methods.shared.gradient_projections import projections
@@ -30,7 +30,7 @@ def squares(real, made):
     return sum((a - b).square().sum() for a, b in zip(real[:-1], made[:-1], strict=True))
 
 
-DISTANCES = {"cosine": distance, "squares": squares}
+DISTANCES = {"cosine": class_distance, "squares": squares}
 ROTATED = Augmentation("rotate").draw(torch.Generator().manual_seed(3))
 VIEWS = {"as it is": lambda x: x, "rotated": ROTATED.apply, "in parts": lambda x: parts_of(x, 2)}
 
@@ -141,7 +141,9 @@ def test_the_sizes_do_not_depend_on_the_parts_and_are_drawn_from_the_generator()
     network, real, images = a_network(), samples(20), samples(3, seed=5)
 
     def found(at_once, seed=0):
-        return gradient_effects(network, real, images, VIEWS["rotated"], LABEL, distance, 4, chance(seed), at_once)
+        return gradient_effects(
+            network, real, images, VIEWS["rotated"], LABEL, class_distance, 4, chance(seed), at_once
+        )
 
     assert torch.equal(found(5), found(5))
     assert torch.allclose(found(5), found(100), rtol=1e-2)
@@ -158,7 +160,7 @@ def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
     network, real, images = a_network(seed), samples(60, seed=seed), samples(2, seed=seed + 5)
 
     def found(real):
-        return gradient_effects(network, real, images, lambda x: x, LABEL, distance, 8, chance(), 1000)
+        return gradient_effects(network, real, images, lambda x: x, LABEL, class_distance, 8, chance(), 1000)
 
     torch.testing.assert_close(found(real * (1 + 1e-6)), found(real), rtol=1e-4, atol=0)
 
@@ -166,21 +168,23 @@ def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
 def test_one_direction_is_one_in_which_samples_have_effects():
     network, real, images = a_network(), samples(60), samples(1, seed=5)
     images = images * torch.tensor([0.0, *[1.0] * 7])  # the first pixels see no sample
-    seen = gradient_effects(network, real, images, lambda x: x * (images != 0), LABEL, distance, 1, chance(), 1000)
+    seen = gradient_effects(
+        network, real, images, lambda x: x * (images != 0), LABEL, class_distance, 1, chance(), 1000
+    )
     assert bool((seen > 0).all())
 
 
 def test_no_more_images_go_through_the_network_at_once_than_asked():
     network, real, images, sizes = a_network(), samples(20), samples(30, seed=5), []
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    gradient_effects(network, real, images, lambda x: x, LABEL, distance, 4, chance(), 5)
+    gradient_effects(network, real, images, lambda x: x, LABEL, class_distance, 4, chance(), 5)
     assert max(sizes) == 5
 
 
 def test_a_sample_alone_or_like_all_others_has_no_effect():
     network, images = a_network(), samples(2, seed=5)
     for real in (samples(1), samples(1).expand(4, *SHAPE)):
-        found = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, distance, 4, chance(), 4)
+        found = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
         assert found.shape == (len(real),)
         assert float(found.max()) < 1e-4
         found = feature_effects(network.embed, network.embed(real), images, VIEWS["as it is"], 4, chance(), 4)
@@ -192,7 +196,7 @@ def test_a_dead_channel_does_not_spoil_the_sizes():
     network, images = a_network(), samples(2, seed=5)
     with torch.no_grad():
         network.features[1].bias[0] = -1e3
-    found = gradient_effects(network, samples(10), images, VIEWS["as it is"], LABEL, distance, 4, chance(), 4)
+    found = gradient_effects(network, samples(10), images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
     assert torch.isfinite(found).all()
     assert float(found.max()) > 0
 
@@ -200,7 +204,7 @@ def test_a_dead_channel_does_not_spoil_the_sizes():
 def test_the_images_are_left_alone():
     network, images = a_network(), samples(2, seed=5).requires_grad_(True)
     before = images.detach().clone()
-    gradient_effects(network, samples(6), images, VIEWS["as it is"], LABEL, distance, 4, chance(), 4)
+    gradient_effects(network, samples(6), images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
     assert images.grad is None
     assert torch.equal(images, before)
     assert all(p.grad is None for p in network.parameters())
@@ -209,14 +213,14 @@ def test_the_images_are_left_alone():
 def test_clips_have_effects_too():
     shape = (4, 1, 8, 8)
     network, real, images = a_network(shape=shape, name="convnet3d"), samples(12, shape), samples(2, shape, 5)
-    _, first = gradient_cases(network, real, images, ROTATED.apply, distance)
-    found = gradient_effects(network, real, images, ROTATED.apply, LABEL, distance, MANY, chance(), 5)
+    _, first = gradient_cases(network, real, images, ROTATED.apply, class_distance)
+    found = gradient_effects(network, real, images, ROTATED.apply, LABEL, class_distance, MANY, chance(), 5)
     assert torch.allclose(found, first, rtol=2e-2, atol=5e-3 * float(first.max()))
 
 
 def test_images_that_the_view_leaves_out_have_no_effects():
     found = gradient_effects(
-        a_network(), samples(6), samples(2, seed=5), lambda x: x[:1] * 0 + 1, LABEL, distance, 4, chance(), 4
+        a_network(), samples(6), samples(2, seed=5), lambda x: x[:1] * 0 + 1, LABEL, class_distance, 4, chance(), 4
     )
     assert torch.equal(found, torch.zeros(6))
 
@@ -263,6 +267,6 @@ def test_a_signal_in_one_dimension_goes_the_same_way():
     wanted = sum((d * g).flatten(1).sum(1) for d, g in zip(directions, own, strict=True))
     assert torch.allclose(found[0], wanted, rtol=1e-3, atol=1e-5)
     assert (
-        losses(network, real, LABEL, 4).shape
+        sample_losses(network, real, LABEL, 4).shape
         == F.cross_entropy(network(real), torch.ones(6).long(), reduction="none").shape
     )

@@ -18,7 +18,7 @@ from rich.console import Console
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Display
-from distill_at_scale.distillation.methods.dc import GradientMatching
+from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.experiments import points
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import Failure
@@ -283,14 +283,14 @@ def test_two_commands_in_one_folder_are_refused(swept):
 
 
 def test_a_trial_that_diverges_is_listed_and_the_others_go_on(tmp_path, monkeypatch):
-    original = GradientMatching.step
+    original = DC.step
 
     def step(self, i):
-        if self.setting.config.distill.ipc == 2:
+        if self.context.config.distill.ipc == 2:
             raise DistillationDiverged("the loss of step 0 is not finite")
         return original(self, i)
 
-    monkeypatch.setattr(GradientMatching, "step", step)
+    monkeypatch.setattr(DC, "step", step)
     settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
     made, said = sweep(settings)
     rows = {row["distill.ipc"]: row for row in made.to_pylist()}
@@ -298,22 +298,22 @@ def test_a_trial_that_diverges_is_listed_and_the_others_go_on(tmp_path, monkeypa
     assert "not finite" in rows[2]["error"]
     assert rows[1]["mean"] is not None
     assert "1 of 2 trials failed" in said
-    monkeypatch.setattr(GradientMatching, "step", original)
+    monkeypatch.setattr(DC, "step", original)
     made, _ = sweep(settings)
     assert made["error"].null_count == 2, "the failed trial was not tried again"
     assert not list(tmp_path.rglob(points.FAILED))
 
 
 def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_same_one(tmp_path, monkeypatch):
-    original = GradientMatching.step
+    original = DC.step
     full = OSError(errno.ENOSPC, "No space left on device", "/data/run/metrics.jsonl")
 
     def step(self, i):
-        if self.setting.config.distill.ipc == 2:
+        if self.context.config.distill.ipc == 2:
             raise full
         return original(self, i)
 
-    monkeypatch.setattr(GradientMatching, "step", step)
+    monkeypatch.setattr(DC, "step", step)
     settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
     with pytest.raises(
         UserError, match=r"1 of 2 trials could not .* No space left on device: .*metrics.jsonl.* same command"
@@ -322,7 +322,7 @@ def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_
     assert (tmp_path / "run" / "sweep.html").exists()
     rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
     assert rows[1]["mean"] is not None, "the other trial was not tried"
-    monkeypatch.setattr(GradientMatching, "step", original)
+    monkeypatch.setattr(DC, "step", original)
     made, said = sweep(settings)
     assert "2 trials, 1 of them finished before" in said
     assert made["error"].null_count == 2
@@ -350,7 +350,7 @@ def test_where_every_trial_fails_the_command_fails(tmp_path, monkeypatch):
     def step(self, i):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(GradientMatching, "step", step)
+    monkeypatch.setattr(DC, "step", step)
     with pytest.raises(UserError, match=r"none of the 1 trials succeeded.*RuntimeError: out of luck"):
         sweep(config(tmp_path / "run", space={"distill.ipc": [1]}, controls=[]))
 

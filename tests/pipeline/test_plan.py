@@ -15,8 +15,8 @@ from distill_at_scale import cli
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import Cost, WithDefaults
-from distill_at_scale.distillation.methods.dc import GradientMatching
+from distill_at_scale.distillation.methods.base import Cost, MethodDefaults
+from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import facts as known
@@ -137,13 +137,13 @@ def test_slices_are_scaled_along_a_line_and_never_downwards(found, own, expected
     assert scaled(found, own) == pytest.approx(expected)
 
 
-class Counting(GradientMatching):
+class Counting(DC):
     """Its step takes no time, but says what it was made with."""
 
     seen: ClassVar[list[tuple[int, int, int]]] = []
 
     def step(self, i):
-        Counting.seen.append((len(self.setting.labels), self.outer, self.inner))
+        Counting.seen.append((len(self.context.labels), self.outer, self.inner))
         return {}
 
 
@@ -165,7 +165,7 @@ def test_loops_add_up_as_they_nest(tmp_path, monkeypatch):
     assert watch._looped(1) == pytest.approx(1 + 2 * 10 + 9 * 3 * 50)
 
 
-class Replicated(WithDefaults):
+class Replicated(MethodDefaults):
     """Every worker holds all classes, and a teacher is needed."""
 
     parallel, default_steps = "replicate", 4
@@ -175,7 +175,7 @@ class Replicated(WithDefaults):
     costs = staticmethod(lambda config: [Cost("train two experts", "convnet", "kept", 20, True),
                                          Cost("label them", "convnet", "synthetic", 30, False)])  # fmt: skip
     make_network = staticmethod(lambda name, setting, real: (setting.networks / name).touch())
-    state_dict = finish = load_state_dict = None
+    state_dict = snapshot = load_state_dict = None
 
     def __init__(self, setting):
         self.setting = setting

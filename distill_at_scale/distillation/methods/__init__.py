@@ -1,21 +1,21 @@
 """Distillation methods: one small file each, and this table of them."""
 
-from distill_at_scale.distillation.methods.dc import GradientMatching
-from distill_at_scale.distillation.methods.dm import DistributionMatching
-from distill_at_scale.distillation.methods.dsa import SiameseMatching
-from distill_at_scale.distillation.methods.idc import FormationMatching
-from distill_at_scale.distillation.methods.mtt import TrajectoryMatching
-from distill_at_scale.distillation.methods.rded import Patches
-from distill_at_scale.distillation.methods.sre2l import Recovery
-from distill_at_scale.distillation.methods.tesla import ConstantMemoryMatching
+from distill_at_scale.distillation.methods.dc import DC
+from distill_at_scale.distillation.methods.dm import DM
+from distill_at_scale.distillation.methods.dsa import DSA
+from distill_at_scale.distillation.methods.idc import IDC
+from distill_at_scale.distillation.methods.mtt import MTT
+from distill_at_scale.distillation.methods.rded import RDED
+from distill_at_scale.distillation.methods.sre2l import SRe2L
+from distill_at_scale.distillation.methods.tesla import TESLA
 
 METHODS = {
-    "dc": GradientMatching,
-    "dsa": SiameseMatching,
-    "dm": DistributionMatching,
-    "idc": FormationMatching,
-    "mtt": TrajectoryMatching,
-    "tesla": ConstantMemoryMatching,
-    "sre2l": Recovery,
-    "rded": Patches,
+    "dc": DC,
+    "dsa": DSA,
+    "dm": DM,
+    "idc": IDC,
+    "mtt": MTT,
+    "tesla": TESLA,
+    "sre2l": SRe2L,
+    "rded": RDED,
 }

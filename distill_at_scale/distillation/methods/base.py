@@ -2,7 +2,7 @@
 
 Where a method needs networks of its own (experts, a teacher) it names them in `networks`; each is made by
 `make_network`, in a task of its own, before anything else. The loop in `distillation/engine.py` calls `prepare` once, then `step(i)`
-for every outer update, and `finish` for the images as they are; `conclude` comes once, after the last step. In between it
+for every outer update, and `finish` for the images as they are; `finalize` comes once, after the last step. In between it
 may save `state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from (seed,
 purpose, i), so nothing else has to be saved. Keys of a state are `what/label` where they belong to a class, so that a
 state moves between any numbers of workers.
@@ -58,7 +58,7 @@ class Method(Protocol):
         bool
     ]  # whether patches of real images are ranked by the scoring actors before the first step
 
-    def __init__(self, setting: MethodContext) -> None: ...
+    def __init__(self, context: MethodContext) -> None: ...
 
     @staticmethod
     def init_of(config: Config) -> str:
@@ -77,8 +77,8 @@ class Method(Protocol):
         """The configuration values that decide what these networks are; they are part of the fingerprint."""
 
     @staticmethod
-    def make_network(name: str, setting: MethodContext, real: ClassSampler) -> None:
-        """Make one of them, from the kept samples of all classes, and publish it as `setting.networks / name`."""
+    def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
+        """Make one of them, from the kept samples of all classes, and publish it as `context.networks / name`."""
 
     @staticmethod
     def costs(config: Config) -> list[Cost]:
@@ -93,10 +93,10 @@ class Method(Protocol):
         Raises DistillationDiverged, before the images are changed, where a loss is not finite.
         """
 
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def snapshot(self) -> tuple[Tensor, Tensor]:
         """Images float32 [n, *shape] and labels int64 [n] of the own classes as they are now, on the CPU."""
 
-    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         """After the last step, on every worker with the whole set: what else belongs to it. Rank 0's answer counts."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -105,7 +105,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Conclusion:
+class FinalOutputs:
     """Tensors that are saved beside the images (`SyntheticSet.extras`), what has been learned about the training of
     students (`TrainingProtocol` fields), and entries of the card."""
 
@@ -125,7 +125,7 @@ class Cost:
     backward: bool  # training; else only forward
 
 
-class WithDefaults:
+class MethodDefaults:
     """What most methods answer to the questions of the contract."""
 
     parallel: ClassVar[str] = "classes"
@@ -142,40 +142,40 @@ class WithDefaults:
         return {}
 
     @staticmethod
-    def make_network(name: str, setting: MethodContext, real: ClassSampler) -> None:
+    def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
         raise UserError(
-            f"the method distill.method = {setting.config.distill.method!r} names the network {name!r} and has no "
-            "make_network(name, setting, real) to make it"
+            f"the method distill.method = {context.config.distill.method!r} names the network {name!r} and has no "
+            "make_network(name, context, real) to make it"
         )
 
     @staticmethod
     def costs(config: Config) -> list[Cost]:
         return []
 
-    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
-        return Conclusion()
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
+        return FinalOutputs()
 
 
-class ImageMethod(WithDefaults):
+class ImageMethod(MethodDefaults):
     """Synthetic images [own classes, ipc, *shape] with their optimiser: SGD with momentum."""
 
-    def __init__(self, setting: MethodContext, init: str, lr: float, momentum: float) -> None:
-        self.setting, self.init, self.lr, self.momentum = setting, init, lr, momentum
-        self.ipc = setting.config.distill.ipc
-        self.pruning = RuntimePruning(setting.config.runtime)
+    def __init__(self, context: MethodContext, init: str, lr: float, momentum: float) -> None:
+        self.context, self.init, self.lr, self.momentum = context, init, lr, momentum
+        self.ipc = context.config.distill.ipc
+        self.pruning = RuntimePruning(context.config.runtime)
         self.problem: DistillationDiverged | None = None
         self.visit = 0
 
     def prepare(self, real: ClassSampler) -> None:
         self.real = real
-        images = torch.stack([self._initial(label) for label in self.setting.labels])
-        self.images = images.to(self.setting.device).requires_grad_(True)
+        images = torch.stack([self._initial(label) for label in self.context.labels])
+        self.images = images.to(self.context.device).requires_grad_(True)
         self.optimizer = torch.optim.SGD([self.images], lr=self.lr, momentum=self.momentum)
 
     def update(self, losses: list[Tensor], step: int) -> None:
         """Step the images along gradients that are already in place; `losses` has one entry per own class.
 
-        Where something is not finite the images stay as they are, for the rest of the step too, and `settle` raises:
+        Where something is not finite the images stay as they are, for the rest of the step too, and `raise_if_diverged` raises:
         workers that train a network together must all reach the end of the step.
         """
         self.visit += 1
@@ -185,7 +185,7 @@ class ImageMethod(WithDefaults):
         if bad is None:
             bad = self._move()
         if bad is not None:
-            name = self.setting.class_names[self.setting.labels[bad]]
+            name = self.context.class_names[self.context.labels[bad]]
             self.problem = DistillationDiverged(
                 f"the loss or gradient of class {name!r} is not finite at step {step}, image learning rate {self.lr:g}; "
                 f"lower {self._rates()}. The last good state is kept.",
@@ -194,11 +194,11 @@ class ImageMethod(WithDefaults):
 
     def _rates(self) -> str:
         """The keys of whatever may have been too fast."""
-        made = self.setting.config.distill
+        made = self.context.config.distill
         trained = hasattr(getattr(made, made.method, None), "network_lr")
         return f"distill.{made.method}.image_lr" + (f" or distill.{made.method}.network_lr" if trained else "")
 
-    def settle(self) -> None:
+    def raise_if_diverged(self) -> None:
         """Raises DistillationDiverged if an update of this step could not be made."""
         problem, self.problem, self.visit = self.problem, None, 0
         if problem is not None:
@@ -230,19 +230,19 @@ class ImageMethod(WithDefaults):
     def _momentum(self) -> Tensor | None:
         return self.optimizer.state.get(self.images, {}).get("momentum_buffer")
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        labels = torch.tensor(self.setting.labels).repeat_interleave(self.ipc)
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
         return self.images.detach().flatten(0, 1).cpu(), labels
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"images/{c}": self.images[k].detach().cpu() for k, c in enumerate(self.setting.labels)}
+        state = {f"images/{c}": self.images[k].detach().cpu() for k, c in enumerate(self.context.labels)}
         buffer = self._momentum()
         if buffer is not None:
-            state |= {f"momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.setting.labels)}
+            state |= {f"momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.context.labels)}
         return state | self.pruning.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        labels, device = self.setting.labels, self.setting.device
+        labels, device = self.context.labels, self.context.device
         with torch.no_grad():
             self.images.copy_(torch.stack([state[f"images/{c}"] for c in labels]))
         if f"momentum/{labels[0]}" in state:
@@ -253,10 +253,10 @@ class ImageMethod(WithDefaults):
     def _initial(self, label: int) -> Tensor:
         if self.init == "noise":
             return torch.randn(
-                self.ipc, *self.setting.spec.shape, generator=generator(self.setting.seed, "noise", label)
+                self.ipc, *self.context.spec.shape, generator=generator(self.context.seed, "noise", label)
             )
         if self.real.count(label) < self.ipc:
-            raise UserError(too_few(self.setting.class_names[label], self.real.count(label), self.ipc))
+            raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
         return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
 
 
@@ -268,7 +268,7 @@ def _first_broken(values: Tensor, images: Tensor | None) -> int | None:
     return None if bool(fine.all()) else int((~fine).nonzero()[0])
 
 
-def too_few(name: str, held: int, ipc: int) -> str:
+def too_few_message(name: str, held: int, ipc: int) -> str:
     return (
         f"the class {name!r} has {held} samples, fewer than distill.ipc = {ipc} images to be initialised from real ones; "
         "lower distill.ipc or start from noise (init: noise in the method's section)"

@@ -16,7 +16,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.distillation.methods.shared.gradient_distance import distances
+from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 from distill_at_scale.distillation.student import TrainingProtocol
 
@@ -28,7 +28,7 @@ def default_loops(ipc: int) -> tuple[int, int]:
     return LOOPS[max(known for known in LOOPS if known <= ipc)]
 
 
-class GradientMatching(MatchingMethod):
+class DC(MatchingMethod):
     default_steps: ClassVar[int] = 1000
 
     @staticmethod
@@ -44,46 +44,46 @@ class GradientMatching(MatchingMethod):
         augment = cls.section(config).augment
         return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
-    def __init__(self, setting: MethodContext) -> None:
-        self.options = self.section(setting.config)
+    def __init__(self, context: MethodContext) -> None:
+        self.options = self.section(context.config)
         made = self.options
         super().__init__(
-            setting, made.init, made.image_lr, made.image_momentum, made.augment, made.real_batch, distances
+            context, made.init, made.image_lr, made.image_momentum, made.augment, made.real_batch, cosine_distance
         )
         outer, inner = default_loops(self.ipc)
         self.outer, self.inner = self.options.outer or outer, self.options.inner or inner
 
     def step(self, i: int) -> dict[str, float]:
-        network = self.setting.spec.build(derive(self.setting.seed, "network", i)).to(self.setting.device).train()
+        network = self.context.spec.build(derive(self.context.seed, "network", i)).to(self.context.device).train()
         total = 0.0
         for outer in range(self.outer):
-            self.settle_norms(network, i, outer)
+            self.set_batch_norm_statistics(network, i, outer)
             total += self.match(network, i, outer, i * self.outer + outer)
             if outer < self.outer - 1:
                 self._train(network, i, outer)
-        self.settle()
+        self.raise_if_diverged()
         return self.metrics(total, self.outer)
 
     def _train(self, network: nn.Module, step: int, outer: int) -> None:
         """Train the network on the whole synthetic set; workers add up the gradients of their own classes' images."""
-        total = self.setting.spec.classes * self.ipc
-        own = torch.tensor(self.setting.labels).repeat_interleave(self.ipc)
-        places = own * self.ipc + torch.arange(self.ipc).repeat(len(self.setting.labels))  # place in the whole set
+        total = self.context.spec.classes * self.ipc
+        own = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
+        places = own * self.ipc + torch.arange(self.ipc).repeat(len(self.context.labels))  # place in the whole set
         images = self.images.detach().flatten(0, 1)
         parameters = list(network.parameters())
         for epoch in range(self.inner):
-            order = torch.randperm(total, generator=generator(self.setting.seed, "inner order", step, outer, epoch))
+            order = torch.randperm(total, generator=generator(self.context.seed, "inner order", step, outer, epoch))
             for number, batch in enumerate(order.split(self.options.network_batch)):
                 mine = torch.isin(places, batch)
                 gradients = [torch.zeros_like(p) for p in parameters]
                 if bool(mine.any()):
-                    rng = generator(self.setting.seed, "inner augmentation", step, outer, epoch, number)
+                    rng = generator(self.context.seed, "inner augmentation", step, outer, epoch, number)
                     draw = self.augmentation.draw(rng, per_image=total)
                     draw = type(draw)(draw.family, draw.numbers[places[mine]] if draw.family else draw.numbers)
                     logits = network(draw.apply(images[mine.to(images.device)]))
                     loss = F.cross_entropy(logits, own[mine].to(images.device), reduction="sum") / len(batch)
                     gradients = list(torch.autograd.grad(loss, parameters))
-                self.setting.workers.all_reduce_sum(gradients)
+                self.context.workers.all_reduce_sum(gradients)
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters, gradients, strict=True):
                         parameter.sub_(gradient, alpha=self.options.network_lr)

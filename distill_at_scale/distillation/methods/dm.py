@@ -27,7 +27,7 @@ KEPT_LAYERS = 5  # activations that the backward pass needs, in outputs of the w
 COPIES = 4  # of a real batch at once: drawn, normalised, augmented, joined with those of the other classes
 
 
-class DistributionMatching(ImageMethod):
+class DM(ImageMethod):
     default_steps: ClassVar[int] = 20_000
 
     @staticmethod
@@ -39,52 +39,52 @@ class DistributionMatching(ImageMethod):
         augment = config.distill.dm.augment
         return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
-    def __init__(self, setting: MethodContext) -> None:
-        self.options = setting.config.distill.dm
-        default_lr = 10.0 if setting.config.distill.ipc >= 100 else 1.0
-        super().__init__(setting, self.options.init, self.options.image_lr or default_lr, self.options.image_momentum)
+    def __init__(self, context: MethodContext) -> None:
+        self.options = context.config.distill.dm
+        default_lr = 10.0 if context.config.distill.ipc >= 100 else 1.0
+        super().__init__(context, self.options.init, self.options.image_lr or default_lr, self.options.image_momentum)
         self.augmentation = Augmentation(self.options.augment)
-        self.at_once = setting.spec.at_once(setting.device)
-        self.network = setting.spec.build(0).to(setting.device).train().requires_grad_(False)
-        self.embed = setting.spec.embedding(self.network)
+        self.at_once = context.spec.at_once(context.device)
+        self.network = context.spec.build(0).to(context.device).train().requires_grad_(False)
+        self.embed = context.spec.embedding(self.network)
         self.group = self._classes_at_once()
 
     def _classes_at_once(self) -> int:
         """How many classes go through a step together."""
-        spec = self.setting.spec
+        spec = self.context.spec
         real = self.options.real_batch * COPIES * 4 * torch.Size(spec.shape).numel()
-        budget = GROUP_BYTES.get(self.setting.device.type, GROUP_BYTES["cpu"])
+        budget = GROUP_BYTES.get(self.context.device.type, GROUP_BYTES["cpu"])
         return max(1, budget // (spec.work(self.ipc) * KEPT_LAYERS + real))
 
     def prepare(self, real: Any) -> None:
         super().prepare(real)
-        images = self.options.real_batch * self.setting.spec.classes * self.setting.steps  # whoever owns the classes
-        work = self.setting.spec.work(images)
+        images = self.options.real_batch * self.context.spec.classes * self.context.steps  # whoever owns the classes
+        work = self.context.spec.work(images)
         self.embed_real = maybe_compile(self.embed, "auto", work)
-        self.layout = self.setting.spec.layout("match", self.setting.device, will_compile("auto", work))
+        self.layout = self.context.spec.layout("match", self.context.device, will_compile("auto", work))
         self.layout.network(self.network)
 
     def step(self, i: int) -> dict[str, float]:
-        fresh = self.setting.spec.build(derive(self.setting.seed, "network", i))
+        fresh = self.context.spec.build(derive(self.context.seed, "network", i))
         self.network.load_state_dict(fresh.state_dict())
         self.optimizer.zero_grad()  # before there is a new one
         gradient, losses = torch.empty_like(self.images.detach()), []
         embedded = drawn = 0
-        for first in range(0, len(self.setting.labels), self.group):
+        for first in range(0, len(self.context.labels), self.group):
             span = slice(first, first + self.group)
             images = self.images.detach()[span].requires_grad_(True)
-            found, counts = self._losses(images, self.setting.labels[span], i)
+            found, counts = self._losses(images, self.context.labels[span], i)
             gradient[span] = torch.autograd.grad(found.sum(), images)[0]
             losses.append(found.detach())
             embedded, drawn = embedded + counts[0], drawn + counts[1]
         self.images.grad = gradient
         self.update(list(torch.cat(losses)), i)
-        self.settle()
+        self.raise_if_diverged()
         return {"loss": float(torch.cat(losses).mean()), "real_share": embedded / drawn}
 
     def _losses(self, images: Tensor, labels: list[int], step: int) -> tuple[Tensor, tuple[int, int]]:
         """The losses [classes] of images [classes, ipc, *shape]; how many real samples were embedded, and of how many."""
-        draws = [self.augmentation.draw(generator(self.setting.seed, "siamese", step, c)) for c in labels]
+        draws = [self.augmentation.draw(generator(self.context.seed, "siamese", step, c)) for c in labels]
         synthetic = torch.cat([draw.apply(own) for draw, own in zip(draws, images.unbind(), strict=True)])
         means = self.embed(synthetic).view(len(draws), self.ipc, -1).mean(1)  # classes x features
         targets, counts = self._real_means(images.detach(), means.detach(), labels, draws, step)
@@ -113,7 +113,7 @@ class DistributionMatching(ImageMethod):
         """Which samples of a batch that was embedded in full count."""
 
         def effects() -> Tensor:
-            rng = generator(self.setting.seed, "effects", step, batch.label)
+            rng = generator(self.context.seed, "effects", step, batch.label)
             return feature_effects(
                 self.embed, features, images, draw.apply, self.pruning.probes, rng, max(self.at_once // 2, 1)
             )

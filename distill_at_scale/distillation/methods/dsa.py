@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DCSection
-from distill_at_scale.distillation.methods.dc import GradientMatching
+from distill_at_scale.distillation.methods.dc import DC
 
 
-class SiameseMatching(GradientMatching):
+class DSA(DC):
     @staticmethod
     def section(config: Config) -> DCSection:
         return config.distill.dsa

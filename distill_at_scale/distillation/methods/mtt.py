@@ -21,26 +21,26 @@ from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Conclusion, Cost, ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.experts import (
-    Expert,
-    Experts,
+    ExpertFiles,
+    ExpertTraining,
     expert_name,
     expert_options,
     refuse_batch_norm,
 )
 from distill_at_scale.distillation.methods.shared.unroll import (
-    Matched,
-    Move,
-    Student,
-    Synthetic,
-    Trajectory,
+    FlatNetwork,
+    LossAndGradients,
+    StudentStep,
+    SyntheticData,
+    TrajectorySegment,
     unrolled,
 )
 from distill_at_scale.distillation.student import TrainingProtocol
 
 
-class TrajectoryMatching(ImageMethod):
+class MTT(ImageMethod):
     parallel: ClassVar[str] = "replicate"
     default_steps: ClassVar[int] = 5000
     no_runtime: ClassVar[str] = "trajectory matching has no real batch in its steps from which samples could be dropped"
@@ -55,7 +55,7 @@ class TrajectoryMatching(ImageMethod):
 
     @classmethod
     def protocol(cls, config: Config) -> TrainingProtocol:
-        """`conclude` replaces the learning rate by the learned one."""
+        """`finalize` replaces the learning rate by the learned one."""
         return TrainingProtocol(1000, cls.section(config).augment)
 
     @classmethod
@@ -67,10 +67,10 @@ class TrajectoryMatching(ImageMethod):
         return expert_options(config, cls.section(config))
 
     @classmethod
-    def make_network(cls, name: str, setting: MethodContext, real: ClassSampler) -> None:
-        section = cls.section(setting.config)
-        number = cls.networks(setting.config).index(name)
-        Expert(number, setting, section, real).run(setting.networks / name)
+    def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
+        section = cls.section(context.config)
+        number = cls.networks(context.config).index(name)
+        ExpertTraining(number, context, section, real).run(context.networks / name)
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
@@ -78,20 +78,20 @@ class TrajectoryMatching(ImageMethod):
         passes = section.experts * section.expert_epochs
         return [Cost(f"train {section.experts} experts", config.distill.network, "kept", passes, True)]
 
-    def __init__(self, setting: MethodContext) -> None:
-        self.options = self.section(setting.config)
-        super().__init__(setting, self.options.init, self.options.image_lr, self.options.image_momentum)
+    def __init__(self, context: MethodContext) -> None:
+        self.options = self.section(context.config)
+        super().__init__(context, self.options.init, self.options.image_lr, self.options.image_momentum)
         self.augmentation = Augmentation(self.options.augment)
-        network = setting.spec.build(0)
-        refuse_batch_norm(setting.spec.name, network)
-        self.student = Student(network.to(setting.device), setting.spec.at_once(setting.device))
+        network = context.spec.build(0)
+        refuse_batch_norm(context.spec.name, network)
+        self.student = FlatNetwork(network.to(context.device), context.spec.at_once(context.device))
         count, epochs = self.options.experts, self.options.expert_epochs
-        self.experts = Experts(setting.networks, count, epochs, sum(self.student.sizes), setting.device)
+        self.experts = ExpertFiles(context.networks, count, epochs, sum(self.student.sizes), context.device)
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
-        self.rate = torch.tensor(self.options.student_lr, device=self.setting.device, requires_grad=True)
-        self.hard = torch.tensor(self.setting.labels, device=self.setting.device).repeat_interleave(self.ipc)
+        self.rate = torch.tensor(self.options.student_lr, device=self.context.device, requires_grad=True)
+        self.hard = torch.tensor(self.context.labels, device=self.context.device).repeat_interleave(self.ipc)
         groups = [{"params": [tensor], "lr": lr} for tensor, lr in self._learned()]
         self.optimizer = torch.optim.SGD(groups, momentum=self.options.image_momentum)
 
@@ -99,34 +99,34 @@ class TrajectoryMatching(ImageMethod):
         """Learned tensors, in the order of the gradients of `match`, the rate last, and how fast they are learned."""
         return [(self.images, self.options.image_lr), (self.rate, self.options.student_lr_rate)]
 
-    def synthetic(self) -> Synthetic:
-        return Synthetic(self.images.detach().flatten(0, 1).requires_grad_(True), self.hard)
+    def synthetic(self) -> SyntheticData:
+        return SyntheticData(self.images.detach().flatten(0, 1).requires_grad_(True), self.hard)
 
-    def match(self, task: Trajectory, synthetic: Synthetic) -> Matched:
+    def match(self, task: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
         return unrolled(self.student, task, synthetic, self.rate)
 
-    def trajectory(self, i: int, rank: int) -> Trajectory:
+    def trajectory(self, i: int, rank: int) -> TrajectorySegment:
         """What the worker `rank` follows in step i: an expert, its epoch, and the student's batches and augmentation."""
-        chance = generator(self.setting.seed, "trajectory", i, rank)
+        chance = generator(self.context.seed, "trajectory", i, rank)
         expert = int(torch.randint(self.options.experts, (1,), generator=chance))
         epoch = int(torch.randint(self.options.max_start + 1, (1,), generator=chance))
         start, target = self.experts.parameters(expert, epoch, epoch + self.options.target_epochs)
-        return Trajectory(start, target, self._moves(chance))
+        return TrajectorySegment(start, target, self._moves(chance))
 
-    def _moves(self, chance: torch.Generator) -> list[Move]:
+    def _moves(self, chance: torch.Generator) -> list[StudentStep]:
         """Batches of shuffled images, shuffled anew when all were seen; augmentation has parameters per image."""
-        moves: list[Move] = []
+        moves: list[StudentStep] = []
         waiting: list[Tensor] = []
         for _ in range(self.options.student_steps):
             if not waiting:
                 size = self.options.student_batch or len(self.hard)
                 waiting = list(torch.randperm(len(self.hard), generator=chance).split(size))
             rows = waiting.pop(0)
-            moves.append(Move(rows, self.augmentation.draw(chance, per_image=len(rows))))
+            moves.append(StudentStep(rows, self.augmentation.draw(chance, per_image=len(rows))))
         return moves
 
     def step(self, i: int) -> dict[str, float]:
-        workers = self.setting.workers
+        workers = self.context.workers
         loss, gradients = self.match(self.trajectory(i, workers.rank), self.synthetic())
         shared = [loss.clone(), *gradients]
         workers.all_reduce_sum(shared)
@@ -165,11 +165,11 @@ class TrajectoryMatching(ImageMethod):
                 return f"{what} of the student rate is not finite"
             if not bool(fine.all()):
                 place = int((~fine.flatten(1).all(1)).nonzero()[0])
-                return f"{what} of class {self.setting.class_names[self.setting.labels[place]]!r} is not finite"
+                return f"{what} of class {self.context.class_names[self.context.labels[place]]!r} is not finite"
         return None
 
     def _message(self, what: str, step: int) -> str:
-        section = f"distill.{self.setting.config.distill.method}"
+        section = f"distill.{self.context.config.distill.method}"
         return (
             f"{what} at step {step}, image learning rate {self.lr:g}, student learning rate {float(self.rate.detach()):g} "
             f"(learned at {self.options.student_lr_rate:g}); lower {section}.image_lr or {section}.student_lr_rate. "
@@ -186,11 +186,11 @@ class TrajectoryMatching(ImageMethod):
                 tensor.copy_(value)
                 self.optimizer.state[tensor]["momentum_buffer"] = buffer
 
-    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         rate = self.rate.detach().cpu()
         card = {"student_lr": {"start": self.options.student_lr, "learned": float(rate),
                                "meaning": "learned with the images; it is the protocol's lr"}}  # fmt: skip
-        return Conclusion({"student_lr": rate.reshape(1)}, {"lr": float(rate)}, card)
+        return FinalOutputs({"student_lr": rate.reshape(1)}, {"lr": float(rate)}, card)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict() | {"rate": self.rate.detach().cpu().reshape(1)}

@@ -23,16 +23,21 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import RDEDSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import Conclusion, Cost, MethodContext
-from distill_at_scale.distillation.methods.shared.patch_ranking import crops_of, images_per_class, read, table_path
-from distill_at_scale.distillation.methods.shared.teacher import Taught
+from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, MethodContext
+from distill_at_scale.distillation.methods.shared.patch_ranking import (
+    crop_boxes,
+    images_per_class,
+    read_table,
+    table_path,
+)
+from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.multi_formation import assembled
 from distill_at_scale.distillation.soft_labels import shown
 
 Ranked = dict[str, np.ndarray[Any, Any]]  # of one class: sample_id [m], row [m] and loss [m, crops]
 
 
-class Patches(Taught):
+class RDED(TeacherMethod):
     default_steps: ClassVar[int] = 1
     no_runtime: ClassVar[str] = "rded ranks all its real images once, so there is no real batch to prune"
     ranks_patches: ClassVar[bool] = True  # the pipeline has them ranked before the first step
@@ -51,26 +56,26 @@ class Patches(Taught):
         section = cls.section(config)
         return [*super().costs(config), Cost("rank patches", section.teacher_network, "kept", section.crops, False)]
 
-    def __init__(self, setting: MethodContext) -> None:
-        self.setting, self.options = setting, self.section(setting.config)
-        self.ipc = setting.config.distill.ipc
+    def __init__(self, context: MethodContext) -> None:
+        self.context, self.options = context, self.section(context.config)
+        self.ipc = context.config.distill.ipc
         self.wanted = self.ipc * self.options.factor**2  # patches of a class
-        self.path = table_path(setting.networks, setting.config)
+        self.path = table_path(context.networks, context.config)
 
     def prepare(self, real: ClassSampler) -> None:
         self.real = real
-        shape = self.setting.spec.shape
+        shape = self.context.spec.shape
         if min(shape[-2:]) < self.options.factor:
             raise UserError(
                 f"distill.rded.factor = {self.options.factor} makes patches of images of {shape[-1]} pixels that have none; "
                 "lower it"
             )
-        self.images = torch.zeros(len(self.setting.labels), self.ipc, *shape)
+        self.images = torch.zeros(len(self.context.labels), self.ipc, *shape)
 
     def step(self, i: int) -> dict[str, float]:
-        labels, losses = self.setting.labels, [0.0]
+        labels, losses = self.context.labels, [0.0]
         for k, label in enumerate(labels):
-            if label % self.setting.steps == i:
+            if label % self.context.steps == i:
                 self.images[k], loss = self._build(label)
                 losses.append(loss)
         return {"loss": sum(losses) / max(1, len(losses) - 1), "classes": float(len(losses) - 1)}
@@ -78,41 +83,41 @@ class Patches(Taught):
     def _build(self, label: int) -> tuple[Tensor, float]:
         """The images of a class [ipc, *shape], and the mean loss of their patches."""
         ranked = self._ranked(label)
-        images, crops = best(ranked["loss"], self.wanted)
+        images, crops = best_crops(ranked["loss"], self.wanted)
         each = zip(ranked["sample_id"][images].tolist(), crops.tolist(), strict=True)
-        boxes = torch.stack([crops_of(self.setting.seed, name, self.options)[crop] for name, crop in each])
+        boxes = torch.stack([crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in each])
         pixels = self.real.holding.take(label, torch.from_numpy(ranked["row"][images].astype(np.int64)))
         patches = shown(self.real.normalization.apply(pixels).cpu(), boxes)
         return assembled(patches, self.options.factor), float(ranked["loss"][images, crops].mean())
 
     def _ranked(self, label: int) -> Ranked:
-        table = read(self.path, filters=[("label", "==", label)])
+        table = read_table(self.path, filters=[("label", "==", label)])
         first = table.take(np.arange(0, table.num_rows, self.options.crops))
         losses = table["loss"].to_numpy().reshape(-1, self.options.crops)
         return {"sample_id": np.array(first["sample_id"].to_pylist()), "row": first["row"].to_numpy(), "loss": losses}
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        return self.images.flatten(0, 1).clone(), torch.tensor(self.setting.labels).repeat_interleave(self.ipc)
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        return self.images.flatten(0, 1).clone(), torch.tensor(self.context.labels).repeat_interleave(self.ipc)
 
-    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
-        more = super().conclude(images, labels)
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
+        more = super().finalize(images, labels)
         return replace(more, card={**more.card, "patches_of_reused_images": self._reused()})
 
     def _reused(self) -> dict[str, int]:
         """By class, how many patches come of images that gave one already; classes where none does are left out."""
         held = images_per_class(self.path, self.options.crops)
         return {
-            name: self.wanted - n for name, n in zip(self.setting.class_names, held, strict=True) if n < self.wanted
+            name: self.wanted - n for name, n in zip(self.context.class_names, held, strict=True) if n < self.wanted
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"images/{label}": self.images[k] for k, label in enumerate(self.setting.labels)}
+        return {f"images/{label}": self.images[k] for k, label in enumerate(self.context.labels)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.images = torch.stack([state[f"images/{label}"] for label in self.setting.labels])
+        self.images = torch.stack([state[f"images/{label}"] for label in self.context.labels])
 
 
-def best(losses: np.ndarray[Any, Any], wanted: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def best_crops(losses: np.ndarray[Any, Any], wanted: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The images [wanted] and their crops [wanted] to be taken, of losses [images, crops].
 
     First every image's best crop, by its loss, then every image's second best, and so on; in the end from the start again.

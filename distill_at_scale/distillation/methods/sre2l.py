@@ -28,13 +28,13 @@ from distill_at_scale.config.methods import SRe2LSection
 from distill_at_scale.core import rng
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
-from distill_at_scale.distillation.methods.shared.teacher import Taught
+from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, boxes_of, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
-class Recovery(Taught, ImageMethod):
+class SRe2L(TeacherMethod, ImageMethod):
     default_steps: ClassVar[int] = 4000
     no_runtime: ClassVar[str] = "sre2l matches the statistics that a teacher has remembered, so there is no real batch"
     teacher_needs_batch_norm: ClassVar[bool] = True
@@ -47,26 +47,26 @@ class Recovery(Taught, ImageMethod):
     def init_of(cls, config: Config) -> str:
         return cls.section(config).init
 
-    def __init__(self, setting: MethodContext) -> None:
-        self.options = self.section(setting.config)
-        super().__init__(setting, self.options.init, self.options.image_lr, 0.0)
-        self.flip = self.protocol(setting.config).augment == "flip"
+    def __init__(self, context: MethodContext) -> None:
+        self.options = self.section(context.config)
+        super().__init__(context, self.options.init, self.options.image_lr, 0.0)
+        self.flip = self.protocol(context.config).augment == "flip"
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
         betas = self.options.beta1, self.options.beta2
         self.adam = torch.optim.Adam([self.images], self.lr, betas)
-        self.teacher = Teacher.load(self.setting.networks / TEACHER, self.setting.device, self.options.teacher_network)
-        self.statistics = Statistics(self.teacher)
-        black, white = torch.zeros(1, *self.setting.spec.shape), torch.ones(1, *self.setting.spec.shape)
-        ends = [real.normalization.apply(255 * end).to(self.setting.device) for end in (black, white)]
+        self.teacher = Teacher.load(self.context.networks / TEACHER, self.context.device, self.options.teacher_network)
+        self.statistics = BatchNormLoss(self.teacher)
+        black, white = torch.zeros(1, *self.context.spec.shape), torch.ones(1, *self.context.spec.shape)
+        ends = [real.normalization.apply(255 * end).to(self.context.device) for end in (black, white)]
         self.lowest, self.highest = ends
         self.batches = self._batches()
-        self.targets = torch.tensor(self.setting.labels, device=self.setting.device).repeat_interleave(self.ipc)
+        self.targets = torch.tensor(self.context.labels, device=self.context.device).repeat_interleave(self.ipc)
 
     def _batches(self) -> list[Tensor]:
         """Places among the own images, class by class, of batches of nearly one size."""
-        labels, seed = self.setting.labels, self.setting.seed
+        labels, seed = self.context.labels, self.context.seed
         places = []
         for j in range(self.ipc):
             keys = {k: rng.derive(seed, "recovery order", j, label) for k, label in enumerate(labels)}
@@ -74,7 +74,7 @@ class Recovery(Taught, ImageMethod):
         return list(torch.tensor(places).tensor_split(math.ceil(len(places) / self.options.recover_batch)))
 
     def step(self, i: int) -> dict[str, float]:
-        self.adam.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * i / self.setting.steps)) / 2
+        self.adam.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * i / self.context.steps)) / 2
         boxes, flipped = self._views(i)
         images = self.images.detach().flatten(0, 1)
         gradient, losses, matched = torch.zeros_like(images), torch.zeros(len(images), device=images.device), 0.0
@@ -92,12 +92,12 @@ class Recovery(Taught, ImageMethod):
         self.images.grad = gradient.view_as(self.images)
         each = losses.view(-1, self.ipc).mean(1)
         self.update(list(each), i)
-        self.settle()
+        self.raise_if_diverged()
         return {"loss": float(each.mean()), "statistics": matched}
 
     def _views(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The crops [own images, 4] and flips of a step; those of a class depend on nothing but seed, step and class."""
-        draws = [rng.generator(self.setting.seed, "recovery view", step, label) for label in self.setting.labels]
+        draws = [rng.generator(self.context.seed, "recovery view", step, label) for label in self.context.labels]
         numbers = torch.cat([torch.rand(self.ipc, 5, generator=draw) for draw in draws])
         return boxes_of(numbers, self.options.recover_scale), numbers[:, 4] < 0.5 if self.flip else None
 
@@ -123,18 +123,18 @@ class Recovery(Taught, ImageMethod):
         if moments := self._moments():
             state["adam_steps"] = moments["step"].cpu()
             for name in MOMENTS:
-                state |= {f"{name}/{c}": moments[name][k].cpu() for k, c in enumerate(self.setting.labels)}
+                state |= {f"{name}/{c}": moments[name][k].cpu() for k, c in enumerate(self.context.labels)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         if "adam_steps" in state:
-            labels, device = self.setting.labels, self.setting.device
+            labels, device = self.context.labels, self.context.device
             moments = {m: torch.stack([state[f"{m}/{c}"] for c in labels]).to(device) for m in MOMENTS}
             self.adam.state[self.images] = {"step": state["adam_steps"].clone(), **moments}
 
 
-class Statistics:
+class BatchNormLoss:
     """Inside a `with`, how far what enters the batch norms of a network is from what they have remembered."""
 
     def __init__(self, network: nn.Module):
@@ -144,7 +144,7 @@ class Statistics:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.register_forward_pre_hook(partial(self._note))
 
-    def __enter__(self) -> Statistics:
+    def __enter__(self) -> BatchNormLoss:
         self.found, self.open = [], True
         return self
 

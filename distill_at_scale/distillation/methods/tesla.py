@@ -18,15 +18,20 @@ from torch import Tensor
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import TESLASection
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import Conclusion
-from distill_at_scale.distillation.methods.mtt import TrajectoryMatching
-from distill_at_scale.distillation.methods.shared.unroll import Matched, Synthetic, Trajectory, recomputed
+from distill_at_scale.distillation.methods.base import FinalOutputs
+from distill_at_scale.distillation.methods.mtt import MTT
+from distill_at_scale.distillation.methods.shared.unroll import (
+    LossAndGradients,
+    SyntheticData,
+    TrajectorySegment,
+    recomputed,
+)
 from distill_at_scale.distillation.student import TrainingProtocol
 
 CERTAIN = 5.0  # the logit of an image's class, the others 0, where labels start from the class alone
 
 
-class ConstantMemoryMatching(TrajectoryMatching):
+class TESLA(MTT):
     options: TESLASection
 
     @staticmethod
@@ -48,7 +53,7 @@ class ConstantMemoryMatching(TrajectoryMatching):
             self.optimizer.add_param_group({"params": [self.logits], "lr": self.options.label_lr})
 
     def _class_logits(self) -> Tensor:
-        return CERTAIN * F.one_hot(self.hard, self.setting.spec.classes).float()
+        return CERTAIN * F.one_hot(self.hard, self.context.spec.classes).float()
 
     @torch.no_grad()
     def _expert_logits(self) -> Tensor:
@@ -66,7 +71,7 @@ class ConstantMemoryMatching(TrajectoryMatching):
         images, rate = super()._learned()
         return [images, *([] if self.logits is None else [(self.logits, self.options.label_lr)]), rate]
 
-    def synthetic(self) -> Synthetic:
+    def synthetic(self) -> SyntheticData:
         made = super().synthetic()
         return made if self.logits is None else replace(made, targets=self._flat_logits().requires_grad_(True))
 
@@ -74,11 +79,11 @@ class ConstantMemoryMatching(TrajectoryMatching):
         assert self.logits is not None
         return self.logits.detach().flatten(0, 1)
 
-    def match(self, task: Trajectory, synthetic: Synthetic) -> Matched:
+    def match(self, task: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
         return recomputed(self.student, task, synthetic, self.rate, through=self.options.gradient == "exact")
 
-    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
-        made = super().conclude(images, labels)
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
+        made = super().finalize(images, labels)
         if self.logits is None:
             return made
         return replace(made, extras={**made.extras, "soft_labels": self._flat_logits().cpu()})
@@ -87,17 +92,17 @@ class ConstantMemoryMatching(TrajectoryMatching):
         state = super().state_dict()
         if self.logits is None:
             return state
-        state |= {f"logits/{c}": self.logits[k].detach().cpu() for k, c in enumerate(self.setting.labels)}
+        state |= {f"logits/{c}": self.logits[k].detach().cpu() for k, c in enumerate(self.context.labels)}
         buffer = self._buffer(self.logits)
         if buffer is None:
             return state
-        return state | {f"logits momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.setting.labels)}
+        return state | {f"logits momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.context.labels)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         if self.logits is None:
             return
-        labels, device = self.setting.labels, self.setting.device
+        labels, device = self.context.labels, self.context.device
         with torch.no_grad():
             self.logits.copy_(torch.stack([state[f"logits/{c}"] for c in labels]))
         if f"logits momentum/{labels[0]}" in state:

@@ -93,13 +93,13 @@ class LocalExecutor:
             advance(1)
 
     def rank_patches(self, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance) -> None:
-        pieces = patch_ranking.pieces_folder(places.networks, config)
+        pieces = patch_ranking.parts_folder(places.networks, config)
         waiting = [chunk for chunk in chunks if not score_piece(pieces, chunk).exists()]
         advance(sum(chunk.rows for chunk in chunks) - sum(chunk.rows for chunk in waiting))
         if not waiting:
             return
         with threads(1):  # as each actor of a cluster does
-            ranker = patch_ranking.Ranker(config, places.prepared, places.networks, self.device)
+            ranker = patch_ranking.PatchRanker(config, places.prepared, places.networks, self.device)
             self._each(
                 "rank", ranker.rank([(chunk, score_piece(pieces, chunk)) for chunk in waiting]), advance, TimeSpent()
             )

@@ -225,13 +225,13 @@ class Stopwatch:
 
 def _rank(config: Config, places: DistillPaths, device: torch.device) -> None:
     """The table of ranked patches, which the pipeline has made before the first step."""
-    target, pieces = (make(places.networks, config) for make in (patch_ranking.table_path, patch_ranking.pieces_folder))
+    target, pieces = (make(places.networks, config) for make in (patch_ranking.table_path, patch_ranking.parts_folder))
     if target.exists():
         return
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
     units = [(chunk, score_piece(pieces, chunk)) for chunk in PreparedDataset(places.prepared).chunks("train")]
-    list(patch_ranking.Ranker(config, places.prepared, places.networks, device).rank(units))
+    list(patch_ranking.PatchRanker(config, places.prepared, places.networks, device).rank(units))
     patch_ranking.merge([path for _, path in units], candidates, config.distill.rded.crops, target)
 
 

@@ -42,7 +42,7 @@ def _rank_patches(
     config: Config, data: PreparedDataset, places: DistillPaths, executor: Executor, display: Display
 ) -> None:
     """The table of ranked patches, beside the teacher."""
-    target, pieces = (make(places.networks, config) for make in (patch_ranking.table_path, patch_ranking.pieces_folder))
+    target, pieces = (make(places.networks, config) for make in (patch_ranking.table_path, patch_ranking.parts_folder))
     section = config.distill.rded
     if not target.exists():
         pieces.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ go through the network together, one backward pass gives the gradients at the ou
 are taken class by class in one call per layer: on a CPU by a convolution with a group per class (2 to 6 times as fast as
 unfolding on an EPYC core), elsewhere by unfolding and batched matrix products. They can be differentiated once.
 
-Left out: dilated and grouped convolutions, weights that are used twice or by anything but such layers; `fits` says so.
+Left out: dilated and grouped convolutions, weights that are used twice or by anything but such layers; `supports_class_gradients` says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def class_gradients(
     `images` [classes * m, *shape] lie class by class, `weights` [classes * m] are those of the samples (1 / m for the mean).
     """
     targets = torch.tensor(labels, device=images.device).repeat_interleave(len(images) // len(labels))
-    with Record(network) as record:
+    with LayerRecorder(network) as record:
         loss = (F.cross_entropy(network(images), targets, reduction="none") * weights).sum()
     outputs = torch.autograd.grad(loss, record.outputs, create_graph=differentiable)
     with torch.set_grad_enabled(differentiable):
@@ -45,7 +45,7 @@ def class_gradients(
         return [_weight_gradient(layer, x, g, len(labels)) for layer, x, g in triples]
 
 
-def fits(network: nn.Module, shape: Sequence[int], classes: int, device: torch.device) -> bool:
+def supports_class_gradients(network: nn.Module, shape: Sequence[int], classes: int, device: torch.device) -> bool:
     """Whether `class_gradients` is right for a network, by a look at its layers and a small comparison with autograd.
 
     A network that draws at random (dropout) does not fit. Batch norm must be in evaluation mode.
@@ -54,7 +54,7 @@ def fits(network: nn.Module, shape: Sequence[int], classes: int, device: torch.d
     images = torch.linspace(-2, 2, 3 * len(labels) * math.prod(shape), device=device).sin().view(-1, *shape)
     try:
         found = class_gradients(network, images, labels, torch.full((len(images),), 1 / 3, device=device))
-    except Unsuited:
+    except UnsupportedNetwork:
         return False
     for k, label in enumerate(labels):
         wanted = real_gradient(network, images[3 * k : 3 * k + 3], label, 3)
@@ -67,18 +67,18 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return float((a - b).abs().max()) <= TOLERANCE * float(b.abs().max())
 
 
-class Unsuited(Exception):
+class UnsupportedNetwork(Exception):
     """The network is not of the kind that this module knows."""
 
 
-class Record:
+class LayerRecorder:
     """Notes, while a network runs, what enters its matched layers and where the gradients of their outputs will be."""
 
     def __init__(self, network: nn.Module):
-        self.layers = layers_of(network)
+        self.layers = matched_layers(network)
         self.noted: dict[nn.Module, tuple[Tensor, GradientEdge]] = {}
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> LayerRecorder:
         self.handles = [layer.register_forward_hook(self._note) for layer in self.layers]
         return self
 
@@ -86,11 +86,11 @@ class Record:
         for handle in self.handles:
             handle.remove()
         if len(self.noted) < len(self.layers):
-            raise Unsuited("a matched layer was not used")
+            raise UnsupportedNetwork("a matched layer was not used")
 
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if layer in self.noted:
-            raise Unsuited("a matched layer was used twice")
+            raise UnsupportedNetwork("a matched layer was used twice")
         self.noted[layer] = inputs[0], get_gradient_edge(output)
 
     @property
@@ -102,7 +102,7 @@ class Record:
         return [self.noted[layer][1] for layer in self.layers]
 
 
-def layers_of(network: nn.Module) -> list[nn.Module]:
+def matched_layers(network: nn.Module) -> list[nn.Module]:
     """The layers whose weights are the matched parameters, in their order.
 
     Raises Unsuited where one is of another kind.
@@ -110,7 +110,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     owners = {id(m.weight): m for m in network.modules() if isinstance(m, PLAIN) and _known(m)}
     parameters = matched_parameters(network)
     if any(id(p) not in owners for p in parameters):
-        raise Unsuited("a matched parameter is not the weight of a plain convolution or linear layer")
+        raise UnsupportedNetwork("a matched parameter is not the weight of a plain convolution or linear layer")
     return [owners[id(p)] for p in parameters]
 
 
@@ -136,25 +136,25 @@ class ConvolutionGradient(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor:
         ctx.save_for_backward(x, g)
         ctx.classes, ctx.layer = classes, layer
-        return way_of(x.device).products(x, g, classes, layer)
+        return convolution_kernels(x.device).products(x, g, classes, layer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, kernels: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, g = ctx.saved_tensors
-        way = way_of(x.device)
+        way = convolution_kernels(x.device)
         for_x, for_g = way.derivatives(x, g, kernels, ctx.classes, ctx.layer, ctx.needs_input_grad[0])
         return for_x, for_g, None, None
 
 
-class Way(NamedTuple):
+class ConvolutionKernels(NamedTuple):
     """How the products of a convolution, and their derivatives in x (where they are asked for) and g, are found."""
 
     products: Callable[[Tensor, Tensor, int, Conv], Tensor]
     derivatives: Callable[[Tensor, Tensor, Tensor, int, Conv, bool], tuple[Tensor | None, Tensor]]
 
 
-def way_of(device: torch.device) -> Way:
+def convolution_kernels(device: torch.device) -> ConvolutionKernels:
     """Grouped convolutions on a CPU only; on a GPU they are taken to be slow (0.17 s a step on an H200, not profiled)."""
     return GROUPS if device.type == "cpu" else UNFOLDING
 
@@ -203,7 +203,7 @@ def through_unfolding(
     return found[0] if of_x else None, found[-1]
 
 
-GROUPS, UNFOLDING = Way(by_groups, through_groups), Way(by_unfolding, through_unfolding)
+GROUPS, UNFOLDING = ConvolutionKernels(by_groups, through_groups), ConvolutionKernels(by_unfolding, through_unfolding)
 
 
 def _backward(x: Tensor, g: Tensor, kernels: Tensor, groups: int, layer: Conv, which: int) -> Tensor:

@@ -57,24 +57,24 @@ def refuse_batch_norm(name: str, network: nn.Module) -> None:
         )
 
 
-class Expert:
+class ExpertTraining:
     """The training of one expert on all kept samples, from its last finished epoch on.
 
     Batches go through the network in parts that fit the cache; without batch norm that is the same gradient.
     """
 
-    def __init__(self, number: int, setting: MethodContext, section: MTTSection, real: ClassSampler):
-        self.number, self.seed, self.section = number, setting.seed, section
-        self.method, self.device = setting.config.distill.method, setting.device
+    def __init__(self, number: int, context: MethodContext, section: MTTSection, real: ClassSampler):
+        self.number, self.seed, self.section = number, context.seed, section
+        self.method, self.device = context.config.distill.method, context.device
         self.pixels, self.labels = real.whole()
-        self.normalization, self.at_once = real.normalization, setting.spec.at_once(setting.device)
+        self.normalization, self.at_once = real.normalization, context.spec.at_once(context.device)
         self.augmentation = Augmentation(section.expert_augment)
-        network = setting.spec.build(derive(setting.seed, "expert", number))
-        refuse_batch_norm(setting.spec.name, network)
-        self.network = network.to(setting.device).eval()
-        if not setting.spec.clips:  # of clips only compiled code would gain
-            setting.spec.lay_out(self.network)
-        self.spec = setting.spec
+        network = context.spec.build(derive(context.seed, "expert", number))
+        refuse_batch_norm(context.spec.name, network)
+        self.network = network.to(context.device).eval()
+        if not context.spec.clips:  # of clips only compiled code would gain
+            context.spec.lay_out(self.network)
+        self.spec = context.spec
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             section.expert_lr,
@@ -148,7 +148,7 @@ def _split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(p.shape) for part, p in zip(parts, like, strict=True)]
 
 
-class Experts:
+class ExpertFiles:
     """The finished experts of a folder; of each step only the rows that it needs are read."""
 
     def __init__(self, folder: Path, count: int, epochs: int, parameters: int, device: torch.device):

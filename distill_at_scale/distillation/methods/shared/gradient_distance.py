@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Metric = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]  # real and synthetic gradients -> their distance
+GradientDistance = Callable[
+    [Sequence[Tensor], Sequence[Tensor]], Tensor
+]  # real and synthetic gradients -> their distance
 
 
 def matched_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -21,7 +23,7 @@ def matched_parameters(network: nn.Module) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.dim() >= 2]
 
 
-def distances(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+def cosine_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
     """Per class the sum over layers and output channels of 1 - <a, b> / (|a| |b| + 1e-6) [classes].
 
     Gradients are [classes, *parameter] (DC, equation 5 with the official constant).
@@ -33,12 +35,12 @@ def distances(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def squares(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+def squared_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
     """Per class the sum of squared differences, without the last layer [classes] (IDC, its metric `mse`)."""
     return _differences(real, synthetic, torch.square)
 
 
-def absolutes(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
+def absolute_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
     """Per class the sum of absolute differences, without the last layer [classes] (IDC, its metric `l1`)."""
     return _differences(real, synthetic, torch.abs)
 
@@ -48,12 +50,12 @@ def _differences(real: Sequence[Tensor], synthetic: Sequence[Tensor], size: Call
     return torch.stack([size(a - b).flatten(1).sum(1) for a, b in pairs[:-1] or pairs]).sum(0)
 
 
-def of_one_class(metric: Metric) -> Metric:
+def of_single_class(metric: GradientDistance) -> GradientDistance:
     """The metric between the gradients of one class [*parameter], a scalar."""
     return lambda real, synthetic: metric([a[None] for a in real], [b[None] for b in synthetic])[0]
 
 
-distance = of_one_class(distances)
+class_distance = of_single_class(cosine_distance)
 
 
 def synthetic_gradient(network: nn.Module, images: Tensor, label: int) -> list[Tensor]:
@@ -74,7 +76,7 @@ def real_gradient(network: nn.Module, images: Tensor, label: int, at_once: int) 
 
 
 @torch.no_grad()
-def losses(network: nn.Module, images: Tensor, labels: int | Tensor, at_once: int) -> Tensor:
+def sample_losses(network: nn.Module, images: Tensor, labels: int | Tensor, at_once: int) -> Tensor:
     """The cross-entropy of each image [n]; `labels` is one for all, or [n]."""
     targets = labels if isinstance(labels, Tensor) else _targets(images, labels)
     pairs = zip(images.split(at_once), targets.split(at_once), strict=True)

@@ -26,12 +26,12 @@ from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
-from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, fits
+from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, supports_class_gradients
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
-    Metric,
-    losses,
-    of_one_class,
+    GradientDistance,
+    of_single_class,
     real_gradient,
+    sample_losses,
     synthetic_gradient,
 )
 from distill_at_scale.distillation.methods.shared.treatment_effect import gradient_effects
@@ -53,28 +53,28 @@ class MatchingMethod(ImageMethod):
 
     def __init__(
         self,
-        setting: MethodContext,
+        context: MethodContext,
         init: str,
         lr: float,
         momentum: float,
         augment: str,
         real_batch: int,
-        metric: Metric,
+        metric: GradientDistance,
     ) -> None:
-        super().__init__(setting, init, lr, momentum)
+        super().__init__(context, init, lr, momentum)
         self.augmentation, self.real_batch, self.metric = Augmentation(augment), real_batch, metric
         self.judged = metric  # by which the effects of real samples are found
-        self.at_once = setting.spec.at_once(setting.device)
-        size, room = setting.spec.work(1), BYTES.get(setting.device.type, BYTES["cuda"])
-        on_cpu = setting.device.type == "cpu"
+        self.at_once = context.spec.at_once(context.device)
+        size, room = context.spec.work(1), BYTES.get(context.device.type, BYTES["cuda"])
+        on_cpu = context.device.type == "cpu"
         self.first = self.at_once if on_cpu else max(1, room // (FIRST_ORDER * size))
         self.second = max(1, room // (SECOND_ORDER * size))  # images under one second-order graph
-        self.room = max(1, room // (COPIES * 4 * real_batch * math.prod(setting.spec.shape)))  # classes' real batches
+        self.room = max(1, room // (COPIES * 4 * real_batch * math.prod(context.spec.shape)))  # classes' real batches
         self.used = self.drawn = 0  # real samples since the last step: those that counted, and all
         self.together: bool | None = None  # whether classes may be taken together; asked with the first network
-        self.mixes = mixes_samples(setting.spec.skeleton())
+        self.mixes = mixes_samples(context.spec.skeleton())
         if self.mixes:
-            warnings.warn(_norm_message(setting.spec.name), stacklevel=2)
+            warnings.warn(_norm_message(context.spec.name), stacklevel=2)
 
     @property
     def shown(self) -> int:
@@ -88,12 +88,12 @@ class MatchingMethod(ImageMethod):
     def match(self, network: nn.Module, step: int, outer: int, visit: int) -> float:
         """One image update; returns the sum of the own classes' distances. `visit` counts updates over all steps."""
         if self.together is None:
-            spec = self.setting.spec
-            self.together = fits(network, spec.shape, spec.classes, self.setting.device)
+            spec = self.context.spec
+            self.together = supports_class_gradients(network, spec.shape, spec.classes, self.context.device)
         self.images.grad = torch.zeros_like(self.images)
         distances: list[Tensor] = []
         for places in self._groups():
-            labels = [self.setting.labels[k] for k in places]
+            labels = [self.context.labels[k] for k in places]
             draws = [self._draw(step, outer, label) for label in labels]
             views = [self.view(draw, step, outer, label) for draw, label in zip(draws, labels, strict=True)]
             batches = self._real(network, places, draws, views, (step, outer, visit))
@@ -108,18 +108,18 @@ class MatchingMethod(ImageMethod):
 
     def _groups(self) -> Iterator[list[int]]:
         """Places of own classes whose synthetic images are matched together."""
-        limit = min(self.second, self.first) if self.setting.device.type == "cpu" else self.second
+        limit = min(self.second, self.first) if self.context.device.type == "cpu" else self.second
         return _chunks(len(self.images), min(self.room, self._number(self.shown, limit)))
 
     def _number(self, each: int, limit: int) -> int:
         """How many classes of so many images are taken together."""
-        if not self.together or (self.setting.device.type == "cpu" and each > FEW):
+        if not self.together or (self.context.device.type == "cpu" and each > FEW):
             return 1
         return max(1, limit // each)
 
     def _draw(self, step: int, outer: int, label: int) -> AugmentParams:
         """The draw that the real and the synthetic images of a class share."""
-        return self.augmentation.draw(generator(self.setting.seed, "siamese", step, outer, label))
+        return self.augmentation.draw(generator(self.context.seed, "siamese", step, outer, label))
 
     def _real(
         self,
@@ -132,7 +132,7 @@ class MatchingMethod(ImageMethod):
         """The real batches after runtime pruning, as the network sees them; the one door of every rule."""
         step, outer, visit = when
         batches = [
-            self.real.draw([self.setting.labels[k]], self.real_batch, "real batch", step, outer)[0] for k in places
+            self.real.draw([self.context.labels[k]], self.real_batch, "real batch", step, outer)[0] for k in places
         ]
         masks = [self.pruning.forecast(b.label, b.rows, self.real.count(b.label), visit) for b in batches]
         images = [
@@ -155,18 +155,18 @@ class MatchingMethod(ImageMethod):
         """Of a step: the mean distance of the own classes over its updates, and the share of the real batches that counted."""
         share = self.used / max(1, self.drawn)
         self.used = self.drawn = 0
-        return {"loss": total / (updates * len(self.setting.labels)), "real_share": share}
+        return {"loss": total / (updates * len(self.context.labels)), "real_share": share}
 
     def _losses(self, network: nn.Module, batches: Sequence[RealBatch], images: Sequence[Tensor]) -> Sequence[Tensor]:
         """The cross-entropy of every sample, class by class."""
         together, counts = torch.cat(list(images)), [len(x) for x in images]
         labels = torch.tensor([b.label for b in batches]).repeat_interleave(torch.tensor(counts))
-        return losses(network, together, labels.to(together.device), self.at_once).split(counts)
+        return sample_losses(network, together, labels.to(together.device), self.at_once).split(counts)
 
     def _effects(
         self, network: nn.Module, real: Tensor, own: Tensor, view: View, label: int, step: int, outer: int
     ) -> Tensor:
-        chance, metric = generator(self.setting.seed, "probes", step, outer, label), of_one_class(self.judged)
+        chance, metric = generator(self.context.seed, "probes", step, outer, label), of_single_class(self.judged)
         return gradient_effects(network, real, own, view, label, metric, self.pruning.probes, chance, self.at_once)
 
     def _real_gradients(self, network: nn.Module, images: Sequence[Tensor], labels: Sequence[int]) -> list[Tensor]:
@@ -210,7 +210,7 @@ class MatchingMethod(ImageMethod):
             pull.backward(inputs=[leaf])
         return found
 
-    def settle_norms(self, network: nn.Module, step: int, outer: int) -> None:
+    def set_batch_norm_statistics(self, network: nn.Module, step: int, outer: int) -> None:
         """Set the statistics of batch norm from a real batch, the same on every worker, and keep them."""
         if not self.mixes:
             return
@@ -228,14 +228,14 @@ class MatchingMethod(ImageMethod):
 
     def _norm_batch(self, step: int, outer: int) -> Tensor:
         """Real images of up to NORM_BATCH classes, their workers' shares added up."""
-        classes = self.setting.spec.classes
-        order = torch.randperm(classes, generator=generator(self.setting.seed, "norm classes", step, outer))
+        classes = self.context.spec.classes
+        order = torch.randperm(classes, generator=generator(self.context.seed, "norm classes", step, outer))
         chosen, each = order[:NORM_BATCH].tolist(), max(1, min(NORM_EACH, NORM_BATCH // classes))
-        batch = torch.zeros(len(chosen), each, *self.setting.spec.shape, device=self.setting.device)
+        batch = torch.zeros(len(chosen), each, *self.context.spec.shape, device=self.context.device)
         for k, label in enumerate(chosen):
-            if label in self.setting.labels:
+            if label in self.context.labels:
                 batch[k] = repeated(self.real, label, each, "norm batch", step, outer)
-        self.setting.workers.all_reduce_sum([batch])
+        self.context.workers.all_reduce_sum([batch])
         return batch.flatten(0, 1)
 
 

@@ -49,12 +49,12 @@ def table_path(networks: Path, config: Config) -> Path:
     return networks / f"patches-{digest(decisive)[:16]}.parquet"
 
 
-def pieces_folder(networks: Path, config: Config) -> Path:
+def parts_folder(networks: Path, config: Config) -> Path:
     """For the candidates and the pieces, until the table is there."""
     return table_path(networks, config).with_suffix(".pieces")
 
 
-def crops_of(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
+def crop_boxes(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
     """The crops of a sample [crops, 4], as shares of its sides."""
     numbers = torch.rand(section.crops, 4, generator=rng.generator(seed, "patch crops", sample_id))
     return boxes_of(numbers, section.crop_scale)
@@ -85,13 +85,13 @@ def _candidates_path(folder: Path) -> Path:
     return folder / "candidates.parquet"
 
 
-class Ranker:
+class PatchRanker:
     """Holds the teacher on one device and ranks the candidates of chunks."""
 
     def __init__(self, config: Config, prepared: Path, networks: Path, device: torch.device):
         self.config, self.device, self.prepared = config, device, PreparedDataset(prepared)
         self.teacher = Teacher.load(networks / TEACHER, device, config.distill.rded.teacher_network)
-        self.candidates = pq.read_table(_candidates_path(pieces_folder(networks, config))).combine_chunks()
+        self.candidates = pq.read_table(_candidates_path(parts_folder(networks, config))).combine_chunks()
         self.normalization = Normalization(tuple(self.prepared.mean), tuple(self.prepared.std))
         self.groups = {(group.file, group.number): group for group in self.prepared.groups("train")}
 
@@ -120,7 +120,7 @@ class Ranker:
 
     def _ranked(self, rows: pa.Table, pixels: np.ndarray) -> pa.Table:
         section, seed = self.config.distill.rded, self.config.distill_seed
-        boxes = torch.cat([crops_of(seed, name, section) for name in rows["sample_id"].to_pylist()])
+        boxes = torch.cat([crop_boxes(seed, name, section) for name in rows["sample_id"].to_pylist()])
         images = self.normalization.apply(torch.from_numpy(np.array(pixels)).to(self.device))
         with torch.no_grad():
             logits = self.teacher.answers(shown(images.repeat_interleave(section.crops, 0), boxes))
@@ -136,7 +136,7 @@ class Ranker:
         return repeated.append_column("crop", crops).append_column("loss", pa.array(losses.numpy())).cast(SCHEMA)
 
 
-def read(path: Path, **options: Any) -> pa.Table:
+def read_table(path: Path, **options: Any) -> pa.Table:
     """A finished table, as `pyarrow.parquet.read_table` reads it. Raises UserError for one that is damaged."""
     try:
         return pq.read_table(path, **options)
@@ -148,7 +148,7 @@ def read(path: Path, **options: Any) -> pa.Table:
 
 def images_per_class(table: Path, crops: int) -> list[int]:
     """How many images of every class, by label, were ranked."""
-    labels = read(table, columns=["label"])["label"].to_numpy()
+    labels = read_table(table, columns=["label"])["label"].to_numpy()
     return [int(count) // crops for count in np.bincount(labels)]
 
 

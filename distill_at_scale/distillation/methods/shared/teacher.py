@@ -30,7 +30,7 @@ from distill_at_scale.data.ingest.chunks import sample_shape
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Conclusion, Cost, MethodContext, WithDefaults
+from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, MethodContext, MethodDefaults
 from distill_at_scale.distillation.soft_labels import (
     TEACHER,
     Teacher,
@@ -48,12 +48,12 @@ from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 STUDENT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # weight decay, of the official code
 
 
-class Taught(WithDefaults):
+class TeacherMethod(MethodDefaults):
     """The part of the contract that concerns the teacher and its labels."""
 
     batch_norm: ClassVar[str] = "any"  # distill.network is not used
     teacher_needs_batch_norm: ClassVar[bool] = False
-    setting: MethodContext
+    context: MethodContext
 
     @classmethod
     def section(cls, config: Config) -> TeacherSection:
@@ -90,14 +90,14 @@ class Taught(WithDefaults):
         return options
 
     @classmethod
-    def make_network(cls, name: str, setting: MethodContext, real: ClassSampler) -> None:
-        section = cls.section(setting.config)
+    def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
+        section = cls.section(context.config)
         make = _ready_made if section.teacher_weights else _trained
-        teacher = make(section, setting, real)
+        teacher = make(section, context, real)
         if cls.teacher_needs_batch_norm and not mixes_samples(teacher.network):
-            raise UserError(_no_batch_norm(setting.config, section))
-        teacher.save(setting.networks / name)
-        _partial(setting.networks).unlink(missing_ok=True)
+            raise UserError(_no_batch_norm(context.config, section))
+        teacher.save(context.networks / name)
+        _partial(context.networks).unlink(missing_ok=True)
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
@@ -108,19 +108,19 @@ class Taught(WithDefaults):
         ]  # fmt: skip
         return [*training, Cost(f"label the views of {epochs} epochs", network, "synthetic", epochs, backward=False)]
 
-    def conclude(self, images: Tensor, labels: Tensor) -> Conclusion:
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         """The labels of all views; the workers share the epochs."""
-        config, setting = self.setting.config, self.setting
+        config, context = self.context.config, self.context
         section, plan = self.section(config), self.protocol(config).plan
-        teacher = Teacher.load(setting.networks / TEACHER, setting.device, section.teacher_network)
+        teacher = Teacher.load(context.networks / TEACHER, context.device, section.teacher_network)
         asked = TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
-        made = relabel(images, plan, asked, setting.workers)
+        made = relabel(images, plan, asked, context.workers)
         extras = {f"labels/{key}": value for key, value in made.items()}
         extras |= {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
         size = size_of(made)
         facts = {"epochs": section.label_epochs, "top_k": section.top_k, "bytes_per_image": size / len(labels)}
         card = {"teacher": asdict(teacher.facts), "soft_labels": facts, "soft_label_bytes": size}
-        return Conclusion(extras, {}, card)
+        return FinalOutputs(extras, {}, card)
 
 
 def check(config: Config, section: TeacherSection, needs_batch_norm: bool) -> None:
@@ -181,17 +181,17 @@ def check_weights(config: Config, shape: tuple[int, ...], class_names: list[str]
             pretrained.load(section.teacher_weights, spec, class_names, source)
 
 
-def _facts(section: TeacherSection, setting: MethodContext) -> TeacherFacts:
-    made, spec = setting.config.distill, setting.spec
+def _facts(section: TeacherSection, context: MethodContext) -> TeacherFacts:
+    made, spec = context.config.distill, context.spec
     channels = spec.shape[-3]
     plain = (1.0,) * channels, (0.0,) * channels
     return TeacherFacts(section.teacher_network, spec.shape, spec.classes, made.width, made.depth, *plain)
 
 
-def _ready_made(section: TeacherSection, setting: MethodContext, real: ClassSampler) -> Teacher:
-    names, facts = setting.class_names, _facts(section, setting)
-    source = list(setting.source_class_names) or names
-    with _own_keys(setting.config):
+def _ready_made(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
+    names, facts = context.class_names, _facts(section, context)
+    source = list(context.source_class_names) or names
+    with _own_keys(context.config):
         given = pretrained.load(str(section.teacher_weights), facts.spec, names, source)
     columns = None if given.classes is None else tuple(given.classes)
     values = asdict(facts) | {"outputs": given.outputs, "columns": columns, "origin": f"sha256 {given.sha256}"}
@@ -199,24 +199,24 @@ def _ready_made(section: TeacherSection, setting: MethodContext, real: ClassSamp
     if given.normalization is not None:
         own: Normalization = real.normalization
         facts = converted(facts, (own.mean, own.std), given.normalization)
-    return Teacher.of(facts, given.state, setting.device)
+    return Teacher.of(facts, given.state, context.device)
 
 
-def _trained(section: TeacherSection, setting: MethodContext, real: ClassSampler) -> Teacher:
-    facts = _facts(section, setting)
-    training = _Training(section, setting, facts.spec)
+def _trained(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
+    facts = _facts(section, context)
+    training = TeacherTraining(section, context, facts.spec)
     right = training.run(real)
     how = f"trained on the kept samples for {section.teacher_epochs} epochs, {right:.1%} right in the last one"
-    return Teacher.of(TeacherFacts.of(asdict(facts) | {"origin": how}), training.network.state_dict(), setting.device)
+    return Teacher.of(TeacherFacts.of(asdict(facts) | {"origin": how}), training.network.state_dict(), context.device)
 
 
-class _Training:
+class TeacherTraining:
     """SGD on the kept samples of all classes, with a checkpoint after every epoch."""
 
-    def __init__(self, section: TeacherSection, setting: MethodContext, spec: NetworkSpec):
-        self.section, self.setting = section, setting
-        self.path = _partial(setting.networks)
-        self.network = spec.build(rng.derive(setting.seed, "teacher")).to(setting.device).train()
+    def __init__(self, section: TeacherSection, context: MethodContext, spec: NetworkSpec):
+        self.section, self.context = section, context
+        self.path = _partial(context.networks)
+        self.network = spec.build(rng.derive(context.seed, "teacher")).to(context.device).train()
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), section.teacher_lr, section.teacher_momentum, weight_decay=section.teacher_weight_decay
         )  # fmt: skip
@@ -232,7 +232,7 @@ class _Training:
         return right
 
     def _epoch(self, pixels: Tensor, labels: Tensor, normalization: Normalization, epoch: int) -> float:
-        device, draw = self.setting.device, rng.generator(self.setting.seed, "teacher epoch", epoch)
+        device, draw = self.context.device, rng.generator(self.context.seed, "teacher epoch", epoch)
         rate = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = rate
         right = 0
@@ -244,7 +244,7 @@ class _Training:
         if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
             raise DistillationDiverged(
                 f"the teacher diverged in epoch {epoch}, at a learning rate of {rate:g}; lower "
-                f"distill.{self.setting.config.distill.method}.teacher_lr"
+                f"distill.{self.context.config.distill.method}.teacher_lr"
             )
         return right / len(labels)
 

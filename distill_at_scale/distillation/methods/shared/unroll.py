@@ -29,35 +29,35 @@ from distill_at_scale.distillation.augment import AugmentParams
 
 
 @dataclass(frozen=True)
-class Move:
+class StudentStep:
     """One step of the student: places of the synthetic images [batch], and how they are augmented."""
 
     rows: Tensor
     draw: AugmentParams
 
-    def split(self, at_once: int) -> list[Move]:
+    def split(self, at_once: int) -> list[StudentStep]:
         """The same step in parts."""
         numbers = self.draw.numbers
         shared = len(numbers) != len(self.rows)
         each = [numbers] * -(-len(self.rows) // at_once) if shared else numbers.split(at_once)
         rows = self.rows.split(at_once)
-        return [Move(r, AugmentParams(self.draw.family, n)) for r, n in zip(rows, each, strict=True)]
+        return [StudentStep(r, AugmentParams(self.draw.family, n)) for r, n in zip(rows, each, strict=True)]
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class TrajectorySegment:
     """What a student is to do: from `start`, by `moves`, to `target` (flat parameters)."""
 
     start: Tensor
     target: Tensor
-    moves: Sequence[Move]
+    moves: Sequence[StudentStep]
 
     def distance(self, end: Tensor) -> Tensor:
         return (end - self.target).square().sum() / (self.start - self.target).square().sum()
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class SyntheticData:
     """Images [n, *shape] and targets: classes int64 [n], or logits [n, classes] whose softmax is the soft label."""
 
     images: Tensor
@@ -67,14 +67,14 @@ class Synthetic:
     def learned(self) -> list[Tensor]:
         return [x for x in (self.images, self.targets) if x.is_floating_point()]
 
-    def batch(self, move: Move) -> tuple[Tensor, Tensor]:
+    def batch(self, move: StudentStep) -> tuple[Tensor, Tensor]:
         """Augmented images and the labels, classes or probabilities, of one step."""
         rows = move.rows.to(self.images.device)
         targets = self.targets[rows]
         return move.draw.apply(self.images[rows]), targets.softmax(1) if targets.is_floating_point() else targets
 
 
-class Student:
+class FlatNetwork:
     """A network as a function of its flat parameters; `at_once` images go through it together."""
 
     def __init__(self, network: nn.Module, at_once: int):
@@ -89,22 +89,22 @@ class Student:
         return functional_call(self.network, dict(zip(self.names, views, strict=True)), (images,))
 
     def gradient(
-        self, theta: Tensor, synthetic: Synthetic, move: Move, total: int, create_graph: bool = False
+        self, theta: Tensor, synthetic: SyntheticData, move: StudentStep, total: int, create_graph: bool = False
     ) -> Tensor:
         """Gradient, in flat parameters theta, of the summed cross-entropy / total [parameters]."""
         images, targets = synthetic.batch(move)
         loss = F.cross_entropy(self.logits(theta, images), targets, reduction="sum") / total
         return torch.autograd.grad(loss, theta, create_graph=create_graph)[0]
 
-    def whole_gradient(self, theta: Tensor, synthetic: Synthetic, move: Move) -> Tensor:
+    def whole_gradient(self, theta: Tensor, synthetic: SyntheticData, move: StudentStep) -> Tensor:
         """The gradient of one step, in parts, without a graph for anything else."""
         theta = theta.detach().requires_grad_(True)
-        given = Synthetic(synthetic.images.detach(), synthetic.targets.detach())
+        given = SyntheticData(synthetic.images.detach(), synthetic.targets.detach())
         parts = [self.gradient(theta, given, part, len(move.rows)) for part in move.split(self.at_once)]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def products(
-        self, theta: Tensor, synthetic: Synthetic, move: Move, pull: Tensor, through: bool
+        self, theta: Tensor, synthetic: SyntheticData, move: StudentStep, pull: Tensor, through: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """<g, pull> for the gradient g of one step, and its derivatives in the learned tensors and, `through`, theta."""
         theta = theta.detach().requires_grad_(True)
@@ -118,10 +118,12 @@ class Student:
         return total, sums
 
 
-Matched = tuple[Tensor, list[Tensor]]  # the loss, and its gradients in the learned tensors and, last, in the rate
+LossAndGradients = tuple[
+    Tensor, list[Tensor]
+]  # the loss, and its gradients in the learned tensors and, last, in the rate
 
 
-def unrolled(student: Student, task: Trajectory, synthetic: Synthetic, rate: Tensor) -> Matched:
+def unrolled(student: FlatNetwork, task: TrajectorySegment, synthetic: SyntheticData, rate: Tensor) -> LossAndGradients:
     """Loss and gradients by autograd through all steps; memory grows with their number."""
     theta = task.start.clone().requires_grad_(True)
     for move in task.moves:
@@ -130,7 +132,9 @@ def unrolled(student: Student, task: Trajectory, synthetic: Synthetic, rate: Ten
     return loss.detach(), list(torch.autograd.grad(loss, [*synthetic.learned, rate]))
 
 
-def recomputed(student: Student, task: Trajectory, synthetic: Synthetic, rate: Tensor, through: bool = True) -> Matched:
+def recomputed(
+    student: FlatNetwork, task: TrajectorySegment, synthetic: SyntheticData, rate: Tensor, through: bool = True
+) -> LossAndGradients:
     """The same with the activations of one part of one step; `through=False` leaves out the path through theta."""
     rate = rate.detach()
     end, visited = _forward(student, task, synthetic, rate)
@@ -146,7 +150,9 @@ def recomputed(student: Student, task: Trajectory, synthetic: Synthetic, rate: T
     return task.distance(end), [*sums, of_rate]
 
 
-def _forward(student: Student, task: Trajectory, synthetic: Synthetic, rate: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _forward(
+    student: FlatNetwork, task: TrajectorySegment, synthetic: SyntheticData, rate: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """Where the student ends, and where each step began; the latter wait in host memory."""
     theta, visited = task.start, []
     for move in task.moves:

@@ -28,7 +28,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.archives.gunzip import Bomb, gunzip
 from distill_at_scale.data.codecs.image import MOST_SCANS, ImageDecoder, SampleRejected
-from distill_at_scale.data.codecs.worker_process import Isolated
+from distill_at_scale.data.codecs.worker_process import IsolatedFunction
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
 from distill_at_scale.distillation import synthetic_set
@@ -254,7 +254,7 @@ def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, said):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits are those of Linux")
 def test_the_decoders_process_writes_no_file_and_gains_no_rights(tmp_path):
-    child = Isolated("hostile_child:tries_to_write")
+    child = IsolatedFunction("hostile_child:tries_to_write")
     answer, _ = child.call({"path": str(tmp_path / "x")}, b"", 60)
     child.close()
     assert answer == {"said": "File too large", "no_new_privileges": "1"}

@@ -155,12 +155,12 @@ def faulty(video: Any, wanted: Any, size: int, resize: str, fast: bool) -> Array
 
 
 def loaded(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-    """For `Isolated`: which modules its process has loaded, and the bytes back."""
+    """For `IsolatedFunction`: which modules its process has loaded, and the bytes back."""
     return {"modules": sorted({name.split(".")[0] for name in sys.modules})}, body
 
 
 def slow(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-    """For `Isolated`: sleeps as long as it is told to."""
+    """For `IsolatedFunction`: sleeps for `header["sleep"]` seconds."""
     time.sleep(header["sleep"])
     return {}, body
 

@@ -33,7 +33,7 @@ from side_by_side import columns
 from distill_at_scale.core.environment import environment
 from distill_at_scale.data.codecs.clip import ClipDecoder
 from distill_at_scale.data.codecs.video_decoders import decord_frames, pyav_frames
-from distill_at_scale.data.codecs.video_probe import opened
+from distill_at_scale.data.codecs.video_probe import open_video
 
 Array = np.ndarray[Any, Any]
 Decode = Callable[[bytes, int, int], tuple[Array, float]]  # file, T, size -> uint8 [T, size, size, 3], offset
@@ -121,7 +121,7 @@ def _uniform(n: int, count: int) -> list[int]:
 
 def _product(decoder: Any, fast: bool) -> Decode:
     def decode(raw: bytes, count: int, size: int) -> tuple[Array, float]:
-        with opened(raw, *LIMITS) as video:
+        with open_video(raw, *LIMITS) as video:
             return decoder(video, _uniform(video.frames, count), size, "square", fast), 0.0
 
     return decode

@@ -1,4 +1,4 @@
-"""Clips of a fixed shape: which frames, what happens to short ones, and that no file takes down more than a child process."""
+"""Clips of a fixed shape: frame sampling, short videos, and files that crash only the child process."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs import clip as clips
 from distill_at_scale.data.codecs.clip import ClipDecoder, clip_decoder, decoders_for
-from distill_at_scale.data.codecs.clip_worker import Wanted, choose
+from distill_at_scale.data.codecs.clip_worker import ClipRequest, frame_indices
 from distill_at_scale.data.codecs.image import SampleRejected
-from distill_at_scale.data.codecs.worker_process import Died, Isolated
+from distill_at_scale.data.codecs.worker_process import IsolatedFunction, WorkerDied
 
 RAW = write_video(None, numbered(60))
 
@@ -38,8 +38,8 @@ HAS_DECORD = "decord" in chosen("auto", "exact")
 
 @pytest.fixture(scope="module")
 def child():
-    """One child process for all tests that do it no harm."""
-    isolated = Isolated(clips.FUNCTION)
+    """One child process for all tests that leave it alive."""
+    isolated = IsolatedFunction(clips.WORKER_FUNCTION)
     yield isolated
     isolated.close()
 
@@ -84,8 +84,8 @@ def test_dense_comes_as_near_to_the_stride_as_the_video_allows(decoder):
 def test_frames_are_distinct_ascending_and_there_whatever_the_length(sampling):
     for n in [*range(2, 40), 299, 300, 301]:
         for stride in (1, 3, 50):
-            wanted = Wanted(8, 16, 3, "square", sampling, stride, "repeat", "exact", 1, 1.0, 0, f"clip {n}")
-            indices = choose(n, wanted)
+            wanted = ClipRequest(8, 16, 3, "square", sampling, stride, "repeat", "exact", 1, 1.0, 0, f"clip {n}")
+            indices = frame_indices(n, wanted)
             assert indices == sorted(set(indices))
             assert len(indices) == min(n, 8)
             assert 0 <= indices[0] <= indices[-1] < n
@@ -131,7 +131,7 @@ def test_what_is_left_of_a_cut_file_is_used_with_a_remark_or_rejected(decoder):
 
 
 def test_an_empty_file_is_rejected_without_a_child():
-    isolated = Isolated("no_such_module:function")
+    isolated = IsolatedFunction("no_such_module:function")
     with pytest.raises(SampleRejected, match="empty file"):
         ClipDecoder(4, 16, 3, child=isolated)("x", b"")
 
@@ -146,7 +146,7 @@ def test_an_empty_file_is_rejected_without_a_child():
     ],
 )
 def test_a_file_that_kills_its_decoder_is_rejected_and_the_next_one_decodes(mark, how):
-    isolated = Isolated(clips.FUNCTION, memory=2**30)
+    isolated = IsolatedFunction(clips.WORKER_FUNCTION, memory=2**30)
     decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty",), time_limit=0.7, child=isolated)
     with pytest.raises(SampleRejected, match=how):
         decoder("bad", marked(RAW, mark))
@@ -156,7 +156,7 @@ def test_a_file_that_kills_its_decoder_is_rejected_and_the_next_one_decodes(mark
 
 @pytest.mark.parametrize("mark", ["abort", "spin", "memory"])
 def test_a_file_that_kills_the_first_decoder_is_decoded_by_the_second(mark, caplog):
-    isolated = Isolated(clips.FUNCTION, memory=2**30)
+    isolated = IsolatedFunction(clips.WORKER_FUNCTION, memory=2**30)
     decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty", "pyav"), time_limit=0.7, child=isolated)
     with caplog.at_level(logging.WARNING, "distill_at_scale"):
         assert numbers(decoder("bad", marked(RAW, mark))[0]) == [7, 22, 37, 52]
@@ -167,7 +167,7 @@ def test_a_file_that_kills_the_first_decoder_is_decoded_by_the_second(mark, capl
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])  # it is noticed before the call, or in its middle
 def test_a_child_that_was_killed_from_outside_is_replaced(seconds):
-    isolated = Isolated(clips.FUNCTION)
+    isolated = IsolatedFunction(clips.WORKER_FUNCTION)
     decoder = ClipDecoder(4, 16, 3, child=isolated)
     decoder("x", RAW)
     before = isolated.pid
@@ -179,21 +179,21 @@ def test_a_child_that_was_killed_from_outside_is_replaced(seconds):
 
 
 def test_a_file_on_which_the_child_is_killed_again_and_again_is_rejected():
-    isolated = Isolated(clips.FUNCTION)
+    isolated = IsolatedFunction(clips.WORKER_FUNCTION)
     with pytest.raises(SampleRejected, match="signal 9"):
         ClipDecoder(4, 16, 3, decoders=("videos:faulty",), child=isolated)("x", marked(RAW, "kill"))
     isolated.close()
 
 
 def test_a_child_that_keeps_too_much_memory_is_replaced():
-    isolated = Isolated("videos:loaded", resident=1)
+    isolated = IsolatedFunction("videos:loaded", resident=1)
     for _ in range(2):
         assert isolated.call({}, b"abc", 5)[1] == b"abc"
         assert isolated.pid is None
 
 
 def test_the_child_loads_neither_torch_nor_ray():
-    isolated = Isolated("videos:loaded")
+    isolated = IsolatedFunction("videos:loaded")
     modules = isolated.call({}, b"", 5)[0]["modules"]
     isolated.close()
     assert "distill_at_scale" in modules
@@ -209,11 +209,11 @@ def test_processes_that_read_images_load_no_video_library():
 
 def test_a_child_that_cannot_start_is_not_the_fault_of_a_sample():
     with pytest.raises(RuntimeError, match="no_such_module"):
-        Isolated("no_such_module:function").call({}, b"", 5)
+        IsolatedFunction("no_such_module:function").call({}, b"", 5)
 
 
 def test_bytes_of_any_number_pass_both_ways():
-    isolated = Isolated("videos:loaded")
+    isolated = IsolatedFunction("videos:loaded")
     for count in (0, 1, 65_536, 3_000_001):
         body = os.urandom(count)
         assert isolated.call({}, body, 20)[1] == body
@@ -221,8 +221,8 @@ def test_bytes_of_any_number_pass_both_ways():
 
 
 def test_no_answer_in_time_raises_and_the_next_call_has_its_own_answer():
-    isolated = Isolated("videos:slow")
-    with pytest.raises(Died, match=r"gave no answer within 0.2 s"):
+    isolated = IsolatedFunction("videos:slow")
+    with pytest.raises(WorkerDied, match=r"gave no answer within 0.2 s"):
         isolated.call({"sleep": 5}, b"", 0.2)
     assert isolated.call({"sleep": 0}, b"mine", 5)[1] == b"mine"
     isolated.close()
@@ -230,8 +230,8 @@ def test_no_answer_in_time_raises_and_the_next_call_has_its_own_answer():
 
 ORPHAN = """
 import os
-from distill_at_scale.data.codecs.worker_process import Isolated
-isolated = Isolated("videos:loaded")
+from distill_at_scale.data.codecs.worker_process import IsolatedFunction
+isolated = IsolatedFunction("videos:loaded")
 isolated.call({}, b"", 30)
 print(isolated.pid, flush=True)
 os._exit(1)
@@ -261,7 +261,9 @@ def test_a_decoder_can_be_sent_to_another_process():
 
 
 def test_which_decoders_are_used_can_be_said_and_is_counted(decoder):
-    assert re.fullmatch(r"decord 0\.\d+\.\d+, or PyAV [\d.]+ where that cannot", clips.named(("decord", "pyav")))
+    assert re.fullmatch(
+        r"decord 0\.\d+\.\d+, or PyAV [\d.]+ where that cannot", clips.describe_decoders(("decord", "pyav"))
+    )
     one = decoder(decoders=("pyav",))
     for _ in range(2):
         one("x", RAW)

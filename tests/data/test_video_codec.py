@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from videos import cut, number_of, numbered, rotated, without_index, write_audio, write_video, write_without_frames
 
-from distill_at_scale.data.codecs.video_decoders import Failed, Fewer, decord_frames, pyav_frames
-from distill_at_scale.data.codecs.video_probe import Unusable, opened
+from distill_at_scale.data.codecs.video_decoders import DecoderFailed, FewerFrames, decord_frames, pyav_frames
+from distill_at_scale.data.codecs.video_probe import VideoRejected, open_video
 
 FRAMES = numbered(60)
 B_FRAMES = {"preset": "medium", "bf": "3", "b-pyramid": "normal", "crf": "10"}
@@ -56,7 +56,7 @@ def limits(**changed):
 
 
 def decode(decoder, raw, wanted, size=24, resize="square", fast=False):
-    with opened(raw, **limits()) as video:
+    with open_video(raw, **limits()) as video:
         return decoder(video, wanted, size, resize, fast)
 
 
@@ -65,7 +65,7 @@ def numbers(frames):
 
 
 def rejection(raw, **changed):
-    with pytest.raises(Unusable) as caught, opened(raw, **limits(**changed)):
+    with pytest.raises(VideoRejected) as caught, open_video(raw, **limits(**changed)):
         pass
     return str(caught.value)
 
@@ -85,7 +85,7 @@ def test_pyav_returns_the_frames_asked(files, kind, fast):
 def test_decord_returns_the_frames_asked_or_says_that_it_cannot(files, kind):
     pytest.importorskip("decord")
     if not KINDS[kind][1]:
-        with pytest.raises(Failed):
+        with pytest.raises(DecoderFailed):
             decode(decord_frames, files[kind], WANTED[0])
         return
     for wanted in WANTED:
@@ -148,7 +148,7 @@ def test_turned_videos_are_shown_upright(degrees):
     corners = decode(pyav_frames, raw, [0, 3], 32)[:, 4:-4:23, 4:-4:23, 0].reshape(2, 4) > 127
     place = {90: 1, 180: 3, 270: 2}[degrees]  # turned clockwise, among: top left, top right, bottom left, bottom right
     np.testing.assert_array_equal(corners, np.eye(4, dtype=bool)[[place, place]])
-    with pytest.raises(Failed, match="turned"):
+    with pytest.raises(DecoderFailed, match="turned"):
         decode(decord_frames, raw, [0])
 
 
@@ -169,7 +169,7 @@ def test_small_pictures_are_averages_not_samples():
 
 
 def test_packets_that_show_no_frame_are_found_out(files):
-    with opened(files["vp8 webm"], **limits()) as video:
+    with open_video(files["vp8 webm"], **limits()) as video:
         last = bytes(video.packets[-1])
         hidden = av.Packet(bytes([last[0] & ~16]) + last[1:])  # without the bit that says: to be shown
         hidden.pts = hidden.dts = video.packets[-1].pts + 1
@@ -177,7 +177,7 @@ def test_packets_that_show_no_frame_are_found_out(files):
         video.times.append(hidden.pts)
         video.frames = 61
         assert numbers(pyav_frames(video, [3], 24, "square", False)) == [3]
-        with pytest.raises(Fewer) as caught:
+        with pytest.raises(FewerFrames) as caught:
             pyav_frames(video, [3, 60], 24, "square", False)
         assert caught.value.frames == 60
 
@@ -206,7 +206,7 @@ def test_wherever_a_file_is_cut_it_yields_the_frames_asked_or_none(files):
         for end in range(100, len(files[kind]), len(files[kind]) // 40):
             try:
                 assert numbers(decode(pyav_frames, files[kind][:end], [5, 25, 55])) == [5, 25, 55]
-            except Unusable:
+            except VideoRejected:
                 continue
 
 
@@ -219,23 +219,23 @@ def test_limits_hold_before_anything_is_decoded(files):
 @pytest.mark.parametrize("settings", [{}, {"settings": B_FRAMES}])
 def test_of_a_cut_file_what_is_there_can_be_used_and_nothing_else(settings):
     raw = cut(FRAMES, 0.6, **settings)
-    with opened(raw, **limits()) as video:
+    with open_video(raw, **limits()) as video:
         assert video.cut
         assert video.frames == 60
         assert numbers(pyav_frames(video, [2, 11], 24, "square", False)) == [2, 11]
-        with pytest.raises(Unusable, match=r"^cut: \d+ of 60 frames decode$"):
+        with pytest.raises(VideoRejected, match=r"^cut: \d+ of 60 frames decode$"):
             pyav_frames(video, [2, 11, 58], 24, "square", False)
-    with pytest.raises(Failed, match="cut"):
+    with pytest.raises(DecoderFailed, match="cut"):
         decode(decord_frames, raw, [2])
 
 
 @pytest.mark.parametrize(("kind", "share"), [("vp8 webm", 0.6), ("mpeg4 avi", 0.6)])
 def test_cut_files_of_other_containers_are_noticed(files, kind, share):
     raw = files[kind][: int(len(files[kind]) * share)]
-    with opened(raw, **limits()) as video:
+    with open_video(raw, **limits()) as video:
         assert video.cut
         assert video.frames == 60
-        with pytest.raises(Unusable, match=r"^cut: "):
+        with pytest.raises(VideoRejected, match=r"^cut: "):
             pyav_frames(video, [58], 24, "square", False)
 
 
@@ -243,7 +243,7 @@ def test_damage_in_the_middle_never_yields_other_frames(files):
     raw = bytearray(files["h264 mp4"])
     start = raw.index(b"mdat") + 4
     raw[start + 200 : start + (len(raw) - start) // 2] = bytes((len(raw) - start) // 2 - 200)
-    with pytest.raises(Unusable, match=r"^damaged: \d+ of 60 frames decode$"):
+    with pytest.raises(VideoRejected, match=r"^damaged: \d+ of 60 frames decode$"):
         decode(pyav_frames, bytes(raw), [5, 55])
 
 
@@ -257,13 +257,13 @@ def without_packet(raw: bytes, number: int) -> bytes:
 
 def test_a_damaged_file_whose_frames_are_told_apart_by_their_order_is_rejected():
     raw = without_packet(write_video(None, FRAMES, codec="mpeg4", container="avi"), 20)
-    with pytest.raises(Unusable, match=r"damaged: \d+ of \d+ frames decode"):
+    with pytest.raises(VideoRejected, match=r"damaged: \d+ of \d+ frames decode"):
         decode(pyav_frames, raw, [5, len(FRAMES) - 2])
 
 
 def test_packets_that_do_not_decode_are_counted():
     raw = without_packet(write_video(None, FRAMES, settings=B_FRAMES, gop=12), 20)  # a key frame
-    with opened(raw, **limits()) as video:
+    with open_video(raw, **limits()) as video:
         pyav_frames(video, [5, 22], 24, "square", False)
         assert video.errors == 1
 

@@ -14,7 +14,7 @@ from videos import numbered, write_video
 
 from distill_at_scale.data.codecs.clip import ClipDecoder
 from distill_at_scale.data.codecs.image import SampleRejected
-from distill_at_scale.data.codecs.worker_process import Died, Isolated
+from distill_at_scale.data.codecs.worker_process import IsolatedFunction, WorkerDied
 
 SIDE, FRAMES = 16, 3
 
@@ -32,7 +32,7 @@ def broken_boxes(data: bytes, chance: random.Random) -> bytes:
 
 
 def plainly(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
-    """For `Isolated`: the grey means of all frames, decoded one after the other; empty where something does not decode."""
+    """For `IsolatedFunction`: the grey mean of each frame, decoded in order; empty if anything fails to decode."""
     try:
         with av.open(io.BytesIO(raw)) as container:
             frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
@@ -47,7 +47,7 @@ def test_broken_videos_are_refused_or_what_a_plain_decode_gives():
     seeds += [write_video(None, frames, movflags="faststart"), write_video(None, frames, codec="libvpx")]
     seeds += [write_video(None, frames, codec="mpeg4"), write_video(None, frames, codec="mjpeg")]
     decoder = ClipDecoder(FRAMES, SIDE, 1, max_pixels=10_000, time_limit=20.0)
-    second = Isolated(f"{__name__}:plainly")
+    second = IsolatedFunction(f"{__name__}:plainly")
 
     def attempt(raw: bytes) -> bool:
         try:
@@ -57,7 +57,7 @@ def test_broken_videos_are_refused_or_what_a_plain_decode_gives():
         assert (clip.shape, clip.dtype) == ((FRAMES, 1, SIDE, SIDE), np.uint8)
         try:
             means = second.call({}, raw, 20.0)[0]["means"]
-        except Died:  # it has no opinion
+        except WorkerDied:  # it has no opinion
             return True
         if remark is None and len(means) >= FRAMES:
             nearest = [min(abs(float(frame.mean()) - mean) for mean in means) for frame in clip]

@@ -1,6 +1,6 @@
-"""One video file -> the clip that is asked for, or the reason why not: which frames, and which decoder if one fails.
+"""Decodes one video file to a clip: chooses the frames and falls back to the next decoder if one fails.
 
-This runs in the child process of a `ClipDecoder`, behind `data/codecs/worker_process.py`; it knows neither the configuration nor torch.
+This runs in the child process of a `ClipDecoder` (`worker_process.py`); it imports neither the configuration nor torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.core import rng
-from distill_at_scale.data.codecs.video_decoders import Decoder, Failed, Fewer, NotAsked, decord_frames, pyav_frames
-from distill_at_scale.data.codecs.video_probe import Unusable, Video, opened
+from distill_at_scale.data.codecs.video_decoders import (
+    Decoder,
+    DecoderFailed,
+    DecoderSkipped,
+    FewerFrames,
+    decord_frames,
+    pyav_frames,
+)
+from distill_at_scale.data.codecs.video_probe import Video, VideoRejected, open_video
 
 Array = np.ndarray[Any, Any]
 
-DECODERS = {"decord": ("decord", decord_frames), "pyav": ("PyAV", pyav_frames)}  # as people call it, and the function
-TOO_LARGE = "needs too much memory"  # more than `Isolated` allows
+DECODERS = {"decord": ("decord", decord_frames), "pyav": ("PyAV", pyav_frames)}  # display name, function
+TOO_LARGE = "needs too much memory"  # more than `IsolatedFunction` allows
 LUMA = np.array([19595, 38470, 7471], np.uint32)  # of 65536; BT.601, as Pillow's conversion to grey
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A clip; the values of the configuration's keys, and what decides random draws."""
+class ClipRequest:
+    """The clip to decode: values of the configuration's keys, and the seed and sample id of random frame choices."""
 
     frames: int
     size: int
@@ -41,93 +48,95 @@ class Wanted:
     name: str
 
 
-def answer(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
-    """For `Isolated`: {"decoders": names to try in turn, "wanted": fields of Wanted} and a file -> about the clip, the clip.
+def decode_clip(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """The function that `IsolatedFunction` calls.
 
-    The clip is uint8 [T, C, size, size]; with {"rejected": reason} there is none.
+    Args:
+        header: {"decoders": names to try in turn, "request": fields of ClipRequest}.
+        raw: the video file.
+
+    Returns:
+        Facts about the clip, and the clip: uint8 [T, C, size, size]. {"rejected": reason} comes without a clip.
     """
-    wanted = Wanted(**header["wanted"])
+    request = ClipRequest(**header["request"])
     try:
-        with opened(raw, wanted.max_pixels, wanted.max_seconds) as video:
-            frames, said = _decode(video, header["decoders"], wanted)
-    except Unusable as error:
+        with open_video(raw, request.max_pixels, request.max_seconds) as video:
+            frames, facts = _decode(video, header["decoders"], request)
+    except VideoRejected as error:
         return {"rejected": str(error)}, b""
     except MemoryError:
         return {"rejected": TOO_LARGE}, b""
     except Exception as error:  # libraries fed with damaged bytes raise almost anything
         return {"rejected": f"damaged: {str(error) or type(error).__name__}"}, b""
-    short = wanted.frames - len(frames)
-    clip = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)]) if short else frames
-    return {**said, "remark": _remark(video, short, wanted)}, _planes(clip, wanted.channels).tobytes()
+    missing = request.frames - len(frames)
+    clip = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
+    if request.channels == 1:
+        planes = ((clip @ LUMA + 32768) >> 16).astype(np.uint8)  # [T, H, W]
+    else:
+        planes = np.ascontiguousarray(clip.transpose(0, 3, 1, 2))
+    return {**facts, "remark": _remark(video, missing, request)}, planes.tobytes()
 
 
-def _decode(video: Video, names: Sequence[str], wanted: Wanted) -> tuple[Array, dict[str, Any]]:
-    """Distinct frames, at most T, and who decoded them. Raises Unusable if no decoder can."""
+def _decode(video: Video, names: Sequence[str], request: ClipRequest) -> tuple[Array, dict[str, Any]]:
+    """At most T distinct frames, and who decoded them. Raises VideoRejected if no decoder succeeds."""
     failures: list[str] = []
-    foreseen = True
-    for label, decoder in map(_resolve, names):
+    expected = True
+    for name in names:
+        label, decoder = DECODERS[name] if name in DECODERS else (name, _plugin(name))
         try:
-            frames = _with(decoder, video, wanted)
-        except (Failed, MemoryError) as error:
-            foreseen = foreseen and isinstance(error, NotAsked)
-            failures.append(f"{label} {error if isinstance(error, Failed) else TOO_LARGE}")
+            frames = _frames(decoder, video, request)
+        except (DecoderFailed, MemoryError) as error:
+            expected = expected and isinstance(error, DecoderSkipped)
+            failures.append(f"{label} {error if isinstance(error, DecoderFailed) else TOO_LARGE}")
         else:
-            return frames, {"decoder": label, "failures": failures, "foreseen": foreseen}
-    raise Unusable("; ".join(failures) + (" (data.decoder = auto would ask PyAV)" if names == ["decord"] else ""))
+            return frames, {"decoder": label, "failures": failures, "expected": expected}
+    hint = " (data.decoder = auto would ask PyAV)" if names == ["decord"] else ""
+    raise VideoRejected("; ".join(failures) + hint)
 
 
-def _with(decoder: Decoder, video: Video, wanted: Wanted) -> Array:
-    indices = choose(video.frames, wanted)
-    try:
-        return decoder(video, indices, wanted.size, wanted.resize, wanted.seek == "fast")
-    except Fewer as error:
-        video.frames, video.times = error.frames, None
-        return _with(decoder, video, wanted)
-
-
-def _resolve(name: str) -> tuple[str, Decoder]:
-    if name in DECODERS:
-        return DECODERS[name]
+def _plugin(name: str) -> Decoder:
     module, _, attribute = name.partition(":")
-    return name, getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(module), attribute)
 
 
-def choose(n: int, wanted: Wanted) -> list[int]:
+def _frames(decoder: Decoder, video: Video, request: ClipRequest) -> Array:
+    indices = frame_indices(video.frames, request)
+    try:
+        return decoder(video, indices, request.size, request.resize, request.seek == "fast")
+    except FewerFrames as error:
+        video.frames, video.times = error.frames, None
+        return _frames(decoder, video, request)
+
+
+def frame_indices(n: int, request: ClipRequest) -> list[int]:
     """Ascending, distinct indices into n frames: T of them, or all of a shorter video.
 
-    Raises Unusable where there is but one frame, or too few and `short` is "reject".
+    Raises VideoRejected for a single frame, and for too few frames if `short` is "reject".
     """
-    count = wanted.frames
+    count = request.frames
     if n < 2:
-        raise Unusable("a single frame, not a video" if n else "no frames")
-    if n < count and wanted.short == "reject":
-        raise Unusable(f"{n} frames, fewer than data.frames = {count} (data.short = reject)")
+        raise VideoRejected("a single frame, not a video" if n else "no frames")
+    if n < count and request.short == "reject":
+        raise VideoRejected(f"{n} frames, fewer than data.frames = {count} (data.short = reject)")
     if n <= count:
         return list(range(n))
-    if wanted.sampling == "uniform":
+    if request.sampling == "uniform":
         return [int((i + 0.5) * n / count) for i in range(count)]
-    draw = rng.numpy_generator(wanted.seed, "frames", wanted.name)
-    if wanted.sampling == "segment":
+    draw = rng.numpy_generator(request.seed, "frames", request.name)
+    if request.sampling == "segment":
         return [int(draw.integers(i * n // count, (i + 1) * n // count)) for i in range(count)]
-    stride = min(wanted.stride, (n - 1) / (count - 1))  # as near to the one asked as the video allows
+    stride = min(request.stride, (n - 1) / (count - 1))  # as close to the configured one as the video allows
     start = int(draw.integers(n - int((count - 1) * stride)))
     return [start + int(i * stride) for i in range(count)]
 
 
-def _remark(video: Video, short: int, wanted: Wanted) -> str | None:
-    """What is to be said of a clip that is used."""
+def _remark(video: Video, missing: int, request: ClipRequest) -> str | None:
+    """The flaw of a clip that is used nevertheless."""
     if video.cut:
-        there = len([packet for packet in video.packets if not packet.is_discard])
-        return f"cut: {there} of {video.frames} frames are there, among them all that are wanted"
+        present = len([packet for packet in video.packets if not packet.is_discard])
+        return f"cut: {present} of {video.frames} frames are there, among them all that are wanted"
     if video.errors:
         return f"damaged: {video.errors} packets do not decode, and frames that build on them may look wrong"
-    if short:
-        return f"{video.frames} frames, fewer than data.frames = {wanted.frames}: the last one repeats {short} times"
+    if missing:
+        return f"{video.frames} frames, fewer than data.frames = {request.frames}: the last one repeats {missing} times"
     return None
-
-
-def _planes(clip: Array, channels: int) -> Array:
-    """uint8 [T, H, W, 3] -> [T, 3, H, W], or grey [T, 1, H, W]."""
-    if channels == 1:
-        return ((clip @ LUMA + 32768) >> 16).astype(np.uint8)[:, None]
-    return np.ascontiguousarray(clip.transpose(0, 3, 1, 2))

@@ -1,7 +1,4 @@
-"""Frames -> an encoded video file: for the embedded clips and for exports.
-
-Left out: sound, and every codec but H.264.
-"""
+"""Encodes frames to an H.264 mp4 without sound, for the embedded clips and for exports."""
 
 from __future__ import annotations
 
@@ -17,12 +14,17 @@ Array = np.ndarray[Any, Any]
 
 
 def encode_mp4(frames: Iterable[Array], rate: int, options: Mapping[str, str], layout: str = "rgb24") -> bytes:
-    """Frames in FFmpeg's pixel layout (rgb24: uint8 [H, W, 3]; sides even) -> an mp4 of so many a second, yuv420p inside.
+    """Encodes frames as yuv420p. The same frames give the same bytes with the same build of the encoder.
 
-    `options` are libx264's: crf 0 is the best, 18 looks alike, 51 the worst. The same frames give the same bytes with the
-    same build of the encoder. Raises UserError where PyAV was built without it.
+    Args:
+        frames: in FFmpeg's pixel layout `layout` (rgb24: uint8 [H, W, 3]); sides even.
+        rate: frames per second.
+        options: of libx264, such as crf: 0 is best, 18 visually lossless, 51 worst.
+
+    Raises:
+        UserError: if PyAV was built without libx264.
     """
-    import av  # here, because only what encodes needs it
+    import av  # only encoders need it
 
     if "libx264" not in av.codecs_available:
         raise UserError("this build of PyAV has no libx264, which encodes videos; install the wheel of `av`")

@@ -1,12 +1,10 @@
-"""A function in a process of its own: one that hangs, crashes or asks for all memory takes down nothing but that process.
+"""Runs a function on untrusted bytes in a child process: a hang, a crash or excessive memory use ends only that process.
 
-One child per `Isolated`, started when first needed. Requests and answers (a JSON object and bytes) go through pipes; video
-frames of a clip are so few bytes that shared memory would gain nothing. No answer in time: the child is killed; the next
-call starts another. A child ends when its parent does: it reads the end of its input, and where it hangs at that moment,
-an alarm of the kernel ends it, which works whatever lock it holds. It writes nothing to the terminal.
+One child per `IsolatedFunction`, started at the first call. Requests and answers (a JSON object and bytes, never pickles) go
+through a socket pair. A child that misses its deadline is killed; the next call starts another. A child ends with its parent:
+it reads end-of-file on its socket, and if it hangs at that moment, a kernel alarm ends it whatever lock it holds.
 
-Left out: more than one call at a time, limits where the system is not Linux, and a sandbox: whoever takes the child over may
-read what this user may read.
+Not covered: concurrent calls, limits outside Linux, and a sandbox: an exploited child can read what this user can read.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ import json
 import math
 import mmap
 import os
-import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -29,20 +27,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 Header = dict[str, Any]
-Function = Callable[[Header, bytes], tuple[Header, bytes]]
 
 LENGTHS = struct.Struct("<QQ")  # of the JSON object and of the bytes that follow it
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from distill_at_scale.data.codecs import worker_process as w; w.serve()"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from distill_at_scale.data.codecs import worker_process; worker_process.serve()"
+)
 START_SECONDS = 300.0  # for its imports, on a busy machine with a slow disk
-NO_NEW_PRIVILEGES = 38  # of prctl
-GRACE = 10  # seconds after which a child whose parent is gone ends itself
-AT_ONCE = 2**20  # bytes of one write
+NO_NEW_PRIVILEGES = 38  # prctl's PR_SET_NO_NEW_PRIVS
+GRACE = 10  # seconds after the deadline at which a child without a parent ends itself
 
 
-class Died(Exception):
-    """The child gave no answer; the message says how it ended, as the end of a sentence about it.
+class WorkerDied(Exception):
+    """The child gave no answer. The message says how it ended and continues a sentence about the child.
 
-    `killed`: by SIGKILL and not by us, so by the system in want of memory, or by a person.
+    `killed`: ended by a SIGKILL that is not ours, usually from the out-of-memory killer.
     """
 
     def __init__(self, message: str, killed: bool = False):
@@ -50,18 +49,21 @@ class Died(Exception):
         self.killed = killed
 
 
-class Isolated:
-    """`function` ("package.module:name"; takes and returns a JSON object and bytes), called in a child process.
+class IsolatedFunction:
+    """Calls `function` ("package.module:name"; takes and returns a JSON object and bytes) in a child process.
 
-    `memory`: bytes of address space that one call may add, besides three times the bytes it is given. `resident`: a child
-    that keeps more bytes of memory than these after a call is replaced, so leaks have an end. Can be pickled: the copy
-    starts a child of its own.
+    A pickled copy starts a child of its own.
+
+    Args:
+        memory: bytes of address space that one call may add, on top of three times its input.
+        resident: a child that holds more bytes of memory than this after a call is replaced, which bounds leaks.
     """
 
     def __init__(self, function: str, memory: int = 4 * 2**30, resident: int = 2**29):
         self.function, self.memory, self.resident = function, memory, resident
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
         self._end: Callable[[], object] = lambda: None
 
     def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
@@ -69,113 +71,93 @@ class Isolated:
 
     @property
     def pid(self) -> int | None:
-        """Of the child, while there is one."""
+        """Process id of the child, None while it is not running."""
         return None if self._process is None else self._process.pid
 
     def call(self, header: Mapping[str, Any], body: bytes, seconds: float) -> tuple[Header, bytearray]:
-        """Raises Died if there is no answer within `seconds` or the child ends; RuntimeError if it cannot start."""
+        """Raises WorkerDied without an answer within `seconds` or if the child ends; RuntimeError if it cannot start."""
         with self._lock:
             try:
                 if self._process is None or self._process.poll() is not None:  # none yet, or it ended while idle
                     self.close()
                     self._start()
                 deadline = time.monotonic() + seconds
-                self._send({"seconds": seconds, "memory": self.memory, "header": dict(header)}, body, deadline)
-                answer, data = self._receive(deadline)
-                resident, found = answer["resident"], answer["answer"]
+                request = {"seconds": seconds, "memory": self.memory, "header": dict(header)}
+                text = json.dumps(request).encode()
+                for part in (LENGTHS.pack(len(text), len(body)) + text, body):
+                    self._connection(deadline).sendall(part)
+                reply, data = self._receive(deadline)
+                resident, answer = reply["resident"], reply["answer"]
             except TimeoutError:
                 self.close()
-                raise Died(f"gave no answer within {seconds:g} s") from None
-            except (EOFError, BrokenPipeError):
+                raise WorkerDied(f"gave no answer within {seconds:g} s") from None
+            except (EOFError, ConnectionError):
                 raise self._died() from None
             except BaseException:  # interrupted in the middle of a message
                 self.close()
                 raise
             if resident > self.resident:
                 self.close()
-            return found, data
+            return answer, data
 
     def close(self) -> None:
         """Kills the child; the next call starts another."""
         self._end()
-        self._process = None
+        self._process = self._socket = None
 
     def _start(self) -> None:
+        self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-c", START, json.dumps(sys.path), self.function]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = process = subprocess.Popen(command, bufsize=0, **pipes)  # type: ignore[call-overload]
-        self._end = weakref.finalize(self, _end, process)
-        for pipe in (process.stdin, process.stdout):
-            os.set_blocking(pipe.fileno(), False)
+        with theirs:
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL
+            )
+        self._end = weakref.finalize(self, _end, self._process, self._socket)
         try:
             ready, _ = self._receive(time.monotonic() + START_SECONDS)
-        except (EOFError, TimeoutError):
+        except (EOFError, ConnectionError, TimeoutError):
             raise RuntimeError(f"the process for {self.function} cannot start: it {self._died()}") from None
         if "error" in ready:
             self.close()
             raise RuntimeError(f"the process for {self.function} cannot start: {ready['error']}")
 
-    def _died(self) -> Died:
+    def _died(self) -> WorkerDied:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE)
         code = self._process.poll()
         self.close()
         if code is None:
-            return Died("closed its end of the pipe")
-        how = f"died with signal {-code} ({_signal_name(-code)})" if code < 0 else f"ended with exit code {code}"
-        return Died(how, killed=code == -signal.SIGKILL)
-
-    def _send(self, header: Header, body: bytes, deadline: float) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        text, pipe = json.dumps(header).encode(), self._process.stdin.fileno()
-        for part in (LENGTHS.pack(len(text), len(body)) + text, body):
-            view = memoryview(part)
-            while view:
-                _wait(pipe, select.POLLOUT, deadline)
-                with contextlib.suppress(BlockingIOError):
-                    view = view[os.write(pipe, view[:AT_ONCE]) :]
+            return WorkerDied("closed its end of the connection")
+        if code >= 0:
+            return WorkerDied(f"ended with exit code {code}")
+        name = {number.value: number.name for number in signal.Signals}.get(-code, "unknown")
+        return WorkerDied(f"died with signal {-code} ({name})", killed=code == -signal.SIGKILL)
 
     def _receive(self, deadline: float) -> tuple[Header, bytearray]:
         text, body = LENGTHS.unpack(self._read(LENGTHS.size, deadline))
         return json.loads(self._read(text, deadline)), self._read(body, deadline)
 
     def _read(self, count: int, deadline: float) -> bytearray:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        pipe, buffer, done = self._process.stdout.fileno(), bytearray(count), 0
+        buffer, done = bytearray(count), 0
         while done < count:
-            _wait(pipe, select.POLLIN, deadline)
-            with contextlib.suppress(BlockingIOError):
-                got = os.readv(pipe, [memoryview(buffer)[done:]])
-                if not got:
-                    raise EOFError
-                done += got
+            received = self._connection(deadline).recv_into(memoryview(buffer)[done:])
+            if not received:
+                raise EOFError
+            done += received
         return buffer
 
+    def _connection(self, deadline: float) -> socket.socket:
+        """The socket, whose next operation raises TimeoutError at the deadline."""
+        assert self._socket is not None
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))  # 0 would mean non-blocking
+        return self._socket
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _wait(pipe: int, event: int, deadline: float) -> None:
-    """Returns when the pipe is ready or closed at its other end. Raises TimeoutError."""
-    waiting = select.poll()
-    waiting.register(pipe, event)
-    if not waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
+    connection.close()
 
 
 # In the child
@@ -184,39 +166,31 @@ def _signal_name(number: int) -> str:
 def serve() -> None:
     """Answers calls of the function named by the second argument until the input ends."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
-        os.dup2(nothing, number)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's business
-    _give_up_rights()
+        os.dup2(null, number)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    _drop_privileges()
+    module, _, attribute = sys.argv[2].partition(":")
     try:
-        function = _resolve(sys.argv[2])
+        function = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         return _write(replies, {"error": f"{type(error).__name__}: {error}"}, b"")
     try:
         _write(replies, {}, b"")
         while (message := _message(requests)) is not None:
-            _write(replies, *_answer(function, *message))
-    except BrokenPipeError:
+            request, body = message
+            signal.alarm(math.ceil(request["seconds"]) + GRACE)  # no handler: the kernel ends a child that hangs
+            _limit_memory(request["memory"] + 3 * len(body))
+            answer, data = function(request["header"], body)
+            signal.alarm(0)
+            _write(replies, {"answer": answer, "resident": _memory()[1]}, data)
+    except ConnectionError:
         os._exit(0)  # the parent is gone
 
 
-def _resolve(name: str) -> Function:
-    module, _, attribute = name.partition(":")
-    found: Function = getattr(importlib.import_module(module), attribute)
-    return found
-
-
-def _answer(function: Function, request: Header, body: bytes) -> tuple[Header, bytes]:
-    signal.alarm(math.ceil(request["seconds"]) + GRACE)  # not caught: the kernel ends a child that hangs for good
-    _limit_memory(request["memory"] + 3 * len(body))
-    answer, data = function(request["header"], body)
-    signal.alarm(0)
-    return {"answer": answer, "resident": _memory()[1]}, data
-
-
 def _memory() -> tuple[int, int]:
-    """Bytes of address space, and of memory, that this process has; 0 where the system does not say."""
+    """Bytes of address space and of resident memory of this process; 0 outside Linux."""
     if sys.platform != "linux":
         return 0, 0
     with open("/proc/self/statm") as file:
@@ -224,8 +198,8 @@ def _memory() -> tuple[int, int]:
     return pages[0] * mmap.PAGESIZE, pages[1] * mmap.PAGESIZE
 
 
-def _give_up_rights() -> None:
-    """What a decoder never needs: files to write, core files, and the rights of programs that belong to others."""
+def _drop_privileges() -> None:
+    """A decoder needs no file to write, no core file and no set-uid programs."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -236,16 +210,15 @@ def _give_up_rights() -> None:
     ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
 
-def _limit_memory(more: int) -> None:
-    """So much address space may be added to what the process has now."""
+def _limit_memory(added: int) -> None:
+    """Limits the address space to what the process has now plus `added` bytes."""
     if sys.platform != "linux":
         return
     import resource
 
-    now = _memory()[0]
+    limit = _memory()[0] + added
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = now + more if hard == resource.RLIM_INFINITY else min(now + more, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _message(requests: BinaryIO) -> tuple[Header, bytes] | None:

@@ -20,7 +20,7 @@ from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.environment import environment
 from distill_at_scale.core.events import instant, measured
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.codecs.clip import decoders_for, named
+from distill_at_scale.data.codecs.clip import decoders_for, describe_decoders
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import is_finished, piece_path
@@ -93,7 +93,7 @@ class Stages:
 
     def _say_plan(self, plan: ingest.IngestPlan) -> None:
         if self.config.data.frames:
-            self.display.say(f"  clips are decoded by {named(decoders_for(self.config.data))}")
+            self.display.say(f"  clips are decoded by {describe_decoders(decoders_for(self.config.data))}")
         self.display.say(validate.space(self.config, plan, shutil.disk_usage(self.dir.path).free))
 
     def _ingest(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display, printable
 from distill_at_scale.experiments import auto_keep_rate
-from distill_at_scale.experiments.runners import LocalRunner, PointRunner, PooledRunner
+from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.runners import LocalRunner, PointRunner
 from distill_at_scale.experiments.studies import suite
 from distill_at_scale.experiments.sweep import run as sweep
-from distill_at_scale.experiments.trials import OneByOne, TrialRunner
 from distill_at_scale.pipeline import fingerprints, validate
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.executors.local import LocalExecutor
@@ -141,7 +141,7 @@ def _run(config: Config, stage: str) -> int:
     display = Display()
     if stage == "sweep":
         make_trackers(config)  # what is missing for them is said before anything starts
-        sweep.run(config, display, lambda: make_trials(config, display), make_trackers)
+        sweep.run(config, display, lambda: make_trial_runner(config, display), make_trackers)
         return 0
     if stage == "study":
         run_studies(config, display)
@@ -192,17 +192,17 @@ def make_trackers(config: Config) -> Sequence[Observer]:
     return trackers(config)
 
 
-def make_trials(config: Config, display: Display) -> TrialRunner:
-    """Where the trials of a sweep run: on Ray Tune, or in this process with cluster.address=none.
+def make_trial_runner(config: Config, display: Display) -> PointRunner:
+    """The runner for the trials of a sweep: Ray Tune, or this process with cluster.address=none.
 
     Raises UserError as make_executor does.
     """
     if config.cluster.address == "none":
-        return OneByOne()
+        return LocalRunner()
     _need_ray()
-    from distill_at_scale.cluster.tune_trials import TunedTrials
+    from distill_at_scale.cluster.tune_runner import TuneRunner
 
-    return TunedTrials(config, display.say)
+    return TuneRunner(config, display.say)
 
 
 def _need_ray(advice: str = "install it, or set cluster.address=none to run in this process alone") -> None:
@@ -211,20 +211,20 @@ def _need_ray(advice: str = "install it, or set cluster.address=none to run in t
 
 
 @contextmanager
-def make_runner(config: Config, display: Display) -> Iterator[PointRunner]:
-    """What tries the points of studies where cluster.address asks for it: this process, or a pool of warm actors.
+def open_points(config: Config, display: Display) -> Iterator[PointSet]:
+    """The points of studies and of select.keep: auto; they run in warm Ray actors, or here with cluster.address=none.
 
-    Raises UserError where Ray is wanted and not installed; Ray is started when a point has to be tried.
+    Raises UserError where Ray is not installed. Ray starts when a point has to run.
     """
     if config.cluster.address == "none":
-        yield LocalRunner(config, display)
+        yield PointSet(config, LocalRunner(), display)
         return
     _need_ray()
     from distill_at_scale.cluster.actor_runner import ActorRunner
     from distill_at_scale.cluster.executor import absolute
 
-    with ActorRunner(config, display.say) as pool:
-        yield PooledRunner(absolute(config), display, pool)
+    with closing(ActorRunner(config, display.say)) as runner:
+        yield PointSet(absolute(config), runner, display)
 
 
 def run_studies(config: Config, display: Display) -> None:
@@ -232,8 +232,8 @@ def run_studies(config: Config, display: Display) -> None:
     validate.check_names(config)
     run = RunDir.of(config.run, display.say)
     run.create()
-    with run.lock(), make_runner(config, display) as runner:
-        findings = suite.run(config, runner, display.say)
+    with run.lock(), open_points(config, display) as points:
+        findings = suite.run(config, points, display.say)
     for finding in findings:
         display.say(f"\n{finding.title}: {finding.answer}" + (f"\n  {finding.paper}" if finding.paper else ""))
     for what, name in (("page", "studies.html"), ("figures", "studies/studies.parquet")):
@@ -244,11 +244,11 @@ def run_studies(config: Config, display: Display) -> None:
 def find_rate(pipeline: Pipeline, display: Display) -> float:
     """For select.keep: auto."""
 
-    def runner(config: Config) -> AbstractContextManager[PointRunner]:
-        _ = pipeline.executor  # Ray, once for the search and for what follows it
-        return make_runner(config, display)
+    def points(config: Config) -> AbstractContextManager[PointSet]:
+        _ = pipeline.executor  # starts Ray once, for the search and for the stages after it
+        return open_points(config, display)
 
-    return auto_keep_rate.rate(pipeline.config, runner, display.say)
+    return auto_keep_rate.rate(pipeline.config, points, display.say)
 
 
 def show_plan(config: Config, found: RunPlan, display: Display) -> None:

@@ -1,4 +1,4 @@
-"""A runner whose outcomes follow from a formula, so that a study's answer is known beforehand."""
+"""A point set whose outcomes follow from a formula, so that a study's answer is known beforehand."""
 
 from __future__ import annotations
 

@@ -1,35 +1,40 @@
-"""What the tests of the warm pool let its actors do."""
+"""Bodies that the tests of the actor runner run on its actors; they leave their results in the point's folder."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 
 
-def process(value: int) -> tuple[int, int]:
-    """The value, doubled, and the process that did it."""
-    return 2 * value, os.getpid()
+def process(config, executor, watch):
+    """The process that runs it."""
+    Path(f"{config.run.dir}.pid").write_text(str(os.getpid()))
 
 
-def threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+def threads(config, executor, watch):
+    Path(f"{config.run.dir}.threads").write_text(str(torch.get_num_threads()))
 
 
-def dies_once(marker: str, value: int) -> int:
-    if value == 1 and not Path(marker).exists():
-        Path(marker).touch()
+def dies_once(config, executor, watch):
+    """The first call for point 1 ends its process."""
+    marker = Path(config.run.dir).parent / "died"
+    if config.run.dir.endswith("1") and not marker.exists():
+        marker.touch()
         os._exit(1)
-    return value
+    process(config, executor, watch)
 
 
-def dies() -> None:
+def dies(config, executor, watch):
     os._exit(1)
 
 
-def raises(kind: str) -> Any:
-    raise {"user": UserError("bad key"), "diverged": DistillationDiverged("not finite", 3)}[kind]
+def user_error(config, executor, watch):
+    raise UserError("bad key")
+
+
+def diverged(config, executor, watch):
+    raise DistillationDiverged("not finite", 3)

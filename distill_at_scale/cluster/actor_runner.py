@@ -1,8 +1,8 @@
-"""A pool of warm actors that call any importable function: many small pieces of work without a process start each.
+"""Runs points in warm Ray actors: many short distillations without a process start each.
 
-Actors have one thread and a core (or the GPU share of a worker) each. They are started when they are first needed, stay for
-the whole command, and give their cores back while the ordinary executor works on the same Ray. A lost actor is replaced and
-its call made again, at most `cluster.max_failures` times. Left out: what the functions do (`experiments/points.py` says it).
+An actor has one thread and one core (or a worker's GPU share). Actors start when a point needs them, stay for the whole
+command, and release their cores while the ordinary executor uses the same Ray. The runner replaces a lost actor and repeats its
+point, at most `cluster.max_failures` times.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -22,79 +21,70 @@ from distill_at_scale.cluster.executor import RayExecutor
 from distill_at_scale.cluster.session import Session, root_cause
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-
-Call = tuple[int, Any]  # the number of a call, and the actor that makes it
+from distill_at_scale.experiments.runners import Body, Done, PointTask
+from distill_at_scale.pipeline.executors.local import LocalExecutor
 
 
 class ActorRunner:
-    """Connects to Ray when it is first used, and ends what it started; use it as a context."""
+    """A `PointRunner` that connects to Ray when it is first used."""
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         self.config, self.say = config, say
         self._session: Session | None = None
         self._idle: list[Any] = []
-        self._busy: dict[Any, Call] = {}  # by the reference of the result
+        self._busy: dict[Any, tuple[int, Any]] = {}  # reference of the result -> index of the task, actor
 
-    def map(
-        self,
-        function: Callable[..., Any],
-        arguments: Sequence[Mapping[str, Any]],
-        names: Sequence[str] | None = None,
-    ) -> Iterator[tuple[int, Any]]:
-        """Call function(**a) for every a of `arguments`; yields (index, result) as they come.
-
-        What the function raises is raised here as it was, after which no further call is begun. Raises UserError where a
-        call lost its actor too often; `names` say what each call is there.
-        """
+    def check(self) -> None:
         self._connect()
-        waiting, losses = deque(range(len(arguments))), Counter[int]()
+
+    def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
+        self._connect()
+        waiting, losses = deque(index for index, task in enumerate(tasks) if not task.finished), Counter[int]()
         try:
+            for index, task in enumerate(tasks):
+                if task.finished:
+                    done(index, None, None)
             while waiting or self._busy:
                 while waiting and (actor := self._free_actor()):
                     index = waiting.popleft()
-                    self._busy[actor.call.remote(function, dict(arguments[index]))] = (index, actor)
-                finished, _ = ray.wait(list(self._busy))
-                index, actor = self._busy.pop(finished[0])
+                    self._busy[actor.run.remote(tasks[index].config.model_dump(), body)] = (index, actor)
+                ready, _ = ray.wait(list(self._busy))
+                index, actor = self._busy.pop(ready[0])
+                failure: Exception | None = None
                 try:
-                    result = ray.get(finished[0])
+                    ray.get(ready[0])
+                    self._idle.append(actor)
                 except LOST as error:
                     losses[index] += 1
-                    if losses[index] > self.config.cluster.max_failures:
-                        raise UserError(
-                            _gave_up(names[index] if names else f"call {index}", losses[index], error)
-                        ) from None
-                    waiting.appendleft(index)
-                    continue
+                    if losses[index] <= self.config.cluster.max_failures:
+                        waiting.appendleft(index)
+                        continue
+                    failure = UserError(
+                        f"{tasks[index].name}: its worker was lost {losses[index]} times ({str(error).splitlines()[0]}). "
+                        "Finished points are kept: give the same command again, with fewer cluster.actors if the workers "
+                        "ran out of memory"
+                    )
                 except ray.exceptions.RayTaskError as error:
                     self._idle.append(actor)
                     cause = root_cause(error)
-                    raise cause if isinstance(cause, UserError | OSError) else error from None
-                self._idle.append(actor)
-                yield index, result
+                    failure = cause if isinstance(cause, UserError | OSError) else error
+                done(index, None, failure)
         finally:
-            self._drop_busy()
+            self._kill_busy()
 
     def executor(self) -> RayExecutor:
-        """The ordinary executor on the same Ray; the actors make room for it and come back with the next call of `map`."""
+        """The ordinary executor on the same Ray; ends the actors, and the next `run` starts new ones."""
         self._connect()
-        self._release()
+        self._kill_idle()
         return RayExecutor(self.config, self.say)
 
     def close(self) -> None:
-        """End the actors, and Ray where this pool has started it."""
+        """End the actors, and Ray if this runner started it."""
         if self._session is not None:
-            self._drop_busy()
-            self._release()
+            self._kill_busy()
+            self._kill_idle()
             self._session.close()
             self._session = None
-
-    def __enter__(self) -> ActorRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _connect(self) -> None:
         if self._session is None:
@@ -103,42 +93,38 @@ class ActorRunner:
             self._size = actor_count(self.config, self.config.cluster.gpus_per_worker)
 
     def _free_actor(self) -> Any:
-        """An actor that waits, a new one while there is room, else None."""
+        """An idle actor, a new one while there is room, else None."""
         if self._idle:
             return self._idle.pop()
         if len(self._busy) >= self._size:
             return None
         gpus = self.config.cluster.gpus_per_worker
-        # the pool replaces and repeats, not Ray, so that it can count
-        actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Warm)
+        # this runner restarts and retries, not Ray, so that it can count the losses
+        actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_PointActor)
         return actor.remote([entry or os.getcwd() for entry in sys.path])
 
-    def _drop_busy(self) -> None:
-        """Actors whose result nobody waits for any more."""
+    def _kill_busy(self) -> None:
         for _, actor in self._busy.values():
             ray.kill(actor)
         self._busy.clear()
 
-    def _release(self) -> None:
+    def _kill_idle(self) -> None:
         for actor in self._idle:
             ray.kill(actor)
         self._idle.clear()
 
 
-class _Warm:
+class _PointActor:
     def __init__(self, path: list[str]):
-        """Modules are found as in the driver, after the worker's own."""
+        """`path` is the driver's sys.path; it is searched after the worker's own."""
         import torch
 
         sys.path.extend(entry for entry in path if entry not in sys.path)
         torch.set_num_threads(1)
 
-    def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        return function(**arguments)
+    def run(self, values: dict[str, Any], body: Body) -> None:
+        import torch
 
-
-def _gave_up(name: str, times: int, error: BaseException) -> str:
-    return (
-        f"{name}: its worker was lost {times} times ({str(error).splitlines()[0]}). What is finished is kept: give the same "
-        "command again, with fewer cluster.actors if the workers ran out of memory"
-    )
+        config = Config.model_validate(values)
+        cuda = config.cluster.gpus_per_worker and torch.cuda.is_available()
+        body(config, LocalExecutor(torch.device("cuda" if cuda else "cpu")), None)

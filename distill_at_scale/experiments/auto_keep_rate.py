@@ -1,11 +1,10 @@
-"""select.keep: auto: the smallest sufficient rate, found with few and short distillations before `select`.
+"""select.keep: auto: finds the smallest sufficient keep rate with few short distillations, before the stage select.
 
-    <run.dir>/auto/        the points that were tried, standing on the run's own ingest and scores
-    <run.dir>/auto.json    rate, curve, confidence, seconds; read, not made again, while nothing that it depends on changes
+    <run.dir>/auto/        the points of the search, on top of the run's own ingest and scores
+    <run.dir>/auto.json    rate, curve, confidence, seconds; reused while nothing that it depends on changes
 
-The rate that is taken is the smallest above which every tried one is sufficient too (`experiments/studies/bisection.py`). Short
-distillations stand for long ones, and the test split decides: the rate is a good guess, not a proof. Left out: how points
-are tried.
+The result is the smallest rate above which every tried rate is sufficient too (`experiments/studies/bisection.py`). Short
+distillations stand for long ones, and the test split decides: the rate is a good guess, not a proof.
 """
 
 from __future__ import annotations
@@ -23,43 +22,43 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import need_test_split
-from distill_at_scale.experiments.runners import PointRunner
-from distill_at_scale.experiments.studies.base import StudyContext, mean_and_std
-from distill_at_scale.experiments.studies.bisection import Found, Search
+from distill_at_scale.experiments.point import mean_and_std
+from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.studies.base import StudyContext
+from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import accuracies, difference
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir, address_of
 from distill_at_scale.storage.sync import AUTO
 
-MakeRunner = Callable[[Config], AbstractContextManager[PointRunner]]
+OpenPoints = Callable[[Config], AbstractContextManager[PointSet]]
 NAME = "auto.json"
-QUARTER = 4  # of the run's steps, where select.auto.steps is not given
+QUARTER = 4  # default for select.auto.steps: the run's steps divided by this
 
 
-def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) -> float:
-    """The rate for a configuration whose ingest and scores are finished in its run folder; from auto.json where it is there.
+def rate(config: Config, open_points: OpenPoints, say: Callable[[str], None]) -> float:
+    """The keep rate for a run with finished ingest and scores; from auto.json if that is up to date.
 
-    Raises UserError where there is no test split, and for whatever stops a point.
+    Raises UserError where there is no test split, and for the first point that fails.
     """
     run = RunDir.of(config.run, say)
-    wanted = _made_with(config, run)
-    if (known := read(run)) and known["made_with"] == wanted:
+    fingerprint = _made_with(config, run)
+    if (known := read(run)) and known["made_with"] == fingerprint:
         say(f"auto: keep {known['rate']:.4g} was found before ({run.place(NAME)})")
         return float(known["rate"])
     need_test_split(PreparedDataset(run / "prepared"))
     began = time.perf_counter()
-    searched = searching(config)
-    say(f"auto: looking for the smallest sufficient rate, {searched.distill.steps} steps a distillation")
-    with make_runner(searched) as runner:
-        runner.points.take_over(run)
-        section = config.select.auto
-        context = StudyContext(searched, runner, say)
-        found = Search(context, section.tolerance, section.lowest, section.points, section.seeds).run()
-        against = _against_fixed(context, found) if config.select.scope == "adaptive" else {}
-    report = (
-        _report(found) | against | {"steps": searched.distill.steps, "seconds": round(time.perf_counter() - began, 3)}
-    )
-    write_json(run / NAME, report | {"made_with": wanted})
+    config = search_config(config)
+    section = config.select.auto
+    say(f"auto: looking for the smallest sufficient rate, {config.distill.steps} steps a distillation")
+    with open_points(config) as points:
+        points.take_over(run)
+        context = StudyContext(config, points, say)
+        result = Search(context, section.tolerance, section.lowest, section.points, section.seeds).run()
+        comparison = _against_fixed(context, result) if config.select.scope == "adaptive" else {}
+    seconds = round(time.perf_counter() - began, 3)
+    report = _report(result) | comparison | {"steps": config.distill.steps, "seconds": seconds}
+    write_json(run / NAME, report | {"made_with": fingerprint})
     if report["near_chance"]:
         say(f"  warning: in the search even the unpruned set is near chance ({report['unpruned']:.1%}), so any rate seems to "
             "suffice; raise select.auto.steps, or give select.keep")  # fmt: skip
@@ -69,30 +68,29 @@ def rate(config: Config, make_runner: MakeRunner, say: Callable[[str], None]) ->
     return float(report["rate"])
 
 
-def searching(config: Config) -> Config:
-    """The configuration under which points are tried, in their own folder."""
+def search_config(config: Config) -> Config:
+    """The configuration of the search's points, in a folder of their own."""
     section = config.select.auto
-    steps = section.steps or max(1, distill.step_count(config) // QUARTER)
-    own = {
+    overrides = {
         "run.dir": inside(address_of(config.run), AUTO),
         "run.reuse": None,
-        "distill.steps": steps,
+        "distill.steps": section.steps or max(1, distill.step_count(config) // QUARTER),
         "distill.evaluate_every": 0,
         "studies.seeds": section.seeds,
         "studies.evaluations": section.evaluations,
         "studies.steps": None,
     }
-    return with_overrides(config, own, "select.keep: auto")
+    return with_overrides(config, overrides, "select.keep: auto")
 
 
 def read(run: RunDir) -> dict[str, Any] | None:
-    """auto.json of a run, None where there is none.
+    """auto.json of a run, None if it does not exist.
 
     Raises UserError where it is damaged.
     """
     try:
-        found = json.loads((run / NAME).read_text())
-        return found if found["rate"] and found["made_with"] else None
+        report = json.loads((run / NAME).read_text())
+        return report if report["rate"] and report["made_with"] else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -100,12 +98,12 @@ def read(run: RunDir) -> dict[str, Any] | None:
 
 
 def known_rate(config: Config) -> float | None:
-    """The rate, where it has been found for exactly this configuration."""
+    """The rate, if it was found for exactly this configuration."""
     run = RunDir.of(config.run)
     run.fetch()
-    if run.record("score") is None or (known := read(run)) is None:
+    if run.record("score") is None or (report := read(run)) is None:
         return None
-    return float(known["rate"]) if known["made_with"] == _made_with(config, run) else None
+    return float(report["rate"]) if report["made_with"] == _made_with(config, run) else None
 
 
 def _made_with(config: Config, run: RunDir) -> str:
@@ -117,29 +115,29 @@ def _made_with(config: Config, run: RunDir) -> str:
     return digest({**values, "distill.steps": steps, "seed": config.run.seed, "scores": run.content("score")})
 
 
-def _report(found: Found) -> dict[str, Any]:
-    best = found.unbroken
-    curve = []
-    for one in found.rates:
-        mean, std = mean_and_std(one.accuracies)
-        curve.append({"keep": one.keep, "kept": one.kept, "mean": mean, "std": std, "n": len(one.accuracies),
-                      "sufficient": one.sufficient, "confidence": round(one.confidence, 4)})  # fmt: skip
+def _report(result: SearchResult) -> dict[str, Any]:
+    best = result.unbroken
+    curve = [
+        {"keep": one.keep, "kept": one.kept, **_figures(one.accuracies), "sufficient": one.sufficient,
+         "confidence": round(one.confidence, 4)}
+        for one in result.rates
+    ]  # fmt: skip
     return {
         "rate": best.keep, "kept": best.kept, "of": best.outcomes[0].of,
         "kept_per_class": list(best.outcomes[0].kept_per_class),
-        "confidence": round(best.confidence, 4), "unpruned": found.level.mean, "unpruned_std": found.level.std,
-        "least": found.level.least, "near_chance": found.near_chance,
-        "smallest_sufficient": found.smallest.keep, "curve": curve,
+        "confidence": round(best.confidence, 4), "unpruned": result.level.mean, "unpruned_std": result.level.std,
+        "least": result.level.least, "near_chance": result.near_chance,
+        "smallest_sufficient": result.smallest.keep, "curve": curve,
     }  # fmt: skip
 
 
-def _against_fixed(context: StudyContext, found: Found) -> dict[str, Any]:
-    """The same rate with adaptive rates per class and with the same rate for every class."""
-    adaptive = found.unbroken
-    fixed = {"select.scope": "class", "select.per_class": None, "select.keep": adaptive.keep}
-    values = accuracies(context.runner.run(context.points(fixed, len(adaptive.accuracies))))
-    gap = difference(adaptive.accuracies, values)
-    return {"adaptive": _figures(adaptive.accuracies), "fixed": _figures(values),
+def _against_fixed(context: StudyContext, result: SearchResult) -> dict[str, Any]:
+    """Compares adaptive rates per class with the same rate for every class."""
+    adaptive = result.unbroken.accuracies
+    overrides = {"select.scope": "class", "select.per_class": None, "select.keep": result.unbroken.keep}
+    fixed = accuracies(context.points.run(context.repetitions(overrides, len(adaptive))))
+    gap = difference(adaptive, fixed)
+    return {"adaptive": _figures(adaptive), "fixed": _figures(fixed),
             "adaptive_less_fixed": {"mean": gap.mean, "half_interval": gap.half}}  # fmt: skip
 
 

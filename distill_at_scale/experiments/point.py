@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """One distillation to evaluate: what differs from the base configuration, and the number of its repetition.
+    """One distillation to evaluate: its differences from the base configuration, and the number of its repetition.
 
-    Repetition k distils from the same scores with distill.seed and select.seed raised by k. Real images as a control
-    (set random_real) are trained on only where `evaluate.control` is among the overrides.
+    Repetition k uses the same scores, with distill.seed and select.seed raised by k. The control random_real (networks trained
+    on random real images) runs only where `evaluate.control` is among the overrides.
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)  # dotted keys
@@ -23,18 +23,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a point."""
+    """The result of a point."""
 
     point: Point
     rows: Sequence[Mapping[str, Any]]  # of its evaluation: set, network, seed, top1, top5, seconds
     kept: int
     of: int
     kept_per_class: Sequence[int]
-    seconds: Mapping[str, float]  # by stage: select, distill, evaluate, and of the shared ones ingest, score
+    seconds: Mapping[str, float]  # by stage: select, distill, evaluate, and the shared ingest, score
     folder: Path  # of its run
-    stopped: int | None = None  # the step after which a scheduler gave it up; then `rows` has its last evaluation
+    stopped: int | None = None  # the step after which a scheduler stopped it; `rows` then has its last evaluation
 
     def accuracy(self, name: str = "distilled") -> float:
-        """Mean top-1 of a set over evaluation networks, as a fraction; NaN where it was not evaluated."""
-        found = [row["top1"] for row in self.rows if row["set"] == name]
-        return statistics.fmean(found) if found else float("nan")
+        """Mean top-1 of a set over evaluation networks, as a fraction; NaN if the set was not evaluated."""
+        top1 = [row["top1"] for row in self.rows if row["set"] == name]
+        return statistics.fmean(top1) if top1 else float("nan")
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""The pool of warm actors: what it calls, what it keeps, what it does about lost processes; points on it."""
+"""The runner with warm actors: what it runs, which actors it keeps, what it does about lost processes; points on it."""
 
 from __future__ import annotations
 
@@ -13,98 +13,140 @@ from rich.console import Console
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments.point import Point
-from distill_at_scale.experiments.runners import LocalRunner, PooledRunner
+from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.runners import LocalRunner, PointTask
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture
-def pool(tmp_path):
+def runner(tmp_path):
     from distill_at_scale.cluster.actor_runner import ActorRunner
 
-    with ActorRunner(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None) as pool:
-        yield pool
+    made = ActorRunner(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None)
+    yield made
+    made.close()
     assert ray.is_initialized(), "a Ray that was there before stays"
 
 
-def test_calls_are_made_by_as_many_processes_as_there_are_cores_and_these_stay(pool):
-    first = dict(pool.map(warm_calls.process, [{"value": k} for k in range(8)]))
-    second = dict(pool.map(warm_calls.process, [{"value": k} for k in range(8)]))
-    assert {k: value for k, (value, _) in first.items()} == {k: 2 * k for k in range(8)}
-    assert {pid for _, pid in second.values()} <= {pid for _, pid in first.values()}
-    assert len({pid for _, pid in first.values()}) <= 2
+@pytest.fixture
+def run(runner, tmp_path):
+    """run(body, count): the error of each point by its number, None where it succeeded."""
+
+    def run(body, count=1, **keys):
+        tasks = [
+            PointTask(tiny_config(tmp_path / str(k), cluster__address=None), f"point {k}", **keys) for k in range(count)
+        ]
+        errors = {}
+        runner.run(tasks, body, lambda index, last, error: errors.update({index: error}))
+        return errors
+
+    return run
 
 
-def test_an_actor_has_one_thread(pool):
-    assert [found for _, found in pool.map(warm_calls.threads, [{}])] == [1]
+def processes(folder) -> dict[str, str]:
+    return {path.stem: path.read_text() for path in Path(folder).glob("*.pid")}
 
 
-@pytest.mark.parametrize(("kind", "error"), [("user", UserError), ("diverged", DistillationDiverged)])
-def test_errors_come_back_as_they_were(pool, kind, error):
-    with pytest.raises(UserError) as caught:
-        list(pool.map(warm_calls.raises, [{"kind": kind}]))
-    assert type(caught.value) is error
-    assert getattr(caught.value, "visit", 3) == 3
+def test_points_run_in_as_many_processes_as_there_are_cores_and_these_stay(run, tmp_path):
+    assert run(warm_calls.process, 8) == dict.fromkeys(range(8))
+    first = processes(tmp_path)
+    run(warm_calls.process, 8)
+    second = processes(tmp_path)
+    assert len(first) == len(second) == 8
+    assert set(second.values()) <= set(first.values())
+    assert len(set(first.values())) <= 2
 
 
-def test_a_call_whose_actor_is_lost_is_made_again(pool, tmp_path):
-    calls = [{"marker": str(tmp_path / "died"), "value": k} for k in range(3)]
-    assert dict(pool.map(warm_calls.dies_once, calls)) == {0: 0, 1: 1, 2: 2}
+def test_an_actor_has_one_thread(run, tmp_path):
+    run(warm_calls.threads)
+    assert (tmp_path / "0.threads").read_text() == "1"
+
+
+def test_finished_points_do_not_run(run, tmp_path):
+    assert run(warm_calls.process, 2, finished=True) == {0: None, 1: None}
+    assert not processes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"), [(warm_calls.user_error, UserError), (warm_calls.diverged, DistillationDiverged)]
+)
+def test_errors_come_back_as_they_were_and_do_not_end_the_other_points(run, body, error):
+    errors = run(body, 3)
+    assert [type(errors[index]) for index in range(3)] == [error] * 3
+    assert getattr(errors[0], "visit", 3) == 3
+
+
+def test_an_error_of_the_callback_ends_the_run(runner, tmp_path):
+    def done(index, last, error):
+        raise error
+
+    task = PointTask(tiny_config(tmp_path / "0", cluster__address=None), "point 0")
+    with pytest.raises(UserError, match="bad key"):
+        runner.run([task], warm_calls.user_error, done)
+
+
+def test_a_point_whose_actor_is_lost_runs_again(run, tmp_path):
+    assert run(warm_calls.dies_once, 3) == dict.fromkeys(range(3))
+    assert set(processes(tmp_path)) == {"0", "1", "2"}
     assert (tmp_path / "died").exists()
 
 
-def test_a_call_that_always_kills_its_actor_is_given_up_with_its_name(pool):
-    with pytest.raises(UserError, match="the fatal one: its worker was lost 2 times"):
-        list(pool.map(warm_calls.dies, [{}], ["the fatal one"]))
+def test_a_point_that_always_kills_its_actor_is_given_up_with_its_name(run):
+    errors = run(warm_calls.dies)
+    assert isinstance(errors[0], UserError)
+    assert str(errors[0]).startswith("point 0: its worker was lost 2 times")
 
 
-def test_actors_make_room_for_the_ordinary_executor_and_come_back(pool):
-    before = {pid for _, (_, pid) in pool.map(warm_calls.process, [{"value": 1}])}
-    executor = pool.executor()
+def test_actors_make_room_for_the_ordinary_executor_and_come_back(runner, run, tmp_path):
+    run(warm_calls.process)
+    before = set(processes(tmp_path).values())
+    executor = runner.executor()
     ready = ray.remote(num_cpus=2)(lambda: True)
     assert ray.get(ready.remote(), timeout=60)
     executor.close()
-    assert before.isdisjoint(pid for _, (_, pid) in pool.map(warm_calls.process, [{"value": 1}]))
+    run(warm_calls.process)
+    assert before.isdisjoint(processes(tmp_path).values())
 
 
 def points() -> list[Point]:
     return [Point({"select.keep": keep}, seed) for keep in (0.3, 1.0) for seed in (0, 1)]
 
 
-def test_points_in_actors_are_those_of_this_process_and_are_tried_once(pool, tmp_path):
+def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, tmp_path):
     display = Display(Console(quiet=True))
     config = tiny_config(tmp_path / "pooled", cluster__address=None)
-    runner = PooledRunner(config, display, pool)
-    found = runner.run([*points(), points()[0]])
+    point_set = PointSet(config, runner, display)
+    found = point_set.run([*points(), points()[0]])
     assert [outcome.kept for outcome in found[::2]] == [found[0].kept, found[0].of, found[0].kept]
     assert found[0].kept < found[0].of
     records = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "pooled" / "points").glob("*/stages/*.json")}
-    again = PooledRunner(config, display, pool).run(points())
+    again = PointSet(config, runner, display).run(points())
     assert [outcome.accuracy() for outcome in again] == [outcome.accuracy() for outcome in found[:4]]
     assert {path: path.stat().st_mtime_ns for path in records} == records
-    alone = LocalRunner(tiny_config(tmp_path / "alone"), display).run(points())
+    alone = PointSet(tiny_config(tmp_path / "alone"), LocalRunner(), display).run(points())
     assert [outcome.accuracy() for outcome in alone] == [outcome.accuracy() for outcome in again]
 
 
-def test_ingest_and_scores_are_read_by_points_not_made(pool, tmp_path):
-    runner = PooledRunner(tiny_config(tmp_path / "run", cluster__address=None), Display(Console(quiet=True)), pool)
-    for outcome in runner.run(points()[:2]):
+def test_ingest_and_scores_are_read_by_points_not_made(runner, tmp_path):
+    point_set = PointSet(tiny_config(tmp_path / "run", cluster__address=None), runner, Display(Console(quiet=True)))
+    for outcome in point_set.run(points()[:2]):
         for stage in ("ingest", "score"):
             record = json.loads((outcome.folder / "stages" / f"{stage}.json").read_text())
             assert "/shared/" in record["reused_from"]
         assert (outcome.folder / "prepared").is_symlink()
 
 
-def test_a_point_that_fails_is_named_by_its_overrides(pool, tmp_path):
+def test_a_point_that_fails_is_named_by_its_overrides(runner, tmp_path):
     config = tiny_config(tmp_path / "run", cluster__address=None)
-    runner = PooledRunner(config, Display(Console(quiet=True)), pool)
+    point_set = PointSet(config, runner, Display(Console(quiet=True)))
     with pytest.raises(UserError, match=r"the point \[select.keep=0.3 evaluate.lr=1e\+38\], repetition 1: .*diverged"):
-        runner.run([Point({"select.keep": 0.3, "evaluate.lr": 1e38}, 1)])
+        point_set.run([Point({"select.keep": 0.3, "evaluate.lr": 1e38}, 1)])
 
 
-def test_an_override_that_is_not_allowed_is_refused_before_anything_starts(pool, tmp_path):
-    runner = PooledRunner(tiny_config(tmp_path / "run", cluster__address=None), Display(Console(quiet=True)), pool)
+def test_an_override_that_is_not_allowed_is_refused_before_anything_starts(runner, tmp_path):
+    point_set = PointSet(tiny_config(tmp_path / "run", cluster__address=None), runner, Display(Console(quiet=True)))
     with pytest.raises(UserError, match=r"select\.kep"):
-        runner.run([points()[0], Point({"select.kep": 0.3})])
+        point_set.run([points()[0], Point({"select.kep": 0.3})])
     assert not (tmp_path / "run" / "shared").exists()

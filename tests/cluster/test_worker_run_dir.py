@@ -12,9 +12,9 @@ from test_object_storage import artefacts, objects, on_disk, quick  # noqa: F401
 
 from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.core.progress import Display
-from distill_at_scale.experiments.points import Points
+from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run as sweep
-from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import scratch_of
 
@@ -69,7 +69,7 @@ def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_se
     """
     import ray
 
-    from distill_at_scale.cluster.tune_trials import TunedTrials
+    from distill_at_scale.cluster.tune_runner import TuneRunner
 
     choice = {"search": "asha", "samples": 6, "concurrent": 1, "reduction": 2, "controls": []}
     keys = {
@@ -79,8 +79,8 @@ def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_se
     }
     keys |= {"distill__steps": 40, "distill__evaluate_every": 10, "evaluate__epochs": 30, "evaluate__seeds": 1}
     config = apart("trials", cluster__address=None, **keys)
-    Points(config, LocalExecutor, Display.silent()).shared({})  # without Ray, which is quicker
-    made = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
+    PointSet(config, LocalRunner(), Display.silent()).shared({})  # without Ray, which is quicker
+    made = sweep.run(config, Display.silent(), lambda: TuneRunner(config, lambda text: None))
     rows = made.to_pylist()
     stopped = {row["trial"] for row in rows if row["stopped"] is not None}
     assert len(rows) == 2
@@ -94,7 +94,7 @@ def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_se
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
         assert time.monotonic() < until, "a stopped trial holds its cores"
         time.sleep(0.5)
-    again = sweep.run(config, Display.silent(), lambda: TunedTrials(config, lambda text: None))
+    again = sweep.run(config, Display.silent(), lambda: TuneRunner(config, lambda text: None))
     assert again.equals(made), "what was finished or stopped was tried again"
 
 

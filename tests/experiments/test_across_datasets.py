@@ -13,6 +13,7 @@ from distill_at_scale.config.load import with_overrides
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.studies import across_datasets
 from distill_at_scale.experiments.studies.base import StudyContext
@@ -96,10 +97,10 @@ def test_the_table_and_the_plot_hold_all_sets_side_by_side(context):
 
 def test_all_points_are_asked_for_at_once_and_the_same_way_for_every_set(context):
     across_datasets.study(context)
-    asked = context.runner.asked
+    asked = context.points.asked
     assert len(asked) == 3 * 3 * context.config.studies.seeds
     assert {point.seed for point in asked} == {0, 1, 2}
-    full = [context.runner.configured(point) for point in asked if point.overrides["select.keep"] == 1]
+    full = [context.points.configured(point) for point in asked if point.overrides["select.keep"] == 1]
     assert {c.runtime.rule for c in full} == {"none"}
 
 
@@ -157,7 +158,7 @@ def test_the_whole_study_on_digits(make_config, tmp_path):
             "two": {"data.transform": "high_variance", "data.variance_classes": 2}}  # fmt: skip
     studies = {"seeds": 2, "steps": 1, "across": {"sets": sets, "keep": [0.5]}}
     config = make_config(tmp_path / "run", studies=studies, score__trials=1, score__epochs=1)
-    runner = LocalRunner(config, Display.silent())
+    runner = PointSet(config, LocalRunner(), Display.silent())
     found = across_datasets.study(StudyContext(config, runner, lambda line: None))
     assert list(found.facts["sets"]) == ["digits", "tail", "two"]
     by = {(row["set"], row["selection"]): row for row in found.rows}
@@ -169,7 +170,7 @@ def test_the_whole_study_on_digits(make_config, tmp_path):
 def test_the_configuration_for_digits_is_valid_with_all_of_its_sets(tmp_path):
     path = ROOT / "configs" / "studies_across_digits.yaml"
     config = configuration.load(path, [f"run.dir={tmp_path}"])
-    runner = LocalRunner(config, Display.silent())
+    runner = PointSet(config, LocalRunner(), Display.silent())
     sets = across_datasets._sets(StudyContext(config, runner, print))
     assert {"digits", "long_tail_10", "long_tail_100", "near_duplicates", "moving_digits"} <= set(sets)
     for name, overrides in sets.items():

@@ -18,11 +18,7 @@ from distill_at_scale.experiments import auto_keep_rate
 
 
 class Standing(MadeUpRunner):
-    """A made-up runner whose points stand on nothing."""
-
-    @property
-    def points(self):
-        return self
+    """A made-up point set that remembers the run whose scores it took over."""
 
     def take_over(self, run):
         self.stood_on = run.path
@@ -64,7 +60,7 @@ def test_the_rate_is_found_published_and_read_again(finished):
     assert 0.1 <= rate < 0.2
     assert runners[0].stood_on == finished.dir
     assert {config.distill.steps for config in runners[0].tried} == {2}, "a quarter of the run's"
-    found = json.loads((finished.dir / "auto_keep_rate.json").read_text())
+    found = json.loads((finished.dir / "auto.json").read_text())
     assert found["rate"] == rate
     assert [one["keep"] for one in found["curve"]] == sorted(one["keep"] for one in found["curve"])
     assert found["unpruned"] == pytest.approx(0.6)
@@ -82,7 +78,7 @@ def test_another_method_is_searched_again(finished):
 def test_the_rate_above_which_all_tried_ones_suffice_is_taken(finished):
     rate, _ = find(finished, lambda config, share: 0.3 if 0.01 < share < 0.6 else 0.6, select__auto__points=10)
     assert 0.59 < rate < 0.7
-    assert json.loads((finished.dir / "auto_keep_rate.json").read_text())["smallest_sufficient"] < 0.01
+    assert json.loads((finished.dir / "auto.json").read_text())["smallest_sufficient"] < 0.01
 
 
 def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished):
@@ -90,7 +86,7 @@ def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished)
         return (0.6 if share >= 0.1 else 0.3) + (0.05 if config.select.scope == "adaptive" and share < 1 else 0.0)
 
     find(finished, accuracy, select__scope="adaptive")
-    found = json.loads((finished.dir / "auto_keep_rate.json").read_text())
+    found = json.loads((finished.dir / "auto.json").read_text())
     assert found["adaptive_less_fixed"]["mean"] == pytest.approx(0.05)
     assert found["adaptive"]["mean"] - found["fixed"]["mean"] == pytest.approx(0.05)
 
@@ -115,7 +111,7 @@ def test_keys_that_do_not_go_with_auto_are_refused(keys, message):
 
 def test_a_damaged_file_is_named(finished):
     find(finished)
-    (finished.dir / "auto_keep_rate.json").write_text("{}")
+    (finished.dir / "auto.json").write_text("{}")
     with pytest.raises(UserError, match=r"auto\.json is damaged .* remove it"):
         find(finished)
 
@@ -139,7 +135,7 @@ def test_a_plan_says_that_the_rate_has_to_be_found(tiny_file, capsys):
 def test_a_whole_run_finds_the_rate_and_goes_on_with_it(tiny_file, tmp_path, capsys):
     assert cli.main(["run", tiny_file]) == 0
     run = tmp_path / "run"
-    rate = json.loads((run / "auto_keep_rate.json").read_text())["rate"]
+    rate = json.loads((run / "auto.json").read_text())["rate"]
     facts = manifest.facts(run / "manifest.parquet")
     assert facts["asked"] == {"keep": "auto", "found": rate}
     assert "The rate was looked for" in (run / "report.html").read_text()

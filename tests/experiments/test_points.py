@@ -13,13 +13,21 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import points
 from distill_at_scale.experiments.point import Point
-from distill_at_scale.experiments.points import Points
+from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.storage.run_dir import RunDir
 
 
+class Refusing(LocalRunner):
+    def executor(self):
+        pytest.fail("nothing is run")
+
+    def run(self, tasks, body, done):
+        pytest.fail("nothing is run")
+
+
 def test_points_share_ingest_and_scores_by_links(tmp_path):
-    runner = LocalRunner(tiny_config(tmp_path / "sweep"), Display.silent())
+    runner = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
     outcomes = runner.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
     assert len(list((tmp_path / "sweep" / "shared").glob("scores-*/proxies/trial-*"))) == 2  # once for both
     for outcome in outcomes:
@@ -30,7 +38,7 @@ def test_points_share_ingest_and_scores_by_links(tmp_path):
 
 
 def test_a_finished_point_is_read_and_not_tried_again(tmp_path):
-    runner = LocalRunner(tiny_config(tmp_path / "sweep"), Display.silent())
+    runner = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
     first = runner.run([Point()])[0]
     written = (first.folder / "evaluation.json").stat().st_mtime_ns
     assert runner.run([Point(), Point()])[1] == first
@@ -38,7 +46,7 @@ def test_a_finished_point_is_read_and_not_tried_again(tmp_path):
 
 
 def test_repetitions_distil_anew_from_the_same_selection_and_random_ones_draw_anew(tmp_path):
-    points = Points(tiny_config(tmp_path), lambda: pytest.fail("nothing is run"), Display.silent())
+    points = PointSet(tiny_config(tmp_path), Refusing(), Display.silent())
     first, second = (points.configured(Point({}, seed)) for seed in (0, 1))
     assert (second.distill_seed - first.distill_seed, second.select_seed - first.select_seed) == (1, 1)
     assert first.run.dir != second.run.dir
@@ -49,7 +57,7 @@ def test_a_points_folder_ignores_workers_and_clusters_and_knows_every_other_key(
 
     def folder(**overrides: object) -> str:
         changed = with_overrides(config, {key.replace("__", "."): value for key, value in overrides.items()})
-        return Points(changed, lambda: pytest.fail("nothing is run"), Display.silent()).configured(Point()).run.dir
+        return PointSet(changed, Refusing(), Display.silent()).configured(Point()).run.dir
 
     assert folder() == folder(distill__workers=2, cluster__actors=1)
     others = [folder(), folder(runtime__drop=0.1), folder(score__epochs=3), folder(data__chunk=64), folder(run__seed=1)]
@@ -59,24 +67,24 @@ def test_a_points_folder_ignores_workers_and_clusters_and_knows_every_other_key(
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"error": 3, "passing": "no"}'])
 def test_a_damaged_note_is_a_failure_of_the_disk(tmp_path, text):
     (tmp_path / points.FAILED).write_text(text)
-    found = points.failure_of(RunDir(tmp_path))
+    found = points.read_failure(RunDir(tmp_path))
     assert isinstance(found.message, str)
     assert found.passing is ("error" not in text)
     (tmp_path / points.STOPPED).write_text(text)
-    assert points.stopped_of(Point(), RunDir(tmp_path), "convnet") is None
+    assert points.read_stopped(Point(), RunDir(tmp_path), "convnet") is None
 
 
 def test_what_points_share_is_taken_over_from_another_run(tmp_path):
     Run(tiny_config(tmp_path / "earlier")).stages("ingest", "score")
     config = tiny_config(tmp_path / "sweep", run={"dir": str(tmp_path / "sweep"), "reuse": str(tmp_path / "earlier")})
-    shared = LocalRunner(config, Display.silent()).run([Point()])[0].folder / "scores.parquet"
+    shared = PointSet(config, LocalRunner(), Display.silent()).run([Point()])[0].folder / "scores.parquet"
     record = json.loads((shared.resolve().parent / "stages" / "score.json").read_text())
     assert record["reused_from"] == str(tmp_path / "earlier")
     assert not list(Path(tmp_path / "sweep").rglob("proxies"))
 
 
 def test_an_override_that_is_not_allowed_stops_before_anything_is_made(tmp_path):
-    runner = LocalRunner(tiny_config(tmp_path / "sweep"), Display.silent())
+    runner = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
     with pytest.raises(UserError, match=r"select\.kep"):
         runner.run([Point(), Point({"select.kep": 0.1})])
     assert not (tmp_path / "sweep").exists()

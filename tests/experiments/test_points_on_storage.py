@@ -17,10 +17,9 @@ from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import auto_keep_rate, points
 from distill_at_scale.experiments.point import Point
-from distill_at_scale.experiments.points import Points
+from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run
-from distill_at_scale.experiments.trials import OneByOne
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FolderSync, scratch_of
@@ -41,8 +40,13 @@ def remote(s3, bucket, tmp_path):
 
 def sweep(config):
     said = io.StringIO()
-    made = run.run(config, Display(Console(file=said, width=300)), OneByOne)
+    made = run.run(config, Display(Console(file=said, width=300)), LocalRunner)
     return made, said.getvalue()
+
+
+def prepared(config):
+    points = PointSet(config, LocalRunner(), Display.silent())
+    return points.prepare(points.configured(Point()))
 
 
 def results(table):
@@ -77,7 +81,7 @@ def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bu
 
 
 def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, monkeypatch):
-    real, tried = points.carry_out, []
+    real, tried = points.run_point, []
 
     def killed(config, *rest):
         tried.append(config.run.dir)
@@ -85,7 +89,7 @@ def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, m
             raise KeyboardInterrupt
         real(config, *rest)
 
-    monkeypatch.setattr(points, "carry_out", killed)
+    monkeypatch.setattr(points, "run_point", killed)
     with pytest.raises(KeyboardInterrupt):
         sweep(remote("a", sweep={"space": RATES, "controls": []}))
     made, said = sweep(remote("b", sweep={"space": RATES, "controls": []}))
@@ -99,30 +103,30 @@ def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, m
 
 
 def test_a_trial_that_failed_is_noted_there_and_no_more_after_it_succeeded(remote, s3, bucket, monkeypatch):
-    real, settings = points.carry_out, {"sweep": {"space": RATES, "controls": []}}
+    real, settings = points.run_point, {"sweep": {"space": RATES, "controls": []}}
 
     def failing(config, *rest):
         if config.select.keep == 0.1:
             raise OSError(28, "No space left on device", "/scratch/x")
         real(config, *rest)
 
-    monkeypatch.setattr(points, "carry_out", failing)
+    monkeypatch.setattr(points, "run_point", failing)
     with pytest.raises(UserError, match=r"1 of 2 trials could not .*No space left on device"):
         sweep(remote("a", **settings))
     noted = [json.loads(content) for name, content in objects(s3, bucket).items() if name.endswith(points.FAILED)]
     assert [note["passing"] for note in noted] == [True]
-    monkeypatch.setattr(points, "carry_out", real)
+    monkeypatch.setattr(points, "run_point", real)
     made, _ = sweep(remote("b", **settings))
     assert made["error"].null_count == 2
     assert not [name for name in objects(s3, bucket) if name.endswith(points.FAILED)]
 
 
 def test_points_on_one_machine_share_one_copy(remote):
-    runner = LocalRunner(remote(), Display.silent())
+    runner = PointSet(remote(), LocalRunner(), Display.silent())
     first, second = runner.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
     assert (first.folder / "prepared").resolve() == (second.folder / "prepared").resolve()
     assert first.folder.parent == second.folder.parent
-    again = LocalRunner(remote("b"), Display.silent()).run([Point({"select.keep": 0.2})])[0]
+    again = PointSet(remote("b"), LocalRunner(), Display.silent()).run([Point({"select.keep": 0.2})])[0]
     assert (again.kept, again.rows) == (first.kept, first.rows)
 
 
@@ -132,29 +136,31 @@ def test_points_stand_on_what_was_made_anew(remote, s3, bucket, tmp_path):
     wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
 
     def run_on(machine):
-        return LocalRunner(remote(machine, **wanted), Display.silent()).run([Point({"select.keep": 0.1})])[0]
+        return PointSet(remote(machine, **wanted), LocalRunner(), Display.silent()).run([Point({"select.keep": 0.1})])[
+            0
+        ]
 
     np.save(path, random.random(1797))
     before = pq.read_table(run_on("a").folder / "manifest.parquet")
     run_on("b")
     np.save(path, random.random(1797))
     with pytest.raises(UserError, match=r"output of score for another configuration"):
-        Points(remote("a", **wanted), OneByOne().executor, Display.silent()).shared({})
+        PointSet(remote("a", **wanted), LocalRunner(), Display.silent()).shared({})
     record = next(
         name for name in objects(s3, bucket) if name.startswith("shared/scores-") and name.endswith("/score.json")
     )
     s3.client.delete_object(Bucket=bucket, Key=f"run/{record}")  # as the message says
-    Points(remote("a", **wanted), OneByOne().executor, Display.silent()).shared({})
+    PointSet(remote("a", **wanted), LocalRunner(), Display.silent()).shared({})
     for machine in "abc":
-        Points(remote(machine, **wanted), OneByOne().executor, Display.silent()).shared({})
+        PointSet(remote(machine, **wanted), LocalRunner(), Display.silent()).shared({})
         after = pq.read_table(run_on(machine).folder / "manifest.parquet")
         assert not after.equals(before), machine
 
 
 def test_a_note_that_was_removed_elsewhere_does_not_come_back(remote, s3, bucket):
-    stood = Points(remote(), OneByOne().executor, Display.silent()).prepare(Point())
-    points.note_stop(stood, 4, 0.5)
-    other = Points(remote("b"), OneByOne().executor, Display.silent()).prepare(Point())
+    stood = prepared(remote())
+    points.write_stop(stood, {"step": 4, "top1": 0.5})
+    other = prepared(remote("b"))
     assert (other / points.STOPPED).exists()
     other.drop(points.STOPPED)
     stood.fetch()
@@ -211,7 +217,7 @@ def test_a_storage_that_refuses_one_trial_leaves_the_others(remote, s3, bucket, 
 
 def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
     """Somebody else may write to the bucket."""
-    stood = Points(remote(), OneByOne().executor, Display.silent()).prepare(Point())
+    stood = prepared(remote())
     path = stood / "stages" / "score.json"
     whole = path.read_text()
     for link in ("../../other-bucket", "shared/data-../../x", "/etc", 3, "points/0123456789abcdef"):
@@ -236,10 +242,10 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
     result.pipeline._find_rate = lambda pipeline: cli.find_rate(pipeline, result.pipeline.display)
     result.stages("ingest", "score", "select")
     there = objects(s3, bucket)
-    assert "auto_keep_rate.json" in there
+    assert "auto.json" in there
     assert {name.split("/")[0] for name in there if name.endswith("scores.parquet")} == {"scores.parquet"}, "copied"
-    monkeypatch.setattr(LocalRunner, "run", lambda self, points: pytest.fail("it was looked for again"))
-    rate = json.loads(there["auto_keep_rate.json"])["rate"]
+    monkeypatch.setattr(PointSet, "run", lambda self, points: pytest.fail("it was looked for again"))
+    rate = json.loads(there["auto.json"])["rate"]
     assert auto_keep_rate.known_rate(remote("b", **keys)) == rate
     other = Run(remote("b", **keys))
     other.pipeline._find_rate = lambda pipeline: cli.find_rate(pipeline, other.pipeline.display)
@@ -261,7 +267,7 @@ def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3,
 
 def test_the_folders_own_run_leaves_the_runs_inside_alone(remote, s3, bucket, tmp_path):
     config = remote()
-    LocalRunner(config, Display.silent()).run([Point()])
+    PointSet(config, LocalRunner(), Display.silent()).run([Point()])
     copy = scratch_of(config.run.dir, str(tmp_path / "c"))
     FolderSync(config.run.dir, copy, 0.0).pull()
     assert not copy.exists() or not [path for path in copy.rglob("*") if path.is_file()]

@@ -12,6 +12,7 @@ import pytest
 from distill_at_scale.config.load import with_overrides
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
+from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.studies import drift, rankings, stability
 from distill_at_scale.experiments.studies.base import StudyContext
@@ -207,7 +208,7 @@ def whole(make_config, tmp_path_factory):
     studies = {"seeds": 2, "stability": {"networks": ["mlp"], "steps": [1, 3]}}
     folder = tmp_path_factory.mktemp("stability")
     config = make_config(folder / "run", studies=studies, score__width=4, evaluate__epochs=5)
-    runner = LocalRunner(config, Display.silent())
+    runner = PointSet(config, LocalRunner(), Display.silent())
     context = StudyContext(config, runner, lambda line: None)
     return context, stability.study(context)
 
@@ -224,8 +225,8 @@ def test_the_whole_study_on_digits(whole):
 def test_losses_are_those_of_the_samples_in_the_order_of_the_scores(whole):
     """Each sample alone has the loss that it has among the others."""
     context, _ = whole
-    scores = rankings.Scores(context.runner.shared({}) / "scores.parquet")
-    outcome = context.runner.run(drift.points(context))[-1]
+    scores = rankings.Scores(context.points.shared({}) / "scores.parquet")
+    outcome = context.points.run(drift.points(context))[-1]
     drawn = scores.draw(0)
     losses = drift.losses_of(context.config, outcome, drawn, 0)
     some = np.array([0, 40, len(drawn.rows) - 1])

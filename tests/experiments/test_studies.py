@@ -14,7 +14,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments import studies
 from distill_at_scale.experiments.studies import comparison, critical_ratio, drop, interaction, stratified, suite
 from distill_at_scale.experiments.studies.bisection import Search
-from distill_at_scale.experiments.studies.comparison import Level, difference, in_points, repetitions
+from distill_at_scale.experiments.studies.comparison import Level, difference, in_points, sample_size
 from distill_at_scale.pipeline.report.text import share
 
 
@@ -215,7 +215,7 @@ def test_drop_rates_that_do_not_ascend_are_refused(tmp_path):
 
 def test_an_evaluation_without_figures_per_class_says_what_to_do(tmp_path):
     runner = MadeUpRunner(tmp_path, lambda config, share: 0.5)
-    outcome = runner.run(runner.context.points({"select.keep": 1.0}, 1))[0]
+    outcome = runner.run(runner.context.repetitions({"select.keep": 1.0}, 1))[0]
     del outcome.rows[0]["per_class"]
     with pytest.raises(UserError, match=r"no accuracy per class; remove .*evaluate\.json"):
         comparison.per_class(outcome)
@@ -308,4 +308,4 @@ def test_all_studies_share_their_unpruned_points(tmp_path):
 def test_rates_differences_and_counts_are_said_plainly():
     assert [share(rate) for rate in (0.0004, 0.25632, 0.9)] == ["0.04\u00a0%", "25.6\u00a0%", "90\u00a0%"]
     assert in_points(difference([0.5, 0.6], [0.6, 0.7])) == "−10.0 ± 0.0 points"
-    assert repetitions(3, 1) == "n = 3 distillations × 1 evaluation"
+    assert sample_size(3, 1) == "n = 3 distillations × 1 evaluation"

@@ -22,10 +22,10 @@ from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.experiments import points
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import Failure
+from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run, space, summary, table
 from distill_at_scale.experiments.sweep import validate as checks
 from distill_at_scale.experiments.sweep.space import SweepTrial
-from distill_at_scale.experiments.trials import OneByOne
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.storage.run_dir import RunDir
 
@@ -43,7 +43,7 @@ def tried(found: list[SweepTrial], control: str | None = None) -> list[dict]:
 
 def sweep(settings: Config):
     said = io.StringIO()
-    made = run.run(settings, Display(Console(file=said, width=200)), OneByOne)
+    made = run.run(settings, Display(Console(file=said, width=200)), LocalRunner)
     return made, said.getvalue()
 
 
@@ -71,7 +71,7 @@ def test_the_unpruned_control_keeps_everything_whatever_the_base_selects():
     base = config(select__keep=0.3, select__order="stratum", select__stratum_start=0.2, controls=["unpruned"])
     base = base.model_copy(update={"select": base.select.model_copy(update={"per_class": 3})})
     trial = next(t for t in space.trials(base) if t.control == "unpruned")
-    settings = points.Points(base, OneByOne().executor, Display.silent()).configured(trial.point)
+    settings = points.PointSet(base, LocalRunner(), Display.silent()).configured(trial.point)
     assert (settings.select.keep, settings.select.per_class, settings.select.order) == (1, None, "useful")
 
 
@@ -161,7 +161,7 @@ def test_a_rate_that_is_looked_for_cannot_be_swept(tmp_path, wanted):
 
 
 def test_data_elsewhere_are_other_data():
-    where = points.Points(config(data__path="here"), OneByOne().executor, Display.silent())
+    where = points.PointSet(config(data__path="here"), LocalRunner(), Display.silent())
     base, same, other = (
         where.configured(Point({"data.path": path} if path else {})).run.dir for path in (None, "here", "there")
     )
@@ -244,7 +244,7 @@ def test_the_table_has_every_trial_its_controls_and_what_they_took(swept):
 
 def test_given_again_nothing_is_tried_again(swept, monkeypatch):
     settings, made, _, _ = swept
-    monkeypatch.setattr(points, "carry_out", lambda *arguments: pytest.fail("a finished trial was started again"))
+    monkeypatch.setattr(points, "run_point", lambda *arguments: pytest.fail("a finished trial was started again"))
     again, said = sweep(settings)
     assert again.equals(made)
     assert "10 of them finished before" in said
@@ -252,8 +252,8 @@ def test_given_again_nothing_is_tried_again(swept, monkeypatch):
 
 def test_a_longer_space_tries_only_what_is_new(swept, monkeypatch):
     settings, _, _, _ = swept
-    tried_now, original = [], points.carry_out
-    monkeypatch.setattr(points, "carry_out", lambda c, *more: (tried_now.append(c.select.keep), original(c, *more)))
+    tried_now, original = [], points.run_point
+    monkeypatch.setattr(points, "run_point", lambda c, *more: (tried_now.append(c.select.keep), original(c, *more)))
     wider = config(settings.run.dir, space={"select.keep": [0.1, 0.3, 0.5], "distill.ipc": [1]}, controls=["unpruned"])
     sweep(wider)
     assert tried_now == [0.5]
@@ -331,12 +331,12 @@ def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_
 def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeypatch):
     """As where a trial's process is lost while the disk is full: nothing of its end is in its folder."""
 
-    class Losing(OneByOne):
-        def run(self, config, attempts, body, done):
-            done(0, None, "its process was lost")
-            super().run(config, attempts[1:], body, lambda number, last, error: done(number + 1, last, error))
+    class Losing(LocalRunner):
+        def run(self, tasks, body, done):
+            done(0, None, UserError("its process was lost"))
+            super().run(tasks[1:], body, lambda index, last, error: done(index + 1, last, error))
 
-    monkeypatch.setattr(points, "note_failure", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(points, "write_failure", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     settings, said = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[]), io.StringIO()
     with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
         run.run(settings, Display(Console(file=said, width=200)), Losing)
@@ -398,8 +398,8 @@ def test_a_point_that_was_stopped_is_known_only_where_a_scheduler_asks(digits_ru
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((digits_run.dir / name).read_bytes())
-    assert points.stopped_of(Point(), RunDir(folder), "convnet") is None
-    points.note_stop(RunDir(folder), 4, 0.25)
-    found = points.stopped_of(Point(), RunDir(folder), "convnet")
+    assert points.read_stopped(Point(), RunDir(folder), "convnet") is None
+    points.write_stop(RunDir(folder), {"step": 4, "top1": 0.25})
+    found = points.read_stopped(Point(), RunDir(folder), "convnet")
     assert (found.stopped, found.accuracy()) == (4, 0.25)
-    assert points.outcome_of(Point(), RunDir(folder)) is None
+    assert points.read_outcome(Point(), RunDir(folder)) is None

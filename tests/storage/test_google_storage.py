@@ -17,8 +17,8 @@ from test_object_storage import artefacts, on_disk, quick  # noqa: F401
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run as sweeping
-from distill_at_scale.experiments.trials import OneByOne
 from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage.filesystem import inside
 
@@ -114,7 +114,7 @@ def test_a_second_command_is_refused(remote, monkeypatch):
 
 def sweep(config):
     said = io.StringIO()
-    made = sweeping.run(config, Display(Console(file=said, width=300)), OneByOne)
+    made = sweeping.run(config, Display(Console(file=said, width=300)), LocalRunner)
     rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in made.to_pylist()]
     return rows, said.getvalue()
 

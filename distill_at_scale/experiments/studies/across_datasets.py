@@ -14,8 +14,8 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome, Point
-from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, StudyContext, mean_and_std
+from distill_at_scale.experiments.point import Outcome, Point, mean_and_std
+from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import difference, near_chance
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
@@ -85,7 +85,7 @@ def study(context: StudyContext) -> Finding:
     configs = {name: _configured(context, name, overrides) for name, overrides in sets.items()}
     tried = [point for overrides in sets.values() for point in _points(context, overrides)]
     context.say(f"across: {len(tried)} points over {len(sets)} data sets")
-    outcomes = context.runner.run(tried)
+    outcomes = context.points.run(tried)
     found, notes = [], []
     for name, overrides in sets.items():
         made = _set(context, name, configs[name], overrides, outcomes)
@@ -132,7 +132,7 @@ def _configured(context: StudyContext, name: str, overrides: Mapping[str, Any]) 
         if key.partition(".")[0] in NOT_OF_A_SET:
             raise UserError(f"{place}: {key} cannot differ from set to set; leave it out")
     try:
-        configs = [context.runner.configured(point) for point in _points(context, overrides)]
+        configs = [context.points.configured(point) for point in _points(context, overrides)]
     except UserError as error:
         raise UserError(f"{place}: {error}" if overrides else str(error)) from None
     return configs[0]
@@ -151,9 +151,9 @@ def _random(overrides: Mapping[str, Any], rate: float) -> dict[str, Any]:
 
 
 def _points(context: StudyContext, overrides: Mapping[str, Any]) -> list[Point]:
-    found = context.points(_unpruned(overrides))
+    found = context.repetitions(_unpruned(overrides))
     for rate in _rates(context):
-        found += context.points(_ours(overrides, rate)) + context.points(_random(overrides, rate))
+        found += context.repetitions(_ours(overrides, rate)) + context.repetitions(_random(overrides, rate))
     return found
 
 
@@ -163,7 +163,7 @@ def _set(
     """None where a part of it has no outcome."""
 
     def cell(asked: Mapping[str, Any]) -> Cell | None:
-        wanted = context.points(asked)
+        wanted = context.repetitions(asked)
         every = [next((outcome for outcome in outcomes if outcome.point == point), None) for point in wanted]
         found = [outcome for outcome in every if outcome is not None]
         if not found:

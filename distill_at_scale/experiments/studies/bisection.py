@@ -58,7 +58,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What the search found; `rates` ascend and end with 1, the unpruned ones."""
 
     rates: list[Rate]
@@ -106,16 +106,16 @@ class Search:
     seeds: int
     base: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         repetitions = max(LEAST_UNPRUNED, self.seeds)
-        whole, low = self.context.points(UNPRUNED, repetitions), self._points(self.lowest)
-        outcomes = self.context.runner.run([*whole, *low])
+        whole, low = self.context.repetitions(UNPRUNED, repetitions), self._points(self.lowest)
+        outcomes = self.context.points.run([*whole, *low])
         self.level = Level(accuracies(outcomes[:repetitions]), self.tolerance)
         self.tried = {1.0: Rate(1.0, outcomes[:repetitions], self.level)}
         self._add(self.lowest, outcomes[repetitions:])
         self._bisect()
         self._look_below()
-        return Found([self.tried[keep] for keep in sorted(self.tried)], self.level)
+        return SearchResult([self.tried[keep] for keep in sorted(self.tried)], self.level)
 
     def _bisect(self) -> None:
         """Between an insufficient rate and a sufficient one above it; where the lowest suffices, half way to 1 is looked at."""
@@ -149,10 +149,10 @@ class Search:
         return self.points - (len(self.tried) - 1)
 
     def _points(self, keep: float) -> list[Point]:
-        return self.context.points({**self.base, "select.per_class": None, "select.keep": keep}, self.seeds)
+        return self.context.repetitions({**self.base, "select.per_class": None, "select.keep": keep}, self.seeds)
 
     def _try(self, keep: float) -> Rate:
-        return self._add(keep, self.context.runner.run(self._points(keep)))
+        return self._add(keep, self.context.points.run(self._points(keep)))
 
     def _add(self, keep: float, outcomes: list[Outcome]) -> Rate:
         rate = self.tried[keep] = Rate(keep, outcomes, self.level)

@@ -1,4 +1,4 @@
-"""Means over repetitions, compared: t-intervals of differences, rank correlation, and what a study needs of its points.
+"""Means over sample_size, compared: t-intervals of differences, rank correlation, and what a study needs of its points.
 
 A repetition is one distillation; the accuracy of a repetition is the mean over its evaluation networks. Left out: how points
 are chosen (the studies) and tried (the runner).
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from scipy.stats import spearmanr, t
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome
-from distill_at_scale.experiments.studies.base import StudyContext, mean_and_std
+from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.studies.base import StudyContext
 from distill_at_scale.pipeline.report.text import NBSP, count, points
 from distill_at_scale.pruning.scoring import score_table
 
@@ -118,13 +118,13 @@ def criterion_of(context: StudyContext) -> tuple[str, str]:
     if not isinstance(chosen, str):
         return " + ".join(f"{weight:g} {name}" for name, weight in chosen.items()), "low"
     column = chosen.rpartition(":")[2]
-    useful = score_table.facts(context.runner.shared({}) / "scores.parquet")["useful"]
+    useful = score_table.facts(context.points.shared({}) / "scores.parquet")["useful"]
     return column, useful.get(column, "low")
 
 
 def class_names(context: StudyContext, count: int) -> list[str]:
     """Of the shared data; numbers where it has other classes than `count`."""
-    path = context.runner.shared({}) / "prepared" / "dataset.json"
+    path = context.points.shared({}) / "prepared" / "dataset.json"
     names = json.loads(path.read_text())["class_names"] if path.exists() else []
     return names if len(names) == count else [str(label) for label in range(count)]
 
@@ -143,7 +143,7 @@ def per_class(outcome: Outcome) -> list[float]:
     return [statistics.fmean(c) if None not in c else math.nan for c in columns]
 
 
-def repetitions(distillations: int, evaluations: int) -> str:
+def sample_size(distillations: int, evaluations: int) -> str:
     """How many runs are behind a figure."""
     return f"n = {count(distillations, 'distillation')} × {count(evaluations, 'evaluation')}"
 

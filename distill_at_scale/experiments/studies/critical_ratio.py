@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome
-from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext, mean_and_std
-from distill_at_scale.experiments.studies.bisection import Found, Search
+from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext
+from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import (
     accuracies,
     class_names,
     difference,
     in_points,
-    repetitions,
+    sample_size,
     spread,
 )
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
@@ -49,13 +49,13 @@ def study(context: StudyContext) -> Finding:
     )  # fmt: skip
 
 
-def _random(context: StudyContext, found: Found) -> list[Outcome]:
+def _random(context: StudyContext, found: SearchResult) -> list[Outcome]:
     """Random selection at the rate that was found."""
     overrides = {**RANDOM, "select.order": "useful", "select.scope": "class", "select.per_class": None}
-    return context.runner.run(context.points({**overrides, "select.keep": found.smallest.keep}))
+    return context.points.run(context.repetitions({**overrides, "select.keep": found.smallest.keep}))
 
 
-def _answer(context: StudyContext, found: Found, random: Sequence[Outcome]) -> str:
+def _answer(context: StudyContext, found: SearchResult, random: Sequence[Outcome]) -> str:
     best, level = found.smallest, found.level
     if best.keep == 1:
         return (
@@ -78,7 +78,7 @@ def _each(outcome: Outcome) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _paper(context: StudyContext, found: Found) -> str:
+def _paper(context: StudyContext, found: SearchResult) -> str:
     distill, first = context.config.distill, found.smallest.outcomes[0]
     names = set(class_names(context, len(first.kept_per_class)))
     if not (distill.method == "dc" and distill.ipc == 1 and first.of == 50_000 and names >= CIFAR10):
@@ -89,7 +89,7 @@ def _paper(context: StudyContext, found: Found) -> str:
     return f"{PAPER}; {agrees}."
 
 
-def _rows(found: Found, random: Sequence[Outcome]) -> list[dict[str, Any]]:
+def _rows(found: SearchResult, random: Sequence[Outcome]) -> list[dict[str, Any]]:
     rows = []
     for rate in found.rates:
         name = "unpruned" if rate.keep == 1 else "ours"
@@ -108,7 +108,7 @@ def _row(name: str, keep: float, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "n": len(outcomes)}  # fmt: skip
 
 
-def _plot(found: Found, random: Sequence[Outcome]) -> Plot:
+def _plot(found: SearchResult, random: Sequence[Outcome]) -> Plot:
     mean, std = mean_and_std(accuracies(random))
     ours = [mean_and_std(rate.accuracies) for rate in found.rates]
     series = [
@@ -122,7 +122,7 @@ def _plot(found: Found, random: Sequence[Outcome]) -> Plot:
     )
 
 
-def _facts(found: Found) -> dict[str, Any]:
+def _facts(found: SearchResult) -> dict[str, Any]:
     best = found.smallest
     return {
         "critical_keep": best.keep,
@@ -135,9 +135,9 @@ def _facts(found: Found) -> dict[str, Any]:
     }
 
 
-def _notes(context: StudyContext, found: Found) -> list[str]:
+def _notes(context: StudyContext, found: SearchResult) -> list[str]:
     notes = [
-        f"{repetitions(len(found.smallest.outcomes), context.config.studies.evaluations)} per rate, "
+        f"{sample_size(len(found.smallest.outcomes), context.config.studies.evaluations)} per rate, "
         f"{len(found.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",
         "Rates are chosen by accuracy on the test split, which is a little kinder to the chosen one than to new data.",
     ]

@@ -59,7 +59,7 @@ def points(context: StudyContext) -> list[Point]:
 
 def measure(context: StudyContext, drawn: RankSample) -> Drift | None:
     """None where nothing is evaluated, as the data have no test split."""
-    outcomes = context.runner.run(points(context))
+    outcomes = context.points.run(points(context))
     if len(outcomes) < 2:
         return None
     steps = [outcome.point.overrides["distill.steps"] for outcome in outcomes]

@@ -10,14 +10,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.experiments.studies.base import RANDOM, STATIC, UNPRUNED, Finding, StudyContext, mean_and_std
+from distill_at_scale.experiments.point import mean_and_std
+from distill_at_scale.experiments.studies.base import RANDOM, STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     accuracies,
     criterion_of,
     difference,
     in_points,
-    repetitions,
+    sample_size,
     spread,
 )
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
@@ -44,7 +45,7 @@ def study(context: StudyContext) -> Finding:
     )
     facts = {f"drop_{way.replace(' ', '_')}": gaps[way].mean for way in WAYS}
     notes = [
-        f"{repetitions(len(found['random']), context.config.studies.evaluations)} each; intervals are 95 % t-intervals of the "
+        f"{sample_size(len(found['random']), context.config.studies.evaluations)} each; intervals are 95 % t-intervals of the "
         "difference, paired by repetition."
     ]
     paper = _paper(gaps) if name == "loss" else ""
@@ -56,9 +57,9 @@ def study(context: StudyContext) -> Finding:
 def _tried(context: StudyContext, share: float) -> dict[str, list[float]]:
     """Accuracies by way of dropping, and unpruned."""
     cut = {**STATIC, "select.scope": "class", "select.keep": round(1 - share, 10)}
-    points = {"unpruned": context.points(UNPRUNED)}
-    points |= {way: context.points({**cut, **overrides}) for way, overrides in WAYS.items()}
-    outcomes = iter(context.runner.run(list(itertools.chain(*points.values()))))
+    points = {"unpruned": context.repetitions(UNPRUNED)}
+    points |= {way: context.repetitions({**cut, **overrides}) for way, overrides in WAYS.items()}
+    outcomes = iter(context.points.run(list(itertools.chain(*points.values()))))
     return {way: accuracies([next(outcomes) for _ in part]) for way, part in points.items()}
 
 

@@ -2,7 +2,7 @@
 
 The additive model of the paper (a sample has one effect, whatever else is kept) is held against the facts: the first two drop
 rates give the cost per share dropped, by least squares through each repetition's own unpruned accuracy, and were costs constant
-the later rates would lie on that line. A gap from it that is clear over repetitions is an interaction (or an effect that
+the later rates would lie on that line. A gap from it that is clear over sample_size is an interaction (or an effect that
 grows with the rank). The break point is the first rate from which on all means lie below the unpruned one by more than the
 tolerance; per class likewise. Left out: which samples interact.
 """
@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome
-from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext, mean_and_std
+from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     Level,
@@ -27,7 +27,7 @@ from distill_at_scale.experiments.studies.comparison import (
     difference,
     in_points,
     per_class,
-    repetitions,
+    sample_size,
     spread,
 )
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
@@ -71,9 +71,9 @@ def _checked(drops: Sequence[float]) -> list[float]:
 def _tried(context: StudyContext, drops: Sequence[float]) -> tuple[list[Outcome], list[list[Outcome]]]:
     """Unpruned outcomes, and those of every drop rate."""
     cut = {**STATIC, "select.scope": "class", "select.order": "useful"}
-    parts = [context.points(UNPRUNED)]
-    parts += [context.points({**cut, "select.keep": round(1 - drop, 10)}) for drop in drops]
-    found = iter(context.runner.run(list(itertools.chain(*parts))))
+    parts = [context.repetitions(UNPRUNED)]
+    parts += [context.repetitions({**cut, "select.keep": round(1 - drop, 10)}) for drop in drops]
+    found = iter(context.points.run(list(itertools.chain(*parts))))
     whole, *tried = [[next(found) for _ in part] for part in parts]
     return whole, tried
 
@@ -194,7 +194,7 @@ def _notes(context: StudyContext, drops: Sequence[float], classes: Mapping[str, 
     section = context.config.studies
     broken = {name: drop for name, drop in classes.items() if drop is not None}
     notes = [
-        f"{repetitions(section.seeds, section.evaluations)} per rate. Prediction: a line through the "
+        f"{sample_size(section.seeds, section.evaluations)} per rate. Prediction: a line through the "
         f"unpruned accuracy, fitted to {', '.join(map(percent, drops[:FIRST]))} dropped, per repetition; gaps with "
         "t-intervals that hold for all other rates together by 95 % (Bonferroni).",
         f"Broken: the mean lies below the unpruned one by more than "

@@ -92,7 +92,7 @@ def check(context: StudyContext) -> None:
 def study(context: StudyContext) -> Finding:
     """Raises UserError, before anything is distilled, for a point or network that is not allowed."""
     for point in drift.points(context):
-        context.runner.configured(point)
+        context.points.configured(point)
     base = _base(context)
     parts = [_trials(base), _epochs(base), _networks(base), _criteria(base), _drift(base)]
     notes = [note for part in parts for note in part.notes]
@@ -109,7 +109,7 @@ def study(context: StudyContext) -> Finding:
 
 
 def _base(context: StudyContext) -> _Base:
-    scores, config = Scores(context.runner.shared({}) / "scores.parquet"), context.config
+    scores, config = Scores(context.points.shared({}) / "scores.parquet"), context.config
     wanted = config.criterion.rpartition(":")[2] if isinstance(config.criterion, str) else ""
     column = wanted if wanted in scores.columns else scores.columns[0]
     keep = None if isinstance(config.select.keep, str) or config.select.per_class else config.select.keep
@@ -223,7 +223,7 @@ def _networks(base: _Base) -> _Part:
         if name == config.score.network or name in names:
             continue
         base.context.say(f"stability: scores under {name}")
-        other = Scores(base.context.runner.shared(_scored_by(base, name)) / "scores.parquet")
+        other = Scores(base.context.points.shared(_scored_by(base, name)) / "scores.parquet")
         if base.column not in other.columns or other.file.metadata.num_rows != base.drawn.of:
             raise UserError(f"{other.path} has not the scores of the same samples; remove its folder and run again")
         names.append(name)

@@ -1,7 +1,7 @@
 """Whether a criterion can be trusted on this data: each class cut into strata by score, and a distillation from each.
 
 Were the criterion right, the most useful stratum would give the best set and the least useful one the worst: Spearman's
-correlation of the stratum's number with accuracy, over all repetitions, is negative. Left out: strata over all classes at once.
+correlation of the stratum's number with accuracy, over all sample_size, is negative. Left out: strata over all classes at once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from distill_at_scale.experiments.point import Outcome
-from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext, mean_and_std
+from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     SIGNIFICANT,
     accuracies,
     criterion_of,
     rank_correlation,
-    repetitions,
+    sample_size,
     spread,
 )
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
@@ -33,7 +33,7 @@ ANSWERS = {
 
 def study(context: StudyContext) -> Finding:
     strata = _strata(context, context.config.studies.stratified.strata)
-    whole = accuracies(context.runner.run(context.points(UNPRUNED)))
+    whole = accuracies(context.points.run(context.repetitions(UNPRUNED)))
     pairs = [(k, value) for k, outcomes in enumerate(strata) for value in accuracies(outcomes)]
     rho, p = rank_correlation([float(k) for k, _ in pairs], [value for _, value in pairs])
     name, useful = criterion_of(context)
@@ -61,9 +61,9 @@ def _strata(context: StudyContext, count: int) -> list[list[Outcome]]:
             "select.keep": 1 / count,
             "select.stratum_start": k / count,
         }
-        points.append(context.points({**STATIC, **cut}))
+        points.append(context.repetitions({**STATIC, **cut}))
     context.say(f"  {count} strata, each distilled {len(points[0])} times")
-    found = iter(context.runner.run(list(itertools.chain(*points))))
+    found = iter(context.points.run(list(itertools.chain(*points))))
     return [[next(found) for _ in part] for part in points]
 
 
@@ -96,7 +96,7 @@ def _plot(strata: Sequence[Sequence[Outcome]], whole: Sequence[float]) -> Plot:
 
 
 def _notes(context: StudyContext, strata: Sequence[Sequence[Outcome]], means: Sequence[float]) -> list[str]:
-    notes = [f"{repetitions(len(strata[0]), context.config.studies.evaluations)} per stratum."]
+    notes = [f"{sample_size(len(strata[0]), context.config.studies.evaluations)} per stratum."]
     best = means.index(max(means))
     if best not in (0, len(means) - 1):
         notes.append(

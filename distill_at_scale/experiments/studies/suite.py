@@ -22,8 +22,9 @@ from distill_at_scale.config.load import Config, flatten
 from distill_at_scale.core.atomic_files import publish, write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
+from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.studies import CHECKS, STUDIES, findings, page
-from distill_at_scale.experiments.studies.base import Finding, Runner, StudyContext
+from distill_at_scale.experiments.studies.base import Finding, StudyContext
 from distill_at_scale.storage.run_dir import RunDir
 
 MADE_WITH = "made_with"
@@ -31,7 +32,7 @@ NOT_OF_FINDINGS = ("run", "cluster", "sweep", "studies")
 OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that count for every study
 
 
-def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Finding]:
+def run(config: Config, points: PointSet, say: Callable[[str], None]) -> list[Finding]:
     """All findings, in the order of `studies.run`, and the page of them.
 
     Raises UserError for a study that is not there or cannot be, before anything starts, and for whatever stops a point.
@@ -39,10 +40,10 @@ def run(config: Config, runner: Runner, say: Callable[[str], None]) -> list[Find
     if missing := [name for name in config.studies.run if name not in STUDIES]:
         raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
     run = RunDir.of(config.run)
-    context, every = StudyContext(config, runner, say), []
+    context, every = StudyContext(config, points, say), []
     for name in config.studies.run:
         CHECKS.get(name, lambda _: None)(context)
-    scores = RunDir(runner.shared({})).content("score")
+    scores = RunDir(points.shared({})).content("score")
     for name in config.studies.run:
         every.append(_found(context, name, run, _made_with(config, name, scores)))
     write_table(run / "studies" / "studies.parquet", every)

@@ -208,14 +208,16 @@ def _merged(config: Config, found: Sequence[SweepTrial]) -> list[SweepTrial]:
     unique: dict[str, SweepTrial] = {}
     for trial in found:
         overrides = {key: value for key, value in trial.point.overrides.items() if key != "evaluate.control"}
-        whole = with_overrides(config, overrides, f"{ORIGIN}: {said(trial)}").model_dump(exclude={"sweep", "studies"})
+        whole = with_overrides(config, overrides, f"{ORIGIN}: {trial_name(trial)}").model_dump(
+            exclude={"sweep", "studies"}
+        )
         point = points.setdefault(digest([whole, trial.point.seed]), trial.point)
         merged = SweepTrial(point, trial.keys, trial.control)
         unique.setdefault(digest([dict(trial.keys), trial.control, trial.point.seed]), merged)
     return list(unique.values())
 
 
-def said(trial: SweepTrial) -> str:
+def trial_name(trial: SweepTrial) -> str:
     """A trial in words: its control, its keys and the number of its repetition."""
     parts: list[str] = [] if trial.control is None else [trial.control]
     parts += [f"{key}={value}" for key, value in trial.keys.items() if value is not None]

@@ -21,9 +21,9 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import points
-from distill_at_scale.experiments.points import Points
+from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run
-from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 
 ray = pytest.importorskip("ray")
@@ -36,17 +36,17 @@ def config(folder: Path, space: dict, sweep: dict | None = None, **sections) -> 
 
 def made_before(settings: Config) -> None:
     """Ingest and scores without Ray, which is quicker; that they run on it is shown elsewhere."""
-    Points(settings, LocalExecutor, Display.silent()).shared({})
+    PointSet(settings, LocalRunner(), Display.silent()).shared({})
 
 
 def sweep(settings: Config, made: bool = True):
-    from distill_at_scale.cluster.tune_trials import TunedTrials
+    from distill_at_scale.cluster.tune_runner import TuneRunner
 
     said = io.StringIO()
     display = Display(Console(file=said, width=200))
     if made:
         made_before(settings)
-    return run.run(settings, display, lambda: TunedTrials(settings, display.say)), said.getvalue()
+    return run.run(settings, display, lambda: TuneRunner(settings, display.say)), said.getvalue()
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -54,7 +54,7 @@ def sweep(settings: Config, made: bool = True):
     ("workers", "concurrent", "room"), [(1, None, 2), (2, None, 1), (1, 2, 2), (2, 2, None), (3, None, None)]
 )
 def test_no_more_trials_at_a_time_than_the_cluster_holds(tmp_path, workers, concurrent, room):
-    from distill_at_scale.cluster.tune_trials import concurrency
+    from distill_at_scale.cluster.tune_runner import concurrency
 
     settings = config(tmp_path, {"select.keep": [0.5]}, {"concurrent": concurrent}, distill__workers=workers)
     if room is None:
@@ -123,7 +123,7 @@ def records(root: Path) -> dict[Path, int]:
 
 
 def test_the_notes_of_a_trial_are_known_to_the_points(tmp_path):
-    run.note(RunDir(tmp_path), {"step": 3, "top1": 0.5}, None)
-    run.note(RunDir(tmp_path), None, "its process was lost")
+    points.write_stop(RunDir(tmp_path), {"step": 3, "top1": 0.5})
+    points.write_failure(RunDir(tmp_path), points.Failure("its process was lost", passing=True))
     assert json.loads((tmp_path / points.STOPPED).read_text()) == {"step": 3, "top1": 0.5}
-    assert points.failure_of(RunDir(tmp_path)) == points.Failure("its process was lost", passing=True)
+    assert points.read_failure(RunDir(tmp_path)) == points.Failure("its process was lost", passing=True)

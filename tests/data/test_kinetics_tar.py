@@ -172,7 +172,7 @@ def test_an_index_through_gzip_is_that_of_the_plain_tar(tmp_path):
         store = Store(str(tmp_path))
         found = []
         for file in ("x.tar", "x.tar.gz", "two.tgz"):
-            with gzip_tar.opened(store, file) as window:
+            with gzip_tar.open_archive(store, file) as window:
                 found.append(list(tar.members(window)))
         assert found[0] == found[1] == found[2]
         assert len(found[0]) == 3
@@ -196,10 +196,10 @@ def damaged(whole, tail=b""):
 
 
 SAID = {
-    "cut": "is damaged, cut or no gzip file .*Truncated",
-    "without its last bytes": "is damaged, cut or no gzip file .*Truncated",
-    "a wrong checksum": "is damaged, cut or no gzip file .*incorrect data check",
-    "no gzip": "is damaged, cut or no gzip file .*incorrect header",
+    "cut": "is damaged, cut or not a gzip file .*Truncated",
+    "without its last bytes": "is damaged, cut or not a gzip file .*Truncated",
+    "a wrong checksum": "is damaged, cut or not a gzip file .*incorrect data check",
+    "no gzip": "is damaged, cut or not a gzip file .*incorrect header",
     "empty": "is damaged: there is no header and no end mark at byte 0, but it ends at byte 0: it is cut",
     "cut before it was compressed": r"is damaged: .*, but it ends at byte [\d,]+: it is cut",
     "cut inside a clip": r"is damaged: .*, but it ends at byte 3,000: it is cut \(after the member 'train000001",
@@ -258,7 +258,7 @@ def test_an_archive_that_changes_after_listing_concerns_samples_or_stops_with_it
     with pytest.raises(FileNotFoundError, match="the archive ends inside the sample"):
         here.read(rows)
     path.write_bytes(content[:-1500])
-    with pytest.raises(UserError, match=r"part_0\.tar\.gz is damaged, cut or no gzip file"):
+    with pytest.raises(UserError, match=r"part_0\.tar\.gz is damaged, cut or not a gzip file"):
         here.read(rows)
     path.unlink()
     with pytest.raises(UserError, match=r"part_0\.tar\.gz is not there any more; put it back"):
@@ -308,5 +308,5 @@ def test_a_set_on_s3_is_the_set_on_disk(s3, cvdf):
 def test_a_damaged_archive_on_s3_is_named(s3, cvdf):
     put(cvdf, {"train/part_0.tar.gz": (cvdf / "train/part_0.tar.gz").read_bytes()[:-9]})
     s3.upload(cvdf, "kinetics-cut")
-    with pytest.raises(UserError, match=r"s3://kinetics-cut/train/part_0\.tar\.gz is damaged, cut or no gzip file"):
+    with pytest.raises(UserError, match=r"s3://kinetics-cut/train/part_0\.tar\.gz is damaged, cut or not a gzip file"):
         source(s3("kinetics-cut")).listing("train")

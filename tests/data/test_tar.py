@@ -296,10 +296,10 @@ def test_an_archive_that_vanished_stops_the_run(tmp_path, store_of):
 
 def test_neighbours_are_fetched_together_and_distant_samples_alone():
     pieces = [
-        tar.Piece(0, 100, 0),
-        tar.Piece(612, 100, 1),
-        tar.Piece(10**6, 5 * 2**20, 2),
-        tar.Piece(7 * 2**20, 2**22, 3),
+        tar.ByteRange(0, 100, 0),
+        tar.ByteRange(612, 100, 1),
+        tar.ByteRange(10**6, 5 * 2**20, 2),
+        tar.ByteRange(7 * 2**20, 2**22, 3),
     ]
     assert [len(span) for span in tar._spans(pieces)] == [2, 1, 1]
 
@@ -313,7 +313,7 @@ def test_the_digest_of_an_index_does_not_depend_on_chunks_and_sees_every_column(
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path, store_of):
-    with pytest.raises(UserError, match=r"x\.tar cannot be read"), tar.opened(store_of(tmp_path), "x.tar"):
+    with pytest.raises(UserError, match=r"x\.tar cannot be read"), tar.open_archive(store_of(tmp_path), "x.tar"):
         pass
 
 
@@ -338,7 +338,10 @@ def test_a_throttled_read_is_no_matter_of_single_samples(tmp_path):
 
 def test_an_archive_that_cannot_be_indexed_now_is_unreachable(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of(CONTENTS))
-    with pytest.raises(Unreachable, match=r"x\.tar cannot be read: reset"), tar.opened(Store(str(tmp_path)), "x.tar"):
+    with (
+        pytest.raises(Unreachable, match=r"x\.tar cannot be read: reset"),
+        tar.open_archive(Store(str(tmp_path)), "x.tar"),
+    ):
         raise OSError("reset")
 
 

@@ -174,7 +174,7 @@ def test_a_hostile_pickle_is_refused_without_running(tmp_path, file):
     ids=["objects", "text array", "set", "complex", "scalar", "dtype", "function"],
 )
 def test_what_is_no_plain_data_is_refused(value):
-    with pytest.raises(safe_pickle.Refused):
+    with pytest.raises(safe_pickle.UnsafePickle):
         safe_pickle.load(pickle.dumps({"data": value}, 2))
 
 
@@ -208,6 +208,29 @@ def test_a_pickle_cannot_grow_without_end():
     for _ in range(60):
         value = [value, value]
     assert len(safe_pickle.load(pickle.dumps(value))) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02Nr\xff\xff\xff\x0f.",  # LONG_BINPUT 2**28 - 1: the memo would take 4 GiB
+        b"Np268435455\n.",
+        b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x0ftX\x01\x00\x00\x00O\x86R.",  # ndarray((2**28 - 1,), "O")
+        PYTHON_2.replace(b"K\x02K\x03\x86", b"X\x01\x00\x00\x00aJ\xff\xff\xff\x0f\x86"),  # "a" * 2**28
+        b"\x80\x02X\x01\x00\x00\x00aQ.",
+    ],
+    ids=["memo", "memo in text", "array", "shape", "persistent id"],
+)
+def test_a_small_pickle_cannot_ask_for_much_memory(content):
+    with pytest.raises(safe_pickle.UnsafePickle):
+        safe_pickle.load(content)
+
+
+def test_a_pickle_cannot_change_how_the_next_one_is_read():
+    pickled = pickle.dumps(np.arange(3), 2)
+    with pytest.raises(safe_pickle.UnsafePickle):
+        safe_pickle.load(b"\x80\x02cnumpy\ndtype\nN}X\x05\x00\x00\x00stateK\x05s\x86b.")
+    assert safe_pickle.load(pickled).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("file", ["data_batch_2", "batches.meta"])

@@ -113,7 +113,7 @@ def test_broken_gzipped_tars_hold_what_unpacking_them_gives(tmp_path: Path):
     def attempt(packed: bytes) -> bool:
         (tmp_path / "a.tar.gz").write_bytes(packed)
         try:
-            with gzip_tar.opened(store, "a.tar.gz") as window:
+            with gzip_tar.open_archive(store, "a.tar.gz") as window:
                 found = list(tar.members(window))
         except UserError:
             return False

@@ -1,7 +1,4 @@
-"""Gzip in memory with a limit: a small file that unpacks to more than anyone asked for is refused on the way.
-
-For files that are read whole; archives that are read in place go through `gzip_tar.py`.
-"""
+"""Decompresses gzip files in memory up to a size limit. `gzip_tar.py` reads archives that are too large for that."""
 
 from __future__ import annotations
 
@@ -14,18 +11,18 @@ class Bomb(ValueError):
     """The content is larger than allowed."""
 
 
-def gunzip(packed: bytes, most: int) -> bytes:
-    """What a gzip file of one or more members holds, at most so many bytes.
+def gunzip(packed: bytes, max_size: int) -> bytes:
+    """Returns the content of a gzip file with one or more members.
 
-    Raises Bomb for more than that, and zlib.error or EOFError where the file is damaged or cut.
+    Raises Bomb for more than `max_size` bytes, and zlib.error or EOFError for a damaged or cut file.
     """
-    found = bytearray()
+    content = bytearray()
     while packed:
         stream = zlib.decompressobj(GZIP)
-        found += stream.decompress(packed, most + 1 - len(found))
-        if len(found) > most:
-            raise Bomb(f"it unpacks to more than {most:,} bytes")
+        content += stream.decompress(packed, max_size + 1 - len(content))
+        if len(content) > max_size:
+            raise Bomb(f"it unpacks to more than {max_size:,} bytes")
         if not stream.eof:
             raise EOFError("it is cut")
         packed = stream.unused_data.lstrip(b"\0")
-    return bytes(found)
+    return bytes(content)

@@ -1,8 +1,10 @@
-"""Tars inside gzip, read in place: gzip has no random access, so everything goes forwards, from the beginning.
+"""Reads tars inside gzip without unpacking them. gzip has no random access, so a stream only moves forwards.
 
-An index is one pass. A reader keeps its archive open where its last read ended, so that reads in the order of the archive
-cost one pass in all; one that asks for something further back starts over. Nothing is unpacked to a disk or remembered.
-What a tar is, and what is wrong with one, is told in `tar.py`. Other compressions are left out.
+Indexing is one pass. A reader keeps its archive open at the end of the last read: reads in archive order cost one pass in
+all, and a read further back starts over. `tar.py` parses the tar and checks it. Not covered: other compressions.
+
+Why not `rapidgzip` or `indexed_gzip`: reads in archive order take as long as here, both read a cut file without an error, and
+rapidgzip 0.16 aborts the process at exit and takes 1.8 GB for a file of zeros (measured on 200 MB, n = 3).
 """
 
 from __future__ import annotations
@@ -21,78 +23,75 @@ from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.archives import tar
 from distill_at_scale.storage.filesystem import Store, unanswered
 
-SKIPPED = 2**18  # bytes at once
-REQUEST = 2**23  # bytes of each request to remote storage
+SKIP_SIZE = 2**18  # bytes
+REQUEST_SIZE = 2**23  # bytes of a request to remote storage
 
 
 class Stream(tar.Window):
-    """A window that only moves forwards over a compressed file; `length` is `tar.ENDLESS` until the end is reached.
+    """A window that only moves forwards over a gzip file. `length` is `tar.UNKNOWN_LENGTH` until the end is reached.
 
-    Raises UserError, naming the file, where it is no gzip, cut or damaged, and OSError where it cannot be read.
+    Raises UserError, naming the file, if it is not gzip, cut or damaged, and OSError if it cannot be read.
     """
 
     def __init__(self, handle: Any, place: str):
-        self.handle, self.place, self.length = handle, place, tar.ENDLESS
-        self._start, self._bytes, self._idle = 0, b"", bytearray(SKIPPED)
-        self._passed = 0  # bytes taken from the handle
+        self.handle, self.place, self.length = handle, place, tar.UNKNOWN_LENGTH
+        self._start, self._buffer, self._skipped = 0, b"", bytearray(SKIP_SIZE)
+        self._position = 0  # unpacked bytes read from the handle
 
     @property
     def position(self) -> int:
-        """The first byte that can still be had."""
+        """The first offset that can still be read."""
         return self._start
 
-    def at(self, offset: int, size: int) -> bytes:
-        """Some bytes, not before those of the last call; fewer where the file ends before."""
-        assert offset >= self._start, "a stream goes forwards"
-        kept = self._bytes[offset - self._start :]
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Returns up to `size` bytes; fewer at the end of the file. `offset` must not be below the last call's."""
+        assert offset >= self._start, "a stream moves forwards only"
+        kept = self._buffer[offset - self._start :]
         if len(kept) < size:
-            self._skip(offset - self._passed)
-            kept += self._read(size - len(kept))
-        self._start, self._bytes = offset, kept
+            while self._position < offset:
+                if not self._read_into(memoryview(self._skipped)[: min(offset - self._position, SKIP_SIZE)]):
+                    break
+            content, done = memoryview(bytearray(size - len(kept))), 0
+            while done < len(content) and (count := self._read_into(content[done:])):
+                done += count
+            kept += content[:done]
+        self._start, self._buffer = offset, kept
         return kept[:size]
 
     def close(self) -> None:
         self.handle.close()
 
-    def _skip(self, count: int) -> None:
-        while count > 0 and (done := self._next(memoryview(self._idle)[: min(count, SKIPPED)])):
-            count -= done
-
-    def _read(self, size: int) -> bytes:
-        content, done = memoryview(bytearray(size)), 0
-        while done < size and (more := self._next(content[done:])):
-            done += more
-        return bytes(content[:done])
-
-    def _next(self, buffer: memoryview) -> int:
-        """Fill some of the buffer; 0 at the end, where the length becomes known."""
+    def _read_into(self, buffer: memoryview) -> int:
+        """Fills part of the buffer and returns the byte count; 0 at the end, where the length becomes known."""
         try:
             count = self.handle.readinto(buffer)
         except OSError as error:
             if unanswered(error):
                 raise
-            raise UserError(f"{self.place} is damaged, cut or no gzip file ({error}). {tar.AGAIN}.") from None
-        self._passed += count
+            raise UserError(
+                f"{self.place} is damaged, cut or not a gzip file ({error}). {tar.DOWNLOAD_AGAIN}."
+            ) from None
+        self._position += count
         if not count:
-            self.length = self._passed
+            self.length = self._position
         return count
 
 
 def open_stream(store: Store, file: str) -> Stream:
-    """The content of a compressed file. Raises as `Store.open` does."""
+    """The content of a gzip file. Raises as `Store.open` does."""
     raw = store.open_native(file)
-    raw = raw if store.local else pa.BufferedInputStream(raw, REQUEST)
+    raw = raw if store.local else pa.BufferedInputStream(raw, REQUEST_SIZE)
     return Stream(pa.CompressedInputStream(raw, "gzip"), store.place(file))
 
 
 @contextmanager
-def opened(store: Store, file: str) -> Iterator[tar.Window]:
-    """An archive for indexing, plain or compressed, as its name says.
+def open_archive(store: Store, file: str) -> Iterator[tar.Window]:
+    """Opens an archive for indexing; a name in .tar is a plain one, any other a gzip file.
 
-    Raises Unreachable, naming the file, where it cannot be opened or where the body fails to read it.
+    Raises Unreachable, naming the file, if it cannot be opened or the body of the `with` statement fails to read it.
     """
     if is_plain(file):
-        with tar.opened(store, file) as window:
+        with tar.open_archive(store, file) as window:
             yield window
         return
     try:
@@ -107,7 +106,7 @@ def is_plain(file: str) -> bool:
 
 
 class Reader:
-    """Reads members of archives, and keeps the last compressed one open. Can be pickled; threads take turns."""
+    """Reads members of archives and keeps the last gzip stream open. Can be pickled; threads take turns."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -115,37 +114,37 @@ class Reader:
         self._stream: Stream | None = None
 
     def read(self, rows: pa.Table) -> list[bytes]:
-        """The bytes of some rows of a listing (location: archive, row: offset when unpacked, size), in order.
+        """Returns the bytes of rows of a listing (location: archive, row: offset in the unpacked tar, size), in order.
 
-        Raises as `tar.read` does, and UserError for an archive that is damaged.
+        Raises as `tar.read` does, and UserError for a damaged archive.
         """
         locations = rows["location"].to_pylist()
-        offsets, sizes = rows["row"].to_numpy(), rows["size"].to_numpy()
-        found: list[bytes] = [b""] * len(locations)
+        offsets, sizes = rows["row"].to_pylist(), rows["size"].to_pylist()
+        contents: list[bytes] = [b""] * len(locations)
         order = sorted(range(len(locations)), key=lambda i: (locations[i], offsets[i]))
         for file, group in groupby(order, key=locations.__getitem__):
-            places = list(group)
+            wanted = list(group)
             if is_plain(file):
-                contents = tar.read(self.store, rows.take(pa.array(places)))
+                read = tar.read(self.store, rows.take(pa.array(wanted)))
             else:
-                contents = self._forwards(file, [(int(offsets[i]), int(sizes[i])) for i in places])
-            for place, content in zip(places, contents, strict=True):
-                found[place] = content
-        return found
+                read = self._read_forwards(file, [(offsets[i], sizes[i]) for i in wanted])
+            for i, content in zip(wanted, read, strict=True):
+                contents[i] = content
+        return contents
 
-    def _forwards(self, file: str, pieces: list[tuple[int, int]]) -> list[bytes]:
+    def _read_forwards(self, file: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         with self._lock:
-            stream, self._stream = self._at(file, pieces[0][0]), None  # after an error it is not used again
+            stream, self._stream = self._open_before(file, ranges[0][0]), None  # not used again after an error
             contents = []
-            for offset, size in pieces:
-                contents.append(self.store.asked(file, partial(stream.at, offset, size)))
+            for offset, size in ranges:
+                contents.append(self.store.asked(file, partial(stream.read_at, offset, size)))
                 if len(contents[-1]) < size:
                     raise FileNotFoundError(errno.ENOENT, "the archive ends inside the sample", self.store.place(file))
             self._file, self._stream = file, stream
             return contents
 
-    def _at(self, file: str, offset: int) -> Stream:
-        """The open archive where it is that one and not beyond, else opened anew."""
+    def _open_before(self, file: str, offset: int) -> Stream:
+        """The open stream if it is that archive and not beyond `offset`, else a new one."""
         stream, self._stream = self._stream, None
         if stream is not None and self._file == file and stream.position <= offset:
             return stream
@@ -157,7 +156,7 @@ class Reader:
             raise UserError(
                 f"{self.store.place(file)} is not there any more; put it back and run the command again"
             ) from None
-        except OSError as error:  # no permission for a whole archive is no matter of single samples
+        except OSError as error:  # a whole archive that cannot be opened is not the fault of single samples
             raise self.store.refusal(error) from None
 
     def __getstate__(self) -> dict[str, Any]:

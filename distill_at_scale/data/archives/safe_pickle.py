@@ -1,7 +1,8 @@
-"""Reads pickles of plain containers and numeric numpy arrays, and nothing else; a hostile one is refused unrun.
+"""Reads pickles of plain containers and numeric numpy arrays, such as CIFAR's; refuses everything else without running it.
 
-No function that a pickle names is ever called: the few names that CIFAR's files need are answered with stand-ins of our
-own, which only take bytes and shapes down. Objects, object arrays and every other global are refused.
+`pickle.Unpickler` runs with an allow-list. An allowed name is not called either: the call is recorded and the arrays are
+built from the recorded bytes, type and shape. numpy's own functions trust their arguments too much: a pickle of 33 bytes
+that calls `numpy.ndarray` fills gigabytes, and `numpy.dtype.__setstate__` accepts wrong item sizes.
 """
 
 from __future__ import annotations
@@ -9,117 +10,106 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
 
+MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")
+ALLOWED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),  # how Python 3 writes bytes for protocol 2
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),  # protocol 5
+}
 
-class Refused(ValueError):
-    """The pickle asks for more than plain data."""
+
+class UnsafePickle(ValueError):
+    """The pickle holds something other than plain data."""
 
 
 def load(content: bytes) -> Any:
-    """What a pickle holds; texts of Python 2 are read as Latin-1.
+    """Returns what a pickle holds; text of Python 2 is decoded as Latin-1.
 
-    Raises Refused for anything but plain data, and whatever `pickle` raises for a damaged file.
+    Raises UnsafePickle for anything but plain data, and whatever `pickle` raises for a damaged file.
     """
-    return _plain(_Unpickler(io.BytesIO(content), encoding="latin1").load())
+    for opcode, argument, _ in pickletools.genops(content):
+        # pickle allocates 16 bytes for each index up to the largest one, used or not
+        if opcode.name in MEMO_WRITES and argument is not None and argument > len(content):
+            raise UnsafePickle(f"it numbers an object {argument:,} in a file of {len(content):,} bytes")
+    return _build(_Unpickler(io.BytesIO(content), encoding="latin1").load(), {})
 
 
-class _DType:
-    """Stands in for numpy.dtype: a code such as u1, and a byte order."""
+class _Call:
+    """A recorded call: the function's name, its arguments, and the state that the pickle sets on the result."""
 
-    def __init__(self, code: Any = None, *_: Any):
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = state[1]
-
-    def dtype(self) -> np.dtype[Any]:
-        code = self.code.decode("latin1") if isinstance(self.code, bytes) else self.code
-        if not isinstance(code, str) or len(code) != 2 or code[0] not in "biuf" or code[1] not in "1248":
-            raise Refused(f"it holds an array of the type {self.code!r}")
-        return np.dtype(("<" if self.order not in ("<", ">") else self.order) + code)
-
-
-class _Array:
-    """Stands in for numpy.ndarray: takes the pickled state down and becomes an array afterwards."""
-
-    def __init__(self, *_: Any):
-        self.state: Any = None
+    def __init__(self, name: str, args: tuple[Any, ...]):
+        self.name, self.args, self.state = name, args, ()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def array(self) -> np.ndarray[Any, Any]:
-        _, shape, kind, fortran, data = self.state
-        return _build(data, shape, kind, "F" if fortran else "C")
-
-
-class _Buffer:
-    """Stands in for the function that builds an array from bytes in pickles of protocol 5."""
-
-    def __init__(self, data: Any = None, kind: Any = None, shape: Any = None, order: Any = "C"):
-        self.parts = (data, shape, kind, order)
-
-    def array(self) -> np.ndarray[Any, Any]:
-        return _build(*self.parts)
-
-
-def _build(data: Any, shape: Any, kind: Any, order: Any) -> np.ndarray[Any, Any]:
-    raw = data.encode("latin1") if isinstance(data, str) else data
-    if not isinstance(kind, _DType) or not isinstance(raw, (bytes, bytearray)) or not isinstance(shape, tuple):
-        raise Refused("it holds an array that is not made of plain bytes")
-    dtype = kind.dtype()
-    if math.prod(shape) * dtype.itemsize != len(raw) or order not in ("C", "F"):
-        raise Refused(f"it holds an array of shape {shape} with {len(raw)} bytes")
-    return np.frombuffer(raw, dtype).reshape(shape, order=order)
-
-
-def _new_array(*_: Any) -> _Array:
-    return _Array()
-
-
-def _encoded(text: Any = "", encoding: Any = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise Refused(f"it holds a text in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-STAND_INS = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _encoded,  # how Python 3 writes bytes for protocol 2
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _new_array for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Buffer for core in ("core", "_core")},
-}
-
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in STAND_INS:
-            raise Refused(f"it asks for {module}.{name}")
-        return STAND_INS[module, name]
+        if (module, name) not in ALLOWED:
+            raise UnsafePickle(f"it asks for {module}.{name}")
+        return lambda *args: _Call(
+            name, args
+        )  # a new function each time, so that no pickle can change one for the next
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise UnsafePickle(f"it refers to an object outside the file, {pid!r}")
 
 
-def _plain(value: Any, done: dict[int, Any] | None = None) -> Any:
-    """The value with stand-ins replaced by arrays; raises Refused for what is no plain data.
+def _build(value: Any, done: dict[int, Any]) -> Any:
+    """The value with recorded calls replaced by their results.
 
-    What is held in several places is replaced once, so that a small file cannot grow without end.
+    `done` maps the id of a value to its result: a value held in many places is built once, so the result cannot outgrow
+    the file. Raises UnsafePickle for a value that is not plain data.
     """
-    done = {} if done is None else done
-    if id(value) not in done:
-        done[id(value)] = _replaced(value, done)
-    return done[id(value)]
+    if id(value) in done:
+        return done[id(value)]
+    result = value
+    if isinstance(value, _Call):
+        result = _bytes(value) if value.name == "encode" else _array(value, done)
+    elif isinstance(value, dict):
+        result = {_build(key, done): _build(item, done) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        result = type(value)(_build(item, done) for item in value)
+    elif value is not None and not isinstance(value, (bool, int, float, str, bytes, bytearray)):
+        raise UnsafePickle(f"it holds a {type(value).__name__}")
+    done[id(value)] = result
+    return result
 
 
-def _replaced(value: Any, done: dict[int, Any]) -> Any:
-    if isinstance(value, (_Array, _Buffer)):
-        return value.array()
-    if isinstance(value, dict):
-        return {_plain(key, done): _plain(item, done) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item, done) for item in value)
-    if value is None or isinstance(value, (bool, int, float, str, bytes, bytearray)):
-        return value
-    raise Refused(f"it holds a {type(value).__name__}")
+def _bytes(call: _Call) -> bytes:
+    text, encoding = call.args
+    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
+        raise UnsafePickle(f"it holds text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _array(call: _Call, done: dict[int, Any]) -> np.ndarray[Any, Any]:
+    if call.name == "_reconstruct":
+        _, shape, kind, is_fortran, data = call.state or (0, None, None, False, None)
+        order = "F" if is_fortran else "C"
+    elif call.name == "_frombuffer":
+        data, kind, shape, order = call.args
+    else:
+        raise UnsafePickle(f"it holds a numpy.{call.name}")
+    if isinstance(data, _Call):
+        data = _build(data, done)
+    data = data.encode("latin1") if isinstance(data, str) else data
+    if not (isinstance(kind, _Call) and kind.name == "dtype" and kind.args) or not isinstance(data, (bytes, bytearray)):
+        raise UnsafePickle("it holds an array that is not made of plain bytes")
+    code = kind.args[0].decode("latin1") if isinstance(kind.args[0], bytes) else kind.args[0]
+    if not isinstance(code, str) or len(code) != 2 or code[0] not in "biuf" or code[1] not in "1248":
+        raise UnsafePickle(f"it holds an array of type {code!r}")
+    byte_order = kind.state[1] if kind.state else "="
+    dtype = np.dtype((byte_order if byte_order in ("<", ">") else "<") + code)
+    sizes_are_plain = isinstance(shape, tuple) and all(type(size) is int for size in shape)
+    if not sizes_are_plain or math.prod(shape) * dtype.itemsize != len(data) or order not in ("C", "F"):
+        raise UnsafePickle(f"it holds an array of shape {shape!r:.100} with {len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order=order)

@@ -1,13 +1,13 @@
-"""The index of an uncompressed tar: where the bytes of every file in it lie, read from the headers alone.
+"""Index of an uncompressed tar: name, offset and size of each file, read from the headers alone.
 
-Understands the old v7 format, ustar, GNU long names and pax headers (path, size). Folders, links and devices are passed
-over. Nothing is extracted, and no name is ever used as a path on a disk: it is text, whatever it says. Left out:
-compressed archives, which have no random access (`gzip_tar.py` goes through them forwards), and sparse files.
+Understands the v7 format, ustar, GNU long names and pax headers (path, size). Folders, links and devices are skipped. Nothing
+is extracted, and no member name is used as a path on a disk. Not covered: sparse files, and compressed archives
+(`gzip_tar.py` reads those forwards).
 
-Why not Python's `tarfile`: on 100,000 members of 1 KB it lists 53,000 to 75,000 members/s and this module 177,000 to
-247,000 (n = 3 side by side, other work on the machine; 3.3 to 4.2 times more), both within 3 MB. It also takes a broken
-header in the middle for the end of the archive without a word, asks for every member twice (two requests on remote
-storage), and in Python 3.11 a negative size sends it round in circles.
+Why not Python's `tarfile`: for 100,000 members of 1 KB it lists 53,000 to 75,000 members/s and this module 177,000 to
+247,000 (n = 3 side by side on a busy machine; 3.3 to 4.2 times more), both within 3 MB. `tarfile` also takes a broken
+header in the middle for the end of the archive without an error, reads each header twice (two requests on remote
+storage), and loops forever on a negative size in Python 3.11.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from distill_at_scale.storage.filesystem import Store
 T = TypeVar("T")
 R = TypeVar("R")
 BLOCK = 512
-LEAST, MOST = 4096, 2**20  # bytes per look into a file
-LONGEST_NAME = 2**20  # bytes of a long name or a pax header; nobody has longer ones
-PADDING = 2**20  # bytes of zeros that may follow the end mark
+MIN_READ, MAX_READ = 4096, 2**20  # bytes of one read while indexing
+MAX_NAME = 2**20  # bytes of a long name or a pax header
+MAX_PADDING = 2**20  # bytes of zeros after the end mark
 FIELDS = struct.Struct("100s24x12s12x8s1s100x6s82x155s12x")  # name, size, checksum, type, magic, prefix
-CHECKED_AS = 8 * ord(" ")  # the checksum counts its own field as spaces
+CHECKSUM_AS_SPACES = 8 * ord(" ")  # the checksum counts its own field as spaces
 USTAR = b"ustar\0"
-FILES, WITHOUT_BYTES = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
-ABOUT_OTHERS = (b"L", b"K", b"x", b"g")  # GNU long name and link target, pax headers for one member and for all
+FILES, NO_CONTENT = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
+METADATA = (b"L", b"K", b"x", b"g")  # GNU long name and link target, pax headers for one member and for all
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REMOTE_THREADS = 32
-DIGESTED = 2**16  # rows
-GAP, SPAN = 2**16, 2**20  # bytes: neighbours nearer than GAP are fetched together, up to SPAN at once
-ENDLESS = 2**63 - 1  # the length of a file whose end was not reached yet
-AGAIN = "Download or build the archive again"
+DIGEST_ROWS = 2**16
+MAX_GAP, MAX_SPAN = 2**16, 2**20  # bytes: ranges closer than MAX_GAP are fetched together, up to MAX_SPAN at once
+UNKNOWN_LENGTH = 2**63 - 1
+DOWNLOAD_AGAIN = "Download or build the archive again"
 
 
 class Member(NamedTuple):
-    """A file in an archive: its name as the archive has it, and the place and the length of its bytes in the archive."""
+    """A file in an archive: its name as stored, and the offset and size of its content in bytes."""
 
     name: str
     offset: int
     size: int
 
 
-class Piece(NamedTuple):
-    """A wanted part of an archive, and the place of its row among those asked for."""
+class ByteRange(NamedTuple):
+    """A range of an archive to read, and the row that asks for it."""
 
     offset: int
     size: int
-    place: int
+    row: int
 
 
 class Window:
-    """Reads small pieces of a large file in rising order, some 4 KiB at a time, and more where pieces lie close together.
+    """Buffered reads at rising offsets of a large file: 4 KiB at a time, and up to 1 MiB for reads that lie close together.
 
     `handle` is a binary file for random access; `place` is its name in messages.
     """
@@ -72,25 +72,25 @@ class Window:
     def __init__(self, handle: Any, place: str | None = None):
         self.handle, self.place = handle, str(place or getattr(handle, "name", None) or "the archive")
         self.length = handle.seek(0, 2)
-        self._start, self._bytes, self._look = 0, b"", LEAST
+        self._start, self._buffer, self._read_size = 0, b"", MIN_READ
 
-    def at(self, offset: int, size: int) -> bytes:
-        """Some bytes; fewer where the file ends before."""
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Returns up to `size` bytes; fewer at the end of the file."""
         start = offset - self._start
-        if start >= 0 and start + size <= len(self._bytes):
-            return self._bytes[start : start + size]
-        near = 0 <= start < 2 * len(self._bytes)
-        self._look = min(2 * self._look, MOST) if near else LEAST
+        if start >= 0 and start + size <= len(self._buffer):
+            return self._buffer[start : start + size]
+        is_near = 0 <= start < 2 * len(self._buffer)
+        self._read_size = min(2 * self._read_size, MAX_READ) if is_near else MIN_READ
         self.handle.seek(offset)
-        self._start, self._bytes = offset, self.handle.read(max(self._look, size))
-        return self._bytes[:size]
+        self._start, self._buffer = offset, self.handle.read(max(self._read_size, size))
+        return self._buffer[:size]
 
 
 @contextmanager
-def opened(store: Store, file: str) -> Iterator[Window]:
-    """An archive for indexing.
+def open_archive(store: Store, file: str) -> Iterator[Window]:
+    """Opens an archive for indexing.
 
-    Raises Unreachable, naming the file, where it cannot be opened or where the body fails to read it.
+    Raises Unreachable, naming the file, if it cannot be opened or the body of the `with` statement fails to read it.
     """
     try:
         with closing(store.open(file)) as handle:
@@ -100,27 +100,32 @@ def opened(store: Store, file: str) -> Iterator[Window]:
 
 
 def members(handle: Any, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The files of the archive that lies at bytes `start` to `end` of a binary file or a Window, in their order.
+    """Yields the files of an archive in their order.
 
-    An archive inside an archive is read in place that way; all offsets count from the start of the outer one. Raises
-    UserError, naming the file, the member and the offset, where the archive is cut, damaged or compressed.
+    Args:
+        handle: a binary file or a Window.
+        start, end: bytes between which the archive lies, for one inside another archive. Offsets of members count from the
+            start of the outer one.
+
+    Raises:
+        UserError: the archive is cut, damaged or compressed; names the file, the member and the offset.
     """
     window = handle if isinstance(handle, Window) else Window(handle)
-    yield from _Archive(window, start, ENDLESS if end is None else end).members()
+    yield from _Archive(window, start, UNKNOWN_LENGTH if end is None else end).members()
 
 
 class _Archive:
-    """A walk from header to header; `last` is the name of the member before, for messages."""
+    """Walks from header to header."""
 
     def __init__(self, window: Window, start: int, end: int):
         self.window, self.start, self._end = window, start, end
-        self.last = ""
-        self.common: dict[str, str] = {}  # what a global pax header says about all members after it
-        self.own: dict[str, str] = {}  # what long names and pax headers say about the next member alone
+        self.last = ""  # the name of the previous member, for messages
+        self.common: dict[str, str] = {}  # fields that a global pax header sets for all members after it
+        self.own: dict[str, str] = {}  # fields that long names and pax headers set for the next member alone
 
     @property
     def end(self) -> int:
-        """Of a window that only moves forwards (`gzip_tar.py`) the length is known at its end."""
+        """`window.length` of a compressed stream becomes known at its end."""
         return min(self._end, self.window.length)
 
     def members(self) -> Iterator[Member]:
@@ -128,10 +133,10 @@ class _Archive:
         while header := self._header(offset):
             raw_name, raw_size, kind, magic, prefix = header
             size, data = self._number(raw_size, offset), offset + BLOCK
-            if kind in ABOUT_OTHERS:
-                self._learn(kind, data, size)
+            if kind in METADATA:
+                self._read_metadata(kind, data, size)
             else:
-                name, size = self._described(raw_name, size, kind, prefix if magic == USTAR else b"", offset)
+                name, size = self._name_and_size(raw_name, size, kind, prefix if magic == USTAR else b"", offset)
                 if data + size > self.end:
                     raise self._cut(f"its member {name!r} has {size:,} bytes from byte {data:,} on")
                 if kind in FILES and not name.endswith("/"):
@@ -139,83 +144,74 @@ class _Archive:
                 self.last = name
             offset = data + -(-size // BLOCK) * BLOCK
         if self.own:
-            raise self._damaged(f"what is said of a member before byte {offset:,} is of none")
-        self._check_rest(offset)
+            raise self._damaged(f"the name or pax header before byte {offset:,} belongs to no member")
+        # only zeros may follow the end mark; a hole in a partly downloaded file looks like an end mark too
+        rest = self.window.read_at(offset, min(self.end - offset, MAX_PADDING + 1))
+        if len(rest) > MAX_PADDING or rest.strip(b"\0"):
+            count = f"more than {len(rest):,}" if self.end == UNKNOWN_LENGTH else f"{self.end - offset:,}"
+            raise self._damaged(
+                f"{count} bytes follow its end mark at byte {offset:,}: a partial download, or joined archives"
+            )
 
     def _header(self, offset: int) -> tuple[bytes, bytes, bytes, bytes, bytes] | None:
         """(name, size, type, magic, prefix) of the header at `offset`, or None at the end mark."""
-        block = self.window.at(offset, BLOCK)
+        block = self.window.read_at(offset, BLOCK)
         if len(block) < BLOCK or offset + BLOCK > self.end:
             raise self._cut(f"there is no header and no end mark at byte {offset:,}")
         name, size, checksum, kind, magic, prefix = FIELDS.unpack(block)
-        total = sum(block) - sum(checksum) + CHECKED_AS
-        if total == CHECKED_AS and not any(block):
+        total = sum(block) - sum(checksum) + CHECKSUM_AS_SPACES
+        if total == CHECKSUM_AS_SPACES and not any(block):
             return None
         if total != self._number(checksum, offset):
             raise self._no_header(offset, block)
         return name, size, kind, magic, prefix
 
     def _number(self, field: bytes, offset: int) -> int:
-        """Octal digits, or (GNU) a big-endian number behind a byte 0x80."""
+        """Octal digits, or (GNU) a big-endian number after a byte 0x80."""
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
         digits = field.partition(b"\0")[0].strip(b" ")
         if digits.strip(b"01234567"):
-            raise self._no_header(offset, self.window.at(offset, BLOCK))
+            raise self._no_header(offset, self.window.read_at(offset, BLOCK))
         return int(digits or b"0", 8)
 
-    def _learn(self, kind: bytes, offset: int, size: int) -> None:
-        """Keep what a header about other members says."""
-        if size > LONGEST_NAME or offset + size > self.end:
-            raise self._cut(f"a name or a description at byte {offset:,} has {size:,} bytes")
-        content = self.window.at(offset, size)
+    def _read_metadata(self, kind: bytes, offset: int, size: int) -> None:
+        if size > MAX_NAME or offset + size > self.end:
+            raise self._cut(f"a name or a pax header at byte {offset:,} has {size:,} bytes")
+        content = self.window.read_at(offset, size)
         if kind == b"L":
             self.own["path"] = _text(content)
             if not self.own["path"]:
                 raise self._damaged(f"the long name at byte {offset:,} is empty")
         elif kind != b"K":
-            (self.common if kind == b"g" else self.own).update(self._pax(content, offset))
+            fields = self.common if kind == b"g" else self.own
+            while content.strip(b"\0"):  # records `LENGTH KEY=VALUE\n`
+                length, _, rest = content.partition(b" ")
+                count = int(length) if length.isdigit() and len(length) < 9 else 0
+                key, equals, value = rest[: max(0, count - len(length) - 1)].partition(b"=")
+                if not equals or not value.endswith(b"\n") or count > len(content):
+                    raise self._damaged(f"the pax header at byte {offset:,} cannot be read")
+                fields[_text(key)] = _text(value[:-1])
+                content = content[count:]
 
-    def _pax(self, content: bytes, offset: int) -> dict[str, str]:
-        """The records `LENGTH KEY=VALUE\\n` of a pax header."""
-        found = {}
-        while content.strip(b"\0"):
-            length, _, rest = content.partition(b" ")
-            count = int(length) if length.isdigit() and len(length) < 9 else 0
-            key, equals, value = rest[: max(0, count - len(length) - 1)].partition(b"=")
-            if not equals or not value.endswith(b"\n") or count > len(content):
-                raise self._damaged(f"the pax header at byte {offset:,} cannot be read")
-            found[_text(key)] = _text(value[:-1])
-            content = content[count:]
-        return found
-
-    def _described(self, name: bytes, size: int, kind: bytes, prefix: bytes, offset: int) -> tuple[str, int]:
-        """The name and the size of a member, after all that was said about it."""
-        known = self.common | self.own if self.common or self.own else self.own
+    def _name_and_size(self, name: bytes, size: int, kind: bytes, prefix: bytes, offset: int) -> tuple[str, int]:
+        """The name and size of a member; pax and long-name fields override the header's."""
+        fields = self.common | self.own if self.common or self.own else self.own
         self.own = {}
-        path = known.get("path") or (_text(prefix) + "/" if prefix[:1] > b"\0" else "") + _text(name)
-        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in known):
+        path = fields.get("path") or (_text(prefix) + "/" if prefix[:1] > b"\0" else "") + _text(name)
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields):
             raise self._damaged(
                 f"its member {path!r} at byte {offset:,} is a sparse file, which has no bytes of its own"
             )
-        given = known.get("size", "")
-        if given and not (given.isascii() and given.isdigit() and len(given) < 20):
-            raise self._damaged(f"the size of its member {path!r} at byte {offset:,} is {given!r}")
-        return path, 0 if kind in WITHOUT_BYTES else int(given or size)
-
-    def _check_rest(self, offset: int) -> None:
-        """Behind the end mark there may be some zeros, nothing else: a hole in a half-loaded file looks like an end too."""
-        found = self.window.at(offset, min(self.end - offset, PADDING + 1))
-        if len(found) > PADDING or found.strip(b"\0"):
-            rest = f"more than {len(found):,}" if self.end == ENDLESS else f"{self.end - offset:,}"
-            raise self._damaged(
-                f"{rest} bytes follow its end mark at byte {offset:,}: not loaded in full, or joined archives"
-            )
+        pax_size = fields.get("size", "")
+        if pax_size and not (pax_size.isascii() and pax_size.isdigit() and len(pax_size) < 20):
+            raise self._damaged(f"the size of its member {path!r} at byte {offset:,} is {pax_size!r}")
+        return path, 0 if kind in NO_CONTENT else int(pax_size or size)
 
     def _no_header(self, offset: int, block: bytes) -> UserError:
-        kind = next((name for magic, name in COMPRESSED.items() if block.startswith(magic)), None)
-        if offset == self.start and kind:
-            return UserError(f"{self.window.place} is compressed ({kind}), so single samples cannot be read from it; "
+        compression = next((name for magic, name in COMPRESSED.items() if block.startswith(magic)), None)
+        if offset == self.start and compression:
+            return UserError(f"{self.window.place} is compressed ({compression}), so single samples cannot be read from it; "
                              "unpack it to a plain .tar")  # fmt: skip
         return self._damaged(f"there is no valid header at byte {offset:,}")
 
@@ -224,83 +220,93 @@ class _Archive:
 
     def _damaged(self, what: str) -> UserError:
         after = f" (after the member {self.last!r})" if self.last else ""
-        return UserError(f"{self.window.place} is damaged: {what}{after}. {AGAIN}.")
+        return UserError(f"{self.window.place} is damaged: {what}{after}. {DOWNLOAD_AGAIN}.")
 
 
 def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """work(item) of every item, in their order; the first error ends it."""
+def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Yields function(item) in the order of the items; the first error ends it."""
     with ThreadPoolExecutor(threads, "archives") as pool:
-        yield from pool.map(work, items)
+        yield from pool.map(function, items)
 
 
 def read(store: Store, rows: pa.Table) -> list[bytes]:
-    """The bytes of some rows of a listing (location: archive, row: offset, size), in order.
+    """Reads the content of members of archives.
 
-    An archive stays open between its rows; from remote storage many samples are fetched at once, neighbours together.
-    Raises FileNotFoundError for a sample whose archive ends before it does, OSError where the local disk fails, Unreachable
-    where remote storage does not answer or an archive may not be opened, and UserError for an archive that is gone.
+    Each archive stays open while its rows are read. Remote storage is read with many requests at once, one for neighbours.
+
+    Args:
+        rows: rows of a listing; location is the archive, row the offset, size the length in bytes.
+
+    Returns:
+        The bytes of each row, in the order of `rows`.
+
+    Raises:
+        FileNotFoundError: the archive ends inside a sample.
+        OSError: the local disk fails.
+        Unreachable: remote storage does not answer, or permission to open an archive is denied.
+        UserError: an archive is gone.
     """
     columns = (rows[name].to_pylist() for name in ("location", "row", "size"))
-    wanted = sorted((*row, i) for i, row in enumerate(zip(*columns, strict=True)))
-    found: list[bytes] = [b""] * len(wanted)
-    for file, group in groupby(wanted, key=lambda row: row[0]):
-        pieces = [Piece(*piece) for _, *piece in group]
-        for piece, content in _contents(store, file, pieces):
-            if len(content) < piece.size:
+    requests = sorted((*row, i) for i, row in enumerate(zip(*columns, strict=True)))
+    contents: list[bytes] = [b""] * len(requests)
+    for file, group in groupby(requests, key=lambda request: request[0]):
+        for wanted, content in _read_ranges(store, file, [ByteRange(*rest) for _, *rest in group]):
+            if len(content) < wanted.size:
                 raise FileNotFoundError(errno.ENOENT, "the archive ends inside the sample", store.place(file))
-            found[piece.place] = content
-    return found
+            contents[wanted.row] = content
+    return contents
 
 
-def _contents(store: Store, file: str, pieces: list[Piece]) -> Iterator[tuple[Piece, bytes]]:
-    """Every piece of one archive with its bytes, or with fewer where the archive ends before."""
+def _read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tuple[ByteRange, bytes]]:
+    """Yields each range of an archive with its bytes; fewer bytes at the end of the archive."""
     try:
         handle = store.open(file)
     except FileNotFoundError:
         store.check()
         raise UserError(f"{store.place(file)} is not there any more; put it back and run the command again") from None
-    except OSError as error:  # no permission for a whole archive is no matter of single samples
+    except OSError as error:  # a whole archive that cannot be opened is not the fault of single samples
         raise store.refusal(error) from None
     with closing(handle):
         if store.local:
-            for piece in pieces:
-                handle.seek(piece.offset)
-                yield piece, handle.read(piece.size)
+            for wanted in ranges:
+                handle.seek(wanted.offset)
+                yield wanted, handle.read(wanted.size)
             return
         with ThreadPoolExecutor(REMOTE_THREADS, "samples") as pool:
             size = store.asked(file, handle.size)
-            cuts = [partial(_cut_up, handle, span, size) for span in _spans(pieces)]
-            for span in pool.map(partial(store.asked, file), cuts):
+            reads = [partial(_read_span, handle, span, size) for span in _spans(ranges)]
+            for span in pool.map(partial(store.asked, file), reads):
                 yield from span
 
 
-def _spans(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces in the order of their offsets, grouped so that neighbours are fetched by one request."""
-    spans: list[list[Piece]] = []
-    for piece in pieces:
-        first, last = (spans[-1][0], spans[-1][-1]) if spans else (piece, piece)
-        near = piece.offset - (last.offset + last.size) <= GAP and piece.offset + piece.size - first.offset <= SPAN
-        if spans and near:
-            spans[-1].append(piece)
-        else:
-            spans.append([piece])
+def _spans(ranges: list[ByteRange]) -> list[list[ByteRange]]:
+    """Groups ranges in the order of their offsets so that one request fetches close neighbours."""
+    spans: list[list[ByteRange]] = []
+    for wanted in ranges:
+        if spans:
+            first, last = spans[-1][0], spans[-1][-1]
+            gap, length = wanted.offset - (last.offset + last.size), wanted.offset + wanted.size - first.offset
+            if gap <= MAX_GAP and length <= MAX_SPAN:
+                spans[-1].append(wanted)
+                continue
+        spans.append([wanted])
     return spans
 
 
-def _cut_up(handle: Any, span: list[Piece], size: int) -> list[tuple[Piece, bytes]]:
-    """A read that begins behind the end of the file is an error to pyarrow, so there it is left out."""
-    start, end = span[0].offset, min(size, max(piece.offset + piece.size for piece in span))
+def _read_span(handle: Any, span: list[ByteRange], size: int) -> list[tuple[ByteRange, bytes]]:
+    """pyarrow fails on a read that starts after the end of the file, so such a read is not made."""
+    start, end = span[0].offset, min(size, max(wanted.offset + wanted.size for wanted in span))
     content = handle.read_at(end - start, start) if end > start else b""
-    return [(piece, content[piece.offset - start :][: piece.size]) for piece in span]
+    return [(wanted, content[wanted.offset - start :][: wanted.size]) for wanted in span]
 
 
 def index_digest(rows: pa.Table) -> str:
-    """A hash of a listing, whatever its chunks: SHA-256 in hex."""
-    hashed = hashlib.sha256()
-    for start in range(0, rows.num_rows, DIGESTED):
-        hashed.update(json.dumps(rows.slice(start, DIGESTED).to_pydict()).encode())
-    return hashed.hexdigest()
+    """SHA-256 (hex) of a listing, independent of its chunks."""
+    sha = hashlib.sha256()
+    for start in range(0, rows.num_rows, DIGEST_ROWS):
+        sha.update(json.dumps(rows.slice(start, DIGEST_ROWS).to_pydict()).encode())
+    return sha.hexdigest()

@@ -72,41 +72,43 @@ class ImagenetTar:
     def _classes(self) -> dict[str, tar.Member]:
         """The archives of the classes, by WordNet id, as they lie in the training archive."""
         found: dict[str, tar.Member] = {}
-        with tar.opened(self.store, TRAIN) as window:
+        with tar.open_archive(self.store, TRAIN) as window:
             for member in _visible(tar.members(window)):
                 wnid, extension = posixpath.splitext(posixpath.basename(member.name))
                 if extension != ".tar":
                     raise UserError(f"{window.place} holds {member.name!r}; it must be {LAYOUT}")
                 if wnid in found:
-                    raise UserError(f"{window.place} holds {member.name!r} twice. {tar.AGAIN}.")
+                    raise UserError(f"{window.place} holds {member.name!r} twice. {tar.DOWNLOAD_AGAIN}.")
                 found[wnid] = member
         if not found:
-            raise UserError(f"{self.store.place(TRAIN)} is empty; it must be {LAYOUT}. {tar.AGAIN}.")
+            raise UserError(f"{self.store.place(TRAIN)} is empty; it must be {LAYOUT}. {tar.DOWNLOAD_AGAIN}.")
         return found
 
     def _train(self) -> pa.Table:
         labels = {wnid: label for label, wnid in enumerate(self.class_names)}
         threads = 1 if self.store.local else tar.REMOTE_THREADS
-        parts = tar.in_threads(lambda wnid: self._class(wnid, labels[wnid]), self._classes, threads)
+        parts = tar.map_in_threads(lambda wnid: self._class(wnid, labels[wnid]), self._classes, threads)
         return pa.concat_tables(parts).combine_chunks()
 
     def _class(self, wnid: str, label: int) -> pa.Table:
         """The images of one class. Ids cannot repeat between classes, as each begins with its own."""
         _, start, size = self._classes[wnid]
-        with tar.opened(self.store, TRAIN) as window:
+        with tar.open_archive(self.store, TRAIN) as window:
             images = [m for m in _visible(tar.members(window, start, start + size)) if _is_image(m.name)]
         if not images:
-            raise UserError(f"{self.store.place(TRAIN)}: {wnid}.tar at byte {start:,} holds no images. {tar.AGAIN}.")
+            raise UserError(
+                f"{self.store.place(TRAIN)}: {wnid}.tar at byte {start:,} holds no images. {tar.DOWNLOAD_AGAIN}."
+            )
         ids = [f"train/{wnid}/{_relative(image.name)}" for image in images]
         return _table(TRAIN, ids, [label] * len(images), images)
 
     def _val(self) -> pa.Table:
         from distill_at_scale.data.sources.image.imagenet import val_labels
 
-        with tar.opened(self.store, VAL) as window:
+        with tar.open_archive(self.store, VAL) as window:
             images = [member for member in _visible(tar.members(window)) if _is_image(member.name)]
         if not images:
-            raise UserError(f"{self.store.place(VAL)} holds no images. {tar.AGAIN}.")
+            raise UserError(f"{self.store.place(VAL)} holds no images. {tar.DOWNLOAD_AGAIN}.")
         names = [posixpath.basename(image.name) for image in images]
         labels = val_labels(self.store, self.config, names, self.class_names)
         return _table(VAL, [f"val/{name}" for name in names], labels, images)
@@ -121,7 +123,7 @@ def _table(archive: str, ids: list[str], labels: Sequence[int], images: list[tar
     try:
         return listing(ids, labels, [archive] * len(ids), rows, sizes)
     except UserError as error:
-        raise UserError(f"{archive}: {error}. {tar.AGAIN}.") from None
+        raise UserError(f"{archive}: {error}. {tar.DOWNLOAD_AGAIN}.") from None
 
 
 def _visible(members: Iterator[tar.Member]) -> Iterator[tar.Member]:

@@ -131,7 +131,7 @@ def _pickled(store: Store, folder: str, name: str) -> dict[Any, Any]:
     content, place = _content(store, folder, name), store.place(joined(folder, name))
     try:
         value = safe_pickle.load(content)
-    except safe_pickle.Refused as error:
+    except safe_pickle.UnsafePickle as error:
         raise UserError(f"{place} is refused, nothing of it was run: {error}; get the set from its publisher") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{place} is cut or damaged ({error}); download it again") from None

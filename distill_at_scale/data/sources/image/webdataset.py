@@ -99,7 +99,7 @@ class WebDataset:
         if self.named is None:
             files = {entry.path: entry.size for entry in self.store.files() if ARCHIVE.search(entry.path)}
         else:
-            sizes = tar.in_threads(self.store.size, self.named, self.threads)
+            sizes = tar.map_in_threads(self.store.size, self.named, self.threads)
             files = {shard: -1 if size is None else size for shard, size in zip(self.named, sizes, strict=True)}
         for shard, size in files.items():
             if not shard.lower().endswith(".tar"):
@@ -112,7 +112,7 @@ class WebDataset:
         """What lies in the shards of a split (schema INDEX)."""
         if split not in self._indices:
             work = partial(index_shard, self.store, label_keys=(self.config.label_column, "cls"))
-            found = pa.concat_tables(tar.in_threads(work, sorted(self.shards[split]), self.threads))
+            found = pa.concat_tables(tar.map_in_threads(work, sorted(self.shards[split]), self.threads))
             if not found.num_rows:
                 raise UserError(f"the {split} shards in {self.store.place()} hold no samples; check data.path")
             self._refuse_mixed(found)
@@ -160,7 +160,7 @@ class _Sample:
         elif extension in LABELS:
             if member.size > LARGEST_FILE:
                 raise self.fault(f"has {member.size:,} bytes of {extension}, more than a label needs")
-            self.texts[extension] = window.at(member.offset, member.size)
+            self.texts[extension] = window.read_at(member.offset, member.size)
 
     def label(self, json_keys: Sequence[str]) -> int | str:
         if "cls" in self.texts:
@@ -201,7 +201,7 @@ def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> pa.Table
     """
     seen: set[str] = set()
     found: list[tuple[str, str, int, int, str, bool]] = []
-    with tar.opened(store, shard) as window:
+    with tar.open_archive(store, shard) as window:
         for sample in _samples(window):
             if sample.key in seen:
                 raise sample.fault("occurs twice")

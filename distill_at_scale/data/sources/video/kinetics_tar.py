@@ -52,7 +52,7 @@ class KineticsTar(Kinetics):
         self._sizes = dict(zip(paths.to_pylist(), sizes.to_pylist(), strict=True))
         archives = self._archives()
         threads = (os.cpu_count() or 1) if self.store.local else REMOTE_THREADS
-        parts = list(tar.in_threads(self._members, archives, threads))
+        parts = list(tar.map_in_threads(self._members, archives, threads))
         unfinished = pc.match_substring_regex(paths, UNFINISHED)
         paths, sizes = paths.filter(unfinished), sizes.filter(unfinished)
         none = pa.array([0] * len(paths), pa.int64())
@@ -72,7 +72,7 @@ class KineticsTar(Kinetics):
 
     def _members(self, archive: str) -> pa.Table:
         folder = archive.rpartition("/")[0]
-        with gzip_tar.opened(self.store, archive) as window:
+        with gzip_tar.open_archive(self.store, archive) as window:
             found = [m for m in tar.members(window) if _is_clip(m.name, window.place)]
         names = [re.sub(r"^(\.?/)+", "", member.name) for member in found]
         columns: list[Any] = [

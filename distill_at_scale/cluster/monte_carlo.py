@@ -18,7 +18,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.events import Emit, Event, discard, measured
 from distill_at_scale.pipeline.executors.base import Advance
 from distill_at_scale.pipeline.executors.tasks import subset_trials, waiting_units
-from distill_at_scale.pruning.scoring.monte_carlo import SubsetTrials, Unit, piece
+from distill_at_scale.pruning.scoring.monte_carlo import SubsetRange, SubsetTrials, subset_part_path
 
 AHEAD = 2  # units that are sent for every one that runs, so that no core waits
 
@@ -28,7 +28,7 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, emit: Em
     gpus = config.cluster.gpus_per_worker
     options = {"num_cpus": 1, "num_gpus": gpus or None, "max_retries": config.cluster.max_failures}
     task, settings = _subsets.options(**options), ray.put(pack(config))
-    waiting: Iterator[Unit] = iter(waiting_units(config, pieces, advance))
+    waiting: Iterator[SubsetRange] = iter(waiting_units(config, pieces, advance))
     running: list[Any] = []
     with waited_for("monte_carlo", config):
         while True:
@@ -45,14 +45,14 @@ def run(config: Config, prepared: Path, pieces: Path, advance: Advance, emit: Em
 
 
 @ray.remote
-def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: Unit) -> Event:
+def _subsets(packed: dict[str, Any], prepared: str, pieces: str, unit: SubsetRange) -> Event:
     torch.set_num_threads(1)
     space, events = WorkerRunDir(packed), list[Event]()
     space.need("ingest")
     with measured("subsets", events.append) as counts:
         counts["subsets"] = unit[1]
         _trials(space.config.model_dump_json(), str(space(prepared))).publish(unit, space(pieces))
-    space.keep(piece(space(pieces), unit))
+    space.keep(subset_part_path(space(pieces), unit))
     return events[0]
 
 

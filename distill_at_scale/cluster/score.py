@@ -38,9 +38,9 @@ from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline.executors.base import Advance
 from distill_at_scale.pipeline.executors.tasks import run_trial
 from distill_at_scale.pruning.proxies.train import checkpoint_path, finished_epochs
-from distill_at_scale.pruning.scoring.scorer import Scorer, Unit, score_piece
+from distill_at_scale.pruning.scoring.scorer import Scorer, ScoringUnit, score_part_path
 
-Work = Callable[[Sequence[Unit]], Iterator[int]]
+Work = Callable[[Sequence[ScoringUnit]], Iterator[int]]
 POLL = 0.5  # seconds between two looks at the finished epochs
 
 
@@ -142,7 +142,7 @@ def _over_chunks(
     """One pass; an actor gets several chunks at a time and reads ahead within them."""
     waiting: list[dict[str, Any]] = []
     for chunk in chunks:
-        path = score_piece(pieces, chunk)
+        path = score_part_path(pieces, chunk)
         if path.exists():
             advance(chunk.rows)
         else:

@@ -18,7 +18,7 @@ from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.models import pretrained
 from distill_at_scale.pipeline.report import run_report
-from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, criteria_of
+from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.stage_record import StageInputs
@@ -118,7 +118,7 @@ def data(config: Config) -> dict[str, Any]:
 
 def score(config: Config, run: RunDir) -> Dependence:
     """Without what only proxies or only Monte Carlo subsets depend on, where there are none."""
-    trained = config.score.weights is None and bool(criteria_of(config.score))
+    trained = config.score.weights is None and bool(build_criteria(config.score))
     sampled = MONTE_CARLO in config.score.criteria
     unused = {"monte_carlo", *(() if trained else TRAINING)}
     values = {key: value for key, value in _section(config, "score").items() if key.split(".")[1] not in unused}

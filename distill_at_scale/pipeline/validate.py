@@ -36,7 +36,7 @@ from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 from distill_at_scale.pruning.criteria import CRITERIA
-from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, column_of, criteria_of
+from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, column_of
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.pruning.selection import ranking
 
@@ -64,7 +64,7 @@ def _check_criteria(config: Config) -> None:
     """Names of criteria, and of several that are weighed their weights; every imported name may be selected by."""
     score, chosen = config.score, config.criterion
     imported.check_names(score, {**CRITERIA, MONTE_CARLO: None})
-    criteria_of(score)
+    build_criteria(score)
     _check_columns(score)
     known = {**dict.fromkeys(score.criteria), **dict.fromkeys(score.imported)}
     if config.select.criterion == {}:
@@ -83,7 +83,7 @@ def _check_criteria(config: Config) -> None:
             raise UserError(
                 f"select.criterion: the weight of {name!r} is {weight:g}; it must be above 0 (or leave it out)"
             )
-    ranking.ranking_of(chosen, True, config.select.order, 0)
+    ranking.build_ranking(chosen, True, config.select.order, 0)
 
 
 def _check_columns(score: ScoreSection) -> None:
@@ -92,7 +92,7 @@ def _check_columns(score: ScoreSection) -> None:
     for name in dict.fromkeys([*score.criteria, *score.imported]):
         column = column_of(name)
         other = names.setdefault(column, name)
-        if other != name or (":" in name and (column in imported.TAKEN or column.endswith("_values"))):
+        if other != name or (":" in name and (column in imported.RESERVED or column.endswith("_values"))):
             whose = f"of {other!r}" if other != name else "with a meaning of its own"
             raise UserError(
                 f"score.criterion = {name!r} would be the column {column!r} of the score table, which is one {whose}; give the "

@@ -24,7 +24,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.scoring.imported import Positions
-from distill_at_scale.pruning.selection.ranking import columns_of
+from distill_at_scale.pruning.selection.ranking import score_columns
 
 SUFFIXES = (".parquet", ".csv", ".json")
 KEPT = ("sample_id", "label", "score", "rank")
@@ -48,7 +48,7 @@ def scores(path: Path, scored: Path, config: Config) -> int:
         found, _ = score_table.read(scored, ["sample_id", "label", *useful])
         _write_table(path, found, {"useful": useful})
         return found.num_rows
-    name = columns_of(config.criterion)
+    name = score_columns(config.criterion)
     if not isinstance(name, str) or name not in useful:
         raise UserError(f"{path}: a file by position holds one criterion's scores; set select.criterion to one of "
                         f"{', '.join(useful)}, or write *.csv or *.parquet")  # fmt: skip

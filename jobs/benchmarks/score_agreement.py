@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.pruning.scoring import score_table
-from distill_at_scale.pruning.scoring.columns import matrix
+from distill_at_scale.pruning.scoring.columns import lists_to_matrix
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 def _scores(run: Path, trials: int | None, epochs: int | None) -> tuple[list[str], Any, Any]:
     scores, facts = score_table.read(run / "scores.parquet")
-    values = matrix(scores["loss_values"]).reshape(-1, facts["trials"], facts["epochs"])
+    values = lists_to_matrix(scores["loss_values"]).reshape(-1, facts["trials"], facts["epochs"])
     values = values[:, : trials or facts["trials"], : epochs or facts["epochs"]]
     return scores["sample_id"].to_pylist(), scores["label"].to_numpy(), np.mean(values, axis=(1, 2), dtype=np.float64)
 

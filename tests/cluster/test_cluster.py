@@ -21,7 +21,7 @@ from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pruning.proxies import train as proxy
-from distill_at_scale.pruning.scoring.scorer import score_piece
+from distill_at_scale.pruning.scoring.scorer import score_part_path
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -108,7 +108,7 @@ def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_
         (tmp_path / name).mkdir()
         by.score(config, prepared, proxies, chunks, tmp_path / name, lambda count: None)
     for chunk in chunks:
-        here, there = score_piece(tmp_path / "ray", chunk), score_piece(tmp_path / "local", chunk)
+        here, there = score_part_path(tmp_path / "ray", chunk), score_part_path(tmp_path / "local", chunk)
         assert here.read_bytes() == there.read_bytes(), chunk
 
 
@@ -166,7 +166,7 @@ def test_a_killed_scoring_actor_loses_and_doubles_nothing(tmp_path, finished):
             fault_plugins.ARMED.touch()
         by.score(config, finished / "prepared", finished / "proxies", chunks, tmp_path / name, lambda count: None)
         assert not fault_plugins.ARMED.exists(), "nothing was killed, so nothing was tested"
-        tables.append([score_piece(tmp_path / name, chunk).read_bytes() for chunk in chunks])
+        tables.append([score_part_path(tmp_path / name, chunk).read_bytes() for chunk in chunks])
     assert tables[0] == tables[1]
 
 
@@ -266,6 +266,6 @@ def test_patches_are_ranked_to_the_same_bytes_on_ray_and_become_a_set(tmp_path, 
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
     LocalExecutor().rank_patches(config, places, chunks, lambda count: None)
     again = patch_ranking.table_path(places.networks, config)
-    patch_ranking.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, TEACHER["crops"], again)
+    patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, TEACHER["crops"], again)
     assert again.read_bytes() == table.read_bytes()
     assert synthetic_set.load(config.run.dir).training_set().views.epochs == 2

@@ -28,7 +28,7 @@ from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.executors.local import LocalExecutor
-from distill_at_scale.pruning.scoring.scorer import score_piece
+from distill_at_scale.pruning.scoring.scorer import score_part_path
 
 CLASSES, HELD, KEPT = 3, 20, 12
 OPTIONS = {"crops": 3, "candidates": 8, "factor": 2}
@@ -65,7 +65,9 @@ def table_of(setting, places, chunks, candidates) -> pa.Table:
     LocalExecutor().rank_patches(setting.config, places, chunks, lambda n: None)
     pieces = patch_ranking.parts_folder(places.networks, setting.config)
     target = patch_ranking.table_path(places.networks, setting.config)
-    patch_ranking.merge([score_piece(pieces, c) for c in chunks], candidates, setting.config.distill.rded.crops, target)
+    patch_ranking.merge(
+        [score_part_path(pieces, c) for c in chunks], candidates, setting.config.distill.rded.crops, target
+    )
     return pq.read_table(target)
 
 
@@ -129,7 +131,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, mo
     target = patch_ranking.table_path(places.networks, setting.config)
     table_of(setting, places, chunks, candidates)
     whole = target.read_bytes()
-    pieces = [score_piece(patch_ranking.parts_folder(places.networks, setting.config), chunk) for chunk in chunks]
+    pieces = [score_part_path(patch_ranking.parts_folder(places.networks, setting.config), chunk) for chunk in chunks]
     before = pieces[0].stat().st_mtime_ns
     for piece in pieces[1:]:
         piece.unlink()
@@ -152,9 +154,9 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
         make(places.networks, setting.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
     )
     whole = target.read_bytes()
-    work = [{**asdict(chunk), "path": str(score_piece(pieces, chunk))} for chunk in chunks]
+    work = [{**asdict(chunk), "path": str(score_part_path(pieces, chunk))} for chunk in chunks]
     for chunk in chunks:
-        score_piece(pieces, chunk).unlink()
+        score_part_path(pieces, chunk).unlink()
     config = setting.config.model_copy(update={"cluster": setting.config.cluster.model_copy(update={"actors": 2})})
     arguments = pack(config), str(places.prepared), str(places.networks)
     actors = [scoring.RankingActor(arguments[0], prepared=arguments[1], networks=arguments[2]) for _ in range(2)]
@@ -163,7 +165,7 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
             actors[0] = scoring.RankingActor(arguments[0], prepared=arguments[1], networks=arguments[2])
         found = actors[number % 2](unit.append_column("unit", pa.array([number])))
         assert "error" not in found.column_names
-    patch_ranking.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, 3, target)
+    patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, 3, target)
     assert target.read_bytes() == whole
 
 

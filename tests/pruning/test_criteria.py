@@ -22,14 +22,14 @@ from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pruning.criteria import CRITERIA, coreset
-from distill_at_scale.pruning.criteria.factory import criteria_of, epochs_of, needed_epochs
+from distill_at_scale.pruning.criteria.factory import build_criteria, epochs_of, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import score_table, scorer
-from distill_at_scale.pruning.scoring.classifier import projected
-from distill_at_scale.pruning.scoring.columns import classes, matrix
+from distill_at_scale.pruning.scoring.classifier import random_projection
+from distill_at_scale.pruning.scoring.columns import by_class, lists_to_matrix
 from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
-from distill_at_scale.pruning.scoring.reliability import CLASSES, SAMPLES, Agreement
-from distill_at_scale.pruning.scoring.scorer import Scorer, score_piece
+from distill_at_scale.pruning.scoring.reliability import MAX_CLASSES, MAX_SAMPLES, TrialAgreement
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_part_path
 
 CPU = torch.device("cpu")
 ALL = list(CRITERIA)
@@ -52,7 +52,7 @@ def seen(count=7, many=4, features=5):
 
 
 def made(name, **section):
-    return criteria_of(ScoreSection(criterion=name, **section))[name]
+    return build_criteria(ScoreSection(criterion=name, **section))[name]
 
 
 # Of each sample alone
@@ -104,7 +104,7 @@ def test_forgetting_is_refused_where_there_are_no_epochs_to_follow():
 
 def test_only_checkpoints_that_some_criterion_looks_at_are_needed():
     section = ScoreSection(criterion=["loss_early", "loss_converged"], epochs=50)
-    assert needed_epochs(criteria_of(section).values(), 50) == [0, 1, 2, 3, 4, 45, 46, 47, 48, 49]
+    assert needed_epochs(build_criteria(section).values(), 50) == [0, 1, 2, 3, 4, 45, 46, 47, 48, 49]
     assert needed_epochs([made("density"), made("herding")], 50) == [49]
     assert needed_epochs([made("el2n", early=2)], 50) == [0, 1]
     assert epochs_of(made("loss"), 3) == [0, 1, 2]
@@ -113,9 +113,9 @@ def test_only_checkpoints_that_some_criterion_looks_at_are_needed():
 
 def test_names_of_scores_from_elsewhere_are_passed_over():
     section = ScoreSection(criterion=["random", "el2n", "monte_carlo", "theirs"], imported={"theirs": "x.json"})
-    assert list(criteria_of(section)) == ["el2n"]
+    assert list(build_criteria(section)) == ["el2n"]
     with pytest.raises(UserError, match=r"'el2m' is unknown.*el2n"):
-        criteria_of(ScoreSection(criterion="el2m"))
+        build_criteria(ScoreSection(criterion="el2m"))
 
 
 class Old:
@@ -135,7 +135,7 @@ class Flat(Old):
 
 def test_a_criterion_of_another_signature_is_refused():
     with pytest.raises(UserError, match=r"must be observe\(self, seen\)"):
-        criteria_of(ScoreSection(criterion="test_criteria:Old"))
+        build_criteria(ScoreSection(criterion="test_criteria:Old"))
 
 
 class Needy(Flat):
@@ -174,7 +174,7 @@ class NoEpoch(Flat):
 )
 def test_a_plug_in_that_breaks_its_word_is_refused_before_anything_is_trained(name, message):
     with pytest.raises(UserError, match=message):
-        criteria_of(ScoreSection(criterion=f"test_criteria:{name}"))
+        build_criteria(ScoreSection(criterion=f"test_criteria:{name}"))
 
 
 class entropy(Flat):
@@ -245,11 +245,11 @@ def test_the_gradient_looks_at_the_classes_of_the_data_alone():
 
 def test_a_projection_keeps_distances_and_leaves_few_dimensions_alone():
     features = torch.randn(20, 2000, generator=torch.Generator().manual_seed(0))
-    small = projected(features, 500)
+    small = random_projection(features, 500)
     assert small.shape == (20, 500)
     assert (torch.pdist(small) / torch.pdist(features) - 1).abs().max() < 0.2
-    assert torch.equal(small, projected(features, 500))
-    assert projected(small, 500) is small
+    assert torch.equal(small, random_projection(features, 500))
+    assert random_projection(small, 500) is small
 
 
 class NoLinear(nn.Module):
@@ -293,12 +293,12 @@ def points():
 def test_density_is_the_mean_distance_to_the_nearest_neighbours(points, monkeypatch, count):
     monkeypatch.setattr(coreset, "BLOCK", 280)  # seven rows at a time
     distances = np.sort(np.linalg.norm(points[:, None] - points[None], axis=2), axis=1)[:, 1:]
-    assert coreset.mean_distances(points, count) == pytest.approx(distances[:, :count].mean(1), rel=1e-5)
+    assert coreset.neighbour_distances(points, count) == pytest.approx(distances[:, :count].mean(1), rel=1e-5)
 
 
 def test_distances_of_copies_are_nothing_and_a_sample_alone_has_no_neighbour(points):
-    assert coreset.mean_distances(np.repeat(points, 2, 0), 1).tolist() == [0.0] * 80
-    assert coreset.mean_distances(points[:1], 5).tolist() == [0.0]
+    assert coreset.neighbour_distances(np.repeat(points, 2, 0), 1).tolist() == [0.0] * 80
+    assert coreset.neighbour_distances(points[:1], 5).tolist() == [0.0]
 
 
 def order_of(ranks):
@@ -313,7 +313,7 @@ def test_herding_picks_what_takes_the_mean_nearest_to_that_of_the_class(points, 
     for _ in points:
         left = [k for k in range(len(points)) if k not in picked]
         picked.append(min(left, key=lambda k: np.linalg.norm(mean - points[[*picked, k]].mean(0, dtype=np.float64))))
-    assert order_of(coreset.mean_matching(points)) == picked
+    assert order_of(coreset.herding_ranks(points)) == picked
 
 
 @pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products made anew"])
@@ -324,21 +324,21 @@ def test_k_center_begins_at_the_mean_and_picks_the_farthest(points, monkeypatch,
     while len(picked) < len(points):
         left = [k for k in range(len(points)) if k not in picked]
         picked.append(max(left, key=lambda k: distances[k, picked].min()))
-    assert order_of(coreset.farthest_points(points)) == picked
+    assert order_of(coreset.k_center_ranks(points)) == picked
 
 
 def test_equal_samples_are_picked_in_the_order_of_their_ids():
     same = np.ones((4, 3), np.float32)
-    assert order_of(coreset.mean_matching(same)) == order_of(coreset.farthest_points(same)) == [0, 1, 2, 3]
+    assert order_of(coreset.herding_ranks(same)) == order_of(coreset.k_center_ranks(same)) == [0, 1, 2, 3]
 
 
 def test_trials_count_alike_in_density_and_side_by_side_in_selectors(points):
     features = np.stack([points, points[::-1]], 1)  # [n, trials, features]
     density = made("density", neighbours=3)
     values = density.observe_class(features)
-    assert values[:, 0].tolist() == coreset.mean_distances(points, 3).tolist() == values[::-1, 1].tolist()
+    assert values[:, 0].tolist() == coreset.neighbour_distances(points, 3).tolist() == values[::-1, 1].tolist()
     assert density.aggregate(values[:, :, None]) == pytest.approx(values.mean(1))
-    joint = coreset.mean_matching(np.concatenate([points, points[::-1]], 1))
+    joint = coreset.herding_ranks(np.concatenate([points, points[::-1]], 1))
     assert made("herding").observe_class(features)[:, 0].tolist() == joint.tolist()
 
 
@@ -347,7 +347,7 @@ def test_rows_are_regrouped_class_by_class(ends):
     labels = pa.array([0, 0, 0, 1, 3, 3, 3, 3, 3, 3, 4, 4], pa.int32())
     whole = pa.table({"label": labels, "row": list(range(12))})
     parts = [(Path("p"), whole.slice(a, b - a)) for a, b in itertools.pairwise([0, *ends, 12])]
-    found = [part["row"].to_pylist() for _, part in classes([(Path("p"), whole.slice(0, 0)), *parts])]
+    found = [part["row"].to_pylist() for _, part in by_class([(Path("p"), whole.slice(0, 0)), *parts])]
     assert found == [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9], [10, 11]]
 
 
@@ -355,7 +355,7 @@ def test_rows_are_regrouped_class_by_class(ends):
 
 
 def agreement(values, labels, part=7):
-    found = Agreement(lambda v: v.mean((1, 2)))
+    found = TrialAgreement(lambda v: v.mean((1, 2)))
     for start in range(0, len(labels), part):
         found.add(labels[start : start + part], values[start : start + part])
     return found
@@ -376,11 +376,11 @@ def test_agreement_is_the_rank_correlation_within_classes():
 
 
 def test_agreement_holds_some_samples_of_some_classes_spread_evenly():
-    labels = np.repeat(np.arange(3 * CLASSES), 2)
+    labels = np.repeat(np.arange(3 * MAX_CLASSES), 2)
     found = agreement(np.zeros((len(labels), 2, 1)), labels, 100)
-    assert list(found.held) == list(range(0, 3 * CLASSES, 4))
-    many = agreement(np.zeros((SAMPLES + 100, 2, 1)), np.zeros(SAMPLES + 100, int), 1000)
-    assert sum(map(len, many.held[0])) == SAMPLES
+    assert list(found.held) == list(range(0, 3 * MAX_CLASSES, 4))
+    many = agreement(np.zeros((MAX_SAMPLES + 100, 2, 1)), np.zeros(MAX_SAMPLES + 100, int), 1000)
+    assert sum(map(len, many.held[0])) == MAX_SAMPLES
 
 
 # One pass for all
@@ -413,11 +413,11 @@ def scored(folder, target, names, shares=1, step=1, more=None, **section):
     chunks = prepared.chunks()
     with threads(1):
         for share in range(shares):
-            work = [(chunk, score_piece(pieces, chunk)) for chunk in chunks[share::shares][::step]]
+            work = [(chunk, score_part_path(pieces, chunk)) for chunk in chunks[share::shares][::step]]
             list(Scorer(config, folder / "prepared", folder / "proxies", CPU).score(work))
     expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
     score_table.write_scores(
-        target / "scores.parquet", [score_piece(pieces, c) for c in chunks], expected, config, more
+        target / "scores.parquet", [score_part_path(pieces, c) for c in chunks], expected, config, more
     )
     return target / "scores.parquet"
 
@@ -442,7 +442,7 @@ def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path
         alone, _ = score_table.read(scored(proxies, tmp_path / name, name))
         assert together[name].to_numpy() == pytest.approx(alone["score"].to_numpy(), rel=1e-5), name
         assert together[name].to_numpy().std() > 0, name
-    assert matrix(together["density_values"]).shape == (70, 2)
+    assert lists_to_matrix(together["density_values"]).shape == (70, 2)
 
 
 def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
@@ -456,7 +456,7 @@ def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
         features = network.embed(images).numpy()
         for label in range(3):
             mine = labels == label
-            expected[mine] += coreset.mean_distances(features[mine], 4) / 2
+            expected[mine] += coreset.neighbour_distances(features[mine], 4) / 2
     assert found["density"].to_numpy() == pytest.approx(expected, rel=1e-4)
 
 
@@ -467,7 +467,7 @@ def test_checkpoints_that_nobody_looks_at_are_not_even_read(proxies, tmp_path):
         target.parent.mkdir(parents=True)
         target.symlink_to(proxy.checkpoint_path(proxies / "proxies", trial, 0))
     found, facts = score_table.read(scored(tmp_path, tmp_path / "a", "el2n", early=1))
-    assert matrix(found["el2n_values"]).shape == (70, 2)
+    assert lists_to_matrix(found["el2n_values"]).shape == (70, 2)
     assert facts["observed"] == {"el2n": [0]}
 
 

@@ -17,15 +17,15 @@ from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pipeline import fingerprints, validate
 from distill_at_scale.pruning import export as exported
-from distill_at_scale.pruning.criteria.factory import criteria_of
+from distill_at_scale.pruning.criteria.factory import build_criteria
 from distill_at_scale.pruning.scoring import imported, score_table
-from distill_at_scale.pruning.scoring.columns import ids_of
+from distill_at_scale.pruning.scoring.columns import training_ids
 from distill_at_scale.storage.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
 def ids(digits_run):
-    return ids_of(PreparedDataset(digits_run.dir / "prepared"))
+    return training_ids(PreparedDataset(digits_run.dir / "prepared"))
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +225,9 @@ def test_imported_scores_may_be_selected_and_weighed_by(tmp_path):
 
 
 def test_with_imported_scores_alone_nothing_is_left_to_proxies(tmp_path):
-    assert list(criteria_of(with_file(tmp_path, "mine.npy", score__criterion="mine").score)) == []
+    assert list(build_criteria(with_file(tmp_path, "mine.npy", score__criterion="mine").score)) == []
     both = ["loss", "mine", "monte_carlo"]
-    assert list(criteria_of(with_file(tmp_path, "mine.npy", score__criterion=both).score)) == ["loss"]
+    assert list(build_criteria(with_file(tmp_path, "mine.npy", score__criterion=both).score)) == ["loss"]
 
 
 def test_the_fingerprint_covers_what_a_file_holds_and_not_where_it_lies(tmp_path, digits_run):

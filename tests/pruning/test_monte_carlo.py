@@ -21,7 +21,7 @@ from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.executors.tasks import subset_trials
 from distill_at_scale.pruning.scoring import extra_columns, monte_carlo, monte_carlo_utility
 from distill_at_scale.pruning.scoring.columns import ExtraColumn
-from distill_at_scale.pruning.selection import warnings as trust
+from distill_at_scale.pruning.selection import checks
 from distill_at_scale.storage.run_dir import RunDir
 
 SMALL = {"subsets": 12, "per_class": 20, "epochs": 3, "width": 4, "validation": 10, "at_once": 5}
@@ -57,14 +57,14 @@ def columns(config, prepared, executor=None):
     run = RunDir(config.run.dir)
     run.create()
     display = Display(Console(file=said, width=250))
-    found = extra_columns.columns_of(config, run, prepared, lambda: executor or Counting(), display)
+    found = extra_columns.load(config, run, prepared, lambda: executor or Counting(), display)
     return found, said.getvalue()
 
 
 def test_learned_and_tested_samples_of_a_subset_share_nothing():
     section = MonteCarloSection(per_class=5, validation=7)
     for subset in range(20):
-        for drawn, count in zip(monte_carlo.draw(0, subset, [30, 12, 9], section), (30, 12, 9), strict=True):
+        for drawn, count in zip(monte_carlo.draw_subset(0, subset, [30, 12, 9], section), (30, 12, 9), strict=True):
             assert len(drawn.members) == min(5, count // 2)
             assert len(drawn.validation) == min(7, count - len(drawn.members))
             assert len({*drawn.members, *drawn.validation}) == len(drawn.members) + len(drawn.validation)
@@ -75,7 +75,9 @@ def test_a_subset_depends_on_seed_and_number_alone():
     section = MonteCarloSection(per_class=5)
 
     def members(seed, subset):
-        return np.concatenate([drawn.members for drawn in monte_carlo.draw(seed, subset, [40, 40], section)]).tolist()
+        return np.concatenate(
+            [drawn.members for drawn in monte_carlo.draw_subset(seed, subset, [40, 40], section)]
+        ).tolist()
 
     assert members(1, 7) == members(1, 7)
     assert members(1, 7) != members(1, 8)
@@ -85,7 +87,7 @@ def test_a_subset_depends_on_seed_and_number_alone():
 def test_every_sample_is_learned_from_about_as_often_and_tested_too():
     section, held, tested = MonteCarloSection(per_class=5, validation=5), np.zeros(20), np.zeros(20)
     for subset in range(400):
-        (drawn,) = monte_carlo.draw(0, subset, [20], section)
+        (drawn,) = monte_carlo.draw_subset(0, subset, [20], section)
         held[drawn.members] += 1
         tested[drawn.validation] += 1
     assert held.sum() == tested.sum() == 2000
@@ -94,7 +96,7 @@ def test_every_sample_is_learned_from_about_as_often_and_tested_too():
 
 
 def test_units_cover_every_subset_once():
-    units = monte_carlo.units(MonteCarloSection(subsets=21, at_once=8))
+    units = monte_carlo.subset_ranges(MonteCarloSection(subsets=21, at_once=8))
     assert units == [(0, 8), (8, 8), (16, 5)]
 
 
@@ -102,7 +104,7 @@ def by_hand(found, counts, section, seed):
     """The slow reference: lists of accuracies per sample."""
     lists = [[[] for _ in range(count)] for count in counts]
     for subset, row in enumerate(found):
-        for label, drawn in enumerate(monte_carlo.draw(seed, subset, counts, section)):
+        for label, drawn in enumerate(monte_carlo.draw_subset(seed, subset, counts, section)):
             for place in drawn.members:
                 lists[label][place].append(float(row[label]))
     return [values for of_class in lists for values in of_class]
@@ -129,7 +131,7 @@ def test_a_sample_that_no_subset_held_gets_the_mean_of_its_class_and_is_counted(
     held = [np.mean(values) for values in lists[:20] if values]
     assert made.utility[missed[0]] == pytest.approx(np.mean(held), abs=1e-6)
     assert any(
-        "were in no subset and get the mean of their class" in line for line in monte_carlo_utility.sentence(made.facts)
+        "were in no subset and get the mean of their class" in line for line in monte_carlo_utility.summary(made.facts)
     )
 
 
@@ -137,7 +139,7 @@ def planted(subsets, noise, per_class=5, count=40, seed=0):
     """Accuracies that are the mean worth of a subset's samples, and noise; returns them and the worths."""
     section, chance = MonteCarloSection(subsets=subsets, per_class=per_class), np.random.default_rng(seed)
     worth = chance.normal(0.5, 0.1, (2, count))
-    drawn = (monte_carlo.draw(0, k, [count, count], section) for k in range(subsets))
+    drawn = (monte_carlo.draw_subset(0, k, [count, count], section) for k in range(subsets))
     found = np.array([[worth[c][d.members].mean() for c, d in enumerate(both)] for both in drawn])
     found = found + chance.normal(0, noise, found.shape)
     return monte_carlo_utility.estimate(found.astype(np.float32), [count, count], section, 0), worth.reshape(-1)
@@ -169,7 +171,7 @@ def test_pure_noise_has_no_reliability_and_promises_nothing():
     made = monte_carlo_utility.estimate(found, [40, 40], section, 0)
     assert made.facts["reliability"] == 0
     assert made.facts["more_subsets"] is None
-    assert any("cannot be said how many" in line for line in monte_carlo_utility.sentence(made.facts))
+    assert any("cannot be said how many" in line for line in monte_carlo_utility.summary(made.facts))
 
 
 def test_broken_samples_are_worth_less(tmp_path):
@@ -199,7 +201,7 @@ def test_the_command_says_error_reliability_and_what_is_missing_and_leaves_a_tab
     assert table.column_names == ["sample_id", "label", "monte_carlo", "standard_error", "held"]
     ids, labels = prepared.index()
     assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (ids, labels.tolist())
-    assert trust.monte_carlo_facts(tmp_path / "run" / "monte_carlo.parquet") == found["monte_carlo"].facts
+    assert checks.monte_carlo_facts(tmp_path / "run" / "monte_carlo.parquet") == found["monte_carlo"].facts
     assert list(extra_columns.outputs(config, RunDir(tmp_path / "run"))) == [tmp_path / "run" / "monte_carlo.parquet"]
 
 
@@ -234,13 +236,13 @@ def test_pixels_that_do_not_fit_are_read_as_they_are_needed(tmp_path, prepared, 
 def test_subsets_may_be_distilled_first(tmp_path, prepared):
     config = small_config(tmp_path / "run", subsets=2, learn="dc", steps=2, epochs=10)
     trials = subset_trials(config, prepared.folder, torch.device("cpu"))
-    drawn = monte_carlo.draw(0, 0, prepared.counts(), config.score.monte_carlo)
+    drawn = monte_carlo.draw_subset(0, 0, prepared.counts(), config.score.monte_carlo)
     images, labels = trials.distil({c: trials._take(c, parts.members) for c, parts in enumerate(drawn)}, 0)
     assert images.shape == (3, *prepared.shape)
     assert labels.tolist() == [0, 1, 2]
     assert torch.equal(trials.run(0), trials.run(0))
     plain = small_config(tmp_path / "run", subsets=2)
-    assert monte_carlo.key_of(config, prepared) != monte_carlo.key_of(plain, prepared)
+    assert monte_carlo.work_key(config, prepared) != monte_carlo.work_key(plain, prepared)
 
 
 def test_a_rate_that_is_too_high_is_named(tmp_path, prepared):
@@ -296,6 +298,6 @@ def test_utilities_are_the_same_bytes_on_ray(tmp_path, prepared):
     on_ray.run(config, prepared.folder.resolve(), tmp_path / "ray", advanced.append)
     LocalExecutor(torch.device("cpu")).monte_carlo(config, prepared.folder, tmp_path / "local", lambda count: None)
     assert sum(advanced) == 12
-    for unit in monte_carlo.units(config.score.monte_carlo):
-        here, there = (monte_carlo.piece(tmp_path / name, unit).read_bytes() for name in ("ray", "local"))
+    for unit in monte_carlo.subset_ranges(config.score.monte_carlo):
+        here, there = (monte_carlo.subset_part_path(tmp_path / name, unit).read_bytes() for name in ("ray", "local"))
         assert here == there

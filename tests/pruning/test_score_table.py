@@ -12,7 +12,7 @@ from conftest import tiny_config
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.pruning.scoring import score_table
-from distill_at_scale.pruning.scoring.columns import matrix
+from distill_at_scale.pruning.scoring.columns import lists_to_matrix
 
 
 def rows(count, values=4, classes=3, seed=0):
@@ -50,13 +50,13 @@ def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
     whole = rows(70)
     found = write(tmp_path, *cut(tmp_path / "pieces", whole, ends))
     scores, facts = score_table.read(tmp_path / "scores.parquet")
-    losses = matrix(whole["loss"])
+    losses = lists_to_matrix(whole["loss"])
     mean = losses.astype(np.float64).mean(1)
     assert scores.column_names == ["sample_id", "label", "loss", "score", "loss_values"]
     assert scores["sample_id"].to_pylist() == whole["sample_id"].to_pylist()
     assert scores["label"].to_pylist() == whole["label"].to_pylist()
     assert scores["loss"].to_numpy().tolist() == scores["score"].to_numpy().tolist() == mean.astype(np.float32).tolist()
-    assert np.array_equal(matrix(scores["loss_values"]), losses)
+    assert np.array_equal(lists_to_matrix(scores["loss_values"]), losses)
     assert found == {"rows": 70, "mean_score": pytest.approx(float(mean.mean()), rel=1e-7)}
     assert facts.pop("agreement").keys() == {"classes", "trials", "all"}
     made = {"criteria": ["loss"], "useful": {"loss": "low"}, "observed": {"loss": [0, 1]}}
@@ -81,7 +81,7 @@ def test_two_criteria_have_columns_of_their_own(tmp_path):
     scores, facts = score_table.read(tmp_path / "scores.parquet")
     assert facts["useful"] == {"Last": "high", "loss": "low"}
     assert scores["score"].to_pylist() == scores["Last"].to_pylist() != scores["loss"].to_pylist()
-    assert scores["Last"].to_numpy() == pytest.approx(matrix(whole["loss"])[:, [1, 3]].mean(1))
+    assert scores["Last"].to_numpy() == pytest.approx(lists_to_matrix(whole["loss"])[:, [1, 3]].mean(1))
 
 
 class Last:
@@ -127,7 +127,7 @@ def test_rows_of_a_piece_are_joined_by_id(tmp_path):
     scores, _ = score_table.read(tmp_path / "scores.parquet")
     assert scores["sample_id"].to_pylist() == ["a", "b", "c"]
     assert scores["label"].to_pylist() == [0, 0, 1]
-    assert matrix(scores["loss_values"]).tolist() == matrix(rows(3)["loss"])[[1, 2, 0]].tolist()
+    assert lists_to_matrix(scores["loss_values"]).tolist() == lists_to_matrix(rows(3)["loss"])[[1, 2, 0]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ def test_a_matrix_is_made_of_equal_lists_only():
     lists = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
     for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 2)):
         column = pa.chunked_array([lists[:1], lists[1:]], kind)
-        assert matrix(column).tolist() == lists
-        assert matrix(column.slice(1)).tolist() == lists[1:]
-        assert matrix(column.slice(0, 0)).shape[0] == 0
+        assert lists_to_matrix(column).tolist() == lists
+        assert lists_to_matrix(column.slice(1)).tolist() == lists[1:]
+        assert lists_to_matrix(column.slice(0, 0)).shape[0] == 0
     with pytest.raises(ValueError, match="differ in length"):
-        matrix(pa.chunked_array([[[1.0], [2.0, 3.0, 4.0]]], pa.list_(pa.float32())))
+        lists_to_matrix(pa.chunked_array([[[1.0], [2.0, 3.0, 4.0]]], pa.list_(pa.float32())))
 
 
 def test_the_rank_correlation_is_within_classes():

@@ -17,11 +17,11 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.executors.tasks import threads
-from distill_at_scale.pruning.criteria.factory import criteria_of
+from distill_at_scale.pruning.criteria.factory import build_criteria
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import score_table
-from distill_at_scale.pruning.scoring.columns import matrix
-from distill_at_scale.pruning.scoring.scorer import Scorer, score_piece
+from distill_at_scale.pruning.scoring.columns import lists_to_matrix
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_part_path
 
 CPU = torch.device("cpu")
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
@@ -213,7 +213,7 @@ def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
     networks = [
         proxy.load_proxy(spec, proxy.checkpoint_path(run / "proxies", t, e), CPU) for t in range(2) for e in range(2)
     ]
-    values = matrix(scores["loss_values"])
+    values = lists_to_matrix(scores["loss_values"])
     assert scores["sample_id"].to_pylist() == prepared.index()[0]
     assert values.shape == (len(labels), 4)
     for k in range(0, len(labels), 13):
@@ -230,7 +230,7 @@ def score(run, folder, shares, backwards=False):
         for share in range(shares):
             scorer = Scorer(run.config, run.dir / "prepared", run.dir / "proxies", CPU)
             own = chunks[share::shares][:: -1 if backwards else 1]
-            done = scorer.score([(chunk, score_piece(folder, chunk)) for chunk in own])
+            done = scorer.score([(chunk, score_part_path(folder, chunk)) for chunk in own])
             assert list(done) == [chunk.rows for chunk in own]
     return chunks
 
@@ -238,7 +238,7 @@ def score(run, folder, shares, backwards=False):
 def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_of_chunks(digits_run, tmp_path):
     for name, shares, backwards in (("one", 1, False), ("reversed", 1, True), ("three", 3, False)):
         chunks = score(digits_run, tmp_path / name, shares, backwards)
-        pieces = [score_piece(tmp_path / name, c) for c in chunks]
+        pieces = [score_part_path(tmp_path / name, c) for c in chunks]
         prepared = PreparedDataset(digits_run.dir / "prepared")
         expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
         score_table.write_scores(tmp_path / f"{name}.parquet", pieces, expected, digits_run.config)
@@ -249,10 +249,10 @@ def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_
 
 def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
     chunks = PreparedDataset(digits_run.dir / "prepared").chunks()
-    score_piece(tmp_path, chunks[0]).write_bytes(b"finished")
+    score_part_path(tmp_path, chunks[0]).write_bytes(b"finished")
     scorer = Scorer(digits_run.config, digits_run.dir / "prepared", digits_run.dir / "proxies", CPU)
-    assert list(scorer.score([(chunks[0], score_piece(tmp_path, chunks[0]))])) == [chunks[0].rows]
-    assert score_piece(tmp_path, chunks[0]).read_bytes() == b"finished"
+    assert list(scorer.score([(chunks[0], score_part_path(tmp_path, chunks[0]))])) == [chunks[0].rows]
+    assert score_part_path(tmp_path, chunks[0]).read_bytes() == b"finished"
 
 
 class Confidence:
@@ -277,7 +277,7 @@ def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
     scores, facts = score_table.read(run.dir / "scores.parquet")
     assert facts["useful"] == {"loss": "low", "Confidence": "high"}
     assert scores["score"].to_pylist() == scores["loss"].to_pylist()
-    values = matrix(scores["Confidence_values"]).reshape(-1, 2, 2)
+    values = lists_to_matrix(scores["Confidence_values"]).reshape(-1, 2, 2)
     assert scores["Confidence"].to_numpy() == pytest.approx(values[:, :, 1].mean(1))
     manifest = pq.read_table(run.dir / "manifest.parquet").to_pylist()
     for label in range(3):
@@ -289,4 +289,4 @@ def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
 
 def test_a_criterion_that_breaks_the_contract_is_refused():
     with pytest.raises(UserError, match="lacks useful, observe, aggregate"):
-        criteria_of(ScoreSection(criterion="json:JSONDecoder"))
+        build_criteria(ScoreSection(criterion="json:JSONDecoder"))

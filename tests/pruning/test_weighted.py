@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import rankdata
-from test_static import choose, kept, on_disk, skewed
+from test_select import choose, kept, on_disk, skewed
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.pruning.scoring import reliability
-from distill_at_scale.pruning.selection import quotas
-from distill_at_scale.pruning.selection import warnings as trust
+from distill_at_scale.pruning.selection import checks, quotas
 
 WEIGHTS = {"loss": 0.7, "el2n": 0.3}
 LOW = {"loss": True, "el2n": False}
@@ -158,7 +157,7 @@ NOISY = {"useful": {"loss": "low"}, "criteria": ["loss"], "trials": 5, "agreemen
 
 
 def test_trials_that_agree_poorly_are_said_with_the_number_that_would_do():
-    (line,) = trust.warnings(["loss"], NOISY, 1.0, None, {})
+    (line,) = checks.selection_warnings(["loss"], NOISY, 1.0, None, {})
     assert "agree to 0.30 only" in line
     assert "10 trials would reach 0.8 (score.trials, now 5)" in line  # 4 * 0.7 / 0.3 = 9.33
 
@@ -176,35 +175,39 @@ def test_trials_that_agree_poorly_are_said_with_the_number_that_would_do():
     ],
 )
 def test_no_warning_without_reason(names, table):
-    assert trust.warnings(names, table, 1.0, None, {}) == []
+    assert checks.selection_warnings(names, table, 1.0, None, {}) == []
 
 
 def test_trials_that_do_not_agree_at_all_are_beyond_mending():
-    (line,) = trust.warnings(["loss"], NOISY | {"agreement": {"trials": -0.1}}, 1.0, None, {})
+    (line,) = checks.selection_warnings(["loss"], NOISY | {"agreement": {"trials": -0.1}}, 1.0, None, {})
     assert "no number of trials" in line
 
 
 def test_a_rate_beyond_the_break_point_is_said():
-    broke = trust.BreakPoint(0.7, 0.5)
-    (line,) = trust.warnings(["random"], {}, 0.1, broke, {})
+    broke = checks.BreakPoint(0.7, 0.5)
+    (line,) = checks.selection_warnings(["random"], {}, 0.1, broke, {})
     assert line.startswith(
         "90.0% of the samples are dropped, but on this data accuracy broke at 70.0% and held at 50.0%"
     )
     assert line.endswith("raise select.keep to 0.5")
-    assert len(trust.warnings(["random"], {}, 0.3001, broke, {})) == 1  # the rate that broke, rounded class by class
-    assert trust.warnings(["random"], {}, 0.5, broke, {}) == []
+    assert (
+        len(checks.selection_warnings(["random"], {}, 0.3001, broke, {})) == 1
+    )  # the rate that broke, rounded class by class
+    assert checks.selection_warnings(["random"], {}, 0.5, broke, {}) == []
 
 
 def test_the_break_point_is_read_from_the_first_folder_that_has_the_study(tmp_path):
     second = tmp_path / "second" / "studies"
     second.mkdir(parents=True)
     (second / "interaction.json").write_text(json.dumps({"facts": {"break_drop": 0.4, "held_drop": 0.3}}))
-    assert trust.break_point_of([tmp_path / "first", tmp_path / "second"]) == trust.BreakPoint(0.4, 0.3)
-    assert trust.break_point_of([tmp_path / "first"]) is None
+    assert checks.measured_break_point([tmp_path / "first", tmp_path / "second"]) == checks.BreakPoint(0.4, 0.3)
+    assert checks.measured_break_point([tmp_path / "first"]) is None
 
 
 def test_noisy_monte_carlo_scores_are_said():
-    (line,) = trust.warnings(["monte_carlo"], {}, 1, None, {"reliability": 0.2, "more_subsets": 1500, "subsets": 100})
+    (line,) = checks.selection_warnings(
+        ["monte_carlo"], {}, 1, None, {"reliability": 0.2, "more_subsets": 1500, "subsets": 100}
+    )
     assert "reliability after 100 subsets is 0.20; about 1,500 more subsets would reach 0.8" in line
 
 

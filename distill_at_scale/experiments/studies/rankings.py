@@ -22,7 +22,7 @@ from distill_at_scale.core import rng
 from distill_at_scale.data.prepared.parquet import facts_of, open_table, reading
 from distill_at_scale.pruning.criteria import CRITERIA
 from distill_at_scale.pruning.scoring import score_table
-from distill_at_scale.pruning.scoring.columns import matrix
+from distill_at_scale.pruning.scoring.columns import lists_to_matrix
 from distill_at_scale.pruning.scoring.reliability import times_needed
 from distill_at_scale.pruning.selection.quotas import quota
 from distill_at_scale.pruning.selection.ranking import RANDOM
@@ -83,7 +83,7 @@ class Scores:
                 first, last = np.searchsorted(rows, [start, start + count])
                 if first < last:
                     found = self.file.read_row_group(group, [column])[column].take(rows[first:last] - start)
-                    parts.append(matrix(found) if "list" in str(found.type) else found.to_numpy())
+                    parts.append(lists_to_matrix(found) if "list" in str(found.type) else found.to_numpy())
                 start += count
         return np.concatenate(parts)
 
@@ -152,9 +152,9 @@ def jaccard(sets: Array) -> Array:
     return both / (sizes[:, None] + sizes[None] - both)
 
 
-def off_diagonal(matrix: Array) -> float:
+def off_diagonal(lists_to_matrix: Array) -> float:
     """The mean of all pairs."""
-    return float(matrix[np.triu_indices(len(matrix), 1)].mean())
+    return float(lists_to_matrix[np.triu_indices(len(lists_to_matrix), 1)].mean())
 
 
 def half_correlation(trials: Array, labels: Array, size: int, seed: int) -> float:

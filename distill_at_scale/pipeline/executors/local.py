@@ -26,7 +26,7 @@ from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline.executors.base import Advance, Chunks, Report
 from distill_at_scale.pipeline.executors.tasks import run_distillation, run_trial, subset_trials, threads, waiting_units
 from distill_at_scale.pipeline.monitoring.observers import Observer
-from distill_at_scale.pruning.scoring.scorer import Scorer, score_piece
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_part_path
 
 
 class LocalExecutor:
@@ -63,7 +63,7 @@ class LocalExecutor:
     def score(
         self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
     ) -> None:
-        waiting = [chunk for chunk in chunks if not score_piece(pieces, chunk).exists()]
+        waiting = [chunk for chunk in chunks if not score_part_path(pieces, chunk).exists()]
         advance(sum(chunk.rows for chunk in chunks) - sum(chunk.rows for chunk in waiting))
         if not waiting:
             return
@@ -71,7 +71,7 @@ class LocalExecutor:
             spent = TimeSpent()
             scorer = Scorer(config, prepared, checkpoints, self.device, spent)
             self._each(
-                "score", scorer.score([(chunk, score_piece(pieces, chunk)) for chunk in waiting]), advance, spent
+                "score", scorer.score([(chunk, score_part_path(pieces, chunk)) for chunk in waiting]), advance, spent
             )
 
     def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
@@ -94,14 +94,17 @@ class LocalExecutor:
 
     def rank_patches(self, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance) -> None:
         pieces = patch_ranking.parts_folder(places.networks, config)
-        waiting = [chunk for chunk in chunks if not score_piece(pieces, chunk).exists()]
+        waiting = [chunk for chunk in chunks if not score_part_path(pieces, chunk).exists()]
         advance(sum(chunk.rows for chunk in chunks) - sum(chunk.rows for chunk in waiting))
         if not waiting:
             return
         with threads(1):  # as each actor of a cluster does
             ranker = patch_ranking.PatchRanker(config, places.prepared, places.networks, self.device)
             self._each(
-                "rank", ranker.rank([(chunk, score_piece(pieces, chunk)) for chunk in waiting]), advance, TimeSpent()
+                "rank",
+                ranker.rank([(chunk, score_part_path(pieces, chunk)) for chunk in waiting]),
+                advance,
+                TimeSpent(),
             )
 
     def distill(self, config: Config, places: DistillPaths, report: Report) -> None:

@@ -18,10 +18,10 @@ from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import monte_carlo
 
 
-def waiting_units(config: Config, pieces: Path, advance: Advance) -> list[monte_carlo.Unit]:
+def waiting_units(config: Config, pieces: Path, advance: Advance) -> list[monte_carlo.SubsetRange]:
     """The units of random subsets that are still to be run; advances by the subsets of all others."""
-    units = monte_carlo.units(config.score.monte_carlo)
-    waiting = [unit for unit in units if not monte_carlo.piece(pieces, unit).exists()]
+    units = monte_carlo.subset_ranges(config.score.monte_carlo)
+    waiting = [unit for unit in units if not monte_carlo.subset_part_path(pieces, unit).exists()]
     advance(sum(unit[1] for unit in units) - sum(unit[1] for unit in waiting))
     return waiting
 

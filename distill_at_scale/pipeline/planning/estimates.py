@@ -22,7 +22,7 @@ from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout, Spread
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
 from distill_at_scale.pipeline.planning.step_benchmark import Distilled, Stopwatch
-from distill_at_scale.pruning.criteria.factory import criteria_of, needed_epochs
+from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
@@ -78,7 +78,7 @@ class Planner:
         spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
         trials, epochs = score.checkpoint_counts
         parts, sizes, side = {}, [], 1
-        criteria = criteria_of(score)
+        criteria = build_criteria(score)
         if not criteria:
             note = ["scores that need no proxies are not foreseen"] if set(score.criteria) != {RANDOM} else []
             return StageEstimate(

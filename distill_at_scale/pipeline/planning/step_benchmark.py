@@ -28,7 +28,7 @@ from distill_at_scale.pipeline.planning.dummy_data import MadeUp
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.memory import peak
 from distill_at_scale.pipeline.planning.micro_benchmarks import SECONDS, repeated, timed
-from distill_at_scale.pruning.scoring.scorer import score_piece
+from distill_at_scale.pruning.scoring.scorer import score_part_path
 
 SHORT = {"experts": 1, "expert_epochs": 1, "max_start": 0, "target_epochs": 1, "teacher_epochs": 1, "label_epochs": 1}
 DRAWN = ("real_batch", "candidates")  # keys of methods: real samples of a class that a step may see
@@ -230,7 +230,7 @@ def _rank(config: Config, places: DistillPaths, device: torch.device) -> None:
         return
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
-    units = [(chunk, score_piece(pieces, chunk)) for chunk in PreparedDataset(places.prepared).chunks("train")]
+    units = [(chunk, score_part_path(pieces, chunk)) for chunk in PreparedDataset(places.prepared).chunks("train")]
     list(patch_ranking.PatchRanker(config, places.prepared, places.networks, device).rank(units))
     patch_ranking.merge([path for _, path in units], candidates, config.distill.rded.crops, target)
 

@@ -17,7 +17,7 @@ from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline import fingerprints
 from distill_at_scale.pipeline.executors.base import Executor
-from distill_at_scale.pruning.scoring.scorer import score_piece
+from distill_at_scale.pruning.scoring.scorer import score_part_path
 from distill_at_scale.storage.run_dir import RunDir
 
 
@@ -47,10 +47,10 @@ def _rank_patches(
     if not target.exists():
         pieces.mkdir(parents=True, exist_ok=True)
         candidates, chunks = patch_ranking.draw_candidates(places.manifest, config, pieces), data.chunks("train")
-        before = sum(chunk.rows for chunk in chunks if score_piece(pieces, chunk).exists())
+        before = sum(chunk.rows for chunk in chunks if score_part_path(pieces, chunk).exists())
         with display.meter("rank", sum(chunk.rows for chunk in chunks), "samples", before) as meter:
             executor.rank_patches(config, places, chunks, meter.advance)
-        patch_ranking.merge([score_piece(pieces, chunk) for chunk in chunks], candidates, section.crops, target)
+        patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, section.crops, target)
         shutil.rmtree(pieces)
     wanted = config.distill.ipc * section.factor**2
     if few := sum(kept < wanted for kept in patch_ranking.images_per_class(target, section.crops)):

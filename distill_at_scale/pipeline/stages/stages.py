@@ -38,13 +38,13 @@ from distill_at_scale.pipeline.monitoring.tensorboard import TensorBoard
 from distill_at_scale.pipeline.monitoring.timeline import Timeline
 from distill_at_scale.pipeline.report import run_report
 from distill_at_scale.pipeline.stages import networks
-from distill_at_scale.pruning.criteria.factory import criteria_of
+from distill_at_scale.pruning.criteria.factory import build_criteria
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import extra_columns, imported, score_table, scorer
-from distill_at_scale.pruning.scoring.scorer import score_piece
+from distill_at_scale.pruning.scoring.scorer import score_part_path
+from distill_at_scale.pruning.selection import checks
 from distill_at_scale.pruning.selection import select as static
-from distill_at_scale.pruning.selection import warnings as trust
-from distill_at_scale.pruning.selection.ranking import columns_of
+from distill_at_scale.pruning.selection.ranking import score_columns
 from distill_at_scale.storage.filesystem import shown
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 from distill_at_scale.storage.stage_record import StageInputs
@@ -129,14 +129,14 @@ class Stages:
         scorer.check(self.config, data)
         distill.check(self.config, data, data.counts("train"))  # what no selection can mend
         extra_columns.check(self.config, data)
-        if not criteria_of(score):
+        if not build_criteria(score):
             return self._write_unscored(data)
         work, prepared = self.dir.work("score", inputs), self.dir / "prepared"
         checkpoints, pieces = work / "proxies", work / "pieces"
         began = time.perf_counter()
         chunks = data.chunks("train")
         pieces.mkdir(exist_ok=True)
-        paths = [score_piece(pieces, chunk) for chunk in chunks]
+        paths = [score_part_path(pieces, chunk) for chunk in chunks]
         if score.weights is None and not all(path.exists() for path in paths):
             self._train_proxies(data, prepared, checkpoints)
         trained = time.perf_counter()
@@ -166,7 +166,7 @@ class Stages:
         return self._score_outputs(), {"mean_score": written["mean_score"]}
 
     def _brought(self, data: PreparedDataset) -> dict[str, Any]:
-        return extra_columns.columns_of(self.config, self.dir, data, lambda: self.executor, self.display)
+        return extra_columns.load(self.config, self.dir, data, lambda: self.executor, self.display)
 
     def _score_outputs(self) -> list[Path]:
         return [self.dir / "scores.parquet", *extra_columns.outputs(self.config, self.dir)]
@@ -188,7 +188,7 @@ class Stages:
 
     def _select(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         scores, path = self.dir / "scores.parquet", self.dir / "manifest.parquet"
-        about, criterion = score_table.facts(scores), columns_of(self.config.criterion)
+        about, criterion = score_table.facts(scores), score_columns(self.config.criterion)
         low = {name: end == "low" for name, end in about["useful"].items()}
         minimum, seed = self.config.min_per_class, self.config.select_seed
         with manifest.writing(path) as out:
@@ -206,11 +206,11 @@ class Stages:
         return [path], {key: chosen[key] for key in ("kept", "of", "reached")}
 
     def _doubts(self, criterion: str | dict[str, float], about: dict[str, Any], kept: float) -> list[str]:
-        """What is known against a selection; see pruning/trust.py."""
+        """What is known against a selection; see pruning/checks.py."""
         names = [criterion] if isinstance(criterion, str) else list(criterion)
         folders = [self.dir.path] if self.dir.reuse is None else [self.dir.path, self.dir.reuse.path]
-        sampled = trust.monte_carlo_facts(self.dir / extra_columns.TABLE)
-        return trust.warnings(names, about, kept, trust.break_point_of(folders), sampled)
+        sampled = checks.monte_carlo_facts(self.dir / extra_columns.TABLE)
+        return checks.selection_warnings(names, about, kept, checks.measured_break_point(folders), sampled)
 
     def _distill(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         facts = manifest.facts(self.dir / "manifest.parquet")

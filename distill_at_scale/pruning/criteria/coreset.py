@@ -17,7 +17,7 @@ BLOCK = 2**22  # numbers of a block of distances: 16 MB
 KEPT = 2**26  # numbers of all inner products of a class that are kept: 256 MB, a class of 8192
 
 
-def mean_distances(features: Array, neighbours: int) -> Array:
+def neighbour_distances(features: Array, neighbours: int) -> Array:
     """The mean distance of every sample to its nearest neighbours, or to all others where they are fewer; float32 [n].
 
     0 for a sample that is alone.
@@ -46,7 +46,7 @@ def _exact(features: Array, start: int, nearest: Array) -> Array:
     return total / nearest.shape[1]
 
 
-def mean_matching(features: Array) -> Array:
+def herding_ranks(features: Array) -> Array:
     """The rank of every sample, float32 [n]: next is the one that takes the mean of the picked nearest to that of all."""
     centred, squares = _centred(features)
     products = _products(centred)
@@ -60,7 +60,7 @@ def mean_matching(features: Array) -> Array:
     return ranks
 
 
-def farthest_points(features: Array) -> Array:
+def k_center_ranks(features: Array) -> Array:
     """The rank of every sample, float32 [n]: first the one nearest the mean, then the farthest from all that are picked."""
     centred, squares = _centred(features)
     products = _products(centred)

@@ -11,7 +11,7 @@ import numpy as np
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.pruning.criteria.base import Array, mean
-from distill_at_scale.pruning.criteria.coreset import mean_distances
+from distill_at_scale.pruning.criteria.coreset import neighbour_distances
 
 
 class Density:
@@ -27,7 +27,7 @@ class Density:
 
     def observe_class(self, features: Array) -> Array:
         trials = range(features.shape[1])
-        return np.stack([mean_distances(features[:, trial], self.neighbours) for trial in trials], 1)
+        return np.stack([neighbour_distances(features[:, trial], self.neighbours) for trial in trials], 1)
 
     def aggregate(self, values: Array) -> Array:
         return mean(values)

@@ -24,7 +24,7 @@ MONTE_CARLO = "monte_carlo"
 Criteria = Mapping[str, Criterion | ClassCriterion]
 
 
-def criteria_of(section: ScoreSection) -> dict[str, Any]:
+def build_criteria(section: ScoreSection) -> dict[str, Any]:
     """The criteria that are computed from checkpoints, by the names in the configuration and in their order.
 
     Raises UserError for one that is unknown, does not keep its contract, or does not fit the section.
@@ -77,25 +77,25 @@ def _check_promises(name: str, made: Any, count: int) -> None:
         )
 
 
-def class_wise(criterion: Any) -> bool:
+def is_class_criterion(criterion: Any) -> bool:
     return hasattr(criterion, "observe_class")
 
 
-def sees_features(criterion: Any) -> bool:
-    return class_wise(criterion) or getattr(criterion, "sees_features", False)
+def needs_features(criterion: Any) -> bool:
+    return is_class_criterion(criterion) or getattr(criterion, "sees_features", False)
 
 
 def epochs_of(criterion: Any, count: int) -> list[int]:
     """The epochs, ascending and from 0, that a criterion needs of `count`."""
-    if class_wise(criterion):
+    if is_class_criterion(criterion):
         return [count - 1]
     return list(criterion.epochs(count)) if hasattr(criterion, "epochs") else list(range(count))
 
 
-def values_of(criterion: Any, checkpoints: tuple[int, int]) -> tuple[int, int]:
+def value_shape(criterion: Any, checkpoints: tuple[int, int]) -> tuple[int, int]:
     """Trials and epochs of its values; (1, 1) where it has one for all trials together."""
     trials, count = checkpoints
-    if class_wise(criterion) and not criterion.by_trial:
+    if is_class_criterion(criterion) and not criterion.by_trial:
         return 1, 1
     return trials, len(epochs_of(criterion, count))
 

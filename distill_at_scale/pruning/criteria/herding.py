@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from distill_at_scale.pruning.criteria.base import Array, mean
-from distill_at_scale.pruning.criteria.coreset import mean_matching
+from distill_at_scale.pruning.criteria.coreset import herding_ranks
 
 
 class Herding:
@@ -17,7 +17,7 @@ class Herding:
     by_trial = False
 
     def observe_class(self, features: Array) -> Array:
-        return mean_matching(features.reshape(len(features), -1))[:, None]
+        return herding_ranks(features.reshape(len(features), -1))[:, None]
 
     def aggregate(self, values: Array) -> Array:
         return mean(values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from distill_at_scale.pruning.criteria.base import Array, mean
-from distill_at_scale.pruning.criteria.coreset import farthest_points
+from distill_at_scale.pruning.criteria.coreset import k_center_ranks
 
 
 class KCenter:
@@ -17,7 +17,7 @@ class KCenter:
     by_trial = False
 
     def observe_class(self, features: Array) -> Array:
-        return farthest_points(features.reshape(len(features), -1))[:, None]
+        return k_center_ranks(features.reshape(len(features), -1))[:, None]
 
     def aggregate(self, values: Array) -> Array:
         return mean(values)

@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         """Logits and, behind them, features: float32 [n, classes + features]."""
         images: Tensor = self.layout.images(self.images(pixels))
         with autocast(self.precision, self.device):
-            if has_parts(self.network):
+            if has_embedding(self.network):
                 features = self.network.embed(images)  # type: ignore[operator]
                 logits = self.network.classifier(features)  # type: ignore[operator]
             else:
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
 
     def _watched(self, images: Tensor) -> tuple[Tensor, Tensor]:
         caught: list[Tensor] = []
-        if (last := last_layer(self.network)) is None:
+        if (last := last_linear(self.network)) is None:
             raise UserError(_without_features(self.spec))
         hook = last.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0]))
         try:
@@ -68,11 +68,11 @@ class Classifier(nn.Module):
         return logits, caught[-1]
 
 
-def has_parts(network: nn.Module) -> bool:
+def has_embedding(network: nn.Module) -> bool:
     return callable(getattr(network, "embed", None)) and isinstance(getattr(network, "classifier", None), nn.Linear)
 
 
-def last_layer(network: nn.Module) -> nn.Linear | None:
+def last_linear(network: nn.Module) -> nn.Linear | None:
     """The last layer that is linear, if the network ends with one."""
     found = [layer for layer in network.modules() if not any(True for _ in layer.children())]
     linear = [layer for layer in found if isinstance(layer, nn.Linear)]
@@ -82,7 +82,7 @@ def last_layer(network: nn.Module) -> nn.Linear | None:
 def check_features(spec: NetworkSpec) -> None:
     """Raises UserError where the network has no features that a criterion could see."""
     network = spec.skeleton()
-    if not has_parts(network) and last_layer(network) is None:
+    if not has_embedding(network) and last_linear(network) is None:
         raise UserError(_without_features(spec))
 
 
@@ -93,13 +93,13 @@ def _without_features(spec: NetworkSpec) -> str:
     )
 
 
-class Eye:
+class CompiledClassifier:
     """A classifier ready to be loaded with checkpoints: what it says of pixels, in parts that fit."""
 
     def __init__(self, classifier: Classifier, at_once: int, compile: str, work: int):
         self.classifier, self.at_once = classifier, at_once
         self.forward = maybe_compile(classifier, compile, work)
-        choice = compile if has_parts(classifier.network) else "never"
+        choice = compile if has_embedding(classifier.network) else "never"
         self.with_features: Callable[[Tensor], Tensor] = maybe_compile(classifier.with_features, choice, work)
         self.gradient_norms = GradientNorms(classifier.spec, classifier.network)
 
@@ -109,13 +109,15 @@ class Eye:
         self.classifier.std.copy_(std)
 
 
-class Look:
+class BatchOutputs:
     """What criteria may see of some samples under the checkpoint that an eye is loaded with (criteria.base.Seen).
 
     `pixels` are padded to whole parts; `columns` are the logits of the data's classes, None for all.
     """
 
-    def __init__(self, eye: Eye, pixels: Tensor, labels: Tensor, columns: Sequence[int] | None, features: bool):
+    def __init__(
+        self, eye: CompiledClassifier, pixels: Tensor, labels: Tensor, columns: Sequence[int] | None, features: bool
+    ):
         self.eye, self.pixels, self._labels, self.columns, self.wide = eye, pixels, labels, columns, features
 
     @property
@@ -144,7 +146,7 @@ class Look:
         return in_parts(self.eye.with_features, self.pixels, self.eye.at_once)[: len(self.labels)]
 
 
-def projected(features: Tensor, dimensions: int) -> Tensor:
+def random_projection(features: Tensor, dimensions: int) -> Tensor:
     """Features [n, many] -> [n, dimensions] with about the same distances (Johnson & Lindenstrauss 1984); fewer stay as they
     are. The projection is random but always the same, whatever the run's seed: ready-made weights depend on none.
     """

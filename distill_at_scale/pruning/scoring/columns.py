@@ -21,13 +21,21 @@ import pyarrow.compute as pc
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.pruning.criteria.factory import class_wise, column_of, criteria_of, epochs_of, values_of
-from distill_at_scale.pruning.scoring.reliability import Agreement
+from distill_at_scale.pruning.criteria.factory import (
+    build_criteria,
+    column_of,
+    epochs_of,
+    is_class_criterion,
+    value_shape,
+)
+from distill_at_scale.pruning.scoring.reliability import TrialAgreement
 from distill_at_scale.pruning.scoring.scorer import FEATURES
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
 Array = np.ndarray[Any, Any]
-Part = tuple[Path, pa.Table]  # where rows were read, for messages, and the rows: sample_id, label, lists of values
+ScoredPart = tuple[
+    Path, pa.Table
+]  # where rows were read, for messages, and the rows: sample_id, label, lists of values
 
 
 class Column(Protocol):
@@ -43,13 +51,13 @@ class Column(Protocol):
         """
 
 
-class Columns:
+class ScoreColumns:
     """What a configuration publishes of every sample, and the facts about it; holds what agreement is measured on."""
 
     def __init__(self, config: Config, more: Mapping[str, Column]):
         score = config.score
-        self.criteria, self.more, self.checkpoints = criteria_of(score), dict(more), score.checkpoint_counts
-        self.class_wise = any(class_wise(criterion) for criterion in self.criteria.values())
+        self.criteria, self.more, self.checkpoints = build_criteria(score), dict(more), score.checkpoint_counts
+        self.class_wise = any(is_class_criterion(criterion) for criterion in self.criteria.values())
         made = {**self.criteria, **self.more}
         if lacking := [name for name in score.criteria if name not in made and name != RANDOM]:
             raise ValueError(f"nobody brings the column of score.criterion = {lacking[0]!r}")
@@ -57,13 +65,15 @@ class Columns:
         self.useful = {column_of(name): made[name].useful for name in names}
         self.names, self.first = list(self.useful), names[0] if names else None
         self.seed = {} if score.weights is not None else {"seed": config.run.seed}  # ready-made weights depend on none
-        self.agreement = Agreement(self.criteria[names[0]].aggregate) if self.first in self.criteria else None
+        self.agreement = TrialAgreement(self.criteria[names[0]].aggregate) if self.first in self.criteria else None
 
     @cached_property
     def lists(self) -> dict[str, int]:
         """Columns whose values are published too, and how many there are per sample."""
-        shapes = {name: values_of(criterion, self.checkpoints) for name, criterion in self.criteria.items()}
-        listed = [name for name, criterion in self.criteria.items() if not class_wise(criterion) or criterion.by_trial]
+        shapes = {name: value_shape(criterion, self.checkpoints) for name, criterion in self.criteria.items()}
+        listed = [
+            name for name, criterion in self.criteria.items() if not is_class_criterion(criterion) or criterion.by_trial
+        ]
         return {column_of(name): math.prod(shapes[name]) for name in listed}
 
     @property
@@ -84,13 +94,13 @@ class Columns:
         brought = {column_of(name): facts for name, column in self.more.items() if (facts := column.facts)}
         return {"trials": trials, "epochs": epochs, **about, **self.seed} | ({"brought": brought} if brought else {})
 
-    def of(self, parts: Iterable[Part]) -> Iterator[pa.Table]:
+    def of(self, parts: Iterable[ScoredPart]) -> Iterator[pa.Table]:
         """The published columns, part by part, or class by class where a criterion looks at whole classes.
 
         Raises UserError where the values do not fit the checkpoints, or a criterion does not make one score of every
         sample's.
         """
-        for piece, table in classes(parts) if self.class_wise else parts:
+        for piece, table in by_class(parts) if self.class_wise else parts:
             yield self._made(piece, table)
 
     def _made(self, piece: Path, table: pa.Table) -> pa.Table:
@@ -114,8 +124,8 @@ class Columns:
     def _values(self, piece: Path, name: str, table: pa.Table) -> Array:
         """What a criterion aggregates: float32 [n, trials, epochs]."""
         criterion, trials = self.criteria[name], self.checkpoints[0]
-        shape = values_of(criterion, self.checkpoints)
-        if class_wise(criterion):
+        shape = value_shape(criterion, self.checkpoints)
+        if is_class_criterion(criterion):
             found = np.asarray(criterion.observe_class(_features(table).reshape(table.num_rows, trials, -1)))
             if found.shape != (table.num_rows, shape[0]):
                 raise UserError(
@@ -123,7 +133,7 @@ class Columns:
                     f"must return [samples, {shape[0]}]"
                 )
             return found.reshape(-1, *shape)
-        found = matrix(table[name])
+        found = lists_to_matrix(table[name])
         if found.shape[1:] != (math.prod(shape),):
             raise UserError(
                 f"{piece} holds {found.shape[1]} values of {name} per sample, not {math.prod(shape)}; remove the score work "
@@ -134,7 +144,7 @@ class Columns:
 
 def _features(table: pa.Table) -> Array:
     """float32 [n, trials * dimensions]. Raises UserError where one is not finite: no order could be made of them."""
-    found = matrix(table[FEATURES])
+    found = lists_to_matrix(table[FEATURES])
     wrong = np.flatnonzero(~np.isfinite(found).all(1))
     if len(wrong):
         name = table["sample_id"][int(wrong[0])].as_py()
@@ -155,7 +165,7 @@ def _scores(name: str, found: Any, count: int) -> Array:
     return scores
 
 
-def classes(parts: Iterable[Part]) -> Iterator[Part]:
+def by_class(parts: Iterable[ScoredPart]) -> Iterator[ScoredPart]:
     """The same rows, sorted by label, class by class; memory holds one class and a part."""
     held: list[pa.Table] = []
     for piece, table in parts:
@@ -170,7 +180,7 @@ def classes(parts: Iterable[Part]) -> Iterator[Part]:
         yield piece, pa.concat_tables(held)
 
 
-def matrix(column: pa.ChunkedArray) -> Array:
+def lists_to_matrix(column: pa.ChunkedArray) -> Array:
     """A column of equally long lists as [n, values]; [0, 1] where there is no row.
 
     Raises ValueError where the lists differ in length.
@@ -210,7 +220,7 @@ class ExtraColumn:
         return self.scores[first:end]
 
 
-def ids_of(prepared: PreparedDataset) -> pa.Array:
+def training_ids(prepared: PreparedDataset) -> pa.Array:
     """The ids of the training samples, by label and id, as a string array [n]."""
     parts = [prepared.read(chunk, columns=["sample_id"])["sample_id"] for chunk in prepared.chunks("train")]
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string()).combine_chunks()

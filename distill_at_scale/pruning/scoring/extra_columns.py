@@ -17,7 +17,7 @@ from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 from distill_at_scale.pruning.scoring import imported, monte_carlo, monte_carlo_utility
-from distill_at_scale.pruning.scoring.columns import ExtraColumn, ids_of
+from distill_at_scale.pruning.scoring.columns import ExtraColumn, training_ids
 from distill_at_scale.storage.run_dir import RunDir
 
 TABLE = "monte_carlo.parquet"  # in the run folder: standard errors and counts
@@ -36,7 +36,7 @@ def check(config: Config, prepared: PreparedDataset) -> None:
         monte_carlo.check(config, prepared)
 
 
-def columns_of(
+def load(
     config: Config, run: RunDir, prepared: PreparedDataset, executor: Callable[[], Subsets], display: Display
 ) -> dict[str, ExtraColumn]:
     """Every such column, by name; runs the subsets that are not there yet.
@@ -47,7 +47,7 @@ def columns_of(
         monte_carlo.check(config, prepared)
     elif not config.score.imported:
         return {}
-    ids = ids_of(prepared)
+    ids = training_ids(prepared)
     found = imported.columns(config, ids)
     for name, file in config.score.imported.items():
         display.say(f"  {name}: {len(ids)} scores from {file}")
@@ -64,15 +64,15 @@ def outputs(config: Config, run: RunDir) -> Iterable[Path]:
 def _of_subsets(
     config: Config, run: RunDir, prepared: PreparedDataset, executor: Callable[[], Subsets], display: Display, ids: pa.Array
 ) -> ExtraColumn:  # fmt: skip
-    section, folder = config.score.monte_carlo, f"monte_carlo/{monte_carlo.key_of(config, prepared)}"
+    section, folder = config.score.monte_carlo, f"monte_carlo/{monte_carlo.work_key(config, prepared)}"
     run.take_over_files(folder)
     (run / folder).mkdir(parents=True, exist_ok=True)
     with display.meter("Monte Carlo", section.subsets, "subsets") as meter:
         executor().monte_carlo(config, prepared.folder, run / folder, meter.advance)
     found = monte_carlo_utility.estimate(
-        monte_carlo_utility.accuracies(run / folder, section), prepared.counts(), section, config.run.seed
+        monte_carlo_utility.read_accuracies(run / folder, section), prepared.counts(), section, config.run.seed
     )
-    for line in monte_carlo_utility.sentence(found.facts):
+    for line in monte_carlo_utility.summary(found.facts):
         display.say(line)
     labels = np.repeat(np.arange(len(prepared.counts())), prepared.counts())
     monte_carlo_utility.write(run / TABLE, ids, labels, found)

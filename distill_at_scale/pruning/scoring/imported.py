@@ -33,7 +33,7 @@ from distill_at_scale.pruning.scoring.columns import ExtraColumn
 
 Array = np.ndarray[Any, Any]
 SUFFIXES = (".json", ".npy", ".npz", ".csv", ".parquet")
-TAKEN = ("sample_id", "label", "score", "random", "kept", "rank")  # names that a column of the tables has already
+RESERVED = ("sample_id", "label", "score", "random", "kept", "rank")  # names that a column of the tables has already
 MOST_UNPACKED = 2**32  # bytes of an .npz: five trials of a hundred million samples
 NAME = re.compile(r"[A-Za-z]\w*")
 AS_TEXT = pyarrow.csv.ConvertOptions(column_types={"sample_id": pa.string()})  # 0001 is no number, and NA not missing
@@ -86,7 +86,7 @@ def check_names(score: ScoreSection, criteria: Mapping[str, Any]) -> None:
     for name, file in score.imported.items():
         if not NAME.fullmatch(name) or name.endswith("_values"):
             raise UserError(f"score.imported: {name!r} is no name for scores; take letters, digits and underscores")
-        if name in criteria or name in TAKEN:
+        if name in criteria or name in RESERVED:
             raise UserError(
                 f"score.imported: {name!r} is the name of a criterion or column already; choose another name"
             )

@@ -37,7 +37,7 @@ HELD_BYTES = 2**30  # a training split up to this is kept in memory by every pro
 BATCH, MOMENTUM = 256, 0.9
 
 Array = np.ndarray[Any, Any]
-Unit = tuple[int, int]  # the first subset, and how many
+SubsetRange = tuple[int, int]  # the first subset, and how many
 Distil = Callable[[Mapping[int, Tensor], int], tuple[Tensor, Tensor]]
 # stored samples by class [n, *shape] and the number of the subset -> normalised images [m, *shape], labels [m]
 
@@ -50,7 +50,7 @@ class Subset:
     validation: Array
 
 
-def draw(seed: int, subset: int, counts: Sequence[int], section: MonteCarloSection) -> list[Subset]:
+def draw_subset(seed: int, subset: int, counts: Sequence[int], section: MonteCarloSection) -> list[Subset]:
     """A subset by class; of a class of fewer than twice `per_class` samples half is learned from."""
     generator, found = rng.numpy_generator(seed, "monte carlo", subset), []
     for count in counts:
@@ -79,7 +79,7 @@ def check(config: Config, prepared: PreparedDataset) -> None:
         )
 
 
-def key_of(config: Config, prepared: PreparedDataset) -> str:
+def work_key(config: Config, prepared: PreparedDataset) -> str:
     """Stands for everything that the accuracy of a subset depends on; not for how many there are."""
     score = config.score
     section = score.monte_carlo.model_dump(exclude={"subsets", "at_once", *(() if _distils(config) else ("steps",))})
@@ -87,13 +87,13 @@ def key_of(config: Config, prepared: PreparedDataset) -> str:
     return digest([section, score.network, score.depth, config.run.seed, prepared.fingerprint, dc])[:16]
 
 
-def units(section: MonteCarloSection) -> list[Unit]:
+def subset_ranges(section: MonteCarloSection) -> list[SubsetRange]:
     return [
         (first, min(section.at_once, section.subsets - first)) for first in range(0, section.subsets, section.at_once)
     ]
 
 
-def piece(pieces: Path, unit: Unit) -> Path:
+def subset_part_path(pieces: Path, unit: SubsetRange) -> Path:
     return pieces / f"subsets-{unit[0]:07d}-{unit[1]}.safetensors"
 
 
@@ -114,17 +114,17 @@ class SubsetTrials:
         held = sum(self.counts) * self.prepared.value_bytes <= HELD_BYTES
         self.pixels = dict(self._by_class()) if held else None
 
-    def publish(self, unit: Unit, pieces: Path) -> None:
+    def publish(self, unit: SubsetRange, pieces: Path) -> None:
         """Run the subsets of a unit and leave their accuracies, float32 [subsets, classes]."""
         found = torch.stack([self.run(subset) for subset in range(unit[0], sum(unit))])
-        safetensors_io.save(piece(pieces, unit), {"accuracies": found})
+        safetensors_io.save(subset_part_path(pieces, unit), {"accuracies": found})
 
     def run(self, subset: int) -> Tensor:
         """The accuracy of every class, float32 [classes], as the mean over the networks.
 
         Raises DistillationDiverged where a weight is not finite.
         """
-        drawn = draw(self.seed, subset, self.counts, self.section)
+        drawn = draw_subset(self.seed, subset, self.counts, self.section)
         learned = {c: self._take(c, parts.members) for c, parts in enumerate(drawn)}
         images, labels = self._given(learned) if self.distil is None else self.distil(learned, subset)
         tested = self._normal(torch.cat([self._take(c, parts.validation) for c, parts in enumerate(drawn)]))

@@ -24,7 +24,7 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 from distill_at_scale.pruning.scoring import monte_carlo
-from distill_at_scale.pruning.scoring.reliability import WANTED, spearman_brown, times_needed
+from distill_at_scale.pruning.scoring.reliability import TARGET, spearman_brown, times_needed
 
 Array = np.ndarray[Any, Any]
 
@@ -40,14 +40,14 @@ class UtilityEstimate:
     facts: dict[str, Any]
 
 
-def accuracies(pieces: Path, section: MonteCarloSection) -> Array:
+def read_accuracies(pieces: Path, section: MonteCarloSection) -> Array:
     """Of all subsets, float32 [subsets, classes].
 
     Raises UserError where a unit is missing.
     """
     found = []
-    for unit in monte_carlo.units(section):
-        path = monte_carlo.piece(pieces, unit)
+    for unit in monte_carlo.subset_ranges(section):
+        path = monte_carlo.subset_part_path(pieces, unit)
         if not path.exists():
             raise UserError(f"{path} is missing; give the command again to run its subsets")
         found.append(safetensors_io.load(path)["accuracies"].numpy())
@@ -61,7 +61,7 @@ def estimate(found: Array, counts: Sequence[int], section: MonteCarloSection, se
     squares = np.zeros(starts[-1])
     for subset, row in enumerate(found.astype(np.float64)):
         half = subset % 2
-        for label, drawn in enumerate(monte_carlo.draw(seed, subset, counts, section)):
+        for label, drawn in enumerate(monte_carlo.draw_subset(seed, subset, counts, section)):
             places = starts[label] + drawn.members
             held[half, places] += 1
             sums[half, places] += row[label]
@@ -123,7 +123,7 @@ def _within(values: Array, labels: Array, which: Array) -> Array:
     return chosen - (sums / np.maximum(sizes, 1))[of]
 
 
-def sentence(facts: dict[str, Any]) -> list[str]:
+def summary(facts: dict[str, Any]) -> list[str]:
     """What the command shows."""
     lines = []
     if facts["standard_error"] is not None:
@@ -134,9 +134,9 @@ def sentence(facts: dict[str, Any]) -> list[str]:
         )
         more = facts["more_subsets"]
         if more is None:
-            lines.append(f"  no signal beyond the noise yet, so it cannot be said how many subsets reach {WANTED:g}")
+            lines.append(f"  no signal beyond the noise yet, so it cannot be said how many subsets reach {TARGET:g}")
         elif more:
-            lines.append(f"  about {more:,} more subsets would reach a reliability of {WANTED:g}")
+            lines.append(f"  about {more:,} more subsets would reach a reliability of {TARGET:g}")
     if facts["missed"]:
         lines.append(f"  {facts['missed']} samples were in no subset and get the mean of their class")
     return lines

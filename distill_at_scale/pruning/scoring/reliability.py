@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-WANTED = 0.8  # the reliability that advice aims at
+TARGET = 0.8  # the reliability that advice aims at
 
 
 def spearman_brown(agreement: float, times: float) -> float:
@@ -22,7 +22,7 @@ def spearman_brown(agreement: float, times: float) -> float:
     return times * agreement / (1 + (times - 1) * agreement)
 
 
-def times_needed(agreement: float, wanted: float = WANTED) -> float:
+def times_needed(agreement: float, wanted: float = TARGET) -> float:
     """How many times as many measurements reach a reliability; infinite where none agree."""
     if agreement <= 0:
         return math.inf
@@ -32,13 +32,13 @@ def times_needed(agreement: float, wanted: float = WANTED) -> float:
 Array = np.ndarray[Any, Any]
 
 
-SAMPLES = 2000  # of a class, its first by id
+MAX_SAMPLES = 2000  # of a class, its first by id
 
 
-CLASSES = 100  # between half and all of so many, evenly spread, where there are more
+MAX_CLASSES = 100  # between half and all of so many, evenly spread, where there are more
 
 
-class Agreement:
+class TrialAgreement:
     """Takes the values of samples, sorted by label, and holds those of the classes that it looks at."""
 
     def __init__(self, aggregate: Callable[[Array], Array]):
@@ -55,10 +55,10 @@ class Agreement:
 
     def _hold(self, label: int, values: Array) -> None:
         parts = self.held.setdefault(label, [])
-        room = SAMPLES - sum(map(len, parts))
+        room = MAX_SAMPLES - sum(map(len, parts))
         if room > 0:
             parts.append(values[:room].copy())
-        while len(self.held) > CLASSES:
+        while len(self.held) > MAX_CLASSES:
             self.every *= 2
             self.held = {label: parts for label, parts in self.held.items() if label % self.every == 0}
 

@@ -26,7 +26,7 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import RowGroupWriter, check_rows, facts_of, open_table, reading
-from distill_at_scale.pruning.scoring.columns import Column, Columns, Part
+from distill_at_scale.pruning.scoring.columns import Column, ScoreColumns, ScoredPart
 
 Array = np.ndarray[Any, Any]
 
@@ -59,8 +59,10 @@ def write_unscored(
     return _publish(path, ((path, table.select(["sample_id", "label"])) for table in rows), config, more)
 
 
-def _publish(path: Path, parts: Iterable[Part], config: Config, more: Mapping[str, Column] | None) -> dict[str, Any]:
-    columns, sums, rows = Columns(config, more or {}), [], 0
+def _publish(
+    path: Path, parts: Iterable[ScoredPart], config: Config, more: Mapping[str, Column] | None
+) -> dict[str, Any]:
+    columns, sums, rows = ScoreColumns(config, more or {}), [], 0
     encoding = _encoding(columns.names)
     with publish(path) as temporary, RowGroupWriter(temporary, columns.schema, KEY, ROWS, **encoding) as out:
         for scores in columns.of(parts):

@@ -32,21 +32,27 @@ from distill_at_scale.models import pretrained
 from distill_at_scale.models.spec import NetworkSpec, will_compile
 from distill_at_scale.pruning.criteria.base import Criterion
 from distill_at_scale.pruning.criteria.factory import (
-    class_wise,
-    criteria_of,
+    build_criteria,
     epochs_of,
+    is_class_criterion,
     needed_epochs,
-    sees_features,
+    needs_features,
 )
 from distill_at_scale.pruning.proxies import train as proxy
-from distill_at_scale.pruning.scoring.classifier import Classifier, Eye, Look, check_features, projected
+from distill_at_scale.pruning.scoring.classifier import (
+    BatchOutputs,
+    Classifier,
+    CompiledClassifier,
+    check_features,
+    random_projection,
+)
 
 FEATURES = "features"  # of the last epoch of all trials, side by side: a column of pieces, not of the table
-Unit = tuple[Chunk, Path]  # what to score, and where the result goes
+ScoringUnit = tuple[Chunk, Path]  # what to score, and where the result goes
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ScoringCheckpoint:
     """Weights of a network with so many outputs, what it expects, and which outputs are the data's classes (None: all)."""
 
     state: Mapping[str, Tensor]
@@ -59,7 +65,7 @@ class Checkpoint:
 
 def check(config: Config, prepared: PreparedDataset) -> None:
     """Raises UserError, before anything is trained, where a criterion needs features that the network has not."""
-    if any(sees_features(criterion) for criterion in criteria_of(config.score).values()):
+    if any(needs_features(criterion) for criterion in build_criteria(config.score).values()):
         names = prepared.class_names
         check_features(proxy.network_spec(config.score, prepared.shape, len(names), prepared.kind))
 
@@ -73,7 +79,7 @@ class Scorer:
         """`spent` takes the seconds of read (which runs ahead of the rest), forward and write."""
         score, self.device, self.spent = config.score, device, spent or TimeSpent()
         self.prepared, self.dimensions = PreparedDataset(prepared), score.features
-        self.criteria = criteria_of(score)
+        self.criteria = build_criteria(score)
         (_, epochs), self.last = score.checkpoint_counts, score.checkpoint_counts[1] - 1
         self.needed = needed_epochs(self.criteria.values(), epochs)
         self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
@@ -82,17 +88,17 @@ class Scorer:
         self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
         self.layout = self.spec.layout("score", device, will_compile(score.compile, work))
-        self.eyes: dict[int, Eye] = {}
+        self.eyes: dict[int, CompiledClassifier] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
             classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.layout)
-            self.eyes[outputs] = Eye(classifier, self.at_once, score.compile, work)
+            self.eyes[outputs] = CompiledClassifier(classifier, self.at_once, score.compile, work)
 
-    def _trained(self, score: ScoreSection, folder: Path) -> list[Checkpoint]:
+    def _trained(self, score: ScoreSection, folder: Path) -> list[ScoringCheckpoint]:
         places = [(t, e) for t in range(score.trials) for e in self.needed]
         found = ((e, proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, t, e)))) for t, e in places)
         return [self._checkpoint(state, self.spec, None, None, epoch) for epoch, state in found]
 
-    def _given(self, score: ScoreSection) -> list[Checkpoint]:
+    def _given(self, score: ScoreSection) -> list[ScoringCheckpoint]:
         names = self.prepared.class_names, self.prepared.source_class_names
         found = (pretrained.load(name, self.spec, *names) for name in score.weight_names)
         return [
@@ -106,15 +112,15 @@ class Scorer:
         normalization: Any,
         columns: list[int] | None,
         epoch: int = 0,
-    ) -> Checkpoint:
+    ) -> ScoringCheckpoint:
         """Through a network of the kind, so that what belongs to a state beside its tensors stays with it."""
         network = spec.build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
         mean, std = (torch.tensor(values, device=self.device).view(spec.columns) for values in (mean, std))
-        return Checkpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns, epoch)
+        return ScoringCheckpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns, epoch)
 
-    def score(self, units: Sequence[Unit]) -> Iterator[int]:
+    def score(self, units: Sequence[ScoringUnit]) -> Iterator[int]:
         """Score and publish chunks; yields the number of samples of each, also of those that were there already."""
         there = {target for _, target in units if target.exists()}
         yield from (chunk.rows for chunk, target in units if target in there)
@@ -140,7 +146,7 @@ class Scorer:
         labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
         pixels = self._padded(pixels.to(self.device, non_blocking=True))
         pixels = self.layout.images(pixels)  # once, and as bytes
-        of_each = {name: criterion for name, criterion in self.criteria.items() if not class_wise(criterion)}
+        of_each = {name: criterion for name, criterion in self.criteria.items() if not is_class_criterion(criterion)}
         values: dict[str, list[Tensor]] = {name: [] for name in of_each}
         features: list[Tensor] = []
         for checkpoint in self.checkpoints:
@@ -149,16 +155,16 @@ class Scorer:
                 if checkpoint.epoch in self.epochs[name]:
                     values[name].append(_observed(name, criterion, seen))
             if checkpoint.epoch == self.last and len(of_each) < len(self.criteria):
-                features.append(projected(seen.features, self.dimensions))
+                features.append(random_projection(seen.features, self.dimensions))
         columns = {"sample_id": table["sample_id"], "label": table["label"]}
         columns |= {name: _lists(torch.stack(found, 1)) for name, found in values.items()}
         return pa.table(columns | ({FEATURES: _lists(torch.cat(features, 1))} if features else {}))
 
-    def _look(self, checkpoint: Checkpoint, pixels: Tensor, labels: Tensor) -> Look:
+    def _look(self, checkpoint: ScoringCheckpoint, pixels: Tensor, labels: Tensor) -> BatchOutputs:
         eye = self.eyes[checkpoint.outputs]
         eye.load(checkpoint.state, checkpoint.mean, checkpoint.std)
-        wide = any(checkpoint.epoch in self.epochs[n] and sees_features(c) for n, c in self.criteria.items())
-        return Look(eye, pixels, labels, checkpoint.columns, wide)
+        wide = any(checkpoint.epoch in self.epochs[n] and needs_features(c) for n, c in self.criteria.items())
+        return BatchOutputs(eye, pixels, labels, checkpoint.columns, wide)
 
     def _padded(self, pixels: Tensor) -> Tensor:
         """Whole batches of one size: one shape, one result."""
@@ -171,7 +177,7 @@ def decoding_threads(device: torch.device) -> int:
     return max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device.type == "cuda" else 1
 
 
-def _observed(name: str, criterion: Criterion, seen: Look) -> Tensor:
+def _observed(name: str, criterion: Criterion, seen: BatchOutputs) -> Tensor:
     """A criterion's values [n]. Raises UserError for another shape."""
     found = criterion.observe(seen)
     if found.shape != seen.labels.shape:
@@ -188,5 +194,5 @@ def _lists(values: Tensor) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(flat).reshape(-1)), flat.shape[1])
 
 
-def score_piece(pieces: Path, chunk: Chunk) -> Path:
+def score_part_path(pieces: Path, chunk: Chunk) -> Path:
     return pieces / f"chunk-{chunk.index:06d}.parquet"

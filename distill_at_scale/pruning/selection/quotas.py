@@ -13,7 +13,7 @@ import numpy as np
 
 from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.pruning.selection.ranking import Ranking
-from distill_at_scale.pruning.selection.score_reader import Samples
+from distill_at_scale.pruning.selection.score_reader import ScoreReader
 
 Array = np.ndarray[Any, Any]
 LEAST = 1e-9  # of the largest weight: what a class without any spread still gets, once the others are full
@@ -29,7 +29,7 @@ class Cut(Protocol):
         """What the manifest says of it beside the counts."""
 
 
-def cut_of(config: SelectSection, minimum: int, samples: Samples, ranking: Ranking) -> Cut:
+def build_cut(config: SelectSection, minimum: int, samples: ScoreReader, ranking: Ranking) -> Cut:
     if config.scope == "class":
         return ClassCut(config, minimum)
     return (GlobalCut if config.scope == "global" else AdaptiveCut)(config, minimum, samples, ranking)
@@ -40,7 +40,7 @@ def quota(share: float, count: int, minimum: int) -> int:
     return min(count, max(minimum, int(np.floor(share * count + 0.5 + 1e-9))))
 
 
-def asked(config: SelectSection, count: int) -> int:
+def requested(config: SelectSection, count: int) -> int:
     """How many of a class of `count` the rate, or the number per class, asks for."""
     return min(config.per_class or quota(config.rate, count, 0), count)
 
@@ -53,7 +53,7 @@ class ClassCut:
 
     def __call__(self, label: int, keys: Array, ranks: Array) -> tuple[Array, bool]:
         count = len(ranks)
-        wanted = asked(self.config, count)
+        wanted = requested(self.config, count)
         number = min(count, max(wanted, self.minimum))
         return _window(self.config, ranks, number), number > wanted
 
@@ -68,14 +68,14 @@ class AdaptiveCut:
     divided by their mean over the classes and added up by weight.
     """
 
-    def __init__(self, config: SelectSection, minimum: int, samples: Samples, ranking: Ranking):
+    def __init__(self, config: SelectSection, minimum: int, samples: ScoreReader, ranking: Ranking):
         self.config, found = config, {}
         for label, rows in samples.classes(ranking.columns):
             found[label] = rows.num_rows, ranking.spread(label, rows)
         counts = np.array([count for count, _ in found.values()], np.int64)
         self.spreads = _joined(np.array([spread for _, spread in found.values()]), ranking)
         lowest = np.minimum(minimum, counts)
-        budget = sum(max(asked(config, int(n)), int(low)) for n, low in zip(counts, lowest, strict=True))
+        budget = sum(max(requested(config, int(n)), int(low)) for n, low in zip(counts, lowest, strict=True))
         weights = counts * self.spreads
         numbers = allocate(budget, weights, lowest, counts)
         self.labels, self.counts = list(found), counts
@@ -124,7 +124,7 @@ class GlobalCut:
     Looks at all keys first (one pass over the scores alone), then takes the classes in order, each once.
     """
 
-    def __init__(self, config: SelectSection, minimum: int, samples: Samples, ranking: Ranking):
+    def __init__(self, config: SelectSection, minimum: int, samples: ScoreReader, ranking: Ranking):
         self.minimum = minimum
         keys, classes = ranking.all_keys(samples)
         total = len(keys)

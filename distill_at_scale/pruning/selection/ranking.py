@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.pruning.selection.score_reader import Samples
+from distill_at_scale.pruning.selection.score_reader import ScoreReader
 
 Array = np.ndarray[Any, Any]
 RANDOM = "random"  # the seeded control: a criterion that needs no scores
@@ -29,7 +29,7 @@ class Ranking(Protocol):
     """Ranks the samples of a class by one number each."""
 
     @property
-    def ascending(self) -> bool:
+    def smallest_first(self) -> bool:
         """Whether small numbers come first."""
 
     @property
@@ -52,11 +52,11 @@ class Ranking(Protocol):
     def keys(self, values: Array) -> Array:
         """Unsigned integers [n] that sort the numbers from the first to be kept to the last."""
 
-    def all_keys(self, samples: Samples) -> tuple[Array, int]:
+    def all_keys(self, samples: ScoreReader) -> tuple[Array, int]:
         """The keys of all samples, in order of label and position, and the number of classes."""
 
 
-def ranking_of(
+def build_ranking(
     criterion: str | Mapping[str, float], low_is_useful: bool | Mapping[str, bool], order: str, seed: int
 ) -> Ranking:
     """What select.criterion asks for; `low_is_useful` is the direction, of several criteria by name.
@@ -66,23 +66,23 @@ def ranking_of(
     names = [criterion] if isinstance(criterion, str) else list(criterion)
     low = dict.fromkeys(names, low_is_useful) if isinstance(low_is_useful, bool) else low_is_useful
     if isinstance(criterion, str):
-        return Single(criterion, seed, ascending(order, criterion == RANDOM or low.get(criterion, True)))
+        return SingleCriterion(criterion, seed, smallest_first(order, criterion == RANDOM or low.get(criterion, True)))
     if order in ("low", "high"):
         raise UserError(
             f"select.order = {order!r} names an end of one criterion's scale, but select.criterion weighs the ranks of "
             f"{len(criterion)}; set select.order to useful, useless or stratum"
         )
-    return Weighted(dict(criterion), {name: low.get(name, True) for name in names}, ascending(order, True))
+    return WeightedRanks(dict(criterion), {name: low.get(name, True) for name in names}, smallest_first(order, True))
 
 
-def columns_of(criterion: str | Mapping[str, float]) -> str | dict[str, float]:
+def score_columns(criterion: str | Mapping[str, float]) -> str | dict[str, float]:
     """select.criterion by the names of the score table's columns; a plug-in's module path is left out."""
     if isinstance(criterion, str):
         return criterion.rpartition(":")[2]
     return {name.rpartition(":")[2]: weight for name, weight in criterion.items()}
 
 
-def check(ranking: Ranking, samples: Samples) -> None:
+def check(ranking: Ranking, samples: ScoreReader) -> None:
     """Raises UserError where there is nothing to rank, or no such scores."""
     names = samples.schema.names
     if missing := [name for name in ranking.columns if name not in names]:
@@ -92,7 +92,7 @@ def check(ranking: Ranking, samples: Samples) -> None:
         raise UserError(f"{samples} holds no sample; run `score` again")
 
 
-def ascending(order: str, low_is_useful: bool) -> bool:
+def smallest_first(order: str, low_is_useful: bool) -> bool:
     """Whether the samples to keep are those with the smallest scores."""
     return {
         "low": True,
@@ -104,12 +104,12 @@ def ascending(order: str, low_is_useful: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Single:
+class SingleCriterion:
     """One criterion, or the seeded control."""
 
     criterion: str
     seed: int
-    ascending: bool
+    smallest_first: bool
 
     @property
     def name(self) -> str:
@@ -131,9 +131,9 @@ class Single:
         return {"criterion": self.criterion}
 
     def keys(self, values: Array) -> Array:
-        return sort_keys(values, self.ascending)
+        return sort_keys(values, self.smallest_first)
 
-    def all_keys(self, samples: Samples) -> tuple[Array, int]:
+    def all_keys(self, samples: ScoreReader) -> tuple[Array, int]:
         """Batch by batch, as no class is needed as a whole."""
         counts, done = Counter[int](), 0
         narrow = self.criterion == RANDOM or samples.schema.field(self.criterion).type == pa.float32()
@@ -153,12 +153,12 @@ class Single:
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedRanks:
     """Several criteria: the weighted mean of their scaled ranks, float32 in 0 .. 1; low is useful."""
 
     weights: Mapping[str, float]
     low_is_useful: Mapping[str, bool]
-    ascending: bool
+    smallest_first: bool
 
     @property
     def name(self) -> str:
@@ -184,9 +184,9 @@ class Weighted:
         return {"criterion": self.name, "weights": dict(self.weights)}
 
     def keys(self, values: Array) -> Array:
-        return sort_keys(values, self.ascending)
+        return sort_keys(values, self.smallest_first)
 
-    def all_keys(self, samples: Samples) -> tuple[Array, int]:
+    def all_keys(self, samples: ScoreReader) -> tuple[Array, int]:
         """Class by class, within which the ranks are."""
         keys, done, classes = np.empty(samples.rows, np.uint32), 0, 0
         for label, rows in samples.classes(self.columns):
@@ -204,17 +204,17 @@ def _spread(rows: pa.Table, columns: list[str]) -> Array:
     return np.array([rows[name].to_numpy().astype(np.float64).std() for name in columns])
 
 
-def sort_keys(values: Array, ascending: bool) -> Array:
+def sort_keys(values: Array, smallest_first: bool) -> Array:
     """Unsigned integers that sort as the finite floats [n] do: uint32 for float32, uint64 for all others; -0 equals 0."""
     floats: Array = values if values.dtype == np.float32 else values.astype(np.float64)
     keys: Array = (floats + floats.dtype.type(0)).view(f"u{floats.itemsize}")  # -0 + 0 is 0
     flip: Array = keys.view(f"i{floats.itemsize}") >> (8 * floats.itemsize - 1)  # all bits of a negative, else none,
     flip |= np.iinfo(flip.dtype).min  # and the sign
     keys ^= flip.view(keys.dtype)
-    return keys if ascending else np.invert(keys, out=keys)
+    return keys if smallest_first else np.invert(keys, out=keys)
 
 
-def places(keys: Array) -> Array:
+def ranks_of(keys: Array) -> Array:
     """Each row's place in the order of (key, position), int32 [n].
 
     Key and position of a uint32 key share one 64-bit number, which numpy sorts several times faster than it argsorts.

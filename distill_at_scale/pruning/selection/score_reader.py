@@ -35,7 +35,7 @@ class Unsorted(Exception):
 
 
 @dataclass(frozen=True)
-class Samples:
+class ScoreReader:
     """A score table, on disk or in memory.
 
     Raises UserError where it is missing, damaged, or has no columns sample_id and label.
@@ -82,7 +82,7 @@ class Samples:
             row -= batch.num_rows
         raise IndexError(row)
 
-    def sorted(self, why: Unsorted) -> Samples:
+    def sorted(self, why: Unsorted) -> ScoreReader:
         """The same rows in order, in memory.
 
         Raises UserError where they are too many for that.
@@ -93,7 +93,7 @@ class Samples:
                 "here; sort them by these two columns, or run `score` again"
             )
         table = pa.Table.from_batches(list(self._batches(self.schema.names)), self.schema)
-        return Samples(table.sort_by([(name, "ascending") for name in ORDER]))
+        return ScoreReader(table.sort_by([(name, "ascending") for name in ORDER]))
 
     def __str__(self) -> str:
         return str(self.source) if isinstance(self.source, Path) else "the score table"

@@ -22,9 +22,9 @@ from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.pruning.selection import ranking as ranks_by
-from distill_at_scale.pruning.selection.quotas import Cut, cut_of
-from distill_at_scale.pruning.selection.ranking import Ranking, places
-from distill_at_scale.pruning.selection.score_reader import Samples, Unsorted
+from distill_at_scale.pruning.selection.quotas import Cut, build_cut
+from distill_at_scale.pruning.selection.ranking import Ranking, ranks_of
+from distill_at_scale.pruning.selection.score_reader import ScoreReader, Unsorted
 
 Array = np.ndarray[Any, Any]
 
@@ -53,12 +53,12 @@ def select(
     criterion, a score that is not finite (naming the sample), an id that is there twice, and a table that is damaged,
     empty, or both unsorted and too long to be sorted here; `out` may have got rows by then.
     """
-    samples = Samples(scores)
-    ranking = ranks_by.ranking_of(criterion, low_is_useful, config.order, seed)
+    samples = ScoreReader(scores)
+    ranking = ranks_by.build_ranking(criterion, low_is_useful, config.order, seed)
     ranks_by.check(ranking, samples)
     tally = _Tally()
     try:
-        cut = cut_of(config, minimum, samples, ranking)
+        cut = build_cut(config, minimum, samples, ranking)
         for rows in _with_ids(samples, prefetch(_ranked(samples, ranking, cut, tally), 2)):
             out.append(rows)
     except Unsorted as why:
@@ -94,7 +94,7 @@ class _Tally:
         }
 
 
-def _ranked(samples: Samples, ranking: Ranking, cut: Cut, tally: _Tally) -> Iterator[pa.Table]:
+def _ranked(samples: ScoreReader, ranking: Ranking, cut: Cut, tally: _Tally) -> Iterator[pa.Table]:
     """The manifest's columns but the ids, class by class.
 
     Raises UserError for a score that is not finite.
@@ -106,7 +106,7 @@ def _ranked(samples: Samples, ranking: Ranking, cut: Cut, tally: _Tally) -> Iter
             broken = samples.id_of(done + int(np.argmin(finite)))
             raise UserError(f"the score {ranking.name} of sample {broken!r} is not finite; score again")
         keys = ranking.keys(values)
-        ranks = places(keys)
+        ranks = ranks_of(keys)
         kept, raised = cut(label, keys, ranks)
         tally.add(label, kept, raised)
         labels = rows["label"].cast(pa.int32())
@@ -114,7 +114,7 @@ def _ranked(samples: Samples, ranking: Ranking, cut: Cut, tally: _Tally) -> Iter
         done += len(ranks)
 
 
-def _with_ids(samples: Samples, ranked: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def _with_ids(samples: ScoreReader, ranked: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """The manifest's rows as many at a time as ids come; the ids are passed on, never gathered or held."""
     held = next(ranked)
     for ids in samples.ids():

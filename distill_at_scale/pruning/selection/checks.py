@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
-from distill_at_scale.pruning.scoring.reliability import WANTED, times_needed
+from distill_at_scale.pruning.scoring.reliability import TARGET, times_needed
 
-NOISY = 0.5  # an agreement below this is said
+NOISY_BELOW = 0.5  # an agreement below this is said
 ROUNDING = 0.005  # of a share: counts per class are whole
 
 
@@ -31,7 +31,7 @@ class BreakPoint:
     held: float
 
 
-def warnings(
+def selection_warnings(
     criteria: Iterable[str], table: Mapping[str, Any], kept: float, broke: BreakPoint | None, monte_carlo: Mapping[str, Any]
 ) -> list[str]:  # fmt: skip
     """Sentences about a selection by some criteria that keeps a share of all samples; none where all is well or unknown.
@@ -52,7 +52,7 @@ def warnings(
     return list(dict.fromkeys(found))
 
 
-def break_point_of(folders: Iterable[Path]) -> BreakPoint | None:
+def measured_break_point(folders: Iterable[Path]) -> BreakPoint | None:
     """The measured break point, from the first run folder that has the interaction study; None where there is none."""
     for folder in folders:
         try:
@@ -77,7 +77,7 @@ def monte_carlo_facts(path: Path) -> dict[str, Any]:
 
 def _of_trials(name: str, agreement: Any, trials: int) -> list[str]:
     between = agreement.get("trials") if isinstance(agreement, Mapping) else None
-    if between is None or between >= NOISY:
+    if between is None or between >= NOISY_BELOW:
         return []
     needed = times_needed(between)
     if needed <= trials:
@@ -85,7 +85,7 @@ def _of_trials(name: str, agreement: Any, trials: int) -> list[str]:
     if math.isinf(needed):
         action = "no number of trials mends that; take another criterion, or proxies that are trained otherwise"
     else:
-        action = f"{math.ceil(needed - 1e-9)} trials would reach {WANTED:g} (score.trials, now {trials})"
+        action = f"{math.ceil(needed - 1e-9)} trials would reach {TARGET:g} (score.trials, now {trials})"
     return [
         f"the scores {name} are noisy: two trials agree to {between:.2f} only (rank correlation); {action}"
     ]  # fmt: skip
@@ -93,11 +93,11 @@ def _of_trials(name: str, agreement: Any, trials: int) -> list[str]:
 
 def _of_subsets(facts: Mapping[str, Any]) -> list[str]:
     reliability = facts.get("reliability")
-    if reliability is None or reliability >= NOISY:
+    if reliability is None or reliability >= NOISY_BELOW:
         return []
     more, subsets = facts.get("more_subsets"), facts.get("subsets")
     action = (
-        "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {WANTED:g}"
+        "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {TARGET:g}"
     )
     return [
         f"the scores {MONTE_CARLO} are noisy: their reliability after {subsets:,} subsets is {reliability:.2f}; {action} "

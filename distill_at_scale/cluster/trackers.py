@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from distill_at_scale.config.load import Config, flatten
+from distill_at_scale.config.fields import flatten
+from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import MlflowSection, WandbSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import Event

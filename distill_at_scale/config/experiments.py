@@ -1,4 +1,4 @@
-"""The sections of sweeps and studies: every key with its type, range and default."""
+"""The sections of sweeps and studies: every key, its type, range and default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from distill_at_scale.config.sections import Section
+from distill_at_scale.config.fields import Section
 
 Study = Literal["critical_ratio", "stratified", "drop", "interaction", "stability", "across"]
 STUDIES: tuple[Study, ...] = ("critical_ratio", "stratified", "drop", "interaction", "stability", "across")
@@ -14,59 +14,84 @@ Control = Literal["unpruned", "random"]
 
 
 class SweepSection(Section):
-    """Ray Tune over any keys of the configuration; ingest and scoring are shared by all trials."""
+    """Ray Tune over any keys of the configuration; all trials share ingest and scores."""
 
-    # by dotted key: a list of values, or {uniform: [low, high]}, {loguniform: [low, high]}, {randint: [low, high]}
-    space: dict[str, Any] = Field({})
-    search: Literal["grid", "random", "asha"] = "grid"
-    samples: int = Field(20, ge=1)  # configurations drawn by random and asha
-    seeds: int = Field(1, ge=1)  # distillations of every configuration
-    concurrent: int | None = Field(None, ge=1)  # trials at a time; default: as many as the cluster holds
-    controls: list[Control] = Field(["unpruned", "random"])
-    grace: int = Field(1, ge=1)  # asha: evaluations on the way before a trial may be stopped
-    reduction: int = Field(3, ge=2)  # asha: one in so many goes on at every halving
+    space: dict[str, Any] = Field(
+        {},
+        description="values by dotted key: a list, or {uniform: [low, high]}, {loguniform: [low, high]}, "
+        "{randint: [low, high]}",
+    )
+    search: Literal["grid", "random", "asha"] = Field("grid", description="how to pick configurations from the space")
+    samples: int = Field(20, ge=1, description="configurations to draw (random, asha)")
+    seeds: int = Field(1, ge=1, description="distillations per configuration")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
+    controls: list[Control] = Field(["unpruned", "random"], description="controls to run along")
+    grace: int = Field(1, ge=1, description="evaluations before a trial may be stopped (asha)")
+    reduction: int = Field(3, ge=2, description="one in this many trials survives each halving (asha)")
 
 
 class CriticalRatioSection(Section):
-    """Bisection over the keep rate: the smallest that is not worse than the unpruned one."""
+    """Bisect for the smallest keep rate that is not worse than no pruning."""
 
-    tolerance: float = Field(1.0, gt=0)  # in standard deviations of the unpruned runs
-    lowest: float = Field(0.001, gt=0, lt=1)  # keep rates below are not tried
-    points: int = Field(8, ge=2)  # rates that are tried at most
+    tolerance: float = Field(
+        1.0, gt=0, description="accepted loss of accuracy, in standard deviations of the unpruned runs"
+    )
+    lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
+    points: int = Field(8, ge=2, description="most keep rates to try")
 
 
 class StratifiedSection(Section):
-    strata: int = Field(5, ge=3, le=50)  # per class, by score
+    """Whether a criterion can be trusted: distil from each stratum of its scores."""
+
+    strata: int = Field(5, ge=3, le=50, description="strata per class, by score")
 
 
 class DropSection(Section):
-    drop: float = Field(0.1, gt=0, lt=1)
+    """The drop test: drop the same share at random, least useful first and most useful first."""
+
+    drop: float = Field(0.1, gt=0, lt=1, description="share to drop")
 
 
 class InteractionSection(Section):
-    drops: list[float] = Field([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95], min_length=3)  # shares dropped, ascending
-    tolerance: float = Field(1.0, gt=0)  # in standard deviations of the unpruned runs: beyond it accuracy is broken
+    """Where pruning breaks, and whether the effects of samples add up."""
+
+    drops: list[float] = Field(
+        [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95], min_length=3, description="shares to drop, ascending"
+    )
+    tolerance: float = Field(
+        1.0, gt=0, description="loss of accuracy that counts as broken, in standard deviations of the unpruned runs"
+    )
 
 
 class StabilitySection(Section):
-    networks: list[str] = Field([])  # other networks that score the same samples
-    # of a distillation: how utility drifts meanwhile; default: a few of the run's, from a hundredth to all
-    steps: list[Annotated[int, Field(ge=1)]] = Field([])
-    reliability: float = Field(0.9, gt=0, lt=1)  # what the number of trials is wanted for
+    """How far scores agree between trials, epochs, networks and criteria, and during a distillation."""
+
+    networks: list[str] = Field([], description="other networks that score the same samples")
+    steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [],
+        description="distillation lengths at which utility is measured; empty: a few from 1 % to all steps of the run",
+    )
+    reliability: float = Field(0.9, gt=0, lt=1, description="reliability for which the number of trials is estimated")
 
 
 class AcrossSection(Section):
     """The same keep rates over several data sets."""
 
-    sets: dict[str, dict[str, Any]] = Field({})  # by name: what differs from this configuration, by dotted key
-    keep: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.1, 0.3], min_length=1)  # 1 is always tried
+    sets: dict[str, dict[str, Any]] = Field(
+        {}, description="data sets by name: the dotted keys in which each differs from this configuration"
+    )
+    keep: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.1, 0.3], min_length=1, description="keep rates to try, besides 1"
+    )
 
 
 class StudiesSection(Section):
-    run: list[Study] = Field(list(STUDIES))
-    seeds: int = Field(3, ge=2)  # distillations of every point
-    evaluations: int = Field(1, ge=1)  # networks per distillation
-    steps: int | None = Field(None, ge=1)  # of a distillation; default: distill.steps
+    """Questions about pruning, answered by many short distillations."""
+
+    run: list[Study] = Field(list(STUDIES), description="studies to run, in this order")
+    seeds: int = Field(3, ge=2, description="distillations per point")
+    evaluations: int = Field(1, ge=1, description="evaluation networks per distillation")
+    steps: int | None = Field(None, ge=1, description="steps per distillation; null: distill.steps")
     critical_ratio: CriticalRatioSection = CriticalRatioSection()
     stratified: StratifiedSection = StratifiedSection()
     drop: DropSection = DropSection()

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from distill_at_scale.config.experiments import StudiesSection, SweepSection
+from distill_at_scale.config.fields import Section, execution_key
 from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.config.sections import (
     ClusterSection,
@@ -26,7 +27,6 @@ from distill_at_scale.config.sections import (
     RunSection,
     RuntimeSection,
     ScoreSection,
-    Section,
     SelectSection,
     TrackSection,
 )
@@ -45,10 +45,10 @@ class Config(Section):
     distill: DistillSection = DistillSection()
     runtime: RuntimeSection = RuntimeSection()
     evaluate: EvaluateSection = EvaluateSection()
-    cluster: ClusterSection = ClusterSection()
-    track: TrackSection = TrackSection()
-    sweep: SweepSection = SweepSection()
-    studies: StudiesSection = StudiesSection()
+    cluster: ClusterSection = execution_key(ClusterSection())
+    track: TrackSection = execution_key(TrackSection())
+    sweep: SweepSection = execution_key(SweepSection())
+    studies: StudiesSection = execution_key(StudiesSection())
 
     @model_validator(mode="after")
     def _stratum_fits(self) -> Config:
@@ -163,16 +163,6 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
     for key, value in overrides.items():
         _set(values, key.split("."), value, f"{key}={value}")
     return validate(values, dict.fromkeys(overrides, origin), origin)
-
-
-def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values of a (nested) section."""
-    items = section.model_dump() if isinstance(section, BaseModel) else section
-    flat: dict[str, Any] = {}
-    for key, value in items.items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
-    return flat
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

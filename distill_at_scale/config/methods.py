@@ -1,6 +1,6 @@
-"""The section `distill`: what all methods share, and a section per method with its published protocol as defaults.
+"""The section `distill`: keys that all methods share, and one section per method.
 
-The constants are those of METHOD.md section 4, from the methods' papers and official code.
+The defaults of a method's section are its published protocol, from its paper and official code.
 """
 
 from __future__ import annotations
@@ -9,82 +9,92 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill_at_scale.config.sections import MAX_LR, Section
+from distill_at_scale.config.fields import Section, execution_key
+from distill_at_scale.config.sections import MAX_LR
 
 SIAMESE_AUGMENT = "color_crop_cutout_flip_scale_rotate"
+Init = Literal["noise", "real"]
 
 
 class DCSection(Section):
-    """Gradient matching (METHOD.md section 4, DC)."""
+    """Gradient matching (DC, arXiv 2006.05929)."""
 
-    image_lr: float = Field(0.1, gt=0, le=MAX_LR)
-    image_momentum: float = Field(0.5, ge=0, lt=1)
-    network_lr: float = Field(0.01, gt=0, le=MAX_LR)
-    outer: int | None = Field(None, ge=1)  # default by images per class: 1, 10, 50
-    inner: int | None = Field(None, ge=1)  # default by images per class: 1, 50, 10
-    real_batch: int = Field(256, ge=1)  # per class; at most what is kept of the class
-    network_batch: int = Field(256, ge=1)
-    init: Literal["noise", "real"] = "noise"
-    augment: str = "none"
+    image_lr: float = Field(0.1, gt=0, le=MAX_LR, description="learning rate of the images (SGD)")
+    image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
+    network_lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of the inner network")
+    outer: int | None = Field(None, ge=1, description="outer loops per step; null: 1, 10, 50 for ipc 1, 10, 50")
+    inner: int | None = Field(
+        None, ge=1, description="updates of the network per outer loop; null: 1, 50, 10 for ipc 1, 10, 50"
+    )
+    real_batch: int = Field(256, ge=1, description="real samples per class and step, at most what is kept of the class")
+    network_batch: int = Field(256, ge=1, description="batch size of the inner network's training")
+    init: Init = Field("noise", description="start of the images")
+    augment: str = Field("none", description="siamese augmentation: families joined by _, or none")
 
 
 class DSASection(DCSection):
-    init: Literal["noise", "real"] = "real"
-    augment: str = SIAMESE_AUGMENT
+    """Gradient matching with differentiable siamese augmentation (DSA, arXiv 2102.08259)."""
+
+    init: Init = Field("real", description="start of the images")
+    augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
 
 class DMSection(Section):
-    """Distribution matching (METHOD.md section 4, DM)."""
+    """Distribution matching (DM, arXiv 2110.04181)."""
 
-    image_lr: float | None = Field(None, gt=0, le=MAX_LR)  # default 1, and 10 from 100 images per class on
-    image_momentum: float = Field(0.5, ge=0, lt=1)
-    real_batch: int = Field(256, ge=1)
-    init: Literal["noise", "real"] = "real"
-    augment: str = SIAMESE_AUGMENT
+    image_lr: float | None = Field(
+        None, gt=0, le=MAX_LR, description="learning rate of the images; null: 1, and 10 from ipc 100 on"
+    )
+    image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
+    real_batch: int = Field(256, ge=1, description="real samples per class and step")
+    init: Init = Field("real", description="start of the images")
+    augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
 
 class IDCSection(Section):
     """Multi-formation matching with networks trained on real data (IDC, arXiv 2205.14959)."""
 
-    image_lr: float = Field(5e-3, gt=0, le=MAX_LR)
-    image_momentum: float = Field(0.5, ge=0, lt=1)
-    factor: int = Field(2, ge=1, le=8)  # an image holds factor x factor training images; 3 on ImageNet
-    metric: Literal["mse", "l1"] = "mse"  # between gradients; l1 on MNIST-like sets and ImageNet
-    inner: int = Field(100, ge=1)  # image updates under one network, each followed by training it on real data
-    real_batch: int = Field(64, ge=1)  # per class
-    synthetic_batch: int = Field(128, ge=1)  # decoded images per class, at most
-    network_lr: float = Field(0.01, gt=0, le=MAX_LR)
-    network_momentum: float = Field(0.9, ge=0, lt=1)
-    network_weight_decay: float = Field(5e-4, ge=0)
-    network_samples: int = Field(2000, ge=1)  # real samples per inner iteration
-    network_batch: int = Field(128, ge=1)
-    network_cutmix: float = Field(1.0, ge=0, le=1)  # the share of its batches that are cut and mixed
-    init: Literal["noise", "real"] = "real"
-    augment: str = "color_crop_cutout"
-    student_augment: str = "color_crop_flip_scale_rotate"  # of evaluation networks; no flip for digits
-    student_cutmix: float = Field(0.5, ge=0, le=1)  # the share of their batches that are cut and mixed
+    image_lr: float = Field(5e-3, gt=0, le=MAX_LR, description="learning rate of the images")
+    image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
+    factor: int = Field(2, ge=1, le=8, description="an image holds factor x factor training images; 3 on ImageNet")
+    metric: Literal["mse", "l1"] = Field("mse", description="distance of gradients; l1 on MNIST-like sets and ImageNet")
+    inner: int = Field(100, ge=1, description="image updates per network, each followed by a network update")
+    real_batch: int = Field(64, ge=1, description="real samples per class and update")
+    synthetic_batch: int = Field(128, ge=1, description="most decoded images per class and update")
+    network_lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of the network")
+    network_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the network")
+    network_weight_decay: float = Field(5e-4, ge=0, description="weight decay of the network")
+    network_samples: int = Field(2000, ge=1, description="real samples the network trains on per inner iteration")
+    network_batch: int = Field(128, ge=1, description="batch size of the network's training")
+    network_cutmix: float = Field(1.0, ge=0, le=1, description="share of the network's batches with CutMix")
+    init: Init = Field("real", description="start of the images")
+    augment: str = Field("color_crop_cutout", description="siamese augmentation: families joined by _, or none")
+    student_augment: str = Field(
+        "color_crop_flip_scale_rotate", description="augmentation of evaluation networks; no flip for digits"
+    )
+    student_cutmix: float = Field(0.5, ge=0, le=1, description="share of evaluation batches with CutMix")
 
 
 class MTTSection(Section):
     """Matching training trajectories (MTT, arXiv 2203.11932)."""
 
-    image_lr: float = Field(1000.0, gt=0, le=MAX_LR)
-    image_momentum: float = Field(0.5, ge=0, lt=1)
-    student_lr: float = Field(0.01, gt=0, le=MAX_LR)  # where the learned rate starts
-    student_lr_rate: float = Field(1e-5, ge=0, le=MAX_LR)  # how fast it is learned
-    student_steps: int = Field(20, ge=1)  # on synthetic data, from an expert's epoch
-    student_batch: int | None = Field(None, ge=1)  # synthetic images per step; null: all of them
-    target_epochs: int = Field(3, ge=1)  # how many epochs later the expert is to be met
-    max_start: int = Field(25, ge=0)  # the last epoch to start from
-    experts: int = Field(100, ge=1)
-    expert_epochs: int = Field(50, ge=1)
-    expert_batch: int = Field(256, ge=1)
-    expert_lr: float = Field(0.01, gt=0, le=MAX_LR)
-    expert_momentum: float = Field(0.0, ge=0, lt=1)
-    expert_weight_decay: float = Field(0.0, ge=0)
-    expert_augment: str = SIAMESE_AUGMENT
-    init: Literal["noise", "real"] = "real"
-    augment: str = SIAMESE_AUGMENT
+    image_lr: float = Field(1000.0, gt=0, le=MAX_LR, description="learning rate of the images")
+    image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
+    student_lr: float = Field(0.01, gt=0, le=MAX_LR, description="initial student learning rate, which is learned")
+    student_lr_rate: float = Field(1e-5, ge=0, le=MAX_LR, description="learning rate of the student learning rate")
+    student_steps: int = Field(20, ge=1, description="student steps on synthetic data from an expert's epoch")
+    student_batch: int | None = Field(None, ge=1, description="synthetic images per student step; null: all")
+    target_epochs: int = Field(3, ge=1, description="expert epochs between the start and the target weights")
+    max_start: int = Field(25, ge=0, description="last expert epoch to start from")
+    experts: int = Field(100, ge=1, description="expert networks to train")
+    expert_epochs: int = Field(50, ge=1, description="epochs per expert")
+    expert_batch: int = Field(256, ge=1, description="batch size of the experts")
+    expert_lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of the experts")
+    expert_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the experts")
+    expert_weight_decay: float = Field(0.0, ge=0, description="weight decay of the experts")
+    expert_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of expert training")
+    init: Init = Field("real", description="start of the images")
+    augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
     @model_validator(mode="after")
     def _experts_last_long_enough(self) -> MTTSection:
@@ -97,74 +107,88 @@ class MTTSection(Section):
 
 
 class TESLASection(MTTSection):
-    """TESLA (arXiv 2211.10586): MTT's gradient with memory constant in student_steps, and learned soft labels."""
+    """MTT's gradient with memory constant in student_steps, and learned soft labels (TESLA, arXiv 2211.10586)."""
 
-    gradient: Literal["exact", "fixed"] = (
-        "exact"  # fixed: the paper's own, which leaves out the path through later steps
+    gradient: Literal["exact", "fixed"] = Field(
+        "exact", description="fixed: the paper's form, which drops the path through later student steps"
     )
-    learn_labels: bool = True
-    label_lr: float = Field(1.0, ge=0, le=MAX_LR)  # of the soft labels' logits
-    label_init: Literal["experts", "class"] = (
-        "experts"  # the experts' mean logits for real images, or 5 for the own class
+    learn_labels: bool = Field(True, description="learn soft labels with the images")
+    label_lr: float = Field(1.0, ge=0, le=MAX_LR, description="learning rate of the soft labels' logits")
+    label_init: Literal["experts", "class"] = Field(
+        "experts", description="start of the logits. experts: their mean logits for real images; class: 5 for its class"
     )
 
 
 class TeacherSection(Section):
-    """A teacher trained on the kept samples (or ready-made), and the soft labels that it gives."""
+    """A teacher, trained on the kept samples or pretrained, and its soft labels."""
 
-    teacher_network: str = "resnet18_bn"
-    teacher_weights: str | None = None  # ready-made: a file or torchvision's name, as in score.weights
-    teacher_epochs: int = Field(50, ge=1)
-    teacher_batch: int = Field(128, ge=1)
-    teacher_lr: float = Field(0.05, gt=0, le=MAX_LR)
-    teacher_momentum: float = Field(0.9, ge=0, lt=1)
-    teacher_weight_decay: float = Field(5e-4, ge=0)
-    teacher_augment: str = "color_crop_cutout_flip_scale_rotate"
-    label_epochs: int = Field(300, ge=1)  # epochs of student training for which every view gets its label
-    temperature: float = Field(20.0, gt=0)
-    top_k: int | None = Field(None, ge=1)  # classes per soft label that are stored; null: all
+    teacher_network: str = Field("resnet18_bn", description="teacher network")
+    teacher_weights: str | None = Field(
+        None, description="pretrained teacher: a file or torchvision's weight name; null: train one"
+    )
+    teacher_epochs: int = Field(50, ge=1, description="epochs of teacher training")
+    teacher_batch: int = Field(128, ge=1, description="batch size of teacher training")
+    teacher_lr: float = Field(0.05, gt=0, le=MAX_LR, description="learning rate of teacher training")
+    teacher_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of teacher training")
+    teacher_weight_decay: float = Field(5e-4, ge=0, description="weight decay of teacher training")
+    teacher_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of teacher training")
+    label_epochs: int = Field(300, ge=1, description="student epochs with a stored soft label for every view")
+    temperature: float = Field(20.0, gt=0, description="temperature of the soft labels")
+    top_k: int | None = Field(None, ge=1, description="classes to store per soft label; null: all")
     view_scale: float = Field(
-        0.08, gt=0, le=1
-    )  # the smallest share of an image that a view shows (random resized crop)
-    cutmix: float = Field(1.0, ge=0, le=1)  # the share of batches that are cut and mixed
-    student_optimizer: Literal["sgd", "adamw"] = "adamw"
-    student_lr: float = Field(1e-3, gt=0, le=MAX_LR)
-    student_batch: int = Field(64, ge=1)
+        0.08, gt=0, le=1, description="smallest share of an image in a view (random resized crop)"
+    )
+    cutmix: float = Field(1.0, ge=0, le=1, description="share of student batches with CutMix")
+    student_optimizer: Literal["sgd", "adamw"] = Field("adamw", description="optimizer of evaluation networks")
+    student_lr: float = Field(1e-3, gt=0, le=MAX_LR, description="learning rate of evaluation networks")
+    student_batch: int = Field(64, ge=1, description="batch size of evaluation networks")
 
 
 class SRe2LSection(TeacherSection):
     """Squeeze, recover, relabel (SRe2L, arXiv 2306.13092)."""
 
-    image_lr: float = Field(0.25, gt=0, le=MAX_LR)
-    beta1: float = Field(0.5, ge=0, lt=1)  # of Adam
-    beta2: float = Field(0.9, ge=0, lt=1)
-    statistics: float = Field(0.01, ge=0)  # weight of matching the batch norm statistics
-    recover_batch: int = Field(100, ge=1)  # synthetic images that go through the teacher together
-    recover_scale: float = Field(0.08, gt=0, le=1)  # smallest share of an image in the crops of recovery
-    init: Literal["noise", "real"] = "noise"
+    image_lr: float = Field(0.25, gt=0, le=MAX_LR, description="learning rate of the images (Adam)")
+    beta1: float = Field(0.5, ge=0, lt=1, description="Adam's first beta")
+    beta2: float = Field(0.9, ge=0, lt=1, description="Adam's second beta")
+    statistics: float = Field(0.01, ge=0, description="weight of matching the batch norm statistics")
+    recover_batch: int = Field(100, ge=1, description="synthetic images per forward pass of the teacher")
+    recover_scale: float = Field(0.08, gt=0, le=1, description="smallest share of an image in a crop of the recovery")
+    init: Init = Field("noise", description="start of the images")
 
 
 class RDEDSection(TeacherSection):
     """Realistic, diverse, efficient: patches of real images (RDED, arXiv 2312.03526)."""
 
-    factor: int = Field(2, ge=1, le=8)  # an image shows factor x factor patches
-    crops: int = Field(5, ge=1)  # per real image, of which the most realistic one counts
-    candidates: int = Field(300, ge=1)  # real images per class, at most
-    crop_scale: float = Field(0.5, gt=0, le=1)  # the smallest share of an image that a patch shows
+    factor: int = Field(2, ge=1, le=8, description="an image shows factor x factor patches")
+    crops: int = Field(5, ge=1, description="crops per real image; the most realistic one counts")
+    candidates: int = Field(300, ge=1, description="most real images per class to crop from")
+    crop_scale: float = Field(0.5, gt=0, le=1, description="smallest share of an image that a patch shows")
 
 
 class DistillSection(Section):
-    method: str = "dc"
-    ipc: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1)  # default: the method's own
-    workers: int | list[int] = 1  # or [least, most]: as many as find room, fewer or more when that changes
-    seed: int | None = Field(None, ge=0)  # default run.seed; another one repeats the distillation from the same scores
-    network: str = "convnet"
-    width: int = Field(128, ge=1)
-    depth: int | None = Field(None, ge=1, le=8)
-    evaluate_every: int = Field(0, ge=0)
-    checkpoint_every: int = Field(50, ge=1)  # steps; also about once a minute (checkpoint.py)
-    hold: Literal["auto", "device", "host", "shards"] = "auto"  # where the kept samples lie; auto: by what fits
+    """The method, the size of the synthetic set, and how the loop runs."""
+
+    method: str = Field("dc", description="a method's name or package.module:Object")
+    ipc: int = Field(1, ge=1, description="synthetic images per class")
+    steps: int | None = Field(None, ge=1, description="outer updates; null: the method's default")
+    workers: int | list[int] = execution_key(
+        1, description="data-parallel workers, or [least, most]: as many as fit, and changing with the cluster"
+    )
+    seed: int | None = Field(
+        None, ge=0, description="seed of the distillation; null: run.seed; another one repeats it from the same scores"
+    )
+    network: str = Field("convnet", description="network to match with: a name or package.module:Object")
+    width: int = Field(128, ge=1, description="channels of that network")
+    depth: int | None = Field(None, ge=1, le=8, description="blocks of that network; null: by image size")
+    evaluate_every: int = execution_key(
+        0, ge=0, description="steps between two evaluations along the way; 0: none; needed by sweep.search: asha"
+    )
+    checkpoint_every: int = execution_key(
+        50, ge=1, description="steps between two checkpoints; slow steps are saved about once a minute too"
+    )
+    hold: Literal["auto", "device", "host", "shards"] = execution_key(
+        "auto", description="memory for the kept samples: GPU, host, or read from disk; auto: the fastest that fits"
+    )
     dc: DCSection = DCSection()
     dsa: DSASection = DSASection()
     dm: DMSection = DMSection()
@@ -173,7 +197,7 @@ class DistillSection(Section):
     tesla: TESLASection = TESLASection()
     sre2l: SRe2LSection = SRe2LSection()
     rded: RDEDSection = RDEDSection()
-    options: dict[str, Any] = Field({})  # for a method of your own (package.module:Object)
+    options: dict[str, Any] = Field({}, description="options of your own method (package.module:Object)")
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -1,144 +1,178 @@
-"""The sections of a configuration but those of the methods (method_sections.py): every key with its type, range and default."""
+"""The sections of a configuration except those of methods, sweeps and studies: every key, its type, range and default."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-MAX_LR = 3e38  # what a 32-bit float holds
-CLIPS_PER_CHUNK = 64  # in a chunk
+from distill_at_scale.config.fields import Section, execution_key, later_key, location_key
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+MAX_LR = 3e38  # the largest 32-bit float
+CLIPS_PER_CHUNK = 64
 
 
 class RunSection(Section):
-    dir: str = "runs/run"
-    seed: int = Field(0, ge=0)
-    scratch: str | None = (
-        None  # of a run.dir on object storage: where each machine keeps its copy; default: the temporary folder
+    """The run folder and the seed."""
+
+    dir: str = execution_key("runs/run", description="run folder: a path, or a URI such as s3://bucket/runs/x")
+    seed: int = Field(0, ge=0, description="seed of every random draw of the run")
+    scratch: str | None = execution_key(
+        None,
+        description="where each machine keeps its copy of a run.dir on an object store; null: the temporary folder",
     )
-    retry_seconds: float = Field(300.0, ge=0)  # so long is an object storage waited for that refuses
-    reuse: str | None = None  # another run's folder: its stages of the same fingerprint are taken over, not recomputed
+    retry_seconds: float = execution_key(300.0, ge=0, description="seconds to keep retrying a failing object store")
+    reuse: str | None = execution_key(
+        None,
+        description="another run folder; stages with the same fingerprint are copied from it instead of recomputed",
+    )
 
 
 class DataSection(Section):
-    source: str = "digits"
-    path: str | None = None
-    size: int = Field(32, ge=4, le=1024)
-    resize: Literal["square", "crop"] = "square"
-    channels: Literal[1, 3] = 3
-    store: Literal["auto", "raw", "jpeg"] = (
-        "auto"  # how prepared pixels are kept; auto: raw up to 128 pixels, then JPEG
+    """The data set, and how ingest turns it into prepared samples."""
+
+    source: str = Field("digits", description="layout of the data: a source's name or package.module:Object")
+    path: str | None = location_key(None, description="root of the data: a folder or a URI (s3://, gs://)")
+    size: int = Field(32, ge=4, le=1024, description="side of a prepared image or frame, in pixels")
+    resize: Literal["square", "crop"] = Field(
+        "square", description="square: stretch to size x size; crop: resize the short side, then crop the centre"
     )
-    quality: int = Field(90, ge=50, le=100)  # of store: jpeg
-    holdout: float | None = Field(None, gt=0, lt=1)  # a seeded, class-wise test split, where the source has none
-    classes: list[str] | str | None = None  # a subset, in this order: names, a known subset (imagenette) or a text file
-    class_names: str | None = None  # text file: every class of the source, one a line, in the order of the labels
-    val_labels: str | None = None  # ImageNet's flat val: its list of labels; default: found by its usual names
-    synsets: str | None = None  # what class numbers of that list mean; default: found by its usual names
-    image_column: str = "image"
-    label_column: str = "label"
+    channels: Literal[1, 3] = Field(3, description="1: grey; 3: RGB")
+    store: Literal["auto", "raw", "jpeg"] = Field(
+        "auto", description="how prepared pixels are stored; auto: raw up to 128 pixels, JPEG above"
+    )
+    quality: int = Field(90, ge=50, le=100, description="JPEG quality of stored pixels")
+    holdout: float | None = Field(
+        None, gt=0, lt=1, description="share of each class to split off as a seeded test split, for sources without one"
+    )
+    classes: list[str] | str | None = Field(
+        None, description="subset of the classes, in this order: names, a known subset (imagenette) or a text file"
+    )
+    class_names: str | None = location_key(
+        None, description="text file with all class names of the source, one per line, in label order"
+    )
+    val_labels: str | None = location_key(
+        None, description="label list of ImageNet's flat val folder; null: look for the usual file names"
+    )
+    synsets: str | None = location_key(
+        None,
+        description="file that maps the class numbers of val_labels to synsets; null: look for the usual file names",
+    )
+    image_column: str = Field("image", description="image column of Parquet sources")
+    label_column: str = Field("label", description="label column of Parquet sources")
     max_pixels: int = Field(
-        100_000_000, ge=1, le=170_000_000
-    )  # an image that claims more is rejected unopened (decompression bomb)
+        100_000_000, ge=1, le=170_000_000, description="reject larger images before decoding (decompression bombs)"
+    )
     chunk: int = Field(
-        1024, ge=1, le=2**20
-    )  # samples per unit of ingest and scoring work; of clips 64 unless it is given
-    value_column: str = "values"  # of source: tensors, a column of arrays of one shape
-    whiten: Literal["none", "zca"] = (
-        "none"  # zca: what distillation and evaluation see, not the scores; small images only
+        1024, ge=1, le=2**20, description=f"samples per unit of ingest and scoring work; {CLIPS_PER_CHUNK} for clips"
     )
-    train_split: Literal["train", "val", "test"] = (
-        "train"  # val or test: the split that is else for testing is distilled
+    value_column: str = later_key("values", description="column with the arrays of source: tensors")
+    whiten: Literal["none", "zca"] = later_key(
+        "none",
+        description="zca: whiten what distillation and evaluation read (small images only); scores are unaffected",
     )
-    # clips (data.frames set); the rest of the section holds for them too
-    frames: int | None = Field(None, ge=2, le=256)  # of a clip; null: the data are images
-    sampling: Literal["uniform", "segment", "dense"] = (
-        "uniform"  # uniform: middles of equal segments; segment: random within them; dense: every stride-th from a random start
+    train_split: Literal["train", "val", "test"] = later_key("train", description="split to distil")
+    frames: int | None = Field(None, ge=2, le=256, description="frames per clip; null: samples are images")
+    sampling: Literal["uniform", "segment", "dense"] = Field(
+        "uniform",
+        description="frames of a clip. uniform: middles of equal segments; segment: a random frame of each segment; "
+        "dense: every stride-th frame from a random start",
     )
-    stride: int = Field(4, ge=1)  # of sampling: dense, in frames of the video
-    decoder: Literal["auto", "decord", "pyav"] = "auto"  # auto: decord where it is installed and right, else PyAV
-    seek: Literal["exact", "fast"] = (
-        "exact"  # fast: the same frames without FFmpeg's loop filter, 43 dB from exact; PyAV only
+    stride: int = Field(4, ge=1, description="frames between two sampled ones (sampling: dense)")
+    decoder: Literal["auto", "decord", "pyav"] = Field(
+        "auto", description="video decoder; auto: decord where it is installed and correct, else PyAV"
     )
-    short: Literal["repeat", "reject"] = "repeat"  # clips with fewer frames: repeat the last one (listed), or leave out
+    seek: Literal["exact", "fast"] = Field(
+        "exact", description="fast: skip FFmpeg's loop filter, same frames at 43 dB; PyAV only"
+    )
+    short: Literal["repeat", "reject"] = Field(
+        "repeat", description="videos with too few frames: repeat the last frame, or reject them"
+    )
     time_limit: float = Field(
-        60.0, gt=0, le=86_400
-    )  # seconds for one clip; then its decoder is killed and the clip rejected
-    max_seconds: float = Field(600.0, gt=0)  # of a video; longer ones are rejected
-    max_bytes: int = Field(2**28, ge=1)  # of a sample's file; larger ones are rejected unread
-    annotations: str | None = (
-        None  # list(s) of labels: a file, or a folder of them; default: found by their usual names
+        60.0,
+        gt=0,
+        le=86_400,
+        description="seconds to decode one clip; then the decoder is killed and the clip rejected",
     )
-    fold: int = Field(1, ge=1, le=3)  # of the official splits of UCF-101 and HMDB-51
-    # a training split made harder on purpose, to see how selection bears it; the test split stays as it is
-    transform: Literal["none", "long_tail", "near_duplicates", "low_variance", "high_variance"] = "none"
-    imbalance: float = Field(10.0, gt=1)  # of long_tail: the largest class to the smallest
-    copies: int = Field(5, ge=2, le=100)  # of near_duplicates: so many of every sample, all but the first jittered
-    variance_classes: int | None = Field(None, ge=2)  # of low_variance and high_variance; default: half of the classes
+    max_seconds: float = Field(600.0, gt=0, description="reject longer videos")
+    max_bytes: int = later_key(2**28, ge=1, description="reject larger files without reading them")
+    annotations: str | None = location_key(
+        None, description="label list of a video set, or its folder; null: look for the usual file names"
+    )
+    fold: int = Field(1, ge=1, le=3, description="official split of UCF-101 and HMDB-51")
+    transform: Literal["none", "long_tail", "near_duplicates", "low_variance", "high_variance"] = later_key(
+        "none", description="make the training split harder, to study selection; the test split stays the same"
+    )
+    imbalance: float = later_key(10.0, gt=1, description="size ratio of the largest to the smallest class (long_tail)")
+    copies: int = later_key(
+        5, ge=2, le=100, description="copies of each sample, all but the first jittered (near_duplicates)"
+    )
+    variance_classes: int | None = later_key(
+        None, ge=2, description="classes to keep (low_variance, high_variance); null: half of them"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _chunk_of_clips(cls, values: Any) -> Any:
-        """A clip takes some hundred times as long to decode as an image."""
+    def _fewer_clips_per_chunk(cls, values: Any) -> Any:
+        """A clip takes about a hundred times as long to decode as an image."""
         if isinstance(values, dict) and values.get("frames") is not None:
             return {"chunk": CLIPS_PER_CHUNK, **values}
         return values
 
 
 class MonteCarloSection(Section):
-    """Criterion monte_carlo: many small random subsets; a sample's utility is the mean accuracy of its class over those that
-    held it (METHOD.md section 2)."""
+    """Criterion monte_carlo: a sample's utility is the mean accuracy of its class over the random subsets that hold it."""
 
-    subsets: int = Field(1000, ge=2)
-    per_class: int = Field(10, ge=1)  # samples of a class in a subset
-    learn: Literal["train", "dc"] = (
-        "train"  # on a subset: train a network, or distil it first by DC at one image per class
+    subsets: int = Field(1000, ge=2, description="random subsets")
+    per_class: int = Field(10, ge=1, description="samples per class in a subset")
+    learn: Literal["train", "dc"] = Field(
+        "train", description="train: train a network on the subset; dc: first distil it by DC to one image per class"
     )
-    steps: int = Field(20, ge=1)  # of learn: dc
-    epochs: int = Field(30, ge=1)  # of training a network on the subset (or on what it was distilled into)
-    networks: int = Field(1, ge=1)  # trained per subset
-    lr: float = Field(0.05, gt=0, le=MAX_LR)  # of that training: SGD with momentum 0.9
-    width: int = Field(32, ge=1)
+    steps: int = Field(20, ge=1, description="distillation steps per subset (learn: dc)")
+    epochs: int = Field(30, ge=1, description="epochs of training a network on the subset or its distillation")
+    networks: int = Field(1, ge=1, description="networks trained per subset")
+    lr: float = Field(0.05, gt=0, le=MAX_LR, description="learning rate of that training (SGD, momentum 0.9)")
+    width: int = Field(32, ge=1, description="channels of these networks")
     validation: int = Field(
-        100, ge=1
-    )  # samples per class, drawn from outside the subset, that its accuracies are measured on
-    at_once: int = Field(8, ge=1)  # subsets in a task; a finished one is not done again
+        100, ge=1, description="samples per class, drawn from outside the subset, to measure accuracy on"
+    )
+    at_once: int = execution_key(8, ge=1, description="subsets per task; finished subsets are not repeated")
 
 
 class ScoreSection(Section):
-    criterion: str | list[str] = "loss"
-    early: int = Field(5, ge=1)  # epochs from the first that loss_early, el2n and grand count
-    late: int = Field(5, ge=1)  # epochs up to the last that loss_converged counts
-    features: int = Field(
-        128, ge=2
-    )  # dimensions that a network's features are projected to, for density and the selectors
-    neighbours: int = Field(10, ge=1)  # of criterion density
-    imported: dict[
-        str, str
-    ] = {}  # scores made elsewhere, by name: JSON by position, .npy, .npz, CSV or Parquet by sample_id
-    imported_useful: dict[str, Literal["low", "high"]] = {}  # which end of imported scores is useful; default low
-    monte_carlo: MonteCarloSection = MonteCarloSection()
-    trials: int = Field(5, ge=1)
-    epochs: int = Field(5, ge=1)
-    weights: str | list[str] | None = (
-        None  # ready-made checkpoints instead of trained ones: files, or torchvision's names
+    """Proxy networks and the criteria that score every training sample with them."""
+
+    criterion: str | list[str] = Field("loss", description="criteria to compute: a name or a list")
+    early: int = later_key(5, ge=1, description="first epochs that loss_early, el2n and grand average")
+    late: int = later_key(5, ge=1, description="last epochs that loss_converged averages")
+    features: int = later_key(
+        128, ge=2, description="dimensions to project features to, for density, herding and k_center"
     )
-    share: float = Field(1.0, gt=0, le=1)  # of the training split that proxies are trained on, class by class
-    workers: int = Field(1, ge=1)  # data-parallel workers per proxy; 1: the trials side by side
-    shards: int = Field(8, ge=1, le=1024)  # logical shards of a proxy's batches, whatever the number of workers
-    network: str = "convnet"
-    width: int = Field(128, ge=1)
-    depth: int | None = Field(None, ge=1, le=8)
-    batch: int = Field(256, ge=1)
-    lr: float = Field(0.01, gt=0, le=MAX_LR)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    compile: Literal["auto", "always", "never"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    neighbours: int = later_key(10, ge=1, description="nearest neighbours (criterion: density)")
+    imported: dict[str, str] = location_key(
+        {}, description="scores made elsewhere, name: file (JSON by position, .npy, .npz, CSV or Parquet by sample_id)"
+    )
+    imported_useful: dict[str, Literal["low", "high"]] = later_key(
+        {}, description="useful end of imported scores, by name; default low"
+    )
+    monte_carlo: MonteCarloSection = MonteCarloSection()
+    trials: int = Field(5, ge=1, description="proxy networks to train, each with its own initialisation")
+    epochs: int = Field(5, ge=1, description="epochs per proxy; a checkpoint is scored after each")
+    weights: str | list[str] | None = location_key(
+        None, description="pretrained checkpoints instead of proxies: files or torchvision's weight names"
+    )
+    share: float = Field(1.0, gt=0, le=1, description="share of each class that proxies are trained on")
+    workers: int = execution_key(1, ge=1, description="data-parallel workers per proxy; 1: trials run side by side")
+    shards: int = Field(8, ge=1, le=1024, description="logical shards of a proxy's batches, for any number of workers")
+    network: str = Field("convnet", description="proxy network: a name or package.module:Object")
+    width: int = Field(128, ge=1, description="channels of the proxy network")
+    depth: int | None = Field(None, ge=1, le=8, description="blocks of the proxy network; null: by image size")
+    batch: int = Field(256, ge=1, description="batch size of proxy training")
+    lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of proxy training (SGD)")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of proxy training")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of proxy training")
+    compile: Literal["auto", "always", "never"] = Field("auto", description="torch.compile; auto: where it pays off")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
 
     @property
     def criteria(self) -> list[str]:
@@ -146,12 +180,12 @@ class ScoreSection(Section):
 
     @property
     def weight_names(self) -> list[str]:
-        """The ready-made checkpoints; empty where proxies are trained."""
+        """The pretrained checkpoints; empty if proxies are trained."""
         return [self.weights] if isinstance(self.weights, str) else list(self.weights or [])
 
     @property
     def checkpoint_counts(self) -> tuple[int, int]:
-        """Trials and epochs behind every score; a ready-made checkpoint is a trial of one epoch."""
+        """Trials, and epochs per trial, behind every score; a pretrained checkpoint is a trial of one epoch."""
         return (len(self.weight_names), 1) if self.weights is not None else (self.trials, self.epochs)
 
     @field_validator("criterion")
@@ -172,60 +206,82 @@ class ScoreSection(Section):
 
 
 class AutoSection(Section):
-    """select.keep: auto finds the smallest sufficient rate by bisection, with short distillations."""
+    """select.keep: auto bisects for the smallest sufficient keep rate, with short distillations."""
 
-    seeds: int = Field(2, ge=2)
-    steps: int | None = Field(None, ge=1)  # of a distillation; default: a quarter of those of the run
-    evaluations: int = Field(1, ge=1)  # networks per distillation
-    tolerance: float = Field(1.0, gt=0)  # in standard deviations of the unpruned runs
-    lowest: float = Field(0.001, gt=0, lt=1)  # rates below are not tried
-    points: int = Field(6, ge=2)  # rates that are tried at most
+    seeds: int = Field(2, ge=2, description="distillations per keep rate")
+    steps: int | None = Field(None, ge=1, description="steps per distillation; null: a quarter of the run's")
+    evaluations: int = Field(1, ge=1, description="evaluation networks per distillation")
+    tolerance: float = Field(
+        1.0, gt=0, description="accepted loss of accuracy, in standard deviations of the unpruned runs"
+    )
+    lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
+    points: int = Field(6, ge=2, description="most keep rates to try")
 
 
 class SelectSection(Section):
-    # default: the first of score.criterion; "random" is the seeded control; {loss: 0.7, el2n: 0.3} weighs ranks
-    criterion: str | dict[str, float] | None = None
-    keep: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
-    auto: AutoSection = AutoSection()
-    per_class: int | None = Field(None, ge=1)  # a count, instead of keep
-    scope: Literal["class", "global", "adaptive"] = (
-        "class"  # adaptive: more of the classes whose scores spread (Neyman)
+    """Static pruning: which training samples are kept for distillation."""
+
+    criterion: str | dict[str, float] | None = Field(
+        None,
+        description="criterion to rank by; random: seeded control; {loss: 0.7, el2n: 0.3}: weighted ranks; "
+        "null: the first of score.criterion",
     )
-    order: Literal["useful", "useless", "low", "high", "stratum"] = "useful"
-    stratum_start: float = Field(0.0, ge=0, lt=1)  # order: stratum keeps the ranks from here on, by usefulness
-    min_per_class: int | None = Field(None, ge=0)  # default max(1, distill.ipc)
-    seed: int | None = Field(None, ge=0)  # of the random control; default run.seed
+    keep: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        1.0, description="keep rate (0 to 1]; auto: search for the smallest sufficient one"
+    )
+    auto: AutoSection = execution_key(AutoSection(), description="the search of keep: auto; its outcome is select.keep")
+    per_class: int | None = Field(None, ge=1, description="samples to keep per class, instead of keep")
+    scope: Literal["class", "global", "adaptive"] = Field(
+        "class", description="class: rank within classes; global: over all; adaptive: Neyman allocation to classes"
+    )
+    order: Literal["useful", "useless", "low", "high", "stratum"] = Field(
+        "useful", description="end of the ranking to keep; stratum: a window that starts at stratum_start"
+    )
+    stratum_start: float = Field(
+        0.0, ge=0, lt=1, description="start of the kept window, as a share of the ranks by usefulness (order: stratum)"
+    )
+    min_per_class: int | None = Field(None, ge=0, description="fewest samples per class; null: max(1, distill.ipc)")
+    seed: int | None = Field(None, ge=0, description="seed of the random control; null: run.seed")
 
     @property
     def rate(self) -> float:
-        """The share to keep, once it is a number."""
-        assert not isinstance(self.keep, str), "select.keep: auto is decided before"
+        """The keep rate, once `auto` is resolved."""
+        assert not isinstance(self.keep, str), "select.keep: auto is not resolved yet"
         return self.keep
 
 
 class RuntimeSection(Section):
-    rule: Literal["none", "loss", "ite"] = "none"
-    drop: float = Field(0.3, ge=0, lt=1)
-    tail: float = Field(0.5, ge=0, le=1)  # rule ite: the part of what is dropped that has the largest effect
-    probes: int = Field(16, ge=1, le=1024)  # rule ite: directions in which a sample's effect is measured
-    decay: float = Field(0.9, ge=0, lt=1)  # rule ite: memory of the running variance behind the thresholds
+    """Runtime pruning: which samples of a real batch are dropped during distillation."""
+
+    rule: Literal["none", "loss", "ite"] = Field(
+        "none", description="loss: drop the largest losses; ite: drop extreme individual treatment effects"
+    )
+    drop: float = Field(0.3, ge=0, lt=1, description="share of each class's real batch to drop")
+    tail: float = Field(0.5, ge=0, le=1, description="share of the dropped samples with the largest effects (ite)")
+    probes: int = Field(16, ge=1, le=1024, description="directions in which a sample's effect is measured (ite)")
+    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running variance behind the thresholds (ite)")
     refresh: int = Field(
-        10, ge=1
-    )  # a batch is looked at in full every so many steps; in between remembered values decide
+        10, ge=1, description="steps between two full measurements; remembered values decide in between"
+    )
 
 
 class EvaluateSection(Section):
-    networks: list[str] = Field(["convnet"], min_length=1)
-    seeds: int = Field(5, ge=1)
-    # how a network is trained; null: as the set expects (its card's protocol)
-    epochs: int | None = Field(None, ge=1)
-    batch: int | None = Field(None, ge=1)
-    lr: float | None = Field(None, gt=0, le=MAX_LR)
-    momentum: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
-    control: Literal["random_real", "none"] = "random_real"
-    bounds: list[Literal["kept", "full"]] = []  # upper bounds: train on what was kept, and on everything
-    bound_epochs: int = Field(30, ge=1)
+    """Networks trained on the synthetic set and its controls, and tested on the test split."""
+
+    networks: list[str] = Field(["convnet"], min_length=1, description="networks to train")
+    seeds: int = Field(5, ge=1, description="networks of each kind to train per set")
+    epochs: int | None = Field(None, ge=1, description="epochs; null: as the method's protocol says")
+    batch: int | None = Field(None, ge=1, description="batch size; null: as the method's protocol says")
+    lr: float | None = Field(None, gt=0, le=MAX_LR, description="learning rate; null: as the method's protocol says")
+    momentum: float | None = Field(None, ge=0, lt=1, description="momentum; null: as the method's protocol says")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay; null: as the method's protocol says")
+    control: Literal["random_real", "none"] = later_key(
+        "random_real", description="random_real: also train on as many random real samples"
+    )
+    bounds: list[Literal["kept", "full"]] = Field(
+        [], description="upper bounds to train: on the kept samples, on the full training split"
+    )
+    bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
 
     @field_validator("networks", "bounds")
     @classmethod
@@ -236,28 +292,39 @@ class EvaluateSection(Section):
 
 
 class MlflowSection(Section):
-    tracking_uri: str | None = None  # a server or a store; null: MLFLOW_TRACKING_URI, else MLflow's own default
-    experiment: str = "distill_at_scale"
+    """MLflow."""
+
+    tracking_uri: str | None = Field(
+        None, description="server or store; null: MLFLOW_TRACKING_URI, else MLflow's own default"
+    )
+    experiment: str = Field("distill_at_scale", description="experiment to log to")
 
 
 class WandbSection(Section):
-    project: str = "distill_at_scale"
-    entity: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    """Weights & Biases."""
+
+    project: str = Field("distill_at_scale", description="project to log to")
+    entity: str | None = Field(None, description="user or team; null: the account's default")
+    mode: Literal["online", "offline"] = Field("online", description="offline: write to disk only")
 
 
 class TrackSection(Section):
-    """Trackers beside TensorBoard, which every run has; credentials come from the environment, never from here."""
+    """Experiment trackers, in addition to TensorBoard; credentials come from the environment, never from here."""
 
-    mlflow: MlflowSection | None = None
-    wandb: WandbSection | None = None
+    mlflow: MlflowSection | None = Field(None, description="log to MLflow; null: no")
+    wandb: WandbSection | None = Field(None, description="log to Weights & Biases; null: no")
 
 
 class ClusterSection(Section):
-    address: str | None = None  # null: start Ray here; "none": every stage in this process; else a running cluster
-    gpus_per_worker: float = Field(0, ge=0)
-    grows: bool = False  # an autoscaler adds nodes when work waits: what finds no room yet is no error
-    actors: int | None = Field(None, ge=1)  # default: as many as the cluster's cores (or GPUs) allow
-    max_failures: int = Field(3, ge=0)
-    object_store_mb: int | None = Field(None, ge=80)
-    price: float | None = Field(None, gt=0)  # of a worker's machine per hour, for `plan`
+    """Where and how Ray runs the work."""
+
+    address: str | None = Field(
+        None,
+        description="null: start Ray on this machine; none: no Ray, all in this process; else a cluster's HOST:PORT",
+    )
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs per worker, also a fraction; 0: CPUs only")
+    grows: bool = Field(False, description="true: an autoscaler adds nodes, so wait for resources the cluster lacks")
+    actors: int | None = Field(None, ge=1, description="actors of ingest and scoring; null: as many as fit")
+    max_failures: int = Field(3, ge=0, description="losses of workers to recover from before the run fails")
+    object_store_mb: int | None = Field(None, ge=80, description="Ray's object store, in MiB; null: Ray's default")
+    price: float | None = Field(None, gt=0, description="price of one worker machine per hour, for `plan`")

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from distill_at_scale.config.load import Config, flatten, with_overrides
+from distill_at_scale.config.fields import flatten, result_values
+from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
@@ -107,10 +108,11 @@ def known_rate(config: Config) -> float | None:
 
 
 def _made_with(config: Config, run: RunDir) -> str:
-    sections = ("select", "distill", "runtime", "evaluate")
-    values = {k: v for section in sections for k, v in flatten(getattr(config, section), f"{section}.").items()}
-    left = ("distill.workers", "distill.checkpoint_every", "distill.hold", "distill.evaluate_every", "evaluate.bounds")
-    values = {k: v for k, v in values.items() if k not in (*left, "evaluate.seeds")}
+    values = flatten(config.select.auto, "select.auto.")
+    for name in ("select", "distill", "runtime", "evaluate"):
+        values |= result_values(getattr(config, name), f"{name}.", unused=True)
+    for key in ("evaluate.seeds", "evaluate.bounds"):  # the search evaluates select.auto.evaluations networks
+        del values[key]
     steps = distill.step_count(config)
     return digest({**values, "distill.steps": steps, "seed": config.run.seed, "scores": run.content("score")})
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_at_scale.config.load import Config, flatten, with_overrides
+from distill_at_scale.config.fields import changes_results, result_values
+from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import Busy, UserError, is_transient
 from distill_at_scale.core.hashing import digest
@@ -38,7 +39,7 @@ from distill_at_scale.storage.working_copy import NOTES
 
 OWN = ("select", "distill", "evaluate")  # the stages of a point
 # sections that an id does not cover, or covers only in part
-NOT_OF_POINTS = ("run", "data", "score", "cluster", "track", "sweep", "studies")
+POINT_SECTIONS = ("select", "distill", "runtime", "evaluate")
 STOPPED, FAILED = NOTES  # notes in a point's folder: stopped by a scheduler, or ended by an error
 OF_OUTCOMES = ("manifest.parquet", "evaluation.json")  # the files of an outcome
 PATIENCE = 20  # seconds until the process of a killed sweep releases a point's folder
@@ -152,21 +153,23 @@ class PointSet:
     def _shared_names(self, config: Config) -> tuple[str, str]:
         """Names of the shared folders with ingest and with scores."""
         data = digest(fingerprints.data(config) | self._elsewhere(config))
-        scores = digest({"data": data, **_flat(config, "score"), "seed": config.run.seed})
+        score = result_values(config.score, "score.", locations=True, neutral=True)
+        scores = digest({"data": data, **score, "seed": config.run.seed})
         return f"{SHARED}/data-{data[:16]}", f"{SHARED}/scores-{scores[:16]}"
 
     def _elsewhere(self, config: Config) -> dict[str, Any]:
-        """Where data of a point lie, if not where those of the base do: fingerprints leave that out, for data that move."""
-        ours, base = _flat(config, "data"), _flat(self.config, "data")
-        keys = [f"data.{name}" for name in fingerprints.LEFT_OUT["data"]]
-        return {f"at {key}": ours[key] for key in keys if ours[key] != base[key]}
+        """Data locations of a point that differ from the base configuration's; fingerprints hash the content instead."""
+        ours, base = config.data, self.config.data
+        names = [n for n, field in type(ours).model_fields.items() if changes_results(field) == "by content"]
+        return {f"at data.{n}": getattr(ours, n) for n in names if getattr(ours, n) != getattr(base, n)}
 
     def _id(self, config: Config) -> str:
-        sections = [name for name in type(config).model_fields if name not in NOT_OF_POINTS]
-        values = {key: value for name in sections for key, value in _flat(config, name).items()}
-        left = {"distill.workers", "distill.checkpoint_every", "distill.hold"}
-        own = {key: value for key, value in values.items() if key not in left and not key.startswith("select.auto.")}
-        return digest(own | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
+        values: dict[str, Any] = {}
+        for name in POINT_SECTIONS:
+            values |= result_values(getattr(config, name), f"{name}.", unused=True)
+        # a scheduler may stop a trial at an evaluation on the way
+        values["distill.evaluate_every"] = config.distill.evaluate_every
+        return digest(values | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
 
     def _pipeline(self, config: Config, name: str) -> Pipeline:
         own = {"run.dir": inside(self.root, name), "run.reuse": self.config.run.reuse}
@@ -268,7 +271,3 @@ def _read_note(run: RunDir, name: str) -> dict[str, Any] | None:
 def _differs(run: RunDir, shared: RunDir, stage: str) -> bool:
     ours, theirs = run.record(stage), shared.record(stage)
     return ours is None or theirs is None or ours["output"] != theirs["output"]
-
-
-def _flat(config: Config, section: str) -> dict[str, Any]:
-    return flatten(getattr(config, section), f"{section}.")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_at_scale.config.load import Config, flatten
+from distill_at_scale.config.fields import Section, result_values
+from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DistillSection
-from distill_at_scale.config.sections import DataSection, EvaluateSection, ScoreSection, Section
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.clip import decoders_for
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -25,19 +25,6 @@ from distill_at_scale.storage.stage_record import StageInputs
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
 OF_TRANSFORM = ("imbalance", "copies", "variance_classes")
-LEFT_OUT = {
-    "data": ("path", "class_names", "val_labels", "synsets", "annotations"),
-    "score": ("workers", "weights", "imported"),
-    "select": ("auto",),  # how a rate is looked for; what is found is select.keep
-    "distill": ("workers", "evaluate_every", "checkpoint_every", "steps", "hold", *METHODS),
-}
-LATER: dict[
-    str, tuple[type[Section], tuple[str, ...]]
-] = {  # keys that leave the runs from before them valid as long as they are unused
-    "data": (DataSection, ("train_split", "max_bytes", "value_column", "whiten", "transform", *OF_TRANSFORM)),
-    "score": (ScoreSection, ("early", "late", "features", "neighbours", "imported_useful")),
-    "evaluate": (EvaluateSection, ("control",)),
-}
 OF_CLIPS = ("frames", "sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds", "fold")
 TRAINING = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")  # of proxies only
 
@@ -123,9 +110,8 @@ def score(config: Config, run: RunDir) -> Dependence:
     unused = {"monte_carlo", *(() if trained else TRAINING)}
     values = {key: value for key, value in _section(config, "score").items() if key.split(".")[1] not in unused}
     if sampled:
-        values |= flatten(config.score.monte_carlo, "score.monte_carlo.")
-        del values["score.monte_carlo.at_once"]
-        values |= flatten(config.distill.dc, "distill.dc.") if config.score.monte_carlo.learn == "dc" else {}
+        values |= result_values(config.score.monte_carlo, "score.monte_carlo.")
+        values |= result_values(config.distill.dc, "distill.dc.") if config.score.monte_carlo.learn == "dc" else {}
     return values | ({"run.seed": config.run.seed} if trained or sampled else {}), ("ingest",)
 
 
@@ -144,7 +130,8 @@ def networks(config: Config, run: RunDir) -> StageInputs:
 def distillation(config: Config, run: RunDir) -> Dependence:
     method = config.distill.method
     own = getattr(config.distill, method, None)
-    values = _section(config, "distill") | (flatten(own, f"distill.{method}.") if own else {})
+    values = {k: v for k, v in _section(config, "distill").items() if k.split(".")[1] not in METHODS}
+    values |= result_values(own, f"distill.{method}.") if own else {}
     values.pop(f"distill.{method}.teacher_weights", None)  # where they lie; what they are is in `_teacher`
     values |= {"distill.steps": distill.step_count(config), "distill.seed": config.distill_seed}
     return values | _runtime(config), ("ingest", "select")
@@ -156,7 +143,7 @@ def _runtime(config: Config) -> dict[str, Any]:
     if rule == "none" or distill.method_class(config).no_runtime:
         return {"runtime.rule": "none"}
     of_effects = ("runtime.tail", "runtime.probes", "runtime.decay")
-    return {k: v for k, v in flatten(config.runtime, "runtime.").items() if rule == "ite" or k not in of_effects}
+    return {k: v for k, v in result_values(config.runtime, "runtime.").items() if rule == "ite" or k not in of_effects}
 
 
 def evaluation(config: Config, run: RunDir) -> Dependence:
@@ -170,8 +157,4 @@ def page(config: Config, run: RunDir) -> Dependence:
 
 
 def _section(config: Config, name: str) -> dict[str, Any]:
-    left_out = {f"{name}.{key}" for key in LEFT_OUT.get(name, ())}
-    section, (model, later) = getattr(config, name), LATER.get(name, (Section, ()))
-    left_out |= {f"{name}.{key}" for key in later if getattr(section, key) == model.model_fields[key].default}
-    flat = flatten(section, f"{name}.")
-    return {k: v for k, v in flat.items() if not any(k == out or k.startswith(out + ".") for out in left_out)}
+    return result_values(getattr(config, name), f"{name}.")

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from distill_at_scale.config.fields import Section
 from distill_at_scale.config.load import Config, suggest
 from distill_at_scale.config.registry import resolve
-from distill_at_scale.config.sections import ScoreSection, Section
+from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.clip import decoders_for
 from distill_at_scale.data.ingest import derived_splits, sample_types

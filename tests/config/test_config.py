@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from distill_at_scale.config import load as config
+from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources import SOURCES
@@ -172,7 +173,7 @@ def test_min_per_class_follows_the_images_per_class():
 
 
 def test_flatten_gives_dotted_keys():
-    flat = config.flatten(config.DistillSection(), "distill.")
+    flat = flatten(config.DistillSection(), "distill.")
     assert flat["distill.dc.image_lr"] == 0.1
     assert flat["distill.options"] == {}
 

@@ -158,7 +158,7 @@ def test_what_is_no_such_part_is_named_with_its_key(package, capsys, key, value,
 def test_a_protocol_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "odd_protocol.py").write_text(
         "from distill_at_scale.distillation.methods.dm import *\n\n\n"
-        "class Odd(DistributionMatching):\n    protocol = staticmethod(lambda config: {'epochs': 3})\n"
+        "class Odd(DM):\n    protocol = staticmethod(lambda config: {'epochs': 3})\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = configuration.validate({"distill": {"method": "odd_protocol:Odd"}})

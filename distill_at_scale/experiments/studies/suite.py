@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_at_scale.config.load import Config, flatten
+from distill_at_scale.config.fields import result_values
+from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import publish, write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
@@ -28,7 +29,7 @@ from distill_at_scale.experiments.studies.base import Finding, StudyContext
 from distill_at_scale.storage.run_dir import RunDir
 
 MADE_WITH = "made_with"
-NOT_OF_FINDINGS = ("run", "cluster", "sweep", "studies")
+OF_FINDINGS = ("data", "score", "select", "distill", "runtime", "evaluate", "track")
 OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that count for every study
 
 
@@ -96,8 +97,8 @@ def _column(values: list[Any]) -> pa.Array:
 
 def _made_with(config: Config, name: str, scores: str) -> str:
     """What a finding depends on: the scores, the configuration of points, and the study's own keys."""
-    sections = [section for section in type(config).model_fields if section not in NOT_OF_FINDINGS]
-    values = {k: v for section in sections for k, v in flatten(getattr(config, section), f"{section}.").items()}
+    every = result_values(config, locations=True, neutral=True)
+    values = {key: value for key, value in every.items() if key.split(".")[0] in OF_FINDINGS}
     shared = {key: getattr(config.studies, key) for key in OF_ALL}
     own = getattr(config.studies, name).model_dump()
     return digest({**values, "data.path": None, "seed": config.run.seed, "scores": scores, "all": shared, "own": own})

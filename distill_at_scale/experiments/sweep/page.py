@@ -11,7 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.config.load import Config, flatten
+from distill_at_scale.config.fields import flatten
+from distill_at_scale.config.load import Config
 from distill_at_scale.experiments.sweep import analysis
 from distill_at_scale.experiments.sweep import plots as curves
 from distill_at_scale.experiments.sweep import text as answers

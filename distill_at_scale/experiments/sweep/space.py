@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill_at_scale.config.experiments import Control
+from distill_at_scale.config.fields import is_execution_key
 from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
@@ -22,15 +23,10 @@ from distill_at_scale.experiments.point import Point
 from distill_at_scale.experiments.studies.base import RANDOM, UNPRUNED
 
 RANGES = ("uniform", "loguniform", "randint")
-REFUSED = {  # sections and keys that make no difference to a result, or that the sweep itself decides
+REFUSED = {  # keys that the sweep itself decides
     "run.dir": "a trial's folder is chosen by the sweep",
-    "run.reuse": "trials share ingest and scores anyway",
-    "cluster": "the cluster is the same for all trials",
     "sweep": "a sweep cannot sweep over itself",
     "studies": "studies are a command of their own",
-    "distill.workers": "results do not depend on it",
-    "distill.checkpoint_every": "results do not depend on it",
-    "distill.hold": "results do not depend on it",
     "evaluate.control": "the controls of a sweep are named in sweep.controls",
 }
 EVERYTHING = {"select.criterion": None, "select.order": "useful", "select.stratum_start": 0.0, "select.scope": "class",
@@ -96,6 +92,8 @@ def _check_key(key: str) -> None:
     for name, why in REFUSED.items():
         if f"{key}.".startswith(f"{name}."):
             raise UserError(f"{key} (in {ORIGIN}) cannot be swept: {why}; take it out")
+    if is_execution_key(Config, key):
+        raise UserError(f"{key} (in {ORIGIN}) cannot be swept: results do not depend on it; take it out")
     if "." not in key:
         raise UserError(f"{key} (in {ORIGIN}) is a section; write section.key, for example select.keep")
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from distill_at_scale.config.load import Config, flatten
+from distill_at_scale.config.fields import flatten
+from distill_at_scale.config.load import Config
 from distill_at_scale.core.images import to_pixels
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.prepared import manifest

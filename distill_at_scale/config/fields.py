@@ -1,0 +1,94 @@
+"""The base class of all sections, and which keys change the results of a run.
+
+A key changes results unless its field says otherwise:
+
+- `execution_key`: how or where the work runs, or which runs are made. It never changes what one run computes.
+- `location_key`: where an input lies. The content of the input is hashed instead.
+- `later_key`: added after runs existed. It counts only when it differs from its default, so those runs stay valid.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+ChangesResults = Literal["always", "never", "by content", "unless default"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def execution_key(default: Any, **field: Any) -> Any:
+    """A `Field` that never changes results."""
+    return _field(default, "never", field)
+
+
+def location_key(default: Any, **field: Any) -> Any:
+    """A `Field` that names an input whose content decides results."""
+    return _field(default, "by content", field)
+
+
+def later_key(default: Any, **field: Any) -> Any:
+    """A `Field` that changes results only when it differs from its default."""
+    return _field(default, "unless default", field)
+
+
+def _field(default: Any, changes_results: ChangesResults, field: dict[str, Any]) -> Any:
+    return Field(default, json_schema_extra={"changes_results": changes_results}, **field)
+
+
+def changes_results(field: FieldInfo) -> ChangesResults:
+    extra = field.json_schema_extra
+    return extra["changes_results"] if isinstance(extra, dict) else "always"  # type: ignore[return-value]
+
+
+def is_execution_key(model: type[BaseModel], key: str) -> bool:
+    """Whether a dotted key, or a section that holds it, never changes results; False for an unknown key."""
+    name, _, below = key.partition(".")
+    field = model.model_fields.get(name)
+    if field is None:
+        return False
+    inner = field.annotation
+    if changes_results(field) == "never":
+        return True
+    return bool(below) and isinstance(inner, type) and issubclass(inner, BaseModel) and is_execution_key(inner, below)
+
+
+def result_values(
+    section: BaseModel, prefix: str = "", *, locations: bool = False, unused: bool = False, neutral: bool = False
+) -> dict[str, Any]:
+    """Dotted keys and plain values of a section, or of a whole Config, that decide results.
+
+    Args:
+        prefix: put before every key, for example "score.".
+        locations: keep location keys too.
+        unused: keep later keys that have their default.
+        neutral: keep the keys that do not decide results too, with their defaults.
+    """
+    values: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value, kind = getattr(section, name), changes_results(field)
+        if kind == "never" or (kind == "by content" and not locations):
+            if not neutral:
+                continue
+            value = field.get_default(call_default_factory=True)
+        elif kind == "unless default" and not (unused or neutral) and value == field.default:
+            continue
+        if isinstance(value, BaseModel):
+            values |= result_values(value, f"{prefix}{name}.", locations=locations, unused=unused, neutral=neutral)
+        else:
+            values |= flatten({name: value}, prefix)
+    return values
+
+
+def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values of a (nested) section."""
+    items = section.model_dump() if isinstance(section, BaseModel) else section
+    flat: dict[str, Any] = {}
+    for key, value in items.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) and value else {name: value})
+    return flat

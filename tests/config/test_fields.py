@@ -1,0 +1,81 @@
+"""Which keys change results: said on the fields, used by fingerprints, points, the automatic keep rate and sweeps."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill_at_scale.config.fields import changes_results, flatten, is_execution_key, result_values
+from distill_at_scale.config.load import Config, validate, with_overrides
+
+
+def keys_of(model, wanted, prefix="") -> set[str]:
+    result = set()
+    for name, field in model.model_fields.items():
+        if changes_results(field) == wanted:
+            result.add(prefix + name)
+        elif hasattr(field.annotation, "model_fields"):
+            result |= keys_of(field.annotation, wanted, f"{prefix}{name}.")
+    return result
+
+
+def test_the_keys_that_never_change_results():
+    """A change of this list changes the fingerprints of run folders."""
+    assert keys_of(Config, "never") == {
+        "run.dir", "run.scratch", "run.retry_seconds", "run.reuse", "score.monte_carlo.at_once", "score.workers",
+        "select.auto", "distill.workers", "distill.evaluate_every", "distill.checkpoint_every", "distill.hold",
+        "cluster", "track", "sweep", "studies",
+    }  # fmt: skip
+
+
+def test_the_keys_whose_content_decides():
+    assert keys_of(Config, "by content") == {
+        "data.path", "data.class_names", "data.val_labels", "data.synsets", "data.annotations", "score.imported",
+        "score.weights",
+    }  # fmt: skip
+
+
+def test_the_keys_that_were_added_later():
+    assert keys_of(Config, "unless default") == {
+        "data.value_column", "data.whiten", "data.train_split", "data.max_bytes", "data.transform", "data.imbalance",
+        "data.copies", "data.variance_classes", "score.early", "score.late", "score.features", "score.neighbours",
+        "score.imported_useful", "evaluate.control",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"distill.workers": 4}, {"cluster.actors": 2}, {"track": {"wandb": {}}}, {"data.path": "/x"}, {"run.dir": "y"},
+     {"select.auto.seeds": 5}, {"score.monte_carlo.at_once": 1}],
+)  # fmt: skip
+def test_values_do_not_depend_on_where_and_how_a_run_works(override):
+    config = Config()
+    assert result_values(with_overrides(config, override)) == result_values(config)
+
+
+@pytest.mark.parametrize("override", [{"run.seed": 1}, {"data.copies": 6}, {"distill.dm.real_batch": 1}])
+def test_values_depend_on_what_decides(override):
+    assert result_values(with_overrides(Config(), override)) == result_values(Config()) | override
+
+
+def test_later_keys_count_only_where_they_are_used():
+    section = validate({"score": {"early": 3}}).score
+    values = result_values(section, "score.")
+    assert values["score.early"] == 3
+    assert "score.late" not in values
+    assert result_values(section, unused=True)["late"] == 5
+
+
+def test_neutral_values_hold_every_key_with_the_default_where_it_does_not_decide():
+    config = validate({"distill": {"workers": 4, "ipc": 2}, "track": {"mlflow": {}}, "data": {"path": "/x"}})
+    values = result_values(config, neutral=True)
+    assert values == flatten(Config()) | {"distill.ipc": 2}
+    assert result_values(config, neutral=True, locations=True) == values | {"data.path": "/x"}
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [("distill.workers", True), ("cluster.actors", True), ("cluster", True), ("score.monte_carlo.at_once", True),
+     ("score.monte_carlo.subsets", False), ("distill", False), ("data.path", False), ("select.kep", False)],
+)  # fmt: skip
+def test_execution_keys_are_known_by_their_dotted_name(key, answer):
+    assert is_execution_key(Config, key) is answer

@@ -138,7 +138,7 @@ def test_a_whole_run_finds_the_rate_and_goes_on_with_it(tiny_file, tmp_path, cap
     rate = json.loads((run / "auto.json").read_text())["rate"]
     facts = manifest.facts(run / "manifest.parquet")
     assert facts["asked"] == {"keep": "auto", "found": rate}
-    assert "The rate was looked for" in (run / "report.html").read_text()
+    assert "The rate was searched" in (run / "report.html").read_text()
     assert json.loads((run / "stages" / "select.json").read_text())["config"]["select.keep"] == rate
     assert json.loads((run / "run.json").read_text())["config"]["select"]["keep"] == "auto"
     records = [json.loads(path.read_text()) for path in (run / "auto" / "shared").glob("scores-*/stages/*.json")]

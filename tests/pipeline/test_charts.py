@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from distill_at_scale.pipeline.report import charts, ticks
+from distill_at_scale.pipeline.report import charts
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
 
@@ -39,14 +39,14 @@ def test_the_same_plot_gives_the_same_bytes():
 
 
 def test_names_of_series_levels_and_marks_are_all_written():
-    found = texts(curve(levels=[("unpruned 29 %", 0.29)], marks=[("recommended", 0.1)]))
-    assert {"loss", "drawn", "unpruned 29 %", "recommended", "share kept", "top-1 accuracy"} <= set(found)
+    result = texts(curve(levels=[("unpruned 29 %", 0.29)], marks=[("recommended", 0.1)]))
+    assert {"loss", "drawn", "unpruned 29 %", "recommended", "share kept", "top-1 accuracy"} <= set(result)
 
 
 def test_a_logarithmic_axis_of_shares_has_plain_ticks_in_per_cent():
-    found = texts(curve(log_x=True))
-    assert {"1\u00a0%", "10\u00a0%", "100\u00a0%"} <= set(found)
-    assert not any("10^" in text or "e-" in text or "−0" in text for text in found)
+    result = texts(curve(log_x=True))
+    assert {"1\u00a0%", "10\u00a0%", "100\u00a0%"} <= set(result)
+    assert not any("10^" in text or "e-" in text or "−0" in text for text in result)
 
 
 def test_the_first_of_a_role_has_its_color_and_the_others_differ():
@@ -63,8 +63,8 @@ def test_the_first_of_a_role_has_its_color_and_the_others_differ():
 
 def test_names_on_x_become_rows_in_their_order():
     plot = curve(series=[Series("s", ["base", "tail <b>"], [0.4, 0.3], None, "bars", "ours")], x_label="")
-    found = texts(plot)
-    assert found.index("base") < found.index("tail <b>")
+    result = texts(plot)
+    assert result.index("base") < result.index("tail <b>")
     assert "<b>" not in svg(plot)
 
 
@@ -85,15 +85,15 @@ def test_a_name_may_hold_what_xml_may_not():
 
 
 def test_labels_are_moved_apart_in_their_order():
-    found = ticks.apart([0.5, 0.1, 0.51], 0.05)
-    assert found == pytest.approx([0.5, 0.1, 0.55])
+    result = charts.apart([0.5, 0.1, 0.51], 0.05)
+    assert result == pytest.approx([0.5, 0.1, 0.55])
 
 
 def test_ticks_of_a_logarithmic_axis_lie_within_it():
-    assert ticks.log_ticks(0.9, 11) == [1, 2, 5, 10]
-    assert ticks.log_ticks(1, 100_000) == [1, 10, 100, 1000, 10_000, 100_000]
-    assert ticks.log_ticks(0.0004, 1)[0] == 0.001
-    assert ticks.log_ticks(3, 3.1) == [3, 3.1]
+    assert charts.log_ticks(0.9, 11) == [1, 2, 5, 10]
+    assert charts.log_ticks(1, 100_000) == [1, 10, 100, 1000, 10_000, 100_000]
+    assert charts.log_ticks(0.0004, 1)[0] == 0.001
+    assert charts.log_ticks(3, 3.1) == [3, 3.1]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_ticks_of_a_logarithmic_axis_lie_within_it():
     ],
 )
 def test_only_shares_without_a_unit_are_shown_in_per_cent(label, values, expected):
-    assert ticks.shares(label, values) is expected
+    assert charts.is_share(label, values) is expected
 
 
 def test_a_far_level_is_named_at_the_edge_and_does_not_press_the_series_together():
@@ -129,6 +129,6 @@ def test_whole_numbers_have_whole_ticks():
 
 def test_bars_of_one_series_each_stand_beside_their_names(monkeypatch):
     places = []
-    monkeypatch.setattr(charts, "_row_series", lambda axes, series, color, marker, rows, among: places.append(rows))
+    monkeypatch.setattr(charts, "_row_series", lambda axes, series, color, marker, rows, per_row: places.append(rows))
     charts.draw(Plot("t", "", "top-1", [Series(n, [n], [0.5], None, "bars") for n in "abc"]))
     assert all(rows == {"a": 0, "b": 1, "c": 2} for rows in places)

@@ -85,8 +85,8 @@ def test_opens_offline(run):
 
 def test_has_every_part(run):
     text = page(run)
-    parts = ("Accuracy", "The synthetic images", "How they came about", "Distillation", "What was kept of the",
-             "The easiest and the hardest", "Where the time went", "Data", "How it was made")  # fmt: skip
+    parts = ("Accuracy", "The synthetic images", "During distillation", "Distillation", "Kept training samples",
+             "The easiest and the hardest", "Where the time went", "Data", "How to repeat it")  # fmt: skip
     assert all(f"<h2>{part}" in text for part in parts)
     assert "Do 10 synthetic images (1 per class), distilled from 50.1\u00a0% of the training set, train" in text
     assert "All kept samples" in text
@@ -143,14 +143,14 @@ def test_rejected_samples_are_counted_and_named(run):
 def test_many_rejected_samples_are_grouped_by_kind_of_reason(run):
     large = [(f"large/{i}.mp4", f"{i + 5},000 bytes, more than data.max_bytes = 1,000", False) for i in range(30)]
     set_aside(run, [("no/label.mp4", "it has no label in 'train.csv'", False), *large])
-    found = run_report._set_aside(run / "rejected.parquet")["rejected"]
+    found = run_report._rejected(run / "rejected.parquet")["rejected"]
     assert [(row["count"], row["sample_id"]) for row in found["rows"]] == [(30, "large/0.mp4"), (1, "no/label.mp4")]
     assert "<h3>Rejected: 31 samples</h3>" in page(run)
 
 
 def test_more_kinds_than_fit_are_counted(run):
     set_aside(run, [(f"{i}.mp4", f"reason {'x' * i}", False) for i in range(run_report.KINDS + 3)])
-    assert run_report._set_aside(run / "rejected.parquet")["rejected"]["more"] == 3
+    assert run_report._rejected(run / "rejected.parquet")["rejected"]["more"] == 3
     assert "And 3 more kinds" in page(run)
 
 

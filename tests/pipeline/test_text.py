@@ -43,7 +43,7 @@ def test_combined_deviation_is_the_border():
 def test_single_seed_says_so(ours, word):
     _, text = says((ours, None, 1), (0.6, None, 1))
     assert text.startswith(f"{word}, on a single seed: {100 * ours:.1f} % against 60.0 % top-1 (n = 1)")
-    assert "chance is not ruled out" in text
+    assert "chance cannot be ruled out" in text
 
 
 def test_several_networks_are_all_named():
@@ -85,12 +85,12 @@ CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
     ("more", "said"),
     [
         ({"formation": 2}, "Each holds 2 × 2 training images"),
-        ({"protocol": {"labels": "soft"}}, "labels are soft"),
+        ({"protocol": {"labels": "soft"}}, "soft labels were learned"),
         ({"soft_labels": {"epochs": 300, "bytes_per_image": 6000.0}, "teacher": {"origin": "trained here"}},
-         "in 300 epochs has the soft label of a teacher (trained here); these take 6,000 bytes"),
+         "gave a soft label to each of their views in 300 epochs; the labels take 6,000 bytes per image"),
         ({"student_lr": {"learned": 0.0982}}, "0.0982, was learned"),
         ({"runtime": {"rule": "not applicable", "reason": "no batch"}}, "not applicable: no batch."),
-        ({"runtime": {"rule": "ite", "drop": 0.3}}, "by rule ite left out 30"),
+        ({"runtime": {"rule": "ite", "drop": 0.3}}, "by rule ite dropped 30"),
     ],
 )  # fmt: skip
 def test_what_is_particular_about_a_method_is_said(more, said):

@@ -1,4 +1,4 @@
-"""The chart of who worked when: few workers one by one, many of them together, and the sentence."""
+"""Worker activity over time: few workers one by one, many of them together, and the sentence."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def svg(uri: str) -> str:
     ],
 )
 def test_lanes_stay_few(hosts, each, lanes, first):
-    found = account(entries(hosts, each))
-    assert found is not None
-    made = timeline_chart.lanes(found.workers)
-    assert (len(made), made[0].name) == (lanes, first)
-    assert sum(len(lane.workers) for lane in made) == hosts * each
-    drawn = svg(timeline_chart.chart(found))
+    usage = account(entries(hosts, each))
+    assert usage is not None
+    rows = timeline_chart.lanes(usage.workers)
+    assert (len(rows), rows[0].name) == (lanes, first)
+    assert sum(len(lane.workers) for lane in rows) == hosts * each
+    drawn = svg(timeline_chart.chart(usage))
     assert first.replace(NBSP, " ") in drawn.replace(NBSP, " ")
     assert drawn.count("<text") <= timeline_chart.LANES + 30
 
@@ -53,9 +53,9 @@ def test_the_sentence_says_where_the_time_went():
     part = timeline_chart.part(entries(1, 1))
     assert part is not None
     text = part["sentence"].replace(NBSP, " ")
-    assert "some worker was busy for 70 % of it" in text
-    assert "10 % went to starting Ray" in text
-    assert "in 20 % workers were starting or only the driver worked" in text
+    assert "at least one worker was busy for 70 %" in text
+    assert "Ray was starting for 10 %" in text
+    assert "for 20 % workers were starting or only the driver worked" in text
     assert "lost" not in text
     assert [name for name, _ in part["legend"]] == ["ingest", "starting Ray"]
 
@@ -66,7 +66,7 @@ def test_losses_and_further_commands_are_said_and_shown():
     assert part is not None
     assert "in 2 commands" in part["sentence"].replace(NBSP, " ")
     assert "Workers were lost 2 times" in part["sentence"]
-    assert "another command goes on" in svg(part["chart"])
+    assert "another command resumes" in svg(part["chart"])
 
 
 def test_without_a_timeline_there_is_no_chart():

@@ -1,7 +1,6 @@
-"""What the pages of runs, sweeps and studies have in common: the template engine, the frame around them, settings as text.
+"""The template engine that the pages of runs, sweeps and studies share, and settings as text.
 
-Every page is one file that opens offline; what users named is escaped. Left out: what the pages say and show
-(`pipeline/report/run_report.py`, `experiments/sweep/page.py`, `experiments/studies/page.py`).
+Every page is one file that opens offline. Names from users are escaped.
 """
 
 from __future__ import annotations
@@ -15,31 +14,31 @@ import yaml
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import publish
-from distill_at_scale.pipeline.report import run_plots
-from distill_at_scale.pipeline.report import text as wording
+from distill_at_scale.pipeline.report.style import COLORS
+from distill_at_scale.pipeline.report.text import accuracy, duration, shape, share
 from distill_at_scale.storage.filesystem import shown
 from distill_at_scale.storage.redact import public
 
 
 def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:
-    """Render a template of this package to a file, in one step, and return its path."""
-    text = engine().get_template(template).render(colors=run_plots.COLORS, **contents)
+    """Render a template of this package to a file atomically; returns its path."""
+    text = engine().get_template(template).render(colors=COLORS, **contents)
     with publish(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 
 def engine() -> jinja2.Environment:
-    """Escapes everything and refuses names that it was not given."""
+    """Escapes all values and raises on undefined names."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    found = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    found.filters |= {f.__name__: f for f in (wording.accuracy, wording.share, wording.shape, wording.duration)}
-    found.filters["comma"] = "{:,}".format
-    return found
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {f.__name__: f for f in (accuracy, share, shape, duration)}
+    environment.filters["comma"] = "{:,}".format
+    return environment
 
 
 def name_of(path: str | None, source: str) -> str:
-    """The data set as the page's title: the last part of its path, never of its credentials, else its source."""
+    """The data set's name for a title: the last part of its path without credentials, else its source."""
     path = shown(path or "")
     return Path(path.partition("?")[0] if "://" in path else path).name or source
 
@@ -50,5 +49,5 @@ def settings(config: Config) -> str:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """Settings as YAML; addresses in them lose their credentials."""
+    """Settings as YAML, without credentials in URIs."""
     return yaml.safe_dump(public(values), sort_keys=False, allow_unicode=True, width=100)

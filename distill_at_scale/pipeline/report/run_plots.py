@@ -1,9 +1,4 @@
-"""The report's pictures as data URIs: charts as SVG, images as PNG, clips as animated PNG or WebP.
-
-Charts are drawn on `Figure` objects, so no global state of pyplot is touched; their text stays text and is set in the
-reader's system font. The same input gives the same bytes. What is drawn, and what is said about it, is decided in
-`pipeline/report/run_report.py`.
-"""
+"""Plots and pictures of one run as data URIs: charts as SVG, images as PNG, clips as animated PNG or WebP."""
 
 from __future__ import annotations
 
@@ -25,21 +20,22 @@ from distill_at_scale.pipeline.report.style import (
     SET_NAMES,
     STYLE,
     WIDTH,
-    _uri,
-    clean,
+    data_uri,
     figure_of,
+    frame,
+    name_rows,
     svg,
 )
 
 BINS = 72
-FEW = 20  # so many kept samples of a class are drawn one by one
+FEW = 20  # up to this many kept samples of a class are drawn one by one
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class AccuracyBar:
-    """One bar of the accuracy chart: a row of the evaluation's summary, its seeds in per cent, the text beside it."""
+    """A bar of the accuracy chart: a row of the evaluation's summary, its seeds' top-1 in per cent, and the bar's label."""
 
     row: Mapping[str, Any]
     seeds: Sequence[float]
@@ -68,20 +64,35 @@ class Distribution:
     kept: Array  # bool [n]
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures as data URIs in the given order, and their form: "exact", "lossy" or "still" (the middle frame of clips)."""
+
+    pictures: Sequence[str]
+    shown: str
+
+
 def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
-    """Bars by network, with the standard deviation and every single seed; `chance` is a dashed line."""
+    """Bars by network with standard deviation and every single seed; a dashed line marks `chance` (in per cent)."""
     networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
     with matplotlib.rc_context(STYLE):
         figure, axes = figure_of(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
-        left, place, names = axes.get_yaxis_transform(), -0.95, []
+        place, names = -0.95, []
         for network in networks:
             place += 0.95
+            left = axes.get_yaxis_transform()
             axes.text(-0.006, place + 0.1, network, transform=left, weight="bold", ha="right", va="center")
             for bar in (bar for bar in bars if bar.row["network"] == network):
                 place += 1
                 names.append((place, SET_NAMES[bar.row["set"]]))
-                _bar(axes, place, bar)
-        clean(axes, names)
+                axes.barh(place, bar.mean, height=0.66, color=COLORS[bar.row["set"]], alpha=0.85)
+                if bar.row["std"] is not None:
+                    axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
+                spread = np.linspace(-0.18, 0.18, len(bar.seeds)) if len(bar.seeds) > 1 else np.zeros(1)
+                axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=INK, lw=0.7, zorder=3)
+                where: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
+                axes.annotate(bar.text, (bar.end, place), **where)
+        name_rows(axes, names)
         axes.set_ylim(place + 0.65, -0.4)
         axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
@@ -91,24 +102,46 @@ def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
 
 
 def distributions(classes: Sequence[Distribution], label: str) -> str:
-    """A histogram of the scores per class, what is kept and what is dropped stacked, with a mark at the cut."""
+    """A histogram of scores per class, kept and dropped samples stacked, with a mark at each cut."""
     scores = np.concatenate([c.scores for c in classes])
     edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), BINS + 1)
     with matplotlib.rc_context(STYLE):
         figure, axes = figure_of(0.42 * len(classes) + 0.75)
         for row, one in enumerate(classes):
-            _histogram(axes, row, one, edges)
+            counts, _ = np.histogram(one.scores, edges)
+            kept, _ = np.histogram(one.scores[one.kept], edges)
+            scale = 0.82 / max(1, counts.max())
+            axes.stairs(row - counts * scale, edges, baseline=row, fill=True, color=COLORS["dropped"], zorder=2)
+            axes.stairs(row - kept * scale, edges, baseline=row, fill=True, color=COLORS["kept"], zorder=3)
+            axes.plot(edges[[0, -1]], [row, row], color=LINE, lw=0.8, zorder=1)
+            if one.kept.sum() <= FEW:
+                axes.vlines(one.scores[one.kept], row - 0.5, row, color=COLORS["kept"], lw=1.6, zorder=4)
+            for cut in cuts(one.scores, one.kept):
+                axes.vlines(cut, row - 0.9, row, color=INK, lw=1.1, zorder=5)
             text = f"{int(one.kept.sum()):,} of {len(one.kept):,}"
             axes.text(1.01, row - 0.05, text, transform=axes.get_yaxis_transform(), va="bottom", color=FAINT, size=8)
-        clean(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
+        name_rows(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
         axes.set_ylim(len(classes) - 0.9, -1.0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel(label)
         return svg(figure)
 
 
+def cuts(scores: Array, kept: Array) -> list[float]:
+    """The scores that separate kept from dropped samples; empty if they are mixed, as in a random selection."""
+    inside, outside = scores[kept], scores[~kept]
+    if not len(inside) or not len(outside):
+        return []
+    low, high = inside.min(), inside.max()
+    if ((outside > low) & (outside < high)).any():
+        return []
+    below, above = outside[outside <= low], outside[outside >= high]
+    result = [(low + below.max()) / 2] if len(below) else []
+    return [float(cut) for cut in result + ([(high + above.min()) / 2] if len(above) else [])]
+
+
 def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> str:
-    """The distillation loss over the steps with a running mean and, where it was measured, the accuracy below it."""
+    """The distillation loss over the steps with a running mean; below it the accuracy, if it was measured."""
     panels = [(loss, "distillation loss", INK), (top1, "top-1 in % (one network)", COLORS["distilled"])]
     panels = [panel for panel in panels if panel[0]]
     with matplotlib.rc_context(STYLE):
@@ -120,83 +153,6 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
             axes.set_ylabel(label)
         axes.set_xlabel("step")
         return svg(figure)
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures as data URIs in the order asked for, and how they are shown: "exact", "lossy" or "still"."""
-
-    pictures: Sequence[str]
-    shown: str
-
-
-def picture(pixels: Array, limit: int) -> str:
-    """uint8 [C, H, W] -> PNG; a clip [T, C, H, W] -> animated PNG of few colours; a larger side is reduced to `limit`."""
-    return _shown(to_frames(pixels, limit))
-
-
-def gallery(samples: Iterable[Array], limit: int, budget: int) -> Gallery:
-    """Many pictures of real samples, as PNG. Clips take the first form in which all of them fit `budget` bytes: animated
-    PNG (grey ones only), animated WebP, or the middle frame, whatever it takes.
-    """
-    every = [to_frames(sample, limit) for sample in samples]
-    if all(len(frames) == 1 for frames in every):
-        return Gallery([_shown(frames) for frames in every], "exact")
-    if all(frames[0].mode == "L" for frames in every) and (found := _fitting(every, _shown, budget)):
-        return Gallery(found, "exact")
-    if found := _fitting(every, lambda frames: _uri("image/webp", webp(frames)), budget):
-        return Gallery(found, "lossy")
-    return Gallery([_shown([frames[len(frames) // 2]]) for frames in every], "still")
-
-
-def _fitting(every: Sequence[Frames], encode: Callable[[Frames], str], budget: int) -> list[str]:
-    """All pictures encoded, or none as soon as they take more than `budget` bytes."""
-    found: list[str] = []
-    for frames in every:
-        found.append(encode(frames))
-        budget -= size_of(found[-1])
-        if budget < 0:
-            return []
-    return found
-
-
-def _shown(frames: Frames) -> str:
-    return _uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
-
-
-def _bar(axes: Axes, place: float, bar: AccuracyBar) -> None:
-    axes.barh(place, bar.mean, height=0.66, color=COLORS[bar.row["set"]], alpha=0.85)
-    if bar.row["std"] is not None:
-        axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
-    spread = np.linspace(-0.18, 0.18, len(bar.seeds)) if len(bar.seeds) > 1 else np.zeros(1)
-    axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=INK, lw=0.7, zorder=3)
-    axes.annotate(bar.text, (bar.end, place), xytext=(9, 0), textcoords="offset points", va="center", weight="bold")
-
-
-def _histogram(axes: Axes, row: int, one: Distribution, edges: Array) -> None:
-    every, _ = np.histogram(one.scores, edges)
-    kept, _ = np.histogram(one.scores[one.kept], edges)
-    scale = 0.82 / max(1, every.max())
-    axes.stairs(row - every * scale, edges, baseline=row, fill=True, color=COLORS["dropped"], zorder=2)
-    axes.stairs(row - kept * scale, edges, baseline=row, fill=True, color=COLORS["kept"], zorder=3)
-    axes.plot(edges[[0, -1]], [row, row], color=LINE, lw=0.8, zorder=1)
-    if one.kept.sum() <= FEW:
-        axes.vlines(one.scores[one.kept], row - 0.5, row, color=COLORS["kept"], lw=1.6, zorder=4)
-    for cut in cuts(one.scores, one.kept):
-        axes.vlines(cut, row - 0.9, row, color=INK, lw=1.1, zorder=5)
-
-
-def cuts(scores: Array, kept: Array) -> list[float]:
-    """The scores at which kept and dropped samples part; none where they are mixed, as in a random selection."""
-    inside, outside = scores[kept], scores[~kept]
-    if not len(inside) or not len(outside):
-        return []
-    low, high = inside.min(), inside.max()
-    if ((outside > low) & (outside < high)).any():
-        return []
-    below, above = outside[outside <= low], outside[outside >= high]
-    found = [(low + below.max()) / 2] if len(below) else []
-    return [float(cut) for cut in found + ([(high + above.min()) / 2] if len(above) else [])]
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str) -> None:
@@ -213,9 +169,41 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str) -> None:
     if len(values) and values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(color=LINE, lw=0.7)
-    axes.tick_params(length=0)
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    frame(axes, "both")
+
+
+def picture(pixels: Array, limit: int) -> str:
+    """uint8 [C, H, W] -> PNG; a clip [T, C, H, W] -> animated PNG with a palette. Sides above `limit` are reduced to it."""
+    return _png(to_frames(pixels, limit))
+
+
+def gallery(samples: Iterable[Array], limit: int, budget: int) -> Gallery:
+    """Pictures of real samples as PNG. Clips take the first form in which all fit `budget` bytes: animated PNG (grey only),
+    animated WebP, or the middle frame, whose size is not limited.
+    """
+    clips = [to_frames(sample, limit) for sample in samples]
+    if all(len(frames) == 1 for frames in clips):
+        return Gallery([_png(frames) for frames in clips], "exact")
+    if all(frames[0].mode == "L" for frames in clips) and (pictures := _within(clips, _png, budget)):
+        return Gallery(pictures, "exact")
+    if pictures := _within(clips, lambda frames: data_uri("image/webp", webp(frames)), budget):
+        return Gallery(pictures, "lossy")
+    return Gallery([_png([frames[len(frames) // 2]]) for frames in clips], "still")
+
+
+def _within(clips: Sequence[Frames], encode: Callable[[Frames], str], budget: int) -> list[str]:
+    """All clips encoded, or an empty list as soon as they take more than `budget` bytes."""
+    pictures: list[str] = []
+    for frames in clips:
+        pictures.append(encode(frames))
+        budget -= size_of(pictures[-1])
+        if budget < 0:
+            return []
+    return pictures
+
+
+def _png(frames: Frames) -> str:
+    return data_uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
 
 
 def size_of(uri: str) -> int:

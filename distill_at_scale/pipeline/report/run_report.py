@@ -1,8 +1,7 @@
-"""The report: one HTML file that opens offline, made only of what the run folder holds.
+"""The report of a run: one HTML file that opens offline, made from the artefacts in the run folder only.
 
-This file reads the artefacts and cuts them down to what can be shown at any number of classes; `pipeline/report/text.py` puts the
-findings into words, `run_plots.py` draws and `report.html.j2` is the page. It computes no result of its own. A part without
-artefact is left out.
+This module reads the artefacts and selects what fits on a page for any number of classes. `text.py` writes the sentences,
+`run_plots.py` draws, `report.html.j2` is the page. A part whose artefact is missing is not shown.
 """
 
 from __future__ import annotations
@@ -29,55 +28,65 @@ from distill_at_scale.data.prepared.parquet import reading
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pipeline.monitoring import timeline
-from distill_at_scale.pipeline.report import charts, run_plots, timeline_chart
-from distill_at_scale.pipeline.report import html as pages
-from distill_at_scale.pipeline.report import text as wording
+from distill_at_scale.pipeline.report import charts, html, run_plots, text, timeline_chart
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
+from distill_at_scale.pipeline.report.style import SET_NAMES
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
-VERSION = 2  # of the page; raise it where the page changes, so that the report of a finished run is written again
+VERSION = 3  # of the page; raise it when the page changes, so that finished runs write their report again
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
-REASONS, KINDS = 5, 12  # so many samples are listed one by one; of more, so many kinds of reasons
-VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # what differs between two reasons of one kind
-IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image each; else classes and images
-IMAGE_BYTES = 1_000_000  # that the page holds of all synthetic images together
-CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show some
+REASONS, KINDS = (
+    5,
+    12,
+)  # up to REASONS rejected samples are listed one by one; more are grouped into at most KINDS kinds
+VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # parts that differ between two reasons of one kind
+IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = (
+    100,
+    20,
+    10,
+)  # classes at one image per class; else classes and images per class
+IMAGE_BYTES = 1_000_000  # of all synthetic images on the page
+CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show clips
 CLIP_COLUMNS = 5
-SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # larger pictures are reduced to this
+SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # pixels; larger pictures are reduced
 SCORE_PARTS = {"train_seconds": "score: train the proxies", "score_seconds": "score: score all samples"}
 
 Array = np.ndarray[Any, Any]
 
 
 def write(run: RunDir, config: Config) -> Path:
-    """Write `report.html` into the run folder, in one step.
+    """Write `report.html` into the run folder atomically.
 
-    Raises UserError where the folder holds no prepared data or no synthetic set.
+    Raises:
+        UserError: the folder has no prepared data or no synthetic set.
     """
-    return pages.write(run / "report.html", "report.html.j2", contents(run, config))
+    return html.write(run / "report.html", "report.html.j2", contents(run, config))
 
 
 def contents(run: RunDir, config: Config) -> dict[str, Any]:
-    """Everything that the page shows."""
-    prepared, made = PreparedDataset(run / "prepared"), synthetic_set.load(run / "synthetic")
-    about, evaluation = _json(run / "run.json"), _json(run / "evaluation.json")
+    """All values that the page shows, by name in the template."""
+    prepared, synthetic = PreparedDataset(run / "prepared"), synthetic_set.load(run / "synthetic")
+    run_facts, evaluation = _json(run / "run.json"), _json(run / "evaluation.json")
     records = {stage: record for stage in STAGES if stage != "report" and (record := run.record(stage))}
-    settings = _settings(about, records, config)
-    source = settings["data"]
-    selection = _selection(run, prepared)
+    settings = _settings(run_facts, records, config)
+    source, selection = settings["data"], _selection(run, prepared)
+    ipc, kept = synthetic.card["images_per_class"], selection["share"] if selection else None
+    words = text.words(prepared.shape, prepared.kind)
     return {
-        "name": pages.name_of(source["path"], source["source"]),
-        "card": made.card,
-        "set_names": run_plots.SET_NAMES,
-        "words": wording.words(prepared.shape, prepared.kind),
-        "question": _question(made, prepared, selection),
-        "method_facts": wording.method_facts(made.card, wording.words(prepared.shape, prepared.kind)["many"]),
-        "answer": wording.answer(evaluation.get("summary", [])),
+        "name": html.name_of(source["path"], source["source"]),
+        "card": synthetic.card,
+        "set_names": SET_NAMES,
+        "words": words,
+        "question": text.question(
+            prepared.shape, len(synthetic.labels), ipc, prepared.counts("train"), kept, prepared.kind
+        ),
+        "method_facts": text.method_facts(synthetic.card, words["many"]),
+        "answer": text.answer(evaluation.get("summary", [])),
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
-        "synthetic": _synthetic(made),
-        "snapshots": _snapshots(made),
+        "synthetic": _synthetic(synthetic),
+        "snapshots": _snapshots(synthetic),
         "curve": _curve(run / "metrics.jsonl"),
         "selection": selection,
         "samples": _samples(run, prepared),
@@ -86,71 +95,73 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "data": prepared.meta,
         "transformed": derived_splits.sentence(prepared.meta) if "transform" in prepared.meta else None,
         "sampling": source.get("sampling"),
-        **_set_aside(run / "rejected.parquet"),
-        "settings": pages.as_yaml(settings),
-        "about": about,
+        **_rejected(run / "rejected.parquet"),
+        "settings": html.as_yaml(settings),
+        "about": run_facts,
         "records": records,
     }
-
-
-def _question(made: SyntheticSet, prepared: PreparedDataset, selection: Mapping[str, Any] | None) -> str:
-    ipc, counts = made.card["images_per_class"], prepared.counts("train")
-    kept = selection["share"] if selection else None
-    return wording.question(prepared.shape, len(made.labels), ipc, counts, kept, prepared.kind)
 
 
 def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] | None:
     if not (summary := evaluation.get("summary")):
         return None
     networks = list(dict.fromkeys(row["network"] for row in summary))
-    ordered = sorted(summary, key=lambda row: networks.index(row["network"]))
-    single: dict[tuple[str, str], list[float]] = {(row["set"], row["network"]): [] for row in summary}
+    rows = sorted(summary, key=lambda row: networks.index(row["network"]))
+    seeds: dict[tuple[str, str], list[float]] = {(row["set"], row["network"]): [] for row in summary}
     for row in evaluation["rows"]:
-        single[row["set"], row["network"]].append(100 * row["top1"])
-    bars = [run_plots.AccuracyBar(row, single[row["set"], row["network"]], wording.accuracy(row)) for row in ordered]
-    bounds = any(row["set"] in ("kept", "full") for row in summary)
-    controls = [network for network in networks if network.startswith(wording.CONTROL)]
-    found = {"rows": ordered, "top5": classes > 5, "bounds": bounds, "controls": controls, "chance": 1 / classes}
-    return {"chart": run_plots.accuracies(bars, 100 / classes), **found}
+        seeds[row["set"], row["network"]].append(100 * row["top1"])
+    bars = [run_plots.AccuracyBar(row, seeds[row["set"], row["network"]], text.accuracy(row)) for row in rows]
+    return {
+        "chart": run_plots.accuracies(bars, 100 / classes),
+        "rows": rows,
+        "top5": classes > 5,
+        "bounds": any(row["set"] in ("kept", "full") for row in summary),
+        "controls": [network for network in networks if network.startswith(text.CONTROL)],
+        "chance": 1 / classes,
+    }
 
 
-def _synthetic(made: SyntheticSet) -> dict[str, Any]:
-    """The first samples of the first classes, as many classes as the budget of bytes allows."""
-    labels, pixels = made.labels.numpy(), to_pixels(made.values().numpy())
+def _synthetic(synthetic: SyntheticSet) -> dict[str, Any]:
+    """The first samples of the first classes, as many classes as the byte budget allows."""
+    labels, pixels = synthetic.labels.numpy(), to_pixels(synthetic.values().numpy())
     clips = pixels.ndim == 5
-    columns = min(made.card["images_per_class"], CLIP_COLUMNS if clips else IMAGE_COLUMNS)
+    columns = min(synthetic.card["images_per_class"], CLIP_COLUMNS if clips else IMAGE_COLUMNS)
     side = min(pixels.shape[-1], SMALL_SIDE if clips and columns > 1 else SYNTHETIC_SIDE)
     classes = np.unique(labels)[: IMAGE_CLASSES if columns == 1 else IMAGE_ROWS].tolist()
     budget = CLIP_BYTES if clips else IMAGE_BYTES
-    shown = _within(budget, side, (pixels[labels == label][:columns] for label in classes))
-    rows = [(made.class_names[label], row) for label, row in zip(classes, shown, strict=False)]
-    about = {"shape": pixels.shape[1:], "reduced": pixels.shape[-1] > side, "shown": _form(pixels.shape[1:])}
-    return {"rows": rows, "columns": columns, **about}
+    pictures = _within(budget, side, (pixels[labels == label][:columns] for label in classes))
+    return {
+        "rows": [(synthetic.class_names[label], row) for label, row in zip(classes, pictures, strict=False)],
+        "columns": columns,
+        "shape": pixels.shape[1:],
+        "reduced": pixels.shape[-1] > side,
+        "shown": _form(pixels.shape[1:]),
+    }
 
 
 def _within(budget: int, side: int, rows: Iterable[Iterable[Array]]) -> list[list[str]]:
-    """Rows of pictures, as many whole ones as fit the budget of bytes, but at least one."""
-    found: list[list[str]] = []
+    """Rows of pictures: as many complete rows as fit the byte budget, at least one."""
+    result: list[list[str]] = []
     for row in rows:
         pictures = [run_plots.picture(sample, side) for sample in row]
         budget -= sum(map(run_plots.size_of, pictures))
-        if budget < 0 and found:
+        if budget < 0 and result:
             break
-        found.append(pictures)
-    return found
+        result.append(pictures)
+    return result
 
 
 def _form(shape: Sequence[int]) -> str:
-    """How `run_plots.picture` shows samples of a shape."""
+    """The form that `run_plots.picture` gives samples of a shape."""
     return "palette" if len(shape) == 4 and shape[1] > 1 else "exact"
 
 
-def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
-    """The first sample of the first classes over the steps; of clips, fewer classes where they take too many bytes."""
-    if not made.snapshots:
+def _snapshots(synthetic: SyntheticSet) -> dict[str, Any] | None:
+    """The first sample of the first classes over the steps; fewer classes if clips take too many bytes."""
+    if not synthetic.snapshots:
         return None
-    names, steps = made.class_names[:SNAPSHOT_CLASSES], sorted(made.snapshots)
-    shots = {step: to_pixels(shot.numpy()) for step, shot in made.snapshots.items()}
+    names, steps = synthetic.class_names[:SNAPSHOT_CLASSES], sorted(synthetic.snapshots)
+    shots = {step: to_pixels(shot.numpy()) for step, shot in synthetic.snapshots.items()}
     first = [shots[s][:: max(1, len(shots[s]) // len(names))][: len(names)] for s in steps]
     columns = _within(CLIP_BYTES, SMALL_SIDE, zip(*first, strict=True))
     rows = list(zip(steps, zip(*columns, strict=True), strict=True))
@@ -158,88 +169,94 @@ def _snapshots(made: SyntheticSet) -> dict[str, Any] | None:
 
 
 def _curve(path: Path) -> dict[str, Any] | None:
-    """The distillation's log; a step that was repeated after a resume counts once, as it was done last."""
-    found: dict[str, list[tuple[int, float]]] = {"loss": [], "top1": []}
+    """The distillation's log. A step that was repeated after a resume counts once, with its last values."""
+    series: dict[str, list[tuple[int, float]]] = {"loss": [], "top1": []}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a line cut short by an interruption
+        with suppress(ValueError, KeyError, TypeError):  # an interruption cut the line
             entry = json.loads(line)
-            for key in found.keys() & entry.keys():
+            for key in series.keys() & entry.keys():
                 if entry["stage"] == "distill" and math.isfinite(entry[key]):
-                    while found[key] and found[key][-1][0] >= entry["step"]:
-                        found[key].pop()
-                    found[key].append((entry["step"], entry[key]))
-    top1 = [(step, 100 * value) for step, value in found["top1"]]
-    return {"chart": run_plots.curve(found["loss"], top1), "top1": bool(top1)} if found["loss"] or top1 else None
+                    while series[key] and series[key][-1][0] >= entry["step"]:
+                        series[key].pop()
+                    series[key].append((entry["step"], entry[key]))
+    top1 = [(step, 100 * value) for step, value in series["top1"]]
+    if not series["loss"] and not top1:
+        return None
+    return {"chart": run_plots.curve(series["loss"], top1), "top1": bool(top1)}
 
 
 def _selection(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
-    """The cut: what was asked and reached, and the distribution of the scores per class."""
+    """What the selection asked for and reached, and the distribution of the scores per class."""
     if not (run / "manifest.parquet").exists():
         return None
     table, facts = manifest.read(run / "manifest.parquet")
     labels, scores, kept = (table[name].to_numpy() for name in ("label", "score", "kept"))
     label, control = facts.get("criterion", "score"), facts.get("criterion") == RANDOM
-    if control and (found := _scores(run)):
-        _, scores, label = found  # a random number tells nothing; where the dropped samples lie does
-    shown = np.unique(labels)[:HISTOGRAMS]
-    parts = [run_plots.Distribution(prepared.class_names[c], scores[labels == c], kept[labels == c]) for c in shown]
-    chart = run_plots.distributions(parts, f"{label}, one value per training sample")
-    counts = {"kept": int(kept.sum()), "of": len(kept), "share": float(kept.mean()), "shown": len(shown)}
-    searched = _searched(run) if facts.get("asked", {}).get("keep") == "auto" else None
-    return {"chart": chart, "facts": facts, "control": control, "label": label, "searched": searched, **counts}
+    if control and (columns := _scores(run)):
+        _, scores, label = columns  # the random numbers mean nothing: show the scores of dropped and kept samples
+    classes = np.unique(labels)[:HISTOGRAMS]
+    parts = [run_plots.Distribution(prepared.class_names[c], scores[labels == c], kept[labels == c]) for c in classes]
+    return {
+        "chart": run_plots.distributions(parts, f"{label}, one value per training sample"),
+        "facts": facts,
+        "control": control,
+        "label": label,
+        "searched": _searched(run) if facts.get("asked", {}).get("keep") == "auto" else None,
+        "kept": int(kept.sum()),
+        "of": len(kept),
+        "share": float(kept.mean()),
+        "shown": len(classes),
+    }
 
 
 def _searched(run: RunDir) -> dict[str, Any] | None:
-    """How select.keep: auto found its rate: the rates that were tried, and adaptive rates against one for all classes."""
-    if not (found := _json(run / "auto.json")):
+    """How select.keep: auto chose its rate: the tried rates, and adaptive rates against one rate for all classes."""
+    if not (search := _json(run / "auto.json")):
         return None
-    curve = found["curve"]
-    tried = Series(
-        "short distillations", [one["keep"] for one in curve], [one["mean"] for one in curve],
-        [one["std"] for one in curve], role="ours",
-    )  # fmt: skip
-    levels = (("unpruned", found["unpruned"]), ("sufficient", found["least"]))
-    plot = Plot(
-        "How the rate was found", "share kept", "top-1 accuracy", [tried], levels, (("taken", found["rate"]),), True
-    )
+    curve = search["curve"]
+    x, y, error = ([one[key] for one in curve] for key in ("keep", "mean", "std"))
+    tried = Series("short distillations", x, y, error, role="ours")
+    levels = (("unpruned", search["unpruned"]), ("sufficient", search["least"]))
+    marks = (("chosen", search["rate"]),)
+    plot = Plot("Search for the keep rate", "share kept", "top-1 accuracy", [tried], levels, marks, True)
     against = ""
-    if "adaptive" in found:
-        ours, fixed = (wording.accuracy(found[name]) for name in ("adaptive", "fixed"))
-        against = f"With rates adapted to the classes it reached {ours}, with one rate for all {fixed}."
-    return {**found, "chart": charts.draw(plot), "against": against}
+    if "adaptive" in search:
+        adaptive, fixed = (text.accuracy(search[name]) for name in ("adaptive", "fixed"))
+        against = f"With rates adapted to the classes it reached {adaptive}, with one rate for all classes {fixed}."
+    return {**search, "chart": charts.draw(plot), "against": against}
 
 
 def _scores(run: RunDir) -> tuple[Array, Array, str] | None:
-    """Labels, scores and the criterion's name, in the order of manifest and shards; the long lists stay unread."""
+    """Labels, scores and the criterion's name, in the order of manifest and shards. The per-epoch lists are not read."""
     path = run / "scores.parquet"
     if not path.exists():
         return None
-    table, about = score_table.read(path, ["label", "score"])
-    name = next(iter(about.get("criteria") or about.get("useful", {})), "score")
+    table, facts = score_table.read(path, ["label", "score"])
+    name = next(iter(facts.get("criteria") or facts.get("useful", {})), "score")
     return table["label"].to_numpy(), table["score"].to_numpy(), name
 
 
 def _samples(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     """The real samples with the lowest and the highest scores of the first classes."""
-    if not (found := _scores(run)) or not (run / "manifest.parquet").exists():
+    if not (columns := _scores(run)) or not (run / "manifest.parquet").exists():
         return None
-    labels, scores, name = found
+    labels, scores, name = columns
     kept = manifest.read(run / "manifest.parquet")[0]["kept"].to_numpy()
     classes = np.unique(labels)[:SAMPLE_CLASSES].tolist()
     rows = [{"name": prepared.class_names[c]} | _extremes(scores[labels == c], kept[labels == c]) for c in classes]
     tiles = [sorted(row["low"] + row["high"], key=lambda tile: tile["place"]) for row in rows]
-    read = (
-        to_pixels(prepared.take("train", c, [tile["place"] for tile in of]))
-        for c, of in zip(classes, tiles, strict=True)
+    pixels = (
+        to_pixels(prepared.take("train", c, [tile["place"] for tile in own]))
+        for c, own in zip(classes, tiles, strict=True)
     )
-    made = run_plots.gallery(chain.from_iterable(read), SMALL_SIDE, CLIP_BYTES)
-    for tile, picture in zip(chain.from_iterable(tiles), made.pictures, strict=True):
+    gallery = run_plots.gallery(chain.from_iterable(pixels), SMALL_SIDE, CLIP_BYTES)
+    for tile, picture in zip(chain.from_iterable(tiles), gallery.pictures, strict=True):
         tile["image"] = picture
-    return {"rows": rows, "name": name, "easy": name == "loss", "shown": made.shown}
+    return {"rows": rows, "name": name, "easy": name == "loss", "shown": gallery.shown}
 
 
 def _extremes(scores: Array, kept: Array) -> dict[str, Any]:
-    """Tiles of one class, yet without pictures: its lowest and its highest scores, and their places within the class."""
+    """The samples of one class with the lowest and highest scores, with their places in the class; pictures come later."""
     order = np.argsort(scores, kind="stable").tolist()
 
     def tile(place: int) -> dict[str, Any]:
@@ -250,7 +267,7 @@ def _extremes(scores: Array, kept: Array) -> dict[str, Any]:
 
 
 def _times(records: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds per stage, scoring in its two parts; a stage taken over from another run cost this one nothing."""
+    """Seconds per stage, scoring in its two parts. A stage taken over from another run does not count in the total."""
     rows = []
     for stage, record in records.items():
         parts = [(name, record[key]) for key, name in SCORE_PARTS.items() if key in record]
@@ -260,29 +277,29 @@ def _times(records: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "total": total, "longest": max((row["seconds"] for row in rows), default=0) or 1}
 
 
-def _set_aside(path: Path) -> dict[str, Any]:
-    """The samples that are not used, and those that are although something is to be said about them."""
+def _rejected(path: Path) -> dict[str, Any]:
+    """`rejected`: samples that are not used; `remarked`: samples that are used with a remark.
+
+    Up to `REASONS` samples are listed one by one; more are counted by kind of reason, each kind with an example.
+    """
     with reading(path, "ingest"):
         listed = pq.ParquetFile(path).read().to_pylist() if path.exists() else []
-    used = [row.get("used", False) for row in listed]
-    parts = (("rejected", False), ("remarked", True))
-    return {name: _reasons([row for row, u in zip(listed, used, strict=True) if u is which]) for name, which in parts}
+    result = {}
+    for name, used in (("rejected", False), ("remarked", True)):
+        samples = [row for row in listed if row.get("used", False) is used]
+        kinds: dict[str, list[Mapping[str, Any]]] = {}
+        for row in samples:
+            kinds.setdefault(VARYING.sub("…", row["reason"]), []).append(row)
+        grouped = len(samples) > REASONS
+        groups = sorted(kinds.values(), key=len, reverse=True) if grouped else [[row] for row in samples]
+        rows = [{"count": len(group), **group[0]} for group in groups[:KINDS]]
+        result[name] = {"count": len(samples), "rows": rows, "grouped": grouped, "more": len(groups) - len(rows)}
+    return result
 
 
-def _reasons(listed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Single samples where they are few; else how many there are of each kind of reason, with one of them."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for row in listed:
-        kinds.setdefault(VARYING.sub("…", row["reason"]), []).append(row)
-    grouped = len(listed) > REASONS
-    ordered = sorted(kinds.values(), key=len, reverse=True) if grouped else [[row] for row in listed]
-    rows = [{"count": len(rows), **rows[0]} for rows in ordered[:KINDS]]
-    return {"count": len(listed), "rows": rows, "grouped": grouped, "more": len(ordered) - len(rows)}
-
-
-def _settings(about: Mapping[str, Any], records: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The configuration by section; where a stage recorded what it resolved or ran with, that."""
-    flat = flatten(config) | flatten(about.get("config", {}))
+def _settings(run_facts: Mapping[str, Any], records: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The configuration by section, with the values that finished stages recorded."""
+    flat = flatten(config) | flatten(run_facts.get("config", {}))
     for record in records.values():
         flat |= record["config"]
     nested: dict[str, Any] = {}

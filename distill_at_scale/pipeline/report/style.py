@@ -1,4 +1,7 @@
-"""Colours, fonts and matplotlib settings that all plots share, and figures as SVG data URIs."""
+"""Colours, fonts and matplotlib settings that all plots share, and figures as SVG data URIs.
+
+Plots use `Figure` objects, not pyplot's global state. Text stays text, in the reader's font. Equal input gives equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = {"distilled": "#2f5fd0", "random_real": "#8b97a8", "kept": "#12927f", "full": "#d9962b", "dropped": "#d5dae2"}
-
-
 SET_NAMES = {
     "distilled": "Distilled",
     "random_real": "Random real",
     "kept": "All kept samples",
     "full": "Whole training set",
 }
-
-
 INK, FAINT, LINE = "#1c2430", "#66717f", "#dfe3e8"
-
-
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-
-
 WIDTH = 9.6  # inches
-
-
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -46,33 +39,38 @@ STYLE: dict[Any, Any] = {
 
 
 def figure_of(height: float) -> tuple[Figure, Axes]:
-    """A chart over the whole width, so many inches high."""
+    """A figure of full width; `height` in inches."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def clean(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
-    """Named rows instead of a vertical axis, and light vertical lines."""
-    axes.set_yticks([place for place, _ in names], [clip(name) for _, name in names], color=INK)
-    axes.tick_params(length=0)
-    axes.grid(axis="x", color=LINE, lw=0.7)
+def frame(axes: Axes, grid: Any) -> None:
+    """Light grid lines along "x", "y" or "both", no spines, no tick marks."""
+    axes.grid(axis=grid, color=LINE, lw=0.7)
     axes.set_axisbelow(True)
+    axes.tick_params(length=0)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
 
 
+def name_rows(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
+    """Names at their places instead of a vertical axis."""
+    axes.set_yticks([place for place, _ in names], [clip(name) for _, name in names], color=INK)
+    frame(axes, "x")
+
+
 def clip(name: str, longest: int = 26) -> str:
-    """A name cut to so many characters, with an ellipsis."""
+    """Cut a name to `longest` characters, with an ellipsis."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def svg(figure: Figure) -> str:
-    """A figure as a data URI; its text is set in the reader's font."""
+    """A figure as a data URI."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the reader's font has it
+        warnings.filterwarnings("ignore", message="Glyph")  # the reader's font has the glyph
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _uri("image/svg+xml", re.sub(r"'DejaVu Sans'[^;\"]*", FONT, buffer.getvalue()).encode())
+    return data_uri("image/svg+xml", re.sub(r"'DejaVu Sans'[^;\"]*", FONT, buffer.getvalue()).encode())
 
 
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""The report's words: the question, the answer, numbers as a reader says them. No file is read and nothing is drawn here."""
+"""The report's sentences and numbers: the question, the answer, facts about the set."""
 
 from __future__ import annotations
 
@@ -9,31 +9,27 @@ from typing import Any
 from distill_at_scale.core.images import FRAMES_PER_SECOND
 from distill_at_scale.models.spec import FRAME
 
-CONTROL = FRAME  # a network that sees one frame of a clip
+CONTROL = FRAME  # prefix of networks that see one frame of a clip
 NBSP = "\u00a0"
 
 Summary = Mapping[str, Any]
 
 
 def words(sizes: Sequence[int], kind: str | None = None) -> dict[str, Any]:
-    """What the page calls a sample of this shape; `frames` is None for all but clips. `kind` tensors are neither."""
+    """What the page calls a sample of this shape; "tensors" are neither image nor clip. `frames` is None except for clips."""
     if kind == "tensors":
         one = "signal" if len(sizes) <= 2 else "array"
         return {"one": one, "many": f"{one}s", "of": "", "frames": None, "rate": None}
     if len(sizes) == 3:
         return {"one": "image", "many": "images", "of": "", "frames": None, "rate": None}
-    return {
-        "one": "clip",
-        "many": "clips",
-        "of": f" of {sizes[0]} frames",
-        "frames": sizes[0],
-        "rate": FRAMES_PER_SECOND,
-    }
+    of = f" of {sizes[0]} frames"
+    return {"one": "clip", "many": "clips", "of": of, "frames": sizes[0], "rate": FRAMES_PER_SECOND}
 
 
-def question(shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int], kept: float | None,
-             kind: str | None = None) -> str:  # fmt: skip
-    """What the evaluation asks of `samples` synthetic ones, `ipc` per class; `counts` are the real ones of each class."""
+def question(
+    shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int], kept: float | None, kind: str | None = None
+) -> str:
+    """The question that the evaluation answers; `counts` are the real samples per class, `kept` the fraction kept."""
     word, real = words(shape, kind), sum(min(ipc, n) for n in counts)
     source = "" if kept is None else f" from {share(kept)} of the training set"
     return (
@@ -43,35 +39,32 @@ def question(shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int]
 
 
 def method_facts(card: Mapping[str, Any], many: str) -> list[str]:
-    """What a reader must know of the set beside its pictures, in sentences: parts, labels, a learned rate, pruning."""
+    """Sentences about the set that its pictures do not show: formation, labels, learned rate, runtime pruning."""
     protocol, runtime = card.get("protocol", {}), card.get("runtime", {"rule": "none"})
     facts: list[str] = []
     if (factor := card.get("formation", 1)) > 1:
-        facts.append(
-            f"Each holds {factor} × {factor} training {many}, which are taken apart and enlarged before training."
-        )
+        facts.append(f"Each holds {factor} × {factor} training {many}, which are cut out and enlarged before training.")
     if protocol.get("labels") == "soft":
-        facts.append("Their labels are soft and were learned with them.")
+        facts.append("Their soft labels were learned with them.")
     if labels := card.get("soft_labels"):
-        origin = card["teacher"]["origin"]
         facts.append(
-            f"Every view of them in {labels['epochs']} epochs has the soft label of a teacher ({origin}); these take "
-            f"{labels['bytes_per_image']:,.0f} bytes for each, beside its own."
+            f"A teacher ({card['teacher']['origin']}) gave a soft label to each of their views in {labels['epochs']} "
+            f"epochs; the labels take {labels['bytes_per_image']:,.0f} bytes per {many.removesuffix('s')}."
         )
     if rate := card.get("student_lr"):
-        facts.append(f"The learning rate of students, {rate['learned']:.4g}, was learned with them.")
+        facts.append(f"The students' learning rate, {rate['learned']:.4g}, was learned with them.")
     if runtime["rule"] == "not applicable":
         facts.append(f"Runtime pruning is not applicable: {runtime['reason']}.")
     elif runtime["rule"] != "none":
-        facts.append(f"Runtime pruning by rule {runtime['rule']} left out {share(runtime['drop'])} of each real batch.")
+        facts.append(f"Runtime pruning by rule {runtime['rule']} dropped {share(runtime['drop'])} of each real batch.")
     return facts
 
 
 def answer(summary: Sequence[Summary]) -> dict[str, str]:
-    """The verdict on the first network as a word and a sentence; with several networks, what the others say."""
+    """The verdict for the first network as a word and a sentence; `others` summarises the other networks."""
     pairs = _pairs(summary)
     if not pairs:
-        return {"verdict": "open", "word": "Not evaluated", "text": "the run holds no test on real data", "others": ""}
+        return {"verdict": "open", "word": "Not evaluated", "text": "the run has no test on real data", "others": ""}
     network, (ours, real) = next(iter(pairs.items()))
     kind, points = verdict(ours, real), 100 * (ours["mean"] - real["mean"])
     seeds = f"n = {ours['n']}" if ours["n"] == real["n"] else f"n = {ours['n']} and {real['n']}"
@@ -81,15 +74,21 @@ def answer(summary: Sequence[Summary]) -> dict[str, str]:
         text += f", {abs(points):.1f} points {'more' if points > 0 else 'less'}"
     if ours["std"] is None or real["std"] is None:
         word = f"{'No difference' if kind == 'unclear' else word}, on a single seed"
-        text += "; with one seed the spread is unknown, so chance is not ruled out"
+        text += "; with one seed the spread is unknown, so chance cannot be ruled out"
     elif kind == "unclear":
         spread = 100 * math.hypot(ours["std"], real["std"])
         text += f"; the difference of {abs(points):.1f} points is within the combined deviation of {spread:.1f}"
-    return {"verdict": kind, "word": word, "text": text, "others": _others(pairs)}
+    others: dict[str, list[str]] = {}
+    for name, pair in pairs.items():
+        others.setdefault(verdict(*pair), []).append(name)
+    phrases = {"yes": "better with", "no": "worse with", "unclear": "not distinguishable with"}
+    parts = "; ".join(f"{phrases[key]} {', '.join(names)}" for key, names in others.items())
+    sentence = f"Over {len(pairs)} networks, the distilled set is {parts}." if len(pairs) > 1 else ""
+    return {"verdict": kind, "word": word, "text": text, "others": sentence}
 
 
 def verdict(ours: Summary, real: Summary) -> str:
-    """yes, no, or unclear where the means differ by no more than the root of the summed variances."""
+    """ "yes", "no", or "unclear" if the means differ by at most the root of the summed variances."""
     difference = ours["mean"] - real["mean"]
     if abs(difference) <= math.hypot(ours["std"] or 0, real["std"] or 0):
         return "unclear"
@@ -97,35 +96,26 @@ def verdict(ours: Summary, real: Summary) -> str:
 
 
 def _pairs(summary: Sequence[Summary]) -> dict[str, tuple[Summary, Summary]]:
-    """network -> (distilled, random real), in the order of the evaluation; controls only where there is nothing else."""
+    """network -> (distilled, random real) in the order of the evaluation; one-frame controls only if there is nothing else."""
     sets = {(row["set"], row["network"]): row for row in summary}
     networks = [network for name, network in sets if name == "distilled" and ("random_real", network) in sets]
     networks = [network for network in networks if not network.startswith(CONTROL)] or networks
     return {network: (sets["distilled", network], sets["random_real", network]) for network in networks}
 
 
-def _others(pairs: Mapping[str, tuple[Summary, Summary]]) -> str:
-    names: dict[str, list[str]] = {}
-    for network, (ours, real) in pairs.items():
-        names.setdefault(verdict(ours, real), []).append(network)
-    words = {"yes": "better with", "no": "worse with", "unclear": "not distinguishable with"}
-    parts = "; ".join(f"{words[kind]} {', '.join(found)}" for kind, found in names.items())
-    return f"Over {len(pairs)} networks, the distilled set is {parts}." if len(pairs) > 1 else ""
-
-
 def accuracy(row: Summary, suffix: str = "") -> str:
-    """mean ± standard deviation of a summary's row in per cent; `suffix` "_top5" for top-5."""
+    """Mean ± standard deviation of a summary row in per cent; suffix "_top5" for top-5."""
     mean, std = 100 * row[f"mean{suffix}"], row[f"std{suffix}"]
     return f"{mean:.1f}{NBSP}%" if std is None else f"{mean:.1f}{NBSP}±{NBSP}{100 * std:.1f}{NBSP}%"
 
 
 def share(fraction: float | str) -> str:
-    """A fraction in per cent with three digits; a word such as "auto" as it is."""
+    """A fraction in per cent with three digits; a word such as "auto" stays."""
     return fraction if isinstance(fraction, str) else f"{100 * fraction:.3g}{NBSP}%"
 
 
 def count(number: float, name: str) -> str:
-    """So many of something: 1 step, 2 steps."""
+    """A number with its noun: 1 step, 2 steps."""
     return f"{number:g} {name}{'' if number == 1 else 's'}"
 
 
@@ -140,7 +130,7 @@ def shape(sizes: Sequence[int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 0.04 s, 7.2 s, 12 min, 3 h 5 min."""
+    """Seconds for a reader: 0.04 s, 7.2 s, 12 min, 3 h 5 min."""
     if seconds < 90:
         return f"{seconds:.{1 if seconds >= 1 else 2}f}{NBSP}s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""Groups of workers on Ray Train, restarted together from the last checkpoint if one is lost."""
+"""Groups of workers on Ray Train, which restart together from the last checkpoint if one is lost."""
 
 from __future__ import annotations
 
@@ -21,106 +21,111 @@ from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import DistillationDiverged, TrialStopped, Unreachable, UserError, WorkersLost
+from distill_at_scale.pipeline.executors.base import Group, Poll
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FOLLOW, UNFINISHED
 
-Body = Callable[[WorkerRunDir, dict[str, Any]], None]
+Say = Callable[[str], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
-LEFT = "given up"  # what the latter says where the driver ends the run
-GROUP = "placement_group.txt"  # note of what the workers hold
-LEAVING = 120  # seconds that a run which was given up may take to end
-POLL = 0.3  # seconds between two looks at the log
-RESIZE = 60.0  # seconds between two looks for room for more workers
+STOPPED = "given up"  # the text of REFUSED where the driver ends the run
+GROUP = "placement_group.txt"  # note with the placement group of the workers
+STOP_TIMEOUT = 120  # seconds that the workers of a run may take to end
+POLL = 0.3  # seconds between two polls
+RESIZE = 60.0  # seconds between two checks for room for more workers
 
 
-def getting_on(attempt: Callable[[], None], done: Callable[[], int], say: Callable[[str], None]) -> None:
-    """Make an attempt, and another where it lost workers too often but more is done than at its start: machines that come
-    and go all day are no reason to end, only losses without progress are.
+def run(group: Group, sharing: int, say: Say) -> None:
+    """Run the processes of a group on Ray Train.
 
-    Raises WorkersLost for these.
+    A fixed number of workers shares the cores of the cluster. An elastic group starts as many as find room, with one core
+    each, so that their results depend on their number alone; it shrinks and grows with the cluster.
+
+    Raises UserError where the workers cannot be placed, WorkersLost where they were lost too often without progress, and
+    what a worker raised if a user can act on it. Where `group.poll` raises TrialStopped the workers end before it is raised here.
+    """
+    repeat_while_progressing(lambda: _attempt(group, sharing, say), group.saved, say)
+
+
+def repeat_while_progressing(attempt: Callable[[], None], saved: Callable[[], int], say: Say) -> None:
+    """Make an attempt, and another one if it lost workers too often but saved more than there was at its start.
+
+    On machines that come and go all day, only losses without progress are a reason to stop.
     """
     while True:
-        before = done()
+        before = saved()
         try:
             return attempt()
         except WorkersLost as error:
-            if done() <= before:
+            if saved() <= before:
                 raise
-            say(f"  more is done than before, so losses are counted anew ({str(error).partition(' (')[0]})")
+            say(f"  progress was made; resetting the failure count ({str(error).partition(' (')[0]})")
 
 
-def fit(
-    stage: str,
-    body: Body,
-    config: Config,
-    workers: int | Sequence[int],
-    arguments: dict[str, Any],
-    work: Path,
-    poll: Callable[[], None],
-    sharing: int = 1,
-    again: Callable[[], None] = lambda: None,
-) -> None:
-    """Run `body(workspace, arguments)` in a group of workers, which share a torch process group; calls `poll` meanwhile, and
-    `again` whenever lost workers were started again.
-
-    `workers` is their number, or the least and the most: then as many as find room start, with one core each, so that what
-    they compute depends on their number alone; when nodes are lost or join, fewer or more go on from the body's checkpoint.
-
-    Raises UserError where they cannot be placed, WorkersLost where they were lost too often, and what a user must mend as it
-    was raised. Where `poll` raises GivenUp the workers end before that is raised here.
-    """
+def _attempt(group: Group, sharing: int, say: Say) -> None:
+    _check_room(group)
+    config, work = group.config, group.work
+    cpus = cores_each(group.workers * sharing) if isinstance(group.workers, int) else 1
     gpus = config.cluster.gpus_per_worker
-    _check_room(stage, workers if isinstance(workers, int) else workers[0], config)
-    cpus = cores_each(workers * sharing) if isinstance(workers, int) else 1
     work.mkdir(parents=True, exist_ok=True)
     notes = Notes(work, config)
     release(notes)
     notes.remove(DIVERGED, REFUSED)
-    loop = {"packed": pack(config), "cpus": cpus, "body": body, "arguments": arguments, "work": str(work)}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=loop,
+        train_loop_config={
+            "packed": pack(config),
+            "cpus": cpus,
+            "work": str(work),
+            "paths": {name: str(path) for name, path in group.paths.items()},
+            **{key: getattr(group, key) for key in ("body", "stages", "fetches", "renews", "publishes")},
+        },
         torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=_scaling(workers, cpus, gpus),
+        scaling_config=_scaling(group.workers, cpus, gpus),
         run_config=RunConfig(
-            name=stage,
+            name=group.stage,
             **_storage(config, work / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
+
+    def restarted() -> None:
+        if group.resumed is not None:
+            losses = "were lost" if isinstance(group.workers, int) else "were lost or have joined"
+            say(f"  workers {losses}; {group.resumed()}")
+
     try:
         with plain_errors():
-            _in_a_thread(trainer, _noticing(notes, poll, again), notes)
+            _fit(trainer, _noticing(notes, group.poll, restarted), notes)
     except Exception as error:
-        if notes.read(REFUSED) in (None, LEFT):
+        if notes.read(REFUSED) in (None, STOPPED):
             if lost := _lost(error):
-                raise WorkersLost(lost_too_often(stage, config, lost)) from None
+                raise WorkersLost(lost_too_often(group.stage, config, lost)) from None
             raise
-    if (said := notes.read(DIVERGED)) is not None:
-        raise DistillationDiverged(said)
-    if (said := notes.read(REFUSED)) is not None:
-        raise refusal(said)
+    if (message := notes.read(DIVERGED)) is not None:
+        raise DistillationDiverged(message)
+    if (message := notes.read(REFUSED)) is not None:
+        raise error_of(message)
 
 
-def noted(error: UserError) -> str:
-    """An error as a note, which `refusal` makes an error again."""
+def note_of(error: UserError) -> str:
+    """An error as a text, from which `error_of` makes an error of the same kind."""
     return f"{Unreachable.__name__ if isinstance(error, Unreachable) else UserError.__name__}: {error}"
 
 
-def refusal(said: str) -> UserError:
-    kind, _, message = said.partition(": ")
+def error_of(note: str) -> UserError:
+    kind, _, message = note.partition(": ")
     return Unreachable(message) if kind == Unreachable.__name__ else UserError(message)
 
 
 def _lost(error: BaseException) -> BaseException | None:
-    """The loss of a worker behind what Ray Train raises; the others of its group then fail too, as they hear no more of it."""
+    """The loss of a worker behind what Ray Train raises; the others of its group fail with it, with other errors."""
     failures = [error, *(getattr(error, "worker_failures", None) or {}).values()]
     inner = (getattr(failure, "health_check_failure", failure) for failure in failures)
     return next((failure for failure in inner if isinstance(failure, LOST)), None)
 
 
 def _storage(config: Config, folder: Path) -> dict[str, Any]:
-    """Where Ray Train keeps what it notes about a run, as RunConfig takes it: where all nodes see it."""
+    """RunConfig's storage arguments: a place that all nodes see."""
     remote = RunDir.of(config.run).remote
     if remote is None:
         return {"storage_path": str(folder)}
@@ -144,30 +149,41 @@ def _scaling(workers: int | Sequence[int], cpus: int, gpus: float) -> ScalingCon
 def _worker(loop: dict[str, Any]) -> None:
     """One worker.
 
-    A divergence, which all workers agree on, is noted and ends the run. What a user must mend is noted and ends it when Ray
-    starts the workers again; any other exception is a failure, after which they resume.
+    A divergence, on which all workers agree, is written to a note and ends the run. So is an error that a user can act on,
+    which ends it when Ray restarts the workers. After any other exception they resume.
     """
     torch.set_num_threads(loop["cpus"])
     space = WorkerRunDir(loop["packed"])
     notes = Notes(space(loop["work"]), space.config)
-    if ray.train.get_context().get_world_rank() == 0:
-        _note_group(notes)
+    first = ray.train.get_context().get_world_rank() == 0
+    if first and (placement := get_current_placement_group()) is not None:
+        notes.write(GROUP, placement.id.hex())
     if notes.read(REFUSED) is not None:
         return
     try:
-        loop["body"](space, loop["arguments"])
+        paths = {name: space(path) for name, path in loop["paths"].items()}
+        fetches, renews, publishes = ([paths[name] for name in loop[key]] for key in ("fetches", "renews", "publishes"))
+        space.need(*loop["stages"])
+        space.fetch(*fetches)
+        if first and renews:
+            space.renew(*renews)
+        with space.keeping(*publishes) if first else contextlib.nullcontext():
+            loop["body"](space.config, paths, ray.train.torch.get_device(), lambda line: None)
     except DistillationDiverged as error:
-        if ray.train.get_context().get_world_rank() == 0:
+        if first:
             notes.write(DIVERGED, str(error))
     except UserError as error:
-        notes.write(REFUSED, noted(error))
+        notes.write(REFUSED, note_of(error))
         raise
 
 
-def _check_room(stage: str, workers: int, config: Config) -> None:
-    if config.cluster.grows:
+def _check_room(group: Group) -> None:
+    """Raises UserError where the cluster cannot hold the fewest workers."""
+    stage, cluster = group.stage, group.config.cluster
+    workers = group.workers if isinstance(group.workers, int) else group.workers[0]
+    if cluster.grows:
         return
-    have, gpus = ray.cluster_resources(), config.cluster.gpus_per_worker
+    have, gpus = ray.cluster_resources(), cluster.gpus_per_worker
     if workers > cores():
         raise UserError(
             f"{stage}.workers = {workers} needs as many cores, the cluster has {cores()}; lower {stage}.workers"
@@ -178,55 +194,47 @@ def _check_room(stage: str, workers: int, config: Config) -> None:
         )
 
 
-def _note_group(notes: Notes) -> None:
-    group = get_current_placement_group()
-    if group is not None:
-        notes.write(GROUP, group.id.hex())
+def _noticing(notes: Notes, poll: Poll, restarted: Callable[[], None]) -> Callable[[], None]:
+    """`poll`, and `restarted` before it where the workers have another placement group than before."""
+    known, checked = "", 0.0
 
-
-def _noticing(notes: Notes, poll: Callable[[], None], again: Callable[[], None]) -> Callable[[], None]:
-    """`poll`, and `again` before it where the workers hold another group of cores than before."""
-    known, looked = "", 0.0
-
-    def look() -> None:
-        nonlocal known, looked
-        if notes.remote is None or time.monotonic() - looked > FOLLOW:
+    def check() -> None:
+        nonlocal known, checked
+        if notes.remote is None or time.monotonic() - checked > FOLLOW:
             now = ""
-            with contextlib.suppress(Unreachable):  # it is only said: the workers need no answer, and the log goes on
+            with contextlib.suppress(Unreachable):  # only for a message: the distillation goes on without it
                 now = notes.read(GROUP, patience=0.0) or ""
-            looked = time.monotonic()
+            checked = time.monotonic()
             if known and now and now != known:
-                again()
+                restarted()
             known = now or known
         poll()
 
-    return look
+    return check
 
 
 def release(notes: Notes) -> None:
-    """Give back the cores that workers of an earlier run in this folder may hold, and end them.
+    """End the workers that an earlier run in this folder may have left, and release their cores.
 
-    Ray Train's own cleaner of what a lost run reserved asks Ray's state API, and dies where
-    that fails, as it does in the Ray that we start.
+    Ray Train's own cleaner needs Ray's state API, which the Ray that we start does not have.
     """
-    if (said := notes.read(GROUP)) is not None:
-        found = ray.PlacementGroupID(bytes.fromhex(said))
-        remove_placement_group(PlacementGroup(found))
+    if (placement := notes.read(GROUP)) is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(placement))))
         notes.remove(GROUP)
 
 
 def release_all(config: Config) -> None:
-    """The same for all that is under way in a run's folder."""
+    """The same for all groups in a run's folder."""
     run = RunDir.of(config.run)
     if run.remote:
-        found = [run / name for name in run.remote.mirror.bucket.listed(UNFINISHED) if name.endswith(f"/{GROUP}")]
+        paths = [run / name for name in run.remote.mirror.bucket.listed(UNFINISHED) if name.endswith(f"/{GROUP}")]
     else:
-        found = list(run.path.glob(f"{UNFINISHED}/**/{GROUP}"))
-    for note in found:
+        paths = list(run.path.glob(f"{UNFINISHED}/**/{GROUP}"))
+    for note in paths:
         release(Notes(note.parent, config))
 
 
-def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) -> None:
+def _fit(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) -> None:
     """trainer.fit() in a thread, while this one polls.
 
     In the main thread Ray Train would take over Ctrl-C for good and end the process with status 0.
@@ -246,9 +254,9 @@ def _in_a_thread(trainer: TorchTrainer, poll: Callable[[], None], notes: Notes) 
             thread.join(POLL)
             poll()
     except TrialStopped:
-        notes.write(REFUSED, LEFT)  # so that workers which Ray starts again end at once, and the run with them
+        notes.write(REFUSED, STOPPED)  # workers that Ray restarts end at once, and the run with them
         release(notes)
-        thread.join(LEAVING)
+        thread.join(STOP_TIMEOUT)
         raise
     if problem:
         raise problem[0]

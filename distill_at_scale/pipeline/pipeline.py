@@ -21,6 +21,7 @@ from distill_at_scale.data.ingest.merge import unusable, write_rejected
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.pipeline import fingerprints, validate
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.planning import facts as known
 from distill_at_scale.pipeline.planning import forecast
@@ -109,7 +110,7 @@ class Pipeline(Stages):
             self.display.say(f"  data.transform = {self.config.data.transform} will make of them {about}")
         plan = plan.on_disk(work)
         with self.display.meter("look", plan.samples, "samples") as meter:
-            self.executor.ingest(self.config, plan.chunks(self.config.data.chunk), work, meter.advance, check=True)
+            tasks.ingest(self.executor, self.config, plan, work, meter.advance, check=True)
         listed = write_rejected(plan, work, self.dir / "validation.parquet", self.config.data.chunk)
         shutil.rmtree(work)
         if "test" not in plan.listings:

@@ -104,6 +104,7 @@ def decode_alone(core: int, cores: int, ready: Callable[[], None], files: list[s
 def _ingest(options: argparse.Namespace, folder: Path) -> float:
     from distill_at_scale.cluster.executor import RayExecutor
     from distill_at_scale.data.ingest import plan as ingest
+    from distill_at_scale.pipeline.executors import tasks
 
     config = validate({
         "data": {"source": "videofolder", "path": str(folder / "videos"), "size": options.size, "frames": options.frames,
@@ -115,7 +116,7 @@ def _ingest(options: argparse.Namespace, folder: Path) -> float:
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * options.cores)
     plan = ingest.plan(config).on_disk(pieces)
     try:
-        executor.ingest(config, plan.chunks(config.data.chunk), pieces, clock)
+        tasks.ingest(executor, config, plan, pieces, clock)
     finally:
         executor.close()
     print(f"ingest: {plan.samples} clips, steady state of {clock.seconds:.0f} s, {clock.rate:.2f} clips/s", flush=True)

@@ -98,12 +98,13 @@ def _ingest(config: Config, pieces: Path, actors: int) -> tuple[Clock, float]:
     from distill_at_scale.cluster.executor import RayExecutor
     from distill_at_scale.data.ingest import plan as ingest
     from distill_at_scale.data.ingest.merge import merge
+    from distill_at_scale.pipeline.executors import tasks
 
     pieces.mkdir()
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)
     plan = ingest.plan(config).on_disk(pieces)
     try:
-        executor.ingest(config, plan.chunks(config.data.chunk), pieces, clock)
+        tasks.ingest(executor, config, plan, pieces, clock)
     finally:
         executor.close()
     began = time.perf_counter()

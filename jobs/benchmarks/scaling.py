@@ -151,9 +151,10 @@ def _scores(actors: int) -> Config:
 
 def _score(actors: int, prepared: Path, proxies: Path, chunks: list[Chunk], place: Path) -> tuple[float, float]:
     from distill_at_scale.cluster.executor import RayExecutor
+    from distill_at_scale.pipeline.executors import tasks
 
     config, clock, began = _scores(actors), Clock(warm=actors), time.perf_counter()
-    RayExecutor(config, lambda text: None).score(config, prepared, proxies, chunks, place, clock)
+    tasks.score(RayExecutor(config, lambda text: None), config, prepared, proxies, chunks, place, clock)
     return clock.rate, clock.began - began
 
 
@@ -213,11 +214,12 @@ def _distils(method: str, workers: int, steps: int) -> Config:
 def _distill(workers: int, config: Config, made: dummy_data.MadeUp, classes: int, place: Path) -> tuple[float, float]:
     """Classes x steps per second from the third line of the log to the last; the start is all before the first step."""
     from distill_at_scale.cluster.executor import RayExecutor
+    from distill_at_scale.pipeline.executors import tasks
 
     lines: list[dict[str, Any]] = []
     places, began = DistillPaths(made.prepared, made.manifest, place, place / "metrics.jsonl"), time.perf_counter()
     executor = RayExecutor(config, lambda text: None, sharing=2 // workers)  # so that a worker has one core
-    executor.distill(config, places, lines.append)
+    tasks.distill(executor, config, places, lines.append)
     whole = time.perf_counter() - began
     timed = [line for line in lines if "seconds" in line]
     first, last = timed[2], timed[-1]

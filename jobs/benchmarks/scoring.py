@@ -190,6 +190,7 @@ def forward_alone(
 
 def ours(options: argparse.Namespace, folder: Path, prepared: Path, count: int, samples: int, actors: int) -> float:
     from distill_at_scale.cluster.executor import RayExecutor
+    from distill_at_scale.pipeline.executors import tasks
 
     config = validate({"score": {"trials": 1, "epochs": count, "network": options.network, "width": options.width,
                                  "compile": "always"},
@@ -200,7 +201,7 @@ def ours(options: argparse.Namespace, folder: Path, prepared: Path, count: int, 
     pieces.mkdir()
     executor, clock = RayExecutor(config, lambda text: None), Clock(warm=2 * actors)
     try:
-        executor.score(config, prepared, folder / "proxies", chunks, pieces, clock)
+        tasks.score(executor, config, prepared, folder / "proxies", chunks, pieces, clock)
     finally:
         executor.close()
     print(f"  steady state of {clock.seconds:.0f} s")

@@ -2,7 +2,7 @@
 
     python jobs/benchmarks/simulated.py [--actors 8 64 256] [--parts actors,hand-out,once] [--rate 30000] [--merged 60000]
 
-actors: scoring of ImageNet-1K under 25 checkpoints through the product's own pool (`cluster/pool.stream`), by actors that sleep
+actors: scoring of ImageNet-1K under 25 checkpoints through the product's own pool (`cluster/actor_pool.py`), by actors that sleep
 as long as a GPU would take (`--rate`, images/s and checkpoint, an assumption) and then publish a real piece of scores.
 Steady state, with the CPU time of the driver and of Ray's services per unit of work: where one of them fills a core is
 where it saturates, whatever else the cores of this machine do. hand-out: the same with actors that do nothing, so the
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ import ray
 from peaks import family, kind_of
 from side_by_side import columns
 
-from distill_at_scale.cluster.actor_pool import Tell, grouped, reporting, stream, work_of
+from distill_at_scale.cluster import actor_pool
+from distill_at_scale.cluster.actor_pool import UNITS_AT_ONCE
 from distill_at_scale.cluster.session import quieten
 from distill_at_scale.config.load import Config, validate
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.environment import environment
-from distill_at_scale.core.events import TimeSpent
+from distill_at_scale.core.events import Event
+from distill_at_scale.pipeline.executors.base import Task, Unit, Worker
 
 # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
 CHUNK, CHUNKS, CHECKPOINTS = 1024, 1310, 25
@@ -49,28 +52,25 @@ ACTOR_MB, SPARE_MB, STORE_MB = 180, 2048, 200
 IDLE_ACTORS = 4  # of hand-out
 
 
-class Sleeper:
-    """A scoring actor without a model."""
+class Sleeper(Worker):
+    """A scoring actor without a model; `work` is (seconds to sleep, whether to publish)."""
 
-    does = "score"
+    name, event, stages, uses_torch = "score", "score", (), False
 
-    def __init__(self, seconds: float, publishes: bool):
-        self.spent = TimeSpent()
-        self.seconds, self.publishes = seconds, publishes
+    def load(self) -> None:
         losses = pa.array(np.random.default_rng(0).gamma(2.0, 1.0, CHUNK * CHECKPOINTS).astype(np.float32))
         ids = [f"train/n{1440764 + i % 2:08d}/n01440764_{i:08d}.JPEG" for i in range(CHUNK)]
         lists = pa.FixedSizeListArray.from_arrays(losses, CHECKPOINTS)
         self.piece = pa.table({"sample_id": ids, "label": pa.array([0] * CHUNK, pa.int32()), "loss": lists})
 
-    @reporting
-    def __call__(self, unit: pa.Table) -> pa.Table:
-        work = work_of(unit)
-        for chunk in work:
-            time.sleep(self.seconds)
-            if self.publishes:
-                with publish(Path(chunk["path"])) as temporary:
+    def run(self, units: Sequence[Unit]) -> Iterator[dict[str, int]]:
+        for unit in units:
+            seconds, publishes = unit.work
+            time.sleep(seconds)
+            if publishes:
+                with publish(unit.outputs[0]) as temporary:
                     pq.write_table(self.piece, temporary)
-        return pa.table({"samples": [CHUNK * len(work)]})
+            yield {"samples": CHUNK}
 
 
 def main() -> None:
@@ -133,18 +133,24 @@ def _check_memory(actors: int) -> None:
 def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     seconds = CHUNK * CHECKPOINTS / rate if rate else 0.0
-    chunks = [
-        {"path": str(folder / f"chunk-{i:06d}.parquet")} for i in range(min(CHUNKS, EACH * actors) if rate else CHUNKS)
-    ]
     config: Config = validate({"cluster": {"actors": actors}})
-    units = grouped(chunks, config, 0) if rate else [u for c in chunks for u in grouped([c], config, 0)]
+    chunks = [
+        Unit((seconds, bool(rate)), (folder / f"chunk-{i:06d}.parquet",))
+        for i in range(min(CHUNKS, EACH * actors) if rate else CHUNKS)
+    ]
+    actor_pool.UNITS_AT_ONCE = UNITS_AT_ONCE if rate else 1
+    units = actor_pool.grouped(chunks, actors)
     began, warm, done, rows, store = time.perf_counter(), 2 * actors, 0, 0, 0.0
     marks: list[tuple[float, int, Counter[str]]] = []
-    for result in stream(units, Sleeper, {"seconds": seconds, "publishes": bool(rate)}, config, 0, Tell()):
-        done, rows = done + 1, rows + result["samples"]
+
+    def note(event: Event) -> None:
+        nonlocal done, rows, store
+        done, rows = done + 1, rows + event.values["samples"]
         if done in (1, warm, len(units)):
             marks.append((time.perf_counter(), rows, _cpu_seconds()))
             store = max(store, _store_used())
+
+    actor_pool.run(Task(Sleeper, config, {}, chunks, len(chunks)), lambda result: None, 1, note, print)
     (first, *_), (start, before, used), (end, after, spent) = marks
     per = (len(units) - warm) / 1000  # of CPU seconds, milliseconds a unit
     busy = {kind: round(value / per, 2) for kind, value in (spent - used).items()}

@@ -18,6 +18,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.methods.shared import patch_ranking
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pruning.proxies import train as proxy
@@ -69,7 +70,7 @@ def run_local(config: Config, stages=("ingest", "score", "select")) -> Path:
 def distilled(config: Config, run: Path, work: Path, say=lambda text: None) -> synthetic_set.SyntheticSet:
     work.mkdir(parents=True, exist_ok=True)
     places = distill.DistillPaths(run / "prepared", run / "manifest.parquet", work, work / "metrics.jsonl")
-    executor(config, say).distill(config, places, lambda line: None)
+    tasks.distill(executor(config, say), config, places, lambda line: None)
     return synthetic_set.load(work / "synthetic")
 
 
@@ -106,7 +107,7 @@ def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_
     chunks = PreparedDataset(prepared).chunks("train")
     for name, by in (("ray", executor(config)), ("local", LocalExecutor())):
         (tmp_path / name).mkdir()
-        by.score(config, prepared, proxies, chunks, tmp_path / name, lambda count: None)
+        tasks.score(by, config, prepared, proxies, chunks, tmp_path / name, lambda count: None)
     for chunk in chunks:
         here, there = score_part_path(tmp_path / "ray", chunk), score_part_path(tmp_path / "local", chunk)
         assert here.read_bytes() == there.read_bytes(), chunk
@@ -115,7 +116,7 @@ def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_
 def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
     config = settings(tmp_path)
     places = distill.DistillPaths(finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path / "log")
-    LocalExecutor().distill(config, places, lambda line: None)
+    tasks.distill(LocalExecutor(), config, places, lambda line: None)
     alone = synthetic_set.load(tmp_path / "synthetic")
     both = distilled(config, finished, tmp_path / "ray")
     assert torch.equal(alone.labels, both.labels)
@@ -164,7 +165,9 @@ def test_a_killed_scoring_actor_loses_and_doubles_nothing(tmp_path, finished):
         (tmp_path / name).mkdir()
         if name == "ray":
             fault_plugins.ARMED.touch()
-        by.score(config, finished / "prepared", finished / "proxies", chunks, tmp_path / name, lambda count: None)
+        tasks.score(
+            by, config, finished / "prepared", finished / "proxies", chunks, tmp_path / name, lambda count: None
+        )
         assert not fault_plugins.ARMED.exists(), "nothing was killed, so nothing was tested"
         tables.append([score_part_path(tmp_path / name, chunk).read_bytes() for chunk in chunks])
     assert tables[0] == tables[1]
@@ -175,7 +178,9 @@ def test_two_workers_of_a_proxy_end_with_the_weights_of_one(tmp_path, finished):
     """Up to rounding, as one worker here has two threads; test_scoring has the bytes."""
     for workers in (1, 2):
         config = settings(tmp_path, score={"workers": workers, "trials": 1})
-        executor(config).train_proxies(config, finished / "prepared", tmp_path / f"{workers}" / "p", lambda count: None)
+        tasks.train_proxies(
+            executor(config), config, finished / "prepared", tmp_path / f"{workers}" / "p", lambda count: None
+        )
     for epoch in range(2):
         one, two = (proxy.checkpoint_path(tmp_path / f"{workers}" / "p", 0, epoch) for workers in (1, 2))
         torch.testing.assert_close(safetensors_io.load(one), safetensors_io.load(two), rtol=1e-4, atol=1e-6)
@@ -219,7 +224,7 @@ def test_a_users_error_inside_an_actor_arrives_as_it_is(tmp_path):
     plan = ingest.plan(config).on_disk(tmp_path / "pieces")
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(UserError, match="there is no such folder"):
-        executor(config).ingest(config, plan.chunks(200), tmp_path / "pieces", lambda count: None)
+        tasks.ingest(executor(config), config, plan, tmp_path / "pieces", lambda count: None)
 
 
 EXPERTS = {"experts": 4, "expert_epochs": 2, "expert_batch": 64, "max_start": 1, "target_epochs": 1, "student_steps": 2}
@@ -238,11 +243,11 @@ def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_mi
             finished / "prepared", finished / "manifest.parquet", folder, folder / "log", folder
         )
         names = distill.missing_networks(config, places)
-        by.make_networks(config, places, names, lambda count: None)
+        tasks.make_networks(by, config, places, names, lambda count: None)
         assert marker.exists(), "nothing was killed, so nothing was tested"
         if name == "ray":
             (folder / names[2]).unlink()
-            by.make_networks(config, places, names[2:3], lambda count: None)
+            tasks.make_networks(by, config, places, names[2:3], lambda count: None)
         made.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(made[0]) == 4
     assert made[0] == made[1]
@@ -264,7 +269,7 @@ def test_patches_are_ranked_to_the_same_bytes_on_ray_and_become_a_set(tmp_path, 
     )
     pieces.mkdir()
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
-    LocalExecutor().rank_patches(config, places, chunks, lambda count: None)
+    tasks.rank_patches(LocalExecutor(), config, places, chunks, lambda count: None)
     again = patch_ranking.table_path(places.networks, config)
     patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, TEACHER["crops"], again)
     assert again.read_bytes() == table.read_bytes()

@@ -21,6 +21,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 
 WAITS = [[6, 2], [12, 1]]  # two workers stop before step 6, and one before step 12
@@ -66,7 +67,7 @@ def test_as_many_start_as_find_room(places, tmp_path):
     for name, workers in (("elastic", [1, 3]), ("fixed", 2)):
         own = DistillPaths(places.prepared, places.manifest, tmp_path / name, tmp_path / f"{name}.jsonl")
         config = tiny_config("unused", cluster__address=None, distill__workers=workers)
-        RayExecutor(config, lambda text: None).distill(config, own, lambda line: None)
+        tasks.distill(RayExecutor(config, lambda text: None), config, own, lambda line: None)
         found[name] = images(own.work)
     assert held(tmp_path / "elastic.jsonl")[-1] == 2
     assert torch.equal(found["elastic"], found["fixed"])
@@ -78,7 +79,7 @@ def test_where_not_even_the_least_find_room_nothing_starts(places):
 
     config = tiny_config("unused", cluster__address=None, distill__workers=[3, 3])
     with pytest.raises(UserError, match=r"distill\.workers = 3 needs as many cores, the cluster has 2"):
-        RayExecutor(config, lambda text: None).distill(config, places, lambda line: None)
+        tasks.distill(RayExecutor(config, lambda text: None), config, places, lambda line: None)
     assert not places.work.exists()
 
 
@@ -123,7 +124,7 @@ def test_a_group_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, digi
     values["run"] = {"dir": str(run), "reuse": str(digits_run.dir)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     call = (
-        "import sys; from distill_at_scale.cluster import training; training.RESIZE = 2.0; "
+        "import sys; from distill_at_scale.cluster import train_group; train_group.RESIZE = 2.0; "
         "from distill_at_scale.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
@@ -144,8 +145,11 @@ def test_a_group_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, digi
     assert 1 in began
     alone = DistillPaths(run / "prepared", run / "manifest.parquet", tmp_path / "alone", tmp_path / "alone.jsonl")
     spared = {"distill__method": "fault_plugins:WaitingBackend", "distill__options": {"waits": []}}
-    LocalExecutor().distill(
-        tiny_config("unused", **spared, **{f"distill__{k}": v for k, v in STEPS.items()}), alone, lambda line: None
+    tasks.distill(
+        LocalExecutor(),
+        tiny_config("unused", **spared, **{f"distill__{k}": v for k, v in STEPS.items()}),
+        alone,
+        lambda line: None,
     )
     torch.testing.assert_close(images(run), images(alone.work), rtol=1e-4, atol=1e-5)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 from conftest import tiny_config
 
 from distill_at_scale.core.errors import Unreachable, UserError, WorkersLost
 from distill_at_scale.core.events import instant
 from distill_at_scale.distillation import evaluate
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.executors.base import Task, Unit, Worker, no_poll
+from distill_at_scale.pipeline.monitoring.distillation_log import LogTail
 
 ray = pytest.importorskip("ray")
 from distill_at_scale.cluster import actor_pool, train_group  # noqa: E402
-from distill_at_scale.cluster import distill as distillation  # noqa: E402
-from distill_at_scale.cluster import evaluate as evaluation  # noqa: E402
+from distill_at_scale.cluster import tasks as ray_tasks  # noqa: E402
 
 LOST = ray.exceptions.WorkerCrashedError
 
@@ -41,7 +43,7 @@ def test_the_loss_behind_the_failures_of_a_group_is_found():
 
 @pytest.mark.parametrize("kind", [Unreachable, UserError])
 def test_the_error_of_a_worker_is_one_of_the_same_kind_in_the_driver(kind):
-    found = train_group.refusal(train_group.noted(kind("s3://b/run: writing x failed: no network")))
+    found = train_group.error_of(train_group.note_of(kind("s3://b/run: writing x failed: no network")))
     assert (type(found), str(found)) == (kind, "s3://b/run: writing x failed: no network")
 
 
@@ -73,13 +75,12 @@ def test_losses_are_counted_anew_where_more_is_done():
         raise WorkersLost("distill: processes were lost more often than 3 (killed)")
 
     with pytest.raises(WorkersLost):
-        train_group.getting_on(attempt, lambda: next(done), said.append)
+        train_group.repeat_while_progressing(attempt, lambda: next(done), said.append)
     assert (
         said
-        == ["  more is done than before, so losses are counted anew (distill: processes were lost more often than 3)"]
-        * 2
+        == ["  progress was made; resetting the failure count (distill: processes were lost more often than 3)"] * 2
     )
-    assert train_group.getting_on(lambda: None, lambda: 0, said.append) is None
+    assert train_group.repeat_while_progressing(lambda: None, lambda: 0, said.append) is None
 
 
 @pytest.fixture
@@ -87,36 +88,41 @@ def passes(monkeypatch):
     """passes(left): a pool whose actors are lost on each pass, when so many units are left."""
 
     def make(left):
-        def once(waiting, actor, arguments, config, gpus):
+        def once(waiting, task, sharing):
             for number in list(waiting)[: len(waiting) - left]:
-                yield {"unit": number, "event": instant("work", "x").to_json()}
+                yield number, [number], instant("work", "x")
             raise LOST
 
-        monkeypatch.setattr(actor_pool, "_stream_once", once)
-        units = [pa.table({"path": [f"piece {number}"]}) for number in range(3)]
-        return actor_pool.stream(units, object, {}, tiny_config("unused"), 0, actor_pool.Tell())
+        monkeypatch.setattr(actor_pool, "_stream", once)
+        monkeypatch.setattr(actor_pool, "actor_count", lambda config, gpus: 1)
+        units = [Unit(number, (Path(f"piece {number}"),)) for number in range(3)]
+        done = []
+        actor_pool.run(
+            Task(Worker, tiny_config("unused"), {}, units, 3), done.append, 1, lambda event: None, lambda text: None
+        )
+        return done
 
     return make
 
 
 def test_actors_that_are_lost_after_their_last_unit_cost_nothing(passes):
-    assert [row["unit"] for row in passes(0)] == [0, 1, 2]
+    assert passes(0) == [0, 1, 2]
 
 
 def test_units_that_are_lost_too_often_are_named(passes):
-    with pytest.raises(
-        WorkersLost, match=r"lost 4 times .* with 1 units of work left, the first of which makes piece 2"
-    ):
-        list(passes(1))
+    with pytest.raises(WorkersLost, match=r"lost 4 times .*; 1 batches of work are left, the first one makes piece 2"):
+        passes(1)
 
 
 def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(monkeypatch):
     """So what is left after an interruption ends as it would have."""
-    config, asked = tiny_config("unused"), []
-    monkeypatch.setattr(evaluation, "ray", SimpleNamespace(put=lambda value: value))
-    monkeypatch.setattr(evaluation, "cores", lambda: 64)
-    monkeypatch.setattr(evaluation, "cores_each", lambda tasks: asked.append(tasks) or 1)
-    evaluation.run(config, [], (None, None, None), lambda row: None)
+    config, asked, options = tiny_config("unused"), [], SimpleNamespace(options=lambda **resources: None)
+    monkeypatch.setattr(ray_tasks, "ray", SimpleNamespace(put=lambda value: value))
+    monkeypatch.setattr(ray_tasks, "_run", options)
+    monkeypatch.setattr(ray_tasks, "cores", lambda: 64)
+    monkeypatch.setattr(ray_tasks, "cores_each", lambda tasks: asked.append(tasks) or 1)
+    on_ray = SimpleNamespace(run=lambda task, done: ray_tasks.run(task, done, no_poll, 1, lambda event: None))
+    tasks.evaluate(on_ray, config, [], (None, None, None), lambda row: None)
     assert asked == [len(evaluate.jobs(config))] == [4]
 
 
@@ -125,7 +131,7 @@ def test_lines_that_are_written_in_place_of_dropped_ones_are_all_told(tmp_path):
     path, told = tmp_path / "metrics.jsonl", []
     old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'
     path.write_text(old)
-    tail = distillation._Tail(path, told.append)
+    tail = LogTail(path, told.append)
     path.write_text(old + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     tail.read()
     assert [line["step"] for line in told] == [2], "what was there before, or half a line, is told"

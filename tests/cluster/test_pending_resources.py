@@ -32,15 +32,13 @@ def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
 
     holder = Holder.remote()
     assert ray.get(holder.here.remote())
-    lines, said, counts = list[str](), threading.Event(), list[int]()
+    lines, said = list[str](), threading.Event()
     result = late.remote()
-    with pending_resources.watched(
-        "evaluate", lambda line: (lines.append(line), said.set()), counts.append, every=0.5
-    ) as advance:
+    with pending_resources.watched("evaluate", lambda line: (lines.append(line), said.set()), every=0.5) as progressed:
         assert said.wait(60), "nothing was said"
         ray.kill(holder)
-        advance(ray.get(result))
-    assert counts == [7]
+        assert ray.get(result) == 7
+        progressed()
     assert "evaluate waits for 1 worker with 1 core each; the cluster has 2 cores, 0 free" in lines[0]
 
 

@@ -21,6 +21,7 @@ from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.video import moving_digits
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.pipeline.executors import tasks
 
 DATA = {
     "source": "moving_digits",
@@ -183,7 +184,7 @@ def test_a_pipe_is_set_aside_and_a_folder_that_is_gone_stops_the_job(tmp_path):
     plan = ingest.plan(run.config)
     (folder / "b").rename(tmp_path / "away")
     with pytest.raises(Unreachable, match=r"train/b is not there any more; put it back"):
-        run.pipeline.executor.ingest(run.config, plan.chunks(64), tmp_path, lambda n: None)
+        tasks.ingest(run.pipeline.executor, run.config, plan.on_disk(tmp_path), tmp_path, lambda n: None)
 
 
 def test_classes_without_clips_are_counted_with_a_reason_and_the_way_on(tmp_path):

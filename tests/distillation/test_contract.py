@@ -23,6 +23,7 @@ from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pruning.scoring.scorer import score_part_path
 
@@ -62,7 +63,7 @@ def rank(config, places: DistillPaths) -> None:
     )
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
-    LocalExecutor().rank_patches(config, places, chunks, lambda samples: None)
+    tasks.rank_patches(LocalExecutor(), config, places, chunks, lambda samples: None)
     found = [score_part_path(pieces, chunk) for chunk in chunks]
     patch_ranking.merge(found, candidates, config.distill.rded.crops, patch_ranking.table_path(places.networks, config))
 

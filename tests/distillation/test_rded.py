@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from distill_at_scale.distillation.methods.rded import RDED, best_crops
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
 from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.executors.base import Unit
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pruning.scoring.scorer import score_part_path
 
@@ -62,7 +65,7 @@ def ranked(tmp_path):
 
 
 def table_of(setting, places, chunks, candidates) -> pa.Table:
-    LocalExecutor().rank_patches(setting.config, places, chunks, lambda n: None)
+    tasks.rank_patches(LocalExecutor(), setting.config, places, chunks, lambda n: None)
     pieces = patch_ranking.parts_folder(places.networks, setting.config)
     target = patch_ranking.table_path(places.networks, setting.config)
     patch_ranking.merge(
@@ -144,8 +147,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, mo
 
 def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
     """The actor's own code, without a cluster: units go to two of them in turn, one of which is replaced on the way."""
-    from distill_at_scale.cluster import score as scoring
-    from distill_at_scale.cluster.actor_pool import grouped
+    from distill_at_scale.cluster.actor_pool import PoolActor, grouped
     from distill_at_scale.cluster.session import pack
 
     setting, places, chunks, candidates = ranked()
@@ -154,17 +156,16 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
         make(places.networks, setting.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
     )
     whole = target.read_bytes()
-    work = [{**asdict(chunk), "path": str(score_part_path(pieces, chunk))} for chunk in chunks]
+    units = [Unit(chunk, (score_part_path(pieces, chunk),)) for chunk in chunks]
     for chunk in chunks:
         score_part_path(pieces, chunk).unlink()
-    config = setting.config.model_copy(update={"cluster": setting.config.cluster.model_copy(update={"actors": 2})})
-    arguments = pack(config), str(places.prepared), str(places.networks)
-    actors = [scoring.RankingActor(arguments[0], prepared=arguments[1], networks=arguments[2]) for _ in range(2)]
-    for number, unit in enumerate(reversed(grouped(work, config, 0))):
+    paths = {"prepared": str(places.prepared), "networks": str(places.networks)}
+    actors = [PoolActor(pack(setting.config), tasks.RankPatches, paths) for _ in range(2)]
+    for number, batch in enumerate(reversed(grouped(units, 2))):
         if number == 2:
-            actors[0] = scoring.RankingActor(arguments[0], prepared=arguments[1], networks=arguments[2])
-        found = actors[number % 2](unit.append_column("unit", pa.array([number])))
-        assert "error" not in found.column_names
+            actors[0] = PoolActor(pack(setting.config), tasks.RankPatches, paths)
+        answer = actors[number % 2](pa.table({"number": [number], "units": [pickle.dumps(batch)]}))
+        assert not isinstance(pickle.loads(answer["answer"][0].as_py()), Exception)
     patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, 3, target)
     assert target.read_bytes() == whole
 

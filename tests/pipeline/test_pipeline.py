@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.executors.base import no_poll
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.storage.run_dir import RunDir
 
@@ -80,7 +83,7 @@ def test_a_kill_after_the_last_chunk_does_not_train_again(make_run, tmp_path, mo
         run.stages("score")
     before = (tmp_path / "run" / "scores.parquet").read_bytes()
     monkeypatch.undo()
-    monkeypatch.setattr(LocalExecutor, "train_proxies", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(tasks, "train_proxies", lambda *a, **k: pytest.fail("trained again"))
     make_run(tmp_path / "run").stages("score", "select")
     assert (tmp_path / "run" / "scores.parquet").read_bytes() == before
     assert (tmp_path / "run" / "proxies" / "trial-00" / "epoch-000.safetensors").exists()
@@ -290,31 +293,24 @@ class Stopping(LocalExecutor):
 
     def __init__(self, stage: str):
         super().__init__()
-        self.left = {stage: 2}
+        self.stage, self.left = stage, 2
 
     def _advance(self, stage, advance):
-        def counted(value):
-            advance(value)
-            self.left[stage] = self.left.get(stage, -1) - 1
-            if self.left[stage] == 0:
+        def counted(*arguments):
+            result = advance(*arguments)
+            self.left -= stage == self.stage
+            if self.left == 0:
                 raise KeyboardInterrupt
+            return result
 
         return counted
 
-    def ingest(self, *arguments):
-        return super().ingest(*arguments[:-1], self._advance("ingest", arguments[-1]))
+    def run(self, task, done, poll=no_poll):
+        name = task.worker.name
+        super().run(task, self._advance(name, done), self._advance("proxies", poll) if task.worker.resumes else poll)
 
-    def train_proxies(self, *arguments):
-        return super().train_proxies(*arguments[:-1], self._advance("proxies", arguments[-1]))
-
-    def score(self, *arguments):
-        return super().score(*arguments[:-1], self._advance("score", arguments[-1]))
-
-    def distill(self, *arguments):
-        return super().distill(*arguments[:-1], self._advance("distill", arguments[-1]))
-
-    def evaluate(self, *arguments):
-        return super().evaluate(*arguments[:-1], self._advance("evaluate", arguments[-1]))
+    def train(self, group):
+        super().train(replace(group, report=self._advance(group.stage, group.report)))
 
 
 @pytest.mark.parametrize("stage", ["ingest", "proxies", "score", "distill", "evaluate"])

@@ -8,6 +8,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.executors.synced import SyncedExecutor
 from distill_at_scale.storage import lock as lease
@@ -35,12 +36,12 @@ def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(
     elsewhere = FolderSync(folder.remote.mirror.bucket.uri, tmp_path / "worker", 0.0)
 
     class LostOnTheWay(LocalExecutor):
-        def distill(self, config, places, report):
+        def train(self, group):
             state = elsewhere.local / places.state.relative_to(folder.path)
             state.parent.mkdir(parents=True)
             state.write_text("of step 2")
             elsewhere.push()
             shutil.rmtree(elsewhere.local)
 
-    SyncedExecutor(LostOnTheWay(), folder.remote).distill(tiny_config("unused"), places, lambda line: None)
+    tasks.distill(SyncedExecutor(LostOnTheWay(), folder.remote), tiny_config("unused"), places, lambda line: None)
     assert places.state.read_text() == "of step 2"

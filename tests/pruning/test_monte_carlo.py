@@ -15,10 +15,11 @@ from rich.console import Console
 
 from distill_at_scale.config.sections import MonteCarloSection
 from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.local import LocalExecutor
-from distill_at_scale.pipeline.executors.tasks import subset_trials
 from distill_at_scale.pruning.scoring import extra_columns, monte_carlo, monte_carlo_utility
 from distill_at_scale.pruning.scoring.columns import ExtraColumn
 from distill_at_scale.pruning.selection import checks
@@ -44,12 +45,19 @@ class Counting(LocalExecutor):
         super().__init__(torch.device("cpu"))
         self.advanced = []
 
-    def monte_carlo(self, config, prepared, pieces, advance):
-        def note(count):
-            self.advanced.append(count)
-            advance(count)
+    def run_subsets(self, config, prepared):
+        def run(folder, advance):
+            def counted(count):
+                self.advanced.append(count)
+                advance(count)
 
-        super().monte_carlo(config, prepared, pieces, note)
+            tasks.run_subsets(self, config, prepared.folder, folder, counted)
+
+        return run
+
+
+def subset_trials(config, folder, device):
+    return tasks.RunSubsets(config, {"prepared": folder}, device, TimeSpent()).trials
 
 
 def columns(config, prepared, executor=None):
@@ -57,7 +65,7 @@ def columns(config, prepared, executor=None):
     run = RunDir(config.run.dir)
     run.create()
     display = Display(Console(file=said, width=250))
-    found = extra_columns.load(config, run, prepared, lambda: executor or Counting(), display)
+    found = extra_columns.load(config, run, prepared, (executor or Counting()).run_subsets(config, prepared), display)
     return found, said.getvalue()
 
 
@@ -290,13 +298,14 @@ def test_noisy_utilities_are_said_at_select(tmp_path):
 @pytest.mark.usefixtures("ray_session")
 def test_utilities_are_the_same_bytes_on_ray(tmp_path, prepared):
     pytest.importorskip("ray")
-    from distill_at_scale.cluster import monte_carlo as on_ray
+    from distill_at_scale.cluster.executor import RayExecutor
 
     config, advanced = small_config(tmp_path / "run"), []
     for name in ("ray", "local"):
         (tmp_path / name).mkdir()
-    on_ray.run(config, prepared.folder.resolve(), tmp_path / "ray", advanced.append)
-    LocalExecutor(torch.device("cpu")).monte_carlo(config, prepared.folder, tmp_path / "local", lambda count: None)
+    on_ray, local = RayExecutor(config, lambda text: None), LocalExecutor(torch.device("cpu"))
+    tasks.run_subsets(on_ray, config, prepared.folder, tmp_path / "ray", advanced.append)
+    tasks.run_subsets(local, config, prepared.folder, tmp_path / "local", lambda count: None)
     assert sum(advanced) == 12
     for unit in monte_carlo.subset_ranges(config.score.monte_carlo):
         here, there = (monte_carlo.subset_part_path(tmp_path / name, unit).read_bytes() for name in ("ray", "local"))

@@ -1,64 +1,117 @@
-"""How the work of a stage is carried out: the contract of an executor, and the one that uses this process alone.
+"""The contract between a stage and the place where its work runs.
 
-`Local` never imports Ray. `cluster/executor.py` has the other one, which runs the very same functions on a cluster.
+A stage describes its work as a `Task` of independent units or as a `Group` of processes that work together (`tasks.py` has
+all of them). `local.py` runs both in this process, `cluster/executor.py` runs them on Ray, and `synced.py` exchanges their
+files with an object store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.events import Emit
-from distill_at_scale.data.prepared.format import Chunk
-from distill_at_scale.distillation.engine import DistillPaths
-from distill_at_scale.distillation.evaluate import EvaluationJob
+from distill_at_scale.core.events import Emit, TimeSpent
 from distill_at_scale.pipeline.monitoring.observers import Observer
+
+if TYPE_CHECKING:
+    import torch  # not at run time: workers without networks start faster
 
 Advance = Callable[[int], None]  # called with the number of units that were finished
 Report = Callable[[dict[str, Any]], None]
-Chunks = Sequence[tuple[str, int, pa.Table]]  # split, index and rows of a listing
+Result = dict[str, Any]
+Poll = Callable[[], bool]  # reads progress from the run folder; returns whether there was any
+
+
+def no_poll() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One independent unit of work."""
+
+    work: Any  # picklable, without paths
+    outputs: tuple[Path, ...] = ()  # files or folders that the worker publishes, in this order
+    inputs: tuple[Path, ...] = ()  # unfinished files of the run folder that the worker reads
+
+
+class Worker:
+    """One kind of work. An instance is what a process loads once; the class attributes say how it is placed."""
+
+    name: ClassVar[str]  # of the work, in messages
+    event: ClassVar[str]  # of a finished unit
+    stages: ClassVar[tuple[str, ...]] = ("ingest",)  # whose output it reads
+    fetches: ClassVar[tuple[str, ...]] = ()  # names of the other paths that it reads
+    # False: many short units, on one core and one thread each. True: a few long ones, which share all cores of the cluster.
+    long: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False  # a unit goes on from what an earlier attempt left at its outputs
+    uses_torch: ClassVar[bool] = True  # False: without threads of torch and without a GPU
+
+    def __init__(self, config: Config, paths: Mapping[str, Path], device: torch.device, spent: TimeSpent):
+        """`spent` takes the seconds of reading, decoding and so on."""
+        self.config, self.paths, self.device, self.spent = config, paths, device, spent
+        self.poll: Poll = no_poll  # to call after partial progress, where the driver is this process
+        self.load()
+
+    def load(self) -> None:
+        """Load what all units need."""
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        """Work through units; yields one result for each, when its outputs are published."""
+        raise NotImplementedError
+
+    def counts(self, result: Result) -> dict[str, Any]:
+        """The values of the event of a finished unit."""
+        return result
+
+
+@dataclass(frozen=True)
+class Task:
+    """Independent units of one kind of work."""
+
+    worker: type[Worker]
+    config: Config
+    paths: Mapping[str, Path]  # what the worker's constructor gets, by name
+    units: Sequence[Unit]  # those that are not finished
+    total: int  # units with the finished ones; a long unit's cores follow from it, so that a resumed task ends the same
+    folder: Path | None = None  # where units publish; None if they only return results
+
+
+@dataclass(frozen=True)
+class Group:
+    """Work of several processes in one torch process group, which restarts from the last checkpoint after a loss."""
+
+    stage: str  # in messages and in the key `<stage>.workers`
+    body: Callable[[Config, Mapping[str, Path], torch.device, Report], None]  # one worker's part
+    config: Config
+    paths: Mapping[str, Path]
+    workers: int | Sequence[int]  # their number, or the fewest and the most
+    work: Path  # folder for notes between driver and workers
+    stages: tuple[str, ...]  # whose output the workers read
+    fetches: tuple[str, ...]  # names of the other paths that all workers read
+    renews: tuple[str, ...]  # names of paths that rank 0 resumes from: exactly what an earlier rank 0 stored
+    publishes: tuple[str, ...]  # names of paths that rank 0 writes
+    results: tuple[Path, ...]  # what the driver reads
+    report: Report  # takes what the body reports, where that is this process
+    poll: Poll  # called meanwhile, where it is not
+    saved: Callable[[], int]  # steps that a restarted group would not repeat
+    resumed: Callable[[], str] | None = None  # what to say after a restart
 
 
 class Executor(Protocol):
-    emit: Emit  # is told of every finished piece of work, wait and loss
+    emit: Emit  # takes an event for each finished unit, wait and loss
 
     def observers(self, config: Config) -> list[Observer]:
-        """Who else is to watch a run that works here."""
+        """Further observers of a run on this executor."""
 
-    def ingest(self, config: Config, chunks: Chunks, pieces: Path, advance: Advance, check: bool = False) -> int:
-        """Decode chunks of a listing into pieces; returns how many samples were rejected. Advances by samples.
+    def run(self, task: Task, done: Callable[[Result], None], poll: Poll = no_poll) -> None:
+        """Run all units, in any order. Calls `done` once for each, and `poll` meanwhile."""
 
-        With `check` only the lists of rejected samples are kept.
-        """
-
-    def train_proxies(self, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-        """Train every trial. Advances by epochs."""
-
-    def score(
-        self, config: Config, prepared: Path, checkpoints: Path, chunks: Sequence[Chunk], pieces: Path, advance: Advance
-    ) -> None:
-        """Score chunks of the prepared data into pieces. Advances by samples."""
-
-    def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
-        """Run the random subsets of score.monte_carlo into pieces. Advances by subsets."""
-
-    def make_networks(self, config: Config, places: DistillPaths, names: Sequence[str], advance: Advance) -> None:
-        """Make the experts or the teacher that a method needs, side by side. Advances by networks."""
-
-    def rank_patches(self, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance) -> None:
-        """Rank crops of the kept samples of chunks by the teacher's loss, into pieces. Advances by samples."""
-
-    def distill(self, config: Config, places: DistillPaths, report: Report) -> None:
-        """Run the distillation and leave the set in `places.work / "synthetic"`. Reports log lines."""
-
-    def evaluate(
-        self, config: Config, jobs: Sequence[EvaluationJob], folders: tuple[Path, Path, Path], done: Report
-    ) -> None:
-        """Run jobs on (prepared, synthetic, manifest) and report each row."""
+    def train(self, group: Group) -> None:
+        """Run the processes of a group to their end."""
 
     def close(self) -> None:
-        """Give back what the executor holds."""
+        """Release what the executor holds."""

@@ -1,52 +1,355 @@
-"""The units of work that every executor runs, in this process or on a Ray worker."""
+"""The work of a run: what a worker does, in this process or on a Ray cluster, and how the driver hands it out.
+
+Each kind is a `Worker` followed by the function that runs its unfinished units on an executor.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import current_workers
+from distill_at_scale.core.events import measured
+from distill_at_scale.data.ingest.chunks import (
+    check_chunk,
+    finished,
+    ingest_chunk,
+    is_finished,
+    piece_path,
+    recipe_of,
+    rejected_path,
+)
+from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, mapped, open_source
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.format import Chunk
+from distill_at_scale.distillation import evaluate as evaluation
+from distill_at_scale.distillation.checkpoint import saved_step
 from distill_at_scale.distillation.dc_subset import distiller
-from distill_at_scale.distillation.engine import Distillation, DistillPaths
-from distill_at_scale.pipeline.executors.base import Advance, Report
-from distill_at_scale.pruning.proxies import train as proxy
-from distill_at_scale.pruning.scoring import monte_carlo
+from distill_at_scale.distillation.engine import Distillation, DistillPaths, make_network, method_class
+from distill_at_scale.distillation.methods.shared import patch_ranking
+from distill_at_scale.pipeline.executors.base import Advance, Executor, Group, Report, Result, Task, Unit, Worker
+from distill_at_scale.pipeline.monitoring.distillation_log import LogTail
+from distill_at_scale.pruning.proxies import train as proxies
+from distill_at_scale.pruning.scoring import monte_carlo as subsets
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_part_path
 
 
-def waiting_units(config: Config, pieces: Path, advance: Advance) -> list[monte_carlo.SubsetRange]:
-    """The units of random subsets that are still to be run; advances by the subsets of all others."""
-    units = monte_carlo.subset_ranges(config.score.monte_carlo)
-    waiting = [unit for unit in units if not monte_carlo.subset_part_path(pieces, unit).exists()]
-    advance(sum(unit[1] for unit in units) - sum(unit[1] for unit in waiting))
-    return waiting
+class Ingest(Worker):
+    """Decodes chunks of a listing; `work` is (first row, number of rows, whether only to list rejected samples)."""
+
+    name, event, stages, uses_torch = "ingest", "decode", (), False
+
+    def load(self) -> None:
+        self.source, self.recipe = open_source(self.config.data), recipe_of(self.config)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        for unit in units:
+            start, count, check = unit.work
+            rows = mapped(unit.inputs[0]).slice(start, count)
+            make = check_chunk if check else ingest_chunk
+            used, rejected = make(self.source, self.recipe, rows, unit.outputs[-1], self.spent)
+            yield {"samples": used, "rejected": rejected}
 
 
-def subset_trials(config: Config, prepared: Path, device: torch.device) -> monte_carlo.SubsetTrials:
-    """What runs random subsets in a process; DC is handed in where they are distilled."""
-    return monte_carlo.SubsetTrials(config, prepared, device, distiller(config, PreparedDataset(prepared), device))
+def ingest(
+    executor: Executor, config: Config, plan: IngestPlan, pieces: Path, advance: Advance, check: bool = False
+) -> int:
+    """Decode the chunks of a plan, whose listings are in `pieces`, into `pieces`; with `check` only list rejected samples.
+
+    Returns how many samples were rejected, in earlier commands too. Advances by samples.
+    """
+    rejected, size, units = 0, config.data.chunk, []
+    for split, index, rows in plan.chunks(size):
+        path = piece_path(pieces, split, index)
+        if is_finished(path, check):
+            used, bad = finished(path, rows, check)
+            rejected += bad
+            advance(used + bad)
+        else:
+            work = (index * size, rows.num_rows, check)
+            units.append(Unit(work, (rejected_path(path), path), (listing_path(pieces, split),)))
+
+    def done(result: Result) -> None:
+        nonlocal rejected
+        rejected += result["rejected"]
+        advance(result["samples"] + result["rejected"])
+
+    executor.run(Task(Ingest, config, {}, units, len(units), pieces), done)
+    return rejected
 
 
-def run_trial(
-    config: Config, prepared: Path, checkpoints: Path, trial: int, device: torch.device, advance: Advance
+class TrainProxy(Worker):
+    """Trains proxies; `work` is the number of a trial."""
+
+    name, event = "training of proxies", "train a proxy"
+    long = resumes = True
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        def report(line: Result) -> None:
+            self.poll()
+
+        for unit in units:
+            _train_trials(self.config, self.paths, self.device, report, trials=[unit.work])
+            yield {"trial": unit.work}
+
+
+def _train_trials(
+    config: Config,
+    paths: Mapping[str, Path],
+    device: torch.device,
+    report: Report,
+    trials: Sequence[int],
 ) -> None:
-    """Train one proxy, together with the other workers of a process group, if there is one."""
-    workers = current_workers(device)
-    proxy.ProxyTrial(PreparedDataset(prepared), config.score, trial, config.run.seed, checkpoints, device, workers).run(
-        advance
-    )
+    """Train proxies together with the other workers of a process group, if there is one."""
+    prepared, workers = PreparedDataset(paths["prepared"]), current_workers(device)
+    for trial in trials:
+        one = proxies.ProxyTrial(prepared, config.score, trial, config.run.seed, paths["checkpoints"], device, workers)
+        one.run(lambda epochs: report({"epochs": epochs}))
 
 
-def run_distillation(config: Config, places: DistillPaths, device: torch.device, report: Report) -> None:
-    """One worker's part of the distillation; rank 0 leaves the result."""
+def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
+    """Train all trials: side by side, or on a cluster one after the other with `score.workers` workers each.
+
+    Advances by epochs.
+    """
+    done = 0
+
+    def poll() -> bool:
+        nonlocal done
+        before, done = done, proxies.finished_epochs(config.score, checkpoints)
+        if done > before:
+            advance(done - before)
+        return done > before
+
+    poll()
+    trials, epochs = config.score.checkpoint_counts
+    missing = [t for t in range(trials) if not proxies.checkpoint_path(checkpoints, t, epochs - 1).exists()]
+    paths = {"prepared": prepared, "checkpoints": checkpoints}
+    if not missing:
+        return
+    if config.score.workers == 1 or config.cluster.address == "none":
+        units = [Unit(trial, (proxies.checkpoint_path(checkpoints, trial, 0).parent,)) for trial in missing]
+        executor.run(Task(TrainProxy, config, paths, units, trials, checkpoints), lambda result: None, poll)
+    else:
+        with measured("train proxies together", executor.emit) as counts:
+            counts["workers"] = config.score.workers
+            executor.train(
+                Group(
+                    stage="score",
+                    body=partial(_train_trials, trials=missing),
+                    config=config,
+                    paths=paths,
+                    workers=config.score.workers,
+                    work=checkpoints.parent / "train",
+                    stages=("ingest",),
+                    fetches=("checkpoints",),
+                    renews=(),
+                    publishes=("checkpoints",),
+                    results=(checkpoints,),
+                    report=lambda line: None,
+                    poll=poll,
+                    saved=lambda: proxies.finished_epochs(config.score, checkpoints),
+                )
+            )
+    poll()
+
+
+class Score(Worker):
+    """Scores chunks of the prepared data with all checkpoints; `work` is a chunk."""
+
+    name = event = "score"
+    fetches = ("checkpoints",)
+
+    def load(self) -> None:
+        prepared, checkpoints = self.paths["prepared"], self.paths["checkpoints"]
+        self.scorer = Scorer(self.config, prepared, checkpoints, self.device, self.spent)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        for samples in self.scorer.score([(unit.work, unit.outputs[0]) for unit in units]):
+            yield {"samples": samples}
+
+
+def score(
+    executor: Executor,
+    config: Config,
+    prepared: Path,
+    checkpoints: Path,
+    chunks: Sequence[Chunk],
+    pieces: Path,
+    advance: Advance,
+) -> None:
+    """Score chunks of the prepared data into `pieces`. Advances by samples."""
+    paths = {"prepared": prepared, "checkpoints": checkpoints}
+    _run_chunks(executor, Score, config, paths, chunks, pieces, pieces, advance)
+
+
+class RankPatches(Worker):
+    """Ranks crops of the kept samples of chunks by the teacher's loss; `work` is a chunk."""
+
+    name, event = "ranking of patches", "rank"
+    fetches = ("networks",)
+
+    def load(self) -> None:
+        prepared, networks = self.paths["prepared"], self.paths["networks"]
+        self.ranker = patch_ranking.PatchRanker(self.config, prepared, networks, self.device)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        for samples in self.ranker.rank([(unit.work, unit.outputs[0]) for unit in units]):
+            yield {"samples": samples}
+
+
+def rank_patches(
+    executor: Executor, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance
+) -> None:
+    """Rank the patches of chunks into the pieces of `patch_ranking`. Advances by samples."""
+    paths = {"prepared": places.prepared, "networks": places.networks}
+    pieces = patch_ranking.parts_folder(places.networks, config)
+    _run_chunks(executor, RankPatches, config, paths, chunks, pieces, places.networks, advance)
+
+
+def _run_chunks(
+    executor: Executor,
+    worker: type[Worker],
+    config: Config,
+    paths: Mapping[str, Path],
+    chunks: Sequence[Chunk],
+    pieces: Path,
+    folder: Path,
+    advance: Advance,
+) -> None:
+    units = [Unit(chunk, (score_part_path(pieces, chunk),)) for chunk in chunks]
+    missing = [unit for unit in units if not unit.outputs[0].exists()]
+    advance(sum(chunk.rows for chunk in chunks) - sum(unit.work.rows for unit in missing))
+    task = Task(worker, config, paths, missing, len(units), folder)
+    executor.run(task, lambda result: advance(result["samples"]))
+
+
+class RunSubsets(Worker):
+    """Runs the random subsets of the criterion monte_carlo; `work` is (first subset, number of subsets)."""
+
+    name, event = "monte_carlo", "subsets"
+
+    def load(self) -> None:
+        prepared = PreparedDataset(self.paths["prepared"])
+        distil = distiller(self.config, prepared, self.device)  # DC, where score.monte_carlo.learn asks for it
+        self.trials = subsets.SubsetTrials(self.config, prepared.folder, self.device, distil)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        for unit in units:
+            self.trials.publish(unit.work, unit.outputs[0].parent)
+            yield {"subsets": unit.work[1]}
+
+
+def run_subsets(executor: Executor, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
+    """Run the random subsets of score.monte_carlo into `pieces`. Advances by subsets."""
+    units = [
+        Unit(unit, (subsets.subset_part_path(pieces, unit),))
+        for unit in subsets.subset_ranges(config.score.monte_carlo)
+    ]
+    missing = [unit for unit in units if not unit.outputs[0].exists()]
+    advance(sum(unit.work[1] for unit in units) - sum(unit.work[1] for unit in missing))
+    task = Task(RunSubsets, config, {"prepared": prepared}, missing, len(units), pieces)
+    executor.run(task, lambda result: advance(result["subsets"]))
+
+
+class MakeNetwork(Worker):
+    """Trains the experts or the teacher of a method; `work` is the name of a network."""
+
+    name, event, stages = "training of networks", "train a network", ("ingest", "select")
+    long = resumes = True
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        for unit in units:
+            make_network(self.config, DistillPaths(**self.paths), unit.work, self.device)
+            yield {"network": unit.work}
+
+
+def make_networks(
+    executor: Executor, config: Config, places: DistillPaths, names: Sequence[str], advance: Advance
+) -> None:
+    """Train the networks that a method needs, side by side. Advances by networks."""
+
+    def unit(name: str) -> Unit:  # the network, and the files that an interrupted training resumes from
+        path = places.networks / name
+        return Unit(name, (path, path.with_suffix(".partial"), path.with_name(f"{name}.partial")))
+
+    total = len(method_class(config).networks(config))
+    task = Task(MakeNetwork, config, vars(places), [unit(name) for name in names], total, places.networks)
+    executor.run(task, lambda result: advance(1))
+
+
+def _distill(config: Config, paths: Mapping[str, Path], device: torch.device, report: Report) -> None:
+    """One worker's part of a distillation; rank 0 saves the result."""
+    places = DistillPaths(**paths)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         synthetic = Distillation(config, places, current_workers(device), device, report).run()
     if synthetic is not None:
         synthetic.save(places.work / "synthetic")
+
+
+def distill(executor: Executor, config: Config, places: DistillPaths, report: Report) -> None:
+    """Run the distillation and leave the set in `places.work / "synthetic"`. Reports the lines of the log."""
+    tail = LogTail(places.log, report)
+
+    def resumed() -> str:
+        step = saved_step(places.state)
+        return f"going on from step {step}, so {max(0, tail.step - step)} steps are repeated"
+
+    executor.train(
+        Group(
+            stage="distill",
+            body=_distill,
+            config=config,
+            paths=vars(places),
+            workers=config.distill.workers,
+            work=places.work,
+            stages=("ingest", "select"),
+            fetches=("networks",),
+            renews=("log", "work"),
+            publishes=("log", "work"),
+            results=(places.log, places.state, places.work / "synthetic"),
+            report=report,
+            poll=tail.read,
+            saved=lambda: saved_step(places.state),
+            resumed=resumed,
+        )
+    )
+
+
+class Evaluate(Worker):
+    """Trains fresh networks on a set and tests them; `work` is an evaluation job."""
+
+    name, event, stages = "evaluate", "evaluate", ("ingest", "select", "distill")
+    long = True
+
+    def load(self) -> None:
+        prepared, synthetic, manifest = (self.paths[name] for name in ("prepared", "synthetic", "manifest"))
+        self.evaluator = evaluation.Evaluator(self.config, prepared, synthetic, manifest, self.device)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
+        for unit in units:
+            yield self.evaluator.run(unit.work)
+
+    def counts(self, result: Result) -> Result:
+        return {"set": result["set"], "network": result["network"], "networks": 1}
+
+
+def evaluate(
+    executor: Executor,
+    config: Config,
+    jobs: Sequence[evaluation.EvaluationJob],
+    folders: tuple[Path, Path, Path],
+    report: Report,
+) -> None:
+    """Run evaluation jobs on (prepared, synthetic, manifest) and report each row."""
+    paths = dict(zip(("prepared", "synthetic", "manifest"), folders, strict=True))
+    units = [Unit(job) for job in jobs]
+    executor.run(Task(Evaluate, config, paths, units, len(evaluation.jobs(config))), report)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,11 @@ from before this command then count for curves but not as its work.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from distill_at_scale.core.events import Emit, Event, instant
@@ -62,3 +65,33 @@ def said(line: Mapping[str, Any]) -> str | None:
         told += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
         return ", ".join([*told, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
     return f"top-1 {line['top1']:.3f}" if "top1" in line else None
+
+
+class LogTail:
+    """Reports the lines that rank 0 appends to the log, in the driver of a cluster."""
+
+    def __init__(self, path: Path, report: Callable[[dict[str, Any]], None]):
+        self.path, self.report = path, report
+        self.step = 0  # the last one that was reported
+        before = path.read_bytes() if path.exists() else b""
+        self.position, self.last = len(before), before[before.rfind(b"\n", 0, -1) + 1 :]
+
+    def read(self) -> bool:
+        """Report new lines; returns whether there were any. Starts over where rank 0 dropped lines to repeat their steps."""
+        if not self.path.exists():
+            return False
+        new = False
+        with open(self.path, "rb") as log:
+            log.seek(self.position - len(self.last))
+            if log.read(len(self.last)) != self.last:
+                self.position = 0
+                log.seek(0)
+            for text in log:
+                if not text.endswith(b"\n"):
+                    break
+                self.position, self.last = self.position + len(text), text
+                with contextlib.suppress(ValueError):  # a line may be cut where the log was replaced meanwhile
+                    line = json.loads(text)
+                    self.step, new = max(self.step, line["step"]), True
+                    self.report(line)
+        return new

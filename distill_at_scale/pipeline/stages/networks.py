@@ -16,6 +16,7 @@ from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline import fingerprints
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pruning.scoring.scorer import score_part_path
 from distill_at_scale.storage.run_dir import RunDir
@@ -33,7 +34,7 @@ def prepare(config: Config, data: PreparedDataset, places: DistillPaths, executo
     """Make what is missing."""
     if missing := distill.missing_networks(config, places):
         with display.meter("networks", len(missing), "networks") as meter:
-            executor.make_networks(config, places, missing, meter.advance)
+            tasks.make_networks(executor, config, places, missing, meter.advance)
     if distill.method_class(config).ranks_patches:
         _rank_patches(config, data, places, executor, display)
 
@@ -49,7 +50,7 @@ def _rank_patches(
         candidates, chunks = patch_ranking.draw_candidates(places.manifest, config, pieces), data.chunks("train")
         before = sum(chunk.rows for chunk in chunks if score_part_path(pieces, chunk).exists())
         with display.meter("rank", sum(chunk.rows for chunk in chunks), "samples", before) as meter:
-            executor.rank_patches(config, places, chunks, meter.advance)
+            tasks.rank_patches(executor, config, places, chunks, meter.advance)
         patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, section.crops, target)
         shutil.rmtree(pieces)
     wanted = config.distill.ipc * section.factor**2

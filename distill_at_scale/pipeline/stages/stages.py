@@ -30,6 +30,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate, synthetic_set
 from distill_at_scale.pipeline import validate
+from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.executors.synced import SyncedExecutor
 from distill_at_scale.pipeline.monitoring.distillation_log import DistillationLog
@@ -107,7 +108,7 @@ class Stages:
         before = sum(r.num_rows for split, i, r in chunks if is_finished(piece_path(pieces, split, i), check=False))
         executor = self.executor
         with self.display.meter("decode", self.plan.samples, "samples", before) as meter:
-            executor.ingest(self.config, chunks, pieces, meter.advance)
+            tasks.ingest(executor, self.config, self.plan, pieces, meter.advance)
         meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data, self.config.run.seed)
         if "transform" in meta:
             self.display.say(f"  {derived_splits.sentence(meta)}")
@@ -143,7 +144,7 @@ class Stages:
         before = sum(chunk.rows for chunk, path in zip(chunks, paths, strict=True) if path.exists())
         executor = self.executor
         with self.display.meter("score", sum(c.rows for c in chunks), "samples", before) as meter:
-            executor.score(self.config, prepared, checkpoints, chunks, pieces, meter.advance)
+            tasks.score(executor, self.config, prepared, checkpoints, chunks, pieces, meter.advance)
         scored = time.perf_counter()
         more = self._brought(data)
         expected = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
@@ -166,7 +167,10 @@ class Stages:
         return self._score_outputs(), {"mean_score": written["mean_score"]}
 
     def _brought(self, data: PreparedDataset) -> dict[str, Any]:
-        return extra_columns.load(self.config, self.dir, data, lambda: self.executor, self.display)
+        def run_subsets(folder: Path, advance: Callable[[int], None]) -> None:
+            tasks.run_subsets(self.executor, self.config, data.folder, folder, advance)
+
+        return extra_columns.load(self.config, self.dir, data, run_subsets, self.display)
 
     def _score_outputs(self) -> list[Path]:
         return [self.dir / "scores.parquet", *extra_columns.outputs(self.config, self.dir)]
@@ -176,7 +180,7 @@ class Stages:
         proxy.check_workers(data, score, self.config.run.seed)
         before, executor = proxy.finished_epochs(score, checkpoints), self.executor
         with self.display.meter("proxies", score.trials * score.epochs, "epochs", before) as meter:
-            executor.train_proxies(self.config, prepared, checkpoints, meter.advance)
+            tasks.train_proxies(executor, self.config, prepared, checkpoints, meter.advance)
 
     def _keep_proxies(self, checkpoints: Path) -> None:
         """Move the checkpoints beside the scores that were made with them."""
@@ -233,7 +237,7 @@ class Stages:
                 if self.watch is not None:
                     self.watch(line)
 
-            executor.distill(self.config, places, show)
+            tasks.distill(executor, self.config, places, show)
         result = synthetic_set.load(work / "synthetic")
         records = {stage: self.dir.record(stage) or {} for stage in ("ingest", "score", "select")}
         earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
@@ -259,7 +263,7 @@ class Stages:
 
             for row in finished.rows:
                 self.observers.emit(instant("result", "network", row))
-            executor.evaluate(self.config, todo, folders, done)
+            tasks.evaluate(executor, self.config, todo, folders, done)
         order = {job: place for place, job in enumerate(evaluate.jobs(self.config))}
         rows = sorted(finished.rows, key=lambda row: order[_job(row)])
         path = self.dir / "evaluation.json"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +22,7 @@ from distill_at_scale.storage.run_dir import RunDir
 TABLE = "monte_carlo.parquet"  # in the run folder: standard errors and counts
 
 
-class Subsets(Protocol):
-    """What of an executor is needed here."""
-
-    def monte_carlo(self, config: Config, prepared: Path, pieces: Path, advance: Callable[[int], None]) -> None: ...
+RunSubsets = Callable[[Path, Callable[[int], None]], None]  # into a folder; advances by subsets
 
 
 def check(config: Config, prepared: PreparedDataset) -> None:
@@ -37,7 +33,7 @@ def check(config: Config, prepared: PreparedDataset) -> None:
 
 
 def load(
-    config: Config, run: RunDir, prepared: PreparedDataset, executor: Callable[[], Subsets], display: Display
+    config: Config, run: RunDir, prepared: PreparedDataset, run_subsets: RunSubsets, display: Display
 ) -> dict[str, ExtraColumn]:
     """Every such column, by name; runs the subsets that are not there yet.
 
@@ -52,7 +48,7 @@ def load(
     for name, file in config.score.imported.items():
         display.say(f"  {name}: {len(ids)} scores from {file}")
     if MONTE_CARLO in config.score.criteria:
-        found[MONTE_CARLO] = _of_subsets(config, run, prepared, executor, display, ids)
+        found[MONTE_CARLO] = _of_subsets(config, run, prepared, run_subsets, display, ids)
     return found
 
 
@@ -62,13 +58,13 @@ def outputs(config: Config, run: RunDir) -> Iterable[Path]:
 
 
 def _of_subsets(
-    config: Config, run: RunDir, prepared: PreparedDataset, executor: Callable[[], Subsets], display: Display, ids: pa.Array
+    config: Config, run: RunDir, prepared: PreparedDataset, run_subsets: RunSubsets, display: Display, ids: pa.Array
 ) -> ExtraColumn:  # fmt: skip
     section, folder = config.score.monte_carlo, f"monte_carlo/{monte_carlo.work_key(config, prepared)}"
     run.take_over_files(folder)
     (run / folder).mkdir(parents=True, exist_ok=True)
     with display.meter("Monte Carlo", section.subsets, "subsets") as meter:
-        executor().monte_carlo(config, prepared.folder, run / folder, meter.advance)
+        run_subsets(run / folder, meter.advance)
     found = monte_carlo_utility.estimate(
         monte_carlo_utility.read_accuracies(run / folder, section), prepared.counts(), section, config.run.seed
     )

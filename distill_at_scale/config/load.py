@@ -38,6 +38,8 @@ TRIED_TYPE = re.compile(r"\[|^constrained-|^str$")  # in the place of a problem:
 
 
 class Config(Section):
+    """All sections of a run, and the checks that span several of them."""
+
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     score: ScoreSection = ScoreSection()

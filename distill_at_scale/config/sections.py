@@ -171,7 +171,9 @@ class ScoreSection(Section):
     lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of proxy training (SGD)")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of proxy training")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of proxy training")
-    compile: Literal["auto", "always", "never"] = Field("auto", description="torch.compile; auto: where it pays off")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile; auto: if the network is large"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
 
     @property
@@ -326,5 +328,7 @@ class ClusterSection(Section):
     grows: bool = Field(False, description="true: an autoscaler adds nodes, so wait for resources the cluster lacks")
     actors: int | None = Field(None, ge=1, description="actors of ingest and scoring; null: as many as fit")
     max_failures: int = Field(3, ge=0, description="losses of workers to recover from before the run fails")
-    object_store_mb: int | None = Field(None, ge=80, description="Ray's object store, in MiB; null: Ray's default")
+    object_store_mb: int | None = Field(
+        None, ge=80, description="Ray's object store, in MiB; null: a fifth of memory, at most 2,048"
+    )
     price: float | None = Field(None, gt=0, description="price of one worker machine per hour, for `plan`")

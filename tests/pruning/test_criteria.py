@@ -203,7 +203,7 @@ class Summed:
 
 
 def test_a_class_criterion_of_another_shape_is_refused(proxies, tmp_path):
-    with pytest.raises(UserError, match=r"test_criteria:Summed makes values of shape .* must return \[samples, \d\]"):
+    with pytest.raises(UserError, match=r"test_criteria:Summed returns values of shape .* must return \[samples, \d\]"):
         scored(proxies, tmp_path / "a", ["test_criteria:Summed"])
 
 
@@ -228,7 +228,7 @@ def test_gradient_norms_made_at_once_in_padded_parts_are_the_same(monkeypatch):
     network, chance = SPEC.build(0).eval(), torch.Generator().manual_seed(0)
     images, labels = torch.randn(5, 1, 8, 8, generator=chance), torch.arange(5) % 3
     norms = GradientNorms(SPEC, network)
-    monkeypatch.setattr("distill_at_scale.pruning.scoring.gradient_norms.BYTES", 2 * norms.each)
+    monkeypatch.setattr("distill_at_scale.pruning.scoring.gradient_norms.BYTES", 2 * norms.bytes_per_sample)
     weights = {name: p.detach() for name, p in network.named_parameters()}
     found = norms._in_parts(lambda image, label: norms._norm(None)(weights, image, label), images, labels)
     assert found.tolist() == pytest.approx(norms(images, labels).tolist(), rel=1e-4)
@@ -404,7 +404,7 @@ def proxies(tmp_path_factory):
     return folder
 
 
-def scored(folder, target, names, shares=1, step=1, more=None, **section):
+def scored(folder, target, names, shares=1, step=1, extra=None, **section):
     """The table of some criteria, made by as many scorers."""
     keys = {"criterion": names, "epochs": 3, "width": 4, **section}
     config = tiny_config(target, **{f"score__{key}": value for key, value in keys.items()})
@@ -417,7 +417,7 @@ def scored(folder, target, names, shares=1, step=1, more=None, **section):
             list(Scorer(config, folder / "prepared", folder / "proxies", CPU).score(work))
     expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
     score_table.write_scores(
-        target / "scores.parquet", [score_part_path(pieces, c) for c in chunks], expected, config, more
+        target / "scores.parquet", [score_part_path(pieces, c) for c in chunks], expected, config, extra
     )
     return target / "scores.parquet"
 
@@ -472,7 +472,7 @@ def test_checkpoints_that_nobody_looks_at_are_not_even_read(proxies, tmp_path):
 
 
 def test_values_of_another_shape_are_refused(proxies, tmp_path):
-    with pytest.raises(UserError, match=r"Flat makes values of shape \(16, 3\) of 16 samples"):
+    with pytest.raises(UserError, match=r"Flat returns values of shape \(16, 3\) for 16 samples"):
         scored(proxies, tmp_path, "test_criteria:Flat")
 
 
@@ -489,7 +489,7 @@ class Lengths:
 
 
 def test_columns_from_elsewhere_lie_where_the_configuration_names_them(proxies, tmp_path):
-    theirs = {"imported": {"theirs": "x.json"}, "more": {"theirs": Lengths(), "extra": Lengths()}}
+    theirs = {"imported": {"theirs": "x.json"}, "extra": {"theirs": Lengths(), "extra": Lengths()}}
     found, facts = score_table.read(scored(proxies, tmp_path / "a", ["theirs", "herding"], **theirs))
     assert found.column_names[:6] == ["sample_id", "label", "theirs", "herding", "extra", "score"]
     assert found["theirs"].to_pylist() == found["score"].to_pylist() == list(range(70))

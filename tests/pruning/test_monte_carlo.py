@@ -139,7 +139,7 @@ def test_a_sample_that_no_subset_held_gets_the_mean_of_its_class_and_is_counted(
     held = [np.mean(values) for values in lists[:20] if values]
     assert made.utility[missed[0]] == pytest.approx(np.mean(held), abs=1e-6)
     assert any(
-        "were in no subset and get the mean of their class" in line for line in monte_carlo_utility.summary(made.facts)
+        "are in no subset and get the mean of their class" in line for line in monte_carlo_utility.summary(made.facts)
     )
 
 
@@ -179,7 +179,7 @@ def test_pure_noise_has_no_reliability_and_promises_nothing():
     made = monte_carlo_utility.estimate(found, [40, 40], section, 0)
     assert made.facts["reliability"] == 0
     assert made.facts["more_subsets"] is None
-    assert any("cannot be said how many" in line for line in monte_carlo_utility.summary(made.facts))
+    assert any("cannot estimate how many" in line for line in monte_carlo_utility.summary(made.facts))
 
 
 def test_broken_samples_are_worth_less(tmp_path):
@@ -261,7 +261,7 @@ def test_a_rate_that_is_too_high_is_named(tmp_path, prepared):
 
 def test_too_few_subsets_are_refused_with_the_number_that_is_needed(tmp_path, prepared):
     executor = Counting()
-    with pytest.raises(UserError, match=r"subsets = 20: .* would be in 0\.\d\d subsets .*; at least \d+ subsets"):
+    with pytest.raises(UserError, match=r"subsets = 20: .* would be in 0\.\d\d subsets .*; use at least \d+ subsets"):
         columns(small_config(tmp_path / "run", subsets=20, per_class=1), prepared, executor)
     assert executor.advanced == []
 

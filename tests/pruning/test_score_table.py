@@ -105,7 +105,7 @@ class Total(Last):
 
 def test_a_criterion_that_does_not_score_every_sample_is_refused(tmp_path):
     whole = rows(9).rename_columns(["sample_id", "label", "test_score_table:Total"])
-    with pytest.raises(UserError, match=r"Total makes scores of shape .. of 9 samples"):
+    with pytest.raises(UserError, match=r"Total returns scores of shape .. for 9 samples"):
         write(tmp_path, *cut(tmp_path / "p", whole, []), score__criterion="test_score_table:Total")
 
 

@@ -1,7 +1,7 @@
-"""A scoring network as criteria see it: stored values in, logits and features out, and the gradient norm of each sample.
+"""Networks as criteria see them: stored values in; logits, features and gradient norms out.
 
-Features are what the last layer sees. A network with `embed` and `classifier`, as all of ours have, gives them on the way
-to its logits; of any other they are the input of its last linear layer. Left out: which criteria ask for what.
+Features are the input of the last linear layer. Networks with `embed` and `classifier`, as all of this package, return
+them directly; for other networks a hook records them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.models.spec import Layout, NetworkSpec, in_parts, maybe_compile
@@ -21,7 +22,7 @@ from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
 
 
 class Classifier(nn.Module):
-    """Stored values [n, *shape] -> logits float32 [n, classes]; the normalisation is part of the weights."""
+    """Stored values [n, *shape] -> logits float32 [n, classes]; normalizes its input."""
 
     mean: Tensor
     std: Tensor
@@ -36,36 +37,33 @@ class Classifier(nn.Module):
         layout.network(self.network)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images = self.images(pixels)
+        images = self.normalized(pixels)
         with autocast(self.precision, self.device):
             return self.network(self.layout.images(images)).float()
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def normalized(self, pixels: Tensor) -> Tensor:
         return ((pixels.float() if self.spec.tensors else pixels.float() / 255) - self.mean) / self.std
 
     def with_features(self, pixels: Tensor) -> Tensor:
-        """Logits and, behind them, features: float32 [n, classes + features]."""
-        images: Tensor = self.layout.images(self.images(pixels))
+        """Logits followed by features: float32 [n, classes + features]."""
+        images: Tensor = self.layout.images(self.normalized(pixels))
         with autocast(self.precision, self.device):
             if has_embedding(self.network):
                 features = self.network.embed(images)  # type: ignore[operator]
                 logits = self.network.classifier(features)  # type: ignore[operator]
             else:
-                logits, features = self._watched(images)
+                if (last := last_linear(self.network)) is None:
+                    raise UserError(_no_features(self.spec))
+                inputs: list[Tensor] = []
+                hook = last.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0]))
+                try:
+                    logits = self.network(images)
+                finally:
+                    hook.remove()
+                if not inputs:
+                    raise UserError(_no_features(self.spec))
+                features = inputs[-1]
         return torch.cat([logits.float(), features.flatten(1).float()], 1)
-
-    def _watched(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        caught: list[Tensor] = []
-        if (last := last_linear(self.network)) is None:
-            raise UserError(_without_features(self.spec))
-        hook = last.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0]))
-        try:
-            logits = self.network(images)
-        finally:
-            hook.remove()
-        if not caught:
-            raise UserError(_without_features(self.spec))
-        return logits, caught[-1]
 
 
 def has_embedding(network: nn.Module) -> bool:
@@ -73,35 +71,36 @@ def has_embedding(network: nn.Module) -> bool:
 
 
 def last_linear(network: nn.Module) -> nn.Linear | None:
-    """The last layer that is linear, if the network ends with one."""
-    found = [layer for layer in network.modules() if not any(True for _ in layer.children())]
-    linear = [layer for layer in found if isinstance(layer, nn.Linear)]
+    """The last nn.Linear without submodules."""
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear) and not any(True for _ in m.children())]
     return linear[-1] if linear else None
 
 
 def check_features(spec: NetworkSpec) -> None:
-    """Raises UserError where the network has no features that a criterion could see."""
+    """Raises UserError if the network has no features that a criterion could use."""
     network = spec.skeleton()
     if not has_embedding(network) and last_linear(network) is None:
-        raise UserError(_without_features(spec))
+        raise UserError(_no_features(spec))
 
 
-def _without_features(spec: NetworkSpec) -> str:
+def _no_features(spec: NetworkSpec) -> str:
     return (
-        f"score.criterion asks for the features that a network's last layer sees, and score.network = {spec.name!r} ends with "
-        "no linear layer; give it embed(images) and a linear `classifier`, or take another network or criterion"
+        f"score.criterion needs features, the input of a network's last linear layer, but score.network = {spec.name!r} ends "
+        "with no linear layer; give it embed(images) and a linear `classifier`, or use another network or criterion"
     )
 
 
 class CompiledClassifier:
-    """A classifier ready to be loaded with checkpoints: what it says of pixels, in parts that fit."""
+    """A classifier with compiled forward passes, into which checkpoints are loaded one after the other."""
 
-    def __init__(self, classifier: Classifier, at_once: int, compile: str, work: int):
-        self.classifier, self.at_once = classifier, at_once
-        self.forward = maybe_compile(classifier, compile, work)
-        choice = compile if has_embedding(classifier.network) else "never"
-        self.with_features: Callable[[Tensor], Tensor] = maybe_compile(classifier.with_features, choice, work)
-        self.gradient_norms = GradientNorms(classifier.spec, classifier.network)
+    def __init__(
+        self, spec: NetworkSpec, score: ScoreSection, device: torch.device, layout: Layout, at_once: int, work: int
+    ):
+        self.classifier, self.at_once = Classifier(spec, score.precision, device, layout), at_once
+        self.forward = maybe_compile(self.classifier, score.compile, work)
+        choice = score.compile if has_embedding(self.classifier.network) else "never"
+        self.with_features: Callable[[Tensor], Tensor] = maybe_compile(self.classifier.with_features, choice, work)
+        self.gradient_norms = GradientNorms(spec, self.classifier.network)
 
     def load(self, state: Any, mean: Tensor, std: Tensor) -> None:
         self.classifier.network.load_state_dict(state)
@@ -110,15 +109,17 @@ class CompiledClassifier:
 
 
 class BatchOutputs:
-    """What criteria may see of some samples under the checkpoint that an eye is loaded with (criteria.base.Seen).
+    """ProxyOutputs of a batch under the checkpoint that `model` holds, each computed when first used.
 
-    `pixels` are padded to whole parts; `columns` are the logits of the data's classes, None for all.
+    `pixels` are padded to full batches; `columns` are the logits of the data's classes (None: all). With `wide`, logits and
+    features come from one forward pass.
     """
 
     def __init__(
-        self, eye: CompiledClassifier, pixels: Tensor, labels: Tensor, columns: Sequence[int] | None, features: bool
+        self, model: CompiledClassifier, pixels: Tensor, labels: Tensor, columns: Sequence[int] | None, wide: bool
     ):
-        self.eye, self.pixels, self._labels, self.columns, self.wide = eye, pixels, labels, columns, features
+        self.model, self.pixels, self._labels, self.columns, self.wide = model, pixels, labels, columns, wide
+        self.classes = model.classifier.spec.classes
 
     @property
     def labels(self) -> Tensor:
@@ -127,31 +128,31 @@ class BatchOutputs:
     @cached_property
     def logits(self) -> Tensor:
         if self.wide:
-            found = self._both[:, : self.eye.classifier.spec.classes]
+            logits = self._logits_and_features[:, : self.classes]
         else:
-            found = in_parts(self.eye.forward, self.pixels, self.eye.at_once)[: len(self.labels)]
-        return found if self.columns is None else found[:, self.columns]
+            logits = in_parts(self.model.forward, self.pixels, self.model.at_once)[: len(self.labels)]
+        return logits if self.columns is None else logits[:, self.columns]
 
     @cached_property
     def features(self) -> Tensor:
-        return self._both[:, self.eye.classifier.spec.classes :]
+        return self._logits_and_features[:, self.classes :]
+
+    @cached_property
+    def _logits_and_features(self) -> Tensor:
+        return in_parts(self.model.with_features, self.pixels, self.model.at_once)[: len(self.labels)]
 
     @cached_property
     def gradient_norms(self) -> Tensor:
-        images = self.eye.classifier.images(self.pixels[: len(self.labels)])
-        return self.eye.gradient_norms(images, self.labels, self.columns)
-
-    @cached_property
-    def _both(self) -> Tensor:
-        return in_parts(self.eye.with_features, self.pixels, self.eye.at_once)[: len(self.labels)]
+        images = self.model.classifier.normalized(self.pixels[: len(self.labels)])
+        return self.model.gradient_norms(images, self.labels, self.columns)
 
 
 def random_projection(features: Tensor, dimensions: int) -> Tensor:
-    """Features [n, many] -> [n, dimensions] with about the same distances (Johnson & Lindenstrauss 1984); fewer stay as they
-    are. The projection is random but always the same, whatever the run's seed: ready-made weights depend on none.
+    """Features [n, f] -> [n, dimensions] with nearly the same distances (Johnson & Lindenstrauss 1984); smaller ones stay
+    unchanged. The matrix is always the same, whatever the seed of the run: pretrained weights do not depend on it.
     """
-    many = features.shape[1]
-    if many <= dimensions:
+    count = features.shape[1]
+    if count <= dimensions:
         return features
-    draw = torch.randn(many, dimensions, generator=rng.generator(0, "feature projection", many, dimensions))
-    return features @ (draw / dimensions**0.5).to(features.device)
+    matrix = torch.randn(count, dimensions, generator=rng.generator(0, "feature projection", count, dimensions))
+    return features @ (matrix / dimensions**0.5).to(features.device)

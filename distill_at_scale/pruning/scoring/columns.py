@@ -1,7 +1,6 @@
-"""The columns of the score table: made of scored pieces by criteria, and brought from elsewhere.
+"""Where each column of scores.parquet comes from: a criterion over proxy outputs, or scores computed elsewhere.
 
-`score` repeats the first column that `score.criterion` names; where that has no score (`random` alone) it is 0. Left out:
-joining the pieces and writing the table (`table.py`).
+`score` repeats the first column named in `score.criterion`; it is 0 if none has scores (`random` alone).
 """
 
 from __future__ import annotations
@@ -9,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,169 +31,16 @@ from distill_at_scale.pruning.scoring.scorer import FEATURES
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
 Array = np.ndarray[Any, Any]
-ScoredPart = tuple[
-    Path, pa.Table
-]  # where rows were read, for messages, and the rows: sample_id, label, lists of values
-
-
-class Column(Protocol):
-    """Scores that were not made in the scoring pass: imported ones, or such as were measured on subsets."""
-
-    useful: Literal["low", "high"]
-    facts: dict[str, Any]  # about them, for the table's metadata
-
-    def values(self, ids: pa.Array) -> Array:
-        """float32 [n] of some sample ids (strings), in their order; asked for once each, sorted by label and id over all.
-
-        Raises UserError for an id that has no score, naming it.
-        """
-
-
-class ScoreColumns:
-    """What a configuration publishes of every sample, and the facts about it; holds what agreement is measured on."""
-
-    def __init__(self, config: Config, more: Mapping[str, Column]):
-        score = config.score
-        self.criteria, self.more, self.checkpoints = build_criteria(score), dict(more), score.checkpoint_counts
-        self.class_wise = any(is_class_criterion(criterion) for criterion in self.criteria.values())
-        made = {**self.criteria, **self.more}
-        if lacking := [name for name in score.criteria if name not in made and name != RANDOM]:
-            raise ValueError(f"nobody brings the column of score.criterion = {lacking[0]!r}")
-        names = [name for name in [*score.criteria, *more] if name in made]
-        self.useful = {column_of(name): made[name].useful for name in names}
-        self.names, self.first = list(self.useful), names[0] if names else None
-        self.seed = {} if score.weights is not None else {"seed": config.run.seed}  # ready-made weights depend on none
-        self.agreement = TrialAgreement(self.criteria[names[0]].aggregate) if self.first in self.criteria else None
-
-    @cached_property
-    def lists(self) -> dict[str, int]:
-        """Columns whose values are published too, and how many there are per sample."""
-        shapes = {name: value_shape(criterion, self.checkpoints) for name, criterion in self.criteria.items()}
-        listed = [
-            name for name, criterion in self.criteria.items() if not is_class_criterion(criterion) or criterion.by_trial
-        ]
-        return {column_of(name): math.prod(shapes[name]) for name in listed}
-
-    @property
-    def schema(self) -> pa.Schema:
-        return pa.schema(
-            [("sample_id", pa.string()), ("label", pa.int32())]
-            + [(name, pa.float32()) for name in (*self.names, "score")]
-            + [(f"{name}_values", pa.list_(pa.float32(), width)) for name, width in self.lists.items()]
-        )
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Once all rows were made: what the table's metadata says."""
-        trials, epochs = self.checkpoints if self.criteria else (0, 0)
-        observed = {column_of(name): epochs_of(c, epochs) for name, c in self.criteria.items()}
-        agreement = self.agreement.facts() if self.agreement else None
-        about = {"useful": self.useful, "criteria": self.names, "observed": observed, "agreement": agreement}
-        brought = {column_of(name): facts for name, column in self.more.items() if (facts := column.facts)}
-        return {"trials": trials, "epochs": epochs, **about, **self.seed} | ({"brought": brought} if brought else {})
-
-    def of(self, parts: Iterable[ScoredPart]) -> Iterator[pa.Table]:
-        """The published columns, part by part, or class by class where a criterion looks at whole classes.
-
-        Raises UserError where the values do not fit the checkpoints, or a criterion does not make one score of every
-        sample's.
-        """
-        for piece, table in by_class(parts) if self.class_wise else parts:
-            yield self._made(piece, table)
-
-    def _made(self, piece: Path, table: pa.Table) -> pa.Table:
-        scores: dict[str, Any] = {"sample_id": table["sample_id"], "label": table["label"]}
-        lists: dict[str, Any] = {}
-        for name, criterion in self.criteria.items():
-            values = self._values(piece, name, table)
-            column = column_of(name)
-            scores[column] = _scores(name, criterion.aggregate(values), len(values))
-            if column in self.lists:
-                flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
-                lists[f"{column}_values"] = pa.FixedSizeListArray.from_arrays(flat, self.lists[column])
-            if name == self.first and self.agreement:
-                self.agreement.add(table["label"].to_numpy(), values)
-        for name, brought in self.more.items():
-            ids = table["sample_id"].combine_chunks()
-            scores[column_of(name)] = _scores(name, brought.values(ids), len(ids))
-        first = scores[self.names[0]] if self.names else np.zeros(table.num_rows, np.float32)
-        return pa.table({**scores, "score": first, **lists})
-
-    def _values(self, piece: Path, name: str, table: pa.Table) -> Array:
-        """What a criterion aggregates: float32 [n, trials, epochs]."""
-        criterion, trials = self.criteria[name], self.checkpoints[0]
-        shape = value_shape(criterion, self.checkpoints)
-        if is_class_criterion(criterion):
-            found = np.asarray(criterion.observe_class(_features(table).reshape(table.num_rows, trials, -1)))
-            if found.shape != (table.num_rows, shape[0]):
-                raise UserError(
-                    f"the criterion {name} makes values of shape {found.shape} of {table.num_rows} samples; its observe_class "
-                    f"must return [samples, {shape[0]}]"
-                )
-            return found.reshape(-1, *shape)
-        found = lists_to_matrix(table[name])
-        if found.shape[1:] != (math.prod(shape),):
-            raise UserError(
-                f"{piece} holds {found.shape[1]} values of {name} per sample, not {math.prod(shape)}; remove the score work "
-                "folder and run `score` again"
-            )
-        return found.reshape(-1, *shape)
-
-
-def _features(table: pa.Table) -> Array:
-    """float32 [n, trials * dimensions]. Raises UserError where one is not finite: no order could be made of them."""
-    found = lists_to_matrix(table[FEATURES])
-    wrong = np.flatnonzero(~np.isfinite(found).all(1))
-    if len(wrong):
-        name = table["sample_id"][int(wrong[0])].as_py()
-        raise UserError(
-            f"the features of {name!r} are not finite, so its class cannot be compared; lower score.lr, set "
-            "score.precision=fp32, or take other weights"
-        )
-    return found
-
-
-def _scores(name: str, found: Any, count: int) -> Array:
-    scores = np.asarray(found, np.float32)
-    if scores.shape != (count,):
-        raise UserError(
-            f"the criterion {name} makes scores of shape {scores.shape} of {count} samples; its aggregate must return one "
-            "number for each"
-        )
-    return scores
-
-
-def by_class(parts: Iterable[ScoredPart]) -> Iterator[ScoredPart]:
-    """The same rows, sorted by label, class by class; memory holds one class and a part."""
-    held: list[pa.Table] = []
-    for piece, table in parts:
-        labels = table["label"].to_numpy()
-        starts = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
-        for start, end in pairwise(starts):
-            if held and start < end and held[0]["label"][0].as_py() != labels[start]:
-                yield piece, pa.concat_tables(held)
-                held = []
-            held += [table.slice(start, end - start)] if start < end else []
-    if held:
-        yield piece, pa.concat_tables(held)
-
-
-def lists_to_matrix(column: pa.ChunkedArray) -> Array:
-    """A column of equally long lists as [n, values]; [0, 1] where there is no row.
-
-    Raises ValueError where the lists differ in length.
-    """
-    flat = np.concatenate([np.zeros(0, np.float32), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
-    if not len(column):
-        return flat.reshape(0, 1)
-    if not pa.types.is_fixed_size_list(column.type) and len(pc.unique(pc.list_value_length(column))) > 1:
-        raise ValueError("the lists differ in length")
-    return flat.reshape(len(column), -1)
+ScoredPart = tuple[Path, pa.Table]  # the file, for messages, and its rows: sample_id, label and lists of values
 
 
 @dataclass
 class ExtraColumn:
-    """Scores float32 [n] of the samples `ids` [n], which are sorted as the prepared data are; `facts` go to the table's."""
+    """A column that does not come from proxies: imported scores, or Monte Carlo utilities.
+
+    `ids` [n] are the ids of the training samples in the order of the prepared data, `scores` float32 [n] their scores;
+    `facts` go to the metadata of the table.
+    """
 
     useful: Literal["low", "high"]
     ids: pa.Array
@@ -204,23 +49,158 @@ class ExtraColumn:
     _next: int = 0
 
     def values(self, sample_ids: pa.Array | pa.ChunkedArray) -> Array:
-        """The scores of some samples, float32 [k]; asked in the order of the table it looks nothing up.
+        """The scores float32 [k] of some samples; fast if calls follow the order of the prepared data.
 
-        Raises KeyError for an id that is not among the training samples.
+        Raises KeyError for an id that is not among `ids`.
         """
         if isinstance(sample_ids, pa.ChunkedArray):
             sample_ids = sample_ids.combine_chunks()
-        end = self._next + len(sample_ids)
-        if not self.ids.slice(self._next, len(sample_ids)).equals(sample_ids):
-            places = pc.index_in(sample_ids, self.ids)
-            if places.null_count:
-                raise KeyError(sample_ids.filter(pc.is_null(places))[0].as_py())
-            return self.scores[places.to_numpy()]
-        first, self._next = self._next, end % max(1, len(self.ids))
-        return self.scores[first:end]
+        first, end = self._next, self._next + len(sample_ids)
+        if self.ids.slice(first, len(sample_ids)).equals(sample_ids):
+            self._next = end % max(1, len(self.ids))
+            return self.scores[first:end]
+        rows = pc.index_in(sample_ids, self.ids)
+        if rows.null_count:
+            raise KeyError(sample_ids.filter(pc.is_null(rows))[0].as_py())
+        return self.scores[rows.to_numpy()]
 
 
 def training_ids(prepared: PreparedDataset) -> pa.Array:
-    """The ids of the training samples, by label and id, as a string array [n]."""
-    parts = [prepared.read(chunk, columns=["sample_id"])["sample_id"] for chunk in prepared.chunks("train")]
-    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string()).combine_chunks()
+    """The ids of the training samples, sorted by label and id: a string array [n]."""
+    tables = [prepared.read(chunk, columns=["sample_id"]) for chunk in prepared.chunks("train")]
+    chunks = [chunk for table in tables for chunk in table["sample_id"].chunks]
+    return pa.chunked_array(chunks, pa.string()).combine_chunks()
+
+
+class ScoreColumns:
+    """Turns scored rows into the columns of scores.parquet, and collects the metadata of the table."""
+
+    def __init__(self, config: Config, extra: Mapping[str, ExtraColumn]):
+        score = config.score
+        self.criteria, self.extra, self.checkpoints = build_criteria(score), dict(extra), score.checkpoint_counts
+        sources: dict[str, Any] = {**self.criteria, **self.extra}
+        if missing := [name for name in score.criteria if name not in sources and name != RANDOM]:
+            raise ValueError(f"score.criterion = {missing[0]!r} has neither a criterion nor an extra column")
+        names = [name for name in [*score.criteria, *extra] if name in sources]
+        self.useful = {column_of(name): sources[name].useful for name in names}
+        self.names, self.first = list(self.useful), names[0] if names else None
+        self.shapes = {name: value_shape(criterion, self.checkpoints) for name, criterion in self.criteria.items()}
+        # the columns whose single values are published too, and the number of values per sample
+        self.list_widths = {
+            column_of(name): math.prod(self.shapes[name])
+            for name, criterion in self.criteria.items()
+            if not is_class_criterion(criterion) or criterion.by_trial
+        }
+        self.seed = {} if score.weights is not None else {"seed": config.run.seed}  # pretrained weights ignore the seed
+        self.agreement = TrialAgreement(self.criteria[self.first].aggregate) if self.first in self.criteria else None
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema(
+            [("sample_id", pa.string()), ("label", pa.int32())]
+            + [(name, pa.float32()) for name in (*self.names, "score")]
+            + [(f"{name}_values", pa.list_(pa.float32(), width)) for name, width in self.list_widths.items()]
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The metadata of the table; complete once all rows have been built."""
+        trials, epochs = self.checkpoints if self.criteria else (0, 0)
+        extra = {column_of(name): column.facts for name, column in self.extra.items() if column.facts}
+        return {
+            "trials": trials,
+            "epochs": epochs,
+            "useful": self.useful,
+            "criteria": self.names,
+            "observed": {column_of(name): epochs_of(c, epochs) for name, c in self.criteria.items()},
+            "agreement": self.agreement.facts() if self.agreement else None,
+            **self.seed,
+            **({"brought": extra} if extra else {}),
+        }
+
+    def build(self, parts: Iterable[ScoredPart]) -> Iterator[pa.Table]:
+        """The published columns, part by part; class by class if a criterion compares the samples of a class.
+
+        Raises UserError if the values do not fit the checkpoints, or a criterion returns an array of the wrong shape.
+        """
+        if any(is_class_criterion(criterion) for criterion in self.criteria.values()):
+            parts = by_class(parts)
+        for path, rows in parts:
+            scores: dict[str, Any] = {}
+            lists: dict[str, Any] = {}
+            for name, criterion in self.criteria.items():
+                column, values = column_of(name), self._values(path, name, rows)
+                scores[column] = _one_score_each(name, criterion.aggregate(values), rows.num_rows)
+                if column in self.list_widths:
+                    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+                    lists[f"{column}_values"] = pa.FixedSizeListArray.from_arrays(flat, self.list_widths[column])
+                if name == self.first and self.agreement:
+                    self.agreement.add(rows["label"].to_numpy(), values)
+            for name, extra in self.extra.items():
+                scores[column_of(name)] = _one_score_each(name, extra.values(rows["sample_id"]), rows.num_rows)
+            first = scores[self.names[0]] if self.names else np.zeros(rows.num_rows, np.float32)
+            yield pa.table({"sample_id": rows["sample_id"], "label": rows["label"], **scores, "score": first, **lists})
+
+    def _values(self, path: Path, name: str, rows: pa.Table) -> Array:
+        """What a criterion aggregates: float32 [n, trials, epochs]."""
+        criterion, shape = self.criteria[name], self.shapes[name]
+        if not is_class_criterion(criterion):
+            values = lists_to_matrix(rows[name])
+            if values.shape[1:] != (math.prod(shape),):
+                raise UserError(
+                    f"{path} holds {values.shape[1]} values of {name} per sample, not {math.prod(shape)}; remove the score "
+                    "work folder and run `score` again"
+                )
+            return values.reshape(-1, *shape)
+        features = lists_to_matrix(rows[FEATURES])
+        if not (finite := np.isfinite(features).all(1)).all():
+            sample = rows["sample_id"][int(np.argmin(finite))].as_py()
+            raise UserError(
+                f"the features of {sample!r} are not finite, so its class cannot be compared; lower score.lr, set "
+                "score.precision=fp32, or use other weights"
+            )
+        values = np.asarray(criterion.observe_class(features.reshape(rows.num_rows, self.checkpoints[0], -1)))
+        if values.shape != (rows.num_rows, shape[0]):
+            raise UserError(
+                f"the criterion {name} returns values of shape {values.shape} for {rows.num_rows} samples; its observe_class "
+                f"must return [samples, {shape[0]}]"
+            )
+        return values.reshape(-1, *shape)
+
+
+def _one_score_each(name: str, scores: Any, count: int) -> Array:
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (count,):
+        raise UserError(
+            f"the criterion {name} returns scores of shape {scores.shape} for {count} samples; its aggregate must return one "
+            "number per sample"
+        )
+    return scores
+
+
+def by_class(parts: Iterable[ScoredPart]) -> Iterator[ScoredPart]:
+    """The same rows, which are sorted by label, class by class; memory holds one class and one part."""
+    held: list[pa.Table] = []
+    for path, rows in parts:
+        labels = rows["label"].to_numpy()
+        starts = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
+        for start, end in pairwise(starts):
+            if held and start < end and held[0]["label"][0].as_py() != labels[start]:
+                yield path, pa.concat_tables(held)
+                held = []
+            held += [rows.slice(start, end - start)] if start < end else []
+    if held:
+        yield path, pa.concat_tables(held)
+
+
+def lists_to_matrix(column: pa.ChunkedArray) -> Array:
+    """A column of equally long lists as [n, values]; [0, 1] for no rows.
+
+    Raises ValueError if the lists differ in length.
+    """
+    flat = np.concatenate([np.zeros(0, np.float32), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
+    if not len(column):
+        return flat.reshape(0, 1)
+    if not pa.types.is_fixed_size_list(column.type) and len(pc.unique(pc.list_value_length(column))) > 1:
+        raise ValueError("the lists differ in length")
+    return flat.reshape(len(column), -1)

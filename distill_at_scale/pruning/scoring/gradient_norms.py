@@ -1,9 +1,9 @@
-"""The norm of each sample's loss gradient in all weights of a network, in evaluation mode and single precision.
+"""Norms of per-sample loss gradients with respect to all weights, in evaluation mode and single precision.
 
-On a GPU the gradients of as many samples as fit into some memory are made at once (torch.func), unless the network cannot
-be treated so; on a CPU sample by sample, which is faster there: 8 ms instead of 11 on an EPYC (Zen 5) core for a ConvNet of
-width 128 at 32 x 32, 26 instead of 44 for torchvision's ResNet-18 at 64 x 64. Left out: networks whose output for a sample
-depends on its batch (none does, in evaluation mode).
+On a GPU, torch.func computes as many gradients at once as fit into memory, if it can handle the network. On a CPU one
+sample at a time is faster: 8 ms instead of 11 on an EPYC (Zen 5) core for a ConvNet of width 128 at 32 x 32, 26 instead of
+44 for torchvision's ResNet-18 at 64 x 64. Not covered: networks whose output depends on the rest of the batch in
+evaluation mode.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch.func import functional_call, grad, vmap
 
 from distill_at_scale.models.spec import NetworkSpec, widest_layer
 
-BYTES = 2**32  # of the gradients and activations of a part
-LAYERS = 8  # widest layers that a backward pass holds, about
+BYTES = 2**32  # for the gradients and activations of one part
+LAYERS = 8  # widest layers that a backward pass holds, approximately
 
 
 class GradientNorms:
-    """(images float32 [n, *shape] as the network sees them, labels int64 [n], columns) -> norms float32 [n]."""
+    """(normalized images float32 [n, *shape], labels int64 [n], columns) -> norms float32 [n]."""
 
     def __init__(self, spec: NetworkSpec, network: nn.Module):
-        self.network, self.at_once = network, True
-        self.each = 8 * sum(p.numel() for p in network.parameters()) + LAYERS * widest_layer(spec)
+        self.network, self.use_vmap = network, True
+        self.bytes_per_sample = 8 * sum(p.numel() for p in network.parameters()) + LAYERS * widest_layer(spec)
 
     def __call__(self, images: Tensor, labels: Tensor, columns: Sequence[int] | None = None) -> Tensor:
         """`columns` are the logits of the data's classes, None for all."""
         norm = partial(self._norm(columns), {name: p.detach() for name, p in self.network.named_parameters()})
-        if images.device.type != "cpu" and self.at_once:
+        if images.device.type != "cpu" and self.use_vmap:
             try:
                 return self._in_parts(norm, images, labels)
-            except RuntimeError as error:  # what torch.func cannot do
+            except RuntimeError as error:  # not supported by torch.func
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
-                self.at_once = False
+                self.use_vmap = False
         return torch.stack([norm(image, label) for image, label in zip(images, labels, strict=True)])
 
     def _in_parts(self, norm: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """Parts of one size, the last one padded: one shape, one result."""
-        size = max(1, BYTES // self.each)
+        size = max(1, BYTES // self.bytes_per_sample)
         missing = -len(images) % size
         padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         targets = torch.cat([labels, labels.new_zeros(missing)])
@@ -51,7 +51,7 @@ class GradientNorms:
         return torch.cat([vmap(norm)(*pair) for pair in pairs])[: len(images)]
 
     def _norm(self, columns: Sequence[int] | None) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
-        """Weights, an image [*shape] and its label -> the norm of the gradient."""
+        """(weights, image [*shape], label []) -> the norm of the gradient."""
 
         def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
             logits = functional_call(self.network, weights, (image[None],))

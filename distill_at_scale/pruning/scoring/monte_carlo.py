@@ -1,19 +1,17 @@
-"""Criterion monte_carlo: what a sample is worth, measured on many small random subsets (METHOD.md section 2).
+"""Criterion monte_carlo: the utility of a sample, measured on many small random subsets (arXiv 2305.18381, section 3).
 
-Subset k holds `per_class` samples of every class, drawn from (seed, "monte carlo", k). A small network learns from it, or
-from what DC distils it into, and is tested on `validation` other samples of every class, drawn from the rest of the
-training split: they change with k, so that every sample gets a utility and none is judged by a network that has seen it.
-The test split is never touched: a selection by accuracy on it would make every later figure on it too good. The utility
-of a sample is the mean accuracy of its own class over the subsets that held it; high is useful.
+Subset k holds `per_class` samples of each class, drawn from (seed, "monte carlo", k). A small network is trained on it, or
+on what DC distils it into, and tested on `validation` other samples of each class. These are drawn from the rest of the
+training split, never from the test split: selecting by test accuracy would bias all later results on it. The utility of a
+sample is the mean accuracy of its own class over the subsets that contain it; high is useful.
 
-Subsets are independent: units of some of them are published as they are done, whoever does them, and neither done again
-after an interruption nor when more are asked for. Left out: how the work is spread (`pruning/scoring/monte_carlo.py`), and DC
-(`distillation/dc_subset.py`, which is handed in).
+Subsets are independent. They are published in ranges, so finished ones are reused after an interruption and when
+`subsets` grows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,162 +31,143 @@ from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.models.spec import NetworkSpec, in_parts
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 
-HELD_BYTES = 2**30  # a training split up to this is kept in memory by every process that runs subsets
+HELD_BYTES = 2**30  # a training split up to this size is kept in the memory of each process
 BATCH, MOMENTUM = 256, 0.9
 
 Array = np.ndarray[Any, Any]
-SubsetRange = tuple[int, int]  # the first subset, and how many
+SubsetRange = tuple[int, int]  # the first subset, and the number of subsets
 Distil = Callable[[Mapping[int, Tensor], int], tuple[Tensor, Tensor]]
-# stored samples by class [n, *shape] and the number of the subset -> normalised images [m, *shape], labels [m]
+# stored samples by class [n, *shape] and the number of the subset -> normalized images [m, *shape], labels [m]
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Places within a class, ascending: what is learned from, and what is tested on."""
+    """Positions within a class, ascending: training samples and validation samples."""
 
     members: Array
     validation: Array
 
 
 def draw_subset(seed: int, subset: int, counts: Sequence[int], section: MonteCarloSection) -> list[Subset]:
-    """A subset by class; of a class of fewer than twice `per_class` samples half is learned from."""
-    generator, found = rng.numpy_generator(seed, "monte carlo", subset), []
+    """One subset, class by class; a class of fewer than 2 * `per_class` samples gives half of its samples."""
+    generator, classes = rng.numpy_generator(seed, "monte carlo", subset), []
     for count in counts:
-        few = min(section.per_class, count // 2)
-        places = generator.choice(count, few + min(section.validation, count - few), replace=False)
-        found.append(Subset(np.sort(places[:few]), np.sort(places[few:])))
-    return found
+        size = min(section.per_class, count // 2)
+        drawn = generator.choice(count, size + min(section.validation, count - size), replace=False)
+        classes.append(Subset(np.sort(drawn[:size]), np.sort(drawn[size:])))
+    return classes
 
 
 def check(config: Config, prepared: PreparedDataset) -> None:
-    """Raises UserError where a class is too small to be learned and tested, or the subsets are too few to hold every sample."""
+    """Raises UserError if a class is too small to train and test on, or the subsets are too few for all samples."""
     section, counts = config.score.monte_carlo, prepared.counts()
-    if (least := min(counts)) < 2:
-        name = prepared.class_names[counts.index(least)]
-        raise UserError(f"the class {name!r} has {least} training samples; the criterion {MONTE_CARLO} needs two, one to learn "
-                        "from and one to test on; leave the class out (data.classes) or take another criterion")  # fmt: skip
-    most = max(counts)
-    expected = section.subsets * min(section.per_class, most // 2) / most
-    if expected < 1:
-        needed = -(-most // min(section.per_class, most // 2))
+    if (smallest := min(counts)) < 2:
+        name = prepared.class_names[counts.index(smallest)]
+        raise UserError(
+            f"the class {name!r} has {smallest} training samples; the criterion {MONTE_CARLO} needs two, one to train and one "
+            "to test on; leave the class out (data.classes) or use another criterion"
+        )
+    largest = max(counts)
+    size = min(section.per_class, largest // 2)
+    if (expected := section.subsets * size / largest) < 1:
         raise UserError(
             f"score.monte_carlo.subsets = {section.subsets}: a sample of the class "
-            f"{prepared.class_names[counts.index(most)]!r} ({most} samples) would be in {expected:.2f} subsets on the average, "
-            f"and most would have no utility; at least {needed} subsets of {section.per_class} a class are needed, some 50 "
-            f"times as many for a usable estimate"
+            f"{prepared.class_names[counts.index(largest)]!r} ({largest} samples) would be in {expected:.2f} subsets on "
+            f"average, and most would have no utility; use at least {-(-largest // size)} subsets of {size} per class, about 50 "
+            "times as many for a usable estimate"
         )
 
 
 def work_key(config: Config, prepared: PreparedDataset) -> str:
-    """Stands for everything that the accuracy of a subset depends on; not for how many there are."""
-    score = config.score
-    section = score.monte_carlo.model_dump(exclude={"subsets", "at_once", *(() if _distils(config) else ("steps",))})
-    dc = config.distill.dc.model_dump() if _distils(config) else None
+    """A digest of everything that the accuracy of a subset depends on, but not of the number of subsets."""
+    score, distils = config.score, config.score.monte_carlo.learn == "dc"
+    section = score.monte_carlo.model_dump(exclude={"subsets", "at_once", *(() if distils else ("steps",))})
+    dc = config.distill.dc.model_dump() if distils else None
     return digest([section, score.network, score.depth, config.run.seed, prepared.fingerprint, dc])[:16]
 
 
 def subset_ranges(section: MonteCarloSection) -> list[SubsetRange]:
-    return [
-        (first, min(section.at_once, section.subsets - first)) for first in range(0, section.subsets, section.at_once)
-    ]
+    """The units of work: consecutive subsets, `at_once` of them each."""
+    starts = range(0, section.subsets, section.at_once)
+    return [(first, min(section.at_once, section.subsets - first)) for first in starts]
 
 
-def subset_part_path(pieces: Path, unit: SubsetRange) -> Path:
-    return pieces / f"subsets-{unit[0]:07d}-{unit[1]}.safetensors"
+def subset_part_path(folder: Path, unit: SubsetRange) -> Path:
+    return folder / f"subsets-{unit[0]:07d}-{unit[1]}.safetensors"
+
+
+def spec_of(config: Config, prepared: PreparedDataset) -> NetworkSpec:
+    """The scoring network with the width of score.monte_carlo.width."""
+    score, classes = config.score, len(prepared.class_names)
+    return NetworkSpec(score.network, prepared.shape, classes, score.monte_carlo.width, score.depth, prepared.kind)
 
 
 class SubsetTrials:
-    """What a process needs to run subsets: the training split, if it fits, and how a network is made and trained."""
+    """Trains and tests networks on subsets, in one process; `distil` reduces a subset first (score.monte_carlo.learn)."""
 
     def __init__(self, config: Config, prepared: Path, device: torch.device, distil: Distil | None = None):
-        self.prepared, self.section, self.device, self.distil = (
-            PreparedDataset(prepared),
-            config.score.monte_carlo,
-            device,
-            distil,
-        )
-        self.seed = config.run.seed
+        self.prepared, self.device, self.distil = PreparedDataset(prepared), device, distil
+        self.section, self.seed = config.score.monte_carlo, config.run.seed
         self.spec = spec_of(config, self.prepared)
         self.normalization = normalization_of(self.prepared, whitened=False)
-        self.counts = self.prepared.counts()
-        held = sum(self.counts) * self.prepared.value_bytes <= HELD_BYTES
-        self.pixels = dict(self._by_class()) if held else None
+        self.counts, self.pixels = self.prepared.counts(), None
+        if sum(self.counts) * self.prepared.value_bytes <= HELD_BYTES:
+            pixels, labels = self.prepared.load("train")
+            self.pixels = {c: torch.from_numpy(pixels[labels == c]) for c in range(len(self.counts))}
 
-    def publish(self, unit: SubsetRange, pieces: Path) -> None:
-        """Run the subsets of a unit and leave their accuracies, float32 [subsets, classes]."""
-        found = torch.stack([self.run(subset) for subset in range(unit[0], sum(unit))])
-        safetensors_io.save(subset_part_path(pieces, unit), {"accuracies": found})
+    def publish(self, unit: SubsetRange, folder: Path) -> None:
+        """Run a range of subsets and publish their accuracies, float32 [subsets, classes]."""
+        accuracies = torch.stack([self.run(subset) for subset in range(unit[0], sum(unit))])
+        safetensors_io.save(subset_part_path(folder, unit), {"accuracies": accuracies})
 
     def run(self, subset: int) -> Tensor:
-        """The accuracy of every class, float32 [classes], as the mean over the networks.
+        """The accuracy of each class, float32 [classes], averaged over `networks` networks.
 
-        Raises DistillationDiverged where a weight is not finite.
+        Raises DistillationDiverged if a weight is not finite.
         """
-        drawn = draw_subset(self.seed, subset, self.counts, self.section)
-        learned = {c: self._take(c, parts.members) for c, parts in enumerate(drawn)}
-        images, labels = self._given(learned) if self.distil is None else self.distil(learned, subset)
-        tested = self._normal(torch.cat([self._take(c, parts.validation) for c, parts in enumerate(drawn)]))
-        sizes = [len(parts.validation) for parts in drawn]
-        networks = range(self.section.networks)
-        return torch.stack(
-            [self._accuracy(self._learn(images, labels, subset, n), tested, sizes) for n in networks]
-        ).mean(0)
+        parts = draw_subset(self.seed, subset, self.counts, self.section)
+        stored = {c: self._take(c, part.members) for c, part in enumerate(parts)}
+        if self.distil is None:
+            images = self.normalization.apply(torch.cat(list(stored.values())).to(self.device))
+            labels = torch.cat([torch.full((len(pixels),), c) for c, pixels in stored.items()]).to(self.device)
+        else:
+            images, labels = self.distil(stored, subset)
+        tested = torch.cat([self._take(c, part.validation) for c, part in enumerate(parts)])
+        tested, sizes = self.normalization.apply(tested.to(self.device)), [len(part.validation) for part in parts]
+        accuracies = []
+        for number in range(self.section.networks):
+            network = self._train(images, labels, subset, number)
+            with torch.no_grad():
+                predicted = in_parts(network, tested, self.spec.at_once(self.device)).argmax(1).cpu()
+            of_classes = [(own == c).float().mean() for c, own in enumerate(predicted.split(sizes))]
+            accuracies.append(torch.stack(of_classes))
+        return torch.stack(accuracies).mean(0)
 
-    def _given(self, learned: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-        labels = torch.cat([torch.full((len(found),), c) for c, found in learned.items()])
-        return self._normal(torch.cat(list(learned.values()))), labels.to(self.device)
-
-    def _learn(self, images: Tensor, labels: Tensor, subset: int, number: int) -> nn.Module:
-        """Plain SGD with momentum, epochs times over all of it."""
+    def _train(self, images: Tensor, labels: Tensor, subset: int, number: int) -> nn.Module:
+        """SGD with momentum for `epochs` epochs."""
         network = self.spec.build(rng.derive(self.seed, "monte carlo network", subset, number)).to(self.device).train()
         parameters: list[Tensor] = list(network.parameters())
-        speeds = [torch.zeros_like(parameter) for parameter in parameters]
-        order = rng.generator(self.seed, "monte carlo order", subset, number)
+        velocities = [torch.zeros_like(parameter) for parameter in parameters]
+        generator, count = rng.generator(self.seed, "monte carlo order", subset, number), len(labels)
         for _ in range(self.section.epochs):
-            for rows in _batches(len(labels), order):
+            batches: Sequence[Tensor | slice] = [slice(None)]
+            if count > BATCH:
+                batches = torch.randperm(count, generator=generator).split(BATCH)
+            for rows in batches:
                 loss = F.cross_entropy(network(images[rows]), labels[rows])
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():
-                    torch._foreach_mul_(speeds, MOMENTUM)
-                    torch._foreach_add_(speeds, gradients)
-                    torch._foreach_add_(parameters, speeds, alpha=-self.section.lr)
+                    torch._foreach_mul_(velocities, MOMENTUM)
+                    torch._foreach_add_(velocities, gradients)
+                    torch._foreach_add_(parameters, velocities, alpha=-self.section.lr)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
             raise DistillationDiverged(
                 f"a Monte Carlo network diverged on subset {subset} at score.monte_carlo.lr = {self.section.lr:g}; lower it"
             )
         return network.eval()
 
-    @torch.no_grad()
-    def _accuracy(self, network: nn.Module, tested: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Samples sorted by class, so many of each -> the share that is right [classes]."""
-        found = in_parts(network, tested, self.spec.at_once(self.device)).argmax(1).cpu()
-        parts = found.split(list(sizes))
-        return torch.stack([(part == c).float().mean() for c, part in enumerate(parts)])
-
-    def _normal(self, stored: Tensor) -> Tensor:
-        return self.normalization.apply(stored.to(self.device))
-
-    def _take(self, label: int, places: Array) -> Tensor:
+    def _take(self, label: int, positions: Array) -> Tensor:
+        """Stored samples [n, *shape] of a class."""
         if self.pixels is not None:
-            return self.pixels[label][torch.from_numpy(places)]
-        return torch.from_numpy(np.array(self.prepared.take("train", label, places)))
-
-    def _by_class(self) -> Iterator[tuple[int, Tensor]]:
-        pixels, labels = self.prepared.load("train")
-        for label in range(len(self.counts)):
-            yield label, torch.from_numpy(pixels[labels == label])
-
-
-def spec_of(config: Config, prepared: PreparedDataset) -> NetworkSpec:
-    """The scorer's network, as narrow as score.monte_carlo.width."""
-    score, classes = config.score, len(prepared.class_names)
-    return NetworkSpec(score.network, prepared.shape, classes, score.monte_carlo.width, score.depth, prepared.kind)
-
-
-def _distils(config: Config) -> bool:
-    return config.score.monte_carlo.learn == "dc"
-
-
-def _batches(count: int, order: torch.Generator) -> Sequence[Tensor | slice]:
-    """All at once, where that is a batch: then the order means nothing."""
-    return [slice(None)] if count <= BATCH else torch.randperm(count, generator=order).split(BATCH)
+            return self.pixels[label][torch.from_numpy(positions)]
+        return torch.from_numpy(np.array(self.prepared.take("train", label, positions)))

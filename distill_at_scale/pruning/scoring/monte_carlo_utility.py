@@ -1,8 +1,8 @@
-"""From the accuracies of Monte Carlo subsets to a utility for every sample, and how far it can be trusted.
+"""From the accuracies of Monte Carlo subsets to the utility of each sample, and its reliability.
 
-A utility is a mean over the subsets that held the sample; its standard error follows from their spread. Selection cuts
-within classes, so signal and noise are those within classes: reliability = 1 - mean squared standard error / variance of
-the utilities, beside it the correlation of two halves of the subsets, stepped up (Spearman and Brown 1910).
+A utility is a mean over the subsets that contain the sample; its standard error follows from their spread. Selection cuts
+within classes, so signal and noise are measured within classes: reliability = 1 - mean squared standard error / variance of
+the utilities. `split_half` is the correlation of two halves of the subsets, stepped up (Spearman and Brown 1910).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class UtilityEstimate:
-    """Of every training sample, by class and place: utility, its standard error (NaN below two subsets), and how many
-    subsets held it; float32 [n], float32 [n], int32 [n]."""
+    """Per training sample, by class and position: utility float32 [n], its standard error float32 [n] (NaN below two
+    subsets), and the number of subsets that contain it int32 [n]."""
 
     utility: Array
     error: Array
@@ -40,91 +40,78 @@ class UtilityEstimate:
     facts: dict[str, Any]
 
 
-def read_accuracies(pieces: Path, section: MonteCarloSection) -> Array:
-    """Of all subsets, float32 [subsets, classes].
+def read_accuracies(folder: Path, section: MonteCarloSection) -> Array:
+    """The accuracies of all subsets, float32 [subsets, classes].
 
-    Raises UserError where a unit is missing.
+    Raises UserError if a part file is missing.
     """
-    found = []
+    parts = []
     for unit in monte_carlo.subset_ranges(section):
-        path = monte_carlo.subset_part_path(pieces, unit)
+        path = monte_carlo.subset_part_path(folder, unit)
         if not path.exists():
-            raise UserError(f"{path} is missing; give the command again to run its subsets")
-        found.append(safetensors_io.load(path)["accuracies"].numpy())
-    return np.concatenate(found)
+            raise UserError(f"{path} is missing; repeat the command to run its subsets")
+        parts.append(safetensors_io.load(path)["accuracies"].numpy())
+    return np.concatenate(parts)
 
 
-def estimate(found: Array, counts: Sequence[int], section: MonteCarloSection, seed: int) -> UtilityEstimate:
-    """Accuracies [subsets, classes] -> utilities; a sample that no subset held gets the mean of its class."""
+def estimate(accuracies: Array, counts: Sequence[int], section: MonteCarloSection, seed: int) -> UtilityEstimate:
+    """Accuracies [subsets, classes] -> utilities; a sample that is in no subset gets the mean of its class."""
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    held, sums = (np.zeros((2, starts[-1])) for _ in range(2))  # by halves of the subsets: even and odd
+    held, sums = (np.zeros((2, starts[-1])) for _ in range(2))  # for even and odd subsets
     squares = np.zeros(starts[-1])
-    for subset, row in enumerate(found.astype(np.float64)):
-        half = subset % 2
-        for label, drawn in enumerate(monte_carlo.draw_subset(seed, subset, counts, section)):
-            places = starts[label] + drawn.members
-            held[half, places] += 1
-            sums[half, places] += row[label]
-            squares[places] += row[label] ** 2
-    labels = np.repeat(np.arange(len(counts)), counts)
-    return _estimate(held, sums, squares, labels, len(found))
-
-
-def _estimate(held: Array, sums: Array, squares: Array, labels: Array, subsets: int) -> UtilityEstimate:
-    number = held.sum(0)
+    for subset, row in enumerate(accuracies.astype(np.float64)):
+        for label, part in enumerate(monte_carlo.draw_subset(seed, subset, counts, section)):
+            samples = starts[label] + part.members
+            held[subset % 2, samples] += 1
+            sums[subset % 2, samples] += row[label]
+            squares[samples] += row[label] ** 2
+    number, subsets = held.sum(0), len(accuracies)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = sums.sum(0) / number
-        variance = np.maximum(squares - number * mean**2, 0) / (number - 1)
+        utility = sums.sum(0) / number
+        variance = np.maximum(squares - number * utility**2, 0) / (number - 1)
         error = np.where(number > 1, np.sqrt(variance / number), np.nan)
         halves = sums / held
-    missed = number == 0
+    labels, missed = np.repeat(np.arange(len(counts)), counts), number == 0
     for label in np.unique(labels[missed]):
         inside = labels == label
-        rest = mean[inside & ~missed]
-        mean[inside & missed] = rest.mean() if len(rest) else 0.0
+        rest = utility[inside & ~missed]
+        utility[inside & missed] = rest.mean() if len(rest) else 0.0
     facts = {"subsets": subsets, "held": round(float(number.mean()), 3), "missed": int(missed.sum())}
-    facts |= _trust(mean, error, halves, labels, subsets)
-    return UtilityEstimate(mean.astype(np.float32), error.astype(np.float32), number.astype(np.int32), facts)
+    facts |= _reliability(utility, error, halves, labels, subsets)
+    return UtilityEstimate(utility.astype(np.float32), error.astype(np.float32), number.astype(np.int32), facts)
 
 
-def _trust(mean: Array, error: Array, halves: Array, labels: Array, subsets: int) -> dict[str, Any]:
-    """Standard error, reliability and the subsets that are missing for WANTED; None for what cannot be told."""
+def _reliability(utility: Array, error: Array, halves: Array, labels: Array, subsets: int) -> dict[str, Any]:
+    """Standard error, reliability, and the number of subsets missing for TARGET; None for what is unknown."""
     known = np.isfinite(error)
     if known.sum() < 2:
         return {"standard_error": None, "reliability": None, "split_half": None, "more_subsets": None}
-    noise, total = float((error[known] ** 2).mean()), float(_within(mean, labels, known).var())
+    noise, total = float((error[known] ** 2).mean()), float(_centred(utility, labels, known).var())
     reliability = max(0.0, 1 - noise / total) if total > 0 else 0.0
     times = times_needed(reliability)
-    more = None if math.isinf(times) else max(0, math.ceil(subsets * (times - 1)))
+    both, split_half = np.isfinite(halves[0]) & np.isfinite(halves[1]), None
+    if both.sum() >= 3:
+        first, second = (_centred(half, labels, both) for half in halves)
+        if first.std() and second.std():
+            agreement = float(np.corrcoef(first, second)[0, 1])
+            split_half = round(spearman_brown(agreement, 2), 4) if agreement > -1 else -1.0
     return {
         "standard_error": round(float(error[known].mean()), 6),
         "reliability": round(reliability, 4),
-        "split_half": _split_half(halves, labels),
-        "more_subsets": more,
+        "split_half": split_half,
+        "more_subsets": None if math.isinf(times) else max(0, math.ceil(subsets * (times - 1))),
     }
 
 
-def _split_half(halves: Array, labels: Array) -> float | None:
-    """Two halves' utilities [2, n] -> the reliability of both together; None where they say nothing."""
-    both = np.isfinite(halves[0]) & np.isfinite(halves[1])
-    if both.sum() < 3:
-        return None
-    first, second = (_within(half, labels, both) for half in halves)
-    if not first.std() or not second.std():
-        return None
-    agreement = float(np.corrcoef(first, second)[0, 1])
-    return round(spearman_brown(agreement, 2), 4) if agreement > -1 else -1.0
-
-
-def _within(values: Array, labels: Array, which: Array) -> Array:
-    """Some of the values less their class's mean."""
+def _centred(values: Array, labels: Array, which: Array) -> Array:
+    """Some of the values minus the mean of their class."""
     chosen, of = values[which], labels[which]
     sums, sizes = np.bincount(of, chosen), np.bincount(of)
     return chosen - (sums / np.maximum(sizes, 1))[of]
 
 
 def summary(facts: dict[str, Any]) -> list[str]:
-    """What the command shows."""
+    """The lines that the command prints."""
     lines = []
     if facts["standard_error"] is not None:
         half = "" if facts["split_half"] is None else f" (two halves: {facts['split_half']:.2f})"
@@ -134,23 +121,23 @@ def summary(facts: dict[str, Any]) -> list[str]:
         )
         more = facts["more_subsets"]
         if more is None:
-            lines.append(f"  no signal beyond the noise yet, so it cannot be said how many subsets reach {TARGET:g}")
+            lines.append(f"  no signal above the noise yet: cannot estimate how many subsets reach {TARGET:g}")
         elif more:
             lines.append(f"  about {more:,} more subsets would reach a reliability of {TARGET:g}")
     if facts["missed"]:
-        lines.append(f"  {facts['missed']} samples were in no subset and get the mean of their class")
+        lines.append(f"  {facts['missed']} samples are in no subset and get the mean of their class")
     return lines
 
 
-def write(path: Path, ids: pa.Array, labels: Array, found: UtilityEstimate) -> None:
+def write(path: Path, ids: pa.Array, labels: Array, estimate: UtilityEstimate) -> None:
     """monte_carlo.parquet: sample_id, label, monte_carlo, standard_error and held; the facts under the key monte_carlo."""
     columns = {
         "sample_id": ids,
         "label": labels.astype(np.int32),
-        MONTE_CARLO: found.utility,
-        "standard_error": found.error,
-        "held": found.held,
+        MONTE_CARLO: estimate.utility,
+        "standard_error": estimate.error,
+        "held": estimate.held,
     }
-    table = pa.table(columns).replace_schema_metadata({MONTE_CARLO: json.dumps(found.facts, sort_keys=True)})
+    table = pa.table(columns).replace_schema_metadata({MONTE_CARLO: json.dumps(estimate.facts, sort_keys=True)})
     with publish(path) as temporary:
         pq.write_table(table, temporary)

@@ -1,11 +1,10 @@
-"""scores.parquet: joining the scored pieces by sample id, proving that none is missing or doubled, and publishing.
+"""scores.parquet: joins the scored part files by sample id, checks that every sample is there once, and publishes the table.
 
-Columns: sample_id, label, one float32 column per criterion, `score` (the first of them) and, behind every criterion that
-has values per checkpoint, these as `<criterion>_values`, float32 lists [trials * epochs], trial by trial. Rows are sorted by
-label and id. The file's metadata holds, under `scores`: trials and epochs that were trained, `criteria` in their order, each
-one's `useful` end, the epochs that each looked at (`observed`), and how well the trials behind the first one agree.
-Pieces stream through: memory holds some of them and a row group (for criteria of whole classes: one class), never the
-table. Left out: how values become scores (`columns.py`), and what is kept (`pruning/selection/select.py`).
+Columns: sample_id, label, one float32 column per criterion, `score` (a copy of the first) and, for criteria with one value
+per checkpoint, `<criterion>_values`: float32 lists [trials * epochs], trial by trial. Rows are sorted by label and id. The
+metadata (key `scores`) holds the number of trials and epochs, `criteria` in order, the `useful` end of each, the epochs that
+each used (`observed`), and the agreement of the trials behind the first one. Memory holds some parts and a row group (or one
+class, for criteria that compare the samples of a class), never the table.
 """
 
 from __future__ import annotations
@@ -26,46 +25,54 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import RowGroupWriter, check_rows, facts_of, open_table, reading
-from distill_at_scale.pruning.scoring.columns import Column, ScoreColumns, ScoredPart
+from distill_at_scale.pruning.scoring.columns import ExtraColumn, ScoreColumns, ScoredPart
 
 Array = np.ndarray[Any, Any]
 
-ROWS = 2**16  # of a row group: pieces are merged and cut to it
+ROWS = 2**16  # per row group
 KEY = "scores"
 REQUIRED = ("label", "sample_id", "score")
 
 
 def write_scores(
     path: Path,
-    pieces: Sequence[Path],
+    parts: Sequence[Path],
     expected: Iterable[pa.Array],
     config: Config,
-    more: Mapping[str, Column] | None = None,
+    extra: Mapping[str, ExtraColumn] | None = None,
 ) -> dict[str, Any]:
-    """Publish the pieces as one table and return its facts: rows, mean_score.
+    """Publish the scored parts as one table; its bytes depend on the rows alone.
 
-    Piece by piece and in order, `expected` has the ids of its samples, sorted by label and id over all; `more` has scores
-    that no checkpoint makes, by the names of their columns. The bytes depend on the rows alone. Raises UserError where a
-    piece is missing or damaged, or where an expected id is missing, is there twice, or was not expected.
+    Args:
+        parts: part files of the scorers, in the order of the prepared data.
+        expected: for each part, the ids of its samples; sorted by label and id over all parts.
+        extra: columns that do not come from proxies, by name.
+
+    Returns:
+        rows, mean_score.
+
+    Raises:
+        UserError: a part is missing or damaged; an expected id is missing, repeated, or was not expected.
     """
-    read = zip(pieces, expected, prefetch(map(_read_piece, pieces), 16), strict=True)
-    return _publish(path, ((piece, in_order(piece, table, ids)) for piece, ids, table in read), config, more)
+    rows = zip(parts, expected, prefetch(map(_read_part, parts), 16), strict=True)
+    return _publish(path, ((part, _in_order(part, table, ids)) for part, ids, table in rows), config, extra)
 
 
 def write_unscored(
-    path: Path, rows: Iterable[pa.Table], config: Config, more: Mapping[str, Column] | None = None
+    path: Path, rows: Iterable[pa.Table], config: Config, extra: Mapping[str, ExtraColumn] | None = None
 ) -> dict[str, Any]:
-    """The same where no criterion needs a checkpoint: `rows` have sample_id and label, sorted by label and id over all."""
-    return _publish(path, ((path, table.select(["sample_id", "label"])) for table in rows), config, more)
+    """The same if no criterion needs proxies; `rows` have sample_id and label, sorted by label and id."""
+    return _publish(path, ((path, table.select(["sample_id", "label"])) for table in rows), config, extra)
 
 
 def _publish(
-    path: Path, parts: Iterable[ScoredPart], config: Config, more: Mapping[str, Column] | None
+    path: Path, parts: Iterable[ScoredPart], config: Config, extra: Mapping[str, ExtraColumn] | None
 ) -> dict[str, Any]:
-    columns, sums, rows = ScoreColumns(config, more or {}), [], 0
-    encoding = _encoding(columns.names)
+    columns, sums, rows = ScoreColumns(config, extra or {}), [], 0
+    statistics = ["label", "score", *columns.names]
+    encoding = {"compression": "zstd", "use_dictionary": ["label"], "write_statistics": statistics}
     with publish(path) as temporary, RowGroupWriter(temporary, columns.schema, KEY, ROWS, **encoding) as out:
-        for scores in columns.of(parts):
+        for scores in columns.build(parts):
             out.append(scores)
             sums.append(float(scores["score"].to_numpy().sum(dtype=np.float64)))
             rows += scores.num_rows
@@ -73,36 +80,38 @@ def _publish(
     return {"rows": rows, "mean_score": math.fsum(sums) / rows if rows else math.nan}
 
 
-def in_order(piece: Path, table: pa.Table, expected: pa.Array) -> pa.Table:
-    """The rows of a piece in the order of the expected ids.
+def _read_part(part: Path) -> pa.Table:
+    with reading(part, "score"):
+        return pq.ParquetFile(part).read(use_threads=False)
+
+
+def _in_order(part: Path, table: pa.Table, expected: pa.Array) -> pa.Table:
+    """The rows of a part in the order of the expected ids.
 
     Raises UserError unless it holds every expected id exactly once and no other.
     """
-    found = table["sample_id"].combine_chunks()
-    if found.equals(expected):
+    ids, remedy = table["sample_id"].combine_chunks(), "remove that file and run `score` again"
+    if ids.equals(expected):
         return table
-    if missing := _difference(expected, found):
+    if missing := _difference(expected, ids):
+        raise UserError(f"{len(missing)} samples have no score, for example {min(missing)!r} in {part}; {remedy}")
+    if unknown := _difference(ids, expected):
         raise UserError(
-            f"{len(missing)} samples have no score, for example {min(missing)!r} in {piece}; remove that file and run "
-            "`score` again"
+            f"{len(unknown)} scores belong to no sample of this data set, for example {min(unknown)!r} in {part}; {remedy}"
         )
-    if extra := _difference(found, expected):
-        raise UserError(
-            f"{len(extra)} scores belong to no sample of this data set, for example {min(extra)!r} in {piece}; remove that "
-            "file and run `score` again"
-        )
-    if len(found) != len(expected):
-        raise UserError(
-            f"{len(found) - len(expected)} samples are scored more than once in {piece}; remove that file and run `score` "
-            "again"
-        )
-    return table.take(pc.index_in(expected, found))
+    if len(ids) != len(expected):
+        raise UserError(f"{len(ids) - len(expected)} samples are scored more than once in {part}; {remedy}")
+    return table.take(pc.index_in(expected, ids))
+
+
+def _difference(first: pa.Array, second: pa.Array) -> set[str]:
+    return set(first.filter(pc.invert(pc.is_in(first, second))).to_pylist())
 
 
 def read(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
-    """All rows, of some columns or of all, and the facts; for what fits into memory.
+    """All rows, with some columns or all, and the metadata; for tables that fit into memory.
 
-    Raises UserError where the file is missing or is no score table, or has no such column.
+    Raises UserError if the file is missing, is not a score table, or has no such column.
     """
     file = open_table(path, "score", [*REQUIRED, *(columns or [])], "score table")
     with reading(path, "score"):
@@ -113,7 +122,7 @@ def read(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, di
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The facts alone, from the file's footer."""
+    """The metadata alone, from the footer of the file."""
     return facts_of(open_table(path, "score", REQUIRED, "score table"), KEY)
 
 
@@ -121,16 +130,3 @@ def within_class_spearman(first: Array, second: Array, labels: Array) -> tuple[f
     """Mean and standard deviation over classes of Spearman's rank correlation between two score vectors."""
     values = [spearmanr(first[labels == c], second[labels == c]).statistic for c in np.unique(labels)]
     return float(np.mean(values)), float(np.std(values))
-
-
-def _encoding(names: Iterable[str]) -> dict[str, Any]:
-    return {"compression": "zstd", "use_dictionary": ["label"], "write_statistics": ["label", "score", *names]}
-
-
-def _read_piece(piece: Path) -> pa.Table:
-    with reading(piece, "score"):
-        return pq.ParquetFile(piece).read(use_threads=False)
-
-
-def _difference(first: pa.Array, second: pa.Array) -> set[str]:
-    return set(first.filter(pc.invert(pc.is_in(first, second))).to_pylist())

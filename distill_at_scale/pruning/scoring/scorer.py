@@ -1,8 +1,7 @@
-"""One pass over the data in which every sample is scored with every checkpoint that some criterion looks at.
+"""One pass over the data that scores each sample with every checkpoint some criterion needs.
 
-The work is cut into the fixed chunks of the prepared shards and, within them, into batches of one fixed size (the last
-one padded), so the numbers do not depend on how many scorers share the work. A chunk is published when it is scored and
-not done again; the next one is read meanwhile. Left out: what criteria make of the values (`table.py`).
+The chunks of the prepared data are the units of work. Within a chunk, batches have one fixed size (the last one is padded),
+so the numbers do not depend on the number of scorers. A scored chunk is published at once and never repeated.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.models import pretrained
-from distill_at_scale.models.spec import NetworkSpec, will_compile
-from distill_at_scale.pruning.criteria.base import Criterion
+from distill_at_scale.models.spec import will_compile
 from distill_at_scale.pruning.criteria.factory import (
     build_criteria,
     epochs_of,
@@ -41,158 +39,152 @@ from distill_at_scale.pruning.criteria.factory import (
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring.classifier import (
     BatchOutputs,
-    Classifier,
     CompiledClassifier,
     check_features,
     random_projection,
 )
 
-FEATURES = "features"  # of the last epoch of all trials, side by side: a column of pieces, not of the table
-ScoringUnit = tuple[Chunk, Path]  # what to score, and where the result goes
+FEATURES = "features"  # column of the part files only: the features of all trials at the last epoch, side by side
+ScoringUnit = tuple[Chunk, Path]  # the chunk to score, and the part file to write
 
 
 @dataclass(frozen=True)
 class ScoringCheckpoint:
-    """Weights of a network with so many outputs, what it expects, and which outputs are the data's classes (None: all)."""
+    """Weights of a network with `outputs` logits and its normalization; `columns` are the logits of the data's classes
+    (None: all)."""
 
     state: Mapping[str, Tensor]
     mean: Tensor
     std: Tensor
     outputs: int
-    columns: list[int] | None = None
-    epoch: int = 0
+    columns: list[int] | None
+    epoch: int
 
 
 def check(config: Config, prepared: PreparedDataset) -> None:
-    """Raises UserError, before anything is trained, where a criterion needs features that the network has not."""
+    """Raises UserError, before training, if a criterion needs features that the network does not have."""
     if any(needs_features(criterion) for criterion in build_criteria(config.score).values()):
         names = prepared.class_names
         check_features(proxy.network_spec(config.score, prepared.shape, len(names), prepared.kind))
 
 
+def score_part_path(folder: Path, chunk: Chunk) -> Path:
+    return folder / f"chunk-{chunk.index:06d}.parquet"
+
+
 class Scorer:
-    """Holds every checkpoint that some criterion looks at on one device and scores chunks."""
+    """Holds all needed checkpoints on one device and scores chunks.
+
+    `spent` takes the seconds of read (which runs ahead in a thread), forward and write.
+    """
 
     def __init__(
         self, config: Config, prepared: Path, checkpoints: Path, device: torch.device, spent: TimeSpent | None = None
     ):
-        """`spent` takes the seconds of read (which runs ahead of the rest), forward and write."""
         score, self.device, self.spent = config.score, device, spent or TimeSpent()
         self.prepared, self.dimensions = PreparedDataset(prepared), score.features
-        self.criteria = build_criteria(score)
-        (_, epochs), self.last = score.checkpoint_counts, score.checkpoint_counts[1] - 1
-        self.needed = needed_epochs(self.criteria.values(), epochs)
+        self.criteria, (_, epochs) = build_criteria(score), score.checkpoint_counts
         self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
         self.at_once = self.spec.at_once(device)
-        self.checkpoints = self._given(score) if score.weights else self._trained(score, checkpoints)
+        needed = needed_epochs(self.criteria.values(), epochs)
+        self.checkpoints = list(self._load(score, checkpoints, needed))
         work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
         self.layout = self.spec.layout("score", device, will_compile(score.compile, work))
-        self.eyes: dict[int, CompiledClassifier] = {}
-        for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.layout)
-            self.eyes[outputs] = CompiledClassifier(classifier, self.at_once, score.compile, work)
+        self.classifiers = {
+            outputs: CompiledClassifier(
+                replace(self.spec, classes=outputs), score, device, self.layout, self.at_once, work
+            )
+            for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}
+        }
+        # a GPU waits for its share of the machine's cores; a scorer on a CPU has one core for everything
+        on_gpu = device.type == "cuda"
+        self.decoding_threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
 
-    def _trained(self, score: ScoreSection, folder: Path) -> list[ScoringCheckpoint]:
-        places = [(t, e) for t in range(score.trials) for e in self.needed]
-        found = ((e, proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, t, e)))) for t, e in places)
-        return [self._checkpoint(state, self.spec, None, None, epoch) for epoch, state in found]
-
-    def _given(self, score: ScoreSection) -> list[ScoringCheckpoint]:
-        names = self.prepared.class_names, self.prepared.source_class_names
-        found = (pretrained.load(name, self.spec, *names) for name in score.weight_names)
-        return [
-            self._checkpoint(g.state, replace(self.spec, classes=g.outputs), g.normalization, g.classes) for g in found
-        ]
+    def _load(self, score: ScoreSection, folder: Path, epochs: Sequence[int]) -> Iterator[ScoringCheckpoint]:
+        """The pretrained weights, or the checkpoints of the proxies at some epochs."""
+        if score.weights:
+            names = self.prepared.class_names, self.prepared.source_class_names
+            for file in score.weight_names:
+                loaded = pretrained.load(file, self.spec, *names)
+                yield self._checkpoint(loaded.state, loaded.outputs, loaded.normalization, loaded.classes)
+            return
+        for trial in range(score.trials):
+            for epoch in epochs:
+                state = proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, trial, epoch)))
+                yield self._checkpoint(state, self.spec.classes, epoch=epoch)
 
     def _checkpoint(
         self,
         state: Mapping[str, Tensor],
-        spec: NetworkSpec,
-        normalization: Any,
-        columns: list[int] | None,
+        outputs: int,
+        normalization: Any = None,
+        columns: list[int] | None = None,
         epoch: int = 0,
     ) -> ScoringCheckpoint:
-        """Through a network of the kind, so that what belongs to a state beside its tensors stays with it."""
-        network = spec.build(0)
+        # through a network, whose state dict also holds version metadata
+        network = replace(self.spec, classes=outputs).build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
-        mean, std = (torch.tensor(values, device=self.device).view(spec.columns) for values in (mean, std))
-        return ScoringCheckpoint(network.to(self.device).state_dict(), mean, std, spec.classes, columns, epoch)
+        mean, std = (torch.tensor(values, device=self.device).view(self.spec.columns) for values in (mean, std))
+        return ScoringCheckpoint(network.to(self.device).state_dict(), mean, std, outputs, columns, epoch)
 
     def score(self, units: Sequence[ScoringUnit]) -> Iterator[int]:
-        """Score and publish chunks; yields the number of samples of each, also of those that were there already."""
-        there = {target for _, target in units if target.exists()}
-        yield from (chunk.rows for chunk, target in units if target in there)
-        missing = [unit for unit in units if unit[1] not in there]
-        for (chunk, target), (table, pixels) in zip(missing, prefetch(self._read(c) for c, _ in missing), strict=True):
+        """Score and publish chunks; yields the number of samples of each, also of those already published."""
+        published = {path for _, path in units if path.exists()}
+        yield from (chunk.rows for chunk, path in units if path in published)
+        missing = [unit for unit in units if unit[1] not in published]
+        batches = prefetch(self._read(chunk) for chunk, _ in missing)
+        for (chunk, path), (rows, pixels) in zip(missing, batches, strict=True):
             with self.spent.on("forward"):
-                scored = self._score(table, pixels)
-            with self.spent.on("write"), publish(target) as temporary:
+                scored = self._score(rows, pixels)
+            with self.spent.on("write"), publish(path) as temporary:
                 pq.write_table(scored, temporary)
             yield chunk.rows
 
     def _read(self, chunk: Chunk) -> tuple[pa.Table, Tensor]:
-        """Ids and labels, and the pixels uint8 [n, *shape], decoded where they are JPEGs; runs ahead in a thread."""
+        """Ids and labels, and the decoded pixels uint8 [n, *shape]; runs ahead in a thread."""
         with self.spent.on("read"):
             table = self.prepared.read(chunk)
-            pixels = torch.from_numpy(np.array(self.prepared.pixels(table, decoding_threads(self.device))))
+            pixels = torch.from_numpy(np.array(self.prepared.pixels(table, self.decoding_threads)))
             pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
         return table.select(["sample_id", "label"]), pixels
 
     @torch.no_grad()
-    def _score(self, table: pa.Table, pixels: Tensor) -> pa.Table:
-        """sample_id, label and float32 lists: of a criterion [its checkpoints], and `features` [trials * dimensions]."""
-        labels = torch.from_numpy(table["label"].to_numpy().astype(np.int64)).to(self.device)
-        pixels = self._padded(pixels.to(self.device, non_blocking=True))
+    def _score(self, rows: pa.Table, pixels: Tensor) -> pa.Table:
+        """sample_id, label, float32 lists [checkpoints] per criterion, and `features` [trials * dimensions] if needed."""
+        labels = torch.from_numpy(rows["label"].to_numpy().astype(np.int64)).to(self.device)
+        pixels = pixels.to(self.device, non_blocking=True)
+        if missing := -len(pixels) % self.at_once:  # full batches of one size: one shape, one result
+            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
         pixels = self.layout.images(pixels)  # once, and as bytes
-        of_each = {name: criterion for name, criterion in self.criteria.items() if not is_class_criterion(criterion)}
-        values: dict[str, list[Tensor]] = {name: [] for name in of_each}
+        values: dict[str, list[Tensor]] = {n: [] for n, c in self.criteria.items() if not is_class_criterion(c)}
         features: list[Tensor] = []
         for checkpoint in self.checkpoints:
-            seen = self._look(checkpoint, pixels, labels)
-            for name, criterion in of_each.items():
-                if checkpoint.epoch in self.epochs[name]:
-                    values[name].append(_observed(name, criterion, seen))
-            if checkpoint.epoch == self.last and len(of_each) < len(self.criteria):
-                features.append(random_projection(seen.features, self.dimensions))
-        columns = {"sample_id": table["sample_id"], "label": table["label"]}
-        columns |= {name: _lists(torch.stack(found, 1)) for name, found in values.items()}
-        return pa.table(columns | ({FEATURES: _lists(torch.cat(features, 1))} if features else {}))
-
-    def _look(self, checkpoint: ScoringCheckpoint, pixels: Tensor, labels: Tensor) -> BatchOutputs:
-        eye = self.eyes[checkpoint.outputs]
-        eye.load(checkpoint.state, checkpoint.mean, checkpoint.std)
-        wide = any(checkpoint.epoch in self.epochs[n] and needs_features(c) for n, c in self.criteria.items())
-        return BatchOutputs(eye, pixels, labels, checkpoint.columns, wide)
-
-    def _padded(self, pixels: Tensor) -> Tensor:
-        """Whole batches of one size: one shape, one result."""
-        missing = -len(pixels) % self.at_once
-        return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels
-
-
-def decoding_threads(device: torch.device) -> int:
-    """A GPU waits for its share of the machine's cores; a scorer on a CPU has one core for everything."""
-    return max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device.type == "cuda" else 1
-
-
-def _observed(name: str, criterion: Criterion, seen: BatchOutputs) -> Tensor:
-    """A criterion's values [n]. Raises UserError for another shape."""
-    found = criterion.observe(seen)
-    if found.shape != seen.labels.shape:
-        raise UserError(
-            f"the criterion {name} makes values of shape {tuple(found.shape)} of {len(seen.labels)} samples; its observe "
-            "must return one number for each"
-        )
-    return found
+            used_by = {name: c for name, c in self.criteria.items() if checkpoint.epoch in self.epochs[name]}
+            classifier = self.classifiers[checkpoint.outputs]
+            classifier.load(checkpoint.state, checkpoint.mean, checkpoint.std)
+            with_features = any(map(needs_features, used_by.values()))
+            outputs = BatchOutputs(classifier, pixels, labels, checkpoint.columns, with_features)
+            for name, criterion in used_by.items():
+                if is_class_criterion(criterion):
+                    continue
+                observed = criterion.observe(outputs)
+                if observed.shape != labels.shape:
+                    raise UserError(
+                        f"the criterion {name} returns values of shape {tuple(observed.shape)} for {len(labels)} samples; its "
+                        "observe must return one number per sample"
+                    )
+                values[name].append(observed)
+            if any(map(is_class_criterion, used_by.values())):
+                features.append(random_projection(outputs.features, self.dimensions))
+        columns = {name: torch.stack(observed, 1) for name, observed in values.items()}
+        columns |= {FEATURES: torch.cat(features, 1)} if features else {}
+        ids_and_labels = {name: rows[name] for name in ("sample_id", "label")}
+        return pa.table(ids_and_labels | {name: _lists(matrix) for name, matrix in columns.items()})
 
 
 def _lists(values: Tensor) -> pa.FixedSizeListArray:
     """float32 [n, width] -> n lists."""
     flat = values.float().cpu().numpy()
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(flat).reshape(-1)), flat.shape[1])
-
-
-def score_part_path(pieces: Path, chunk: Chunk) -> Path:
-    return pieces / f"chunk-{chunk.index:06d}.parquet"

@@ -138,10 +138,10 @@ def test_a_class_without_any_file_is_named(tmp_path):
     [
         (
             "clap_0.avi 3\n",
-            "line 1: 'clap_0.avi 3' is no line of such a list; a line is a file name and 1 (training), 2",
+            "line 1: 'clap_0.avi 3' is not a file name and 1 (training), 2",
         ),
-        ("clap_0.avi 1\n\nclap_1.avi\n", "clap_test_split1.txt, line 3: 'clap_1.avi' is no line"),
-        ("clap_0.txt 1\n", "line 1: 'clap_0.txt 1' is no line"),
+        ("clap_0.avi 1\n\nclap_1.avi\n", "clap_test_split1.txt, line 3: 'clap_1.avi' is not a file name and"),
+        ("clap_0.txt 1\n", "line 1: 'clap_0.txt 1' is not a file name and"),
         (
             "clap_0.avi 1\nclap_0.avi 2\n",
             "'clap/clap_0' is listed twice, in 'clap_test_split1.txt' line 1 and 'clap_test",

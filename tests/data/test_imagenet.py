@@ -11,9 +11,8 @@ from scipy.io import savemat
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.image import imagenet_labels
-from distill_at_scale.data.sources.image.imagenet import val_labels
+from distill_at_scale.data.sources import SOURCES, label_files
+from distill_at_scale.data.sources.image.imagenet_labels import val_labels
 from distill_at_scale.storage.filesystem import Store
 
 WNIDS = ["n01440764", "n01443537", "n02119789"]  # sorted: tench, goldfish, kit fox
@@ -291,10 +290,10 @@ def test_a_list_at_an_address_is_named_without_its_credentials(tmp_path, monkeyp
         def __init__(self, path, key):
             super().__init__(str(tmp_path), key)
 
-    monkeypatch.setattr(imagenet_labels, "Store", There)
+    monkeypatch.setattr(label_files, "Store", There)
     address = "s3://KEYID:sec/ret@bucket/list.txt?region=x"
     with pytest.raises(UserError, match=r"data\.val_labels = 's3://bucket/list\.txt\?region=x' cannot be read"):
-        imagenet_labels.named_file(Store(str(tmp_path)), address, "data.val_labels")
+        label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
     (tmp_path / "list.txt").write_text("1")
-    found = imagenet_labels.named_file(Store(str(tmp_path)), address, "data.val_labels")
-    assert found == imagenet_labels.File("s3://bucket/list.txt", b"1")
+    found = label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
+    assert found == label_files.LabelFile("s3://bucket/list.txt", b"1")

@@ -13,7 +13,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
-from distill_at_scale.data.sources.image.imagenet_labels import File
+from distill_at_scale.data.sources.label_files import LabelFile
 from distill_at_scale.data.sources.video.kinetics_csv import read_list
 
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc\n"
@@ -118,19 +118,19 @@ WILD = {
 
 @pytest.mark.parametrize("form", WILD)
 def test_lists_in_every_form_say_the_same(form):
-    (row,) = read_list(File("x/k400_train.csv", WILD[form].encode()))
+    (row,) = read_list(LabelFile("x/k400_train.csv", WILD[form].encode()))
     assert (row.word, row.key, row.label) == ("train", "-abcdefghij_28_38", "arm wrestling")
     assert row.line == (3 if form.startswith("CRLF") else 2)
 
 
 def test_lines_are_counted_as_an_editor_counts_them():
     text = HEADER + '\n"two\nlines",x,1,2,train,0\n\na,y,1,2,train,0\n'
-    assert [row.line for row in read_list(File("all.csv", text.encode()))] == [3, 6]
+    assert [row.line for row in read_list(LabelFile("all.csv", text.encode()))] == [3, 6]
 
 
 def test_labels_may_hold_commas_quotes_and_parentheses():
     text = HEADER + '"a, b (c)",x,1,2,train,0\n"say ""hi""",y,1,2,validate,0\n"massaging person\'s head",z,1,2,test,0\n'
-    rows = list(read_list(File("all.csv", text.encode())))
+    rows = list(read_list(LabelFile("all.csv", text.encode())))
     assert [row.label for row in rows] == ["a, b (c)", 'say "hi"', "massaging person's head"]
     assert [row.word for row in rows] == ["train", "val", "test"]
 

@@ -170,7 +170,7 @@ def test_ten_thousand_clips_keep_their_own_labels(tmp_path):
         ("labels", {}, "must map every class to its number"),
         ("labels", [], "labels.json must hold a dict in JSON"),
         ("train", {}, "train.json must hold a list in JSON"),
-        ("train", '[\n{"id": "1",\n]', "train.json, line 3: this is no JSON"),
+        ("train", '[\n{"id": "1",\n]', "train.json, line 3: this is not JSON"),
         ("train", [entry(1, 0), {"id": "2"}], 'train.json, entry 2: {"id": "2"} has no id or no template; an entry is'),
         ("train", [{"template": "x"}], "entry 1:"),
         ("train", ["100"], "entry 1:"),

@@ -16,7 +16,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.codecs.image import ImageDecoder
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import LISTING, labelled, listing, split_of
+from distill_at_scale.data.sources.base import LISTING, listing, prefer_validation, split_of
 
 
 def png(level: int, size: int = 8) -> bytes:
@@ -241,9 +241,9 @@ def test_validation_is_a_word_not_a_part_of_one(tmp_path):
 
 
 def test_the_validation_split_is_taken_where_there_is_a_test_split_too():
-    assert labelled({"a": "test", "b": "val", "c": "validation"}) == ["b", "c"]
-    assert labelled({"a": "test", "b": "test"}) == ["a", "b"]
-    assert labelled({}) == []
+    assert prefer_validation({"a": "test", "b": "val", "c": "validation"}) == ["b", "c"]
+    assert prefer_validation({"a": "test", "b": "test"}) == ["a", "b"]
+    assert prefer_validation({}) == []
 
 
 def test_an_unreadable_disk_is_not_taken_for_a_damaged_parquet_file(tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ class _Call:
     """A recorded call: the function's name, its arguments, and the state that the pickle sets on the result."""
 
     def __init__(self, name: str, args: tuple[Any, ...]):
-        self.name, self.args, self.state = name, args, ()
+        self.name, self.args = name, args
+        self.state: Any = ()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -92,8 +93,10 @@ def _bytes(call: _Call) -> bytes:
 
 
 def _array(call: _Call, done: dict[int, Any]) -> np.ndarray[Any, Any]:
+    shape: Any
+    order: Any
     if call.name == "_reconstruct":
-        _, shape, kind, is_fortran, data = call.state or (0, None, None, False, None)
+        shape, kind, is_fortran, data = call.state[1:] or (None, None, False, None)
         order = "F" if is_fortran else "C"
     elif call.name == "_frombuffer":
         data, kind, shape, order = call.args

@@ -1,7 +1,4 @@
-"""The layouts that data comes in: one file each, and this table of them.
-
-A source says which samples exist (id, label, where) and reads the raw bytes of some of them. It decodes nothing.
-"""
+"""The built-in sources by their names in `data.source`; `base.py` describes the contract of one of your own."""
 
 from distill_at_scale.data.sources.image.digits import Digits
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
@@ -13,8 +10,7 @@ from distill_at_scale.data.sources.image.torchvision import TorchvisionSet
 from distill_at_scale.data.sources.image.webdataset import WebDataset
 from distill_at_scale.data.sources.tensors import Tensors
 from distill_at_scale.data.sources.video.hmdb51 import Hmdb51
-from distill_at_scale.data.sources.video.kinetics import Kinetics
-from distill_at_scale.data.sources.video.kinetics_tar import KineticsTar
+from distill_at_scale.data.sources.video.kinetics import Kinetics, KineticsTar
 from distill_at_scale.data.sources.video.moving_digits import MovingDigits
 from distill_at_scale.data.sources.video.something_v2 import SomethingV2
 from distill_at_scale.data.sources.video.ucf101 import Ucf101

@@ -1,16 +1,40 @@
-"""The contract of a source, and the listing that every source returns.
+"""The contract of a source, and helpers that sources share.
 
-A listing is an Arrow table with the columns sample_id (string, unique), label (int32), location (string), row (int64)
-and size (int64, bytes; 0 where unknown): whatever the source needs to find the sample again. In an archive `row` is the
-byte offset. Rows come in the order in which they are best read. Splits are called "train" and "test".
+A source says which samples exist and reads the raw bytes of some of them. It decodes nothing. `data.source` names one of the
+table in `__init__.py`, or an object of your own as `package.module:Object`: a class, or anything else that returns a source
+when called with the `DataSection` of the configuration. Sources run in many processes at once and must be picklable.
 
-A source whose list of samples may disagree with its files (clips that are gone from the web, files without a label)
-has a method `set_aside(split)` as well: a table (schema SET_ASIDE, label -1 where it is unknown) of what is listed or
-lies there and cannot be used. Such samples are not in the listing.
+Required (see `Source` for the types):
+- `class_names`: list[str], the class of label i at place i.
+- `splits()`: ["train"] or ["train", "test"]; a source that holds only a test split returns ["test"].
+- `listing(split)`: a `pyarrow.Table` with schema LISTING, a row for each sample:
+    sample_id (string), unique within the split and the same in every run: scores, manifests and seeds refer to it;
+    label (int32), in 0..len(class_names)-1;
+    location (string) and row (int64), with which the source finds the sample again, such as a path and a row number, or an
+    archive and a byte offset;
+    size (int64), the stored bytes, 0 if unknown.
+  Order the rows as they are read fastest: consecutive rows are read together. `listing(...)` below builds and checks the table.
+- `digest(split)`: a short str that changes when ids, labels or content of the split change. It decides whether finished
+  stages are reused, so it must be deterministic. It should not read all samples.
+- `read(rows)`: takes some rows of a listing (a `pyarrow.Table`) and returns one item for each, in their order: encoded bytes
+  (an image or video file), or a uint8 array [H, W] or [H, W, C] with C = 1 or 3. A source of tensors returns numeric arrays
+  of `shape`.
+
+Optional:
+- `clips = True`: samples are videos, returned as encoded bytes.
+- `tensors = True` and `shape` (tuple of 1 to 4 ints, channels first): samples are other arrays of numbers.
+- `set_aside(split)`: a `pyarrow.Table` with schema SET_ASIDE of listed samples without a file and of files that cannot be
+  used; label -1 if unknown. These samples are not in the listing; they go to `rejected.parquet` with their reason.
+
+Errors. Raise `UserError` for a layout that cannot be used (what is wrong, then what to do): the command prints it and stops.
+Raise `Unreachable` for storage that does not answer: the read is tried again. From `read`, raise OSError (`FileNotFoundError`)
+for a single sample that is missing or unreadable: that sample is rejected and the run goes on. Return broken bytes as they
+are; the decoder rejects them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -37,52 +61,74 @@ SET_ASIDE = pa.schema(
 )
 Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
-LARGEST_LABEL = 10**6  # of classes that have numbers for names
+MAX_LABEL = 10**6  # of numbered classes
 
 
 class Source(Protocol):
-    """A source of videos also says `clips = True`; one of other arrays `tensors = True`, and their `shape`."""
+    """The module's docstring describes each member."""
 
     class_names: list[str]
 
     def __init__(self, config: DataSection) -> None: ...
 
-    def splits(self) -> list[str]:
-        """The splits that the layout holds: ["train"] or ["train", "test"]."""
+    def splits(self) -> list[str]: ...
+
+    def listing(self, split: str) -> pa.Table: ...
+
+    def digest(self, split: str) -> str: ...
+
+    def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]: ...
+
+
+class FileSource:
+    """Base of sources whose samples are single files; a subclass lists them."""
+
+    def __init__(self, config: DataSection) -> None:
+        self.config, self.store = config, data_store(config)
 
     def listing(self, split: str) -> pa.Table:
-        """Every sample of a split (schema LISTING)."""
+        raise NotImplementedError
 
     def digest(self, split: str) -> str:
-        """A hash that changes when the samples of the split change; must not read all pixels."""
+        """A hash of ids, labels and sizes; opens no file."""
+        table = self.listing(split)
+        sha = hashlib.sha256("\n".join(table["sample_id"].to_pylist()).encode(errors="surrogateescape"))
+        for column in ("label", "size"):
+            sha.update(np.ascontiguousarray(table[column].to_numpy(), np.int64).tobytes())
+        return sha.hexdigest()
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
-        """The raw form of some rows of a listing, in order: encoded bytes, or a uint8 array H x W (x C).
-
-        Of a source of other arrays: arrays of numbers; one of type object is rejected.
-        """
+        return self.store.read_many(rows["location"].to_pylist())
 
 
 def listing(
     ids: Column, labels: Column, locations: Column, rows: Column, sizes: Column | None = None
 ) -> pa.Table:  # fmt: skip
-    """Builds a listing from columns: sequences, numpy or Arrow arrays, all of one length; without sizes they are 0.
+    """Builds a listing from columns of one length; sizes default to 0.
 
-    Raises UserError for a repeated id, naming it and where it occurs.
+    Raises UserError for a repeated id, naming it and its locations.
     """
-    given = [ids, labels, locations, rows, np.zeros(len(ids), np.int64) if sizes is None else sizes]
-    table = pa.table([_column(c, field.type) for c, field in zip(given, LISTING, strict=True)], schema=LISTING)
-    if (twice := repeated(table["sample_id"])) is not None:
-        places = table["location"].filter(pc.equal(table["sample_id"], twice)).to_pylist()[:2]
+    table = to_table([ids, labels, locations, rows, np.zeros(len(ids), np.int64) if sizes is None else sizes], LISTING)
+    if (repeated := first_duplicate(table["sample_id"])) is not None:
+        places = table["location"].filter(pc.equal(table["sample_id"], repeated)).to_pylist()[:2]
         raise UserError(
-            f"the sample id {twice!r} occurs twice (in {' and '.join(places)}); ids must be unique within a split: "
+            f"the sample id {repeated!r} occurs twice (in {' and '.join(places)}); ids must be unique within a split: "
             "remove or rename one of the two"
         )
     return table
 
 
-def repeated(values: pa.ChunkedArray) -> str | None:
-    """A text that occurs more than once, or None; sorts, which takes less time and memory than a table of all texts."""
+def to_table(columns: Sequence[Column], schema: pa.Schema) -> pa.Table:
+    """A table from columns (sequences, numpy or Arrow arrays), cast to the schema's types."""
+    arrays = [
+        column.cast(field.type) if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column, field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def first_duplicate(values: pa.ChunkedArray) -> str | None:
+    """A string that occurs more than once, or None. Sorting takes less time and memory than a table of all strings."""
     sorted_values = values.take(pc.sort_indices(values)).combine_chunks()
     if len(sorted_values) < 2:
         return None
@@ -90,16 +136,10 @@ def repeated(values: pa.ChunkedArray) -> str | None:
     return same[0].as_py() if len(same) else None
 
 
-def _column(values: Column, kind: pa.DataType) -> Any:
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        return values.cast(kind)
-    return pa.array(values, kind)
-
-
 def data_store(config: DataSection) -> Store:
-    """The folder or URI named by data.path.
+    """The folder or URI that data.path names.
 
-    Raises UserError where it is missing from the configuration, and Unreachable where there is none or it does not answer.
+    Raises UserError if data.path is not set, and Unreachable if there is no such folder or it does not answer.
     """
     if config.path is None:
         raise UserError(f"data.path is not set; the source {config.source!r} needs the folder that holds the data")
@@ -107,20 +147,20 @@ def data_store(config: DataSection) -> Store:
 
 
 def split_of(name: str) -> str | None:
-    """Which split a folder or file name belongs to: `train*` or `val*|validation*|test*`."""
+    """The split of a folder or file name: "train" for `train*`, "test" for `val*`, `validation*` and `test*`."""
     word = split_word(name)
     return next((split for split, words in SPLIT_NAMES.items() if word in words), None)
 
 
 def split_word(name: str) -> str | None:
-    """The word of SPLIT_NAMES that a folder or file name begins with."""
+    """The word of SPLIT_NAMES at the start of a folder or file name."""
     word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
     return word if any(word in words for words in SPLIT_NAMES.values()) else None
 
 
-def labelled(tests: Mapping[str, str | None]) -> list[str]:
-    """Of the files or folders of the test split, given with their words, those to use.
+def prefer_validation(tests: Mapping[str, str | None]) -> list[str]:
+    """Which files or folders (name -> its word of SPLIT_NAMES) make up the test split.
 
-    They are those of a validation split where there are any: where there are both, "test" often comes without labels.
+    A validation split wins over "test", which often comes without labels.
     """
     return [name for name, word in tests.items() if word != "test"] or list(tests)

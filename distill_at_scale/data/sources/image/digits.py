@@ -1,6 +1,6 @@
-"""The embedded data set: scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels, shipped inside that package.
+"""scikit-learn's 1,797 handwritten digits by 43 writers, 8 x 8 pixels in 16 grey levels; shipped inside that package.
 
-They are written by 43 people and normalised to 16 grey levels. The order is the original's, so ids are stable.
+Rows keep scikit-learn's order, so ids are stable.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources.base import listing
 
 
+def load_digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Images uint8 [1797, 8, 8] and labels int32 [1797]."""
+    from sklearn import datasets
+
+    data: Any = datasets.load_digits()
+    return np.round(data.images * (255 / 16)).astype(np.uint8), data.target.astype(np.int32)
+
+
 class Digits:
     def __init__(self, config: DataSection) -> None:
-        from sklearn.datasets import load_digits
-
-        data: Any = load_digits()
-        self.images = np.round(data.images * (255 / 16)).astype(np.uint8)  # N x 8 x 8
-        self.labels = data.target.astype(np.int32)
+        self.images, self.labels = load_digits()
         self.class_names = [str(digit) for digit in range(10)]
 
     def splits(self) -> list[str]:

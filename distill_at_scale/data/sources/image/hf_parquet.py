@@ -25,11 +25,11 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources.base import (
-    LARGEST_LABEL,
+    MAX_LABEL,
     data_store,
-    labelled,
+    first_duplicate,
     listing,
-    repeated,
+    prefer_validation,
     split_of,
     split_word,
 )
@@ -59,7 +59,7 @@ class HuggingFaceParquet:
         for name in [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]:
             self.files.setdefault(split_of(_split_part(name)) or "train", []).append(name)
         if test := self.files.get("test"):
-            self.files["test"] = labelled({name: split_word(_split_part(name)) for name in test})
+            self.files["test"] = prefer_validation({name: split_word(_split_part(name)) for name in test})
         if "train" not in self.files:
             raise UserError(f"{self.store.place()} holds no training Parquet files (train-*.parquet)")
         self._declared = self._declared_names()
@@ -91,10 +91,10 @@ class HuggingFaceParquet:
         """The largest label of a file of numbers, 0 where it has none."""
         found = pc.max(column)
         label = found.as_py() or 0
-        if label > LARGEST_LABEL:
+        if label > MAX_LABEL:
             raise UserError(
                 f"{self.store.place(name)}, row {pc.index(column, found).as_py()}: the label {label} is more than "
-                f"{LARGEST_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
+                f"{MAX_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
             )
         return max(0, label)
 
@@ -166,7 +166,7 @@ class HuggingFaceParquet:
             )
 
     def _bounded(self, file: Any, groups: list[int], columns: list[str | None], most: int) -> pa.Table:
-        """Some columns of row groups, batch by batch: a few bytes can stand for a value that is repeated without end.
+        """Some columns of row groups, batch by batch: a few bytes can stand for a value that is first_duplicate without end.
 
         Raises ArrowInvalid for what unpacks to more than so many bytes.
         """
@@ -314,7 +314,7 @@ def _plain(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
 def _ids(tables: list[pa.Table], locations: pa.Array, rows: np.ndarray[Any, Any]) -> pa.Array:
     if all("path" in table.column_names for table in tables):
         paths = pa.chunked_array([chunk for table in tables for chunk in table["path"].chunks], pa.string())
-        if not paths.null_count and repeated(paths) is None:
+        if not paths.null_count and first_duplicate(paths) is None:
             return paths.combine_chunks()
     return pc.binary_join_element_wise(locations, pa.array(rows).cast(pa.string()), ":")
 

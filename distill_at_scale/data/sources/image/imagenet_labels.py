@@ -1,9 +1,9 @@
-"""ImageNet's lists of validation labels, and what the numbers in them mean; `imagenet.val_labels` puts them together.
+"""ImageNet's validation labels: the lists, what the numbers in them mean, and the label of each image (`val_labels`).
 
-There are two numberings and they disagree. The devkit's ILSVRC2012_ID runs from 1 in an order of its own (1 is
-n02119789), which only meta.mat or a list in that order can translate. Caffe's val.txt counts from 0 in the order of the
-sorted WordNet ids. A list of bare numbers is the devkit's; numbers beside file names are Caffe's. Files are found by
-their usual names near the root, also inside the devkit's own archive, which is read in memory and never unpacked.
+There are two numberings, and they disagree. The devkit's ILSVRC2012_ID counts from 1 in its own order (1 is n02119789);
+only meta.mat or a list in that order translates it. Caffe's val.txt counts from 0 in the order of the sorted WordNet ids. A
+list of bare numbers uses the devkit's; numbers next to file names are Caffe's. Files are found by their usual names near the
+root, also inside the devkit's archive, which is read in memory and never unpacked to disk.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
+from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.archives.gunzip import Bomb, gunzip
-from distill_at_scale.storage.filesystem import Store, is_uri, joined, shown
+from distill_at_scale.data.sources.label_files import LabelFile, named_file
+from distill_at_scale.storage.filesystem import Store, joined
 
-LISTS = (  # those that name WordNet ids first: nothing in them can be misread
+LISTS = (  # lists of WordNet ids first: they cannot be misread
     "LOC_val_solution.csv",
     "imagenet_2012_validation_synset_labels.txt",
     "ILSVRC2012_validation_ground_truth.txt",
@@ -28,26 +30,18 @@ LISTS = (  # those that name WordNet ids first: nothing in them can be misread
 )
 DEVKIT_MAPPINGS = ("meta.mat", "meta_clsloc.mat", "map_clsloc.txt")
 SORTED_MAPPINGS = ("LOC_synset_mapping.txt", "synset_words.txt", "synsets.txt")
-LARGEST_ARCHIVE = 100 * 2**20  # bytes, unpacked too; the devkit has 2.5 MB
+MAX_ARCHIVE_SIZE = 100 * 2**20  # bytes, packed and unpacked; the devkit has 2.5 MB
+GET_LIST = (
+    "put the devkit (ILSVRC2012_devkit_t12.tar.gz, as it is or unpacked) or Kaggle's LOC_val_solution.csv there, "
+    "or set data.val_labels"
+)
+GET_MAPPING = "put the devkit (ILSVRC2012_devkit_t12.tar.gz or its meta.mat) there, or set data.synsets"
 
 
 @dataclass(frozen=True)
-class File:
-    place: str  # for messages
-    content: bytes
-
-    def rows(self) -> list[list[str]]:
-        """The words of every line that has some; commas count as spaces."""
-        try:
-            lines = self.content.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{self.place} is not a text file; download it again") from None
-        return [words for line in lines if (words := line.replace(",", " ").split())]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """A list of labels: the file stems it speaks of (None: the sorted files in order), and a number or WordNet id each."""
+class LabelList:
+    """A label per image: `stems` are file names without extension (None: the sorted files in order), `values` numbers or
+    WordNet ids."""
 
     place: str
     stems: list[str] | None
@@ -59,18 +53,102 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """WordNet ids by number: `wnids[0]` is number 1 of the devkit; `devkit` says whether the order is the devkit's."""
+class Numbering:
+    """The WordNet ids of the numbers `first`, `first` + 1, …; `place` names the file that says so."""
 
     place: str
-    wnids: list[str]
-    devkit: bool
+    wnids: Sequence[str]
+    first: int
+
+    @property
+    def is_devkit(self) -> bool:
+        return self.first == 1
 
 
-def read_labels(file: File) -> Labels:
-    """Raises UserError for an empty list, a line of another form, or numbers mixed with WordNet ids; names the line."""
+def val_labels(
+    store: Store, config: DataSection, file_names: Sequence[str], class_names: Sequence[str]
+) -> list[int]:  # fmt: skip
+    """The label of each validation image, as its index in `class_names`, in the order of `file_names`.
+
+    Folders in `file_names` are ignored. The list and the numbering are data.val_labels and data.synsets, else the files with
+    the usual names near the root of `store`. Raises UserError if one is missing or uses the wrong numbering, for an unknown
+    number or WordNet id, and if images and labels do not match.
+    """
+    named = config.val_labels
+    file = next(find(store, LISTS), None) if named is None else named_file(store, named, "data.val_labels")
+    if file is None:
+        raise UserError(
+            f"the validation images in {store.place()} lie in no class folders and have no list: {GET_LIST}"
+        )
+    labels = read_labels(file)
+    names = [PurePosixPath(name).name for name in file_names]
+    if len(set(names)) != len(names):
+        raise UserError(f"two validation images in {store.place()} have the same file name; keep one of them")
+    if len(labels.values) != len(names):
+        raise UserError(
+            f"{labels.place} has {len(labels.values):,} labels for {len(names):,} validation images in {store.place()}; "
+            "complete the images, or give the list that belongs to them (data.val_labels)"
+        )
+    wnids = _to_wnids(labels, store, config, class_names) if labels.numbered else labels.values
+    if labels.stems is None:  # the list speaks of the sorted files
+        keys, wnid_of = names, dict(zip(sorted(names), wnids, strict=True))
+    else:
+        keys, wnid_of = [_stem(name) for name in names], dict(zip(labels.stems, wnids, strict=True))
+    classes = {wnid: label for label, wnid in enumerate(class_names)}
+    for name, key in zip(names, keys, strict=True):
+        if key not in wnid_of:
+            raise UserError(f"{labels.place} has no label for {name}; give the list that belongs to these images")
+    for name, key in zip(names, keys, strict=True):
+        if wnid_of[key] not in classes:
+            raise UserError(
+                f"{labels.place}: the class {wnid_of[key]!r} of {name} is not one of the {len(classes)} training classes; "
+                "complete train/, or give the list that belongs to these images"
+            )
+    return [classes[wnid_of[key]] for key in keys]
+
+
+def _to_wnids(labels: LabelList, store: Store, config: DataSection, class_names: Sequence[str]) -> list[str]:
+    numbering = _numbering(labels, store, config, class_names)
+    first, count = numbering.first, len(numbering.wnids)
+    for position, value in enumerate(labels.values, 1):
+        if not first <= int(value) < first + count:
+            counts_images = labels.values == [str(number) for number in range(1, len(labels.values) + 1)]
+            hint = " (it seems to number the images, not their classes)" if counts_images else ""
+            raise UserError(
+                f"{labels.place}, label {position}: {value} is outside {first}..{first + count - 1}, the numbers of "
+                f"{numbering.place}{hint}; give the list and the mapping that belong together"
+            )
+    return [numbering.wnids[int(value) - first] for value in labels.values]
+
+
+def _numbering(labels: LabelList, store: Store, config: DataSection, class_names: Sequence[str]) -> Numbering:
+    if labels.stems is not None:  # Caffe's numbering, unless data.synsets says otherwise
+        if config.synsets is not None:
+            numbering = read_mapping(named_file(store, config.synsets, "data.synsets"))
+            return Numbering(numbering.place, numbering.wnids, int(numbering.place.endswith(".mat")))
+        file = next(find(store, SORTED_MAPPINGS), None)
+        sorted_ids = Numbering("the sorted class folders", sorted(class_names), 0)
+        return sorted_ids if file is None or (read := read_mapping(file)).is_devkit else read
+    if config.synsets is not None:
+        mappings = [read_mapping(named_file(store, config.synsets, "data.synsets"))]
+    else:
+        mappings = [read_mapping(file) for file in find(store, (*DEVKIT_MAPPINGS, *SORTED_MAPPINGS))]
+    for mapping in mappings:
+        if mapping.is_devkit:
+            return mapping
+    problem = f"{labels.place} numbers the classes as the devkit does, "
+    if not mappings:
+        raise UserError(f"{problem}and nothing near {store.place()} says what the numbers mean: {GET_MAPPING}")
+    raise UserError(
+        f"{problem}but {mappings[0].place} lists them in the order of their WordNet ids, which would give wrong labels: "
+        f"{GET_MAPPING}"
+    )
+
+
+def read_labels(file: LabelFile) -> LabelList:
+    """Parses a list; raises UserError for an empty one, an odd line, and numbers mixed with WordNet ids; names the line."""
     rows = file.rows()
-    if rows and rows[0][0].lower() == "imageid":  # Kaggle's CSV: the id, then "wnid x y x y" once per object
+    if rows and rows[0][0].lower() == "imageid":  # Kaggle's CSV: the id, then "wnid x y x y" for each object
         rows = rows[1:]
     if not rows:
         raise UserError(f"{file.place} holds no labels; download it again")
@@ -79,18 +157,18 @@ def read_labels(file: File) -> Labels:
         if (len(row) > 1) != named or row[named].isdecimal() != rows[0][named].isdecimal():
             raise UserError(
                 f"{file.place}, label {number}: {' '.join(row)!r} has another form than the first, "
-                f"{' '.join(rows[0])!r}; mend the list or download it again"
+                f"{' '.join(rows[0])!r}; correct the list or download it again"
             )
-    return Labels(file.place, [stem(row[0]) for row in rows] if named else None, [row[named] for row in rows])
+    return LabelList(file.place, [_stem(row[0]) for row in rows] if named else None, [row[named] for row in rows])
 
 
-def read_mapping(file: File) -> Mapping:
-    """meta.mat, or text: a WordNet id per line with words behind it, or a number and a WordNet id.
+def read_mapping(file: LabelFile) -> Numbering:
+    """Parses meta.mat, or text with a WordNet id per line (words may follow) or a number and a WordNet id.
 
-    Raises UserError where the file is no such thing.
+    A list that is not sorted by WordNet id is the devkit's. Raises UserError for any other file.
     """
     if file.place.endswith(".mat"):
-        return Mapping(file.place, _from_matlab(file), devkit=True)
+        return Numbering(file.place, _read_meta_mat(file), first=1)
     rows = file.rows()
     if rows and all(len(row) > 1 and (row[0].isdecimal() or row[1].isdecimal()) for row in rows):
         pairs = [(int(row[0]), row[1]) if row[0].isdecimal() else (int(row[1]), row[0]) for row in rows]
@@ -98,11 +176,11 @@ def read_mapping(file: File) -> Mapping:
     else:
         wnids = [row[0] for row in rows]
     if not wnids or len(set(wnids)) != len(wnids):
-        raise UserError(f"{file.place} must name every class once, one a line, as n01440764; download it again")
-    return Mapping(file.place, wnids, devkit=wnids != sorted(wnids))
+        raise UserError(f"{file.place} must name every class once, one per line, as n01440764; download it again")
+    return Numbering(file.place, wnids, first=int(wnids != sorted(wnids)))
 
 
-def _from_matlab(file: File) -> list[str]:
+def _read_meta_mat(file: LabelFile) -> list[str]:
     from scipy.io import loadmat
 
     try:
@@ -110,73 +188,50 @@ def _from_matlab(file: File) -> list[str]:
         inner = synsets["num_children"] if "num_children" in (synsets.dtype.names or ()) else [0] * len(synsets)
         rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], inner, strict=True)
         pairs = sorted((int(number), str(wnid)) for number, wnid, children in rows if int(children) == 0)
-    except Exception as error:  # scipy raises nearly anything for a damaged file
+    except Exception as error:  # scipy raises many types for a damaged file
         raise UserError(f"{file.place} is not the devkit's meta.mat ({error}); download the devkit again") from None
     if [number for number, _ in pairs] != list(range(1, len(pairs) + 1)):
         raise UserError(f"{file.place}: the classes are not numbered 1..{len(pairs)}; download the devkit again")
     return [wnid for _, wnid in pairs]
 
 
-def stem(name: str) -> str:
+def _stem(name: str) -> str:
     """`val/ILSVRC2012_val_00000001.JPEG` and `ILSVRC2012_val_00000001` name the same image."""
     return PurePosixPath(name).name.rsplit(".", 1)[0]
 
 
-def named_file(store: Store, path: str, key: str) -> File:
-    """The file that a configuration key names: absolute, a URI, or relative to the root of the data.
+def find(store: Store, names: Sequence[str]) -> Iterator[LabelFile]:
+    """Yields the files with these names near the root, in the order of the names; then those inside a devkit archive.
 
-    Raises UserError where it cannot be read, Unreachable among them.
+    "Near" is the root and two levels of folders below it, without class folders.
     """
-    try:
-        if is_uri(path):
-            folder, _, rest = path.partition("?")
-            parent, _, name = folder.rpartition("/")
-            return File(shown(folder), Store(parent + (f"?{rest}" if rest else ""), key).read(name))
-        if Path(path).expanduser().is_absolute():
-            return File(path, Path(path).expanduser().read_bytes())
-        return File(store.place(path), store.read(path))
-    except OSError as error:
-        raise UserError(
-            f"{key} = {shown(path)!r} cannot be read ({error.strerror or error}); "
-            f"give a path relative to {store.place()}, or an absolute one"
-        ) from None
-
-
-def find(store: Store, names: Sequence[str]) -> Iterator[File]:
-    """The files of these names near the root, in the order of the names; then those inside a devkit archive."""
-    places = _places(store)
-    for name in names:
-        for folder, files in places:
-            if name in files:
-                yield File(store.place(joined(folder, name)), store.read(joined(folder, name)))
-    for folder, files in places:
-        for archive in files:
-            if "devkit" in archive and archive.endswith((".tar.gz", ".tgz", ".tar")):
-                yield from _in_archive(store, joined(folder, archive), names)
-
-
-def _in_archive(store: Store, archive: str, names: Sequence[str]) -> Iterator[File]:
-    if (store.size(archive) or 0) > LARGEST_ARCHIVE:
-        return
-    found = {}
-    try:
-        content = store.read(archive)
-        content = content if archive.endswith(".tar") else gunzip(content, LARGEST_ARCHIVE)
-        for path, offset, size in tar.members(tar.Window(io.BytesIO(content), store.place(archive))):
-            if (name := PurePosixPath(path).name) in names:
-                found[name] = File(store.place(f"{archive}/{path}"), content[offset : offset + size])
-    except (OSError, EOFError, zlib.error, Bomb) as error:
-        raise UserError(f"{store.place(archive)} cannot be read ({error}); download it again") from None
-    yield from (found[name] for name in names if name in found)
-
-
-def _places(store: Store) -> list[tuple[str, set[str]]]:
-    """The root and the folders two levels below it with the names of their files; not the class folders."""
     top, files = store.names()
     places = [("", set(files))]
     for folder in (name for name in top if not name.lower().startswith("test")):
-        below, files = ([], []) if folder.lower().startswith("train") else store.names(folder)
+        subfolders, files = ([], []) if folder.lower().startswith("train") else store.names(folder)
         places.append((folder, set(files)))
         if not folder.lower().startswith("val"):  # its folders are classes
-            places += [(joined(folder, name), set(store.names(joined(folder, name))[1])) for name in below[:20]]
-    return places
+            places += [(joined(folder, name), set(store.names(joined(folder, name))[1])) for name in subfolders[:20]]
+    for name in names:
+        for folder, present in places:
+            if name in present:
+                yield LabelFile(store.place(joined(folder, name)), store.read(joined(folder, name)))
+    for folder, present in places:
+        for archive in present:
+            if "devkit" in archive and archive.endswith((".tar.gz", ".tgz", ".tar")):
+                yield from _find_in_archive(store, joined(folder, archive), names)
+
+
+def _find_in_archive(store: Store, archive: str, names: Sequence[str]) -> Iterator[LabelFile]:
+    if (store.size(archive) or 0) > MAX_ARCHIVE_SIZE:
+        return
+    files = {}
+    try:
+        content = store.read(archive)
+        content = content if archive.endswith(".tar") else gunzip(content, MAX_ARCHIVE_SIZE)
+        for path, offset, size in tar.members(tar.Window(io.BytesIO(content), store.place(archive))):
+            if (name := PurePosixPath(path).name) in names:
+                files[name] = LabelFile(store.place(f"{archive}/{path}"), content[offset : offset + size])
+    except (OSError, EOFError, zlib.error, Bomb) as error:
+        raise UserError(f"{store.place(archive)} cannot be read ({error}); download it again") from None
+    yield from (files[name] for name in names if name in files)

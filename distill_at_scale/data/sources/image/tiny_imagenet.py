@@ -1,7 +1,7 @@
 """Tiny-ImageNet as it is unpacked: `wnids.txt`, `train/<wnid>/images/*.JPEG`, `val/images/` with `val_annotations.txt`.
 
-The 200 classes are in the order of wnids.txt. A `val/` sorted into class folders is taken as well. `words.txt` is not
-needed, boxes are not read, and the official test split, which has no labels, is left out.
+The 200 classes are in the order of wnids.txt. A `val/` sorted into class folders works as well. `words.txt` is not needed.
+Not covered: bounding boxes, and the official test split, which has no labels.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import listing
-from distill_at_scale.data.sources.image import imagenet_labels
-from distill_at_scale.data.sources.image.folders import FolderSource, class_listing, complete, images
+from distill_at_scale.data.sources.folders import FolderSource
+from distill_at_scale.data.sources.label_files import LabelFile
 
-ORDER, ANNOTATIONS = "wnids.txt", "val_annotations.txt"
+CLASS_ORDER, ANNOTATIONS = "wnids.txt", "val_annotations.txt"
 
 
 class TinyImagenet(FolderSource):
@@ -25,47 +26,40 @@ class TinyImagenet(FolderSource):
         self.folders = {"train": "train"} | ({"test": "val"} if "val" in self.store.names()[0] else {})
 
     def find_classes(self) -> list[str]:
-        """The lines of wnids.txt.
-
-        Raises UserError where it is missing or holds a class twice, or where there is no train/.
-        """
-        names = [row[0] for row in self._file(ORDER).rows()]
+        """The lines of wnids.txt; raises UserError if it is missing or repeats a class, or if there is no train/."""
+        names = [row[0] for row in self._file(CLASS_ORDER).rows()]
         if not names or len(set(names)) != len(names):
-            raise UserError(f"{self.store.place(ORDER)} must hold every class once, one a line; download it again")
+            raise UserError(
+                f"{self.store.place(CLASS_ORDER)} must name every class once, one per line; download it again"
+            )
         if "train" not in self.store.names()[0]:
             raise UserError(f"{self.store.place()} has no folder train/; unpack tiny-imagenet-200.zip there")
         return names
 
-    def listing_of(self, split: str) -> pa.Table:
-        """Raises UserError where folders and wnids.txt differ, or images and annotations do; names the first."""
-        folder = self.folders[split]
-        if split == "test" and "images" in self.store.names(folder)[0]:
-            return self._annotated(f"{folder}/images")
-        found = class_listing(self.store, folder, self.class_names)
-        complete(self, split, found)
-        return found
-
-    def _annotated(self, folder: str) -> pa.Table:
-        paths, sizes = images(self.store, folder)
-        wnids = self._annotations(f"{self.folders['test']}/{ANNOTATIONS}")
+    def list_split(self, split: str) -> pa.Table:
+        """Raises UserError if folders and wnids.txt differ, or images and annotations; names the first difference."""
+        if split == "train" or "images" not in self.store.names(self.folders[split])[0]:
+            return super().list_split(split)
+        annotations = f"{self.folders['test']}/{ANNOTATIONS}"
+        place = self.store.place(annotations)
+        rows = self._file(annotations).rows()
+        if short := next((number for number, row in enumerate(rows, 1) if len(row) < 2), 0):
+            raise UserError(f"{place}, line {short}: no class; unpack the data set again")
+        wnids = {row[0]: row[1] for row in rows}
+        paths, sizes = self.samples(split)
+        inside = pc.starts_with(paths, f"{self.folders[split]}/images/")
+        paths, sizes = paths.filter(inside), sizes.filter(inside)
         names = [PurePosixPath(path).name for path in paths.to_pylist()]
-        place = self.store.place(f"{self.folders['test']}/{ANNOTATIONS}")
         if len(names) != len(wnids):
             raise UserError(f"{place} has {len(wnids):,} lines for {len(names):,} images; unpack the data set again")
-        labels = {name: i for i, name in enumerate(self.class_names)}
+        labels = {wnid: label for label, wnid in enumerate(self.class_names)}
         for name in names:
             if wnids.get(name) not in labels:
-                said = f"the class {wnids[name]!r}, which is not in {ORDER}," if name in wnids else "no class"
-                raise UserError(f"{place} has {said} for the image {name}; unpack the data set again")
+                what = f"the class {wnids[name]!r}, which is not in {CLASS_ORDER}," if name in wnids else "no class"
+                raise UserError(f"{place} has {what} for the image {name}; unpack the data set again")
         return listing(paths, [labels[wnids[name]] for name in names], paths, [0] * len(names), sizes)
 
-    def _annotations(self, file: str) -> dict[str, str]:
-        rows = self._file(file).rows()
-        if short := next((number for number, row in enumerate(rows, 1) if len(row) < 2), 0):
-            raise UserError(f"{self.store.place(file)}, line {short}: no class; unpack the data set again")
-        return {row[0]: row[1] for row in rows}
-
-    def _file(self, name: str) -> imagenet_labels.File:
+    def _file(self, name: str) -> LabelFile:
         if self.store.size(name) is None:
             raise UserError(f"{self.store.place()} has no {name}; unpack tiny-imagenet-200.zip there as it is")
-        return imagenet_labels.File(self.store.place(name), self.store.read(name))
+        return LabelFile(self.store.place(name), self.store.read(name))

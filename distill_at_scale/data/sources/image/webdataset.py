@@ -24,7 +24,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import LARGEST_LABEL, LISTING, SPLIT_NAMES, labelled
+from distill_at_scale.data.sources.base import LISTING, MAX_LABEL, SPLIT_NAMES, prefer_validation
 from distill_at_scale.storage.filesystem import Store, is_uri, shown
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
@@ -60,7 +60,9 @@ class WebDataset:
             split = "test" if _split_word(shard) in SPLIT_NAMES["test"] else "train"
             found.setdefault(split, {})[shard] = size
         if test := found.get("test"):
-            found["test"] = {shard: test[shard] for shard in labelled({shard: _split_word(shard) for shard in test})}
+            found["test"] = {
+                shard: test[shard] for shard in prefer_validation({shard: _split_word(shard) for shard in test})
+            }
         if "train" not in found:
             place = shown(str(self.config.path))
             raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
@@ -189,8 +191,8 @@ class _Sample:
             return value.strip().encode("utf-8", "backslashreplace").decode()
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fault(f"has the label {value!r:.100}, which is neither an integer nor a class name")
-        if not 0 <= value <= LARGEST_LABEL:
-            raise self.fault(f"has the label {value}, outside 0..{LARGEST_LABEL:,}")
+        if not 0 <= value <= MAX_LABEL:
+            raise self.fault(f"has the label {value}, outside 0..{MAX_LABEL:,}")
         return value
 
 

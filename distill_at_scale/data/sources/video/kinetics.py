@@ -1,73 +1,141 @@
-"""Kinetics-400/600/700 as downloaded clips: `<split>/<label>/<id>_<start>_<end>.mp4`, or flat, and the official CSVs.
+"""Kinetics-400/600/700 with the official CSVs, as downloaded clips (`Kinetics`) or in CVDF's archives (`KineticsTar`).
 
-Labels come from the lists (`kinetics_csv.py`), never from folders; what does not fit is set aside with its reason
-(`data/sources/video/kinetics_files.py`). Ids are the POSIX paths relative to the root, classes the sorted labels of the training list. The
-evaluation split is val, else a test split whose list has labels. Files of CVDF's `replacement/` take the place of others.
-Nothing is opened before it is read: an empty or broken file is the decoder's matter.
+Clips lie in `<split>/<label>/<id>_<start>_<end>.mp4`, or flat. Labels come from the lists (`kinetics_csv.py`), never from
+folders; whatever does not fit is set aside with its reason (`kinetics_files.py`). Sample ids are POSIX paths relative to the
+root, classes the sorted labels of the training list. The test split is val, else a test split whose list has labels. Files
+in CVDF's `replacement/` replace others. Listing opens no clip; the decoder rejects an empty or broken file.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
-from distill_at_scale.data.sources.base import SET_ASIDE, data_store
-from distill_at_scale.data.sources.image.folders import listing_digest
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
+from distill_at_scale.data.archives import gzip_tar, tar
+from distill_at_scale.data.sources.base import SET_ASIDE, FileSource, to_table
 from distill_at_scale.data.sources.video.kinetics_csv import read_annotations
-from distill_at_scale.data.sources.video.kinetics_files import FILES, Matched
+from distill_at_scale.data.sources.video.kinetics_files import FILES, SPLIT, UNFINISHED, VIDEO, Matched
+
+ARCHIVE = re.compile(r"\.(tar\.gz|tgz|tar)$", re.IGNORECASE)
+OTHER_ARCHIVE = re.compile(r"\.(tar\.(bz2?|xz|zst|lz4|z)|tbz2?|txz|tzst|zip|rar|7z)$", re.IGNORECASE)
+REMOTE_THREADS = 16
 
 
-class Kinetics:
-    """Lists lists and files when it is first asked, and remembers them.
+class Kinetics(FileSource):
+    """Reads lists and file names on first use and caches them.
 
-    Raises UserError where lists are missing or cannot be read, where there are no clips, and where none is listed.
+    Raises UserError if lists are missing or malformed, if there are no clips, and if none is listed.
     """
 
     clips = True
 
-    def __init__(self, config: DataSection) -> None:
-        self.config, self.store = config, data_store(config)
+    @cached_property
+    def matched(self) -> Matched:
+        rows = read_annotations(self.store, self.config.annotations)
+        distilled = "train" if self.config.train_split == "train" else "test"
+        return Matched(rows, self.files(), self.store.place(), distilled)
 
     @property
     def class_names(self) -> list[str]:
         return self.matched.class_names
 
     def splits(self) -> list[str]:
-        """The splits that have files: a list alone makes none."""
+        """The splits that have files; a list without files makes no split."""
         return list(self.matched.splits)
 
     def listing(self, split: str) -> pa.Table:
-        """The clips that are listed and there."""
+        """The clips that are listed and have a file."""
         return self.matched.listings[split]
 
     def set_aside(self, split: str) -> pa.Table:
-        """Listed clips without a file; files that no list has or that lie elsewhere than listed; second and unfinished ones."""
-        return self.matched.aside.get(split, SET_ASIDE.empty_table())
-
-    def digest(self, split: str) -> str:
-        """A hash of paths, labels and sizes of the clips that can be used."""
-        return listing_digest(self.listing(split))
-
-    def read(self, rows: pa.Table) -> Sequence[bytes]:
-        return self.store.read_many(rows["location"].to_pylist())
+        """Listed clips without a file, and files that are unlisted, in the wrong split, duplicate or unfinished."""
+        return self.matched.set_aside.get(split, SET_ASIDE.empty_table())
 
     def files(self) -> pa.Table:
-        """Every file below the root (schema FILES)."""
+        """All files below the root (schema FILES)."""
         paths, sizes = self.store.table()
         return pa.table([paths, paths, paths, np.zeros(len(paths), np.int64), sizes], schema=FILES)
 
-    @cached_property
-    def matched(self) -> Matched:
-        rows = read_annotations(self.store, self.config.annotations)
-        return Matched(
-            rows, self.files(), self.store.place(), "train" if self.config.train_split == "train" else "test"
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Drops lists and files, which an actor that only reads does not need."""
+        return {key: value for key, value in self.__dict__.items() if key != "matched"}
+
+
+class KineticsTar(Kinetics):
+    """Kinetics in CVDF's archives `train/part_0.tar.gz` …, `val/`, `test/`, `replacement/`, with the official CSVs.
+
+    Archives (.tar.gz, .tgz, .tar) are read in place; nothing is unpacked to disk. gzip has no random access, so listing is one
+    pass over all archives of the splits, several at a time, and reading moves forwards (`gzip_tar.py`). Sample ids are the
+    paths that unpacking each archive in its folder would give. In a listing, `location` is the archive and `row` the offset
+    in the unpacked tar. Raises UserError for an archive that is cut, damaged or holds archives.
+    """
+
+    def __init__(self, config: DataSection) -> None:
+        super().__init__(config)
+        self._reader = gzip_tar.Reader(self.store)
+
+    def digest(self, split: str) -> str:
+        """A hash of the archives' sizes and of names, labels, offsets and sizes of the usable clips."""
+        table = self.listing(split)
+        archives = sorted(pc.unique(table["location"]).to_pylist())
+        return digest([[a, self._sizes[a]] for a in archives] + [tar.index_digest(table)])
+
+    def read(self, rows: pa.Table) -> Sequence[bytes]:
+        return self._reader.read(rows)
+
+    def files(self) -> pa.Table:
+        """All members of all archives (schema FILES) in archive order, then unfinished downloads of archives."""
+        paths, sizes = self.store.table()
+        self._sizes = dict(zip(paths.to_pylist(), sizes.to_pylist(), strict=True))
+        threads = (os.cpu_count() or 1) if self.store.local else REMOTE_THREADS
+        parts = list(tar.map_in_threads(self._members, self._archives(), threads))
+        unfinished = pc.match_substring_regex(paths, UNFINISHED)
+        paths, sizes = paths.filter(unfinished), sizes.filter(unfinished)
+        offsets = pa.array([0] * len(paths), pa.int64())
+        parts.append(pa.table([paths, paths, paths, offsets, sizes], schema=FILES))
+        return pa.concat_tables(parts).combine_chunks()
+
+    def _archives(self) -> list[str]:
+        """The archives to index; those of the test split only if val has none, as they would not be used."""
+        archives = [path for path in self._sizes if ARCHIVE.search(path)]
+        words = {path: match[1].lower()[:3] for path in archives if (match := re.search(SPLIT, f"{path}/"))}
+        other = next((p for p in self._sizes if OTHER_ARCHIVE.search(p) and re.search(SPLIT, f"{p}/")), None)
+        if other is not None:
+            raise UserError(
+                f"{self.store.place(other)} cannot be read in place; only .tar.gz, .tgz and .tar can: unpack it"
+            )
+        if not archives:
+            raise UserError(
+                f"{self.store.place()} holds no archives; the layout is train/part_0.tar.gz, …, val/part_0.tar.gz, … with "
+                "the official CSVs beside"
+            )
+        return [path for path in archives if words.get(path) != "tes" or "val" not in words.values()]
+
+    def _members(self, archive: str) -> pa.Table:
+        """The members of an archive that may be clips (schema FILES)."""
+        folder, rows = archive.rpartition("/")[0], []
+        with gzip_tar.open_archive(self.store, archive) as window:
+            for member in tar.members(window):
+                if ARCHIVE.search(member.name) or OTHER_ARCHIVE.search(member.name):
+                    raise UserError(
+                        f"{window.place} holds the archive {member.name!r}; unpack it, and put its content beside the others"
+                    )
+                is_hidden = member.name.rpartition("/")[2].startswith(".")  # such as macOS adds
+                if not is_hidden and (re.search(VIDEO, member.name) or re.search(UNFINISHED, member.name)):
+                    name = re.sub(r"^(\.?/)+", "", member.name)
+                    sample_id = f"{folder}/{name}" if folder else name
+                    rows.append((sample_id, f"{archive}/{name}", archive, member.offset, member.size))
+        return to_table(list(zip(*rows, strict=True)) if rows else [[]] * len(FILES), FILES)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without lists and files, which an actor that only reads does not need."""
-        return {key: value for key, value in self.__dict__.items() if key != "matched"}
+        return {key: value for key, value in super().__getstate__().items() if key != "_sizes"}

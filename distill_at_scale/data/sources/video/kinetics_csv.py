@@ -1,8 +1,8 @@
-"""The annotation lists of Kinetics-400/600/700: which clips there are, by split, with label and the line that says so.
+"""The annotation lists of Kinetics-400/600/700: the clips of each split, with label and line.
 
 Official lists have the columns label, youtube_id, time_start, time_end, split and perhaps is_cc, in any order; the header
-names them. They may be quoted or not, have a byte-order mark, CRLF, empty lines, and times such as 28.0; the split is that of
-the column, else that of the file's name. A list of the test split may have no labels. JSON lists are left out.
+names them. They may be quoted, have a byte-order mark, CRLF, empty lines, and times such as 28.0. The split is the column's,
+else the one in the file's name. A list of the test split may have no labels. Not covered: lists in JSON.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.image.imagenet_labels import File, named_file
-from distill_at_scale.data.sources.video.label_lists import inside
+from distill_at_scale.data.sources.base import to_table
+from distill_at_scale.data.sources.label_files import LabelFile, named_file, resolve
 from distill_at_scale.storage.filesystem import Store, joined
 
 ROWS = pa.schema(
     [
         ("word", pa.string()),  # train, val or test
         ("key", pa.string()),  # <id>_<start>_<end>, without padding
-        ("label", pa.string()),  # null where a test list has none
+        ("label", pa.string()),  # null if a test list has none
         ("file", pa.string()),  # the list, for messages
         ("line", pa.int32()),
     ]
@@ -35,12 +35,12 @@ WORDS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "val
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 KEY = "data.annotations"
 NAME = re.compile(r"(?:(?P<before>.*)[-_. ])?(?P<word>train|val|valid|validate|validation|test)", re.IGNORECASE)
-FOR_ALL = re.compile(r"(annotations?|labels|k(inetics)?[-_]?[4-7]00([-_]?2020)?)\.csv", re.IGNORECASE)
+ALL_SPLITS_NAME = re.compile(r"(annotations?|labels|k(inetics)?[-_]?[4-7]00([-_]?2020)?)\.csv", re.IGNORECASE)
 FOLDER = re.compile(r"annot|label|csv|kinetics|k[-_]?[4-7]00|deepmind", re.IGNORECASE)
 LEVELS = 3  # of such folders
 ID, TIME = re.compile(r"[A-Za-z0-9_-]+"), re.compile(r"0*([0-9]{1,9})(?:\.0*)?")
 KEY_OF_CLIP = re.compile(r"[A-Za-z0-9_-]+_[0-9]+_[0-9]+")
-GET = (
+GET_LISTS = (
     "put the official train.csv and val.csv (label,youtube_id,time_start,time_end,split) there or into annotations/, "
     f"or set {KEY}"
 )
@@ -57,82 +57,75 @@ class Row(NamedTuple):
 
 
 def read_annotations(store: Store, named: str | None) -> pa.Table:
-    """Every clip of every list (schema ROWS), the training split first; one that is listed twice counts once.
+    """The clips of all lists (schema ROWS), the training split first; a clip that is listed twice counts once.
 
-    `named` is the configuration's data.annotations: a file, or a folder that holds lists, relative to the root of the data,
-    absolute, or a URI; None finds them by their usual names. Raises UserError where there is no list, where one lacks a
-    column or has a line that cannot be read, and where two lines give one clip of a split different labels.
+    Args:
+        store: the root of the data.
+        named: data.annotations: a list, or a folder with lists, relative to the root, absolute, or a URI; None finds the lists
+            by their usual names.
+
+    Raises:
+        UserError: there is no list, a list lacks a column or has a malformed line, or two lines give a clip of a split
+            different labels.
     """
-    known: dict[tuple[str, str], Row] = {}
-    for file in _files(store, named):
+    clips: dict[tuple[str, str], Row] = {}
+    for file in _find_lists(store, named):
         for row in read_list(file):
-            first = known.setdefault((row.word, row.key), row)
+            first = clips.setdefault((row.word, row.key), row)
             if first.label != row.label:
                 raise UserError(
                     f"{row.file}, line {row.line}: the clip {row.key} is {row.label!r}, but {first.file}, line {first.line}, "
                     f"says {first.label!r}; correct one of the two"
                 )
-    if not known:
+    if not clips:
         raise UserError(f"the lists of clips in {store.place()} hold no clips; download them again, or set {KEY}")
     order = list(dict.fromkeys(WORDS.values()))
-    rows = sorted(known.values(), key=lambda row: order.index(row.word))
-    columns = zip(zip(*rows, strict=True), ROWS, strict=True)
-    return pa.table([pa.array(values, field.type) for values, field in columns], schema=ROWS)
+    rows = sorted(clips.values(), key=lambda row: order.index(row.word))
+    return to_table(list(zip(*rows, strict=True)), ROWS)
 
 
-def read_list(file: File) -> Iterator[Row]:
-    """The clips of one list.
-
-    Raises UserError, naming file and line, for a missing column and for whatever cannot be read.
-    """
+def read_list(file: LabelFile) -> Iterator[Row]:
+    """Yields the clips of a list; raises UserError, naming file and line, for a missing column or a malformed line."""
     lines = _lines(file)
     _, header = next(lines, (1, []))
-    places = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
-    of_file = _word(file.place)
-    missing = [name for name in COLUMNS if name not in places and not (name == "label" and of_file == "test")]
+    positions = {name.strip().lower(): i for i, name in reversed(list(enumerate(header)))}
+    name_match = NAME.fullmatch(os.path.splitext(file.place.rpartition("/")[2])[0])
+    default_word = WORDS[name_match["word"].lower()] if name_match else None
+    missing = [name for name in COLUMNS if name not in positions and not (name == "label" and default_word == "test")]
     if missing:
         raise UserError(
             f"{file.place} has no column {missing[0]!r}; its first line must name the columns "
             f"label,youtube_id,time_start,time_end,split, but it is {','.join(header)[:200]!r}"
         )
     width = len(header)
-    wanted = [places.get(name, width) for name in (*COLUMNS, "split")]
+    columns = [positions.get(name, width) for name in (*COLUMNS, "split")]
     for line, values in lines:
         if any(value.strip() for value in values[width:]):
-            raise _wrong(file, line, "it has more columns than the first line; quote a label that holds a comma")
+            raise _malformed(file, line, "it has more columns than the first line; quote a label that holds a comma")
         values += [""] * (width + 1 - len(values))
-        yield _row(file, line, of_file, *(values[place].strip() for place in wanted))
-
-
-def _row(
-    file: File, line: int, of_file: str | None, label: str, name: str, start: str, end: str, split: str
-) -> Row:  # fmt: skip
-    key, word = f"{name}_{_seconds(start)}_{_seconds(end)}", WORDS.get(split.lower() or of_file or "")
-    if not KEY_OF_CLIP.fullmatch(key):
-        if not ID.fullmatch(name):
-            raise _wrong(file, line, f"youtube_id is {name!r}; it has letters, digits, - and _ only")
-        raise _wrong(file, line, f"the times are {start!r} and {end!r}; write whole seconds")
-    if word is None:
-        raise _wrong(file, line, f"split is {split!r}; it must be one of {', '.join(WORDS)}")
-    if not label and word != "test":
-        raise _wrong(file, line, "it has no label")
-    return Row(word, key, label or None, file.place, line)
+        label, clip_id, start, end, split = (values[column].strip() for column in columns)
+        key, word = f"{clip_id}_{_seconds(start)}_{_seconds(end)}", WORDS.get(split.lower() or default_word or "")
+        if not KEY_OF_CLIP.fullmatch(key):
+            if not ID.fullmatch(clip_id):
+                raise _malformed(file, line, f"youtube_id is {clip_id!r}; it has letters, digits, - and _ only")
+            raise _malformed(file, line, f"the times are {start!r} and {end!r}; write whole seconds")
+        if word is None:
+            raise _malformed(file, line, f"split is {split!r}; it must be one of {', '.join(WORDS)}")
+        if not label and word != "test":
+            raise _malformed(file, line, "it has no label")
+        yield Row(word, key, label or None, file.place, line)
 
 
 @cache
 def _seconds(text: str) -> str:
     """`028` and `28.0` are 28; "?" for anything but whole seconds."""
-    found = TIME.fullmatch(text)
-    return found[1] if found else "?"
+    match = TIME.fullmatch(text)
+    return match[1] if match else "?"
 
 
-def _lines(file: File) -> Iterator[tuple[int, list[str]]]:
-    """The cells of every line that is not empty, with the number of the line where it begins."""
-    try:
-        text = file.content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file.place} is not a text file in UTF-8; download it again") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+def _lines(file: LabelFile) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not empty, with the number of the line where it begins."""
+    reader = csv.reader(io.StringIO(file.text(), newline=""), strict=True, skipinitialspace=True)
     line = 1
     try:
         for values in reader:
@@ -140,71 +133,53 @@ def _lines(file: File) -> Iterator[tuple[int, list[str]]]:
                 yield line, values
             line = reader.line_num + 1
     except csv.Error as error:
-        raise _wrong(file, line, f"{error}; close every quotation mark and write one inside a label twice") from None
+        raise _malformed(file, line, f"{error}; close every quotation mark and double one inside a label") from None
 
 
-def _wrong(file: File, line: int, what: str) -> UserError:
+def _malformed(file: LabelFile, line: int, what: str) -> UserError:
     return UserError(f"{file.place}, line {line}: {what}; correct the line or download the list again")
 
 
-def _word(name: str) -> str | None:
-    """The split that the name of a list ends with: kinetics_700_2020_train.csv."""
-    found = NAME.fullmatch(os.path.splitext(name.rpartition("/")[2])[0])
-    return WORDS[found["word"].lower()] if found else None
-
-
-def _files(store: Store, named: str | None) -> list[File]:
-    if named is None:
-        return _found(store, GET)
-    if named.partition("?")[0].lower().endswith((".csv", ".txt")):
-        return [named_file(store, named, KEY)]
-    advice = "give a file such as train.csv, or a folder that holds such files"
-    other = Store(inside(store.path, named), KEY)
-    return _found(other, advice)
-
-
-def _found(store: Store, advice: str) -> list[File]:
-    """The lists of each split from the first folder that has one; else the first that may hold all splits."""
+def _find_lists(store: Store, named: str | None) -> list[LabelFile]:
+    """The lists of each split from the first folder that has any; else the first list that may hold all splits."""
+    advice = GET_LISTS
+    if named is not None:
+        if named.partition("?")[0].lower().endswith((".csv", ".txt")):
+            return [named_file(store, named, KEY)]
+        store, advice = Store(resolve(store, named), KEY), "give a file such as train.csv, or a folder with such files"
+    folders = level = [""]  # the root and the folders below it that are named like annotations, upper ones first
+    for _ in range(LEVELS):
+        level = [joined(folder, name) for folder in level for name in store.names(folder)[0] if FOLDER.search(name)]
+        folders = folders + level[:100]
     lists: dict[str, list[str]] = {}
-    common: list[str] = []
-    for folder in _annotation_folders(store):
+    for_all_splits: list[str] = []
+    for folder in folders:
         names = store.names(folder)[1]
-        for word, chosen in _by_word(names).items():
+        for word, chosen in _lists_by_word(names).items():
             lists.setdefault(word, [joined(folder, name) for name in chosen])
-        common += [joined(folder, name) for name in names if FOR_ALL.fullmatch(name)]
-    files = [file for word in lists for file in lists[word]] or common[:1]
-    if not files:
+        for_all_splits += [joined(folder, name) for name in names if ALL_SPLITS_NAME.fullmatch(name)]
+    paths = [path for word in lists for path in lists[word]] or for_all_splits[:1]
+    if not paths:
         raise UserError(f"{store.place()} holds no list of clips: {advice}")
-    return [_read(store, file) for file in files]
+    files = []
+    for path in paths:
+        try:
+            files.append(LabelFile(store.place(path), store.read(path)))
+        except OSError as error:
+            raise UserError(f"{store.place(path)} cannot be read ({error.strerror or error}); check the file") from None
+    return files
 
 
-def _read(store: Store, file: str) -> File:
-    try:
-        return File(store.place(file), store.read(file))
-    except OSError as error:
-        raise UserError(f"{store.place(file)} cannot be read ({error.strerror or error}); check the file") from None
-
-
-def _by_word(names: list[str]) -> dict[str, list[str]]:
-    """The lists among the files of one folder, by split: train.csv before k400_train.csv, and .csv before .txt."""
+def _lists_by_word(names: list[str]) -> dict[str, list[str]]:
+    """The lists among the files of a folder, by split: train.csv before k400_train.csv, and .csv before .txt."""
     best: dict[str, tuple[tuple[bool, bool], list[str]]] = {}
     for name in names:
         stem, extension = os.path.splitext(name)
-        found = NAME.fullmatch(stem)
-        if found and extension.lower() in (".csv", ".txt"):
-            rank = (extension.lower() != ".csv", found["before"] is not None)
-            kept = best.get(WORDS[found["word"].lower()])
-            if kept is None or rank < kept[0]:
-                best[WORDS[found["word"].lower()]] = (rank, [name])
-            elif rank == kept[0]:
-                kept[1].append(name)
+        match = NAME.fullmatch(stem)
+        if match and extension.lower() in (".csv", ".txt"):
+            word, rank = WORDS[match["word"].lower()], (extension.lower() != ".csv", match["before"] is not None)
+            if word not in best or rank < best[word][0]:
+                best[word] = (rank, [name])
+            elif rank == best[word][0]:
+                best[word][1].append(name)
     return {word: chosen for word, (_, chosen) in best.items()}
-
-
-def _annotation_folders(store: Store) -> list[str]:
-    """The root and the folders below it whose names are those of annotations, the upper ones first."""
-    found, level = [""], [""]
-    for _ in range(LEVELS):
-        level = [joined(folder, name) for folder in level for name in store.names(folder)[0] if FOLDER.search(name)]
-        found += level[:100]
-    return found

@@ -1,8 +1,8 @@
-"""Lists of clips and the files that are there: which file is which clip, and what does not fit.
+"""Matches the clips of Kinetics' lists with files.
 
-A file is the clip `<id>_<start>_<end>` that its name says, whatever the padding and the folder. Columns stay Arrow and numpy:
-a quarter of a million clips cost a second or two. Nothing is opened. What cannot be used is set aside with its reason; only
-files that are no video, and clips of a test split that is not used, are left out.
+A file is the clip `<id>_<start>_<end>` that its name says, whatever the padding and the folder. Columns stay Arrow and numpy: a
+quarter of a million clips take a second or two. No file is opened. Whatever cannot be used is set aside with its reason;
+files without a video extension, and clips of a test split that is not used, are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import LISTING, SET_ASIDE, labelled, listing
+from distill_at_scale.data.sources.base import LISTING, SET_ASIDE, listing, prefer_validation
 from distill_at_scale.data.sources.video.base import VIDEO_EXTENSIONS
 
 Array = np.ndarray[Any, Any]
@@ -47,31 +47,35 @@ LAYOUT = "train/<label>/<id>_<start>_<end>.mp4, or flat"
 
 @dataclass
 class Matched:
-    """What became of every listed clip and of every file.
+    """The outcome for each listed clip and each file.
 
-    `rows` (schema kinetics_csv.ROWS) are the listed clips, `files` (schema FILES) what lies there, in the order in which it is
-    best read; `place` is the data's root in messages. Raises UserError where no file is a clip or no clip is listed, and for
-    a label that the training list lacks.
+    Splits are numbers here: indices in WORDS, -1 for none. Raises UserError if no file is a clip or no clip is listed, and
+    for a label that the training list lacks.
+
+    Args:
+        rows: the listed clips (schema kinetics_csv.ROWS).
+        files: the files (schema FILES), in the order in which they are read fastest.
+        place: the data's root, for messages.
+        distilled: the split that gets files that neither a folder nor a list assigns to one.
     """
 
     rows: pa.Table
     files: pa.Table
     place: str
-    distilled: str = "train"  # the split to which files belong that no folder and no list gives to one
+    distilled: str = "train"
     _aside: dict[str, list[pa.Table]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.files = self.files.filter(
-            pc.or_(pc.match_substring_regex(self.files["place"], VIDEO), self._is(UNFINISHED))
-        ).combine_chunks()
-        self.row_word = pc.index_in(self.rows["word"], pa.array(WORDS)).to_numpy().astype(np.int64)
+        is_clip = pc.or_(pc.match_substring_regex(self.files["place"], VIDEO), self._match(UNFINISHED))
+        self.files = self.files.filter(is_clip).combine_chunks()
+        self.row_split = pc.index_in(self.rows["word"], pa.array(WORDS)).to_numpy().astype(np.int64)
         paths = self.files["place"]
-        found = pc.struct_field(pc.extract_regex(paths, SPLIT), "word")
-        short = pc.utf8_lower(pc.replace_substring_regex(found, "(?i)^val.*", "val"))
-        self.replaces = _mask(self._is(REPLACEMENT))
-        self.word = np.where(self.replaces, -1, _places(pc.index_in(short, pa.array(WORDS))))
-        self.finished = ~_mask(self._is(UNFINISHED))
-        self.row = self._rows_of_files()
+        words = _extract(paths, SPLIT, "word")
+        short = pc.utf8_lower(pc.replace_substring_regex(words, "(?i)^val.*", "val"))
+        self.is_replacement = _mask(self._match(REPLACEMENT))
+        self.file_split = np.where(self.is_replacement, -1, _indices(pc.index_in(short, pa.array(WORDS))))
+        self.finished = ~_mask(self._match(UNFINISHED))
+        self._match_files_to_rows()
         if not self.files.num_rows:
             raise UserError(f"{self.place} holds no clips ({', '.join(EXTENSIONS)}); the layout is {LAYOUT}")
         if not (self.row >= 0).any():
@@ -85,34 +89,35 @@ class Matched:
                 f"{self.place} holds only clips of a test split whose list has no labels; add train/ or val/"
             )
 
-    def _is(self, pattern: str) -> pa.ChunkedArray:
+    def _match(self, pattern: str) -> pa.ChunkedArray:
         return pc.match_substring_regex(self.files["place"], pattern)
 
     @cached_property
     def keys(self) -> pa.Array:
-        """The clip of each file as the lists write it, null where its name is none."""
+        """The clip of each file as the lists write it, null if its name is no clip's."""
         parts = pc.extract_regex(self.files["place"], CLIP)
         return pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("id", "start", "end")), "_")
 
-    def _rows_of_files(self) -> Array:
-        """The row that lists each finished file, or -1; in a folder of a split, only rows of that split."""
-        self.anywhere = _places(pc.index_in(self.keys, self.rows["key"], skip_nulls=True))
-        words = pa.array([None if word < 0 else WORDS[word] for word in self.word.tolist()], pa.string())
-        own_key = pc.binary_join_element_wise(words, self.keys, "/")
-        listed = pc.binary_join_element_wise(self.rows["word"], self.rows["key"], "/")
-        own = _places(pc.index_in(own_key, listed, skip_nulls=True))
-        return np.where(self.finished, np.where(self.word < 0, self.anywhere, own), -1)
+    def _match_files_to_rows(self) -> None:
+        """Sets `row`, the row that lists each finished file, or -1; in a split's folder only rows of that split count.
+        `row_anywhere` ignores folders."""
+        self.row_anywhere = _indices(pc.index_in(self.keys, self.rows["key"], skip_nulls=True))
+        words = pa.array([None if split < 0 else WORDS[split] for split in self.file_split.tolist()], pa.string())
+        file_keys = pc.binary_join_element_wise(words, self.keys, "/")
+        row_keys = pc.binary_join_element_wise(self.rows["word"], self.rows["key"], "/")
+        in_split = _indices(pc.index_in(file_keys, row_keys, skip_nulls=True))
+        self.row = np.where(self.finished, np.where(self.file_split < 0, self.row_anywhere, in_split), -1)
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """Our splits that have files -> the word of each (a place in WORDS); of val and a labelled test, val."""
+        """ "train" and "test", if they have files -> index in WORDS; val wins over a labelled test."""
         listed = self.row[self.row >= 0]
-        words = set(self.row_word[listed[self._has_label[listed]]].tolist())
-        tests = {WORDS[word]: WORDS[word] for word in words & {1, 2}}
-        if not tests and (self.word == 1).any():
-            tests = {"val": "val"}  # whose clips no list has
-        train = {"train": 0} if 0 in words or (self.word == 0).any() else {}
-        return train | ({"test": WORDS.index(labelled(tests)[0])} if tests else {})
+        present = set(self.row_split[listed[self._has_label[listed]]].tolist())
+        tests = {WORDS[split]: WORDS[split] for split in present & {1, 2}}
+        if not tests and (self.file_split == 1).any():
+            tests = {"val": "val"}  # no list has its clips
+        train = {"train": 0} if 0 in present or (self.file_split == 0).any() else {}
+        return train | ({"test": WORDS.index(prefer_validation(tests)[0])} if tests else {})
 
     @cached_property
     def _has_label(self) -> Array:
@@ -120,131 +125,132 @@ class Matched:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The sorted labels of the training list, of all lists where there is none."""
-        train = self.rows.filter(pa.array(self.row_word == 0))
+        """The sorted labels of the training list, of all lists if there is none."""
+        train = self.rows.filter(pa.array(self.row_split == 0))
         return sorted(pc.unique((train if train.num_rows else self.rows)["label"].drop_null()).to_pylist())
 
     @cached_property
     def labels(self) -> Array:
-        """The label of every listed clip, -1 where it has none."""
-        found = _places(pc.index_in(self.rows["label"], pa.array(self.class_names), skip_nulls=True))
-        used = np.isin(self.row_word, list(self.splits.values())) & self._has_label
-        if (odd := np.flatnonzero(used & (found < 0))).size:
-            row = self.rows.slice(odd[0], 1).to_pylist()[0]
+        """The label of each listed clip, -1 if it has none."""
+        labels = _indices(pc.index_in(self.rows["label"], pa.array(self.class_names), skip_nulls=True))
+        is_used = np.isin(self.row_split, list(self.splits.values())) & self._has_label
+        if (unknown := np.flatnonzero(is_used & (labels < 0))).size:
+            row = self.rows.slice(unknown[0], 1).to_pylist()[0]
             raise UserError(
                 f"{row['file']}, line {row['line']}: the label {row['label']!r} does not occur in the training list; "
                 "correct it, or complete that list"
             )
-        return found
+        return labels
 
     @cached_property
     def listings(self) -> dict[str, pa.Table]:
-        """The clips that can be used, by split (schema LISTING), in the order of `files`."""
-        best, good = self._best
-        found = {}
-        for split, word in self.splits.items():
-            mine = np.sort(best[good & (self.row_word[self.row[best]] == word)])
-            table = self.files.take(pa.array(mine))
+        """The usable clips by split (schema LISTING), in the order of `files`."""
+        best, agrees, _, _ = self._best
+        listings = {}
+        for split, number in self.splits.items():
+            chosen = np.sort(best[agrees & (self.row_split[self.row[best]] == number)])
+            table = self.files.take(pa.array(chosen))
             columns = [table[name] if name in FILES.names else None for name in LISTING.names]
-            columns[1] = pa.array(self.labels[self.row[mine]], pa.int32())
-            found[split] = listing(*columns)
-        return found
+            columns[1] = pa.array(self.labels[self.row[chosen]], pa.int32())
+            listings[split] = listing(*columns)
+        return listings
 
     @cached_property
-    def aside(self) -> dict[str, pa.Table]:
-        """What cannot be used, by split (schema SET_ASIDE)."""
-        listed = self.anywhere >= 0
-        names = _mask(pc.is_valid(self.keys))
-        elsewhere = self.finished & (self.row < 0) & listed
-        unlisted = self.finished & (self.row < 0) & ~listed
-        self._set_aside(np.flatnonzero(~self.finished), "a download that was not finished")
-        self._set_aside(np.flatnonzero(unlisted & names), "not listed in any CSV")
-        self._set_aside(np.flatnonzero(unlisted & ~names), "its name is not <id>_<start>_<end>, so no CSV can list it")
-        wrong = np.flatnonzero(elsewhere)
-        folders = pc.struct_field(pc.extract_regex(self.files["place"].take(pa.array(wrong)), SPLIT), "word")
-        said = self._lines(self.anywhere[wrong])
-        self._set_aside(
-            wrong, _text("lies in ", folders, "/, but ", said, " lists it"), self.labels[self.anywhere[wrong]]
+    def set_aside(self) -> dict[str, pa.Table]:
+        """The unusable files and clips by split (schema SET_ASIDE)."""
+        is_listed, is_named = self.row_anywhere >= 0, _mask(pc.is_valid(self.keys))
+        without_row = self.finished & (self.row < 0)
+        self._set_files_aside(np.flatnonzero(~self.finished), "a download that was not finished")
+        self._set_files_aside(np.flatnonzero(without_row & ~is_listed & is_named), "not listed in any CSV")
+        self._set_files_aside(
+            np.flatnonzero(without_row & ~is_listed & ~is_named),
+            "its name is not <id>_<start>_<end>, so no CSV can list it",
         )
-        self._second_files()
-        self._missing()
+        wrong = np.flatnonzero(without_row & is_listed)
+        folders = _extract(self.files["place"].take(pa.array(wrong)), SPLIT, "word")
+        rows = self.row_anywhere[wrong]
+        self._set_files_aside(
+            wrong, _text("lies in ", folders, "/, but ", self._lines(rows), " lists it"), self.labels[rows]
+        )
+        self._set_duplicates_aside()
+        self._set_missing_aside()
         empty = [SET_ASIDE.empty_table()]
         return {split: pa.concat_tables(self._aside.get(split, empty)).combine_chunks() for split in self.splits}
 
     @cached_property
     def _disagrees(self) -> Array:
-        """Whether the folder of a file is called as another label than that of its row; `_` counts as a space."""
-        folder = _plain(pc.struct_field(pc.extract_regex(self.files["place"], FOLDER), "folder"))
-        known = _plain(self.rows["label"])
-        claims = _mask(pc.is_in(folder, pc.unique(known.drop_null())))
-        given = known.take(pa.array(np.maximum(self.row, 0)))
-        return claims & (self.row >= 0) & ~_mask(pc.equal(folder, given))
+        """Whether a file's folder is named like another label than its row's; only letters and digits are compared."""
+        folders = _alphanumeric(_extract(self.files["place"], FOLDER, "folder"))
+        labels = _alphanumeric(self.rows["label"])
+        is_label = _mask(pc.is_in(folders, pc.unique(labels.drop_null())))
+        expected = labels.take(pa.array(np.maximum(self.row, 0)))
+        return is_label & (self.row >= 0) & ~_mask(pc.equal(folders, expected))
 
     @cached_property
-    def _best(self) -> tuple[Array, Array]:
-        """The file that is taken for each row that has one (places in `files`), and whether its folder agrees.
+    def _best(self) -> tuple[Array, Array, Array, Array]:
+        """The file used for each row that has one, whether its folder agrees, the rows' other files, and the file used in
+        place of each of those.
 
-        Of several, a replacement is taken; before that counts whether it has bytes and a folder that agrees.
+        Of several files, one with an agreeing folder comes first, then one that is not empty, then a replacement.
         """
-        used = np.flatnonzero((self.row >= 0) & np.isin(self.row_word[self.row], list(self.splits.values())))
-        empty = self.files["size"].to_numpy()[used] <= 0
-        order = used[np.lexsort((used, ~self.replaces[used], empty, self._disagrees[used], self.row[used]))]
-        first = np.ones(len(order), bool)
-        first[1:] = self.row[order[1:]] != self.row[order[:-1]]
-        self._others, self._instead = order[~first], order[first][np.cumsum(first)[~first] - 1]
-        return order[first], ~self._disagrees[order[first]]
+        used = np.flatnonzero((self.row >= 0) & np.isin(self.row_split[self.row], list(self.splits.values())))
+        is_empty = self.files["size"].to_numpy()[used] <= 0
+        keys = (used, ~self.is_replacement[used], is_empty, self._disagrees[used], self.row[used])
+        order = used[np.lexsort(keys)]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = self.row[order[1:]] != self.row[order[:-1]]
+        best, instead = order[is_first], order[is_first][np.cumsum(is_first)[~is_first] - 1]
+        return best, ~self._disagrees[best], order[~is_first], instead
 
-    def _second_files(self) -> None:
+    def _set_duplicates_aside(self) -> None:
         """Sets aside files in the folder of another label, and further files of a clip."""
-        best, good = self._best
-        wrong = np.concatenate([best[~good], self._others[self._disagrees[self._others]]])
-        folders = pc.struct_field(pc.extract_regex(self.files["place"].take(pa.array(wrong)), FOLDER), "folder")
-        rows = self.rows.take(pa.array(self.row[wrong]))
-        said = self._lines(self.row[wrong])
-        reasons = _text("the folder says '", folders, "', ", said, " says '", rows["label"], "'")
-        self._set_aside(wrong, reasons, self.labels[self.row[wrong]])
-        right = ~self._disagrees[self._others]
-        more, instead = self._others[right], self.files["place"].take(pa.array(self._instead[right]))
-        self._set_aside(more, _text("the same clip as '", instead, "', which is used"), self.labels[self.row[more]])
+        best, agrees, others, instead = self._best
+        wrong = np.concatenate([best[~agrees], others[self._disagrees[others]]])
+        folders = _extract(self.files["place"].take(pa.array(wrong)), FOLDER, "folder")
+        rows = self.row[wrong]
+        labels = self.rows["label"].take(pa.array(rows))
+        reasons = _text("the folder says '", folders, "', ", self._lines(rows), " says '", labels, "'")
+        self._set_files_aside(wrong, reasons, self.labels[rows])
+        agrees = ~self._disagrees[others]
+        reasons = _text("the same clip as '", self.files["place"].take(pa.array(instead[agrees])), "', which is used")
+        self._set_files_aside(others[agrees], reasons, self.labels[self.row[others[agrees]]])
 
-    def _missing(self) -> None:
-        """Sets aside rows without a file of their own, under the name that it would have."""
-        without = np.ones(self.rows.num_rows, bool)
-        without[self.row[self.row >= 0]] = False
-        for split, word in self.splits.items():
-            mine = np.flatnonzero(without & (self.row_word == word) & (self.labels >= 0))
-            rows = self.rows.take(pa.array(mine))
-            ids = _text(WORDS[word], "/", rows["label"], "/", _padded(rows["key"]), ".mp4")
+    def _set_missing_aside(self) -> None:
+        """Sets aside rows without a file, under the name that the file would have."""
+        without_file = np.ones(self.rows.num_rows, bool)
+        without_file[self.row[self.row >= 0]] = False
+        for split, number in self.splits.items():
+            missing = np.flatnonzero(without_file & (self.row_split == number) & (self.labels >= 0))
+            rows = self.rows.take(pa.array(missing))
+            parts = pc.extract_regex(rows["key"], "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
+            start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
+            clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
+            ids = _text(WORDS[number], "/", rows["label"], "/", clips, ".mp4")
             elsewhere = pc.is_in(rows["key"], self.keys.filter(pa.array(self.finished)))
             why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
             lists = pc.replace_substring_regex(rows["file"], f"^{re.escape(self.place)}/", "")
-            self._add(split, ids, self.labels[mine], lists, _text("listed in ", self._lines(mine), why))
+            self._add(split, ids, self.labels[missing], lists, _text("listed in ", self._lines(missing), why))
 
     def _lines(self, rows: Array) -> Any:
-        """`val.csv line N` for some rows."""
+        """`val.csv line N` for rows."""
         table = self.rows.take(pa.array(rows))
         names = pc.replace_substring_regex(table["file"], "^.*/", "")
         return _text(names, " line ", table["line"].cast(pa.string()))
 
-    def _set_aside(self, files: Array, reasons: Any, labels: Array | None = None) -> None:
-        """Files go to the split of their folder; without one to that of their row, else to the one that is distilled."""
+    def _set_files_aside(self, files: Array, reasons: Any, labels: Array | None = None) -> None:
+        """Files go to the split of their folder, else of their row, else to the one that is distilled."""
         labels = np.full(len(files), -1) if labels is None else labels
         rows = self.row[files]
-        words = np.where(self.word[files] >= 0, self.word[files], np.where(rows >= 0, self.row_word[rows], -1))
-        words[words < 0] = (
-            self.splits[self.distilled] if self.distilled in self.splits else next(iter(self.splits.values()))
+        splits = np.where(
+            self.file_split[files] >= 0, self.file_split[files], np.where(rows >= 0, self.row_split[rows], -1)
         )
+        splits[splits < 0] = self.splits.get(self.distilled, next(iter(self.splits.values())))
         table = self.files.take(pa.array(files))
-        told = pa.array([reasons] * len(files), pa.string()) if isinstance(reasons, str) else reasons
-        for split, word in self.splits.items():
-            mine = pa.array(words == word)
-            self._add(
-                split,
-                table["place"].filter(mine),
-                labels[words == word],
-                table["location"].filter(mine),
-                told.filter(mine),
-            )
+        reasons = pa.array([reasons] * len(files), pa.string()) if isinstance(reasons, str) else reasons
+        for split, number in self.splits.items():
+            mask = pa.array(splits == number)
+            columns = [column.filter(mask) for column in (table["place"], table["location"], reasons)]
+            self._add(split, columns[0], labels[splits == number], *columns[1:])
 
     def _add(self, split: str, ids: Any, labels: Array, locations: Any, reasons: Any) -> None:
         columns = [ids, pa.array(labels, pa.int32()), locations, reasons]
@@ -256,21 +262,19 @@ def _mask(values: Any) -> Array:
     return np.asarray(pc.fill_null(values, False), bool)
 
 
-def _places(values: Any) -> Array:
-    """Arrow places as numpy, null as -1."""
+def _indices(values: Any) -> Array:
+    """Arrow indices as numpy, null as -1."""
     return np.asarray(pc.fill_null(values, -1)).astype(np.int64)
 
 
-def _plain(labels: Any) -> Any:
-    """Lower-case letters and digits of a label alone: `petting_animal_not_cat` is `petting animal (not cat)`."""
+def _extract(texts: Any, pattern: str, group: str) -> Any:
+    """A named group of a pattern in each text, null without a match."""
+    return pc.struct_field(pc.extract_regex(texts, pattern), group)
+
+
+def _alphanumeric(labels: Any) -> Any:
+    """Lower-case letters and digits alone: `petting_animal_not_cat` equals `petting animal (not cat)`."""
     return pc.replace_substring_regex(pc.utf8_lower(labels), r"[^\pL\pN]+", "")
-
-
-def _padded(keys: Any) -> Any:
-    """`id_28_38` -> `id_000028_000038`."""
-    parts = pc.extract_regex(keys, "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
-    start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
-    return pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
 
 
 def _text(*parts: Any) -> Any:

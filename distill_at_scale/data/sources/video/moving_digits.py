@@ -1,10 +1,9 @@
-"""The embedded video set: scikit-learn's digits moving in one of eight directions, as real mp4 files.
+"""The built-in video set: scikit-learn's digits moving in one of eight directions, as mp4 files. The class is the direction.
 
-The class is the direction. A digit starts anywhere on a square without borders (what leaves on one side comes back on
-the other) and keeps its direction and speed, so its place in any single frame is uniform and says nothing about
-the class; nor does the digit, which is drawn at random. The files are encoded on first use below `data.path`, in the layout
-train/<direction>/<number>.mp4 and test/..., and then read like any folder of videos. Training and test clips
-show different digits.
+A digit starts anywhere on a square without borders (what leaves on one side returns on the other) and keeps direction and
+speed. Its position in a single frame is therefore uniform and says nothing about the class; nor does the digit, which is
+random. The files are encoded on first use below `data.path` as train/<direction>/<number>.mp4 and test/..., and then read
+like any folder of videos. Training and test clips show different digits.
 """
 
 from __future__ import annotations
@@ -20,37 +19,40 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.mp4 import encode_mp4
+from distill_at_scale.data.sources.image.digits import load_digits
 from distill_at_scale.data.sources.video.videofolder import VideoFolder
 from distill_at_scale.storage.filesystem import is_uri
 
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
-TEST_EVERY = 3  # of three digits one is for testing
+TEST_EVERY = 3  # every third digit is for testing
 SIDE, DIGIT, FRAMES, RATE = 64, 32, 24, 12  # pixels, pixels, frames, frames per second
-SLOWEST, FASTEST = 2.0, 3.5  # pixels per frame
+MIN_SPEED, MAX_SPEED = 2.0, 3.5  # pixels per frame
 ENCODER = {"crf": "12", "preset": "fast"}
-PLACE = "runs/moving_digits_videos"
+DEFAULT_PATH = "runs/moving_digits_videos"
 
 Array = np.ndarray[Any, Any]
 
 
 class MovingDigits(VideoFolder):
-    """Raises UserError where the files cannot be put below `data.path`."""
+    """Raises UserError if the files cannot be written below `data.path`."""
 
     def __init__(self, config: DataSection) -> None:
-        config = config if config.path else config.model_copy(update={"path": PLACE})
+        config = config if config.path else config.model_copy(update={"path": DEFAULT_PATH})
         assert config.path is not None
         if is_uri(config.path):
-            raise UserError(f"the source moving_digits makes its own files and needs a local folder, not {config.path}")
+            raise UserError(
+                f"the source moving_digits writes its own files and needs a local folder, not {config.path}"
+            )
         folder = Path(config.path)
         if not (folder / "train").is_dir():
-            _make(folder)
+            _encode_clips(folder)
         super().__init__(config)
 
 
-def _make(folder: Path) -> None:
-    """Encode every clip, and let the finished folder appear at once."""
+def _encode_clips(folder: Path) -> None:
+    """Encodes all clips; the finished folder appears at once."""
     if folder.exists():
-        raise UserError(f"{folder} is there and holds no moving digits; name a new folder in data.path, or remove it")
+        raise UserError(f"{folder} exists and holds no moving digits; name a new folder in data.path, or remove it")
     images, splits = digits()
     with publish(folder) as temporary:
         for number, (image, split) in enumerate(zip(images, splits, strict=True)):
@@ -61,26 +63,23 @@ def _make(folder: Path) -> None:
 
 
 def digits() -> tuple[Array, list[str]]:
-    """uint8 [1797, 8, 8], in an order that mixes all ten, and the split of each."""
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    """uint8 [1797, 8, 8] in an order that mixes all ten digits, and the split of each."""
+    images, _ = load_digits()
     images = images[rng.numpy_generator(0, "moving digits").permutation(len(images))]
     return images, ["test" if number % TEST_EVERY == 0 else "train" for number in range(len(images))]
 
 
 def path(direction: str, number: int) -> Array:
-    """Where the digit's corner is in every frame: rows and columns, float [FRAMES, 2], in [0, SIDE)."""
+    """The digit's corner in each frame: (row, column), float [FRAMES, 2], in [0, SIDE)."""
     draw = rng.numpy_generator(0, "moving digits", number)
-    start, speed = draw.uniform(0, SIDE, 2), draw.uniform(SLOWEST, FASTEST)
+    start, speed = draw.uniform(0, SIDE, 2), draw.uniform(MIN_SPEED, MAX_SPEED)
     angle = DIRECTIONS.index(direction) * math.pi / 4
     step = speed * np.array([math.sin(angle), math.cos(angle)])
     return (start + np.arange(FRAMES)[:, None] * step) % SIDE
 
 
 def clip(image: Array, places: Array) -> Array:
-    """A digit uint8 [8, 8] on its path [FRAMES, 2] -> uint8 [FRAMES, SIDE, SIDE, 3]."""
+    """Draws a digit uint8 [8, 8] on its path [FRAMES, 2]; returns uint8 [FRAMES, SIDE, SIDE, 3]."""
     from scipy.ndimage import shift, zoom
 
     canvas = np.zeros((SIDE, SIDE), np.float32)

@@ -1,90 +1,85 @@
 """UCF-101 as it is unpacked: `UCF-101/<Class>/v_<Class>_g01_c01.avi`, and the lists of its three folds.
 
-The root may be the folder UCF-101 itself or the one above; the lists may lie in either (`ucfTrainTestlist/`), or in
-data.annotations. data.fold picks `trainlist0F.txt` and `testlist0F.txt`; classes are in the order of classInd.txt. Clips that
-were converted to another container (`v_….mp4`) are found too. Lists of the detection task are not read.
+The root is the folder UCF-101 or the one above it; the lists lie in either (`ucfTrainTestlist/`), or in data.annotations.
+data.fold selects `trainlist0F.txt` and `testlist0F.txt`; classes are in the order of classInd.txt. Clips that were converted to
+another container (`v_….mp4`) work as well. Not covered: lists of the detection task.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import pyarrow as pa
 
 from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.video.base import ROWS, VIDEO_EXTENSIONS, ListedVideos
-from distill_at_scale.data.sources.video.label_lists import Lists, find_lists
+from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
+from distill_at_scale.data.sources.video.base import VIDEO_EXTENSIONS, ListedVideos, rows_table
 from distill_at_scale.storage.filesystem import joined
 
 CLASSES = "classInd.txt"
 LINE = re.compile(r"([^/]+)/([^/]+?)(?:\s+(\d+))?")
-FORM = "a line is ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, in lists of training clips with the number of the class"
 
 
 class Ucf101(ListedVideos):
     home_names = ("UCF-101", "UCF101")
 
     @cached_property
-    def lists(self) -> Lists:
+    def lists(self) -> LabelFiles:
         pattern = r"classInd\.txt|(?:train|test)list0[123]\.txt"
-        return find_lists(self.config, self.store, pattern, CLASSES, ("ucfTrainTestlist",), above=True)
+        return find_label_files(self.config, self.store, pattern, CLASSES, ("ucfTrainTestlist",), above=True)
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes by their numbers in classInd.txt.
-
-        Raises UserError where the file is missing, or where its numbers are not 1..n.
-        """
+        """The classes by their numbers in classInd.txt; raises UserError unless the numbers are 1..n."""
+        place = self.lists.place(CLASSES)
         numbered: dict[int, str] = {}
-        for line, text in self.lists.lines(CLASSES):
-            number, name = [*text.split(maxsplit=1), "", ""][:2]
+        for line_number, line in self.lists.lines(CLASSES):
+            number, name = [*line.split(maxsplit=1), "", ""][:2]
             if not number.isdecimal() or not name.strip() or int(number) in numbered:
-                place = self.lists.place(CLASSES)
-                raise UserError(f"{place}, line {line}: {text!r} is no new number and class, as in '1 ApplyEyeMakeup'")
+                raise UserError(
+                    f"{place}, line {line_number}: {line!r} is not a new number and class, as in '1 ApplyEyeMakeup'"
+                )
             numbered[int(number)] = name.strip()
         names = [numbered[number] for number in sorted(numbered)]
         if sorted(numbered) != list(range(1, len(names) + 1)) or len(set(names)) != len(names) or not names:
-            place = self.lists.place(CLASSES)
             raise UserError(f"{place} must name every class once, numbered 1, 2, 3, …; download the lists again")
         return names
 
     @property
-    def no_row(self) -> str:
+    def unlisted_reason(self) -> str:
         return f"in no list of fold {self.config.fold}"
 
     def rows(self) -> pa.Table:
-        """Raises UserError for a missing list, or a line of another form or of an unknown class, naming it."""
-        found = [row for split in ("train", "test") for row in self._rows_of(split)]
-        return pa.Table.from_pylist(found, ROWS)
+        """Raises UserError for a missing list, and for a malformed line or an unknown class."""
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        rows = []
+        for split in ("train", "test"):
+            name = f"{split}list{self.config.fold:02d}.txt"
+            for number, line in self.lists.lines(name):
+                class_name, file = self._parse(f"{self.lists.place(name)}, line {number}", line, labels)
+                path, place = f"{class_name}/{file}", f"'{name}' line {number}"
+                rows.append((path.rpartition(".")[0], labels[class_name], split, joined(self.home, path), place))
+        return rows_table(rows)
 
-    def _rows_of(self, split: str) -> Iterator[dict[str, Any]]:
-        name = f"{split}list{self.config.fold:02d}.txt"
-        labels = {known: label for label, known in enumerate(self.class_names)}
-        for line, text in self.lists.lines(name):
-            owner, file = self._parsed(name, line, text, labels)
-            yield {
-                "key": f"{owner}/{file.rpartition('.')[0]}",
-                "label": labels[owner],
-                "split": split,
-                "sample_id": joined(self.home, f"{owner}/{file}"),
-                "place": f"'{name}' line {line}",
-            }
-
-    def _parsed(self, name: str, line: int, text: str, labels: dict[str, int]) -> tuple[str, str]:
-        """Class and file of a line."""
-        parts = LINE.fullmatch(text)
-        place = f"{self.lists.place(name)}, line {line}"
-        if parts is None or not parts[2].lower().endswith(VIDEO_EXTENSIONS):
-            raise UserError(f"{place}: {text!r} is no line of such a list; {FORM}")
-        owner, file, number = parts.groups()
-        if owner not in labels:
-            raise UserError(f"{place}: {owner!r} is no class of {CLASSES} ({suggest(owner, labels)}); mend the line")
-        if number is not None and int(number) != labels[owner] + 1:
+    @staticmethod
+    def _parse(place: str, line: str, labels: dict[str, int]) -> tuple[str, str]:
+        """Class and file name of a line."""
+        match = LINE.fullmatch(line)
+        if match is None or not match[2].lower().endswith(VIDEO_EXTENSIONS):
             raise UserError(
-                f"{place}: the number is {number}, but {owner} has {labels[owner] + 1} in {CLASSES}; mend the line"
+                f"{place}: {line!r} is malformed; a line is ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, in lists of training "
+                "clips followed by the number of the class"
             )
-        return owner, file
+        class_name, file, number = match.groups()
+        if class_name not in labels:
+            raise UserError(
+                f"{place}: {class_name!r} is no class of {CLASSES} ({suggest(class_name, labels)}); correct the line"
+            )
+        if number is not None and int(number) != labels[class_name] + 1:
+            raise UserError(
+                f"{place}: the number is {number}, but {class_name} has {labels[class_name] + 1} in {CLASSES}; "
+                "correct the line"
+            )
+        return class_name, file

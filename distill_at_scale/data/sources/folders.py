@@ -1,0 +1,172 @@
+"""Base of the sources with one folder per class: ImageFolder, ImageNet, Tiny-ImageNet and VideoFolder.
+
+Sample ids are POSIX paths relative to the root. Paths stay Arrow columns, so listing a million files takes seconds. Listing
+opens no file; it skips hidden files and, by extension, files of other media.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from distill_at_scale.config.sections import DataSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.sources.base import FileSource, listing, prefer_validation, split_of, split_word
+from distill_at_scale.data.sources.class_subsets import class_list
+from distill_at_scale.storage.filesystem import Store, joined
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What the files of a folder hold: a noun for messages, and file extensions (lower case, with the dot)."""
+
+    noun: str
+    extensions: tuple[str, ...]
+
+    def mask(self, paths: pa.Array) -> pa.Array:
+        """Which paths (string) have one of the extensions; the case does not matter."""
+        pattern = f"(?:{'|'.join(re.escape(extension) for extension in self.extensions)})$"
+        return pc.match_substring_regex(paths, pattern, ignore_case=True)
+
+
+IMAGES = Medium("image", IMAGE_EXTENSIONS)
+
+
+class FolderSource(FileSource):
+    """A source for `train/<class>/...` and a test split; a layout overrides `find_classes` and `list_split`."""
+
+    medium = IMAGES
+
+    def __init__(self, config: DataSection) -> None:
+        super().__init__(config)
+        self.folders = split_folders(self.store)  # split -> folder
+        self.class_names = self.find_classes()
+        self._listings: dict[str, pa.Table] = {}
+
+    @property
+    def layout(self) -> str:
+        return f"the layout is train/<class>/<{self.medium.noun}>{self.medium.extensions[0]}"
+
+    def find_classes(self) -> list[str]:
+        """The sorted folders of the training split; raises UserError if there are none."""
+        if "train" not in self.folders:
+            raise UserError(f"{self.store.place()} has no folder train/; {self.layout}")
+        return self.class_folders(self.folders["train"])
+
+    def class_folders(self, folder: str) -> list[str]:
+        """The sorted class folders of a split's folder; "" is the root, where the other splits' folders are no classes."""
+        names = [name for name in self.store.names(folder)[0] if folder or name not in self.folders.values()]
+        if not names:
+            raise UserError(f"{self.store.place(folder)} holds no class folders; {self.layout}")
+        return names
+
+    def splits(self) -> list[str]:
+        return [split for split in ("train", "test") if split in self.folders]
+
+    def listing(self, split: str) -> pa.Table:
+        """The samples of a split, class by class; cached."""
+        if split not in self._listings:
+            self._listings[split] = self.list_split(split)
+        return self._listings[split]
+
+    def list_split(self, split: str) -> pa.Table:
+        """Lists a split; raises UserError for a class without samples."""
+        table = self.list_by_class(split)
+        self.refuse_empty_classes(split, table)
+        return table
+
+    def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
+        """Paths (string) and sizes (int64) of all files below a split's folder, sorted by path."""
+        folder = self.folders[split]
+        paths, sizes = self.store.table(folder)
+        if not folder and (others := [name for name in self.folders.values() if name]):
+            is_own = pc.invert(pc.is_in(owners_of(paths, ""), pa.array(others, pa.string())))
+            paths, sizes = paths.filter(is_own), sizes.filter(is_own)
+        return paths, sizes
+
+    def samples(self, split: str) -> tuple[pa.Array, pa.Array]:
+        """As `split_files`, with files of the source's medium only."""
+        paths, sizes = self.split_files(split)
+        mask = self.medium.mask(paths)
+        return paths.filter(mask), sizes.filter(mask)
+
+    def list_by_class(self, split: str) -> pa.Table:
+        """The samples in class folders, sorted by label and path; skips files outside class folders.
+
+        Raises UserError for a folder with samples that is not a class, and for a split without samples.
+        """
+        folder, (paths, sizes) = self.folders[split], self.samples(split)
+        owners = owners_of(paths, folder)
+        inside = pc.is_valid(owners)
+        paths, sizes, owners = paths.filter(inside), sizes.filter(inside), owners.filter(inside)
+        labels = pc.index_in(owners, pa.array(self.class_names, pa.string()))
+        if labels.null_count:
+            extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
+            place = self.store.place(joined(folder, extra))
+            raise UserError(
+                f"{place} is a class that the training split does not have; remove the folder or complete train/"
+            )
+        if not len(paths):
+            extensions = ", ".join(self.medium.extensions)
+            raise UserError(f"{self.store.place(folder)} holds no {self.medium.noun}s in class folders ({extensions})")
+        order = pa.array(np.argsort(labels.to_numpy(zero_copy_only=False), kind="stable"))  # paths are sorted already
+        paths = paths.take(order)
+        return listing(paths, labels.take(order), paths, np.zeros(len(paths), np.int64), sizes.take(order))
+
+    def refuse_extra_classes(self, split: str) -> None:
+        """Raises UserError for a class folder that the training split does not have."""
+        folder = self.folders[split]
+        if extra := [name for name in self.class_folders(folder) if name not in self.class_names]:
+            raise UserError(
+                f"{self.store.place(folder)}/{extra[0]} is a class that the training split does not have; "
+                f"remove the folder, or add training {self.medium.noun}s of the class"
+            )
+
+    def refuse_empty_classes(self, split: str, table: pa.Table) -> None:
+        """Raises UserError for a class without a sample in a listing; with data.classes, only those classes count."""
+        names, classes = self.class_names, self.config.classes
+        wanted = set(names if classes is None else class_list(classes))
+        counts = np.bincount(table["label"].to_numpy(), minlength=len(names))
+        empty = [name for name, count in zip(names, counts, strict=True) if count == 0 and name in wanted]
+        if empty:
+            more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
+            sample = "training sample" if split == "train" else "test sample"
+            raise UserError(
+                f"the class {empty[0]!r} has no {sample}: {self.store.place(joined(self.folders[split], empty[0]))} is "
+                f"missing or holds no {self.medium.noun}{more}; complete the split, or remove the class everywhere"
+            )
+
+
+def split_folders(store: Store) -> dict[str, str]:
+    """Split -> folder in the root; raises UserError if several could be the training split."""
+    names = store.names()[0]
+    train = [name for name in names if split_of(name) == "train"]
+    if len(train) > 1 and "train" not in train:
+        raise UserError(
+            f"{store.place()} holds several training folders ({', '.join(train)}); put them into one, train/"
+        )
+    tests = prefer_validation({name: split_word(name) for name in names if split_of(name) == "test"})
+    folders = {"train": "train" if "train" in train else train[0]} if train else {}
+    return folders | ({"test": tests[-1]} if tests else {})
+
+
+def below(paths: pa.Array, folder: str) -> pa.Array:
+    """Paths (string) relative to a folder that holds them; "" is the root."""
+    return pc.utf8_slice_codeunits(paths, len(folder) + 1) if folder else paths
+
+
+def owners_of(paths: pa.Array, folder: str) -> pa.Array:
+    """The subfolder of `folder` that holds each path (string); null for a file directly in `folder`."""
+    return pc.struct_field(pc.extract_regex(below(paths, folder), "^(?P<owner>[^/]+)/"), "owner")
+
+
+def labels_of(names: pa.Array, class_names: Sequence[str]) -> pa.Array:
+    """The label (int32) of each name (string or null), -1 for one that is not a class."""
+    return pc.fill_null(pc.index_in(names, pa.array(class_names, pa.string())), -1)

@@ -30,7 +30,7 @@ from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.monitoring.observers import Observer
 from distill_at_scale.pipeline.pipeline import Pipeline, decided
-from distill_at_scale.pipeline.planning import forecast
+from distill_at_scale.pipeline.planning import plan as plans
 from distill_at_scale.pipeline.planning.plan import RunPlan
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.storage.run_dir import STAGES, RunDir
@@ -253,8 +253,8 @@ def find_rate(pipeline: Pipeline, display: Display) -> float:
 
 def show_plan(config: Config, found: RunPlan, display: Display) -> None:
     """The plan's table, what its figures consist of, and then what cannot fit, as a UserError."""
-    display.console.print(forecast.table(config, found))
-    for line in forecast.remarks(found):
+    display.console.print(plans.table(config, found))
+    for line in plans.remarks(found):
         display.say(line)
     found.refuse()
 

@@ -35,7 +35,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.environment import environment
 from distill_at_scale.core.progress import Display
 from distill_at_scale.pipeline.pipeline import Pipeline
-from distill_at_scale.pipeline.planning import forecast
+from distill_at_scale.pipeline.planning import plan as plans
 from distill_at_scale.storage.run_dir import STAGES
 
 NAMES = ("imagenet1k_dc_ipc1", "imagenet1k_dm_ipc10", "imagenet1k_dm_ipc50", "kinetics400_dm_ipc1",
@@ -76,7 +76,7 @@ def _row(name: str, options: argparse.Namespace, folder: Path) -> None:
     pipeline = Pipeline(config, lambda: make_executor(config, display), display)
     phases: dict[str, Callable[[], Any]] = {"validate": pipeline.validate}
     if not options.without_plan:
-        phases["plan"] = lambda: display.console.print(forecast.table(config, pipeline.forecast()))
+        phases["plan"] = lambda: display.console.print(plans.table(config, pipeline.forecast()))
     phases |= {stage: _stage(config, stage, display) for stage in STAGES}
     found = {phase: _watched(work) for phase, work in phases.items()}
     for phase, figures in found.items():

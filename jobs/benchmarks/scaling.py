@@ -211,7 +211,7 @@ def _distils(method: str, workers: int, steps: int) -> Config:
     return validate({"distill": section})
 
 
-def _distill(workers: int, config: Config, made: dummy_data.MadeUp, classes: int, place: Path) -> tuple[float, float]:
+def _distill(workers: int, config: Config, made: dummy_data.DummySet, classes: int, place: Path) -> tuple[float, float]:
     """Classes x steps per second from the third line of the log to the last; the start is all before the first step."""
     from distill_at_scale.cluster.executor import RayExecutor
     from distill_at_scale.pipeline.executors import tasks

@@ -21,11 +21,11 @@ from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import facts as known
 from distill_at_scale.pipeline.planning import forecast, memory
-from distill_at_scale.pipeline.planning import plan as outcome
+from distill_at_scale.pipeline.planning import plan as plans
 from distill_at_scale.pipeline.planning.estimates import Planner, StageEstimate
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine, Spread
-from distill_at_scale.pipeline.planning.step_benchmark import Stopwatch, scaled
+from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, scaled
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -37,8 +37,8 @@ EVERY = ["ingest", "score", "select", "distill", "evaluate", "report"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Measurements of a few milliseconds: these tests do not look at how good they are."""
-    for module in ("micro_steps", "steps"):
-        monkeypatch.setattr(f"distill_at_scale.plan.{module}.SECONDS", 0.01)
+    for module in ("micro_benchmarks", "step_benchmark"):
+        monkeypatch.setattr(f"distill_at_scale.pipeline.planning.{module}.SECONDS", 0.01)
 
 
 def estimate(stage: str = "distill", **fields) -> StageEstimate:
@@ -125,8 +125,8 @@ def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digi
 
 
 def test_what_is_kept_has_at_least_the_images_of_a_class():
-    assert known.will_keep(tiny_config("x", select__keep=0.1, distill__ipc=5), [100, 20, 3]) == [10, 5, 3]
-    assert known.will_keep(tiny_config("x", select__per_class=7, distill__ipc=2), [100, 5]) == [7, 5]
+    assert known.expected_kept(tiny_config("x", select__keep=0.1, distill__ipc=5), [100, 20, 3]) == [10, 5, 3]
+    assert known.expected_kept(tiny_config("x", select__per_class=7, distill__ipc=2), [100, 5]) == [7, 5]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_long_loops_are_measured_short_and_own_classes_are_a_slice(tmp_path, mon
     monkeypatch.setitem(METHODS, "dc", Counting)
     Counting.seen.clear()
     config = tiny_config("x", distill__ipc=10, select__keep=0.5)
-    watch = Stopwatch(config, FACTS, CPU, 2, tmp_path)
+    watch = StepBenchmark(config, FACTS, CPU, 2, tmp_path)
     assert (watch.loops, watch.own) == ({"outer": 10, "inner": 50}, 10)
     watch.measure()
     assert max(outer for _, outer, _ in Counting.seen) == 2
@@ -160,7 +160,7 @@ def test_long_loops_are_measured_short_and_own_classes_are_a_slice(tmp_path, mon
 
 
 def test_loops_add_up_as_they_nest(tmp_path, monkeypatch):
-    watch = Stopwatch(tiny_config("x", distill__ipc=10), FACTS, CPU, 1, tmp_path)
+    watch = StepBenchmark(tiny_config("x", distill__ipc=10), FACTS, CPU, 1, tmp_path)
     monkeypatch.setattr(watch, "_cost", lambda classes, outer, inner: 1 + 2 * outer + (outer - 1) * 3 * inner)
     assert watch._looped(1) == pytest.approx(1 + 2 * 10 + 9 * 3 * 50)
 
@@ -231,28 +231,28 @@ def test_images_and_their_momentum_count_in_a_workers_memory():
 def test_what_cannot_fit_is_refused_with_the_key_to_change(fields, machine, message):
     config = tiny_config("x", cluster__address=None)
     there = layout(config, replace(MACHINE, **machine))
-    found = outcome.combine(config, there, [estimate(**fields)], {}, {})
+    found = plans.combine(config, there, [estimate(**fields)], {}, {})
     with pytest.raises(UserError, match=message):
         found.refuse()
 
 
 def test_a_run_that_fits_is_not_refused():
     config = tiny_config("x", cluster__address=None)
-    outcome.combine(config, layout(config), [estimate(host=GB, disk=GB)], {}, {}).refuse()
+    plans.combine(config, layout(config), [estimate(host=GB, disk=GB)], {}, {}).refuse()
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"distill__workers": 9}, "distill.workers = 9 needs as many cores, this machine has 4"),
+        ({"distill__workers": 9}, "distill.workers = 9 needs 9 cores, this machine has 4"),
         ({"score__workers": 8}, "score.workers = 8 needs"),
         ({"cluster__gpus_per_worker": 1.0}, "cluster.gpus_per_worker = 1, this machine has 0 GPUs"),
     ],
 )
 def test_workers_that_find_no_place_are_refused(overrides, message):
     config = tiny_config("x", **{"cluster__address": None, **overrides})
-    assert any(message in line for line in outcome.problems(config, layout(config), []))
-    assert outcome.problems(config, layout(config.model_copy(update={"cluster": tiny_config("x").cluster})), []) == []
+    assert any(message in line for line in plans.problems(config, layout(config), []))
+    assert plans.problems(config, layout(config.model_copy(update={"cluster": tiny_config("x").cluster})), []) == []
 
 
 def test_more_images_than_samples_are_refused(tmp_path, make_run):
@@ -262,14 +262,14 @@ def test_more_images_than_samples_are_refused(tmp_path, make_run):
 
 def test_a_price_makes_costs():
     config = tiny_config("x", cluster__address=None, cluster__price=3.0)
-    found = outcome.combine(config, layout(config), [estimate(parts={"steps": 7200.0}), estimate("score")], {}, {})
+    found = plans.combine(config, layout(config), [estimate(parts={"steps": 7200.0}), estimate("score")], {}, {})
     assert found.cost == pytest.approx(3.0 * (2 + 1 / 60))
     remote = layout(tiny_config("x", cluster__address="ray://head:1"))
     assert estimate(parts={"steps": 3600.0}, machines=remote.machines(8)).cost(3.0) == pytest.approx(24.0)
 
 
 def test_a_stage_of_weeks_is_worth_a_word():
-    (line,) = outcome.advice([estimate(parts={"steps": 30 * 86400.0})])
+    (line,) = plans.advice([estimate(parts={"steps": 30 * 86400.0})])
     assert "distill takes 30.0 days here, most of it for: steps; lower distill.steps" in line
 
 

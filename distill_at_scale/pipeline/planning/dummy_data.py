@@ -1,6 +1,6 @@
-"""Made-up prepared sets: pixels that mean nothing in the shape of the real data, so that the stages' own code can be timed.
+"""Synthetic prepared sets: random pixels in the shape of the real data, to time the stages' own code.
 
-Such a set names all classes of the real one, and holds samples of some.
+A set names all classes of the real one and holds samples of some of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DISTINCT = 16  # images that are encoded; the others repeat them
 
 
 @dataclass(frozen=True)
-class MadeUp:
+class DummySet:
     """A prepared set, and a manifest that keeps all of it."""
 
     folder: Path
@@ -41,30 +41,32 @@ class MadeUp:
 
 def write(
     folder: Path, facts: Facts, labels: Sequence[int], each: int, group: int | None = None, names: int | None = None
-) -> MadeUp:
-    """`each` samples of every label, ascending, in row groups of at most `group`; `names` limits the classes named."""
-    made, class_names = MadeUp(folder), facts.class_names[:names]
+) -> DummySet:
+    """Write `each` samples of every label (ascending) in row groups of at most `group`; `names` limits the class names."""
+    result, class_names = DummySet(folder), facts.class_names[:names]
     ids = [f"{label:06d}/{k:06d}" for label in labels for k in range(each)]
-    found = np.repeat(np.asarray(labels, np.int32), each)
-    table = _table(facts, ids, found)
+    column = np.repeat(np.asarray(labels, np.int32), each)
+    table = _table(facts, ids, column)
     group = group or shards.group_rows(facts.shape, facts.jpeg, max(1, each))
-    shards.write_shards(made.prepared / "train", [table], table.schema, group)
-    counts = np.bincount(found, minlength=len(class_names)).tolist()
+    shards.write_shards(result.prepared / "train", [table], table.schema, group)
+    counts = np.bincount(column, minlength=len(class_names)).tolist()
     channels = NetworkSpec("", facts.shape, len(class_names), kind=facts.kind).columns[0]
     meta = {"class_names": class_names, "shape": list(facts.shape), "counts": {"train": counts}, "kind": facts.kind,
             "mean": [0.5] * channels, "std": [0.25] * channels, "chunk": len(ids), "jpeg": facts.jpeg}  # fmt: skip
-    shards.write_meta(made.prepared, meta, "made up")
-    _write_manifest(made.manifest, ids, found, counts)
-    return made
+    shards.write_meta(result.prepared, meta, "made up")
+    columns = [pa.array(ids), column, np.zeros(len(ids)), np.zeros(len(ids), np.int32), np.ones(len(ids), bool)]
+    kept = pa.table([pa.array(values) for values in columns], names=manifest.SCHEMA.names).cast(manifest.SCHEMA)
+    manifest.write(result.manifest, kept, {"kept_per_class": counts})
+    return result
 
 
 def images(shape: Sequence[int], count: int) -> np.ndarray:
-    """uint8 [count, *shape]: coarse random patterns, a few different ones over and over."""
-    draw = np.random.default_rng(0)
-    tall, wide = (1, *shape)[-2:]
-    coarse = draw.integers(40, 216, (min(count, DISTINCT), *shape[:-2], -(-tall // 8), -(-wide // 8)))
-    whole = coarse.repeat(8, -2).repeat(8, -1)[..., :tall, :wide].astype(np.uint8)
-    return whole[np.arange(count) % len(whole)].reshape(count, *shape)
+    """uint8 [count, *shape]: coarse random patterns; a few different ones repeat."""
+    generator = np.random.default_rng(0)
+    height, width = (1, *shape)[-2:]
+    coarse = generator.integers(40, 216, (min(count, DISTINCT), *shape[:-2], -(-height // 8), -(-width // 8)))
+    distinct = coarse.repeat(8, -2).repeat(8, -1)[..., :height, :width].astype(np.uint8)
+    return distinct[np.arange(count) % len(distinct)].reshape(count, *shape)
 
 
 def _table(facts: Facts, ids: list[str], labels: np.ndarray) -> pa.Table:
@@ -72,24 +74,18 @@ def _table(facts: Facts, ids: list[str], labels: np.ndarray) -> pa.Table:
         return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)).astype(np.float32) / 64 - 2)
     if not facts.jpeg:
         return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)))
-    some = [encode(shards.as_image(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]
-    repeated = [some[k % len(some)] for k in range(len(ids))]
+    encoded = [encode(shards.as_image(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]
+    repeated = [encoded[k % len(encoded)] for k in range(len(ids))]
     return shards.to_jpeg_table(ids, labels.tolist(), repeated, facts.shape)
 
 
-def _write_manifest(path: Path, ids: list[str], labels: np.ndarray, counts: list[int]) -> None:
-    columns = [pa.array(ids), labels, np.zeros(len(ids)), np.zeros(len(ids), np.int32), np.ones(len(ids), bool)]
-    table = pa.table([pa.array(column) for column in columns], names=manifest.SCHEMA.names).cast(manifest.SCHEMA)
-    manifest.write(path, table, {"kept_per_class": counts})
-
-
 def write_checkpoints(folder: Path, spec: NetworkSpec, count: int) -> None:
-    """Proxies as trial 0 leaves them, untrained."""
+    """Untrained proxy checkpoints of trial 0."""
     weights = {f"weight.{key}": value for key, value in spec.build(0).state_dict().items()}
     for epoch in range(count):
         safetensors_io.save(checkpoint_path(folder, 0, epoch), weights, {})
 
 
 def training_images(shape: Sequence[int], count: int) -> torch.Tensor:
-    """float32 [count, *shape], as a synthetic set holds them."""
+    """float32 [count, *shape], like the images of a synthetic set."""
     return torch.from_numpy(images(shape, count)).float() / 64 - 2

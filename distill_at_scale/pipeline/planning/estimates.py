@@ -1,7 +1,7 @@
-"""Every stage's expected wall time, memory and disk, composed of what `micro_benchmarks.py` and `pipeline/planning/step_benchmark.py` measure.
+"""Expected wall time, memory and disk of every stage, from the measurements of `micro_benchmarks.py` and `step_benchmark.py`.
 
-Counts come from `pipeline/planning/facts.py`, the spread over cores, GPUs and workers from `machine.py`. Starting Ray and its processes is
-counted with fixed figures. Left out: other load on the machine, and how much slower cores are when all of them work.
+Counts come from `facts.py`, the spread over cores, GPUs and workers from `machine.py`. The start of Ray and its processes
+has fixed figures. Not covered: other load on the machine, and cores that are slower when all of them work.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from pathlib import Path
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.sampling import placement
-from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation import evaluate
+from distill_at_scale.distillation import engine, evaluate
 from distill_at_scale.distillation.methods.base import Cost
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import memory, micro_benchmarks
 from distill_at_scale.pipeline.planning.facts import Facts
-from distill_at_scale.pipeline.planning.machine import ClusterLayout, Spread
+from distill_at_scale.pipeline.planning.machine import ClusterLayout
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
-from distill_at_scale.pipeline.planning.step_benchmark import Distilled, Stopwatch
+from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, StepTimes
 from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
@@ -32,16 +31,16 @@ SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sampl
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A stage: seconds with what they consist of; bytes of its largest process, of one GPU, and left on the disk."""
+    """What one stage will take."""
 
     stage: str
-    parts: dict[str, float]  # what -> seconds
+    parts: dict[str, float]  # seconds by part
     processes: int = 1  # of the largest kind, side by side
-    host: int = 0
-    device: int = 0
-    disk: int = 0
-    at_peak: int = 0  # bytes on the disk that the stage needs for a while beside what it leaves
-    machines: int = 1  # that are paid for
+    host: int = 0  # bytes of one of these processes
+    device: int = 0  # bytes of GPU memory of one of these processes
+    disk: int = 0  # bytes that the stage leaves on the disk
+    at_peak: int = 0  # temporary bytes on the disk
+    machines: int = 1  # to pay for
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -49,7 +48,7 @@ class StageEstimate:
         return sum(self.parts.values())
 
     def cost(self, price: float | None) -> float | None:
-        """At a price of one machine per hour."""
+        """`price` is per machine and hour."""
         return None if price is None else self.seconds / 3600 * price * self.machines
 
 
@@ -80,11 +79,11 @@ class Planner:
         parts, sizes, side = {}, [], 1
         criteria = build_criteria(score)
         if not criteria:
-            note = ["scores that need no proxies are not foreseen"] if set(score.criteria) != {RANDOM} else []
+            note = ["the cost of scores without proxies is not estimated"] if set(score.criteria) != {RANDOM} else []
             return StageEstimate(
                 "score", {"write": facts.train * SELECT_EACH}, host=WITH_TORCH, disk=facts.train * IDS, notes=note
             )
-        seen = trials * len(needed_epochs(criteria.values(), epochs))  # checkpoints that the pass looks through
+        checkpoints = trials * len(needed_epochs(criteria.values(), epochs))  # that the pass uses
         if score.weights is None:
             spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
             waves = trials if score.workers > 1 else spread.waves(trials)
@@ -95,13 +94,17 @@ class Planner:
             sizes.append((memory.of_proxy(self.config, spec, facts, device), spread.side_by_side))
         one = micro_benchmarks.scoring(self.config, facts, device)
         side = max(1, min(self.layout.actors().side_by_side, -(-facts.train // self.config.data.chunk)))
-        parts["score"] = one.once + facts.train * seen * one.each / side
+        parts["score"] = one.once + facts.train * checkpoints * one.each / side
         sizes.append((memory.of_scorer(self.config, spec, facts, device), side))
         (host, on_device), side = max(sizes, key=lambda size: sum(size[0]) * size[1])
         kept = 0 if score.weights else trials * epochs * memory.parameters(spec) * (2 if score.momentum else 1)
-        disk = facts.train * (IDS + 4 * len(criteria) * (1 + seen)) + kept
-        beyond = [name for name in score.criteria if name not in ("loss", RANDOM)]
-        notes = [f"foreseen as for the criterion loss, without what {', '.join(beyond)} take more"] if beyond else []
+        disk = facts.train * (IDS + 4 * len(criteria) * (1 + checkpoints)) + kept
+        others = [name for name in score.criteria if name not in ("loss", RANDOM)]
+        notes = (
+            [f"estimated for the criterion loss; the extra cost of {', '.join(others)} is not included"]
+            if others
+            else []
+        )
         return StageEstimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
                         self.layout.machines(side), notes)  # fmt: skip
 
@@ -111,18 +114,18 @@ class Planner:
 
     def distill(self) -> StageEstimate:
         facts, wanted, device = self.facts, self.config.distill, self.layout.device
-        spread = self.layout.group(wanted.min_workers, wanted.max_workers)
+        spread = self.layout.elastic_workers(wanted.min_workers, wanted.max_workers)
         with tempfile.TemporaryDirectory() as folder:
             workers = spread.side_by_side
-            found = Stopwatch(self.config, facts, device, workers, Path(folder)).measure()
-        steps = distill.step_count(self.config)
-        parts = self._extra() | {"prepare": self._prepare(found), "steps": steps * found.step}
-        pool = self._pool(found.own)
+            measured = StepBenchmark(self.config, facts, device, workers, Path(folder)).measure()
+        steps = engine.step_count(self.config)
+        parts = self._extra() | {"prepare": self._prepare(measured), "steps": steps * measured.step}
+        pool = self._pool(measured.own)
         held, _ = placement.choose(wanted.hold, pool, device, placement.room(device, spread.side_by_side))
-        size = memory.of_distillation(found.own, wanted.ipc, facts.values, pool, found.activations, device, held)
+        size = memory.of_distillation(measured.own, wanted.ipc, facts.values, pool, measured.activations, device, held)
         images = 4 * facts.classes * wanted.ipc * facts.values
         networks = len(self._names()) * self._network_bytes()
-        notes = [f"kept samples lie in: {held}, {pool / 2**20:,.0f} MB a worker", *_said(found)]
+        notes = [f"kept samples in {held}, {pool / 2**20:,.0f} MB per worker", *measured.notes()]
         return StageEstimate("distill", self._started(parts, TRAIN), workers, *size, images + networks, 5 * images,
                         self.layout.machines(workers), notes)  # fmt: skip
 
@@ -147,16 +150,9 @@ class Planner:
     def report(self) -> StageEstimate:
         return StageEstimate("report", {"report": REPORT}, host=WITH_TORCH, disk=2 * 2**20)
 
-    def room(self, processes: int) -> int:
-        """Bytes for one of so many processes, or on a GPU for its share of it."""
-        machine = self.layout.machine
-        if self.layout.device.type == "cuda":
-            return int(machine.gpu_memory * min(1.0, self.config.cluster.gpus_per_worker or 1.0))
-        return machine.memory // max(1, processes)
-
     def _started(self, parts: dict[str, float], seconds: float) -> dict[str, float]:
-        """With the start of processes, where Ray starts them."""
-        if self.layout.alone:
+        """Add the start of processes, if Ray starts them."""
+        if self.layout.local:
             return parts
         return parts | {"start": parts.get("start", 0.0) + seconds}
 
@@ -165,17 +161,17 @@ class Planner:
         return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth, self.facts.kind)
 
     def _sets(self) -> list[tuple[int, TrainingProtocol, int]]:
-        """(images, protocol, networks) of everything that a kind of network is trained on."""
+        """(images, protocol, networks) of every set that one architecture is trained on."""
         section, facts, bounds = self.config.evaluate, self.facts, self.config.evaluate.bounds
-        protocol = distill.method_class(self.config).protocol(self.config).overridden(section)
-        made = facts.classes * self.config.distill.ipc
+        protocol = engine.method_class(self.config).protocol(self.config).overridden(section)
+        images = facts.classes * self.config.distill.ipc
         long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
-        sets = [(made, protocol, 2 * section.seeds)]
+        sets = [(images, protocol, 2 * section.seeds)]
         return sets + [(sum(facts.kept) if bound == "kept" else facts.train, long, section.seeds) for bound in bounds]
 
     def _extra(self) -> dict[str, float]:
-        """Seconds of what the method does beside its steps; the networks that it needs are made side by side."""
-        return {cost.what: self._passes(cost) for cost in distill.method_class(self.config).costs(self.config)}
+        """Seconds of the method's work outside its steps, by name."""
+        return {cost.what: self._passes(cost) for cost in engine.method_class(self.config).costs(self.config)}
 
     def _passes(self, cost: Cost) -> float:
         count = sum(self.facts.kept) if cost.images == "kept" else self.facts.classes * self.config.distill.ipc
@@ -185,36 +181,22 @@ class Planner:
         if not cost.backward:
             return cost.passes * count * micro_benchmarks.testing(spec, count, device, spread.threads).each
         each = micro_benchmarks.training(spec, TrainingProtocol(1, batch=128), count, device, spread.threads).each
-        return cost.passes * count * each * _waves(spread, len(names))
+        waves = spread.waves(len(names)) / len(names) if names else 1.0  # tasks run side by side
+        return cost.passes * count * each * waves
 
     def _names(self) -> list[str]:
-        return distill.method_class(self.config).networks(self.config)
+        return engine.method_class(self.config).networks(self.config)
 
     def _network_bytes(self) -> int:
-        """Of one network that the method needs; of a trajectory one state per epoch."""
+        """Bytes of one network that the method needs; an expert has one state per epoch."""
         section = getattr(self.config.distill, self.config.distill.method, None)
         name = getattr(section, "teacher_network", self.config.distill.network)
         return memory.parameters(self._spec(name)) * (1 + getattr(section, "expert_epochs", 0))
 
-    def _prepare(self, found: Distilled) -> float:
-        """With the kept samples beyond those that the made-up classes held."""
-        more = sum(max(0, kept - found.held) for kept in self.facts.kept) * found.own / self.facts.classes
-        return found.prepare + more * found.read
+    def _prepare(self, measured: StepTimes) -> float:
+        """The measured start, and reading the kept samples that the dummy classes did not hold."""
+        unread = sum(max(0, kept - measured.held) for kept in self.facts.kept) * measured.own / self.facts.classes
+        return measured.prepare + unread * measured.read
 
     def _pool(self, own: int) -> int:
         return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.held
-
-
-def _waves(spread: Spread, count: int) -> float:
-    """The part of the total that passes on the clock where so many tasks run side by side."""
-    return spread.waves(count) / count if count else 1.0
-
-
-def _said(found: Distilled) -> list[str]:
-    lines = []
-    if found.slice < found.own:
-        lines.append(f"measured on {found.slice} of a worker's {found.own} classes and scaled up")
-    if found.loops:
-        named = ", ".join(f"{key} {length}" for key, length in found.loops.items())
-        lines.append(f"loops measured short and scaled to {named}")
-    return lines

@@ -1,7 +1,4 @@
-"""What is known of the data before a run: from the prepared shards and the manifest, else from the source's listing.
-
-Nothing is decoded here.
-"""
+"""Facts about the data before a run: from prepared shards and manifest, or from the source's listing. Nothing is decoded."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import stores_jpeg
+from distill_at_scale.data.ingest.plan import IngestPlan
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import JPEG_PART, group_rows
@@ -21,20 +18,15 @@ from distill_at_scale.pruning.selection import quotas
 
 @dataclass(frozen=True)
 class Facts:
-    """Shape of a sample, the classes, training samples and kept ones by class, and the number of test samples.
-
-    `listing` is what is to be ingested, None where that is done.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one sample
     class_names: list[str]
-    counts: list[int]
-    kept: list[int]
-    tests: int
-    jpeg: bool
-    group: int  # rows of a row group
+    counts: list[int]  # training samples per class
+    kept: list[int]  # kept samples per class
+    tests: int  # test samples
+    jpeg: bool  # whether prepared samples are JPEG
+    group: int  # rows per row group
     kind: str  # images, clips or tensors
-    listing: ingest.IngestPlan | None = None
+    listing: IngestPlan | None = None  # None if ingest is done
 
     def has_test(self) -> bool:
         return self.tests > 0
@@ -62,12 +54,12 @@ class Facts:
 
     @property
     def stored(self) -> int:
-        """About the bytes of a prepared sample."""
+        """Approximate bytes of a prepared sample on disk."""
         return max(1, int(self.held * (JPEG_PART if self.jpeg else 1)))
 
     @property
     def held(self) -> int:
-        """Bytes of a sample in memory, as it is stored."""
+        """Bytes of a sample in memory, in its stored data type."""
         return self.values * (4 if self.kind == "tensors" else 1)
 
     @property
@@ -76,28 +68,29 @@ class Facts:
         return sum(-(-count // self.group) for count in self.counts)
 
 
-def of_prepared(config: Config, prepared: PreparedDataset, chosen: Path | None) -> Facts:
-    """From finished stages; `chosen` is the manifest, where there is one."""
+def of_prepared(config: Config, prepared: PreparedDataset, manifest_path: Path | None) -> Facts:
+    """From finished stages; `manifest_path` is None before selection."""
     counts, jpeg = prepared.counts("train"), bool(prepared.meta.get("jpeg"))
-    kept = manifest.facts(chosen)["kept_per_class"] if chosen else will_keep(config, counts)
+    kept = manifest.facts(manifest_path)["kept_per_class"] if manifest_path else expected_kept(config, counts)
     tests, group = sum(prepared.counts("test")), group_rows(prepared.shape, jpeg, config.data.chunk)
     return Facts(prepared.shape, prepared.class_names, counts, kept, tests, jpeg, group, prepared.kind)
 
 
-def of_listing(config: Config, listing: ingest.IngestPlan) -> Facts:
-    """From what the source lists; that samples may be broken is not known yet."""
+def of_listing(config: Config, listing: IngestPlan) -> Facts:
+    """From the source's listing; broken samples are not known yet."""
     planned = validate.planned(config, listing)
     jpeg, counts = stores_jpeg(config.data), planned.counts
     tests = listing.listings["test"].num_rows if "test" in listing.listings else 0
-    tests = tests * len(planned.class_names) // len(listing.class_names)  # fewer where classes are chosen by variance
+    tests = tests * len(planned.class_names) // len(listing.class_names)  # fewer if data.transform selects classes
     group = group_rows(planned.shape, jpeg, config.data.chunk)
-    kept, kind = will_keep(config, counts), planned.kind or ("clips" if len(planned.shape) == 4 else "images")
+    kept, kind = expected_kept(config, counts), planned.kind or ("clips" if len(planned.shape) == 4 else "images")
     return Facts(planned.shape, planned.class_names, counts, kept, tests, jpeg, group, kind, listing)
 
 
-def will_keep(config: Config, counts: list[int]) -> list[int]:
-    """About what selection keeps of every class (of scope `global`, what it would keep class by class; all, where the rate is
-    still to be found).
+def expected_kept(config: Config, counts: list[int]) -> list[int]:
+    """Samples that selection will keep per class.
+
+    Approximate for scope `global`; all samples if `select.keep` is `auto`.
     """
     select, minimum = config.select, config.min_per_class
     if select.keep == "auto":

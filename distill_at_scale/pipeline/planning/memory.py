@@ -1,6 +1,6 @@
-"""Bytes: what a piece of code holds at its peak, measured, and formulas for what each stage's processes hold and write.
+"""Memory: the measured peak of a call, and formulas for the bytes that each stage's processes hold.
 
-The measured part follows torch's tensors; on a CPU the scratch memory of its kernels is not seen and comes on top (`SCRATCH`).
+The measurement follows torch's tensors. On a CPU it does not see the scratch memory of kernels; `SCRATCH` accounts for it.
 """
 
 from __future__ import annotations
@@ -23,28 +23,26 @@ from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pruning.proxies.dataloader import WINDOW_BYTES
 
-PROCESS, WITH_TORCH = (
-    150 * 2**20,
-    450 * 2**20,
-)  # of a Python process that decodes, and of one that has loaded torch and its kernels
-SCRATCH = 1.25  # times what tensors take: kernels' scratch memory, and what the allocator keeps
-IDS = 64  # bytes of a sample's id, label and score in a table in memory
+PROCESS = 150 * 2**20  # bytes of a Python process that decodes
+WITH_TORCH = 450 * 2**20  # bytes of a process that has loaded torch and its kernels
+SCRATCH = 1.25  # factor on tensors' bytes for the scratch memory of kernels and the allocator's reserve
+IDS = 64  # bytes of a sample's id, label and score in an in-memory table
 
 
 def peak(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes of new tensors at the peak of a call, on the device."""
+    """Peak bytes of new tensors during a call, on the device."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with _Tally() as tally:
+    with _TensorMemory() as memory:
         work()
-    return tally.peak
+    return memory.peak
 
 
-class _Tally(TorchDispatchMode):
-    """Follows the storages of tensors from their first sight to their end."""
+class _TensorMemory(TorchDispatchMode):
+    """Counts the bytes of tensor storages from their creation to their end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,22 +52,22 @@ class _Tally(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor):
-                self.seen.add(value.untyped_storage()._cdata)  # was there before
-        found = func(*args, **(kwargs or {}))
-        for value in tree_leaves(found):
+                self.seen.add(value.untyped_storage()._cdata)  # existed before
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
             if isinstance(value, Tensor):
-                self._note(value.untyped_storage())
-        return found
+                self._add(value.untyped_storage())
+        return result
 
-    def _note(self, storage: Any) -> None:
+    def _add(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self.seen:
             self.seen.add(key)
             self.held += size
             self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._forget, key, size)
+            weakref.finalize(storage, self._remove, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.held -= size
 
@@ -82,23 +80,23 @@ def parameters(spec: NetworkSpec) -> int:
 
 @lru_cache(maxsize=64)
 def activations(spec: NetworkSpec) -> int:
-    """Bytes that one image leaves behind for the backward pass: the outputs of all layers."""
+    """Bytes of one image's activations for the backward pass: the outputs of all layers."""
     sizes: list[int] = []
 
-    def note(module: nn.Module, inputs: object, output: object) -> None:
+    def record(module: nn.Module, inputs: object, output: object) -> None:
         sizes.append(output.numel() * 4 if isinstance(output, Tensor) else 0)
 
     network = spec.build(0)
     for module in network.modules():
         if not any(True for _ in module.children()):
-            module.register_forward_hook(note)
+            module.register_forward_hook(record)
     with torch.no_grad():
         network.eval()(torch.zeros(1, *spec.shape))
     return sum(sizes)
 
 
 def of_ingest(config: Config, facts: Facts) -> int:
-    """An actor: a chunk of decoded samples and its table, and raw files that wait."""
+    """Bytes of an ingest actor: a chunk of decoded samples, its table, and prefetched raw files."""
     size = facts.values
     if facts.listing is not None:
         size = int(facts.listing.listings["train"]["size"].to_numpy().mean()) or facts.values
@@ -107,20 +105,20 @@ def of_ingest(config: Config, facts: Facts) -> int:
 
 
 def of_merge(facts: Facts) -> int:
-    """The driver: a span of images per thread, as read and as taken, and every sample's id."""
+    """Bytes of the driver while it merges: a span of images per thread, read and copied, and every sample's id."""
     return WITH_TORCH + 3 * min(threads_here() * SPAN_BYTES, facts.samples * facts.stored) + facts.samples * IDS
 
 
 def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:
-    """Host and device bytes of one trial: a window of images with what is taken from it, weights, and a part of a batch."""
+    """Host and device bytes of one trial: a window of images, a batch, weights, and activations of a part of a batch."""
     window = 3 * min(WINDOW_BYTES, int(facts.train * config.score.share) * facts.stored)
     batch = config.score.batch * facts.values * 5
-    network = 4 * parameters(spec) + int(SCRATCH * activations(spec) * _part(spec, config.score.batch, device))
+    network = 4 * parameters(spec) + int(SCRATCH * activations(spec) * min(config.score.batch, spec.at_once(device)))
     return _split(WITH_TORCH + window + batch, network, device)
 
 
 def of_scorer(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:
-    """Host and device bytes of one actor: two chunks as they are read, all checkpoints, and one part of a chunk."""
+    """Host and device bytes of one actor: chunks in flight, all checkpoints, and activations of a part of a chunk."""
     trials, epochs = config.score.checkpoint_counts
     chunk = min(facts.train, scored_chunk(facts.shape, config.data.chunk)) * facts.values
     layers = int(SCRATCH * 3 * spec.work(spec.at_once(device)))
@@ -130,7 +128,7 @@ def of_scorer(config: Config, spec: NetworkSpec, facts: Facts, device: torch.dev
 def of_evaluation(
     spec: NetworkSpec, images: int, values: int, tests: int, batch: int, device: torch.device
 ) -> tuple[int, int]:
-    """Host and device bytes of one task: the set in float32, the test split as bytes, and a batch through the network."""
+    """Host and device bytes of one task: the set in float32, the test split as bytes, and activations of a batch."""
     training = 4 * images * values + int(SCRATCH * activations(spec) * min(batch, images)) + 4 * parameters(spec)
     return _split(WITH_TORCH + 2 * tests * values + 8 * images * values, training, device)
 
@@ -138,15 +136,17 @@ def of_evaluation(
 def of_distillation(
     own: int, ipc: int, values: int, pool: int, step: float, device: torch.device, held: str
 ) -> tuple[int, int]:
-    """Host and device bytes of one worker: its kept samples, its images with their momentum, and a step at its peak."""
+    """Host and device bytes of one worker.
+
+    Args:
+        own: classes of the worker, with `ipc` images of `values` numbers each and their momentum.
+        pool: bytes of its kept samples, which lie in `held` (device, host or shards).
+        step: peak bytes of new tensors in a step.
+    """
     images = 2 * 4 * own * ipc * values
     on_device = images + int(step * (SCRATCH if device.type == "cpu" else 1))
     host = WITH_TORCH + (pool if held == "host" else 0)
     return _split(host, on_device + (pool if held == "device" else 0), device)
-
-
-def _part(spec: NetworkSpec, batch: int, device: torch.device) -> int:
-    return min(batch, spec.at_once(device))
 
 
 def _split(host: int, on_device: int, device: torch.device) -> tuple[int, int]:

@@ -1,8 +1,7 @@
-"""A few seconds of the stages' own code on made-up data: what a sample costs to decode, to train on, to score, to pass.
+"""Times a few seconds of the stages' own code on dummy data: decoding, training, scoring and testing one sample.
 
-Each function takes about `SECONDS`, whatever the network. Where a real batch would take longer a smaller one is measured;
-on a CPU the time of an image hardly depends on the batch, as networks see it in parts. The steps of a
-distillation are in `pipeline/planning/step_benchmark.py`.
+Each function takes about `SECONDS` for any network. If a real batch would take longer, a smaller one is measured; on a CPU the
+time of an image hardly depends on the batch, because networks process it in parts. `step_benchmark.py` times distillation steps.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, recipe_of
 from distill_at_scale.data.ingest.plan import open_source
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
@@ -35,17 +33,15 @@ from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring.scorer import Scorer
 
-SECONDS = 2.0  # of one measurement, about
+SECONDS = 2.0  # per measurement, approximately
 EPOCHS = 3  # of a proxy
-LEAST = 8  # samples that are measured at least
+LEAST = 8  # minimum number of measured samples
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Seconds for one sample, and seconds once (compiling, opening)."""
-
-    each: float
-    once: float = 0.0
+    each: float  # seconds per sample
+    once: float = 0.0  # seconds once: compiling, opening
 
 
 def now(device: torch.device) -> float:
@@ -62,14 +58,14 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def repeated(work: Callable[[], object], device: torch.device, seconds: float = SECONDS, most: int = 50) -> float:
-    """Seconds of one call: the fastest of as many as fit some seconds, as other work on the machine only slows it down."""
+    """Seconds of the fastest of as many calls as fit `seconds`: other load only slows a call down."""
     first = timed(work, device)
     count = max(0, min(most, int(seconds / max(first, 1e-6)) - 1))
     return min([first, *(timed(work, device) for _ in range(count))])
 
 
 def decode(config: Config, listing: ingest.IngestPlan) -> Throughput:
-    """Reading and decoding real samples, in one thread: the first ones of the listing, as archives are read in order."""
+    """Reading and decoding the first real samples of the listing in one thread; archives are read in order."""
     rows, cpu = listing.listings["train"], torch.device("cpu")
     source, recipe = open_source(config.data), recipe_of(config)
     with tempfile.TemporaryDirectory() as folder, threads(1):
@@ -82,7 +78,7 @@ def decode(config: Config, listing: ingest.IngestPlan) -> Throughput:
 
 
 def write(facts: Facts) -> Throughput:
-    """Sorting decoded samples into shards, which one process does."""
+    """Sorting decoded samples into shards in one process."""
     count = max(64, min(4096, int(2**24 / facts.values)))
     with tempfile.TemporaryDirectory() as folder:
         took = timed(lambda: dummy_data.write(Path(folder), facts, [0], count), torch.device("cpu"))
@@ -99,15 +95,15 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
         batch = max(1, min(config.score.batch, samples, max(LEAST, affordable)))
         shards = max(1, min(config.score.shards, batch, facts.groups // 4 or 1))
         count = batch * max(1, min(16, affordable // batch))
-        made = dummy_data.write(Path(name), facts, [0], max(count, 4 * shards), max(1, count // (4 * shards)))
+        dummy = dummy_data.write(Path(name), facts, [0], max(count, 4 * shards), max(1, count // (4 * shards)))
         update = {"batch": batch, "epochs": EPOCHS, "trials": 1, "share": 1.0, "weights": None, "shards": shards}
         score = config.score.model_copy(update=update | {"compile": "always" if compiled else "never"})
-        steps, took = _trial(score, made.prepared, Path(name) / "proxies", device)
+        steps, took = _trial(score, dummy.prepared, Path(name) / "proxies", device)
     return Throughput(min(took[1:]) / (steps * batch), max(0.0, took[0] - min(took[1:])))
 
 
 def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.device) -> tuple[int, list[float]]:
-    """Steps of an epoch, and the seconds of every epoch."""
+    """Steps per epoch, and the seconds of each epoch."""
     trial = proxy.ProxyTrial(PreparedDataset(prepared), score, 0, 0, folder, device)
     times: list[float] = []
     trial.run(lambda done: times.append(now(device)))
@@ -120,37 +116,37 @@ def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
     trials, epochs = config.score.checkpoint_counts
     compiled = will_compile(config.score.compile, spec.work(facts.train * trials * epochs))
     with tempfile.TemporaryDirectory() as name, threads(1):
-        held = min(4, trials * epochs)
-        count = max(LEAST, min(1024, facts.train, int(SECONDS / held / _step(spec, device))))
-        made = dummy_data.write(Path(name), facts, [0], count)
-        dummy_data.write_checkpoints(Path(name) / "proxies", spec, held)
-        update = {"trials": 1, "epochs": held, "weights": None, "compile": "always" if compiled else "never"}
+        checkpoints = min(4, trials * epochs)
+        count = max(LEAST, min(1024, facts.train, int(SECONDS / checkpoints / _step(spec, device))))
+        dummy = dummy_data.write(Path(name), facts, [0], count)
+        dummy_data.write_checkpoints(Path(name) / "proxies", spec, checkpoints)
+        update = {"trials": 1, "epochs": checkpoints, "weights": None, "compile": "always" if compiled else "never"}
         changed = config.model_copy(update={"score": config.score.model_copy(update=update)})
-        scorer = Scorer(changed, made.prepared, Path(name) / "proxies", device)
-        chunks = PreparedDataset(made.prepared).chunks()
-        first = timed(partial(_score, scorer, chunks, Path(name) / "a"), device)
-        second = min(timed(partial(_score, scorer, chunks, Path(name) / again), device) for again in ("b", "c"))
-    return Throughput(second / (count * held), max(0.0, first - second))
+        scorer = Scorer(changed, dummy.prepared, Path(name) / "proxies", device)
+        chunks = PreparedDataset(dummy.prepared).chunks()
 
+        def score(run: str) -> None:
+            list(scorer.score([(chunk, Path(name) / f"{run}-{chunk.index}") for chunk in chunks]))
 
-def _score(scorer: Scorer, chunks: list[Chunk], folder: Path) -> None:
-    list(scorer.score([(chunk, folder / f"{chunk.index}") for chunk in chunks]))
+        first = timed(lambda: score("a"), device)
+        second = min(timed(partial(score, again), device) for again in ("b", "c"))
+    return Throughput(second / (count * checkpoints), max(0.0, first - second))
 
 
 def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: torch.device, cores: int) -> Throughput:
-    """One of `count` images in an epoch of training a student."""
+    """One image of an epoch of student training on `count` images."""
     with threads(cores):
         few = max(1, min(count, max(LEAST, int(2 * SECONDS / _step(spec, device)))))
-        made = TrainingSet(dummy_data.training_images(spec.shape, few), torch.arange(few) % spec.classes)
+        images = TrainingSet(dummy_data.training_images(spec.shape, few), torch.arange(few) % spec.classes)
         fast = replace(protocol, epochs=1, labels="hard", batch=min(protocol.batch, few))
-        students.train(spec, made, fast, 0, device)
-        took = repeated(lambda: students.train(spec, made, fast, 0, device), device)
-        took -= min(0.5 * took, timed(lambda: spec.build(0).to(device), device))  # built once, not in every epoch
+        students.train(spec, images, fast, 0, device)
+        took = repeated(lambda: students.train(spec, images, fast, 0, device), device)
+        took -= min(0.5 * took, timed(lambda: spec.build(0).to(device), device))  # the network is built once
     return Throughput(took / few)
 
 
 def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> Throughput:
-    """One image that a network sees without learning from it."""
+    """One image of a test: a forward pass."""
     with threads(cores):
         few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / _step(spec, device)))))
         pixels, labels = torch.from_numpy(dummy_data.images(spec.shape, few)), torch.zeros(few, dtype=torch.int64)
@@ -163,7 +159,7 @@ def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> 
 
 
 def _step(spec: NetworkSpec, device: torch.device) -> float:
-    """About the seconds of one image forward and backward, from a handful: how much may be measured."""
+    """Approximate seconds of one image forward and backward, to choose how many images to measure."""
     network = spec.build(0).to(device).train()
     images = dummy_data.training_images(spec.shape, 4).to(device)
     targets = torch.zeros(4, dtype=torch.int64, device=device)

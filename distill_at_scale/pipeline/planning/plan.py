@@ -1,6 +1,6 @@
-"""The plan as a whole: what cannot fit, with advice; the file plan.json; and predictions beside what stages really took.
+"""The plan of a run: predictions per stage, what does not fit, advice, the file plan.json, and the table for people.
 
-A prediction that was made before a stage ran is kept, so that it can be judged afterwards.
+A prediction made before a stage ran is kept, so that it can be compared with the time the stage took.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
@@ -18,21 +20,27 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.pipeline.planning.estimates import StageEstimate
 from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine
 
-LONG = 7 * 24 * 3600.0  # seconds from which a stage is worth a word
+LONG = 7 * 24 * 3600.0  # seconds; a longer stage gets advice
 USABLE = 0.95  # of the memory
-MIB, GB = 2**20, 1e9
-HOST_KEYS = {
+MIB, GIB, GB = 2**20, 2**30, 1e9
+SMALLER = {  # keys to lower if a stage does not fit in memory
     "ingest": "data.chunk or cluster.actors",
     "score": "score.batch, score.width or cluster.actors",
     "select": "the number of samples",
     "distill": "distill.ipc, distill.width or the method's real_batch, use more machines, or set distill.hold=shards",
     "evaluate": "distill.ipc or evaluate.networks",
 }
+FASTER = {
+    "ingest": "raise cluster.actors on a machine with more cores",
+    "score": "lower score.trials, score.epochs, score.share or score.width, or use GPUs (cluster.gpus_per_worker)",
+    "distill": "lower distill.steps, select.keep or the method's real_batch, or use GPUs (cluster.gpus_per_worker)",
+    "evaluate": "lower evaluate.seeds or evaluate.epochs",
+}
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One line of the plan: what was predicted, and what the stage took where it has been run."""
+    """One stage: the prediction, its cost, and the seconds that the stage took if it has run."""
 
     estimate: StageEstimate
     cost: float | None
@@ -61,86 +69,72 @@ class RunPlan:
         return sum(costs) if costs else None
 
     def refuse(self) -> None:
-        """Raises UserError with everything that cannot fit."""
+        """Raise UserError with everything that does not fit, if anything does not."""
         if self.problems:
             raise UserError("this run does not fit here:\n  " + "\n  ".join(self.problems))
 
 
 def problems(config: Config, layout: ClusterLayout, estimates: list[StageEstimate]) -> list[str]:
-    """What cannot fit, each with the key to change."""
-    found = _workers(config, layout)
+    """What does not fit, each with the key to change."""
+    machine, share, lines = layout.machine, config.cluster.gpus_per_worker, []
+    if not layout.local and not layout.remote:
+        workers = {"distill.workers": config.distill.min_workers, "score.workers": config.score.workers}
+        lines = [
+            f"{key} = {count} needs {count} cores, this machine has {machine.cores}; lower {key} to {machine.cores}"
+            for key, count in workers.items()
+            if count > machine.cores
+        ]
+        if share > machine.gpus:
+            lines.append(
+                f"cluster.gpus_per_worker = {share:g}, this machine has {machine.gpus} GPUs; lower it (0 runs on CPUs)"
+            )
+        elif share * config.distill.min_workers > machine.gpus:
+            lines.append(
+                f"distill.workers = {config.distill.workers} with cluster.gpus_per_worker = {share:g} do not fit on "
+                f"{machine.gpus} GPUs; lower distill.workers or cluster.gpus_per_worker"
+            )
+    kept, peak, peak_stage = 0, 0, ""
     for estimate in estimates:
-        found += _memory(estimate, layout.machine, config)
-    return found + _disk(estimates, layout.machine)
-
-
-def _workers(config: Config, layout: ClusterLayout) -> list[str]:
-    if layout.alone or layout.remote:
-        return []
-    cores, gpus, share = layout.machine.cores, layout.machine.gpus, config.cluster.gpus_per_worker
-    wanted = {"distill.workers": config.distill.min_workers, "score.workers": config.score.workers}
-    found = [f"{key} = {count} needs as many cores, this machine has {cores}; lower {key} to {cores}"
-             for key, count in wanted.items() if count > cores]  # fmt: skip
-    if share > gpus:
-        found.append(f"cluster.gpus_per_worker = {share:g}, this machine has {gpus} GPUs; lower it (0 runs on CPUs)")
-    elif share * config.distill.min_workers > gpus:
-        found.append(f"distill.workers = {config.distill.workers} with cluster.gpus_per_worker = {share:g} do not fit on "
-                     f"{gpus} GPUs; lower distill.workers or cluster.gpus_per_worker")  # fmt: skip
-    return found
-
-
-def _memory(estimate: StageEstimate, machine: Machine, config: Config) -> list[str]:
-    together, found = estimate.host * estimate.processes, []
-    if together > USABLE * machine.memory:
-        found.append(
-            f"{estimate.stage} needs about {estimate.host / GB:.1f} GB of memory in each of {estimate.processes} processes, "
-            f"this machine has {machine.memory / GB:.1f} GB; lower {HOST_KEYS.get(estimate.stage, 'the sizes')}"
+        smaller = SMALLER.get(estimate.stage, "the sizes")
+        if estimate.host * estimate.processes > USABLE * machine.memory:
+            lines.append(
+                f"{estimate.stage} needs about {estimate.host / GB:.1f} GB of memory in each of {estimate.processes} processes, "
+                f"this machine has {machine.memory / GB:.1f} GB; lower {smaller}"
+            )
+        gpu_memory = machine.gpu_memory * min(1.0, share or 1.0)
+        if estimate.device and estimate.device > USABLE * gpu_memory:
+            lines.append(
+                f"{estimate.stage} needs about {estimate.device / GB:.1f} GB of GPU memory, a worker has "
+                f"{gpu_memory / GB:.1f} GB; lower {smaller}"
+            )
+        needed = kept + estimate.disk + estimate.at_peak
+        if needed > peak:
+            peak, peak_stage = needed, estimate.stage
+        kept += estimate.disk
+    if peak > machine.disk:
+        lines.append(
+            f"the run needs about {peak / GB:.1f} GB on the run folder's disk (most in {peak_stage}), "
+            f"{machine.disk / GB:.1f} GB are free; set run.dir to another disk, lower data.size, or set data.store=jpeg"
         )
-    room = machine.gpu_memory * min(1.0, config.cluster.gpus_per_worker or 1.0)
-    if estimate.device and estimate.device > USABLE * room:
-        found.append(
-            f"{estimate.stage} needs about {estimate.device / GB:.1f} GB of GPU memory, a worker has {room / GB:.1f} GB; lower "
-            f"{HOST_KEYS.get(estimate.stage, 'the sizes')}"
-        )
-    return found
-
-
-def _disk(estimates: list[StageEstimate], machine: Machine) -> list[str]:
-    left, most, where = 0, 0, ""
-    for estimate in estimates:
-        now = left + estimate.disk + estimate.at_peak
-        most, where = (now, estimate.stage) if now > most else (most, where)
-        left += estimate.disk
-    if most <= machine.disk:
-        return []
-    return [
-        f"the run needs about {most / GB:.1f} GB on the run folder's disk (most in {where}), "
-        f"{machine.disk / GB:.1f} GB are free; set run.dir to another disk, lower data.size, or set data.store=jpeg"
-    ]
+    return lines
 
 
 def advice(estimates: list[StageEstimate]) -> list[str]:
-    """What is worth a second thought, without being impossible."""
-    found = []
+    """Stages that are possible but expensive, each with what to change."""
+    lines = []
     for estimate in estimates:
-        what, seconds = max(estimate.parts.items(), key=lambda part: part[1])
+        part, seconds = max(estimate.parts.items(), key=lambda item: item[1])
         if estimate.seconds > LONG:
-            found.append(f"{estimate.stage} takes {in_words(estimate.seconds)} here, most of it for: {what}; "
-                         f"{LONGER.get(estimate.stage, 'use more machines')}")  # fmt: skip
+            faster = FASTER.get(estimate.stage, "use more machines")
+            lines.append(f"{estimate.stage} takes {in_words(estimate.seconds)} here, most of it for: {part}; {faster}")
         elif (
-            estimate.stage == "distill" and what not in ("steps", "start", "prepare") and seconds > estimate.seconds / 2
+            part not in ("steps", "start", "prepare") and estimate.stage == "distill" and seconds > estimate.seconds / 2
         ):
-            found.append(f"distill: {what} takes {in_words(seconds)}, longer than the steps; they are kept and used again by "
-                         "every run of this folder with the same networks")  # fmt: skip
-    return found
-
-
-LONGER = {
-    "ingest": "raise cluster.actors on a machine with more cores",
-    "score": "lower score.trials, score.epochs, score.share or score.width, or use GPUs (cluster.gpus_per_worker)",
-    "distill": "lower distill.steps, select.keep or the method's real_batch, or use GPUs (cluster.gpus_per_worker)",
-    "evaluate": "lower evaluate.seeds or evaluate.epochs",
-}
+            lines.append(
+                f"distill: {part} takes {in_words(seconds)}, longer than the steps; every run of this folder with the same "
+                "networks uses the result again"
+            )
+    return lines
 
 
 def combine(
@@ -150,36 +144,36 @@ def combine(
     earlier: Mapping[str, Any],
     actual: Mapping[str, float],
 ) -> RunPlan:
-    """Predictions with what finished stages took; `earlier` is a plan of the same configuration, or empty."""
+    """Predictions beside the seconds of finished stages; `earlier` is a plan of the same configuration, or empty."""
     rows = []
     for estimate in estimates:
-        took = actual.get(estimate.stage)
+        seconds = actual.get(estimate.stage)
         stored = earlier.get("stages", {}).get(estimate.stage)
-        before = took is None or bool(stored and stored["before"])
-        if took is not None and stored and stored["before"]:
+        before = seconds is None or bool(stored and stored["before"])
+        if seconds is not None and stored and stored["before"]:
             estimate = StageEstimate(**stored["estimate"])
-        rows.append(PlanRow(estimate, estimate.cost(config.cluster.price), took, before))
-    waiting = [row.estimate for row in rows if row.actual is None]
-    return RunPlan(rows, problems(config, layout, waiting), advice(waiting))
+        rows.append(PlanRow(estimate, estimate.cost(config.cluster.price), seconds, before))
+    pending = [row.estimate for row in rows if row.actual is None]
+    return RunPlan(rows, problems(config, layout, pending), advice(pending))
 
 
 def identity(config: Config) -> str:
-    """What a stored prediction must share with a configuration: all that decides its seconds."""
+    """A hash of everything in a configuration that decides the predictions."""
     values = config.model_dump()
     return digest([{k: v for k, v in values.items() if k != "run"} | {"price": None}, values["run"]["seed"]])
 
 
 def read(path: Path, config: Config) -> dict[str, Any]:
-    """An earlier plan of the same configuration; empty where there is none."""
+    """An earlier plan of the same configuration; empty if there is none."""
     try:
-        found = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if found.get("configuration") == identity(config) else {}
+    return stored if stored.get("configuration") == identity(config) else {}
 
 
-def write(path: Path, config: Config, machine: Machine, outcome: RunPlan) -> None:
-    """plan.json: per stage the estimate, cost, actual seconds and how far off; totals, problems and advice."""
+def write(path: Path, config: Config, machine: Machine, plan: RunPlan) -> None:
+    """Write plan.json: per stage the estimate, cost, actual seconds and deviation; totals, problems and advice."""
     stages = {
         row.estimate.stage: {
             "estimate": asdict(row.estimate),
@@ -189,16 +183,58 @@ def write(path: Path, config: Config, machine: Machine, outcome: RunPlan) -> Non
             "off": None if row.off is None else round(row.off, 3),
             "before": row.before,
         }
-        for row in outcome.rows
+        for row in plan.rows
     }
-    totals = {"seconds": round(outcome.seconds, 3), "cost": outcome.cost}
-    write_json(path, {"configuration": identity(config), "machine": asdict(machine), "stages": stages, "total": totals,
-                      "problems": outcome.problems, "advice": outcome.advice})  # fmt: skip
+    values = {
+        "configuration": identity(config),
+        "machine": asdict(machine),
+        "stages": stages,
+        "total": {"seconds": round(plan.seconds, 3), "cost": plan.cost},
+        "problems": plan.problems,
+        "advice": plan.advice,
+    }
+    write_json(path, values)
+
+
+def table(config: Config, plan: RunPlan) -> Table:
+    """One row per stage, and the total. A deviation in brackets is that of a prediction made after the stage ran."""
+    done, priced = any(row.actual is not None for row in plan.rows), plan.cost is not None
+    result = Table(title=f"plan: {config.distill.method}, {config.distill.ipc} per class")
+    columns = ["stage", "expected", *(["actual", "off"] if done else []), "processes × memory", "GPU memory", "disk"]
+    for name in [*columns, *(["cost"] if priced else [])]:
+        result.add_column(name, justify="left" if name == "stage" else "right")
+    for row in plan.rows:
+        estimate = row.estimate
+        cells = [estimate.stage, in_words(estimate.seconds)]
+        if done:
+            off = "" if row.off is None else f"{row.off:+.0%}" if row.before else f"({row.off:+.0%})"
+            cells += ["" if row.actual is None else in_words(row.actual), off]
+        cells += [f"{estimate.processes} × {_bytes(estimate.host)}", _bytes(estimate.device) if estimate.device else ""]
+        cells += [_bytes(estimate.disk + estimate.at_peak), *([] if row.cost is None else [f"{row.cost:,.2f}"])]
+        result.add_row(*cells)
+    total = ["total", in_words(plan.seconds), *(["", ""] if done else []), "", "", ""]
+    result.add_row(*total, *([] if plan.cost is None else [f"{plan.cost:,.2f}"]))
+    return result
+
+
+def remarks(plan: RunPlan) -> list[str]:
+    """The parts of each estimate as lines, then the advice."""
+    lines = []
+    for row in plan.rows:
+        parts = ", ".join(f"{part} {in_words(seconds)}" for part, seconds in row.estimate.parts.items())
+        lines.append(f"  {row.estimate.stage}: {'; '.join([parts, *row.estimate.notes])}")
+    return lines + [f"  advice: {line}" for line in plan.advice]
 
 
 def in_words(seconds: float) -> str:
-    """Such as 4.2 s, 3.1 min, 2.5 h or 1.8 days."""
-    for unit, size, most in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 48 * 3600.0)):
-        if seconds < most:
+    """4.2 s, 3.1 min, 2.5 h or 1.8 days."""
+    for unit, size, limit in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 48 * 3600.0)):
+        if seconds < limit:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / 86400:,.1f} days"
+
+
+def _bytes(size: float) -> str:
+    if size >= GIB:
+        return f"{size / GIB:,.1f} GiB"
+    return f"{size / MIB:,.0f} MiB" if size >= MIB else f"{size / 1024:,.0f} KiB"

@@ -90,7 +90,12 @@ def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
                     axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
                 spread = np.linspace(-0.18, 0.18, len(bar.seeds)) if len(bar.seeds) > 1 else np.zeros(1)
                 axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=INK, lw=0.7, zorder=3)
-                where: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "weight": "bold"}
+                where: dict[str, Any] = {
+                    "xytext": (9, 0),
+                    "textcoords": "offset points",
+                    "va": "center",
+                    "weight": "bold",
+                }
                 axes.annotate(bar.text, (bar.end, place), **where)
         name_rows(axes, names)
         axes.set_ylim(place + 0.65, -0.4)

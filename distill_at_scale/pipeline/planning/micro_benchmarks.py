@@ -1,7 +1,7 @@
 """Times a few seconds of the stages' own code on dummy data: decoding, training, scoring and testing one sample.
 
 Each function takes about `SECONDS` for any network. If a real batch would take longer, a smaller one is measured; on a CPU the
-time of an image hardly depends on the batch, because networks process it in parts. `step_benchmark.py` times distillation steps.
+time of an image hardly depends on the batch, because networks process it in parts. `step_benchmark.py` times distillations.
 """
 
 from __future__ import annotations

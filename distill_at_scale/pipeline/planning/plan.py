@@ -98,8 +98,8 @@ def problems(config: Config, layout: ClusterLayout, estimates: list[StageEstimat
         smaller = SMALLER.get(estimate.stage, "the sizes")
         if estimate.host * estimate.processes > USABLE * machine.memory:
             lines.append(
-                f"{estimate.stage} needs about {estimate.host / GB:.1f} GB of memory in each of {estimate.processes} processes, "
-                f"this machine has {machine.memory / GB:.1f} GB; lower {smaller}"
+                f"{estimate.stage} needs about {estimate.host / GB:.1f} GB of memory in each of {estimate.processes} "
+                f"processes, this machine has {machine.memory / GB:.1f} GB; lower {smaller}"
             )
         gpu_memory = machine.gpu_memory * min(1.0, share or 1.0)
         if estimate.device and estimate.device > USABLE * gpu_memory:

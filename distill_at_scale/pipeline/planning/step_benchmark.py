@@ -1,9 +1,9 @@
 """Times a few steps of the configured method on a slice of its classes and scales them up to a whole distillation.
 
-A worker's step takes time in proportion to its classes, plus a part that is the same for any number of classes (a new network, the batches
-of its inner loop); two slices give both. Inner and outer loops are measured short and scaled by their counts; steps that score their real
-batch are measured apart from steps that use remembered values. For a `replicate` method the data set itself is cut to fewer classes.
-Not covered: waiting for other workers, except for the bytes they exchange.
+A worker's step takes time in proportion to its classes, plus a part that is the same for any number of classes (a new network,
+the batches of its inner loop); two slices give both. Inner and outer loops are measured short and scaled by their counts; steps
+that score their real batch are measured apart from steps that use remembered values. For a `replicate` method the data set
+itself is cut to fewer classes. Not covered: waiting for other workers, except for the bytes they exchange.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def test_a_packed_archive_of_weights_is_refused(tmp_path):
 def test_scores_that_are_bombs_or_pickles_are_refused(tmp_path, monkeypatch, kind):
     path = tmp_path / f"s.{kind}"
     if kind == "npz":
-        monkeypatch.setattr(imported, "MOST_UNPACKED", 10**5)
+        monkeypatch.setattr(imported, "MAX_UNPACKED", 10**5)
         np.savez_compressed(path, np.zeros(10**6))
     elif kind == "json":
         path.write_text("[" * 10**5)

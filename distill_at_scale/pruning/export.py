@@ -1,8 +1,7 @@
-"""Scores and lists of kept samples as files for others: Parquet and CSV by sample id, JSON by position.
+"""Export of scores and kept samples: Parquet and CSV by sample id, JSON by position.
 
-Positions are those that `imported.py` reads: of the training split in the order of the source's own listing, so that what
-is written here can be given as score.imported. A rejected sample has null. Left out: the values of every trial, which are
-in scores.parquet.
+Positions are those that `scoring/imported.py` reads, so an exported file can be used as score.imported elsewhere. A rejected
+sample has null. Not covered: the values per trial; they are in scores.parquet.
 """
 
 from __future__ import annotations
@@ -28,85 +27,76 @@ from distill_at_scale.pruning.selection.ranking import score_columns
 
 SUFFIXES = (".parquet", ".csv", ".json")
 KEPT = ("sample_id", "label", "score", "rank")
-Array = np.ndarray[Any, Any]
 
 
 def check(path: Path) -> None:
-    """Raises UserError for a file of no known kind."""
+    """Raises UserError for an unknown file type."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} is of no known kind; name it {', '.join(f'*{s}' for s in SUFFIXES[:-1])} or *.json")
+        raise UserError(f"{path} has an unknown file type; name it *.parquet, *.csv or *.json")
 
 
 def scores(path: Path, scored: Path, config: Config) -> int:
-    """Every criterion's scores, by id; as JSON those of select.criterion, an object "0": score. Returns their number.
+    """Exports the scores of all criteria by id; as JSON those of select.criterion by position, as an object "0": score.
 
-    Raises UserError where the table is missing or has no such scores.
+    Returns the number of samples. Raises UserError if the table is missing or has no such scores.
     """
     check(path)
     useful = score_table.facts(scored)["useful"]
     if path.suffix.lower() != ".json":
-        found, _ = score_table.read(scored, ["sample_id", "label", *useful])
-        _write_table(path, found, {"useful": useful})
-        return found.num_rows
+        table, _ = score_table.read(scored, ["sample_id", "label", *useful])
+        _write_table(path, table, {"useful": useful})
+        return table.num_rows
     name = score_columns(config.criterion)
     if not isinstance(name, str) or name not in useful:
-        raise UserError(f"{path}: a file by position holds one criterion's scores; set select.criterion to one of "
-                        f"{', '.join(useful)}, or write *.csv or *.parquet")  # fmt: skip
-    found, _ = score_table.read(scored, ["sample_id", name])
-    values = found[name].to_numpy()
-    listed = _listed(path, found["sample_id"], config)
-    places = pc.index_in(listed, found["sample_id"].combine_chunks())
-    by_position = {str(i): _number(values, place) for i, place in enumerate(places.to_pylist())}
-    _write_text(path, json.dumps(by_position))
-    return found.num_rows
+        raise UserError(
+            f"{path}: a file by position holds the scores of one criterion; set select.criterion to one of "
+            f"{', '.join(useful)}, or write *.csv or *.parquet"
+        )
+    table, _ = score_table.read(scored, ["sample_id", name])
+    rows = pc.index_in(_ids_by_position(path, table["sample_id"], config), table["sample_id"].combine_chunks())
+    values = [float(f"{value:.9g}") for value in table[name].to_numpy()]  # nine digits identify a 32-bit number
+    by_position = {str(i): None if row is None else values[row] for i, row in enumerate(rows.to_pylist())}
+    _write_json(path, by_position)
+    return table.num_rows
 
 
 def kept(path: Path, selected: Path, config: Config) -> int:
-    """The kept samples with score and rank, by id; as JSON the list of their positions, ascending. Returns their number.
+    """Exports the kept samples with score and rank by id; as JSON the sorted list of their positions.
 
-    Raises UserError where the manifest is missing.
+    Returns the number of kept samples. Raises UserError if the manifest is missing.
     """
     check(path)
-    found, facts = manifest.read(selected)
-    found = found.filter(found["kept"]).select(list(KEPT))
+    table, facts = manifest.read(selected)
+    table = table.filter(table["kept"]).select(list(KEPT))
     if path.suffix.lower() != ".json":
-        _write_table(path, found, facts)
+        _write_table(path, table, facts)
     else:
-        listed = _listed(path, found["sample_id"], config)
-        inside = pc.is_in(listed, found["sample_id"].combine_chunks())
-        _write_text(path, json.dumps(np.flatnonzero(inside.to_numpy()).tolist()))
-    return found.num_rows
+        inside = pc.is_in(_ids_by_position(path, table["sample_id"], config), table["sample_id"].combine_chunks())
+        _write_json(path, np.flatnonzero(inside.to_numpy()).tolist())
+    return table.num_rows
 
 
-def _listed(path: Path, ids: pa.ChunkedArray, config: Config) -> pa.ChunkedArray:
-    """What the positions stand for.
-
-    Raises UserError where one of the ids has none.
-    """
-    listed = Positions(config).left
-    lost = ids.filter(pc.invert(pc.is_in(ids, listed.combine_chunks())))
+def _ids_by_position(path: Path, ids: pa.ChunkedArray, config: Config) -> pa.ChunkedArray:
+    """The id at each position. Raises UserError if one of `ids` has no position."""
+    by_position = Positions(config).prepared
+    lost = ids.filter(pc.invert(pc.is_in(ids, by_position.combine_chunks())))
     if len(lost):
         raise UserError(
             f"{path}: {len(lost)} of {len(ids)} samples have no position in the source's listing, for example "
             f"{lost[0].as_py()!r} (data.transform = {config.data.transform}); write *.csv or *.parquet"
         )
-    return listed
+    return by_position
 
 
-def _number(values: Array, place: int | None) -> float | None:
-    """With the nine digits that a 32-bit number has at most."""
-    return None if place is None else float(f"{values[place]:.9g}")
-
-
-def _write_table(path: Path, found: pa.Table, facts: Mapping[str, Any]) -> None:
-    found = found.replace_schema_metadata({"distill_at_scale": json.dumps(facts, sort_keys=True)})
+def _write_table(path: Path, table: pa.Table, facts: Mapping[str, Any]) -> None:
+    table = table.replace_schema_metadata({"distill_at_scale": json.dumps(facts, sort_keys=True)})
     with publish(path) as temporary:
         if path.suffix.lower() == ".csv":
-            pyarrow.csv.write_csv(found, temporary)
+            pyarrow.csv.write_csv(table, temporary)
         else:
-            pq.write_table(found, temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd")
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_json(path: Path, content: Any) -> None:
     with publish(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(json.dumps(content) + "\n")

@@ -98,7 +98,7 @@ def test_ids_that_look_like_numbers_or_like_nothing_stay_as_they_are(tmp_path):
 def test_samples_without_a_position_are_not_exported_by_position(tmp_path, listed, digits_run):
     ids = pa.chunked_array([[listed[0], f"{listed[0]}#1"]])
     with pytest.raises(UserError, match=r"1 of 2 samples have no position .*#1'.* write \*.csv"):
-        exported._listed(tmp_path / "x.json", ids, digits_run.config)
+        exported._ids_by_position(tmp_path / "x.json", ids, digits_run.config)
 
 
 def test_a_rejected_sample_keeps_its_position(tmp_path, ids, listed):
@@ -141,7 +141,7 @@ def test_ids_that_are_missing_are_counted_and_the_first_is_named(tmp_path, ids):
 def test_ids_of_another_data_set_are_refused(tmp_path, ids):
     some = [*ids.to_pylist(), "cats/1.png"]
     pq.write_table(pa.table({"sample_id": some, "mine": [0.5] * len(some)}), tmp_path / "mine.parquet")
-    with pytest.raises(UserError, match=r"1 ids that are no training samples .* the first is 'cats/1.png'"):
+    with pytest.raises(UserError, match=r"1 ids that are not training samples .* the first is 'cats/1.png'"):
         read(with_file(tmp_path, "mine.parquet"), ids)
 
 
@@ -158,12 +158,12 @@ def test_a_score_that_is_not_finite_names_sample_and_position(tmp_path, ids, lis
     ("name", "text", "message"),
     [
         ("a.json", "[1, 2", "cannot be read"),
-        ("a.json", '["x", "y"]', "no number, for example 'x'"),
+        ("a.json", '["x", "y"]', "not numbers, for example 'x'"),
         ("a.json", "[[1, 2], [3]]", "different lengths"),
         ("a.json", "[[[1]]]", r"shape \[1, 1, 1\]"),
         ("a.json", "3", r"shape \[\]"),
         ("a.json", "[]", r"shape \[0\]"),
-        ("a.json", "[true, false]", "no number"),
+        ("a.json", "[true, false]", "not numbers"),
         ("a.json", '{"0": 1, "2": 3}', 'object without "1"'),
         ("a.json", '{"x.png": 1}', 'object without "0"'),
         ("a.npy", "nonsense", "cannot be read"),
@@ -172,7 +172,7 @@ def test_a_score_that_is_not_finite_names_sample_and_position(tmp_path, ids, lis
         ("a.csv", "sample_id,loss\na,1\n", "no column a or score, only sample_id, loss"),
         ("a.csv", "id,a\na,1\n", "no column sample_id"),
         ("a.csv", "sample_id,a\nx,1\nx,2\n", "'x' more than once"),
-        ("a.csv", "sample_id,a\nx,low\n", "holds string, no numbers"),
+        ("a.csv", "sample_id,a\nx,low\n", "holds string, not numbers"),
     ],
 )
 def test_a_file_that_is_no_list_of_numbers_says_why(tmp_path, name, text, message):
@@ -202,10 +202,10 @@ def test_a_missing_file_is_named():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"score__imported": {"loss": "a.npy"}}, "'loss' is the name of a criterion"),
-        ({"score__imported": {"score": "a.npy"}}, "'score' is the name of a criterion or column"),
-        ({"score__imported": {"a b": "a.npy"}}, "'a b' is no name"),
-        ({"score__imported": {"a": "a.txt"}}, "of no known kind"),
+        ({"score__imported": {"loss": "a.npy"}}, "'loss' is already the name of a criterion"),
+        ({"score__imported": {"score": "a.npy"}}, "'score' is already the name of a criterion or column"),
+        ({"score__imported": {"a b": "a.npy"}}, "'a b' is not a valid name"),
+        ({"score__imported": {"a": "a.txt"}}, "unknown file type"),
         ({"score__imported_useful": {"a": "low"}}, "'a', which is not in score.imported"),
         ({"select__criterion": {}}, "weighs nothing"),
         ({"select__criterion": {"loss": 1.0, "el2m": 0.5}}, "weighs 'el2m', which is not scored"),
@@ -327,7 +327,7 @@ def test_the_command_exports_scores_and_kept_samples(tmp_path, config_file, caps
     ("arguments", "message"),
     [
         ([], "add --scores FILE"),
-        (["--scores", "a.txt"], "a.txt is of no known kind"),
+        (["--scores", "a.txt"], "a.txt has an unknown file type"),
         (["select.keep=0.9", "--kept", "a.csv"], "select.keep: 0.2 -> 0.9"),
         (["run.dir=nowhere", "--kept", "a.csv"], "no output of select yet"),
     ],

@@ -73,8 +73,8 @@ def check(config: Config, prepared: PreparedDataset) -> None:
         raise UserError(
             f"score.monte_carlo.subsets = {section.subsets}: a sample of the class "
             f"{prepared.class_names[counts.index(largest)]!r} ({largest} samples) would be in {expected:.2f} subsets on "
-            f"average, and most would have no utility; use at least {-(-largest // size)} subsets of {size} per class, about 50 "
-            "times as many for a usable estimate"
+            f"average, and most would have no utility; use at least {-(-largest // size)} subsets of {size} per class, about "
+            "50 times as many for a usable estimate"
         )
 
 

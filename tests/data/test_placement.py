@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +15,9 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import schema, to_jpeg_table, write_meta, write_shards
-from distill_at_scale.data.sampling import lookahead, placement
+from distill_at_scale.data.sampling import placement
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.data.sampling.lookahead import Ahead, Foresight, Request
+from distill_at_scale.data.sampling.lookahead import DrawRequest, Lookahead
 from distill_at_scale.data.sampling.placement import InShards, MemoryBudget, choose, kept_places
 from distill_at_scale.distillation import engine as distill
 
@@ -154,39 +157,58 @@ def test_memory_within_a_container_counts(monkeypatch, tmp_path):
     assert placement.free_memory() > 3000
 
 
-def test_the_next_draw_is_read_ahead(made):
-    """DC's pattern: class by class, two outer iterations a step; after the second step every draw is foreseen."""
-    pool = load(made, "shards")
-    ahead = pool._taken
-    assert isinstance(ahead, Ahead)
+def draws_of(step):
+    """DC's pattern: class by class, two outer iterations a step."""
+    for outer in range(2):
+        for label in range(3):
+            yield DrawRequest((label,), 4, "real batch", (step, outer))
+
+
+def test_every_scheduled_draw_is_read_in_advance(made):
+    reference, sampler = load(made, "host"), load(made, "shards")
+    assert reference.lookahead is None
+    sampler.schedule(itertools.chain.from_iterable(draws_of(step) for step in itertools.count()))
     for step in range(6):
-        for outer in range(2):
-            for label in range(3):
-                pool.draw([label], 4, "real batch", step, outer)
-        if step == 2:
-            before = ahead.misses
-    assert ahead.misses == before
-    assert ahead.hits >= 18
+        for request in draws_of(step):
+            arguments = request.labels, request.n, request.purpose, *request.index
+            (found,), (wanted,) = sampler.draw(*arguments), reference.draw(*arguments)
+            assert torch.equal(found.images, wanted.images)
+    assert (sampler.lookahead.hits, sampler.lookahead.misses) == (36, 0)
 
 
-def test_foresight_turns_its_wheels_like_an_odometer():
-    foresight_, guesses = Foresight(), []
-    for step in range(3):
-        for outer in range(3):
-            guesses.append(foresight_.next(Request((0,), 4, "x", (step, outer))))
-    assert [g.index for g in guesses[-4:]] == [(2, 0), (2, 1), (2, 2), (3, 0)]
-
-
-def test_an_error_while_reading_ahead_arrives_with_its_own_draw(made):
-    calls = []
+def test_the_next_scheduled_draw_is_read_before_it_is_asked_for():
+    answered, done = [], threading.Event()
 
     def answer(request):
-        calls.append(request)
+        answered.append(request.index)
+        if len(answered) == 2:
+            done.set()
+        return request.index
+
+    lookahead = Lookahead(answer)
+    lookahead.schedule(DrawRequest((0,), 1, "x", (step,)) for step in range(9))
+    assert lookahead(DrawRequest((0,), 1, "x", (0,))) == (0,)
+    assert done.wait(10)
+    assert answered == [(0,), (1,)]
+
+
+def test_a_draw_that_is_not_scheduled_leaves_the_schedule_as_it_is():
+    lookahead = Lookahead(lambda request: (request.purpose, request.index))
+    lookahead.schedule(DrawRequest((0,), 1, "x", (step,)) for step in range(2))
+    assert lookahead(DrawRequest((0,), 1, "other", (7,))) == ("other", (7,))
+    assert [lookahead(DrawRequest((0,), 1, "x", (step,))) for step in range(3)] == [("x", (k,)) for k in range(3)]
+    assert (lookahead.hits, lookahead.misses) == (2, 2)
+
+
+def test_an_error_while_reading_ahead_arrives_with_its_own_draw():
+    def answer(request):
         if request.index == (2,):
             raise UserError("damaged")
         return request.index
 
-    ahead = lookahead.Ahead(answer)
-    assert [ahead(Request((0,), 1, "x", (step,))) for step in range(2)] == [(0,), (1,)]
+    lookahead = Lookahead(answer)
+    lookahead.schedule(DrawRequest((0,), 1, "x", (step,)) for step in range(4))
+    assert [lookahead(DrawRequest((0,), 1, "x", (step,))) for step in range(2)] == [(0,), (1,)]
     with pytest.raises(UserError, match="damaged"):
-        ahead(Request((0,), 1, "x", (2,)))
+        lookahead(DrawRequest((0,), 1, "x", (2,)))
+    assert lookahead(DrawRequest((0,), 1, "x", (3,))) == (3,)

@@ -7,7 +7,7 @@ Only what the manifest keeps is ever decoded. Samples stay as they are stored (i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from distill_at_scale.core import rng
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization, normalization_of
 from distill_at_scale.data.sampling import placement
-from distill_at_scale.data.sampling.lookahead import Ahead, Request
+from distill_at_scale.data.sampling.lookahead import DrawRequest, Lookahead
 from distill_at_scale.data.sampling.placement import InMemory, InShards, MemoryBudget, Placement
 
 MOST_THREADS = 8  # that decode JPEGs of a draw
@@ -47,7 +47,7 @@ class ClassSampler:
             next(iter(pixels.values())).device if isinstance(pixels, dict) else torch.device("cpu")
         )
         apart = self.holding.where == "shards" or (self.holding.where == "host" and self.device.type != "cpu")
-        self._taken: Callable[[Request], list[tuple[Tensor, Tensor]]] = Ahead(self._take) if apart else self._take
+        self.lookahead = Lookahead(self._take) if apart else None
 
     @classmethod
     def load(cls, prepared: PreparedDataset, manifest: Path, labels: Collection[int], seed: int, device: torch.device,
@@ -87,9 +87,18 @@ class ClassSampler:
             start += count
         return every, labels
 
+    def schedule(self, requests: Iterable[DrawRequest]) -> None:
+        """Announce the coming draws in their order: each is read while the one before it is used.
+
+        Only speed depends on it. It has no effect where samples lie on the device that they are drawn to.
+        """
+        if self.lookahead is not None:
+            self.lookahead.schedule(requests)
+
     def draw(self, labels: Sequence[int], n: int, purpose: str, *index: int) -> list[RealBatch]:
         """min(n, kept) images of each class, without replacement; decided by (seed, purpose, index, class) alone."""
-        found = self._taken(Request(tuple(labels), n, purpose, index))
+        request = DrawRequest(tuple(labels), n, purpose, index)
+        found = self._take(request) if self.lookahead is None else self.lookahead(request)
         return [
             RealBatch(label, self._image(stored), rows) for label, (stored, rows) in zip(labels, found, strict=True)
         ]
@@ -97,10 +106,10 @@ class ClassSampler:
     def _image(self, stored: Tensor) -> Tensor:
         return self.normalization.apply(stored.to(self.device, non_blocking=True))
 
-    def _take(self, request: Request) -> list[tuple[Tensor, Tensor]]:
+    def _take(self, request: DrawRequest) -> list[tuple[Tensor, Tensor]]:
         return [self._take_class(label, request) for label in request.labels]
 
-    def _take_class(self, label: int, request: Request) -> tuple[Tensor, Tensor]:
+    def _take_class(self, label: int, request: DrawRequest) -> tuple[Tensor, Tensor]:
         """Stored values and their rows."""
         chance = rng.generator(self.seed, request.purpose, *request.index, label)
         rows = torch.randperm(self.count(label), generator=chance)[: request.n]

@@ -1,90 +1,51 @@
-"""The next draw, made in a thread while the present one is used: a draw is a pure function of what is asked.
-
-What will be asked next is guessed from the past; a wrong guess costs time and changes nothing.
-"""
+"""Reads the next draw in a thread of its own while the present one is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call of `Pool.draw`."""
+class DrawRequest:
+    """The arguments of one `ClassSampler.draw`: `n` samples of each of `labels`; `purpose` and `index` seed the draw."""
 
     labels: tuple[int, ...]
     n: int
     purpose: str
     index: tuple[int, ...]
 
-    @property
-    def key(self) -> tuple[tuple[int, ...], int, str]:
-        return self.labels, self.n, self.purpose
 
+class Lookahead(Generic[T]):
+    """Answers draw requests one at a time in one thread, and the next scheduled one in advance.
 
-class Foresight:
-    """Guesses the next request from those before it: what followed this one last time, at the next index.
-
-    Indices count like an odometer, whose wheels are learned from the first time that each one starts again. A wrong
-    guess costs the time of reading it and changes nothing.
+    A request that is not the next scheduled one is answered when it arrives and leaves the schedule as it is. An
+    exception raised while reading in advance is raised by the call that asks for that draw.
     """
 
-    def __init__(self) -> None:
-        self.last: Request | None = None
-        self.after: dict[Any, Any] = {}
-        self.seen: dict[Any, tuple[int, ...]] = {}
-        self.limits: dict[tuple[str, int], int] = {}
-
-    def next(self, request: Request) -> Request | None:
-        """Take note of a request; the one that will probably follow, or None while nothing is known."""
-        if self.last is not None:
-            self.after[self.last.key] = request.key
-        if (before := self.seen.get(request.key)) is not None:
-            self._learn(request.purpose, before, request.index)
-        self.seen[request.key] = request.index
-        self.last = request
-        key = self.after.get(request.key)
-        if key is None or key not in self.seen:
-            return None
-        labels, n, purpose = key
-        return Request(labels, n, purpose, self._counted(purpose, self.seen[key]))
-
-    def _learn(self, purpose: str, before: tuple[int, ...], now: tuple[int, ...]) -> None:
-        for wheel in range(1, len(now)):
-            if now[:wheel] > before[:wheel] and now[wheel] <= before[wheel]:
-                self.limits[purpose, wheel] = before[wheel]
-
-    def _counted(self, purpose: str, index: tuple[int, ...]) -> tuple[int, ...]:
-        new = list(index)
-        for wheel in reversed(range(len(new))):
-            if wheel == 0 or new[wheel] < self.limits.get((purpose, wheel), 2**62):
-                new[wheel] += 1
-                break
-            new[wheel] = 0
-        return tuple(new)
-
-
-class Ahead:
-    """Answers requests in a thread of its own, which prepares the probably next one meanwhile."""
-
-    def __init__(self, answer: Callable[[Request], Any]):
-        self.answer, self.foresight, self.thread = answer, Foresight(), ThreadPoolExecutor(1)
-        self.waiting: tuple[Request, Future[Any]] | None = None
+    def __init__(self, answer: Callable[[DrawRequest], T]):
+        self.answer, self.thread = answer, ThreadPoolExecutor(1)
+        self.scheduled: Iterator[DrawRequest] = iter(())
+        self.next: tuple[DrawRequest, Future[T]] | None = None
         self.hits = self.misses = 0
 
-    def __call__(self, request: Request) -> Any:
-        waiting, self.waiting = self.waiting, None
-        if waiting is not None and waiting[0] == request:
-            self.hits, future = self.hits + 1, waiting[1]
-        else:
-            if waiting is not None:
-                waiting[1].cancel()
-            self.misses, future = self.misses + 1, self.thread.submit(self.answer, request)
-        following = self.foresight.next(request)
-        found = future.result()
-        if following is not None:
-            self.waiting = following, self.thread.submit(self.answer, following)
-        return found
+    def schedule(self, requests: Iterable[DrawRequest]) -> None:
+        """Replace the schedule by the coming requests, in the order of the calls; `requests` may be endless."""
+        self.scheduled = iter(requests)
+        self._start_next()
+
+    def __call__(self, request: DrawRequest) -> T:
+        if self.next is None or self.next[0] != request:
+            self.misses += 1
+            return self.thread.submit(self.answer, request).result()
+        self.hits, future = self.hits + 1, self.next[1]
+        self._start_next()
+        return future.result()
+
+    def _start_next(self) -> None:
+        request = next(self.scheduled, None)
+        self.next = None if request is None else (request, self.thread.submit(self.answer, request))

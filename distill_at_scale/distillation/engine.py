@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,7 +189,7 @@ class Distillation:
         pool = ClassSampler.load(
             self.prepared, places.manifest, self.setting.labels, config.distill_seed, device, hold, free
         )
-        self.held = pool.held
+        self.sampler, self.held = pool, pool.held
         self.normalization: Normalization = pool.normalization
         self.backend = method_class(config)(self.setting)
         self.backend.prepare(pool)
@@ -209,6 +210,7 @@ class Distillation:
         began = time.perf_counter() - spent
         self.logged = start, spent
         log_every = max(1, self.steps // LOG_LINES)
+        self.sampler.schedule(chain.from_iterable(map(self.backend.draws, range(start, self.steps))))
         for i in range(start, self.steps):
             if i in self._snapshot_steps():
                 self._snapshot(i)

@@ -48,7 +48,7 @@ def main() -> None:
         "textbook": partial(textbook, *given),
         "unrolled (mtt)": partial(unrolled, *given),
         "recomputed, exact (tesla)": partial(recomputed, *given),
-        "recomputed, fixed": partial(recomputed, *given, through=False),
+        "recomputed, fixed": partial(recomputed, *given, exact=False),
     }
     seconds = _measure(ways, options.repeats, device)
     base = statistics.fmean(seconds["textbook"])
@@ -84,7 +84,7 @@ def _made_up(
     student = FlatNetwork(spec.build(0).to(device), spec.at_once(device))
     start = flat(spec.build(1))
     target = start + 0.01 * torch.randn(len(start), generator=chance)
-    moves = [
+    steps = [
         StudentStep(torch.randperm(n, generator=chance), AugmentParams(None, torch.zeros(1, 4)))
         for _ in range(options.steps)
     ]
@@ -92,7 +92,7 @@ def _made_up(
     made = SyntheticData(images, torch.arange(n, device=device) % CLASSES)
     return (
         student,
-        TrajectorySegment(start.to(device), target.to(device), moves),
+        TrajectorySegment(start.to(device), target.to(device), steps),
         made,
         torch.tensor(0.02, device=device, requires_grad=True),
     )
@@ -101,13 +101,13 @@ def _made_up(
 def textbook(student: FlatNetwork, task: TrajectorySegment, made: SyntheticData, rate: Tensor) -> LossAndGradients:
     """As in the published code: one slice per parameter, whole batches, autograd through all steps."""
     theta = task.start.clone().requires_grad_(True)
-    for move in task.moves:
+    for step in task.steps:
         views, first = {}, 0
         for name, shape, size in zip(student.names, student.shapes, student.sizes, strict=True):
             views[name] = theta[first : first + size].view(shape)
             first += size
-        logits = functional_call(student.network, views, (made.images[move.rows],))
-        loss = F.cross_entropy(logits, made.targets[move.rows])
+        logits = functional_call(student.network, views, (made.images[step.rows],))
+        loss = F.cross_entropy(logits, made.targets[step.rows])
         theta = theta - rate * torch.autograd.grad(loss, theta, create_graph=True)[0]
     loss = F.mse_loss(theta, task.target, reduction="sum") / F.mse_loss(task.start, task.target, reduction="sum")
     return loss.detach(), list(torch.autograd.grad(loss, [made.images, rate]))

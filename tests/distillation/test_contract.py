@@ -17,6 +17,7 @@ from conftest import SMALL, tiny_config
 from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.engine import DistillPaths, make_network, method_class, missing_networks, setting_of
 from distill_at_scale.distillation.methods import METHODS
@@ -123,6 +124,31 @@ def test_a_step_gives_numbers_and_the_set_has_its_shape(method, start):
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert not images.requires_grad
     assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_step_makes_the_draws_that_are_scheduled_for_it(method, start, monkeypatch):
+    backend, asked, draw = start(method), [], ClassSampler.draw
+
+    def spy(self, labels, n, purpose, *index):
+        asked.append(DrawRequest(tuple(labels), n, purpose, index))
+        return draw(self, labels, n, purpose, *index)
+
+    monkeypatch.setattr(ClassSampler, "draw", spy)
+    for i in (0, 2):
+        scheduled = list(backend.draws(i))
+        asked.clear()
+        backend.step(i)
+        assert asked == scheduled
+    assert bool(asked) == (method in ("dc", "dsa", "dm", "idc"))
+
+
+def test_a_run_from_shards_reads_every_draw_in_advance(places):
+    run = distill.Distillation(config_of("idc", distill__hold="shards"), places, SingleProcess(), CPU)
+    started_with = run.sampler.lookahead.misses  # the initial images
+    run.run()
+    assert run.sampler.lookahead.misses == started_with
+    assert run.sampler.lookahead.hits > 3 * 3
 
 
 @pytest.mark.parametrize("method", NAMES)

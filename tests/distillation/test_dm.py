@@ -38,7 +38,7 @@ def test_a_step_does_not_depend_on_how_classes_are_grouped(rule):
     moved, metrics = [], []
     for group in (1, 2, 3):
         backend = backend_of("dm", a_pool(), runtime=RULES[rule], augment=SIAMESE_AUGMENT)
-        backend.group = group
+        backend.group_size = group
         metrics.append([backend.step(i) for i in range(3)])
         moved.append(backend.images.detach())
     for other, said in zip(moved[1:], metrics[1:], strict=True):
@@ -50,15 +50,15 @@ def test_groups_are_as_large_as_the_stated_memory_allows(monkeypatch):
     sizes = []
     for megabytes in (1, 20, 1000):
         monkeypatch.setitem(dm.GROUP_BYTES, "cpu", megabytes * 2**20)
-        sizes.append(many_classes(5, ipc=2, shape=(1, 16, 16), real_batch=64, init="noise").group)
+        sizes.append(many_classes(5, ipc=2, shape=(1, 16, 16), real_batch=64, init="noise").group_size)
     assert sizes[0] < sizes[1] < sizes[2]
     monkeypatch.setitem(dm.GROUP_BYTES, "cpu", 1)
-    assert many_classes(5, ipc=2, shape=(1, 16, 16), init="noise").group == 1
+    assert many_classes(5, ipc=2, shape=(1, 16, 16), init="noise").group_size == 1
 
 
 def test_no_forward_pass_sees_more_than_a_group(monkeypatch):
     backend = many_classes(7, ipc=2, shape=(1, 8, 8), init="noise", augment="none")
-    backend.group, seen = 2, []
+    backend.group_size, seen = 2, []
     embed = backend.embed
     backend.embed = lambda images: (seen.append(len(images)), embed(images))[1]
     backend.step(0)

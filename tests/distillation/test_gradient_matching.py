@@ -16,6 +16,7 @@ from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import FAMILIES
 from distill_at_scale.distillation.methods import METHODS, dc
 from distill_at_scale.distillation.methods.base import MethodContext
@@ -107,7 +108,7 @@ def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     before = [p.detach().clone() for p in network.parameters()]
     images, labels = backend.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
     wanted = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
-    backend._train(network, 0, 0)
+    backend._train_network(network, 0, 0)
     for parameter, old, gradient in zip(network.parameters(), before, wanted, strict=True):
         assert torch.allclose((old - parameter.detach()) / 1e-3, gradient, rtol=0.1, atol=2e-2)
 
@@ -223,7 +224,7 @@ def test_real_and_synthetic_images_get_the_same_draw(method):
         return cosine_distance(real, synthetic)
 
     if method == "dsa":
-        backend.metric = spy
+        backend.distance = spy
     for step in range(6):
         metrics = backend.step(step)
         if method == "dm":
@@ -389,7 +390,7 @@ def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch)
     """Classes of 1 to 5 samples, of which runtime pruning leaves different numbers."""
     spec = FixedNetwork(SPECS["images"], at_once=20)
     pool, runtime = pool_of(spec, held=lambda c: c + 1), {"rule": "loss", "drop": 0.5, "refresh": 1}
-    monkeypatch.setattr(gradient_matching, "FEW", device_few)
+    monkeypatch.setattr(gradient_matching, "CPU_IMAGES", device_few)
     together = moved("dc", spec, runtime, pool, outer=1)
     monkeypatch.setattr(gradient_matching, "supports_class_gradients", lambda *_: False)
     close(together, moved("dc", spec, runtime, pool, outer=1))
@@ -398,11 +399,11 @@ def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch)
 def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
     spec = FixedNetwork(SPECS["images"])
     whole = moved("dc", spec, outer=1, ipc=5)
-    monkeypatch.setitem(gradient_matching.BYTES, "cpu", gradient_matching.SECOND_ORDER * spec.work(1) * 2)
+    monkeypatch.setitem(gradient_matching.MEMORY, "cpu", gradient_matching.SECOND_ORDER * spec.work(1) * 2)
     in_parts = []
-    real = gradient_matching.MatchingMethod._pull_in_parts
+    real = gradient_matching.MatchingMethod._backward_in_parts
     monkeypatch.setattr(
-        gradient_matching.MatchingMethod, "_pull_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
+        gradient_matching.MatchingMethod, "_backward_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
     )
     close(moved("dc", spec, outer=1, ipc=5), whole)
     assert len(in_parts) == spec.classes
@@ -414,9 +415,11 @@ def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
     each = gradient_matching.COPIES * 4 * held * math.prod(spec.shape)
     whole = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
     sizes = []
-    real = gradient_matching.MatchingMethod._real
-    monkeypatch.setattr(gradient_matching.MatchingMethod, "_real", lambda *a: (sizes.append(len(a[2])), real(*a))[1])
-    monkeypatch.setitem(gradient_matching.BYTES, "cpu", most * each)
+    real = gradient_matching.MatchingMethod._real_batches
+    monkeypatch.setattr(
+        gradient_matching.MatchingMethod, "_real_batches", lambda *a: (sizes.append(len(a[3])), real(*a))[1]
+    )
+    monkeypatch.setitem(gradient_matching.MEMORY, "cpu", most * each)
     monkeypatch.setattr(gradient_matching, "SECOND_ORDER", 1)
     close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
     assert sizes == [most] * 10
@@ -450,10 +453,16 @@ def test_samples_are_independent_under_settled_batch_norm():
     config = configuration.validate({"distill": {"method": "dc", "dc": {"outer": 1}}})
     backend = METHODS["dc"](MethodContext(config, spec, ["a", "b", "c"], [0, 1, 2], SingleProcess(), CPU, 1))
     backend.prepare(pool_of(spec))
+    real_draw, asked = backend.real.draw, []
+    backend.real.draw = lambda labels, n, purpose, *index: (
+        asked.append(DrawRequest(tuple(labels), n, purpose, index)), real_draw(labels, n, purpose, *index))[1]  # fmt: skip
+    backend.step(3)
+    assert asked == list(backend.draws(3))
+    assert len(asked) == 2 * spec.classes
     network = spec.build(0).train()
     backend.set_batch_norm_statistics(network, 0, 0)
     images = backend._norm_batch(0, 0)
-    assert len(images) == 3 * gradient_matching.NORM_EACH  # repeated, where fewer are kept
+    assert len(images) == 3 * gradient_matching.NORM_PER_CLASS  # repeated, where fewer are kept
     assert torch.allclose(network(images[:5])[0], network(images[:1])[0], atol=1e-4)
     features = network.net.bn1(network.net.conv1(images))
     assert float(features.mean().detach().abs()) < 1e-3  # standardised by this very batch

@@ -93,7 +93,7 @@ def test_noise_lies_in_the_range_of_pixels_and_images_are_put_back_into_it():
 
 def test_no_more_decoded_images_than_asked_are_matched_and_they_change():
     backend = backend_of(ipc=4, synthetic_batch=5)
-    draw = backend._draw(0, 0, 0)
+    draw = backend.augmentation.draw(torch.Generator())
     first, second = (backend.view(draw, step, 0, 0)(backend.images[0].detach()) for step in (0, 1))
     assert len(first) == len(second) == 5
     assert not torch.equal(first, second)
@@ -104,7 +104,7 @@ def test_the_network_is_trained_on_real_samples_of_all_classes():
     network = backend.context.spec.build(0)
     twin = backend.context.spec.build(0)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
-    backend._train(network, optimizers[0], 0, 0)
+    backend._train_network(network, optimizers[0], 0, 0)
     pixels, labels = a_pool().whole()
     F.cross_entropy(twin(a_pool().normalization.apply(pixels)), labels).backward()
     optimizers[1].step()
@@ -114,8 +114,8 @@ def test_the_network_is_trained_on_real_samples_of_all_classes():
 
 def test_mixed_targets_are_shares_of_two_classes():
     backend = backend_of()
-    images, labels = backend._samples(0, 0)
-    mixed, targets = backend._mixed(images, labels, torch.Generator().manual_seed(1))
+    images, labels = backend._network_samples(0, 0)
+    mixed, targets = backend._augmented(images, labels, torch.Generator().manual_seed(1))
     assert torch.allclose(targets.sum(1), torch.ones(len(labels)))
     assert not torch.equal(mixed, images)
     assert ((targets > 0).sum(1) <= 2).all()

@@ -86,8 +86,8 @@ def textbook(network, task, images, labels, rate):
     for (name, like), piece in zip(named.items(), pieces, strict=True):
         start[name] = piece.reshape(like.shape).clone().requires_grad_(True)
     theta = start
-    for move in task.moves:
-        loss = F.cross_entropy(functional_call(network, theta, (images[move.rows],)), labels[move.rows])
+    for step in task.steps:
+        loss = F.cross_entropy(functional_call(network, theta, (images[step.rows],)), labels[step.rows])
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
         theta = {name: theta[name] - rate * g for name, g in zip(theta, gradients, strict=True)}
     end = torch.cat([p.reshape(-1) for p in theta.values()])
@@ -110,21 +110,21 @@ def test_the_cost_of_the_experts_is_stated():
 def test_a_step_is_the_textbooks(experts, batch):
     """Images and rate move along the gradient of a full unroll, whole batches or parts of them."""
     backend = backend_of(experts, student_batch=batch)
-    before, rate = backend.images.detach().clone(), backend.rate.detach().clone()
-    task, network = backend.trajectory(5, 0), backend.context.spec.build(0)
-    loss, of_images, of_rate = textbook(network, task, before.flatten(0, 1), backend.hard, rate)
+    before, rate = backend.images.detach().clone(), backend.student_lr.detach().clone()
+    task, network = backend.segment(5, 0), backend.context.spec.build(0)
+    loss, of_images, of_rate = textbook(network, task, before.flatten(0, 1), backend.labels, rate)
     metrics = backend.step(5)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert metrics["student_lr"] == pytest.approx(0.1)
     close(before.flatten(0, 1) - backend.images.detach().flatten(0, 1), of_images)
-    close(rate - backend.rate.detach(), 1e-3 * of_rate, 1e-2)
+    close(rate - backend.student_lr.detach(), 1e-3 * of_rate, 1e-2)
 
 
 def test_momentum_is_that_of_sgd(experts):
     backend = backend_of(experts, image_momentum=0.5, image_lr=0.1)
     gradients, images = [], [backend.images.detach().clone()]
     for i in range(2):
-        _, found = backend.match(backend.trajectory(i, 0), backend.synthetic())
+        _, found = backend.match(backend.segment(i, 0), backend.synthetic())
         gradients.append(found[0].view_as(backend.images))
         backend.step(i)
         images.append(backend.images.detach().clone())
@@ -137,7 +137,7 @@ def test_start_and_target_are_epochs_of_one_expert(experts):
     held = [safetensors_io.load(experts / name)["parameters"] for name in backend.networks(backend.context.config)]
     seen = set()
     for i in range(40):
-        task = backend.trajectory(i, 0)
+        task = backend.segment(i, 0)
         (found,) = [(k, e) for k in range(2) for e in range(5) if torch.equal(task.start, held[k][e])]
         assert torch.equal(task.target, held[found[0]][found[1] + 2])
         seen.add(found)
@@ -145,28 +145,28 @@ def test_start_and_target_are_epochs_of_one_expert(experts):
 
 
 def test_batches_shuffle_all_images_before_any_comes_again(experts):
-    moves = backend_of(experts, student_batch=4, student_steps=6).trajectory(0, 0).moves
-    assert [len(move.rows) for move in moves] == [4, 2, 4, 2, 4, 2]
-    rounds = [torch.cat([moves[k].rows, moves[k + 1].rows]).tolist() for k in (0, 2, 4)]
+    steps = backend_of(experts, student_batch=4, student_steps=6).segment(0, 0).steps
+    assert [len(step.rows) for step in steps] == [4, 2, 4, 2, 4, 2]
+    rounds = [torch.cat([steps[k].rows, steps[k + 1].rows]).tolist() for k in (0, 2, 4)]
     assert all(sorted(rows) == list(range(6)) for rows in rounds)
     assert rounds[0] != rounds[1]
 
 
 def test_every_step_and_worker_has_its_own_trajectory_and_augmentation(experts):
     backend = backend_of(experts, augment=SIAMESE_AUGMENT)
-    tasks = [backend.trajectory(i, rank) for i in range(3) for rank in range(2)]
-    assert len({float(task.moves[0].draw.numbers.sum()) for task in tasks}) == 6
-    assert len({tuple(u.tolist()) for u in tasks[0].moves[0].draw.numbers}) == 6  # per image
-    again = backend_of(experts, augment=SIAMESE_AUGMENT).trajectory(1, 0)
-    assert torch.equal(again.moves[0].draw.numbers, tasks[2].moves[0].draw.numbers)
+    tasks = [backend.segment(i, rank) for i in range(3) for rank in range(2)]
+    assert len({float(task.steps[0].params.numbers.sum()) for task in tasks}) == 6
+    assert len({tuple(u.tolist()) for u in tasks[0].steps[0].params.numbers}) == 6  # per image
+    again = backend_of(experts, augment=SIAMESE_AUGMENT).segment(1, 0)
+    assert torch.equal(again.steps[0].params.numbers, tasks[2].steps[0].params.numbers)
 
 
 def test_the_loss_falls_where_it_is_optimised(experts):
     backend = backend_of(experts, image_lr=5.0, student_lr_rate=1e-3, max_start=0)
-    tasks = [backend.trajectory(1000 + i, 0) for i in range(4)]
+    tasks = [backend.segment(1000 + i, 0) for i in range(4)]
 
     def total():
-        return sum(float(unrolled(backend.student, t, backend.synthetic(), backend.rate)[0]) for t in tasks)
+        return sum(float(unrolled(backend.student, t, backend.synthetic(), backend.student_lr)[0]) for t in tasks)
 
     before = total()
     for i in range(30):
@@ -193,7 +193,7 @@ def test_what_is_learned_goes_into_the_protocol_and_the_card(experts):
     backend = backend_of(experts)
     backend.step(0)
     made = backend.finalize(*backend.snapshot())
-    rate = float(backend.rate.detach())
+    rate = float(backend.student_lr.detach())
     assert rate != pytest.approx(0.1, abs=1e-9)
     assert dict(made.protocol) == {"lr": rate}
     assert made.extras["student_lr"].tolist() == [rate]
@@ -240,7 +240,7 @@ def test_what_is_not_finite_leaves_everything_alone_and_names_class_step_and_rat
 def test_a_distance_that_is_not_finite_stops_the_run(experts):
     backend = backend_of(experts)
     with torch.no_grad():
-        backend.rate.fill_(1e30)
+        backend.student_lr.fill_(1e30)
     before = backend.images.detach().clone()
     with pytest.raises(DistillationDiverged, match=r"from the expert is not finite at step 3.*1e\+30"):
         backend.step(3)
@@ -277,9 +277,9 @@ def test_in_parts_a_draw_stays_with_its_images():
     """The augmented parts, put together, are the augmented whole."""
     images = torch.rand(5, *SHAPE)
     draw = Augmentation("color").draw(torch.Generator().manual_seed(0), per_image=5)
-    move, made = StudentStep(torch.randperm(5), draw), SyntheticData(images, torch.arange(5) % CLASSES)
-    parts = [made.batch(part) for part in move.split(2)]
-    whole = made.batch(move)
+    step, made = StudentStep(torch.randperm(5), draw), SyntheticData(images, torch.arange(5) % CLASSES)
+    parts = [made.batch(part) for part in step.split(2)]
+    whole = made.batch(step)
     assert torch.allclose(torch.cat([p[0] for p in parts]), whole[0])
     assert torch.equal(torch.cat([p[1] for p in parts]), whole[1])
 
@@ -308,11 +308,11 @@ def test_two_workers_average_the_gradients_of_two_trajectories(experts, tmp_path
         alone = backend_of(experts, method, image_momentum=0.5, image_lr=0.1)
         start = alone.images.detach().clone()
         for i in range(2):
-            pairs = [alone.match(alone.trajectory(i, rank), alone.synthetic()) for rank in range(2)]
+            pairs = [alone.match(alone.segment(i, rank), alone.synthetic()) for rank in range(2)]
             mean = [(a + b) / 2 for a, b in zip(*(gradients for _, gradients in pairs), strict=True)]
-            alone._advance(i, pairs[0][0], mean)
+            alone._update_learned(i, pairs[0][0], mean)
         close(torch.stack([found[0][f"images/{c}"] for c in range(3)]) - start, alone.images.detach() - start, 1e-3)
-        assert float(found[0]["rate"]) == pytest.approx(float(alone.rate.detach()), rel=1e-4)
+        assert float(found[0]["rate"]) == pytest.approx(float(alone.student_lr.detach()), rel=1e-4)
 
 
 RUN = {f"distill__{method}__{key}": value for method in ("mtt", "tesla") for key, value in SMALL.items()}

@@ -36,7 +36,7 @@ def test_the_distance_is_that_of_means_and_variances_before_every_batch_norm(rec
     images, layers = torch.randn(5, *SHAPE), teacher.network.features
     with BatchNormLoss(teacher) as statistics:
         teacher(images)
-        found = statistics.distance()
+        found = statistics.value()
     entering, wanted = images, torch.zeros(())
     for layer in layers:
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -55,7 +55,7 @@ def test_a_step_is_adams_along_the_textbook_gradient(recovery):
     images = before.flatten(0, 1).requires_grad_(True)
     with BatchNormLoss(backend.teacher) as statistics:
         logits = backend.teacher(shown(images, boxes))
-        loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2])) + 0.5 * statistics.distance()
+        loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2])) + 0.5 * statistics.value()
     loss.backward()
     adam = torch.optim.Adam([images], 0.25, (0.5, 0.9))
     adam.step()

@@ -29,7 +29,7 @@ assert experts  # a fixture
 WAYS = {
     "unrolled": unrolled,
     "exact": recomputed,
-    "fixed": lambda *given: recomputed(*given, through=False),
+    "fixed": lambda *given: recomputed(*given, exact=False),
 }
 
 
@@ -49,13 +49,13 @@ def a_task(
     student: FlatNetwork, steps: int = 4, images: int = 6, batch: int = 6, augment: str = "color_crop"
 ) -> TrajectorySegment:
     chance, augmentation = torch.Generator().manual_seed(0), Augmentation(augment)
-    moves = []
+    steps = []
     for _ in range(steps):
         rows = torch.randperm(images, generator=chance)[:batch]
         draw = augmentation.draw(chance, per_image=batch)
-        moves.append(StudentStep(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
+        steps.append(StudentStep(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
     start = flat(student.network)
-    return TrajectorySegment(start, start + 0.05 * torch.randn(len(start), generator=chance), moves)
+    return TrajectorySegment(start, start + 0.05 * torch.randn(len(start), generator=chance), steps)
 
 
 def a_set(images: int = 6, soft: bool = False) -> tuple[SyntheticData, torch.Tensor]:
@@ -93,9 +93,9 @@ def test_the_exact_gradient_holds_in_single_precision():
 def without_the_path_through_theta(student, task, made, rate):
     """MTT's autograd, but every gradient is taken at parameters that are cut off from what came before."""
     theta, total = task.start, torch.zeros_like(task.start)
-    for move in task.moves:
+    for step in task.steps:
         here = (task.start - rate.detach() * total).detach().requires_grad_(True)
-        images, targets = made.batch(move)
+        images, targets = made.batch(step)
         loss = F.cross_entropy(student.logits(here, images), targets)
         total = total + torch.autograd.grad(loss, here, create_graph=True)[0]
     theta = task.start - rate * total
@@ -159,16 +159,16 @@ def test_memory_does_not_grow_with_the_batch():
 @pytest.mark.parametrize(("gradient", "way"), [("exact", "unrolled"), ("fixed", "fixed")])
 def test_the_gradient_is_the_one_that_is_chosen(experts, gradient, way):
     backend = backend_of(experts, "tesla", gradient=gradient)
-    task, made = backend.trajectory(0, 0), backend.synthetic()
-    wanted = WAYS[way](backend.student, task, made, backend.rate)[1]
+    task, made = backend.segment(0, 0), backend.synthetic()
+    wanted = WAYS[way](backend.student, task, made, backend.student_lr)[1]
     for ours, theirs in zip(backend.match(task, made)[1], wanted, strict=True):
         close(ours, theirs)
 
 
 def test_with_hard_labels_a_step_is_mtts(experts):
     backend = backend_of(experts, "tesla", learn_labels=False)
-    before, task = backend.images.detach().clone().flatten(0, 1), backend.trajectory(3, 0)
-    _, wanted, _ = textbook(backend.context.spec.build(0), task, before, backend.hard, torch.tensor(0.1))
+    before, task = backend.images.detach().clone().flatten(0, 1), backend.segment(3, 0)
+    _, wanted, _ = textbook(backend.context.spec.build(0), task, before, backend.labels, torch.tensor(0.1))
     backend.step(3)
     close(before - backend.images.detach().flatten(0, 1), wanted)
     assert "soft_labels" not in backend.finalize(*backend.snapshot()).extras
@@ -178,12 +178,12 @@ def test_with_hard_labels_a_step_is_mtts(experts):
 def test_soft_labels_are_learned_and_concluded(experts):
     backend = backend_of(experts, "tesla", label_lr=3.0)
     before = backend.logits.detach().clone()
-    _, gradients = backend.match(backend.trajectory(0, 0), backend.synthetic())
+    _, gradients = backend.match(backend.segment(0, 0), backend.synthetic())
     backend.step(0)
     close(before - backend.logits.detach(), 3.0 * gradients[1].view_as(before))
     made = backend.finalize(*backend.snapshot())
     assert torch.equal(made.extras["soft_labels"], backend.logits.detach().flatten(0, 1))
-    assert made.protocol["lr"] == float(backend.rate.detach())
+    assert made.protocol["lr"] == float(backend.student_lr.detach())
 
 
 def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
@@ -192,7 +192,7 @@ def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
     held = ExpertFiles(experts, 2, 4, sum(student.sizes), CPU)
     mean = sum(student.logits(*held.parameters(k, 4), images) for k in range(2)) / 2
     found = backend.logits.detach().flatten(0, 1)
-    for row, wanted, label in zip(found, mean, backend.hard.tolist(), strict=True):
+    for row, wanted, label in zip(found, mean, backend.labels.tolist(), strict=True):
         others = [c for c in range(CLASSES) if c != label]
         assert torch.allclose(row[others], wanted[others], atol=1e-5)
         assert float(row[label]) == pytest.approx(float(wanted.max()), abs=1e-5)
@@ -200,13 +200,13 @@ def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
 
 def test_labels_start_from_the_class_alone_on_request(experts):
     backend = backend_of(experts, "tesla", label_init="class")
-    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.hard, CLASSES))
+    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.labels, CLASSES))
 
 
 def test_labels_start_from_the_class_where_images_are_noise(experts):
     """What experts say of noise means nothing."""
     backend = backend_of(experts, "tesla", init="noise")
-    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.hard, CLASSES))
+    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.labels, CLASSES))
 
 
 def test_the_defaults_are_mtts_with_soft_labels():

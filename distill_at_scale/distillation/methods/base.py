@@ -1,16 +1,13 @@
-"""The contract of a distillation method, and what the methods share: the synthetic images of a worker's own classes.
+"""The contract of a distillation method, and the base class of methods that optimise images with SGD.
 
-Where a method needs networks of its own (experts, a teacher) it names them in `networks`; each is made by
-`make_network`, in a task of its own, before anything else. The loop in `distillation/engine.py` calls `prepare` once, then `step(i)`
-for every outer update, and `finish` for the images as they are; `finalize` comes once, after the last step. In between it
-may save `state_dict` and, in another process, `load_state_dict` it. A step draws all its randomness from (seed,
-purpose, i), so nothing else has to be saved. Keys of a state are `what/label` where they belong to a class, so that a
-state moves between any numbers of workers.
+Order of calls, in every worker: `__init__`, `prepare`, perhaps `load_state_dict`, then `step(i)` for i = 0, 1, ..., with
+`snapshot` and `state_dict` between steps, and `finalize` once at the end. `make_network` runs before all that, in a task
+of its own per network. A step draws its randomness from (seed, purpose, i) alone, so a state holds no random generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -23,91 +20,55 @@ from distill_at_scale.core.collectives import Collectives
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
 
-FAR = 1e30  # well below the largest 32-bit float
+OVERFLOW_MARGIN = 1e30  # well below the largest float32
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """Everything a backend may know about its surroundings."""
+    """What a method knows about the run and about the worker that it runs in.
+
+    Attributes:
+        config: the whole configuration. A method of your own finds its settings in `config.distill.options`.
+        spec: the network `distill.network`; `spec.shape` is a sample's shape, `spec.build(seed)` a new network on the CPU.
+        class_names: names of all classes that are distilled; a label is an index into them.
+        labels: the classes that this worker owns, ascending. All of them if `parallel` is "replicate", else every
+            `workers.size`-th, starting at `workers.rank`.
+        workers: collectives between the workers: `rank`, `size`, `all_reduce_sum`, ...
+        device: where the worker computes.
+        steps: how many steps the run has in total.
+        networks: the folder with the files that `make_network` wrote; for a method that needs none it is not there.
+        source_class_names: all classes of the source, also if only some of them are distilled.
+    """
 
     config: Config
     spec: NetworkSpec
     class_names: list[str]
-    labels: list[int]  # the classes that this worker owns, ascending
+    labels: list[int]
     workers: Collectives
     device: torch.device
     steps: int
-    networks: Path = Path()  # the folder of what `make_network` made
-    source_class_names: tuple[str, ...] = ()  # every class of the source, also where only some are distilled
+    networks: Path = Path()
+    source_class_names: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
         return self.config.distill_seed
 
 
-class Method(Protocol):
-    parallel: ClassVar[str]  # "classes": each worker owns some; "replicate": each worker holds all
-    default_steps: ClassVar[int]
-    no_runtime: ClassVar[str]  # why runtime pruning does not apply; "" where it does
-    batch_norm: ClassVar[str]  # of distill.network: "refused" or "any"
-    ranks_patches: ClassVar[
-        bool
-    ]  # whether patches of real images are ranked by the scoring actors before the first step
-
-    def __init__(self, context: MethodContext) -> None: ...
-
-    @staticmethod
-    def init_of(config: Config) -> str:
-        """Where the images start: "noise" or "real" (then a class needs as many kept samples as it gets images)."""
-
-    @staticmethod
-    def protocol(config: Config) -> TrainingProtocol:
-        """The training that the set expects; goes into the card."""
-
-    @staticmethod
-    def networks(config: Config) -> list[str]:
-        """Names of the networks to be made before the first step; mostly none."""
-
-    @staticmethod
-    def network_options(config: Config) -> dict[str, Any]:
-        """The configuration values that decide what these networks are; they are part of the fingerprint."""
-
-    @staticmethod
-    def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
-        """Make one of them, from the kept samples of all classes, and publish it as `context.networks / name`."""
-
-    @staticmethod
-    def costs(config: Config) -> list[Cost]:
-        """Passes through networks beside the steps, for `plan`."""
-
-    def prepare(self, real: ClassSampler) -> None:
-        """Called once, with the kept samples of the own classes, when the networks are there."""
-
-    def step(self, i: int) -> dict[str, float]:
-        """One outer update; returns what is worth logging.
-
-        Raises DistillationDiverged, before the images are changed, where a loss is not finite.
-        """
-
-    def snapshot(self) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, *shape] and labels int64 [n] of the own classes as they are now, on the CPU."""
-
-    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        """After the last step, on every worker with the whole set: what else belongs to it. Rank 0's answer counts."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
 @dataclass(frozen=True)
 class FinalOutputs:
-    """Tensors that are saved beside the images (`SyntheticSet.extras`), what has been learned about the training of
-    students (`TrainingProtocol` fields), and entries of the card."""
+    """What belongs to a finished set besides its images and labels.
+
+    Attributes:
+        extras: tensors saved with the images (`SyntheticSet.extras`), for example soft labels.
+        protocol: fields of `TrainingProtocol` that were learned and replace the method's own, for example `lr`.
+        card: further entries of the set's card; JSON values.
+    """
 
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
@@ -116,17 +77,105 @@ class FinalOutputs:
 
 @dataclass(frozen=True)
 class Cost:
-    """Work outside the steps: `passes` over every kept sample or every synthetic image, through one network."""
+    """Work outside the steps, for `plan`: `passes` of all kept samples or all synthetic images through one network."""
 
-    what: str  # in words, "train 100 experts"
+    what: str  # what the passes are for, such as "train 100 experts"
     network: str
     images: Literal["kept", "synthetic"]
     passes: float
-    backward: bool  # training; else only forward
+    backward: bool  # True for training, False for inference
+
+
+class Method(Protocol):
+    """The contract of a distillation method. `MethodDefaults` has the defaults; without one are the attribute
+    `default_steps` and the methods `init_of`, `protocol`, `prepare`, `step`, `snapshot`, `state_dict`, `load_state_dict`.
+
+    Attributes:
+        parallel: "classes": each worker owns some classes and their images. "replicate": each worker holds all images
+            and must keep them identical, for example by summing gradients with `workers.all_reduce_sum`.
+        default_steps: steps of a run if `distill.steps` is not set.
+        no_runtime: why runtime pruning does not apply; empty for a method that prunes its real batches.
+        batch_norm: whether `distill.network` may have batch norm: "any" or "refused".
+        ranks_patches: whether the pipeline ranks patches of real images before the first step (RDED).
+    """
+
+    parallel: ClassVar[str]
+    default_steps: ClassVar[int]
+    no_runtime: ClassVar[str]
+    batch_norm: ClassVar[str]
+    ranks_patches: ClassVar[bool]
+
+    def __init__(self, context: MethodContext) -> None: ...
+
+    @staticmethod
+    def init_of(config: Config) -> str:
+        """What the images start from: "noise" or "real". With "real" each class needs at least `ipc` kept samples."""
+
+    @staticmethod
+    def protocol(config: Config) -> TrainingProtocol:
+        """How networks are to be trained on the set; saved in its card.
+
+        Raises:
+            UserError: the method's configuration is invalid. It is called before anything is computed.
+        """
+
+    @staticmethod
+    def networks(config: Config) -> list[str]:
+        """File names of the networks (experts, a teacher) to be trained before the first step."""
+
+    @staticmethod
+    def network_options(config: Config) -> dict[str, Any]:
+        """The configuration values that these networks depend on, part of their fingerprint; JSON values."""
+
+    @staticmethod
+    def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
+        """Train the network `name` of `networks` and write it to `context.networks / name` in one step (atomically).
+
+        Runs alone, without other workers, with `real` and `context.labels` covering all classes. If it is killed it is
+        called again, so long training should save and resume its progress.
+        """
+
+    @staticmethod
+    def costs(config: Config) -> list[Cost]:
+        """Work besides the steps: training networks, labelling, ranking."""
+
+    def prepare(self, real: ClassSampler) -> None:
+        """Create the images. Called once, when the networks of `networks` exist; `real` has the classes `labels`."""
+
+    def draws(self, step: int) -> Iterable[DrawRequest]:
+        """The calls of `real.draw` that `step(step)` will make, in their order, so that they can be read in advance.
+
+        It must not change the method's state. A missing or wrong request costs time and changes no result.
+        """
+
+    def step(self, i: int) -> dict[str, float]:
+        """One outer update of this worker's images; returns values to log, averaged over the workers by their classes.
+
+        All workers call it for the same `i`, so collectives must be called equally often in each.
+
+        Raises:
+            DistillationDiverged: a loss or a gradient is not finite. The images are as before the failing update.
+        """
+
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        """The worker's images float32 [n, *shape], normalised, and their labels int64 [n], on the CPU."""
+
+    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
+        """What else belongs to the set. Called in every worker with the set of all workers; the result of rank 0 counts."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that changes during the steps, on the CPU.
+
+        Keys that belong to a class are `what/label`: states of workers are merged by key, and a run may go on with
+        another number of workers.
+        """
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from the merged state of all workers, of which each takes the keys of its own classes."""
 
 
 class MethodDefaults:
-    """What most methods answer to the questions of the contract."""
+    """The defaults of the contract: classes divided among workers, no networks, no costs, no scheduled draws."""
 
     parallel: ClassVar[str] = "classes"
     no_runtime: ClassVar[str] = ""
@@ -144,90 +193,116 @@ class MethodDefaults:
     @staticmethod
     def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
         raise UserError(
-            f"the method distill.method = {context.config.distill.method!r} names the network {name!r} and has no "
-            "make_network(name, context, real) to make it"
+            f"distill.method = {context.config.distill.method!r} lists the network {name!r} but has no "
+            "make_network(name, context, real); add it"
         )
 
     @staticmethod
     def costs(config: Config) -> list[Cost]:
         return []
 
+    def draws(self, step: int) -> Iterable[DrawRequest]:
+        return ()
+
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         return FinalOutputs()
 
 
 class ImageMethod(MethodDefaults):
-    """Synthetic images [own classes, ipc, *shape] with their optimiser: SGD with momentum."""
+    """Base class of methods that learn one tensor of images by SGD with momentum.
+
+    A subclass sets `default_steps`, `init_of` and `protocol`, and writes `step`: compute `self.images.grad`, call
+    `update` once or more, then `raise_if_diverged`. It inherits initialisation, divergence checks, checkpoints and the
+    division of the classes among workers.
+
+    Attributes:
+        context: see `MethodContext`.
+        ipc: images per class, `distill.ipc`.
+        lr: learning rate of the images.
+        images: the synthetic images [own classes, ipc, *shape], normalised, on the device, in the order of
+            `context.labels`; a leaf that requires a gradient. Set by `prepare`.
+        optimizer: their SGD optimiser. Set by `prepare`.
+        real: draws of kept real samples of the own classes. Set by `prepare`.
+        pruning: the runtime pruning of real batches (`runtime.*`); its memory is part of the state.
+    """
 
     def __init__(self, context: MethodContext, init: str, lr: float, momentum: float) -> None:
+        """`init` is "noise" (standard normal) or "real" (distinct kept samples); `lr` and `momentum` are the images'."""
         self.context, self.init, self.lr, self.momentum = context, init, lr, momentum
         self.ipc = context.config.distill.ipc
         self.pruning = RuntimePruning(context.config.runtime)
-        self.problem: DistillationDiverged | None = None
-        self.visit = 0
+        self.divergence: DistillationDiverged | None = None
+        self.updates = 0  # within the current step
 
     def prepare(self, real: ClassSampler) -> None:
         self.real = real
-        images = torch.stack([self._initial(label) for label in self.context.labels])
+        images = torch.stack([self._initial_images(label) for label in self.context.labels])
         self.images = images.to(self.context.device).requires_grad_(True)
         self.optimizer = torch.optim.SGD([self.images], lr=self.lr, momentum=self.momentum)
 
-    def update(self, losses: list[Tensor], step: int) -> None:
-        """Step the images along gradients that are already in place; `losses` has one entry per own class.
+    def _initial_images(self, label: int) -> Tensor:
+        """The images of a class before the first step [ipc, *shape], on the CPU."""
+        if self.init == "noise":
+            noise = generator(self.context.seed, "noise", label)
+            return torch.randn(self.ipc, *self.context.spec.shape, generator=noise)
+        if self.real.count(label) < self.ipc:
+            raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
+        return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
 
-        Where something is not finite the images stay as they are, for the rest of the step too, and `raise_if_diverged` raises:
-        workers that train a network together must all reach the end of the step.
+    def update(self, losses: list[Tensor], step: int) -> None:
+        """Move the images along `self.images.grad`, unless something is not finite.
+
+        A failure is only recorded, and the images stay as they are until `raise_if_diverged`: workers that train a
+        network together must all reach the end of the step.
+
+        Args:
+            losses: one scalar per own class, in the order of `context.labels`.
+            step: the number of the step, for the error message.
         """
-        self.visit += 1
-        if self.problem is not None:
+        self.updates += 1
+        if self.divergence is not None:
             return
-        bad = _first_broken(torch.stack([loss.detach() for loss in losses]), self.images.grad)
+        bad = _first_not_finite(torch.stack([loss.detach() for loss in losses]), self.images.grad)
         if bad is None:
-            bad = self._move()
+            bad = self._optimizer_step()
         if bad is not None:
+            section, options = self.context.config.distill, f"distill.{self.context.config.distill.method}"
+            trains_network = hasattr(getattr(section, section.method, None), "network_lr")
+            rates = f"{options}.image_lr" + (f" or {options}.network_lr" if trains_network else "")
             name = self.context.class_names[self.context.labels[bad]]
-            self.problem = DistillationDiverged(
+            self.divergence = DistillationDiverged(
                 f"the loss or gradient of class {name!r} is not finite at step {step}, image learning rate {self.lr:g}; "
-                f"lower {self._rates()}. The last good state is kept.",
-                self.visit,
+                f"lower {rates}. The last good state is kept.",
+                self.updates,
             )
 
-    def _rates(self) -> str:
-        """The keys of whatever may have been too fast."""
-        made = self.context.config.distill
-        trained = hasattr(getattr(made, made.method, None), "network_lr")
-        return f"distill.{made.method}.image_lr" + (f" or distill.{made.method}.network_lr" if trained else "")
-
     def raise_if_diverged(self) -> None:
-        """Raises DistillationDiverged if an update of this step could not be made."""
-        problem, self.problem, self.visit = self.problem, None, 0
-        if problem is not None:
-            raise problem
+        """End a step: raises DistillationDiverged if one of its updates failed."""
+        divergence, self.divergence, self.updates = self.divergence, None, 0
+        if divergence is not None:
+            raise divergence
 
-    def _move(self) -> int | None:
-        """One optimiser step; undone, with the place of the class returned, if images overflow.
+    def _optimizer_step(self) -> int | None:
+        """One step of the optimiser. If images overflow it is undone; returns the index of the first such class.
 
-        Only where they come near that is a copy kept, as it would take as much memory as the set.
+        Images and momentum are copied only if an overflow is possible: a copy takes as much memory as the set.
         """
-        if self._far_from_overflow():
+        tensors = (self.images.detach(), self.images.grad, self._momentum_buffer())
+        largest = [max(map(abs, map(float, t.aminmax()))) for t in tensors if t is not None]
+        if sum(largest) * max(1.0, self.lr) < OVERFLOW_MARGIN:
             self.optimizer.step()
             return None
-        images, state = self.images.detach().clone(), self._momentum()
-        before = None if state is None else state.clone()
+        images, buffer = self.images.detach().clone(), self._momentum_buffer()
+        buffer = None if buffer is None else buffer.clone()
         self.optimizer.step()
-        bad = _first_broken(self.images.detach().flatten(1).sum(1), self.images.detach())
+        bad = _first_not_finite(self.images.detach().flatten(1).sum(1), self.images.detach())
         if bad is not None:
             with torch.no_grad():
                 self.images.copy_(images)
-            self.optimizer.state[self.images]["momentum_buffer"] = before
+            self.optimizer.state[self.images]["momentum_buffer"] = buffer
         return bad
 
-    def _far_from_overflow(self) -> bool:
-        held = (self.images.detach(), self.images.grad, self._momentum())
-        largest = [max(map(abs, map(float, t.aminmax()))) for t in held if t is not None]
-        return sum(largest) * max(1.0, self.lr) < FAR
-
-    def _momentum(self) -> Tensor | None:
+    def _momentum_buffer(self) -> Tensor | None:
         return self.optimizer.state.get(self.images, {}).get("momentum_buffer")
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
@@ -236,7 +311,7 @@ class ImageMethod(MethodDefaults):
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"images/{c}": self.images[k].detach().cpu() for k, c in enumerate(self.context.labels)}
-        buffer = self._momentum()
+        buffer = self._momentum_buffer()
         if buffer is not None:
             state |= {f"momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.context.labels)}
         return state | self.pruning.state_dict()
@@ -250,26 +325,17 @@ class ImageMethod(MethodDefaults):
             self.optimizer.state[self.images]["momentum_buffer"] = buffer
         self.pruning.load_state_dict(state, labels)
 
-    def _initial(self, label: int) -> Tensor:
-        if self.init == "noise":
-            return torch.randn(
-                self.ipc, *self.context.spec.shape, generator=generator(self.context.seed, "noise", label)
-            )
-        if self.real.count(label) < self.ipc:
-            raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
-        return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
+
+def _first_not_finite(values: Tensor, images: Tensor | None) -> int | None:
+    """The first class whose value [classes] or whose part of `images` [classes, ...] is not finite."""
+    finite = torch.isfinite(values)
+    if images is not None:  # the extremes suffice and need no mask of the size of the images
+        finite = finite & torch.isfinite(torch.stack(images.flatten(1).aminmax(dim=1))).all(0)
+    return None if bool(finite.all()) else int((~finite).nonzero()[0])
 
 
-def _first_broken(values: Tensor, images: Tensor | None) -> int | None:
-    """The first class whose value or whose part of a tensor [classes, ...] is not finite."""
-    fine = torch.isfinite(values)
-    if images is not None:  # by their extremes, which need no copy
-        fine = fine & torch.isfinite(torch.stack(images.flatten(1).aminmax(dim=1))).all(0)
-    return None if bool(fine.all()) else int((~fine).nonzero()[0])
-
-
-def too_few_message(name: str, held: int, ipc: int) -> str:
+def too_few_message(name: str, kept: int, ipc: int) -> str:
     return (
-        f"the class {name!r} has {held} samples, fewer than distill.ipc = {ipc} images to be initialised from real ones; "
-        "lower distill.ipc or start from noise (init: noise in the method's section)"
+        f"the class {name!r} has {kept} samples, fewer than distill.ipc = {ipc}, but images start from distinct real "
+        "samples; lower distill.ipc or set init: noise in the method's section"
     )

@@ -1,11 +1,12 @@
-"""DC, gradient matching (Zhao, Mopuri & Bilen 2021, arXiv 2006.05929; METHOD.md section 4).
+"""DC, dataset condensation with gradient matching (Zhao, Mopuri & Bilen 2021, arXiv 2006.05929).
 
-Every step draws a new network; per outer iteration the synthetic images of each class move so that their gradient
-agrees with that of the class's real batch, and then the network is trained on the synthetic set for `inner` epochs.
+Each step draws a new network. In `outer` iterations, the synthetic images of each class are moved so that their gradient
+agrees with that of a real batch of the class; then the network is trained on the synthetic set for `inner` epochs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -15,16 +16,18 @@ from torch import nn
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import derive, generator
+from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 from distill_at_scale.distillation.student import TrainingProtocol
 
-LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # ipc -> outer, inner
+# ipc -> outer, inner loops of the official code
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
 def default_loops(ipc: int) -> tuple[int, int]:
-    """The official table, and for a count between its entries that of the next smaller one."""
+    """The official outer and inner loops; between two entries of the table, those of the smaller ipc."""
     return LOOPS[max(known for known in LOOPS if known <= ipc)]
 
 
@@ -45,43 +48,49 @@ class DC(MatchingMethod):
         return TrainingProtocol(300 if augment == "none" else 1000, augment)
 
     def __init__(self, context: MethodContext) -> None:
-        self.options = self.section(context.config)
-        made = self.options
+        options = self.options = self.section(context.config)
         super().__init__(
-            context, made.init, made.image_lr, made.image_momentum, made.augment, made.real_batch, cosine_distance
-        )
+            context, options.init, options.image_lr, options.image_momentum, options.augment, options.real_batch,
+            cosine_distance,
+        )  # fmt: skip
         outer, inner = default_loops(self.ipc)
-        self.outer, self.inner = self.options.outer or outer, self.options.inner or inner
+        self.outer, self.inner = options.outer or outer, options.inner or inner
+
+    def draws(self, step: int) -> Iterator[DrawRequest]:
+        for outer in range(self.outer):
+            yield from self.matching_draws(step, outer)
 
     def step(self, i: int) -> dict[str, float]:
-        network = self.context.spec.build(derive(self.context.seed, "network", i)).to(self.context.device).train()
+        """Algorithm 1 of the paper for one random network."""
+        net = self.context.spec.build(derive(self.context.seed, "network", i)).to(self.context.device).train()
         total = 0.0
         for outer in range(self.outer):
-            self.set_batch_norm_statistics(network, i, outer)
-            total += self.match(network, i, outer, i * self.outer + outer)
+            self.set_batch_norm_statistics(net, i, outer)
+            total += self.match(net, i, outer, i * self.outer + outer)
             if outer < self.outer - 1:
-                self._train(network, i, outer)
+                self._train_network(net, i, outer)
         self.raise_if_diverged()
         return self.metrics(total, self.outer)
 
-    def _train(self, network: nn.Module, step: int, outer: int) -> None:
-        """Train the network on the whole synthetic set; workers add up the gradients of their own classes' images."""
-        total = self.context.spec.classes * self.ipc
-        own = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
-        places = own * self.ipc + torch.arange(self.ipc).repeat(len(self.context.labels))  # place in the whole set
-        images = self.images.detach().flatten(0, 1)
-        parameters = list(network.parameters())
+    def _train_network(self, net: nn.Module, step: int, outer: int) -> None:
+        """`inner` epochs of SGD on the whole synthetic set; workers sum the gradients of their own classes' images."""
+        size = self.context.spec.classes * self.ipc
+        labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
+        indices = labels * self.ipc + torch.arange(self.ipc).repeat(len(self.context.labels))  # within the whole set
+        syn = self.images.detach().flatten(0, 1)
+        parameters = list(net.parameters())
         for epoch in range(self.inner):
-            order = torch.randperm(total, generator=generator(self.context.seed, "inner order", step, outer, epoch))
+            order = torch.randperm(size, generator=generator(self.context.seed, "inner order", step, outer, epoch))
             for number, batch in enumerate(order.split(self.options.network_batch)):
-                mine = torch.isin(places, batch)
+                own = torch.isin(indices, batch)
                 gradients = [torch.zeros_like(p) for p in parameters]
-                if bool(mine.any()):
+                if bool(own.any()):
                     rng = generator(self.context.seed, "inner augmentation", step, outer, epoch, number)
-                    draw = self.augmentation.draw(rng, per_image=total)
-                    draw = type(draw)(draw.family, draw.numbers[places[mine]] if draw.family else draw.numbers)
-                    logits = network(draw.apply(images[mine.to(images.device)]))
-                    loss = F.cross_entropy(logits, own[mine].to(images.device), reduction="sum") / len(batch)
+                    params = self.augmentation.draw(rng, per_image=size)
+                    if params.family:  # of the parameters of all images, those of the own ones
+                        params = type(params)(params.family, params.numbers[indices[own]])
+                    logits = net(params.apply(syn[own.to(syn.device)]))
+                    loss = F.cross_entropy(logits, labels[own].to(syn.device), reduction="sum") / len(batch)
                     gradients = list(torch.autograd.grad(loss, parameters))
                 self.context.workers.all_reduce_sum(gradients)
                 with torch.no_grad():

@@ -1,7 +1,7 @@
-"""DSA: gradient matching under differentiable siamese augmentation (Zhao & Bilen 2021, arXiv 2102.08259).
+"""DSA, differentiable siamese augmentation (Zhao & Bilen 2021, arXiv 2102.08259).
 
-The augmentation is shared by the real and synthetic images of a class and applies to the inner training too; images
-start from real ones. All else is DC.
+It is DC with one augmentation for the real and the synthetic images of a class, also in the inner training; images start
+from real ones.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""MTT, matching training trajectories (Cazenavette et al. 2022, arXiv 2203.11932; METHOD.md section 4).
+"""MTT, matching training trajectories (Cazenavette et al. 2022, arXiv 2203.11932).
 
-Experts are trained on the kept samples beforehand (`distillation/methods/shared/experts.py`). Every step puts a student where an expert was after
-some epoch, lets it take `student_steps` steps on the synthetic images, and moves these, and the student's learning rate,
-so that it ends nearer to where the expert was `target_epochs` later (`distillation/methods/shared/unroll.py`).
+Experts are trained on the kept samples beforehand (`shared/experts.py`). Each step starts a student at the parameters of an
+expert after some epoch, takes `student_steps` SGD steps on the synthetic images (`shared/unroll.py`), and moves the images
+and the student's learning rate so that it ends closer to the expert `target_epochs` later.
 
-Several workers follow a trajectory each and average their gradients by one flat all-reduce: a step is then a batch of as
-many trajectories, so results differ from those of one worker as they do for any batch size; each worker holds all images.
+With several workers each holds all images and follows its own trajectory, and gradients are averaged in one flat
+all-reduce: a step is a batch of `workers.size` trajectories, and results depend on that number as on any batch size.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from distill_at_scale.distillation.student import TrainingProtocol
 
 
 class MTT(ImageMethod):
+    """A subclass may learn more tensors (`_learned`) or compute the gradients in another way (`match`)."""
+
     parallel: ClassVar[str] = "replicate"
     default_steps: ClassVar[int] = 5000
     no_runtime: ClassVar[str] = "trajectory matching has no real batch in its steps from which samples could be dropped"
@@ -68,9 +70,8 @@ class MTT(ImageMethod):
 
     @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
-        section = cls.section(context.config)
         number = cls.networks(context.config).index(name)
-        ExpertTraining(number, context, section, real).run(context.networks / name)
+        ExpertTraining(number, context, cls.section(context.config), real).run(context.networks / name)
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
@@ -79,127 +80,120 @@ class MTT(ImageMethod):
         return [Cost(f"train {section.experts} experts", config.distill.network, "kept", passes, True)]
 
     def __init__(self, context: MethodContext) -> None:
-        self.options = self.section(context.config)
-        super().__init__(context, self.options.init, self.options.image_lr, self.options.image_momentum)
-        self.augmentation = Augmentation(self.options.augment)
-        network = context.spec.build(0)
-        refuse_batch_norm(context.spec.name, network)
-        self.student = FlatNetwork(network.to(context.device), context.spec.at_once(context.device))
-        count, epochs = self.options.experts, self.options.expert_epochs
-        self.experts = ExpertFiles(context.networks, count, epochs, sum(self.student.sizes), context.device)
+        options = self.options = self.section(context.config)
+        super().__init__(context, options.init, options.image_lr, options.image_momentum)
+        self.augmentation = Augmentation(options.augment)
+        net = context.spec.build(0)
+        refuse_batch_norm(context.spec.name, net)
+        self.student = FlatNetwork(net.to(context.device), context.spec.at_once(context.device))
+        size = sum(self.student.sizes)
+        self.experts = ExpertFiles(context.networks, options.experts, options.expert_epochs, size, context.device)
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
-        self.rate = torch.tensor(self.options.student_lr, device=self.context.device, requires_grad=True)
-        self.hard = torch.tensor(self.context.labels, device=self.context.device).repeat_interleave(self.ipc)
+        self.student_lr = torch.tensor(self.options.student_lr, device=self.context.device, requires_grad=True)
+        self.labels = torch.tensor(self.context.labels, device=self.context.device).repeat_interleave(self.ipc)
         groups = [{"params": [tensor], "lr": lr} for tensor, lr in self._learned()]
         self.optimizer = torch.optim.SGD(groups, momentum=self.options.image_momentum)
 
     def _learned(self) -> list[tuple[Tensor, float]]:
-        """Learned tensors, in the order of the gradients of `match`, the rate last, and how fast they are learned."""
-        return [(self.images, self.options.image_lr), (self.rate, self.options.student_lr_rate)]
-
-    def synthetic(self) -> SyntheticData:
-        return SyntheticData(self.images.detach().flatten(0, 1).requires_grad_(True), self.hard)
-
-    def match(self, task: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
-        return unrolled(self.student, task, synthetic, self.rate)
-
-    def trajectory(self, i: int, rank: int) -> TrajectorySegment:
-        """What the worker `rank` follows in step i: an expert, its epoch, and the student's batches and augmentation."""
-        chance = generator(self.context.seed, "trajectory", i, rank)
-        expert = int(torch.randint(self.options.experts, (1,), generator=chance))
-        epoch = int(torch.randint(self.options.max_start + 1, (1,), generator=chance))
-        start, target = self.experts.parameters(expert, epoch, epoch + self.options.target_epochs)
-        return TrajectorySegment(start, target, self._moves(chance))
-
-    def _moves(self, chance: torch.Generator) -> list[StudentStep]:
-        """Batches of shuffled images, shuffled anew when all were seen; augmentation has parameters per image."""
-        moves: list[StudentStep] = []
-        waiting: list[Tensor] = []
-        for _ in range(self.options.student_steps):
-            if not waiting:
-                size = self.options.student_batch or len(self.hard)
-                waiting = list(torch.randperm(len(self.hard), generator=chance).split(size))
-            rows = waiting.pop(0)
-            moves.append(StudentStep(rows, self.augmentation.draw(chance, per_image=len(rows))))
-        return moves
+        """The learned tensors and their learning rates, in the order of the gradients of `match`; student_lr comes last."""
+        return [(self.images, self.options.image_lr), (self.student_lr, self.options.student_lr_rate)]
 
     def step(self, i: int) -> dict[str, float]:
+        """Algorithm 1 of the paper for one trajectory per worker: |theta_T - target|^2 / |theta_0 - target|^2."""
         workers = self.context.workers
-        loss, gradients = self.match(self.trajectory(i, workers.rank), self.synthetic())
+        loss, gradients = self.match(self.segment(i, workers.rank), self.synthetic())
         shared = [loss.clone(), *gradients]
         workers.all_reduce_sum(shared)
         loss, *gradients = [tensor / workers.size for tensor in shared]
-        rate = float(self.rate.detach())
-        self._advance(i, loss, gradients)
-        return {"loss": float(loss), "student_lr": rate}
+        student_lr = float(self.student_lr.detach())
+        self._update_learned(i, loss, gradients)
+        return {"loss": float(loss), "student_lr": student_lr}
 
-    def _advance(self, step: int, loss: Tensor, gradients: list[Tensor]) -> None:
-        """Step everything that is learned; all stays as it was where something would not be finite.
+    def segment(self, i: int, rank: int) -> TrajectorySegment:
+        """What worker `rank` follows in step i: an expert's epochs, and the student's batches and augmentation."""
+        options, rng = self.options, generator(self.context.seed, "trajectory", i, rank)
+        expert = int(torch.randint(options.experts, (1,), generator=rng))
+        epoch = int(torch.randint(options.max_start + 1, (1,), generator=rng))
+        start, target = self.experts.parameters(expert, epoch, epoch + options.target_epochs)
+        steps: list[StudentStep] = []
+        batches: list[Tensor] = []
+        for _ in range(options.student_steps):
+            if not batches:  # all images were used: shuffle again
+                size = options.student_batch or len(self.labels)
+                batches = list(torch.randperm(len(self.labels), generator=rng).split(size))
+            rows = batches.pop(0)
+            steps.append(StudentStep(rows, self.augmentation.draw(rng, per_image=len(rows))))
+        return TrajectorySegment(start, target, steps)
+
+    def synthetic(self) -> SyntheticData:
+        return SyntheticData(self.images.detach().flatten(0, 1).requires_grad_(True), self.labels)
+
+    def match(self, segment: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
+        """The loss, and its gradients in the learned tensors."""
+        return unrolled(self.student, segment, synthetic, self.student_lr)
+
+    def _update_learned(self, step: int, loss: Tensor, gradients: list[Tensor]) -> None:
+        """Move all learned tensors, or none of them if something would not be finite.
 
         All workers have the same numbers here, so they go on or stop together.
         """
         tensors = [tensor for tensor, _ in self._learned()]
         for tensor, gradient in zip(tensors, gradients, strict=True):
             tensor.grad = gradient.view_as(tensor)
-        what = self._broken([tensor.grad for tensor in tensors], "the gradient", loss)
-        if what is None:
+        problem = self._not_finite([tensor.grad for tensor in tensors], "the gradient", loss)
+        if problem is None:
             before = [(tensor.detach().clone(), self._buffer(tensor)) for tensor in tensors]
             self.optimizer.step()
-            what = self._broken([tensor.detach() for tensor in tensors], "an update", loss)
-            if what is None and float(self.rate.detach()) <= 0:
-                what = f"the learned student rate would become {float(self.rate.detach()):g}"
-            if what is not None:
-                self._restore(tensors, before)
-        if what is not None:
-            raise DistillationDiverged(self._message(what, step))
+            problem = self._not_finite([tensor.detach() for tensor in tensors], "an update", loss)
+            if problem is None and float(self.student_lr.detach()) <= 0:
+                problem = f"the learned student rate would become {float(self.student_lr.detach()):g}"
+            if problem is not None:
+                with torch.no_grad():
+                    for tensor, (value, buffer) in zip(tensors, before, strict=True):
+                        tensor.copy_(value)
+                        self.optimizer.state[tensor]["momentum_buffer"] = buffer
+        if problem is not None:
+            section = f"distill.{self.context.config.distill.method}"
+            raise DistillationDiverged(
+                f"{problem} at step {step}, image learning rate {self.lr:g}, student learning rate "
+                f"{float(self.student_lr.detach()):g} (learned at {self.options.student_lr_rate:g}); lower "
+                f"{section}.image_lr or {section}.student_lr_rate. The last good state is kept."
+            )
 
-    def _broken(self, tensors: list[Any], what: str, loss: Tensor) -> str | None:
-        """In words, what is not finite: the loss, or of the tensors the first, with its class where it has one."""
+    def _not_finite(self, tensors: list[Any], what: str, loss: Tensor) -> str | None:
+        """What is not finite, in words: the loss, or the first of the tensors, with its class if it has one."""
         if not bool(torch.isfinite(loss)):
             return "the distance of the student from the expert is not finite"
         for tensor, (learned, _) in zip(tensors, self._learned(), strict=True):
-            fine = torch.isfinite(tensor)
-            if not bool(fine.all()) and learned is self.rate:
+            finite = torch.isfinite(tensor)
+            if not bool(finite.all()) and learned is self.student_lr:
                 return f"{what} of the student rate is not finite"
-            if not bool(fine.all()):
-                place = int((~fine.flatten(1).all(1)).nonzero()[0])
-                return f"{what} of class {self.context.class_names[self.context.labels[place]]!r} is not finite"
+            if not bool(finite.all()):
+                index = int((~finite.flatten(1).all(1)).nonzero()[0])
+                return f"{what} of class {self.context.class_names[self.context.labels[index]]!r} is not finite"
         return None
-
-    def _message(self, what: str, step: int) -> str:
-        section = f"distill.{self.context.config.distill.method}"
-        return (
-            f"{what} at step {step}, image learning rate {self.lr:g}, student learning rate {float(self.rate.detach()):g} "
-            f"(learned at {self.options.student_lr_rate:g}); lower {section}.image_lr or {section}.student_lr_rate. "
-            "The last good state is kept."
-        )
 
     def _buffer(self, tensor: Tensor) -> Tensor | None:
         buffer = self.optimizer.state.get(tensor, {}).get("momentum_buffer")
         return None if buffer is None else buffer.clone()
 
-    def _restore(self, tensors: list[Tensor], before: list[tuple[Tensor, Tensor | None]]) -> None:
-        with torch.no_grad():
-            for tensor, (value, buffer) in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-                self.optimizer.state[tensor]["momentum_buffer"] = buffer
-
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        rate = self.rate.detach().cpu()
-        card = {"student_lr": {"start": self.options.student_lr, "learned": float(rate),
+        lr = self.student_lr.detach().cpu()
+        card = {"student_lr": {"start": self.options.student_lr, "learned": float(lr),
                                "meaning": "learned with the images; it is the protocol's lr"}}  # fmt: skip
-        return FinalOutputs({"student_lr": rate.reshape(1)}, {"lr": float(rate)}, card)
+        return FinalOutputs({"student_lr": lr.reshape(1)}, {"lr": float(lr)}, card)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict() | {"rate": self.rate.detach().cpu().reshape(1)}
-        buffer = self._buffer(self.rate)
+        state = super().state_dict() | {"rate": self.student_lr.detach().cpu().reshape(1)}
+        buffer = self._buffer(self.student_lr)
         return state if buffer is None else state | {"rate momentum": buffer.cpu().reshape(1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         with torch.no_grad():
-            self.rate.copy_(state["rate"].squeeze())
+            self.student_lr.copy_(state["rate"].squeeze())
         if "rate momentum" in state:
-            self.optimizer.state[self.rate]["momentum_buffer"] = state["rate momentum"].to(self.rate.device).squeeze()
+            buffer = state["rate momentum"].to(self.student_lr.device).squeeze()
+            self.optimizer.state[self.student_lr]["momentum_buffer"] = buffer

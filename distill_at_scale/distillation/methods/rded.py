@@ -1,13 +1,12 @@
-"""RDED: realistic, diverse, efficient (Sun, Shi, Yu & Lin 2024, arXiv 2312.03526; METHOD.md section 4).
+"""RDED: realistic, diverse and efficient patches (Sun, Shi, Yu & Lin 2024, arXiv 2312.03526).
 
-Nothing is optimised. Crops of real images were ranked by a teacher's loss of their class in a pass through the scorer's
-actors (scoring/patches.py); of every image the crop that the teacher finds most realistic counts, and of a class the ipc *
-factor^2 most realistic ones of these. Every factor^2 of them, reduced, are tiled into one image, which is labelled view by
-view by the teacher (soft_labels.py). Where a class has fewer images than patches are needed, further crops of the same
-images follow, and the card says so.
+Nothing is optimised. Random crops of real images were ranked by a teacher's cross-entropy of their class, in a pass over
+the prepared data (`patch_ranking.py`). Each real image offers its most realistic crop; the ipc * factor^2 best of these are
+reduced and tiled, factor x factor to an image, and the teacher labels each view of the images (`soft_labels.py`). If a
+class has fewer real images than patches are needed, further crops of the same images follow, which the card reports.
 
-Steps do no more than divide the building: step i of n makes the classes whose label is i modulo n. Clips work too: a patch
-is cut out of all frames of a clip alike.
+Steps only divide the work: step i of n builds the classes whose label is i modulo n. A patch of a clip is cut out of all its
+frames.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.multi_formation import assembled
 from distill_at_scale.distillation.soft_labels import shown
 
-Ranked = dict[str, np.ndarray[Any, Any]]  # of one class: sample_id [m], row [m] and loss [m, crops]
+Array = np.ndarray[Any, Any]
 
 
 class RDED(TeacherMethod):
     default_steps: ClassVar[int] = 1
     no_runtime: ClassVar[str] = "rded ranks all its real images once, so there is no real batch to prune"
-    ranks_patches: ClassVar[bool] = True  # the pipeline has them ranked before the first step
+    ranks_patches: ClassVar[bool] = True
 
     @classmethod
     def section(cls, config: Config) -> RDEDSection:
@@ -48,18 +47,18 @@ class RDED(TeacherMethod):
 
     @staticmethod
     def init_of(config: Config) -> str:
-        return "noise"  # any number of kept samples will do
+        return "noise"  # needs no minimum of kept samples
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
-        """Of the ranking at most: a class has no more than `candidates`."""
+        """The passes of the ranking are an upper bound: a class has at most `candidates` of its samples ranked."""
         section = cls.section(config)
         return [*super().costs(config), Cost("rank patches", section.teacher_network, "kept", section.crops, False)]
 
     def __init__(self, context: MethodContext) -> None:
         self.context, self.options = context, self.section(context.config)
         self.ipc = context.config.distill.ipc
-        self.wanted = self.ipc * self.options.factor**2  # patches of a class
+        self.patches = self.ipc * self.options.factor**2  # of a class
         self.path = table_path(context.networks, context.config)
 
     def prepare(self, real: ClassSampler) -> None:
@@ -67,48 +66,41 @@ class RDED(TeacherMethod):
         shape = self.context.spec.shape
         if min(shape[-2:]) < self.options.factor:
             raise UserError(
-                f"distill.rded.factor = {self.options.factor} makes patches of images of {shape[-1]} pixels that have none; "
+                f"distill.rded.factor = {self.options.factor} leaves no pixel for a patch of an image of {shape[-1]} pixels; "
                 "lower it"
             )
         self.images = torch.zeros(len(self.context.labels), self.ipc, *shape)
 
     def step(self, i: int) -> dict[str, float]:
-        labels, losses = self.context.labels, [0.0]
-        for k, label in enumerate(labels):
+        losses = []
+        for k, label in enumerate(self.context.labels):
             if label % self.context.steps == i:
                 self.images[k], loss = self._build(label)
                 losses.append(loss)
-        return {"loss": sum(losses) / max(1, len(losses) - 1), "classes": float(len(losses) - 1)}
+        return {"loss": sum(losses) / max(1, len(losses)), "classes": float(len(losses))}
 
     def _build(self, label: int) -> tuple[Tensor, float]:
         """The images of a class [ipc, *shape], and the mean loss of their patches."""
-        ranked = self._ranked(label)
-        images, crops = best_crops(ranked["loss"], self.wanted)
-        each = zip(ranked["sample_id"][images].tolist(), crops.tolist(), strict=True)
-        boxes = torch.stack([crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in each])
-        pixels = self.real.holding.take(label, torch.from_numpy(ranked["row"][images].astype(np.int64)))
-        patches = shown(self.real.normalization.apply(pixels).cpu(), boxes)
-        return assembled(patches, self.options.factor), float(ranked["loss"][images, crops].mean())
-
-    def _ranked(self, label: int) -> Ranked:
-        table = read_table(self.path, filters=[("label", "==", label)])
-        first = table.take(np.arange(0, table.num_rows, self.options.crops))
+        table = read_table(self.path, filters=[("label", "==", label)])  # sorted by row, then crop
+        first = table.take(np.arange(0, table.num_rows, self.options.crops))  # one row per real image
         losses = table["loss"].to_numpy().reshape(-1, self.options.crops)
-        return {"sample_id": np.array(first["sample_id"].to_pylist()), "row": first["row"].to_numpy(), "loss": losses}
+        images, crops = best_crops(losses, self.patches)
+        ids = np.array(first["sample_id"].to_pylist())[images].tolist()
+        rows = torch.from_numpy(first["row"].to_numpy()[images].astype(np.int64))
+        chosen = zip(ids, crops.tolist(), strict=True)
+        boxes = torch.stack([crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen])
+        pixels = self.real.holding.take(label, rows)
+        patches = shown(self.real.normalization.apply(pixels).cpu(), boxes)
+        return assembled(patches, self.options.factor), float(losses[images, crops].mean())
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
         return self.images.flatten(0, 1).clone(), torch.tensor(self.context.labels).repeat_interleave(self.ipc)
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        more = super().finalize(images, labels)
-        return replace(more, card={**more.card, "patches_of_reused_images": self._reused()})
-
-    def _reused(self) -> dict[str, int]:
-        """By class, how many patches come of images that gave one already; classes where none does are left out."""
-        held = images_per_class(self.path, self.options.crops)
-        return {
-            name: self.wanted - n for name, n in zip(self.context.class_names, held, strict=True) if n < self.wanted
-        }
+        outputs = super().finalize(images, labels)
+        ranked = zip(self.context.class_names, images_per_class(self.path, self.options.crops), strict=True)
+        reused = {name: self.patches - n for name, n in ranked if n < self.patches}
+        return replace(outputs, card={**outputs.card, "patches_of_reused_images": reused})
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f"images/{label}": self.images[k] for k, label in enumerate(self.context.labels)}
@@ -117,14 +109,14 @@ class RDED(TeacherMethod):
         self.images = torch.stack([state[f"images/{label}"] for label in self.context.labels])
 
 
-def best_crops(losses: np.ndarray[Any, Any], wanted: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The images [wanted] and their crops [wanted] to be taken, of losses [images, crops].
+def best_crops(losses: Array, count: int) -> tuple[Array, Array]:
+    """The images [count] and their crops [count] with the smallest of the losses [images, crops].
 
-    First every image's best crop, by its loss, then every image's second best, and so on; in the end from the start again.
+    The best crop of each image comes first, by loss, then the second best of each, and so on; after the last it starts over.
     """
     order = np.argsort(losses, axis=1, kind="stable")  # images x crops, best first
     sorted_losses = np.take_along_axis(losses, order, 1)
     images = np.concatenate([np.argsort(column, kind="stable") for column in sorted_losses.T])
     crops = order[images, np.repeat(np.arange(losses.shape[1]), len(losses))]
-    places = np.arange(wanted) % len(images)
-    return images[places], crops[places]
+    indices = np.arange(count) % len(images)
+    return images[indices], crops[indices]

@@ -1,10 +1,9 @@
-"""TESLA (Cui et al. 2023, arXiv 2211.10586): trajectory matching with memory constant in student_steps, and soft labels.
+"""TESLA (Cui et al. 2023, arXiv 2211.10586): MTT with memory constant in `student_steps`, and learned soft labels.
 
-`gradient: exact` is MTT's gradient with one step's activations in memory; `gradient: fixed` is TESLA's own form, which
-leaves out how a step's images act through later parameters (both in `distillation/methods/shared/unroll.py`, which says what exactly is dropped).
-With `learn_labels` the labels are logits [images, classes] that are learned with the images and saved as
-`soft_labels`; they start from the mean logits of the trained experts, or (always where the images start from noise, of which
-experts know nothing) from the class alone.
+`gradient: exact` is MTT's gradient, with the activations of one student step in memory. `gradient: fixed` is the paper's own
+form, which ignores how the images of a step act through later parameters (both in `shared/unroll.py`). With `learn_labels`
+the labels are logits [images, classes], learned with the images and saved as `soft_labels`. They start from the mean logits
+of the trained experts (`label_init: experts`) or from the class alone, as they always do if the images start from noise.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from distill_at_scale.distillation.methods.shared.unroll import (
 )
 from distill_at_scale.distillation.student import TrainingProtocol
 
-CERTAIN = 5.0  # the logit of an image's class, the others 0, where labels start from the class alone
+CLASS_LOGIT = 5.0  # of an image's class, the others 0, if labels start from the class alone
 
 
 class TESLA(MTT):
@@ -44,49 +43,46 @@ class TESLA(MTT):
         return replace(protocol, labels="soft") if cls.section(config).learn_labels else protocol
 
     def prepare(self, real: ClassSampler) -> None:
-        self.logits: Tensor | None = None
+        self.logits: Tensor | None = None  # [own classes, ipc, classes]
         super().prepare(real)
-        if self.options.learn_labels:
-            told = self.options.label_init == "experts" and self.options.init == "real"
-            start = self._expert_logits() if told else self._class_logits()
-            self.logits = start.view(*self.images.shape[:2], -1).requires_grad_(True)
-            self.optimizer.add_param_group({"params": [self.logits], "lr": self.options.label_lr})
-
-    def _class_logits(self) -> Tensor:
-        return CERTAIN * F.one_hot(self.hard, self.context.spec.classes).float()
+        if not self.options.learn_labels:
+            return
+        logits = CLASS_LOGIT * F.one_hot(self.labels, self.context.spec.classes).float()
+        if self.options.label_init == "experts" and self.options.init == "real":
+            logits = self._expert_logits(torch.zeros_like(logits))
+        self.logits = logits.view(*self.images.shape[:2], -1).requires_grad_(True)
+        self.optimizer.add_param_group({"params": [self.logits], "lr": self.options.label_lr})
 
     @torch.no_grad()
-    def _expert_logits(self) -> Tensor:
-        """Mean logits [n, classes] that the experts give the initial images at their end.
+    def _expert_logits(self, logits: Tensor) -> Tensor:
+        """Adds the mean logits [n, classes] of the trained experts for the initial images.
 
-        Where another class than the image's own is ahead, the own one is raised to draw level with it.
+        If another class has the largest logit, that of the image's own class is raised to the same value.
         """
-        images, logits = self.images.detach().flatten(0, 1), torch.zeros_like(self._class_logits())
+        images = self.images.detach().flatten(0, 1)
         for number in range(self.options.experts):
             (theta,) = self.experts.parameters(number, self.options.expert_epochs)
             logits += self.student.logits(theta, images) / self.options.experts
-        return logits.scatter(1, self.hard[:, None], logits.max(1, keepdim=True).values)
+        return logits.scatter(1, self.labels[:, None], logits.max(1, keepdim=True).values)
 
     def _learned(self) -> list[tuple[Tensor, float]]:
-        images, rate = super()._learned()
-        return [images, *([] if self.logits is None else [(self.logits, self.options.label_lr)]), rate]
+        images, student_lr = super()._learned()
+        return [images, *([] if self.logits is None else [(self.logits, self.options.label_lr)]), student_lr]
 
     def synthetic(self) -> SyntheticData:
-        made = super().synthetic()
-        return made if self.logits is None else replace(made, targets=self._flat_logits().requires_grad_(True))
+        synthetic = super().synthetic()
+        if self.logits is None:
+            return synthetic
+        return replace(synthetic, targets=self.logits.detach().flatten(0, 1).requires_grad_(True))
 
-    def _flat_logits(self) -> Tensor:
-        assert self.logits is not None
-        return self.logits.detach().flatten(0, 1)
-
-    def match(self, task: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
-        return recomputed(self.student, task, synthetic, self.rate, through=self.options.gradient == "exact")
+    def match(self, segment: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
+        return recomputed(self.student, segment, synthetic, self.student_lr, exact=self.options.gradient == "exact")
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        made = super().finalize(images, labels)
+        outputs = super().finalize(images, labels)
         if self.logits is None:
-            return made
-        return replace(made, extras={**made.extras, "soft_labels": self._flat_logits().cpu()})
+            return outputs
+        return replace(outputs, extras={**outputs.extras, "soft_labels": self.logits.detach().flatten(0, 1).cpu()})
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()

@@ -1,14 +1,13 @@
-"""The core that DC, DSA and IDC share: one image update that pulls every class's gradient towards that of its real batch.
+"""The update that DC, DSA and IDC share: it pulls the gradient of each class's images towards that of its real batch.
 
-Classes go through the network in groups, so memory does not grow with their number, and each group's backward pass adds to
-the gradient of the images. Within a group all classes share one forward and one backward pass (classwise.py) on a GPU, as
-many as fit into BYTES; on a CPU only where a class has at most FEW images (measured on an EPYC core, ConvNet-3 at 32 x 32:
-up to 1.5 times as fast at 1 image and 100 classes, equal at 4, slower from 8 on), else class by class in parts that stay
-in the cache. A class whose images exceed BYTES under a second-order graph is taken in parts: the distance depends on the
-mean gradient alone, so its derivative there, found once, pulls on each part.
+Classes are matched in groups, so memory does not grow with their number. Within a group all classes share one forward and
+one backward pass (`class_gradients.py`): on a GPU as many as fit into MEMORY; on a CPU only if a class has at most
+CPU_IMAGES images (EPYC core, ConvNet-3 at 32 x 32, 100 classes: up to 1.5 times as fast at 1 image, equal at 4, slower from
+8 on), else classes follow each other in parts that stay in the cache. A class whose second-order graph exceeds MEMORY is
+taken in parts: the distance depends on the mean gradient alone, so its derivative there, computed once, serves every part.
 
-RealBatch norm would mix the samples of a batch. As DC's authors do, a real batch of several classes first sets its statistics,
-and then it stays in evaluation mode.
+Batch norm would mix the samples of a batch. As in the official code of DC, a real batch of several classes sets its
+statistics, and it then stays in evaluation mode.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from distill_at_scale.core.rng import generator
-from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, supports_class_gradients
@@ -37,17 +37,30 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
 from distill_at_scale.distillation.methods.shared.treatment_effect import gradient_effects
 from distill_at_scale.models.spec import mixes_samples
 
-BYTES = {"cpu": 2**30, "cuda": 2**32}  # that a group may take
-FIRST_ORDER, SECOND_ORDER = 12, 40  # bytes of an image's graph, in those of its widest layer
-COPIES = 4  # of a real batch at once: drawn, augmented, joined with those of the other classes
-FEW = 2  # images per class up to which a CPU gains by taking classes together
-NORM_BATCH, NORM_EACH = 256, 16  # real images that set batch norm's statistics: in all, and per class
+MEMORY = {"cpu": 2**30, "cuda": 2**32}  # bytes that a group of classes may take
+FIRST_ORDER, SECOND_ORDER = 12, 40  # bytes of an image's graph, per byte of its widest layer
+COPIES = 4  # of a real batch at one time: drawn, augmented, concatenated with those of the other classes
+CPU_IMAGES = 2  # images per class up to which it pays on a CPU to match classes together
+NORM_BATCH, NORM_PER_CLASS = 256, 16  # real images that set batch norm's statistics: in total, and per class
 
-View = Callable[[Tensor], Tensor]  # a class's images as they are stored -> as the network sees them
+View = Callable[[Tensor], Tensor]  # stored images of a class [ipc, *shape] -> what the network sees [m, *shape]
 
 
 class MatchingMethod(ImageMethod):
-    """Images with their optimiser, a metric between gradients, and `match`."""
+    """Base class of methods that match gradients: `match` is one update of the images.
+
+    A subclass calls, within `step`, `set_batch_norm_statistics` and `match` for each of its networks, then
+    `raise_if_diverged`, and returns `metrics`. It may override `view` and `images_shown`, which say what the network sees
+    of the stored images, and `effect_distance`.
+
+    Attributes:
+        augmentation: siamese augmentation: one draw for the real and the synthetic images of a class.
+        real_batch: real samples per class and update, at most.
+        distance: the distance between gradients of several classes, `[classes]`.
+        effect_distance: the distance that the effects of real samples (runtime rule `ite`) are computed by; it must have a
+            second derivative. By default `distance`.
+        at_once: images per forward pass where no group of classes is computed together.
+    """
 
     batch_norm: ClassVar[str] = "any"
 
@@ -59,210 +72,214 @@ class MatchingMethod(ImageMethod):
         momentum: float,
         augment: str,
         real_batch: int,
-        metric: GradientDistance,
+        distance: GradientDistance,
     ) -> None:
         super().__init__(context, init, lr, momentum)
-        self.augmentation, self.real_batch, self.metric = Augmentation(augment), real_batch, metric
-        self.judged = metric  # by which the effects of real samples are found
+        self.augmentation, self.real_batch, self.distance = Augmentation(augment), real_batch, distance
+        self.effect_distance = distance
         self.at_once = context.spec.at_once(context.device)
-        size, room = context.spec.work(1), BYTES.get(context.device.type, BYTES["cuda"])
-        on_cpu = context.device.type == "cpu"
-        self.first = self.at_once if on_cpu else max(1, room // (FIRST_ORDER * size))
-        self.second = max(1, room // (SECOND_ORDER * size))  # images under one second-order graph
-        self.room = max(1, room // (COPIES * 4 * real_batch * math.prod(context.spec.shape)))  # classes' real batches
-        self.used = self.drawn = 0  # real samples since the last step: those that counted, and all
-        self.together: bool | None = None  # whether classes may be taken together; asked with the first network
+        self.on_cpu = context.device.type == "cpu"
+        widest, memory = context.spec.work(1), MEMORY.get(context.device.type, MEMORY["cuda"])
+        self.first_order_images = self.at_once if self.on_cpu else max(1, memory // (FIRST_ORDER * widest))
+        self.second_order_images = max(1, memory // (SECOND_ORDER * widest))
+        self.real_batches_in_memory = max(1, memory // (COPIES * 4 * real_batch * math.prod(context.spec.shape)))
+        self.used = self.drawn = 0  # real samples since the last step: after and before runtime pruning
+        self.joint: bool | None = None  # whether classes may share a pass; decided with the first network
         self.mixes = mixes_samples(context.spec.skeleton())
         if self.mixes:
-            warnings.warn(_norm_message(context.spec.name), stacklevel=2)
+            warnings.warn(
+                f"distill.network = {context.spec.name!r} has batch norm: a real batch of several classes sets its "
+                "statistics before each matching, which then runs in evaluation mode, so that samples are independent",
+                stacklevel=2,
+            )
 
     @property
-    def shown(self) -> int:
-        """How many images the network sees of a class."""
+    def images_shown(self) -> int:
+        """How many images of a class the network sees in an update."""
         return self.ipc
 
-    def view(self, draw: AugmentParams, step: int, outer: int, label: int) -> View:
-        """How a class's images are shown to the network in this update."""
-        return draw.apply
+    def view(self, params: AugmentParams, step: int, outer: int, label: int) -> View:
+        """What the network sees of the stored images of a class in this update; it must be affine in the images."""
+        return params.apply
 
-    def match(self, network: nn.Module, step: int, outer: int, visit: int) -> float:
-        """One image update; returns the sum of the own classes' distances. `visit` counts updates over all steps."""
-        if self.together is None:
-            spec = self.context.spec
-            self.together = supports_class_gradients(network, spec.shape, spec.classes, self.context.device)
+    def matching_draws(self, step: int, outer: int) -> Iterator[DrawRequest]:
+        """The draws of `set_batch_norm_statistics` followed by `match`."""
+        if self.mixes:
+            labels, per_class = self._norm_classes(step, outer)
+            for label in labels:
+                if label in self.context.labels:
+                    yield DrawRequest((label,), per_class, "norm batch", (step, outer))
+        for label in self.context.labels:
+            yield DrawRequest((label,), self.real_batch, "real batch", (step, outer))
+
+    def match(self, net: nn.Module, step: int, outer: int, update: int) -> float:
+        """One update of the images along the gradient of sum_c D(g_real_c, g_syn_c) (DC, Algorithm 1).
+
+        Args:
+            net: the current network, on the device.
+            step, outer: seed the real batches and the augmentation.
+            update: counts the updates over all steps; runtime pruning rates all samples every `runtime.refresh` updates.
+
+        Returns:
+            The sum of the distances of the own classes.
+        """
+        spec, seed = self.context.spec, self.context.seed
+        if self.joint is None:
+            self.joint = supports_class_gradients(net, spec.shape, spec.classes, self.context.device)
         self.images.grad = torch.zeros_like(self.images)
         distances: list[Tensor] = []
-        for places in self._groups():
-            labels = [self.context.labels[k] for k in places]
-            draws = [self._draw(step, outer, label) for label in labels]
-            views = [self.view(draw, step, outer, label) for draw, label in zip(draws, labels, strict=True)]
-            batches = self._real(network, places, draws, views, (step, outer, visit))
-            targets = self._real_gradients(network, batches, labels)
-            own = self.images.detach()[places[0] : places[-1] + 1].requires_grad_(True)
-            seen = torch.cat([view(images) for view, images in zip(views, own.unbind(), strict=True)])
-            found, pull = self._pull(network, seen, labels, targets)
-            self.images.grad[places[0] : places[-1] + 1] = torch.autograd.grad(seen, own, pull)[0]
-            distances += found
+        limit = min(self.second_order_images, self.first_order_images) if self.on_cpu else self.second_order_images
+        size = min(self.real_batches_in_memory, self._classes_per_pass(self.images_shown, limit))
+        for first in range(0, len(self.images), size):
+            labels = self.context.labels[first : first + size]
+            params = [self.augmentation.draw(generator(seed, "siamese", step, outer, label)) for label in labels]
+            views = [self.view(p, step, outer, label) for p, label in zip(params, labels, strict=True)]
+            syn = self.images.detach()[first : first + size].requires_grad_(True)
+            batch_real = self._real_batches(net, syn.detach(), labels, params, views, (step, outer, update))
+            grad_real = self._real_gradients(net, batch_real, labels)
+            seen = torch.cat([view(images) for view, images in zip(views, syn.unbind(), strict=True)])
+            group_distances, grad_seen = self._distances(net, seen, labels, grad_real)
+            self.images.grad[first : first + size] = torch.autograd.grad(seen, syn, grad_seen)[0]
+            distances += group_distances
         self.update(distances, step)
         return float(torch.stack(distances).sum())
 
-    def _groups(self) -> Iterator[list[int]]:
-        """Places of own classes whose synthetic images are matched together."""
-        limit = min(self.second, self.first) if self.context.device.type == "cpu" else self.second
-        return _chunks(len(self.images), min(self.room, self._number(self.shown, limit)))
+    def metrics(self, total: float, updates: int) -> dict[str, float]:
+        """The metrics of a step: mean distance per class and update, and the share of real samples left by pruning."""
+        share = self.used / max(1, self.drawn)
+        self.used = self.drawn = 0
+        return {"loss": total / (updates * len(self.context.labels)), "real_share": share}
 
-    def _number(self, each: int, limit: int) -> int:
-        """How many classes of so many images are taken together."""
-        if not self.together or (self.context.device.type == "cpu" and each > FEW):
+    def _classes_per_pass(self, images_per_class: int, limit: int) -> int:
+        if not self.joint or (self.on_cpu and images_per_class > CPU_IMAGES):
             return 1
-        return max(1, limit // each)
+        return max(1, limit // images_per_class)
 
-    def _draw(self, step: int, outer: int, label: int) -> AugmentParams:
-        """The draw that the real and the synthetic images of a class share."""
-        return self.augmentation.draw(generator(self.context.seed, "siamese", step, outer, label))
-
-    def _real(
+    def _real_batches(
         self,
-        network: nn.Module,
-        places: Sequence[int],
-        draws: Sequence[AugmentParams],
+        net: nn.Module,
+        syn: Tensor,
+        labels: Sequence[int],
+        params: Sequence[AugmentParams],
         views: Sequence[View],
         when: tuple[int, int, int],
     ) -> list[Tensor]:
-        """The real batches after runtime pruning, as the network sees them; the one door of every rule."""
-        step, outer, visit = when
-        batches = [
-            self.real.draw([self.context.labels[k]], self.real_batch, "real batch", step, outer)[0] for k in places
-        ]
-        masks = [self.pruning.forecast(b.label, b.rows, self.real.count(b.label), visit) for b in batches]
+        """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images."""
+        step, outer, update = when
+        batches = [self.real.draw([label], self.real_batch, "real batch", step, outer)[0] for label in labels]
+        masks = [self.pruning.forecast(b.label, b.rows, self.real.count(b.label), update) for b in batches]
         images = [
-            draw.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
-            for draw, batch, mask in zip(draws, batches, masks, strict=True)
+            p.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
+            for p, batch, mask in zip(params, batches, masks, strict=True)
         ]
-        looked = [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.dropped(len(b.rows))]
-        of_all = cache(lambda: self._losses(network, [batches[k] for k in looked], [images[k] for k in looked]))
-        for place, k in enumerate(looked):
-            batch, own = batches[k], self.images[places[k]].detach()
-            effects = partial(self._effects, network, images[k], own, views[k], batch.label, step, outer)
-            values = self.pruning.values(loss=partial(_item, of_all, place), ite=effects)
+        rated = [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.dropped(len(b.rows))]
+
+        @cache
+        def losses() -> dict[int, Tensor]:
+            counts = [len(images[k]) for k in rated]
+            targets = torch.tensor([labels[k] for k in rated]).repeat_interleave(torch.tensor(counts))
+            together = torch.cat([images[k] for k in rated])
+            each = sample_losses(net, together, targets.to(together.device), self.at_once).split(counts)
+            return dict(zip(rated, each, strict=True))
+
+        def loss(k: int) -> Tensor:
+            return losses()[k]
+
+        def effects(k: int) -> Tensor:
+            rng, distance = generator(self.context.seed, "probes", *when[:2], labels[k]), self.effect_distance
+            return gradient_effects(
+                net, images[k], syn[k], views[k], labels[k], of_single_class(distance), self.pruning.probes, rng, self.at_once
+            )  # fmt: skip
+
+        for k in rated:
+            batch = batches[k]
+            values = self.pruning.values(loss=partial(loss, k), ite=partial(effects, k))
             kept = self.pruning.look(batch.label, batch.rows, self.real.count(batch.label), values)
             images[k] = images[k][kept.to(images[k].device)]
         self.used += sum(map(len, images))
         self.drawn += sum(len(batch.rows) for batch in batches)
         return images
 
-    def metrics(self, total: float, updates: int) -> dict[str, float]:
-        """Of a step: the mean distance of the own classes over its updates, and the share of the real batches that counted."""
-        share = self.used / max(1, self.drawn)
-        self.used = self.drawn = 0
-        return {"loss": total / (updates * len(self.context.labels)), "real_share": share}
-
-    def _losses(self, network: nn.Module, batches: Sequence[RealBatch], images: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The cross-entropy of every sample, class by class."""
-        together, counts = torch.cat(list(images)), [len(x) for x in images]
-        labels = torch.tensor([b.label for b in batches]).repeat_interleave(torch.tensor(counts))
-        return sample_losses(network, together, labels.to(together.device), self.at_once).split(counts)
-
-    def _effects(
-        self, network: nn.Module, real: Tensor, own: Tensor, view: View, label: int, step: int, outer: int
-    ) -> Tensor:
-        chance, metric = generator(self.context.seed, "probes", step, outer, label), of_single_class(self.judged)
-        return gradient_effects(network, real, own, view, label, metric, self.pruning.probes, chance, self.at_once)
-
-    def _real_gradients(self, network: nn.Module, images: Sequence[Tensor], labels: Sequence[int]) -> list[Tensor]:
+    def _real_gradients(self, net: nn.Module, images: Sequence[Tensor], labels: Sequence[int]) -> list[Tensor]:
         """Per matched parameter the gradients of the classes' real batches [classes, *parameter]."""
+        size = self._classes_per_pass(max(len(x) for x in images), self.first_order_images)
         parts = []
-        for chunk in _chunks(len(labels), self._number(max(len(x) for x in images), self.first)):
-            own = [labels[k] for k in chunk]
-            if len(chunk) == 1:
-                gradient = real_gradient(network, images[chunk[0]], own[0], self.first)
-                parts.append([g[None] for g in gradient])
-            else:
-                parts.append(class_gradients(network, *_filled([images[k] for k in chunk], own)))
+        for first in range(0, len(labels), size):
+            some, own = images[first : first + size], labels[first : first + size]
+            if len(own) == 1:
+                parts.append([g[None] for g in real_gradient(net, some[0], own[0], self.first_order_images)])
+                continue
+            # batches of any size, padded to the largest with copies of weight zero
+            most = max(len(x) for x in some)
+            padded = torch.cat([torch.cat([x, x[:1].expand(most - len(x), *x.shape[1:])]) for x in some])
+            weights = torch.cat([(torch.arange(most) < len(x)) / len(x) for x in some])
+            parts.append(class_gradients(net, padded, own, weights.to(padded.device)))
         return [torch.cat(gradients) for gradients in zip(*parts, strict=True)]
 
-    def _pull(
-        self, network: nn.Module, seen: Tensor, labels: Sequence[int], targets: list[Tensor]
+    def _distances(
+        self, net: nn.Module, seen: Tensor, labels: Sequence[int], grad_real: list[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
-        """The classes' distances, and their gradient in what the network sees, `seen` [classes * m, *shape]."""
+        """The distance of each class, and the gradient of their sum in `seen` [classes * m, *shape]."""
         leaf = seen.detach().requires_grad_(True)
-        if len(labels) > 1:
-            weights = leaf.new_full((len(leaf),), len(labels) / len(leaf))
-            found = self.metric(targets, class_gradients(network, leaf, labels, weights, differentiable=True))
-            found.sum().backward(inputs=[leaf])
-        elif len(leaf) <= self.second:
-            gradient = synthetic_gradient(network, leaf, labels[0])
-            found = self.metric(targets, [g[None] for g in gradient])
-            found.sum().backward(inputs=[leaf])
+        if len(labels) == 1 and len(leaf) > self.second_order_images:
+            distances = self._backward_in_parts(net, leaf, labels[0], grad_real)
         else:
-            found = self._pull_in_parts(network, leaf, labels[0], targets)
+            if len(labels) > 1:
+                weights = leaf.new_full((len(leaf),), len(labels) / len(leaf))
+                grad_syn = class_gradients(net, leaf, labels, weights, differentiable=True)
+            else:
+                grad_syn = [g[None] for g in synthetic_gradient(net, leaf, labels[0])]
+            distances = self.distance(grad_real, grad_syn)
+            distances.sum().backward(inputs=[leaf])
         assert leaf.grad is not None
-        return list(found.detach()), leaf.grad
+        return list(distances.detach()), leaf.grad
 
-    def _pull_in_parts(self, network: nn.Module, leaf: Tensor, label: int, targets: list[Tensor]) -> Tensor:
-        mean = [g.requires_grad_(True) for g in real_gradient(network, leaf.detach(), label, self.first)]
-        found = self.metric(targets, [g[None] for g in mean])
-        slopes = torch.autograd.grad(found.sum(), mean, allow_unused=True)
-        for part in leaf.split(self.second):
-            gradient = synthetic_gradient(network, part, label)
+    def _backward_in_parts(self, net: nn.Module, leaf: Tensor, label: int, grad_real: list[Tensor]) -> Tensor:
+        """The distance [1] of one class; fills `leaf.grad` with the second-order graph of one part at a time."""
+        mean = [g.requires_grad_(True) for g in real_gradient(net, leaf.detach(), label, self.first_order_images)]
+        distances = self.distance(grad_real, [g[None] for g in mean])
+        slopes = torch.autograd.grad(distances.sum(), mean, allow_unused=True)
+        for part in leaf.split(self.second_order_images):
+            gradient = synthetic_gradient(net, part, label)
             pairs = [(s, g) for s, g in zip(slopes, gradient, strict=True) if s is not None]
             pull = torch.stack([(s * g).sum() for s, g in pairs]).sum() * (len(part) / len(leaf))
             pull.backward(inputs=[leaf])
-        return found
+        return distances
 
-    def set_batch_norm_statistics(self, network: nn.Module, step: int, outer: int) -> None:
-        """Set the statistics of batch norm from a real batch, the same on every worker, and keep them."""
+    def set_batch_norm_statistics(self, net: nn.Module, step: int, outer: int) -> None:
+        """Set batch norm's statistics from a real batch, equal in all workers, and switch it to evaluation mode."""
         if not self.mixes:
             return
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.train()
             norm.reset_running_stats()
-            norm.momentum = None  # so that the statistics become those of this batch
+            norm.momentum = None  # the statistics become those of this batch
         with torch.no_grad():
-            network(self._norm_batch(step, outer))
+            net(self._norm_batch(step, outer))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
 
-    def _norm_batch(self, step: int, outer: int) -> Tensor:
-        """Real images of up to NORM_BATCH classes, their workers' shares added up."""
+    def _norm_classes(self, step: int, outer: int) -> tuple[list[int], int]:
+        """Up to NORM_BATCH labels in random order, and the number of images of each."""
         classes = self.context.spec.classes
         order = torch.randperm(classes, generator=generator(self.context.seed, "norm classes", step, outer))
-        chosen, each = order[:NORM_BATCH].tolist(), max(1, min(NORM_EACH, NORM_BATCH // classes))
-        batch = torch.zeros(len(chosen), each, *self.context.spec.shape, device=self.context.device)
-        for k, label in enumerate(chosen):
+        return order[:NORM_BATCH].tolist(), max(1, min(NORM_PER_CLASS, NORM_BATCH // classes))
+
+    def _norm_batch(self, step: int, outer: int) -> Tensor:
+        """Real images of several classes; each worker fills in its own classes."""
+        labels, per_class = self._norm_classes(step, outer)
+        batch = torch.zeros(len(labels), per_class, *self.context.spec.shape, device=self.context.device)
+        for k, label in enumerate(labels):
             if label in self.context.labels:
-                batch[k] = repeated(self.real, label, each, "norm batch", step, outer)
+                batch[k] = repeated_draw(self.real, label, per_class, "norm batch", step, outer)
         self.context.workers.all_reduce_sum([batch])
         return batch.flatten(0, 1)
 
 
-def repeated(real: ClassSampler, label: int, n: int, purpose: str, *index: int) -> Tensor:
-    """n real images of a class [n, *shape]; where fewer are kept they repeat."""
+def repeated_draw(real: ClassSampler, label: int, n: int, purpose: str, *index: int) -> Tensor:
+    """n real images of a class [n, *shape]; if fewer are kept, they repeat."""
     images = real.draw([label], n, purpose, *index)[0].images
     return images[torch.arange(n, device=images.device) % len(images)]
-
-
-def _filled(images: Sequence[Tensor], labels: Sequence[int]) -> tuple[Tensor, Sequence[int], Tensor]:
-    """Classes of any number of images filled up to the largest with copies that weigh nothing: images, labels, weights."""
-    most = max(len(x) for x in images)
-    filled = torch.cat([torch.cat([x, x[:1].expand(most - len(x), *x.shape[1:])]) for x in images])
-    weights = torch.cat([(torch.arange(most) < len(x)) / len(x) for x in images])
-    return filled, labels, weights.to(filled.device)
-
-
-def _item(values: Callable[[], Sequence[Tensor]], place: int) -> Tensor:
-    return values()[place]
-
-
-def _chunks(n: int, size: int) -> Iterator[list[int]]:
-    return (list(range(first, min(n, first + size))) for first in range(0, n, size))
-
-
-def _norm_message(name: str) -> str:
-    return (
-        f"distill.network = {name!r} has batch norm: a real batch of several classes sets its statistics before every "
-        "matching, in which it then stays in evaluation mode, so that samples are independent"
-    )

@@ -49,13 +49,13 @@ def a_task(
     student: FlatNetwork, steps: int = 4, images: int = 6, batch: int = 6, augment: str = "color_crop"
 ) -> TrajectorySegment:
     chance, augmentation = torch.Generator().manual_seed(0), Augmentation(augment)
-    steps = []
+    student_steps = []
     for _ in range(steps):
         rows = torch.randperm(images, generator=chance)[:batch]
         draw = augmentation.draw(chance, per_image=batch)
-        steps.append(StudentStep(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
+        student_steps.append(StudentStep(rows, type(draw)(draw.family, draw.numbers.to(torch.get_default_dtype()))))
     start = flat(student.network)
-    return TrajectorySegment(start, start + 0.05 * torch.randn(len(start), generator=chance), steps)
+    return TrajectorySegment(start, start + 0.05 * torch.randn(len(start), generator=chance), student_steps)
 
 
 def a_set(images: int = 6, soft: bool = False) -> tuple[SyntheticData, torch.Tensor]:

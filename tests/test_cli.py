@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
 from conftest import TINY
 
 from distill_at_scale import cli
+from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.storage.run_dir import STAGES
 
 
@@ -87,7 +91,36 @@ def test_the_help_names_every_stage(capsys):
         cli.main(["--help"])
     assert error.value.code == 0
     out = capsys.readouterr().out
-    assert all(stage in out for stage in ("run", *STAGES))
+    assert cli.STAGES == STAGES
+    assert all(stage in out for stage in ("run", "validate", "plan", "sweep", "study", "export", *STAGES))
+
+
+HELP = """
+import runpy, sys
+sys.argv = ["distill-at-scale", {argument!r}]
+try:
+    runpy.run_module("distill_at_scale", run_name="__main__")
+except SystemExit as exit:
+    assert exit.code == {status}, exit.code
+heavy = {{"torch", "torchvision", "ray", "numpy", "pyarrow", "pydantic", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("fly", 2)])
+def test_the_help_and_usage_errors_import_nothing_heavy(argument, status):
+    code = HELP.format(argument=argument, status=status)
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: distill-at-scale" in done.stdout + done.stderr
+    assert time.perf_counter() - began < 5, "the target is 0.5 s on an idle machine"
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "distill_at_scale", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: distill-at-scale" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -102,7 +135,7 @@ def test_interruption_and_a_full_disk_end_with_advice(tiny_file, capsys, monkeyp
     def fail(*arguments):
         raise raised
 
-    monkeypatch.setattr(cli.Pipeline, "run", fail)
+    monkeypatch.setattr(Pipeline, "run", fail)
     assert cli.main(["run", tiny_file]) == status
     assert message in said(capsys)[1]
 
@@ -111,7 +144,7 @@ def test_a_bug_is_not_hidden(tiny_file, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(cli.Pipeline, "run", fail)
+    monkeypatch.setattr(Pipeline, "run", fail)
     with pytest.raises(RuntimeError, match="bug"):
         cli.main(["run", tiny_file])
 

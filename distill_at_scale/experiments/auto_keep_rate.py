@@ -23,8 +23,8 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import need_test_split
-from distill_at_scale.experiments.point import mean_and_std
 from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.studies.base import StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import accuracies, difference

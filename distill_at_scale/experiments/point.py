@@ -38,8 +38,3 @@ class Outcome:
         """Mean top-1 of a set over evaluation networks, as a fraction; NaN if the set was not evaluated."""
         top1 = [row["top1"] for row in self.rows if row["set"] == name]
         return statistics.fmean(top1) if top1 else float("nan")
-
-
-def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

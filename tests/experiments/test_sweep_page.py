@@ -10,7 +10,7 @@ from sweep_tables import digits, row
 
 from distill_at_scale.config.load import validate
 from distill_at_scale.experiments.sweep import analysis, page
-from distill_at_scale.experiments.sweep import plots as curves
+from distill_at_scale.experiments.sweep import plots as sweep_plots
 
 
 def written(folder, rows, **sections):
@@ -20,7 +20,7 @@ def written(folder, rows, **sections):
 
 def plots(rows):
     found = analysis.configurations(rows)
-    return curves.curves(found, analysis.recommend(analysis.distilled(found)))[0]
+    return sweep_plots.accuracy_plots(found, analysis.recommend(analysis.distilled(found)))[0]
 
 
 def test_the_answer_stands_first_with_accuracy_cost_and_both_controls(tmp_path):
@@ -86,7 +86,7 @@ def test_categories_are_bars_beside_the_controls_of_their_setting():
 def test_no_plot_has_more_series_than_can_be_told_apart():
     rows = [row(0.5, keep, f"c{i}") for keep in (0.1, 0.5) for i in range(20)] + [row(0.5, control="unpruned")]
     found = plots(rows)
-    assert max(len(plot.series) for plot in found) <= curves.MOST_SERIES
+    assert max(len(plot.series) for plot in found) <= sweep_plots.MOST_SERIES
     assert sum(len(plot.series) for plot in found) == 20
     assert all(plot.levels for plot in found)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome, Point, mean_and_std
+from distill_at_scale.experiments.point import Outcome, Point
+from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import difference, near_chance
 from distill_at_scale.pipeline import validate

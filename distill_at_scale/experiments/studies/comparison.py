@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from scipy.stats import spearmanr, t
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.studies.base import StudyContext
 from distill_at_scale.pipeline.report.text import NBSP, count, points
 from distill_at_scale.pruning.scoring import score_table

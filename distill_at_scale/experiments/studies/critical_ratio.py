@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.point import Outcome
+from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import (

@@ -1,9 +1,9 @@
-"""What a sweep's table says: pure functions on its rows.
+"""The statistics of a sweep: pure functions on the rows of its table.
 
-A row is one trial's accuracy (a fraction) on one set with one kind of network; rows that differ only in the seed are
-repetitions of a configuration. Costs are seconds of one distillation: selecting, distilling and, where a selection
-needs scores, scoring. Ingest, which all need, counts for none where the table has `score_seconds`, else it is taken for a
-part of scoring. Left out: sentences (`experiments/sweep/text.py`), plots (`experiments/sweep/plots.py`) and the page.
+A row is the accuracy (a fraction) of one trial on one set with one kind of network; rows that differ only in the seed are
+repetitions of one configuration. A cost is the seconds of one distillation: selecting, distilling, and scoring where a
+selection needs scores. Ingest, which every trial needs, does not count, except where a table without `score_seconds` does
+not separate it from scoring.
 """
 
 from __future__ import annotations
@@ -16,23 +16,30 @@ from typing import Any
 
 from scipy import stats
 
+from distill_at_scale.experiments.statistics import CONFIDENCE
+from distill_at_scale.experiments.statistics import welch as welch_error
+
 KEEP = ("select.keep", "select.per_class")
-RANKING = ("select.criterion", "select.order", "select.scope", "select.stratum_start")  # no matter to a random draw
-SELECTING = ("select.", "runtime.")  # keys that an unpruned run does not have
+RANKING = (
+    "select.criterion",
+    "select.order",
+    "select.scope",
+    "select.stratum_start",
+)  # no effect on a random selection
+SELECTING = ("select.", "runtime.")  # keys without effect on an unpruned run
 TRIAL = ("trial", "seed", "control", "set", "network", "mean", "std", "n", "kept", "of", "seconds", "stopped", "error")
-PARTS = ("ingest", "score", "shared", "select", "distill", "evaluate")  # whose seconds have columns
+PARTS = ("ingest", "score", "shared", "select", "distill", "evaluate")  # each has a column of seconds
 NOT_SWEPT = {*TRIAL, *(f"{part}_seconds" for part in PARTS)}
-LEVEL = 0.95  # of confidence intervals
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of one configuration over its distillations, and the networks trained on what each of them made."""
+    """Accuracy of one configuration over its distillations and the networks trained on each."""
 
     mean: float
-    std: float | None  # over all evaluations; None of a single one
+    std: float | None  # over all evaluations; None for a single one
     means: tuple[float, ...]  # one per distillation
     networks: tuple[int, ...]  # evaluated per distillation
 
@@ -42,7 +49,7 @@ class Accuracy:
 
     @property
     def sample(self) -> tuple[float, float | None, int]:
-        """Mean, standard deviation and size of what may be taken for independent: distillations, where there are several."""
+        """Mean, standard deviation and size of the independent samples: distillations if there are several."""
         if len(self.means) > 1:
             return statistics.fmean(self.means), statistics.stdev(self.means), len(self.means)
         return self.mean, self.std, self.n
@@ -61,8 +68,8 @@ class Configuration:
     of: int
     select_seconds: float  # means over the repetitions
     distill_seconds: float
-    scoring_seconds: float  # all of it; 0 where no scores are needed
-    sharing: int  # trials of this sweep that stand on the same scores
+    scoring_seconds: float  # the full cost; 0 where no scores are needed
+    sharing: int  # trials of this sweep that use the same scores
 
     @property
     def rate(self) -> float:
@@ -70,30 +77,61 @@ class Configuration:
 
     @property
     def cost(self) -> float:
-        """Seconds, with all of scoring."""
+        """Seconds, with the full cost of scoring."""
         return self.select_seconds + self.distill_seconds + self.scoring_seconds
 
     @property
     def shared_cost(self) -> float:
-        """Seconds, with an equal part of scoring for every trial that stands on it."""
+        """Seconds, with scoring divided by the trials that use the same scores."""
         return self.select_seconds + self.distill_seconds + self.scoring_seconds / max(1, self.sharing)
 
 
 @dataclass(frozen=True)
 class AccuracyDifference:
-    """Of two means, with its confidence interval by Welch (unequal variances)."""
+    """Difference of two means with its confidence interval by Welch (unequal variances)."""
 
     value: float
     low: float
     high: float
     p: float
-    over: str  # what was counted: distillations, networks
+    over: str  # the unit of `counts`: distillations, networks
     counts: tuple[int, int]
 
     @property
     def verdict(self) -> str:
-        """better, worse, or open where the interval holds 0."""
+        """better, worse, or open where the interval contains 0."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "open"
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The cheapest configuration within one standard deviation of the best, and its controls."""
+
+    chosen: Configuration
+    best: Configuration
+    unpruned: Configuration | None
+    random: Configuration | None
+    over_random: AccuracyDifference | None
+    over_unpruned: AccuracyDifference | None
+    cheaper_random: Configuration | None = None  # a random selection within the same deviation that costs less
+
+    @property
+    def saved(self) -> float | None:
+        """Seconds saved against the unpruned control, with the full cost of scoring; negative where pruning costs more."""
+        return None if self.unpruned is None else self.unpruned.cost - self.chosen.cost
+
+    @property
+    def saved_shared(self) -> float | None:
+        """The same with scoring shared by the trials of the sweep."""
+        return None if self.unpruned is None else self.unpruned.cost - self.chosen.shared_cost
+
+    @property
+    def pays_after(self) -> int | None:
+        """Distillations until scoring has paid for itself; None where a distillation is not faster than unpruned."""
+        if self.unpruned is None or not self.chosen.scoring_seconds:
+            return None
+        each = self.unpruned.cost - self.chosen.select_seconds - self.chosen.distill_seconds
+        return math.ceil(self.chosen.scoring_seconds / each) if each > 0 else None
 
 
 def swept(rows: Sequence[Row]) -> list[str]:
@@ -102,33 +140,38 @@ def swept(rows: Sequence[Row]) -> list[str]:
 
 
 def configurations(rows: Sequence[Row], base: Mapping[str, Any] | None = None) -> list[Configuration]:
-    """Finished trials by configuration, in the order of the table; `base` gives keys that are not swept."""
-    keys, sharing = swept(rows), _sharing(rows, base or {})
+    """Finished trials by configuration, in the order of the table; `base` has the keys that are not swept."""
+    base, keys = base or {}, swept(rows)
+    users: dict[float, set[Any]] = {}  # seconds of scoring, read from one record -> the trials that use those scores
+    for row in rows:
+        if row.get("mean") is not None and needs_scores(row, base):
+            users.setdefault(scoring_seconds(row), set()).add(row["trial"])
     groups: dict[tuple[Any, ...], dict[Any, Row]] = {}
     for row in rows:
         if finished(row):
             own = (*(repr(row.get(key)) for key in keys), control_of(row), row["set"], row["network"])
             groups.setdefault(own, {})[row["trial"]] = row
-    return [_configuration(list(group.values()), keys, base or {}, sharing) for group in groups.values()]
-
-
-def _configuration(rows: Sequence[Row], keys: Sequence[str], base: Mapping[str, Any], sharing: Mapping[float, int],
-                   ) -> Configuration:  # fmt: skip
-    first = rows[0]
-    scored = needs_scores(first, base)
-    return Configuration(
-        {key: first.get(key) for key in keys},
-        control_of(first),
-        first["set"],
-        first["network"],
-        pooled(rows),
-        round(statistics.fmean(row["kept"] for row in rows)),
-        round(statistics.fmean(row["of"] for row in rows)),
-        _mean(rows, "select_seconds"),
-        _mean(rows, "distill_seconds"),
-        statistics.fmean(scoring(row) for row in rows) if scored else 0.0,
-        sharing.get(scoring(first), 1) if scored else 1,
-    )
+    result = []
+    for trials in groups.values():
+        group = list(trials.values())
+        first = group[0]
+        scored = needs_scores(first, base)
+        result.append(
+            Configuration(
+                {key: first.get(key) for key in keys},
+                control_of(first),
+                first["set"],
+                first["network"],
+                pooled(group),
+                round(statistics.fmean(row["kept"] for row in group)),
+                round(statistics.fmean(row["of"] for row in group)),
+                statistics.fmean(row.get("select_seconds") or 0.0 for row in group),
+                statistics.fmean(row.get("distill_seconds") or 0.0 for row in group),
+                statistics.fmean(scoring_seconds(row) for row in group) if scored else 0.0,
+                len(users.get(scoring_seconds(first), [first])) if scored else 1,
+            )
+        )
+    return result
 
 
 def pooled(rows: Sequence[Row]) -> Accuracy:
@@ -148,7 +191,7 @@ def finished(row: Row) -> bool:
 
 
 def control_of(row: Row) -> str | None:
-    """The control that a row is; drawing at random as a swept criterion is the random control too."""
+    """The control that a row belongs to; a swept criterion `random` is the random control too."""
     return row.get("control") or ("random" if row.get("select.criterion") == "random" else None)
 
 
@@ -157,60 +200,45 @@ def needs_scores(row: Row, base: Mapping[str, Any]) -> bool:
     return control_of(row) is None and criterion != "random" and row["kept"] < row["of"]
 
 
-def scoring(row: Row) -> float:
-    """Seconds of all scoring that a trial stands on."""
-    found = row.get("score_seconds")
-    return float(row.get("shared_seconds") or 0.0 if found is None else found)
+def scoring_seconds(row: Row) -> float:
+    """Seconds of the scoring that a trial uses."""
+    seconds = row.get("score_seconds")
+    return float(row.get("shared_seconds") or 0.0 if seconds is None else seconds)
 
 
-def _sharing(rows: Sequence[Row], base: Mapping[str, Any]) -> dict[float, int]:
-    """How many trials stand on the same scores; equal seconds, read from one record, tell which."""
-    trials: dict[float, set[Any]] = {}
-    for row in rows:
-        if row.get("mean") is not None and needs_scores(row, base):
-            trials.setdefault(scoring(row), set()).add(row["trial"])
-    return {seconds: len(found) for seconds, found in trials.items()}
-
-
-def _mean(rows: Sequence[Row], key: str) -> float:
-    return statistics.fmean(row.get(key) or 0.0 for row in rows)
-
-
-def distilled(found: Iterable[Configuration], network: str | None = None) -> list[Configuration]:
-    """Without the real images, which are no configuration; of one network, where it is named."""
-    return [one for one in found if one.set == "distilled" and network in (None, one.network)]
+def distilled(candidates: Iterable[Configuration], network: str | None = None) -> list[Configuration]:
+    """Without the control random_real, which distils nothing; only those of `network` if it is given."""
+    return [one for one in candidates if one.set == "distilled" and network in (None, one.network)]
 
 
 def context(one: Configuration) -> dict[str, Any]:
-    """The swept keys that an unpruned run has too."""
+    """The swept keys that also affect an unpruned run."""
     return {key: value for key, value in one.keys.items() if not key.startswith(SELECTING)}
 
 
-def unpruned_of(one: Configuration, found: Iterable[Configuration], name: str = "distilled") -> Configuration | None:
-    """The unpruned control of a configuration; `name` random_real: as many real images."""
-    same = [o for o in found if o.control == "unpruned" and o.set == name and o.network == one.network]
+def unpruned_of(
+    one: Configuration, candidates: Iterable[Configuration], name: str = "distilled"
+) -> Configuration | None:
+    """The unpruned control of a configuration; with name = random_real the same number of random real images."""
+    same = [c for c in candidates if c.control == "unpruned" and c.set == name and c.network == one.network]
     return _closest(same, context(one))
 
 
-def random_of(one: Configuration, found: Iterable[Configuration]) -> Configuration | None:
-    """The random control at a configuration's rate."""
+def random_of(one: Configuration, candidates: Iterable[Configuration]) -> Configuration | None:
+    """The random control with the same number of samples as a configuration."""
     wanted = {key: value for key, value in one.keys.items() if key not in RANKING}
-    same = [o for o in found if o.control == "random" and o.set == "distilled" and o.network == one.network]
-    return _closest([o for o in same if o.kept == one.kept], wanted)
+    same = [c for c in distilled(candidates, one.network) if c.control == "random" and c.kept == one.kept]
+    return _closest(same, wanted)
 
 
-def _closest(found: Sequence[Configuration], wanted: Mapping[str, Any]) -> Configuration | None:
-    """That with the most keys as wanted; a key that a control leaves open fits."""
-
-    def equal(one: Configuration) -> int:
-        return sum(one.keys.get(key) == value for key, value in wanted.items())
-
-    fitting = [one for one in found if all(one.keys.get(key) in (None, value) for key, value in wanted.items())]
-    return max(fitting, key=equal, default=None)
+def _closest(controls: Sequence[Configuration], wanted: Mapping[str, Any]) -> Configuration | None:
+    """The control with the most keys as wanted; None where each differs in a key. A key that a control leaves open matches."""
+    fitting = [one for one in controls if all(one.keys.get(key) in (None, value) for key, value in wanted.items())]
+    return max(fitting, key=lambda one: sum(one.keys.get(k) == v for k, v in wanted.items()), default=None)
 
 
 def difference(ours: Accuracy, theirs: Accuracy) -> AccuracyDifference | None:
-    """Welch's interval of ours - theirs; None where either side has a single evaluation, so that nothing is known of chance."""
+    """Welch's interval of ours - theirs; None where one side has a single evaluation, whose spread is unknown."""
     distillations = len(ours.means) > 1 and len(theirs.means) > 1
     (a, s, n), (b, t, m) = (
         (ours.sample, theirs.sample)
@@ -224,79 +252,47 @@ def difference(ours: Accuracy, theirs: Accuracy) -> AccuracyDifference | None:
 
 
 def welch(ours: tuple[float, float, int], theirs: tuple[float, float, int]) -> tuple[float, float, float]:
-    """Ends of the confidence interval of a difference of means, and the two-sided p-value, of (mean, std, n) twice."""
+    """Confidence interval of a difference of means and the two-sided p-value; each side is (mean, std, n)."""
     (a, s, n), (b, t, m) = ours, theirs
-    u, v = s**2 / n, t**2 / m
-    if u + v == 0:
+    error, freedom = welch_error((s**2 / n, n), (t**2 / m, m))
+    if error == 0:
         return a - b, a - b, 1.0 if a == b else 0.0
-    freedom = (u + v) ** 2 / (u**2 / (n - 1) + v**2 / (m - 1))
-    error = math.sqrt(u + v)
-    reach = error * float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+    reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
     return a - b - reach, a - b + reach, 2 * float(stats.t.sf(abs(a - b) / error, freedom))
 
 
-def pareto(found: Sequence[Configuration]) -> list[Configuration]:
-    """Those that no other beats in accuracy and cost, the cheapest first."""
+def pareto(candidates: Sequence[Configuration]) -> list[Configuration]:
+    """The configurations that no other beats in both accuracy and cost, the cheapest first."""
     front: list[Configuration] = []
-    for one in sorted(found, key=lambda one: (one.cost, -one.accuracy.mean)):
+    for one in sorted(candidates, key=lambda one: (one.cost, -one.accuracy.mean)):
         if not front or one.accuracy.mean > front[-1].accuracy.mean:
             front.append(one)
     return front
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """The cheapest configuration within one standard deviation of the best, and what it is compared with."""
+def recommend(candidates: Sequence[Configuration], shared: bool = False) -> Recommendation | None:
+    """Recommends among distilled configurations with one network; `shared` charges each only its part of scoring.
 
-    chosen: Configuration
-    best: Configuration
-    unpruned: Configuration | None
-    random: Configuration | None
-    over_random: AccuracyDifference | None
-    over_unpruned: AccuracyDifference | None
-    cheaper_random: Configuration | None = None  # a random selection within the same deviation that costs less
-
-    @property
-    def saved(self) -> float | None:
-        """Seconds against the unpruned control, all of scoring charged; negative where pruning does not pay."""
-        return None if self.unpruned is None else self.unpruned.cost - self.chosen.cost
-
-    @property
-    def saved_shared(self) -> float | None:
-        """The same with scoring shared by the trials of the sweep."""
-        return None if self.unpruned is None else self.unpruned.cost - self.chosen.shared_cost
-
-    @property
-    def pays_after(self) -> int | None:
-        """Distillations that it takes until scoring has paid; None where a distillation is no faster."""
-        one = self.chosen
-        if self.unpruned is None or not one.scoring_seconds:
-            return None
-        each = self.unpruned.cost - one.select_seconds - one.distill_seconds
-        return math.ceil(one.scoring_seconds / each) if each > 0 else None
-
-
-def recommend(found: Sequence[Configuration], shared: bool = False) -> Recommendation | None:
-    """Of distilled configurations with one network; `shared` charges each only its part of scoring.
-
-    The random control is compared with, not recommended.
+    The random control is compared with, but never recommended unless there is nothing else.
     """
     price = (lambda one: one.shared_cost) if shared else (lambda one: one.cost)
-    candidates = [one for one in distilled(found) if one.control != "random"] or distilled(found)
-    if not candidates:
+    allowed = [one for one in distilled(candidates) if one.control != "random"] or distilled(candidates)
+    if not allowed:
         return None
-    best = max(candidates, key=lambda one: one.accuracy.mean)
-    enough = best.accuracy.mean - (best.accuracy.std or 0.0)
-    chosen = min((one for one in candidates if one.accuracy.mean >= enough), key=price)
-    drawn = [one for one in distilled(found) if one.control == "random" and one.accuracy.mean >= enough]
-    cheaper = min((one for one in drawn if one.cost < price(chosen)), key=lambda one: one.cost, default=None)
-    return replace(compare(chosen, found, best), cheaper_random=cheaper)
+    best = max(allowed, key=lambda one: one.accuracy.mean)
+    threshold = best.accuracy.mean - (best.accuracy.std or 0.0)
+    chosen = min((one for one in allowed if one.accuracy.mean >= threshold), key=price)
+    random = [one for one in distilled(candidates) if one.control == "random" and one.accuracy.mean >= threshold]
+    cheaper = min((one for one in random if one.cost < price(chosen)), key=lambda one: one.cost, default=None)
+    return replace(compare(chosen, candidates, best), cheaper_random=cheaper)
 
 
-def compare(one: Configuration, found: Sequence[Configuration], best: Configuration | None = None) -> Recommendation:
-    """A configuration beside its controls."""
-    unpruned = unpruned_of(one, found) if one.control != "unpruned" else one
-    random = random_of(one, found) if one.control is None and one.kept < one.of else None
+def compare(
+    one: Configuration, candidates: Sequence[Configuration], best: Configuration | None = None
+) -> Recommendation:
+    """A configuration with its controls."""
+    unpruned = unpruned_of(one, candidates) if one.control != "unpruned" else one
+    random = random_of(one, candidates) if one.control is None and one.kept < one.of else None
     over_random = difference(one.accuracy, random.accuracy) if random else None
     over_unpruned = difference(one.accuracy, unpruned.accuracy) if unpruned and unpruned is not one else None
     return Recommendation(one, best or one, unpruned, random, over_random, over_unpruned)

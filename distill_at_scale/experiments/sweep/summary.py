@@ -12,7 +12,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from distill_at_scale.experiments.point import mean_and_std
+from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.sweep import table
 
 FIXED = {name for name, _ in (*table.BEFORE, *table.AFTER)}

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_at_scale.core.atomic_files import publish
-from distill_at_scale.experiments.point import Outcome, mean_and_std
+from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import Failure
+from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.sweep.space import SweepTrial
 
 BEFORE = [("trial", pa.string()), ("seed", pa.int64())]

@@ -53,6 +53,12 @@ def draw(plot: Plot) -> str:
         return svg(_rows(plot, styled) if rows else _plane(plot, styled))
 
 
+def picture(plot: Plot) -> dict[str, str]:
+    """The variables of the template's macro `picture`: title, drawn chart and alternative text."""
+    names = ", ".join(series.name for series in plot.series if series.name)
+    return {"title": plot.title, "chart": draw(plot), "alt": f"{plot.y_label} over {plot.x_label}: {names}"}
+
+
 def styles(series: Sequence[Series]) -> list[tuple[str, str]]:
     """Colour and marker of each series: the first of a role takes the role's colour, all others take the cycle."""
     result: list[tuple[str, str]] = []

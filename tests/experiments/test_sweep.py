@@ -23,7 +23,7 @@ from distill_at_scale.experiments import points
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import Failure
 from distill_at_scale.experiments.runners import LocalRunner
-from distill_at_scale.experiments.sweep import run, space, summary, table
+from distill_at_scale.experiments.sweep import run, space, table
 from distill_at_scale.experiments.sweep import validate as checks
 from distill_at_scale.experiments.sweep.space import SweepTrial
 from distill_at_scale.pruning.proxies import train as proxy
@@ -384,7 +384,7 @@ def test_columns_of_swept_keys_are_numbers_or_text():
 def test_repetitions_are_one_line_at_the_end():
     trials = [outcome(0.1, 0, 0.4), outcome(0.1, 1, 0.6), outcome(0.3, 0, 0.7)]
     made = table.make(trials, ["0", "1", "2"], ["select.keep"])
-    lines = summary.rows(made)
+    lines = table.pooled_rows(made)
     assert [(line["configuration"], line["accuracy"], line["n"]) for line in lines] == [
         ("select.keep=0.1", "50.0 ± 14.1", "2"),
         ("select.keep=0.3", "70.0", "1"),

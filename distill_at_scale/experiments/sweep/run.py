@@ -22,7 +22,7 @@ from distill_at_scale.experiments import points
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import Failure, PointSet
 from distill_at_scale.experiments.runners import LastEvaluation, LocalRunner, PointRunner, PointTask
-from distill_at_scale.experiments.sweep import page, space, summary, table
+from distill_at_scale.experiments.sweep import page, space, table
 from distill_at_scale.experiments.sweep import validate as checks
 from distill_at_scale.experiments.sweep.space import SweepTrial
 from distill_at_scale.pipeline import validate
@@ -174,7 +174,7 @@ class Sweep:
                 self._read_end(job)
             self.ends[job.folder] = self.ends[job.folder] or UNKNOWN
         result = self._table()
-        summary.show(result, self.display.console)  # before the files: the disk may be full
+        table.show(result, self.display.console)  # before the files: the disk may be full
         table.write(result, self.base / "sweep.parquet")
         failed = [end for end in self.ends.values() if isinstance(end, Failure)]
         if len(failed) == len(self.jobs):

@@ -1,7 +1,7 @@
-"""What can be known to be wrong with a sweep before anything is scored: names, and trials that the data cannot fill.
+"""Checks of a sweep before anything is scored: its search, and trials for which the data have too few samples.
 
-Counts are exact for scope class; for the other scopes, whose cut depends on the scores, a trial is refused only where no
-scores could fill it. Left out: the space itself (`space.py`), and whether the cluster holds the trials (`cluster/tune_trials.py`).
+Counts are exact for scope class. With the other scopes the selection depends on the scores, so a trial is refused only where
+no scores could fill it. Not covered: the space (`space.py`), and whether the cluster holds the trials (a runner's `check`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distill_at_scale.pruning.selection.quotas import quota
 
 
 def check_search(config: Config) -> None:
-    """Raises UserError for asha without evaluations on the way, or without room for Ray."""
+    """Raises UserError for parallel trials or asha without Ray, and for asha without evaluations during distillation."""
     if config.cluster.address == "none" and (config.sweep.concurrent or 1) > 1:
         raise UserError(
             f"sweep.concurrent = {config.sweep.concurrent} needs Ray; cluster.address=none runs one trial after the other"
@@ -35,7 +35,7 @@ def check_search(config: Config) -> None:
 
 
 def check_rate(config: Config) -> None:
-    """Raises UserError where a trial is to look for its own rate."""
+    """Raises UserError for select.keep: auto, which searches the rate itself."""
     if config.select.keep == "auto":
         raise UserError(
             "select.keep = auto cannot be swept: a sweep compares rates itself; list them, for example "
@@ -44,32 +44,28 @@ def check_rate(config: Config) -> None:
 
 
 def check_asha(config: Config) -> None:
-    """Raises UserError where a trial is too short to be stopped: no evaluation lies before its end."""
+    """Raises UserError where a trial has fewer evaluations before its end than sweep.grace."""
     steps, every = distill.step_count(config), config.distill.evaluate_every
-    if config.sweep.search == "asha" and evaluations(config) < max(1, config.sweep.grace):
+    evaluations = (steps - 1) // every
+    if config.sweep.search == "asha" and evaluations < max(1, config.sweep.grace):
         raise UserError(
             f"sweep.grace = {config.sweep.grace}, but a distillation of {steps} steps is evaluated only "
-            f"{evaluations(config)} times before its end (distill.evaluate_every = {every}); lower one of them"
+            f"{evaluations} times before its end (distill.evaluate_every = {every}); lower one of them"
         )
 
 
-def evaluations(config: Config) -> int:
-    """Evaluations on the way that lie before the end of a distillation."""
-    return (distill.step_count(config) - 1) // config.distill.evaluate_every
-
-
 def check_trial(name: str, config: Config, data: PreparedDataset) -> None:
-    """Raises UserError, naming the trial, where its networks do not fit, or a class is emptied or keeps too few samples."""
+    """Raises UserError, naming the trial, where its networks do not fit or a class keeps too few samples."""
     try:
         evaluate.need_test_split(data)
         validate.check_networks(config, data)
-        distill.check(config, data, kept_at_most(config, data.counts("train")))
+        distill.check(config, data, _kept_at_most(config, data.counts("train")))
     except UserError as error:
         raise UserError(f"the trial {name}: {error}") from None
 
 
-def kept_at_most(config: Config, counts: Sequence[int]) -> list[int]:
-    """How many samples of each class a selection keeps; where that depends on the scores, how many it may keep."""
+def _kept_at_most(config: Config, counts: Sequence[int]) -> list[int]:
+    """The number of samples kept of each class, or its upper bound where it depends on the scores."""
     select, minimum = config.select, config.min_per_class
     if select.scope == "class":
         wanted = [min(select.per_class or quota(select.rate, count, 0), count) for count in counts]

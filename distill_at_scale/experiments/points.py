@@ -47,10 +47,10 @@ PATIENCE = 20  # seconds until the process of a killed sweep releases a point's 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a point has no outcome; a `passing` failure is about the machines, not the point, so a retry may succeed."""
+    """Why a point has no outcome; a `transient` failure is about the machines, not the point, so a retry may succeed."""
 
     message: str
-    passing: bool
+    transient: bool
 
 
 class PointSet:
@@ -204,7 +204,7 @@ def try_point(
 
 
 def write_failure(run: RunDir, failure: Failure) -> None:
-    write_json(run / FAILED, {"error": failure.message, "passing": failure.passing})
+    write_json(run / FAILED, {"error": failure.message, "passing": failure.transient})
     run.keep(FAILED)
 
 

@@ -124,6 +124,6 @@ def records(root: Path) -> dict[Path, int]:
 
 def test_the_notes_of_a_trial_are_known_to_the_points(tmp_path):
     points.write_stop(RunDir(tmp_path), {"step": 3, "top1": 0.5})
-    points.write_failure(RunDir(tmp_path), points.Failure("its process was lost", passing=True))
+    points.write_failure(RunDir(tmp_path), points.Failure("its process was lost", transient=True))
     assert json.loads((tmp_path / points.STOPPED).read_text()) == {"step": 3, "top1": 0.5}
-    assert points.read_failure(RunDir(tmp_path)) == points.Failure("its process was lost", passing=True)
+    assert points.read_failure(RunDir(tmp_path)) == points.Failure("its process was lost", transient=True)

@@ -69,7 +69,7 @@ def test_a_damaged_note_is_a_failure_of_the_disk(tmp_path, text):
     (tmp_path / points.FAILED).write_text(text)
     found = points.read_failure(RunDir(tmp_path))
     assert isinstance(found.message, str)
-    assert found.passing is ("error" not in text)
+    assert found.transient is ("error" not in text)
     (tmp_path / points.STOPPED).write_text(text)
     assert points.read_stopped(Point(), RunDir(tmp_path), "convnet") is None
 

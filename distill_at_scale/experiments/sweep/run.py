@@ -31,7 +31,7 @@ from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import AT_ONCE
 
-UNKNOWN = Failure("its folder does not say how it ended", passing=True)
+UNKNOWN = Failure("its folder does not say how it ended", transient=True)
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,13 @@ class Sweep:
     def _record_end(self, job: PlannedTrial, last: LastEvaluation | None, error: Exception | None) -> None:
         """Other trials are running, so a failing store is not retried; `_finish` reads again what could not be read here."""
         if error is not None:
-            self.ends[job.folder] = Failure(str(error), passing=True)
+            self.ends[job.folder] = Failure(str(error), transient=True)
         with contextlib.suppress(OSError, UserError):
             run = job.open(retry=False)
             if last is not None:
                 points.write_stop(run, last)
             if error is not None:
-                points.write_failure(run, Failure(str(error), passing=True))
+                points.write_failure(run, Failure(str(error), transient=True))
             self._read_end(job, retry=False)
             table.write(self._table(), self.base / "sweep.parquet")
 
@@ -185,9 +185,9 @@ class Sweep:
         page.write(self.base.path, result, self.config)
         self.display.say(f"  page: {self.base.place('sweep.html')}")
         self.display.say(f"  table: {self.base.place('sweep.parquet')}")
-        if passing := [failure for failure in failed if failure.passing]:
+        if transient := [failure for failure in failed if failure.transient]:
             raise UserError(
-                f"{len(passing)} of {len(self.jobs)} trials could not be carried out here, the first for: "
-                f"{passing[0].message}. Mend that, and give the same command again; what is finished is kept"
+                f"{len(transient)} of {len(self.jobs)} trials could not be carried out here, the first for: "
+                f"{transient[0].message}. Mend that, and give the same command again; what is finished is kept"
             )
         return result

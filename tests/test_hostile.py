@@ -27,7 +27,7 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.archives.gunzip import Bomb, gunzip
-from distill_at_scale.data.codecs.image import MOST_SCANS, ImageDecoder, SampleRejected
+from distill_at_scale.data.codecs.image import MAX_SCANS, ImageDecoder, SampleRejected
 from distill_at_scale.data.codecs.worker_process import IsolatedFunction
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
@@ -104,8 +104,8 @@ def test_a_jpeg_of_scans_without_end_is_refused():
     whole = buffer.getvalue()
     last = whole.rindex(b"\xff\xda")
     ImageDecoder(8)(whole)
-    with pytest.raises(SampleRejected, match=f"scans, more than {MOST_SCANS}"):
-        ImageDecoder(8)(whole[:-2] + whole[last:-2] * MOST_SCANS + whole[-2:])
+    with pytest.raises(SampleRejected, match=f"scans, more than {MAX_SCANS}"):
+        ImageDecoder(8)(whole[:-2] + whole[last:-2] * MAX_SCANS + whole[-2:])
 
 
 def data_set(folder: Path, image: pa.Array, labels: np.ndarray, **limits: int) -> HuggingFaceParquet:

@@ -28,7 +28,7 @@ from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.ingest.merge import unusable
 from distill_at_scale.data.ingest.sample_types import sample_shape
-from distill_at_scale.data.prepared.format import JPEG_PART
+from distill_at_scale.data.prepared.format import JPEG_RATIO
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.augment import Augmentation
@@ -234,7 +234,7 @@ def _check_network(key: str, spec: NetworkSpec, batch_norm: str) -> None:
 
 def space(config: Config, plan: ingest.IngestPlan, free: int) -> str:
     """What an ingest needs on the disk at its end, when pieces and shards are both there; `free` is in bytes."""
-    part = JPEG_PART if stores_jpeg(config.data) else 1
+    part = JPEG_RATIO if stores_jpeg(config.data) else 1
     each = math.prod(sample_shape(config.data)) * (4 if sample_types.holds_tensors(config.data) else 1)
     derived = sum(planned(config, plan).counts) if config.data.transform != "none" else 0
     needed = int((2 * plan.samples + derived) * each * part)

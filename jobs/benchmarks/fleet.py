@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
-from distill_at_scale.data.ingest.merge import MOST_THREADS
+from distill_at_scale.data.ingest.merge import MAX_THREADS
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.distillation.methods.dc import default_loops
@@ -128,7 +128,7 @@ def run(config: Config, of: Constants, gpus: int) -> Parts:
     proxy = _spec(score.network, config, score.width, score.depth)
     own = _spec(distilling.network, config, distilling.width, distilling.depth)
     trials, epochs = score.checkpoint_counts
-    threads, handed = min(MOST_THREADS, of.cores * min(NODE, gpus)), SAMPLES / CHUNK / of.handed
+    threads, handed = min(MAX_THREADS, of.cores * min(NODE, gpus)), SAMPLES / CHUNK / of.handed
     parts = {"start of Ray": RAY}
     parts["ingest: decode"] = POOL + max(SAMPLES / (of.decode * of.cores * gpus), handed)
     parts["ingest: merge and hash"] = SAMPLES / threads * (1 / of.merge + 2 / of.digest)

@@ -133,8 +133,8 @@ def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
     for found, said in [
         (whole.slice(0, 8), "lacks rows"),
         (pa.concat_tables([whole, whole.slice(8)]), "other rows"),
-        (whole.drop_columns(["sample_id"]), "is no shard"),
-        (whole.set_column(1, "label", pa.array(LABELS, pa.int64())), "is no shard"),
+        (whole.drop_columns(["sample_id"]), "is not a shard"),
+        (whole.set_column(1, "label", pa.array(LABELS, pa.int64())), "is not a shard"),
     ]:
         pq.write_table(found, shard, row_group_size=2)
         with pytest.raises(UserError, match=said):
@@ -178,8 +178,8 @@ def test_the_fingerprint_covers_metadata_and_content(tmp_path):
 
 
 def test_clips_are_scored_in_larger_units_than_they_are_decoded():
-    assert shards.scored_chunk((3, 64, 64), 256) == 256
-    assert shards.scored_chunk((8, 3, 64, 64), 64) == 682  # 64 MB
-    assert shards.scored_chunk((16, 3, 112, 112), 64) == 111
-    assert shards.scored_chunk((8, 1, 8, 8), 64) == 1024
-    assert shards.scored_chunk((256, 3, 128, 128), 64) == 64
+    assert shards.scoring_chunk((3, 64, 64), 256) == 256
+    assert shards.scoring_chunk((8, 3, 64, 64), 64) == 682  # 64 MB
+    assert shards.scoring_chunk((16, 3, 112, 112), 64) == 111
+    assert shards.scoring_chunk((8, 1, 8, 8), 64) == 1024
+    assert shards.scoring_chunk((256, 3, 128, 128), 64) == 64

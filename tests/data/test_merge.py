@@ -63,8 +63,8 @@ def test_threads_write_the_bytes_of_one_sorted_stream(tmp_path, monkeypatch, kin
 def test_shards_are_filled_up_to_their_size(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 10)
     labels = np.array([0, 0, 0, 1, 1, 2])
-    assert shards.shard_rows(labels, np.full(6, 5), 2) == [(0, 2), (2, 5), (5, 6)]
-    assert shards.shard_rows(labels[:0], np.zeros(0, int), 2) == []
+    assert shards.shard_ranges(labels, np.full(6, 5), 2) == [(0, 2), (2, 5), (5, 6)]
+    assert shards.shard_ranges(labels[:0], np.zeros(0, int), 2) == []
 
 
 def test_a_failure_in_a_thread_is_raised_and_no_further_shard_is_begun(tmp_path, monkeypatch):

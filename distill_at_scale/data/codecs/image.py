@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MARGIN = 1.25  # a JPEG is decoded at no less than this many times the target size
 REDUCING_GAP = 3.0  # an image 6 or more times too large is first averaged in whole steps
-MOST_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each one costs a pass over all pixels
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each one costs a pass over all pixels
 SCAN = b"\xff\xda"  # cannot occur within the pixels' own bytes
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
@@ -105,8 +105,8 @@ class ImageDecoder:
         width, height = image.size
         if width * height > self.max_pixels:
             raise SampleRejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
-        if image.format == "JPEG" and (scans := raw.count(SCAN)) > MOST_SCANS:
-            raise SampleRejected(f"a JPEG of {scans} scans, more than {MOST_SCANS}, which take time without end")
+        if image.format == "JPEG" and (scans := raw.count(SCAN)) > MAX_SCANS:
+            raise SampleRejected(f"a JPEG of {scans} scans, more than {MAX_SCANS}, which take time without end")
         least = math.ceil(MARGIN * self.size)
         drafted = image.draft("L" if self.channels == 1 else None, (least, least))  # None for other formats
         image.load()

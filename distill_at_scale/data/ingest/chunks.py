@@ -175,7 +175,7 @@ class _Made:
         self.sums[1] += parts.sum(2).sum(1, dtype=np.float64).astype(np.int64)
         self.sums[2] += np.einsum("cpv,cpv->cp", parts, parts).sum(1, dtype=np.float64).astype(np.int64)
         quality = self.recipe.quality
-        self.images[name] = pixels if quality is None else encode(shards.as_image(pixels), quality)
+        self.images[name] = pixels if quality is None else encode(shards.stack_frames(pixels), quality)
 
     def table(self, order: pa.Table, decoders: Mapping[str, int]) -> pa.Table:
         names, labels = order["sample_id"].to_pylist(), order["label"].to_numpy()

@@ -172,7 +172,7 @@ def _variance(prepared: PreparedDataset, label: int, seed: int) -> float:
     the training values' variance), from at most MEASURED samples."""
     count = prepared.counts("train")[label]
     places = np.sort(rng.numpy_generator(seed, "class variance", label).permutation(count)[:MEASURED])
-    at_once = max(1, READ_BYTES // (8 * prepared.value_bytes))
+    at_once = max(1, READ_BYTES // (8 * prepared.sample_bytes))
     total, squares = np.zeros(prepared.shape), np.zeros(prepared.shape)
     for start in range(0, len(places), at_once):
         samples = prepared.take("train", label, places[start : start + at_once]).astype(np.float64)

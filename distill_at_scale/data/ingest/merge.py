@@ -31,8 +31,8 @@ from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared import whitening
 
 SPAN_BYTES = 32 * 2**20  # of images in the memory of one thread at once
-MOST_OPEN = 16_384  # pieces that stay mapped; Linux allows a process some 65,000
-MOST_THREADS = 16  # shards that are written side by side; bounds the memory
+MAX_OPEN = 16_384  # pieces that stay mapped; Linux allows a process some 65,000
+MAX_THREADS = 16  # shards that are written side by side; bounds the memory
 SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique within its split only
 
 Array = np.ndarray[Any, Any]
@@ -40,7 +40,7 @@ Array = np.ndarray[Any, Any]
 
 def threads_here() -> int:
     """Shards that this process writes side by side: one per core that Arrow may use."""
-    return min(MOST_THREADS, pa.cpu_count())
+    return min(MAX_THREADS, pa.cpu_count())
 
 
 def merge(
@@ -71,7 +71,7 @@ def merge(
             group = shards.group_rows(shape, stores_jpeg(data), data.chunk, 4 if holds_tensors(data) else 1)
             write(temporary / split, paths, labels, order, group, threads or threads_here())
         values = holds_tensors(data)
-        scored = data.chunk if values else shards.scored_chunk(shape, data.chunk)
+        scored = data.chunk if values else shards.scoring_chunk(shape, data.chunk)
         mean, std = channel_stats.of_values(sums) if values else channel_stats.of_pixels(sums)
         meta = {"class_names": plan.class_names, "source_class_names": plan.source_class_names, "shape": list(shape),
                 "counts": counts, "mean": mean, "std": std, "chunk": scored,
@@ -125,7 +125,7 @@ def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, grou
     """Write pieces, each sorted by class and id, as shards in `order` (sorted `labels` and the places of the rows among the
     concatenated pieces, both [n]), so many shards side by side; row groups have one class and at most `group` rows.
     """
-    opened = lru_cache(MOST_OPEN)(_rows)  # a merge that mixes many pieces opens each for every span
+    opened = lru_cache(MAX_OPEN)(_rows)  # a merge that mixes many pieces opens each for every span
     kind = opened(paths[0]).schema
     counted = [shards.row_bytes(_rows(path)) for path in paths]
     sizes = np.concatenate(counted)[order]
@@ -138,7 +138,7 @@ def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, grou
         shards.write_shard(folder, number, tables, kind, group)
 
     folder.mkdir(parents=True)
-    parts, pool = shards.shard_rows(labels, sizes, group), ThreadPoolExecutor(threads)
+    parts, pool = shards.shard_ranges(labels, sizes, group), ThreadPoolExecutor(threads)
     try:
         for written in [pool.submit(one, *part) for part in enumerate(parts)]:
             written.result()

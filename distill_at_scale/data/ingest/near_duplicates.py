@@ -54,7 +54,7 @@ def _shifted(sample: Array, down: int, right: int) -> Array:
 
 def duplicated(prepared: PreparedDataset, data: DataSection, seed: int) -> Iterator[pa.Table]:
     """Samples and their near-duplicates, sorted by class and id; some source samples are in memory at a time."""
-    span = max(1, READ_BYTES // (prepared.value_bytes * data.copies))
+    span = max(1, READ_BYTES // (prepared.sample_bytes * data.copies))
     for label in range(len(prepared.class_names)):
         ids = prepared.ids("train", label)
         numbers = np.repeat(np.arange(data.copies), len(ids))
@@ -96,7 +96,7 @@ def _copied(
             values.append((samples[source] + noise).astype(np.float32).tobytes())
         else:
             made = jitter(samples[source], draw)
-            values.append(encode(shards.as_image(made), data.quality) if name == "jpeg" else made.tobytes())
+            values.append(encode(shards.stack_frames(made), data.quality) if name == "jpeg" else made.tobytes())
     columns = [names, pa.array(np.full(len(names), label, np.int32)), pa.array(values, stored.schema[-1].type)]
     return pa.table(columns, schema=stored.schema.remove_metadata())
 

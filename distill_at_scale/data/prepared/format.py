@@ -1,12 +1,15 @@
-"""The prepared format: class-sorted Parquet shards of uint8 images or clips, or of float32 arrays.
+"""The prepared format: Parquet shards of uint8 images or clips, or of float32 arrays, sorted by class.
 
-`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and either pixels
-(fixed-size binary: the bytes of a uint8 tensor C x H x W or, of a clip, T x C x H x W, whose shape is in the field's
-metadata; Parquet would store a list of bytes as 32-bit numbers, which takes 13 times as long to read) or, where large, jpeg
-(binary: the resized image, encoded again; of a clip its frames below each other). Arrays of other data are in a column
-values (fixed-size binary of float32; their shape and type are in the field's metadata). Rows are sorted by class and, within
-it, by id; a row group holds one class and few rows, so that any part of the set is read without the rest. `dataset.json`
-holds class names, shape, counts, channel statistics and the content fingerprint. Reading them is in `data/prepared/dataset.py`.
+`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and one of:
+
+- pixels (fixed-size binary): the bytes of a uint8 tensor C x H x W or, of a clip, T x C x H x W. Parquet would store a list of
+  bytes as 32-bit numbers, which takes 13 times as long to read.
+- jpeg (binary), for large images: the resized image, encoded again; the frames of a clip are stacked below each other.
+- values (fixed-size binary): the bytes of a float32 array.
+
+The column's metadata holds the shape and, of values, the dtype. Rows are sorted by class and id; a row group holds one class
+and few rows, so that any part of the set can be read alone. `dataset.json` holds class names, shape, counts, channel
+statistics and the content fingerprint. `dataset.py` reads the format.
 """
 
 from __future__ import annotations
@@ -33,11 +36,11 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.codecs.image import SampleRejected, decode_stored
 
 SHARD_BYTES = 128 * 2**20
-GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # a row group: what a random read fetches at least
-OFFSET_BYTES = 4  # that Arrow holds for every string
-JPEG_PART = 0.2  # of an image's raw bytes that its JPEG takes, about; only sizes depend on it
-MOST_AXES, MOST_VALUES = 4, 2**30  # of a sample; data.frames and data.size allow 805 million
-CLIPS_SCORED, SCORED_BYTES = 1024, 64 * 2**20  # clips in a unit of scoring work at most, and their bytes
+GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # size of a row group, the least that a random read fetches
+OFFSET_BYTES = 4  # that Arrow stores per string
+JPEG_RATIO = 0.2  # approximate size of a JPEG relative to raw pixels; used only to choose sizes
+MAX_AXES, MAX_VALUES = 4, 2**30  # of a sample; data.frames and data.size allow 805 million
+SCORED_CLIPS, SCORED_BYTES = 1024, 64 * 2**20  # limits of a scoring chunk of clips
 
 Array = np.ndarray[Any, Any]
 
@@ -54,7 +57,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive row groups of one file: the fixed unit of scoring work. `index` counts over the whole split."""
+    """Consecutive row groups of one file: the unit of scoring. `index` counts over the split."""
 
     index: int
     file: str
@@ -64,13 +67,13 @@ class Chunk:
 
 
 def schema(shape: Sequence[int], jpeg: bool = False, dtype: Any = np.uint8) -> pa.Schema:
-    size = pa.binary() if jpeg else pa.binary(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    about = {"shape": json.dumps(list(shape))}
+    column_type = pa.binary() if jpeg else pa.binary(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    metadata = {"shape": json.dumps(list(shape))}
     if dtype == np.uint8:
-        image = pa.field("jpeg" if jpeg else "pixels", size, metadata=about)
+        column = pa.field("jpeg" if jpeg else "pixels", column_type, metadata=metadata)
     else:
-        image = pa.field("values", size, metadata=about | {"dtype": np.dtype(dtype).name})
-    return pa.schema([("sample_id", pa.string()), ("label", pa.int32()), image])
+        column = pa.field("values", column_type, metadata=metadata | {"dtype": np.dtype(dtype).name})
+    return pa.schema([("sample_id", pa.string()), ("label", pa.int32()), column])
 
 
 def to_table(ids: Sequence[str], labels: Sequence[int], pixels: Array) -> pa.Table:
@@ -83,19 +86,19 @@ def to_table(ids: Sequence[str], labels: Sequence[int], pixels: Array) -> pa.Tab
 
 
 def to_jpeg_table(ids: Sequence[str], labels: Sequence[int], images: Sequence[bytes], shape: Sequence[int]) -> pa.Table:
-    """The same for images of one shape that are kept as JPEG."""
+    """The same for images of one shape that are stored as JPEG."""
     columns = [pa.array(ids, pa.string()), np.asarray(labels, np.int32), pa.array(images, pa.binary())]
     return pa.table(columns, schema=schema(shape, jpeg=True))
 
 
 def pixels_of(table: pa.Table, threads: int = 1) -> Array:
-    """The samples of a table as they are stored, uint8 or float32 [n, *shape] (raw ones read-only: Arrow's own memory);
-    JPEGs are decoded.
+    """The stored samples of a table: uint8 or float32 [n, *shape]. Raw samples are read-only views of Arrow's memory; JPEGs are
+    decoded in `threads` threads.
 
-    Raises UserError for a JPEG that is damaged, naming the sample.
+    Raises UserError for a damaged JPEG, naming the sample.
     """
     name = table.column_names[-1]
-    shape, dtype = _form(table.schema.field(name))
+    shape, dtype = _sample_type(table.schema.field(name))
     if name == "jpeg":
         return _decoded(table, shape, threads)
     column = table[name].combine_chunks()
@@ -106,26 +109,21 @@ def pixels_of(table: pa.Table, threads: int = 1) -> Array:
     return flat[: len(column) * column.type.byte_width].view(dtype).reshape(len(column), *shape)
 
 
-def _form(field: pa.Field) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the samples in a column; raises UserError for what `schema` does not make."""
-    about = field.metadata or {}
+def _sample_type(field: pa.Field) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of the samples in a column. Raises UserError for metadata that `schema` does not write."""
+    metadata = field.metadata or {}
     try:
-        shape, dtype = tuple(json.loads(about[b"shape"])), (about.get(b"dtype") or b"uint8").decode()
-        sizes = all(type(n) is int and 0 < n <= MOST_VALUES for n in shape)
-        assumed = dtype in ("uint8", "float32") and 0 < len(shape) <= MOST_AXES and math.prod(shape) <= MOST_VALUES
-        size = math.prod(shape) * np.dtype(dtype).itemsize if sizes and assumed else None
+        shape, dtype = tuple(json.loads(metadata[b"shape"])), (metadata.get(b"dtype") or b"uint8").decode()
+        positive = all(type(n) is int and 0 < n <= MAX_VALUES for n in shape)
+        known = dtype in ("uint8", "float32") and 0 < len(shape) <= MAX_AXES and math.prod(shape) <= MAX_VALUES
+        size = math.prod(shape) * np.dtype(dtype).itemsize if positive and known else None
     except (KeyError, TypeError, ValueError, RecursionError):
         size = None
     if size is None or (field.name != "jpeg" and field.type != pa.binary(size)):
         raise UserError(
-            f"the column {field.name!r} of a prepared shard says nothing sensible about its shape; ingest again"
+            f"the column {field.name!r} of a prepared shard has no valid shape in its metadata; ingest again"
         )
     return shape, np.dtype(dtype)
-
-
-def as_image(pixels: Array) -> Array:
-    """uint8 [C, H, W] as it is, a clip [T, C, H, W] as one tall image [C, T * H, W], frame below frame; how it is encoded."""
-    return pixels if pixels.ndim == 3 else np.moveaxis(pixels, 1, 0).reshape(pixels.shape[1], -1, pixels.shape[-1])
 
 
 def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
@@ -146,24 +144,29 @@ def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
     return images
 
 
+def stack_frames(pixels: Array) -> Array:
+    """The image to encode: uint8 [C, H, W] unchanged, a clip [T, C, H, W] as [C, T * H, W], frame below frame."""
+    return pixels if pixels.ndim == 3 else np.moveaxis(pixels, 1, 0).reshape(pixels.shape[1], -1, pixels.shape[-1])
+
+
 def group_rows(shape: Sequence[int], jpeg: bool, chunk: int, itemsize: int = 1) -> int:
-    """Rows of a row group: few enough to be read at random, enough to be read fast."""
-    size = int(np.prod(shape)) * itemsize * (JPEG_PART if jpeg else 1)
+    """Rows per row group: few enough for random reads, enough for fast ones."""
+    size = int(np.prod(shape)) * itemsize * (JPEG_RATIO if jpeg else 1)
     return max(1, min(GROUP_ROWS, chunk, int(GROUP_BYTES / size)))
 
 
-def scored_chunk(shape: Sequence[int], chunk: int) -> int:
-    """Samples in a unit of scoring work: `data.chunk`, of clips more, as they are decoded far more slowly than scored."""
+def scoring_chunk(shape: Sequence[int], chunk: int) -> int:
+    """Samples per scoring chunk: `data.chunk`, or more for clips, which are decoded far more slowly than scored."""
     if len(shape) == 3:
         return chunk
-    return max(chunk, min(CLIPS_SCORED, SCORED_BYTES // int(np.prod(shape))))
+    return max(chunk, min(SCORED_CLIPS, SCORED_BYTES // int(np.prod(shape))))
 
 
 def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:
-    """Write tables, which are sorted by class and id, as shards whose row groups have one class and at most `group` rows."""
+    """Write tables, sorted by class and id, as shards whose row groups have one class and at most `group` rows."""
     folder.mkdir(parents=True)
     writer, size, count = None, 0, 0
-    for table in _cut(tables, group):
+    for table in _row_groups(tables, group):
         if writer is None or size >= SHARD_BYTES:
             if writer is not None:
                 writer.close()
@@ -176,31 +179,34 @@ def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, grou
 
 
 def write_shard(folder: Path, number: int, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:
-    """Write one shard of many, whose rows are as `shard_rows` says; the bytes are those of `write_shards`."""
+    """Write one shard of many, whose rows are as `shard_ranges` says; the bytes are those of `write_shards`."""
     with _writer(folder, number, kind) as writer:
-        for table in _cut(tables, group):
+        for table in _row_groups(tables, group):
             writer.write_table(table)
 
 
-def shard_rows(labels: Array, sizes: Array, group: int) -> list[tuple[int, int]]:
-    """Where each shard begins and ends among all rows, which are sorted by class and id and take `sizes` bytes: what lets
-    shards be written apart, in any order.
+def shard_ranges(labels: Array, sizes: Array, group: int) -> list[tuple[int, int]]:
+    """(start, stop) of each shard among all rows, so that shards can be written in parallel.
+
+    Args:
+        labels: [n], sorted.
+        sizes: bytes of each row, from `row_bytes`.
     """
     if not len(labels):
         return []
     ends = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]  # of each class
     groups = np.concatenate([np.arange(start, end, group) for start, end in pairwise(ends)])
-    found, begin, held = [], 0, 0
+    ranges, begin, total = [], 0, 0
     for start, size in zip(groups.tolist(), np.add.reduceat(sizes, groups).tolist(), strict=True):
-        if held >= SHARD_BYTES:
-            found.append((begin, start))
-            begin, held = start, 0
-        held += size
-    return [*found, (begin, len(labels))]
+        if total >= SHARD_BYTES:
+            ranges.append((begin, start))
+            begin, total = start, 0
+        total += size
+    return [*ranges, (begin, len(labels))]
 
 
 def row_bytes(table: pa.Table) -> Array:
-    """What each row of a table of the prepared schema takes, int64 [n], as `shard_rows` wants it."""
+    """Bytes of each row of a table of the prepared schema, int64 [n]."""
     sizes = np.zeros(table.num_rows, np.int64)
     for column in table.columns:
         if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
@@ -216,26 +222,26 @@ def _writer(folder: Path, number: int, kind: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(folder / name, kind, use_dictionary=["label"], compression=compression)
 
 
-def _cut(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:
-    """Tables of one class and at most `group` rows; where an incoming table ends, so does a group only if its class does."""
-    held: pa.Table | None = None
+def _row_groups(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:
+    """Tables of one class and at most `group` rows. The end of an incoming table ends a group only if its class ends."""
+    rest: pa.Table | None = None
     for table in tables:
-        table = table if held is None else pa.concat_tables([held, table])
+        table = table if rest is None else pa.concat_tables([rest, table])
         labels = table["label"].to_numpy()
         ends = [*(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
-        start, held = 0, None
+        start, rest = 0, None
         for end in ends:
             while end - start >= group or (start < end and end < len(labels)):
                 rows = min(group, end - start)
                 yield table.slice(start, rows)
                 start += rows
         if start < len(labels):
-            held = table.slice(start)
-    if held is not None:
-        yield held
+            rest = table.slice(start)
+    if rest is not None:
+        yield rest
 
 
 def write_meta(folder: Path, meta: dict[str, Any], content: Any) -> None:
-    """Publish dataset.json; `content` is what the fingerprint covers besides the metadata itself."""
+    """Publish dataset.json; its fingerprint covers the metadata and `content`."""
     with publish(folder / "dataset.json") as temporary:
         temporary.write_text(json.dumps({**meta, "fingerprint": digest([meta, content])}, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""The manifest: which training samples are kept, and why; the only thing that distillation reads of the selection.
+"""The manifest: which training samples are kept, and why. Distillation reads nothing else of the selection.
 
 Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label
-and id. The schema's metadata holds rule, rate asked and reached, seed and fingerprints as JSON under the key
-`selection`. Left out: how the rows are chosen (`pruning/selection/select.py`).
+and id. The schema's metadata holds rule, requested and reached keep rate, seed and fingerprints as JSON under the key
+`selection`. `pruning/selection/select.py` chooses the rows.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compres
     "compression": {"sample_id": "lz4", "label": "lz4", "score": "none", "rank": "none", "kept": "none"},
     "write_statistics": ["label", "kept"],
     "write_batch_size": 2**14,
-    "store_schema": False,  # else readers take the metadata from the schema as it was before the facts were known
+    "store_schema": False,  # else readers see the metadata from before the facts were known
 }
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[RowGroupWriter]:
-    """Yields what takes the rows (`append`) and the `facts`; the manifest appears at `path` when the block has ended well."""
+    """Yields the writer; the manifest appears at `path` when the block ends without an error."""
     with publish(path) as temporary, RowGroupWriter(temporary, SCHEMA, KEY, ROWS, **ENCODING) as out:
         yield out
 
 
 def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
-    """A manifest from rows in memory that are sorted by label and id."""
+    """Writes a manifest from rows in memory, sorted by label and id."""
     with writing(path) as out:
         out.append(table)
         out.facts = facts
@@ -66,7 +66,7 @@ def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
 def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, dict[str, Any]]:
     """Some columns of all rows, and the facts.
 
-    Raises UserError where the file is missing or is no manifest.
+    Raises UserError if the file is missing or is not a manifest.
     """
     file = _open(path)
     with reading(path, "select"):
@@ -77,42 +77,42 @@ def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, d
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The facts alone, from the file's footer."""
+    """The facts alone, from the footer."""
     return facts_of(_open(path), KEY)
 
 
 def kept(path: Path) -> pa.ChunkedArray:
-    """The ids of the kept samples, in the order of the manifest; ids are read only of row groups that keep any."""
-    file, found = _open(path), []
+    """The ids of the kept samples, in the order of the manifest; row groups that keep none are skipped."""
+    file, chunks = _open(path), []
     with reading(path, "select"):
         for group in range(file.num_row_groups):
             mask = read_group(file, group, ["kept"])["kept"]
             if pc.any(mask).as_py():
                 table = read_group(file, group, ["sample_id", "label"])
                 check_rows(table, path, "select")
-                found += table["sample_id"].filter(mask).chunks
-    return pa.chunked_array(found, pa.string())
+                chunks += table["sample_id"].filter(mask).chunks
+    return pa.chunked_array(chunks, pa.string())
 
 
 def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa.Array]]:
-    """(label, ids of kept samples) for some classes, row group by row group; of groups without them, labels alone are read."""
+    """(label, ids of kept samples) for some classes, row group by row group; other groups only have their labels read."""
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
     with reading(path, "select"):
-        for group in range(file.num_row_groups):  # statistics would name the labels, too, but may lie
+        for group in range(file.num_row_groups):  # statistics in the footer name the labels, too, but may lie
             if not np.isin(read_group(file, group, ["label"])["label"], wanted).any():
                 continue
             table = read_group(file, group, ["label", "kept"])
             check_values(table, path, "select")
-            held, mask = table["label"].to_numpy(), table["kept"].to_numpy()
-            mask = mask & np.isin(held, wanted)
+            labels_here = table["label"].to_numpy()
+            mask = table["kept"].to_numpy() & np.isin(labels_here, wanted)
             if mask.any():
-                ids, of = read_group(file, group, ["sample_id"])["sample_id"].combine_chunks(), held[mask]
-                ids = ids.take(pa.array(np.flatnonzero(mask)))
-                yield from ((int(c), ids.filter(pa.array(of == c))) for c in np.unique(of))
+                ids = read_group(file, group, ["sample_id"])["sample_id"].combine_chunks()
+                ids, kept_labels = ids.take(pa.array(np.flatnonzero(mask))), labels_here[mask]
+                yield from ((int(label), ids.filter(pa.array(kept_labels == label))) for label in np.unique(kept_labels))
 
 
 def _open(path: Path) -> pq.ParquetFile:
     file = open_table(path, "select", SCHEMA.names, "manifest")
     if [file.schema_arrow.field(name).type for name in SCHEMA.names] != SCHEMA.types:
-        raise UserError(f"{path} is no manifest: its columns are of other types; run `select` again")
+        raise UserError(f"{path} is not a manifest: its columns have other types; run `select` again")
     return file

@@ -20,7 +20,7 @@ from torch import Tensor
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.format import MOST_AXES
+from distill_at_scale.data.prepared.format import MAX_AXES
 from distill_at_scale.data.prepared.whitening import FILE
 
 LARGEST = 3e38  # what a 32-bit float holds
@@ -120,7 +120,7 @@ def _wrong(card: Mapping[str, Any]) -> str | None:
     if len(mean) != len(std) or min(std) <= 0:
         return "mean and std must be as many, and every std above 0"
     scale, inner = card.get("scale", 255), card.get("inner", 2)
-    if type(scale) is not int or scale not in MEANINGS or type(inner) is not int or not 0 <= inner < MOST_AXES:
+    if type(scale) is not int or scale not in MEANINGS or type(inner) is not int or not 0 <= inner < MAX_AXES:
         return "its scale or its inner axes are none that this version knows"
     return None
 

@@ -1,8 +1,7 @@
-"""Long Parquet tables in bounded memory: written in row groups of one exact size, read ahead batch by batch.
+"""Reads and writes long Parquet tables in bounded memory, in row groups of one exact size.
 
-The bytes that are written depend on the rows alone, never on the tables they arrived in. Encoding and decoding run in
-one other thread each, beside whatever the caller does. What the columns mean, and when the file is published, is the
-caller's business.
+The bytes written depend on the rows alone, not on the tables they arrived in. A thread encodes while the caller prepares the
+next rows. Columns and publishing are up to the caller.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.core.errors import UserError
 
-BATCH = 2**15  # rows decoded at a time: some MB, so that they are still in the cache when they are used
-ROWS_PER_BYTE = 8  # of a whole file, at most: ids are unique, so even well compressed ones take some bits each
+BATCH = 2**15  # rows decoded at a time: some MB, still in the cache when they are used
+ROWS_PER_BYTE = 8  # upper bound for a whole file: ids are unique, so even compressed ones take some bits each
 
 
 class RowGroupWriter:
-    """A Parquet file that grows by whole row groups; use it as a context manager.
+    """A Parquet file that grows by whole row groups of `rows` rows; use it as a context manager.
 
-    `append` takes tables of the schema's columns, of any length; `clear` forgets everything that was appended.
+    `append` takes tables of the schema's columns, of any length; `clear` discards all appended rows.
     `facts`, set at any time, becomes JSON under `key` in the file's metadata. `encoding` goes to pyarrow's ParquetWriter.
     """
 
@@ -36,10 +35,13 @@ class RowGroupWriter:
         self.path, self.schema, self.key, self.rows, self.encoding = path, schema, key, rows, encoding
         self.facts: dict[str, Any] = {}
         self._thread = ThreadPoolExecutor(1)
-        self._waiting: list[pa.Table] = []
+        self._pending: Future[None] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._tables: list[pa.Table] = []
         self._held = 0
-        self._encoding: Future[None] | None = None
-        self._writer = self._open()
+        self._writer = pq.ParquetWriter(self.path, self.schema, **self.encoding)
 
     def __enter__(self) -> RowGroupWriter:
         return self
@@ -47,54 +49,48 @@ class RowGroupWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
-                self._finish()
+                if self._held:
+                    self._encode_next(pa.concat_tables(self._tables))
+                self._wait()
+                if self.facts:
+                    self._writer.add_key_value_metadata({self.key: json.dumps(self.facts, sort_keys=True)})
         finally:
             self._thread.shutdown()
             self._writer.close()
 
     def append(self, table: pa.Table) -> None:
-        """Take these rows; returns before they are encoded, and waits while the rows before them still are."""
-        self._waiting.append(table.select(self.schema.names).cast(self.schema))
+        """Returns before the rows are encoded, but waits for earlier rows."""
+        self._tables.append(table.select(self.schema.names).cast(self.schema))
         self._held += table.num_rows
         if self._held >= self.rows:
-            whole = pa.concat_tables(self._waiting)
-            full = whole.num_rows // self.rows * self.rows
-            self._waiting, self._held = [whole.slice(full)], whole.num_rows - full
-            self._encode_next(whole.slice(0, full))
+            joined = pa.concat_tables(self._tables)
+            full = joined.num_rows // self.rows * self.rows
+            self._tables, self._held = [joined.slice(full)], joined.num_rows - full
+            self._encode_next(joined.slice(0, full))
 
     def clear(self) -> None:
-        self._settle()
+        self._wait()
         self._writer.close()
-        self._waiting, self._held, self._writer = [], 0, self._open()
-
-    def _open(self) -> pq.ParquetWriter:
-        return pq.ParquetWriter(self.path, self.schema, **self.encoding)
-
-    def _finish(self) -> None:
-        if self._held:
-            self._encode_next(pa.concat_tables(self._waiting))
-        self._settle()
-        if self.facts:
-            self._writer.add_key_value_metadata({self.key: json.dumps(self.facts, sort_keys=True)})
+        self._start()
 
     def _encode_next(self, table: pa.Table) -> None:
-        self._settle()
-        self._encoding = self._thread.submit(self._encode, table)
+        self._wait()
+        self._pending = self._thread.submit(self._encode, table)
 
     def _encode(self, table: pa.Table) -> None:
         for start in range(0, table.num_rows, self.rows):
-            group = table.slice(start, self.rows).combine_chunks()  # chunks would show in where the pages end
+            group = table.slice(start, self.rows).combine_chunks()  # chunk borders would change the pages
             self._writer.write_table(group, row_group_size=self.rows)
 
-    def _settle(self) -> None:
-        if self._encoding is not None:
-            self._encoding.result()
-            self._encoding = None
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 @contextlib.contextmanager
 def reading(path: Path, stage: str) -> Iterator[None]:
-    """Turns what pyarrow raises for a missing or damaged file into a UserError that names the stage which writes it."""
+    """Turns pyarrow's errors for a missing or damaged file into a UserError that names the stage which writes the file."""
     try:
         yield
     except UserError:
@@ -107,23 +103,23 @@ def reading(path: Path, stage: str) -> Iterator[None]:
 
 
 def open_table(path: Path, stage: str, required: Iterable[str], what: str) -> pq.ParquetFile:
-    """The file, opened: its footer is read and whole, the required columns are there, and it claims no more rows than it can.
+    """Opens a table and checks its footer, the required columns and that it claims no more rows than its size allows.
 
-    Raises UserError where the file is missing, is no Parquet file, or is no such table.
+    Raises UserError if the file is missing, is not a Parquet file or fails a check; `what` names the table in messages.
     """
     with reading(path, stage):
-        file = pq.ParquetFile(path, pre_buffer=False)  # else iter_batches holds all that it has read, still compressed
+        file = pq.ParquetFile(path, pre_buffer=False)  # else iter_batches keeps everything it has read
         names = file.schema_arrow.names
         listed = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     if missing := [name for name in required if name not in names]:
-        raise UserError(f"{path} is no {what}: it lacks the columns {', '.join(missing)}")
+        raise UserError(f"{path} is not a {what}: it lacks the columns {', '.join(missing)}")
     if (rows := file.metadata.num_rows) > ROWS_PER_BYTE * (size := path.stat().st_size) or rows != listed:
         raise UserError(f"{path} claims {rows:,} rows in {size:,} bytes; run `{stage}` again")
     return file
 
 
 def read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a row group. Raises ValueError where its rows are not as many as the footer says."""
+    """Some columns of a row group. Raises ValueError if its number of rows differs from the footer."""
     table = file.read_row_group(group, list(columns))
     if table.num_rows != (wanted := file.metadata.row_group(group).num_rows):
         raise ValueError(f"row group {group} has {table.num_rows:,} rows, not {wanted:,}")
@@ -131,14 +127,14 @@ def read_group(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.T
 
 
 def check_values(table: pa.Table, path: Path, stage: str) -> None:
-    """Raises UserError where a value is missing."""
+    """Raises UserError if a value is missing."""
     if holes := [name for name in table.column_names if table[name].null_count]:
         raise UserError(f"{path}: the column {holes[0]} lacks values; run `{stage}` again")
 
 
 def check_rows(table: pa.Table, path: Path, stage: str) -> None:
-    """Raises UserError unless ids are text and labels numbers, no value is missing, and the rows rise by label and id, so that
-    no id is there twice.
+    """Raises UserError unless ids are strings, labels integers, no value is missing, and rows ascend strictly by label and id,
+    so that ids are unique.
     """
     check_values(table, path, stage)
     kinds = table.schema.field("sample_id").type, table.schema.field("label").type
@@ -162,13 +158,13 @@ def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordB
 
 
 def facts_of(file: pq.ParquetFile, key: str) -> dict[str, Any]:
-    """What RowGroupWriter stored under `key`; empty where there is nothing. Raises UserError for what is no JSON object."""
+    """The facts that RowGroupWriter stored under `key`, or {}. Raises UserError if they are not a JSON object."""
     try:
-        found = json.loads((file.metadata.metadata or {}).get(key.encode(), b"{}"))
+        facts = json.loads((file.metadata.metadata or {}).get(key.encode(), b"{}"))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"the facts {key!r} in a Parquet file's metadata are damaged ({error}); make the file again"
         ) from None
-    if not isinstance(found, dict):
-        raise UserError(f"the facts {key!r} in a Parquet file's metadata are no JSON object; make the file again")
-    return found
+    if not isinstance(facts, dict):
+        raise UserError(f"the facts {key!r} in a Parquet file's metadata are not a JSON object; make the file again")
+    return facts

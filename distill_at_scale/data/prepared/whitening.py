@@ -20,16 +20,16 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 
 FILE = "whitening.safetensors"  # in prepared/ and in synthetic/
 EPSILON = 0.1
-MOST_VALUES = 12_288  # of a sample, 3 x 64 x 64: the covariance takes 1.2 GB, its roots some ten minutes
+MAX_VALUES = 12_288  # of a sample, 3 x 64 x 64: the covariance takes 1.2 GB, its roots some ten minutes
 
 Array = np.ndarray[Any, Any]
 
 
 def check(shape: Sequence[int]) -> None:
     """Raises UserError for samples whose covariance is too large."""
-    if (values := math.prod(shape)) > MOST_VALUES:
+    if (values := math.prod(shape)) > MAX_VALUES:
         raise UserError(
-            f"data.whiten = zca needs the covariance of all {values:,} values of a sample, at most {MOST_VALUES:,} can be "
+            f"data.whiten = zca needs the covariance of all {values:,} values of a sample, at most {MAX_VALUES:,} can be "
             "whitened; lower data.size or data.frames, or set data.whiten=none"
         )
 

@@ -115,7 +115,7 @@ class InShards:
 def _filled(prepared: PreparedDataset, label: int, places: Array) -> Tensor:
     """The samples at some places of a class, in memory; read in parts, so that little more than they is needed."""
     held = np.empty((len(places), *prepared.shape), prepared.dtype)
-    at_once = max(1, READ_BYTES // max(1, prepared.value_bytes))
+    at_once = max(1, READ_BYTES // max(1, prepared.sample_bytes))
     for start in range(0, len(places), at_once):
         held[start : start + at_once] = prepared.take("train", label, places[start : start + at_once])
     return torch.from_numpy(held)

@@ -90,7 +90,7 @@ def _losses(
     drawn: RankSample,
     device: torch.device,
 ) -> Array:
-    found, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.value_bytes)
+    found, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.sample_bytes)
     for label in np.unique(drawn.labels).tolist():
         places = drawn.places[drawn.labels == label]
         for start in range(0, len(places), size):

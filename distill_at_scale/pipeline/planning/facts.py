@@ -11,7 +11,7 @@ from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.ingest.plan import IngestPlan
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.format import JPEG_PART, group_rows
+from distill_at_scale.data.prepared.format import JPEG_RATIO, group_rows
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pruning.selection import quotas
 

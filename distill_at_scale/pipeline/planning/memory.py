@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.ingest.chunks import READ_AT_ONCE, READ_BYTES
 from distill_at_scale.data.ingest.merge import SPAN_BYTES, threads_here
-from distill_at_scale.data.prepared.format import scored_chunk
+from distill_at_scale.data.prepared.format import scoring_chunk
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pruning.proxies.dataloader import WINDOW_BYTES
@@ -120,7 +120,7 @@ def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.devi
 def of_scorer(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:
     """Host and device bytes of one actor: chunks in flight, all checkpoints, and activations of a part of a chunk."""
     trials, epochs = config.score.checkpoint_counts
-    chunk = min(facts.train, scored_chunk(facts.shape, config.data.chunk)) * facts.values
+    chunk = min(facts.train, scoring_chunk(facts.shape, config.data.chunk)) * facts.values
     layers = int(SCRATCH * 3 * spec.work(spec.at_once(device)))
     return _split(WITH_TORCH + 3 * chunk, trials * epochs * parameters(spec) + chunk + layers, device)
 

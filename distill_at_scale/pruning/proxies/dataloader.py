@@ -112,7 +112,7 @@ class ProxyDataLoader:
 
 def _windows(groups: Sequence[RowGroup], size: int, prepared: PreparedDataset) -> Iterator[list[RowGroup]]:
     """Consecutive row groups of at most so many bytes (one at least)."""
-    each = prepared.image_bytes
+    each = prepared.stored_bytes
     window: list[RowGroup] = []
     held = 0
     for group in groups:

@@ -111,7 +111,7 @@ class SubsetTrials:
         self.spec = spec_of(config, self.prepared)
         self.normalization = normalization_of(self.prepared, whitened=False)
         self.counts, self.pixels = self.prepared.counts(), None
-        if sum(self.counts) * self.prepared.value_bytes <= HELD_BYTES:
+        if sum(self.counts) * self.prepared.sample_bytes <= HELD_BYTES:
             pixels, labels = self.prepared.load("train")
             self.pixels = {c: torch.from_numpy(pixels[labels == c]) for c in range(len(self.counts))}
 

@@ -27,7 +27,8 @@ from distill_at_scale.core.environment import gpu_memory
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.normalization import Normalization, whitening_card
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.prepared.whitening import whitening_card
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import checkpoint, evaluate
@@ -164,7 +165,7 @@ def make_network(
 
 def shared_room(config: Config, workers: Collectives, device: torch.device) -> placement.MemoryBudget:
     """What one worker may fill with samples, where several share a machine; all must call it, and before they load."""
-    found = placement.room(device, share=min(1.0, config.cluster.gpus_per_worker or 1.0))
+    found = placement.memory_budget(device, share=min(1.0, config.cluster.gpus_per_worker or 1.0))
     host = socket.gethostname()
     every = [free for name, free in workers.gather((host, found.host)) if name == host]
     return replace(found, host=min(every) // len(every))

@@ -22,8 +22,8 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.images import Frames, grid, png, to_pixels
-from distill_at_scale.data.prepared.normalization import Normalization, Whitening
-from distill_at_scale.data.prepared.whitening import FILE as WHITENING
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.prepared.whitening import Whitening
 from distill_at_scale.distillation import export as exports
 from distill_at_scale.distillation.multi_formation import parts_of
 from distill_at_scale.distillation.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
@@ -140,7 +140,7 @@ class SyntheticSet:
                 shots = {f"{step:08d}": pixels for step, pixels in self.snapshots.items()}
                 safetensors_io.write(temporary / "snapshots.safetensors", shots)
             if self.whitening is not None:
-                self.whitening.save(temporary / WHITENING)
+                self.whitening.save(temporary)
             (temporary / "card.json").write_text(json.dumps(self.card, indent=1) + "\n")
             (temporary / "preview.png").write_bytes(png(preview(self)))
 
@@ -210,7 +210,7 @@ def load(folder: str | Path) -> SyntheticSet:
     try:
         saved = safetensors_io.load(folder / "synthetic.safetensors")
         card = json.loads((folder / "card.json").read_text())
-        whitening = Whitening.load(folder / WHITENING) if card.get("whitening") else None
+        whitening = Whitening.load(folder) if card.get("whitening") else None
         shots = (
             safetensors_io.load(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
         )

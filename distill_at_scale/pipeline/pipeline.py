@@ -17,7 +17,7 @@ from distill_at_scale.core.errors import Unreachable
 from distill_at_scale.core.events import Event, instant
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.data.ingest.merge import unusable, write_rejected
+from distill_at_scale.data.ingest.merge import unused, write_rejected
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.pipeline import fingerprints, validate
@@ -117,7 +117,7 @@ class Pipeline(Stages):
             self.display.say("  there is no test split, so nothing will be evaluated (data.holdout makes one)")
         for line in validate.summary(plan, listed, self.dir / "validation.parquet"):
             self.display.say(line)
-        return unusable(listed).num_rows
+        return unused(listed).num_rows
 
     def forecast(self) -> RunPlan:
         """What every stage will take, from a few measured micro-steps; published as plan.json and returned.

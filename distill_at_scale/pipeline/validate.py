@@ -26,7 +26,7 @@ from distill_at_scale.data.codecs.clip import decoders_for
 from distill_at_scale.data.ingest import derived_splits, sample_types
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import stores_jpeg
-from distill_at_scale.data.ingest.merge import unusable
+from distill_at_scale.data.ingest.merge import unused
 from distill_at_scale.data.ingest.sample_types import sample_shape
 from distill_at_scale.data.prepared.format import JPEG_RATIO
 from distill_at_scale.data.sources import SOURCES
@@ -171,7 +171,7 @@ def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
     Raises UserError where `data.transform` needs more classes than there are.
     """
     counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
-    left = derived_splits.forecast(config.data, counts, config.run.seed)
+    left = derived_splits.derived_counts(config.data, counts, config.run.seed)
     return PlannedDataset(
         sample_shape(config.data),
         [plan.class_names[label] for label in left.classes],
@@ -250,7 +250,7 @@ def summary(plan: ingest.IngestPlan, listed: pa.Table, path: Path) -> list[str]:
 
     Raises UserError where a class would lose all its training samples.
     """
-    train, bad = plan.listings["train"], unusable(listed)
+    train, bad = plan.listings["train"], unused(listed)
     lost_ids = bad.filter(pc.equal(bad["split"], "train"))["sample_id"].combine_chunks()
     left = train.filter(pc.invert(pc.is_in(train["sample_id"], lost_ids)))
     counts = np.bincount(left["label"].to_numpy(), minlength=len(plan.class_names))

@@ -47,7 +47,7 @@ def _merged(folder: Path, count: int) -> Rates:
     pieces, found = _pieces(folder, count), {}
     group = shards.group_rows(SHAPE, False, CHUNK)
     labels, order = merge.order_of(pieces)
-    for threads in sorted({1, merge.threads_here()}):
+    for threads in sorted({1, merge.merge_threads()}):
         target = folder / f"shards-{threads}"
         _, seconds = _timed(lambda: merge.write(target, pieces, labels, order, group, threads))  # noqa: B023
         found[f"merge into shards, {threads} thread{'s' * (threads > 1)}"] = count / seconds

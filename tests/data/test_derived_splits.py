@@ -206,7 +206,7 @@ def test_a_whole_run_on_a_derived_set_of_either_store(tmp_path, make_run, store,
 def test_the_forecast_is_what_comes_out(tmp_path):
     for number, keys in enumerate([{"transform": "long_tail"}, {"transform": "near_duplicates", "copies": 4}]):
         prepared = derived(prepared_set(tmp_path / str(number), [40, 30, 20]), seed=3, **keys)
-        expected = derived_splits.forecast(DataSection(**keys), [40, 30, 20], 3)
+        expected = derived_splits.derived_counts(DataSection(**keys), [40, 30, 20], 3)
         assert (expected.classes, expected.counts) == ([0, 1, 2], prepared.counts("train"))
 
 

@@ -23,7 +23,7 @@ from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.data.ingest import chunks as pieces
 from distill_at_scale.data.ingest import merge as merging
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.data.ingest.chunks import ingest_chunk, piece_path, recipe_of
+from distill_at_scale.data.ingest.chunks import ingest_chunk, part_path, recipe_of
 from distill_at_scale.data.ingest.merge import merge
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of
@@ -53,7 +53,7 @@ def decode(
     pieces.mkdir(parents=True, exist_ok=True)
     source, found = ingest.open_source(config.data), []
     for split, index, rows in plan.chunks(config.data.chunk)[:: -1 if backwards else 1]:
-        found.append(ingest_chunk(source, recipe_of(config), rows, piece_path(pieces, split, index)))
+        found.append(ingest_chunk(source, recipe_of(config), rows, part_path(pieces, split, index)))
     return sum(used for used, _ in found), sum(bad for _, bad in found)
 
 
@@ -150,7 +150,7 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
 
     source = Unreadable(config.data)
     again = [
-        ingest_chunk(source, recipe_of(config), rows, piece_path(tmp_path / "pieces", split, i))
+        ingest_chunk(source, recipe_of(config), rows, part_path(tmp_path / "pieces", split, i))
         for split, i, rows in plan.chunks(4)
     ]
     assert (sum(u for u, _ in again), sum(b for _, b in again)) == first == (14, 0)
@@ -159,7 +159,7 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
 
 def test_a_piece_without_its_list_of_rejected_samples_is_made_again(tmp_path):
     """As a copy may have it, of a folder that is being written."""
-    piece = piece_path(tmp_path, "train", 0)
+    piece = part_path(tmp_path, "train", 0)
     piece.touch()
     assert not pieces.is_finished(piece, check=False)
     pieces.rejected_path(piece).touch()
@@ -171,7 +171,7 @@ def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
     plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"
     pieces.mkdir(parents=True)
     split, index, rows = plan.chunks(4)[1]
-    ingest_chunk(ingest.open_source(config.data), recipe_of(config), rows, piece_path(pieces, split, index))
+    ingest_chunk(ingest.open_source(config.data), recipe_of(config), rows, part_path(pieces, split, index))
     (pieces / ".train-000000.arrow.0a1b.tmp").write_bytes(b"cut off when the process was killed")
     prepare(config, tmp_path / "a")
     prepare(config, tmp_path / "b")
@@ -218,7 +218,7 @@ def test_a_class_that_loses_everything_is_an_error_that_names_it(pictures, tmp_p
     (pictures / "train" / "cat" / "0.png").write_bytes(b"")
     for k in range(6):
         (pictures / "train" / "dog" / f"{k}.png").write_bytes(b"just text")
-    with pytest.raises(UserError, match=r"'dog' was rejected.*not an image"):
+    with pytest.raises(UserError, match=r"'dog' were rejected.*not an image"):
         prepare(folder_config(pictures), tmp_path)
     assert not (tmp_path / "prepared").exists()
 
@@ -363,7 +363,7 @@ def reading(error: OSError) -> type:
 def test_an_error_of_the_network_stops_the_ingest_and_sets_no_sample_aside(pictures, tmp_path):
     config = folder_config(pictures)
     split, index, rows = ingest.plan(config).chunks(4)[0]
-    target, recipe = piece_path(tmp_path, split, index), recipe_of(config)
+    target, recipe = part_path(tmp_path, split, index), recipe_of(config)
     for error in (OSError("AWS Error SLOW_DOWN during GetObject operation"), OSError(errno.EIO, "Input/output error")):
         with pytest.raises(OSError, match=r"SLOW_DOWN|Input/output"):
             ingest_chunk(reading(error)(config.data), recipe, rows, target)
@@ -406,7 +406,7 @@ def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:
     table = pa.Table.from_pylist(
         [{"sample_id": i, "location": split, "reason": why, "used": False} for i, why in bad], pieces.REJECTED
     )
-    pq.write_table(table, pieces.rejected_path(piece_path(folder, split, 0)))
+    pq.write_table(table, pieces.rejected_path(part_path(folder, split, 0)))
 
 
 def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_same_id(tmp_path):

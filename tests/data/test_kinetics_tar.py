@@ -17,7 +17,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.archives import gzip_tar, tar
 from distill_at_scale.data.ingest.chunks import Recipe, ingest_chunk
-from distill_at_scale.data.ingest.plan import mapped
+from distill_at_scale.data.ingest.plan import map_arrow
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.storage.filesystem import Store
 
@@ -150,7 +150,7 @@ def test_chunks_are_ingested_from_archives(cvdf, tmp_path):
         for start in (0, 2, 4)
     ]
     assert counts == [(2, 0)] * 3
-    made = pa.concat_tables([mapped(tmp_path / f"{start}.arrow") for start in (0, 2, 4)])
+    made = pa.concat_tables([map_arrow(tmp_path / f"{start}.arrow") for start in (0, 2, 4)])
     wanted = {i: size % 251 for i, size in zip(table["sample_id"].to_pylist(), table["size"].to_pylist(), strict=True)}
     assert {i: p[0] for i, p in zip(made["sample_id"].to_pylist(), made["pixels"].to_pylist(), strict=True)} == wanted
 

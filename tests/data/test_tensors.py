@@ -201,7 +201,7 @@ def test_the_built_in_mlp_distils_signals(waves, tmp_path, method, section):
             "distill.idc.network_cutmix=0.0 distill.idc.student_cutmix=0.0",
         ),
         ("mtt", "distill.mtt.augment=none distill.mtt.expert_augment=none"),
-        ("rded", "cuts images into parts"),
+        ("rded", "crops images"),
     ],
 )
 def test_what_methods_do_to_images_is_refused_with_all_keys(waves, method, wanted):

@@ -1,4 +1,4 @@
-"""ZCA: what it does to the data, its inverse, and that distillation and evaluation see it and scores do not."""
+"""ZCA: its effect on the data, its inverse, and that distillation and evaluation use it but scoring does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.normalization import Whitening, normalization_of
+from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.evaluate import Evaluator
@@ -49,11 +49,11 @@ def test_the_inverse_of_a_nearly_singular_covariance_is_exact(tmp_path):
     chance = np.random.default_rng(0)
     few = chance.normal(size=(20, 200)) * 30
     matrix = torch.from_numpy(whitening.inverse_root(np.cov(few.T)))
-    made = Whitening(torch.zeros(200), matrix)
+    fitted = whitening.Whitening(torch.zeros(200), matrix)
     samples = torch.from_numpy(few).float()
-    assert float((made.invert(made.apply(samples)) - samples).abs().max()) < 1e-4 * float(samples.abs().max())
-    made.save(tmp_path / "w.safetensors")
-    assert torch.equal(Whitening.load(tmp_path / "w.safetensors").apply(samples), made.apply(samples))
+    assert float((fitted.invert(fitted.apply(samples)) - samples).abs().max()) < 1e-4 * float(samples.abs().max())
+    fitted.save(tmp_path)
+    assert torch.equal(whitening.Whitening.load(tmp_path).apply(samples), fitted.apply(samples))
 
 
 def test_draws_are_whitened_and_a_saved_set_knows_how(whitened):

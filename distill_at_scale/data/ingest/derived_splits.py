@@ -1,15 +1,15 @@
-"""`data.transform`: a training split made harder on purpose, to see how selection bears it.
+"""`data.transform`: derives a harder training split on purpose, to study how selection copes with it.
 
-long_tail         the class of rank c of C keeps n_max * imbalance^(-c / (C - 1)) of its samples, at least one. The ranks
-                  are a seeded permutation, the samples a seeded draw: a steeper tail keeps a part of a flatter one.
-near_duplicates   every sample `copies` times: once as it is, the others jittered a little (near_duplicates.py); ids `<id>#1`...
+long_tail         the class of rank c of C keeps n_max * imbalance^(-c / (C - 1)) of its samples, at least one. Ranks are a
+                  seeded permutation, samples a seeded draw: a steeper tail keeps a subset of a flatter one.
+near_duplicates   each sample `copies` times: once unchanged, the others jittered (near_duplicates.py); ids `<id>#1`...
 low_variance, high_variance
                   the variance_classes classes whose samples differ least or most from each other, pixel by pixel. Labels
-                  are renumbered and the class names follow. IN THIS CASE THE TEST SPLIT CHANGES TOO: it keeps these
-                  classes only. By the others it stays as it is.
+                  are renumbered and the class names follow. THE TEST SPLIT CHANGES TOO: it keeps these classes only. The
+                  other transforms leave it unchanged.
 
-It is done once, at the end of ingest, on the prepared shards: one process, class by class, some MB at a time. Channel
-statistics are those of the derived split. dataset.json says under `transform` what was done. No torch here.
+It runs once, at the end of ingest, on the prepared shards: one process, class by class, some MB at a time. Channel
+statistics are those of the derived split. dataset.json describes it under `transform`. No torch here.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import file_digests
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.ingest.channel_stats import Moments
+from distill_at_scale.data.ingest.channel_stats import ChannelSums
 from distill_at_scale.data.ingest.near_duplicates import duplicated
 from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 
-MEASURED = 200  # samples of a class whose variance is measured
+MEASURED = 200  # samples per class that measure its variance
 READ_BYTES = 32 * 2**20  # of samples in memory at once
 BY_VARIANCE = ("low_variance", "high_variance")
 
@@ -42,48 +42,64 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What will be left of the classes that a source lists; of a choice by variance the largest classes stand in."""
+class DerivedCounts:
+    """What a transform will leave of the listed classes; for a choice by variance, the largest classes stand in."""
 
     classes: list[int]  # their numbers in the source's order
     counts: list[int]  # of their training samples
 
 
-def forecast(data: DataSection, counts: Sequence[int], seed: int) -> Forecast:
-    """Counts of the listed training samples [C] -> what the transform makes of them.
+def derived_counts(data: DataSection, counts: Sequence[int], seed: int) -> DerivedCounts:
+    """Predicts the result of the transform from the counts of listed training samples [C].
 
     Raises UserError for fewer classes than it needs.
     """
-    every = list(range(len(counts)))
+    classes = list(range(len(counts)))
     if data.transform == "long_tail":
-        return Forecast(every, tail(data, counts, seed))
+        return DerivedCounts(classes, long_tail_counts(data, counts, seed))
     if data.transform == "near_duplicates":
-        return Forecast(every, [count * data.copies for count in counts])
+        return DerivedCounts(classes, [count * data.copies for count in counts])
     if data.transform in BY_VARIANCE:
-        largest = sorted(every, key=lambda label: -counts[label])[: wanted_classes(data, len(counts))]
-        return Forecast(sorted(largest), [counts[label] for label in sorted(largest)])
-    return Forecast(every, list(counts))
+        largest = sorted(classes, key=lambda label: -counts[label])[: variance_class_count(data, len(counts))]
+        return DerivedCounts(sorted(largest), [counts[label] for label in sorted(largest)])
+    return DerivedCounts(classes, list(counts))
 
 
 def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
-    """Replace the shards of a prepared set in `folder`, which nobody reads yet; returns its new metadata.
+    """Replace the shards of a prepared set in `folder`, which is not yet published; returns its new metadata.
 
-    Raises UserError for fewer classes than the transform needs, and for ids that those of near-duplicates would meet.
+    Raises UserError for fewer classes than the transform needs, and if near-duplicates would repeat an id.
     """
     before = PreparedDataset(folder)
-    moments, names = Moments(before.shape, before.kind == "tensors"), before.class_names
+    sums, names = ChannelSums(before.shape, before.kind == "tensors"), before.class_names
+
+    def summed(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            sums.add(shards.pixels_of(table, os.cpu_count() or 1))
+            yield table
+
     if data.transform in BY_VARIANCE:
-        names, about = _by_variance(before, data, seed, moments)
+        classes, facts = _classes_by_variance(before, data, seed)
+        labels = {old: new for new, old in enumerate(classes)}
+        for split in before.meta["counts"]:
+            rows = _rows(before, split, labels)
+            _rewrite(before, split, summed(rows) if split == "train" else rows, data)
+        names = [names[label] for label in classes]
     elif data.transform == "long_tail":
-        _rewrite(before, "train", _watched(_tailed(before, data, seed), moments), data)
-        about = {"imbalance": data.imbalance}
+        kept: dict[int, Array] = {}
+        counts = before.counts("train")
+        for label, keep in enumerate(long_tail_counts(data, counts, seed)):
+            kept[label] = np.zeros(counts[label], bool)
+            kept[label][rng.numpy_generator(seed, "long tail", label).permutation(counts[label])[:keep]] = True
+        _rewrite(before, "train", summed(_rows(before, "train", {label: label for label in kept}, kept)), data)
+        facts = {"imbalance": data.imbalance}
     else:
-        _rewrite(before, "train", _watched(duplicated(before, data, seed), moments), data)
-        about = {"copies": data.copies}
-    about = {"name": data.transform, **about, "seed": seed, "counts_before": before.meta["counts"]}
-    mean, std = moments.mean_and_std()
-    counts = {split: _counts(folder / split, len(names)) for split in before.meta["counts"]}
-    meta = {**before.meta, "class_names": names, "counts": counts, "mean": mean, "std": std, "transform": about}
+        _rewrite(before, "train", summed(duplicated(before, data, seed)), data)
+        facts = {"copies": data.copies}
+    facts = {"name": data.transform, **facts, "seed": seed, "counts_before": before.meta["counts"]}
+    mean, std = sums.mean_and_std()
+    after = {split: _counts(folder / split, len(names)) for split in before.meta["counts"]}
+    meta = {**before.meta, "class_names": names, "counts": after, "mean": mean, "std": std, "transform": facts}
     meta.pop("fingerprint")
     write_meta(folder, meta)
     return meta
@@ -96,11 +112,8 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     shards.write_meta(folder, meta, content)
 
 
-def tail(data: DataSection, counts: Sequence[int], seed: int) -> list[int]:
-    """How many samples of each class [C] a long tail keeps.
-
-    Raises UserError for a single class.
-    """
+def long_tail_counts(data: DataSection, counts: Sequence[int], seed: int) -> list[int]:
+    """How many samples of each class [C] a long tail keeps. Raises UserError for a single class."""
     if len(counts) < 2:
         raise UserError(
             f"data.transform = long_tail needs at least 2 classes, the data have {len(counts)}; leave it out"
@@ -110,11 +123,8 @@ def tail(data: DataSection, counts: Sequence[int], seed: int) -> list[int]:
     return np.maximum(1, np.minimum(counts, np.floor(sizes + 0.5))).astype(int).tolist()
 
 
-def wanted_classes(data: DataSection, classes: int) -> int:
-    """How many classes a choice by variance leaves of `classes`.
-
-    Raises UserError where there are fewer than asked.
-    """
+def variance_class_count(data: DataSection, classes: int) -> int:
+    """How many of `classes` a choice by variance keeps. Raises UserError if there are too few."""
     wanted = data.variance_classes or max(2, classes // 2)
     if wanted > classes:
         asked = f"data.variance_classes = {wanted}" if data.variance_classes else "at least 2 classes"
@@ -125,46 +135,31 @@ def wanted_classes(data: DataSection, classes: int) -> int:
     return wanted
 
 
-def _tailed(prepared: PreparedDataset, data: DataSection, seed: int) -> Iterator[pa.Table]:
-    counts = prepared.counts("train")
-    chosen: dict[int, Array] = {}
-    for label, keep in enumerate(tail(data, counts, seed)):
-        chosen[label] = np.zeros(counts[label], bool)
-        chosen[label][rng.numpy_generator(seed, "long tail", label).permutation(counts[label])[:keep]] = True
-    yield from _parts(prepared, "train", {label: label for label in chosen}, chosen)
-
-
-def _parts(
-    prepared: PreparedDataset, split: str, labels: Mapping[int, int], chosen: Mapping[int, Array] | None = None
+def _rows(
+    prepared: PreparedDataset, split: str, labels: Mapping[int, int], kept: Mapping[int, Array] | None = None
 ) -> Iterator[pa.Table]:
-    """Rows of some classes with new labels, in order; `chosen` says which places of each class."""
+    """Rows of the classes in `labels` (old -> new), in order; `kept`: mask over the samples of each class."""
     places = dict.fromkeys(labels, 0)
     for group in prepared.groups(split):
         if group.label not in labels:
             continue
         table, first = prepared.read(group, split), places[group.label]
         places[group.label] += group.rows
-        if chosen is not None:
-            table = table.filter(pa.array(chosen[group.label][first : first + group.rows]))
+        if kept is not None:
+            table = table.filter(pa.array(kept[group.label][first : first + group.rows]))
         new = pa.array(np.full(table.num_rows, labels[group.label], np.int32))
         yield table.set_column(1, table.schema.field("label"), new)
 
 
-def _by_variance(
-    prepared: PreparedDataset, data: DataSection, seed: int, moments: Moments
-) -> tuple[list[str], dict[str, Any]]:
-    """Keep the classes of the smallest or largest variance, in both splits; returns their names and what is to be said."""
-    wanted = wanted_classes(data, len(prepared.class_names))
-    found = [_variance(prepared, label, seed) for label in range(len(prepared.class_names))]
+def _classes_by_variance(prepared: PreparedDataset, data: DataSection, seed: int) -> tuple[list[int], dict[str, Any]]:
+    """The classes of the smallest or largest variance, ascending, and the facts for dataset.json."""
+    wanted = variance_class_count(data, len(prepared.class_names))
+    variances = [_variance(prepared, label, seed) for label in range(len(prepared.class_names))]
     sign = 1 if data.transform == "low_variance" else -1
-    classes = sorted(sorted(range(len(found)), key=lambda label: (sign * found[label], label))[:wanted])
-    labels = {old: new for new, old in enumerate(classes)}
-    for split in prepared.meta["counts"]:
-        rows = _parts(prepared, split, labels)
-        _rewrite(prepared, split, _watched(rows, moments) if split == "train" else rows, data)
-    variances = {name: float(f"{v:.6g}") for name, v in zip(prepared.class_names, found, strict=True)}
-    kept = [prepared.class_names[label] for label in classes]
-    return kept, {"variance_classes": wanted, "variances": variances, "changes": list(prepared.meta["counts"])}
+    ranked = sorted(range(len(variances)), key=lambda label: (sign * variances[label], label))
+    named = {name: float(f"{v:.6g}") for name, v in zip(prepared.class_names, variances, strict=True)}
+    facts = {"variance_classes": wanted, "variances": named, "changes": list(prepared.meta["counts"])}
+    return sorted(ranked[:wanted]), facts
 
 
 def _variance(prepared: PreparedDataset, label: int, seed: int) -> float:
@@ -183,14 +178,8 @@ def _variance(prepared: PreparedDataset, label: int, seed: int) -> float:
     return float((variance / scale**2).mean())
 
 
-def _watched(tables: Iterable[pa.Table], moments: Moments) -> Iterator[pa.Table]:
-    for table in tables:
-        moments.add(shards.pixels_of(table, os.cpu_count() or 1))
-        yield table
-
-
 def _rewrite(prepared: PreparedDataset, split: str, tables: Iterable[pa.Table], data: DataSection) -> None:
-    """The shards of a split anew: beside the old ones, then in their place."""
+    """Write new shards of a split next to the old ones, then replace these."""
     old, new = prepared.folder / split, prepared.folder / f"{split}.derived"
     if not prepared.groups(split):
         return
@@ -202,20 +191,20 @@ def _rewrite(prepared: PreparedDataset, split: str, tables: Iterable[pa.Table], 
 
 
 def _counts(folder: Path, classes: int) -> list[int]:
-    """Samples of every class in the new shards."""
+    """Samples per class in the new shards."""
     counts = np.zeros(classes, np.int64)
     for path in sorted(folder.glob("shard-*.parquet")):
         counts += np.bincount(pq.ParquetFile(path).read(["label"])["label"].to_numpy(), minlength=classes)
     return counts.tolist()
 
 
-def sentence(meta: Mapping[str, Any]) -> str:
-    """What was done to a prepared set, from its metadata."""
-    about, before, after = meta["transform"], meta["transform"]["counts_before"]["train"], meta["counts"]["train"]
+def describe(meta: Mapping[str, Any]) -> str:
+    """One sentence about the transform of a prepared set, from its metadata."""
+    facts, before, after = meta["transform"], meta["transform"]["counts_before"]["train"], meta["counts"]["train"]
     how = {
-        "long_tail": f"a long tail, its classes down to 1 / {about.get('imbalance', 1):g} of the largest",
-        "near_duplicates": f"near-duplicates, {about.get('copies', 1)} of every sample",
+        "long_tail": f"a long tail, its classes down to 1 / {facts.get('imbalance', 1):g} of the largest",
+        "near_duplicates": f"near-duplicates, {facts.get('copies', 1)} of every sample",
         "low_variance": f"the {len(after)} classes of {len(before)} that vary least",
         "high_variance": f"the {len(after)} classes of {len(before)} that vary most",
-    }[about["name"]]
+    }[facts["name"]]
     return f"the training split was changed on purpose ({how}): {sum(after):,} samples of {sum(before):,}"

@@ -1,6 +1,6 @@
-"""What the samples are, images, clips or tensors (arrays of another meaning), and what that asks of the configuration.
+"""Sample types: images, clips, or tensors (other arrays), and what they require of the configuration.
 
-Tensors are stored as float32, as they are: nothing is resized, coded as JPEG or augmented.
+Tensors are stored as float32, unchanged: they are not resized, encoded as JPEG or augmented.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from distill_at_scale.data.ingest.plan import CONTRACT, open_source
 from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.sources import SOURCES
 
-NEUTRAL = {  # keys of method sections
+# keys of method sections -> values without image augmentations
+NEUTRAL = {
     "augment": "none",
     "expert_augment": "none",
     "student_augment": "none",
@@ -27,18 +28,18 @@ NEUTRAL = {  # keys of method sections
     "network_cutmix": 0.0,
     "student_cutmix": 0.0,
 }
-CROPPING = ("sre2l", "rded")  # methods that cut images into parts
+CROPPING = ("sre2l", "rded")  # methods that crop images
 
 Array = np.ndarray[Any, Any]
 
 
 def holds_tensors(data: DataSection) -> bool:
-    """Whether the source holds arrays that are no images."""
+    """Whether the source holds arrays that are not images."""
     return bool(getattr(resolve("data.source", data.source, SOURCES, CONTRACT), "tensors", False))
 
 
 def sample_shape(data: DataSection) -> tuple[int, ...]:
-    """C x H x W of an image, T x C x H x W of a clip, of tensors whatever the source says."""
+    """C x H x W of an image, T x C x H x W of a clip; the source gives the shape of tensors."""
     if holds_tensors(data):
         return tuple(open_source(data).shape)  # type: ignore[attr-defined]
     image = (data.channels, data.size, data.size)
@@ -46,40 +47,38 @@ def sample_shape(data: DataSection) -> tuple[int, ...]:
 
 
 def check(config: Config) -> None:
-    """What can be known of the configuration alone.
+    """Checks the configuration alone, without opening the source.
 
-    Raises UserError for what cannot be done to tensors, naming all keys to change, and for samples too large to be whitened.
+    Raises UserError for keys that do not apply to tensors, naming all of them, and for samples too large to be whitened.
     """
     data = config.data
-    if data.whiten == "zca" and not holds_tensors(data):
-        whitening.check(sample_shape(data))
     if not holds_tensors(data):
+        whitening.check(data, sample_shape(data))
         return
+    subject = f"data.source = {data.source} holds arrays that are not images"
     if data.frames or data.store == "jpeg":
-        key = "data.frames" if data.frames else "data.store"
-        raise UserError(f"data.source = {data.source} holds arrays that are no images; leave {key} out")
+        raise UserError(f"{subject}; leave {'data.frames' if data.frames else 'data.store'} out")
     method = config.distill.method
     if method in CROPPING:
-        raise UserError(f"distill.method = {method} cuts images into parts, the data are no images; take dm, dc or mtt")
-    own = getattr(config.distill, method, None)
-    wrong = [f"distill.{method}.{k}={v}" for k, v in NEUTRAL.items() if getattr(own, k, v) != v]
+        raise UserError(f"{subject}, but distill.method = {method} crops images; use dm, dc or mtt")
+    section = getattr(config.distill, method, None)
+    wrong = [
+        f"distill.{method}.{key}={value}" for key, value in NEUTRAL.items() if getattr(section, key, value) != value
+    ]
     if wrong:
-        raise UserError(
-            f"data.source = {data.source} holds arrays that are no images, to which {method} cannot do what it does to "
-            f"images by default; set {' '.join(wrong)}"
-        )
+        raise UserError(f"{subject}; {method}'s image augmentations do not apply to them; set {' '.join(wrong)}")
 
 
 @dataclass(frozen=True)
 class TensorDecoder:
-    """Takes arrays of one shape and numbers that float32 holds."""
+    """Accepts arrays of one shape whose numbers float32 holds."""
 
     shape: tuple[int, ...]
 
     def __call__(self, raw: bytes | Array) -> Array:
         """An array of numbers -> a new float32 array of the shape.
 
-        Raises Rejected for what has another shape, no numbers, or numbers that are not finite.
+        Raises SampleRejected for another shape, for values that are not numbers, and for numbers that are not finite.
         """
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
             raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack numbers")

@@ -58,13 +58,13 @@ class ClassSampler:
         """
         places = placement.kept_places(prepared, manifest, labels)
         needed = placement.needed_bytes(prepared, places)
-        where, why = placement.choose(hold, needed, device, free or placement.room(device))
+        where, why = placement.choose(hold, needed, device, free or placement.memory_budget(device))
         if where == "shards":
             found: Placement = InShards(prepared, places, min(MOST_THREADS, os.cpu_count() or 1))
         else:
             found = InMemory.load(prepared, places, device if where == "device" else torch.device("cpu"))
         pool = cls(found, normalization_of(prepared), seed, device)
-        pool.held = placement.sentence(where, sum(found.counts.values()), needed, why, device)
+        pool.held = placement.describe(where, sum(found.counts.values()), needed, why, device)
         return pool
 
     @property

@@ -129,7 +129,7 @@ class MemoryBudget:
     host: int
 
 
-def room(device: torch.device, here: int = 1, share: float = 1.0) -> MemoryBudget:
+def memory_budget(device: torch.device, here: int = 1, share: float = 1.0) -> MemoryBudget:
     """What is free now, less what else needs it; `here` workers share the host, this one has `share` of the device."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return MemoryBudget(int(free * DEVICE_SHARE * share), int(free_memory() * HOST_SHARE / here))
@@ -167,26 +167,26 @@ def choose(hold: str, needed: int, device: torch.device, free: MemoryBudget) -> 
         where = "host" if hold == "device" and device.type == "cpu" else hold
         return where, f"as distill.hold = {hold} asks"
     if device.type != "cpu" and needed <= free.device:
-        return "device", f"at most {size(free.device)} of its memory may be used"
+        return "device", f"at most {format_bytes(free.device)} of its memory may be used"
     if needed <= free.host:
-        return "host", f"at most {size(free.host)} of it may be used"
-    return "shards", f"in memory at most {size(free.host)} may be used"
+        return "host", f"at most {format_bytes(free.host)} of it may be used"
+    return "shards", f"in memory at most {format_bytes(free.host)} may be used"
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes as a reader says them."""
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "KB"))
     return f"{count / unit:.1f} {name}"
 
 
-def sentence(where: str, samples: int, needed: int, why: str, device: torch.device) -> str:
+def describe(where: str, samples: int, needed: int, why: str, device: torch.device) -> str:
     """Where they lie, for the log and the terminal."""
     lie = {
         "device": f"lie on the device {device}",
         "host": "lie in the host's memory" + (", the next draw is prepared ahead" if device.type != "cpu" else ""),
         "shards": "stay on disk and are read as they are drawn, the next draw ahead",
     }[where]
-    return f"{samples:,} kept samples ({size(needed)}) {lie} ({why})"
+    return f"{samples:,} kept samples ({format_bytes(needed)}) {lie} ({why})"
 
 
 def needed_bytes(prepared: PreparedDataset, places: Places) -> int:

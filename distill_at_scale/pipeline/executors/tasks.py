@@ -17,14 +17,14 @@ from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.core.events import measured
 from distill_at_scale.data.ingest.chunks import (
     check_chunk,
-    finished,
+    part_counts,
     ingest_chunk,
     is_finished,
-    piece_path,
+    part_path,
     recipe_of,
     rejected_path,
 )
-from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, mapped, open_source
+from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, map_arrow, open_source
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation import evaluate as evaluation
@@ -50,7 +50,7 @@ class Ingest(Worker):
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
             start, count, check = unit.work
-            rows = mapped(unit.inputs[0]).slice(start, count)
+            rows = map_arrow(unit.inputs[0]).slice(start, count)
             make = check_chunk if check else ingest_chunk
             used, rejected = make(self.source, self.recipe, rows, unit.outputs[-1], self.spent)
             yield {"samples": used, "rejected": rejected}
@@ -65,9 +65,9 @@ def ingest(
     """
     rejected, size, units = 0, config.data.chunk, []
     for split, index, rows in plan.chunks(size):
-        path = piece_path(pieces, split, index)
+        path = part_path(pieces, split, index)
         if is_finished(path, check):
-            used, bad = finished(path, rows, check)
+            used, bad = part_counts(path, rows, check)
             rejected += bad
             advance(used + bad)
         else:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.ingest.chunks import READ_AT_ONCE, READ_BYTES
-from distill_at_scale.data.ingest.merge import SPAN_BYTES, threads_here
+from distill_at_scale.data.ingest.merge import SPAN_BYTES, merge_threads
 from distill_at_scale.data.prepared.format import scoring_chunk
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning.facts import Facts

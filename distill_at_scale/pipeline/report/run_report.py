@@ -93,7 +93,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "times": _times(records),
         "timeline": timeline_chart.part(timeline.read(run / timeline.NAME)),
         "data": prepared.meta,
-        "transformed": derived_splits.sentence(prepared.meta) if "transform" in prepared.meta else None,
+        "transformed": derived_splits.describe(prepared.meta) if "transform" in prepared.meta else None,
         "sampling": source.get("sampling"),
         **_rejected(run / "rejected.parquet"),
         "settings": html.as_yaml(settings),

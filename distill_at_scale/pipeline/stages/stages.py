@@ -23,7 +23,7 @@ from distill_at_scale.core.progress import Display
 from distill_at_scale.data.codecs.clip import decoders_for, describe_decoders
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.ingest import plan as ingest
-from distill_at_scale.data.ingest.chunks import is_finished, piece_path
+from distill_at_scale.data.ingest.chunks import is_finished, part_path
 from distill_at_scale.data.ingest.merge import merge
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -105,13 +105,13 @@ class Stages:
         self._say_plan(self.plan)
         self.plan = self.plan.on_disk(pieces)
         chunks = self.plan.chunks(self.config.data.chunk)
-        before = sum(r.num_rows for split, i, r in chunks if is_finished(piece_path(pieces, split, i), check=False))
+        before = sum(r.num_rows for split, i, r in chunks if is_finished(part_path(pieces, split, i), check=False))
         executor = self.executor
         with self.display.meter("decode", self.plan.samples, "samples", before) as meter:
             tasks.ingest(executor, self.config, self.plan, pieces, meter.advance)
         meta = merge(self.plan, pieces, self.dir / "prepared", self.config.data, self.config.run.seed)
         if "transform" in meta:
-            self.display.say(f"  {derived_splits.sentence(meta)}")
+            self.display.say(f"  {derived_splits.describe(meta)}")
         if "decoders" in meta:
             self.display.say("  " + ", ".join(f"{name} decoded {n} clips" for name, n in meta["decoders"].items()))
         rejected = meta["rejected"]

@@ -53,13 +53,13 @@ class IngestPlan:
 
     def on_disk(self, folder: Path) -> IngestPlan:
         """The same plan with its listings in files, which processes map instead of receiving copies."""
-        map_arrow = {}
+        files = {}
         for split, table in self.listings.items():
             path = listing_path(folder, split)
             with publish(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
                 writer.write_table(table.combine_chunks())
-            map_arrow[split] = map_arrow(path)
-        return replace(self, listings=map_arrow)
+            files[split] = map_arrow(path)
+        return replace(self, listings=files)
 
     @property
     def samples(self) -> int:

@@ -74,7 +74,7 @@ def _table(facts: Facts, ids: list[str], labels: np.ndarray) -> pa.Table:
         return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)).astype(np.float32) / 64 - 2)
     if not facts.jpeg:
         return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)))
-    encoded = [encode(shards.as_image(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]
+    encoded = [encode(shards.stack_frames(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]
     repeated = [encoded[k % len(encoded)] for k in range(len(ids))]
     return shards.to_jpeg_table(ids, labels.tolist(), repeated, facts.shape)
 

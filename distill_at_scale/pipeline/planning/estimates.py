@@ -121,7 +121,7 @@ class Planner:
         steps = engine.step_count(self.config)
         parts = self._extra() | {"prepare": self._prepare(measured), "steps": steps * measured.step}
         pool = self._pool(measured.own)
-        held, _ = placement.choose(wanted.hold, pool, device, placement.room(device, spread.side_by_side))
+        held, _ = placement.choose(wanted.hold, pool, device, placement.memory_budget(device, spread.side_by_side))
         size = memory.of_distillation(measured.own, wanted.ipc, facts.values, pool, measured.activations, device, held)
         images = 4 * facts.classes * wanted.ipc * facts.values
         networks = len(self._names()) * self._network_bytes()

@@ -55,7 +55,7 @@ class Facts:
     @property
     def stored(self) -> int:
         """Approximate bytes of a prepared sample on disk."""
-        return max(1, int(self.held * (JPEG_PART if self.jpeg else 1)))
+        return max(1, int(self.held * (JPEG_RATIO if self.jpeg else 1)))
 
     @property
     def held(self) -> int:

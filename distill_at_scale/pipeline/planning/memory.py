@@ -106,7 +106,7 @@ def of_ingest(config: Config, facts: Facts) -> int:
 
 def of_merge(facts: Facts) -> int:
     """Bytes of the driver while it merges: a span of images per thread, read and copied, and every sample's id."""
-    return WITH_TORCH + 3 * min(threads_here() * SPAN_BYTES, facts.samples * facts.stored) + facts.samples * IDS
+    return WITH_TORCH + 3 * min(merge_threads() * SPAN_BYTES, facts.samples * facts.stored) + facts.samples * IDS
 
 
 def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:

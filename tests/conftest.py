@@ -85,7 +85,7 @@ class FixedNetwork(NetworkSpec):
     def build(self, seed: int) -> nn.Module:
         return copy.deepcopy(self.network)
 
-    def at_once(self, device: torch.device) -> int:
+    def microbatch(self, device: torch.device) -> int:
         return self.parts
 
 

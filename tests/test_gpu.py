@@ -11,7 +11,7 @@ from conftest import SMALL
 from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.engine import Distillation, method_class, setting_of
+from distill_at_scale.distillation.engine import Distillation, method_class, method_context
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.gradient_distance import real_gradient
 from distill_at_scale.models.spec import NetworkSpec
@@ -79,7 +79,7 @@ def test_the_first_step_agrees_with_the_cpu(places, make_config, monkeypatch, me
 
 def gradient_of_a_step(config, places, device: torch.device) -> torch.Tensor:
     prepared = PreparedDataset(places.prepared)
-    setting = setting_of(config, prepared, places, SingleProcess(), device)
+    setting = method_context(config, prepared, places, SingleProcess(), device)
     backend = method_class(config)(setting)
     backend.prepare(ClassSampler.load(prepared, places.manifest, setting.labels, config.distill_seed, device))
     backend.step(0)

@@ -53,12 +53,12 @@ FACTS = TeacherFacts(f"{__name__}:hostile_network", (1, 2, 2), 2, 4, None, (1.0,
 def test_code_that_an_artefact_names_is_not_run(tmp_path):
     path = tmp_path / "teacher.safetensors"
     Teacher(FACTS, torch.nn.Linear(2, 2)).save(path)
-    with pytest.raises(UserError, match=r"code of somebody \('test_hostile:hostile_network'\)"):
+    with pytest.raises(UserError, match=r"custom code \('test_hostile:hostile_network'\)"):
         Teacher.load(path, CPU)
     assert not RAN
     Teacher.load(path, CPU, FACTS.network)  # the configuration names it
     assert len(RAN) == 1
-    with pytest.raises(UserError, match="code of somebody"):
+    with pytest.raises(UserError, match="custom code"):
         replace(FACTS, network=f"frame:{FACTS.network}").trusted("convnet")
 
 
@@ -176,7 +176,7 @@ def test_a_packed_archive_of_weights_is_refused(tmp_path):
     ):
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
-    with pytest.raises(UserError, match="packed zip archive"):
+    with pytest.raises(UserError, match="compressed zip archive"):
         pretrained._read(tmp_path / "p.pt")
 
 

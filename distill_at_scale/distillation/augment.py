@@ -1,8 +1,7 @@
-"""Differentiable siamese augmentation (Zhao & Bilen 2021, "DSA"; METHOD.md section 4).
+"""Differentiable siamese augmentation (DSA, Zhao & Bilen 2021, arXiv 2102.08259) and CutMix.
 
-A draw picks one family of the strategy and its parameters; the same draw is applied to the real and to the synthetic
-images of a class, and gradients flow through it. Color stands for brightness, saturation and contrast together. For
-the training of evaluation networks each image of a batch gets parameters of its own (`per_image`).
+A draw picks one family of the strategy and its parameters. Matching applies the same draw to the real and the synthetic images
+of a class, with gradients; training of students draws parameters per image.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.errors import UserError
 
 FLIP, SCALE, ROTATE = 0.5, 1.2, 15.0  # probability, largest factor, largest angle in degrees
-CROP, CUTOUT = 0.125, 0.5  # share of the side
+CROP, CUTOUT = 0.125, 0.5  # shares of the side
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """One family and uniform random numbers in [0, 1), [1 or n, 4], from which its parameters follow."""
+    """One family and the uniform numbers [1 or n, 4] in [0, 1) that its parameters follow from; None: no augmentation."""
 
     family: str | None
     numbers: Tensor
 
     def apply(self, images: Tensor) -> Tensor:
-        """Float images [n, C, H, W] or clips [n, T, C, H, W] -> the same shape, differentiable; frames of a clip alike."""
+        """Float images [n, C, H, W] or clips [n, T, C, H, W] -> the same shape, differentiable; equal for a clip's frames."""
         if self.family is None:
             return images
         if images.dim() == 5:
-            each = self.numbers.expand(len(images), -1).repeat_interleave(images.shape[1], 0)
-            return AugmentParams(self.family, each).apply(images.flatten(0, 1)).view(images.shape)
+            per_frame = self.numbers.expand(len(images), -1).repeat_interleave(images.shape[1], 0)
+            return AugmentParams(self.family, per_frame).apply(images.flatten(0, 1)).view(images.shape)
         return FAMILIES[self.family](images, self.numbers.to(images.device).expand(len(images), -1))
 
 
 class Augmentation:
-    """A strategy: family names joined by `_`, or `none`."""
+    """A strategy: family names joined by `_`, or `none`. Raises UserError for an unknown family."""
 
     def __init__(self, strategy: str):
         self.families = () if strategy == "none" else tuple(strategy.split("_"))
@@ -51,7 +50,7 @@ class Augmentation:
             )
 
     def draw(self, generator: torch.Generator, per_image: int | None = None) -> AugmentParams:
-        """One draw shared by a whole batch, or with `per_image` parameters for each of so many images."""
+        """Parameters for a whole batch, or with `per_image` = n one set for each of n images."""
         if not self.families:
             return AugmentParams(None, torch.zeros(1, 4))
         family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
@@ -59,28 +58,27 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """Images in which a box was replaced: `share` of image i is its own, the rest that of image `order[i]`."""
+class CutMixBatch:
+    """Images with a box from another image: `share` of image i is its own, the rest is from image `order[i]`."""
 
     images: Tensor
     order: Tensor
     share: float
 
 
-def cutmix(images: Tensor, generator: torch.Generator) -> Mixed:
+def cutmix(images: Tensor, generator: torch.Generator) -> CutMixBatch:
     """CutMix (Yun et al. 2019, arXiv 1905.04899) with one uniformly drawn share for the batch [n, *, H, W]."""
     height, width = images.shape[-2:]
     u = torch.rand(3, generator=generator)
-    side = math.sqrt(1 - float(u[0]))  # of the box, relative
-    spans = []
-    for place, whole in ((u[1], height), (u[2], width)):
-        centre, half = int(place * whole), int(side * whole) // 2
-        spans.append((max(0, centre - half), min(whole, centre + half)))
-    (top, bottom), (left, right) = spans
-    order = torch.randperm(len(images), generator=generator).to(images.device)
+    box_side = math.sqrt(1 - float(u[0]))  # as a share of the image's
     box = torch.zeros(height, width, dtype=torch.bool, device=images.device)
-    box[top:bottom, left:right] = True
-    return Mixed(torch.where(box, images[order], images), order, 1 - float(box.float().mean()))
+    spans = []
+    for position, size in ((u[1], height), (u[2], width)):
+        centre, half = int(position * size), int(box_side * size) // 2
+        spans.append(slice(max(0, centre - half), min(size, centre + half)))
+    box[spans[0], spans[1]] = True
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    return CutMixBatch(torch.where(box, images[order], images), order, 1 - float(box.float().mean()))
 
 
 def _column(values: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ def _column(values: Tensor) -> Tensor:
 
 
 def color(images: Tensor, u: Tensor) -> Tensor:
-    """Brightness, then saturation, then contrast."""
+    """Brightness, then saturation, then contrast; u [n, 4] as in all families."""
     images = images + _column(u[:, 0] - 0.5) * BRIGHTNESS
     grey = images.mean(dim=1, keepdim=True)
     images = (images - grey) * _column(u[:, 1]) * SATURATION + grey
@@ -97,34 +95,26 @@ def color(images: Tensor, u: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, u: Tensor) -> Tensor:
-    """Shift by up to CROP of the side, padding with zeros."""
-    side = images.shape[-2:]
-    reach = [int(s * CROP + 0.5) for s in side]
-    padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]))
-    top = (u[:, 0] * (2 * reach[0] + 1)).long()
-    left = (u[:, 1] * (2 * reach[1] + 1)).long()
-    rows = top[:, None] + torch.arange(side[0], device=images.device)  # n x H
-    columns = left[:, None] + torch.arange(side[1], device=images.device)  # n x W
-    each = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    """Shift by up to CROP of the side, padded with zeros."""
+    height, width = images.shape[-2:]
+    y_max, x_max = (int(size * CROP + 0.5) for size in (height, width))
+    padded = F.pad(images, (x_max, x_max, y_max, y_max))
+    top, left = (u[:, 0] * (2 * y_max + 1)).long(), (u[:, 1] * (2 * x_max + 1)).long()
+    rows = top[:, None] + torch.arange(height, device=images.device)  # n x H
+    columns = left[:, None] + torch.arange(width, device=images.device)  # n x W
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def cutout(images: Tensor, u: Tensor) -> Tensor:
-    """A square of CUTOUT of the side, anywhere its centre falls, set to zero."""
-    height, width = images.shape[-2:]
-    hole = [int(s * CUTOUT + 0.5) for s in (height, width)]
-    row = (
-        torch.arange(height, device=images.device)[None]
-        - (u[:, 0] * (height + 1 - hole[0] % 2)).long()[:, None]
-        + hole[0] // 2
-    )
-    column = (
-        torch.arange(width, device=images.device)[None]
-        - (u[:, 1] * (width + 1 - hole[1] % 2)).long()[:, None]
-        + hole[1] // 2
-    )
-    inside = ((row >= 0) & (row < hole[0]))[:, :, None] & ((column >= 0) & (column < hole[1]))[:, None, :]
-    return images * (~inside)[:, None]
+    """A square of CUTOUT of the side, with its centre anywhere, set to zero."""
+    inside = []
+    for size, position in zip(images.shape[-2:], (u[:, 0], u[:, 1]), strict=True):
+        hole = int(size * CUTOUT + 0.5)
+        centre = (position * (size + 1 - hole % 2)).long()[:, None]
+        offset = torch.arange(size, device=images.device)[None] - centre + hole // 2
+        inside.append((offset >= 0) & (offset < hole))
+    return images * (~(inside[0][:, :, None] & inside[1][:, None, :]))[:, None]
 
 
 def flip(images: Tensor, u: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""How good a set is: train fresh networks on it by the protocol that it expects, and test them on real data.
+"""Evaluation of a set: train fresh networks on it by its protocol and test them on real data.
 
-Beside the distilled set always stand random real images of the same count, a new draw per seed; on request also the
-kept and the full training set as upper bounds, with hard labels. Where the set has a teacher's labels for its views, the
-control gets the same teacher's, under the same protocol. One job is one (set, network, seed) and needs nothing of the others.
+The control is random real images of the same count, a new draw per seed; with labels of views it shares the set's teacher and
+protocol. The bounds train on the kept and the full training set, with hard labels.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from distill_at_scale.models.spec import NetworkSpec
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """One network to train and test."""
+    """One network to train and test, independent of all other jobs."""
 
     set: str  # distilled | random_real | kept | full
     network: str
@@ -40,14 +39,10 @@ class EvaluationJob:
 
 
 def jobs(config: Config) -> list[EvaluationJob]:
-    controls = [] if config.evaluate.control == "none" else [config.evaluate.control]
-    sets = ["distilled", *controls, *config.evaluate.bounds]
-    return [
-        EvaluationJob(s, n, seed)
-        for s in sets
-        for n in config.evaluate.networks
-        for seed in range(config.evaluate.seeds)
-    ]
+    section = config.evaluate
+    controls = [] if section.control == "none" else [section.control]
+    sets = ["distilled", *controls, *section.bounds]
+    return [EvaluationJob(s, n, seed) for s in sets for n in section.networks for seed in range(section.seeds)]
 
 
 class Evaluator:
@@ -56,7 +51,7 @@ class Evaluator:
     def __init__(self, config: Config, prepared: Path, synthetic_folder: Path, manifest: Path, device: torch.device):
         self.config, self.device, self.manifest = config, device, manifest
         self.prepared = PreparedDataset(prepared)
-        need_test_split(self.prepared)
+        require_test_split(self.prepared)
         self.synthetic = synthetic_set.load(synthetic_folder)
         pixels, labels = self.prepared.load("test")
         self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
@@ -64,7 +59,7 @@ class Evaluator:
     def run(self, job: EvaluationJob) -> dict[str, Any]:
         """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
 
-        Raises DistillationDiverged where training does not stay finite, naming the job.
+        Raises DistillationDiverged, naming the job, if the trained weights are not finite.
         """
         started = time.perf_counter()
         distill, classes = self.config.distill, len(self.prepared.class_names)
@@ -72,52 +67,50 @@ class Evaluator:
         seed = rng.derive(self.config.run.seed, "evaluation", job.set, job.network, job.seed)
         protocol = self._protocol(job)
         network = students.train(spec, self._training_set(job), protocol, seed, self.device)
-        at_once = spec.at_once(self.device)
-        found = students.examine(network, *self.test, self.synthetic.normalization, self.device, at_once)
+        normalization, at_once = self.synthetic.normalization, spec.microbatch(self.device)
+        accuracy = students.test(network, *self.test, normalization, self.device, at_once)
         if not all(torch.isfinite(p).all() for p in network.parameters()):
             raise DistillationDiverged(
                 f"evaluation diverged for {job}, at a learning rate of {protocol.lr:g}; lower evaluate.lr"
             )
-        return {**asdict(job), **asdict(found), "seconds": round(time.perf_counter() - started, 3)}
+        return {**asdict(job), **asdict(accuracy), "seconds": round(time.perf_counter() - started, 3)}
 
     def _protocol(self, job: EvaluationJob) -> TrainingProtocol:
-        expected = self.synthetic.protocol
-        if job.set != "distilled" and "student_lr" in self.synthetic.card:  # learned for these images alone
-            expected = replace(expected, lr=TrainingProtocol(1).lr)
-        if job.set != "distilled" and expected.labels == "soft":
-            expected = replace(expected, labels="hard")
-        if job.set in ("kept", "full") and expected.labels == "views":
-            expected = replace(expected, labels="hard", cutmix=0.0)
-        protocol = expected.overridden(self.config.evaluate)
-        return replace(protocol, epochs=self.config.evaluate.bound_epochs) if job.set in ("kept", "full") else protocol
+        protocol, section = self.synthetic.protocol, self.config.evaluate
+        if job.set != "distilled" and "student_lr" in self.synthetic.card:  # learned for the synthetic images alone
+            protocol = replace(protocol, lr=TrainingProtocol(1).lr)
+        if job.set != "distilled" and protocol.labels == "soft":
+            protocol = replace(protocol, labels="hard")
+        if job.set not in ("kept", "full"):
+            return protocol.overridden(section)
+        if protocol.labels == "views":
+            protocol = replace(protocol, labels="hard", cutmix=0.0)
+        return replace(protocol.overridden(section), epochs=section.bound_epochs)
 
     def _training_set(self, job: EvaluationJob) -> TrainingSet:
         if job.set == "distilled":
             return self.synthetic.training_set()
         if job.set == "random_real":
-            pixels, found = random_real(self.prepared, self.config.distill.ipc, self.config.run.seed, job.seed)
+            pixels, labels = random_real(self.prepared, self.config.distill.ipc, self.config.run.seed, job.seed)
         else:
-            pixels, found = self.prepared.load("train", only=kept(self.manifest) if job.set == "kept" else None)
-        made = TrainingSet(torch.from_numpy(pixels), torch.from_numpy(found), self.synthetic.normalization)
+            pixels, labels = self.prepared.load("train", only=kept(self.manifest) if job.set == "kept" else None)
+        data = TrainingSet(torch.from_numpy(pixels), torch.from_numpy(labels), self.synthetic.normalization)
         if job.set == "random_real" and self.synthetic.protocol.labels == "views":
-            return replace(made, views=self._asked)  # the same teacher's labels, or the comparison would be unfair
-        return made
+            return replace(data, views=self._teacher_labels)  # without the same teacher the comparison would be unfair
+        return data
 
     @cached_property
-    def _asked(self) -> TeacherLabels:
-        method = self.config.distill.method
-        network = getattr(getattr(self.config.distill, method, None), "teacher_network", None)
-        return self.synthetic.asked(self.device, network)
+    def _teacher_labels(self) -> TeacherLabels:
+        section = getattr(self.config.distill, self.config.distill.method, None)
+        return self.synthetic.teacher_labels(self.device, getattr(section, "teacher_network", None))
 
 
-class Splits(Protocol):
-    """Prepared data, or what will be."""
-
+class HasTestSplit(Protocol):
     def has_test(self) -> bool: ...
 
 
-def need_test_split(prepared: Splits) -> None:
-    """Raises UserError where there is nothing to test on."""
+def require_test_split(prepared: HasTestSplit) -> None:
+    """Raises UserError for data without a test split."""
     if not prepared.has_test():
         raise UserError("the data set has no test split, so nothing can be evaluated; add one (a folder or files named test "
                         "or val) or set data.holdout, for example data.holdout=0.2")  # fmt: skip
@@ -126,7 +119,7 @@ def need_test_split(prepared: Splits) -> None:
 def random_real(
     prepared: PreparedDataset, ipc: int, seed: int, draw: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """ipc random training samples of every class (all of it, if it has fewer): pixels uint8 and labels."""
+    """ipc random training samples per class (all, if it has fewer): stored values [n, *shape] and labels int64 [n]."""
     pixels, labels = [], []
     for label, count in enumerate(prepared.counts("train")):
         places = rng.numpy_generator(seed, "random real", draw, label).permutation(count)[:ipc]
@@ -136,17 +129,17 @@ def random_real(
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per set and network: mean and sample standard deviation of top-1 and top-5 over seeds (std null for n = 1), and n."""
+    """Per set and network: mean and sample standard deviation of top-1 and top-5 over n seeds (std None for n = 1)."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["set"], row["network"]), []).append(row)
+
+    def std(values: list[float]) -> float | None:
+        return statistics.stdev(values) if len(values) > 1 else None
+
     summary = []
     for (name, network), members in groups.items():
         top1, top5 = [r["top1"] for r in members], [r["top5"] for r in members]
-        summary.append({"set": name, "network": network, "n": len(members), "mean": statistics.fmean(top1), "std": _std(top1),
-                        "mean_top5": statistics.fmean(top5), "std_top5": _std(top5)})  # fmt: skip
+        summary.append({"set": name, "network": network, "n": len(members), "mean": statistics.fmean(top1), "std": std(top1),
+                        "mean_top5": statistics.fmean(top5), "std_top5": std(top5)})  # fmt: skip
     return summary
-
-
-def _std(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None

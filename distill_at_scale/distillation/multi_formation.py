@@ -1,7 +1,4 @@
-"""Multi-formation: one stored image holds factor x factor training images (IDC, Kim et al. 2022, arXiv 2205.14959, eq. 5).
-
-Each of the equal parts is enlarged to the size of the whole; differentiable, so that stored images can be optimised.
-"""
+"""Multi-formation: one stored image holds factor x factor training images (IDC, Kim et al. 2022, arXiv 2205.14959, eq. 5)."""
 
 from __future__ import annotations
 
@@ -10,42 +7,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def parts_of(images: Tensor, factor: int) -> Tensor:
-    """[n, *lead, H, W] -> [n * factor^2, *lead, H, W]; the parts of an image follow each other, row by row, enlarged.
+def split_parts(images: Tensor, factor: int) -> Tensor:
+    """[n, *lead, H, W] -> [n * factor^2, *lead, H, W]: the parts of each image, row by row, enlarged to its size.
 
-    `lead` is C, or of clips T, C. Where a side is no multiple of the factor, parts overlap by less than a pixel's width.
+    `lead` is C, or T, C for clips. Differentiable. Parts overlap if the factor does not divide a side.
     """
     if factor == 1:
         return images
     height, width = images.shape[-2:]
-    tall, wide = -(-height // factor), -(-width // factor)
-    parts = []
-    for row in _starts(height, tall, factor):
-        parts += [images[..., row : row + tall, left : left + wide] for left in _starts(width, wide, factor)]
-    stacked = torch.stack(parts, 1).flatten(0, 1)  # n * factor^2, *lead, tall, wide
+    rows, columns = -(-height // factor), -(-width // factor)
+    parts = [images[..., y : y + rows, x : x + columns] for y, x in _corners(height, width, factor)]
+    stacked = torch.stack(parts, 1).flatten(0, 1)  # n * factor^2, *lead, rows, columns
     flat = stacked.flatten(1, -3) if stacked.dim() > 4 else stacked
     enlarged = F.interpolate(flat, size=(height, width), mode="bilinear", align_corners=False)
     return enlarged.view(len(stacked), *images.shape[1:])
 
 
-def assembled(parts: Tensor, factor: int) -> Tensor:
-    """The inverse way, to start from: [n * factor^2, *lead, H, W] -> [n, *lead, H, W], every image reduced to its part.
+def assemble_parts(parts: Tensor, factor: int) -> Tensor:
+    """The inverse, for initial images: [n * factor^2, *lead, H, W] -> [n, *lead, H, W], each image reduced to its part.
 
-    Where parts overlap, the later one shows.
+    Where parts overlap, the later one is visible.
     """
     if factor == 1:
         return parts
     height, width = parts.shape[-2:]
-    tall, wide = -(-height // factor), -(-width // factor)
+    rows, columns = -(-height // factor), -(-width // factor)
     flat = parts.flatten(1, -3) if parts.dim() > 4 else parts
-    small = F.interpolate(flat, size=(tall, wide), mode="bilinear", align_corners=False, antialias=True)
-    small = small.view(-1, factor * factor, *parts.shape[1:-2], tall, wide)
-    whole = parts.new_zeros(len(small), *parts.shape[1:])
-    places = [(row, left) for row in _starts(height, tall, factor) for left in _starts(width, wide, factor)]
-    for k, (row, left) in enumerate(places):
-        whole[..., row : row + tall, left : left + wide] = small[:, k]
-    return whole
+    small = F.interpolate(flat, size=(rows, columns), mode="bilinear", align_corners=False, antialias=True)
+    small = small.view(-1, factor * factor, *parts.shape[1:-2], rows, columns)
+    images = parts.new_zeros(len(small), *parts.shape[1:])
+    for k, (y, x) in enumerate(_corners(height, width, factor)):
+        images[..., y : y + rows, x : x + columns] = small[:, k]
+    return images
 
 
-def _starts(side: int, part: int, factor: int) -> list[int]:
-    return [min(k * part, side - part) for k in range(factor)]
+def _corners(height: int, width: int, factor: int) -> list[tuple[int, int]]:
+    """(top, left) of the parts, row by row."""
+
+    def starts(side: int) -> list[int]:
+        part = -(-side // factor)
+        return [min(k * part, side - part) for k in range(factor)]
+
+    return [(top, left) for top in starts(height) for left in starts(width)]

@@ -1,10 +1,8 @@
-"""Training a network on a small set by the protocol that the set expects, and testing it (METHOD.md section 4).
+"""Training a network on a small set by the protocol that the set expects, and testing it on real data.
 
-A `TrainingProtocol` travels in the card of a synthetic set; a `TrainingSet` is what is trained on: the synthetic set, or
-a control of real images under the same protocol. With `labels: views` the batches and what they show are fixed by the
-protocol's `view_seed` (soft_labels.py), for every student alike, and the loss is the Kullback-Leibler divergence from the
-teacher at temperature T times T^2 (Hinton et al. 2015). The code of SRe2L and RDED leaves the T^2 out, which AdamW does
-not notice.
+With `labels: views`, batches and views follow from the protocol's `view_seed` (`distillation/soft_labels.py`) and are the same
+for every student. Their loss is the Kullback-Leibler divergence from the teacher at temperature T, times T^2 (Hinton et al.
+2015). The official code of SRe2L and RDED omits the T^2; AdamW is invariant to it.
 """
 
 from __future__ import annotations
@@ -24,43 +22,55 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.augment import Augmentation, cutmix
-from distill_at_scale.distillation.soft_labels import Labels, ViewPlan, merged
+from distill_at_scale.distillation.soft_labels import ViewLabels, ViewPlan, merge_last_batch
 from distill_at_scale.models.spec import NetworkSpec, mixes_samples
 
-FEW = 16  # images in a batch, below which batch norm's statistics say little
+SMALL_BATCH = 16  # images below which the statistics of batch norm are poor
+
+Loss = Callable[[Tensor], Tensor]  # logits [n, classes] -> a scalar
 
 
 @dataclass(frozen=True)
 class TrainingProtocol:
-    """How a student is trained: SGD with the rate divided by ten at half time, or AdamW with a cosine."""
+    """How a student is trained; saved in the card of a synthetic set.
+
+    SGD divides the learning rate by ten after half of the epochs; AdamW anneals it with a cosine.
+
+    Attributes:
+        epochs: passes over the set.
+        augment: siamese families joined by `_`, with parameters per image; for `labels: views` "flip" or "none".
+        batch: images per step.
+        cutmix: share of batches that CutMix mixes.
+        labels: "hard": class numbers; "soft": one distribution per image; "views": one per image, epoch and view.
+        temperature: of soft labels.
+        view_scale: of `labels: views`: the smallest share of an image's area in a view.
+        view_seed: of `labels: views`: the seed of views and batches.
+    """
 
     epochs: int
-    augment: str = "none"  # siamese families, parameters per image; labels: views: flip or none, what views do
+    augment: str = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     batch: int = 256
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    cutmix: float = 0.0  # the share of batches that are cut and mixed
-    labels: Literal["hard", "soft", "views"] = "hard"  # soft: one per image; views: one per image, epoch and view
-    temperature: float = 1.0  # of soft labels
-    view_scale: float = 1.0  # labels: views: the smallest share of an image that a view shows
-    view_seed: int = 0  # labels: views: what they and their batches are drawn from
+    cutmix: float = 0.0
+    labels: Literal["hard", "soft", "views"] = "hard"
+    temperature: float = 1.0
+    view_scale: float = 1.0
+    view_seed: int = 0
 
     @property
     def plan(self) -> ViewPlan:
-        """Of `labels: views`, the batches and views of every epoch."""
+        """The batches and views of `labels: views`."""
         return ViewPlan(self.view_seed, self.batch, self.view_scale, self.augment == "flip", self.cutmix)
 
     def card(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def of(cls, card: Mapping[str, Any]) -> TrainingProtocol:
-        """From a card; what this version does not know is an error, since it would change the result.
-
-        Raises UserError naming the key.
-        """
+    def from_card(cls, card: Mapping[str, Any]) -> TrainingProtocol:
+        """Raises UserError for a key that this version does not know, since it would change the result."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(card) - known):
             raise UserError(
@@ -69,9 +79,9 @@ class TrainingProtocol:
         return cls(**card)
 
     def overridden(self, section: EvaluateSection) -> TrainingProtocol:
-        """With whatever the configuration says of it.
+        """This protocol with the values that the configuration sets.
 
-        Raises UserError for another batch than the one that the labels of views were made for.
+        Raises UserError if the configuration changes the batch that the labels of views were made for.
         """
         if self.labels == "views" and section.batch not in (None, self.batch):
             raise UserError(
@@ -84,41 +94,59 @@ class TrainingProtocol:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Images float32 (normalised) or uint8 (with their normalisation) [n, *shape], labels int64 [n], and soft labels.
+    """The images and labels that a student is trained on.
 
-    `soft` holds what the protocol's `labels` needs: "soft_labels" [n, classes], logits whose softmax is the target;
-    `views` is what gives the labels of views.
+    Attributes:
+        images: [n, *shape], float32 and normalised, or uint8 with their `normalization`.
+        labels: int64 [n].
+        soft: for `labels: soft`: "soft_labels" [n, classes], logits whose softmax at the temperature is the target.
+        views: for `labels: views`: the labels of the views.
     """
 
     images: Tensor
     labels: Tensor
     normalization: Normalization | None = None
     soft: Mapping[str, Tensor] = field(default_factory=dict)
-    views: Labels | None = None
+    views: ViewLabels | None = None
 
     def to(self, device: torch.device) -> TrainingSet:
         soft = {key: value.to(device) for key, value in self.soft.items()}
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), soft=soft)
 
-
-Loss = Callable[[Tensor], Tensor]  # logits -> a scalar
+    def normalized(self, rows: Tensor) -> Tensor:
+        images = self.images[rows.to(self.images.device)]
+        return images if self.normalization is None else self.normalization.apply(images)
 
 
 def train(
-    spec: NetworkSpec, made: TrainingSet, protocol: TrainingProtocol, seed: int, device: torch.device
+    spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, device: torch.device
 ) -> nn.Module:
-    """A network trained from scratch; the whole set lies on the device."""
+    """Train a network from scratch; the whole set is held on the device."""
     network = spec.build(rng.derive(seed, "network")).to(device).train()
-    optimizer, scheduler = _optimizer(network, protocol)
-    made = made.to(device)
-    mixes = mixes_samples(network)
-    if mixes:
-        _warn_of_few(spec, min(protocol.batch, len(made.labels)))
-    for epoch in range(protocol.epochs):
-        steps = (
-            _views(made, protocol, epoch) if protocol.labels == "views" else _steps(made, protocol, seed, epoch, mixes)
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    if protocol.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(network.parameters(), protocol.lr, weight_decay=protocol.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.epochs)
+    else:
+        optimizer = torch.optim.SGD(
+            network.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay
         )
-        for images, loss_of in steps:
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1], gamma=0.1)
+    data = data.to(device)
+    has_batch_norm, batch = mixes_samples(network), min(protocol.batch, len(data.labels))
+    if has_batch_norm and batch < SMALL_BATCH:
+        warnings.warn(
+            f"the network {spec.name} has batch norm, whose statistics over batches of {batch} images are poor (a last batch "
+            "of one image is merged into the one before); a network without batch norm is safer",
+            stacklevel=2,
+        )
+    for epoch in range(protocol.epochs):
+        if protocol.labels == "views":
+            batches = _view_batches(data, protocol, epoch)
+        else:
+            batches = _batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm)
+        for images, loss_of in batches:
             loss = loss_of(network(images))
             optimizer.zero_grad()
             loss.backward()
@@ -127,113 +155,72 @@ def train(
     return network
 
 
-def _warn_of_few(spec: NetworkSpec, batch: int) -> None:
-    if batch < FEW:
-        warnings.warn(
-            f"the network {spec.name} has batch norm, whose statistics over batches of {batch} images are poor; a last batch "
-            "of one image is merged into the one before, else it is trained as it is: a network without batch norm is safer",
-            stacklevel=3,
-        )
-
-
-def _steps(
-    made: TrainingSet, protocol: TrainingProtocol, seed: int, epoch: int, mixes: bool
+def _batches(
+    data: TrainingSet, protocol: TrainingProtocol, generator: torch.Generator, merge: bool
 ) -> Iterator[tuple[Tensor, Loss]]:
-    """An epoch's batches; of networks with batch norm a last one of one image is merged into the one before."""
-    generator = rng.generator(seed, "epoch", epoch)
-    batches = torch.randperm(len(made.labels), generator=generator).split(protocol.batch)
-    for rows in merged(batches) if mixes else batches:
-        yield _batch(made, rows.to(made.images.device), protocol, generator)
+    """An epoch's augmented images with the loss of their logits; `merge`: avoid a last batch of one image."""
+
+    def targets(rows: Tensor) -> Tensor:
+        if protocol.labels == "soft":
+            return (data.soft["soft_labels"][rows] / protocol.temperature).softmax(1)
+        return data.labels[rows]
+
+    augmentation = Augmentation(protocol.augment)
+    batches = torch.randperm(len(data.labels), generator=generator).split(protocol.batch)
+    for rows in merge_last_batch(batches) if merge else batches:
+        rows = rows.to(data.images.device)
+        images = augmentation.draw(generator, per_image=len(rows)).apply(data.normalized(rows))
+        weighted = [(1.0, targets(rows))]
+        if protocol.cutmix and len(rows) > 1 and float(torch.rand(1, generator=generator)) < protocol.cutmix:
+            mixed = cutmix(images, generator)
+            images = mixed.images
+            weighted = [(mixed.share, targets(rows)), (1 - mixed.share, targets(rows[mixed.order]))]
+        yield images, partial(_cross_entropy, weighted)
 
 
-def _views(made: TrainingSet, protocol: TrainingProtocol, epoch: int) -> Iterator[tuple[Tensor, Loss]]:
-    """An epoch's views with the teacher's labels for exactly these."""
-    assert made.views is not None
-    epoch, heat = epoch % made.views.epochs, protocol.temperature
-    for batch in protocol.plan.batches(epoch, len(made.labels)):
-        views = batch.apply(_normalised(made, batch.rows.to(made.images.device)))
-        targets = (made.views.of(epoch, batch, views) / heat).log_softmax(1)
-        yield views, partial(_divergence, targets, heat)
+def _cross_entropy(weighted: list[tuple[float, Tensor]], logits: Tensor) -> Tensor:
+    return torch.stack([weight * F.cross_entropy(logits, targets) for weight, targets in weighted]).sum()
 
 
-def _divergence(targets: Tensor, heat: float, logits: Tensor) -> Tensor:
-    found = (logits / heat).log_softmax(1)
-    return F.kl_div(found, targets, reduction="batchmean", log_target=True) * heat**2
+def _view_batches(data: TrainingSet, protocol: TrainingProtocol, epoch: int) -> Iterator[tuple[Tensor, Loss]]:
+    """An epoch's views with the loss against the teacher's labels for exactly these views."""
+    assert data.views is not None
+    epoch = epoch % data.views.epochs
+    for batch in protocol.plan.batches(epoch, len(data.labels)):
+        views = batch.apply(data.normalized(batch.rows))
+        targets = (data.views.logits(epoch, batch, views) / protocol.temperature).log_softmax(1)
+        yield views, partial(_divergence, targets, protocol.temperature)
 
 
-def _normalised(made: TrainingSet, rows: Tensor) -> Tensor:
-    images = made.images[rows]
-    return images if made.normalization is None else made.normalization.apply(images)
-
-
-def _batch(
-    made: TrainingSet, rows: Tensor, protocol: TrainingProtocol, generator: torch.Generator
-) -> tuple[Tensor, Loss]:
-    """Augmented images, and the loss of their logits."""
-    images = _normalised(made, rows)
-    images = Augmentation(protocol.augment).draw(generator, per_image=len(rows)).apply(images)
-    loss_of = _loss(made, rows, protocol)
-    if protocol.cutmix and len(rows) > 1 and float(torch.rand(1, generator=generator)) < protocol.cutmix:
-        mixed = cutmix(images, generator)
-        other = _loss(made, rows[mixed.order], protocol)
-        return mixed.images, lambda logits: mixed.share * loss_of(logits) + (1 - mixed.share) * other(logits)
-    return images, loss_of
-
-
-def _loss(made: TrainingSet, rows: Tensor, protocol: TrainingProtocol) -> Loss:
-    if protocol.labels == "soft":
-        targets = (made.soft["soft_labels"][rows] / protocol.temperature).softmax(1)
-        return lambda logits: F.cross_entropy(logits, targets)
-    targets = made.labels[rows]
-    return lambda logits: F.cross_entropy(logits, targets)
-
-
-def _optimizer(
-    network: nn.Module, protocol: TrainingProtocol
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    parameters, decay = network.parameters(), protocol.weight_decay
-    if protocol.optimizer == "adamw":
-        adam = torch.optim.AdamW(parameters, protocol.lr, weight_decay=decay)
-        return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, protocol.epochs)
-    sgd = torch.optim.SGD(parameters, protocol.lr, protocol.momentum, weight_decay=decay)
-    return sgd, torch.optim.lr_scheduler.MultiStepLR(sgd, [protocol.epochs // 2 + 1], gamma=0.1)
+def _divergence(targets: Tensor, temperature: float, logits: Tensor) -> Tensor:
+    log_probabilities = (logits / temperature).log_softmax(1)
+    return F.kl_div(log_probabilities, targets, reduction="batchmean", log_target=True) * temperature**2
 
 
 @dataclass(frozen=True)
-class Tested:
-    """Fractions of the tested images that are right; per class None where none was tested."""
+class TopKAccuracy:
+    """Fractions of the tested images that are right; `per_class` is top-1, None for a class without test images."""
 
     top1: float
     top5: float
-    per_class: list[float | None]  # top-1
-
-
-def test(
-    network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int
-) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy on stored pixels [n, *shape], as fractions; `at_once` images at a time."""
-    found = examine(network, pixels, labels, normalization, device, at_once)
-    return found.top1, found.top5
+    per_class: list[float | None]
 
 
 @torch.no_grad()
-def examine(
+def test(
     network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int
-) -> Tested:
-    """As `test`, and the top-1 accuracy of every class that the network knows."""
+) -> TopKAccuracy:
+    """Accuracy on stored pixels [n, *shape], `at_once` images per forward pass."""
     network.eval()
-    right5, right = 0, torch.zeros(len(labels), dtype=torch.bool)
-    classes = 0
+    classes, top5_hits, hits = 0, 0, torch.zeros(len(labels), dtype=torch.bool)
     for first in range(0, len(labels), at_once):
         logits = network(normalization.apply(pixels[first : first + at_once].to(device)))
         targets = labels[first : first + at_once].to(device)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        right[first : first + at_once] = (best[:, 0] == targets).cpu()
-        right5 += int((best == targets[:, None]).any(1).sum())
+        hits[first : first + at_once] = (best[:, 0] == targets).cpu()
+        top5_hits += int((best == targets[:, None]).any(1).sum())
         classes = logits.shape[1]
-    return Tested(int(right.sum()) / len(labels), right5 / len(labels), _by_class(right, labels.cpu(), classes))
-
-
-def _by_class(right: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    tested, found = (torch.bincount(rows, minlength=classes).tolist() for rows in (labels, labels[right]))
-    return [round(hits / count, 6) if count else None for hits, count in zip(found, tested, strict=True)]
+    labels = labels.cpu()
+    tested, right = (torch.bincount(rows, minlength=classes).tolist() for rows in (labels, labels[hits]))
+    per_class = [round(r / t, 6) if t else None for r, t in zip(right, tested, strict=True)]
+    return TopKAccuracy(int(hits.sum()) / len(labels), top5_hits / len(labels), per_class)

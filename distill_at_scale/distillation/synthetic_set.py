@@ -1,16 +1,15 @@
-"""The result: a synthetic set with everything needed to use it, saved without pickles and exported to common layouts.
+"""The result of a distillation: a synthetic set with everything needed to use it, saved without pickles.
 
-`synthetic.safetensors` holds images (float32, normalised, [n, C, H, W], clips [n, T, C, H, W], or arrays of another shape),
-labels (int64 [n]) and what else the method made (a soft label per image, for example); `card.json` says what the numbers
-mean, and `whitening.safetensors` is there where they are whitened. What is large and mostly not wanted (the labels of
-views, the teacher behind them) lies in files of its own, which are read when asked for. `load(folder)` is the one call that
-a user needs. The layouts themselves are in `distillation/export.py`.
+`synthetic.safetensors` holds images, labels and small extras (soft labels per image, for example); `card.json` says what the
+numbers mean; `whitening.safetensors` exists if the images are whitened. Large extras (labels of views, the teacher) have files
+of their own, which are read when needed. Export formats are in `distillation/export.py`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,30 +24,40 @@ from distill_at_scale.core.images import Frames, grid, png, to_pixels
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.prepared.whitening import Whitening
 from distill_at_scale.distillation import export as exports
-from distill_at_scale.distillation.multi_formation import parts_of
+from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.distillation.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
 from distill_at_scale.storage.filesystem import shown
 from distill_at_scale.storage.object_store import is_remote
 from distill_at_scale.storage.sync import fetched
 
-APART = ("labels", "teacher")  # extras called `labels/...` lie in labels.safetensors, and so on
-SET = "synthetic"  # its folder in a run's
+GROUPS = ("labels", "teacher")  # extras named `labels/...` are saved in labels.safetensors, and so on
+SET, CARD = "synthetic", "card.json"  # the folder in a run folder, and a file in it
 PREVIEW_CLASSES, PREVIEW_COLUMNS, PREVIEW_SIDE = 100, 10, 64
-PREVIEW_BYTES = 4 * 2**20  # uncompressed, of the clips in an animated preview
+PREVIEW_BYTES = 4 * 2**20  # uncompressed, of an animated preview
 
 
 @dataclass
 class SyntheticSet:
-    """images float32 [n, C, H, W], or clips [n, T, C, H, W] (normalised as the card says), labels int64 [n]."""
+    """Distilled samples with their labels and their card.
+
+    Attributes:
+        images: float32 [n, C, H, W], clips [n, T, C, H, W] or tensors [n, *shape], normalised as the card says.
+        labels: int64 [n], indices into `class_names`.
+        card: the content of card.json: normalisation, training protocol, method and its options, fingerprints.
+        snapshots: step -> stored values (as from `values`) of the first samples before that step.
+        extras: other tensors of the method: soft labels, for example.
+        whitening: of the images, if the card has one.
+        folder: from which the set was loaded.
+    """
 
     images: Tensor
     labels: Tensor
     card: dict[str, Any]
-    snapshots: dict[int, Tensor] = field(default_factory=dict)  # step -> `values` of the first of the set, then
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what else the method made: soft labels, a learned rate
-    whitening: Whitening | None = None  # of the images, where the card speaks of one
-    folder: Path | None = None  # from which it was loaded
+    snapshots: dict[int, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    whitening: Whitening | None = None
+    folder: Path | None = None
 
     @property
     def normalization(self) -> Normalization:
@@ -56,7 +65,7 @@ class SyntheticSet:
 
     @property
     def kind(self) -> str:
-        """What the samples are: images, clips or tensors (arrays of another meaning)."""
+        """images, clips or tensors (arrays of any other meaning)."""
         return self.card.get("kind") or ("clips" if self.images.dim() == 5 else "images")
 
     @property
@@ -66,33 +75,34 @@ class SyntheticSet:
     @property
     def protocol(self) -> TrainingProtocol:
         """The training that the set expects."""
-        return TrainingProtocol.of(self.card["protocol"])
+        return TrainingProtocol.from_card(self.card["protocol"])
 
     def training_set(self) -> TrainingSet:
-        """What a network is trained on: the images, taken apart where one holds several (IDC), with their labels."""
-        factor = self.card.get("formation", 1)
-        images, labels = parts_of(self.images, factor), self.labels.repeat_interleave(factor**2)
-        soft = {key: value for key, value in self.extras.items() if "/" not in key}
-        views = self._views() if self.protocol.labels == "views" else None
-        return TrainingSet(images, labels, soft=soft, views=views)
+        """The images and labels that a network trains on; multi-formation images (IDC) are split into their parts.
 
-    def _views(self) -> StoredLabels:
-        held = self.apart("labels")
-        if "values" not in held or held["values"].shape[1:2] != self.labels.shape:
-            raise UserError(
-                f"the set{f' in {self.folder}' if self.folder else ''} lacks the labels of its views (labels.safetensors, for "
-                f"{len(self.labels)} images); load it from the folder that it was saved in, or distil again"
-            )
-        return StoredLabels.of_tensors(held, len(self.class_names))
-
-    def apart(self, name: str) -> dict[str, Tensor]:
-        """Tensors of a group of its own, "labels" or "teacher", read if they are not in memory; empty if there are none.
-
-        Raises UserError where their file is damaged or gone.
+        Raises UserError if the set lacks the labels of its views.
         """
-        held = {key.partition("/")[2]: value for key, value in self.extras.items() if key.startswith(f"{name}/")}
-        if held or self.folder is None:
-            return held
+        factor = self.card.get("formation", 1)
+        images, labels = split_parts(self.images, factor), self.labels.repeat_interleave(factor**2)
+        views = None
+        if self.protocol.labels == "views":
+            tensors = self.group("labels")
+            if "values" not in tensors or tensors["values"].shape[1:2] != self.labels.shape:
+                raise UserError(
+                    f"the set{f' in {self.folder}' if self.folder else ''} lacks the labels of its views (labels.safetensors, "
+                    f"for {len(self.labels)} images); load it from the folder that it was saved in, or distil again"
+                )
+            views = StoredLabels.from_tensors(tensors, len(self.class_names))
+        return TrainingSet(images, labels, soft=self._small_extras(), views=views)
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a group of extras, "labels" or "teacher", read from its file if necessary; {} without them.
+
+        Raises UserError if the file is damaged or missing.
+        """
+        tensors = {key.partition("/")[2]: value for key, value in self.extras.items() if key.startswith(f"{name}/")}
+        if tensors or self.folder is None:
+            return tensors
         path = self.folder / f"{name}.safetensors"
         try:
             return safetensors_io.load(path)
@@ -100,22 +110,22 @@ class SyntheticSet:
             raise UserError(f"{path} cannot be read ({error}), and the set needs it; distil again") from None
 
     def teacher(self, device: torch.device, network: str | None = None) -> Teacher:
-        """The network whose answers are the labels of the views.
+        """The network whose logits are the labels of the views.
 
-        Where it is a user's own code, `network` must name it: a card alone runs nothing. Raises UserError.
+        Raises UserError if the teacher is custom code that `network` does not name: a card never runs code.
         """
-        facts = TeacherFacts.of(self.card["teacher"]).trusted(network)
-        return Teacher.of(facts, self.apart("teacher"), device)
+        facts = TeacherFacts.from_card(self.card["teacher"]).trusted(network)
+        return Teacher.from_state(facts, self.group("teacher"), device)
 
-    def asked(self, device: torch.device, network: str | None = None) -> TeacherLabels:
-        """The teacher, asked under the very protocol that the set's own labels were made by; `network` as of `teacher`."""
+    def teacher_labels(self, device: torch.device, network: str | None = None) -> TeacherLabels:
+        """Labels of any views by the same teacher and protocol as the set's own; `network` as in `teacher`."""
         facts = self.card["soft_labels"]
         return TeacherLabels(self.teacher(device, network), facts["epochs"], facts["top_k"], self.protocol.temperature)
 
     def pixels(self) -> Tensor:
-        """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to what can be shown.
+        """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to 0..255.
 
-        Raises UserError where the set holds neither images nor clips.
+        Raises UserError for a set of tensors.
         """
         if self.kind == "tensors":
             raise UserError(
@@ -124,116 +134,133 @@ class SyntheticSet:
         return self.values()
 
     def values(self) -> Tensor:
-        """The samples as real ones are stored: uint8 pixels, or the numbers of other arrays as float32 [n, *shape]."""
+        """The samples on the scale of the real data: uint8 pixels, or float32 [n, *shape] for tensors."""
         return self.normalization.stored(self.images)
 
     def save(self, folder: Path) -> None:
-        """Publish the set as a folder, in one step."""
+        """Write the set to a folder, atomically."""
         with publish(folder) as temporary:
             temporary.mkdir()
-            held = {"images": self.images, "labels": self.labels}
-            plain = {key: value for key, value in self.extras.items() if "/" not in key}
-            safetensors_io.write(temporary / "synthetic.safetensors", held | plain)
-            for name in APART:
-                self._write_apart(temporary, name)
+            tensors = {"images": self.images, "labels": self.labels, **self._small_extras()}
+            safetensors_io.write(temporary / "synthetic.safetensors", tensors)
+            for name in GROUPS:
+                file = f"{name}.safetensors"
+                if any(key.startswith(f"{name}/") for key in self.extras):
+                    safetensors_io.write(temporary / file, self.group(name))
+                elif self.folder is not None and (self.folder / file).exists():
+                    shutil.copyfile(self.folder / file, temporary / file)
             if self.snapshots:
-                shots = {f"{step:08d}": pixels for step, pixels in self.snapshots.items()}
-                safetensors_io.write(temporary / "snapshots.safetensors", shots)
+                snapshots = {f"{step:08d}": values for step, values in self.snapshots.items()}
+                safetensors_io.write(temporary / "snapshots.safetensors", snapshots)
             if self.whitening is not None:
                 self.whitening.save(temporary)
-            (temporary / "card.json").write_text(json.dumps(self.card, indent=1) + "\n")
+            (temporary / CARD).write_text(json.dumps(self.card, indent=1) + "\n")
             (temporary / "preview.png").write_bytes(png(preview(self)))
 
-    def _write_apart(self, folder: Path, name: str) -> None:
-        file = f"{name}.safetensors"
-        if any(key.startswith(f"{name}/") for key in self.extras):
-            safetensors_io.write(folder / file, self.apart(name))
-        elif self.folder is not None and (self.folder / file).exists():
-            shutil.copyfile(self.folder / file, folder / file)
-
     def export_imagefolder(self, folder: str | Path) -> None:
-        """`<class>/<number>.png`, 8 bits per channel (clipped); torchvision's ImageFolder reads it.
+        """Write `<class>/<number>.png`, 8 bits per channel (clipped), as torchvision's ImageFolder reads it.
 
-        Clips become one folder of frames each, `<class>/<number>/00000.png` and so on, the "rawframes" of video toolkits.
-        Raises UserError where the folder is there and not empty, and where the set holds neither images nor clips.
+        A clip becomes a folder of frames, `<class>/<number>/00000.png` and so on: the "rawframes" of video toolkits.
+
+        Raises:
+            UserError: the folder exists and is not empty, or the set holds tensors.
         """
-        self._need_pictures()
-        exports.imagefolder(Path(folder), *self._shown())
+        exports.write_imagefolder(Path(folder), *self._image_samples())
 
     def export_videofolder(self, folder: str | Path) -> None:
-        """Clips as `<class>/<number>.mp4`, which every player and video loader reads, and a `card.json` beside the classes.
+        """Write clips as `<class>/<number>.mp4` (H.264, 8 frames per second) and a `card.json` next to the classes.
 
-        Lossy, though barely (43 dB on coloured noise), and every pixel becomes 2 x 2: the card says so.
-        Raises UserError where the set holds images, and where the folder is there and not empty.
+        Lossy (43 dB on coloured noise), and every pixel becomes 2 x 2, as the card says.
+
+        Raises:
+            UserError: the folder exists and is not empty, the set holds no clips, or there is no H.264 encoder.
         """
-        self._need_pictures()
-        exports.videofolder(Path(folder), *self._shown(), self.card)
+        exports.write_videofolder(Path(folder), *self._image_samples(), self.card)
 
     def export_parquet(self, path: str | Path) -> None:
-        """One Parquet file in Hugging Face's layout; `datasets.load_dataset("parquet", ...)` reads it.
+        """Write one Parquet file in Hugging Face's layout; `datasets.load_dataset("parquet", ...)` reads it.
 
-        Columns: label and `image`, or of clips `frames`, a list of images; of other arrays `values`, nested lists of float32,
-        which `data.source: tensors` reads again.
+        Columns: `label` and `image`; for clips `frames`, a list of images; for tensors `values`, nested lists of float32, which
+        `data.source: tensors` reads.
         """
-        write = exports.value_parquet if self.kind == "tensors" else exports.parquet
-        write(Path(path), *self._shown())
-
-    def _need_pictures(self) -> None:
-        if self.kind == "tensors":
-            raise UserError("the set holds arrays that are no images; use export_parquet or export_pt")
-
-    def _shown(self) -> tuple[exports.Array, list[int], list[str]]:
-        return self.values().numpy(), self.labels.tolist(), self.class_names
+        write = exports.write_tensor_parquet if self.kind == "tensors" else exports.write_parquet
+        write(Path(path), *self._samples())
 
     def export_pt(self, path: str | Path) -> None:
-        """A plain `.pt` with images, labels and the card; loads with `torch.load(path, weights_only=True)`.
+        """Write a `.pt` file with images, labels, card and small extras, for `torch.load(path, weights_only=True)`.
 
-        Where the images are whitened, it also holds whitening_mean and whitening_matrix. The labels of views are not in it.
+        For whitened images it also has whitening_mean and whitening_matrix. It lacks the labels of views.
         """
         with publish(Path(path)) as temporary:
-            held = {"images": self.images, "labels": self.labels, "card": self.card}
+            content = {"images": self.images, "labels": self.labels, "card": self.card}
             if self.whitening is not None:
-                held |= {"whitening_mean": self.whitening.mean, "whitening_matrix": self.whitening.matrix}
-            plain = {key: value for key, value in self.extras.items() if "/" not in key}
-            torch.save(held | plain, temporary)
+                content |= {"whitening_mean": self.whitening.mean, "whitening_matrix": self.whitening.matrix}
+            torch.save(content | self._small_extras(), temporary)
+
+    def _small_extras(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.extras.items() if "/" not in key}
+
+    def _samples(self) -> tuple[exports.Array, list[int], list[str]]:
+        return self.values().numpy(), self.labels.tolist(), self.class_names
+
+    def _image_samples(self) -> tuple[exports.Array, list[int], list[str]]:
+        if self.kind == "tensors":
+            raise UserError("the set holds arrays that are not images; use export_parquet or export_pt")
+        return self._samples()
+
+
+def publish_in_run(source: Path, target: Path, fingerprints: Mapping[str, str | None]) -> SyntheticSet:
+    """Copy the finished set of a distillation to its run folder, atomically, with the run's fingerprints in its card.
+
+    Raises UserError if the set is damaged.
+    """
+    synthetic = load(source)
+    synthetic.card["fingerprints"] = dict(fingerprints)
+    with publish(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=shutil.copyfile)
+        (temporary / CARD).write_text(json.dumps(synthetic.card, indent=1) + "\n")
+    return synthetic
 
 
 def load(folder: str | Path) -> SyntheticSet:
-    """Read a synthetic set from a folder on a disk or, by its URI, on object storage.
+    """Read a synthetic set.
 
-    Raises UserError where the folder holds none.
+    Args:
+        folder: the set's folder or a run folder, on a disk or by its URI in an object store.
+
+    Raises:
+        UserError: the folder holds no set, or the set is damaged.
     """
-    named = shown(str(folder))
+    name = shown(str(folder))
     folder = fetched(str(folder), SET) if is_remote(folder) else Path(folder)
     if (folder / SET).is_dir():
         folder = folder / SET
     try:
-        saved = safetensors_io.load(folder / "synthetic.safetensors")
-        card = json.loads((folder / "card.json").read_text())
+        tensors = safetensors_io.load(folder / "synthetic.safetensors")
+        card = json.loads((folder / CARD).read_text())
         whitening = Whitening.load(folder) if card.get("whitening") else None
-        shots = (
-            safetensors_io.load(folder / "snapshots.safetensors") if (folder / "snapshots.safetensors").exists() else {}
-        )
+        path = folder / "snapshots.safetensors"
+        snapshots = safetensors_io.load(path) if path.exists() else {}
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{named} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
+        raise UserError(f"{name} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
-        raise UserError(f"the synthetic set in {named} is damaged: {error}") from None
-    if wrong := _wrong(saved, card):
-        raise UserError(f"the synthetic set in {named} is damaged: {wrong}")
+        raise UserError(f"the synthetic set in {name} is damaged: {error}") from None
+    if problem := _problem(tensors, card):
+        raise UserError(f"the synthetic set in {name} is damaged: {problem}")
     Normalization.of_card(card["normalization"])
-    images, labels = saved.pop("images"), saved.pop("labels")
-    snapshots = {int(k): v for k, v in sorted(shots.items()) if k.isdecimal()}
-    return SyntheticSet(images, labels, card, snapshots, saved, whitening, folder)
+    images, labels = tensors.pop("images"), tensors.pop("labels")
+    by_step = {int(k): v for k, v in sorted(snapshots.items()) if k.isdecimal()}
+    return SyntheticSet(images, labels, card, by_step, tensors, whitening, folder)
 
 
-def _wrong(saved: dict[str, Tensor], card: Any) -> str | None:
-    """What is wrong with a set that somebody gave: its tensors and its card must speak of the same samples and classes."""
+def _problem(tensors: dict[str, Tensor], card: Any) -> str | None:
+    """The first problem of an untrusted set: its tensors and its card must describe the same samples and classes."""
     names = card.get("class_names") if isinstance(card, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "its card does not list class_names"
     if not isinstance(card.get("normalization"), dict) or not isinstance(card.get("protocol", {}), dict):
-        return "its card lacks the normalization, or its protocol is none"
-    images, labels = saved.get("images"), saved.get("labels")
+        return "its card lacks the normalization, or its protocol is not an object"
+    images, labels = tensors.get("images"), tensors.get("labels")
     if images is None or images.dtype != torch.float32 or images.dim() < 2 or not torch.isfinite(images).all():
         return "it lacks images [n, *shape] of finite float32"
     if labels is None or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -244,16 +271,16 @@ def _wrong(saved: dict[str, Tensor], card: Any) -> str | None:
 
 
 def preview(synthetic: SyntheticSet) -> Frames:
-    """The first samples of the first classes: a row of classes at one sample per class, else a row per class.
+    """A grid of the first samples of the first classes; one row per class, or rows of classes at one sample per class.
 
-    One picture of images, one per frame of clips; of these as many as PREVIEW_BYTES allow.
+    One picture for images, one per frame for clips, of as many samples as fit into PREVIEW_BYTES.
     """
     ipc = max(1, len(synthetic.labels) // max(1, len(synthetic.class_names)))
     columns = PREVIEW_COLUMNS if ipc == 1 else min(ipc, PREVIEW_COLUMNS)
-    shown = torch.from_numpy(to_pixels(synthetic.values()[: ipc * PREVIEW_CLASSES].numpy()))
-    shown = shown[: ipc * PREVIEW_CLASSES].unflatten(0, (-1, ipc))[:, :columns].flatten(0, 1)
-    if shown.dim() == 5:
-        fit = max(1, PREVIEW_BYTES // shown[0].numel())
+    samples = torch.from_numpy(to_pixels(synthetic.values()[: ipc * PREVIEW_CLASSES].numpy()))
+    samples = samples[: ipc * PREVIEW_CLASSES].unflatten(0, (-1, ipc))[:, :columns].flatten(0, 1)
+    if samples.dim() == 5:
+        fit = max(1, PREVIEW_BYTES // samples[0].numel())
         columns = min(columns, fit)
-        shown = shown[: fit - fit % columns]
-    return grid(shown.numpy(), columns, PREVIEW_SIDE)
+        samples = samples[: fit - fit % columns]
+    return grid(samples.numpy(), columns, PREVIEW_SIDE)

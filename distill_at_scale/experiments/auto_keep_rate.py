@@ -22,7 +22,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation.evaluate import need_test_split
+from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.studies.base import StudyContext
@@ -47,7 +47,7 @@ def rate(config: Config, open_points: OpenPoints, say: Callable[[str], None]) ->
     if (known := read(run)) and known["made_with"] == fingerprint:
         say(f"auto: keep {known['rate']:.4g} was found before ({run.place(NAME)})")
         return float(known["rate"])
-    need_test_split(PreparedDataset(run / "prepared"))
+    require_test_split(PreparedDataset(run / "prepared"))
     began = time.perf_counter()
     config = search_config(config)
     section = config.select.auto

@@ -1,10 +1,7 @@
-"""Ready-made checkpoints for scoring, instead of trained proxies: read, fitted to the network, checked against the classes.
+"""Ready-made weights for scoring and teachers: read, fitted to the network and checked against the data's classes.
 
-`score.weights` names a safetensors file, a state dict of torch (read without running anything that is pickled in it), a
-checkpoint of one of our own proxies, or weights that torchvision publishes, by their name or the name of their file,
-which are looked for in torch's own folder. What does not fit is refused before anything is scored.
-
-Left out: downloading anything.
+A name is a safetensors file, a state dict of torch (loaded without running pickled code), a checkpoint of one of our own
+proxies, or weights that torchvision publishes, whose file must be in torch's hub folder. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,24 +23,26 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.models.spec import OF_CLIPS, TORCHVISION, NetworkSpec, is_of_torchvision
+from distill_at_scale.models.spec import OF_CLIPS, TORCHVISION, NetworkSpec, is_torchvision_classifier
 from distill_at_scale.models.torchvision_weights import Published, explain, fits, similar
 from distill_at_scale.models.torchvision_weights import published as find_published
 
 State = dict[str, Tensor]
-MOST_EXPANDED = 16  # times the file: weights may share their bytes, and a pickle may repeat one number without end
-ARCHIVE = b"PK\3\4"  # how a file of torch.save begins; older ones are bare pickles
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep the weights
+MAX_EXPANSION = 16  # bytes of weights per byte of file: tensors may share storage, and a pickle can repeat one value
+ZIP_MAGIC = b"PK\3\4"  # first bytes of a file of torch.save; older ones are bare pickles
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts save the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "weight.")  # of DataParallel, torch.compile, Lightning and our proxies
 
 
 @dataclass(frozen=True)
-class Given:
-    """A ready-made checkpoint that fits its network.
+class PretrainedWeights:
+    """Weights that fit their network.
 
-    `state` holds float32 tensors by the network's own names, for a network of `outputs` classes; `classes` the columns
-    of its logits that are the data's classes, in the data's order, or None for all of them as they are;
-    `normalization` the (mean, std) per channel on the scale 0..1 that the weights expect, None for the data's own.
+    Attributes:
+        state: float32 tensors by the network's own names, for a network of `outputs` classes.
+        classes: columns of the logits that are the data's classes, in the data's order; None: all columns, in order.
+        normalization: (mean, std) per channel on the scale 0..1 that the weights expect; None: the data's own.
+        sha256: of the file.
     """
 
     state: State
@@ -53,34 +52,53 @@ class Given:
     sha256: str
 
 
-def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_names: list[str]) -> Given:
-    """The weights called `name` for the network of `spec`, whose `classes` and `class_names` are the data's.
+def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_names: list[str]) -> PretrainedWeights:
+    """Read weights and fit them to a network.
 
-    `source_class_names` are all classes of the source, of which the data may be a subset, in the labels' order.
+    Args:
+        name: a file, or torchvision's name of weights or of their file.
+        spec: the network, with the data's number of classes.
+        class_names: the data's classes, in the order of their labels.
+        source_class_names: all classes of the source, of which the data may be a subset.
 
-    Raises UserError for a file that is missing, damaged, no plain tensors, not finite, of another network or classes.
+    Raises:
+        UserError: the file is missing, damaged, not plain tensors or not finite, or is of another network or other classes.
     """
     file, published = _find(name)
     state, trained_on = _read(file)
-    state = _renamed(state, spec.skeleton().state_dict())
+    state = _rename(state, spec.skeleton().state_dict())
     outputs = _outputs(state, spec)
     if outputs not in (len(class_names), len(source_class_names)):
-        raise UserError(_wrong_count(file, outputs, class_names, source_class_names, published))
+        source = "" if len(source_class_names) == len(class_names) else f" (of {len(source_class_names)} in its source)"
+        imagenet = ", or list all of ImageNet's 1000 in the file data.class_names and your subset in data.classes"
+        raise UserError(
+            f"{file} has outputs for {outputs} classes, the data has {len(class_names)}{source}; take weights that were "
+            f"trained on these classes{imagenet if published else ''}"
+        )
     fitted = _fit(file, state, replace(spec, classes=outputs), published)
     order = _class_order(file, trained_on, published, outputs, class_names, source_class_names)
-    columns = None if order == class_names else _columns(file, order, class_names)
-    return Given(fitted, outputs, columns, published.normalization if published else None, file_digest(file)["sha256"])
+    columns = None
+    if order != class_names:
+        column_of = {name: column for column, name in enumerate(order)}
+        if unknown := [name for name in class_names if name not in column_of]:
+            raise UserError(f"{file} knows no class {unknown[0]!r}; take it out of data.classes, or take other weights")
+        columns = [column_of[name] for name in class_names]
+    normalization = published.normalization if published else None
+    return PretrainedWeights(fitted, outputs, columns, normalization, file_digest(file)["sha256"])
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:
-    """What scores depend on, wherever the files lie: content and, where the name tells it, what torchvision expects of them."""
-    found = {name: _find(name) for name in names}
-    told = {name: [p.network, p.normalization] if p else None for name, (_, p) in found.items()}
-    return {name: digest([file_digest(path)["sha256"], told[name]]) for name, (path, _) in found.items()}
+    """A digest per name: the content of its file and, for published weights, torchvision's network and normalisation."""
+    result = {}
+    for name in names:
+        file, published = _find(name)
+        expects = [published.network, published.normalization] if published else None
+        result[name] = digest([file_digest(file)["sha256"], expects])
+    return result
 
 
 def check(config: Config, shape: Sequence[int], class_names: list[str], source_class_names: list[str]) -> None:
-    """Load every checkpoint of `score.weights` once; raises the UserError of the first that cannot be used."""
+    """Load the weights of `score.weights` once; raises UserError for the first that cannot be used."""
     score = config.score
     spec = NetworkSpec(score.network, tuple(shape), len(class_names), score.width, score.depth)
     for name in score.weight_names:
@@ -88,31 +106,34 @@ def check(config: Config, shape: Sequence[int], class_names: list[str], source_c
 
 
 def _find(name: str) -> tuple[Path, Published | None]:
-    """Where the weights called `name` lie, and what torchvision says about them if it publishes them."""
+    """The file of the weights called `name`, and torchvision's entry if it publishes them."""
     path = Path(name).expanduser()
     published = find_published(path.name) if path.suffix == ".pth" or "_Weights." in name else None
     if path.is_file():
         return path, published
     if published is None or name != path.name:
         raise UserError(f"score.weights = {name!r}: there is no such file{similar(path.name)}")
-    place = Path(torch.hub.get_dir()) / "checkpoints" / published.file
-    if not place.is_file():
+    file = Path(torch.hub.get_dir()) / "checkpoints" / published.file
+    if not file.is_file():
         raise UserError(
-            f"score.weights = {name!r} is not on this machine; put torchvision's file {published.file} at {place} "
+            f"score.weights = {name!r} is not on this machine; put torchvision's file {published.file} at {file} "
             f"(it is published as {published.url}; nothing is downloaded here)"
         )
-    return place, published
+    return file, published
 
 
 def _read(file: Path) -> tuple[State, list[str] | None]:
-    """The tensors of a file, and the names of the classes that it was trained on, where it says so."""
+    """The tensors of a file, and the names of its classes if its metadata has them."""
     try:
         size = file.stat().st_size
         state, names = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), None)
     except OSError as error:
         raise UserError(f"cannot read the weights {file}: {error.strerror or error}. Is the path right?") from None
-    if (held := sum(value.numel() * value.element_size() for value in state.values())) > MOST_EXPANDED * size:
-        raise UserError(f"{file} claims {held:,} bytes of weights and has {size:,}; save it again, or get it elsewhere")
+    claimed = sum(value.numel() * value.element_size() for value in state.values())
+    if claimed > MAX_EXPANSION * size:
+        raise UserError(
+            f"{file} claims {claimed:,} bytes of weights and has {size:,}; save it again, or get it elsewhere"
+        )
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise UserError(f"{file}: {key} has values that are not finite; these weights cannot score anything")
@@ -122,168 +143,154 @@ def _read(file: Path) -> tuple[State, list[str] | None]:
 def _read_safetensors(file: Path) -> tuple[State, list[str] | None]:
     try:
         with safe_open(file, framework="pt") as handle:
-            facts, state = handle.metadata() or {}, {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            metadata = handle.metadata() or {}
+            state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except OSError:
         raise
-    except Exception as error:  # of the library, or of torch for a shape that cannot be
+    except Exception as error:  # from safetensors, or from torch for an impossible shape
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} is no whole safetensors file ({reason}); copy or save it again") from None
+        raise UserError(f"{file} is not a complete safetensors file ({reason}); copy or save it again") from None
     try:
-        names = json.loads(facts.get("class_names", "null"))
+        names = json.loads(metadata.get("class_names", "null"))
     except (ValueError, RecursionError):
-        names = facts["class_names"]
+        names = metadata["class_names"]
     if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
         raise UserError(f"{file}: the metadata class_names must be a JSON list of names, and is {str(names)[:80]!r}")
     return state, names
 
 
 def _read_pickle(file: Path) -> State:
-    _refuse_packed(file)
+    _refuse_compressed(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it wants to run {wants[1]}" if wants else "it is damaged, or more than tensors"
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to run {code[1]}" if code else "it is damaged, or more than tensors"
         raise UserError(
-            f"{file} cannot be loaded safely as a state dict: {why}; save the weights as safetensors where you trust "
+            f"{file} cannot be loaded safely as a state dict: {reason}; save the weights as safetensors where you trust "
             "the file: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from None
-    while isinstance(found, Mapping) and (inner := [w for w in WRAPPERS if isinstance(found.get(w), Mapping)]):
-        found = found[inner[0]]
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    while isinstance(content, Mapping) and (
+        keys := [k for k in STATE_DICT_KEYS if isinstance(content.get(k), Mapping)]
+    ):
+        content = content[keys[0]]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise UserError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), ...) or safetensors")
     return {str(key): value for key, value in tensors.items()}
 
 
-def _refuse_packed(file: Path) -> None:
-    """torch never packs its archives, so one that is packed is a bomb, or nothing of torch's."""
+def _refuse_compressed(file: Path) -> None:
+    """torch.save never compresses its archives, so a compressed one is a zip bomb or not torch's."""
     with open(file, "rb") as handle:
-        if handle.read(4) != ARCHIVE:
+        if handle.read(4) != ZIP_MAGIC:
             return
     try:
         with zipfile.ZipFile(file) as archive:
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     except Exception as error:  # damaged names and sizes raise nearly anything
         raise UserError(
             f"{file} cannot be loaded safely as a state dict: it is damaged ({error}); save it again"
         ) from None
-    if packed:
-        raise UserError(f"{file} is a packed zip archive, which torch does not write; save the weights again")
+    if compressed:
+        raise UserError(f"{file} is a compressed zip archive, which torch does not write; save the weights again")
 
 
-def _renamed(state: State, expected: Collection[str]) -> State:
-    """The tensors by the names of the network, as far as known habits of naming lead there."""
+def _rename(state: State, expected: Collection[str]) -> State:
+    """The tensors under the names of our network, for prefixes and layouts that are common."""
     state = {key: value for key, value in state.items() if not re.fullmatch(r"momentum\.\d+", key)}
     while not state.keys() & set(expected):
         shared = [p for p in PREFIXES if state and all(key.startswith(p) for key in state)]
         if not shared:
             break
         state = {key.removeprefix(shared[0]): value for key, value in state.items()}
-    wrapped = [key for key in ("conv1.weight", "stem.0.weight") if f"net.{key}" in expected and key in state]
-    if wrapped:  # our ResNet or VideoResNet around torchvision's
+    # our ResNet and VideoResNet wrap torchvision's
+    if any(f"net.{key}" in expected and key in state for key in ("conv1.weight", "stem.0.weight")):
         state = {f"classifier{k[2:]}" if k.startswith("fc.") else f"net.{k}": v for k, v in state.items()}
-    # torchvision's own DenseNets lie in files that are older than the names of their layers
+    # the files of torchvision's DenseNets are older than the names of their layers
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value for key, value in state.items()}
 
 
 def _outputs(state: State, spec: NetworkSpec) -> int:
-    """How many classes the weights tell apart: the size of what grows with the number of classes."""
+    """The number of classes of the weights: the size of the first tensor that grows with the number of classes."""
     one_more = replace(spec, classes=spec.classes + 1).skeleton().state_dict()
     for key, value in spec.skeleton().state_dict().items():
         if value.shape != one_more.get(key, value).shape and key in state and state[key].dim():
             return len(state[key])
-    return spec.classes  # another network: _fit says so
+    return spec.classes  # weights of another network, which _fit refuses
 
 
 def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | None) -> State:
     """The network's state dict with these tensors; raises UserError with the first names that do not fit."""
     network = spec.skeleton()
-    if wrong := _misfits(network, state):
-        ours = _ours(published.network) if published else None
-        hint = f" (torchvision published them for {ours})" if ours else ""
-        raise UserError(
-            f"{file} does not fit score.network = {spec.name!r} for {'clips' if spec.clips else 'images'} of shape "
-            f"{spec.shape}: {'; '.join(wrong)}. Set score.network, width, depth and data.size to "
-            f"what the weights were trained with{hint}"
-        )
-    return network.state_dict()
+    if not (wrong := _misfits(network, state)):
+        return network.state_dict()
+    hint = ""
+    if published:
+        name = published.network
+        ours = f"{TORCHVISION}{name}" if is_torchvision_classifier(name) else None
+        hint = f" (torchvision published them for {f'{name}_bn' if f'{name}_bn' in OF_CLIPS else ours})"
+    raise UserError(
+        f"{file} does not fit score.network = {spec.name!r} for {'clips' if spec.clips else 'images'} of shape "
+        f"{spec.shape}: {'; '.join(wrong)}. Set score.network, width, depth and data.size to "
+        f"what the weights were trained with{hint}"
+    )
 
 
 def _misfits(network: nn.Module, state: State) -> list[str]:
-    """Put the tensors into the network; returns what is wrong with them."""
-    kept = network.state_dict()
-    odd = [k for k, v in kept.items() if k in state and (state[k].shape != v.shape or _no_float(state[k], v))]
-    cast: Any = OrderedDict((k, v.to(kept[k].dtype) if k in kept else v) for k, v in state.items() if k not in odd)
-    if cast.keys() == kept.keys():
-        cast._metadata = getattr(kept, "_metadata", None)  # else torchvision takes the names for an older version's
+    """Load the tensors into the network, each in the network's dtype; returns what does not fit."""
+    expected = network.state_dict()
+
+    def fits_slot(key: str) -> bool:
+        ours, theirs = expected[key], state[key]
+        return ours.shape == theirs.shape and (theirs.is_floating_point() or not ours.is_floating_point())
+
+    def first(keys: Sequence[str]) -> str:
+        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+    def described(tensor: Tensor) -> str:
+        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+    odd = [key for key in expected if key in state and not fits_slot(key)]
+    cast: Any = OrderedDict(
+        (k, v.to(expected[k].dtype) if k in expected else v) for k, v in state.items() if k not in odd
+    )
+    if cast.keys() == expected.keys():
+        # without its metadata, torchvision takes the names for those of an older version
+        cast._metadata = getattr(expected, "_metadata", None)
     try:
         missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
-    except (RuntimeError, ValueError) as error:  # of a network with rules of its own
+    except (RuntimeError, ValueError) as error:  # of a network with its own load_state_dict
         return [str(error)]
-    wrong = [f"{key} is {_kind(state[key])} where {_kind(kept[key])} is expected" for key in odd[:1]]
-    wrong += [f"it lacks {_first(lacking)}"] if (lacking := [key for key in missing if key not in odd]) else []
-    return wrong + ([f"it has {_first(unexpected)}, which the network has not"] if unexpected else [])
-
-
-def _ours(network: str) -> str | None:
-    """Our name for one of torchvision's networks; None for one that classifies videos and is not among ours."""
-    if f"{network}_bn" in OF_CLIPS:
-        return f"{network}_bn"
-    return f"{TORCHVISION}{network}" if is_of_torchvision(network) else None
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _no_float(found: Tensor, wanted: Tensor) -> bool:
-    return wanted.is_floating_point() and not found.is_floating_point()
-
-
-def _first(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    wrong = [f"{key} is {described(state[key])} where {described(expected[key])} is expected" for key in odd[:1]]
+    if missing := [key for key in missing if key not in odd]:
+        wrong.append(f"it lacks {first(missing)}")
+    return wrong + ([f"it has {first(unexpected)}, which the network has not"] if unexpected else [])
 
 
 def _class_order(
     file: Path, trained_on: list[str] | None, published: Published | None, outputs: int,
     class_names: list[str], source_class_names: list[str],
 ) -> list[str]:  # fmt: skip
-    """The classes of the logits' columns; raises UserError where they are known not to be the data's."""
+    """The class of each column of the logits; raises UserError if they are known to be other classes than the data's."""
     candidates = [names for names in (class_names, source_class_names) if len(names) == outputs]
     if trained_on is not None:
-        if trained_on not in candidates:
-            raise UserError(_wrong_order(file, trained_on, outputs, candidates[0]))
-        return trained_on
+        if trained_on in candidates:
+            return trained_on
+        if len(trained_on) != outputs:
+            raise UserError(
+                f"{file} names {len(trained_on)} classes in its metadata and has {outputs} outputs; save it again"
+            )
+        i = next(i for i in range(outputs) if trained_on[i] != candidates[0][i])
+        raise UserError(
+            f"{file} was trained on other classes, or on another order of them: its class {i} is {trained_on[i]!r}, the "
+            f"data's is {candidates[0][i]!r}; list the classes in the weights' order in data.classes, or take other weights"
+        )
     if published and outputs == len(published.categories):
         fitting = [names for names in candidates if fits(names, published.categories)]
         if not fitting:
             raise UserError(explain(file, candidates[-1], published.categories))
         return fitting[0]
     return candidates[0]
-
-
-def _columns(file: Path, order: list[str], class_names: list[str]) -> list[int]:
-    place = {name: column for column, name in enumerate(order)}
-    if unknown := [name for name in class_names if name not in place]:
-        raise UserError(f"{file} knows no class {unknown[0]!r}; take it out of data.classes, or take other weights")
-    return [place[name] for name in class_names]
-
-
-def _wrong_order(file: Path, trained_on: list[str], outputs: int, names: list[str]) -> str:
-    if len(trained_on) != outputs:
-        return f"{file} names {len(trained_on)} classes in its metadata and has {outputs} outputs; save it again"
-    i = next(i for i in range(outputs) if trained_on[i] != names[i])
-    return (
-        f"{file} was trained on other classes, or on another order of them: its class {i} is {trained_on[i]!r}, the "
-        f"data's is {names[i]!r}; list the classes in the weights' order in data.classes, or take other weights"
-    )
-
-
-def _wrong_count(file: Path, outputs: int, names: list[str], source: list[str], published: Published | None) -> str:
-    whole = "" if len(source) == len(names) else f" (of {len(source)} in its source)"
-    action = "take weights that were trained on these classes"
-    subset = ", or list all of ImageNet's 1000 in the file data.class_names and your subset in data.classes"
-    return f"{file} has outputs for {outputs} classes, the data has {len(names)}{whole}; {action}{subset if published else ''}"

@@ -1,11 +1,8 @@
 """Networks by name, for scoring, matching and evaluation.
 
-The networks for images are in architectures.py, those for clips in architectures3d.py, those for samples of any shape in
-architectures1d.py. `torchvision:NAME` is any of
-torchvision's image classifiers as it is, for weights that were trained with it; `frame:NAME` is a network for images on
-the middle frame of a clip, a control.
-
-Left out: weights (scoring/weights.py), and torchvision's classifiers that answer with more than logits.
+A name is an entry of `NETWORKS`, `torchvision:NAME` (any of torchvision's image classifiers, unchanged, for weights trained
+with it), `frame:NAME` (an image network on the middle frame of a clip) or `package.module:Object` (your own). Weights are in
+`models/pretrained.py`.
 """
 
 from __future__ import annotations
@@ -27,20 +24,32 @@ from distill_at_scale.models.image import VGG11, AlexNet, ConvNet, ResNet
 from distill_at_scale.models.mlp import MLP
 from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
 
-CACHE = 8 * 2**20  # bytes of one layer's activations that a CPU core keeps close
-GPU_BYTES = 512 * 2**20  # the same for a GPU, where more at once only costs memory
-TORCHVISION = "torchvision:"  # before a name of torchvision's own
-FRAME = "frame:"  # before the name of a network for images, which then sees the middle frame of a clip
-OTHERS = "take mlp, or a network of your own (package.module:Object)"
-MORE_THAN_LOGITS = ("googlenet", "inception_v3")  # their extra outputs would be taken for a loss's input
-COMPILE_FROM = 25 * 10**9  # bytes of widest layers to compute; below, compiling (10-30 s) costs more than it saves
+CPU_CACHE = 8 * 2**20  # bytes of one layer's activations that stay in a CPU core's cache
+GPU_ACTIVATIONS = (
+    512 * 2**20
+)  # bytes of one layer's activations on a GPU; a larger batch costs memory and saves no time
+TORCHVISION, FRAME = "torchvision:", "frame:"  # prefixes of names
+SHAPELESS = "take mlp, or a network of your own (package.module:Object)"
+MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that return more than logits in training
+COMPILE_FROM = 25 * 10**9  # activation_bytes below which compiling (10-30 s) costs more than it saves
+
+
+Build = Callable[["NetworkSpec"], nn.Module]
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Everything that defines a network but its weights. `shape` is (C, H, W), of clips (T, C, H, W), of tensors any.
+    """Everything that defines a network except its weights.
 
-    `kind` is images, clips or tensors; where it is left out, the shape tells images from clips.
+    A network of your own, `package.module:Object`, is called with this specification and returns an `nn.Module`.
+
+    Args:
+        name: the network's name, see `builder`.
+        shape: of one sample: (C, H, W) for images, (T, C, H, W) for clips, any for tensors.
+        classes: number of logits.
+        width: channels of a ConvNet, units of an MLP; other networks ignore it.
+        depth: blocks of a ConvNet, hidden layers of an MLP; None: from the resolution, and 2 layers.
+        kind: "images", "clips" or "tensors"; None: images or clips, from the number of axes of `shape`.
     """
 
     name: str
@@ -59,30 +68,30 @@ class NetworkSpec:
         return self.kind == "tensors"
 
     @property
-    def columns(self) -> tuple[int, ...]:
-        """The shape in which one number per channel meets samples [n, *shape]: (C, 1, 1), of tensors (C, 1, ...) or (1,)."""
+    def channel_shape(self) -> tuple[int, ...]:
+        """The shape in which one number per channel broadcasts to samples: (C, 1, 1); for tensors (C, 1, ...) or (1,)."""
         if not self.tensors:
             return (self.shape[-3], 1, 1)
         return (self.shape[0], *(1,) * (len(self.shape) - 1)) if len(self.shape) > 1 else (1,)
 
     def build(self, seed: int) -> nn.Module:
-        """A freshly initialised network on the CPU; the same seed gives the same weights."""
+        """A freshly initialised network on the CPU, float32 [n, *shape] -> logits [n, classes]; a seed decides its weights.
+
+        Raises UserError for an unknown name and for data that the network does not take.
+        """
         with rng.default_generator(seed):
             return builder("network", self.name)(self)
 
     def skeleton(self) -> nn.Module:
-        """The network with its shapes but without numbers (on torch's meta device), where it can be built so."""
+        """The network on torch's meta device; on the CPU if its constructor reads the values of its weights."""
         try:
             with torch.device("meta"):
                 return self.build(0)
-        except RuntimeError:  # some constructors look at their numbers
+        except RuntimeError:
             return self.build(0)
 
     def embedding(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The map from images to features, which feature matching needs.
-
-        Raises UserError for a network that has none.
-        """
+        """The network's `embed`: samples [n, *shape] -> features [n, d]. Raises UserError for a network without one."""
         embed = getattr(network, "embed", None)
         if not callable(embed):
             raise UserError(
@@ -91,54 +100,57 @@ class NetworkSpec:
             )
         return embed
 
-    def at_once(self, device: torch.device) -> int:
-        """How many images go through the network at once: on a CPU as many as keep a layer in the cache.
+    def microbatch(self, device: torch.device) -> int:
+        """Samples per forward pass: on a CPU as many as keep a layer's activations in the cache.
 
-        Measured on an EPYC (Zen 5) core with a ConvNet of width 128 at 32 x 32: 16 at once take half the time per image of 256.
+        An EPYC (Zen 5) core with a ConvNet of width 128 at 32 x 32 takes half the time per image at 16 as at 256.
         """
-        return max(4, (CACHE if device.type == "cpu" else GPU_BYTES) // self.work(1))
+        limit = CPU_CACHE if device.type == "cpu" else GPU_ACTIVATIONS
+        return max(4, limit // self.activation_bytes(1))
 
-    def layout(self, use: Literal["score", "train", "match"], device: torch.device, compiled: bool) -> Layout:
-        """How weights and images lie in memory where the network is used for scoring, for training or for matching.
+    def memory_format(
+        self, use: Literal["score", "train", "match"], device: torch.device, compiled: bool
+    ) -> MemoryFormat:
+        """The memory format of weights and samples for scoring, training or matching.
 
-        On a GPU channels lie last, and of clips wherever the code is compiled: eagerly a CPU core loses by it. Of images they
-        lie last for scoring on a CPU too. There, training and matching keep the order that their numbers were made with.
+        Images: channels last for scoring, and for training on a GPU. Clips: channels last on a GPU and in compiled code;
+        eager code on a CPU is slower with it. The other cases keep the order of torch, and with it their published numbers.
         """
         if self.clips:
-            return Layout(self, compiled or device.type == "cuda")
-        return Layout(self, use == "score" or (use == "train" and device.type == "cuda"))
+            return MemoryFormat(self, compiled or device.type == "cuda")
+        return MemoryFormat(self, use == "score" or (use == "train" and device.type == "cuda"))
 
-    def lay_out(self, network: nn.Module) -> nn.Module:
-        """The network with the weights of its convolutions laid out channels last, in place."""
-        return Layout(self, True).network(network)
+    def weights_channels_last(self, network: nn.Module) -> nn.Module:
+        """Convert the weights of convolutions to channels last, in place; returns the network."""
+        return MemoryFormat(self, True).network(network)
 
-    def laid_out(self, images: Tensor) -> Tensor:
-        """Images [n, C, H, W] or clips [n, T, C, H, W] with their channels last in memory; shape and values stay."""
-        return Layout(self, True).images(images)
+    def channels_last(self, images: Tensor) -> Tensor:
+        """Images [n, C, H, W] or clips [n, T, C, H, W] with channels last in memory; shape and values stay."""
+        return MemoryFormat(self, True).images(images)
 
-    def work(self, images: int) -> int:
-        """Bytes of the widest layer for so many images: a measure of what is to be computed."""
-        return images * widest_layer(self)
+    def activation_bytes(self, samples: int) -> int:
+        """Bytes of the widest layer's output for this many samples: a measure of the computation."""
+        return samples * widest_layer(self)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the channels of a network's weights and images lie in memory; shapes and values are the same either way.
+class MemoryFormat:
+    """Channels last or torch's default, for weights and samples; shapes and values are the same either way.
 
-    Measured on an EPYC (Zen 5) core with the channels last: eager inference 1.6 (ResNet-18 at 224 x 224) to 3 times (ConvNet)
-    as fast, compiled the same. ConvNet3D is 1.3 to 2.5 times as fast compiled (1.2 to 2.2 with the backward pass),
-    but slower eagerly.
+    With channels last on an EPYC (Zen 5) core, eager inference is 1.6 (ResNet-18 at 224 x 224) to 3 times (ConvNet) as fast,
+    compiled inference unchanged. ConvNet3D is 1.3 to 2.5 times as fast compiled (1.2 to 2.2 with the backward pass), but
+    slower eagerly.
     """
 
     spec: NetworkSpec
     channels_last: bool
 
     def network(self, network: nn.Module) -> nn.Module:
-        """The network, the weights of its convolutions laid out in place."""
-        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        """Convert the weights of convolutions in place; returns the network."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for parameter in network.parameters() if self.channels_last else ():
-            if parameter.dim() in layouts:
-                parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+            if parameter.dim() in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
         return network
 
     def images(self, images: Tensor) -> Tensor:
@@ -150,38 +162,24 @@ class Layout:
         return images.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d).transpose(1, 2)
 
 
-def _of_images(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:
-    def build(spec: NetworkSpec) -> nn.Module:
-        if spec.tensors and len(spec.shape) != 3:
-            raise UserError(
-                f"the network {spec.name!r} takes images, the data are arrays of shape {spec.shape}; {OTHERS}"
-            )
-        if spec.clips:
-            raise UserError(
-                f"the network {spec.name!r} takes images, the data are clips; take one of {', '.join(OF_CLIPS)}, or "
-                f"{FRAME}{spec.name}, which sees their middle frame only"
-            )
-        return make(spec)
-
-    return build
-
-
-def _of_clips(make: Callable[[NetworkSpec], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:
-    def build(spec: NetworkSpec) -> nn.Module:
-        if spec.tensors:
-            raise UserError(
-                f"the network {spec.name!r} takes clips, the data are arrays of shape {spec.shape}; {OTHERS}"
-            )
-        if not spec.clips:
-            raise UserError(
-                f"the network {spec.name!r} takes clips, the data are images; set data.frames, or take another network"
-            )
-        return make(spec)
-
-    return build
+def _build_for(kind: Literal["images", "clips"], make: Build, spec: NetworkSpec) -> nn.Module:
+    if spec.tensors and (kind == "clips" or len(spec.shape) != 3):
+        raise UserError(
+            f"the network {spec.name!r} takes {kind}, the data are arrays of shape {spec.shape}; {SHAPELESS}"
+        )
+    if kind == "images" and spec.clips:
+        raise UserError(
+            f"the network {spec.name!r} takes images, the data are clips; take one of {', '.join(OF_CLIPS)}, or "
+            f"{FRAME}{spec.name}, which sees their middle frame only"
+        )
+    if kind == "clips" and not spec.clips:
+        raise UserError(
+            f"the network {spec.name!r} takes clips, the data are images; set data.frames, or take another network"
+        )
+    return make(spec)
 
 
-OF_IMAGES: dict[str, Callable[[NetworkSpec], nn.Module]] = {
+OF_IMAGES: dict[str, Build] = {
     "convnet": lambda spec: ConvNet(spec.shape, spec.classes, spec.width, spec.depth),
     "convnet_bn": lambda spec: ConvNet(spec.shape, spec.classes, spec.width, spec.depth, nn.BatchNorm2d),
     "alexnet": lambda spec: AlexNet(spec.shape, spec.classes),
@@ -191,64 +189,70 @@ OF_IMAGES: dict[str, Callable[[NetworkSpec], nn.Module]] = {
     "resnet50": lambda spec: ResNet(spec.shape, spec.classes, 50),
     "resnet50_bn": lambda spec: ResNet(spec.shape, spec.classes, 50, nn.BatchNorm2d),
 }
-OF_CLIPS: dict[str, Callable[[NetworkSpec], nn.Module]] = {
+OF_CLIPS: dict[str, Build] = {
     "convnet3d": lambda spec: ConvNet3D(spec.shape, spec.classes, spec.width, spec.depth),
     "r3d_18": lambda spec: VideoResNet("r3d_18", spec.shape, spec.classes, batch_norm=False),
     "r3d_18_bn": lambda spec: VideoResNet("r3d_18", spec.shape, spec.classes, batch_norm=True),
     "r2plus1d_18": lambda spec: VideoResNet("r2plus1d_18", spec.shape, spec.classes, batch_norm=False),
     "r2plus1d_18_bn": lambda spec: VideoResNet("r2plus1d_18", spec.shape, spec.classes, batch_norm=True),
 }
-OF_ANYTHING: dict[str, Callable[[NetworkSpec], nn.Module]] = {
+OF_ANYTHING: dict[str, Build] = {
     "mlp": lambda spec: MLP(spec.shape, spec.classes, spec.width, spec.depth),
 }
 NETWORKS = (
     OF_ANYTHING
-    | {name: _of_images(make) for name, make in OF_IMAGES.items()}
-    | {name: _of_clips(make) for name, make in OF_CLIPS.items()}
+    | {name: partial(_build_for, "images", make) for name, make in OF_IMAGES.items()}
+    | {name: partial(_build_for, "clips", make) for name, make in OF_CLIPS.items()}
 )
 
 
-def builder(key: str, name: str) -> Callable[[NetworkSpec], nn.Module]:
-    """What builds the network called `name`: of this table, `torchvision:NAME`, `frame:NAME`, or `package.module:Object`.
+def builder(key: str, name: str) -> Build:
+    """The function that builds a network from its specification.
 
-    Raises UserError, naming the configuration key, for a name that means nothing.
+    Args:
+        key: the configuration key that holds the name, for messages.
+        name: an entry of `NETWORKS`, `torchvision:NAME`, `frame:NAME` or `package.module:Object`.
+
+    Raises:
+        UserError: no network has this name.
     """
     if name.startswith(FRAME):
-        return partial(_of_one_frame, builder(key, name.removeprefix(FRAME)))
+        return partial(_build_one_frame, builder(key, name.removeprefix(FRAME)))
     if not name.startswith(TORCHVISION):
         return resolve(key, name, NETWORKS)
-    wanted = name.removeprefix(TORCHVISION)
-    if wanted in MORE_THAN_LOGITS:
+    architecture = name.removeprefix(TORCHVISION)
+    if architecture in MULTIPLE_OUTPUTS:
         raise UserError(f"{key} = {name!r} has outputs beside its logits and cannot be used; take another network")
-    if not is_of_torchvision(wanted):
-        raise UserError(f"{key} = {name!r} is no classifier of torchvision; {suggest(wanted, _classifiers())}")
-    return partial(_of_torchvision, wanted)
+    if not is_torchvision_classifier(architecture):
+        raise UserError(
+            f"{key} = {name!r} is no classifier of torchvision; {suggest(architecture, _torchvision_classifiers())}"
+        )
+    return partial(_build_torchvision, architecture)
 
 
 def is_plug_in(name: str) -> bool:
-    """Whether the name stands for a user's own code, which only a configuration may name, never an artefact."""
+    """Whether the name is a user's own code, which only a configuration may name, never an artefact."""
     name = name.removeprefix(FRAME)
     return ":" in name and not name.startswith(TORCHVISION)
 
 
-def is_of_torchvision(name: str) -> bool:
-    """One of its classifiers of images, of those that can be used here."""
-    return name in _classifiers()
+def is_torchvision_classifier(name: str) -> bool:
+    return name in _torchvision_classifiers()
 
 
-def _classifiers() -> list[str]:
+def _torchvision_classifiers() -> list[str]:
     from torchvision import models
 
-    return [name for name in models.list_models(module=models) if name not in MORE_THAN_LOGITS]
+    return [name for name in models.list_models(module=models) if name not in MULTIPLE_OUTPUTS]
 
 
-def _of_one_frame(make: Callable[[NetworkSpec], nn.Module], spec: NetworkSpec) -> nn.Module:
+def _build_one_frame(make: Build, spec: NetworkSpec) -> nn.Module:
     if not spec.clips:
         raise UserError(f"{spec.name} takes a frame out of a clip, the data are images; leave {FRAME!r} out")
     return OneFrame(make(replace(spec, name=spec.name.removeprefix(FRAME), shape=spec.shape[1:], kind="images")))
 
 
-def _of_torchvision(name: str, spec: NetworkSpec) -> nn.Module:
+def _build_torchvision(name: str, spec: NetworkSpec) -> nn.Module:
     from torchvision import models
 
     if spec.clips:
@@ -258,13 +262,15 @@ def _of_torchvision(name: str, spec: NetworkSpec) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=spec.classes)
 
 
-def will_compile(choice: str, work: int) -> bool:
-    return choice == "always" or (choice == "auto" and work >= COMPILE_FROM)
+def will_compile(choice: str, activation_bytes: int) -> bool:
+    return choice == "always" or (choice == "auto" and activation_bytes >= COMPILE_FROM)
 
 
-def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -> Callable[[Tensor], Tensor]:
-    """torch.compile where it pays for so much work (NetworkSpec.work); eager, with a warning, where no compiler works."""
-    if not will_compile(choice, work):
+def maybe_compile(
+    network: Callable[[Tensor], Tensor], choice: str, activation_bytes: int
+) -> Callable[[Tensor], Tensor]:
+    """torch.compile if it pays for this much computation; without a working compiler it warns once and runs eagerly."""
+    if not will_compile(choice, activation_bytes):
         return network
     compiled = torch.compile(network)
     failed = False
@@ -279,23 +285,23 @@ def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -
                     raise
                 failed = True
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                warnings.warn(f"torch.compile does not work here ({reason}); going on without, slower", stacklevel=2)
+                warnings.warn(f"torch.compile does not work here ({reason}); running eagerly, slower", stacklevel=2)
         return network(images)
 
     return forward
 
 
-def in_parts(function: Callable[[Tensor], Tensor], images: Tensor, at_once: int) -> Tensor:
-    """function(images) for [n, *shape] in parts of one fixed size, the last one padded (compiled code wants one shape)."""
-    if len(images) <= at_once:
+def in_parts(function: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """function(images) for [n, *shape], `size` samples at a time; pads the last part, as compiled code wants one shape."""
+    if len(images) <= size:
         return function(images)
-    missing = -len(images) % at_once
+    missing = -len(images) % size
     padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
-    return torch.cat([function(part) for part in padded.split(at_once)])[: len(images)]
+    return torch.cat([function(part) for part in padded.split(size)])[: len(images)]
 
 
 def mixes_samples(network: nn.Module) -> bool:
-    """Whether the network's output for a sample depends on the rest of the batch (batch norm in training)."""
+    """Whether a sample's output depends on the rest of the batch (batch norm in training)."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
@@ -306,21 +312,20 @@ def widest_layer(spec: NetworkSpec) -> int:
         return spec.width * (spec.shape[0] if spec.clips else 1) * spec.shape[-1] * spec.shape[-2] * 4
     try:
         return _widest_output(spec.skeleton(), spec.shape)
-    except RuntimeError:  # some networks look at numbers on their way
+    except RuntimeError:  # some networks read values in their forward pass
         return _widest_output(spec.build(0), spec.shape)
 
 
 @torch.no_grad()
 def _widest_output(network: nn.Module, shape: Sequence[int]) -> int:
-    """Bytes of the largest tensor that a module without children gives for one image."""
     sizes = [0]
 
-    def note(module: nn.Module, inputs: object, output: object) -> None:
+    def record(module: nn.Module, inputs: object, output: object) -> None:
         sizes.append(output.numel() * 4 if isinstance(output, Tensor) else 0)
 
     for module in network.modules():
         if not any(True for _ in module.children()):
-            module.register_forward_hook(note)
+            module.register_forward_hook(record)
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     network.eval()(torch.zeros(1, *shape, device=device))
     return max(sizes)

@@ -1,7 +1,4 @@
-"""The weights that torchvision publishes, as it describes them itself: name, file, network, classes, normalisation.
-
-They are known offline; nothing is downloaded. `models/pretrained.py` looks for the files in torch's own folder.
-"""
+"""The weights that torchvision publishes: name, file, network, classes, normalisation. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class Published:
-    """What torchvision says about weights that it publishes; `network` is its name for the network."""
+    """Weights that torchvision publishes; `network` is torchvision's name for it."""
 
     network: str
     file: str
@@ -27,17 +24,17 @@ class Published:
 
 
 def published(name: str) -> Published | None:
-    """Weights by torchvision's name for them (ResNet18_Weights.IMAGENET1K_V1) or for their file (resnet18-f37072fd.pth)."""
-    for network, names, weights in everything():
+    """Look weights up by name (ResNet18_Weights.IMAGENET1K_V1) or file name (resnet18-f37072fd.pth)."""
+    for network, names, weights in catalogue():
         if name in names:
-            expected = (tuple(weights.transforms().mean), tuple(weights.transforms().std))
-            return Published(network, names[1], weights.url, weights.meta["categories"] or [], expected)
+            normalization = (tuple(weights.transforms().mean), tuple(weights.transforms().std))
+            return Published(network, names[1], weights.url, weights.meta["categories"] or [], normalization)
     return None
 
 
-def everything() -> list[tuple[str, tuple[str, str], Any]]:
-    """(network, (name, file), entry) of everything that torchvision publishes to classify images or videos."""
-    from torchvision import models  # here, because importing it takes seconds in every process
+def catalogue() -> list[tuple[str, tuple[str, str], Any]]:
+    """(network, (name, file), entry) of all weights that torchvision publishes to classify images or videos."""
+    from torchvision import models  # imported here: it takes seconds in every process
 
     networks = [*models.list_models(module=models), *models.list_models(module=models.video)]
     enums = [(network, models.get_model_weights(network)) for network in networks]
@@ -46,39 +43,37 @@ def everything() -> list[tuple[str, tuple[str, str], Any]]:
 
 
 def similar(name: str) -> str:
+    """The end of the message for a name that is neither a file nor published."""
     if "_Weights" not in name and not re.search(r"-[0-9a-f]{8}\.pth$", name):
         return "; give the path of a .safetensors, .pt or .pth file, or torchvision's name of published weights"
-    close = difflib.get_close_matches(name, [known for _, names, _ in everything() for known in names], n=1)
+    close = difflib.get_close_matches(name, [known for _, names, _ in catalogue() for known in names], n=1)
     return f", and torchvision publishes none of that name{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def fits(names: list[str], categories: list[str]) -> bool:
-    """The categories as torchvision lists them, or ImageNet's ids in order."""
+    """Whether the data's classes are the categories, or ImageNet's 1000 WordNet ids in order."""
     if names == categories:
         return True
     ids = sorted(set(names)) == names and all(WORDNET_ID.fullmatch(name) for name in names)
     return len(categories) == IMAGENET and ids
 
 
-def _not_published(file: Path, names: list[str], categories: list[str]) -> str:
-    i = next(i for i, name in enumerate(names) if name != categories[i])
-    return (
-        f"{file} expects {len(categories)} classes in the order of torchvision's list; the data's class {i} is {names[i]!r} "
-        f"where {categories[i]!r} should be; name them in that order in the file data.class_names, if the labels follow it"
-    )
-
-
-def _not_imagenet(file: Path, names: list[str], categories: list[str]) -> str:
-    pairs = zip(["", *names], names, strict=False)
-    ids = [bool(WORDNET_ID.fullmatch(name)) and name > before for before, name in pairs]
-    i = ids.index(False) if ids[0] else next(i for i, name in enumerate(names) if name != categories[i])
-    return (
-        f"{file} expects ImageNet's 1000 classes in the order of their WordNet ids; the data's class {i} is {names[i]!r} "
-        f"where {'the next id in order' if ids[0] else repr(categories[i])} should be; name the ids (n...) in that order "
-        "in the file data.class_names, if the labels follow it"
-    )
-
-
 def explain(file: Path, names: list[str], categories: list[str]) -> str:
-    """Why the data's classes are not those of published weights, and what to do."""
-    return (_not_imagenet if len(categories) == IMAGENET else _not_published)(file, names, categories)
+    """The message for classes that do not `fit` published weights: the first class that differs, and the next action."""
+    first_wrong = next((i for i, name in enumerate(names) if name != categories[i]), 0)
+    if len(categories) != IMAGENET:
+        return (
+            f"{file} expects {len(categories)} classes in the order of torchvision's list; the data's class {first_wrong} is "
+            f"{names[first_wrong]!r} where {categories[first_wrong]!r} should be; name them in that order in the file "
+            "data.class_names, if the labels follow it"
+        )
+    in_order = [bool(WORDNET_ID.fullmatch(b)) and b > a for a, b in zip(["", *names], names, strict=False)]
+    if in_order[0]:
+        first_wrong, expected = in_order.index(False), "the next id in order"
+    else:
+        expected = repr(categories[first_wrong])
+    return (
+        f"{file} expects ImageNet's 1000 classes in the order of their WordNet ids; the data's class {first_wrong} is "
+        f"{names[first_wrong]!r} where {expected} should be; name the ids (n...) in that order in the file data.class_names, "
+        "if the labels follow it"
+    )

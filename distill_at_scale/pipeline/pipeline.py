@@ -101,7 +101,7 @@ class Pipeline(Stages):
         validate.check_networks(self.config, planned)
         validate.check_weights(self.config, planned)
         imported.check(self.config, plan)
-        distill.check(self.config, planned, planned.counts)
+        distill.check_inputs(self.config, planned, planned.counts)
         inputs = StageInputs(fingerprints.data(self.config), {"source": plan.source})
         work = self.dir.work("validate", inputs)
         self._say_plan(plan)

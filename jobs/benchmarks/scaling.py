@@ -236,11 +236,11 @@ def plain_distillation(
     places = DistillPaths(Path(folders[0]), Path(folders[1]), work, work / "metrics.jsonl")
     made = Distillation(_distils(method, 1, steps), places, SingleProcess(), CPU)
     for i in range(3):
-        made.backend.step(i)
+        made.method.step(i)
     ready()
     for i in range(3, steps):
-        made.backend.step(i)
-    return (steps - 3) * len(made.setting.labels)
+        made.method.step(i)
+    return (steps - 3) * len(made.context.labels)
 
 
 def _pin(core: int) -> None:

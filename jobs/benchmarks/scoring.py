@@ -172,10 +172,10 @@ def forward_alone(
     data = PreparedDataset(prepared)
     spec = NetworkSpec(network, data.shape, len(data.class_names), width)
     pixels = torch.from_numpy(np.array(data.pixels(data.read(data.chunks()[core]))))
-    at_once = spec.at_once(torch.device("cpu"))
+    at_once = spec.microbatch(torch.device("cpu"))
     images = ((pixels.float() / 255 - 0.45) / 0.25)[: len(pixels) // at_once * at_once]
-    images = spec.laid_out(images)
-    model = spec.lay_out(spec.build(0).eval().requires_grad_(False))
+    images = spec.channels_last(images)
+    model = spec.weights_channels_last(spec.build(0).eval().requires_grad_(False))
     states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(model)
     forward(images[:at_once])
     done = 0

@@ -111,9 +111,9 @@ def _prepare(network: str, size: int, width: int, samples: int, folder: Path, ch
 
 @torch.no_grad()
 def _alone(spec: NetworkSpec, device: torch.device, samples: int) -> float:
-    network = spec.lay_out(spec.build(0).to(device)).eval().requires_grad_(False)
-    forward, at_once = maybe_compile(network, "always", 0), spec.at_once(device)
-    images = spec.laid_out(torch.randn(at_once, *spec.shape, device=device))
+    network = spec.weights_channels_last(spec.build(0).to(device)).eval().requires_grad_(False)
+    forward, at_once = maybe_compile(network, "always", 0), spec.microbatch(device)
+    images = spec.channels_last(torch.randn(at_once, *spec.shape, device=device))
     with autocast("auto", device):
         in_parts(forward, images, at_once)
         _wait(device)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.distillation.multi_formation import parts_of
+from distill_at_scale.distillation.multi_formation import split_parts
 
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
@@ -56,7 +56,7 @@ def _dc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
 
 
 def _idc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
-    wanted, found = _gradients(network, real, label, False), _gradients(network, parts_of(own, 2), label, True)
+    wanted, found = _gradients(network, real, label, False), _gradients(network, split_parts(own, 2), label, True)
     pairs = list(zip(wanted, found, strict=True))[:-1]
     return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
 

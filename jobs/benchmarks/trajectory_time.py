@@ -81,7 +81,7 @@ def _made_up(
         torch.Generator().manual_seed(0),
         options.ipc * 10,
     )
-    student = FlatNetwork(spec.build(0).to(device), spec.at_once(device))
+    student = FlatNetwork(spec.build(0).to(device), spec.microbatch(device))
     start = flat(spec.build(1))
     target = start + 0.01 * torch.randn(len(start), generator=chance)
     steps = [

@@ -19,7 +19,7 @@ from test_distill import CPU, LOOPS, elsewhere, lines, same, start, stop_before
 from distill_at_scale.core.collectives import ProcessGroup
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.distillation.checkpoint import saved_step
+from distill_at_scale.distillation.checkpoint import checkpoint_step
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 
 # one process group runs all of it, as starting processes costs seconds
@@ -68,7 +68,7 @@ def work(rank: int, folder: str, places: DistillPaths) -> None:
         poisoned.timer.last -= 1000 * (rank == 0)  # that it is late for a checkpoint does not hide it
         if rank == 1:
             with torch.no_grad():
-                poisoned.backend.images[0].fill_(float("inf"))
+                poisoned.method.images[0].fill_(float("inf"))
         messages.append(_message(poisoned))
     found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
     group.all_reduce_sum(list(found.values()))
@@ -130,7 +130,7 @@ def test_a_state_of_two_workers_is_resumed_by_one(pair, places):
 
 
 def test_two_workers_save_together_where_it_is_late_for_one(pair):
-    assert saved_step(pair / "work" / "late" / "state.safetensors") == 1
+    assert checkpoint_step(pair / "work" / "late" / "state.safetensors") == 1
 
 
 def test_the_log_of_two_workers_is_one_log(pair, places):

@@ -37,7 +37,7 @@ def test_what_is_no_number_of_workers_is_refused(workers):
 def test_more_workers_than_classes_are_refused_where_each_owns_some(digits_run):
     prepared = PreparedDataset(digits_run.dir / "prepared")
     with pytest.raises(UserError, match=r"distill\.workers = \[1, 4\] is more than the 3 classes"):
-        distill.check(tiny_config("unused", distill__workers=[1, 4]), prepared, [5, 5, 5])
+        distill.check_inputs(tiny_config("unused", distill__workers=[1, 4]), prepared, [5, 5, 5])
 
 
 def test_the_number_of_workers_is_no_part_of_a_fingerprint(make_run, digits_run):

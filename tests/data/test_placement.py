@@ -143,8 +143,8 @@ def test_workers_of_one_machine_share_its_memory(monkeypatch, make_config, tmp_p
         def gather(self, value):
             return [value, (value[0], 400), ("elsewhere", 1)]
 
-    assert distill.shared_room(make_config(tmp_path), Three(), CPU).host == 400 // 2
-    assert distill.shared_room(make_config(tmp_path), SingleProcess(), CPU).host == 500
+    assert distill.worker_memory(make_config(tmp_path), Three(), CPU).host == 400 // 2
+    assert distill.worker_memory(make_config(tmp_path), SingleProcess(), CPU).host == 500
 
 
 def test_memory_within_a_container_counts(monkeypatch, tmp_path):

@@ -220,9 +220,9 @@ def test_four_axes_are_not_taken_for_a_clip():
     spec = NetworkSpec("mlp", (2, 3, 4, 5), 3, 8, kind="tensors")
     assert not spec.clips
     samples = torch.randn(2, 2, 3, 4, 5)
-    assert spec.laid_out(samples) is samples
+    assert spec.channels_last(samples) is samples
     assert spec.build(0)(samples).shape == (2, 3)
-    assert spec.at_once(torch.device("cpu")) >= 4
+    assert spec.microbatch(torch.device("cpu")) >= 4
 
 
 RAMP = np.arange(24)
@@ -294,5 +294,5 @@ def test_drawing_is_for_what_has_no_pixels():
 
 def test_exported_lists_have_the_samples_shape(tmp_path):
     values = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
-    exports.value_parquet(tmp_path / "t.parquet", values, [0, 1], ["a", "b"])
+    exports.write_tensor_parquet(tmp_path / "t.parquet", values, [0, 1], ["a", "b"])
     assert np.array_equal(np.array(pq.read_table(tmp_path / "t.parquet")["values"].to_pylist()), values)

@@ -19,7 +19,13 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation.engine import DistillPaths, make_network, method_class, missing_networks, setting_of
+from distill_at_scale.distillation.engine import (
+    DistillPaths,
+    make_network,
+    method_class,
+    method_context,
+    missing_networks,
+)
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs
 from distill_at_scale.distillation.methods.shared import patch_ranking
@@ -76,7 +82,7 @@ def start(places, made_networks):
     def ready(method: str):
         config, where = config_of(method), made_networks(method, places)
         prepared = PreparedDataset(where.prepared)
-        setting = setting_of(config, prepared, where, SingleProcess(), CPU)
+        setting = method_context(config, prepared, where, SingleProcess(), CPU)
         backend = method_class(config)(setting)
         backend.prepare(ClassSampler.load(prepared, where.manifest, setting.labels, config.distill_seed, CPU))
         return backend
@@ -99,7 +105,7 @@ def test_a_method_answers_every_question_of_the_contract(method):
     assert made.init_of(config) in ("noise", "real")
     protocol = made.protocol(config)
     assert isinstance(protocol, TrainingProtocol)
-    assert TrainingProtocol.of(json.loads(json.dumps(protocol.card()))) == protocol
+    assert TrainingProtocol.from_card(json.loads(json.dumps(protocol.card()))) == protocol
     names = made.networks(config)
     assert len(set(names)) == len(names)
     assert json.loads(json.dumps(made.network_options(config))) is not None
@@ -177,7 +183,7 @@ def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
     assert all(isinstance(value, torch.Tensor) for value in found.extras.values())
     json.dumps(dict(found.card))
     expected = method_class(config_of(method)).protocol(config_of(method))
-    assert TrainingProtocol.of(expected.card() | dict(found.protocol))
+    assert TrainingProtocol.from_card(expected.card() | dict(found.protocol))
 
 
 @pytest.mark.parametrize("method", NAMES)

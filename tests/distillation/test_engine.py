@@ -22,7 +22,7 @@ from distill_at_scale.data.prepared.format import pixels_of, to_table
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.distillation.checkpoint import Timer, saved_step
+from distill_at_scale.distillation.checkpoint import Timer, checkpoint_step
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.distillation.student import TrainingProtocol
 
@@ -83,14 +83,14 @@ def same(first: synthetic_set.SyntheticSet, second: synthetic_set.SyntheticSet) 
 
 def stop_before(distillation: Distillation, step: int) -> None:
     """Have the process end at a step, as if it were killed."""
-    whole = distillation.backend.step
+    whole = distillation.method.step
 
     def step_or_stop(i):
         if i == step:
             raise KeyboardInterrupt
         return whole(i)
 
-    distillation.backend.step = step_or_stop
+    distillation.method.step = step_or_stop
 
 
 def lines(places: DistillPaths) -> list[dict]:
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_due_once_a_minute_but_where_saving_takes_long(places, w
     stop_before(slow, 2)
     with pytest.raises(KeyboardInterrupt):
         slow.run()
-    assert saved_step(places.state) == step
+    assert checkpoint_step(places.state) == step
 
 
 def test_how_long_saving_took_decides_when_it_is_due_again(monkeypatch):
@@ -286,12 +286,12 @@ def test_distillation_moves_the_images_towards_the_data(places):
 def test_what_cannot_work_is_refused_before_the_start(places, make_config):
     prepared = PreparedDataset(places.prepared)
     with pytest.raises(UserError, match=r"keeps no sample of the class '1'; raise select\.keep"):
-        distill.check(make_config("x"), prepared, [5, 0, 5])
+        distill.check_inputs(make_config("x"), prepared, [5, 0, 5])
     with pytest.raises(UserError, match=r"the class '2' has 3 samples, fewer than distill\.ipc = 4"):
-        distill.check(make_config("x", distill__method="dm", distill__ipc=4), prepared, [5, 5, 3])
-    distill.check(make_config("x", distill__method="dc", distill__ipc=4), prepared, [5, 5, 3])  # from noise
+        distill.check_inputs(make_config("x", distill__method="dm", distill__ipc=4), prepared, [5, 5, 3])
+    distill.check_inputs(make_config("x", distill__method="dc", distill__ipc=4), prepared, [5, 5, 3])  # from noise
     with pytest.raises(UserError, match=r"distill\.workers = 4 is more than the 3 classes"):
-        distill.check(make_config("x", distill__workers=4), prepared, [5, 5, 5])
+        distill.check_inputs(make_config("x", distill__workers=4), prepared, [5, 5, 5])
 
 
 def test_a_method_of_ones_own(places):
@@ -307,25 +307,25 @@ class Frozen:
     init_of = staticmethod(lambda config: "noise")
     protocol = staticmethod(lambda config: TrainingProtocol(1))
 
-    def __init__(self, setting):
-        self.setting = setting
+    def __init__(self, context):
+        self.context = context
 
     def prepare(self, real):
         self.images = torch.full(
-            (len(self.setting.labels), *self.setting.spec.shape), self.setting.config.distill.options["level"]
+            (len(self.context.labels), *self.context.spec.shape), self.context.config.distill.options["level"]
         )
 
     def step(self, i):
         return {"loss": 0.0}
 
     def snapshot(self):
-        return self.images, torch.tensor(self.setting.labels)
+        return self.images, torch.tensor(self.context.labels)
 
     def state_dict(self):
-        return {f"images/{c}": self.images[k] for k, c in enumerate(self.setting.labels)}
+        return {f"images/{c}": self.images[k] for k, c in enumerate(self.context.labels)}
 
     def load_state_dict(self, state):
-        self.images = torch.stack([state[f"images/{c}"] for c in self.setting.labels])
+        self.images = torch.stack([state[f"images/{c}"] for c in self.context.labels])
 
 
 def test_alone_means_solo():

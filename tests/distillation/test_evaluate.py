@@ -157,8 +157,8 @@ def test_accuracy_is_counted_over_the_whole_split(at_once):
 
     pixels = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1)
     labels = torch.tensor([0, 1, 2, 2, 3, 0, 0])  # the level itself thrice; then 1, 1, 5 and 6 places down
-    top1, top5 = students.test(Known(), pixels, labels, Normalization((0.0,), (1.0,)), CPU, at_once)
-    assert (top1, top5) == (3 / 7, 5 / 7)
+    result = students.test(Known(), pixels, labels, Normalization((0.0,), (1.0,)), CPU, at_once)
+    assert (result.top1, result.top5) == (3 / 7, 5 / 7)
 
 
 def test_the_summary_has_mean_deviation_and_count():

@@ -399,7 +399,7 @@ def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch)
 def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
     spec = FixedNetwork(SPECS["images"])
     whole = moved("dc", spec, outer=1, ipc=5)
-    monkeypatch.setitem(gradient_matching.MEMORY, "cpu", gradient_matching.SECOND_ORDER * spec.work(1) * 2)
+    monkeypatch.setitem(gradient_matching.MEMORY, "cpu", gradient_matching.SECOND_ORDER * spec.activation_bytes(1) * 2)
     in_parts = []
     real = gradient_matching.MatchingMethod._backward_in_parts
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods import idc
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.distillation.multi_formation import assembled, parts_of
+from distill_at_scale.distillation.multi_formation import assemble_parts, split_parts
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -55,7 +55,7 @@ def test_an_image_update_is_the_textbooks(metric, size):
     network, total, pool = backend.context.spec.network, torch.zeros(()), a_pool()
     for label in range(CLASSES):
         real = textbook_gradient(network, pool.normalization.apply(pool.pixels[label]), label)
-        mine = textbook_gradient(network, parts_of(images[label], 2), label, create_graph=True)
+        mine = textbook_gradient(network, split_parts(images[label], 2), label, create_graph=True)
         pairs = [(a, b) for a, b in zip(real, mine, strict=True) if a.dim() == 4]
         total = total + sum(size(a - b).sum() for a, b in pairs)
     wanted = torch.autograd.grad(total, images)[0] * 0.1 * (2 / 10) / STD**2
@@ -67,11 +67,11 @@ def test_an_image_update_is_the_textbooks(metric, size):
 def test_images_start_as_real_ones_put_together():
     backend = backend_of(held=8, ipc=2)
     drawn = a_pool(held=8).draw([1], 8, "initial images")[0].images
-    assert torch.equal(backend.images[1].detach(), assembled(drawn, 2))
+    assert torch.equal(backend.images[1].detach(), assemble_parts(drawn, 2))
 
 
 def test_too_few_samples_for_all_parts_repeat():
-    parts = parts_of(backend_of(held=2, ipc=2).images[0].detach(), 2)
+    parts = split_parts(backend_of(held=2, ipc=2).images[0].detach(), 2)
     assert torch.allclose(parts[0], parts[2], atol=1e-5)
     assert not torch.allclose(parts[0], parts[1], atol=1e-2)
 

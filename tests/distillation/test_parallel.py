@@ -161,7 +161,7 @@ def test_runtime_pruning_changed_what_they_agree_on(alone, method):
 def test_every_batch_of_the_inner_loop_is_one_sum_of_the_whole_gradient(group, five_classes, method, size):
     batches = -(-len(CLASSES) * IPC // LOOPS["network_batch"])
     expected = STEPS * (LOOPS["outer"] - 1) * LOOPS["inner"] * batches
-    parameters = len(list(begin(five_classes, method, "none", SingleProcess()).setting.spec.build(0).parameters()))
+    parameters = len(list(begin(five_classes, method, "none", SingleProcess()).context.spec.build(0).parameters()))
     for found in asked(group, method, "none", size):
         assert found["sums"] == [parameters] * expected
 

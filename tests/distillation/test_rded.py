@@ -26,7 +26,7 @@ from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.rded import RDED, best_crops
 from distill_at_scale.distillation.methods.shared import patch_ranking
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Unit
@@ -90,7 +90,7 @@ def test_every_crop_of_every_candidate_is_ranked_by_the_teachers_loss(ranked):
     for row in table.to_pylist()[::7]:
         image = pool.normalization.apply(pool.pixels[row["label"]][row["row"]][None])
         box = patch_ranking.crop_boxes(setting.seed, row["sample_id"], setting.config.distill.rded)[row["crop"]]
-        loss = F.cross_entropy(teacher(shown(image, box[None])), torch.tensor([row["label"]]))
+        loss = F.cross_entropy(teacher(crop_and_flip(image, box[None])), torch.tensor([row["label"]]))
         assert row["loss"] == pytest.approx(float(loss), rel=1e-3, abs=1e-5)
 
 
@@ -326,7 +326,7 @@ def test_a_set_without_its_labels_still_shows_its_images(whole_run, tmp_path):
     made = synthetic_set.load(whole_run.dir)
     made.save(tmp_path / "copy")  # takes the labels along
     copy = synthetic_set.load(tmp_path / "copy")
-    assert torch.equal(copy.apart("labels")["values"], made.apart("labels")["values"])
+    assert torch.equal(copy.group("labels")["values"], made.group("labels")["values"])
     os.remove(tmp_path / "copy" / "labels.safetensors")
     assert torch.equal(synthetic_set.load(tmp_path / "copy").images, made.images)
     with pytest.raises(UserError, match=r"labels\.safetensors cannot be read.*distil again"):
@@ -345,7 +345,7 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
         0, 6
     ):  # asked about the set itself, it gives the set's labels
         views = batch.apply(made.images[batch.rows])
-        assert torch.allclose(control.views.of(0, batch, views), made.views.of(0, batch, views), atol=2e-2)
+        assert torch.allclose(control.views.logits(0, batch, views), made.views.logits(0, batch, views), atol=2e-2)
     kept = EvaluationJob("kept", "convnet", 0)
     assert evaluator._training_set(kept).views is None
     assert evaluator._protocol(kept).labels == "hard"

@@ -16,18 +16,18 @@ from distill_at_scale.distillation.soft_labels import (
     TeacherFacts,
     TeacherLabels,
     ViewPlan,
-    boxes_of,
     compact,
-    converted,
+    crop_and_flip,
     expand,
+    label_bytes,
     relabel,
-    shown,
-    size_of,
+    resized_crop_boxes,
+    with_normalization,
 )
 
 SHAPE, CLASSES = (1, 8, 8), 6
 CPU = torch.device("cpu")
-PLAN = ViewPlan(seed=3, batch=4, smallest=0.3, flip=True, cutmix=0.5)
+PLAN = ViewPlan(seed=3, batch=4, min_area=0.3, flip=True, cutmix=0.5)
 
 
 def chance(seed: int = 0) -> torch.Generator:
@@ -36,7 +36,7 @@ def chance(seed: int = 0) -> torch.Generator:
 
 def a_teacher(seed: int = 0, columns=None) -> Teacher:
     facts = TeacherFacts("convnet_bn", SHAPE, CLASSES, 6, None, (1.0,), (0.0,), columns)
-    return Teacher.of(facts, facts.spec.build(seed).state_dict(), CPU)
+    return Teacher.from_state(facts, facts.spec.build(seed).state_dict(), CPU)
 
 
 class Pretended:
@@ -51,7 +51,7 @@ class Pretended:
 
 
 def test_crops_lie_inside_and_their_areas_fill_the_range():
-    boxes = boxes_of(torch.rand(2000, 4, generator=chance()), 0.25)
+    boxes = resized_crop_boxes(torch.rand(2000, 4, generator=chance()), 0.25)
     assert float(boxes.min()) >= 0
     assert float((boxes[:, :2] + boxes[:, 2:]).max()) <= 1 + 1e-6
     area, ratio = boxes[:, 2] * boxes[:, 3], boxes[:, 3] / boxes[:, 2]
@@ -63,14 +63,14 @@ def test_crops_lie_inside_and_their_areas_fill_the_range():
 
 def test_a_view_of_everything_is_the_image():
     images = torch.rand(3, *SHAPE, generator=chance())
-    assert torch.allclose(shown(images, boxes_of(torch.rand(3, 4), 1.0)), images, atol=1e-5)
+    assert torch.allclose(crop_and_flip(images, resized_crop_boxes(torch.rand(3, 4), 1.0)), images, atol=1e-5)
 
 
 def test_a_crop_shows_its_quarter_and_a_flip_mirrors_it():
     images = torch.zeros(1, 1, 8, 8)
     images[..., :4, 4:] = torch.linspace(0.5, 1, 4)  # the quarter at the top right
     box = torch.tensor([[0.0, 0.5, 0.5, 0.5]])
-    view, mirrored = shown(images, box), shown(images, box, torch.tensor([True]))
+    view, mirrored = crop_and_flip(images, box), crop_and_flip(images, box, torch.tensor([True]))
     assert float(view.min()) > 0.25  # at its edge half a pixel of the neighbour shows
     assert torch.allclose(mirrored, view.flip(3), atol=1e-6)
     assert bool((view[0, 0, 3].diff() >= 0).all())
@@ -78,7 +78,9 @@ def test_a_crop_shows_its_quarter_and_a_flip_mirrors_it():
 
 def test_the_frames_of_a_clip_are_shown_alike():
     clips = torch.rand(2, 1, 1, 8, 8, generator=chance()).expand(2, 5, 1, 8, 8)
-    views = shown(clips, boxes_of(torch.rand(2, 4, generator=chance()), 0.1), torch.tensor([True, False]))
+    views = crop_and_flip(
+        clips, resized_crop_boxes(torch.rand(2, 4, generator=chance()), 0.1), torch.tensor([True, False])
+    )
     assert views.shape == clips.shape
     assert torch.allclose(views, views[:, :1].expand_as(views))
     assert not torch.allclose(views, clips)
@@ -89,7 +91,7 @@ def test_views_follow_from_seed_and_epoch_alone():
     for a, b in zip(PLAN.batches(7, 10), again.batches(7, 10), strict=True):
         assert torch.equal(a.rows, b.rows)
         assert torch.equal(a.boxes, b.boxes)
-        assert a.mixing == b.mixing
+        assert a.cutmix_seed == b.cutmix_seed
     other = next(iter(PLAN.batches(8, 10)))
     assert not torch.equal(other.boxes, next(iter(PLAN.batches(7, 10))).boxes)
 
@@ -105,15 +107,15 @@ def test_an_epoch_shows_every_image_once_and_no_batch_is_of_one(count, sizes):
 def test_without_flip_and_cutmix_views_are_crops_only():
     for batch in ViewPlan(0, 4, 0.3, False, 0.0).batches(0, 8):
         assert batch.flipped is None
-        assert batch.mixing is None
-    assert all(b.mixing is not None for b in ViewPlan(0, 4, 0.3, False, 1.0).batches(0, 8))
+        assert batch.cutmix_seed is None
+    assert all(b.cutmix_seed is not None for b in ViewPlan(0, 4, 0.3, False, 1.0).batches(0, 8))
 
 
 def test_cutting_and_mixing_repeats_itself():
     plan, images = ViewPlan(0, 6, 0.3, False, 1.0), torch.rand(6, *SHAPE, generator=chance())
     batches = [next(iter(plan.batches(epoch, 6))) for epoch in range(5)]
     assert all(torch.equal(batch.apply(images), batch.apply(images)) for batch in batches)
-    assert any(not torch.equal(batch.apply(images), shown(images, batch.boxes)) for batch in batches)
+    assert any(not torch.equal(batch.apply(images), crop_and_flip(images, batch.boxes)) for batch in batches)
 
 
 def test_all_classes_are_stored_to_half_precision():
@@ -146,20 +148,21 @@ def test_as_many_as_there_are_classes_are_all_of_them():
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_stored_labels_are_the_teachers_answers_to_the_very_views(top_k):
     images, asked = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 3, top_k, 5.0)
-    stored = StoredLabels.of_tensors(relabel(images, PLAN, asked, SingleProcess()), CLASSES)
+    stored = StoredLabels.from_tensors(relabel(images, PLAN, asked, SingleProcess()), CLASSES)
     assert stored.epochs == 3
     for epoch in range(3):
         for batch in PLAN.batches(epoch, 10):
             views = batch.apply(images[batch.rows])
-            assert torch.equal(stored.of(epoch, batch, views), asked.of(epoch, batch, views))
-            assert float(stored.of(epoch, batch, views).abs().max()) > 0
+            assert torch.equal(stored.logits(epoch, batch, views), asked.logits(epoch, batch, views))
+            assert float(stored.logits(epoch, batch, views).abs().max()) > 0
 
 
 def test_the_size_is_two_bytes_a_class_or_four_of_those_that_are_stored():
     images = torch.randn(10, *SHAPE, generator=chance())
     for top_k, each in ((None, 2 * CLASSES), (2, 2 * 4)):
         assert (
-            size_of(relabel(images, PLAN, TeacherLabels(a_teacher(), 3, top_k, 5.0), SingleProcess())) == 10 * 3 * each
+            label_bytes(relabel(images, PLAN, TeacherLabels(a_teacher(), 3, top_k, 5.0), SingleProcess()))
+            == 10 * 3 * each
         )
 
 
@@ -194,7 +197,7 @@ def test_a_damaged_teacher_is_named(tmp_path):
 def test_weights_that_expect_another_normalisation_get_it():
     own, theirs = ((0.5,), (0.25,)), ((0.4,), (0.2,))
     pixels = torch.rand(2, *SHAPE, generator=chance())
-    facts = converted(a_teacher().facts, own, theirs)
+    facts = with_normalization(a_teacher().facts, own, theirs)
 
     class Same(nn.Module):
         def forward(self, images):

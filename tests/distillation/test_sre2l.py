@@ -11,7 +11,7 @@ from test_teacher import CLASSES, CPU, NAMES, SHAPE, a_pool, a_setting, make
 
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.distillation.methods.sre2l import BatchNormLoss, SRe2L
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, shown
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_step_is_adams_along_the_textbook_gradient(recovery):
     assert flipped is None
     images = before.flatten(0, 1).requires_grad_(True)
     with BatchNormLoss(backend.teacher) as statistics:
-        logits = backend.teacher(shown(images, boxes))
+        logits = backend.teacher(crop_and_flip(images, boxes))
         loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2])) + 0.5 * statistics.value()
     loss.backward()
     adam = torch.optim.Adam([images], 0.25, (0.5, 0.9))
@@ -151,6 +151,6 @@ def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
     assert more.card["soft_labels"]["bytes_per_image"] == 16
     state = {k.partition("/")[2]: v for k, v in more.extras.items() if k.startswith("teacher/")}
     assert torch.equal(
-        Teacher.of(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)), backend.teacher(torch.ones(1, *SHAPE))
+        Teacher.from_state(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)), backend.teacher(torch.ones(1, *SHAPE))
     )
     assert backend.context.class_names == NAMES

@@ -33,7 +33,7 @@ class Asked:
     def __init__(self):
         self.seen = []
 
-    def of(self, epoch, batch, views):
+    def logits(self, epoch, batch, views):
         self.seen.append((epoch, batch.first, views))
         return views.flatten(1)[:, :3] * 5
 
@@ -62,8 +62,8 @@ def test_every_student_sees_the_same_views():
 def test_the_loss_is_the_divergence_at_the_temperature_times_its_square():
     asked, made = Asked(), a_set(views=Asked())
     network = SPEC.build(0)
-    for views, loss_of in students._views(made, VIEWS, 0):
-        logits, targets = network(views).detach(), (asked.of(0, _Place, views) / 4).softmax(1)
+    for views, loss_of in students._view_batches(made, VIEWS, 0):
+        logits, targets = network(views).detach(), (asked.logits(0, _Place, views) / 4).softmax(1)
         wanted = (targets * (targets.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
         assert float(loss_of(logits)) == pytest.approx(float(wanted), rel=1e-4)
         assert float(loss_of(targets.log() * 4)) == pytest.approx(0, abs=1e-5)
@@ -91,7 +91,7 @@ def test_labels_of_views_cannot_serve_other_batches():
 
 
 def test_the_protocol_survives_its_card():
-    assert TrainingProtocol.of(VIEWS.card()) == VIEWS
+    assert TrainingProtocol.from_card(VIEWS.card()) == VIEWS
 
 
 def sizes(spec, protocol, count, monkeypatch) -> list[int]:
@@ -127,6 +127,6 @@ def test_accuracy_by_class_counts_every_class_for_itself():
     pixels = torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8).view(5, 1, 1, 1)  # what is said
     labels = torch.tensor([0, 0, 1, 1, 2])
     plain = Normalization((0.0,), (1 / 255,))
-    found = students.examine(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)
+    found = students.test(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)
     assert found.per_class == [0.5, 0.5, 0.0, None]
     assert found.top1 == 0.4

@@ -18,7 +18,7 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
 )
 from distill_at_scale.distillation.methods.shared.gradient_projections import projections
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects, gradient_effects
-from distill_at_scale.distillation.multi_formation import parts_of
+from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.models.spec import NetworkSpec
 
 SHAPE, LABEL = (1, 8, 8), 1
@@ -32,7 +32,7 @@ def squares(real, made):
 
 DISTANCES = {"cosine": class_distance, "squares": squares}
 ROTATED = Augmentation("rotate").draw(torch.Generator().manual_seed(3))
-VIEWS = {"as it is": lambda x: x, "rotated": ROTATED.apply, "in parts": lambda x: parts_of(x, 2)}
+VIEWS = {"as it is": lambda x: x, "rotated": ROTATED.apply, "in parts": lambda x: split_parts(x, 2)}
 
 
 def chance(seed=0):

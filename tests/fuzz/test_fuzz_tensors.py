@@ -129,7 +129,7 @@ def test_broken_state_dicts_are_refused_or_finite_and_no_larger_than_their_file(
         except UserError:
             return False
         assert all(torch.isfinite(value).all() for value in found.values() if value.is_floating_point())
-        assert sum(value.numel() * value.element_size() for value in found.values()) <= pretrained.MOST_EXPANDED * len(
+        assert sum(value.numel() * value.element_size() for value in found.values()) <= pretrained.MAX_EXPANSION * len(
             data
         )
         return True

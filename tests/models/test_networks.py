@@ -128,11 +128,11 @@ def test_torchvision_networks_that_cannot_be_used_are_refused():
     ],
 )
 def test_work_is_the_widest_layer(name, side, floats):
-    assert NetworkSpec(name, (3, side, side), 5, width=8).work(3) == 3 * 4 * floats
+    assert NetworkSpec(name, (3, side, side), 5, width=8).activation_bytes(3) == 3 * 4 * floats
 
 
 def test_the_work_of_a_network_that_looks_at_its_numbers_is_measured_on_the_cpu():
-    assert NetworkSpec("test_networks:Suspicious", (2, 3, 5), 4).work(1) == 6 * 3 * 5 * 4
+    assert NetworkSpec("test_networks:Suspicious", (2, 3, 5), 4).activation_bytes(1) == 6 * 3 * 5 * 4
 
 
 def Suspicious(spec):
@@ -147,9 +147,9 @@ def Suspicious(spec):
 
 def test_a_core_takes_as_many_images_as_keep_a_layer_close():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert NetworkSpec("convnet", (3, 32, 32), 10).at_once(cpu) == 16
-    assert NetworkSpec("resnet50_bn", (3, 224, 224), 10).at_once(cpu) == 4
-    assert NetworkSpec("resnet50_bn", (3, 224, 224), 10).at_once(gpu) == 167
+    assert NetworkSpec("convnet", (3, 32, 32), 10).microbatch(cpu) == 16
+    assert NetworkSpec("resnet50_bn", (3, 224, 224), 10).microbatch(cpu) == 4
+    assert NetworkSpec("resnet50_bn", (3, 224, 224), 10).microbatch(gpu) == 167
 
 
 def test_only_batch_norm_mixes_samples():
@@ -210,7 +210,7 @@ def test_the_layout_in_memory_does_not_change_the_logits(name):
     spec = NetworkSpec(name, (3, 32, 32), 3, width=8)
     network, images = spec.build(0).eval(), torch.randn(2, 3, 32, 32)
     wanted = network(images)
-    found = spec.lay_out(network)(spec.laid_out(images))
+    found = spec.weights_channels_last(network)(spec.channels_last(images))
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
@@ -224,7 +224,7 @@ with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     forward = maybe_compile(network, "always", 1)
     assert all(torch.equal(forward(images), network(images)) for _ in range(2))
-print([str(w.message) for w in seen if "going on without" in str(w.message)])
+print([str(w.message) for w in seen if "running eagerly" in str(w.message)])
 """
 
 

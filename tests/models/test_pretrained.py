@@ -137,7 +137,7 @@ class Hostile:
 
 @pytest.mark.parametrize("new", [True, False])
 def test_a_hostile_pickle_is_refused_without_running(tmp_path, new):
-    path, mark = tmp_path / "pretrained.pth", tmp_path / "it ran"
+    path, mark = tmp_path / "weights.pth", tmp_path / "it ran"
     torch.save({"state_dict": {**STATE, "extra": Hostile(mark)}}, path, _use_new_zipfile_serialization=new)
     with pytest.raises(UserError, match=r"weights\.pth cannot be loaded safely.*run posix\.mkdir; save .* safetensors"):
         load(path)
@@ -148,9 +148,9 @@ def test_a_hostile_pickle_is_refused_without_running(tmp_path, new):
 
 
 def test_a_whole_pickled_network_is_refused(tmp_path):
-    torch.save(SPEC.build(0), tmp_path / "pretrained.pt")
+    torch.save(SPEC.build(0), tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"cannot be loaded safely.*ConvNet; save the weights as safetensors"):
-        load(tmp_path / "pretrained.pt")
+        load(tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
@@ -166,9 +166,9 @@ def test_a_file_cut_in_the_middle_is_refused(tmp_path, suffix, kept):
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}, torch.ones(3)])
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "pretrained.pt")
+    torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt holds no state dict; save"):
-        load(tmp_path / "pretrained.pt")
+        load(tmp_path / "weights.pt")
 
 
 def test_a_missing_file_says_what_may_be_named(tmp_path):

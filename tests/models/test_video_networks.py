@@ -96,9 +96,9 @@ def test_the_widest_layer_counts_all_frames():
 def test_channels_last_changes_the_memory_and_nothing_else(name):
     spec = NetworkSpec(name, CLIP, 5, 8)
     clips = torch.randn(2, *CLIP)
-    laid = spec.laid_out(clips)
+    laid = spec.channels_last(clips)
     assert torch.equal(laid, clips)
     assert laid.transpose(1, 2).is_contiguous(memory_format=torch.channels_last_3d)
     network = spec.build(0)
     before = network(clips)
-    torch.testing.assert_close(spec.lay_out(network)(laid), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(spec.weights_channels_last(network)(laid), before, rtol=1e-4, atol=1e-5)

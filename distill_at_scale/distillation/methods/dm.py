@@ -47,19 +47,19 @@ class DM(ImageMethod):
         default_lr = 10.0 if context.config.distill.ipc >= 100 else 1.0
         super().__init__(context, options.init, options.image_lr or default_lr, options.image_momentum)
         self.augmentation, self.real_batch = Augmentation(options.augment), options.real_batch
-        self.at_once = spec.at_once(context.device)
+        self.at_once = spec.microbatch(context.device)
         self.net = spec.build(0).to(context.device).train().requires_grad_(False)
         self.embed = spec.embedding(self.net)
         real_bytes = self.real_batch * COPIES * 4 * torch.Size(spec.shape).numel()
         memory = GROUP_BYTES.get(context.device.type, GROUP_BYTES["cpu"])
-        self.group_size = max(1, memory // (spec.work(self.ipc) * KEPT_LAYERS + real_bytes))  # classes
+        self.group_size = max(1, memory // (spec.activation_bytes(self.ipc) * KEPT_LAYERS + real_bytes))  # classes
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
         # all classes count, so that any number of workers compiles, or none does
-        work = self.context.spec.work(self.real_batch * self.context.spec.classes * self.context.steps)
+        work = self.context.spec.activation_bytes(self.real_batch * self.context.spec.classes * self.context.steps)
         self.embed_real = maybe_compile(self.embed, "auto", work)
-        self.layout = self.context.spec.layout("match", self.context.device, will_compile("auto", work))
+        self.layout = self.context.spec.memory_format("match", self.context.device, will_compile("auto", work))
         self.layout.network(self.net)
 
     def draws(self, step: int) -> Iterator[DrawRequest]:

@@ -29,7 +29,7 @@ from distill_at_scale.distillation.augment import Augmentation, AugmentParams, c
 from distill_at_scale.distillation.methods.base import FinalOutputs, MethodContext, too_few_message
 from distill_at_scale.distillation.methods.shared.gradient_distance import absolute_distance, squared_distance
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod, View, repeated_draw
-from distill_at_scale.distillation.multi_formation import assembled, parts_of
+from distill_at_scale.distillation.multi_formation import assemble_parts, split_parts
 from distill_at_scale.distillation.student import TrainingProtocol
 
 DISTANCES = {"mse": squared_distance, "l1": absolute_distance}
@@ -67,7 +67,7 @@ class IDC(MatchingMethod):
     def view(self, params: AugmentParams, step: int, outer: int, label: int) -> View:
         rng = generator(self.context.seed, "synthetic batch", step, outer, label)
         chosen = torch.randperm(self.ipc * self.formation, generator=rng)[: self.images_shown].sort().values
-        return lambda images: params.apply(parts_of(images, self.options.factor)[chosen.to(images.device)])
+        return lambda images: params.apply(split_parts(images, self.options.factor)[chosen.to(images.device)])
 
     def prepare(self, real: ClassSampler) -> None:
         # the normalised values of pixels 0 and 255 [channels, 1, 1]; no bounds if the values are not pixels
@@ -95,7 +95,7 @@ class IDC(MatchingMethod):
         if self.real.count(label) < self.ipc:
             raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
         drawn = repeated_draw(self.real, label, self.ipc * self.formation, "initial images")
-        return assembled(drawn, self.options.factor).cpu()
+        return assemble_parts(drawn, self.options.factor).cpu()
 
     def draws(self, step: int) -> Iterator[DrawRequest]:
         for inner in range(self.options.inner):

@@ -85,7 +85,7 @@ class MTT(ImageMethod):
         self.augmentation = Augmentation(options.augment)
         net = context.spec.build(0)
         refuse_batch_norm(context.spec.name, net)
-        self.student = FlatNetwork(net.to(context.device), context.spec.at_once(context.device))
+        self.student = FlatNetwork(net.to(context.device), context.spec.microbatch(context.device))
         size = sum(self.student.sizes)
         self.experts = ExpertFiles(context.networks, options.experts, options.expert_epochs, size, context.device)
 

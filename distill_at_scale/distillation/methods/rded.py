@@ -30,8 +30,8 @@ from distill_at_scale.distillation.methods.shared.patch_ranking import (
     table_path,
 )
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
-from distill_at_scale.distillation.multi_formation import assembled
-from distill_at_scale.distillation.soft_labels import shown
+from distill_at_scale.distillation.multi_formation import assemble_parts
+from distill_at_scale.distillation.soft_labels import crop_and_flip
 
 Array = np.ndarray[Any, Any]
 
@@ -90,8 +90,8 @@ class RDED(TeacherMethod):
         chosen = zip(ids, crops.tolist(), strict=True)
         boxes = torch.stack([crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen])
         pixels = self.real.holding.take(label, rows)
-        patches = shown(self.real.normalization.apply(pixels).cpu(), boxes)
-        return assembled(patches, self.options.factor), float(losses[images, crops].mean())
+        patches = crop_and_flip(self.real.normalization.apply(pixels).cpu(), boxes)
+        return assemble_parts(patches, self.options.factor), float(losses[images, crops].mean())
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
         return self.images.flatten(0, 1).clone(), torch.tensor(self.context.labels).repeat_interleave(self.ipc)

@@ -28,7 +28,7 @@ from distill_at_scale.core import rng
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, boxes_of, shown
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, resized_crop_boxes, crop_and_flip
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,7 +75,7 @@ class SRe2L(TeacherMethod, ImageMethod):
         for rows in self.batches:
             batch = syn[rows].requires_grad_(True)
             with self.batch_norm_loss:
-                logits = self.teacher(shown(batch, boxes[rows], None if flipped is None else flipped[rows]))
+                logits = self.teacher(crop_and_flip(batch, boxes[rows], None if flipped is None else flipped[rows]))
                 distance = self.batch_norm_loss.value()
             entropy = F.cross_entropy(logits, self.targets[rows], reduction="none")
             (entropy.mean() + self.options.statistics * distance).backward()
@@ -92,7 +92,7 @@ class SRe2L(TeacherMethod, ImageMethod):
         """Crops [own images, 4] and flips [own images] of a step; those of a class depend on (seed, step, class) only."""
         draws = [rng.generator(self.context.seed, "recovery view", step, label) for label in self.context.labels]
         numbers = torch.cat([torch.rand(self.ipc, 5, generator=draw) for draw in draws])
-        return boxes_of(numbers, self.options.recover_scale), numbers[:, 4] < 0.5 if self.flip else None
+        return resized_crop_boxes(numbers, self.options.recover_scale), numbers[:, 4] < 0.5 if self.flip else None
 
     def _optimizer_step(self) -> int | None:
         """One Adam update, clipped to valid pixels. If something is not finite it is undone; returns that class's index."""

@@ -95,7 +95,7 @@ def _losses(
         places = drawn.places[drawn.labels == label]
         for start in range(0, len(places), size):
             samples = torch.from_numpy(prepared.take("train", label, places[start : start + size])).to(device)
-            logits = in_parts(lambda part: network(normal.apply(part)), samples, spec.at_once(device))
+            logits = in_parts(lambda part: network(normal.apply(part)), samples, spec.microbatch(device))
             targets = torch.full((len(samples),), label, device=device)
             found.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy())
     return np.concatenate(found)

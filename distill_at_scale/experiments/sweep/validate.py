@@ -57,9 +57,9 @@ def check_asha(config: Config) -> None:
 def check_trial(name: str, config: Config, data: PreparedDataset) -> None:
     """Raises UserError, naming the trial, where its networks do not fit or a class keeps too few samples."""
     try:
-        evaluate.need_test_split(data)
+        evaluate.require_test_split(data)
         validate.check_networks(config, data)
-        distill.check(config, data, _kept_at_most(config, data.counts("train")))
+        distill.check_inputs(config, data, _kept_at_most(config, data.counts("train")))
     except UserError as error:
         raise UserError(f"the trial {name}: {error}") from None
 

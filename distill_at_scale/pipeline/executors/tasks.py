@@ -28,8 +28,8 @@ from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, map_arro
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation import evaluate as evaluation
-from distill_at_scale.distillation.checkpoint import saved_step
-from distill_at_scale.distillation.dc_subset import distiller
+from distill_at_scale.distillation.checkpoint import checkpoint_step
+from distill_at_scale.distillation.dc_subset import dc_distiller
 from distill_at_scale.distillation.engine import Distillation, DistillPaths, make_network, method_class
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline.executors.base import Advance, Executor, Group, Report, Result, Task, Unit, Worker
@@ -236,7 +236,7 @@ class RunSubsets(Worker):
 
     def load(self) -> None:
         prepared = PreparedDataset(self.paths["prepared"])
-        distil = distiller(self.config, prepared, self.device)  # DC, where score.monte_carlo.learn asks for it
+        distil = dc_distiller(self.config, prepared, self.device)  # DC, where score.monte_carlo.learn asks for it
         self.trials = subsets.SubsetTrials(self.config, prepared.folder, self.device, distil)
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
@@ -297,7 +297,7 @@ def distill(executor: Executor, config: Config, places: DistillPaths, report: Re
     tail = LogTail(places.log, report)
 
     def resumed() -> str:
-        step = saved_step(places.state)
+        step = checkpoint_step(places.state)
         return f"going on from step {step}, so {max(0, tail.step - step)} steps are repeated"
 
     executor.train(
@@ -315,7 +315,7 @@ def distill(executor: Executor, config: Config, places: DistillPaths, report: Re
             results=(places.log, places.state, places.work / "synthetic"),
             report=report,
             poll=tail.read,
-            saved=lambda: saved_step(places.state),
+            saved=lambda: checkpoint_step(places.state),
             resumed=resumed,
         )
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.distillation import engine
-from distill_at_scale.distillation.evaluate import jobs, need_test_split
+from distill_at_scale.distillation.evaluate import jobs, require_test_split
 from distill_at_scale.pipeline.planning import plan as plans
 from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
 from distill_at_scale.pipeline.planning.facts import Facts
@@ -34,7 +34,7 @@ def make(
     Raises:
         UserError: too few samples or classes for the configuration. What does not fit is among the plan's problems instead.
     """
-    engine.check(config, facts, facts.kept)
+    engine.check_inputs(config, facts, facts.kept)
     layout, earlier = ClusterLayout(config, machine), plans.read(path, config)
     planner, estimates = Planner(config, facts, layout), list[StageEstimate]()
     for stage in ["ingest", "score", "select", "distill", *(["evaluate"] if facts.has_test() else []), "report"]:
@@ -45,7 +45,7 @@ def make(
             estimates.append(getattr(planner, stage)())
         advance(stage)
     if config.select.keep == "auto":
-        need_test_split(facts)
+        require_test_split(facts)
         estimates = _with_search(estimates, config, layout)
     for place, estimate in enumerate(estimates):  # Ray starts once per command, in the first stage that needs it
         if not layout.local and estimate.stage not in records and "start" in estimate.parts:

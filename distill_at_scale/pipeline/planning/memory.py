@@ -113,7 +113,7 @@ def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.devi
     """Host and device bytes of one trial: a window of images, a batch, weights, and activations of a part of a batch."""
     window = 3 * min(WINDOW_BYTES, int(facts.train * config.score.share) * facts.stored)
     batch = config.score.batch * facts.values * 5
-    network = 4 * parameters(spec) + int(SCRATCH * activations(spec) * min(config.score.batch, spec.at_once(device)))
+    network = 4 * parameters(spec) + int(SCRATCH * activations(spec) * min(config.score.batch, spec.microbatch(device)))
     return _split(WITH_TORCH + window + batch, network, device)
 
 
@@ -121,7 +121,7 @@ def of_scorer(config: Config, spec: NetworkSpec, facts: Facts, device: torch.dev
     """Host and device bytes of one actor: chunks in flight, all checkpoints, and activations of a part of a chunk."""
     trials, epochs = config.score.checkpoint_counts
     chunk = min(facts.train, scoring_chunk(facts.shape, config.data.chunk)) * facts.values
-    layers = int(SCRATCH * 3 * spec.work(spec.at_once(device)))
+    layers = int(SCRATCH * 3 * spec.activation_bytes(spec.microbatch(device)))
     return _split(WITH_TORCH + 3 * chunk, trials * epochs * parameters(spec) + chunk + layers, device)
 
 

@@ -89,7 +89,7 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
     """One sample of an epoch of one proxy; the fastest of a few epochs after the first."""
     spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     samples = int(facts.train * config.score.share)
-    compiled = will_compile(config.score.compile, spec.work(samples * config.score.epochs))
+    compiled = will_compile(config.score.compile, spec.activation_bytes(samples * config.score.epochs))
     with tempfile.TemporaryDirectory() as name, threads(cores):
         affordable = int(SECONDS / _step(spec, device))
         batch = max(1, min(config.score.batch, samples, max(LEAST, affordable)))
@@ -114,7 +114,7 @@ def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
     """One sample under one checkpoint."""
     spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     trials, epochs = config.score.checkpoint_counts
-    compiled = will_compile(config.score.compile, spec.work(facts.train * trials * epochs))
+    compiled = will_compile(config.score.compile, spec.activation_bytes(facts.train * trials * epochs))
     with tempfile.TemporaryDirectory() as name, threads(1):
         checkpoints = min(4, trials * epochs)
         count = max(LEAST, min(1024, facts.train, int(SECONDS / checkpoints / _step(spec, device))))
@@ -150,10 +150,10 @@ def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> 
     with threads(cores):
         few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / _step(spec, device)))))
         pixels, labels = torch.from_numpy(dummy_data.images(spec.shape, few)), torch.zeros(few, dtype=torch.int64)
-        channels, *inner = spec.columns
+        channels, *inner = spec.channel_shape
         normal = Normalization((0.5,) * channels, (0.25,) * channels, 1 if spec.tensors else 255, len(inner))
         network = spec.build(0).to(device)
-        at_once = spec.at_once(device)
+        at_once = spec.microbatch(device)
         took = repeated(lambda: students.test(network, pixels, labels, normal, device, at_once), device)
     return Throughput(took / few)
 

@@ -128,7 +128,7 @@ class Stages:
         validate.check_networks(self.config, data)
         validate.check_weights(self.config, data)
         scorer.check(self.config, data)
-        distill.check(self.config, data, data.counts("train"))  # what no selection can mend
+        distill.check_inputs(self.config, data, data.counts("train"))  # what no selection can mend
         extra_columns.check(self.config, data)
         if not build_criteria(score):
             return self._write_unscored(data)
@@ -197,7 +197,7 @@ class Stages:
         minimum, seed = self.config.min_per_class, self.config.select_seed
         with manifest.writing(path) as out:
             chosen = static.select(scores, out, self.config.select, criterion, low, minimum, seed)
-            distill.check(self.config, PreparedDataset(self.dir / "prepared"), chosen["kept_per_class"])
+            distill.check_inputs(self.config, PreparedDataset(self.dir / "prepared"), chosen["kept_per_class"])
             chosen["warnings"] = self._doubts(criterion, about, chosen["reached"])
             if self.asked.select.keep == "auto":
                 chosen["asked"] = {"keep": "auto", "found": self.config.select.rate}
@@ -220,10 +220,10 @@ class Stages:
         facts = manifest.facts(self.dir / "manifest.parquet")
         data = PreparedDataset(self.dir / "prepared")
         validate.check_networks(self.config, data)
-        distill.check(self.config, data, facts["kept_per_class"])
+        distill.check_inputs(self.config, data, facts["kept_per_class"])
         work = self.dir.work("distill", inputs)
         places = networks.places_of(self.config, self.dir, work)
-        if reason := distill.runtime_of(self.config).get("reason"):
+        if reason := distill.runtime_card(self.config).get("reason"):
             self.display.say(f"  runtime pruning is not applicable: {reason}; distilling without")
         networks.prepare(self.config, data, places, self.executor, self.display)
         if places.state.exists():
@@ -238,16 +238,15 @@ class Stages:
                     self.watch(line)
 
             tasks.distill(executor, self.config, places, show)
-        result = synthetic_set.load(work / "synthetic")
         records = {stage: self.dir.record(stage) or {} for stage in ("ingest", "score", "select")}
         earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
-        result.card["fingerprints"] = {**earlier, "distill": inputs.fingerprint}
-        result.save(self.dir / "synthetic")
+        fingerprints = {**earlier, "distill": inputs.fingerprint}
+        result = synthetic_set.publish_in_run(work / "synthetic", self.dir / "synthetic", fingerprints)
         return [self.dir / "synthetic"], {"images": len(result.labels), "steps": distill.step_count(self.config)}
 
     def _evaluate(self, inputs: StageInputs) -> tuple[list[Path], dict[str, Any]]:
         data = PreparedDataset(self.dir / "prepared")
-        evaluate.need_test_split(data)
+        evaluate.require_test_split(data)
         validate.check_networks(self.config, data)
         finished = _Rows(self.dir.work("evaluate", inputs) / "rows.jsonl")
         todo = [job for job in evaluate.jobs(self.config) if job not in finished.jobs]

@@ -76,9 +76,9 @@ class ProxyTrial:
         self.normalization = normalization_of(prepared, whitened=False)
         self.stream = ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
-        work = self.spec.work(self.stream.samples * config.epochs)  # of all workers: each decides alike
+        work = self.spec.activation_bytes(self.stream.samples * config.epochs)  # of all workers: each decides alike
         compiled = will_compile(config.compile, work)
-        self.layout = self.spec.layout("train", device, compiled)
+        self.layout = self.spec.memory_format("train", device, compiled)
         self.layout.network(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
@@ -135,7 +135,7 @@ class ProxyTrial:
         """Flat gradient of (sum of losses) / total, summed over parts that fit the cache."""
         self.optimizer.zero_grad()
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        at_once = len(images) if self.mixes else min(len(images), self.spec.at_once(self.device))
+        at_once = len(images) if self.mixes else min(len(images), self.spec.microbatch(self.device))
         for part, targets in zip(images.split(at_once), labels.split(at_once), strict=True):
             (F.cross_entropy(self.forward(part), targets, reduction="sum") / total).backward()
         return torch.cat([parameter.grad.reshape(-1) for parameter in self.network.parameters()])  # type: ignore[union-attr]

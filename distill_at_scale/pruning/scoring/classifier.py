@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.models.spec import Layout, NetworkSpec, in_parts, maybe_compile
+from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, maybe_compile
 from distill_at_scale.pruning.proxies.train import autocast
 from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
 
@@ -27,12 +27,12 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, layout: Layout):
+    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, layout: MemoryFormat):
         super().__init__()
         self.precision, self.device, self.spec, self.layout = precision, device, spec, layout
         self.network = spec.build(0)
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.zeros(spec.columns))
+            self.register_buffer(name, torch.zeros(spec.channel_shape))
         self.to(device).eval().requires_grad_(False)
         layout.network(self.network)
 
@@ -94,7 +94,7 @@ class CompiledClassifier:
     """A classifier with compiled forward passes, into which checkpoints are loaded one after the other."""
 
     def __init__(
-        self, spec: NetworkSpec, score: ScoreSection, device: torch.device, layout: Layout, at_once: int, work: int
+        self, spec: NetworkSpec, score: ScoreSection, device: torch.device, layout: MemoryFormat, at_once: int, work: int
     ):
         self.classifier, self.at_once = Classifier(spec, score.precision, device, layout), at_once
         self.forward = maybe_compile(self.classifier, score.compile, work)

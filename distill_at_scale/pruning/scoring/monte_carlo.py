@@ -138,7 +138,7 @@ class SubsetTrials:
         for number in range(self.section.networks):
             network = self._train(images, labels, subset, number)
             with torch.no_grad():
-                predicted = in_parts(network, tested, self.spec.at_once(self.device)).argmax(1).cpu()
+                predicted = in_parts(network, tested, self.spec.microbatch(self.device)).argmax(1).cpu()
             of_classes = [(own == c).float().mean() for c, own in enumerate(predicted.split(sizes))]
             accuracies.append(torch.stack(of_classes))
         return torch.stack(accuracies).mean(0)

@@ -86,11 +86,11 @@ class Scorer:
         self.criteria, (_, epochs) = build_criteria(score), score.checkpoint_counts
         self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
-        self.at_once = self.spec.at_once(device)
+        self.at_once = self.spec.microbatch(device)
         needed = needed_epochs(self.criteria.values(), epochs)
         self.checkpoints = list(self._load(score, checkpoints, needed))
-        work = self.spec.work(sum(self.prepared.counts()) * len(self.checkpoints))
-        self.layout = self.spec.layout("score", device, will_compile(score.compile, work))
+        work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
+        self.layout = self.spec.memory_format("score", device, will_compile(score.compile, work))
         self.classifiers = {
             outputs: CompiledClassifier(
                 replace(self.spec, classes=outputs), score, device, self.layout, self.at_once, work
@@ -126,7 +126,7 @@ class Scorer:
         network = replace(self.spec, classes=outputs).build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
-        mean, std = (torch.tensor(values, device=self.device).view(self.spec.columns) for values in (mean, std))
+        mean, std = (torch.tensor(values, device=self.device).view(self.spec.channel_shape) for values in (mean, std))
         return ScoringCheckpoint(network.to(self.device).state_dict(), mean, std, outputs, columns, epoch)
 
     def score(self, units: Sequence[ScoringUnit]) -> Iterator[int]:

@@ -67,13 +67,13 @@ class ExpertTraining:
         self.number, self.seed, self.section = number, context.seed, section
         self.method, self.device = context.config.distill.method, context.device
         self.pixels, self.labels = real.whole()
-        self.normalization, self.at_once = real.normalization, context.spec.at_once(context.device)
+        self.normalization, self.at_once = real.normalization, context.spec.microbatch(context.device)
         self.augmentation = Augmentation(section.expert_augment)
         network = context.spec.build(derive(context.seed, "expert", number))
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
         if not context.spec.clips:  # of clips only compiled code would gain
-            context.spec.lay_out(self.network)
+            context.spec.weights_channels_last(self.network)
         self.spec = context.spec
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
@@ -101,7 +101,7 @@ class ExpertTraining:
             images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(self.device))
             images = self.augmentation.draw(chance, per_image=len(rows)).apply(images)
             if not self.spec.clips:
-                images = self.spec.laid_out(images)
+                images = self.spec.channels_last(images)
             targets = self.labels[rows].to(self.device)
             self.optimizer.zero_grad()
             for part, wanted in zip(images.split(self.at_once), targets.split(self.at_once), strict=True):

@@ -77,9 +77,9 @@ class MatchingMethod(ImageMethod):
         super().__init__(context, init, lr, momentum)
         self.augmentation, self.real_batch, self.distance = Augmentation(augment), real_batch, distance
         self.effect_distance = distance
-        self.at_once = context.spec.at_once(context.device)
+        self.at_once = context.spec.microbatch(context.device)
         self.on_cpu = context.device.type == "cpu"
-        widest, memory = context.spec.work(1), MEMORY.get(context.device.type, MEMORY["cuda"])
+        widest, memory = context.spec.activation_bytes(1), MEMORY.get(context.device.type, MEMORY["cuda"])
         self.first_order_images = self.at_once if self.on_cpu else max(1, memory // (FIRST_ORDER * widest))
         self.second_order_images = max(1, memory // (SECOND_ORDER * widest))
         self.real_batches_in_memory = max(1, memory // (COPIES * 4 * real_batch * math.prod(context.spec.shape)))

@@ -34,7 +34,7 @@ from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk, RowGroup
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, boxes_of, shown
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
 
 CANDIDATES = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("row", pa.int32())])
 SCHEMA = CANDIDATES.append(pa.field("crop", pa.int32())).append(pa.field("loss", pa.float32()))
@@ -57,7 +57,7 @@ def parts_folder(networks: Path, config: Config) -> Path:
 def crop_boxes(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
     """The crops of a sample [crops, 4], as shares of its sides."""
     numbers = torch.rand(section.crops, 4, generator=rng.generator(seed, "patch crops", sample_id))
-    return boxes_of(numbers, section.crop_scale)
+    return resized_crop_boxes(numbers, section.crop_scale)
 
 
 def draw_candidates(path: Path, config: Config, folder: Path) -> pa.Table:
@@ -123,7 +123,7 @@ class PatchRanker:
         boxes = torch.cat([crop_boxes(seed, name, section) for name in rows["sample_id"].to_pylist()])
         images = self.normalization.apply(torch.from_numpy(np.array(pixels)).to(self.device))
         with torch.no_grad():
-            logits = self.teacher.answers(shown(images.repeat_interleave(section.crops, 0), boxes))
+            logits = self.teacher.logits(crop_and_flip(images.repeat_interleave(section.crops, 0), boxes))
             targets = torch.from_numpy(rows["label"].to_numpy().astype(np.int64)).to(self.device)
             losses = F.cross_entropy(logits, targets.repeat_interleave(section.crops), reduction="none").cpu()
         if not torch.isfinite(losses).all():

@@ -36,10 +36,10 @@ from distill_at_scale.distillation.soft_labels import (
     Teacher,
     TeacherFacts,
     TeacherLabels,
-    converted,
-    merged,
+    label_bytes,
+    merge_last_batch,
     relabel,
-    size_of,
+    with_normalization,
 )
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained
@@ -117,7 +117,7 @@ class TeacherMethod(MethodDefaults):
         made = relabel(images, plan, asked, context.workers)
         extras = {f"labels/{key}": value for key, value in made.items()}
         extras |= {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
-        size = size_of(made)
+        size = label_bytes(made)
         facts = {"epochs": section.label_epochs, "top_k": section.top_k, "bytes_per_image": size / len(labels)}
         card = {"teacher": asdict(teacher.facts), "soft_labels": facts, "soft_label_bytes": size}
         return FinalOutputs(extras, {}, card)
@@ -195,11 +195,11 @@ def _ready_made(section: TeacherSection, context: MethodContext, real: ClassSamp
         given = pretrained.load(str(section.teacher_weights), facts.spec, names, source)
     columns = None if given.classes is None else tuple(given.classes)
     values = asdict(facts) | {"outputs": given.outputs, "columns": columns, "origin": f"sha256 {given.sha256}"}
-    facts = TeacherFacts.of(values)
+    facts = TeacherFacts.from_card(values)
     if given.normalization is not None:
         own: Normalization = real.normalization
-        facts = converted(facts, (own.mean, own.std), given.normalization)
-    return Teacher.of(facts, given.state, context.device)
+        facts = with_normalization(facts, (own.mean, own.std), given.normalization)
+    return Teacher.from_state(facts, given.state, context.device)
 
 
 def _trained(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
@@ -207,7 +207,9 @@ def _trained(section: TeacherSection, context: MethodContext, real: ClassSampler
     training = TeacherTraining(section, context, facts.spec)
     right = training.run(real)
     how = f"trained on the kept samples for {section.teacher_epochs} epochs, {right:.1%} right in the last one"
-    return Teacher.of(TeacherFacts.of(asdict(facts) | {"origin": how}), training.network.state_dict(), context.device)
+    return Teacher.from_state(
+        TeacherFacts.from_card(asdict(facts) | {"origin": how}), training.network.state_dict(), context.device
+    )
 
 
 class TeacherTraining:
@@ -236,7 +238,7 @@ class TeacherTraining:
         rate = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = rate
         right = 0
-        for rows in merged(torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)):
+        for rows in merge_last_batch(torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)):
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
             images = self.augmentation.draw(draw, per_image=len(rows)).apply(images)
             targets = labels[rows].to(device)

@@ -101,7 +101,7 @@ def pack(config: Config) -> dict[str, Any]:
     tells its copy of a run folder on object storage from others."""
     remote = RunDir.of(config.run).remote
     path = [entry or os.getcwd() for entry in sys.path]
-    return {"config": config.model_dump(), "path": path, "copy": remote.marks() if remote else None}
+    return {"config": config.model_dump(), "path": path, "copy": remote.marker() if remote else None}
 
 
 def unpack(packed: dict[str, Any]) -> Config:

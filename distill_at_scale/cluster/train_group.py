@@ -129,7 +129,7 @@ def _storage(config: Config, folder: Path) -> dict[str, Any]:
     remote = RunDir.of(config.run).remote
     if remote is None:
         return {"storage_path": str(folder)}
-    store = remote.mirror.bucket.store
+    store = remote.sync.store.store
     return {
         "storage_path": f"{store.root}/{folder.relative_to(remote.path).as_posix()}",
         "storage_filesystem": store.filesystem,
@@ -203,7 +203,7 @@ def _noticing(notes: Notes, poll: Poll, restarted: Callable[[], None]) -> Callab
         if notes.remote is None or time.monotonic() - checked > FOLLOW:
             now = ""
             with contextlib.suppress(Unreachable):  # only for a message: the distillation goes on without it
-                now = notes.read(GROUP, patience=0.0) or ""
+                now = notes.read(GROUP, retry_seconds=0.0) or ""
             checked = time.monotonic()
             if known and now and now != known:
                 restarted()
@@ -227,7 +227,7 @@ def release_all(config: Config) -> None:
     """The same for all groups in a run's folder."""
     run = RunDir.of(config.run)
     if run.remote:
-        paths = [run / name for name in run.remote.mirror.bucket.listed(UNFINISHED) if name.endswith(f"/{GROUP}")]
+        paths = [run / name for name in run.remote.sync.store.listed(UNFINISHED) if name.endswith(f"/{GROUP}")]
     else:
         paths = list(run.path.glob(f"{UNFINISHED}/**/{GROUP}"))
     for note in paths:

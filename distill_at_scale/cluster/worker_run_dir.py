@@ -1,9 +1,8 @@
-"""The run folder as the processes of a cluster see it.
+"""The run folder as a worker of the cluster sees it.
 
-On a disk that all nodes share, everybody sees it at the driver's path, and nothing here does anything. On object storage
-every node has a copy of its own: a process fetches what it reads before it calls what the core does, and stores what that
-publishes. On the driver's machine it sees the driver's copy, which the driver itself keeps. What the driver stores and
-fetches is in `pipeline/executors/synced.py`.
+On a shared disk every process uses the driver's path, and the methods here do nothing. With an object store each node has a
+copy: a process fetches what it reads and uploads what it publishes. On the driver's machine workers use the driver's copy,
+which the driver synchronises (`pipeline/executors/synced.py`).
 """
 
 from __future__ import annotations
@@ -20,50 +19,50 @@ from distill_at_scale.storage.working_copy import LOCK, WorkingCopy
 
 
 class WorkerRunDir:
-    """What a worker does with the run folder; made from what the driver packed."""
+    """A worker's access to the run folder, from the values that the driver packed."""
 
     def __init__(self, packed: dict[str, Any]):
-        self.config, marks = unpack(packed), packed["copy"]
+        self.config, marker = unpack(packed), packed["copy"]
         self.remote: WorkingCopy | None = None
-        self.moved: tuple[Path, Path] | None = None  # from the driver's copy to the one here
-        if marks:
+        self.moved: tuple[Path, Path] | None = None  # the driver's copy and the copy on this node
+        if marker:
             run = RunDir.of(self.config.run)
-            self.moved = Path(marks["root"]), run.path
-            if run.remote and not _holds(run.path / LOCK, marks["token"]):
+            self.moved, lock = (Path(marker["root"]), run.path), run.path / LOCK
+            if run.remote and not (lock.exists() and lock.read_text() == marker["token"]):  # not the driver's machine
                 self.remote = run.remote
-                with self.remote.alone():
-                    self.remote.belong(marks["identity"])
+                with self.remote.exclusive():
+                    self.remote.claim(marker["identity"])
 
     def __call__(self, path: str | Path) -> Path:
-        """Where a path of the driver's is here."""
+        """The path on this node for a path of the driver."""
         return self.moved[1] / Path(path).relative_to(self.moved[0]) if self.moved else Path(path)
 
     def need(self, *stages: str) -> None:
-        """Have the output of finished stages here; the processes of a node fetch it once."""
+        """Fetch the outputs of finished stages, once per node."""
         if self.remote:
-            with self.remote.alone():
+            with self.remote.exclusive():
                 for stage in stages:
                     self.remote.complete(stage)
 
     def fetch(self, *paths: Path) -> None:
-        """Have files and folders here as far as they are stored."""
+        """Fetch files and folders, as far as they are stored."""
         if self.remote:
-            with self.remote.alone():
-                self.remote.mirror.pull(*self._names(paths))
+            with self.remote.exclusive():
+                self.remote.sync.pull(*self._names(paths))
 
     def renew(self, *paths: Path) -> None:
-        """As `fetch`; what is not stored is removed, for one that is to go on from what another left."""
+        """Like `fetch`, and remove local files that are not stored, to resume from what another worker left."""
         if self.remote:
-            self.remote.mirror.renew(*self._names(paths))
+            self.remote.sync.mirror(*self._names(paths))
 
     def keep(self, *paths: Path) -> None:
-        """Store what was published."""
+        """Upload published files and folders."""
         if self.remote:
-            self.remote.mirror.push(*self._names(paths))
+            self.remote.sync.push(*self._names(paths))
 
     def keeping(self, *paths: Path) -> AbstractContextManager[None]:
-        """Meanwhile, what is published there is stored."""
-        return self.remote.mirror.following(*self._names(paths)) if self.remote else nullcontext()
+        """Upload published files in the background inside the block."""
+        return self.remote.sync.pushing(*self._names(paths)) if self.remote else nullcontext()
 
     def _names(self, paths: tuple[Path, ...]) -> list[str]:
         assert self.remote is not None
@@ -71,35 +70,31 @@ class WorkerRunDir:
 
 
 class Notes:
-    """Short texts that the driver and its workers leave each other in a folder of unfinished work, by name."""
+    """Short texts that the driver and its workers exchange in a folder of unfinished work, by name."""
 
     def __init__(self, work: Path, config: Config | None = None):
         self.work = work
-        self.remote = RunDir.of(config.run).remote if config else None  # straight to the storage: no copy is asked
+        self.remote = RunDir.of(config.run).remote if config else None  # uses the object store directly, without a copy
 
-    def read(self, name: str, patience: float | None = None) -> str | None:
+    def read(self, name: str, retry_seconds: float | None = None) -> str | None:
         if self.remote:
-            found = self.remote.mirror.bucket.read(self._name(name), patience)
-            return None if found is None else found.decode()
+            content = self.remote.sync.store.read(self._name(name), retry_seconds)
+            return None if content is None else content.decode()
         return (self.work / name).read_text() if (self.work / name).exists() else None
 
     def write(self, name: str, text: str) -> None:
         if self.remote:
-            self.remote.mirror.bucket.write(self._name(name), text.encode())
+            self.remote.sync.store.write(self._name(name), text.encode())
         else:
-            with publish(self.work / name) as temporary:  # nobody reads half of it
+            with publish(self.work / name) as temporary:
                 temporary.write_text(text)
 
     def remove(self, *names: str) -> None:
         for name in names:
             (self.work / name).unlink(missing_ok=True)
             if self.remote:
-                self.remote.mirror.bucket.delete(self._name(name))
+                self.remote.sync.store.delete(self._name(name))
 
     def _name(self, name: str) -> str:
         assert self.remote is not None
         return (self.work / name).relative_to(self.remote.path).as_posix()
-
-
-def _holds(path: Path, token: str) -> bool:
-    return path.exists() and path.read_text() == token

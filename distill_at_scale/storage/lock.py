@@ -1,9 +1,9 @@
-"""One command at a time in a run folder on object storage, by a file that names who works there and that beats.
+"""The lock of a run folder in an object store: one command at a time, by an object with the holder's name and a heartbeat.
 
-Who holds it is dead when the beat has not changed for STALE seconds of the watcher's own clock, or when its process is gone
-from this very machine. Object storage gives pyarrow no conditional write, so two commands that start within the same
-SETTLE seconds may both write; the one whose name is read afterwards stays, and the other is refused. Should a command be
-cut off for longer than STALE and another take over, it finds so at its next beat, and stores and removes nothing any more.
+A holder counts as dead if its heartbeat does not change for STALE seconds of the waiting command's clock, or if its process
+no longer exists on this machine. pyarrow has no conditional write, so two commands that start within SETTLE seconds may both
+write; the one that is read back afterwards continues, the other is refused. A command that is cut off for longer than STALE
+while another takes over learns this at its next heartbeat; from then on it stores and removes nothing.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from distill_at_scale.core.errors import Busy, UserError
 from distill_at_scale.storage.object_store import ObjectStore
 
 NAME = ".lease.json"
-BEAT = 10.0  # seconds between two beats
-STALE = 45.0  # seconds without one, after which the holder is taken to be dead
-SETTLE = 1.0  # seconds between writing one's name and reading it back
-LOOK = 2.0  # seconds between two looks at another's beat
+BEAT = 10.0  # seconds between two heartbeats
+STALE = 45.0  # seconds without a heartbeat after which the holder counts as dead
+SETTLE = 1.0  # seconds between writing the lock and reading it back
+LOOK = 2.0  # seconds between two checks of another holder's heartbeat
 
 
 class StorageLock:
-    """Held between `take` and `release`."""
+    """Held between `acquire` and `release`."""
 
-    def __init__(self, bucket: ObjectStore):
-        self.bucket, self.token, self.beats = bucket, uuid.uuid4().hex, 0
+    def __init__(self, store: ObjectStore):
+        self.store, self.token, self.beats = store, uuid.uuid4().hex, 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def take(self) -> None:
-        """Raises Busy where another command is at work in the folder."""
+    def acquire(self) -> None:
+        """Raises Busy if another command works in the folder."""
         holder = self._read()
         if holder is not None and not _is_dead(holder):
-            self._watch(holder)
+            self._wait_for_heartbeat(holder)
         self._write()
         time.sleep(SETTLE)
         if (self._read() or {}).get("token") != self.token:
@@ -48,7 +48,7 @@ class StorageLock:
         self._thread.start()
 
     def is_free(self) -> bool:
-        """Whether nobody is at work in the folder, as far as can be seen at once."""
+        """Whether no command works in the folder, without waiting for a heartbeat."""
         holder = self._read()
         return holder is None or _is_dead(holder)
 
@@ -58,23 +58,23 @@ class StorageLock:
             self._thread.join()
         with contextlib.suppress(UserError, OSError):
             if (self._read() or {}).get("token") == self.token:
-                self.bucket.delete(NAME)
+                self.store.delete(NAME)
 
     def check(self) -> None:
-        """Raises Busy where another command has taken the folder over."""
+        """Raises Busy if another command has taken the lock."""
         if not self._is_ours():
-            raise Busy(f"{self._taken(self._read())} It took over while this one could not be seen to live.")
+            raise Busy(f"{self._taken(self._read())} It took the lock while this command sent no heartbeat.")
 
     def _is_ours(self) -> bool:
-        """Where it is not any more, nothing more is stored: another command may be done already, and its name gone."""
+        """Fences the store if the lock is lost: another command may have taken it and already released it."""
         if (self._read() or {}).get("token") != self.token:
-            self.bucket.barred.set()
-        return not self.bucket.barred.is_set()
+            self.store.fenced.set()
+        return not self.store.fenced.is_set()
 
-    def _watch(self, holder: dict[str, Any]) -> None:
-        """Until the holder is seen to be dead; raises Busy as soon as it is seen to live."""
+    def _wait_for_heartbeat(self, holder: dict[str, Any]) -> None:
+        """Returns when the holder counts as dead; raises Busy at its first heartbeat."""
         who, until = _name(holder), time.monotonic() + STALE
-        self.bucket.say(f"{self.bucket.place()}: waiting at most {STALE:.0f} s for a sign of life of {who}")
+        self.store.say(f"{self.store.place()}: waiting up to {STALE:.0f} s for a heartbeat from {who}")
         while time.monotonic() < until:
             time.sleep(LOOK)
             now = self._read()
@@ -82,34 +82,34 @@ class StorageLock:
                 return
             if now != holder:
                 raise Busy(self._taken(now))
-        self.bucket.say(f"{who} gave none; taking over")
+        self.store.say(f"no heartbeat from {who} for {STALE:.0f} s; taking the lock")
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(UserError, OSError):
                 if not self._is_ours():
                     return
-                self._write(patience=0.0)  # a beat that is tried again may come when another has taken over
+                self._write(retry_seconds=0.0)  # a late retry could overwrite the lock of another command
 
     def _read(self) -> dict[str, Any] | None:
-        """Who holds it; None where nobody does, and where the file says nothing of the kind."""
-        content = self.bucket.read(NAME)
+        """The holder; None if the lock is free or its object is not valid."""
+        content = self.store.read(NAME)
         try:
-            found = json.loads(content or b"{}")
+            holder = json.loads(content or b"{}")
         except (ValueError, RecursionError):
             return None
         kinds = {"host": str, "pid": int, "token": str}
-        known = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
-        return found if known else None
+        valid = isinstance(holder, dict) and all(isinstance(holder.get(key), kind) for key, kind in kinds.items())
+        return holder if valid else None
 
-    def _write(self, patience: float | None = None) -> None:
+    def _write(self, retry_seconds: float | None = None) -> None:
         self.beats += 1
         who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
-        self.bucket.write(NAME, json.dumps({**who, "token": self.token, "beat": self.beats}).encode(), patience)
+        self.store.write(NAME, json.dumps({**who, "token": self.token, "beat": self.beats}).encode(), retry_seconds)
 
     def _taken(self, holder: dict[str, Any] | None) -> str:
         who = _name(holder) if holder else "another command"
-        return f"{who} is working in {self.bucket.place()}; wait for it, or choose another run.dir."
+        return f"{who} is working in {self.store.place()}; wait for it, or choose another run.dir."
 
 
 def _name(holder: dict[str, Any]) -> str:
@@ -117,7 +117,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether it is a process of this machine that is gone."""
+    """Whether the holder was a process of this machine that no longer exists."""
     if holder.get("machine") != machine():
         return False
     try:
@@ -130,9 +130,9 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 
 
 def machine() -> str:
-    """What tells this machine from others of the same name, and its processes from those that a container hides from them."""
+    """An identifier of this machine's boot and process namespace: equal host names or containers do not share it."""
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{started} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return f"{socket.gethostname()} {uuid.getnode():x}"

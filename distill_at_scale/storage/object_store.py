@@ -1,7 +1,6 @@
-"""A folder on object storage (`s3://…`, `gs://…`): single files, which are there whole or not at all.
+"""A folder in an object store (`s3://…`, `gs://…`): single files, each stored completely or not at all.
 
-Nothing relies on renaming. What the storage refuses for a while is asked again, and said; what it refuses for good is one
-error. Left out: the working copy (`storage/sync.py`).
+Nothing relies on renaming. Failing requests are retried with a log line; permanent refusals are one error at once.
 """
 
 from __future__ import annotations
@@ -23,32 +22,38 @@ from distill_at_scale.core.errors import Busy, Unreachable
 from distill_at_scale.storage.filesystem import Store, is_uri, shown
 
 T = TypeVar("T")
-BLOCK = 8 * 2**20  # bytes, of a file that is fetched
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds before a refused request is made again; doubled each time
-REFUSED_FOR_GOOD = re.compile(
+BLOCK = 8 * 2**20  # bytes per read of a download
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds before a retry; doubled each time
+PERMANENT = re.compile(
     r"ACCESS_DENIED|AccessDenied|NO_SUCH_BUCKET|NoSuchBucket|INVALID_ACCESS_KEY|InvalidAccessKey|"
     r"SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch|PERMISSION_DENIED|UNAUTHENTICATED"
 )
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # here, not of the storage
+LOCAL_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)  # errors of this machine, not of the store
 
 Say = Callable[[str], None]
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a folder is on object storage."""
+    """Whether a folder is in an object store."""
     return is_uri(str(path)) and not str(path).startswith("file://")
 
 
 class ObjectStore:
     """The folder `uri`. Names are POSIX paths in it; "" is the folder itself.
 
-    What is refused is tried again for `patience` seconds, and then is Unreachable, which says what it was.
+    Failing requests are retried for `retry_seconds` and then raise Unreachable with the reason.
     """
 
-    def __init__(self, uri: str, patience: float, say: Say = lambda text: None):
-        self.uri, self.patience, self.say = uri, patience, say
-        self.hurry = threading.Event()  # the command ends: nothing is waited for any more
-        self.barred = threading.Event()  # another command has taken the folder over: nothing is changed there any more
+    def __init__(self, uri: str, retry_seconds: float, say: Say = lambda text: None):
+        self.uri, self.retry_seconds, self.say = uri, retry_seconds, say
+        self.closing = threading.Event()  # the command ends: no more retries
+        self.fenced = threading.Event()  # another command holds the lock: no more changes
 
     @cached_property
     def store(self) -> Store:
@@ -59,75 +64,77 @@ class ObjectStore:
         return self.store.place(name)
 
     def path(self, name: str) -> str:
-        """A file's name in the file system."""
+        """A file's path in the file system."""
         return f"{self.store.root}/{name}" if name else self.store.root
 
-    def read(self, name: str, patience: float | None = None) -> bytes | None:
-        """A small file; None where there is none. `patience`: another one than the folder's, in seconds."""
+    def read(self, name: str, retry_seconds: float | None = None) -> bytes | None:
+        """A small file; None if it does not exist."""
 
         def content() -> bytes:
             with self.store.filesystem.open_input_stream(self.path(name)) as stream:
                 return stream.read()
 
         try:
-            return self._tried(f"reading {name}", content, patience)
+            return self._retried(f"reading {name}", content, retry_seconds)
         except FileNotFoundError:
             return None
 
     def fetch(self, name: str, target: Path) -> None:
-        """A file, to a path here; raises FileNotFoundError where there is none, and OSError where the disk cannot take it."""
+        """Download a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the local disk cannot store it.
+        """
 
         def copy() -> None:
             with self.store.filesystem.open_input_stream(self.path(name)) as stream, _written(target) as out:
                 while block := stream.read(BLOCK):
                     out.write(block)
 
-        self._tried(f"fetching {name}", copy)
+        self._retried(f"fetching {name}", copy)
 
-    def write(self, name: str, content: bytes | mmap.mmap, patience: float | None = None) -> int:
-        """Store a file; returns the time in ns that the storage notes of it. Raises Busy where the folder is barred.
-
-        `patience`: another one than the folder's, in seconds.
-        """
-        self._need_right()
+    def write(self, name: str, content: bytes | mmap.mmap, retry_seconds: float | None = None) -> int:
+        """Store a file; returns its modification time in the store, in ns. Raises Busy if the folder is fenced."""
+        self._check_fence()
 
         def store() -> int:
             try:
                 put(self.store.filesystem, self.path(name), content)
-            except FileNotFoundError as error:  # as Google's storage says it
+            except FileNotFoundError as error:  # Google Cloud Storage reports a missing bucket this way
                 self._need_bucket(f"storing {name}")
                 raise OSError(str(error)) from None
             return self.store.filesystem.get_file_info(self.path(name)).mtime_ns
 
-        return self._tried(f"storing {name}", store, patience)
+        return self._retried(f"storing {name}", store, retry_seconds)
 
     def listed(self, *names: str) -> dict[str, Any]:
-        """Every file in some files and folders (default: all), by name: pyarrow.fs.FileInfo."""
-        found: dict[str, Any] = {}
+        """All files in some files and folders (default: everything): name -> pyarrow.fs.FileInfo."""
+        infos: dict[str, Any] = {}
         for name in names or ("",):
-            found |= self._tried("listing", partial(self._infos, name))
-        return found
+            infos |= self._retried("listing", partial(self._infos, name))
+        return infos
 
     def delete(self, name: str) -> None:
-        """A file, or a folder with all that is in it; that there is none is no error. Raises Busy as `write` does."""
-        self._need_right()
+        """Delete a file or a folder, if it exists. Raises Busy if the folder is fenced."""
+        self._check_fence()
         system = self.store.filesystem
-        kind = self._tried("looking", partial(system.get_file_info, self.path(name))).type
+        kind = self._retried("looking", partial(system.get_file_info, self.path(name))).type
         remove = {fs.FileType.Directory: system.delete_dir, fs.FileType.File: system.delete_file}.get(kind)
         if remove is not None:
             with contextlib.suppress(FileNotFoundError):
-                self._tried(f"removing {name}", partial(remove, self.path(name)))
+                self._retried(f"removing {name}", partial(remove, self.path(name)))
 
     def _need_bucket(self, what: str) -> None:
         bucket = self.store.root.partition("/")[0]
         if self.store.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
             raise Unreachable(self._refusal(what, f"there is no bucket {bucket}"))
 
-    def _need_right(self) -> None:
-        if self.barred.is_set():
+    def _check_fence(self) -> None:
+        if self.fenced.is_set():
             raise Busy(
-                f"another command has taken over {self.place()} while this one could not be seen to live, so nothing more is "
-                "stored there; wait until that one has ended, and give the same command again"
+                f"another command has taken the lock of {self.place()} while this command sent no heartbeat; nothing more is "
+                "stored there. Wait until that command has ended, and give the same command again"
             )
 
     def _infos(self, name: str) -> dict[str, Any]:
@@ -138,38 +145,42 @@ class ObjectStore:
         infos = system.get_file_info(fs.FileSelector(self.path(name), recursive=True, allow_not_found=True))
         return {info.path[start:]: info for info in infos if info.type == fs.FileType.File}
 
-    def _tried(self, what: str, request: Callable[[], T], patience: float | None = None) -> T:
-        """A request that is made again while the storage refuses it for a while.
+    def _retried(self, what: str, request: Callable[[], T], retry_seconds: float | None = None) -> T:
+        """A request with retries.
 
-        Raises FileNotFoundError where there is no such file, OSError for this machine's disk, and Unreachable.
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the local disk failed.
+            Unreachable: the store still fails after `retry_seconds`, or refuses permanently.
         """
-        until, pause = time.monotonic() + (self.patience if patience is None else patience), FIRST_PAUSE
+        limit = self.retry_seconds if retry_seconds is None else retry_seconds
+        until, pause = time.monotonic() + limit, FIRST_PAUSE
         while True:
             try:
                 return request()
             except FileNotFoundError:
                 raise
             except OSError as error:
-                if error.errno in OF_THE_DISK and error.filename:
+                if error.errno in LOCAL_DISK and error.filename:
                     raise
                 reason = self.store.without_secrets(" ".join(str(error).split()))
                 left = until - time.monotonic()
-                if left <= 0 or self.hurry.is_set() or REFUSED_FOR_GOOD.search(reason):
+                if left <= 0 or self.closing.is_set() or PERMANENT.search(reason):
                     raise Unreachable(self._refusal(what, reason)) from None
-            self.say(f"  {self.place()} refuses {what} ({reason}); it is tried again for {left:.0f} s more")
-            self.hurry.wait(min(pause, left))
+            self.say(f"  {what} in {self.place()} failed ({reason}); retrying for {left:.0f} s")
+            self.closing.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _refusal(self, what: str, reason: str) -> str:
         return (
             f"run.dir = {shown(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, and "
-            "give the same command again; what is stored is kept (run.retry_seconds says how long a refusal is waited for)"
+            "give the same command again; what is stored is kept (run.retry_seconds sets how long failing requests are retried)"
         )
 
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
-    """A file here; where the disk is full, the error names it, as Python's own does not."""
+    """A local file for writing. If the disk is full, the error names the file, which Python's own error does not."""
     try:
         with open(path, "wb") as out:
             yield out
@@ -180,10 +191,10 @@ def _written(path: Path) -> Iterator[BinaryIO]:
 
 
 def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:
-    """One object, which appears whole or not at all: pyarrow's stream completes whatever it was given when it is closed, so
-    all is given at once, and nothing that can fail comes between.
+    """Store one object completely or not at all.
 
-    Raises OSError where it is refused, or is not there whole afterwards.
+    pyarrow's stream completes the object on `close`, so all content is written at once, and nothing can fail in between.
+    Raises OSError if the store refuses it or its size is wrong afterwards.
     """
     stream = filesystem.open_output_stream(path)
     stream.write(content)

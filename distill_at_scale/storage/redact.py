@@ -9,7 +9,7 @@ from distill_at_scale.storage.filesystem import shown
 
 
 def public(value: Any) -> Any:
-    """A plain value as it may be shown."""
+    """A plain value (mapping, list, text, number) without credentials in URIs."""
     if isinstance(value, Mapping):
         return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

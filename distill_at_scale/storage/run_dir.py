@@ -1,11 +1,10 @@
-"""A run's folder: what each stage read and wrote, by fingerprint; nothing is reused silently and nothing is deleted.
+"""A run folder: what each stage read and wrote, by fingerprint. Nothing is reused silently and nothing is deleted.
 
-A stage is complete when `stages/<stage>.json` exists. It is written last and atomically, and holds what the stage
-depended on (its configuration and the content hashes of its inputs) and what it wrote (with content hashes). Its
-fingerprint is the hash of the former. Where data lies, how many workers ran and where the run folder is are never
-part of it.
+A stage is complete when `stages/<stage>.json` exists. That record is written last and atomically. It holds the stage's inputs
+(configuration values and content hashes), whose hash is the fingerprint, and its outputs with content hashes. The location of
+the data, the number of workers and the run folder's path are not part of a fingerprint.
 
-A folder on object storage is worked on in a copy on this machine's disk (`storage/working_copy.py`): `path` is that copy.
+A folder in an object store is worked on in a local copy (`working_copy.py`): `path` is that copy.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
 
 def address_of(run: RunSection) -> str:
-    """Of the folder that a configuration names, from any folder."""
+    """The absolute address of the folder that a configuration names."""
     return run.dir if is_remote(run.dir) else str(Path(run.dir.removeprefix("file://")).expanduser().resolve())
 
 
@@ -47,7 +46,7 @@ class RunDir:
 
     @classmethod
     def of(cls, run: RunSection, say: Say = lambda text: None) -> RunDir:
-        """The folder that a configuration names, on a disk or on object storage; `say` is told what is waited for."""
+        """The folder that a configuration names, local or in an object store; `say` logs waiting times."""
         reuse = cls.of(run.model_copy(update={"dir": run.reuse, "reuse": None}), say) if run.reuse else None
         if not is_remote(run.dir):
             return cls(run.dir.removeprefix("file://"), reuse)
@@ -63,21 +62,21 @@ class RunDir:
         return self.remote.named if self.remote else str(self.path)
 
     def place(self, name: str) -> str:
-        """The address of a file in it."""
+        """The address of a file in the folder."""
         return f"{self.named}/{name}"
 
     def create(self) -> None:
-        """Make the folder and prove that it can be written.
+        """Create the folder and check that it is writable.
 
-        Raises UserError with the reason where it cannot, or where run.reuse names no run.
+        Raises UserError with the reason if it is not, or if run.reuse is not a run folder.
         """
         if self.reuse:
             self.reuse.fetch()
         if self.reuse and not (self.reuse / "stages").is_dir():
-            raise UserError(f"run.reuse = {self.reuse.named!r} is no run folder; give the run.dir of a finished run")
+            raise UserError(f"run.reuse = {self.reuse.named!r} is not a run folder; give the run.dir of a finished run")
         try:
             if self.remote:
-                self.remote.mirror.make()
+                self.remote.sync.create()
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{uuid.uuid4().hex[:8]}"
             probe.write_bytes(b"")
@@ -90,7 +89,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a command works in the folder; a second command is refused instead of mixing with the first."""
+        """Hold the folder for one command; raises Busy for a second one."""
         with open(self.path / LOCK, "a") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,40 +97,37 @@ class RunDir:
                 raise Busy(
                     f"another command is working in {self.named}; wait for it, or choose another run.dir"
                 ) from None
-            with self.remote.held(handle) if self.remote else contextlib.nullcontext():
+            with self.remote.locked(handle) if self.remote else contextlib.nullcontext():
                 yield
 
     def fetch(self, *names: str) -> None:
-        """Make sure that what is stored can be read here, where the folder is on object storage.
-
-        `names`: of the output, these files alone.
-        """
+        """Fetch what the object store holds, if the folder is in one; `names`: only these files of the outputs."""
         if self.remote:
             self.remote.fetch(names)
 
     def keep(self, *names: str) -> None:
-        """Store files that were published outside of the lock, where the folder is on object storage."""
+        """Upload files that were published without the lock, if the folder is in an object store."""
         if self.remote:
-            self.remote.mirror.push(*names)
+            self.remote.sync.push(*names)
 
     def begin(self) -> None:
-        """As `create`, and what is stored can be read here, where the folder is on object storage."""
+        """`create`, then fetch what the object store holds, if the folder is in one."""
         self.create()
         if self.remote:
             self.remote.fetch(begin=True)
 
     def drop(self, name: str) -> None:
-        """Remove a file, on object storage too."""
+        """Remove a file, also in the object store."""
         (self.path / name).unlink(missing_ok=True)
         if self.remote:
-            self.remote.mirror.bucket.delete(name)
+            self.remote.sync.store.delete(name)
 
     def wait(self, seconds: float) -> None:
-        """Until no command works in the folder, so long at most."""
+        """Wait until no command works in the folder, at most `seconds`."""
         until = time.monotonic() + seconds
         if self.remote:
-            self.remote.mirror.make()
-            if self.remote.lease.is_free():
+            self.remote.sync.create()
+            if self.remote.lock.is_free():
                 return
         while self.path.is_dir() and time.monotonic() < until:
             with contextlib.suppress(UserError), self.lock():
@@ -139,19 +135,26 @@ class RunDir:
             time.sleep(0.2)
 
     def sweep(self) -> None:
-        """Remove what a killed command left half-written; only to be called by the one that holds the lock."""
-        half = [".*.tmp", ".*.old", "stages/.*.tmp", "networks/*/.*.tmp", "networks/*/*/.*.tmp", "monte_carlo/*/.*.tmp"]
-        for left in [path for pattern in half for path in self.path.glob(pattern)]:
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        """Remove unfinished files of a killed command. The caller holds the lock."""
+        patterns = [
+            ".*.tmp",
+            ".*.old",
+            "stages/.*.tmp",
+            "networks/*/.*.tmp",
+            "networks/*/*/.*.tmp",
+            "monte_carlo/*/.*.tmp",
+        ]
+        for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def work(self, stage: str, inputs: StageInputs) -> Path:
-        """The folder for a stage's unfinished work; belongs to one fingerprint, so it can always be resumed from."""
+        """The folder for a stage's unfinished work. It belongs to one fingerprint, so the work can always be resumed."""
         folder = self.path / work_name(stage, inputs.fingerprint)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """The record of a completed stage, or None."""
+        """The record of a completed stage, or None. Raises UserError if it is damaged."""
         try:
             return checked(json.loads((self.path / "stages" / f"{stage}.json").read_text()))
         except FileNotFoundError:
@@ -162,14 +165,14 @@ class RunDir:
             ) from None
 
     def valid(self, stage: str, inputs: StageInputs, redo: bool = False) -> bool:
-        """Whether the stage's output for exactly these inputs is there and whole.
+        """Whether the stage's output for exactly these inputs exists and is complete.
 
-        Raises UserError where the folder holds the output of another configuration, with the difference; with `redo` that
-        only makes it invalid.
+        Raises UserError with the difference if the folder holds the output of another configuration; with `redo` that output is
+        just not valid.
         """
         record = self.record(stage)
         if record is None:
-            return self._take_over(stage, inputs)
+            return self._reuse(stage, inputs)
         if record["fingerprint"] != inputs.fingerprint:
             if redo:
                 return False
@@ -179,12 +182,13 @@ class RunDir:
                 + f"\nNothing was changed. Choose another run.dir, or remove {self.named}/stages/{stage}.json to redo {stage} "
                 "here."
             )
-        return self._whole(stage, record)
+        self._check_outputs(stage, record)
+        return True
 
     def complete(self, stage: str, inputs: StageInputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
-        """Publish the record of a stage whose outputs are all in place."""
-        found = file_digests([p for path in outputs for p in files_in(path)])
-        files = {path.relative_to(self.path).as_posix(): entry for path, entry in found.items()}
+        """Publish the record of a stage; all its `outputs` exist."""
+        digests = file_digests([p for path in outputs for p in files_in(path)])
+        files = {path.relative_to(self.path).as_posix(): entry for path, entry in digests.items()}
         record = {
             "stage": stage,
             "fingerprint": inputs.fingerprint,
@@ -198,51 +202,47 @@ class RunDir:
         self._publish(stage, record)
 
     def _publish(self, stage: str, record: Mapping[str, Any]) -> None:
-        """A stage's record, after all that it names."""
+        """Store a stage's record after everything that it names."""
         if self.remote:
             self.remote.seal()
         write_json(self.path / "stages" / f"{stage}.json", record)
         self.keep(f"stages/{stage}.json")
 
     def withdraw(self, stage: str) -> None:
-        """Remove the record of a stage that is done anew: on the way its output is neither the old one nor the new one."""
+        """Remove the record of a stage before it runs again, because its output will change step by step."""
         record = self.path / "stages" / f"{stage}.json"
         if record.exists():
             record.unlink()
             if self.remote:
-                self.remote.mirror.push("stages", gone=True)
+                self.remote.sync.push("stages", gone=True)
 
     def content(self, stage: str) -> str:
-        """The content hash of a completed stage's output.
-
-        Raises UserError where the stage has not been run.
-        """
+        """The content hash of a completed stage's output. Raises UserError if the stage has not run."""
         record = self.record(stage)
         if record is None:
             raise UserError(f"{self.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
-        self._whole(stage, record)
+        self._check_outputs(stage, record)
         return record["output"]
 
-    def _whole(self, stage: str, record: Mapping[str, Any]) -> bool:
+    def _check_outputs(self, stage: str, record: Mapping[str, Any]) -> None:
         for name, entry in record["outputs"].items():
             path = self.path / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 state = "missing" if not path.is_file() else "not what was written"
                 record_of = self.place(f"stages/{stage}.json")
                 raise UserError(f"{self.place(name)} is {state}; remove {record_of} to run {stage} again")
-        return True
 
-    def _take_over(self, stage: str, inputs: StageInputs) -> bool:
-        """Link the same output from the run named in run.reuse, if it is there."""
+    def _reuse(self, stage: str, inputs: StageInputs) -> bool:
+        """Link the same output from the run named in run.reuse, if that run has it."""
         record = self.reuse.record(stage) if self.reuse else None
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
             return False
         if outside := [name for name in record["outputs"] if not is_artefact(name)]:
             raise UserError(
-                f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, outside its folder or no artefact; it is not "
-                "reused"
+                f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, which is outside its folder or not an "
+                "artefact; it is not reused"
             )
-        self.reuse._whole(stage, record)
+        self.reuse._check_outputs(stage, record)
         for name in record["outputs"]:
             self._link(self.reuse.path, name)
         own = {key: value for key, value in record.items() if key != LINKED}
@@ -250,38 +250,38 @@ class RunDir:
         return True
 
     def adopt(self, other: RunDir, stage: str) -> None:
-        """Stand on the finished stage of another run: its output is linked, not copied, whatever its size.
+        """Use the finished stage of another run: its output is linked, not copied.
 
-        Raises UserError where that run has no whole output of the stage.
+        Raises UserError if that run has no complete output of the stage.
         """
         other.content(stage)
         record = other.record(stage)
         assert record is not None
-        if self.remote and other.remote:  # who stands on it in turn links to the same place
-            record = {LINKED: self.remote.way_to(other.remote), **record}
+        if self.remote and other.remote:  # runs that use this one link to the same place
+            record = {LINKED: self.remote.link_to(other.remote), **record}
         link(self.path, other.path, tops(record))
         write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": other.named})
         self.keep(f"stages/{stage}.json")
 
     def stood_on(self, stage: str) -> RunDir:
-        """The run whose output of a stage was adopted; this one where it was not."""
+        """The run whose output of a stage this run uses; this run if the output is its own."""
         record = self.record(stage) or {}
         if self.remote:
-            return RunDir(self.remote.beside(record[LINKED]).path) if LINKED in record else self
+            return RunDir(self.remote.linked_copy(record[LINKED]).path) if LINKED in record else self
         return RunDir(record.get("reused_from", self.path))
 
     def has(self, stage: str) -> bool:
-        """Whether the output of a finished stage is in its place."""
+        """Whether the output of a finished stage exists."""
         return all((self / name).exists() for name in tops(self.record(stage) or {"outputs": ()}))
 
     def take_over_files(self, folder: str) -> None:
-        """Link whatever lies in a folder of the run named in run.reuse and is missing here; the folder's name says what it
-        holds (networks of one fingerprint)."""
+        """Link files of a folder of the run named in run.reuse that are missing here. The folder's name identifies its content
+        (networks of one fingerprint)."""
         if self.reuse is not None:
             for path in files_in(self.reuse / folder):
                 name = path.relative_to(self.reuse.path).as_posix()
                 if not (self.path / name).exists() and not path.name.startswith("."):
-                    with contextlib.suppress(FileNotFoundError):  # the other run goes on and clears up meanwhile
+                    with contextlib.suppress(FileNotFoundError):  # a command in the other run removes files
                         self._link(self.reuse.path, name)
 
     def _link(self, other: Path, name: str) -> None:
@@ -289,6 +289,6 @@ class RunDir:
         target.parent.mkdir(parents=True, exist_ok=True)
         with publish(target) as temporary:
             try:
-                os.link(os.path.realpath(other / name), temporary)  # never a link that the other run can turn elsewhere
+                os.link(os.path.realpath(other / name), temporary)  # not a link that the other run can redirect
             except OSError:
                 shutil.copyfile(other / name, temporary)

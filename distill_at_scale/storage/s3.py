@@ -1,7 +1,7 @@
-"""From an `s3://` URI to a file system of pyarrow, with limits on how long a dead address may be waited for.
+"""Opens an `s3://` URI as a pyarrow file system with time limits.
 
-`pyarrow.fs.FileSystem.from_uri` takes no time limits, so the options are read here. Credentials come from the usual places
-of the cloud (environment, ~/.aws, instance role), or from the URI (`s3://key:secret@bucket`), which is not advised.
+`pyarrow.fs.FileSystem.from_uri` has no time limits, so this module parses the options. Credentials come from the usual places
+(environment, ~/.aws, instance role), or from the URI (`s3://key:secret@bucket`), which is not recommended.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ OPTIONS = {
     "request_timeout": float,
     "attempts": int,
 }
-DEFAULTS = {"connect_timeout": 5.0, "request_timeout": 10.0}  # seconds without an answer, of each attempt
+DEFAULTS = {"connect_timeout": 5.0, "request_timeout": 10.0}  # seconds per attempt
 
 
 def connect(uri: str) -> tuple[Any, str]:
-    """The file system, and the folder of the URI in it.
+    """The file system and the URI's folder in it.
 
-    Raises ValueError for an unknown option, a wrong value or credentials that are not escaped, and OSError where the bucket's
-    region cannot be found.
+    Raises:
+        ValueError: an unknown option, a wrong value or credentials that are not escaped.
+        OSError: the bucket's region cannot be determined.
     """
     parts = urlsplit(uri, allow_fragments=False)
     bucket = parts.netloc.rpartition("@")[2]
@@ -43,27 +44,21 @@ def connect(uri: str) -> tuple[Any, str]:
         options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password or "")}
     if not options.get("region") and not options.get("endpoint_override"):
         options["region"] = fs.resolve_s3_region(bucket)
-    options["allow_delayed_open"] = True  # a small file is stored by one request
+    options["allow_delayed_open"] = True  # stores a small file with one request
     system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts))
     return system, f"{bucket}{unquote(parts.path)}".rstrip("/")
 
 
 def _options(query: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in OPTIONS:
+        kind = OPTIONS.get(name)
+        if kind is None:
             raise ValueError(f"unknown option {name!r}; known: {', '.join(OPTIONS)}")
-        found[name] = _value(name, text)
-    return found
-
-
-def _value(name: str, text: str) -> Any:
-    kind = OPTIONS[name]
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
+        if kind is bool and text.lower() not in ("true", "false"):
             raise ValueError(f"{name}={text}: write true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{name}={text}: write a number") from None
+        try:
+            options[name] = text.lower() == "true" if kind is bool else kind(text)
+        except ValueError:
+            raise ValueError(f"{name}={text}: write a number") from None
+    return options

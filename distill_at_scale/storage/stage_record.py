@@ -1,6 +1,6 @@
-"""What a stage record says: what the stage depended on, what it wrote, and the fingerprint of the former.
+"""A stage record: the inputs of the stage, their fingerprint, and its outputs.
 
-A record may come from somebody else's run, so its form and the names in it are checked.
+A record may come from another person's run, so its form and the names in it are checked.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 
 from distill_at_scale.core.hashing import digest
 
-# of a run inside another folder, as those of a sweep: where the output of a stage lies that it shares, seen from that folder;
-# the folder's own run is ".."
+# The run that holds a shared stage output, relative to the folder of a sweep or study; ".." is that folder's own run.
 LINKED, LINKS = "linked_to", re.compile(r"\.\.|shared/(data|scores)-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What a stage depends on: flat configuration values and the content hashes of what it reads."""
+    """Everything that decides a stage's output: flat configuration values and content hashes of what it reads."""
 
     config: Mapping[str, Any]
     content: Mapping[str, str]
@@ -31,7 +30,7 @@ class StageInputs:
         return digest({"config": dict(self.config), "content": dict(self.content)})
 
     def difference(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Lines 'key: recorded -> wanted' for everything that differs from a stage record."""
+        """Lines 'key: recorded -> wanted' for all differences from a stage record."""
         lines = []
         for part, now in (("config", self.config), ("content", self.content)):
             before = recorded[part]
@@ -42,7 +41,7 @@ class StageInputs:
 
 
 def checked(record: Any) -> dict[str, Any]:
-    """A stage record as `complete` writes it; raises ValueError for anything else."""
+    """Return the record if it has the form that `RunDir.complete` writes; raises ValueError otherwise."""
     kinds = {
         "fingerprint": str,
         "config": dict,
@@ -53,7 +52,7 @@ def checked(record: Any) -> dict[str, Any]:
     }
     for key, kind in kinds.items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-            raise ValueError(f"{key} is missing or of another type")
+            raise ValueError(f"{key} is missing or has another type")
     if LINKED in record and not LINKS.fullmatch(str(record[LINKED])):
         raise ValueError(f"{LINKED} = {record[LINKED]!r} leads elsewhere")
     if not all(isinstance(entry, dict) and isinstance(entry.get("bytes"), int) for entry in record["outputs"].values()):
@@ -62,7 +61,7 @@ def checked(record: Any) -> dict[str, Any]:
 
 
 def is_artefact(name: str) -> bool:
-    """A file that another run may give: inside its folder, no stage record, nothing hidden."""
+    """Whether another run may provide this file: inside its folder, not a stage record, not hidden."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
     return bool(path.parts) and not path.is_absolute() and not hidden and path.parts[0] != "stages" and "\0" not in name

@@ -1,9 +1,7 @@
-"""The working copy, on a disk of this machine, of a folder on object storage.
+"""Synchronises a local copy with a folder in an object store; only differences are transferred.
 
-As rsync does, a file counts as the same where size and time are: what was fetched or stored carries the storage's time.
-Hidden files are half-written and stay here, but for those in `.work`, and so do links. The runs of a sweep, in its folder,
-have copies of their own. Left out: how single files travel (`storage/object_store.py`), who may
-work in the folder (`storage/lock.py`), and what of it is finished (`storage/working_copy.py`).
+Like rsync, two files are equal if size and time are: a fetched or stored file gets the store's time. Hidden files are
+unfinished and stay local (except those in `.work`), and so do links. The runs inside a sweep's folder have copies of their own.
 """
 
 from __future__ import annotations
@@ -26,146 +24,145 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.filesystem import inside, shown
 from distill_at_scale.storage.object_store import ObjectStore, Say
 
-AT_ONCE = 8  # transfers side by side
-MAPPED = 64 * 2**20  # bytes; larger files are stored from the page cache, and are never changed in place
-FOLLOW = 5.0  # seconds between two looks at what was published here
-PATIENCE = 30.0  # seconds, where no configuration says how long
+AT_ONCE = 8  # parallel transfers
+MAPPED = 64 * 2**20  # bytes; larger files are memory-mapped for the upload; they are never changed in place
+FOLLOW = 5.0  # seconds between two transfers in the background
+RETRY_SECONDS = 30.0  # without a configuration
 UNFINISHED = ".work"
-AUTO, POINTS, SHARED = RUNS_INSIDE = ("auto", "points", "shared")  # runs in there have copies of their own
+AUTO, POINTS, SHARED = RUNS_INSIDE = ("auto", "points", "shared")  # folders of runs that have copies of their own
 
 
 def scratch_of(uri: str, scratch: str | None = None) -> Path:
-    """Where the working copy of a folder lies: one for each address, and by default for each user."""
+    """The path of a folder's local copy: one per address, and by default per user."""
     base = Path(scratch).expanduser() if scratch else Path(tempfile.gettempdir()) / f"distill_at_scale-{os.getuid()}"
     return base.resolve() / hashlib.sha256(shown(inside(uri, ".")).encode()).hexdigest()[:16]
 
 
 def fetched(uri: str, name: str) -> Path:
-    """A copy, to be read, of what a URI holds: of its folder `name`, where it has such a one."""
-    mirror = FolderSync(uri, scratch_of(uri).with_suffix(".read"), PATIENCE)
-    mirror.make()
-    mirror.renew(*([name] if mirror.holds(name) else []))
-    return mirror.local
+    """A read-only copy of a URI's content; only of its folder `name` if there is one."""
+    sync = FolderSync(uri, scratch_of(uri).with_suffix(".read"), RETRY_SECONDS)
+    sync.create()
+    sync.mirror(*([name] if sync.exists(name) else []))
+    return sync.local
 
 
 class FolderSync:
-    """The working copy `local` of the folder `uri`; `patience` and `say` are those of `ObjectStore`."""
+    """The local copy `local` of the folder `uri`."""
 
-    def __init__(self, uri: str, local: Path, patience: float, say: Say = lambda text: None):
-        self.bucket, self.local = ObjectStore(uri, patience, say), local
-        self._known: dict[str, tuple[int, int]] = {}  # files that are the same here and there: size, time in ns
+    def __init__(self, uri: str, local: Path, retry_seconds: float, say: Say = lambda text: None):
+        self.store, self.local = ObjectStore(uri, retry_seconds, say), local
+        self._known: dict[str, tuple[int, int]] = {}  # files that are equal in both places: size, time in ns
         self._guard = threading.RLock()
 
-    def make(self) -> None:
-        """The folder of the working copy, which nobody else can look into.
+    def create(self) -> None:
+        """Create the local folder, readable by its user only.
 
-        Raises UserError where it belongs to somebody else, and OSError.
+        Raises UserError if it belongs to another user.
         """
         self.local.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.local.parent.stat().st_uid not in (os.getuid(), 0):
             raise UserError(f"{self.local.parent} belongs to another user; set run.scratch to a folder of your own")
         self.local.chmod(0o700)
 
-    def holds(self, name: str) -> bool:
-        """Whether there is a file or folder of this name."""
+    def exists(self, name: str) -> bool:
+        """Whether the store has a file or folder of this name."""
         return bool(self._listed((name,)))
 
     def pull(self, *names: str, outputs: Mapping[str, Mapping[str, Any]] | None = None) -> Mapping[str, Any]:
-        """Make files and folders (default: everything) here what they are there; only what differs is fetched.
+        """Fetch files and folders (default: everything) that differ; returns the store's files: name -> pyarrow.fs.FileInfo.
 
-        What was changed here since it was last stored or fetched is left alone, and so is what is not there. Raises UserError
-        where a file is not what `outputs` (name -> bytes, sha256) says. Returns what is there, by name.
+        Local files that changed since the last transfer stay, and so do files that the store does not have. Raises UserError if
+        a file differs from `outputs` (name -> bytes, sha256).
         """
-        found = self._listed(names)
-        stale = [name for name, info in found.items() if not self._same(name, info) and not self._changed(name)]
+        infos = self._listed(names)
+        stale = [name for name, info in infos.items() if not self._is_equal(name, info) and not self._changed(name)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for name in pool.map(lambda name: self._fetch(name, found[name]), stale):
+            for name in pool.map(lambda name: self._fetch(name, infos[name]), stale):
                 expected = (outputs or {}).get(name)
                 if expected and _sha256(self.local / name) != expected["sha256"]:
                     raise UserError(
-                        f"{self.bucket.place(name)} is not what was written; remove the record of its stage in stages/"
+                        f"{self.store.place(name)} is not what was written; remove the record of its stage in stages/"
                     )
-        return found
+        return infos
 
-    def renew(self, *names: str) -> None:
-        """As `pull`, and what is not there is removed here too."""
-        there = self.pull(*names)
-        for name in self._here(names):
-            if name not in there and not self._changed(name):
+    def mirror(self, *names: str) -> None:
+        """Like `pull`, and remove local files that the store does not have."""
+        stored = self.pull(*names)
+        for name in self._local_files(names):
+            if name not in stored and not self._changed(name):
                 (self.local / name).unlink(missing_ok=True)
                 self._known.pop(name, None)
 
     def push(self, *names: str, gone: bool = False) -> None:
-        """Store the files and folders (default: everything) that were published here since the last time, some at a time.
+        """Store local files and folders (default: everything) that changed since the last transfer.
 
-        With `gone`, files that were the same here and there and are here no more are removed there.
+        With `gone`, files that were equal in both places and no longer exist here are deleted in the store.
         """
         waiting = sorted(
-            (stat.st_mtime_ns, name) for name, stat in self._here(names).items() if self._differs(name, stat)
+            (stat.st_mtime_ns, name) for name, stat in self._local_files(names).items() if self._differs(name, stat)
         )
-        together: dict[Path, list[str]] = {}
-        for _, name in waiting:  # of files with one name, the one that was here first is stored first
-            together.setdefault(Path(name).with_suffix(""), []).append(name)
+        groups: dict[Path, list[str]] = {}
+        for _, name in waiting:  # files that differ in their suffix only are stored in the order of their times
+            groups.setdefault(Path(name).with_suffix(""), []).append(name)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._store_all, together.values()))
+            list(pool.map(self._store_in_order, groups.values()))
         if gone:
-            here = self._here(names)
-            lost = [name for name in list(self._known) if name not in here and _below(name, names)]
+            existing = self._local_files(names)
+            lost = [name for name in list(self._known) if name not in existing and _below(name, names)]
             for name in {self._highest_gone(name) for name in lost}:
-                self.bucket.delete(name)
+                self.store.delete(name)
             for name in lost:
                 self._known.pop(name, None)
 
     def remove(self, name: str) -> None:
-        """A folder and what is in it, here and there."""
+        """Delete a folder in both places."""
         shutil.rmtree(self.local / name, ignore_errors=True)
-        self.bucket.delete(name)
+        self.store.delete(name)
 
-    def empty(self) -> None:
-        """Make the working copy anew, but for hidden files, such as the one that locks it."""
+    def clear(self) -> None:
+        """Empty the local copy, except for hidden files such as its lock."""
         for path in self.local.glob("*"):
             if path.name == UNFINISHED or not path.name.startswith("."):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._known.clear()
 
     @contextlib.contextmanager
-    def following(self, *names: str) -> Iterator[None]:
-        """Meanwhile what is published here is stored, from a thread; what is left is stored at the end.
+    def pushing(self, *names: str) -> Iterator[None]:
+        """Push from a background thread inside the block, and once more at its end.
 
-        A storage that refuses meanwhile is waited for, however long; at the end Unreachable is raised. After another error
-        what can be stored at once is.
+        A failing store does not stop the block; at its end it raises Unreachable. After an error in the block one last push is
+        tried without retries.
         """
         with repeated(partial(self.push, *names)):
             try:
                 yield
             except BaseException:
-                self.bucket.hurry.set()
+                self.store.closing.set()
                 with contextlib.suppress(UserError, OSError):
                     self.push(*names)
                 raise
         self.push(*names, gone=True)
 
     def _highest_gone(self, name: str) -> str:
-        """A file that is here no more, or the highest folder above it that is not."""
-        above = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
-        return next((folder for folder in above if not (self.local / folder).exists()), name)
+        """The highest folder above a deleted file that no longer exists, or the file."""
+        parents = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
+        return next((folder for folder in parents if not (self.local / folder).exists()), name)
 
     def _listed(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """What is there, by name: pyarrow.fs.FileInfo."""
-        return {name: info for name, info in self.bucket.listed(*names).items() if _visible(name)}
+        """The store's files: name -> pyarrow.fs.FileInfo."""
+        return {name: info for name, info in self.store.listed(*names).items() if _visible(name)}
 
-    def _here(self, names: tuple[str, ...]) -> dict[str, os.stat_result]:
-        """What is published here, by name."""
-        found = {}
+    def _local_files(self, names: tuple[str, ...]) -> dict[str, os.stat_result]:
+        result = {}
         for path in (path for top in names or ("",) for path in _files(self.local / top)):
             name = path.relative_to(self.local).as_posix()
-            with contextlib.suppress(FileNotFoundError):  # published or removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # replaced or removed in the meantime
                 if _visible(name) and path.is_file() and not path.is_symlink():
-                    found[name] = path.stat()
-        return found
+                    result[name] = path.stat()
+        return result
 
-    def _same(self, name: str, info: Any) -> bool:
-        """Whether a file is here as it is there; it is remembered."""
+    def _is_equal(self, name: str, info: Any) -> bool:
+        """Whether a file is equal in both places; remembers it."""
         with contextlib.suppress(FileNotFoundError), self._guard:
             stat = (self.local / name).stat()
             if stat.st_size == info.size and stat.st_mtime_ns // 10**9 == info.mtime_ns // 10**9:
@@ -177,7 +174,7 @@ class FolderSync:
         return self._known.get(name) != (stat.st_size, stat.st_mtime_ns)
 
     def _changed(self, name: str) -> bool:
-        """Whether a file was the same here and there, and then was changed or removed here."""
+        """Whether a file was equal in both places and was then changed or removed here."""
         try:
             return name in self._known and self._differs(name, (self.local / name).stat())
         except FileNotFoundError:
@@ -189,36 +186,37 @@ class FolderSync:
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
         try:
-            self.bucket.fetch(name, temporary)
+            self.store.fetch(name, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
             with self._guard:
                 if not self._changed(name):
                     stat = temporary.stat()
                     os.replace(temporary, target)
                     self._known[name] = stat.st_size, stat.st_mtime_ns
-        except FileNotFoundError:  # removed there since it was listed
+        except FileNotFoundError:  # removed from the store since it was listed
             pass
         finally:
             temporary.unlink(missing_ok=True)
         return name
 
-    def _store_all(self, names: list[str]) -> None:
+    def _store_in_order(self, names: list[str]) -> None:
         for name in names:
             self._store(name)
 
     def _store(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), open(self.local / name, "rb") as handle:
-            content = _content(handle)
-            time = self.bucket.write(name, content)
+            size = os.fstat(handle.fileno()).st_size
+            mapped = size > MAPPED
+            content = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) if mapped else handle.read()
+            time = self.store.write(name, content)
             with self._guard:
-                os.utime(handle.fileno(), ns=(time, time))  # of what was stored, should it be replaced by now
+                os.utime(handle.fileno(), ns=(time, time))  # of the stored file, even if it was replaced
                 self._known[name] = len(content), os.fstat(handle.fileno()).st_mtime_ns
 
 
 @contextlib.contextmanager
 def repeated(action: Callable[[], object]) -> Iterator[None]:
-    """Meanwhile, an action every FOLLOW seconds in a thread; where it fails, the next one comes later: what the caller needs
-    is stored or fetched once more at the end, which raises."""
+    """Run an action every FOLLOW seconds in a thread; its errors are ignored, because callers run it once more at the end."""
     done = threading.Event()
 
     def repeat() -> None:
@@ -236,16 +234,11 @@ def repeated(action: Callable[[], object]) -> Iterator[None]:
 
 
 def _files(top: Path) -> Iterator[Path]:
-    """A file, or all in a folder; a folder that is removed meanwhile has none."""
+    """A file, or all files in a folder."""
     if top.is_file():
         yield top
     for folder, _, names in os.walk(top):
         yield from (Path(folder) / name for name in names)
-
-
-def _content(handle: Any) -> bytes | mmap.mmap:
-    size = os.fstat(handle.fileno()).st_size
-    return mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) if size > MAPPED else handle.read()
 
 
 def _visible(name: str) -> bool:

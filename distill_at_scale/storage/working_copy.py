@@ -1,7 +1,7 @@
-"""The working copy of a run folder on object storage: brought up to date, held by one command, followed, and sealed.
+"""The local working copy of a run folder in an object store: update, lock, background upload, sealing of a stage.
 
-Two rules keep it honest: what the storage holds is right where the two differ, and a stage's record is stored after all
-that it names. What was computed here and never stored stays, and is stored with the rest.
+Two rules: the store is right where both differ, and a stage's record is stored after everything that it names. Work that was
+computed here and never stored stays and is stored with the rest.
 """
 
 from __future__ import annotations
@@ -25,159 +25,160 @@ from distill_at_scale.storage.stage_record import LINKED, checked, is_artefact
 from distill_at_scale.storage.sync import POINTS, SHARED, UNFINISHED, FolderSync, repeated, scratch_of
 
 DIGEST = re.compile("[0-9a-f]{32}")
-IDENTITY = ".run"  # which folder of this address it is a copy of: another one may have stood there before
+IDENTITY = ".run"  # an id of the folder: another run may have had the same address before
 LOCK = ".lock"
-NOTES = ("stopped.json", "failed.json")  # of a point: there or not, as whoever worked in it last has left it
+NOTES = ("stopped.json", "failed.json")  # of a point; its last command decides whether they exist
 
 
 class WorkingCopy:
-    """A mirror that knows of stages, and of who works in it."""
+    """A local copy that knows the stages of a run and holds its lock."""
 
-    def __init__(self, mirror: FolderSync):
-        self.mirror, self.lease = mirror, StorageLock(mirror.bucket)
+    def __init__(self, sync: FolderSync):
+        self.sync, self.lock = sync, StorageLock(sync.store)
 
     @property
     def path(self) -> Path:
-        return self.mirror.local
+        return self.sync.local
 
     @property
     def named(self) -> str:
         """The folder's address without options and secrets."""
-        return shown(self.mirror.bucket.uri).partition("?")[0]
+        return shown(self.sync.store.uri).partition("?")[0]
 
     @contextlib.contextmanager
-    def held(self, lock: TextIO) -> Iterator[None]:
-        """By this command, which has locked the copy by the open file `lock`, and by no other on any machine.
+    def locked(self, file: TextIO) -> Iterator[None]:
+        """Hold the folder against all other commands on any machine. `file` is the open, locked lock file of the copy.
 
-        Raises Busy where another command works in the folder, and Unreachable at the end where something could not be
-        stored.
+        Raises Busy if another command works in the folder, and Unreachable at the end if something could not be stored.
         """
-        bucket = self.mirror.bucket
-        bucket.hurry.clear()
-        bucket.barred.clear()
-        self.lease = StorageLock(bucket)
-        lock.truncate(0)
-        lock.write(self.lease.token)
-        lock.flush()
+        store = self.sync.store
+        store.closing.clear()
+        store.fenced.clear()
+        self.lock = StorageLock(store)
+        file.truncate(0)
+        file.write(self.lock.token)
+        file.flush()
         try:
-            self.lease.take()
-            self._update(self._identity(), alone=True)
-            with self.mirror.following():
+            self.lock.acquire()
+            self._update(self._make_identity(), owner=True)
+            with self.sync.pushing():
                 yield
         finally:
-            bucket.hurry.set()
-            self.lease.release()
+            store.closing.set()
+            self.lock.release()
 
     def fetch(self, names: Sequence[str] = (), begin: bool = False) -> None:
-        """Bring the copy up to date, to be read; a command that is at work in it on this machine keeps it so by itself.
+        """Update the copy for reading, unless a command on this machine works in it and keeps it up to date.
 
-        `names`: of the output, these files alone. With `begin`, the folder is there from now on.
+        Args:
+            names: only these files of the outputs.
+            begin: create the folder in the store if it does not exist.
         """
-        self.mirror.make()
+        self.sync.create()
         with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if found := self._identity() if begin else self._found():
-                self._update(found, names)
+            if identity := self._make_identity() if begin else self._read_identity():
+                self._update(identity, names)
             else:
-                self.mirror.empty()
+                self.sync.clear()
 
     def seal(self) -> None:
-        """Store all that was published, before the record of a stage is.
+        """Store everything published so far, before a stage's record.
 
-        Raises Busy where another command has taken the folder over.
+        Raises Busy if another command has taken the lock.
         """
-        self.lease.check()
-        self.mirror.push(gone=True)
-        self.lease.check()
+        self.lock.check()
+        self.sync.push(gone=True)
+        self.lock.check()
 
-    def belong(self, identity: str) -> None:
-        """Begin anew where this is a copy of another folder that had the same address."""
+    def claim(self, identity: str) -> None:
+        """Clear the copy if it belongs to another folder that had the same address."""
         own = self.path / IDENTITY
         if not own.exists() or own.read_text() != identity:
-            self.mirror.empty()
+            self.sync.clear()
             own.write_text(identity)
 
     def complete(self, stage: str) -> None:
-        """Make the output of a finished stage here what its record says."""
-        self.mirror.pull(f"stages/{stage}.json")
+        """Fetch the output of a finished stage."""
+        self.sync.pull(f"stages/{stage}.json")
         record = _record(self.path / "stages" / f"{stage}.json")
         if LINKED in record:
             self._link(record)
         elif record:
-            self.mirror.pull(*tops(record), outputs=record["outputs"])
+            self.sync.pull(*tops(record), outputs=record["outputs"])
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process of this machine at a time fetches into the copy."""
-        self.mirror.make()
+    def exclusive(self) -> Iterator[None]:
+        """Let one process of this machine at a time fetch into the copy."""
+        self.sync.create()
         with open(self.path / ".fetching", "a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def beside(self, link: str) -> WorkingCopy:
-        """The copy of the run that a record links to; `link` is seen from the folder that holds `points/` and `shared/`."""
-        bucket = self.mirror.bucket
-        uri = inside(bucket.uri, f"../../{link}")
+    def linked_copy(self, link: str) -> WorkingCopy:
+        """The copy of the run that a record links to; `link` is relative to the folder that holds `points/` and `shared/`."""
+        store = self.sync.store
+        uri = inside(store.uri, f"../../{link}")
         path = self.path.parent / scratch_of(uri).name
-        return WorkingCopy(FolderSync(uri, path, bucket.patience, bucket.say))
+        return WorkingCopy(FolderSync(uri, path, store.retry_seconds, store.say))
 
-    def way_to(self, other: WorkingCopy) -> str:
-        """What `beside` takes."""
-        here, there = (copy.mirror.bucket.store.root for copy in (self, other))
-        return posixpath.relpath(there, posixpath.dirname(posixpath.dirname(here)))
+    def link_to(self, other: WorkingCopy) -> str:
+        """The link to another copy, for `linked_copy`."""
+        here, target = (copy.sync.store.store.root for copy in (self, other))
+        return posixpath.relpath(target, posixpath.dirname(posixpath.dirname(here)))
 
     def _link(self, record: Mapping[str, Any]) -> None:
-        """Have the output of a stage that is shared: fetched once for all runs on this machine that stand on it.
+        """Link the output of a shared stage, which this machine fetches once for all runs that use it.
 
-        A link that leads to what may stand on this run in turn is not followed, so that none waits for itself.
+        Only links to a run of lower rank are followed, so that no run waits for itself.
         """
-        other = self.beside(record[LINKED])
-        if other._order() >= self._order():
+        other = self.linked_copy(record[LINKED])
+        if other._rank() >= self._rank():
             return
-        with other.alone():
-            if found := other._found():
-                other.belong(found)
+        with other.exclusive():
+            if identity := other._read_identity():
+                other.claim(identity)
             other.complete(record["stage"])
         link(self.path, other.path, tops(record))
 
     @contextlib.contextmanager
-    def exchanged(self, *names: str) -> Iterator[None]:
-        """Store what was published here, and meanwhile and afterwards fetch what others leave in some files and folders."""
-        self.mirror.push()
-        with repeated(partial(self.mirror.pull, *names)):
+    def exchanging(self, *names: str) -> Iterator[None]:
+        """Push first; inside the block and at its end, fetch what workers leave in some files and folders."""
+        self.sync.push()
+        with repeated(partial(self.sync.pull, *names)):
             yield
-        self.mirror.push(*names)
-        self.mirror.renew(*names)
+        self.sync.push(*names)
+        self.sync.mirror(*names)
 
-    def marks(self) -> dict[str, str]:
-        """What tells a process elsewhere whether it sees this very copy."""
-        held = {"token": (self.path / LOCK).read_text(), "identity": (self.path / IDENTITY).read_text()}
-        return {"root": str(self.path.resolve()), **held}
+    def marker(self) -> dict[str, str]:
+        """Values by which a worker decides whether it sees this same copy."""
+        values = {"token": (self.path / LOCK).read_text(), "identity": (self.path / IDENTITY).read_text()}
+        return {"root": str(self.path.resolve()), **values}
 
-    def _order(self) -> int:
-        """Runs in a folder stand on those that come before: the folder's own, ingest, scores, points."""
-        kind = "/".join(self.mirror.bucket.store.root.split("/")[-2:])
+    def _rank(self) -> int:
+        """Runs use only runs of lower rank: the folder's own run, ingest, scores, points."""
+        kind = "/".join(self.sync.store.store.root.split("/")[-2:])
         starts = (f"{SHARED}/data-", f"{SHARED}/scores-", f"{POINTS}/")
         return next((1 + number for number, start in enumerate(starts) if kind.startswith(start)), 0)
 
-    def _identity(self) -> str:
-        found = self._found()
-        if found is None:
-            found = uuid.uuid4().hex
-            self.mirror.bucket.write(IDENTITY, found.encode())
-        return found
+    def _make_identity(self) -> str:
+        identity = self._read_identity()
+        if identity is None:
+            identity = uuid.uuid4().hex
+            self.sync.store.write(IDENTITY, identity.encode())
+        return identity
 
-    def _found(self) -> str | None:
-        found = self.mirror.bucket.read(IDENTITY)
-        return None if found is None else found.decode()
+    def _read_identity(self) -> str | None:
+        content = self.sync.store.read(IDENTITY)
+        return None if content is None else content.decode()
 
-    def _update(self, identity: str, names: Sequence[str] = (), alone: bool = False) -> None:
-        """Have here what is there; who only reads (not `alone`) changes nothing there."""
-        self.belong(identity)
+    def _update(self, identity: str, names: Sequence[str] = (), owner: bool = False) -> None:
+        """Fetch the store's state. Only the `owner` of the lock removes anything in the store."""
+        self.claim(identity)
         (self.path / "stages").mkdir(exist_ok=True)
-        self.mirror.renew("stages", *NOTES)
+        self.sync.mirror("stages", *NOTES)
         if names:
-            self.mirror.pull(*names)
+            self.sync.pull(*names)
             return
         outputs: dict[str, Any] = {}
         for path in sorted((self.path / "stages").glob("*.json")):
@@ -186,9 +187,9 @@ class WorkingCopy:
                 self._link(record)
             else:
                 outputs |= record.get("outputs", {})
-            if record and alone:  # what led to it may be left by a command that was killed in between
-                self.mirror.remove(work_name(record["stage"], record["fingerprint"]))
-        self.mirror.pull(outputs=outputs)
+            if record and owner:  # a killed command may have left the stage's unfinished work
+                self.sync.remove(work_name(record["stage"], record["fingerprint"]))
+        self.sync.pull(outputs=outputs)
 
 
 def work_name(stage: str, fingerprint: str) -> str:
@@ -197,12 +198,12 @@ def work_name(stage: str, fingerprint: str) -> str:
 
 
 def tops(record: Mapping[str, Any]) -> list[str]:
-    """The files and folders, right in the run folder, that hold the output of a stage."""
+    """The top-level files and folders with the output of a stage."""
     return sorted({Path(name).parts[0] for name in record["outputs"] if is_artefact(name)})
 
 
 def link(here: Path, there: Path, names: Sequence[str]) -> None:
-    """Files and folders of another run folder, as links, where there is nothing of that name."""
+    """Link files and folders of another run folder that do not exist here."""
     for name in names:
         target = os.path.relpath((there / name).resolve(), here.resolve())
         if not (here / name).exists():
@@ -211,7 +212,7 @@ def link(here: Path, there: Path, names: Sequence[str]) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Empty where it is damaged, which whoever needs it is told of by `RunDir.record`, and where it leads elsewhere."""
+    """A stage record; empty if it is damaged (`RunDir.record` raises for that) or belongs to another stage."""
     try:
         record = json.loads(path.read_text())
         ours = checked(record)["stage"] == path.stem and DIGEST.fullmatch(record["fingerprint"])

@@ -103,7 +103,7 @@ def test_a_process_that_sees_the_drivers_copy_fetches_nothing(apart):
     run = RunDir.of(config.run)
     run.create()
     with run.lock():
-        packed = {"config": config.model_dump(), "path": [], "copy": run.remote.marks()}
+        packed = {"config": config.model_dump(), "path": [], "copy": run.remote.marker()}
         assert WorkerRunDir(packed).remote is None
         packed["copy"] = {**packed["copy"], "token": "another", "root": "/driver/copy"}
         other = WorkerRunDir(packed)

@@ -202,7 +202,7 @@ def test_a_storage_that_refuses_one_trial_leaves_the_others(remote, s3, bucket, 
     first = run.plan(settings)[0].config.run.dir
 
     def drop(self, name):
-        if self.remote.mirror.bucket.uri == first and name == points.FAILED:
+        if self.remote.sync.store.uri == first and name == points.FAILED:
             raise Unreachable("503 SlowDown")
         real(self, name)
 
@@ -226,10 +226,10 @@ def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
             stood.record("score")
     path.write_text(whole)
     link = stood.record("score")["linked_to"]
-    shared = stood.remote.beside(link)
+    shared = stood.remote.linked_copy(link)
     record = json.loads((shared.path / "stages" / "score.json").read_text())
-    shared.mirror.bucket.write("stages/score.json", json.dumps(record | {"linked_to": link}).encode())
-    elsewhere = RunDir.of(remote("b").run.model_copy(update={"dir": stood.remote.mirror.bucket.uri}))
+    shared.sync.store.write("stages/score.json", json.dumps(record | {"linked_to": link}).encode())
+    elsewhere = RunDir.of(remote("b").run.model_copy(update={"dir": stood.remote.sync.store.uri}))
     for action in (elsewhere.fetch, lambda: elsewhere.remote.complete("score"), lambda: shared.complete("score")):
         action()
     assert not (elsewhere / "scores.parquet").is_file()

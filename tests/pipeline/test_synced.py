@@ -33,7 +33,7 @@ def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(
     """The first worker was on another machine, which is lost; the next one reads the driver's copy."""
     names = "prepared", "manifest.parquet", ".work/distill-1", "metrics.jsonl", "networks"
     places = DistillPaths(*(folder / name for name in names))
-    elsewhere = FolderSync(folder.remote.mirror.bucket.uri, tmp_path / "worker", 0.0)
+    elsewhere = FolderSync(folder.remote.sync.store.uri, tmp_path / "worker", 0.0)
 
     class LostOnTheWay(LocalExecutor):
         def train(self, group):

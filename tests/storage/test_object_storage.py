@@ -237,10 +237,10 @@ def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
     host = lease.socket.gethostname()
     for machine, waited in (("another machine", True), (None, True), (lease.machine(), False)):
         holder = {"host": host, "machine": machine, "pid": 2**22 + 1, "token": "x", "beat": 1}
-        folder.remote.mirror.bucket.write(lease.NAME, json.dumps(holder).encode())
+        folder.remote.sync.store.write(lease.NAME, json.dumps(holder).encode())
         before = said.tell()
         with folder.lock():
-            assert ("gave none; taking over" in said.getvalue()[before:]) == waited
+            assert ("taking the lock" in said.getvalue()[before:]) == waited
 
 
 def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucket):
@@ -249,7 +249,7 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
     other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
     with contextlib.ExitStack() as stack:
         stack.enter_context(folder.lock())
-        folder.remote.mirror.bucket.write(lease.NAME, json.dumps(other).encode())
+        folder.remote.sync.store.write(lease.NAME, json.dumps(other).encode())
         with pytest.raises(UserError, match="process 1 on another host is working"):
             folder.complete("ingest", StageInputs({}, {}), [], 0.0)
     assert "stages/ingest.json" not in objects(s3, bucket)
@@ -272,11 +272,11 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
             s3.client.delete_object(Bucket=bucket, Key=f"run/{lease.NAME}")
         else:
             s3.client.put_object(Bucket=bucket, Key=f"run/{lease.NAME}", Body=json.dumps(other).encode())
-        with pytest.raises(UserError, match="It took over while this one could not be seen to live"):
-            folder.remote.lease.check()
+        with pytest.raises(UserError, match="It took the lock while this command sent no heartbeat"):
+            folder.remote.lock.check()
         (folder / "scores.parquet").write_text("later, of this one")
         (folder / "manifest.parquet").unlink()
-        with pytest.raises(UserError, match="another command has taken over"):
+        with pytest.raises(UserError, match="another command has taken the lock"):
             stack.close()
     found = objects(s3, bucket)
     assert found["scores.parquet"] == b"of the other one"

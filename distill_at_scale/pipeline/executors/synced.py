@@ -38,4 +38,4 @@ class SyncedExecutor:
         self.executor.close()
 
     def _exchanged(self, *paths: Path) -> AbstractContextManager[None]:
-        return self.copy.exchanged(*(path.relative_to(self.copy.path).as_posix() for path in paths))
+        return self.copy.exchanging(*(path.relative_to(self.copy.path).as_posix() for path in paths))

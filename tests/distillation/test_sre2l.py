@@ -151,6 +151,7 @@ def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
     assert more.card["soft_labels"]["bytes_per_image"] == 16
     state = {k.partition("/")[2]: v for k, v in more.extras.items() if k.startswith("teacher/")}
     assert torch.equal(
-        Teacher.from_state(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)), backend.teacher(torch.ones(1, *SHAPE))
+        Teacher.from_state(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)),
+        backend.teacher(torch.ones(1, *SHAPE)),
     )
     assert backend.context.class_names == NAMES

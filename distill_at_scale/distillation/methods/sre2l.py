@@ -28,7 +28,7 @@ from distill_at_scale.core import rng
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, resized_crop_boxes, crop_and_flip
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -17,9 +17,9 @@ from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.core.events import measured
 from distill_at_scale.data.ingest.chunks import (
     check_chunk,
-    part_counts,
     ingest_chunk,
     is_finished,
+    part_counts,
     part_path,
     recipe_of,
     rejected_path,

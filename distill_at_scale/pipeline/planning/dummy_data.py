@@ -50,7 +50,7 @@ def write(
     group = group or shards.group_rows(facts.shape, facts.jpeg, max(1, each))
     shards.write_shards(result.prepared / "train", [table], table.schema, group)
     counts = np.bincount(column, minlength=len(class_names)).tolist()
-    channels = NetworkSpec("", facts.shape, len(class_names), kind=facts.kind).columns[0]
+    channels = NetworkSpec("", facts.shape, len(class_names), kind=facts.kind).channel_shape[0]
     meta = {"class_names": class_names, "shape": list(facts.shape), "counts": {"train": counts}, "kind": facts.kind,
             "mean": [0.5] * channels, "std": [0.25] * channels, "chunk": len(ids), "jpeg": facts.jpeg}  # fmt: skip
     shards.write_meta(result.prepared, meta, "made up")

@@ -202,7 +202,7 @@ class StepBenchmark:
         """Real lengths of the loops within a step."""
         if self.section is None:
             return {}
-        method = self._start(1, 0, 0, refresh=False).backend
+        method = self._start(1, 0, 0, refresh=False).method
         lengths = {}
         for name, keys in (("outer", OUTER), ("inner", INNER)):
             for key in keys:
@@ -236,7 +236,7 @@ def _rank(config: Config, paths: DistillPaths, device: torch.device) -> None:
 
 def _run(distillation: Distillation, step: int) -> None:
     with contextlib.suppress(DistillationDiverged):  # dummy data may diverge; the time is the same
-        distillation.backend.step(step)
+        distillation.method.step(step)
 
 
 def scaled(values: dict[int, float], own: int) -> float:

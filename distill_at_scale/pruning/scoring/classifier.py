@@ -94,7 +94,13 @@ class CompiledClassifier:
     """A classifier with compiled forward passes, into which checkpoints are loaded one after the other."""
 
     def __init__(
-        self, spec: NetworkSpec, score: ScoreSection, device: torch.device, layout: MemoryFormat, at_once: int, work: int
+        self,
+        spec: NetworkSpec,
+        score: ScoreSection,
+        device: torch.device,
+        layout: MemoryFormat,
+        at_once: int,
+        work: int,
     ):
         self.classifier, self.at_once = Classifier(spec, score.precision, device, layout), at_once
         self.forward = maybe_compile(self.classifier, score.compile, work)

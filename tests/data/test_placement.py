@@ -80,7 +80,7 @@ def test_draws_are_the_same_bytes_wherever_samples_lie(made, hold):
             ):
                 assert torch.equal(a.images, b.images)
                 assert torch.equal(a.rows, b.rows)
-    for a, b in zip(reference.whole(), pool.whole(), strict=True):
+    for a, b in zip(reference.all_samples(), pool.all_samples(), strict=True):
         assert torch.equal(a, b)
     assert [pool.count(c) for c in range(3)] == [10, 10, 10]
 
@@ -107,7 +107,7 @@ def test_jpegs_are_decoded_on_the_way(tmp_path):
     held = InShards(prepared, {0: np.array([1, 3, 5], np.int32)}, threads=2)
     found = held.take(0, torch.tensor([2, 0]))
     assert np.array_equal(found.numpy(), prepared.load("train")[0][[5, 1]])
-    assert torch.equal(held.whole(0), torch.from_numpy(prepared.load("train")[0][[1, 3, 5]]))
+    assert torch.equal(held.of_class(0), torch.from_numpy(prepared.load("train")[0][[1, 3, 5]]))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_the_place_follows_from_sizes_or_from_what_is_asked(hold, needed, device
 
 
 def test_the_pool_says_where_it_is_and_why(made):
-    assert load(made, "auto").held.startswith("30 kept samples (1.0 KB) lie in the host's memory (at most")
+    assert load(made, "auto").held.startswith("30 kept samples (1.0 KB) are held in host memory (at most")
     assert "stay on disk" in load(made, "auto", free=MemoryBudget(0, 100)).held
     assert "as distill.hold = shards asks" in load(made, "shards").held
 

@@ -37,7 +37,7 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
     network = setting_of(config_of(), experts).spec.build(5)
     torch.nn.utils.vector_to_parameters(held[1].clone(), network.parameters())
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    pixels, labels = pool.whole()
+    pixels, labels = pool.all_samples()
     order = torch.randperm(len(labels), generator=generator(0, "expert epoch", 0, 1))
     for rows in order.split(8):
         optimizer.zero_grad()
@@ -52,7 +52,7 @@ def test_experts_learn_their_samples(tmp_path):
     METHODS["mtt"].make_network("expert-000.safetensors", setting, pool)
     student = FlatNetwork(setting.spec.build(0), 100)
     held = ExpertFiles(tmp_path, 1, 60, sum(student.sizes), CPU)
-    pixels, labels = pool.whole()
+    pixels, labels = pool.all_samples()
     first, last = held.parameters(0, 0, 60)
     right = [
         float((student.logits(p, pool.normalization.apply(pixels)).argmax(1) == labels).float().mean())

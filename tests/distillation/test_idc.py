@@ -105,7 +105,7 @@ def test_the_network_is_trained_on_real_samples_of_all_classes():
     twin = backend.context.spec.build(0)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
     backend._train_network(network, optimizers[0], 0, 0)
-    pixels, labels = a_pool().whole()
+    pixels, labels = a_pool().all_samples()
     F.cross_entropy(twin(a_pool().normalization.apply(pixels)), labels).backward()
     optimizers[1].step()
     for found, wanted in zip(network.parameters(), twin.parameters(), strict=True):

@@ -41,7 +41,7 @@ OPTIONS = {"crops": 3, "candidates": 8, "factor": 2}
 def ranked(tmp_path):
     """ranked(**options): setting, places, chunks and candidates of a set of which 12 of 20 samples a class are kept."""
     pool = a_pool()
-    pixels, labels = pool.whole()
+    pixels, labels = pool.all_samples()
     prepared = write_prepared(tmp_path / "prepared", pixels.numpy(), labels.numpy())
     ids, found = prepared.index()
     kept = np.arange(len(ids)) % HELD % 5 < 3

@@ -226,7 +226,7 @@ class TeacherTraining:
 
     def run(self, real: ClassSampler) -> float:
         """Train the epochs that are left; the accuracy on the augmented samples of the last epoch."""
-        pixels, labels = real.whole()
+        pixels, labels = real.all_samples()
         start, right = self._resume()
         for epoch in range(start, self.section.teacher_epochs):
             right = self._epoch(pixels, labels, real.normalization, epoch)

@@ -59,7 +59,7 @@ def weights(teacher: Teacher) -> torch.Tensor:
 
 def test_a_teacher_learns_the_kept_samples(tmp_path):
     pool, teacher = a_pool(), make(a_setting(tmp_path, teacher_epochs=15))
-    pixels, labels = pool.whole()
+    pixels, labels = pool.all_samples()
     answers = teacher.logits(pool.normalization.apply(pixels))
     assert float((answers.argmax(1) == labels).float().mean()) > 0.9
     assert "right in the last one" in teacher.facts.origin

@@ -89,7 +89,7 @@ class RDED(TeacherMethod):
         rows = torch.from_numpy(first["row"].to_numpy()[images].astype(np.int64))
         chosen = zip(ids, crops.tolist(), strict=True)
         boxes = torch.stack([crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen])
-        pixels = self.real.holding.take(label, rows)
+        pixels = self.real.placement.take(label, rows)
         patches = crop_and_flip(self.real.normalization.apply(pixels).cpu(), boxes)
         return assemble_parts(patches, self.options.factor), float(losses[images, crops].mean())
 

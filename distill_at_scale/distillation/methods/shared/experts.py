@@ -66,7 +66,7 @@ class ExpertTraining:
     def __init__(self, number: int, context: MethodContext, section: MTTSection, real: ClassSampler):
         self.number, self.seed, self.section = number, context.seed, section
         self.method, self.device = context.config.distill.method, context.device
-        self.pixels, self.labels = real.whole()
+        self.pixels, self.labels = real.all_samples()
         self.normalization, self.at_once = real.normalization, context.spec.microbatch(context.device)
         self.augmentation = Augmentation(section.expert_augment)
         network = context.spec.build(derive(context.seed, "expert", number))

@@ -159,7 +159,7 @@ def test_an_upload_that_is_cut_off_is_never_seen(place, s3, tmp_path, size, shar
     del broken
     gc.collect()
     assert whole.store.read("large") is None
-    assert not whole.holds("large")
+    assert not whole.exists("large")
 
 
 def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):

@@ -73,11 +73,11 @@ LAUGHS = [f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("\n".join(["a: &a [1, 2]", *LAUGHS]), "values once its aliases"),
-        ("run: &a {dir: *a}", "values once its aliases"),
+        ("\n".join(["a: &a [1, 2]", *LAUGHS]), "values with its aliases"),
+        ("run: &a {dir: *a}", "values with its aliases"),
         ("[" * 5000, "not valid YAML"),
         ("run: {seed: " + "9" * 5000 + "}", "not valid YAML"),
-        ("# " + "x" * 2**20, "no configuration"),
+        ("# " + "x" * 2**20, "not a configuration"),
     ],
 )
 def test_bombs_of_yaml_are_refused(tmp_path, text, said):

@@ -1,9 +1,8 @@
 """One strict schema for a whole run: defaults <- YAML file <- dotted overrides.
 
-Every key has a type and a range; an unknown key or a wrong value stops the run before anything is computed and says
-what is allowed. The keys are in `config/sections.py` and `config/methods.py`. Names of interchangeable parts (a source, a
-criterion, a backend, a network) are plain strings here and are resolved in `config/registry.py`, so that this module depends on
-nothing else in the package.
+Every key has a type and a range. An unknown key or a wrong value stops the run before anything is computed, and the error
+says what is allowed. Names of interchangeable parts (source, criterion, method, network) are plain strings here;
+`registry.py` resolves them.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from distill_at_scale.config.sections import (
 )
 from distill_at_scale.core.errors import UserError
 
-LARGEST_FILE = 2**20  # characters of a configuration
-MOST_VALUES = 20_000  # that it holds, with whatever its aliases repeat written out
-TRIED_TYPE = re.compile(r"\[|^constrained-|^str$")  # in the place of a problem: a type of several that a key may have
+MAX_CHARACTERS = 2**20  # of a configuration file
+MAX_VALUES = 20_000  # of a configuration file, with its aliases expanded
+UNION_MEMBER = re.compile(r"\[|^constrained-|^str$")  # in a pydantic location: the member of a union that was tried
 
 
 class Config(Section):
@@ -53,33 +52,28 @@ class Config(Section):
     studies: StudiesSection = execution_key(StudiesSection())
 
     @model_validator(mode="after")
-    def _stratum_fits(self) -> Config:
-        if (
-            self.select.order == "stratum"
-            and not self.select.per_class
-            and self.select.keep != "auto"
-            and self.select.stratum_start + self.select.keep > 1 + 1e-9
-        ):
+    def _select_fits(self) -> Config:
+        select = self.select
+        if select.keep == "auto":
+            if select.per_class:
+                raise ValueError(
+                    "select.keep: auto searches for a rate, which select.per_class would replace; give one of them"
+                )
+            if select.order == "stratum":
+                raise ValueError(
+                    "select.keep: auto searches for the smallest rate of an order that starts at one end; "
+                    "with select.order: stratum give a rate"
+                )
+        elif select.order == "stratum" and not select.per_class and select.stratum_start + select.keep > 1 + 1e-9:
             raise ValueError(
-                f"select.stratum_start + select.keep is {self.select.stratum_start + self.select.keep:g}; "
+                f"select.stratum_start + select.keep is {select.stratum_start + select.keep:g}; "
                 "a stratum must end at or before 1"
             )
         return self
 
-    @model_validator(mode="after")
-    def _auto_fits(self) -> Config:
-        if self.select.keep == "auto" and self.select.per_class:
-            raise ValueError(
-                "select.keep: auto looks for a rate, which select.per_class would replace; give one of them"
-            )
-        if self.select.keep == "auto" and self.select.order == "stratum":
-            raise ValueError("select.keep: auto looks for the smallest rate of an order that starts at one end; with "
-                             "select.order: stratum give a rate")  # fmt: skip
-        return self
-
     @property
     def criterion(self) -> str | dict[str, float]:
-        """The criterion that decides the selection, or several with the weights of their ranks."""
+        """The criterion of the selection, or several with the weights of their ranks."""
         return self.select.criterion or self.score.criteria[0]
 
     @property
@@ -96,34 +90,36 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, and a repeated key or aliases that repeat too much are errors."""
+    """Safe YAML that reads 1e-3 as a number and refuses repeated keys and aliases that expand to too many values."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            _written_out(node, {})
+            _count_values(node, {})
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        if repeated := sorted({str(k) for k in keys if keys.count(k) > 1}):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated[0]} is given twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
-def _written_out(node: Any, known: dict[int, int]) -> int:
-    """The values below a node once every alias is replaced by what it stands for.
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """The number of values below a node with all aliases expanded.
 
-    Raises YAMLError for more than MOST_VALUES, and for an alias of what it lies in.
+    Raises YAMLError for more than MAX_VALUES, and for an alias inside the node that it names.
     """
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1  # until it is known: an alias within itself never ends
-        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
-        flat = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_written_out(part, known) for part in flat)
-    if known[id(node)] > MOST_VALUES:
-        raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values once its aliases are written out")
-    return known[id(node)]
+    if id(node) not in counts:
+        counts[id(node)] = MAX_VALUES + 1  # while counting: an alias inside itself never ends
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in flat)
+    if counts[id(node)] > MAX_VALUES:
+        raise yaml.YAMLError(f"it holds more than {MAX_VALUES:,} values with its aliases expanded")
+    return counts[id(node)]
 
 
 _Loader.add_implicit_resolver(
@@ -136,19 +132,26 @@ _Loader.add_implicit_resolver(
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate.
 
-    Raises UserError that names the key, its origin and what is allowed.
+    Raises:
+        UserError: names the key, where it was set, and what is allowed.
     """
-    values = _read_yaml(Path(path))
-    origin = {}
+    values, origin = _read_yaml(Path(path)), {}
     for text in overrides:
-        key, value = _parse_override(text)
-        _set(values, key.split("."), value, text)
+        key, sep, value = text.partition("=")
+        key = key.strip()
+        if not sep or "." not in key:
+            raise UserError(f"cannot read the override {text!r}; write section.key=value, for example select.keep=0.1")
+        try:
+            parsed = yaml.load(value, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"cannot read the value in the override {text!r}") from None
+        _set(values, key.split("."), parsed, text)
         origin[key] = "the command line"
     return validate(values, origin, str(path))
 
 
 def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file: str = "the configuration") -> Config:
-    """Build a Config from nested plain values; every problem is reported at once, in one UserError."""
+    """Build a Config from nested plain values. Raises one UserError for all problems."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -157,9 +160,9 @@ def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "the overrides") -> Config:
-    """The configuration with some dotted keys set to plain values, validated again.
+    """A configuration with some dotted keys set to plain values, validated again.
 
-    Raises UserError that names an unknown key or a value that is not allowed, and `origin`.
+    Raises UserError for an unknown key or a value that is not allowed; the message names `origin`.
     """
     values = config.model_dump()
     for key, value in overrides.items():
@@ -168,7 +171,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' for the closest known name, else the list of all."""
+    """'did you mean ...?' with the closest known name, or the list of known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
@@ -177,36 +180,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(LARGEST_FILE + 1)
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}. Is the path right?") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
-    if len(text) > LARGEST_FILE:
+    if len(text) > MAX_CHARACTERS:
         raise UserError(
-            f"{path} has more than {LARGEST_FILE:,} characters, so it is no configuration; give another file"
+            f"{path} has more than {MAX_CHARACTERS:,} characters and is not a configuration; check the path"
         )
     try:
         values = yaml.load(text, Loader=_Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # a date or a number that cannot be, lists in lists in lists
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold sections (run, data, score, ...), not a {type(values).__name__}")
     return {key: {} if value is None else value for key, value in (values or {}).items()}
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, sep, value = text.partition("=")
-    if not sep or not key or "." not in key:
-        raise UserError(f"cannot read the override {text!r}; write section.key=value, for example select.keep=0.1")
-    try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"cannot read the value in the override {text!r}") from None
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
@@ -218,24 +207,21 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None
 
 
 def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
-    key, known = _key_of(problem["loc"]), _known_keys(Config)
-    given = [
-        place for name, place in origin.items() if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
-    ]
-    where = given[0] if given and key else file
+    """One line for a problem that pydantic reports."""
+    key = ".".join(str(part) for part in problem["loc"] if not UNION_MEMBER.search(str(part)))
+    where = file
+    for name, place in origin.items():
+        if key and (f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")):
+            where = place
+            break
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key} (in {where}); {suggest(key, known)}"
+        return f"unknown key {key} (in {where}); {suggest(key, _known_keys(Config))}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
     if not key:
         return f"{where}: {message}"
     if key in ("score.criterion", "score.weights", "data.classes") and "valid" in message:
         message = "it should be a name or a list of names"
     return f"{key} = {problem['input']!r} (in {where}) is not allowed: {message}"
-
-
-def _key_of(place: tuple[str | int, ...]) -> str:
-    """The dotted key of a problem's place; pydantic adds the names of tried types, which are left out."""
-    return ".".join(str(part) for part in place if not TRIED_TYPE.search(str(part)))
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

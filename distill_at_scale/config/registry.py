@@ -1,7 +1,7 @@
-"""Turns a name in a configuration into the object behind it.
+"""Resolves a name in a configuration to an object.
 
-A name is a key of one of the package's plain dicts (sources, criteria, backends, networks) or `package.module:Object`
-from the user's own code; that is the whole plug-in system.
+A name is a key of one of the package's tables (sources, criteria, methods, networks) or `package.module:Object` from the
+user's own code; there is no other plug-in system.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from distill_at_scale.core.errors import UserError
 
 
 def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...] = ()) -> Any:
-    """The object called `name`; `key` is the configuration key for messages, `needs` the attributes of the contract.
+    """The object called `name`.
 
-    Raises UserError for an unknown name, a module that does not import, or an object that misses part of the contract.
+    Args:
+        key: the configuration key, for messages.
+        needs: attributes that the object must have.
+
+    Raises:
+        UserError: the name is unknown, its module does not import, or the object lacks an attribute.
     """
     if name in table:
         return table[name]
@@ -25,9 +30,9 @@ def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...
         raise UserError(f"{key} = {name!r} is unknown; {suggest(name, table)} (or package.module:Object)")
     module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        resolved = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key} = {name!r} cannot be imported: {error}") from None
-    if missing := [need for need in needs if not hasattr(found, need)]:
+    if missing := [need for need in needs if not hasattr(resolved, need)]:
         raise UserError(f"{key} = {name!r} does not keep the contract: it lacks {', '.join(missing)}")
-    return found
+    return resolved

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what tells their content apart."""
+"""Files and folders that are published in one step, and digests of their content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there (a file or a folder) replaces `path` in one step."""
+    """Yield a temporary path next to `path`; the file or folder written there replaces `path` when the block ends.
+
+    If the block raises, `path` stays as it was and the temporary path is removed.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -41,8 +44,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def resolve_parent(path: Path) -> Path:
-    """What a path is called on all nodes of a cluster: links above it may be this node's alone. It may itself be a link, by
-    which one run folder stands on another."""
+    """An absolute path that is valid on all nodes: links above it are resolved, since they may exist on this node only.
+
+    A link at the path itself is kept: run folders link to shared ones.
+    """
     return path.parent.resolve() / path.name
 
 
@@ -52,10 +57,11 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 
 def file_digests(paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """Of many files, several at a time: hashing leaves Python to other threads."""
+    """Digests of many files, computed in threads, since hashing releases the GIL."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(paths, pool.map(file_digest, paths), strict=True))
 
 
 def files_in(path: Path) -> list[Path]:
+    """All files below a folder, sorted; of a file itself; empty if nothing exists."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []

@@ -1,6 +1,6 @@
-"""What a stage that runs in several processes needs of the others: sums, a shared signal, and gathering to rank 0.
+"""Collective operations among the processes of a stage, with the same interface for a single process.
 
-`SingleProcess` is one process alone; `ProcessGroup` is a torch.distributed process group. Neither starts processes.
+`SingleProcess` is one process; `ProcessGroup` is the default torch.distributed process group. Neither starts processes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ class Collectives(Protocol):
     size: int
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        """Add up tensors over all workers, in place, in one flat all-reduce."""
+        """Sum tensors over all workers, in place, in one flat all-reduce."""
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every worker's tensor of one shape, in rank order, everywhere."""
+        """The tensors of all workers, which have one shape, in rank order, on all workers."""
 
     def all_reduce_max(self, level: int) -> int:
-        """The highest level of all workers, everywhere, once all have told theirs."""
+        """The largest level of all workers, on all workers; a barrier."""
 
     def gather(self, value: Any) -> list[Any]:
-        """Every worker's value, in rank order; only rank 0 may rely on the result."""
+        """The values of all workers in rank order; only rank 0 may rely on the result."""
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, everywhere."""
+        """Rank 0's value, on all workers."""
 
     def smallest(self, value: Any) -> Any:
-        """The smallest value that is not None, everywhere."""
+        """The smallest value that is not None, on all workers; None if all are."""
 
 
 class SingleProcess:
@@ -58,7 +58,7 @@ class SingleProcess:
 
 
 class ProcessGroup:
-    """An initialised default process group."""
+    """The default process group, which must be initialised."""
 
     def __init__(self, device: torch.device):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
@@ -70,9 +70,9 @@ class ProcessGroup:
             tensor.copy_(part.view_as(tensor))
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor)
-        return found
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor)
+        return gathered
 
     def all_reduce_max(self, level: int) -> int:
         shared = torch.tensor([level], device=self.device)
@@ -94,6 +94,6 @@ class ProcessGroup:
 
 
 def current_workers(device: torch.device) -> Collectives:
-    """The process group where one was initialised with several processes, else Solo."""
+    """The default process group if it is initialised and has several processes, else a SingleProcess."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return ProcessGroup(device) if several else SingleProcess()

@@ -18,14 +18,20 @@ PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "simple
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for run.json and the report."""
+    """Versions of installed packages, commit and hardware."""
     import torch
 
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    versions, commit = {}, None
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": _commit(),
+        "commit": commit,
         "python": platform.python_version(),
         "versions": versions,
         "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus},
@@ -33,26 +39,13 @@ def environment() -> dict[str, Any]:
 
 
 def gpu_memory(device: torch.device) -> dict[str, int]:
-    """Bytes that torch holds on a GPU for tensors now, and held at most; nothing on a CPU."""
+    """Bytes of GPU memory that torch has allocated now and at most; empty on a CPU."""
     if device.type != "cuda":
         return {}
     import torch
 
     now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     return {"gpu_bytes": now, "gpu_peak_bytes": peak}
-
-
-def _installed(name: str) -> bool:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return bool(importlib.metadata.version(name))
-    return False
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    return None
 
 
 def _cpu_name() -> str:

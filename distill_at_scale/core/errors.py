@@ -1,4 +1,4 @@
-"""What a user is meant to read: what is wrong, where, and what to do next."""
+"""Errors that a user reads: what is wrong, where, and what to do next."""
 
 
 class UserError(ValueError):
@@ -14,20 +14,23 @@ class WorkersLost(UserError):
 
 
 class Busy(UserError):
-    """Another command is at work in the folder, or has taken it over."""
+    """Another command holds the lock of the run folder."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error is one of the machines, disks and storage at work, so that the same work may well succeed later."""
+    """Whether the cause is a machine, a disk or storage, so that the same work may succeed later."""
     return isinstance(error, OSError | Unreachable | WorkersLost | Busy)
 
 
 class TrialStopped(BaseException):
-    """A scheduler gave a distillation up, which is no failure: it passes by whatever notes errors."""
+    """A scheduler stopped a trial early. Not an Exception, because it is not a failure."""
 
 
 class DistillationDiverged(UserError):
-    """A loss became NaN or infinite; the last good state is kept on disk. `visit` orders several within one step."""
+    """A loss became NaN or infinite; the last finite state is kept on disk.
+
+    `visit` orders several of these errors within one step.
+    """
 
     def __init__(self, message: str, visit: int = 0):
         super().__init__(message)

@@ -1,8 +1,6 @@
-"""What happens in a run, as plain records: which work was done where and when, and what it took.
+"""Events of a run: which work was done, where, when, and how long it took.
 
-Workers measure into these and send them home with their results; the driver hands each to every observer. Nothing here
-decides anything, so results do not depend on it. Left out: what observers make of events (the other files here, and
-`cluster/prometheus.py`).
+Workers return events with their results; the driver emits each to all observers. Events never influence results.
 """
 
 from __future__ import annotations
@@ -24,8 +22,9 @@ EventKind = Literal["stage", "work", "wait", "lost", "log", "result"]
 class Event:
     """Something that took from `began` to `ended` (Unix seconds) in one process.
 
-    stage: `name` is started, finished, skipped or failed. work: a piece of work and its counts (samples, rejected, *_seconds).
-    wait: what was waited for. lost: workers that were lost. log: a line of the distillation's log. result: an evaluation row.
+    Kinds: stage: `name` is started, finished, skipped or failed. work: a unit of work and its counts (samples, rejected,
+    *_seconds). wait: what was waited for. lost: workers were lost. log: a line of the distillation log. result: an
+    evaluation row.
     """
 
     what: EventKind
@@ -42,7 +41,7 @@ class Event:
 
     @classmethod
     def from_json(cls, text: str) -> Event:
-        """Raises ValueError or TypeError for what `to_json` has not written."""
+        """Raises ValueError or TypeError for text that is not from `to_json`."""
         return cls(**json.loads(text))
 
     @property
@@ -54,21 +53,21 @@ Emit = Callable[[Event], None]
 
 
 def discard(event: Event) -> None:
-    """For those who do not want to know."""
+    """An Emit that drops the event."""
 
 
 def instant(what: EventKind, name: str, values: Mapping[str, Any] | None = None, stage: str = "") -> Event:
-    """An event of this moment, here."""
+    """An event of this process that takes no time."""
     now = time.time()
     return Event(what, name, now, now, values=values or {}, stage=stage)
 
 
 class TimeSpent:
-    """Seconds that one worker spent, by purpose; two threads may add to it if each has purposes of its own."""
+    """Seconds that one worker spent, by purpose; two threads may add to it if their purposes differ."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._told: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
 
     @contextmanager
     def on(self, purpose: str) -> Iterator[None]:
@@ -79,18 +78,18 @@ class TimeSpent:
             self._seconds[f"{purpose}_seconds"] += time.perf_counter() - began
 
     def delta(self) -> dict[str, float]:
-        """What was added since this was last asked."""
+        """Seconds by purpose since the last call."""
         now = dict(self._seconds)
-        found = {purpose: seconds - self._told.get(purpose, 0) for purpose, seconds in now.items()}
-        self._told = now
-        return found
+        added = {purpose: seconds - self._reported.get(purpose, 0) for purpose, seconds in now.items()}
+        self._reported = now
+        return added
 
 
 @contextmanager
 def measured(
     name: str, emit: Emit, spent: TimeSpent | None = None, what: EventKind = "work"
 ) -> Iterator[dict[str, Any]]:
-    """Note the block as one event, with the counts that the block puts into the dict, once it has come to its end."""
+    """Emit the block as one event, with the counts that it puts into the yielded dict; nothing if it raises."""
     counts: dict[str, Any] = {}
     began = time.time()
     yield counts

@@ -1,8 +1,7 @@
-"""uint8 pixels -> pictures: a still, the frames of a clip, a grid of either, and their bytes as (animated) PNG or WebP.
+"""uint8 pixels to PIL images: a still, the frames of a clip, or a grid of either; and their bytes as (animated) PNG or WebP.
 
-An image is [C, H, W], a clip [T, C, H, W]; one channel is grey, three are RGB. Every picture is a list of frames here, one
-for an image. Other arrays are drawn first (`to_pixels`), which gives pixels. The same input gives the same bytes. What is shown,
-and how much of it, is decided by those who call.
+An image is [C, H, W], a clip [T, C, H, W]; one channel is grey, three are RGB. Other arrays become pixels by `to_pixels`.
+All results are lists of frames, of length one for images. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,29 +14,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-FRAMES_PER_SECOND = 8  # of every animation, and of exported videos
-COLORS = 256  # of a clip that is shown with a palette
+FRAMES_PER_SECOND = 8  # of animations and exported videos
+COLORS = 256  # of a palette
 WEBP_QUALITY = 75
-PLOT, LARGEST_SHEET = 96, 256  # pixels a side of a drawn signal, and of an array that is shown as a picture
-LINES = (
-    "#2f5fd0",
-    "#d9962b",
-    "#12927f",
-    "#b03a6b",
-    "#66717f",
-    "#7a4fd0",
-    "#3d8b3d",
-    "#8a5a2b",
-)  # of a signal's channels
+PLOT, LARGEST_SHEET = 96, 256  # side in pixels of a signal's plot, and of an array shown as an image
+# colours of a signal's channels
+LINES = ("#2f5fd0", "#d9962b", "#12927f", "#b03a6b", "#66717f", "#7a4fd0", "#3d8b3d", "#8a5a2b")
 
 Array = np.ndarray[Any, Any]
 Frames = list[Image.Image]
 
 
 def to_pixels(samples: Array) -> Array:
-    """Pixels as they are; other arrays, float [n, *shape], as pixels uint8 [n, C, H, W] on one common scale of values.
+    """Float arrays [n, *shape] to uint8 pixels [n, C, H, W] with one scale for all; uint8 arrays are returned unchanged.
 
-    A signal ([L], or [C, L] of few channels) becomes a line plot, whatever else a grey picture whose rows are the last axis.
+    A signal, [L] or [C, L] with few channels, becomes a line plot; anything else a grey image whose rows are the last axis.
     """
     if samples.dtype == np.uint8 or not len(samples):
         return samples
@@ -52,25 +43,25 @@ def to_pixels(samples: Array) -> Array:
 
 
 def _plot(signal: Array) -> Array:
-    """Values 0..1 [C, L] -> uint8 [3, PLOT, PLOT], a line per channel; drawn at twice the size and reduced."""
+    """Values 0..1 [C, L] -> uint8 [3, PLOT, PLOT], a line per channel, drawn at twice the size and reduced."""
     side = 2 * PLOT
-    picture = Image.new("RGB", (side, side), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(image)
     across = np.linspace(4, side - 5, max(2, signal.shape[1]))
     for values, color in zip(signal, LINES, strict=False):
         down = (side - 5) - np.resize(values, len(across)) * (side - 9)
         pen.line(list(zip(across.tolist(), down.tolist(), strict=True)), fill=color, width=3)
-    return np.asarray(picture.resize((PLOT, PLOT), Image.Resampling.BOX)).transpose(2, 0, 1)
+    return np.asarray(image.resize((PLOT, PLOT), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def to_image(pixels: Array) -> Image.Image:
-    """uint8 [C, H, W] -> a picture; of a clip [T, C, H, W] the middle frame."""
+    """uint8 [C, H, W] -> an image; [T, C, H, W] -> its middle frame."""
     still = pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels
     return Image.fromarray(still[0] if len(still) == 1 else np.ascontiguousarray(still.transpose(1, 2, 0)))
 
 
 def to_frames(pixels: Array, limit: int | None = None) -> Frames:
-    """uint8 [C, H, W] -> one picture, [T, C, H, W] -> T pictures; a side larger than `limit` is reduced to it."""
+    """uint8 [C, H, W] -> one frame, [T, C, H, W] -> T frames; sides longer than `limit` are reduced to it."""
     frames = [to_image(frame) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
     for frame in frames:
         if limit is not None and max(frame.size) > limit:
@@ -79,9 +70,9 @@ def to_frames(pixels: Array, limit: int | None = None) -> Frames:
 
 
 def grid(pixels: Array, columns: int, side: int, gap: int = 2) -> Frames:
-    """uint8 [n, C, H, W] -> one RGB picture of n tiles, row by row; [n, T, C, H, W] -> T such pictures.
+    """uint8 [n, C, H, W] -> one RGB image of n tiles, row by row; [n, T, C, H, W] -> T such images.
 
-    Each tile is enlarged without smoothing, by a whole factor, to at least `side`.
+    Tiles are enlarged by a whole factor, without smoothing, to at least `side` pixels.
     """
     factor = max(1, math.ceil(side / pixels.shape[-1]))
     cell = pixels.shape[-1] * factor + gap
@@ -95,12 +86,12 @@ def grid(pixels: Array, columns: int, side: int, gap: int = 2) -> Frames:
 
 
 def png(frames: Sequence[Image.Image], optimize: bool = False) -> bytes:
-    """The exact pixels; several frames are animated, in an endless loop, and the first is what other readers show."""
+    """Lossless; several frames become an animation in an endless loop, of which plain PNG readers show the first."""
     return _encoded(frames, "PNG", optimize=optimize)
 
 
 def palette_png(frames: Sequence[Image.Image]) -> bytes:
-    """As `png`, with at most COLORS colours for all frames together: a third of the bytes. Grey pixels are exact."""
+    """Like `png` with at most COLORS colours over all frames: a third of the bytes. Grey images stay lossless."""
     if frames[0].mode == "L":
         return png(frames)
     width, height = frames[0].size
@@ -112,7 +103,7 @@ def palette_png(frames: Sequence[Image.Image]) -> bytes:
 
 
 def webp(frames: Sequence[Image.Image]) -> bytes:
-    """Lossy, with colour at half the resolution: fit for real scenes, where it takes a third of `palette_png`."""
+    """Lossy, colour at half the resolution; for real scenes it takes a third of the bytes of `palette_png`."""
     return _encoded(frames, "WEBP", quality=WEBP_QUALITY)
 
 

@@ -1,4 +1,4 @@
-"""Reading ahead: the next items are made in a thread while the present one is worked on."""
+"""Prefetching: a thread produces the next items while the caller works on the present one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ END = object()
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items in the same order; at most `depth` wait and one is in the making. An exception arrives in its place."""
+    """Yield the same items in the same order; at most `depth` are queued. An exception is raised at its place."""
     ready: queue.Queue[tuple[object, BaseException | None]] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -23,7 +23,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for item in items:
                 put(item)
@@ -33,7 +33,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
         except BaseException as error:
             put(END, error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=produce, daemon=True).start()
     try:
         while True:
             item, error = ready.get()

@@ -1,7 +1,7 @@
-"""What a run shows while it works: bars on a terminal, plain lines in a log.
+"""Progress of a run: bars on a terminal, plain lines in a log.
 
-Rates and the time that is left count only what this command has done: units that an earlier one left finished are part of
-the total, not of the speed.
+Rates and remaining times count only the units of this command. Units that an earlier command finished are part of the
+total, not of the speed.
 """
 
 from __future__ import annotations
@@ -15,39 +15,36 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-LINE_EVERY = 5.0  # seconds between two lines of a log
-# all but tabs and ends of lines; the last range are bytes of names that are no UTF-8, which no terminal takes
+LOG_INTERVAL = 5.0  # seconds between two lines of a log
+# control characters except tab and newline, directional overrides, and surrogates (bytes that are not UTF-8)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text without what steers a terminal: names of files and classes are whatever somebody wrote."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text with control characters escaped: names of files and classes may hold anything."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Meter:
-    """Counts finished units of one task.
-
-    The first `before` units that it is told of were finished before this command; further ones are its work.
-    """
+    """Counts the finished units of one task; the first `before` of them were finished by an earlier command."""
 
     def __init__(self, display: Display, name: str, total: int, unit: str, before: int = 0):
         self.display, self.name, self.total, self.unit = display, name, total, unit
         self.done, self.before, self.began, self.shown = 0, before, time.monotonic(), 0.0
-        self.work_began = self.began  # when work began, where that is known to be later
-        self.done_here = 0  # units that this command finished, those that it did again after a loss included
+        self.work_began = self.began
+        self.done_here = 0  # units that this command finished, including those repeated after a loss
         self.note = ""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        old = min(count, self.before)
-        self.before -= old
-        self.done_here += count - old
+        earlier = min(count, self.before)
+        self.before -= earlier
+        self.done_here += count - earlier
         self.done += count
         self.note = self.note if note is None else note
         self.display.refresh(self)
 
     def resume(self, done: int) -> None:
-        """Work begins now behind the first `done` units, or goes on from there after a loss."""
+        """Start, or restart after a loss, behind the first `done` units."""
         self.done = done
         if not self.done_here:
             self.work_began = time.monotonic()
@@ -55,25 +52,25 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units per second of this command's own work."""
+        """Units per second of this command."""
         return self.done_here / max(time.monotonic() - self.work_began, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the total is reached at this rate; None while nothing is known."""
+        """Seconds to the total at the present rate; None before the first unit."""
         return (self.total - self.done) / self.rate if self.done_here else None
 
     def line(self, ended: bool = False) -> str:
         parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}"]
-        if old := self.done - self.done_here:
-            parts += [f"{old:,} of them before"] if old > 0 else [f"{-old:,} done again"]
+        if earlier := self.done - self.done_here:
+            parts += [f"{earlier:,} of them before"] if earlier > 0 else [f"{-earlier:,} done again"]
         parts += [f"{self.rate:,.1f} {self.unit}/s"] if self.done_here else []
         parts += [f"{format_seconds(self.seconds_left)} left"] if self.seconds_left and not ended else []
         return ", ".join([*parts, *([self.note] if self.note else [])])
 
 
 class Display:
-    """One console; knows whether anybody looks."""
+    """Prints messages and progress to one console."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
@@ -82,7 +79,7 @@ class Display:
 
     @classmethod
     def silent(cls) -> Display:
-        """For work beside other work, whose progress is shown elsewhere."""
+        """For work whose progress is shown elsewhere."""
         return cls(Console(quiet=True))
 
     def say(self, text: str) -> None:
@@ -90,7 +87,7 @@ class Display:
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str, before: int = 0) -> Iterator[Meter]:
-        """A progress bar (terminal) or lines at most every few seconds (log) for one task."""
+        """A progress bar on a terminal, or lines of a log, for one task."""
         meter = Meter(self, name, total, unit, before)
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
@@ -109,15 +106,15 @@ class Display:
         if self.bars is not None:
             left = f"{format_seconds(meter.seconds_left)} left" if meter.seconds_left else ""
             self.bars.update(self.task, completed=meter.done, note=meter.note, left=left)
-        elif time.monotonic() - max(meter.shown, meter.began) >= LINE_EVERY and meter.done < meter.total:
+        elif time.monotonic() - max(meter.shown, meter.began) >= LOG_INTERVAL and meter.done < meter.total:
             meter.shown = time.monotonic()
             self.say(f"  {meter.line()}")
 
 
 def format_seconds(seconds: float) -> str:
     """12 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, rest = divmod(total, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

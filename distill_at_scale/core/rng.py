@@ -1,6 +1,6 @@
-"""Every random draw of the product, derived from (seed, purpose, index) and from nothing else.
+"""Random generators, each derived from (seed, purpose, index) and nothing else.
 
-So a draw does not depend on the number of workers, on what was drawn before, or on whether the run was interrupted.
+So a draw does not depend on the number of workers, on earlier draws, or on whether the run was interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def derive(seed: int, purpose: str, *index: int | str) -> int:
 
 
 def generator(seed: int, purpose: str, *index: int | str) -> torch.Generator:
-    """A fresh CPU generator; draws are made on the CPU and moved, so that a GPU sees the same numbers."""
+    """A new CPU generator; callers draw on the CPU and move the result, so that GPUs get the same numbers."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, purpose, *index))
@@ -35,7 +35,7 @@ def numpy_generator(seed: int, purpose: str, *index: int | str) -> np.random.Gen
 
 @contextlib.contextmanager
 def default_generator(seed: int) -> Iterator[None]:
-    """Seeds torch's default CPU generator inside the block and puts it back afterwards (for module constructors)."""
+    """Seed torch's default CPU generator inside the block and restore it afterwards (for module constructors)."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -166,7 +166,7 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
         UserError: no file is named, or the run folder lacks the output of this configuration.
     """
     from distill_at_scale.core.progress import Display
-    from distill_at_scale.pipeline import fingerprints
+    from distill_at_scale.pipeline.stages import score, select
     from distill_at_scale.pruning import export as exported
     from distill_at_scale.storage.run_dir import RunDir
 
@@ -178,8 +178,8 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
     for path in (*scores, *kept):
         exported.check(path)
     run.fetch()
-    for stage, paths in (("score", scores), ("select", kept)):
-        if paths and not (run.record(stage) and run.valid(stage, fingerprints.inputs(stage, config, run))):
+    for stage, paths, inputs in (("score", scores, score.inputs), ("select", kept, select.inputs)):
+        if paths and not (run.record(stage) and run.valid(stage, inputs(config, run))):
             raise UserError(f"{run.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
     for path in scores:
         display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")

@@ -28,10 +28,10 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.runners import LastEvaluation, PointRunner, PointTask, Watch
-from distill_at_scale.pipeline import fingerprints
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.pipeline import Pipeline
-from distill_at_scale.pipeline.stages.stages import MakeObservers, nobody
+from distill_at_scale.pipeline.stages import ingest
+from distill_at_scale.pipeline.stages.context import MakeObservers, no_observers
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir, address_of
 from distill_at_scale.storage.sync import AT_ONCE, POINTS, SHARED
@@ -152,7 +152,7 @@ class PointSet:
 
     def _shared_names(self, config: Config) -> tuple[str, str]:
         """Names of the shared folders with ingest and with scores."""
-        data = digest(fingerprints.data(config) | self._elsewhere(config))
+        data = digest(ingest.config_values(config) | self._elsewhere(config))
         score = result_values(config.score, "score.", locations=True, neutral=True)
         scores = digest({"data": data, **score, "seed": config.run.seed})
         return f"{SHARED}/data-{data[:16]}", f"{SHARED}/scores-{scores[:16]}"
@@ -177,14 +177,14 @@ class PointSet:
 
 
 def run_point(
-    config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody
+    config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = no_observers
 ) -> None:
     """Run the stages of a prepared point; finished stages are skipped, interrupted ones resume."""
     Pipeline(config, lambda: executor, Display.silent(), watch=watch, observers=observers).run(OWN)
 
 
 def try_point(
-    config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = nobody
+    config: Config, executor: Executor, watch: Watch | None = None, observers: MakeObservers = no_observers
 ) -> None:
     """`run_point`, but an error is written to the point's folder instead of raised.
 

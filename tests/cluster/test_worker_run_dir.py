@@ -43,7 +43,7 @@ def on_ray(config):
     from distill_at_scale.cluster.executor import RayExecutor
 
     run = Run(config)
-    run.pipeline._make_executor = lambda: RayExecutor(config, lambda text: None)
+    run.pipeline.context.make_executor = lambda: RayExecutor(config, lambda text: None)
     return run
 
 

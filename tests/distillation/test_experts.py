@@ -14,7 +14,7 @@ from distill_at_scale.distillation.augment import FAMILIES
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.experts import ExpertFiles, ExpertTraining, flat
 from distill_at_scale.distillation.methods.shared.unroll import FlatNetwork
-from distill_at_scale.pipeline import fingerprints
+from distill_at_scale.pipeline.stages.distill import network_inputs
 
 assert experts  # a fixture
 
@@ -108,16 +108,16 @@ def test_methods_share_experts_and_their_number_does_not_count(make_run, tmp_pat
     def fingerprint(method="mtt", **values):
         given = {f"distill__{method}__{key}": value for key, value in values.items()}
         other = make_run(tmp_path, distill__method=method, **given)
-        return fingerprints.networks(other.config, other.pipeline.dir).fingerprint
+        return network_inputs(other.config, other.pipeline.dir).fingerprint
 
     first = fingerprint()
     assert fingerprint("tesla") == first
     assert fingerprint(experts=3, student_steps=7, image_lr=3.0, augment="none") == first
     for key, value in {"expert_lr": 0.02, "expert_epochs": 60, "expert_batch": 99, "expert_augment": "flip"}.items():
         assert fingerprint(**{key: value}) != first
-    assert fingerprints.networks(run.config, run.pipeline.dir).fingerprint == first
+    assert network_inputs(run.config, run.pipeline.dir).fingerprint == first
     wider = make_run(tmp_path, distill__method="mtt", distill__width=16)
-    assert fingerprints.networks(wider.config, wider.pipeline.dir).fingerprint != first
+    assert network_inputs(wider.config, wider.pipeline.dir).fingerprint != first
 
 
 def test_an_expert_file_that_does_not_fit_is_named(experts, tmp_path):

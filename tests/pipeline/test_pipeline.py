@@ -177,7 +177,7 @@ def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
 def test_a_second_run_does_nothing_and_says_so(make_run, copied):
     before = outputs(copied)
     run = make_run(copied)
-    run.pipeline._make_executor = lambda: pytest.fail("an executor was made")
+    run.pipeline.context.make_executor = lambda: pytest.fail("an executor was made")
     run.stages(*CORE)
     assert outputs(copied) == before
     for stage in CORE:
@@ -267,7 +267,7 @@ def test_a_changed_input_is_a_different_input(make_run, copied):
 def test_scores_are_shared_by_runs(make_run, digits_run, tmp_path):
     run = make_run(tmp_path / "second", run__reuse=str(digits_run.dir), select__keep=0.5)
     made = []
-    run.pipeline._make_executor = lambda: made.append(1) or LocalExecutor()
+    run.pipeline.context.make_executor = lambda: made.append(1) or LocalExecutor()
     run.stages("ingest", "score", "select")
     assert not made
     assert (run.dir / "scores.parquet").read_bytes() == (digits_run.dir / "scores.parquet").read_bytes()
@@ -316,7 +316,7 @@ class Stopping(LocalExecutor):
 @pytest.mark.parametrize("stage", ["ingest", "proxies", "score", "distill", "evaluate"])
 def test_an_interrupted_stage_ends_with_the_same_bytes(make_run, digits_run, tmp_path, stage):
     first = make_run(tmp_path / "run")
-    first.pipeline._make_executor = lambda: Stopping(stage)
+    first.pipeline.context.make_executor = lambda: Stopping(stage)
     with pytest.raises(KeyboardInterrupt):
         first.stages(*CORE)
     second = make_run(tmp_path / "run").stages(*CORE)
@@ -332,7 +332,7 @@ def test_finished_rows_of_an_evaluation_are_not_made_again(make_run, digits_run,
     shutil.copytree(digits_run.dir, tmp_path / "run")
     (tmp_path / "run" / "stages" / "evaluate.json").unlink()
     first = make_run(tmp_path / "run")
-    first.pipeline._make_executor = lambda: Stopping("evaluate")
+    first.pipeline.context.make_executor = lambda: Stopping("evaluate")
     with pytest.raises(KeyboardInterrupt):
         first.stages("evaluate")
     rows = next((tmp_path / "run" / ".work").rglob("rows.jsonl"))
@@ -351,14 +351,15 @@ def test_a_set_too_small_for_the_images_is_refused_at_the_selection(make_run, di
 
 
 def test_what_was_ingested_serves_after_the_source_is_gone(make_run, tmp_path):
-    from test_sources import touch
-
-    touch(tmp_path / "data", *(f"train/{c}/{k}.png" for c in "ab" for k in range(4)))
+    for name in [f"train/{c}/{k}.png" for c in "ab" for k in range(4)]:
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
     keys = {"data__source": "imagefolder", "data__path": str(tmp_path / "data"), "data__classes": None}
     run = make_run(tmp_path / "run", **keys).stages("ingest")
     shutil.rmtree(tmp_path / "data")
     again = make_run(tmp_path / "run", **keys).stages("ingest", "score")
-    assert "what was ingested before is used" in again.text
+    assert "using what was ingested before" in again.text
     with pytest.raises(UserError, match="no such folder"):
         make_run(tmp_path / "new", **keys).stages("ingest")
     assert run.dir.exists()

@@ -15,7 +15,8 @@ from distill_at_scale import cli
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.pipeline import fingerprints, validate
+from distill_at_scale.pipeline import validate
+from distill_at_scale.pipeline.stages import score
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.pruning.criteria.factory import build_criteria
 from distill_at_scale.pruning.scoring import imported, score_table
@@ -235,7 +236,7 @@ def test_the_fingerprint_covers_what_a_file_holds_and_not_where_it_lies(tmp_path
 
     def fingerprint(name, values, **more):
         by_position(tmp_path, name, values)
-        return fingerprints.inputs("score", with_file(tmp_path, name, **more), run).fingerprint
+        return score.inputs(with_file(tmp_path, name, **more), run).fingerprint
 
     first = fingerprint("a.npy", [1.0, 2.0])
     assert fingerprint("b.npy", [1.0, 2.0]) == first
@@ -253,7 +254,7 @@ def test_a_file_that_is_gone_leaves_its_scores_valid_but_not_those_under_another
 
     def content(**files):
         found = tiny_config(tmp_path / "run", score__imported={k: str(tmp_path / v) for k, v in files.items()})
-        return fingerprints._imported(found, run)
+        return score.imported_content(found, run)
 
     assert content(mine="gone.npy") == {"imported mine": "aa"}
     assert list(content(mine="gone.npy", other="other.npy")) == ["imported mine", "imported other"]
@@ -265,7 +266,7 @@ def test_the_fingerprint_ignores_what_is_not_used(tmp_path, digits_run):
     run = RunDir(digits_run.dir)
 
     def fingerprint(**keys):
-        return fingerprints.inputs("score", tiny_config(tmp_path, **keys), run).fingerprint
+        return score.inputs(tiny_config(tmp_path, **keys), run).fingerprint
 
     assert fingerprint(score__monte_carlo__subsets=7) == fingerprint()
     sampled = fingerprint(score__criterion="monte_carlo")

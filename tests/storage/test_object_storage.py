@@ -15,6 +15,8 @@ from conftest import Run, tiny_config
 from distill_at_scale.cli import export
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.stages import report
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage import object_store as bucket_module
@@ -150,15 +152,16 @@ def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, fa
 def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, on_disk, monkeypatch):
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     run = remote_run("a")
-    real = run.pipeline.executor.score
+    score = tasks.score
 
-    def killed(config, prepared, checkpoints, chunks, pieces, advance):
-        real(config, prepared, checkpoints, chunks[:1], pieces, lambda rows: None)
+    def killed(executor, config, prepared, checkpoints, chunks, pieces, advance):
+        score(executor, config, prepared, checkpoints, chunks[:1], pieces, lambda rows: None)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.pipeline.executor, "score", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run.stages("ingest", "score")
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "score", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.stages("ingest", "score")
     left = [name for name in objects(s3, bucket) if name.startswith(".work/score-")]
     assert len([name for name in left if "/pieces/" in name]) == 1
     assert len([name for name in left if "/proxies/" in name]) == 4
@@ -291,13 +294,13 @@ def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, buc
         (folder / "report.html").write_text("old")
         folder.complete("report", StageInputs({}, {}), [folder / "report.html"], 0.0)
 
-    def interrupted(inputs):
+    def interrupted(context, inputs):
         (run.pipeline.dir / "report.html").write_text("new, by another version")
         raise KeyboardInterrupt
 
     run = remote_run("b")
     monkeypatch.setattr(run.pipeline, "inputs", lambda stage: StageInputs({}, {"page": "another"}))
-    monkeypatch.setattr(run.pipeline, "_report", interrupted)
+    monkeypatch.setattr(report, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.stages("report")
     found = objects(s3, bucket)

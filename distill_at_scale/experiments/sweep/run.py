@@ -26,7 +26,7 @@ from distill_at_scale.experiments.sweep import page, space, table
 from distill_at_scale.experiments.sweep import validate as checks
 from distill_at_scale.experiments.sweep.space import SweepTrial
 from distill_at_scale.pipeline import validate
-from distill_at_scale.pipeline.stages.stages import MakeObservers, nobody
+from distill_at_scale.pipeline.stages.context import MakeObservers, no_observers
 from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import AT_ONCE
@@ -60,7 +60,7 @@ class PlannedTrial:
 
 
 def run(
-    config: Config, display: Display, connect: Callable[[], PointRunner], observers: MakeObservers = nobody
+    config: Config, display: Display, connect: Callable[[], PointRunner], observers: MakeObservers = no_observers
 ) -> pa.Table:
     """Run a sweep; returns its table, which is also printed and written to sweep.parquet.
 
@@ -98,7 +98,7 @@ class Sweep:
         display: Display,
         runner: PointRunner,
         planned: Sequence[PlannedTrial],
-        observers: MakeObservers = nobody,
+        observers: MakeObservers = no_observers,
     ):
         self.config, self.base, self.display, self.planned, self.observers = config, base, display, planned, observers
         self.points = PointSet(config, runner, display)

@@ -1,0 +1,121 @@
+"""Stage distill: distil the kept samples into a synthetic set.
+
+What a method needs before its first step (experts or a teacher, ranked patches) is in `networks/<fingerprint>/` of the run
+folder. The fingerprint covers all that decides it, so it is reused for the same configuration and no other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from distill_at_scale.config.fields import Section, result_values
+from distill_at_scale.config.load import Config
+from distill_at_scale.config.methods import DistillSection
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared import manifest
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.distillation import engine, synthetic_set
+from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.distillation.methods.shared import patch_ranking
+from distill_at_scale.pipeline import validate
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.monitoring.distillation_log import DistillationLog
+from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
+from distill_at_scale.pruning.scoring.scorer import score_part_path
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import StageInputs
+
+METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
+ITE_KEYS = ("runtime.tail", "runtime.probes", "runtime.decay")  # of the thresholds of runtime.rule = ite
+
+
+def inputs(config: Config, run: RunDir) -> StageInputs:
+    method = config.distill.method
+    section = getattr(config.distill, method, None)
+    values = {k: v for k, v in result_values(config.distill, "distill.").items() if k.split(".")[1] not in METHODS}
+    values |= result_values(section, f"distill.{method}.") if section else {}
+    values.pop(f"distill.{method}.teacher_weights", None)  # their location; their content is hashed
+    values |= {"distill.steps": engine.step_count(config), "distill.seed": config.distill_seed}
+    if config.runtime.rule == "none" or engine.method_class(config).no_runtime:
+        values["runtime.rule"] = "none"
+    else:
+        unused = () if config.runtime.rule == "ite" else ITE_KEYS
+        values |= {k: v for k, v in result_values(config.runtime, "runtime.").items() if k not in unused}
+    content = {stage: run.content(stage) for stage in ("ingest", "select")}
+    return StageInputs(values, content | _teacher_content(config, run))
+
+
+def _teacher_content(config: Config, run: RunDir) -> dict[str, str]:
+    """The hash of a teacher's ready-made weights; where the file is gone, that of the finished stage."""
+    try:
+        digest = engine.method_class(config).network_options(config).get("teacher_weights")
+    except UserError:
+        record = run.record("distill")
+        if record is None or "teacher weights" not in record["content"]:
+            raise
+        digest = record["content"]["teacher weights"]
+    return {"teacher weights": digest} if digest else {}
+
+
+def network_inputs(config: Config, run: RunDir) -> StageInputs:
+    """What decides the weights of a method's experts or teacher."""
+    options = engine.method_class(config).network_options(config)
+    content = {stage: run.content(stage) for stage in ("ingest", "select")}
+    return StageInputs(options | {"distill.seed": config.distill_seed}, content)
+
+
+def run(context: RunContext, inputs: StageInputs) -> StageOutput:
+    config, run_dir, display = context.config, context.dir, context.display
+    data = PreparedDataset(run_dir / "prepared")
+    validate.check_networks(config, data)
+    engine.check_inputs(config, data, manifest.facts(run_dir / "manifest.parquet")["kept_per_class"])
+    networks = run_dir / "networks" / network_inputs(config, run_dir).fingerprint[:16]
+    networks.mkdir(parents=True, exist_ok=True)
+    run_dir.take_over_files(networks.relative_to(run_dir.path).as_posix())
+    work = run_dir.work("distill", inputs)
+    paths = DistillPaths(run_dir / "prepared", run_dir / "manifest.parquet", work, run_dir / "metrics.jsonl", networks)
+    if reason := engine.runtime_card(config).get("reason"):
+        display.say(f"  runtime pruning is not applicable: {reason}; distilling without")
+    executor = context.executor
+    if missing := engine.missing_networks(config, paths):
+        with display.meter("networks", len(missing), "networks") as meter:
+            tasks.make_networks(executor, config, paths, missing, meter.advance)
+    if engine.method_class(config).ranks_patches:
+        _rank_patches(context, data, paths)
+    if paths.state.exists():
+        display.say("  going on from the last checkpoint")
+    with display.meter("distill", engine.step_count(config), "steps") as meter:
+        log = DistillationLog(context.observers.emit, meter, display.say)
+
+        def report(line: dict[str, Any]) -> None:
+            log(line)
+            if context.watch is not None:
+                context.watch(line)
+
+        tasks.distill(executor, config, paths, report)
+    records = {stage: run_dir.record(stage) or {} for stage in ("ingest", "score", "select")}
+    earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
+    fingerprints = {**earlier, "distill": inputs.fingerprint}
+    synthetic = synthetic_set.publish_in_run(work / "synthetic", run_dir / "synthetic", fingerprints)
+    return [run_dir / "synthetic"], {"images": len(synthetic.labels), "steps": engine.step_count(config)}
+
+
+def _rank_patches(context: RunContext, data: PreparedDataset, paths: DistillPaths) -> None:
+    """Publish the table of ranked patches next to the teacher."""
+    config, section = context.config, context.config.distill.rded
+    target = patch_ranking.table_path(paths.networks, config)
+    if not target.exists():
+        pieces = patch_ranking.parts_folder(paths.networks, config)
+        pieces.mkdir(parents=True, exist_ok=True)
+        candidates = patch_ranking.draw_candidates(paths.manifest, config, pieces)
+        chunks = data.chunks("train")
+        files = [score_part_path(pieces, chunk) for chunk in chunks]
+        finished = sum(chunk.rows for chunk, file in zip(chunks, files, strict=True) if file.exists())
+        with context.display.meter("rank", sum(chunk.rows for chunk in chunks), "samples", finished) as meter:
+            tasks.rank_patches(context.executor, config, paths, chunks, meter.advance)
+        patch_ranking.merge(files, candidates, section.crops, target)
+        shutil.rmtree(pieces)
+    needed = config.distill.ipc * section.factor**2
+    if few := sum(images < needed for images in patch_ranking.images_per_class(target, section.crops)):
+        context.display.say(f"  {few} classes have fewer than {needed} candidates: further crops of these are used")

@@ -1,0 +1,67 @@
+"""Stage evaluate: train fresh networks on the synthetic set and on its controls, and test them on the test split."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from distill_at_scale.config.fields import result_values
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.atomic_files import write_json
+from distill_at_scale.core.events import instant
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.distillation import evaluate as evaluation
+from distill_at_scale.distillation.evaluate import EvaluationJob
+from distill_at_scale.pipeline import validate
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import StageInputs
+
+
+def inputs(config: Config, run: RunDir) -> StageInputs:
+    values = {f"distill.{key}": getattr(config.distill, key) for key in ("ipc", "width", "depth")}
+    values |= result_values(config.evaluate, "evaluate.") | {"run.seed": config.run.seed}
+    return StageInputs(values, {stage: run.content(stage) for stage in ("ingest", "select", "distill")})
+
+
+def run(context: RunContext, inputs: StageInputs) -> StageOutput:
+    config, run_dir = context.config, context.dir
+    data = PreparedDataset(run_dir / "prepared")
+    evaluation.require_test_split(data)
+    validate.check_networks(config, data)
+    log = run_dir.work("evaluate", inputs) / "rows.jsonl"
+    rows: list[dict[str, Any]] = []  # the finished ones, which are kept in the log as they come
+    for line in log.read_text().splitlines() if log.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # cut short when the run was interrupted
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    jobs = evaluation.jobs(config)
+    finished = {_job_of(row) for row in rows}
+    missing = [job for job in jobs if job not in finished]
+    folders = (run_dir / "prepared", run_dir / "synthetic", run_dir / "manifest.parquet")
+    executor = context.executor
+    with context.display.meter("evaluate", len(rows) + len(missing), "networks", len(rows)) as meter:
+        meter.advance(len(rows))
+        for row in rows:
+            context.observers.emit(instant("result", "network", row))
+
+        def done(row: dict[str, Any]) -> None:
+            rows.append(row)
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            context.observers.emit(instant("result", "network", row))
+            meter.advance(1, f"{row['set']} {row['top1']:.3f}")
+
+        tasks.evaluate(executor, config, missing, folders, done)
+    rows.sort(key=lambda row: jobs.index(_job_of(row)))
+    path = run_dir / "evaluation.json"
+    write_json(path, {"rows": rows, "summary": evaluation.summarize(rows), "fingerprint": inputs.fingerprint})
+    return [path], {}
+
+
+def _job_of(row: dict[str, Any]) -> EvaluationJob:
+    return EvaluationJob(row["set"], row["network"], row["seed"])

@@ -1,0 +1,115 @@
+"""Stage score: train proxies, and score each training sample with all of their checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from distill_at_scale.config.fields import result_values
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.distillation import engine as distill
+from distill_at_scale.models import pretrained
+from distill_at_scale.pipeline import validate
+from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
+from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
+from distill_at_scale.pruning.proxies import train as proxies
+from distill_at_scale.pruning.scoring import extra_columns, imported, score_table, scorer
+from distill_at_scale.pruning.scoring.scorer import score_part_path
+from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.stage_record import StageInputs
+
+PROXY_KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
+
+
+def inputs(config: Config, run: RunDir) -> StageInputs:
+    """Leaves out the keys of proxies and of Monte Carlo subsets where there are none."""
+    trained = config.score.weights is None and bool(build_criteria(config.score))
+    sampled = MONTE_CARLO in config.score.criteria
+    unused = {"monte_carlo", *(() if trained else PROXY_KEYS)}
+    values = {k: v for k, v in result_values(config.score, "score.").items() if k.split(".")[1] not in unused}
+    if sampled:
+        values |= result_values(config.score.monte_carlo, "score.monte_carlo.")
+        values |= result_values(config.distill.dc, "distill.dc.") if config.score.monte_carlo.learn == "dc" else {}
+    if trained or sampled:
+        values["run.seed"] = config.run.seed
+    content = {"ingest": run.content("ingest"), **_weights_content(config, run), **imported_content(config, run)}
+    return StageInputs(values, content)
+
+
+def _weights_content(config: Config, run: RunDir) -> dict[str, str]:
+    """Hashes of ready-made checkpoints; where the files are gone, those of the finished stage."""
+    try:
+        digests = pretrained.digests(config.score.weight_names)
+    except UserError:
+        record = run.record("score")
+        if record is None:
+            raise
+        return {name: value for name, value in record["content"].items() if name.startswith("weights ")}
+    return {f"weights {number}": value for number, value in enumerate(digests.values())}
+
+
+def imported_content(config: Config, run: RunDir) -> dict[str, str]:
+    """Hashes of imported scores; where the files are gone, those of the finished stage."""
+    recorded, content = (run.record("score") or {"content": {}})["content"], {}
+    for name, file in config.score.imported.items():
+        key = f"imported {name}"
+        try:
+            content[key] = imported.digest_of(name, file)
+        except UserError:
+            if key not in recorded:
+                raise
+            content[key] = recorded[key]
+    return content
+
+
+def run(context: RunContext, inputs: StageInputs) -> StageOutput:
+    config, run_dir, display = context.config, context.dir, context.display
+    data, table = PreparedDataset(run_dir / "prepared"), run_dir / "scores.parquet"
+    validate.check_networks(config, data)
+    validate.check_weights(config, data)
+    scorer.check(config, data)
+    distill.check_inputs(config, data, data.counts("train"))  # what no selection can repair
+    extra_columns.check(config, data)
+    outputs = [table, *extra_columns.outputs(config, run_dir)]
+
+    def run_subsets(folder: Path, advance: Callable[[int], None]) -> None:
+        tasks.run_subsets(context.executor, config, data.folder, folder, advance)
+
+    if not build_criteria(config.score):
+        columns = extra_columns.load(config, run_dir, data, run_subsets, display)
+        rows = (data.read(chunk, columns=["sample_id", "label"]) for chunk in data.chunks("train"))
+        written = score_table.write_unscored(table, rows, config, columns)
+        display.say(f"  {written['rows']} samples; no criterion needs proxies, so none was trained")
+        return outputs, {"mean_score": written["mean_score"]}
+
+    work, chunks, began = run_dir.work("score", inputs), data.chunks("train"), time.perf_counter()
+    checkpoints, pieces = work / "proxies", work / "pieces"
+    pieces.mkdir(exist_ok=True)
+    paths = [score_part_path(pieces, chunk) for chunk in chunks]
+    if config.score.weights is None and not all(path.exists() for path in paths):
+        proxies.check_workers(data, config.score, config.run.seed)
+        finished, executor = proxies.finished_epochs(config.score, checkpoints), context.executor
+        with display.meter("proxies", config.score.trials * config.score.epochs, "epochs", finished) as meter:
+            tasks.train_proxies(executor, config, data.folder, checkpoints, meter.advance)
+    trained = time.perf_counter()
+    finished = sum(chunk.rows for chunk, path in zip(chunks, paths, strict=True) if path.exists())
+    executor = context.executor
+    with display.meter("score", sum(chunk.rows for chunk in chunks), "samples", finished) as meter:
+        tasks.score(executor, config, data.folder, checkpoints, chunks, pieces, meter.advance)
+    scored = time.perf_counter()
+    columns = extra_columns.load(config, run_dir, data, run_subsets, display)
+    sample_ids = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
+    written = score_table.write_scores(table, paths, sample_ids, config, columns)
+    if checkpoints.exists():
+        if (run_dir / "proxies").exists():
+            shutil.rmtree(run_dir / "proxies")  # left by a score stage whose record the user removed
+        os.replace(checkpoints, run_dir / "proxies")
+    display.say(f"  mean score {written['mean_score']:.4f} over {written['rows']} samples")
+    seconds = {"train_seconds": round(trained - began, 3), "score_seconds": round(scored - trained, 3)}
+    return outputs, {**seconds, "mean_score": written["mean_score"]}

@@ -13,8 +13,8 @@ import pytest
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import LISTING
+from distill_at_scale.data.sources.folders import ImageFolder
 from distill_at_scale.data.sources.image import imagenet_tar
-from distill_at_scale.data.sources.image.imagefolder import ImageFolder
 from distill_at_scale.data.sources.image.imagenet_tar import TRAIN, VAL, ImagenetTar
 
 IMAGES = {

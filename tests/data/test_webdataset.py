@@ -14,7 +14,7 @@ import pytest
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import LISTING
-from distill_at_scale.data.sources.image.imagefolder import ImageFolder
+from distill_at_scale.data.sources.folders import ImageFolder
 from distill_at_scale.data.sources.image.webdataset import WebDataset, expand
 from distill_at_scale.storage.filesystem import Store
 
@@ -234,7 +234,7 @@ def test_the_root_of_a_pattern_keeps_the_options_of_its_address(path, root, firs
     monkeypatch.setattr(Store, "check", lambda self: None)  # nothing lies there
     source = WebDataset(DataSection(source="webdataset", path=path))
     assert source.store.path == root
-    assert source.named[0] == first
+    assert source.named_shards[0] == first
     assert source.config.path == path
 
 
@@ -293,7 +293,7 @@ GOOD = sample("good", 1)
         (sample("bad", 10**7), "'bad' has the label 10000000, outside"),
         (sample("bad", ""), "'bad' has the label '', which is neither"),
         (sample("bad", "dog"), "sample 'bad': the label 'dog' is a name, but the first one"),
-        ([("bad.jpg", b"1"), ("bad.cls", b"\xff\xfe")], "'bad' has a cls file that is no UTF-8 text"),
+        ([("bad.jpg", b"1"), ("bad.cls", b"\xff\xfe")], "'bad' has a cls file that is not UTF-8 text"),
         ([("bad.jpg", b"1"), ("bad.json", b"{broken")], "'bad' has a json file that cannot be read"),
         ([("bad.jpg", b"1"), ("bad.json", b"[" * 100_000)], "'bad' has a json file that cannot be read"),
         ([("bad.jpg", b"1"), ("bad.json", {"kind": 1})], "'bad' has a json file without 'label' or 'cls'"),

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 
-from distill_at_scale.core.errors import Unreachable, UserError
+from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import tar
 from distill_at_scale.storage.filesystem import Store, unanswered
 
@@ -58,9 +57,6 @@ class Stream(tar.Window):
         self._start, self._buffer = offset, kept
         return kept[:size]
 
-    def close(self) -> None:
-        self.handle.close()
-
     def _read_into(self, buffer: memoryview) -> int:
         """Fills part of the buffer and returns the byte count; 0 at the end, where the length becomes known."""
         try:
@@ -84,21 +80,9 @@ def open_stream(store: Store, file: str) -> Stream:
     return Stream(pa.CompressedInputStream(raw, "gzip"), store.place(file))
 
 
-@contextmanager
-def open_archive(store: Store, file: str) -> Iterator[tar.Window]:
-    """Opens an archive for indexing; a name in .tar is a plain one, any other a gzip file.
-
-    Raises Unreachable, naming the file, if it cannot be opened or the body of the `with` statement fails to read it.
-    """
-    if is_plain(file):
-        with tar.open_archive(store, file) as window:
-            yield window
-        return
-    try:
-        with closing(open_stream(store, file)) as stream:
-            yield stream
-    except OSError as error:
-        raise Unreachable(f"{store.place(file)} cannot be read: {error}; check the file and try again") from None
+def open_archive(store: Store, file: str) -> AbstractContextManager[tar.Window]:
+    """As `tar.open_archive`; a file whose name does not end in .tar is a gzip file."""
+    return tar.open_archive(store, file, tar.open_window if is_plain(file) else open_stream)
 
 
 def is_plain(file: str) -> bool:
@@ -150,14 +134,7 @@ class Reader:
             return stream
         if stream is not None:
             stream.close()
-        try:
-            return open_stream(self.store, file)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.store.place(file)} is not there any more; put it back and run the command again"
-            ) from None
-        except OSError as error:  # a whole archive that cannot be opened is not the fault of single samples
-            raise self.store.refusal(error) from None
+        return tar.open_or_stop(self.store, file, open_stream)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store}

@@ -85,16 +85,23 @@ class Window:
         self._start, self._buffer = offset, self.handle.read(max(self._read_size, size))
         return self._buffer[:size]
 
+    def close(self) -> None:
+        self.handle.close()
+
+
+def open_window(store: Store, file: str) -> Window:
+    return Window(store.open(file), store.place(file))
+
 
 @contextmanager
-def open_archive(store: Store, file: str) -> Iterator[Window]:
+def open_archive(store: Store, file: str, opener: Callable[[Store, str], Window] = open_window) -> Iterator[Window]:
     """Opens an archive for indexing.
 
     Raises Unreachable, naming the file, if it cannot be opened or the body of the `with` statement fails to read it.
     """
     try:
-        with closing(store.open(file)) as handle:
-            yield Window(handle, store.place(file))
+        with closing(opener(store, file)) as window:
+            yield window
     except OSError as error:
         raise Unreachable(f"{store.place(file)} cannot be read: {error}; check the file and try again") from None
 
@@ -263,14 +270,7 @@ def read(store: Store, rows: pa.Table) -> list[bytes]:
 
 def _read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tuple[ByteRange, bytes]]:
     """Yields each range of an archive with its bytes; fewer bytes at the end of the archive."""
-    try:
-        handle = store.open(file)
-    except FileNotFoundError:
-        store.check()
-        raise UserError(f"{store.place(file)} is not there any more; put it back and run the command again") from None
-    except OSError as error:  # a whole archive that cannot be opened is not the fault of single samples
-        raise store.refusal(error) from None
-    with closing(handle):
+    with closing(open_or_stop(store, file, lambda store, file: store.open(file))) as handle:
         if store.local:
             for wanted in ranges:
                 handle.seek(wanted.offset)
@@ -281,6 +281,17 @@ def _read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[t
             reads = [partial(_read_span, handle, span, size) for span in _spans(ranges)]
             for span in pool.map(partial(store.asked, file), reads):
                 yield from span
+
+
+def open_or_stop(store: Store, file: str, opener: Callable[[Store, str], R]) -> R:
+    """Opens an archive for reading; an archive that cannot be opened stops the run, as single samples are not at fault."""
+    try:
+        return opener(store, file)
+    except FileNotFoundError:
+        store.check()
+        raise UserError(f"{store.place(file)} is not there any more; put it back and run the command again") from None
+    except OSError as error:
+        raise store.refusal(error) from None
 
 
 def _spans(ranges: list[ByteRange]) -> list[list[ByteRange]]:

@@ -1,11 +1,10 @@
 """The built-in sources by their names in `data.source`; `base.py` describes the contract of one of your own."""
 
+from distill_at_scale.data.sources.folders import ImageFolder
 from distill_at_scale.data.sources.image.digits import Digits
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
-from distill_at_scale.data.sources.image.imagefolder import ImageFolder
-from distill_at_scale.data.sources.image.imagenet import Imagenet
+from distill_at_scale.data.sources.image.imagenet import Imagenet, TinyImagenet
 from distill_at_scale.data.sources.image.imagenet_tar import ImagenetTar
-from distill_at_scale.data.sources.image.tiny_imagenet import TinyImagenet
 from distill_at_scale.data.sources.image.torchvision import TorchvisionSet
 from distill_at_scale.data.sources.image.webdataset import WebDataset
 from distill_at_scale.data.sources.tensors import Tensors

@@ -47,18 +47,9 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.filesystem import Store
 
-LISTING = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("label", pa.int32()),
-        ("location", pa.string()),
-        ("row", pa.int64()),
-        ("size", pa.int64()),
-    ]
-)
-SET_ASIDE = pa.schema(
-    [("sample_id", pa.string()), ("label", pa.int32()), ("location", pa.string()), ("reason", pa.string())]
-)
+TEXT, INT32, INT64 = pa.string(), pa.int32(), pa.int64()
+LISTING = pa.schema({"sample_id": TEXT, "label": INT32, "location": TEXT, "row": INT64, "size": INT64})
+SET_ASIDE = pa.schema({"sample_id": TEXT, "label": INT32, "location": TEXT, "reason": TEXT})
 Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 MAX_LABEL = 10**6  # of numbered classes

@@ -1,4 +1,4 @@
-"""Base of the sources with one folder per class: ImageFolder, ImageNet, Tiny-ImageNet and VideoFolder.
+"""Samples in one folder per class: ImageFolder, and the base of ImageNet, Tiny-ImageNet and VideoFolder.
 
 Sample ids are POSIX paths relative to the root. Paths stay Arrow columns, so listing a million files takes seconds. Listing
 opens no file; it skips hidden files and, by extension, files of other media.
@@ -142,6 +142,33 @@ class FolderSource(FileSource):
                 f"the class {empty[0]!r} has no {sample}: {self.store.place(joined(self.folders[split], empty[0]))} is "
                 f"missing or holds no {self.medium.noun}{more}; complete the split, or remove the class everywhere"
             )
+
+
+class ImageFolder(FolderSource):
+    """Images in `train/<class>/*.JPEG`, and optionally `val/` or `test/`.
+
+    Without a `train` folder, class folders in the root are the training split. Classes are the sorted folder names of the
+    training split. A test split may lack a class; it may not have an extra one.
+    """
+
+    def find_classes(self) -> list[str]:
+        names = self.class_folders(self.folders.get("train", ""))
+        self.folders = {"train": "", **self.folders}
+        return names
+
+    def list_split(self, split: str) -> pa.Table:
+        """Raises UserError for an empty class folder, a test class that training lacks, and a split without images."""
+        if split == "train":
+            return super().list_split(split)
+        folder = self.folders[split]
+        if self.store.names(folder)[0]:
+            self.refuse_extra_classes(split)
+        elif len(self.samples(split)[0]):
+            raise UserError(
+                f"{self.store.place(folder)} holds images but no class folders; sort them into class folders, "
+                "or set data.source to imagenet, which takes a flat val/ with a list of labels"
+            )
+        return self.list_by_class(split)
 
 
 def split_folders(store: Store) -> dict[str, str]:

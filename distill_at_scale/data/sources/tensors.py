@@ -1,9 +1,8 @@
-"""Arrays of any meaning (signals, spectra, feature vectors) in Parquet files laid out as for `parquet`: `train-*.parquet`,
+"""Arrays of numbers (signals, spectra, feature vectors) in Parquet files laid out as for `parquet`: `train-*.parquet`,
 `test-*.parquet` with `data.value_column` and `data.label_column`.
 
-A value is a (nested, perhaps fixed-size) list of numbers or an Arrow tensor of fixed shape. All have the shape of the first
-one, with 1 to 4 axes; the first axis counts as channels (`[C, L]` of a signal, `[C, H, W]` of a field). What deviates is
-rejected by the decoder.
+A value is a (nested, perhaps fixed-size) list of numbers or an Arrow tensor of fixed shape. All values have the shape of the
+first one, with 1 to 4 axes, channels first (`[C, L]` for a signal, `[C, H, W]` for a field). The decoder rejects others.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
 
-MOST_AXES = 4
-LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+MAX_AXES = 4
 
 Array = np.ndarray[Any, Any]
 
@@ -27,8 +25,8 @@ Array = np.ndarray[Any, Any]
 class Tensors(HuggingFaceParquet):
     tensors = True
     column_key = "data.value_column"
-    wanted = "lists of numbers or a tensor of fixed shape"
-    held = "the arrays"
+    column_types = "lists of numbers or a tensor of fixed shape"
+    column_content = "the arrays"
 
     def __init__(self, config: DataSection) -> None:
         super().__init__(config)
@@ -36,60 +34,55 @@ class Tensors(HuggingFaceParquet):
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of the first training sample that has one.
-
-        Raises UserError where none has 1 to 4 axes.
-        """
+        """The shape of the first valid training sample; raises UserError if none has 1 to 4 axes."""
         for name in self.files["train"]:
             file, ends = self._opened(name)
             for group in range(file.num_row_groups):
-                row = int(ends[group]) - file.metadata.row_group(group).num_rows
-                for value in self._images(name, row)[1]:
-                    found = array_of(value)
-                    if found.dtype != object and 0 < found.ndim <= MOST_AXES and found.size:
-                        return found.shape
+                first_row = int(ends[group]) - file.metadata.row_group(group).num_rows
+                for value in self._group_of(name, first_row)[1]:
+                    array = to_array(value)
+                    if array.dtype != object and 0 < array.ndim <= MAX_AXES and array.size:
+                        return array.shape
         raise UserError(
-            f"{self.store.place()}: no value of the column {self.column!r} is an array of 1 to {MOST_AXES} axes; "
+            f"{self.store.place()}: no value of the column {self.column!r} is an array of 1 to {MAX_AXES} axes; "
             f"set {self.column_key} to the column that holds them"
         )
 
-    def _leaf(self, kind: pa.DataType) -> str | None:
-        return self.column if holds_numbers(kind) else None
+    def _parquet_column(self, kind: pa.DataType) -> str | None:
+        """(Nested) lists of numbers, or tensors of them."""
+        if isinstance(kind, pa.FixedShapeTensorType):
+            kind = kind.value_type
+        elif not _is_list(kind):
+            return None
+        else:
+            while _is_list(kind):
+                kind = kind.value_type
+        return self.column if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
 
-    def _raw(self, values: pa.ChunkedArray) -> list[Any]:
-        return [array_of(value) for value in values]
-
-
-def holds_numbers(kind: pa.DataType) -> bool:
-    """(Nested) lists of numbers, or tensors of them."""
-    if isinstance(kind, pa.FixedShapeTensorType):
-        kind = kind.value_type
-        return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if not any(is_kind(kind) for is_kind in LISTS):
-        return False
-    while any(is_kind(kind) for is_kind in LISTS):
-        kind = kind.value_type
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    def _to_raw(self, values: pa.ChunkedArray) -> list[Any]:
+        return [to_array(value) for value in values]
 
 
-def array_of(value: pa.Scalar) -> Array:
-    """One value as an array of its own type; of type object where its lists differ in length or lack numbers."""
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def to_array(value: pa.Scalar) -> Array:
+    """A value as an array of its own type; an empty array of type object if its lists are ragged or have nulls."""
     broken = np.empty(0, object)
     if not value.is_valid:
         return broken
     if isinstance(value.type, pa.FixedShapeTensorType):
-        shape, order = value.type.shape, value.type.permutation
-        flat = value.value.values
-        if flat.null_count:
+        numbers, axes = value.value.values, value.type.permutation
+        if numbers.null_count:
             return broken
-        found = flat.to_numpy().reshape(shape)
-        return found if order is None else found.transpose(order)
-    shape_found: list[int] = [len(value.values)]
-    inner = value.values
-    while any(is_kind(inner.type) for is_kind in LISTS):
+        array = numbers.to_numpy().reshape(value.type.shape)
+        return array if axes is None else array.transpose(axes)
+    shape, inner = [len(value.values)], value.values
+    while _is_list(inner.type):
         lengths = set(np.unique(inner.value_lengths().to_numpy(zero_copy_only=False)).tolist()) if len(inner) else {0}
         if inner.null_count or len(lengths) != 1:
             return broken
-        shape_found.append(int(lengths.pop()))
+        shape.append(int(lengths.pop()))
         inner = inner.flatten()
-    return broken if inner.null_count else inner.to_numpy().reshape(shape_found)
+    return broken if inner.null_count else inner.to_numpy().reshape(shape)

@@ -1,17 +1,16 @@
-"""Hugging Face's image layout: Parquet files `train-*.parquet`, `test-*.parquet` with `image: struct<bytes, path>` and
-`label`. An image column of plain bytes is taken as well.
+"""Hugging Face's image layout: Parquet files `train-*.parquet`, `test-*.parquet` with `image: struct<bytes, path>` and `label`.
 
-Class names come from the metadata that the datasets library writes into the schema; without it, numbered classes are called
-"0" to the largest number of the training split, and labels that are text are sorted by name. A sample's id is `image.path`
-where it is present and unique within the split, else `<file>:<row>`. Files may also lie in a folder per split. Files are
-looked at side by side; while listing only labels and paths are read, never images.
+The image column may also hold plain bytes, and files may lie in a folder per split. Class names come from the metadata that
+the datasets library writes into the schema; without it, numbered classes are called "0" to the largest number of the training
+split, and text labels are sorted by name. A sample's id is `image.path` if it is present and unique within the split, else
+`<file>:<row>`. Files are listed in parallel; listing reads labels and paths, never images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
@@ -36,21 +35,21 @@ from distill_at_scale.data.sources.base import (
 from distill_at_scale.storage.filesystem import unanswered
 
 T = TypeVar("T")
-LARGEST_GROUP = 16  # times data.max_bytes: of the samples of a row group together
-ROWS_PER_BYTE = 64  # of a file; more is a bomb, as every row of a real one has a sample of its own
-LISTED_BYTES = 2**32  # of the labels and paths of a file
-ROWS_AT_ONCE = 1024  # that are unpacked before they are counted
-READERS = 8  # files that are looked at side by side
+MAX_ROW_GROUP = 16  # times data.max_bytes: the samples of a row group together
+MAX_ROWS_PER_BYTE = 64  # of a file; real files stay below, as each row has a sample of its own
+MAX_LISTED_BYTES = 2**32  # of the labels and paths of a file
+BATCH_ROWS = 1024  # rows to unpack before their bytes are counted
+READERS = 8  # threads that list files
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
 class HuggingFaceParquet:
-    """`column_key`, `wanted` and `held` are for messages: the configuration's key of the column, its types, its content."""
+    """Messages use `column_key` (the configuration key of the sample column), `column_types` and `column_content`."""
 
     column_key = "data.image_column"
-    wanted = "binary or a struct with the field bytes"
-    held = "encoded images"
+    column_types = "binary or a struct with the field bytes"
+    column_content = "encoded images"
 
     def __init__(self, config: DataSection) -> None:
         self.config, self.store = config, data_store(config)
@@ -67,36 +66,44 @@ class HuggingFaceParquet:
         self._open: tuple[str, Any, np.ndarray[Any, Any]] | None = None
         self._group: tuple[str, int, pa.ChunkedArray] | None = None
 
+    def _declared_names(self) -> list[str]:
+        """Class names in the metadata of the first training file; empty if it has none or they are malformed."""
+        with self._parquet(self.files["train"][0]) as file:
+            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        try:
+            names = json.loads(metadata)
+        except (ValueError, RecursionError):
+            return []
+        for key in ("info", "features", self.config.label_column, "names"):
+            names = names.get(key) if isinstance(names, dict) else None
+        return [str(name) for name in names] if isinstance(names, list) else []
+
     @cached_property
     def class_names(self) -> list[str]:
-        """The declared names, else the sorted training labels that are text, else "0".."max" of those that are numbers.
+        """The declared names, else the sorted text labels of the training split, else "0".."max" for numeric labels.
 
-        Raises UserError for a number that no class can have, naming file and row.
+        Raises UserError for a number that is no class, naming file and row.
         """
         if self._declared:
             return self._declared
-        tables = self._tables("train")
-        if self._textual:
-            texts = (pc.unique(table["label"]).to_pylist() for table in tables if _is_text(table["label"].type))
-            return sorted({text for found in texts for text in found if text and text.strip()})
-        largest = [self._largest(t["label"], name) for t, name in zip(tables, self.files["train"], strict=True)]
-        return [str(label) for label in range(max(largest) + 1)]
+        columns = [table["label"] for table in self._tables("train")]
+        if self._has_text_labels:
+            labels = {label for column in columns if _is_text(column.type) for label in pc.unique(column).to_pylist()}
+            return sorted(label for label in labels if label and label.strip())
+        count = 0
+        for column, name in zip(columns, self.files["train"], strict=True):
+            largest = pc.max(column)
+            if (largest.as_py() or 0) > MAX_LABEL:
+                raise UserError(
+                    f"{self.store.place(name)}, row {pc.index(column, largest).as_py()}: the label {largest} is more than "
+                    f"{MAX_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
+                )
+            count = max(count, (largest.as_py() or 0) + 1, 1)
+        return [str(label) for label in range(count)]
 
     @cached_property
-    def _textual(self) -> bool:
-        """Whether training labels are text."""
+    def _has_text_labels(self) -> bool:
         return any(_is_text(table["label"].type) for table in self._tables("train"))
-
-    def _largest(self, column: pa.ChunkedArray, name: str) -> int:
-        """The largest label of a file of numbers, 0 where it has none."""
-        found = pc.max(column)
-        label = found.as_py() or 0
-        if label > MAX_LABEL:
-            raise UserError(
-                f"{self.store.place(name)}, row {pc.index(column, found).as_py()}: the label {label} is more than "
-                f"{MAX_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
-            )
-        return max(0, label)
 
     def splits(self) -> list[str]:
         return [split for split in ("train", "test") if split in self.files]
@@ -111,75 +118,91 @@ class HuggingFaceParquet:
         rows = np.concatenate([np.arange(count) for count in counts])
         locations = pa.array(files, pa.string()).take(pa.array(np.repeat(np.arange(len(files)), counts)))
         del self._columns[split]  # a million paths need not be kept twice
-        return listing(_ids(tables, locations, rows), labels, locations, rows)
+        ids = pc.binary_join_element_wise(locations, pa.array(rows).cast(pa.string()), ":")
+        if all("path" in table.column_names for table in tables):
+            paths = pa.chunked_array([chunk for table in tables for chunk in table["path"].chunks], pa.string())
+            if not paths.null_count and first_duplicate(paths) is None:
+                ids = paths.combine_chunks()
+        return listing(ids, labels, locations, rows)
 
     def digest(self, split: str) -> str:
-        """Hash of every file's footer: its schema, and sizes and statistics of all column chunks."""
-        return digest(self._of_all(lambda name: self._asked(name, lambda: self._footer(name)), self.files[split]))
+        """A hash of the files' footers: schema, and sizes and statistics of all column chunks."""
+
+        def footer(name: str) -> list[Any]:
+            size = self.store.size(name) or 0
+            length = int.from_bytes(self.store.read_range(name, max(0, size - 8), 4), "little")
+            content = self.store.read_range(name, max(0, size - 8 - length), length)
+            return [name.rpartition("/")[2], hashlib.sha256(content).hexdigest(), size]
+
+        return digest(self._map_files(lambda name: self._checked(name, lambda: footer(name)), self.files[split]))
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
         """Reads each row group once when rows come in file order; the last one stays open between calls.
 
-        Raises UserError where a file is damaged: that concerns all of its rows.
+        Raises UserError for a damaged file, which affects all of its rows.
         """
-        names, numbers = rows["location"].to_pylist(), rows["row"].to_numpy()
-        found: list[bytes | np.ndarray[Any, Any]] = []
-        for first, last in _runs(names):
-            while first < last:
-                start, images = self._images(names[first], int(numbers[first]))
-                inside = (numbers[first:last] >= start) & (numbers[first:last] < start + len(images))
-                stop = last if inside.all() else first + int(np.argmin(inside))
-                found += self._raw(images.take(pa.array(numbers[first:stop] - start)))
-                first = stop
-        return found
+        names, numbers = rows["location"].to_pylist(), rows["row"].to_pylist()
+        samples: list[bytes | np.ndarray[Any, Any]] = []
+        first = 0
+        while first < len(names):  # one run of rows in the same row group at a time
+            name = names[first]
+            start, values = self._group_of(name, numbers[first])
+            stop = first
+            while stop < len(names) and names[stop] == name and start <= numbers[stop] < start + len(values):
+                stop += 1
+            samples += self._to_raw(values.take(pa.array([number - start for number in numbers[first:stop]])))
+            first = stop
+        return samples
 
-    def _leaf(self, kind: pa.DataType) -> str | None:
-        """The Parquet column to read of a column of this type, or None where it cannot hold samples."""
-        return _leaf(kind, self.column)
+    def _parquet_column(self, kind: pa.DataType) -> str | None:
+        """The Parquet column with the samples, for a sample column of this type; None for a type without samples."""
+        if pa.types.is_struct(kind):
+            return f"{self.column}.bytes" if kind.get_field_index("bytes") >= 0 else None
+        return self.column if any(is_kind(kind) for is_kind in BINARY) else None
 
-    def _raw(self, values: pa.ChunkedArray) -> list[Any]:
-        """The raw form of some values of that column."""
+    def _to_raw(self, values: pa.ChunkedArray) -> list[Any]:
+        """The raw form (see `base.py`) of values of that column."""
         return [raw or b"" for raw in values.to_pylist()]
 
-    def _images(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
-        """The first row of the row group that holds a row, and the group's images."""
-        if self._group is None or self._group[0] != name or not 0 <= row - self._group[1] < len(self._group[2]):
-            self._group = (name, *self._row_group(name, row))
-        return self._group[1:]
-
-    def _row_group(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
+    def _group_of(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
+        """The first row of the row group that holds a row, and the group's samples; the last group is cached."""
+        if self._group is not None and self._group[0] == name and 0 <= row - self._group[1] < len(self._group[2]):
+            return self._group[1:]
         file, ends = self._opened(name)
         group = int(np.searchsorted(ends, row, side="right"))
         if not 0 <= row < (ends[-1] if len(ends) else 0):
             raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
-        leaf = self._leaf(file.schema_arrow.field(self.column).type)
-        table = self._asked(name, lambda: self._bounded(file, [group], [leaf], LARGEST_GROUP * self.config.max_bytes))
+        column = self._parquet_column(file.schema_arrow.field(self.column).type)
+        max_bytes = MAX_ROW_GROUP * self.config.max_bytes
+        table = self._checked(name, lambda: self._read_bounded(file, [group], [column], max_bytes))
         first = int(ends[group - 1]) if group else 0
         self._check_count(name, table, int(ends[group]) - first)
-        return first, table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
+        samples = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
+        self._group = (name, first, samples)
+        return first, samples
 
     def _check_count(self, name: str, table: pa.Table, rows: int) -> None:
-        """Raises UserError where a file, or a row group of it, holds other rows than its footer says."""
+        """Raises UserError if a file or row group holds another number of rows than its footer says."""
         if table.num_rows != rows:
             raise UserError(
                 f"{self.store.place(name)} holds {table.num_rows:,} rows where it claims {rows:,}; download it again"
             )
 
-    def _bounded(self, file: Any, groups: list[int], columns: list[str | None], most: int) -> pa.Table:
-        """Some columns of row groups, batch by batch: a few bytes can stand for a value that is first_duplicate without end.
+    def _read_bounded(self, file: Any, groups: list[int], columns: Sequence[str | None], max_bytes: int) -> pa.Table:
+        """Columns of row groups, read batch by batch, because a few bytes can encode a value repeated without end.
 
-        Raises ArrowInvalid for what unpacks to more than so many bytes.
+        Raises ArrowInvalid for more than `max_bytes` unpacked bytes.
         """
-        held, parts = 0, []
-        for batch in file.iter_batches(ROWS_AT_ONCE, groups, columns):
-            held += batch.nbytes
-            parts.append(batch)
-            if held > most:
-                raise pa.ArrowInvalid(f"it unpacks to more than {most:,} bytes in one piece")
-        return pa.Table.from_batches(parts, file.schema_arrow if not parts else None)
+        size, batches = 0, []
+        for batch in file.iter_batches(BATCH_ROWS, groups, columns):
+            size += batch.nbytes
+            batches.append(batch)
+            if size > max_bytes:
+                raise pa.ArrowInvalid(f"it unpacks to more than {max_bytes:,} bytes in one piece")
+        return pa.Table.from_batches(batches, file.schema_arrow if not batches else None)
 
     def _opened(self, name: str) -> tuple[Any, np.ndarray[Any, Any]]:
-        """The last file that was read from, and the row after each of its row groups."""
+        """A file and the row after each of its row groups; the last file stays open."""
         if self._open is None or self._open[0] != name:
             file = self._parquet(name)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -187,23 +210,26 @@ class HuggingFaceParquet:
         return self._open[1:]
 
     def _parquet(self, name: str) -> Any:
-        file, _ = self._asked(name, lambda: self._with_schema(name))
+        def open_file() -> Any:
+            file = pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local)
+            _ = file.schema_arrow  # parsed on access, and may be damaged too
+            return file
+
+        file = self._checked(name, open_file)
         rows, size = file.metadata.num_rows, self.store.size(name) or 0
-        if rows > ROWS_PER_BYTE * size:
+        if rows > MAX_ROWS_PER_BYTE * size:
             raise UserError(
                 f"{self.store.place(name)} claims {rows:,} rows in {size:,} bytes; get it from its publisher"
             )
         return file
 
-    def _with_schema(self, name: str) -> tuple[Any, pa.Schema]:
-        """The schema, too, may be damaged, and is read when it is asked for."""
-        file = pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local)
-        return file, file.schema_arrow
+    def _checked(self, name: str, function: Callable[[], T]) -> T:
+        """Calls a function that reads a file.
 
-    def _asked(self, name: str, question: Callable[[], T]) -> T:
-        """Raises UserError for a file that is missing or no Parquet file, and Unreachable where the storage refuses."""
+        Raises UserError if it is missing or not a Parquet file, and Unreachable if the storage refuses.
+        """
         try:
-            return question()
+            return function()
         except UserError:
             raise
         except FileNotFoundError:
@@ -216,117 +242,71 @@ class HuggingFaceParquet:
                 f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again."
             ) from None
 
-    def _of_all(self, question: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    def _map_files(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
         with ThreadPoolExecutor(min(READERS, len(names))) as pool:
-            return list(pool.map(question, names))
+            return list(pool.map(function, names))
 
     def _tables(self, split: str) -> list[pa.Table]:
         if split not in self._columns:
-            self._columns[split] = self._of_all(self._read_columns, self.files[split])
+            self._columns[split] = self._map_files(self._read_columns, self.files[split])
         return self._columns[split]
 
     def _read_columns(self, name: str) -> pa.Table:
-        """The columns `label` and, where it exists, `path` of one file."""
+        """The columns `label` (integer or string) and, if it exists, `path` of one file."""
+        sample_column, label_column, place = self.column, self.config.label_column, self.store.place(name)
         with self._parquet(name) as file:
-            schema, image, label = file.schema_arrow, self.column, self.config.label_column
-            place = self.store.place(name)
-            for key, column in ((self.column_key, image), ("data.label_column", label)):
+            schema = file.schema_arrow
+            for key, column in ((self.column_key, sample_column), ("data.label_column", label_column)):
                 if column not in schema.names:
                     raise UserError(f"{place} has no column {column!r}; set {key} to one of: {', '.join(schema.names)}")
-            kind = schema.field(image).type
-            if self._leaf(kind) is None:
+            kind = schema.field(sample_column).type
+            if self._parquet_column(kind) is None:
                 raise UserError(
-                    f"{place}: column {image!r} must be {self.wanted}, it is {kind}; "
-                    f"set {self.column_key} to the column that holds {self.held}"
+                    f"{place}: column {sample_column!r} must be {self.column_types}, it is {kind}; "
+                    f"set {self.column_key} to the column that holds {self.column_content}"
                 )
-            paths = [f"{image}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
+            has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+            columns = [label_column, *([f"{sample_column}.path"] if has_path else [])]
             groups = list(range(file.num_row_groups))
-            table = self._asked(name, lambda: self._bounded(file, groups, [label, *paths], LISTED_BYTES))
+            table = self._checked(name, lambda: self._read_bounded(file, groups, columns, MAX_LISTED_BYTES))
             self._check_count(name, table, file.metadata.num_rows)
-        columns = {"label": _plain(table[label], f"{place}: column {label!r}")}
-        if paths:
-            columns["path"] = pc.struct_field(table[image], "path").cast(pa.string())
-        return pa.table(columns)
+        labels = table[label_column]
+        if pa.types.is_dictionary(labels.type):
+            labels = labels.cast(labels.type.value_type)
+        if _is_text(labels.type):
+            labels = labels.cast(pa.string())
+        elif not pa.types.is_integer(labels.type):
+            raise UserError(
+                f"{place}: column {label_column!r} holds {labels.type}, neither whole numbers nor text; set "
+                "data.label_column to the column with the classes"
+            )
+        paths = {"path": pc.struct_field(table[sample_column], "path").cast(pa.string())} if has_path else {}
+        return pa.table({"label": labels, **paths})
 
     def _labels(self, column: pa.ChunkedArray, name: str) -> np.ndarray[Any, Any]:
-        """The place of every label of a file in class_names."""
+        """The index in class_names of each label of a file."""
         names, is_text = self.class_names, _is_text(column.type)
-        places = pc.index_in(column, pa.array(names, pa.string())) if is_text else column.cast(pa.int64(), safe=False)
-        filled = places.cast(pa.int64()).fill_null(-1).to_numpy()
-        if not self._declared and is_text != self._textual:
-            bad, wanted = (
-                np.arange(len(column)),
-                f"a {'text' if self._textual else 'number'}, as in other training files",
-            )
+        indices = pc.index_in(column, pa.array(names, pa.string())) if is_text else column.cast(pa.int64(), safe=False)
+        labels = indices.cast(pa.int64()).fill_null(-1).to_numpy()
+        if not self._declared and is_text != self._has_text_labels:
+            bad = np.arange(len(column))
+            expected = f"a {'text' if self._has_text_labels else 'number'}, as in other training files"
         else:
-            bad = np.flatnonzero((filled < 0) | (filled >= len(names)))
-            wanted = "a class of the training split" if is_text else f"one of 0..{len(names) - 1}"
+            bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
+            expected = "a class of the training split" if is_text else f"one of 0..{len(names) - 1}"
         if bad.size:
             raise UserError(
-                f"{self.store.place(name)}, row {bad[0]}: the label {column[int(bad[0])].as_py()!r} is not {wanted}; "
+                f"{self.store.place(name)}, row {bad[0]}: the label {column[int(bad[0])].as_py()!r} is not {expected}; "
                 "correct or remove the row or the file, or set data.label_column to the column with the classes"
             )
-        return filled
-
-    def _footer(self, name: str) -> list[Any]:
-        size = self.store.size(name) or 0
-        length = int.from_bytes(self.store.read_range(name, max(0, size - 8), 4), "little")
-        footer = self.store.read_range(name, max(0, size - 8 - length), length)
-        return [name.rpartition("/")[2], hashlib.sha256(footer).hexdigest(), size]
-
-    def _declared_names(self) -> list[str]:
-        """Class names in the metadata of the first training file."""
-        with self._parquet(self.files["train"][0]) as file:
-            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-        try:
-            found = json.loads(metadata)
-        except (ValueError, RecursionError):
-            return []  # damaged, as if it were not there
-        for key in ("info", "features", self.config.label_column, "names"):
-            found = found.get(key) if isinstance(found, dict) else None
-        return [str(name) for name in found] if isinstance(found, list) else []
+        return labels
 
 
 def _split_part(path: str) -> str:
-    """The file's name, else the first folder, that says the split; the file's name where none does."""
+    """The file's name if it names a split, else the first folder that does; the file's name if none does."""
     *folders, file = path.split("/")
     return next((part for part in (file, *folders) if split_of(part)), file)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in TEXT)
-
-
-def _plain(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    """Labels as integers or as strings, whatever their encoding; raises UserError for labels that are neither."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if _is_text(column.type):
-        return column.cast(pa.string())
-    if not pa.types.is_integer(column.type):
-        raise UserError(
-            f"{place} holds {column.type}, neither whole numbers nor text; set data.label_column to the column with the "
-            "classes"
-        )
-    return column
-
-
-def _ids(tables: list[pa.Table], locations: pa.Array, rows: np.ndarray[Any, Any]) -> pa.Array:
-    if all("path" in table.column_names for table in tables):
-        paths = pa.chunked_array([chunk for table in tables for chunk in table["path"].chunks], pa.string())
-        if not paths.null_count and first_duplicate(paths) is None:
-            return paths.combine_chunks()
-    return pc.binary_join_element_wise(locations, pa.array(rows).cast(pa.string()), ":")
-
-
-def _leaf(kind: pa.DataType, column: str) -> str | None:
-    """The Parquet column that holds the encoded images, or None where there is none."""
-    if pa.types.is_struct(kind):
-        return f"{column}.bytes" if kind.get_field_index("bytes") >= 0 else None
-    return column if any(is_kind(kind) for is_kind in BINARY) else None
-
-
-def _runs(names: list[str]) -> Iterator[tuple[int, int]]:
-    """The stretches of equal names, as (first, one after the last)."""
-    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    yield from zip(starts, [*starts, len(names)][1:], strict=True)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import SET_ASIDE, Column, FileSource, listing, to_table
+from distill_at_scale.data.sources.base import INT32, INT64, SET_ASIDE, TEXT, Column, FileSource, listing, to_table
 from distill_at_scale.data.sources.folders import Medium, below, labels_of, owners_of
 from distill_at_scale.data.sources.label_files import LabelFiles
 
@@ -28,16 +28,8 @@ VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
 VIDEOS = Medium("video", VIDEO_EXTENSIONS)
 # Rows of lists: `key` identifies the clip in rows and files, `split` is "train", "test" or "" for a clip in neither,
 # `sample_id` is the path where the file should be, and `place` names the row, as "'list.txt' line 3".
-ROWS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("label", pa.int32()),
-        ("split", pa.string()),
-        ("sample_id", pa.string()),
-        ("place", pa.string()),
-    ]
-)
-FILES = pa.schema([("key", pa.string()), ("path", pa.string()), ("size", pa.int64())])
+ROWS = pa.schema({"key": TEXT, "label": INT32, "split": TEXT, "sample_id": TEXT, "place": TEXT})
+FILES = pa.schema({"key": TEXT, "path": TEXT, "size": INT64})
 
 
 def rows_table(rows: list[tuple[str, int, str, str, str]]) -> pa.Table:

@@ -18,19 +18,11 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import to_table
+from distill_at_scale.data.sources.base import INT32, TEXT, to_table
 from distill_at_scale.data.sources.label_files import LabelFile, named_file, resolve
 from distill_at_scale.storage.filesystem import Store, joined
 
-ROWS = pa.schema(
-    [
-        ("word", pa.string()),  # train, val or test
-        ("key", pa.string()),  # <id>_<start>_<end>, without padding
-        ("label", pa.string()),  # null if a test list has none
-        ("file", pa.string()),  # the list, for messages
-        ("line", pa.int32()),
-    ]
-)
+ROWS = pa.schema({"word": TEXT, "key": TEXT, "label": TEXT, "file": TEXT, "line": INT32})
 WORDS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "test": "test"}
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 KEY = "data.annotations"
@@ -49,10 +41,10 @@ GET_LISTS = (
 class Row(NamedTuple):
     """A line of a list; the fields are the columns of ROWS."""
 
-    word: str
-    key: str
-    label: str | None
-    file: str
+    word: str  # train, val or test
+    key: str  # <id>_<start>_<end>, without padding
+    label: str | None  # None if a test list has none
+    file: str  # the list, for messages
     line: int
 
 

@@ -17,20 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import LISTING, SET_ASIDE, listing, prefer_validation
+from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing, prefer_validation
 from distill_at_scale.data.sources.video.base import VIDEO_EXTENSIONS
 
 Array = np.ndarray[Any, Any]
 
-FILES = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("place", pa.string()),  # the file's path; in an archive the archive's path, "/" and the member's name
-        ("location", pa.string()),
-        ("row", pa.int64()),
-        ("size", pa.int64()),
-    ]
-)
+# `place` is the file's path; in an archive the archive's path, "/" and the member's name.
+FILES = pa.schema({"sample_id": TEXT, "place": TEXT, "location": TEXT, "row": INT64, "size": INT64})
 EXTENSIONS = tuple(extension.removeprefix(".") for extension in VIDEO_EXTENSIONS)
 VIDEO = rf"(?i)\.({'|'.join(EXTENSIONS)})$"
 UNFINISHED = (  # yt-dlp, aria2, wget, browsers; x.temp.mp4 and x.f137.mp4 are parts of yt-dlp's

@@ -387,7 +387,7 @@ def test_an_id_that_is_there_twice_in_its_class_is_an_error(tmp_path, shuffled):
     table = pa.concat_tables([table, table.slice(12, 1)])
     name = table["sample_id"][12].as_py()
     source = table if shuffled else on_disk(tmp_path, table)
-    with pytest.raises(UserError, match=f"the sample '{name}' is there twice"):
+    with pytest.raises(UserError, match=f"the sample '{name}' appears twice"):
         choose(source)
 
 

@@ -1,19 +1,15 @@
-"""Level 1, static pruning: scores -> kept ids (arXiv 2305.18381, section 3; METHOD.md section 2).
+"""Level 1, static pruning: scores -> manifest of kept samples (arXiv 2305.18381, section 3).
 
-Samples are ranked by usefulness, within each class or over all, ties by sample id, and the first are kept. Per class
-at least `min_per_class` samples stay; where that overrode the rate, the manifest's metadata says so. Rows stream
-through: memory holds the numbers of the largest class, and for the global scope a 32-bit key of every sample.
-What ranks is in `ranking.py`, how many are kept in `pruning/selection/quotas.py`. Left out: where the scores come from, and what becomes of
-the manifest's rows.
+Samples are ranked by usefulness within each class or over all classes, ties by sample id, and the first are kept. Each class
+keeps at least `min_per_class` samples; the metadata lists the classes for which this overrode the rate. Rows stream through:
+memory holds the numbers of the largest class and, for the global scope, a 32-bit key per sample.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,20 +17,25 @@ import pyarrow as pa
 from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
-from distill_at_scale.pruning.selection import ranking as ranks_by
 from distill_at_scale.pruning.selection.quotas import Cut, build_cut
-from distill_at_scale.pruning.selection.ranking import Ranking, ranks_of
+from distill_at_scale.pruning.selection.ranking import Ranking, build_ranking, ranks_of
 from distill_at_scale.pruning.selection.score_reader import ScoreReader, Unsorted
-
-Array = np.ndarray[Any, Any]
 
 
 class Sink(Protocol):
-    """What takes the manifest's rows: a list, or what `manifest.writing` yields."""
+    """Takes the rows of the manifest: a list, or what `manifest.writing` yields."""
 
     def append(self, table: pa.Table, /) -> None: ...
 
     def clear(self) -> None: ...
+
+
+class ClassCount(NamedTuple):
+    """Samples of a class, how many of them are kept, and whether the minimum raised that number."""
+
+    samples: int
+    kept: int
+    raised: bool
 
 
 def select(
@@ -46,79 +47,67 @@ def select(
     minimum: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Choose what to keep: appends the manifest's rows to `out`, in order, and returns the manifest's facts.
+    """Chooses the samples to keep.
 
-    `scores` has sample_id, label and a column `criterion` (none is needed for "random"), or one for each of several whose
-    ranks are weighed; `low_is_useful` is their direction, by name where there are several. Raises UserError for an unknown
-    criterion, a score that is not finite (naming the sample), an id that is there twice, and a table that is damaged,
-    empty, or both unsorted and too long to be sorted here; `out` may have got rows by then.
+    Args:
+        scores: a table with sample_id, label and a column per criterion (none for "random").
+        out: gets the rows of the manifest in order; it may have some when an error is raised.
+        criterion: one name, or several names with weights for their ranks.
+        low_is_useful: whether low scores are useful, by name for several criteria.
+        minimum: samples to keep per class at least.
+
+    Returns:
+        The metadata of the manifest.
+
+    Raises:
+        UserError: an unknown criterion; a score that is not finite; a repeated id; a table that is damaged, empty, or
+            unsorted and too long to sort here.
     """
-    samples = ScoreReader(scores)
-    ranking = ranks_by.build_ranking(criterion, low_is_useful, config.order, seed)
-    ranks_by.check(ranking, samples)
-    tally = _Tally()
+    reader, counts = ScoreReader(scores), dict[int, ClassCount]()
+    ranking = build_ranking(criterion, low_is_useful, config.order, seed)
+    ranking.check(reader)
     try:
-        cut = build_cut(config, minimum, samples, ranking)
-        for rows in _with_ids(samples, prefetch(_ranked(samples, ranking, cut, tally), 2)):
-            out.append(rows)
+        cut = build_cut(config, minimum, reader, ranking)
+        ranked = prefetch(_rank_and_cut(reader, ranking, cut, counts))
+        rows = next(ranked)
+        for ids in reader.ids():  # the ids stream past; they are neither gathered nor held
+            while rows.num_rows < len(ids):
+                rows = pa.concat_tables([rows, next(ranked)])
+            out.append(rows.slice(0, len(ids)).add_column(0, "sample_id", ids))
+            rows = rows.slice(len(ids))
     except Unsorted as why:
         out.clear()
-        return select(samples.sorted(why).source, out, config, criterion, low_is_useful, minimum, seed)
-    return tally.facts(config) | cut.facts() | ranking.facts() | {"min_per_class": minimum, "seed": seed}
+        return select(reader.sorted(why).source, out, config, criterion, low_is_useful, minimum, seed)
+    total, kept = sum(count.samples for count in counts.values()), sum(count.kept for count in counts.values())
+    facts = {
+        "order": config.order,
+        "scope": config.scope,
+        "stratum_start": config.stratum_start,
+        "asked": {"per_class": config.per_class} if config.per_class else {"keep": config.keep},
+        "reached": round(kept / total, 8),
+        "kept": kept,
+        "of": total,
+        "kept_per_class": [counts[label].kept if label in counts else 0 for label in range(max(counts) + 1)],
+        "raised_to_minimum": [label for label, count in counts.items() if count.raised],
+    }
+    return facts | cut.facts() | ranking.facts() | {"min_per_class": minimum, "seed": seed}
 
 
-@dataclass
-class _Tally:
-    """What has been kept so far, by class."""
-
-    count: Counter[int] = field(default_factory=Counter)
-    kept: Counter[int] = field(default_factory=Counter)
-    raised: list[int] = field(default_factory=list)
-
-    def add(self, label: int, kept: Array, raised: bool) -> None:
-        self.count[label], self.kept[label] = len(kept), int(np.count_nonzero(kept))
-        if raised:
-            self.raised.append(label)
-
-    def facts(self, config: SelectSection) -> dict[str, Any]:
-        return {
-            "order": config.order,
-            "scope": config.scope,
-            "stratum_start": config.stratum_start,
-            "asked": {"per_class": config.per_class} if config.per_class else {"keep": config.keep},
-            "reached": round(self.kept.total() / self.count.total(), 8),
-            "kept": self.kept.total(),
-            "of": self.count.total(),
-            "kept_per_class": [self.kept[label] for label in range(max(self.count) + 1)],
-            "raised_to_minimum": self.raised,
-        }
-
-
-def _ranked(samples: ScoreReader, ranking: Ranking, cut: Cut, tally: _Tally) -> Iterator[pa.Table]:
-    """The manifest's columns but the ids, class by class.
+def _rank_and_cut(reader: ScoreReader, ranking: Ranking, cut: Cut, counts: dict[int, ClassCount]) -> Iterator[pa.Table]:
+    """The columns of the manifest except the ids, class by class; fills `counts`.
 
     Raises UserError for a score that is not finite.
     """
     done = 0
-    for label, rows in samples.classes(ranking.columns):
+    for label, rows in reader.classes(ranking.columns):
         values = ranking.values(label, rows)
         if not (finite := np.isfinite(values)).all():
-            broken = samples.id_of(done + int(np.argmin(finite)))
-            raise UserError(f"the score {ranking.name} of sample {broken!r} is not finite; score again")
+            sample = reader.id_of(done + int(np.argmin(finite)))
+            raise UserError(f"the score {ranking.name} of sample {sample!r} is not finite; run `score` again")
         keys = ranking.keys(values)
         ranks = ranks_of(keys)
         kept, raised = cut(label, keys, ranks)
-        tally.add(label, kept, raised)
+        counts[label] = ClassCount(len(kept), int(np.count_nonzero(kept)), raised)
         labels = rows["label"].cast(pa.int32())
         yield pa.table({"label": labels, "score": values.astype(np.float32, copy=False), "rank": ranks, "kept": kept})
         done += len(ranks)
-
-
-def _with_ids(samples: ScoreReader, ranked: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The manifest's rows as many at a time as ids come; the ids are passed on, never gathered or held."""
-    held = next(ranked)
-    for ids in samples.ids():
-        while held.num_rows < len(ids):
-            held = pa.concat_tables([held, next(ranked)])
-        yield held.slice(0, len(ids)).add_column(0, "sample_id", ids)
-        held = held.slice(len(ids))

@@ -33,9 +33,7 @@ class SweepSection(Section):
 class CriticalRatioSection(Section):
     """Bisect for the smallest keep rate that is not worse than no pruning."""
 
-    tolerance: float = Field(
-        1.0, gt=0, description="accepted loss of accuracy, in standard deviations of the unpruned runs"
-    )
+    tolerance: float = Field(1.0, gt=0, description="accepted drop of accuracy, in std of the unpruned runs")
     lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
     points: int = Field(8, ge=2, description="most keep rates to try")
 
@@ -55,11 +53,9 @@ class DropSection(Section):
 class InteractionSection(Section):
     """Where pruning breaks, and whether the effects of samples add up."""
 
-    drops: list[float] = Field(
-        [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95], min_length=3, description="shares to drop, ascending"
-    )
+    drops: list[float] = Field([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95], min_length=3, description="shares, ascending")
     tolerance: float = Field(
-        1.0, gt=0, description="loss of accuracy that counts as broken, in standard deviations of the unpruned runs"
+        1.0, gt=0, description="drop of accuracy that counts as broken, in standard deviations of the unpruned runs"
     )
 
 
@@ -77,9 +73,7 @@ class StabilitySection(Section):
 class AcrossSection(Section):
     """The same keep rates over several data sets."""
 
-    sets: dict[str, dict[str, Any]] = Field(
-        {}, description="data sets by name: the dotted keys in which each differs from this configuration"
-    )
+    sets: dict[str, dict[str, Any]] = Field({}, description="by name, the dotted keys in which a data set differs")
     keep: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.1, 0.3], min_length=1, description="keep rates to try, besides 1"
     )

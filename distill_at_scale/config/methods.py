@@ -123,9 +123,7 @@ class TeacherSection(Section):
     """A teacher, trained on the kept samples or pretrained, and its soft labels."""
 
     teacher_network: str = Field("resnet18_bn", description="teacher network")
-    teacher_weights: str | None = Field(
-        None, description="pretrained teacher: a file or torchvision's weight name; null: train one"
-    )
+    teacher_weights: str | None = Field(None, description="a file or torchvision's weight name; null: train a teacher")
     teacher_epochs: int = Field(50, ge=1, description="epochs of teacher training")
     teacher_batch: int = Field(128, ge=1, description="batch size of teacher training")
     teacher_lr: float = Field(0.05, gt=0, le=MAX_LR, description="learning rate of teacher training")
@@ -135,9 +133,7 @@ class TeacherSection(Section):
     label_epochs: int = Field(300, ge=1, description="student epochs with a stored soft label for every view")
     temperature: float = Field(20.0, gt=0, description="temperature of the soft labels")
     top_k: int | None = Field(None, ge=1, description="classes to store per soft label; null: all")
-    view_scale: float = Field(
-        0.08, gt=0, le=1, description="smallest share of an image in a view (random resized crop)"
-    )
+    view_scale: float = Field(0.08, gt=0, le=1, description="smallest share of an image in a view (RandomResizedCrop)")
     cutmix: float = Field(1.0, ge=0, le=1, description="share of student batches with CutMix")
     student_optimizer: Literal["sgd", "adamw"] = Field("adamw", description="optimizer of evaluation networks")
     student_lr: float = Field(1e-3, gt=0, le=MAX_LR, description="learning rate of evaluation networks")
@@ -174,9 +170,7 @@ class DistillSection(Section):
     workers: int | list[int] = execution_key(
         1, description="data-parallel workers, or [least, most]: as many as fit, and changing with the cluster"
     )
-    seed: int | None = Field(
-        None, ge=0, description="seed of the distillation; null: run.seed; another one repeats it from the same scores"
-    )
+    seed: int | None = Field(None, ge=0, description="seed of the distillation; null: run.seed")
     network: str = Field("convnet", description="network to match with: a name or package.module:Object")
     width: int = Field(128, ge=1, description="channels of that network")
     depth: int | None = Field(None, ge=1, le=8, description="blocks of that network; null: by image size")

@@ -60,12 +60,8 @@ class DataSection(Section):
     )
     image_column: str = Field("image", description="image column of Parquet sources")
     label_column: str = Field("label", description="label column of Parquet sources")
-    max_pixels: int = Field(
-        100_000_000, ge=1, le=170_000_000, description="reject larger images before decoding (decompression bombs)"
-    )
-    chunk: int = Field(
-        1024, ge=1, le=2**20, description=f"samples per unit of ingest and scoring work; {CLIPS_PER_CHUNK} for clips"
-    )
+    max_pixels: int = Field(100_000_000, ge=1, le=170_000_000, description="larger images are rejected before decoding")
+    chunk: int = Field(1024, ge=1, le=2**20, description=f"samples per unit of work; {CLIPS_PER_CHUNK} for clips")
     value_column: str = later_key("values", description="column with the arrays of source: tensors")
     whiten: Literal["none", "zca"] = later_key(
         "none",
@@ -82,17 +78,10 @@ class DataSection(Section):
     decoder: Literal["auto", "decord", "pyav"] = Field(
         "auto", description="video decoder; auto: decord where it is installed and correct, else PyAV"
     )
-    seek: Literal["exact", "fast"] = Field(
-        "exact", description="fast: skip FFmpeg's loop filter, same frames at 43 dB; PyAV only"
-    )
-    short: Literal["repeat", "reject"] = Field(
-        "repeat", description="videos with too few frames: repeat the last frame, or reject them"
-    )
+    seek: Literal["exact", "fast"] = Field("exact", description="fast: no loop filter, same frames at 43 dB; PyAV only")
+    short: Literal["repeat", "reject"] = Field("repeat", description="too few frames: repeat the last one, or reject")
     time_limit: float = Field(
-        60.0,
-        gt=0,
-        le=86_400,
-        description="seconds to decode one clip; then the decoder is killed and the clip rejected",
+        60.0, gt=0, le=86_400, description="seconds to decode one clip; then it is rejected and its decoder killed"
     )
     max_seconds: float = Field(600.0, gt=0, description="reject longer videos")
     max_bytes: int = later_key(2**28, ge=1, description="reject larger files without reading them")
@@ -104,9 +93,7 @@ class DataSection(Section):
         "none", description="make the training split harder, to study selection; the test split stays the same"
     )
     imbalance: float = later_key(10.0, gt=1, description="size ratio of the largest to the smallest class (long_tail)")
-    copies: int = later_key(
-        5, ge=2, le=100, description="copies of each sample, all but the first jittered (near_duplicates)"
-    )
+    copies: int = later_key(5, ge=2, le=100, description="copies per sample, jittered but for one (near_duplicates)")
     variance_classes: int | None = later_key(
         None, ge=2, description="classes to keep (low_variance, high_variance); null: half of them"
     )
@@ -133,9 +120,7 @@ class MonteCarloSection(Section):
     networks: int = Field(1, ge=1, description="networks trained per subset")
     lr: float = Field(0.05, gt=0, le=MAX_LR, description="learning rate of that training (SGD, momentum 0.9)")
     width: int = Field(32, ge=1, description="channels of these networks")
-    validation: int = Field(
-        100, ge=1, description="samples per class, drawn from outside the subset, to measure accuracy on"
-    )
+    validation: int = Field(100, ge=1, description="samples per class outside the subset, to measure accuracy on")
     at_once: int = execution_key(8, ge=1, description="subsets per task; finished subsets are not repeated")
 
 
@@ -145,16 +130,12 @@ class ScoreSection(Section):
     criterion: str | list[str] = Field("loss", description="criteria to compute: a name or a list")
     early: int = later_key(5, ge=1, description="first epochs that loss_early, el2n and grand average")
     late: int = later_key(5, ge=1, description="last epochs that loss_converged averages")
-    features: int = later_key(
-        128, ge=2, description="dimensions to project features to, for density, herding and k_center"
-    )
+    features: int = later_key(128, ge=2, description="dimensions of projected features (density, herding, k_center)")
     neighbours: int = later_key(10, ge=1, description="nearest neighbours (criterion: density)")
     imported: dict[str, str] = location_key(
         {}, description="scores made elsewhere, name: file (JSON by position, .npy, .npz, CSV or Parquet by sample_id)"
     )
-    imported_useful: dict[str, Literal["low", "high"]] = later_key(
-        {}, description="useful end of imported scores, by name; default low"
-    )
+    imported_useful: dict[str, Literal["low", "high"]] = later_key({}, description="useful end, by name; default low")
     monte_carlo: MonteCarloSection = MonteCarloSection()
     trials: int = Field(5, ge=1, description="proxy networks to train, each with its own initialisation")
     epochs: int = Field(5, ge=1, description="epochs per proxy; a checkpoint is scored after each")
@@ -171,9 +152,7 @@ class ScoreSection(Section):
     lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of proxy training (SGD)")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of proxy training")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of proxy training")
-    compile: Literal["auto", "always", "never"] = Field(
-        "auto", description="torch.compile; auto: if the network is large"
-    )
+    compile: Literal["auto", "always", "never"] = Field("auto", description="torch.compile; auto: large networks")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
 
     @property
@@ -213,9 +192,7 @@ class AutoSection(Section):
     seeds: int = Field(2, ge=2, description="distillations per keep rate")
     steps: int | None = Field(None, ge=1, description="steps per distillation; null: a quarter of the run's")
     evaluations: int = Field(1, ge=1, description="evaluation networks per distillation")
-    tolerance: float = Field(
-        1.0, gt=0, description="accepted loss of accuracy, in standard deviations of the unpruned runs"
-    )
+    tolerance: float = Field(1.0, gt=0, description="accepted drop of accuracy, in std of the unpruned runs")
     lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
     points: int = Field(6, ge=2, description="most keep rates to try")
 
@@ -240,7 +217,7 @@ class SelectSection(Section):
         "useful", description="end of the ranking to keep; stratum: a window that starts at stratum_start"
     )
     stratum_start: float = Field(
-        0.0, ge=0, lt=1, description="start of the kept window, as a share of the ranks by usefulness (order: stratum)"
+        0.0, ge=0, lt=1, description="start of the kept window, a share of the ranks (order: stratum)"
     )
     min_per_class: int | None = Field(None, ge=0, description="fewest samples per class; null: max(1, distill.ipc)")
     seed: int | None = Field(None, ge=0, description="seed of the random control; null: run.seed")
@@ -262,9 +239,7 @@ class RuntimeSection(Section):
     tail: float = Field(0.5, ge=0, le=1, description="share of the dropped samples with the largest effects (ite)")
     probes: int = Field(16, ge=1, le=1024, description="directions in which a sample's effect is measured (ite)")
     decay: float = Field(0.9, ge=0, lt=1, description="decay of the running variance behind the thresholds (ite)")
-    refresh: int = Field(
-        10, ge=1, description="steps between two full measurements; remembered values decide in between"
-    )
+    refresh: int = Field(10, ge=1, description="steps between full measurements; old values decide in between")
 
 
 class EvaluateSection(Section):
@@ -278,11 +253,9 @@ class EvaluateSection(Section):
     momentum: float | None = Field(None, ge=0, lt=1, description="momentum; null: as the method's protocol says")
     weight_decay: float | None = Field(None, ge=0, description="weight decay; null: as the method's protocol says")
     control: Literal["random_real", "none"] = later_key(
-        "random_real", description="random_real: also train on as many random real samples"
+        "random_real", description="random_real: train on random real samples"
     )
-    bounds: list[Literal["kept", "full"]] = Field(
-        [], description="upper bounds to train: on the kept samples, on the full training split"
-    )
+    bounds: list[Literal["kept", "full"]] = Field([], description="also train on the kept samples, on the full split")
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
 
     @field_validator("networks", "bounds")
@@ -296,9 +269,7 @@ class EvaluateSection(Section):
 class MlflowSection(Section):
     """MLflow."""
 
-    tracking_uri: str | None = Field(
-        None, description="server or store; null: MLFLOW_TRACKING_URI, else MLflow's own default"
-    )
+    tracking_uri: str | None = Field(None, description="server or store; null: MLFLOW_TRACKING_URI or MLflow's default")
     experiment: str = Field("distill_at_scale", description="experiment to log to")
 
 
@@ -329,6 +300,6 @@ class ClusterSection(Section):
     actors: int | None = Field(None, ge=1, description="actors of ingest and scoring; null: as many as fit")
     max_failures: int = Field(3, ge=0, description="losses of workers to recover from before the run fails")
     object_store_mb: int | None = Field(
-        None, ge=80, description="Ray's object store, in MiB; null: a fifth of memory, at most 2,048"
+        None, ge=80, description="MiB of Ray's object store; null: 20 % of memory, up to 2,048"
     )
     price: float | None = Field(None, gt=0, description="price of one worker machine per hour, for `plan`")

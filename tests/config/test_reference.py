@@ -1,4 +1,4 @@
-"""configs/README.md: the generated reference is current, and every shipped configuration is listed and valid."""
+"""configs/README.md: the generated reference is current, and the table lists all shipped configurations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from conftest import ROOT
 from pydantic import BaseModel
 
 from distill_at_scale.config import reference
-from distill_at_scale.config.load import Config, load
+from distill_at_scale.config.load import Config
 
 PAGE = ROOT / "configs" / "README.md"
 CONFIGURATIONS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -56,8 +56,3 @@ def test_the_table_names_exactly_the_shipped_configurations():
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     names = [name for row in rows for name in re.findall(r"`(\w+\.yaml)`", row.split(" | ")[0])]
     assert sorted(names) == CONFIGURATIONS
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_shipped_configuration_is_valid(name):
-    load(ROOT / "configs" / name)

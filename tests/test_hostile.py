@@ -205,7 +205,7 @@ def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
     path.write_text(json.dumps(record | {"outputs": {name: record["outputs"]["a"]}}))
     run = RunDir(tmp_path / "run", reuse=other.path)
     run.create()
-    with pytest.raises(UserError, match="outside its folder or no artefact"):
+    with pytest.raises(UserError, match="outside its folder or not an artefact"):
         run.valid("ingest", inputs)
     path.write_text('{"fingerprint": 3}')
     with pytest.raises(UserError, match="damaged"):
@@ -243,7 +243,7 @@ def test_what_steers_a_terminal_is_written_out():
 def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, said):
     card = {"class_names": ["a", "b"], "normalization": {"mean": [0.5], "std": [0.25]}, "protocol": {}}
     safetensors_io.write(
-        tmp_path / "synthetic_set.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
+        tmp_path / "synthetic.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
     )
     (tmp_path / "card.json").write_text(json.dumps(card))
     synthetic_set.load(tmp_path)

@@ -59,7 +59,7 @@ def test_a_set_without_snapshots(tmp_path):
 def test_equal_sets_are_equal_bytes(tmp_path):
     for name in "ab":
         a_set().save(tmp_path / name)
-    for file in ("synthetic_set.safetensors", "snapshots.safetensors", "card.json", "preview.png"):
+    for file in ("synthetic.safetensors", "snapshots.safetensors", "card.json", "preview.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -69,7 +69,7 @@ def test_a_folder_without_a_set_says_what_to_do(tmp_path):
             synthetic_set.load(folder)
 
 
-@pytest.mark.parametrize("file", ["synthetic_set.safetensors", "card.json", "snapshots.safetensors"])
+@pytest.mark.parametrize("file", ["synthetic.safetensors", "card.json", "snapshots.safetensors"])
 def test_a_damaged_set_is_named(tmp_path, file):
     a_set().save(tmp_path / "s")
     (tmp_path / "s" / file).write_bytes((tmp_path / "s" / file).read_bytes()[:20])

@@ -92,7 +92,7 @@ def test_broken_synthetic_sets_are_refused_or_can_be_used(tmp_path: Path):
 
     def attempt(data: bytes) -> bool:
         held, _, text = data.rpartition(b"\n\n")
-        (tmp_path / "synthetic_set.safetensors").write_bytes(held)
+        (tmp_path / "synthetic.safetensors").write_bytes(held)
         (tmp_path / "card.json").write_bytes(text)
         try:
             found = synthetic_set.load(tmp_path)

@@ -1,7 +1,6 @@
-"""One clear error where a cluster is lost: Ray's C++ core then ends the process or waits for ever, and raises nothing.
+"""One clear error when a cluster is lost. Ray's C++ core then ends the process or waits forever, without an exception.
 
-So the command runs in a copy of this process; this one waits, looks whether the head still answers, and says how it ended.
-Left out: nodes and workers that are lost while the head lives, which Ray and `pool.py` make good.
+The command runs in a forked child. The parent waits, checks that the head still answers, and reports how the child ended.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ from distill_at_scale.core.errors import UserError, WorkersLost
 
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 PROBE = 5  # seconds in which a head must answer
-LOOK, EVERY = 0.2, 5  # seconds between two looks at the copy, and between two at the head
-AWAY = 30  # seconds that a head may be away: more than the start of one that keeps its state elsewhere (Redis) takes
-BY_RAY = (1, -signal.SIGABRT)  # how its core ends a process; negative: by a signal
+LOOK, EVERY = 0.2, 5  # seconds between two checks of the child, and of the head
+AWAY = 30  # seconds without an answer after which a head is lost; a head with external state (Redis) restarts faster
+BY_RAY = (1, -signal.SIGABRT)  # exit codes with which Ray's core ends a process; negative: a signal
 
 
 def gone(address: str) -> str:
-    """What to tell the user."""
+    """The error message."""
     return f"the Ray cluster at {address} is gone; start it again and give the same command again; what is finished is kept"
 
 
 def guarded(address: str, body: Callable[[], int]) -> int:
-    """Run `body` in a copy of this process and return its exit status.
+    """Run `body` in a forked child and return its exit status.
 
-    Raises UserError where the process ended with its cluster.
+    Raises UserError if the child ended because the cluster was lost.
     """
-    answer, tell = os.pipe()
+    status_in, status_out = os.pipe()
     with tempfile.TemporaryFile() as native:
         if (pid := os.fork()) == 0:
-            os.close(answer)
-            os._exit(_copy(body, tell, native))
-        os.close(tell)
+            os.close(status_in)
+            os._exit(_child(body, status_out, native))
+        os.close(status_out)
         ended = _wait(pid, Head(address))
-        said = os.read(answer, 1)
-        os.close(answer)
-        if said:
-            return said[0]
+        status = os.read(status_in, 1)
+        os.close(status_in)
+        if status:
+            return status[0]
         if ended in BY_RAY:
             raise UserError(gone(address))
         native.seek(0)
@@ -58,7 +57,7 @@ def guarded(address: str, body: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def explained(address: str) -> Iterator[None]:
-    """Whatever is raised because the head does not answer any more becomes a UserError that says so."""
+    """Turn an error into a UserError about the lost cluster if the head no longer answers."""
     try:
         yield
     except Exception as error:
@@ -78,24 +77,24 @@ def answers(address: str) -> bool:
 
 
 class Head:
-    """A cluster's head, once it has answered."""
+    """Tracks when a cluster's head last answered."""
 
     def __init__(self, address: str):
-        self.address, self.looked = address, time.monotonic()
-        self.seen = self.looked if answers(address) else None
+        self.address, self.checked = address, time.monotonic()
+        self.answered = self.checked if answers(address) else None
 
     def lost(self) -> bool:
-        """Whether it has not answered for too long; one that never did is reported by who connects to it."""
+        """Whether it stopped answering for longer than AWAY; a head that never answered is reported on connecting."""
         now = time.monotonic()
-        if now - self.looked > EVERY:
-            self.looked = now
+        if now - self.checked > EVERY:
+            self.checked = now
             if answers(self.address):
-                self.seen = now
-        return self.seen is not None and self.looked - self.seen > AWAY
+                self.answered = now
+        return self.answered is not None and self.checked - self.answered > AWAY
 
 
-def _copy(body: Callable[[], int], tell: int, native: IO[bytes]) -> int:
-    """In the copy; what native code writes to the terminal is kept apart, and shown only where it ends the process."""
+def _child(body: Callable[[], int], status_out: int, native: IO[bytes]) -> int:
+    """Runs in the child. Terminal output of native code goes to `native`; the parent shows it only if it ended the child."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
@@ -110,14 +109,14 @@ def _copy(body: Callable[[], int], tell: int, native: IO[bytes]) -> int:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(tell, bytes([status & 0xFF]))
+    os.write(status_out, bytes([status & 0xFF]))
     return status
 
 
 def _end_with_node() -> None:
-    """End this process when the head does not know its node any more: one that was started anew, without its state.
+    """Abort this process when the head no longer knows its node: the head restarted without its state.
 
-    What waits for that head would wait for ever. A head that is away holds this up; `Head` sees that.
+    Calls to such a head would wait forever. While a head does not answer this thread waits; `Head` detects that case.
     """
     while True:
         time.sleep(EVERY)
@@ -130,9 +129,9 @@ def _end_with_node() -> None:
 
 
 def _wait(pid: int, head: Head) -> int:
-    """The exit status of the copy, negative where a signal ended it; what would end this process ends the copy.
+    """The exit status of the child, negative if a signal ended it. Signals to this process go to the child.
 
-    Raises UserError where the head was away for too long; the copy is ended then.
+    Raises UserError, after ending the child, if the head is lost.
     """
 
     def pass_on(number: int, frame: object) -> None:

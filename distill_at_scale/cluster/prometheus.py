@@ -1,8 +1,8 @@
-"""A run's events as metrics of Ray (`ray.util.metrics`), which every node's metrics agent offers to Prometheus.
+"""A run's events as Ray metrics (`ray.util.metrics`), which every node's metrics agent exposes to Prometheus.
 
-The driver counts what came home, so that work which was lost and done again counts once. Tags: `run` (the run folder's
-name), `stage`, and `node`, the host that did the work. Counters are since the command began; a gauge is gone some minutes
-after its last line of the log.
+The driver counts delivered results, so work that was lost and repeated counts once. Tags: `run` (the run folder's name),
+`stage`, and `node` (the host that did the work). Counters start with the command; a gauge disappears some minutes after its
+last log line.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from distill_at_scale.core.events import Event
 
 PREFIX = "distill_at_scale_"
 TAGS = ("run", "stage", "node")
-COUNTED = {  # count of an event of work -> name and description of the counter
+COUNTED = {  # value of a work event -> name and description of the counter
     "samples": ("samples_total", "Samples decoded, scored or ranked"),
-    "rejected": ("rejected_samples_total", "Samples set aside at ingest"),
-    "read_seconds": ("read_seconds_total", "Seconds of reading, which runs beside the other work of a worker"),
-    "decode_seconds": ("decode_seconds_total", "Seconds of decoding, of all workers together"),
-    "forward_seconds": ("forward_seconds_total", "Seconds of networks' forward passes while scoring, of all workers"),
-    "write_seconds": ("write_seconds_total", "Seconds of writing what was made, of all workers together"),
-    "steps": ("worker_steps_total", "Distillation steps, of all workers together"),
+    "rejected": ("rejected_samples_total", "Samples rejected at ingest"),
+    "read_seconds": ("read_seconds_total", "Seconds of reading, in parallel to the other work of a worker"),
+    "decode_seconds": ("decode_seconds_total", "Seconds of decoding, summed over workers"),
+    "forward_seconds": ("forward_seconds_total", "Seconds of forward passes in scoring, summed over workers"),
+    "write_seconds": ("write_seconds_total", "Seconds of writing results, summed over workers"),
+    "steps": ("worker_steps_total", "Distillation steps, summed over workers"),
     "networks": ("evaluation_networks_total", "Networks trained and tested for evaluation"),
     "subsets": ("subsets_total", "Random subsets of Monte Carlo scoring"),
 }
-SHOWN = {  # key of a line of the distillation's log -> name and description of the gauge
-    "step": ("step", "Steps that the distillation has done"),
-    "step_seconds": ("step_seconds", "Mean seconds of a distillation step since the last line of the log"),
+SHOWN = {  # key of a distillation log line -> name and description of the gauge
+    "step": ("step", "Finished distillation steps"),
+    "step_seconds": ("step_seconds", "Mean seconds of a distillation step since the last log line"),
     "loss": ("loss", "Distillation loss, mean over the classes"),
-    "real_share": ("real_share_ratio", "Share of the real batch that runtime pruning left"),
-    "top1": ("top1_ratio", "Top-1 accuracy of one network, on the way"),
+    "real_share": ("real_share_ratio", "Share of the real batch after runtime pruning"),
+    "top1": ("top1_ratio", "Top-1 accuracy of one network during distillation"),
     "gpu_bytes": ("gpu_allocated_bytes", "Bytes of tensors on the GPU of the fullest worker"),
-    "gpu_peak_bytes": ("gpu_peak_bytes", "The most that they were"),
+    "gpu_peak_bytes": ("gpu_peak_bytes", "Peak of these bytes"),
 }
 
 
@@ -45,12 +45,12 @@ class PrometheusMetrics:
 
     def __init__(self, run: str):
         self.run = run
-        self.counters = {key: _make(Counter, *about) for key, about in COUNTED.items()}
-        self.busy = _make(Counter, "busy_seconds_total", "Seconds in which workers were at work")
-        self.lost = _make(Counter, "restarts_total", "Times that workers were lost and their work was begun again")
-        self.stages = _make(Counter, "stage_seconds_total", "Seconds that finished stages took")
-        self.gauges = {key: _make(Gauge, *about) for key, about in SHOWN.items()}
-        self.seen: set[tuple[str, int]] = set()  # workers that stand in for lost ones
+        self.counters = {key: _make(Counter, *names) for key, names in COUNTED.items()}
+        self.busy = _make(Counter, "busy_seconds_total", "Seconds in which workers worked")
+        self.lost = _make(Counter, "restarts_total", "Restarts after lost workers")
+        self.stages = _make(Counter, "stage_seconds_total", "Seconds of finished stages")
+        self.gauges = {key: _make(Gauge, *names) for key, names in SHOWN.items()}
+        self.seen: set[tuple[str, int]] = set()  # workers that replaced lost ones
 
     def __call__(self, event: Event) -> None:
         tags = {"run": self.run, "stage": event.stage, "node": event.host}
@@ -81,5 +81,5 @@ def _make(kind: Any, name: str, description: str) -> Any:
 
 
 def _add(counter: Any, value: float, tags: Mapping[str, str]) -> None:
-    if value > 0:  # Ray refuses to count nothing
+    if value > 0:  # Ray refuses an increment of zero
         counter.inc(value, dict(tags))

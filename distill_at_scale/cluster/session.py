@@ -1,4 +1,4 @@
-"""Connecting to Ray: a local start that is gentle on small machines, a running cluster, or what is already there."""
+"""Connects to Ray: starts it on this machine, joins a running cluster, or uses the current connection."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from distill_at_scale.config.sections import ClusterSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.run_dir import RunDir
 
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` workers use this environment as it is
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run`, workers use this same environment
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core writes past Python; its log files have it all
+os.environ.setdefault(
+    "RAY_BACKEND_LOG_LEVEL", "fatal"
+)  # the C++ core bypasses Python's stderr; its log files keep everything
 
 import ray
 import ray.data
 import ray.exceptions
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
-TOKEN = "if it asks for a token, set RAY_AUTH_MODE=token and put it into ~/.ray/auth_token (or what RAY_AUTH_TOKEN_PATH names)"
-OPEN = "  warning: this Ray asks for no token: whoever reaches its ports can run code on it; start it with RAY_AUTH_MODE=token"
-OBJECT_STORE_BYTES = 2 * 2**30  # what travels through it are lists of samples, not pixels
+TOKEN = "if it requires a token, set RAY_AUTH_MODE=token and put it into ~/.ray/auth_token (or the file of RAY_AUTH_TOKEN_PATH)"
+OPEN = "  warning: this Ray requires no token: everyone who reaches its ports can run code; start it with RAY_AUTH_MODE=token"
+OBJECT_STORE_BYTES = 2 * 2**30  # enough, because lists of samples travel through it, not pixels
 
 
 class Session:
@@ -40,7 +42,7 @@ class Session:
         quieten()
 
     def close(self) -> None:
-        """End what this session started, and only that."""
+        """Shut Ray down if this session started it."""
         if self.started:
             ray.shutdown()
             self.started = False
@@ -59,22 +61,23 @@ class Session:
             raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}; {TOKEN}") from None
         if not is_token_auth_enabled():
             self.say(OPEN)
-        found = ray.cluster_resources()
+        total = ray.cluster_resources()
         self.say(
-            f"Ray is ready: {found.get('CPU', 0):g} cores, {found.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
+            f"Ray is ready: {total.get('CPU', 0):g} cores, {total.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
         )
-        if found.get("GPU") and not self.config.gpus_per_worker:
+        if total.get("GPU") and not self.config.gpus_per_worker:
             self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
 
     def _address(self) -> str | None:
-        """Where Ray runs already, None to start it here. Raises UserError for an address that no driver can use."""
-        asked = self.config.address or os.environ.get("RAY_ADDRESS")
-        if asked and "://" in asked:
+        """The address of a running Ray; None to start it here. Raises UserError for a Ray Client or dashboard address."""
+        address = self.config.address or os.environ.get("RAY_ADDRESS")
+        if address and "://" in address:
             raise UserError(
-                f"{asked} (cluster.address or RAY_ADDRESS) is for Ray's clients, and the stages need a driver on the cluster: "
-                "give HOST:PORT of its head on one of its machines, or `ray job submit -- python jobs/pipeline.py CONFIG`"
+                f"{address} (cluster.address or RAY_ADDRESS) is an address for Ray clients, but the stages need a driver on "
+                "the cluster: give HOST:PORT of its head on one of its machines, or "
+                "`ray job submit -- python jobs/pipeline.py CONFIG`"
             )
-        return self.config.address or ("auto" if asked else None)
+        return self.config.address or ("auto" if address else None)
 
     def _object_store(self) -> int:
         if self.config.object_store_mb:
@@ -84,7 +87,7 @@ class Session:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hides what Ray's C++ core writes to the terminal while it starts; Python exceptions are not touched."""
+    """Hide the terminal output of Ray's C++ core while it starts. Python exceptions pass."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -97,37 +100,32 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def pack(config: Config) -> dict[str, Any]:
-    """A configuration for a worker, with the folders in which this process finds modules, plug-ins among them, and what
-    tells its copy of a run folder on object storage from others."""
+    """A configuration for a worker, with this process's module search path (for plug-ins) and its run folder's marker."""
     remote = RunDir.of(config.run).remote
     path = [entry or os.getcwd() for entry in sys.path]
     return {"config": config.model_dump(), "path": path, "copy": remote.marker() if remote else None}
 
 
 def unpack(packed: dict[str, Any]) -> Config:
-    """In the worker: the configuration; modules are then found as they were in the driver, after the worker's own."""
+    """The configuration, in the worker. Extends the worker's module search path by the driver's."""
     sys.path.extend(entry for entry in packed["path"] if entry not in sys.path)
     return Config.model_validate(packed["config"])
 
 
 def quieten() -> None:
-    """Ray's own bars and progress logs off; ours say what happens."""
+    """Switch off Ray's progress bars and logs; the command has its own."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is raised here, once
-    # what it prints of every node and task that is lost, which log_to_driver=False spares
-    ray._private.worker.print_to_stdstream = _unseen
-
-
-def _unseen(data: dict[str, Any], ignore_prefix: bool) -> None:
-    """In the place of what prints Ray's own messages; they are in its log files."""
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised in the driver, once
+    # messages about lost nodes and tasks, which log_to_driver=False does not suppress
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns Ray's wrapped exceptions back into what was raised in the worker, where a user can act on it."""
+    """Re-raise the worker's own exception instead of Ray's wrapper, if a user can act on it."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,7 @@
 """MLflow and Weights & Biases through Ray's integrations: parameters, curves, results, and the report as an artefact.
 
-A run of theirs begins with the first stage that has work, and ends with the command; a command that goes on is a run of its
-own, with the number of steps where it began. In a sweep every trial is one. Both need Ray to be installed, not to run.
-Credentials come from the environment (MLFLOW_TRACKING_USERNAME, WANDB_API_KEY, ...).
+A tracked run starts with the first stage that has work and ends with the command; a resumed command is a run of its own. In a
+sweep every trial is one tracked run. Ray has to be installed, but does not run. Credentials come from the environment.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.redact import public
 from distill_at_scale.storage.run_dir import RunDir
 
-NOT_LOGGED = ("step", "of", "at")  # of a line of the log
+NOT_LOGGED = ("step", "of", "at")  # keys of a log line that are not metrics
 ARTEFACTS = ("report.html", "evaluation.json", "run.json")
 NO_PARAMETERS = ("track.", "sweep.", "studies.")
-LONGEST = 500  # characters of a parameter
+MAX_LENGTH = 500  # characters of a parameter
 
 
 class TrackerClient(Protocol):
-    """A run that was begun with a tracker."""
+    """A started run of a tracker."""
 
     def log(self, values: Mapping[str, float], step: int | None) -> None: ...
 
@@ -43,18 +42,15 @@ class TrackerClient(Protocol):
 
 
 def trackers(config: Config) -> list[Observer]:
-    """What the section `track` asks for.
-
-    Raises UserError where the package behind it is not installed.
-    """
-    track, found = config.track, list[Observer]()
+    """The trackers of the section `track`. Raises UserError if a tracker's package is not installed."""
+    track, observers = config.track, list[Observer]()
     if (mlflow := track.mlflow) is not None:
         _need("mlflow")
-        found.append(Tracker("MLflow", config, lambda: Mlflow(mlflow, config)))
+        observers.append(Tracker("MLflow", config, lambda: Mlflow(mlflow, config)))
     if (wandb := track.wandb) is not None:
         _need("wandb")
-        found.append(Tracker("Weights & Biases", config, lambda: Wandb(wandb, config)))
-    return found
+        observers.append(Tracker("Weights & Biases", config, lambda: Wandb(wandb, config)))
+    return observers
 
 
 def _need(package: str) -> None:
@@ -66,7 +62,7 @@ def _need(package: str) -> None:
 
 
 class Tracker:
-    """Hands events on as metrics; begins the run when there is something to tell."""
+    """Logs events as metrics; starts the tracked run with the first stage that has work."""
 
     def __init__(self, name: str, config: Config, begin: Callable[[], TrackerClient]):
         self.name, self.begin, self.folder = name, begin, RunDir.of(config.run).path
@@ -81,18 +77,14 @@ class Tracker:
             return
         if event.what == "log":
             self.run.log(_numbers(event.values), event.values["step"])
-        elif event.what == "result":
-            self._result(event.values)
+        elif event.what == "result":  # the mean over the seeds so far, of each accuracy
+            row = event.values
+            for key in ("top1", "top5"):
+                self.results.setdefault(f"{row['set']}/{row['network']}/{key}", []).append(row[key])
+            self.run.log({name: fmean(values) for name, values in self.results.items()}, None)
         elif event.what == "stage" and event.name in ("finished", "failed"):
             self.failed = event.name == "failed"
             self.run.log({f"seconds/{event.stage}": event.seconds}, None)
-
-    def _result(self, row: Mapping[str, Any]) -> None:
-        """The mean over the seeds so far, of each accuracy."""
-        for key in ("top1", "top5"):
-            self.results.setdefault(f"{row['set']}/{row['network']}/{key}", []).append(row[key])
-        assert self.run is not None
-        self.run.log({name: fmean(values) for name, values in self.results.items()}, None)
 
     def close(self) -> None:
         if self.run is not None:
@@ -104,7 +96,7 @@ class Tracker:
 
 
 class Mlflow:
-    """Through `ray.air.integrations.mlflow`; log calls name the run, so that threads do not matter."""
+    """Uses `ray.air.integrations.mlflow`. Log calls name the run, so they work from any thread."""
 
     def __init__(self, section: MlflowSection, config: Config):
         from ray.air.integrations.mlflow import setup_mlflow
@@ -130,13 +122,13 @@ class Mlflow:
 
 
 class Wandb:
-    """Through `ray.air.integrations.wandb`; results of evaluation are its summary, since they have no steps."""
+    """Uses `ray.air.integrations.wandb`. Evaluation results go to the summary, because they have no step."""
 
     def __init__(self, section: WandbSection, config: Config):
         from ray.air.integrations.wandb import setup_wandb
 
         if section.mode == "offline":
-            os.environ["WANDB_MODE"] = "offline"  # Ray's integration else insists on a key
+            os.environ["WANDB_MODE"] = "offline"  # otherwise Ray's integration requires a key
         os.environ.setdefault("WANDB_SILENT", "true")
         folder = RunDir.of(config.run).path
         self.run = setup_wandb(
@@ -146,7 +138,10 @@ class Wandb:
             mode=section.mode,
             name=last_name(config.run.dir),
             dir=str(folder),
-            settings={"console": "off", "x_disable_meta": True},  # what is printed, and the command line, stay here
+            settings={
+                "console": "off",
+                "x_disable_meta": True,
+            },  # do not upload the terminal output or the command line
         )
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
@@ -163,7 +158,7 @@ class Wandb:
 
 
 def parameters(config: Config) -> dict[str, Any]:
-    """The configuration of a run, flat, addresses without credentials."""
+    """The flat configuration of a run, without credentials."""
     flat = flatten(config)
     return {
         key: _short(value) for key, value in flat.items() if value is not None and not key.startswith(NO_PARAMETERS)
@@ -171,7 +166,7 @@ def parameters(config: Config) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    return value if isinstance(value, int | float) else str(public(value))[:LONGEST]
+    return value if isinstance(value, int | float) else str(public(value))[:MAX_LENGTH]
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -183,5 +178,5 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _plain(name: str) -> str:
-    """A name with the characters that MLflow takes."""
+    """A name with only the characters that MLflow allows."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)

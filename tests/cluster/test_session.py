@@ -50,7 +50,7 @@ def test_where_no_cluster_answers_the_user_learns_where_tokens_go(connected, pro
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_cluster_that_asks_for_no_token_is_warned_of(connected, monkeypatch, closed):
     monkeypatch.setattr("distill_at_scale.cluster.session.is_token_auth_enabled", lambda: closed)
-    assert any("asks for no token" in line for line in connected("head:6379")) != closed
+    assert any("requires no token" in line for line in connected("head:6379")) != closed
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -24,7 +24,7 @@ def tiny_file(tmp_path):
     return str(path)
 
 
-def said(capsys) -> tuple[str, str]:
+def output(capsys) -> tuple[str, str]:
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return captured.out, captured.err
@@ -33,9 +33,9 @@ def said(capsys) -> tuple[str, str]:
 def test_one_stage_runs_and_a_second_time_is_skipped(tiny_file, tmp_path, capsys):
     assert cli.main(["ingest", tiny_file]) == 0
     assert (tmp_path / "run" / "prepared" / "dataset.json").is_file()
-    assert "ingest: finished" in said(capsys)[0]
+    assert "ingest: finished" in output(capsys)[0]
     assert cli.main(["ingest", tiny_file]) == 0
-    assert "already done" in said(capsys)[0]
+    assert "already done" in output(capsys)[0]
 
 
 def test_overrides_reach_the_run(tiny_file, tmp_path):
@@ -43,9 +43,9 @@ def test_overrides_reach_the_run(tiny_file, tmp_path):
     assert json.loads((tmp_path / "other" / "prepared" / "dataset.json").read_text())["class_names"] == ["8", "9"]
 
 
-def test_validate_says_that_all_is_well_or_exits_with_one(tiny_file, tmp_path, capsys):
+def test_validate_reports_usable_samples_and_exits_with_zero(tiny_file, tmp_path, capsys):
     assert cli.main(["validate", tiny_file]) == 0
-    assert "all 537 samples can be used" in said(capsys)[0]
+    assert "all 537 samples can be used" in output(capsys)[0]
     assert not (tmp_path / "run" / "prepared").exists()
 
 
@@ -60,9 +60,9 @@ def test_validate_says_that_all_is_well_or_exits_with_one(tiny_file, tmp_path, c
         (["run", "nonsense"], "nonsense"),
     ],
 )
-def test_what_the_user_can_mend_is_said_in_a_line_and_exits_with_two(tiny_file, capsys, arguments, message):
+def test_a_user_error_is_one_line_and_exits_with_two(tiny_file, capsys, arguments, message):
     assert cli.main([arguments[0], tiny_file, *arguments[1:]]) == 2
-    out, err = said(capsys)
+    out, err = output(capsys)
     assert message in err
     assert err.startswith("error: ")
     assert "started" not in out
@@ -70,12 +70,12 @@ def test_what_the_user_can_mend_is_said_in_a_line_and_exits_with_two(tiny_file, 
 
 def test_a_configuration_that_is_not_there_is_named(capsys):
     assert cli.main(["run", "no/such/file.yaml"]) == 2
-    assert "no/such/file.yaml" in said(capsys)[1]
+    assert "no/such/file.yaml" in output(capsys)[1]
 
 
 def test_a_message_is_not_mistaken_for_markup(tiny_file, capsys):
     assert cli.main(["run", tiny_file, "data.classes=['[red]x']"]) == 2
-    assert "'[red]x' is not a class" in said(capsys)[1]
+    assert "'[red]x' is not a class" in output(capsys)[1]
 
 
 @pytest.mark.parametrize("arguments", [["fly", "x.yaml"], [], ["run"]])
@@ -137,7 +137,7 @@ def test_interruption_and_a_full_disk_end_with_advice(tiny_file, capsys, monkeyp
 
     monkeypatch.setattr(Pipeline, "run", fail)
     assert cli.main(["run", tiny_file]) == status
-    assert message in said(capsys)[1]
+    assert message in output(capsys)[1]
 
 
 def test_a_bug_is_not_hidden(tiny_file, monkeypatch):
@@ -166,10 +166,10 @@ def test_the_studies_end_with_their_answers_and_a_second_call_reads_them(tiny_fi
     """The whole path without Ray: shared ingest and scores, points, findings, the table."""
     keys = ["studies.run=[drop]", "studies.seeds=2", "distill.steps=1", "evaluate.epochs=1"]
     assert cli.main(["study", tiny_file, *keys]) == 0
-    assert "Dropping 10\N{NO-BREAK SPACE}% by loss, against" in said(capsys)[0]
+    assert "Dropping 10\N{NO-BREAK SPACE}% by loss, against" in output(capsys)[0]
     assert (tmp_path / "run" / "studies" / "studies.parquet").is_file()
     assert json.loads((tmp_path / "run" / "studies" / "drop.json").read_text())["study"] == "drop"
     assert cli.main(["study", tiny_file, *keys]) == 0
-    out = said(capsys)[0]
+    out = output(capsys)[0]
     assert "study drop: already done" in out
     assert "points:" not in out

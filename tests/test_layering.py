@@ -1,4 +1,4 @@
-"""The house rules, read from the source: imports go down only, one folder knows Ray, nothing but the command prints."""
+"""Rules of the layout, checked on the source: imports go down only, one room imports Ray, only the command prints."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ ROOMS = [  # from the ground up: a module imports from its own room and from the
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    paths = {}
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]:
         parts = list(path.relative_to(ROOT).with_suffix("").parts)
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 MODULES = modules()
@@ -42,17 +42,17 @@ MODULES = modules()
 
 def imports(path: Path) -> set[str]:
     """Full names of all modules that a file imports, wherever in it; of `from x import y` x.y where that is one."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name for name in inner if name in MODULES}
-            if inner - found:
-                found.add(str(node.module))
-    return found
+            names |= inner & set(MODULES)
+            if inner - names:
+                names.add(str(node.module))
+    return names
 
 
 def layer(module: str) -> int:
@@ -113,13 +113,13 @@ def test_core_modules_read_no_environment():
         assert not names & {"environ", "getenv"}, module
 
 
-def test_every_module_says_what_it_does():
+def test_every_module_has_a_docstring():
     for path in MODULES.values():
         text = path.read_text()
         assert not text.strip() or ast.get_docstring(ast.parse(text)), path
 
 
-def test_folders_that_are_no_tables_have_empty_init_files():
+def test_init_files_are_empty_except_tables_and_the_api():
     allowed = {"", "distillation.methods", "data.sources", "pruning.criteria", "experiments.studies"}  # "": the API
     for module, path in MODULES.items():
         if path.name == "__init__.py" and module.startswith("distill_at_scale"):

@@ -239,7 +239,7 @@ class RuntimeSection(Section):
     tail: float = Field(0.5, ge=0, le=1, description="share of the dropped samples with the largest effects (ite)")
     probes: int = Field(16, ge=1, le=1024, description="directions in which a sample's effect is measured (ite)")
     decay: float = Field(0.9, ge=0, lt=1, description="decay of the running variance behind the thresholds (ite)")
-    refresh: int = Field(10, ge=1, description="steps between full measurements; old values decide in between")
+    refresh: int = Field(10, ge=1, description="steps between full measurements; cached values decide in between")
 
 
 class EvaluateSection(Section):

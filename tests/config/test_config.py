@@ -31,8 +31,8 @@ def test_an_empty_file_gives_the_defaults(load):
 
 
 def test_the_file_overrides_defaults_and_the_command_line_overrides_the_file(load):
-    found = load("select: {keep: 0.5}\ndistill: {ipc: 10}", "select.keep=0.1", "distill.dc.outer=2")
-    assert (found.select.keep, found.distill.ipc, found.distill.dc.outer, found.distill.dc.real_batch) == (
+    loaded = load("select: {keep: 0.5}\ndistill: {ipc: 10}", "select.keep=0.1", "distill.dc.outer=2")
+    assert (loaded.select.keep, loaded.distill.ipc, loaded.distill.dc.outer, loaded.distill.dc.real_batch) == (
         0.1,
         10,
         2,

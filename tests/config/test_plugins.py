@@ -1,4 +1,4 @@
-"""A user's own package, outside ours: a method, a network and a data source by package.module:Object, through the command."""
+"""Plug-ins: a method, a network and a data source from a user's package, run through the command."""
 
 from __future__ import annotations
 
@@ -120,20 +120,20 @@ def run(package, *overrides) -> int:
     return main(["run", str(path), *overrides])
 
 
-def test_a_method_a_network_and_a_source_of_ones_own_run_through_the_command(package):
+def test_a_users_method_network_and_source_run_through_the_command(package):
     assert run(package) == 0
-    made = synthetic_set.load(package / "out")
-    assert made.card["method"] == "mine.method:Means"
-    assert made.card["method_options"] == {"batch": 8, "image_lr": 5.0}
-    assert made.class_names == ["left", "right"]
-    left, right = made.pixels().float()
+    synthetic = synthetic_set.load(package / "out")
+    assert synthetic.card["method"] == "mine.method:Means"
+    assert synthetic.card["method_options"] == {"batch": 8, "image_lr": 5.0}
+    assert synthetic.class_names == ["left", "right"]
+    left, right = synthetic.pixels().float()
     assert float(left[0, :, :4].mean()) > float(left[0, :, 4:].mean()) + 60
     assert float(right[0, :, 4:].mean()) > float(right[0, :, :4].mean()) + 60
     rows = json.loads((package / "out" / "evaluation.json").read_text())["rows"]
     assert next(row["top1"] for row in rows if row["set"] == "distilled") > 0.9
 
 
-def test_an_own_method_resumes_and_skips_like_any_other(package, capsys):
+def test_a_users_method_resumes_and_skips_like_any_other(package, capsys):
     assert run(package) == 0
     assert run(package) == 0
     assert capsys.readouterr().out.count("already done for this configuration") == 6
@@ -148,14 +148,14 @@ def test_an_own_method_resumes_and_skips_like_any_other(package, capsys):
         ("distill.network", "mine.nowhere:Linear", "cannot be imported"),
     ],
 )
-def test_what_is_no_such_part_is_named_with_its_key(package, capsys, key, value, message):
+def test_a_wrong_plugin_is_named_with_its_key(package, capsys, key, value, message):
     assert run(package, f"{key}={value}") == 2
     error = capsys.readouterr().err
     assert key in error
     assert message in error
 
 
-def test_a_protocol_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_method_with_a_wrong_protocol_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "odd_protocol.py").write_text(
         "from distill_at_scale.distillation.methods.dm import *\n\n\n"
         "class Odd(DM):\n    protocol = staticmethod(lambda config: {'epochs': 3})\n"

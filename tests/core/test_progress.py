@@ -1,4 +1,4 @@
-"""Rates and what is left count only the work of this command."""
+"""Rates and remaining times count only the units of this command."""
 
 from __future__ import annotations
 
@@ -97,5 +97,5 @@ def test_a_terminal_shows_what_is_left(clock):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (59.9, "1 min 0 s")]
 )
-def test_durations_are_said_as_a_reader_says_them(seconds, text):
+def test_durations_are_formatted_for_readers(seconds, text):
     assert format_seconds(seconds) == text

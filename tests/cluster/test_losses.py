@@ -50,8 +50,8 @@ def test_the_error_of_a_worker_is_one_of_the_same_kind_in_the_driver(kind):
 def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
     """The note of who works is read to say that workers were lost, and for nothing else."""
 
-    def read(name, patience):
-        assert patience == 0.0
+    def read(name, retry_seconds):
+        assert retry_seconds == 0.0
         found = next(answers)
         if found is None:
             raise Unreachable("503 SlowDown")

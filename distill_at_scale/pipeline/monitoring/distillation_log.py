@@ -1,7 +1,7 @@
-"""From the lines of a distillation's log to its progress and to events: who worked when, and which workers were lost.
+"""From the lines of a distillation's log to progress and to events: which workers were busy when, and which were lost.
 
-The log may be told again from its beginning (where workers went on from a checkpoint, its last lines were dropped); lines
-from before this command then count for curves but not as its work.
+The log may be reported again from its beginning, after workers went on from a checkpoint and dropped its last lines. Lines
+from before this command count for curves but not as its work.
 """
 
 from __future__ import annotations
@@ -16,55 +16,51 @@ from typing import Any
 from distill_at_scale.core.events import Emit, Event, instant
 from distill_at_scale.core.progress import Meter
 
-PIECES = 20  # events of work at most for every worker, if none is lost
+MAX_EVENTS = 20  # work events per worker, if none is lost
 
 
 class DistillationLog:
-    """Takes every line as it is written, in the driver."""
+    """Takes each line in the driver, as it is written."""
 
     def __init__(self, emit: Emit, meter: Meter, say: Callable[[str], None]):
         self.emit, self.meter, self.say = emit, meter, say
         self.opened = time.time()
-        self.workers: list[tuple[str, int]] = []  # host and process of those at work
-        self.since = 0.0  # when the workers began, Unix seconds
-        self.until, self.step = 0.0, 0  # where the next piece of work begins
+        self.workers: list[tuple[str, int]] = []  # host and process of the current group
+        self.since = 0.0  # when the group began, Unix seconds
+        self.until, self.step = 0.0, 0  # where the next work event begins
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         self.emit(instant("log", "line", line))
-        if "held" in line:
-            if line["at"] >= self.opened and line["at"] > self.since:
-                self._begin(line)
+        if "held" in line:  # a group of workers starts, the first one or another after a loss
+            if line["at"] < self.opened or line["at"] <= self.since:
+                return
+            if self.workers:
+                self.emit(instant("lost", "workers of the distillation", {"step": self.meter.done}))
+            self.say(f"  {line['held']}")
+            self.workers = [(host, pid) for host, pid in line["workers"]]
+            self.since = self.until = line["at"]
+            self.step = line["step"]
+            self.meter.resume(line["step"])
         elif self.workers and line["step"] > self.meter.done:
-            self.meter.advance(line["step"] - self.meter.done, said(line))
-            if line["step"] >= self.step + line["of"] / PIECES or line["step"] == line["of"]:
-                self._piece(line["step"])
+            self.meter.advance(line["step"] - self.meter.done, describe(line))
+            if line["step"] >= self.step + line["of"] / MAX_EVENTS or line["step"] == line["of"]:
+                now = max(time.time(), self.until)
+                for host, pid in self.workers:
+                    values = {"steps": line["step"] - self.step}
+                    self.emit(Event("work", "steps", self.until, now, host, pid, values))
+                self.until, self.step = now, line["step"]
         elif self.workers and "top1" in line:
-            self.meter.advance(0, said(line))
-
-    def _begin(self, line: Mapping[str, Any]) -> None:
-        """A group of workers starts, the first or after a loss."""
-        if self.workers:
-            self.emit(instant("lost", "workers of the distillation", {"step": self.meter.done}))
-        self.say(f"  {line['held']}")
-        self.workers = [(host, pid) for host, pid in line["workers"]]
-        self.since = self.until = line["at"]
-        self.step = line["step"]
-        self.meter.resume(line["step"])
-
-    def _piece(self, step: int) -> None:
-        now = max(time.time(), self.until)
-        for host, pid in self.workers:
-            self.emit(Event("work", "steps", self.until, now, host, pid, {"steps": step - self.step}))
-        self.until, self.step = now, step
+            self.meter.advance(0, describe(line))
 
 
-def said(line: Mapping[str, Any]) -> str | None:
-    """What a line says beside the step."""
-    if "loss" in line:
-        told = [f"loss {line['loss']:.4g}"]
-        told += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
-        return ", ".join([*told, *([f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else [])])
-    return f"top-1 {line['top1']:.3f}" if "top1" in line else None
+def describe(line: Mapping[str, Any]) -> str | None:
+    """The values of a line besides its step, for the progress bar."""
+    if "loss" not in line:
+        return f"top-1 {line['top1']:.3f}" if "top1" in line else None
+    parts = [f"loss {line['loss']:.4g}"]
+    parts += [f"{line['step_seconds']:.3g} s/step"] if "step_seconds" in line else []
+    parts += [f"{line['real_share']:.0%} of the real batch"] if "real_share" in line else []
+    return ", ".join(parts)
 
 
 class LogTail:

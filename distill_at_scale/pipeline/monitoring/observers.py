@@ -1,4 +1,4 @@
-"""Observers of a run: the contract, and how events reach all of them without any of them being able to end the run."""
+"""Observers of a run: their contract, and the dispatch of events to all of them. No observer can end the run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Observer(Protocol):
     name: str  # in messages
 
     def __call__(self, event: Event) -> None:
-        """Take an event in; may raise whatever goes wrong."""
+        """Take an event; may raise anything."""
 
     def close(self) -> None:
-        """The command ends, well or not."""
+        """Called at the end of the command, successful or not."""
 
 
 class Observers:
-    """Everyone who watches a run; one that fails is left out from then on, and that is said once."""
+    """All observers of a run. One that fails is removed, with one message."""
 
     def __init__(self, say: Callable[[str], None], observers: Iterable[Observer] = ()):
         self.say, self.all = say, list(observers)
-        self.stage = ""  # where events that name none belong
+        self.stage = ""  # of events that name none
 
     def add(self, observer: Observer) -> None:
         self.all.append(observer)
@@ -45,7 +45,7 @@ class Observers:
     def _guarded(self, observer: Observer, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # watching is never worth a run
+        except Exception as error:  # a failing observer must not end the run
             self.all.remove(observer)
             reason = CREDENTIALS.sub("://", str(error)) or type(error).__name__
             self.say(f"  {observer.name} is left out from here on: {reason}")

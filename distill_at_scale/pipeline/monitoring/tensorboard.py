@@ -1,8 +1,8 @@
 """TensorBoard's event files in `<run.dir>/tensorboard/`: curves of the distillation, results, and seconds per stage.
 
-They are written at once and by the caller (tensorboardX's own writer has a thread, which a full disk turns into a hang).
-Where steps or results are done again, a mark in the new file takes the old ones out of the curves, as TensorBoard defines
-it for a restarted job (SessionLog.START). Left out: images, which the report shows.
+The caller writes them at once; tensorboardX's own writer has a thread, which hangs on a full disk. Where steps or results
+are repeated, a SessionLog.START mark in the new file removes the old ones from the curves, as TensorBoard defines it for a
+restarted job. Not covered: images, which the report shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLUSH_EVERY = 2.0  # seconds
 
 
 class TensorBoard:
-    """Three runs in TensorBoard's sense, since each counts its steps in another way: distill, evaluate and stages."""
+    """Writes three TensorBoard runs, as each counts its steps in another way: distill, evaluate and stages."""
 
     name = "TensorBoard"
 
@@ -33,46 +33,41 @@ class TensorBoard:
         self.flushed = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        if event.what == "log":
-            self._line(event)
+        values = event.values
+        if event.what == "log" and "held" in values:  # a distillation begins or resumes here
+            self._restart("distill", values["step"] + 1)
+        elif event.what == "log":
+            for key, value in values.items():
+                if key not in NO_CURVE and isinstance(value, int | float) and math.isfinite(value):
+                    self._scalar("distill", key, value, values["step"])
         elif event.what == "result":
-            row = event.values
             for key in ("top1", "top5"):
-                self._write("evaluate", f"{row['set']}/{row['network']}/{key}", row[key], row["seed"])
+                self._scalar("evaluate", f"{values['set']}/{values['network']}/{key}", values[key], values["seed"])
         elif event.what == "stage" and event.name == "started" and event.stage == "evaluate":
-            self._again("evaluate", 0)  # all results are told again
+            self._restart("evaluate", 0)  # all results are reported again
         elif event.what == "stage" and event.name == "finished":
-            self._write("stages", f"seconds/{event.stage}", event.seconds, 0)
+            self._scalar("stages", f"seconds/{event.stage}", event.seconds, 0)
 
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
         self.writers.clear()
 
-    def _line(self, event: Event) -> None:
-        line = event.values
-        if "held" in line:  # a distillation begins, or goes on from here
-            self._again("distill", line["step"] + 1)
-            return
-        for key, value in line.items():
-            if key not in NO_CURVE and isinstance(value, int | float) and math.isfinite(value):
-                self._write("distill", key, value, line["step"])
-
-    def _write(self, part: str, tag: str, value: float, step: int) -> None:
+    def _scalar(self, run: str, tag: str, value: float, step: int) -> None:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        self._add(part, event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        self._write(run, event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
-    def _again(self, part: str, step: int) -> None:
-        """What was written from this step on no longer counts."""
+    def _restart(self, run: str, step: int) -> None:
+        """Remove what was written from this step on."""
         mark = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(part, event_pb2.Event(wall_time=time.time(), step=step, session_log=mark))
+        self._write(run, event_pb2.Event(wall_time=time.time(), step=step, session_log=mark))
 
-    def _add(self, part: str, made: event_pb2.Event) -> None:
-        if part not in self.writers:
-            (self.folder / part).mkdir(parents=True, exist_ok=True)
+    def _write(self, run: str, event: event_pb2.Event) -> None:
+        if run not in self.writers:
+            (self.folder / run).mkdir(parents=True, exist_ok=True)
             unique = f".{time.time_ns()}"  # two commands within a second must not share a file
-            self.writers[part] = EventsWriter(str(self.folder / part / "events"), unique)
-        self.writers[part].write_event(made)
+            self.writers[run] = EventsWriter(str(self.folder / run / "events"), unique)
+        self.writers[run].write_event(event)
         if time.monotonic() - self.flushed >= FLUSH_EVERY:
             self.flushed = time.monotonic()
             for writer in self.writers.values():

@@ -39,7 +39,7 @@ HAS_DECORD = "decord" in chosen("auto", "exact")
 @pytest.fixture(scope="module")
 def child():
     """One child process for all tests that leave it alive."""
-    isolated = IsolatedFunction(clips.WORKER_FUNCTION)
+    isolated = IsolatedFunction(clips.CHILD)
     yield isolated
     isolated.close()
 
@@ -146,7 +146,7 @@ def test_an_empty_file_is_rejected_without_a_child():
     ],
 )
 def test_a_file_that_kills_its_decoder_is_rejected_and_the_next_one_decodes(mark, how):
-    isolated = IsolatedFunction(clips.WORKER_FUNCTION, memory=2**30)
+    isolated = IsolatedFunction(clips.CHILD, memory=2**30)
     decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty",), time_limit=0.7, child=isolated)
     with pytest.raises(SampleRejected, match=how):
         decoder("bad", marked(RAW, mark))
@@ -156,7 +156,7 @@ def test_a_file_that_kills_its_decoder_is_rejected_and_the_next_one_decodes(mark
 
 @pytest.mark.parametrize("mark", ["abort", "spin", "memory"])
 def test_a_file_that_kills_the_first_decoder_is_decoded_by_the_second(mark, caplog):
-    isolated = IsolatedFunction(clips.WORKER_FUNCTION, memory=2**30)
+    isolated = IsolatedFunction(clips.CHILD, memory=2**30)
     decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty", "pyav"), time_limit=0.7, child=isolated)
     with caplog.at_level(logging.WARNING, "distill_at_scale"):
         assert numbers(decoder("bad", marked(RAW, mark))[0]) == [7, 22, 37, 52]
@@ -167,7 +167,7 @@ def test_a_file_that_kills_the_first_decoder_is_decoded_by_the_second(mark, capl
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])  # it is noticed before the call, or in its middle
 def test_a_child_that_was_killed_from_outside_is_replaced(seconds):
-    isolated = IsolatedFunction(clips.WORKER_FUNCTION)
+    isolated = IsolatedFunction(clips.CHILD)
     decoder = ClipDecoder(4, 16, 3, child=isolated)
     decoder("x", RAW)
     before = isolated.pid
@@ -179,7 +179,7 @@ def test_a_child_that_was_killed_from_outside_is_replaced(seconds):
 
 
 def test_a_file_on_which_the_child_is_killed_again_and_again_is_rejected():
-    isolated = IsolatedFunction(clips.WORKER_FUNCTION)
+    isolated = IsolatedFunction(clips.CHILD)
     with pytest.raises(SampleRejected, match="signal 9"):
         ClipDecoder(4, 16, 3, decoders=("videos:faulty",), child=isolated)("x", marked(RAW, "kill"))
     isolated.close()

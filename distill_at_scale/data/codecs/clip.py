@@ -1,10 +1,7 @@
 """Decodes a video file to a uint8 clip of a fixed shape, or rejects it with a reason.
 
 Video decoders are old C code that hangs, crashes or exhausts memory on untrusted files, so each `ClipDecoder` decodes in one
-child process (`worker_process.py`, `clip_worker.py`). If the child dies or misses its deadline on a file, the remaining
-decoders (PyAV after decord) try it once more; then the file is rejected.
-
-Not covered: sound, decoding on a GPU.
+child process. If the child dies or misses its deadline on a file, the remaining decoders try it once more.
 """
 
 from __future__ import annotations
@@ -20,14 +17,12 @@ import numpy as np
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.codecs.image import SampleRejected
+from distill_at_scale.data.codecs.image import Array, SampleRejected
 from distill_at_scale.data.codecs.worker_process import IsolatedFunction, WorkerDied
-
-Array = np.ndarray[Any, Any]
 
 LOG = logging.getLogger("distill_at_scale")
 # a name, not an import: processes that read only images need no PyAV
-WORKER_FUNCTION = "distill_at_scale.data.codecs.clip_worker:decode_clip"
+CHILD = "distill_at_scale.data.codecs.clip_worker:decode_clip"
 PACKAGES = {"decord": ("decord", "decord"), "pyav": ("PyAV", "av")}  # display name, package
 
 
@@ -52,9 +47,7 @@ class ClipDecoder:
     time_limit: float = 60.0
     seed: int = 0
     decoders: tuple[str, ...] = ("pyav",)
-    child: IsolatedFunction = field(
-        default_factory=lambda: IsolatedFunction(WORKER_FUNCTION), compare=False, repr=False
-    )
+    child: IsolatedFunction = field(default_factory=lambda: IsolatedFunction(CHILD), compare=False, repr=False)
     tally: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # clips per decoder
 
     @property
@@ -62,17 +55,9 @@ class ClipDecoder:
         return self.frames, self.channels, self.size, self.size
 
     def __call__(self, name: str, raw: bytes) -> tuple[Array, str | None]:
-        """Decodes one video file.
+        """The bytes of a video file -> uint8 of `shape`, and a remark if the clip is used despite a flaw.
 
-        Args:
-            name: the sample's id, which seeds random frame choices.
-            raw: the bytes of the file.
-
-        Returns:
-            uint8 of `shape`, and a remark if the clip is used despite a flaw (too short, cut, damaged packets).
-
-        Raises:
-            SampleRejected: for anything wrong with the file.
+        `name` is the sample's id, which seeds random frame choices. Raises SampleRejected for anything wrong with the file.
         """
         if not raw:
             raise SampleRejected("empty file")

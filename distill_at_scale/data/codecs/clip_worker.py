@@ -49,14 +49,9 @@ class ClipRequest:
 
 
 def decode_clip(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
-    """The function that `IsolatedFunction` calls.
+    """Called through `IsolatedFunction` with {"decoders": names, "request": fields of ClipRequest} and a video file.
 
-    Args:
-        header: {"decoders": names to try in turn, "request": fields of ClipRequest}.
-        raw: the video file.
-
-    Returns:
-        Facts about the clip, and the clip: uint8 [T, C, size, size]. {"rejected": reason} comes without a clip.
+    Returns facts about the clip and its bytes, uint8 [T, C, size, size]; {"rejected": reason} comes without a clip.
     """
     request = ClipRequest(**header["request"])
     try:

@@ -1,20 +1,8 @@
 """Decodes a sample to a uint8 image of a fixed shape, or rejects it with a reason; stores large prepared images as JPEG.
 
-Reading. Pillow decodes, and decides what is damaged. A JPEG is scaled down inside its inverse DCT to at least 1.25 times the
-target size on both sides; antialiased bicubic on the exact, fractional extent of the scaled image does the rest. For 500 x 375
-JPEGs this is 3 times (64 pixels) and 2 times (128 pixels) the rate of a full decode, at 45 and 49 dB from its result, and 40
-dB where 1.25 is just met. A margin of 1 falls to 35 dB; 1.5 or 2 makes this most common size of ImageNet a third to a half
-slower; ignoring the fraction costs 14 dB. simplejpeg is only 1.0 to 1.1 times as fast, as the resize remains. torch's
-vectorised resize is 2.6 times the rate at 224 pixels, but decoding processes must not load torch. One channel is decoded from
-the JPEG's own grey, twice as fast at 224 pixels.
-
-Storing. Above 128 pixels raw tensors outgrow the original files (193 GB against 140 GB for ImageNet-1K at 224 pixels), so
-images are kept as JPEG, 4:4:4. On scaled-down photos quality 90 takes 23 KB per image (30 GB) at 39 dB; 4:2:0 needs quality
-95 and a fifth more bytes to come as close. Without a resize simplejpeg pays: 1.25 to 1.5 times Pillow's rate with the same
-bits. WebP and PNG decode at a third of the rate or less.
-
-Not covered: clips (`clip.py`), alpha (dropped, as in torchvision, not blended), animations (the first frame counts), colour
-profiles, and a JPEG that was cut and closed again with an end marker (Pillow cannot tell it from an intact one).
+Pillow decodes and decides what is damaged. A JPEG is scaled down inside its inverse DCT to at least MARGIN times the target
+size; antialiased bicubic on the exact, fractional extent does the rest. Stored images are JPEG, 4:4:4. `data/README.md` has
+the measurements behind these choices and the cases that are not covered.
 """
 
 from __future__ import annotations

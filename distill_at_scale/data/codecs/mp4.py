@@ -14,15 +14,10 @@ Array = np.ndarray[Any, Any]
 
 
 def encode_mp4(frames: Iterable[Array], rate: int, options: Mapping[str, str], layout: str = "rgb24") -> bytes:
-    """Encodes frames as yuv420p. The same frames give the same bytes with the same build of the encoder.
+    """Frames in FFmpeg's pixel layout (rgb24: uint8 [H, W, 3]; sides even) -> an mp4 with `rate` frames per second, yuv420p.
 
-    Args:
-        frames: in FFmpeg's pixel layout `layout` (rgb24: uint8 [H, W, 3]); sides even.
-        rate: frames per second.
-        options: of libx264, such as crf: 0 is best, 18 visually lossless, 51 worst.
-
-    Raises:
-        UserError: if PyAV was built without libx264.
+    `options` are libx264's: crf 0 is best, 18 visually lossless, 51 worst. The same frames give the same bytes with the
+    same build of the encoder. Raises UserError if PyAV was built without libx264.
     """
     import av  # only encoders need it
 

@@ -1,20 +1,8 @@
 """The frames of an open video at given indices, by decord or PyAV.
 
-PyAV in exact mode decodes non-reference frames only where they are wanted, and skips from the last wanted frame to the next
-key frame: the same bits as a plain decode, at 1.4 to 1.5 times decord's rate on Kinetics. `fast` also skips the loop filter:
-the same frames, 43 dB from exact at 64 pixels, 1.7 to 1.9 times decord's rate. Wanted frames that do not appear (hidden
-packets, damage) are searched for once more by decoding everything in order.
-
-decord 0.6.0 decodes only files on which it is right. It silently returned wrong frames from avi and mpegts with B-frames,
-from H.264 in matroska and flv, from mpeg4 in mp4, and from open groups of pictures; zeros at the end of such files; mixed-up
-pixels of rotated videos; and it loops where a file holds fewer frames than it counts (dmlc/decord issues 195, 233, 252, 365,
-373). The container, the codec and the packets identify such files beforehand.
-
-Both resize while converting, in FFmpeg's scaler (bilinear, antialiased): decord's `width` and `height` cannot be changed, and
-the results differ by 58 dB. `crop` keeps the aspect ratio of the picture as shown (non-square pixels included), rounded to
-whole pixels of the scaled frame.
-
-Not covered: mirrored pictures, alpha, HDR tone mapping, several threads (processes use cores better).
+PyAV decodes non-reference frames only where they are wanted and skips to the next key frame after the last wanted one: the
+same bits as a plain decode. decord 0.6.0 silently returns wrong frames from some files, so it decodes only kinds of files on
+which it is right. Both scale in FFmpeg (bilinear, antialiased). `data/README.md` has the measurements.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Opens untrusted video files and checks them before any frame is decoded.
 
 FFmpeg (through PyAV) opens a file from memory, in a fixed set of formats: playlists and other formats that refer to further
-files or to the network are rejected. Length and size come from the header and are checked first. Listing the packets, about a
-millisecond, then gives the number of frames and whether the end of the file is missing.
-
-Not covered: decoding (`video_decoders.py`), sound, subtitles, encrypted files.
+files or to the network are rejected. The header gives length and size; the packets give the number of frames and whether the
+end of the file is missing.
 """
 
 from __future__ import annotations

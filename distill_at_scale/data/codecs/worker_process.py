@@ -1,8 +1,8 @@
 """Runs a function on untrusted bytes in a child process: a hang, a crash or excessive memory use ends only that process.
 
-One child per `IsolatedFunction`, started at the first call. Requests and answers (a JSON object and bytes, never pickles) go
-through a socket pair. A child that misses its deadline is killed; the next call starts another. A child ends with its parent:
-it reads end-of-file on its socket, and if it hangs at that moment, a kernel alarm ends it whatever lock it holds.
+Requests and answers (a JSON object and bytes, never pickles) go through a socket pair. A child that misses its deadline is
+killed; the next call starts another. A child ends with its parent: it reads end-of-file on its socket, and if it hangs at that
+moment, a kernel alarm ends it whatever lock it holds.
 
 Not covered: concurrent calls, limits outside Linux, and a sandbox: an exploited child can read what this user can read.
 """
@@ -52,11 +52,8 @@ class WorkerDied(Exception):
 class IsolatedFunction:
     """Calls `function` ("package.module:name"; takes and returns a JSON object and bytes) in a child process.
 
-    A pickled copy starts a child of its own.
-
-    Args:
-        memory: bytes of address space that one call may add, on top of three times its input.
-        resident: a child that holds more bytes of memory than this after a call is replaced, which bounds leaks.
+    One call may add `memory` bytes of address space, on top of three times its input. A child that holds more than `resident`
+    bytes of memory after a call is replaced, which bounds leaks. A pickled copy starts a child of its own.
     """
 
     def __init__(self, function: str, memory: int = 4 * 2**30, resident: int = 2**29):

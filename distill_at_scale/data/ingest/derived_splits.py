@@ -1,15 +1,8 @@
 """`data.transform`: derives a harder training split on purpose, to study how selection copes with it.
 
-long_tail         the class of rank c of C keeps n_max * imbalance^(-c / (C - 1)) of its samples, at least one. Ranks are a
-                  seeded permutation, samples a seeded draw: a steeper tail keeps a subset of a flatter one.
-near_duplicates   each sample `copies` times: once unchanged, the others jittered (near_duplicates.py); ids `<id>#1`...
-low_variance, high_variance
-                  the variance_classes classes whose samples differ least or most from each other, pixel by pixel. Labels
-                  are renumbered and the class names follow. THE TEST SPLIT CHANGES TOO: it keeps these classes only. The
-                  other transforms leave it unchanged.
-
-It runs once, at the end of ingest, on the prepared shards: one process, class by class, some MB at a time. Channel
-statistics are those of the derived split. dataset.json describes it under `transform`. No torch here.
+long_tail, near_duplicates (near_duplicates.py) and low_variance / high_variance (see `data/README.md`). A choice by variance
+renumbers the labels and drops classes from the test split too; the others leave it unchanged. It runs once, at the end of
+ingest, on the prepared shards: one process, class by class, some MB at a time.
 """
 
 from __future__ import annotations
@@ -37,8 +30,6 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 MEASURED = 200  # samples per class that measure its variance
 READ_BYTES = 32 * 2**20  # of samples in memory at once
 BY_VARIANCE = ("low_variance", "high_variance")
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
             _rewrite(before, split, summed(rows) if split == "train" else rows, data)
         names = [names[label] for label in classes]
     elif data.transform == "long_tail":
-        kept: dict[int, Array] = {}
+        kept: dict[int, shards.Array] = {}
         counts = before.counts("train")
         for label, keep in enumerate(long_tail_counts(data, counts, seed)):
             kept[label] = np.zeros(counts[label], bool)
@@ -136,7 +127,7 @@ def variance_class_count(data: DataSection, classes: int) -> int:
 
 
 def _rows(
-    prepared: PreparedDataset, split: str, labels: Mapping[int, int], kept: Mapping[int, Array] | None = None
+    prepared: PreparedDataset, split: str, labels: Mapping[int, int], kept: Mapping[int, shards.Array] | None = None
 ) -> Iterator[pa.Table]:
     """Rows of the classes in `labels` (old -> new), in order; `kept`: mask over the samples of each class."""
     places = dict.fromkeys(labels, 0)

@@ -35,8 +35,6 @@ MAX_OPEN = 16_384  # part files that stay mapped; Linux allows a process some 65
 MAX_THREADS = 16  # shards that are written in parallel; bounds the memory
 SET_ASIDE = REJECTED.append(pa.field("split", pa.string()))  # an id is unique within its split only
 
-Array = np.ndarray[Any, Any]
-
 
 def merge_threads() -> int:
     """Shards that this process writes in parallel: one per core that Arrow may use."""
@@ -78,7 +76,7 @@ def merge(
                 "jpeg": stores_jpeg(data), "rejected": unused(rejected).num_rows}  # fmt: skip
         meta |= {"kind": "tensors"} if tensors else {}
         meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
-        meta |= whitening.metadata(data)
+        meta |= {} if data.whiten == "none" else {"whiten": data.whiten}
         derived_splits.write_meta(temporary, meta)
         if data.transform != "none":
             meta = derived_splits.derive(temporary, data, seed)
@@ -109,7 +107,7 @@ def unused(listed: pa.Table) -> pa.Table:
     return listed.filter(pc.invert(listed["used"]))
 
 
-def order_of(paths: Sequence[Path]) -> tuple[Array, Array]:
+def order_of(paths: Sequence[Path]) -> tuple[shards.Array, shards.Array]:
     """Sorted labels [n], and the positions of all rows, by label and id, in the concatenated part files [n]."""
     tables = []
     for path in paths:
@@ -120,12 +118,12 @@ def order_of(paths: Sequence[Path]) -> tuple[Array, Array]:
     return index["label"].to_numpy()[order], order.astype(np.int64)
 
 
-def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, group: int, threads: int) -> None:
-    """Write part files as shards, `threads` shards in parallel; row groups have one class and at most `group` rows.
+def write(
+    folder: Path, paths: Sequence[Path], labels: shards.Array, order: shards.Array, group: int, threads: int
+) -> None:
+    """Write part files as shards, `threads` in parallel; row groups have one class and at most `group` rows.
 
-    Args:
-        paths: part files, each sorted by class and id.
-        labels, order: from `order_of`.
+    `labels` and `order` come from `order_of`.
     """
     opened = lru_cache(MAX_OPEN)(_rows)  # a merge that mixes many part files opens each for every span
     kind = opened(paths[0]).schema
@@ -152,7 +150,7 @@ def _rows(path: Path) -> pa.Table:
     return map_arrow(path).replace_schema_metadata(None)
 
 
-def _span(rows_of: Callable[[int], pa.Table], positions: Array, starts: Array) -> pa.Table:
+def _span(rows_of: Callable[[int], pa.Table], positions: shards.Array, starts: shards.Array) -> pa.Table:
     """The rows at some positions in the concatenated part files, in that order; those of one part file are contiguous in it.
 
     `starts`: position of each part file's first row.

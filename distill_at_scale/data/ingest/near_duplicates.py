@@ -16,15 +16,13 @@ import pyarrow.compute as pc
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.codecs.image import encode
+from distill_at_scale.data.codecs.image import Array, encode
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import stack_frames
 
 READ_BYTES = 32 * 2**20  # of near-duplicates in memory at once
 SHIFT, CONTRAST, BRIGHTNESS, NOISE = 1 / 8, 0.2, 0.1, 0.02  # of the side; of 1; of the scale; of the scale
 TENSOR_NOISE = 0.05  # of the training values' standard deviation
-
-Array = np.ndarray[Any, Any]
 
 
 def jitter(sample: Array, draw: np.random.Generator) -> Array:

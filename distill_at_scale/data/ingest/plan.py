@@ -28,7 +28,6 @@ from distill_at_scale.data.sources.class_subsets import class_list, explicit_ord
 from distill_at_scale.storage.filesystem import shown
 
 CONTRACT = ("splits", "listing", "digest", "read")
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def plan(config: Config) -> IngestPlan:
     return IngestPlan(names, source_names, listings, content, aside)
 
 
-def _without_samples(names: list[str], empty: Array, aside: pa.Table | None, place: str) -> str:
+def _without_samples(names: list[str], empty: np.ndarray[Any, Any], aside: pa.Table | None, place: str) -> str:
     """Message: which classes have no training sample, an example of why, and what to do."""
     one = f"the class {names[empty[0]]!r} has no training sample in {place}"
     many = f"{len(empty)} of {len(names)} classes have no training sample in {place}, for example {names[empty[0]]!r}"

@@ -6,7 +6,6 @@ Tensors are stored as float32, unchanged: they are not resized, encoded as JPEG 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.codecs.image import SampleRejected
+from distill_at_scale.data.codecs.image import Array, SampleRejected
 from distill_at_scale.data.ingest.plan import CONTRACT, open_source
 from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.sources import SOURCES
@@ -29,8 +28,6 @@ NEUTRAL = {
     "student_cutmix": 0.0,
 }
 CROPPING = ("sre2l", "rded")  # methods that crop images
-
-Array = np.ndarray[Any, Any]
 
 
 def holds_tensors(data: DataSection) -> bool:

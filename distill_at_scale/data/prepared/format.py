@@ -1,15 +1,8 @@
-"""The prepared format: Parquet shards of uint8 images or clips, or of float32 arrays, sorted by class.
+"""The prepared format: Parquet shards of uint8 images or clips, or of float32 arrays, sorted by class and id.
 
-`train/` and `test/` hold files `shard-00000.parquet` with the columns sample_id (string), label (int32) and one of:
-
-- pixels (fixed-size binary): the bytes of a uint8 tensor C x H x W or, of a clip, T x C x H x W. Parquet would store a list of
-  bytes as 32-bit numbers, which takes 13 times as long to read.
-- jpeg (binary), for large images: the resized image, encoded again; the frames of a clip are stacked below each other.
-- values (fixed-size binary): the bytes of a float32 array.
-
-The column's metadata holds the shape and, of values, the dtype. Rows are sorted by class and id; a row group holds one class
-and few rows, so that any part of the set can be read alone. `dataset.json` holds class names, shape, counts, channel
-statistics and the content fingerprint. `dataset.py` reads the format.
+Columns: sample_id, label, and pixels (raw bytes of uint8), jpeg (encoded; frames of a clip stacked below each other) or values
+(raw bytes of float32); the column's metadata holds the shape. A row group holds one class and few rows, so that any part of
+the set can be read alone. `dataset.json` holds the metadata. See `data/README.md`.
 """
 
 from __future__ import annotations
@@ -33,7 +26,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.data.codecs.image import SampleRejected, decode_stored
+from distill_at_scale.data.codecs.image import Array, SampleRejected, decode_stored
 
 SHARD_BYTES = 128 * 2**20
 GROUP_BYTES, GROUP_ROWS = 256 * 2**10, 64  # size of a row group, the least that a random read fetches
@@ -41,8 +34,6 @@ OFFSET_BYTES = 4  # that Arrow stores per string
 JPEG_RATIO = 0.2  # approximate size of a JPEG relative to raw pixels; used only to choose sizes
 MAX_AXES, MAX_VALUES = 4, 2**30  # of a sample; data.frames and data.size allow 805 million
 SCORED_CLIPS, SCORED_BYTES = 1024, 64 * 2**20  # limits of a scoring chunk of clips
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -186,12 +177,7 @@ def write_shard(folder: Path, number: int, tables: Iterable[pa.Table], kind: pa.
 
 
 def shard_ranges(labels: Array, sizes: Array, group: int) -> list[tuple[int, int]]:
-    """(start, stop) of each shard among all rows, so that shards can be written in parallel.
-
-    Args:
-        labels: [n], sorted.
-        sizes: bytes of each row, from `row_bytes`.
-    """
+    """(start, stop) of each shard among all rows, given sorted labels and `row_bytes`, so that threads can write shards."""
     if not len(labels):
         return []
     ends = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]  # of each class

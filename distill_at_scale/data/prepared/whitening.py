@@ -1,8 +1,7 @@
 """ZCA whitening (`data.whiten`): fitted at the end of ingest, applied for distillation and evaluation, never for scoring.
 
-This module is the only one that knows the file, which lies in prepared/ and in synthetic/. The covariance of the normalised
-training samples is summed in float64, in shard order; the matrix is (C + epsilon)^-1/2 with the epsilon of kornia, whose
-whitening the field uses. Only methods of `Whitening` need torch, as processes that ingest images must not load it.
+This module alone reads and writes its file, in prepared/ and in synthetic/. The matrix is (C + epsilon)^-1/2 of the covariance
+C of normalised training samples, with kornia's epsilon. Only `Whitening` needs torch, which ingest must not load.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from safetensors.numpy import save_file
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.format import Array
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 FILE = "whitening.safetensors"
 EPSILON = 0.1
 MAX_VALUES = 12_288  # of a sample, 3 x 64 x 64: the covariance takes 1.2 GB, its eigenvalues some ten minutes
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,6 @@ def check(data: DataSection, shape: Sequence[int]) -> None:
             f"data.whiten = zca needs the covariance of all {values:,} values of a sample, at most {MAX_VALUES:,} can be "
             "whitened; lower data.size or data.frames, or set data.whiten=none"
         )
-
-
-def metadata(data: DataSection) -> dict[str, str]:
-    """The entry of dataset.json; empty for data that are not whitened."""
-    return {} if data.whiten == "none" else {"whiten": data.whiten}
 
 
 def fit(folder: Path, data: DataSection) -> None:

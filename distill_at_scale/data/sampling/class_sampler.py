@@ -34,17 +34,13 @@ class RealBatch:
 
 
 class ClassSampler:
-    """The kept training samples of some classes. `held` describes their placement in a sentence.
-
-    Args:
-        pixels: label -> stored values [n, *shape], or a placement.
-        device: of drawn samples; by default the device of `pixels`.
-    """
+    """The kept training samples of some classes. `held` describes their placement in a sentence."""
 
     held: str = ""
 
     def __init__(self, pixels: dict[int, Tensor] | Placement, normalization: Normalization, seed: int,
                  device: torch.device | None = None):  # fmt: skip
+        """`pixels`: label -> stored values [n, *shape], or a placement. Draws go to `device` (default: that of `pixels`)."""
         self.placement: Placement = InMemory(pixels) if isinstance(pixels, dict) else pixels
         self.normalization, self.seed = normalization, seed
         self.device = device or (

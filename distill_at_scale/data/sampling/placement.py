@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.format import Array
 from distill_at_scale.data.prepared.manifest import kept_in_parts
 
 DEVICE_SHARE, HOST_SHARE = 0.4, 0.5  # of free memory: networks and batches need the rest
@@ -28,7 +29,6 @@ CGROUPS = [
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 ]
 
-Array = np.ndarray[Any, Any]
 Places = Mapping[int, Array]  # label -> positions of the kept samples within the class, ascending
 
 

@@ -38,7 +38,7 @@ from distill_at_scale.config.load import validate
 from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared import manifest
-from distill_at_scale.data.prepared.parquet import RowGroupWriter, batches
+from distill_at_scale.data.prepared.parquet import BATCH, RowGroupWriter
 from distill_at_scale.pruning.selection import quotas
 from distill_at_scale.pruning.selection import select as static
 
@@ -137,7 +137,7 @@ def read_columns(path: Path, threads: int) -> None:
 def read_and_write(path: Path) -> None:
     """The columns as they are, with two more of a manifest's, through the same reader and writer."""
     with manifest.writing(path.with_suffix(".copy")) as out:
-        for batch in prefetch(batches(pq.ParquetFile(path, pre_buffer=False), COLUMNS), 16):
+        for batch in prefetch(pq.ParquetFile(path, pre_buffer=False).iter_batches(BATCH, columns=list(COLUMNS)), 16):
             ranks = pa.array(np.arange(batch.num_rows, dtype=np.int32))
             kept = pa.nulls(batch.num_rows, pa.bool_()).fill_null(False)
             out.append(pa.table([*batch.columns, ranks, kept], schema=manifest.SCHEMA))

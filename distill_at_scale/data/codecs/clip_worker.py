@@ -5,7 +5,7 @@ This runs in the child process of a `ClipDecoder` (`worker_process.py`); it impo
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +77,7 @@ def _decode(video: Video, names: Sequence[str], request: ClipRequest) -> tuple[A
     failures: list[str] = []
     expected = True
     for name in names:
-        label, decoder = DECODERS[name] if name in DECODERS else (name, _plugin(name))
+        label, decoder = DECODERS[name] if name in DECODERS else (name, pkgutil.resolve_name(name))
         try:
             frames = _frames(decoder, video, request)
         except (DecoderFailed, MemoryError) as error:
@@ -87,11 +87,6 @@ def _decode(video: Video, names: Sequence[str], request: ClipRequest) -> tuple[A
             return frames, {"decoder": label, "failures": failures, "expected": expected}
     hint = " (data.decoder = auto would ask PyAV)" if names == ["decord"] else ""
     raise VideoRejected("; ".join(failures) + hint)
-
-
-def _plugin(name: str) -> Decoder:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _frames(decoder: Decoder, video: Video, request: ClipRequest) -> Array:

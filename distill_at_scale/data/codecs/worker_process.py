@@ -10,11 +10,11 @@ Not covered: concurrent calls, limits outside Linux, and a sandbox: an exploited
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import mmap
 import os
+import pkgutil
 import signal
 import socket
 import struct
@@ -25,6 +25,10 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
+
+if sys.platform == "linux":
+    import ctypes
+    import resource
 
 Header = dict[str, Any]
 
@@ -168,9 +172,8 @@ def serve() -> None:
         os.dup2(null, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _drop_privileges()
-    module, _, attribute = sys.argv[2].partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = pkgutil.resolve_name(sys.argv[2])
     except Exception as error:
         return _write(replies, {"error": f"{type(error).__name__}: {error}"}, b"")
     try:
@@ -197,25 +200,18 @@ def _memory() -> tuple[int, int]:
 
 def _drop_privileges() -> None:
     """A decoder needs no file to write, no core file and no set-uid programs."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
 
 def _limit_memory(added: int) -> None:
     """Limits the address space to what the process has now plus `added` bytes."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    limit = _memory()[0] + added
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    if sys.platform == "linux":
+        limit = _memory()[0] + added
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _message(requests: BinaryIO) -> tuple[Header, bytes] | None:

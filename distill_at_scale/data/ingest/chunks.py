@@ -75,12 +75,10 @@ def recipe_of(config: Config) -> Recipe:
     whitening.check(data, shape)
     if holds_tensors(data):
         return Recipe(TensorDecoder(shape), None, data.max_bytes)
-    decoder = clip_decoder(data, config.run.seed) if data.frames else image_decoder_of(data)
+    decoder: ImageDecoder | ClipDecoder = ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+    if data.frames:
+        decoder = clip_decoder(data, config.run.seed)
     return Recipe(decoder, data.quality if stores_jpeg(data) else None, data.max_bytes)
-
-
-def image_decoder_of(data: DataSection) -> ImageDecoder:
-    return ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
 
 
 def stores_jpeg(data: DataSection) -> bool:

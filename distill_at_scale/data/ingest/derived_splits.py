@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
-from distill_at_scale.core.atomic_files import file_digests
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest.channel_stats import ChannelSums
 from distill_at_scale.data.ingest.near_duplicates import duplicated
@@ -92,15 +91,8 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
     after = {split: _counts(folder / split, len(names)) for split in before.meta["counts"]}
     meta = {**before.meta, "class_names": names, "counts": after, "mean": mean, "std": std, "transform": facts}
     meta.pop("fingerprint")
-    write_meta(folder, meta)
+    shards.write_meta(folder, meta)
     return meta
-
-
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """dataset.json, whose fingerprint covers the shards in `folder`."""
-    written = file_digests(sorted(folder.rglob("*.parquet")))
-    content = {path.relative_to(folder).as_posix(): entry["sha256"] for path, entry in written.items()}
-    shards.write_meta(folder, meta, content)
 
 
 def long_tail_counts(data: DataSection, counts: Sequence[int], seed: int) -> list[int]:

@@ -77,7 +77,7 @@ def merge(
         meta |= {"kind": "tensors"} if tensors else {}
         meta |= {"decoders": dict(sorted(decoders.items()))} if data.frames else {}
         meta |= {} if data.whiten == "none" else {"whiten": data.whiten}
-        derived_splits.write_meta(temporary, meta)
+        shards.write_meta(temporary, meta)
         if data.transform != "none":
             meta = derived_splits.derive(temporary, data, seed)
         whitening.fit(temporary, data)

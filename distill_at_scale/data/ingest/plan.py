@@ -101,7 +101,14 @@ def plan(config: Config) -> IngestPlan:
         listings, aside = _relabel(listings, labels), _relabel(aside, labels)
     names = source_names
     if data.classes is not None:
-        names = _subset(class_list(data.classes), source_names)
+        names = list(class_list(data.classes))
+        for name in names:
+            if name not in source_names:
+                raise UserError(
+                    f"data.classes: {name!r} is not a class of this data set; {suggest(name, source_names)}"
+                )
+        if len(set(names)) != len(names) or not names:
+            raise UserError("data.classes must name at least one class, and each once")
         labels = [names.index(name) if name in names else -1 for name in source_names]
         listings, aside = _relabel(listings, labels), _relabel(aside, labels)
     listings = _without_empty(listings)
@@ -156,15 +163,6 @@ def set_aside(source: Source, split: str) -> pa.Table:
     """The samples of a split that a source itself rejects (schema SET_ASIDE); most sources reject none."""
     method = getattr(source, "set_aside", None)
     return SET_ASIDE.empty_table() if method is None else method(split)
-
-
-def _subset(wanted: list[str], known: list[str]) -> list[str]:
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"data.classes: {name!r} is not a class of this data set; {suggest(name, known)}")
-    if len(set(wanted)) != len(wanted) or not wanted:
-        raise UserError("data.classes must name at least one class, and each once")
-    return list(wanted)
 
 
 def _relabel(tables: dict[str, pa.Table], labels: list[int]) -> dict[str, pa.Table]:

@@ -20,13 +20,9 @@ from distill_at_scale.data.sources import SOURCES
 
 # keys of method sections -> values without image augmentations
 NEUTRAL = {
-    "augment": "none",
-    "expert_augment": "none",
-    "student_augment": "none",
-    "factor": 1,
-    "network_cutmix": 0.0,
-    "student_cutmix": 0.0,
-}
+    "augment": "none", "expert_augment": "none", "student_augment": "none",
+    "factor": 1, "network_cutmix": 0.0, "student_cutmix": 0.0,
+}  # fmt: skip
 CROPPING = ("sre2l", "rded")  # methods that crop images
 
 

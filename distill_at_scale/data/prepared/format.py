@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.atomic_files import file_digests, publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.codecs.image import Array, SampleRejected, decode_stored
@@ -227,7 +227,10 @@ def _row_groups(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:
         yield rest
 
 
-def write_meta(folder: Path, meta: dict[str, Any], content: Any) -> None:
-    """Publish dataset.json; its fingerprint covers the metadata and `content`."""
+def write_meta(folder: Path, meta: dict[str, Any], content: Any = None) -> None:
+    """Publish dataset.json; its fingerprint covers the metadata and `content`, by default the hashes of the shards."""
+    if content is None:
+        files = file_digests(sorted(folder.rglob("*.parquet")))
+        content = {path.relative_to(folder).as_posix(): entry["sha256"] for path, entry in files.items()}
     with publish(folder / "dataset.json") as temporary:
         temporary.write_text(json.dumps({**meta, "fingerprint": digest([meta, content])}, indent=1) + "\n")

@@ -152,11 +152,6 @@ def check_rows(table: pa.Table, path: Path, stage: str) -> None:
         )
 
 
-def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of all rows, at most BATCH rows at a time, decoded in the caller's thread."""
-    yield from file.iter_batches(BATCH, columns=list(columns))
-
-
 def facts_of(file: pq.ParquetFile, key: str) -> dict[str, Any]:
     """The facts that RowGroupWriter stored under `key`, or {}. Raises UserError if they are not a JSON object."""
     try:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -55,30 +54,12 @@ def kept_places(prepared: PreparedDataset, manifest: Path, labels: Collection[in
     return {label: np.flatnonzero(mask).astype(np.int32) for label, mask in masks.items()}
 
 
-class Placement(Protocol):
-    """The kept samples of some classes, as they are stored."""
-
-    @property
-    def where(self) -> str:
-        """device, host or shards."""
-
-    @property
-    def counts(self) -> Mapping[int, int]:
-        """Kept samples per class, labels ascending."""
-
-    def take(self, label: int, rows: Tensor) -> Tensor:
-        """The kept samples of a class at some rows [n], in that order."""
-
-    def of_class(self, label: int) -> Tensor:
-        """All kept samples of a class."""
-
-
 class InMemory:
-    """label -> stored values [n, *shape], all on one device."""
+    """Kept samples in memory: label -> stored values [n, *shape], all on one device, "device" or "host"."""
 
     def __init__(self, pixels: dict[int, Tensor]):
         self.pixels = pixels
-        self.counts = {label: len(stored) for label, stored in pixels.items()}
+        self.counts = {label: len(stored) for label, stored in pixels.items()}  # per class, labels ascending
         on_device = any(stored.device.type != "cpu" for stored in pixels.values())
         self.where = "device" if on_device else "host"
 
@@ -87,15 +68,17 @@ class InMemory:
         return cls({label: _loaded(prepared, label, inside).to(device) for label, inside in places.items()})
 
     def take(self, label: int, rows: Tensor) -> Tensor:
+        """The kept samples of a class at some rows [n], in that order."""
         stored = self.pixels[label]
         return stored[rows.to(stored.device)]
 
     def of_class(self, label: int) -> Tensor:
+        """All kept samples of a class."""
         return self.pixels[label]
 
 
 class InShards:
-    """On disk; memory holds only the positions. One thread at a time."""
+    """The same interface to samples on disk; memory holds only the positions. One thread at a time."""
 
     where = "shards"
 
@@ -112,6 +95,9 @@ class InShards:
 
     def of_class(self, label: int) -> Tensor:
         return _loaded(self.prepared, label, self.places[label])
+
+
+Placement = InMemory | InShards
 
 
 def _loaded(prepared: PreparedDataset, label: int, places: Array) -> Tensor:

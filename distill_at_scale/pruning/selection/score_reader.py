@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
-from distill_at_scale.data.prepared.parquet import BATCH, batches, open_table, reading
+from distill_at_scale.data.prepared.parquet import BATCH, open_table, reading
 
 SORTABLE = 5_000_000  # an unsorted table of fewer rows is sorted in memory
 ORDER = ("label", "sample_id")

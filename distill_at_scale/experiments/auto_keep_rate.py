@@ -24,7 +24,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.experiments.points import PointSet
-from distill_at_scale.experiments.statistics import mean_and_std
+from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import accuracies, difference
@@ -120,7 +120,7 @@ def _made_with(config: Config, run: RunDir) -> str:
 def _report(result: SearchResult) -> dict[str, Any]:
     best = result.unbroken
     curve = [
-        {"keep": one.keep, "kept": one.kept, **_figures(one.accuracies), "sufficient": one.sufficient,
+        {"keep": one.keep, "kept": one.kept, **summary(one.accuracies), "sufficient": one.sufficient,
          "confidence": round(one.confidence, 4)}
         for one in result.rates
     ]  # fmt: skip
@@ -139,10 +139,5 @@ def _against_fixed(context: StudyContext, result: SearchResult) -> dict[str, Any
     overrides = {"select.scope": "class", "select.per_class": None, "select.keep": result.unbroken.keep}
     fixed = accuracies(context.points.run(context.repetitions(overrides, len(adaptive))))
     gap = difference(adaptive, fixed)
-    return {"adaptive": _figures(adaptive), "fixed": _figures(fixed),
+    return {"adaptive": summary(adaptive), "fixed": summary(fixed),
             "adaptive_less_fixed": {"mean": gap.mean, "half_interval": gap.half}}  # fmt: skip
-
-
-def _figures(values: list[float]) -> dict[str, Any]:
-    mean, std = mean_and_std(values)
-    return {"mean": mean, "std": std, "n": len(values)}

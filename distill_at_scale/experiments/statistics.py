@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 CONFIDENCE = 0.95  # level of all confidence intervals
 
@@ -12,6 +13,12 @@ CONFIDENCE = 0.95  # level of all confidence intervals
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """mean, std and n, the columns that all tables of figures share."""
+    mean, std = mean_and_std(values)
+    return {"mean": mean, "std": std, "n": len(values)}
 
 
 def welch(*samples: tuple[float, int]) -> tuple[float, float]:

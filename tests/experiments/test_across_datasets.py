@@ -17,6 +17,7 @@ from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.studies import across_datasets
 from distill_at_scale.experiments.studies.base import StudyContext
+from distill_at_scale.experiments.studies.comparison import difference
 
 SETS = {
     "tail": {"data.transform": "long_tail", "data.imbalance": 100.0},
@@ -150,7 +151,7 @@ def test_a_set_that_is_called_like_the_source_leaves_the_base_its_other_name_and
      ([0.1, 0.9, 0.5], [0.2, 0.3, 0.6], 0), ([0.30, 0.31, 0.32], [0.20, 0.22, 0.21], 1)],
 )  # fmt: skip
 def test_a_difference_is_clear_by_its_interval(ours, theirs, expected):
-    assert across_datasets.clear(ours, theirs) == expected
+    assert difference(ours, theirs).sign == expected
 
 
 def test_the_whole_study_on_digits(make_config, tmp_path):
@@ -171,9 +172,9 @@ def test_the_configuration_for_digits_is_valid_with_all_of_its_sets(tmp_path):
     path = ROOT / "configs" / "studies_across_digits.yaml"
     config = configuration.load(path, [f"run.dir={tmp_path}"])
     runner = PointSet(config, LocalRunner(), Display.silent())
-    sets = across_datasets._sets(StudyContext(config, runner, print))
+    sets = across_datasets.data_sets(StudyContext(config, runner, print))
     assert {"digits", "long_tail_10", "long_tail_100", "near_duplicates", "moving_digits"} <= set(sets)
     for name, overrides in sets.items():
-        across_datasets._configured(StudyContext(config, runner, print), name, overrides)
+        across_datasets.configured(StudyContext(config, runner, print), name, overrides)
     assert "study " + str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
     assert yaml.safe_load(path.read_text())["studies"]["run"] == ["across"]

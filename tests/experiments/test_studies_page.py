@@ -114,7 +114,7 @@ def test_a_long_table_is_closed_and_cut(tmp_path):
 def test_values_are_said_as_a_reader_says_them():
     values = [None, True, 1234, -0.12345, 1e5, [0.5, 1], {"a": 1}, list(range(9))]
     said = ["–", "yes", "1,234", "−0.1235", "100,000", "0.5,\u00a01", '{"a": 1}', "9 values"]
-    assert [page.said(value) for value in values] == said
+    assert [page.as_text(value) for value in values] == said
 
 
 def test_without_findings_the_page_says_so(tmp_path):

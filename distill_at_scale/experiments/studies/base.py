@@ -1,8 +1,7 @@
-"""What studies share: points (a configuration to try, and what came of it), the runner that tries them, and a finding.
+"""What all studies share: the context in which they run points, and the finding that they return.
 
-A study knows nothing of Ray, folders or pages: it asks the runner for outcomes of points, several at once where they do not
-depend on each other, and returns one finding. The same point asked for twice, also by another study or after an
-interruption, is tried once. Left out: how points are tried (`experiments/points.py`) and how findings look (`findings.py`).
+A study knows nothing of Ray, folders or pages. It asks for outcomes of points, several at once where they are independent. A
+point that several studies need, or that an earlier command finished, runs once.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.experiments.point import Point
+from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.pipeline.report.plot_spec import Plot
 
-BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # select.keep alone says how many
+BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # only select.keep sets the number
 STATIC: Mapping[str, Any] = {**BY_RATE, "runtime.rule": "none"}
 UNPRUNED: Mapping[str, Any] = {**STATIC, "select.keep": 1.0}
 RANDOM: Mapping[str, Any] = {"select.criterion": "random"}
@@ -24,33 +23,39 @@ RANDOM: Mapping[str, Any] = {"select.criterion": "random"}
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer of a study."""
+    """The result of a study."""
 
     study: str  # its name in studies.run
     title: str
     answer: str  # one or two sentences with the figures
-    paper: str  # what the paper says, and whether this agrees; empty where it says nothing
+    paper: str  # the paper's claim, and whether this agrees; empty if it makes none
     rows: Sequence[Mapping[str, Any]]  # the figures, flat, all with the same keys
     plots: Sequence[Plot]
-    facts: Mapping[str, Any]  # what other stages read: critical_keep, break_drop, agreement ...
-    notes: Sequence[str] = ()  # what limits the answer
+    facts: Mapping[str, Any]  # values that other stages read: critical_keep, break_drop, agreement ...
+    notes: Sequence[str] = ()  # limits of the answer
 
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What a study works with."""
+    """The input of a study."""
 
-    config: Config  # the base
+    config: Config  # the base configuration
     points: PointSet
-    say: Callable[[str], None]  # one line of progress
+    say: Callable[[str], None]  # prints one line of progress
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What every point of a study differs by from the base: short distillations, few networks."""
+        """How all points of studies differ from the base configuration: short distillations, few networks."""
         section = self.config.studies
-        found: dict[str, Any] = {"evaluate.seeds": section.evaluations, "evaluate.bounds": []}
-        return found | ({} if section.steps is None else {"distill.steps": section.steps})
+        overrides: dict[str, Any] = {"evaluate.seeds": section.evaluations, "evaluate.bounds": []}
+        return overrides | ({} if section.steps is None else {"distill.steps": section.steps})
 
     def repetitions(self, overrides: Mapping[str, Any], seeds: int | None = None) -> list[Point]:
         """All repetitions of one configuration."""
         return [Point({**self.overrides, **overrides}, seed) for seed in range(seeds or self.config.studies.seeds)]
+
+    def run(self, configurations: Sequence[Mapping[str, Any]]) -> list[list[Outcome]]:
+        """Runs all repetitions of several configurations, given by their overrides; returns their outcomes, grouped alike."""
+        groups = [self.repetitions(overrides) for overrides in configurations]
+        outcomes = iter(self.points.run([point for group in groups for point in group]))
+        return [[next(outcomes) for _ in group] for group in groups]

@@ -1,8 +1,8 @@
-"""The smallest keep rate whose accuracy is not below the unpruned one, by bisection in log(rate).
+"""Finds the smallest keep rate whose accuracy is not below the unpruned one, by bisection in log(rate).
 
-A rate is sufficient where the mean over its distillations reaches the unpruned mean less `tolerance` standard deviations
-(over unpruned distillations, at least three). Accuracy need not be monotone in the rate, so after the bisection the largest
-untried gap below it is looked into, and the search tells rates that are sufficient from rates above which all tried ones are.
+A rate is sufficient if the mean over its distillations reaches the unpruned mean less `tolerance` standard deviations (over
+at least three unpruned distillations). Accuracy need not be monotone in the rate: after the bisection the search tries the
+largest gap below its result, and it reports both the smallest sufficient rate and the rate above which all tried ones are.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.studies.base import UNPRUNED, StudyContext
 from distill_at_scale.experiments.studies.comparison import Level, accuracies, near_chance
 
-CLOSE = 1.05  # neighbouring rates within this factor are not told apart
-LEAST_UNPRUNED = 3  # distillations behind the deviation
-NEIGHBOURS = 1  # rates of the budget that are spent below the bisection's end
+CLOSE = 1.05  # rates within this factor count as equal
+LEAST_UNPRUNED = 3  # distillations behind the standard deviation
+BELOW = 1  # tries of the budget that are reserved for rates below the result of the bisection
 
 
 @dataclass(frozen=True)
 class Rate:
-    """One keep rate that was tried, as a mean over repetitions."""
+    """One keep rate that was tried, with its repetitions."""
 
     keep: float
     outcomes: list[Outcome]
@@ -59,7 +57,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the search found; `rates` ascend and end with 1, the unpruned ones."""
+    """The tried rates, ascending; the last is 1, the unpruned distillations."""
 
     rates: list[Rate]
     level: Level
@@ -71,22 +69,17 @@ class SearchResult:
 
     @property
     def unbroken(self) -> Rate:
-        """The smallest rate that is sufficient with all larger ones that were tried."""
-        good = self.rates[-1]
-        for rate in reversed(self.rates):
-            if not rate.sufficient:
-                break
-            good = rate
-        return good
+        """The smallest rate that is sufficient together with all larger ones that were tried."""
+        return [self.rates[-1], *itertools.takewhile(lambda rate: rate.sufficient, reversed(self.rates))][-1]
 
     @property
     def exceptions(self) -> list[Rate]:
-        """Insufficient rates above the smallest sufficient one: accuracy is not monotone there, or noise hides it."""
+        """Insufficient rates above the smallest sufficient one: accuracy is not monotone, or noise hides it."""
         return [rate for rate in self.rates if not rate.sufficient and rate.keep > self.smallest.keep]
 
     @property
     def near_chance(self) -> bool:
-        """Whether even the unpruned set is, so that any rate seems sufficient."""
+        """Whether even the unpruned set is near chance, so that any rate seems sufficient."""
         return near_chance(self.level.mean, len(self.rates[-1].outcomes[0].kept_per_class))
 
     def limited(self, minimum: int) -> bool:
@@ -97,50 +90,47 @@ class SearchResult:
 
 @dataclass
 class Search:
-    """A search under one context; `base` is what all its points differ by from the configuration."""
+    """Tries at most `points` rates from `lowest` to 1, `seeds` distillations each."""
 
     context: StudyContext
     tolerance: float
     lowest: float
-    points: int  # rates that are tried at most
+    points: int
     seeds: int
-    base: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> SearchResult:
-        repetitions = max(LEAST_UNPRUNED, self.seeds)
-        whole, low = self.context.repetitions(UNPRUNED, repetitions), self._points(self.lowest)
-        outcomes = self.context.points.run([*whole, *low])
-        self.level = Level(accuracies(outcomes[:repetitions]), self.tolerance)
-        self.tried = {1.0: Rate(1.0, outcomes[:repetitions], self.level)}
-        self._add(self.lowest, outcomes[repetitions:])
+        count = max(LEAST_UNPRUNED, self.seeds)
+        unpruned = self.context.repetitions(UNPRUNED, count)
+        outcomes = self.context.points.run([*unpruned, *self._points(self.lowest)])
+        self.level = Level(accuracies(outcomes[:count]), self.tolerance)
+        self.tried = {1.0: Rate(1.0, outcomes[:count], self.level)}
+        self._add(self.lowest, outcomes[count:])
         self._bisect()
         self._look_below()
         return SearchResult([self.tried[keep] for keep in sorted(self.tried)], self.level)
 
     def _bisect(self) -> None:
-        """Between an insufficient rate and a sufficient one above it; where the lowest suffices, half way to 1 is looked at."""
+        """Between an insufficient rate and a sufficient one above it; if `lowest` suffices, tries one rate half way to 1."""
         low, high = self.tried[self.lowest], self.tried[1.0]
         if low.sufficient:
             middle = self._between(low, high)
             if middle is None or (low := self._try(middle)).sufficient:
                 return
-        while self._left() > NEIGHBOURS and (keep := self._between(low, high)):
+        while self._left() > BELOW and (keep := self._between(low, high)):
             rate = self._try(keep)
             low, high = (low, rate) if rate.sufficient else (rate, high)
 
     def _look_below(self) -> None:
-        """In the widest gap below the smallest sufficient rate, on a log scale; where that is sufficient, again."""
+        """In the widest gap (on a log scale) below the smallest sufficient rate; repeats while the new rate is sufficient."""
         while self._left() > 0:
-            below = [rate for keep, rate in sorted(self.tried.items()) if keep <= self._smallest()]
+            smallest = min(keep for keep, rate in self.tried.items() if rate.sufficient)
+            below = [rate for keep, rate in sorted(self.tried.items()) if keep <= smallest]
             gaps = [(keep, b.keep / a.reached) for a, b in itertools.pairwise(below) if (keep := self._between(a, b))]
             if not gaps or not self._try(max(gaps, key=lambda gap: gap[1])[0]).sufficient:
                 return
 
-    def _smallest(self) -> float:
-        return min(keep for keep, rate in self.tried.items() if rate.sufficient)
-
     def _between(self, low: Rate, high: Rate) -> float | None:
-        """The geometric middle, None where it would select nothing else than its neighbours."""
+        """The geometric mean, None if it would select the same samples as a neighbour."""
         start = max(low.keep, low.reached)
         close = high.kept - low.kept <= 1 or high.keep / start < CLOSE
         return None if close else float(f"{math.sqrt(start * high.keep):.4g}")
@@ -149,7 +139,7 @@ class Search:
         return self.points - (len(self.tried) - 1)
 
     def _points(self, keep: float) -> list[Point]:
-        return self.context.repetitions({**self.base, "select.per_class": None, "select.keep": keep}, self.seeds)
+        return self.context.repetitions({"select.per_class": None, "select.keep": keep}, self.seeds)
 
     def _try(self, keep: float) -> Rate:
         return self._add(keep, self.context.points.run(self._points(keep)))

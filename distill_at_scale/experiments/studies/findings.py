@@ -1,4 +1,4 @@
-"""Findings as JSON and back: plain values only, what is not finite as null. Left out: how they look (`page.py`)."""
+"""Findings as JSON and back: plain values only, values that are not finite as null."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
 
 def write(path: Path, finding: Finding) -> None:
-    """Write a finding as a JSON file, in one step.
+    """Write a finding as a JSON file, atomically.
 
-    Raises TypeError for a value that is no number, text, list or mapping.
+    Raises TypeError for a value that is neither number, text, list nor mapping.
     """
     text = json.dumps(to_json(finding), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with publish(Path(path)) as temporary:
@@ -28,9 +28,9 @@ def write(path: Path, finding: Finding) -> None:
 
 
 def read(path: Path, named: str | None = None) -> Finding:
-    """Read what `write` wrote.
+    """Read the file of `write`; error messages call it `named`, where `path` is a local copy of it.
 
-    Raises UserError where the file is missing or is no finding, naming it (by `named`, where `path` is a copy of it).
+    Raises UserError where the file is missing or does not hold a finding.
     """
     named = named or str(path)
     try:
@@ -47,23 +47,19 @@ def to_json(finding: Finding) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> Finding:
-    """A finding from what `to_json` made; in plots, None is NaN again.
+    """A finding from the result of `to_json`; in plots, None becomes NaN again. Ignores other keys.
 
-    Other keys are passed over. Raises KeyError or TypeError where a field is missing.
+    Raises KeyError or TypeError where a field is missing.
     """
     known = {field.name: values[field.name] for field in dataclasses.fields(Finding) if field.name in values}
-    return Finding(**{**known, "plots": [_plot(plot) for plot in values["plots"]]})
-
-
-def _plot(values: Mapping[str, Any]) -> Plot:
-    series = [_series(one) for one in values["series"]]
-    lines = {name: tuple((label, _number(at)) for label, at in values[name]) for name in ("levels", "marks")}
-    return Plot(**{**values, "series": series, **lines})
-
-
-def _series(values: Mapping[str, Any]) -> Series:
-    x = [_number(value) for value in values["x"]]
-    return Series(**{**values, "x": x, "y": [_number(value) for value in values["y"]]})
+    plots = []
+    for plot in values["plots"]:
+        series = [
+            Series(**{**s, "x": list(map(_number, s["x"])), "y": list(map(_number, s["y"]))}) for s in plot["series"]
+        ]
+        lines = {name: tuple((label, _number(at)) for label, at in plot[name]) for name in ("levels", "marks")}
+        plots.append(Plot(**{**plot, "series": series, **lines}))
+    return Finding(**{**known, "plots": plots})
 
 
 def _number(value: Any) -> Any:
@@ -71,7 +67,7 @@ def _number(value: Any) -> Any:
 
 
 def plain(value: Any, where: str = "value") -> Any:
-    """A value as JSON knows it; `where` names it in the error."""
+    """A value as JSON holds it; `where` names it in the error."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

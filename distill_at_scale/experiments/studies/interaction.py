@@ -1,28 +1,27 @@
-"""Where pruning breaks, and whether samples' effects add up: accuracy against the share dropped, the least useful first.
+"""Where does pruning break, and do the effects of samples add up? Accuracy against the share dropped, least useful first.
 
-The additive model of the paper (a sample has one effect, whatever else is kept) is held against the facts: the first two drop
-rates give the cost per share dropped, by least squares through each repetition's own unpruned accuracy, and were costs constant
-the later rates would lie on that line. A gap from it that is clear over sample_size is an interaction (or an effect that
-grows with the rank). The break point is the first rate from which on all means lie below the unpruned one by more than the
-tolerance; per class likewise. Left out: which samples interact.
+In the paper's additive model a sample has one effect, whatever else is kept. The first two drop rates give the cost per share
+dropped, by least squares through the unpruned accuracy of each repetition; with constant costs the later rates lie on that
+line. A gap that is clear over repetitions is an interaction (or an effect that grows with the rank). The break point is the
+first rate from which on all means lie below the unpruned one by more than the tolerance; per class alike. Not covered: which
+samples interact.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome
-from distill_at_scale.experiments.statistics import mean_and_std
+from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     Level,
     accuracies,
+    accuracy_series,
     class_names,
     criterion_of,
     difference,
@@ -35,160 +34,114 @@ from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import count
 from distill_at_scale.pipeline.report.text import share as percent
 
-NAME = "interaction"
 FIRST = 2  # rates behind the additive prediction
 
 
 def check(context: StudyContext) -> None:
     """Raises UserError where the drop rates do not ascend within (0, 1)."""
-    _checked(context.config.studies.interaction.drops)
+    drops = list(context.config.studies.interaction.drops)
+    if drops != sorted(set(drops)) or not 0 < drops[0] <= drops[-1] < 1:
+        raise UserError(f"studies.interaction.drops = {drops}: give ascending shares between 0 and 1")
 
 
 def study(context: StudyContext) -> Finding:
+    check(context)
     section = context.config.studies.interaction
-    drops = _checked(section.drops)
-    whole, tried = _tried(context, drops)
-    level = Level(accuracies(whole), section.tolerance)
-    break_drop = _break_point(drops, [statistics.fmean(accuracies(o)) for o in tried], level.least)
-    classes = _class_breaks(context, drops, whole, tried, section.tolerance)
-    predicted = _predicted(drops, whole, tried)
-    together = max(1, len(drops) - FIRST)
-    gaps = [difference(accuracies(o), p, together=together) for o, p in zip(tried, predicted, strict=True)]
-    answer = _answer(context, drops, break_drop, level, gaps)
-    facts = {"break_drop": break_drop, "held_drop": _held(drops, break_drop), "per_class": classes}
-    return Finding(
-        NAME, "Interaction break point", answer, _paper(break_drop, drops), _rows(drops, whole, tried, predicted, gaps),
-        [_plot(drops, whole, tried, predicted, level, break_drop), _class_plot(classes)], facts,
-        _notes(context, drops, classes),
-    )  # fmt: skip
+    drops = list(section.drops)
+    drop = {**STATIC, "select.scope": "class", "select.order": "useful"}
+    outcomes = context.run([UNPRUNED, *({**drop, "select.keep": round(1 - share, 10)} for share in drops)])
+    unpruned, *dropped = [accuracies(group) for group in outcomes]
+    level = Level(unpruned, section.tolerance)
+    break_drop = _break_point(drops, [statistics.fmean(values) for values in dropped], level.least)
+    held = max((share for share in drops if break_drop is None or share < break_drop), default=0.0)
 
+    # the break point of each class; None where it does not break or has no test samples
+    by_class = [list(zip(*map(per_class, group), strict=True)) for group in outcomes]  # [rate][class][repetition]
+    classes: dict[str, float | None] = {}
+    for label, name in enumerate(class_names(context, len(by_class[0]))):
+        least = Level(by_class[0][label], section.tolerance).least
+        means = [statistics.fmean(rate[label]) for rate in by_class[1:]]
+        classes[name] = None if math.isnan(least) else _break_point(drops, means, least)
 
-def _checked(drops: Sequence[float]) -> list[float]:
-    if list(drops) != sorted(set(drops)) or not 0 < drops[0] <= drops[-1] < 1:
-        raise UserError(f"studies.interaction.drops = {list(drops)}: give ascending shares between 0 and 1")
-    return list(drops)
-
-
-def _tried(context: StudyContext, drops: Sequence[float]) -> tuple[list[Outcome], list[list[Outcome]]]:
-    """Unpruned outcomes, and those of every drop rate."""
-    cut = {**STATIC, "select.scope": "class", "select.order": "useful"}
-    parts = [context.repetitions(UNPRUNED)]
-    parts += [context.repetitions({**cut, "select.keep": round(1 - drop, 10)}) for drop in drops]
-    found = iter(context.points.run(list(itertools.chain(*parts))))
-    whole, *tried = [[next(found) for _ in part] for part in parts]
-    return whole, tried
-
-
-def _break_point(drops: Sequence[float], means: Sequence[float], least: float) -> float | None:
-    """The first rate from which on every mean is below `least`."""
-    found = None
-    for drop, mean in zip(reversed(drops), reversed(means), strict=True):
-        if mean >= least - 1e-12:
-            break
-        found = drop
-    return found
-
-
-def _class_breaks(
-    context: StudyContext,
-    drops: Sequence[float],
-    whole: Sequence[Outcome],
-    tried: Sequence[Sequence[Outcome]],
-    tolerance: float,
-) -> dict[str, float | None]:
-    """The break point of every class, by name; None where it does not break or has no test samples."""
-    before = list(zip(*map(per_class, whole), strict=True))  # by class, a value per repetition
-    after = [list(zip(*map(per_class, outcomes), strict=True)) for outcomes in tried]
-    found = {}
-    for label, name in enumerate(class_names(context, len(before))):
-        means = [statistics.fmean(values[label]) for values in after]
-        least = Level(before[label], tolerance).least
-        found[name] = None if math.isnan(least) else _break_point(drops, means, least)
-    return found
-
-
-def _predicted(
-    drops: Sequence[float], whole: Sequence[Outcome], tried: Sequence[Sequence[Outcome]]
-) -> list[list[float]]:
-    """What the additive model says for every rate and repetition, from that repetition's first rates."""
-    starts, first = accuracies(whole), [accuracies(outcomes) for outcomes in tried[:FIRST]]
-    squares = sum(drop**2 for drop in drops[:FIRST])
+    # the additive model: a line for each repetition through its unpruned accuracy, fitted to the first rates
+    squares = sum(share**2 for share in drops[:FIRST])
     slopes = [
-        sum(drop * (values[k] - start) for drop, values in zip(drops, first, strict=False)) / squares
-        for k, start in enumerate(starts)
+        sum(share * (values[k] - start) for share, values in zip(drops, dropped[:FIRST], strict=False)) / squares
+        for k, start in enumerate(unpruned)
     ]
-    return [[start + slope * drop for start, slope in zip(starts, slopes, strict=True)] for drop in drops]
+    predicted = [[start + slope * share for start, slope in zip(unpruned, slopes, strict=True)] for share in drops]
+    together = max(1, len(drops) - FIRST)
+    gaps = [difference(values, line, together=together) for values, line in zip(dropped, predicted, strict=True)]
 
-
-def _held(drops: Sequence[float], break_drop: float | None) -> float:
-    """The largest rate before the break; 0 where the first one breaks already."""
-    return max((drop for drop in drops if break_drop is None or drop < break_drop), default=0.0)
-
-
-def _answer(
-    context: StudyContext, drops: Sequence[float], break_drop: float | None, level: Level, gaps: Sequence[Difference]
-) -> str:
-    name, _ = criterion_of(context)
-    where = (
-        f"does not break up to {percent(drops[-1])} dropped" if break_drop is None
-        else f"breaks at {percent(break_drop)} dropped"
-    )  # fmt: skip
-    clear = [k for k in range(FIRST, len(drops)) if gaps[k].clear]
-    if clear:
-        k = clear[-1]
-        side = "worse" if gaps[k].mean < 0 else "better"
-        adds = f"effects do not add up: at {percent(drops[k])} it is {side} than predicted by adding, by {in_points(gaps[k])}"
-    else:
-        adds = "the additive prediction from the first rates is not refuted"
-    return f"Dropping the least useful by {name} {where} (unpruned {spread(level.accuracies)}); {adds}."
-
-
-def _paper(break_drop: float | None, drops: Sequence[float]) -> str:
-    said = "A known limit of the method is that accuracy of small, uniform sets (MNIST-like) breaks beyond 30 % dropped"
-    if break_drop is None:
-        return f"{said}; here it does not, up to {percent(drops[-1])}."
-    return f"{said}; here it holds beyond that." if break_drop > 0.3 else f"{said}; here it breaks by then."
-
-
-def _rows(
-    drops: Sequence[float], whole: Sequence[Outcome], tried: Sequence[Sequence[Outcome]],
-    predicted: Sequence[Sequence[float]], gaps: Sequence[Difference],
-) -> list[dict[str, Any]]:  # fmt: skip
-    start, std = mean_and_std(accuracies(whole))
     rows: list[dict[str, Any]] = [
-        {"drop": 0.0, "kept": whole[0].kept, "mean": start, "std": std, "n": len(whole), "predicted": start, "gap": 0.0,
+        {"drop": 0.0, "kept": outcomes[0][0].kept, **summary(unpruned), "predicted": level.mean, "gap": 0.0,
          "half_interval": None}
     ]  # fmt: skip
-    for drop, outcomes, line, gap in zip(drops, tried, predicted, gaps, strict=True):
-        mean, std = mean_and_std(accuracies(outcomes))
-        rows.append({"drop": drop, "kept": outcomes[0].kept, "mean": mean, "std": std, "n": len(outcomes),
-                     "predicted": statistics.fmean(line), "gap": gap.mean, "half_interval": gap.half})  # fmt: skip
-    return rows
-
-
-def _plot(
-    drops: Sequence[float], whole: Sequence[Outcome], tried: Sequence[Sequence[Outcome]],
-    predicted: Sequence[Sequence[float]], level: Level, break_drop: float | None,
-) -> Plot:  # fmt: skip
-    figures = [mean_and_std(accuracies(outcomes)) for outcomes in (whole, *tried)]
+    for share, group, values, line, gap in zip(drops, outcomes[1:], dropped, predicted, gaps, strict=True):
+        rows.append({"drop": share, "kept": group[0].kept, **summary(values), "predicted": statistics.fmean(line),
+                     "gap": gap.mean, "half_interval": gap.half})  # fmt: skip
     x, line = [0.0, *drops], [level.mean, *(statistics.fmean(values) for values in predicted)]
     series = [
-        Series("measured", x, [m for m, _ in figures], [s for _, s in figures], role="ours"),
+        accuracy_series("measured", x, [unpruned, *dropped]),
         Series("additive prediction", x, [min(1.0, max(0.0, value)) for value in line]),
     ]
     levels = [("unpruned", level.mean), ("broken below", level.least)]
     marks = [] if break_drop is None else [("break point", break_drop)]
-    return Plot(
-        "Accuracy against the share dropped", "share dropped, the least useful first", "top-1", series, levels, marks
+    bars = [1.0 if share is None else share for share in classes.values()]
+    class_series = [Series("break point", list(classes), bars, None, "bars", "ours")]
+    return Finding(
+        "interaction",
+        "Interaction break point",
+        _answer(criterion_of(context)[0], drops, break_drop, level, gaps),
+        _paper(break_drop, drops),
+        rows,
+        [
+            Plot(
+                "Accuracy against the share dropped",
+                "share dropped, the least useful first",
+                "top-1",
+                series,
+                levels,
+                marks,
+            ),
+            Plot("Break point per class (1: does not break)", "class", "share dropped", class_series),
+        ],
+        {"break_drop": break_drop, "held_drop": held, "per_class": classes},
+        _notes(context, drops, classes),
     )
 
 
-def _class_plot(classes: Mapping[str, float | None]) -> Plot:
-    """Bars of the classes that break; 1 where a class does not."""
-    series = Series(
-        "break point", list(classes), [1.0 if drop is None else drop for drop in classes.values()], None, "bars", "ours"
+def _break_point(drops: Sequence[float], means: Sequence[float], least: float) -> float | None:
+    """The first rate from which on each mean is below `least`."""
+    result = None
+    for drop, mean in zip(reversed(drops), reversed(means), strict=True):
+        if mean >= least - 1e-12:
+            break
+        result = drop
+    return result
+
+
+def _answer(
+    name: str, drops: Sequence[float], break_drop: float | None, level: Level, gaps: Sequence[Difference]
+) -> str:
+    where = f"does not break up to {percent(drops[-1])} dropped"
+    if break_drop is not None:
+        where = f"breaks at {percent(break_drop)} dropped"
+    adds = "the additive prediction from the first rates is not refuted"
+    if clear := [k for k in range(FIRST, len(drops)) if gaps[k].clear]:
+        k = clear[-1]
+        side = "worse" if gaps[k].mean < 0 else "better"
+        adds = f"effects do not add up: at {percent(drops[k])} it is {side} than predicted by adding, by {in_points(gaps[k])}"
+    return f"Dropping the least useful by {name} {where} (unpruned {spread(level.accuracies)}); {adds}."
+
+
+def _paper(break_drop: float | None, drops: Sequence[float]) -> str:
+    claim = (
+        "A known limit of the method is that accuracy of small, uniform sets (MNIST-like) breaks beyond 30 % dropped"
     )
-    return Plot("Break point per class (1: does not break)", "class", "share dropped", [series])
+    if break_drop is None:
+        return f"{claim}; here it does not, up to {percent(drops[-1])}."
+    return f"{claim}; here it holds beyond that." if break_drop > 0.3 else f"{claim}; here it breaks by then."
 
 
 def _notes(context: StudyContext, drops: Sequence[float], classes: Mapping[str, float | None]) -> list[str]:

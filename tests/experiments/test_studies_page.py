@@ -118,4 +118,4 @@ def test_values_are_said_as_a_reader_says_them():
 
 
 def test_without_findings_the_page_says_so(tmp_path):
-    assert "No study has ended yet" in written(tmp_path)
+    assert "No study has finished yet" in written(tmp_path)

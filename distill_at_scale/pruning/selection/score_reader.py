@@ -133,7 +133,7 @@ class ScoreReader:
         else:
             file = self._open()  # a reader per stream: two threads must not share a ParquetFile
             with reading(self.source, "score"):
-                yield from self._checked(batches(file, columns))
+                yield from self._checked(file.iter_batches(BATCH, columns=list(columns)))
 
     def _checked(self, parts: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in parts:

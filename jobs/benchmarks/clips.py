@@ -1,12 +1,12 @@
-"""Clips on Ray against plain decord processes and forward passes alone, in clips per second, with every process's memory.
+"""Ingest and scoring of clips on Ray against plain decord processes and bare forward passes, with the memory of all processes.
 
     python jobs/benchmarks/clips.py --path VIDEOFOLDER [--size 64] [--frames 8] [--copies 30] [--rows ingest,scoring]
 
 VIDEOFOLDER holds videos in class folders, for example Kinetics' `val`. Its files are linked `copies` times, so that a
-measurement takes at least a minute. Ingest: the roof is one plain process per core that decodes the same frames of the same
-files with decord, one thread each, resizing while it decodes. Scoring: shards of clips of these videos (windows at random
-places, so that no two are equal), a ConvNet3D under 1 and under 10 checkpoints, against its compiled forward pass alone on
-clips in memory. Ours is measured in steady state, one actor per core. The last table is a projection for Kinetics-400.
+measurement takes at least a minute. Ingest: the yardstick is one plain process per core that decodes the same frames with
+decord in one thread and resizes them. Scoring: shards of clips of these videos (windows at random places, all different), a
+ConvNet3D with 1 and with 10 checkpoints, against its compiled forward pass on clips in memory. Our rows run in steady state
+with one actor per core. The last table is a projection for Kinetics-400.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""How fast one core decodes JPEGs to a small size, and how true; what a compressed form of 224 x 224 images costs.
+"""How fast and how exactly one core decodes JPEGs to a small size, and what compressed storage of 224 x 224 images costs.
 
     python jobs/benchmarks/decode.py --path FOLDER [--images 60] [--rounds 5] [--sizes 64 128 224] [--json FILE]
 
-FOLDER holds images at any depth (an ImageFolder, or one split of it); `--images` of them are taken, evenly spread over the
-sorted names. Decoding is measured on the files as they are and on 500 x 375 JPEGs (quality 90) made from them in memory. The
-stored form is measured on the images at `--stored` pixels, and on mosaics of four such images at half that width: a second
-coding flatters files that were JPEG on the same grid, while the mosaics have the detail of large photos scaled down.
+FOLDER holds images at any depth; `--images` of them are used, evenly spread over the sorted names. Decoding is measured on
+the files and on 500 x 375 JPEGs (quality 90) made from them in memory. The stored form is measured on the images at
+`--stored` pixels and on mosaics of four such images at half that width: coding files a second time on the same JPEG grid
+looks better than it is, and the mosaics have the detail of large photos scaled down.
 
-Rates are images per second of CPU time of this process, one thread, the median over rounds in which all rows take turns,
-so other work on the machine matters little. Differences are to Pillow's full decode and antialiased bicubic resize (`mad`:
-mean absolute, in levels of 255; `psnr`: dB, mean and worst image, 78 where equal). Prints text tables, and one JSON object
-with hardware and versions. Decodes nothing on a GPU, and reads each file once.
+Rates are images per second of CPU time of this process, one thread, the median over rounds in which all rows take turns.
+Differences are to Pillow's full decode with antialiased bicubic resize (`mad`: mean absolute difference in levels of 255;
+`psnr`: dB, mean and worst image, 78 if equal). Prints text tables, and one JSON object with hardware and versions.
 """
 
 from __future__ import annotations
@@ -274,8 +273,8 @@ def _measure(work: dict[str, Callable[[], list[Any]]], rounds: int) -> tuple[dic
     return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 
-def _difference(found: list[Array], wanted: list[Array]) -> Row:
-    gaps = [a.astype(np.float64) - b for a, b in zip(found, wanted, strict=True)]
+def _difference(result: list[Array], wanted: list[Array]) -> Row:
+    gaps = [a.astype(np.float64) - b for a, b in zip(result, wanted, strict=True)]
     ratios = [10 * math.log10(255**2 / max(float((gap**2).mean()), 1e-3)) for gap in gaps]  # 1e-3: at most 78 dB
     mad = statistics.fmean(float(np.abs(gap).mean()) for gap in gaps)
     return {"mad": round(mad, 2), "psnr": round(statistics.fmean(ratios), 1), "worst psnr": round(min(ratios), 1)}

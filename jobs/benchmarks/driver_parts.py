@@ -1,7 +1,7 @@
-"""What a run does once, on one machine, at ImageNet-1K's size: images per second of each part, on made-up inputs.
+"""The parts of a run that one machine does once, at ImageNet-1K's size: images per second of each, on synthetic inputs.
 
-The list of all samples, their order, the merge into shards with one thread and with all, the hashes, the join of the scores
-and the selection. Every part is the product's own function. Left out: what actors do (`simulated.py` prints both).
+The list of all samples, their order, the merge into shards with one thread and with all threads, the hashes, the join of the
+scores and the selection. Every part is the product's own function. `simulated.py` prints these beside the actors' rates.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ def _listed(folder: Path) -> Rates:
     """The driver's list of all samples, on disk, and their order by class and id."""
     config = validate({"data": {"source": "made_up:ImageNetSized", "path": "1", "size": 64, "chunk": CHUNK}})
     plan, seconds = _timed(lambda: ingest.plan(config).on_disk(folder))
-    found = {"list all samples": plan.samples / seconds}
+    result = {"list all samples": plan.samples / seconds}
     rows = plan.listings["train"].select(["sample_id", "label"])
     pieces = [_write(folder / f"ids-{i}.arrow", rows.slice(i, CHUNK)) for i in range(0, rows.num_rows, CHUNK)]
     _, seconds = _timed(lambda: merge.order_of(pieces))
-    return found | {"sort all ids": rows.num_rows / seconds}
+    return result | {"sort all ids": rows.num_rows / seconds}
 
 
 def _merged(folder: Path, count: int) -> Rates:
-    pieces, found = _pieces(folder, count), {}
+    pieces, result = _pieces(folder, count), {}
     group = shards.group_rows(SHAPE, False, CHUNK)
     labels, order = merge.order_of(pieces)
     for threads in sorted({1, merge.merge_threads()}):
         target = folder / f"shards-{threads}"
         _, seconds = _timed(lambda: merge.write(target, pieces, labels, order, group, threads))  # noqa: B023
-        found[f"merge into shards, {threads} thread{'s' * (threads > 1)}"] = count / seconds
+        result[f"merge into shards, {threads} thread{'s' * (threads > 1)}"] = count / seconds
     files = sorted(target.iterdir())
     _, seconds = _timed(lambda: file_digests(files))
-    return found | {"hash the shards": count / seconds}
+    return result | {"hash the shards": count / seconds}
 
 
 def _scored(folder: Path) -> Rates:
@@ -73,15 +73,15 @@ def _pieces(folder: Path, count: int) -> list[Path]:
     draw = np.random.default_rng(0)
     labels = draw.permutation(np.arange(made_up.CLASSES).repeat(made_up.class_sizes()))[:count]
     noise, size = draw.integers(70, 186, made_up.POOL, np.uint8), int(np.prod(SHAPE))
-    found = []
+    result = []
     for start in range(0, count, CHUNK):
         some = np.sort(labels[start : start + CHUNK])
         ids = [f"train/n{label:08d}/n{label:08d}_{start + i}.JPEG" for i, label in enumerate(some)]
         begins = draw.integers(0, made_up.POOL - size, len(some))
         table = shards.to_table(ids, some.tolist(), noise[begins[:, None] + np.arange(size)].reshape(-1, *SHAPE))
         table = table.sort_by([("label", "ascending"), ("sample_id", "ascending")])
-        found.append(_write(folder / f"{start:08d}.arrow", table))
-    return found
+        result.append(_write(folder / f"{start:08d}.arrow", table))
+    return result
 
 
 def _write(path: Path, table: pa.Table) -> Path:

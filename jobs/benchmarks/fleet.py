@@ -1,12 +1,12 @@
-"""What a run should take and cost on many GPUs: a model of every stage from measured and assumed constants.
+"""A model of the time and cost of a run on many GPUs, from measured and assumed constants.
 
     python jobs/benchmarks/fleet.py [CONFIG ...] [--gpus 1 8 64] [--price 2.5] [--CONSTANT VALUE ...]
 
-seconds of a part = start + the largest of (work / (rate x places that it can use), what one driver hands out). CONFIG is a
+Seconds of a part = start + max(work / (rate x usable places), units / units per second of the driver). CONFIG is a
 configuration of ImageNet-1K at 64 x 64 (default: the two in `configs/`). Every constant is an option and is printed with its
-source; no rate of a GPU or of a network was measured, all of these are assumptions: a range is printed in which they are
-`--spread` times better or worse. Money is the whole run times all GPUs; a GPU's price includes its share of cores. Left
-out: downloading the data, nodes that start or are lost, and waiting for storage.
+source. No rate of a GPU or of a network was measured: these are assumptions, and the printed range has them `--spread` times
+better or worse. Cost is the whole run times all GPUs; a GPU's price includes its share of cores. Not covered: downloading the
+data, nodes that start or are lost, and waiting for storage.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def main() -> None:
     constants = Constants(**{f.name: getattr(options, f.name) for f in fields(Constants)})
     for name, value in asdict(constants).items():
         print(f"{name:<10}{value:>10g}  {SOURCES[name]}")
-    found = {}
+    result = {}
     for path in options.configs or [ROOT / "configs" / f"{name}.yaml" for name in CONFIGS]:
         config = configuration.load(path, options.overrides)
-        found[Path(path).stem] = rows = table(config, constants, options)
+        result[Path(path).stem] = rows = table(config, constants, options)
         print(columns(f"{Path(path).stem}, seconds by number of GPUs", rows))
-    print(json.dumps({"constants": asdict(constants), "price": options.price, "tables": found}))
+    print(json.dumps({"constants": asdict(constants), "price": options.price, "tables": result}))
 
 
 def _options() -> argparse.Namespace:
@@ -123,7 +123,7 @@ def table(config: Config, constants: Constants, options: argparse.Namespace) -> 
 
 
 def run(config: Config, of: Constants, gpus: int) -> Parts:
-    """Seconds of every part of a run on so many GPUs."""
+    """Seconds of every part of a run on a number of GPUs."""
     score, distilling, evaluating = config.score, config.distill, config.evaluate
     proxy = _spec(score.network, config, score.width, score.depth)
     own = _spec(distilling.network, config, distilling.width, distilling.depth)
@@ -172,7 +172,7 @@ def _all_reduce(spec: NetworkSpec, of: Constants, gpus: int) -> float:
 
 
 def _kept(config: Config) -> float:
-    """Of a real batch after runtime pruning; every so many steps all of it is looked at."""
+    """Mean fraction of a real batch after runtime pruning; every `refresh` steps the whole batch is scored."""
     runtime = config.runtime
     return 1 - runtime.drop * (1 - 1 / runtime.refresh) if runtime.rule != "none" else 1.0
 

@@ -1,11 +1,11 @@
-"""Ingest on Ray against decoding and resizing alone, in images per second of the same bytes.
+"""Ingest on Ray against bare decoding and resizing, in images per second of the same files.
 
     python jobs/benchmarks/ingest.py --path IMAGEFOLDER [--size 64] [--copies 40] [--large 500x375] [--rounds 2]
 
 IMAGEFOLDER holds `train/<class>/*.JPEG`. Its files are linked `copies` times, so that a measurement takes at least a minute;
-with `--large` they are first scaled up to that size (JPEG, quality 90). The roof is one plain process per core that reads
-a file, decodes and resizes it and drops the pixels. Ours is the product's ingest with one actor per core, from its first
-pieces to its last one; roof and ours take turns.
+`--large` scales them up first (JPEG, quality 90). The yardstick is one plain process per core that reads, decodes and resizes
+files and drops the pixels. Our row is the product's ingest with one actor per core, from its first to its last part file;
+both take turns.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def _options() -> argparse.Namespace:
 
 
 def _inputs(options: argparse.Namespace, folder: Path) -> list[str]:
-    found = []
+    result = []
     for path in sorted(Path(options.path, "train").rglob("*.*")):
         source = _enlarged(path, options.large, folder.parent / "large") if options.large else path.resolve()
         for copy in range(options.copies):
             link = folder / "train" / path.parent.name / f"{copy:03d}-{path.name}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(source)
-            found.append(str(link))
-    return found
+            result.append(str(link))
+    return result
 
 
 def _enlarged(path: Path, size: str, folder: Path) -> Path:

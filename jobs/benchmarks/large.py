@@ -1,12 +1,12 @@
-"""The paper's large rows on made-up sets of all their classes: `validate`, `plan` and three steps, with peak memory.
+"""The paper's large rows on synthetic data of all their classes: `validate`, `plan` and three steps, with peak memory.
 
     python jobs/benchmarks/large.py [NAME ...] [--width 8] [--each 0] [--folder DIR] [--ray] [section.key=value ...]
 
-NAME is one of the five configurations (default: all). The set has the layout that the configuration names (ImageNet's folders
-with small JPEGs; Kinetics' CSV files and small mp4 files) and its 1000 or 400 classes, with a few samples of each: `--each`, at
-least as many as images per class are asked for. Overrides keep it to minutes on two cores and are printed: three steps, narrow
-networks, one short trial, one evaluation of one epoch. `--width 128` is the real network, for a machine with a GPU.
-Ends with one JSON object.
+NAME is one of the five configurations (default: all). The data has the layout that the configuration names (ImageNet's
+folders with small JPEGs; Kinetics' CSV files and small mp4 files) and its 1000 or 400 classes with `--each` samples per class
+(at least as many as images per class). Overrides keep a run to minutes on two cores and are printed: three steps, narrow
+networks, one short trial, one evaluation of one epoch. `--width 128` is the real network, for a machine with a GPU. Ends with
+one JSON object.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def _row(name: str, options: argparse.Namespace, folder: Path) -> None:
     if not options.without_plan:
         phases["plan"] = lambda: display.console.print(plans.table(config, pipeline.forecast()))
     phases |= {stage: _stage(config, stage, display) for stage in STAGES}
-    found = {phase: _watched(work) for phase, work in phases.items()}
-    for phase, figures in found.items():
+    result = {phase: _watched(work) for phase, work in phases.items()}
+    for phase, figures in result.items():
         show_peaks({f"{phase}, {figures['seconds']} s: {kind}": peak for kind, peak in figures["peak_mb"].items()})
     about = environment()
-    print(json.dumps({"configuration": name, "each": each, "overrides": overrides, "phases": found,
+    print(json.dumps({"configuration": name, "each": each, "overrides": overrides, "phases": result,
                       "hardware": about["hardware"], "commit": about["commit"]}))  # fmt: skip
 
 

@@ -1,9 +1,8 @@
-"""A made-up data set of ImageNet-1K's cardinality, as a source (`made_up:ImageNetSized`).
+"""A synthetic data set of ImageNet-1K's size as a source (`made_up:ImageNetSized`).
 
 1,281,167 training samples in 1000 classes of ImageNet's sizes: 895 classes of 1300, and 105 between 732 and 1299. The images
-are 16 x 16 noise around a pattern of their class, so that a network has something to learn, and come in an order that
-mixes all classes, which is the harder case for the merge. `data.path` is a number: the share of the set that is made (1
-for all of it; 0.1 gives a tenth of every class).
+are 16 x 16 noise around a pattern of their class, so that a network can learn, in an order that mixes all classes, which is
+the harder case for the merge. `data.path` is the fraction of the set (1: all of it; 0.1: a tenth of every class).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Distillation methods beside each other on one data set: accuracy and time, with and without both levels of pruning.
+"""Accuracy and time of distillation methods on one data set, with and without both levels of pruning.
 
     python jobs/benchmarks/methods.py BASE.yaml --out runs/methods [--methods dc dm] [--ipc 1 10]
         [--levels none static both] [--set section.key=value ...] [--only-table]
 
-BASE.yaml says everything that rows share; SCHEDULES below says, per method and images per class, how much of the published
-schedule a row runs: what two cores finish in minutes. Ingest and scoring are done once, in OUT/shared, and reused.
-Every row is an ordinary run of the pipeline in this process (cluster.address=none), so an interrupted benchmark goes on
-where it was, and several processes may share OUT with different --methods. Prints a Markdown table of what is finished.
+BASE.yaml has everything that the rows share; SCHEDULES below has, per method and images per class, the part of the published
+schedule that two cores finish in minutes. Ingest and scoring are done once, in OUT/shared, and reused. Every row is an
+ordinary run of the pipeline in this process (cluster.address=none), so an interrupted benchmark resumes, and several
+processes may share OUT with different --methods. Prints a Markdown table of the finished rows.
 
-Levels: `none` everything kept and nothing dropped; `static` the keep rate of BASE.yaml; `both` its runtime rule, too.
+Levels: `none` keeps and uses everything; `static` uses the keep rate of BASE.yaml; `both` adds its runtime rule.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _run(config: Config, stages: tuple[str, ...]) -> None:
 def _table(out: Path) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for path in sorted(out.glob("*/evaluation.json")):
-        made = {row["set"]: row for row in json.loads(path.read_text())["summary"]}
+        built = {row["set"]: row for row in json.loads(path.read_text())["summary"]}
         record = {s: json.loads((path.parent / "stages" / f"{s}.json").read_text()) for s in ("select", "distill")}
         card = json.loads((path.parent / "synthetic" / "card.json").read_text())
         runtime = card["runtime"]
@@ -75,7 +75,7 @@ def _table(out: Path) -> str:
             else f"{runtime['rule']} {runtime['drop']:g}"
         )
         cells = [card["method"], card["images_per_class"], f"{record['select']['reached']:.2%}", rule]
-        cells += [_accuracy(made["distilled"]), made["distilled"]["n"], _accuracy(made["random_real"])]
+        cells += [_accuracy(built["distilled"]), built["distilled"]["n"], _accuracy(built["random_real"])]
         lines.append("| " + " | ".join(map(str, [*cells, f"{record['distill']['seconds']:.0f}"])) + " |")
     return "\n".join(lines)
 

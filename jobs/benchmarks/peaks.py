@@ -1,4 +1,4 @@
-"""Peak memory of a benchmark's processes, by kind: an idle process looks at all of them ten times a second."""
+"""Peak memory of a benchmark's processes by kind: a separate, otherwise idle process samples all of them ten times per second."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _watch(root: int, end: Any, results: Any) -> None:
     while not end.wait(EVERY):
         now: dict[str, list[float]] = defaultdict(list)
         for pid in family(root) - {os.getpid()}:
-            if (found := _memory(pid)) is not None:
-                now["all processes"].append(found)
-                now[kind_of(pid, root)].append(found)
+            if (result := _memory(pid)) is not None:
+                now["all processes"].append(result)
+                now[kind_of(pid, root)].append(result)
         for kind, sizes in now.items():
             peak = peaks[kind]
             peak["largest"] = max(peak["largest"], round(max(sizes), 1))
@@ -66,12 +66,12 @@ def family(root: int) -> set[int]:
             continue
         if stat:
             children[int(stat.rpartition(")")[2].split()[1])].append(int(entry))
-    found, waiting = set(), [root]
+    result, waiting = set(), [root]
     while waiting:
         pid = waiting.pop()
-        found.add(pid)
+        result.add(pid)
         waiting += children[pid]
-    return found
+    return result
 
 
 def kind_of(pid: int, root: int) -> str:

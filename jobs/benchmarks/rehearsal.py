@@ -1,11 +1,12 @@
-"""A full-size rehearsal: ImageNet-1K's cardinality through ingest, score and select, with every process's peak memory.
+"""A full-size rehearsal: ImageNet-1K's number of samples through ingest, score and select, with the peak memory of all
+processes.
 
     python jobs/benchmarks/rehearsal.py [--folder DIR] [--share 1] [--actors 2] [--width 16]
 
-Runs `made_up:ImageNetSized` (1,281,167 images of 16 x 16, 1000 classes) through the product's own pipeline on Ray: a proxy
-of width 16 trained on a tenth of every class for two epochs, its two checkpoints over all images, then the selection of
-10 %. A second, idle process looks at all processes ten times a second. `--share 0.1` is the same with a tenth of the
-samples: the peaks of both are what "bounded memory" means. Prints a table and one JSON object.
+Runs `made_up:ImageNetSized` (1,281,167 images of 16 x 16, 1000 classes) through the product's own pipeline on Ray: a proxy of
+width 16 trained on a tenth of every class for two epochs, its two checkpoints over all images, then the selection of 10 %. A
+second process samples the memory of all processes ten times per second. `--share 0.1` is the same with a tenth of the
+samples: comparing both peaks shows whether memory is bounded. Prints a table and one JSON object.
 """
 
 from __future__ import annotations

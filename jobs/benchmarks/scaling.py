@@ -2,12 +2,12 @@
 
     python jobs/benchmarks/scaling.py [--repeats 3] [--parts scoring,dm,dc] [--samples 16384] [--steps 40]
 
-strong: the same work (samples; classes) for two actors or workers as for one. weak: twice the work for two. Scoring runs
-through the product's actor pool, a ConvNet of width 32 at 32 x 32 under four checkpoints; distillation in Ray Train workers
-of one thread each, DM (no communication) and DC (one all-reduce per inner batch). plain: the same functions in one or two
-processes without Ray, each on a core of its own and on its own part of the work, which never wait for each other: what
-two cores of this machine give at all. Rates are of the steady state; the start of actors or workers is a column of its own.
-The cases run in turn, `--repeats` times. Prints tables with mean and standard deviation, and one JSON object.
+Strong: the same work (samples; classes) for two actors or workers as for one. Weak: twice the work for two. Scoring runs in
+the product's actor pool with a ConvNet of width 32 at 32 x 32 and four checkpoints; distillation in Ray Train workers of one
+thread each, DM (no communication) and DC (one all-reduce per inner batch). Plain: the same functions in one or two processes
+without Ray, each pinned to a core with its own part of the work and no waiting, which shows the machine's own limit. Rates
+are of the steady state; the start of actors or workers is a separate column. The cases take turns, `--repeats` times. Prints
+tables with mean and standard deviation, and one JSON object.
 """
 
 from __future__ import annotations
@@ -104,29 +104,29 @@ def _in_turn(cases: list[Case], repeats: int, folder: Path) -> list[Case]:
 def _rows(cases: list[Case]) -> list[dict[str, Any]]:
     """`of one`: against the first case of the same kind, the efficiency of two against twice one."""
     base = {case.name.partition(",")[0]: statistics.fmean(case.rates) for case in cases if ", 1 " in case.name}
-    found = []
+    result = []
     for case in cases:
         mean, kind = statistics.fmean(case.rates), case.name.partition(",")[0]
         spread = statistics.stdev(case.rates) if len(case.rates) > 1 else 0.0
         one = base["plain" if kind == "plain" else "Ray"]
-        found.append({"case": case.name, "rate": round(mean, 1), "std": round(spread, 1), "of one": round(mean / one, 2),
+        result.append({"case": case.name, "rate": round(mean, 1), "std": round(spread, 1), "of one": round(mean / one, 2),
                       "start s": round(statistics.fmean(case.starts), 1)})  # fmt: skip
-    return found
+    return result
 
 
 def scoring(options: argparse.Namespace, folder: Path) -> list[Case]:
     facts = _facts(range(1))
-    made = dummy_data.write(folder / "scored", facts, [0], CHUNK, CHUNK)
+    built = dummy_data.write(folder / "scored", facts, [0], CHUNK, CHUNK)
     dummy_data.write_checkpoints(folder / "proxies", NetworkSpec("convnet", SHAPE, 1, WIDTH), EPOCHS)
-    one = PreparedDataset(made.prepared).chunks()[0]
+    one = PreparedDataset(built.prepared).chunks()[0]
 
     def by_actors(actors: int, samples: int) -> Callable[[Path], tuple[float, float]]:
-        return lambda place: _score(actors, made.prepared, folder / "proxies", _chunks(one, samples), place)
+        return lambda place: _score(actors, built.prepared, folder / "proxies", _chunks(one, samples), place)
 
     def by_processes(count: int) -> Callable[[Path], tuple[float, float]]:
         samples = options.samples
         return lambda place: (
-            roof(plain_scoring, count, str(made.prepared), str(folder / "proxies"), samples, str(place)),
+            roof(plain_scoring, count, str(built.prepared), str(folder / "proxies"), samples, str(place)),
             0.0,
         )
 
@@ -180,7 +180,7 @@ def distilling(options: argparse.Namespace, method: str, folder: Path) -> list[C
         return lambda place: _distill(workers, _distils(method, workers, steps), sets[classes], classes, place)
 
     def by_processes(count: int) -> Callable[[Path], tuple[float, float]]:
-        places = {n: (str(made.prepared), str(made.manifest)) for n, made in sets.items()}
+        places = {n: (str(built.prepared), str(built.manifest)) for n, built in sets.items()}
         return lambda place: (roof(plain_distillation, count, method, steps, places[CLASSES // count], str(place)), 0.0)
 
     return [
@@ -211,13 +211,15 @@ def _distils(method: str, workers: int, steps: int) -> Config:
     return validate({"distill": section})
 
 
-def _distill(workers: int, config: Config, made: dummy_data.DummySet, classes: int, place: Path) -> tuple[float, float]:
+def _distill(
+    workers: int, config: Config, built: dummy_data.DummySet, classes: int, place: Path
+) -> tuple[float, float]:
     """Classes x steps per second from the third line of the log to the last; the start is all before the first step."""
     from distill_at_scale.cluster.executor import RayExecutor
     from distill_at_scale.pipeline.executors import tasks
 
     lines: list[dict[str, Any]] = []
-    places, began = DistillPaths(made.prepared, made.manifest, place, place / "metrics.jsonl"), time.perf_counter()
+    places, began = DistillPaths(built.prepared, built.manifest, place, place / "metrics.jsonl"), time.perf_counter()
     executor = RayExecutor(config, lambda text: None, sharing=2 // workers)  # so that a worker has one core
     tasks.distill(executor, config, places, lines.append)
     whole = time.perf_counter() - began
@@ -234,13 +236,13 @@ def plain_distillation(
     work = Path(place) / str(core)
     work.mkdir()
     places = DistillPaths(Path(folders[0]), Path(folders[1]), work, work / "metrics.jsonl")
-    made = Distillation(_distils(method, 1, steps), places, SingleProcess(), CPU)
+    built = Distillation(_distils(method, 1, steps), places, SingleProcess(), CPU)
     for i in range(3):
-        made.method.step(i)
+        built.method.step(i)
     ready()
     for i in range(3, steps):
-        made.method.step(i)
-    return (steps - 3) * len(made.context.labels)
+        built.method.step(i)
+    return (steps - 3) * len(built.context.labels)
 
 
 def _pin(core: int) -> None:

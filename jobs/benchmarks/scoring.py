@@ -1,13 +1,12 @@
-"""Scoring from shards against what the hardware allows and against how it is usually done, in samples per second.
+"""Scoring from shards against the hardware's limit and against common practice, in samples per second.
 
     python jobs/benchmarks/scoring.py --path IMAGEFOLDER [--size 64] [--width 32] [--samples 600000] [--rows roof,ours,...]
 
-The images of IMAGEFOLDER (`train/<class>/*`) are decoded once and scored again and again. A ConvNet scores them under 1 and
-under 10 checkpoints; every row runs for about a minute. Roof: one plain process per core with the compiled forward pass,
-images in memory as normalised floats. Ours: the product's scoring pass on Ray, one actor per core, in steady state.
-`loader`: a plain DataLoader over the JPEGs and an eager loop. `naive`: ray.data.read_images().map_batches(actor) in steady
-state, one actor, since the reading needs the other core. Rows of one run belong together; with several checkpoints a
-sample counts once.
+The images of IMAGEFOLDER (`train/<class>/*`) are decoded once and scored repeatedly. A ConvNet scores them with 1 and with 10
+checkpoints; every row runs for about a minute. `roof`: one plain process per core with the compiled forward pass, normalised
+floats in memory. `ours`: the product's scoring pass on Ray, one actor per core, in steady state. `loader`: a plain DataLoader
+over the JPEGs and an eager loop. `naive`: ray.data.read_images().map_batches(actor) in steady state with one actor, because
+reading needs the other core. Compare rows of one run only; with several checkpoints a sample counts once.
 """
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="scoring-"))
     try:
         files, prepared = _prepare(options, folder)
-        found: dict[str, dict[int, float]] = {}
+        result: dict[str, dict[int, float]] = {}
         for count in (1, MANY):
             for row in wanted:
                 if row not in ("one actor", "naive") or count == 1:
                     rate = _measure(row, count, options, folder, prepared, files)
-                    found.setdefault(row, {})[count] = rate
+                    result.setdefault(row, {})[count] = rate
                     print(f"{row}, {count} checkpoint(s): {rate:.1f} samples/s", flush=True)
         show(
-            f"ConvNet width {options.width}, {options.size} x {options.size}", _rows(found), {"options": vars(options)}
+            f"ConvNet width {options.width}, {options.size} x {options.size}", _rows(result), {"options": vars(options)}
         )
     finally:
         shutil.rmtree(folder)
@@ -75,7 +74,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _rows(found: dict[str, dict[int, float]]) -> list[Row]:
+def _rows(result: dict[str, dict[int, float]]) -> list[Row]:
     names = {
         "roof": "roof: compiled forward alone, plain processes",
         "ours": "ours: from shards, one actor per core",
@@ -84,9 +83,9 @@ def _rows(found: dict[str, dict[int, float]]) -> list[Row]:
         "naive": "naive Ray Data over the JPEGs (ratio: ours against it)",
     }
     rows: list[Row] = []
-    for row, rates in found.items():
+    for row, rates in result.items():
         for count, rate in rates.items():
-            ours, best = found.get("ours", {}).get(count), found.get("roof", {}).get(count)
+            ours, best = result.get("ours", {}).get(count), result.get("roof", {}).get(count)
             ratio = (
                 rate / best if row == "ours" and best else ours / rate if row not in ("ours", "roof") and ours else None
             )
@@ -151,8 +150,8 @@ def _measure(
 
 
 def _weights(folder: Path, epoch: int) -> dict[str, Tensor]:
-    found = safetensors_io.load(checkpoint_path(folder, 0, epoch))
-    return {key.removeprefix("weight."): value for key, value in found.items()}
+    result = safetensors_io.load(checkpoint_path(folder, 0, epoch))
+    return {key.removeprefix("weight."): value for key, value in result.items()}
 
 
 @torch.no_grad()

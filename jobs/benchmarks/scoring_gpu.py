@@ -1,10 +1,10 @@
-"""Scoring on one GPU, without Ray: the scoring pass from shards as a share of the model alone, and what one read saves.
+"""Scoring on one GPU without Ray: the pass from shards as a fraction of the bare model's rate, and the gain of a shared read.
 
     python jobs/benchmarks/scoring_gpu.py [--samples 100000] [--samples-224 10000] [--small 16]
 
-Made-up images. For a ConvNet-4 of width 128 at 64 x 64 (raw shards) and a ResNet-18 at 224 x 224 (JPEG shards): the rate of
-the compiled bf16 forward pass on images that lie on the device, and of the product's scorer from shards. For a small ConvNet
-(width `--small`, 64 x 64): ten checkpoints in one read against ten reads with one each. Runs on a CPU too, slowly.
+Synthetic images. For a ConvNet-4 of width 128 at 64 x 64 (raw shards) and a ResNet-18 at 224 x 224 (JPEG shards): the rate of
+the compiled bf16 forward pass on images in device memory, and of the product's scorer from shards. For a small ConvNet (width
+`--small`, 64 x 64): ten checkpoints in one read against ten reads with one each. Also runs on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder, rows = Path(tempfile.mkdtemp(prefix="scoring-gpu-")), []
     try:
-        for made in (
+        for built in (
             lambda: _share("convnet", 64, 128, options.samples, folder / "convnet", device),
             lambda: _share("resnet18_bn", 224, 64, options.samples_224, folder / "resnet", device),
             lambda: _one_read(options, folder / "small", device),
         ):
-            rows += made()
+            rows += built()
             print(rows[-2:], file=sys.stderr, flush=True)  # so that a run cut short leaves something
     finally:
         shutil.rmtree(folder)
@@ -96,8 +96,8 @@ def _prepare(network: str, size: int, width: int, samples: int, folder: Path, ch
     for start in range(0, samples, CHUNK):
         count, label = min(CHUNK, samples - start), start * CLASSES // samples
         ids, labels = [f"{label}/{start + i:09d}" for i in range(count)], [label] * count
-        made = to_jpeg_table(ids, labels, images[:count], shape) if images else to_table(ids, labels, pixels[:count])
-        tables.append(made)
+        built = to_jpeg_table(ids, labels, images[:count], shape) if images else to_table(ids, labels, pixels[:count])
+        tables.append(built)
     write_shards(folder / "prepared" / "train", tables, schema(shape, jpeg), group_rows(shape, jpeg, CHUNK))
     counts = [sum(t.num_rows for t in tables if t["label"][0].as_py() == c) for c in range(CLASSES)]
     write_meta(folder / "prepared", {"class_names": [str(c) for c in range(CLASSES)], "shape": list(shape), "jpeg": jpeg,

@@ -1,19 +1,19 @@
-"""Selection at size: a long score table against merely reading it, ImageNet-1K's losses, and exactness.
+"""Selection at scale: a long score table against reading it only, ImageNet-1K's losses, and exactness.
 
     python jobs/benchmarks/selection.py [FOLDER] [--rows 100000000] [--classes 1000] [--keep 0.1] [--scope class]
 
-Makes up, in FOLDER (default: a temporary one, removed afterwards), a score table of skewed classes with ids like
-train/n01440764/n01440764_00012345.JPEG, and the scored pieces of 1,281,167 samples x 25 losses. Every row of the
-table is a process of its own, so that its peak memory is its own:
+Generates in FOLDER (default: a temporary one) a score table of skewed classes with ids like
+train/n01440764/n01440764_00012345.JPEG, and the scored part files of 1,281,167 samples x 25 losses. Every row of the result
+is a process of its own, with its own peak memory:
 
 - roof: decode the columns that selection needs (sample_id, label, one criterion), with one and with two threads
-- roof, with writing: decode the same columns in one thread, encode them as a manifest does in another; nothing else
+- roof, with writing: decode the same columns in one thread and encode them as a manifest in another; nothing else
 - select: scores.parquet -> manifest.parquet, the manifest (one row per sample) written and published
-- aggregate, select: the pieces -> scores.parquet -> manifest.parquet, for ImageNet-1K
-- exact: a table of 5 million rows with many ties; what is kept, and every rank, against one numpy lexsort
+- aggregate, select: the part files -> scores.parquet -> manifest.parquet, for ImageNet-1K
+- exact: a table of 5 million rows with many ties; every kept row and every rank against one numpy lexsort
 
-The files are in the page cache for all rows alike; imports are not timed.
-Prints a table and one JSON object with wall and CPU seconds, peak memory, ratios to the roof, hardware and commit.
+All files are in the page cache; imports are not timed. Prints a table and one JSON object with wall and CPU seconds, peak
+memory, ratios to the roof, hardware and commit.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> None:
         folder = options.folder or Path(spare)
         folder.mkdir(parents=True, exist_ok=True)
         results = _long(options, folder) | _imagenet(folder, options) | _exact(folder)
-    for name, found in results.items():
-        cells = "  ".join(f"{key} {value}" for key, value in found.items())
+    for name, result in results.items():
+        cells = "  ".join(f"{key} {value}" for key, value in result.items())
         print(f"{name:<34} {cells}")
     print(json.dumps({"rows": options.rows, "classes": options.classes, "keep": options.keep, "scope": options.scope,
                       "results": results, **_about()}, indent=1))  # fmt: skip
@@ -77,27 +77,27 @@ def _long(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]
     path = folder / f"scores-{options.rows}-{options.classes}.parquet"
     if not path.exists():
         _alone(make_table, path, options.rows, options.classes)
-    found = {
+    result = {
         "roof, 1 thread": _alone(read_columns, path, 1),
         "roof, 2 threads": _alone(read_columns, path, 2),
         "roof, with writing": _alone(read_and_write, path),
         f"select, scope {options.scope}": _alone(select, path, options.keep, options.scope),
         "kept ids read back": _alone(read_kept, path.with_suffix(".manifest")),
     }
-    chosen = found[f"select, scope {options.scope}"]
+    chosen = result[f"select, scope {options.scope}"]
     for name in ("roof, 1 thread", "roof, 2 threads", "roof, with writing"):
-        chosen[f"{name} / select"] = round(found[name]["seconds"] / chosen["seconds"], 3)
-    return found
+        chosen[f"{name} / select"] = round(result[name]["seconds"] / chosen["seconds"], 3)
+    return result
 
 
 def _imagenet(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     pieces, scores = folder / f"pieces-{PIECE}", folder / "imagenet.parquet"
     if not pieces.exists():
         _alone(make_pieces, pieces)
-    found = {"ImageNet-1K x 25: aggregate": _alone(aggregate, pieces, scores),
+    result = {"ImageNet-1K x 25: aggregate": _alone(aggregate, pieces, scores),
              "ImageNet-1K: select": _alone(select, scores, options.keep, options.scope)}  # fmt: skip
-    total = round(sum(row["seconds"] for row in found.values()), 2)
-    return found | {"ImageNet-1K: both": {"seconds": total}}
+    total = round(sum(row["seconds"] for row in result.values()), 2)
+    return result | {"ImageNet-1K: both": {"seconds": total}}
 
 
 def _exact(folder: Path) -> dict[str, dict[str, Any]]:
@@ -116,10 +116,10 @@ def _alone(work: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[
 def _measured(work: Callable[..., dict[str, Any] | None], arguments: tuple[Any, ...]) -> dict[str, Any]:
     pa.array([0]).to_numpy()  # makes pyarrow import pandas, if it is there
     began, cpu = time.perf_counter(), time.process_time()
-    found = work(*arguments) or {}
+    result = work(*arguments) or {}
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_gib": round(peak, 2), **found}
+    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_gib": round(peak, 2), **result}
 
 
 def read_columns(path: Path, threads: int) -> None:
@@ -177,7 +177,7 @@ def compare(path: Path, scope: str) -> dict[str, Any]:
         out: list[pa.Table] = []
         section = SelectSection.model_validate({"keep": 0.13, "scope": scope, "order": order})
         facts = static.select(path, out, section, "loss", True, 0, 0)
-        found = pa.concat_tables(out)
+        result = pa.concat_tables(out)
         ranked = np.lexsort((ids, values, labels))
         counts = np.bincount(labels)
         ranks = np.empty(len(labels), np.int64)
@@ -187,7 +187,7 @@ def compare(path: Path, scope: str) -> dict[str, Any]:
         else:
             kept = np.zeros(len(labels), bool)
             kept[np.lexsort((ids, labels, values))[: facts["kept"]]] = True
-        equal &= np.array_equal(found["rank"].to_numpy(), ranks) and np.array_equal(found["kept"].to_numpy(), kept)
+        equal &= np.array_equal(result["rank"].to_numpy(), ranks) and np.array_equal(result["kept"].to_numpy(), kept)
     return {"equal": bool(equal), "distinct_scores": len(np.unique(loss)), "of": len(labels)}
 
 

@@ -1,7 +1,7 @@
-"""What the benchmarks of throughput share: plain processes side by side as a roof, rates in steady state, a table.
+"""Shared parts of the throughput benchmarks: plain parallel processes as a yardstick, rates in steady state, tables.
 
-A roof is what plain processes, one per core, reach that do only the work itself on the same inputs. A rate is taken from
-the first finished piece of work to the last one, so that starting up does not count.
+A yardstick ("roof") is the rate of plain processes, one per core, that do only the work itself on the same inputs. A rate
+counts from the first finished unit to the last one, without start-up.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def roof(work: Callable[..., int], cores: int, *arguments: Any) -> float:
     ]
     for process in running:
         process.start()
-    found = [results.get() for _ in running]
+    result = [results.get() for _ in running]
     for process in running:
         process.join()
-    return sum(samples / seconds for samples, seconds in found)
+    return sum(samples / seconds for samples, seconds in result)
 
 
 def _one(work: Any, core: int, cores: int, barrier: Any, results: Any, arguments: tuple[Any, ...]) -> None:

@@ -1,16 +1,16 @@
-"""What saturates first on a large cluster: sleeping actors behind the real driver, and all that is done only once.
+"""What saturates first on a large cluster: simulated actors behind the real driver, and the work that is done once.
 
     python jobs/benchmarks/simulated.py [--actors 8 64 256] [--parts actors,hand-out,once] [--rate 30000] [--merged 60000]
 
-actors: scoring of ImageNet-1K under 25 checkpoints through the product's own pool (`cluster/actor_pool.py`), by actors that sleep
-as long as a GPU would take (`--rate`, images/s and checkpoint, an assumption) and then publish a real piece of scores.
-Steady state, with the CPU time of the driver and of Ray's services per unit of work: where one of them fills a core is
-where it saturates, whatever else the cores of this machine do. hand-out: the same with actors that do nothing, so the
-driver is all there is. once: `driver_parts.py`. The last table says for every part how many images per second it
-bears, and at how many GPUs that scoring, or at how many cores that decoding, reaches it.
+actors: scoring of ImageNet-1K with 25 checkpoints through the product's own actor pool (`cluster/actor_pool.py`), by actors
+that sleep as long as a GPU would take (`--rate`, images/s per checkpoint, an assumption) and then publish a real part file of
+scores. Steady state, with the CPU time of the driver and of Ray's services per unit of work: a part saturates where it fills
+a core, independent of the other cores' load. hand-out: the same with actors that do nothing, so only the driver works. once:
+`driver_parts.py`. The last table has, per part, the images per second it can handle, and the number of GPUs (scoring) or
+cores (decoding) that reach this limit.
 
-A simulated actor is a real process without torch (about 0.15 GB; on two cores some seconds each to start, two at a time);
-the script refuses what would not fit the free memory and swap, where a sleeper may well lie. Prints tables and one JSON object.
+A simulated actor is a real process without torch (about 0.15 GB; on two cores it starts in some seconds, two at a time). The
+script refuses to start more than fit free memory and swap. Prints tables and one JSON object.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ class Sleeper(Worker):
 
 def main() -> None:
     options = _options()
-    parts, found = options.parts.split(","), {}
+    parts, result = options.parts.split(","), {}
     with tempfile.TemporaryDirectory(prefix="simulated-", dir=options.folder) as folder:
         if {"actors", "hand-out"} & set(parts):
-            found = _on_ray(options, parts, Path(folder))
+            result = _on_ray(options, parts, Path(folder))
         if "once" in parts:
-            found["once"] = driver_parts.measure(Path(folder), options.merged)
-    print(columns("where each part is the limit", limits(found, options)))
+            result["once"] = driver_parts.measure(Path(folder), options.merged)
+    print(columns("where each part is the limit", limits(result, options)))
     about = environment()
-    print(json.dumps({**found, "options": vars(options), "hardware": about["hardware"], "commit": about["commit"]}))
+    print(json.dumps({**result, "options": vars(options), "hardware": about["hardware"], "commit": about["commit"]}))
 
 
 def _options() -> argparse.Namespace:
@@ -110,15 +110,15 @@ def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict
     ray.init(address="local", num_cpus=most + 1, include_dashboard=False, log_to_driver=False,
              object_store_memory=STORE_MB * 2**20, _system_config={"enable_worker_prestart": False})  # fmt: skip
     quieten()
-    found: dict[str, Any] = {"actors": [], "hand-out": []}
+    result: dict[str, Any] = {"actors": [], "hand-out": []}
     try:
         for count, rate in passes:
             row = _measured(count, rate, folder / f"pieces-{count}-{rate}")
-            found["actors" if rate else "hand-out"].append(row)
+            result["actors" if rate else "hand-out"].append(row)
             print(columns("sleeping actors" if rate else "actors that do nothing", [row]), flush=True)
     finally:
         ray.shutdown()
-    return found
+    return result
 
 
 def _check_memory(actors: int) -> None:
@@ -154,7 +154,7 @@ def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
     (first, *_), (start, before, used), (end, after, spent) = marks
     per = (len(units) - warm) / 1000  # of CPU seconds, milliseconds a unit
     busy = {kind: round(value / per, 2) for kind, value in (spent - used).items()}
-    found = {
+    results = {
         "actors": actors,
         "units": len(units),
         "chunks": len(chunks),
@@ -162,25 +162,25 @@ def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
     }
     if rate:
         whole = end - began - (first - began)
-        found |= {"of ideal": round(found["images/s"] / (actors * rate / CHECKPOINTS), 3), "pass s": round(whole, 1),
+        results |= {"of ideal": round(results["images/s"] / (actors * rate / CHECKPOINTS), 3), "pass s": round(whole, 1),
                   "ideal s": round(len(chunks) * seconds / actors, 1)}  # fmt: skip
     else:
-        found |= {"units/s": round((len(units) - warm) / (end - start))}
+        results |= {"units/s": round((len(units) - warm) / (end - start))}
     services = sum(busy.get(kind, 0) for kind in ("raylet", "gcs server"))
-    return found | {"start s": round(first - began, 1), "driver ms/unit": busy.get("driver", 0.0),
+    return results | {"start s": round(first - began, 1), "driver ms/unit": busy.get("driver", 0.0),
                     "services ms/unit": round(services, 2), "store MB": round(store, 1)}  # fmt: skip
 
 
 def _cpu_seconds() -> Counter[str]:
     """CPU seconds so far of this process and all that it started, by kind."""
-    found, ticks = Counter[str](), os.sysconf("SC_CLK_TCK")
+    result, ticks = Counter[str](), os.sysconf("SC_CLK_TCK")
     for pid in family(os.getpid()):
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        found[kind_of(pid, os.getpid())] += (int(fields[11]) + int(fields[12])) / ticks
-    return found
+        result[kind_of(pid, os.getpid())] += (int(fields[11]) + int(fields[12])) / ticks
+    return result
 
 
 def _store_used() -> float:
@@ -188,10 +188,10 @@ def _store_used() -> float:
     return (total["object_store_memory"] - free.get("object_store_memory", 0.0)) / 2**20
 
 
-def limits(found: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+def limits(result: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The parts by the images per second that they bear; a GPU scores rate / 25 of them, a core decodes `decode_rate`."""
-    rates = dict(found.get("once", {}))
-    for row in [*found.get("hand-out", []), *found.get("actors", [])[-1:]]:
+    rates = dict(result.get("once", {}))
+    for row in [*result.get("hand-out", []), *result.get("actors", [])[-1:]]:
         each = CHUNK * row["chunks"] / row["units"]
         for part in ("driver", "services"):
             if row[f"{part} ms/unit"]:

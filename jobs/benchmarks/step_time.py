@@ -1,14 +1,12 @@
-"""How long one image update takes: the textbook implementation against ours, with and without runtime pruning.
+"""Seconds of one image update: a textbook implementation against ours, with and without runtime pruning.
 
     python jobs/benchmarks/step_time.py [--method dc idc] [--ipc 1 10] [--classes 10] [--clips] [--real 256] [--threads 2]
 
-One process, made-up pixels: images of CIFAR-10's shape with ConvNet-3, or clips of 8 frames with ConvNet3D, width 128. One
-update of all classes' images under one new network, without augmentation and without the training of that network. Rows
-are measured in turn, round by round, so that they share whatever else the machine does; the first round is not counted
-and compares the gradients of the images with the textbook's. Prints one JSON object with mean and standard deviation
-in seconds, ratios to the textbook, hardware and commit; a row that cannot run says why.
-
-Left out: trajectory methods (mtt, tesla), whose step has no textbook loop over classes; a row for them goes into `rows_of`.
+One process, synthetic pixels: images of CIFAR-10's shape with ConvNet-3, or clips of 8 frames with ConvNet3D, width 128. One
+update of all classes' images under one new network, without augmentation and without training that network. Rows take turns,
+round by round, so that they share the machine's other load; the first round is not counted and compares the gradients of the
+images with the textbook's. Prints one JSON object with mean and standard deviation in seconds, ratios to the textbook,
+hardware and commit; a row that cannot run gives the reason. `trajectory_time.py` measures trajectory methods (mtt, tesla).
 """
 
 from __future__ import annotations
@@ -120,9 +118,9 @@ def _backend(
     config = validate({"distill": {"method": method, "ipc": ipc, method: section}, "runtime": runtime})
     classes = list(range(options.classes))
     setting = MethodContext(config, _spec(options), [str(c) for c in classes], classes, SingleProcess(), device, 1000)
-    made = method_class(config)(setting)
-    assert isinstance(made, ImageMethod)
-    return made
+    built = method_class(config)(setting)
+    assert isinstance(built, ImageMethod)
+    return built
 
 
 def _ours(backend: ImageMethod, images: torch.Tensor) -> Row:

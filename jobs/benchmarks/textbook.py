@@ -1,7 +1,7 @@
-"""The textbook step of each method: the straightforward loop over the classes, as published code has it.
+"""The textbook step of each method: the plain loop over classes of published code, the yardstick of step_time.py.
 
-Every real batch goes through the network at once, the distances of all classes are added up, and one backward pass follows.
-The yardstick of step_time.py: the same draws and the same numbers as ours, written without any of it but the draws.
+Each real batch goes through the network at once, the distances of all classes are added, and one backward pass follows. It
+uses the same draws and gives the same numbers as our steps, and shares only the draws with them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def image_gradient(method: str, network: nn.Module, real: list[Tensor], images: 
 
 @torch.no_grad()
 def _kept(method: str, network: nn.Module, real: Tensor, own: Tensor, label: int, drop: float) -> Tensor:
-    """Without the largest losses (of DM: distances to the synthetic mean), looked at anew in every step."""
+    """Drops the largest losses (DM: distances to the synthetic mean), scored again in every step."""
     if method == "dm":
         values = (network.embed(real) - network.embed(own).mean(0)).square().sum(1)
     else:
@@ -43,8 +43,8 @@ def _targets(images: Tensor, label: int) -> Tensor:
 
 def _gradients(network: nn.Module, images: Tensor, label: int, second: bool) -> list[Tensor]:
     loss = F.cross_entropy(network(images), _targets(images, label))
-    found = torch.autograd.grad(loss, list(network.parameters()), create_graph=second)
-    return [g for g in found if g.dim() > 1]
+    result = torch.autograd.grad(loss, list(network.parameters()), create_graph=second)
+    return [g for g in result if g.dim() > 1]
 
 
 def _dc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
@@ -56,8 +56,8 @@ def _dc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
 
 
 def _idc(network: nn.Module, real: Tensor, own: Tensor, label: int) -> Tensor:
-    wanted, found = _gradients(network, real, label, False), _gradients(network, split_parts(own, 2), label, True)
-    pairs = list(zip(wanted, found, strict=True))[:-1]
+    wanted, result = _gradients(network, real, label, False), _gradients(network, split_parts(own, 2), label, True)
+    pairs = list(zip(wanted, result, strict=True))[:-1]
     return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
 
 

@@ -1,11 +1,11 @@
-"""One trajectory's loss and gradients: the textbook unroll against ours, in seconds and in bytes kept by autograd.
+"""Loss and gradients of one trajectory: a textbook unroll against ours, in seconds and in bytes kept by autograd.
 
     python jobs/benchmarks/trajectory_time.py [--steps 10] [--ipc 1] [--width 128] [--repeats 3] [--threads 1]
 
-Made-up images in CIFAR-10's shape. The textbook slices every parameter out of the flat vector and sends a whole batch through
-the network, as the published code does; ours are the three ways of `distillation/methods/shared/unroll.py`. Rows are measured in turn, round
-by round, so that they share whatever else the machine does; the first round is not counted. Bytes are the most that is
-saved for backward passes at one time. Prints one JSON object.
+Synthetic images of CIFAR-10's shape. The textbook slices every parameter out of the flat vector and sends a whole batch
+through the network, as published code does; our rows are the three modes of `distillation/methods/shared/unroll.py`. Rows
+take turns, round by round; the first round is not counted. Bytes are the peak of tensors saved for backward passes. Prints
+one JSON object.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ def _made_up(
         for _ in range(options.steps)
     ]
     images = torch.randn(n, *SHAPE, generator=chance).to(device).requires_grad_(True)
-    made = SyntheticData(images, torch.arange(n, device=device) % CLASSES)
+    built = SyntheticData(images, torch.arange(n, device=device) % CLASSES)
     return (
         student,
         TrajectorySegment(start.to(device), target.to(device), steps),
-        made,
+        built,
         torch.tensor(0.02, device=device, requires_grad=True),
     )
 
 
-def textbook(student: FlatNetwork, task: TrajectorySegment, made: SyntheticData, rate: Tensor) -> LossAndGradients:
+def textbook(student: FlatNetwork, task: TrajectorySegment, built: SyntheticData, rate: Tensor) -> LossAndGradients:
     """As in the published code: one slice per parameter, whole batches, autograd through all steps."""
     theta = task.start.clone().requires_grad_(True)
     for step in task.steps:
@@ -106,11 +106,11 @@ def textbook(student: FlatNetwork, task: TrajectorySegment, made: SyntheticData,
         for name, shape, size in zip(student.names, student.shapes, student.sizes, strict=True):
             views[name] = theta[first : first + size].view(shape)
             first += size
-        logits = functional_call(student.network, views, (made.images[step.rows],))
-        loss = F.cross_entropy(logits, made.targets[step.rows])
+        logits = functional_call(student.network, views, (built.images[step.rows],))
+        loss = F.cross_entropy(logits, built.targets[step.rows])
         theta = theta - rate * torch.autograd.grad(loss, theta, create_graph=True)[0]
     loss = F.mse_loss(theta, task.target, reduction="sum") / F.mse_loss(task.start, task.target, reduction="sum")
-    return loss.detach(), list(torch.autograd.grad(loss, [made.images, rate]))
+    return loss.detach(), list(torch.autograd.grad(loss, [built.images, rate]))
 
 
 def saved_bytes(way: Callable[[], LossAndGradients]) -> int:

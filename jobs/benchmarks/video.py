@@ -1,16 +1,16 @@
-"""How fast one core decodes clips, by which decoder and mode, and how near to exact; whether threads or processes pay; leaks.
+"""How fast and how exactly one core decodes clips by decoder and mode; threads against processes; memory leaks.
 
     python jobs/benchmarks/video.py --path FOLDER [--clips 8] [--frames 8] [--size 64] [--rounds 3] [--json FILE]
     python jobs/benchmarks/video.py --leak N [--path FOLDER] [--decoder decord]
 
-FOLDER holds videos at any depth; `--clips` of them are taken, evenly spread over the sorted names. One core: clips per second
-of CPU time of this process, one thread, the median over rounds in which all rows take turns, so other work on the machine
-matters little. `offset` is the mean distance of the frames returned from those wanted, in frames; `psnr` is to PyAV's plain
-decode of every frame (dB, mean and worst clip, 78 where equal). The rows below "fast" were tried and not taken.
+FOLDER holds videos at any depth; `--clips` of them are used, evenly spread over the sorted names. One core: clips per second
+of CPU time of this process, one thread, the median over rounds in which all rows take turns. `offset` is the mean distance
+between returned and wanted frames, in frames; `psnr` compares with PyAV's plain decode of every frame (dB, mean and worst
+clip, 78 if equal). The rows below "fast" were tried and not adopted.
 
-Two cores: clips per second of the clock, so keep the machine idle. `product` goes through ClipDecoder, so through the pipes of
-a child process. `--leak` decodes N clips through one ClipDecoder, the files of FOLDER in turn (without FOLDER, small clips
-encoded here), and prints the memory of its child and of this process after a tenth of them and after all.
+Two cores: clips per wall second, so keep the machine idle. `product` goes through ClipDecoder and its child process. `--leak`
+decodes N clips with one ClipDecoder (the files of FOLDER in turn, or small clips encoded here) and prints the memory of its
+child and of this process after a tenth of them and after all.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=8, help="of a clip")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--leak", type=int, help="decode so many clips through one ClipDecoder and print memory")
+    parser.add_argument("--leak", type=int, help="number of clips to decode with one ClipDecoder; prints memory")
     parser.add_argument("--decoder", choices=["decord", "pyav"], default="decord", help="with --leak")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
@@ -178,8 +178,8 @@ def _one_core(raws: list[bytes], options: argparse.Namespace) -> list[Row]:
     ]  # fmt: skip
 
 
-def _difference(found: list[Array], wanted: list[Array]) -> Row:
-    gaps = [a.astype(np.float64) - b for a, b in zip(found, wanted, strict=True)]
+def _difference(result: list[Array], wanted: list[Array]) -> Row:
+    gaps = [a.astype(np.float64) - b for a, b in zip(result, wanted, strict=True)]
     ratios = [10 * math.log10(255**2 / max(float((gap**2).mean()), 1e-3)) for gap in gaps]  # 1e-3: at most 78 dB
     return {"psnr": round(statistics.fmean(ratios), 1), "worst psnr": round(min(ratios), 1)}
 

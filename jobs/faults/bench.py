@@ -1,7 +1,7 @@
-"""A Ray cluster of several hosts on this machine, with a shared disk: started, driven, damaged and mended.
+"""A Ray cluster of several hosts on this machine with a shared disk: start, commands, damage, repair.
 
-`head` has no cores, and is where the command runs; each worker host has one core and a supervisor that starts Ray again
-when it ends, as systemd or Kubernetes would. Token authentication is on. Left out: what goes wrong (`faults.py`).
+`head` has no cores and runs the command; each worker host has one core and a supervisor that restarts Ray when it ends, like
+systemd or Kubernetes. Token authentication is on. `faults.py` has the faults.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Bench:
         return [host for name, host in self.hosts.items() if name != "head"]
 
     def mend(self, limit: float = READY) -> None:
-        """Start whatever host is missing and wait until Ray has all of them."""
+        """Start missing hosts and wait until Ray has all of them."""
         until = time.monotonic() + limit
         whole = self._runs("head", "gcs_server")
         for name in list(self.hosts):

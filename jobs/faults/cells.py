@@ -1,7 +1,7 @@
-"""One cell of the matrix: a fault strikes a stage in progress, the same command is given again, and the promise is checked.
+"""One cell of the matrix: a fault strikes a stage in progress, the same command runs again, and the promise is checked.
 
-The promise: the command ends with status 0 or with one clear error and status 2; given again it ends with status 0; at most
-the work in flight was done again; what it leaves is the same bytes as without the fault.
+The promise: the command ends with status 0, or with one clear error and status 2; given again it ends with status 0; at most
+the work in flight is repeated; the result has the same bytes as without the fault.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ class Result:
 
 
 def _any(pattern: str) -> Callable[[Path, str], bool]:
-    def found(run: Path, said: str) -> bool:
+    def result(run: Path, messages: str) -> bool:
         with contextlib.suppress(FileNotFoundError):  # a folder was removed while it was looked through
             return any(True for _ in run.glob(pattern))
         return False
 
-    return found
+    return result
 
 
 def _files(*patterns: str) -> Callable[[Path], Mapping[str, str]]:
     def digests(run: Path) -> dict[str, str]:
-        found = sorted(path for pattern in patterns for path in run.glob(pattern) if path.is_file())
-        return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+        result = sorted(path for pattern in patterns for path in run.glob(pattern) if path.is_file())
+        return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in result}
 
     return digests
 
@@ -106,7 +106,7 @@ STAGES = {
 }  # fmt: skip
 
 
-# what `run` makes; the report is made anew by every command
+# outputs of `run`; every command writes the report again
 OF_RUN = ("ingest", "score", "select", "distill", "evaluate")
 
 
@@ -122,7 +122,7 @@ class Watch:
     def stop(self) -> dict[str, int]:
         self.end.set()
         self.thread.join()
-        return {"pieces": sum(len(made) - 1 for made in self.made.values()), "steps": self.back}
+        return {"pieces": sum(len(built) - 1 for built in self.made.values()), "steps": self.back}
 
     def _watch(self) -> None:
         while not self.end.wait(0.03):
@@ -165,7 +165,7 @@ class Cells:
             self.say(f"{name}: undisturbed in {time.monotonic() - began:.0f} s")
 
     def run(self, stage: str, fault: str) -> Result:
-        """One cell; whatever happens is in its result."""
+        """Run one cell; errors are part of its result."""
         result = Result(stage, fault)
         if stage == "select" and fault in SKIPPED:
             return Result(stage, fault, "n/a", ["select uses no cluster"])
@@ -211,8 +211,8 @@ class Cells:
                 command.kill()
         self._look_at_end(log.read_text(errors="replace"), fault, result)
 
-    def _look_at_end(self, said: str, fault: Fault, result: Result) -> None:
-        lines = said.strip().splitlines()
+    def _look_at_end(self, messages: str, fault: Fault, result: Result) -> None:
+        lines = messages.strip().splitlines()
         result.error = "" if result.status == 0 or not lines else lines[-1]
         if fault is FAULTS["driver"]:
             return
@@ -222,8 +222,8 @@ class Cells:
             result.blame(f"the command ended with status {result.status}")
         elif result.status == 2 and not result.error.startswith("error: "):
             result.blame("status 2 without a clear error")
-        if found := UGLY.search(said):
-            result.blame(f"a stack trace: {found.group()!r}")
+        if results := UGLY.search(messages):
+            result.blame(f"a stack trace: {results.group()!r}")
 
     def _again(self, stage: str, name: str, result: Result) -> None:
         began = time.monotonic()
@@ -243,9 +243,9 @@ class Cells:
 
     def different(self, stages: Sequence[str], name: str) -> list[str]:
         """The artefacts of these stages that are not as in the undisturbed run."""
-        found = {key: value for stage in stages for key, value in STAGES[stage].artefacts(self._seen(name)).items()}
+        result = {key: value for stage in stages for key, value in STAGES[stage].artefacts(self._seen(name)).items()}
         whole = {key: value for stage in stages for key, value in self.whole[stage].items()}
-        return sorted(key for key in {**found, **whole} if found.get(key) != whole.get(key))
+        return sorted(key for key in {**result, **whole} if result.get(key) != whole.get(key))
 
     def asked(self, stage: str, name: str) -> list[str]:
         """The command of a stage, or `run`, for the run folder of that name."""

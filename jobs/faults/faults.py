@@ -1,7 +1,6 @@
-"""What goes wrong: each fault strikes a running command, its hosts or their disk once, and is over after a while.
+"""The faults: each strikes a running command, its hosts or their disk once, and ends after a while.
 
-A fault that lasts is lifted after so many seconds, or when the command has ended before. Left out: when one strikes
-(`cells.py`), and that lost hosts come back after the command has ended (`Bench.mend`).
+A lasting fault is lifted after a given number of seconds, or when the command has ended. `Bench.mend` brings lost hosts back.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ def working(bench: Bench) -> list[int]:
 
 def _actor(bench: Bench, command: Command) -> None:
     until = time.monotonic() + LIMIT
-    while not (found := working(bench)):
+    while not (result := working(bench)):
         if time.monotonic() > until:
             raise RuntimeError("no worker process was at work")
         time.sleep(0.02)
-    kill(found[0])
+    kill(result[0])
 
 
 def _node(bench: Bench, command: Command) -> None:

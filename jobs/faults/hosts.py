@@ -1,8 +1,8 @@
-"""Hosts on one machine: each has a network, an address, processes, /tmp/ray and /dev/shm of its own, as real nodes have.
+"""Hosts on one machine: each has its own network, address, processes, /tmp/ray and /dev/shm, like a real node.
 
-A host is a process in new Linux namespaces, and ends, with all that runs in it, when that process is killed or when the
-one that made it ends: nothing is left behind, whatever happens. A switch (a bridge in one more namespace) joins them, so
-no address is visible outside. Needs root, `unshare`, `nsenter` and `ip`. Left out: what runs on the hosts (`bench.py`).
+A host is a process in new Linux namespaces. It ends, with everything that runs in it, when that process or its parent ends,
+so nothing is left behind. A bridge in one more namespace connects the hosts, so no address is visible outside. Needs root,
+`unshare`, `nsenter` and `ip`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Switch:
 
     @property
     def seen(self) -> Path:
-        """The shared disk as this process sees it, whatever was mounted over it in a host."""
+        """The shared disk in this process; a host may have something mounted over it."""
         return Path(f"/proc/{self.pid}/root{self.disk}")
 
     def close(self) -> None:
@@ -87,13 +87,13 @@ class Host:
     def processes(self) -> dict[int, str]:
         """Command lines by the pid outside, of all that runs here but the host itself."""
         here = os.readlink(f"/proc/{self.pid}/ns/pid")
-        found = {}
+        result = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != self.pid:
                 with contextlib.suppress(OSError):
                     if os.readlink(entry / "ns" / "pid") == here:
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        return found
+                        result[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        return result
 
     def cut(self, off: bool) -> None:
         """Take the network cable out, or put it in again."""
@@ -123,11 +123,11 @@ class Command:
 
     def family(self) -> list[int]:
         """Its pids outside, the eldest first."""
-        found = [self.process.pid]
-        for pid in found:
+        result = [self.process.pid]
+        for pid in result:
             with contextlib.suppress(OSError):
-                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        return found
+                result += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return result
 
     def kill(self) -> None:
         """kill -9 of the command alone, not of what it has started."""
@@ -151,8 +151,8 @@ def _namespaces(command: Sequence[str], prepare: str) -> tuple[subprocess.Popen[
     asked = [*DISPOSABLE, *command, "--fork", "--kill-child", "--", *shell]
     process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
-    if (said := process.stdout.readline()) != b"ready\n":
-        raise RuntimeError(f"no namespaces: {said.decode().strip()} ({' '.join(command)})")
+    if (messages := process.stdout.readline()) != b"ready\n":
+        raise RuntimeError(f"no namespaces: {messages.decode().strip()} ({' '.join(command)})")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return process, int(children[0])
 

@@ -2,8 +2,8 @@
 
     python jobs/faults/matrix.py [--stages ingest,score] [--faults actor,node] [--folder DIR] [--out FILE]
 
-Needs root and Linux namespaces: each node is a host of its own with its own address (`hosts.py`). A cell takes half a
-minute to five minutes. The logs of every command and of every node stay in the folder. Status 1 where a cell failed.
+Needs root and Linux namespaces: each node is a host with its own address (`hosts.py`). A cell takes half a minute to five
+minutes. The logs of all commands and nodes stay in the folder. Exit status 1 if a cell failed.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ def write(path: Path, results: Sequence[Result]) -> None:
 
 def table(results: Sequence[Result]) -> Table:
     """Stages down, faults across."""
-    made = Table(
+    built = Table(
         title="what the struck command and the same command, given again, ended with, and after how many seconds"
     )
     faults = [fault for fault in FAULTS if any(result.fault == fault for result in results)]
-    made.add_column("stage")
+    built.add_column("stage")
     for fault in faults:
-        made.add_column(FAULTS[fault].title)
+        built.add_column(FAULTS[fault].title)
     for stage in STAGES:
-        found = {result.fault: result for result in results if result.stage == stage}
-        if found:
-            made.add_row(stage, *(_cell(found[fault]) if fault in found else "not run" for fault in faults))
-    return made
+        values = {result.fault: result for result in results if result.stage == stage}
+        if values:
+            built.add_row(stage, *(_cell(values[fault]) if fault in values else "not run" for fault in faults))
+    return built
 
 
 def _cell(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""Plug-ins that take their time, so that small data keeps a stage busy long enough to be struck in the middle."""
+"""Slow plug-ins, which keep a stage busy long enough on small data to be struck in the middle."""
 
 from __future__ import annotations
 

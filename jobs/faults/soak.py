@@ -1,10 +1,10 @@
-"""A soak: the pipeline again and again under random faults, each run ending as one that nothing disturbed.
+"""A soak test: the pipeline again and again under random faults; each run must give the bytes of an undisturbed run.
 
     python jobs/faults/soak.py [--minutes 30] [--seed 0] [--folder DIR] [--out FILE]
 
-Every few seconds, drawn by the seed, something goes wrong while `run` works. Where the command ends with an error the
-same one is given again. When the time is over the last run is let finish. Status 1 where a result differs, a command hung,
-or ended with anything but one clear error.
+Every few seconds, drawn from the seed, a fault strikes a running command. After an error the same command runs again. When
+the time is over the last run may finish. Exit status 1 if a result differs, a command hangs, or a command ends with anything
+but one clear error.
 """
 
 from __future__ import annotations
@@ -52,36 +52,36 @@ class Soak:
 
     def round(self, number: int) -> Round:
         """Commands until one ends with status 0, and what it left compared with the undisturbed run."""
-        found, name, began = Round(), f"round-{number}", time.monotonic()
-        while 0 not in found.statuses and len(found.statuses) < COMMANDS:
+        result, name, began = Round(), f"round-{number}", time.monotonic()
+        while 0 not in result.statuses and len(result.statuses) < COMMANDS:
             self.bench.mend()
-            self._command(name, f"{name}-{len(found.statuses)}.log", found)
-        if 0 in found.statuses:
-            found.problems += [f"{name}: {what} differs" for what in self.cells.different(OF_RUN, name)]
+            self._command(name, f"{name}-{len(result.statuses)}.log", result)
+        if 0 in result.statuses:
+            result.problems += [f"{name}: {what} differs" for what in self.cells.different(OF_RUN, name)]
         else:
-            found.problems.append(f"{name}: {COMMANDS} commands did not finish it")
-        found.seconds = round(time.monotonic() - began, 1)
+            result.problems.append(f"{name}: {COMMANDS} commands did not finish it")
+        result.seconds = round(time.monotonic() - began, 1)
         shutil.rmtree(self.bench.switch.seen / name)
-        return found
+        return result
 
-    def _command(self, name: str, log: str, found: Round) -> None:
+    def _command(self, name: str, log: str, result: Round) -> None:
         command = self.bench.command(self.cells.asked("run", name), log)
         killed, until = False, min(self.until, time.monotonic() + PATIENCE)
         while command.ended() is None and time.monotonic() < until:
             if self.cells.end(command, self.random.uniform(*PAUSE), kill=False) is None:
-                killed |= self._strike(command, found)
-        found.statuses.append(status := self.cells.end(command, LIMIT))
-        said = (self.bench.folder / log).read_text(errors="replace")
-        if not killed and (status not in (0, 2) or UGLY.search(said)):
-            found.problems.append(f"{log}: status {status}" + (" and a stack trace" if UGLY.search(said) else ""))
+                killed |= self._strike(command, result)
+        result.statuses.append(status := self.cells.end(command, LIMIT))
+        messages = (self.bench.folder / log).read_text(errors="replace")
+        if not killed and (status not in (0, 2) or UGLY.search(messages)):
+            result.problems.append(f"{log}: status {status}" + (" and a stack trace" if UGLY.search(messages) else ""))
 
-    def _strike(self, command: hosts.Command, found: Round) -> bool:
+    def _strike(self, command: hosts.Command, result: Round) -> bool:
         """Whether the command itself was killed."""
         (name,) = self.random.choices(list(WEIGHTS), list(WEIGHTS.values()))
         if (name == "actor" and not working(self.bench)) or len(self.bench.hosts) < len(self.bench.names):
             return False
         say(f"  {FAULTS[name].title}")
-        found.faults[name] += 1
+        result.faults[name] += 1
         FAULTS[name].strike(self.bench, command)
         if lift := FAULTS[name].lift:
             self.cells.end(command, min(FAULTS[name].seconds, STORAGE_SECONDS if name != "network" else 30), kill=False)

@@ -11,6 +11,7 @@ from distill_at_scale.distillation.methods.shared import gradient_distance
 from distill_at_scale.models.spec import NetworkSpec
 
 SPEC = NetworkSpec("convnet", (3, 8, 8), 4, width=6)
+class_distance = gradient_distance.of_single_class(gradient_distance.cosine_distance)
 
 
 def images(count, seed=0):
@@ -43,7 +44,7 @@ def test_what_is_matched_are_the_weights_with_two_sides():
 def test_the_distance_and_its_image_gradient_are_the_textbooks():
     network, real = SPEC.build(0), images(7)
     synthetic = images(2, seed=1).requires_grad_(True)
-    found = gradient_distance.class_distance(
+    found = class_distance(
         gradient_distance.real_gradient(network, real, 2, 3),
         gradient_distance.synthetic_gradient(network, synthetic, 2),
     )
@@ -59,16 +60,16 @@ def test_the_distance_and_its_image_gradient_are_the_textbooks():
 def test_the_constant_sits_on_the_product_of_the_norms():
     """A channel with tiny gradients on both sides counts as orthogonal, though the directions agree."""
     real, synthetic = torch.tensor([[1e-4, 0.0], [1.0, 0.0]]), torch.tensor([[1e-4, 0.0], [1.0, 0.0]])
-    found = gradient_distance.class_distance([real], [synthetic]).item()
+    found = class_distance([real], [synthetic]).item()
     assert found == pytest.approx(1 - 1e-8 / (1e-8 + 1e-6), abs=1e-5)
 
 
 def test_parallel_orthogonal_and_opposite_gradients():
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    assert gradient_distance.class_distance([a], [3 * a]).item() == pytest.approx(0, abs=1e-5)
-    assert gradient_distance.class_distance([a], [b]).item() == pytest.approx(1)
-    assert gradient_distance.class_distance([a], [-a]).item() == pytest.approx(2, abs=1e-5)
-    assert gradient_distance.class_distance([a, a], [b, b]).item() == pytest.approx(2)
+    assert class_distance([a], [3 * a]).item() == pytest.approx(0, abs=1e-5)
+    assert class_distance([a], [b]).item() == pytest.approx(1)
+    assert class_distance([a], [-a]).item() == pytest.approx(2, abs=1e-5)
+    assert class_distance([a, a], [b, b]).item() == pytest.approx(2)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 7, 100])
@@ -84,7 +85,7 @@ def test_the_gradient_in_parts_is_autograds_on_the_whole_batch(at_once):
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_the_losses_are_each_samples_own(at_once):
     network, batch = SPEC.build(0), images(5)
-    found = gradient_distance.sample_losses(network, batch, 3, at_once)
+    found = gradient_distance.sample_losses(network, batch, torch.full((5,), 3), at_once)
     assert found.tolist() == pytest.approx(
         [F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch]
     )
@@ -97,13 +98,13 @@ KINDS = {
     "resnet18, with strides": NetworkSpec("resnet18", (3, 16, 16), 4),
     "alexnet, with padding": NetworkSpec("alexnet", (3, 16, 16), 4),
 }
-WAYS = {"groups": classwise.GROUPS, "unfolding": classwise.UNFOLDING}
+WAYS = {"groups": classwise.GROUPED, "unfolding": classwise.UNFOLDED}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_images(kind, way, monkeypatch):
-    monkeypatch.setattr(classwise, "convolution_kernels", lambda device: WAYS[way])
+    monkeypatch.setattr(classwise, "implementation_for", lambda device: WAYS[way])
     spec = KINDS[kind]
     network, chance = spec.build(0), torch.Generator().manual_seed(0)
     images = torch.randn(6, *spec.shape, generator=chance).requires_grad_(True)
@@ -111,7 +112,7 @@ def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_i
     wanted = [gradient_distance.synthetic_gradient(network, images[3 * k : 3 * k + 3], c) for k, c in enumerate((1, 3))]
     targets = [torch.randn(g.shape, generator=chance) for g in found]
     together = gradient_distance.cosine_distance(targets, found)
-    alone = torch.stack([gradient_distance.class_distance([t[k] for t in targets], wanted[k]) for k in range(2)])
+    alone = torch.stack([class_distance([t[k] for t in targets], wanted[k]) for k in range(2)])
     for layer, gradient in enumerate(found):
         for k in range(2):
             scale = float(wanted[k][layer].detach().abs().max())

@@ -233,9 +233,7 @@ def test_a_damaged_table_is_named(ranked):
     backend, _ = built(ranked)
     backend.path.write_bytes(backend.path.read_bytes()[:100])
     for use in (lambda: backend.step(0), lambda: patch_ranking.images_per_class(backend.path, 3)):
-        with pytest.raises(
-            UserError, match=r"patches-.*parquet cannot be read .*; remove it to have them ranked again"
-        ):
+        with pytest.raises(UserError, match=r"patches-.*parquet cannot be read .*; remove it to rank them again"):
             use()
 
 

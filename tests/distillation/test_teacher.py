@@ -193,6 +193,6 @@ def test_the_costs_name_training_labelling_and_ranking():
 
 def test_a_damaged_unfinished_teacher_is_named(tmp_path):
     setting = a_setting(tmp_path)
-    teachers._partial(setting.networks).write_bytes(b"no tensors")
+    teachers._checkpoint_path(setting.networks).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"partial is damaged .*; remove it"):
         make(setting)

@@ -10,8 +10,9 @@ from torch import nn
 
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
-    class_distance,
+    cosine_distance,
     matched_parameters,
+    of_single_class,
     real_gradient,
     sample_losses,
     synthetic_gradient,
@@ -22,6 +23,7 @@ from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.models.spec import NetworkSpec
 
 SHAPE, LABEL = (1, 8, 8), 1
+class_distance = of_single_class(cosine_distance)
 MANY = 200  # directions: more than there are, so that nothing is left out
 
 
@@ -267,6 +269,6 @@ def test_a_signal_in_one_dimension_goes_the_same_way():
     wanted = sum((d * g).flatten(1).sum(1) for d, g in zip(directions, own, strict=True))
     assert torch.allclose(found[0], wanted, rtol=1e-3, atol=1e-5)
     assert (
-        sample_losses(network, real, LABEL, 4).shape
+        sample_losses(network, real, torch.full((len(real),), LABEL), 4).shape
         == F.cross_entropy(network(real), torch.ones(6).long(), reduction="none").shape
     )

@@ -1,11 +1,11 @@
-"""Experts of trajectory matching: networks trained on the kept real samples, with their parameters after every epoch.
+"""Experts of trajectory matching: networks trained on the kept real samples (Cazenavette et al. 2022, arXiv 2203.11932).
 
 An expert's file holds one tensor `parameters` float32 [epochs + 1, parameters], flat in the order of
-`network.parameters()`; row 0 is the initialisation. While it is trained its finished epochs lie in a folder beside the
-file, from which a killed expert goes on (Cazenavette et al. 2022, arXiv 2203.11932, section 3.1; METHOD.md section 4).
+`network.parameters()`; row 0 is the initialisation. During training, a folder next to the file holds a checkpoint per
+finished epoch, from which a killed training continues.
 
-Left out: networks with batch norm, whose running statistics are no parameters and would not be matched. Dropout is off,
-here and in the student's steps, so that a step can be computed twice.
+Not covered: networks with batch norm, whose running statistics are not parameters and would not be matched. Dropout is
+off, here and in the student's steps, so that a step can be computed twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def expert_name(number: int) -> str:
 
 
 def expert_options(config: Config, section: MTTSection) -> dict[str, Any]:
-    """What decides an expert's weights, under names that do not depend on the method: methods share experts."""
+    """The values that an expert's weights depend on; keys do not name the method, so that methods share experts."""
     own = {key: value for key, value in section.model_dump().items() if key.startswith("expert_")}
     shared = {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")}
     return shared | own
@@ -44,121 +44,115 @@ def expert_options(config: Config, section: MTTSection) -> dict[str, Any]:
 
 def flat(parameters: Sequence[Tensor] | nn.Module) -> Tensor:
     """Tensors of any shapes, or a network's parameters, as one vector (a copy)."""
-    listed = list(parameters.parameters()) if isinstance(parameters, nn.Module) else parameters
-    return torch.cat([p.detach().reshape(-1) for p in listed])
+    tensors = list(parameters.parameters()) if isinstance(parameters, nn.Module) else parameters
+    return torch.cat([p.detach().reshape(-1) for p in tensors])
 
 
 def refuse_batch_norm(name: str, network: nn.Module) -> None:
-    """Raises UserError for a network whose behaviour is not in its parameters alone."""
+    """Raises UserError for a network whose state is not in its parameters alone."""
     if mixes_samples(network):
         raise UserError(
-            f"distill.network = {name!r} has batch norm, whose running statistics are no parameters, so that its "
-            "training trajectory cannot be matched; take one without, for example convnet"
+            f"distill.network = {name!r} has batch norm, whose running statistics are no parameters, so its training "
+            "trajectory cannot be matched; choose a network without batch norm, such as convnet"
         )
 
 
 class ExpertTraining:
-    """The training of one expert on all kept samples, from its last finished epoch on.
+    """The training of one expert on all kept samples.
 
-    Batches go through the network in parts that fit the cache; without batch norm that is the same gradient.
+    Batches pass the network in parts that fit the cache; without batch norm the gradient is the same.
     """
 
     def __init__(self, number: int, context: MethodContext, section: MTTSection, real: ClassSampler):
-        self.number, self.seed, self.section = number, context.seed, section
-        self.method, self.device = context.config.distill.method, context.device
+        self.number, self.context, self.section = number, context, section
         self.pixels, self.labels = real.all_samples()
-        self.normalization, self.at_once = real.normalization, context.spec.microbatch(context.device)
+        self.normalization = real.normalization
         self.augmentation = Augmentation(section.expert_augment)
         network = context.spec.build(derive(context.seed, "expert", number))
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
-        if not context.spec.clips:  # of clips only compiled code would gain
+        if not context.spec.clips:  # clips would gain from channels last in compiled code only
             context.spec.weights_channels_last(self.network)
-        self.spec = context.spec
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            section.expert_lr,
-            section.expert_momentum,
-            weight_decay=section.expert_weight_decay,
-        )
+            self.network.parameters(), section.expert_lr, section.expert_momentum, weight_decay=section.expert_weight_decay
+        )  # fmt: skip
 
     def run(self, path: Path) -> None:
-        """Train what is missing and publish the file in one step.
+        """Train the epochs that are missing and publish the file.
 
-        Raises DistillationDiverged, naming expert, epoch and rate, where a parameter is not finite after an epoch.
+        Raises:
+            DistillationDiverged: a parameter is not finite after an epoch.
         """
-        partial, epochs = path.with_suffix(".partial"), self.section.expert_epochs
-        for epoch in range(self._resume(partial), epochs):
+        folder, epochs = path.with_suffix(".partial"), self.section.expert_epochs
+        for epoch in range(self._resume(folder), epochs):
             self._epoch(epoch)
-            self._save(partial, epoch + 1)
-        rows = [safetensors_io.load(_epoch_path(partial, epoch))["parameters"] for epoch in range(epochs + 1)]
+            self._save(folder, epoch + 1)
+        rows = [safetensors_io.load(_epoch_path(folder, epoch))["parameters"] for epoch in range(epochs + 1)]
         safetensors_io.save(path, {"parameters": torch.stack(rows)})
-        shutil.rmtree(partial)
+        shutil.rmtree(folder)
 
     def _epoch(self, epoch: int) -> None:
-        chance = generator(self.seed, "expert epoch", self.number, epoch)
-        for rows in torch.randperm(len(self.labels), generator=chance).split(self.section.expert_batch):
-            images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(self.device))
-            images = self.augmentation.draw(chance, per_image=len(rows)).apply(images)
-            if not self.spec.clips:
-                images = self.spec.channels_last(images)
-            targets = self.labels[rows].to(self.device)
+        device, spec = self.context.device, self.context.spec
+        rng, at_once = generator(self.context.seed, "expert epoch", self.number, epoch), spec.microbatch(device)
+        for rows in torch.randperm(len(self.labels), generator=rng).split(self.section.expert_batch):
+            images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(device))
+            images = self.augmentation.draw(rng, per_image=len(rows)).apply(images)
+            if not spec.clips:
+                images = spec.channels_last(images)
+            targets = self.labels[rows].to(device)
             self.optimizer.zero_grad()
-            for part, wanted in zip(images.split(self.at_once), targets.split(self.at_once), strict=True):
-                (F.cross_entropy(self.network(part), wanted, reduction="sum") / len(rows)).backward()
+            for part, part_targets in zip(images.split(at_once), targets.split(at_once), strict=True):
+                (F.cross_entropy(self.network(part), part_targets, reduction="sum") / len(rows)).backward()
             self.optimizer.step()
         if not bool(torch.isfinite(flat(self.network)).all()):
             raise DistillationDiverged(
                 f"expert {self.number} diverged in epoch {epoch} at learning rate {self.section.expert_lr:g}; "
-                f"lower distill.{self.method}.expert_lr"
+                f"lower distill.{self.context.config.distill.method}.expert_lr"
             )
 
-    def _save(self, partial: Path, epoch: int) -> None:
-        held = {"parameters": flat(self.network)}
+    def _save(self, folder: Path, epoch: int) -> None:
+        tensors = {"parameters": flat(self.network)}
         buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.network.parameters()]
         if all(buffer is not None for buffer in buffers):
-            held["momentum"] = flat(buffers)
-        safetensors_io.save(_epoch_path(partial, epoch), held)
+            tensors["momentum"] = flat(buffers)
+        safetensors_io.save(_epoch_path(folder, epoch), tensors)
 
-    def _resume(self, partial: Path) -> int:
-        """How many epochs are finished; the network is as it was after them."""
-        if not _epoch_path(partial, 0).exists():
-            self._save(partial, 0)
+    def _resume(self, folder: Path) -> int:
+        """Load the last checkpoint, or write the first one; returns the number of finished epochs."""
+        if not _epoch_path(folder, 0).exists():
+            self._save(folder, 0)
             return 0
-        done = 0
-        while _epoch_path(partial, done + 1).exists():
-            done += 1
-        held = safetensors_io.load(_epoch_path(partial, done))
-        parameters = list(self.network.parameters())
+        finished = 0
+        while _epoch_path(folder, finished + 1).exists():
+            finished += 1
+        saved, parameters = safetensors_io.load(_epoch_path(folder, finished)), list(self.network.parameters())
+        sizes = [p.numel() for p in parameters]
         with torch.no_grad():
-            for parameter, value in zip(parameters, _split(held["parameters"], parameters), strict=True):
-                parameter.copy_(value)
-        if "momentum" in held:
-            for parameter, value in zip(parameters, _split(held["momentum"], parameters), strict=True):
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(value)
-        return done
+            for parameter, values in zip(parameters, saved["parameters"].split(sizes), strict=True):
+                parameter.copy_(values.view(parameter.shape))
+        if "momentum" in saved:
+            for parameter, values in zip(parameters, saved["momentum"].split(sizes), strict=True):
+                buffer = torch.empty_like(parameter).copy_(values.view(parameter.shape))
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        return finished
 
 
-def _epoch_path(partial: Path, epoch: int) -> Path:
-    return partial / f"epoch-{epoch:03d}.safetensors"
-
-
-def _split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = vector.split([p.numel() for p in like])
-    return [part.view(p.shape) for part, p in zip(parts, like, strict=True)]
+def _epoch_path(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:03d}.safetensors"
 
 
 class ExpertFiles:
-    """The finished experts of a folder; of each step only the rows that it needs are read."""
+    """The finished experts in a folder; only the rows that a step needs are read."""
 
     def __init__(self, folder: Path, count: int, epochs: int, parameters: int, device: torch.device):
         self.folder, self.count, self.device = folder, count, device
         self.shape = [epochs + 1, parameters]
 
     def parameters(self, number: int, *epochs: int) -> list[Tensor]:
-        """An expert's flat parameters after these epochs, float32 [parameters] each.
+        """An expert's flat parameters after each of these epochs, float32 [parameters].
 
-        Raises UserError for a file that is damaged or of another network.
+        Raises:
+            UserError: the file is damaged or belongs to another network.
         """
         path = self.folder / expert_name(number)
         try:
@@ -167,7 +161,7 @@ class ExpertFiles:
                 if list(rows.get_shape()) == self.shape:
                     return [rows[epoch].to(self.device) for epoch in epochs]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"the expert {path} cannot be read ({error}); delete it to have it trained again") from None
+            raise UserError(f"the expert {path} cannot be read ({error}); delete it to train it again") from None
         raise UserError(
-            f"the expert {path} does not hold {self.shape[0]} x {self.shape[1]} parameters; delete it to have it trained again"
+            f"the expert {path} does not hold {self.shape[0]} x {self.shape[1]} parameters; delete it to train it again"
         )

@@ -1,12 +1,11 @@
-"""Ranking crops of real images by a teacher's loss, for RDED: one pass over the prepared shards, as scoring makes one.
+"""Ranks crops of real images by a teacher's loss, for RDED, in one pass over the prepared shards.
 
-Of every class a seeded draw of kept samples are candidates; each gives some random crops, which are enlarged to the size of
-an image and scored by the teacher's cross-entropy of the true class. The work is cut into the fixed chunks of the shards,
-whose pieces are published one by one, so a pass goes on where it was stopped and its numbers do not depend on who shares
-it. Row groups without a candidate are not read, and of the others nothing else is decoded.
+For each class a seeded draw of kept samples are candidates. Each gives `crops` random crops, which are enlarged to the size
+of an image and rated by the teacher's cross-entropy of the true class. The work is cut into the fixed chunks of the shards;
+the part file of each chunk is published on its own, so a stopped pass continues, and the result does not depend on who
+does which chunk. Row groups without a candidate are not read, and only candidates are decoded.
 
-The table has the columns sample_id, label, row (the sample's place among the kept ones of its class, by id), crop and loss.
-Left out: how images are built of patches (backends/rded.py).
+The table has the columns sample_id, label, row (index among the kept samples of the class, sorted by id), crop and loss.
 """
 
 from __future__ import annotations
@@ -32,26 +31,28 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.format import Chunk, RowGroup
+from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
 
 CANDIDATES = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("row", pa.int32())])
 SCHEMA = CANDIDATES.append(pa.field("crop", pa.int32())).append(pa.field("loss", pa.float32()))
 
-Found = tuple[pa.Table, np.ndarray]  # rows of CANDIDATES, and their pixels uint8 [n, *shape]
-
 
 def table_path(networks: Path, config: Config) -> Path:
-    """Where the finished table lies: beside the teacher, named after everything else that decides it."""
+    """The finished table, next to the teacher; its name is a digest of the other values that it depends on."""
     section = config.distill.rded
-    decisive = [section.crops, section.candidates, section.crop_scale, config.distill_seed]
-    return networks / f"patches-{digest(decisive)[:16]}.parquet"
+    values = [section.crops, section.candidates, section.crop_scale, config.distill_seed]
+    return networks / f"patches-{digest(values)[:16]}.parquet"
 
 
 def parts_folder(networks: Path, config: Config) -> Path:
-    """For the candidates and the pieces, until the table is there."""
+    """The folder of the candidates and part files, until the table is finished."""
     return table_path(networks, config).with_suffix(".pieces")
+
+
+def _candidates_path(folder: Path) -> Path:
+    return folder / "candidates.parquet"
 
 
 def crop_boxes(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
@@ -61,7 +62,7 @@ def crop_boxes(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
 
 
 def draw_candidates(path: Path, config: Config, folder: Path) -> pa.Table:
-    """Of the samples that the manifest at `path` keeps, up to `candidates` of each class; published in `folder`."""
+    """Up to `candidates` of the samples that the manifest at `path` keeps of each class; published in `folder`."""
     target = _candidates_path(folder)
     if not target.exists():
         table, _ = manifest.read(path, ["sample_id", "label", "kept"])
@@ -71,18 +72,14 @@ def draw_candidates(path: Path, config: Config, folder: Path) -> pa.Table:
         for label in np.unique(labels).tolist():
             first, last = np.searchsorted(labels, [label, label + 1])
             draw = rng.numpy_generator(config.distill_seed, "patch candidates", label)
-            places = np.sort(draw.permutation(last - first)[: config.distill.rded.candidates])
-            chosen.append(first + places)
-            rows.append(places)
+            class_rows = np.sort(draw.permutation(last - first)[: config.distill.rded.candidates])
+            chosen.append(first + class_rows)
+            rows.append(class_rows)
         drawn = kept.take(np.concatenate(chosen)).select(["sample_id", "label"])
         drawn = drawn.append_column("row", pa.array(np.concatenate(rows), pa.int32())).cast(CANDIDATES)
         with publish(target) as temporary:
             pq.write_table(drawn, temporary)
     return pq.read_table(target)
-
-
-def _candidates_path(folder: Path) -> Path:
-    return folder / "candidates.parquet"
 
 
 class PatchRanker:
@@ -96,29 +93,27 @@ class PatchRanker:
         self.groups = {(group.file, group.number): group for group in self.prepared.groups("train")}
 
     def rank(self, units: Sequence[tuple[Chunk, Path]]) -> Iterator[int]:
-        """Publish the piece of each chunk; yields the chunk's samples. What is next is read meanwhile."""
-        for (chunk, target), found in prefetch((unit, list(self._candidates_in(unit[0]))) for unit in units):
-            tables = [self._ranked(rows, pixels) for rows, pixels in found]
+        """Publish the part file of each chunk; yields the chunk's samples. The next chunk is read meanwhile."""
+        for (chunk, target), groups in prefetch((unit, list(self._read(unit[0]))) for unit in units):
+            tables = [self._rank(rows, pixels) for rows, pixels in groups]
             with publish(target) as temporary:
                 pq.write_table(pa.concat_tables([SCHEMA.empty_table(), *tables]), temporary)
             yield chunk.rows
 
-    def _candidates_in(self, chunk: Chunk) -> Iterator[Found]:
+    def _read(self, chunk: Chunk) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Per row group with candidates: their rows of CANDIDATES, and their pixels uint8 [n, *shape]."""
         for number in range(chunk.first, chunk.first + chunk.groups):
             group = self.groups[chunk.file, number]
             ids = self.prepared.read(group, columns=["sample_id"])["sample_id"]
-            mine = self._of_class(group)
-            places = pc.index_in(ids, mine["sample_id"]).combine_chunks()
-            if places.null_count < len(places):
-                table = self.prepared.read(group).filter(places.is_valid())
-                yield mine.take(places.drop_null()), self.prepared.pixels(table)
+            labels = self.candidates["label"].to_numpy()
+            first, last = np.searchsorted(labels, [group.label, group.label + 1])
+            of_class = self.candidates.slice(first, last - first)
+            rows = pc.index_in(ids, of_class["sample_id"]).combine_chunks()
+            if rows.null_count < len(rows):
+                table = self.prepared.read(group).filter(rows.is_valid())
+                yield of_class.take(rows.drop_null()), self.prepared.pixels(table)
 
-    def _of_class(self, group: RowGroup) -> pa.Table:
-        labels = self.candidates["label"].to_numpy()
-        first, last = np.searchsorted(labels, [group.label, group.label + 1])
-        return self.candidates.slice(first, last - first)
-
-    def _ranked(self, rows: pa.Table, pixels: np.ndarray) -> pa.Table:
+    def _rank(self, rows: pa.Table, pixels: np.ndarray) -> pa.Table:
         section, seed = self.config.distill.rded, self.config.distill_seed
         boxes = torch.cat([crop_boxes(seed, name, section) for name in rows["sample_id"].to_pylist()])
         images = self.normalization.apply(torch.from_numpy(np.array(pixels)).to(self.device))
@@ -129,38 +124,36 @@ class PatchRanker:
         if not torch.isfinite(losses).all():
             name = rows["sample_id"][int((~torch.isfinite(losses)).nonzero()[0]) // section.crops].as_py()
             raise UserError(
-                f"the teacher's loss for {name!r} is not finite; lower the teacher's rate, or take other weights"
+                f"the teacher's loss for {name!r} is not finite; lower the teacher's learning rate or take other weights"
             )
         repeated = rows.take(np.repeat(np.arange(rows.num_rows), section.crops))
         crops = pa.array(np.tile(np.arange(section.crops), rows.num_rows), pa.int32())
         return repeated.append_column("crop", crops).append_column("loss", pa.array(losses.numpy())).cast(SCHEMA)
 
 
-def read_table(path: Path, **options: Any) -> pa.Table:
-    """A finished table, as `pyarrow.parquet.read_table` reads it. Raises UserError for one that is damaged."""
-    try:
-        return pq.read_table(path, **options)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"the ranked patches {path} cannot be read ({error}); remove it to have them ranked again"
-        ) from None
-
-
-def images_per_class(table: Path, crops: int) -> list[int]:
-    """How many images of every class, by label, were ranked."""
-    labels = read_table(table, columns=["label"])["label"].to_numpy()
-    return [int(count) // crops for count in np.bincount(labels)]
-
-
-def merge(pieces: Sequence[Path], candidates: pa.Table, crops: int, target: Path) -> None:
-    """One table of all pieces, sorted by label, row and crop; every crop of every candidate is in it, once."""
+def merge(parts: Sequence[Path], candidates: pa.Table, crops: int, target: Path) -> None:
+    """Publish one table of all part files, sorted by label, row and crop; each crop of each candidate is in it once."""
     order = [("label", "ascending"), ("row", "ascending"), ("crop", "ascending")]
-    table = pa.concat_tables([pq.read_table(path) for path in pieces]).sort_by(order)
+    table = pa.concat_tables([pq.read_table(path) for path in parts]).sort_by(order)
     expected = candidates["sample_id"].combine_chunks().take(np.repeat(np.arange(candidates.num_rows), crops))
     if not table["sample_id"].combine_chunks().equals(expected):
         raise UserError(
-            f"the ranked patches are not those of the candidates ({table.num_rows} rows of {len(expected)}): the prepared data "
-            f"and the manifest do not belong together; remove {pieces[0].parent} and give the command again"
+            f"the ranked patches are not those of the candidates ({table.num_rows} rows of {len(expected)}): the prepared "
+            f"data and the manifest do not belong together; remove {parts[0].parent} and run the command again"
         )
     with publish(target) as temporary:
         pq.write_table(table, temporary)
+
+
+def read_table(path: Path, **options: Any) -> pa.Table:
+    """A finished table; `options` are those of `pyarrow.parquet.read_table`. Raises UserError if it is damaged."""
+    try:
+        return pq.read_table(path, **options)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"the ranked patches {path} cannot be read ({error}); remove it to rank them again") from None
+
+
+def images_per_class(table: Path, crops: int) -> list[int]:
+    """How many images of each class were ranked, by label."""
+    labels = read_table(table, columns=["label"])["label"].to_numpy()
+    return [int(count) // crops for count in np.bincount(labels)]

@@ -1,10 +1,8 @@
-"""What the methods with a teacher share (SRe2L, RDED): its training on the kept samples, or its ready-made weights, and the
-soft labels that it gives to the finished set.
+"""The teacher of SRe2L and RDED: its training on the kept samples, or its pretrained weights, and its soft labels.
 
-The teacher is one file with its normalisation, made once for equal `teacher_*` keys, data and selection, so that both methods
-share it. Training is SGD with a cosine over the epochs, in float32; it goes on from the last finished epoch.
-
-Left out: testing the teacher on real data; its accuracy on the (augmented) samples of its last epoch is in the card.
+A teacher is one file together with its normalisation. Methods share it if their `teacher_*` keys, data and selection are
+equal. It is trained with SGD and a cosine schedule in float32, from the last finished epoch on. It is not tested on real
+data: the card has its accuracy on the (augmented) samples of the last epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import TeacherSection
@@ -36,20 +34,23 @@ from distill_at_scale.distillation.soft_labels import (
     Teacher,
     TeacherFacts,
     TeacherLabels,
-    label_bytes,
+    with_normalization,
     merge_last_batch,
     relabel,
-    with_normalization,
+    label_bytes,
 )
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 
-STUDENT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # weight decay, of the official code
+STUDENT_WEIGHT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # of the official code
 
 
 class TeacherMethod(MethodDefaults):
-    """The part of the contract that concerns the teacher and its labels."""
+    """The part of the contract that concerns a teacher: its training, and its labels in `finalize`.
+
+    A subclass defines `section`, and `teacher_needs_batch_norm` if it matches batch norm statistics.
+    """
 
     batch_norm: ClassVar[str] = "any"  # distill.network is not used
     teacher_needs_batch_norm: ClassVar[bool] = False
@@ -61,17 +62,17 @@ class TeacherMethod(MethodDefaults):
 
     @classmethod
     def protocol(cls, config: Config) -> TrainingProtocol:
-        """Raises UserError for a teacher that does not fit the method or the data, and for options at odds with it."""
+        """Raises UserError if the teacher does not fit the method or the data, or if `evaluate.batch` is not its batch."""
         section = cls.section(config)
-        check(config, section, cls.teacher_needs_batch_norm)
+        _check(config, section, cls.teacher_needs_batch_norm)
         flip = "flip" if "flip" in section.teacher_augment.split("_") else "none"
-        made = TrainingProtocol(
+        protocol = TrainingProtocol(
             epochs=section.label_epochs, augment=flip, optimizer=section.student_optimizer, batch=section.student_batch,
-            lr=section.student_lr, weight_decay=STUDENT_DECAY[section.student_optimizer], cutmix=section.cutmix,
+            lr=section.student_lr, weight_decay=STUDENT_WEIGHT_DECAY[section.student_optimizer], cutmix=section.cutmix,
             labels="views", temperature=section.temperature, view_scale=section.view_scale, view_seed=config.distill_seed,
         )  # fmt: skip
-        made.overridden(config.evaluate)  # which refuses another batch
-        return made
+        protocol.overridden(config.evaluate)  # raises for another batch
+        return protocol
 
     @staticmethod
     def networks(config: Config) -> list[str]:
@@ -79,72 +80,68 @@ class TeacherMethod(MethodDefaults):
 
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
-        section, made = cls.section(config), config.distill
+        section = cls.section(config)
         options = {k: v for k, v in section.model_dump().items() if k.startswith("teacher_")}
-        options |= {"width": made.width, "depth": made.depth}
-        if name := options.pop("teacher_weights"):
-            with _own_keys(config):
-                return {k: options[k] for k in ("teacher_network", "width", "depth")} | {
-                    "teacher_weights": pretrained.digests([name])[name]
-                }
-        return options
+        options |= {"width": config.distill.width, "depth": config.distill.depth}
+        name = options.pop("teacher_weights")
+        if not name:
+            return options
+        with _teacher_keys(config):
+            digest = pretrained.digests([name])[name]
+        return {k: options[k] for k in ("teacher_network", "width", "depth")} | {"teacher_weights": digest}
 
     @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
         section = cls.section(context.config)
-        make = _ready_made if section.teacher_weights else _trained
-        teacher = make(section, context, real)
+        teacher = (_load_pretrained if section.teacher_weights else _train)(section, context, real)
         if cls.teacher_needs_batch_norm and not mixes_samples(teacher.network):
-            raise UserError(_no_batch_norm(context.config, section))
+            raise UserError(_no_batch_norm_message(context.config, section))
         teacher.save(context.networks / name)
-        _partial(context.networks).unlink(missing_ok=True)
+        _checkpoint_path(context.networks).unlink(missing_ok=True)
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
         section = cls.section(config)
         network, epochs = section.teacher_network, section.label_epochs
-        training = [] if section.teacher_weights else [
-            Cost("train the teacher", network, "kept", section.teacher_epochs, backward=True)
-        ]  # fmt: skip
-        return [*training, Cost(f"label the views of {epochs} epochs", network, "synthetic", epochs, backward=False)]
+        labelling = Cost(f"label the views of {epochs} epochs", network, "synthetic", epochs, backward=False)
+        if section.teacher_weights:
+            return [labelling]
+        return [Cost("train the teacher", network, "kept", section.teacher_epochs, backward=True), labelling]
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        """The labels of all views; the workers share the epochs."""
+        """The teacher, and its labels for all views of the set; workers share the epochs."""
         config, context = self.context.config, self.context
         section, plan = self.section(config), self.protocol(config).plan
         teacher = Teacher.load(context.networks / TEACHER, context.device, section.teacher_network)
-        asked = TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
-        made = relabel(images, plan, asked, context.workers)
-        extras = {f"labels/{key}": value for key, value in made.items()}
+        view_labels = TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
+        soft_labels = relabel(images, plan, view_labels, context.workers)
+        extras = {f"labels/{key}": value for key, value in soft_labels.items()}
         extras |= {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
-        size = label_bytes(made)
+        size = label_bytes(soft_labels)
         facts = {"epochs": section.label_epochs, "top_k": section.top_k, "bytes_per_image": size / len(labels)}
         card = {"teacher": asdict(teacher.facts), "soft_labels": facts, "soft_label_bytes": size}
         return FinalOutputs(extras, {}, card)
 
 
-def check(config: Config, section: TeacherSection, needs_batch_norm: bool) -> None:
-    """Raises UserError for a teacher that cannot take the data's images or clips, before anything is computed.
-
-    Its batch norm, where the method needs it, is looked at here too.
-    """
+def _check(config: Config, section: TeacherSection, needs_batch_norm: bool) -> None:
+    """Raises UserError, before anything is computed, for a teacher that does not fit the data or the method."""
     key = f"distill.{config.distill.method}"
     builder(f"{key}.teacher_network", section.teacher_network)
     Augmentation(section.teacher_augment)
     if config.data.whiten != "none":
         raise UserError(f"{key} works on pixels, not on whitened data; set data.whiten=none")
     if config.data.source == "tensors":
-        raise UserError(f"{key} crops images, and data.source = tensors has none; take another method")
-    made = config.distill
-    found = _skeleton(section.teacher_network, sample_shape(config.data), made.width, made.depth)
-    if isinstance(found, str):
-        raise UserError(f"{key}.teacher_network = {section.teacher_network!r}: {found}")
-    if needs_batch_norm and not found:
-        raise UserError(_no_batch_norm(config, section))
+        raise UserError(f"{key} crops images, and data.source = tensors has none; choose another method")
+    shape = sample_shape(config.data)
+    has_batch_norm = _has_batch_norm(section.teacher_network, shape, config.distill.width, config.distill.depth)
+    if isinstance(has_batch_norm, str):
+        raise UserError(f"{key}.teacher_network = {section.teacher_network!r}: {has_batch_norm}")
+    if needs_batch_norm and not has_batch_norm:
+        raise UserError(_no_batch_norm_message(config, section))
 
 
 @lru_cache(maxsize=16)
-def _skeleton(name: str, shape: tuple[int, ...], width: int, depth: int | None) -> bool | str:
+def _has_batch_norm(name: str, shape: tuple[int, ...], width: int, depth: int | None) -> bool | str:
     """Whether the network has batch norm, or why it cannot be built."""
     try:
         return mixes_samples(NetworkSpec(name, shape, 10, width, depth).skeleton())
@@ -152,17 +149,17 @@ def _skeleton(name: str, shape: tuple[int, ...], width: int, depth: int | None) 
         return str(error)
 
 
-def _no_batch_norm(config: Config, section: TeacherSection) -> str:
+def _no_batch_norm_message(config: Config, section: TeacherSection) -> str:
     method = config.distill.method
     return (
         f"distill.{method}.teacher_network = {section.teacher_network!r} has no batch norm, whose statistics {method} "
-        "matches; take convnet_bn, resnet18_bn or resnet50_bn, of clips r3d_18_bn"
+        "matches; take convnet_bn, resnet18_bn or resnet50_bn, or r3d_18_bn for clips"
     )
 
 
 @contextlib.contextmanager
-def _own_keys(config: Config) -> Iterator[None]:
-    """What `scoring/pretrained.py` says of score.weights is said of the teacher's."""
+def _teacher_keys(config: Config) -> Iterator[None]:
+    """Replaces the keys of `score` in the errors of `models/pretrained.py` by those of the teacher."""
     key = f"distill.{config.distill.method}.teacher"
     try:
         yield
@@ -173,51 +170,48 @@ def _own_keys(config: Config) -> Iterator[None]:
 
 
 def check_weights(config: Config, shape: tuple[int, ...], class_names: list[str], source: list[str]) -> None:
-    """Load the method's ready-made teacher once, if it has one; raises UserError where it does not fit the data."""
-    section, made = getattr(config.distill, config.distill.method, None), config.distill
+    """Load the method's pretrained teacher once, if it has one; raises UserError if it does not fit the data."""
+    section, distill = getattr(config.distill, config.distill.method, None), config.distill
     if isinstance(section, TeacherSection) and section.teacher_weights is not None:
-        spec = NetworkSpec(section.teacher_network, shape, len(class_names), made.width, made.depth)
-        with _own_keys(config):
+        spec = NetworkSpec(section.teacher_network, shape, len(class_names), distill.width, distill.depth)
+        with _teacher_keys(config):
             pretrained.load(section.teacher_weights, spec, class_names, source)
 
 
-def _facts(section: TeacherSection, context: MethodContext) -> TeacherFacts:
-    made, spec = context.config.distill, context.spec
-    channels = spec.shape[-3]
-    plain = (1.0,) * channels, (0.0,) * channels
-    return TeacherFacts(section.teacher_network, spec.shape, spec.classes, made.width, made.depth, *plain)
+def _teacher_facts(section: TeacherSection, context: MethodContext) -> TeacherFacts:
+    distill, spec = context.config.distill, context.spec
+    ones, zeros = (1.0,) * spec.shape[-3], (0.0,) * spec.shape[-3]  # the data's own normalisation
+    return TeacherFacts(section.teacher_network, spec.shape, spec.classes, distill.width, distill.depth, ones, zeros)
 
 
-def _ready_made(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
-    names, facts = context.class_names, _facts(section, context)
-    source = list(context.source_class_names) or names
-    with _own_keys(context.config):
-        given = pretrained.load(str(section.teacher_weights), facts.spec, names, source)
-    columns = None if given.classes is None else tuple(given.classes)
-    values = asdict(facts) | {"outputs": given.outputs, "columns": columns, "origin": f"sha256 {given.sha256}"}
+def _load_pretrained(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
+    facts = _teacher_facts(section, context)
+    source = list(context.source_class_names) or context.class_names
+    with _teacher_keys(context.config):
+        weights = pretrained.load(str(section.teacher_weights), facts.spec, context.class_names, source)
+    columns = None if weights.classes is None else tuple(weights.classes)
+    values = asdict(facts) | {"outputs": weights.outputs, "columns": columns, "origin": f"sha256 {weights.sha256}"}
     facts = TeacherFacts.from_card(values)
-    if given.normalization is not None:
-        own: Normalization = real.normalization
-        facts = with_normalization(facts, (own.mean, own.std), given.normalization)
-    return Teacher.from_state(facts, given.state, context.device)
+    if weights.normalization is not None:
+        facts = with_normalization(facts, (real.normalization.mean, real.normalization.std), weights.normalization)
+    return Teacher.from_state(facts, weights.state, context.device)
 
 
-def _trained(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
-    facts = _facts(section, context)
+def _train(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
+    facts = _teacher_facts(section, context)
     training = TeacherTraining(section, context, facts.spec)
-    right = training.run(real)
-    how = f"trained on the kept samples for {section.teacher_epochs} epochs, {right:.1%} right in the last one"
-    return Teacher.from_state(
-        TeacherFacts.from_card(asdict(facts) | {"origin": how}), training.network.state_dict(), context.device
-    )
+    accuracy = training.run(real)
+    origin = f"trained on the kept samples for {section.teacher_epochs} epochs, {accuracy:.1%} right in the last one"
+    state = training.network.state_dict()
+    return Teacher.from_state(TeacherFacts.from_card(asdict(facts) | {"origin": origin}), state, context.device)
 
 
 class TeacherTraining:
-    """SGD on the kept samples of all classes, with a checkpoint after every epoch."""
+    """SGD on the kept samples of all classes, with a checkpoint after each epoch."""
 
     def __init__(self, section: TeacherSection, context: MethodContext, spec: NetworkSpec):
         self.section, self.context = section, context
-        self.path = _partial(context.networks)
+        self.path = _checkpoint_path(context.networks)
         self.network = spec.build(rng.derive(context.seed, "teacher")).to(context.device).train()
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), section.teacher_lr, section.teacher_momentum, weight_decay=section.teacher_weight_decay
@@ -225,62 +219,55 @@ class TeacherTraining:
         self.augmentation = Augmentation(section.teacher_augment)
 
     def run(self, real: ClassSampler) -> float:
-        """Train the epochs that are left; the accuracy on the augmented samples of the last epoch."""
+        """Train the epochs that are missing; returns the accuracy on the augmented samples of the last epoch."""
         pixels, labels = real.all_samples()
-        start, right = self._resume()
+        start, accuracy = self._resume()
         for epoch in range(start, self.section.teacher_epochs):
-            right = self._epoch(pixels, labels, real.normalization, epoch)
-            self._save(epoch + 1, right)
-        return right
+            accuracy = self._epoch(pixels, labels, real.normalization, epoch)
+            self._save(epoch + 1, accuracy)
+        return accuracy
 
     def _epoch(self, pixels: Tensor, labels: Tensor, normalization: Normalization, epoch: int) -> float:
         device, draw = self.context.device, rng.generator(self.context.seed, "teacher epoch", epoch)
-        rate = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
-        self.optimizer.param_groups[0]["lr"] = rate
+        lr = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
+        self.optimizer.param_groups[0]["lr"] = lr
         right = 0
         for rows in merge_last_batch(torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)):
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
             images = self.augmentation.draw(draw, per_image=len(rows)).apply(images)
-            targets = labels[rows].to(device)
-            right += int(_sgd_step(self.network, self.optimizer, images, targets))
+            targets, logits = labels[rows].to(device), self.network(images)
+            self.optimizer.zero_grad()
+            F.cross_entropy(logits, targets).backward()
+            self.optimizer.step()
+            right += int((logits.argmax(1) == targets).sum())
         if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
             raise DistillationDiverged(
-                f"the teacher diverged in epoch {epoch}, at a learning rate of {rate:g}; lower "
+                f"the teacher diverged in epoch {epoch} at learning rate {lr:g}; lower "
                 f"distill.{self.context.config.distill.method}.teacher_lr"
             )
         return right / len(labels)
 
-    def _save(self, done: int, right: float) -> None:
-        held = {f"weight.{key}": value for key, value in self.network.state_dict().items()}
+    def _save(self, epochs: int, accuracy: float) -> None:
+        tensors = {f"weight.{key}": value for key, value in self.network.state_dict().items()}
         for i, parameter in enumerate(self.network.parameters()):
             if (buffer := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
-                held[f"momentum.{i}"] = buffer
-        safetensors_io.save(self.path, held, {"epochs": str(done), "right": repr(right)})
+                tensors[f"momentum.{i}"] = buffer
+        safetensors_io.save(self.path, tensors, {"epochs": str(epochs), "right": repr(accuracy)})
 
     def _resume(self) -> tuple[int, float]:
-        """Epochs that are done, and the accuracy in the last of them."""
+        """Load the checkpoint, if any; returns the finished epochs and the accuracy in the last of them."""
         if not self.path.exists():
             return 0, 0.0
         saved = safetensors_io.load(self.path)
         with safe_open(self.path, "pt") as handle:
             facts = handle.metadata()
-        self.network.load_state_dict(
-            {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
-        )
+        weights = {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
+        self.network.load_state_dict(weights)
         for i, parameter in enumerate(self.network.parameters()):
             if f"momentum.{i}" in saved:
                 self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
         return int(facts["epochs"]), float(facts["right"])
 
 
-def _sgd_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, targets: Tensor) -> Tensor:
-    """One step; the number of samples that the network was right about before it."""
-    logits = network(images)
-    optimizer.zero_grad()
-    F.cross_entropy(logits, targets).backward()
-    optimizer.step()
-    return (logits.argmax(1) == targets).sum()
-
-
-def _partial(networks: Path) -> Path:
+def _checkpoint_path(networks: Path) -> Path:
     return networks / f"{TEACHER}.partial"

@@ -1,4 +1,4 @@
-"""Distillation methods: one small file each, and this table of them."""
+"""The distillation methods by name (`distill.method`), one file each; `base.py` is their contract."""
 
 from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.distillation.methods.dm import DM
@@ -9,13 +9,4 @@ from distill_at_scale.distillation.methods.rded import RDED
 from distill_at_scale.distillation.methods.sre2l import SRe2L
 from distill_at_scale.distillation.methods.tesla import TESLA
 
-METHODS = {
-    "dc": DC,
-    "dsa": DSA,
-    "dm": DM,
-    "idc": IDC,
-    "mtt": MTT,
-    "tesla": TESLA,
-    "sre2l": SRe2L,
-    "rded": RDED,
-}
+METHODS = {"dc": DC, "dsa": DSA, "dm": DM, "idc": IDC, "mtt": MTT, "tesla": TESLA, "sre2l": SRe2L, "rded": RDED}

@@ -1,13 +1,13 @@
-"""The individual treatment effect of real samples on the synthetic images' gradient, to first order (METHOD.md section 3).
+"""The individual treatment effect (ITE) of a real sample on the gradient of the synthetic images, to first order.
 
-For a matching loss L that depends on the real batch through a mean statistic g (gradients, features) alone, leaving out
-sample i moves g by (g - g_i) / (n - 1), so ITE_i = M' (g_i - g) / (n - 1) to first order, up to the sign, with
-M' = d2L / dD_s dg. Its size is estimated in the few directions in which the effects of the batch are large (a randomised
-range finder, Halko, Martinsson & Tropp 2011, arXiv 0909.4061): a direction q is the effect of a random mixture of samples,
-orthonormalised; <q, ITE_i> = <M q, g_i - g> / (n - 1), which needs one product with M per direction instead of one per
-sample. Only a few images of the class are moved, since a sample that moves one of them much moves the others much too.
+A matching loss L depends on the real batch through a mean statistic g (of gradients or features) alone. Leaving out sample
+i moves g by (g - g_i) / (n - 1), so ITE_i = M' (g_i - g) / (n - 1) to first order and up to the sign, M' = d2L / dD_s dg
+(arXiv 2305.18381). Its norm is estimated in the few directions in which the batch's effects are large (a randomised range
+finder, Halko, Martinsson & Tropp 2011, arXiv 0909.4061): a direction q is the effect of a random mixture of samples,
+orthonormalised. <q, ITE_i> = <M q, g_i - g> / (n - 1) needs one product with M per direction, not one per sample. Only a
+few images of the class are perturbed: a sample that moves one of them much moves the others much too.
 
-Left out: networks whose output for a sample depends on the rest of the batch, and views that are not affine in the
+Not covered: networks whose output for a sample depends on the rest of the batch, and views that are not affine in the
 stored images (siamese augmentation and multi-formation are).
 """
 
@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.distillation.methods.shared.gradient_distance import matched_parameters, real_gradient
+from distill_at_scale.distillation.methods.shared.gradient_distance import (
+    GradientDistance,
+    matched_parameters,
+    real_gradient,
+)
 from distill_at_scale.distillation.methods.shared.gradient_projections import projections
 
-Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]  # real and synthetic gradients -> a scalar
 View = Callable[[Tensor], Tensor]
-Gradients = list[Tensor]
-MOVED, MOVED_FOR_FEATURES = 4, 2  # synthetic images of a class whose gradients are looked at
+PERTURBED, PERTURBED_FOR_FEATURES = 4, 2  # images of a class whose gradients are considered
 
 
 def gradient_effects(
@@ -35,31 +37,36 @@ def gradient_effects(
     images: Tensor,
     view: View,
     label: int,
-    distance: Distance,
+    distance: GradientDistance,
     probes: int,
     generator: torch.Generator,
     at_once: int,
 ) -> Tensor:
-    """The size of each real sample's effect under gradient matching [n]; 0 for a sample that is alone.
+    """The norm of each real sample's effect under gradient matching [n]; 0 for a single sample.
 
-    `real` [n, *shape] as the network sees it; `images` [m, *shape] the class's synthetic images as they are stored, which
-    `view` turns into what the network sees, the same every time; `distance` the matching loss of two lists of gradients;
-    `probes` the number of directions.
+    Args:
+        real: the real batch as the network sees it [n, *shape].
+        images: the class's stored synthetic images [m, *shape].
+        view: stored images -> what the network sees of them; deterministic and affine.
+        distance: the matching loss of one class's gradients, a scalar.
+        probes: the number of directions.
+        at_once: samples per forward pass.
     """
     if len(real) == 1:
         return real.new_zeros(1)
     order = torch.randperm(len(real), generator=generator).to(real.device)
-    parts = order.chunk(probes + 1)  # the effects of all parts add up to none, so the last one tells nothing new
+    parts = order.chunk(probes + 1)  # the effects of all parts sum to zero, so the last one is redundant
     groups = [real_gradient(network, real[part], label, at_once) for part in parts]
     shares = [len(part) / len(real) for part in parts]
     mean = [sum(s * g for s, g in zip(shares, layer, strict=True)) for layer in zip(*groups, strict=True)]  # type: ignore[misc]
     response = _Response(network, images.detach(), view, label, distance, mean, generator, at_once)
     if not response.is_seen:
         return real.new_zeros(len(real))
-    effects = [response.back([g - m for g, m in zip(group, mean, strict=True)]) for group in groups[:-1]]
-    ahead = [response.ahead(direction) for direction in _orthonormal(torch.stack(effects))]
-    directions = [None if layer[0] is None else torch.stack(layer) for layer in zip(*ahead, strict=True)]  # type: ignore[arg-type]
-    return _size(projections(network, real, label, directions, at_once)) * math.sqrt(len(images) / len(response.moved))
+    effects = [response.image_change([g - m for g, m in zip(group, mean, strict=True)]) for group in groups[:-1]]
+    changes = [response.gradient_change(direction) for direction in _orthonormal(torch.stack(effects))]
+    directions = [None if layer[0] is None else torch.stack(layer) for layer in zip(*changes, strict=True)]  # type: ignore[arg-type]
+    products = projections(network, real, label, directions, at_once)
+    return _norms(products) * math.sqrt(len(images) / len(response.perturbed))
 
 
 def feature_effects(
@@ -71,25 +78,42 @@ def feature_effects(
     generator: torch.Generator,
     at_once: int,
 ) -> Tensor:
-    """The same for matching mean features, L = |mean features of the real - of the synthetic images|^2 [n].
+    """The same for L = |mean features of the real images - mean features of the synthetic images|^2 [n].
 
-    `features` [n, features] of the real batch; `images` [m, *shape] and `view`, one row in and one out, as above.
+    `features` [n, features] are those of the real batch; `images` and `view` (one row in, one row out) as above.
     """
     if len(features) == 1:
         return features.new_zeros(1)
     features, factor = features.detach(), 2 / len(images)
-    moved = images.detach()[_some(len(images), MOVED_FOR_FEATURES, generator).to(images.device)]
+    order = torch.randperm(len(images), generator=generator)
+    perturbed = images.detach()[order[:PERTURBED_FOR_FEATURES].to(images.device)]
     mixtures = torch.randn(probes, len(features), generator=generator).to(features) @ (features - features.mean(0))
-    rows = moved.repeat(probes, *[1] * (moved.dim() - 1))  # direction by direction
-    effects = _in_step(lambda x, c: _back(embed, view, x, c), at_once, rows, mixtures.repeat_interleave(len(moved), 0))
-    ways = _orthonormal(effects.unflatten(0, (probes, len(moved)))).flatten(0, 1)
-    changes = _in_step(lambda x, q: _ahead(embed, view, x, q), at_once, rows[: len(ways)], ways)
-    directions = factor * changes.unflatten(0, (-1, len(moved))).sum(1)  # directions x features
-    return _size(features @ directions.T) * math.sqrt(len(images) / len(moved))
+
+    def pull_back(rows: Tensor, cotangents: Tensor) -> Tensor:
+        rows = rows.detach().requires_grad_(True)
+        return torch.autograd.grad(embed(view(rows)), rows, cotangents)[0]
+
+    def push_forward(rows: Tensor, tangents: Tensor) -> Tensor:
+        seen = view(rows)
+        moves = view(rows + tangents) - seen
+        seen = seen.detach().requires_grad_(True)
+        return _forward_mode([embed(seen)], [seen])([moves])[0]
+
+    rows = perturbed.repeat(probes, *[1] * (perturbed.dim() - 1))  # direction by direction
+    cotangents = mixtures.repeat_interleave(len(perturbed), 0)
+    effects = _in_parts(pull_back, at_once, rows, cotangents)
+    basis = _orthonormal(effects.unflatten(0, (probes, len(perturbed)))).flatten(0, 1)
+    changes = _in_parts(push_forward, at_once, rows[: len(basis)], basis)
+    directions = factor * changes.unflatten(0, (-1, len(perturbed))).sum(1)  # directions x features
+    return _norms(features @ directions.T) * math.sqrt(len(images) / len(perturbed))
 
 
 class _Response:
-    """How the gradient in a few of a class's images follows the real batch's mean gradient, and the other way round."""
+    """Products with M and M': how the gradient in a few images and the real batch's mean gradient depend on each other.
+
+    Attributes:
+        is_seen: whether the view shows any of the perturbed images.
+    """
 
     def __init__(
         self,
@@ -97,85 +121,59 @@ class _Response:
         images: Tensor,
         view: View,
         label: int,
-        distance: Distance,
-        mean: Gradients,
+        distance: GradientDistance,
+        mean: list[Tensor],
         generator: torch.Generator,
         at_once: int,
     ):
-        self.images, self.view = images, view
-        self.moved = _some(len(images), MOVED, generator).to(images.device)
-        given = [m.detach().requires_grad_(True) for m in mean]
+        self.images, self.view, self.layers = images, view, len(mean)
+        self.perturbed = torch.randperm(len(images), generator=generator)[:PERTURBED].to(images.device)
+        real = [m.detach().requires_grad_(True) for m in mean]
         self.seen = view(images)
-        made = [g.requires_grad_(True) for g in real_gradient(network, self.seen, label, at_once)]
-        slopes = torch.autograd.grad(distance(given, made), made, create_graph=True, allow_unused=True)
-        self.counted = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
-        self.slopes = [slopes[k] for k in self.counted]
-        self.layers, self.counted_mean = len(given), [given[k] for k in self.counted]
-        self.leaf = images[self.moved].requires_grad_(True)
+        synthetic = [g.requires_grad_(True) for g in real_gradient(network, self.seen, label, at_once)]
+        slopes = torch.autograd.grad(distance(real, synthetic), synthetic, create_graph=True, allow_unused=True)
+        self.matched = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+        self.slopes, self.mean = [slopes[k] for k in self.matched], [real[k] for k in self.matched]
+        self.leaf = images[self.perturbed].requires_grad_(True)
         self.rows = self._moves(torch.randn(self.leaf.shape, generator=generator).to(images)).flatten(1).any(1)
-        if self.is_seen:
-            self._follow(network, label)
+        self.is_seen = bool(self.rows.any())
+        if self.is_seen:  # the part of the synthetic gradient that comes from the perturbed images
+            part = self.view(self.images.index_copy(0, self.perturbed, self.leaf))[self.rows]
+            targets = torch.full((len(part),), label, device=part.device)
+            loss = F.cross_entropy(network(part), targets, reduction="sum") / len(self.seen)
+            parameters = matched_parameters(network)
+            self.gradients = torch.autograd.grad(loss, [parameters[k] for k in self.matched], create_graph=True)
+            self.gradients_forward = _forward_mode(self.gradients, [part])
+            self.slopes_forward = _forward_mode(self.slopes, self.mean)
 
-    @property
-    def is_seen(self) -> bool:
-        """Whether the view shows any of the moved images."""
-        return bool(self.rows.any())
+    def _moves(self, direction: Tensor) -> Tensor:
+        """The change of what the network sees if the perturbed images move by `direction`."""
+        return self.view(self.images.index_add(0, self.perturbed, direction)) - self.seen
 
-    def _follow(self, network: nn.Module, label: int) -> None:
-        """The part of the synthetic gradient that the moved images make, as a function of them."""
-        part = self.view(self.images.index_copy(0, self.moved, self.leaf))[self.rows]
-        targets = torch.full((len(part),), label, device=part.device)
-        loss = F.cross_entropy(network(part), targets, reduction="sum") / len(self.seen)
-        parameters = matched_parameters(network)
-        self.gradients = torch.autograd.grad(loss, [parameters[k] for k in self.counted], create_graph=True)
-        self.forward_of_gradients = _transposed(self.gradients, [part])
-        self.forward_of_slopes = _transposed(self.slopes, self.counted_mean)
-
-    def _moves(self, way: Tensor) -> Tensor:
-        """How what the network sees moves as the moved images do."""
-        return self.view(self.images.index_add(0, self.moved, way)) - self.seen
-
-    def back(self, change: Gradients) -> Tensor:
-        """M' change: how the moved images' gradient changes with the mean real gradient [moved, *shape]."""
-        slopes = self.forward_of_slopes([change[k] for k in self.counted])
+    def image_change(self, change: list[Tensor]) -> Tensor:
+        """M' change: the change of the gradient in the perturbed images with the mean real gradient [perturbed, *shape]."""
+        slopes = self.slopes_forward([change[k] for k in self.matched])
         return torch.autograd.grad(self.gradients, self.leaf, slopes, retain_graph=True)[0]
 
-    def ahead(self, way: Tensor) -> list[Tensor | None]:
-        """M way, layer by layer: None where a layer does not count."""
-        change = self.forward_of_gradients([self._moves(way)[self.rows]])
-        found = torch.autograd.grad(self.slopes, self.counted_mean, change, retain_graph=True)
-        result: list[Tensor | None] = [None] * self.layers
-        for k, direction in zip(self.counted, found, strict=True):
-            result[k] = direction
-        return result
+    def gradient_change(self, direction: Tensor) -> list[Tensor | None]:
+        """M direction, per layer; None for layers that the distance ignores."""
+        change = self.gradients_forward([self._moves(direction)[self.rows]])
+        products = torch.autograd.grad(self.slopes, self.mean, change, retain_graph=True)
+        by_layer = dict(zip(self.matched, products, strict=True))
+        return [by_layer.get(k) for k in range(self.layers)]
 
 
-def _transposed(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    """A change of the inputs -> that of the outputs: the backward pass is linear in its weights, so its own is this."""
+def _forward_mode(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """The map from changes of the inputs to those of the outputs: the derivative of the backward pass in its weights."""
     weights = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     backwards = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
     return lambda change: torch.autograd.grad(backwards, weights, change, retain_graph=True)
 
 
-def _some(images: int, n: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(images, generator=generator)[:n]
-
-
-def _in_step(function: Callable[[Tensor, Tensor], Tensor], at_once: int, first: Tensor, second: Tensor) -> Tensor:
+def _in_parts(function: Callable[[Tensor, Tensor], Tensor], at_once: int, first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([function(*p) for p in zip(first.split(at_once), second.split(at_once), strict=True)])
-
-
-def _back(embed: Callable[[Tensor], Tensor], view: View, images: Tensor, cotangents: Tensor) -> Tensor:
-    images = images.detach().requires_grad_(True)
-    return torch.autograd.grad(embed(view(images)), images, cotangents)[0]
-
-
-def _ahead(embed: Callable[[Tensor], Tensor], view: View, images: Tensor, ways: Tensor) -> Tensor:
-    """How each row's features change as it moves [rows, features]."""
-    seen = view(images)
-    moves = view(images + ways) - seen
-    seen = seen.detach().requires_grad_(True)
-    return _transposed([embed(seen)], [seen])([moves])[0]
 
 
 def _orthonormal(effects: Tensor) -> Tensor:
@@ -183,6 +181,6 @@ def _orthonormal(effects: Tensor) -> Tensor:
     return torch.linalg.qr(effects.flatten(1).T)[0].T.unflatten(1, effects.shape[1:])
 
 
-def _size(found: Tensor) -> Tensor:
-    """<direction, statistic> of each sample [n, directions] -> the size of its effect [n]."""
-    return (found - found.mean(0)).norm(dim=1) / (len(found) - 1)
+def _norms(products: Tensor) -> Tensor:
+    """<direction, statistic> of each sample [n, directions] -> the norm of its effect [n]."""
+    return (products - products.mean(0)).norm(dim=1) / (len(products) - 1)

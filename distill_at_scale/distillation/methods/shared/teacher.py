@@ -34,10 +34,10 @@ from distill_at_scale.distillation.soft_labels import (
     Teacher,
     TeacherFacts,
     TeacherLabels,
-    with_normalization,
+    label_bytes,
     merge_last_batch,
     relabel,
-    label_bytes,
+    with_normalization,
 )
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained

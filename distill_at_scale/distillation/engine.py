@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,12 +74,7 @@ def runtime_card(config: Config) -> dict[str, Any]:
     return config.runtime.model_dump()
 
 
-class HasClassNames(evaluate.HasTestSplit, Protocol):
-    @property
-    def class_names(self) -> list[str]: ...
-
-
-def check_inputs(config: Config, prepared: HasClassNames, kept_per_class: list[int]) -> None:
+def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class: list[int]) -> None:
     """Find errors before any worker starts.
 
     Raises:

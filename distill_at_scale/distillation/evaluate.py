@@ -105,11 +105,16 @@ class Evaluator:
         return self.synthetic.teacher_labels(self.device, getattr(section, "teacher_network", None))
 
 
-class HasTestSplit(Protocol):
+class DataSummary(Protocol):
+    """Prepared data, or the plan of it."""
+
+    @property
+    def class_names(self) -> list[str]: ...
+
     def has_test(self) -> bool: ...
 
 
-def require_test_split(prepared: HasTestSplit) -> None:
+def require_test_split(prepared: DataSummary) -> None:
     """Raises UserError for data without a test split."""
     if not prepared.has_test():
         raise UserError("the data set has no test split, so nothing can be evaluated; add one (a folder or files named test "

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,13 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Array = np.ndarray[Any, Any]
 
 
-def write_imagefolder(folder: Path, pixels: Array, labels: Sequence[int], class_names: Sequence[str]) -> None:
+class Samples(NamedTuple):
+    values: Array  # uint8 [n, C, H, W] or [n, T, C, H, W], or float32 [n, *shape]
+    labels: Sequence[int]
+    class_names: Sequence[str]
+
+
+def write_imagefolder(folder: Path, samples: Samples) -> None:
     """`<class>/<number>.png`; for clips `<class>/<number>/<frame>.png`. Raises UserError if the folder is not empty."""
 
     def write(target: Path, sample: Array) -> None:
@@ -42,17 +48,15 @@ def write_imagefolder(folder: Path, pixels: Array, labels: Sequence[int], class_
         for t, frame in enumerate(frames):
             frame.save(target / f"{t:05d}.png")
 
-    _write_by_class(folder, pixels, labels, class_names, write)
+    _write_by_class(folder, samples, write)
 
 
-def write_videofolder(
-    folder: Path, pixels: Array, labels: Sequence[int], class_names: Sequence[str], card: Mapping[str, Any]
-) -> None:
+def write_videofolder(folder: Path, samples: Samples, card: Mapping[str, Any]) -> None:
     """`<class>/<number>.mp4` (H.264, FRAMES_PER_SECOND, no B frames) of clips [n, T, C, H, W], and the card.
 
     Raises UserError for images, for a folder that is not empty, and without an H.264 encoder.
     """
-    if pixels.ndim != 5:
+    if samples.values.ndim != 5:
         raise UserError("the set holds images, not clips; use export_imagefolder, export_parquet or export_pt")
     export = {"format": "mp4, H.264, yuv420p (BT.601)", "lossy": True, "enlarged": ENLARGED, **ENCODER}
     export |= {"frames_per_second": FRAMES_PER_SECOND, "exact_pixels": "export_imagefolder, export_parquet"}
@@ -62,13 +66,13 @@ def write_videofolder(
         target.with_suffix(".mp4").write_bytes(video)
 
     text = json.dumps({**card, "export": export}, indent=1) + "\n"
-    _write_by_class(folder, pixels, labels, class_names, write, {"card.json": text})
+    _write_by_class(folder, samples, write, {"card.json": text})
 
 
-def write_parquet(path: Path, pixels: Array, labels: Sequence[int], class_names: Sequence[str]) -> None:
+def write_parquet(path: Path, samples: Samples) -> None:
     """One file in Hugging Face's layout: `image`, or for clips `frames`, a list of images; and `label`."""
-    is_clips, rows = pixels.ndim == 5, []
-    for i, sample in enumerate(pixels):
+    is_clips, rows = samples.values.ndim == 5, []
+    for i, sample in enumerate(samples.values):
         names = [f"{i:05d}/{t:05d}.png" for t in range(len(sample))] if is_clips else [f"{i:05d}.png"]
         frames = [{"bytes": png([f]), "path": name} for f, name in zip(to_frames(sample), names, strict=True)]
         rows.append(frames if is_clips else frames[0])
@@ -77,43 +81,36 @@ def write_parquet(path: Path, pixels: Array, labels: Sequence[int], class_names:
         # every release of `datasets` reads "Sequence", the older name of a list
         feature = {"feature": feature, "_type": "Sequence"}
     column = pa.array(rows, pa.list_(IMAGE) if is_clips else IMAGE)
-    _write_table(path, "frames" if is_clips else "image", column, feature, labels, class_names)
+    _write_table(path, "frames" if is_clips else "image", column, feature, samples)
 
 
-def write_tensor_parquet(path: Path, values: Array, labels: Sequence[int], class_names: Sequence[str]) -> None:
+def write_tensor_parquet(path: Path, samples: Samples) -> None:
     """One file with `values`, nested lists of the float32 [n, *shape], and `label`."""
-    column: pa.Array = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    column: pa.Array = pa.array(np.ascontiguousarray(samples.values, np.float32).reshape(-1))
     feature: dict[str, Any] = {"dtype": "float32", "_type": "Value"}
-    for size in reversed(values.shape[1:]):
+    for size in reversed(samples.values.shape[1:]):
         column = pa.ListArray.from_arrays(np.arange(0, len(column) + 1, size, dtype=np.int32), column)
         feature = {"feature": feature, "_type": "Sequence"}
-    _write_table(path, "values", column, feature, labels, class_names)
+    _write_table(path, "values", column, feature, samples)
 
 
-def _write_table(
-    path: Path, name: str, column: pa.Array, feature: Any, labels: Sequence[int], class_names: Sequence[str]
-) -> None:
-    features = {name: feature, "label": {"_type": "ClassLabel", "names": list(class_names)}}
+def _write_table(path: Path, name: str, column: pa.Array, feature: Any, samples: Samples) -> None:
+    features = {name: feature, "label": {"_type": "ClassLabel", "names": list(samples.class_names)}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([(name, column.type), ("label", pa.int64())], metadata)
     with publish(path) as temporary:
-        pq.write_table(pa.table([column, pa.array(labels, pa.int64())], schema=schema), temporary)
+        pq.write_table(pa.table([column, pa.array(samples.labels, pa.int64())], schema=schema), temporary)
 
 
 def _write_by_class(
-    folder: Path,
-    pixels: Array,
-    labels: Sequence[int],
-    class_names: Sequence[str],
-    write: Callable[[Path, Array], None],
-    extra_files: Mapping[str, str] | None = None,
+    folder: Path, samples: Samples, write: Callable[[Path, Array], None], extra_files: Mapping[str, str] | None = None
 ) -> None:
     """Call `write(<class>/<number>, sample)` for every sample and add text files to the root; publish it all at once."""
-    names = _folder_names(class_names)
+    names = _folder_names(samples.class_names)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; export to a new folder")
     with publish(folder) as temporary:
-        for i, (sample, label) in enumerate(zip(pixels, labels, strict=True)):
+        for i, (sample, label) in enumerate(zip(samples.values, samples.labels, strict=True)):
             target = temporary / names[label] / f"{i:05d}"
             target.parent.mkdir(parents=True, exist_ok=True)
             write(target, sample)

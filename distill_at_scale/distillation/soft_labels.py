@@ -157,10 +157,6 @@ class StoredLabels:
         classes = None if self.classes is None else self.classes[rows].to(views.device)
         return expand((self.values[rows].to(views.device), classes), self.class_count)
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], class_count: int) -> StoredLabels:
-        return cls(tensors["values"], tensors.get("classes"), class_count)
-
 
 @dataclass(frozen=True)
 class TeacherFacts:
@@ -291,10 +287,6 @@ def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Coll
 def _joined(parts: Sequence[CompactLogits], join: Callable[[list[Tensor]], Tensor]) -> CompactLogits:
     classes = [classes for _, classes in parts if classes is not None]
     return join([values for values, _ in parts]), join(classes) if classes else None
-
-
-def label_bytes(labels: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in labels.values())
 
 
 def with_normalization(facts: TeacherFacts, own: Any, expected: Any) -> TeacherFacts:

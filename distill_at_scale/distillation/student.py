@@ -35,30 +35,20 @@ class TrainingProtocol:
     """How a student is trained; saved in the card of a synthetic set.
 
     SGD divides the learning rate by ten after half of the epochs; AdamW anneals it with a cosine.
-
-    Attributes:
-        epochs: passes over the set.
-        augment: siamese families joined by `_`, with parameters per image; for `labels: views` "flip" or "none".
-        batch: images per step.
-        cutmix: share of batches that CutMix mixes.
-        labels: "hard": class numbers; "soft": one distribution per image; "views": one per image, epoch and view.
-        temperature: of soft labels.
-        view_scale: of `labels: views`: the smallest share of an image's area in a view.
-        view_seed: of `labels: views`: the seed of views and batches.
     """
 
     epochs: int
-    augment: str = "none"
+    augment: str = "none"  # siamese families joined by `_`, parameters per image; for labels: views "flip" or "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    batch: int = 256
+    batch: int = 256  # images per step
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    cutmix: float = 0.0
-    labels: Literal["hard", "soft", "views"] = "hard"
-    temperature: float = 1.0
-    view_scale: float = 1.0
-    view_seed: int = 0
+    cutmix: float = 0.0  # share of batches that CutMix mixes
+    labels: Literal["hard", "soft", "views"] = "hard"  # soft: per image; views: per image, epoch and view
+    temperature: float = 1.0  # of soft labels
+    view_scale: float = 1.0  # labels: views: smallest share of an image's area in a view
+    view_seed: int = 0  # labels: views: seed of views and batches
 
     @property
     def plan(self) -> ViewPlan:
@@ -109,10 +99,6 @@ class TrainingSet:
     soft: Mapping[str, Tensor] = field(default_factory=dict)
     views: ViewLabels | None = None
 
-    def to(self, device: torch.device) -> TrainingSet:
-        soft = {key: value.to(device) for key, value in self.soft.items()}
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), soft=soft)
-
     def normalized(self, rows: Tensor) -> Tensor:
         images = self.images[rows.to(self.images.device)]
         return images if self.normalization is None else self.normalization.apply(images)
@@ -133,7 +119,8 @@ def train(
             network.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1], gamma=0.1)
-    data = data.to(device)
+    soft = {key: value.to(device) for key, value in data.soft.items()}
+    data = replace(data, images=data.images.to(device), labels=data.labels.to(device), soft=soft)
     has_batch_norm, batch = mixes_samples(network), min(protocol.batch, len(data.labels))
     if has_batch_norm and batch < SMALL_BATCH:
         warnings.warn(

@@ -92,7 +92,7 @@ class SyntheticSet:
                     f"the set{f' in {self.folder}' if self.folder else ''} lacks the labels of its views (labels.safetensors, "
                     f"for {len(self.labels)} images); load it from the folder that it was saved in, or distil again"
                 )
-            views = StoredLabels.from_tensors(tensors, len(self.class_names))
+            views = StoredLabels(tensors["values"], tensors.get("classes"), len(self.class_names))
         return TrainingSet(images, labels, soft=self._small_extras(), views=views)
 
     def group(self, name: str) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class SyntheticSet:
         Raises:
             UserError: the folder exists and is not empty, or the set holds tensors.
         """
-        exports.write_imagefolder(Path(folder), *self._image_samples())
+        exports.write_imagefolder(Path(folder), self._image_samples())
 
     def export_videofolder(self, folder: str | Path) -> None:
         """Write clips as `<class>/<number>.mp4` (H.264, 8 frames per second) and a `card.json` next to the classes.
@@ -175,7 +175,7 @@ class SyntheticSet:
         Raises:
             UserError: the folder exists and is not empty, the set holds no clips, or there is no H.264 encoder.
         """
-        exports.write_videofolder(Path(folder), *self._image_samples(), self.card)
+        exports.write_videofolder(Path(folder), self._image_samples(), self.card)
 
     def export_parquet(self, path: str | Path) -> None:
         """Write one Parquet file in Hugging Face's layout; `datasets.load_dataset("parquet", ...)` reads it.
@@ -184,7 +184,7 @@ class SyntheticSet:
         `data.source: tensors` reads.
         """
         write = exports.write_tensor_parquet if self.kind == "tensors" else exports.write_parquet
-        write(Path(path), *self._samples())
+        write(Path(path), self._samples())
 
     def export_pt(self, path: str | Path) -> None:
         """Write a `.pt` file with images, labels, card and small extras, for `torch.load(path, weights_only=True)`.
@@ -200,10 +200,10 @@ class SyntheticSet:
     def _small_extras(self) -> dict[str, Tensor]:
         return {key: value for key, value in self.extras.items() if "/" not in key}
 
-    def _samples(self) -> tuple[exports.Array, list[int], list[str]]:
-        return self.values().numpy(), self.labels.tolist(), self.class_names
+    def _samples(self) -> exports.Samples:
+        return exports.Samples(self.values().numpy(), self.labels.tolist(), self.class_names)
 
-    def _image_samples(self) -> tuple[exports.Array, list[int], list[str]]:
+    def _image_samples(self) -> exports.Samples:
         if self.kind == "tensors":
             raise UserError("the set holds arrays that are not images; use export_parquet or export_pt")
         return self._samples()

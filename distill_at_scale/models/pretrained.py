@@ -23,7 +23,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.models.spec import OF_CLIPS, TORCHVISION, NetworkSpec, is_torchvision_classifier
+from distill_at_scale.models.spec import OF_CLIPS, TORCHVISION, NetworkSpec, torchvision_classifiers
 from distill_at_scale.models.torchvision_weights import Published, explain, fits, similar
 from distill_at_scale.models.torchvision_weights import published as find_published
 
@@ -230,7 +230,7 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
     hint = ""
     if published:
         name = published.network
-        ours = f"{TORCHVISION}{name}" if is_torchvision_classifier(name) else None
+        ours = f"{TORCHVISION}{name}" if name in torchvision_classifiers() else None
         hint = f" (torchvision published them for {f'{name}_bn' if f'{name}_bn' in OF_CLIPS else ours})"
     raise UserError(
         f"{file} does not fit score.network = {spec.name!r} for {'clips' if spec.clips else 'images'} of shape "

@@ -223,9 +223,9 @@ def builder(key: str, name: str) -> Build:
     architecture = name.removeprefix(TORCHVISION)
     if architecture in MULTIPLE_OUTPUTS:
         raise UserError(f"{key} = {name!r} has outputs beside its logits and cannot be used; take another network")
-    if not is_torchvision_classifier(architecture):
+    if architecture not in torchvision_classifiers():
         raise UserError(
-            f"{key} = {name!r} is no classifier of torchvision; {suggest(architecture, _torchvision_classifiers())}"
+            f"{key} = {name!r} is no classifier of torchvision; {suggest(architecture, torchvision_classifiers())}"
         )
     return partial(_build_torchvision, architecture)
 
@@ -236,11 +236,8 @@ def is_plug_in(name: str) -> bool:
     return ":" in name and not name.startswith(TORCHVISION)
 
 
-def is_torchvision_classifier(name: str) -> bool:
-    return name in _torchvision_classifiers()
-
-
-def _torchvision_classifiers() -> list[str]:
+def torchvision_classifiers() -> list[str]:
+    """The image classifiers of torchvision that can be used here."""
     from torchvision import models
 
     return [name for name in models.list_models(module=models) if name not in MULTIPLE_OUTPUTS]

@@ -294,5 +294,5 @@ def test_drawing_is_for_what_has_no_pixels():
 
 def test_exported_lists_have_the_samples_shape(tmp_path):
     values = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
-    exports.write_tensor_parquet(tmp_path / "t.parquet", values, [0, 1], ["a", "b"])
+    exports.write_tensor_parquet(tmp_path / "t.parquet", exports.Samples(values, [0, 1], ["a", "b"]))
     assert np.array_equal(np.array(pq.read_table(tmp_path / "t.parquet")["values"].to_pylist()), values)

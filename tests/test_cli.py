@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -110,11 +109,9 @@ assert not heavy, heavy
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("fly", 2)])
 def test_the_help_and_usage_errors_import_nothing_heavy(argument, status):
     code = HELP.format(argument=argument, status=status)
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: distill-at-scale" in done.stdout + done.stderr
-    assert time.perf_counter() - began < 5, "the target is 0.5 s on an idle machine"
 
 
 def test_the_package_runs_as_a_module():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from distill_at_scale.config.fields import Section
 
 Study = Literal["critical_ratio", "stratified", "drop", "interaction", "stability", "across"]
-STUDIES: tuple[Study, ...] = ("critical_ratio", "stratified", "drop", "interaction", "stability", "across")
+STUDIES: tuple[Study, ...] = get_args(Study)
 Control = Literal["unpruned", "random"]
 
 

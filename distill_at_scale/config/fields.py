@@ -41,6 +41,7 @@ def _field(default: Any, changes_results: ChangesResults, field: dict[str, Any])
 
 
 def changes_results(field: FieldInfo) -> ChangesResults:
+    """Whether a field of a section changes the results of a run."""
     extra = field.json_schema_extra
     return extra["changes_results"] if isinstance(extra, dict) else "always"  # type: ignore[return-value]
 
@@ -49,11 +50,9 @@ def is_execution_key(model: type[BaseModel], key: str) -> bool:
     """Whether a dotted key, or a section that holds it, never changes results; False for an unknown key."""
     name, _, below = key.partition(".")
     field = model.model_fields.get(name)
-    if field is None:
-        return False
+    if field is None or changes_results(field) == "never":
+        return field is not None
     inner = field.annotation
-    if changes_results(field) == "never":
-        return True
     return bool(below) and isinstance(inner, type) and issubclass(inner, BaseModel) and is_execution_key(inner, below)
 
 

@@ -290,8 +290,7 @@ def points():
 
 
 @pytest.mark.parametrize("count", [1, 3, 39, 100])
-def test_density_is_the_mean_distance_to_the_nearest_neighbours(points, monkeypatch, count):
-    monkeypatch.setattr(coreset, "BLOCK", 280)  # seven rows at a time
+def test_density_is_the_mean_distance_to_the_nearest_neighbours(points, count):
     distances = np.sort(np.linalg.norm(points[:, None] - points[None], axis=2), axis=1)[:, 1:]
     assert coreset.neighbour_distances(points, count) == pytest.approx(distances[:, :count].mean(1), rel=1e-5)
 
@@ -308,7 +307,7 @@ def order_of(ranks):
 
 @pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products made anew"])
 def test_herding_picks_what_takes_the_mean_nearest_to_that_of_the_class(points, monkeypatch, kept):
-    monkeypatch.setattr(coreset, "KEPT", kept)
+    monkeypatch.setattr(coreset, "HELD_PRODUCTS", kept)
     picked, mean = [], points.mean(0, dtype=np.float64)
     for _ in points:
         left = [k for k in range(len(points)) if k not in picked]
@@ -318,7 +317,7 @@ def test_herding_picks_what_takes_the_mean_nearest_to_that_of_the_class(points, 
 
 @pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products made anew"])
 def test_k_center_begins_at_the_mean_and_picks_the_farthest(points, monkeypatch, kept):
-    monkeypatch.setattr(coreset, "KEPT", kept)
+    monkeypatch.setattr(coreset, "HELD_PRODUCTS", kept)
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     picked = [int(np.linalg.norm(points - points.mean(0), axis=1).argmin())]
     while len(picked) < len(points):
@@ -389,7 +388,7 @@ def test_agreement_holds_some_samples_of_some_classes_spread_evenly():
 @pytest.fixture(autouse=True)
 def parts_of_ten(monkeypatch):
     """The tiny network would take thousands of images at once, nearly all of them padding."""
-    monkeypatch.setattr(NetworkSpec, "at_once", lambda spec, device: 10)
+    monkeypatch.setattr(NetworkSpec, "microbatch", lambda spec, device: 10)
 
 
 @pytest.fixture(scope="module")

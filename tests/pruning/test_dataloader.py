@@ -27,7 +27,7 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 
 def epoch(source: ProxyDataLoader, number=0, own=None, trial=0):
-    dealt = source.deal(trial, number)
+    dealt = source.shard_groups(trial, number)
     return list(source.batches(trial, number, dealt, own or range(len(dealt))))
 
 

@@ -188,11 +188,11 @@ def test_a_number_of_workers_that_does_not_divide_the_shards_is_refused(tmp_path
 
 def test_the_sum_of_a_tree_does_not_depend_on_who_adds_which_half():
     values = [torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    whole = proxy.pairwise(values)
+    whole = proxy.tree_sum(values)
     for workers in (2, 4):
         each = 8 // workers
-        halves = [proxy.pairwise(values[i : i + each]) for i in range(0, 8, each)]
-        assert torch.equal(proxy.pairwise(halves), whole)
+        halves = [proxy.tree_sum(values[i : i + each]) for i in range(0, 8, each)]
+        assert torch.equal(proxy.tree_sum(halves), whole)
 
 
 def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path):

@@ -107,7 +107,7 @@ def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.devi
     trial = proxy.ProxyTrial(PreparedDataset(prepared), score, 0, 0, folder, device)
     times: list[float] = []
     trial.run(lambda done: times.append(now(device)))
-    return max(1, trial.stream.steps(trial.stream.deal(0, 1))), [b - a for a, b in pairwise(times)]
+    return max(1, trial.loader.steps(trial.loader.shard_groups(0, 1))), [b - a for a, b in pairwise(times)]
 
 
 def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:

@@ -1,7 +1,6 @@
-"""Samples of one class in feature space: how near their neighbours are, and in which order greedy selectors pick them.
+"""Samples of one class in feature space: distances to the nearest neighbours, and the orders of greedy selectors.
 
-Features are float32 [n, dimensions], in order of id; equal candidates are taken in that order. What takes n * n numbers is
-made in blocks, or kept where it is small. Left out: other distances than Euclid's.
+Features are float32 [n, dimensions] in order of id, distances Euclidean; ties go to the first.
 """
 
 from __future__ import annotations
@@ -13,43 +12,32 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-BLOCK = 2**22  # numbers of a block of distances: 16 MB
-KEPT = 2**26  # numbers of all inner products of a class that are kept: 256 MB, a class of 8192
+HELD_PRODUCTS = 2**26  # inner products of a class that are kept in memory: 256 MB, a class of 8192
 
 
 def neighbour_distances(features: Array, neighbours: int) -> Array:
-    """The mean distance of every sample to its nearest neighbours, or to all others where they are fewer; float32 [n].
+    """The mean distance of each sample to its nearest neighbours, or to all others if they are fewer; float32 [n].
 
     0 for a sample that is alone.
     """
+    from sklearn.neighbors import NearestNeighbors  # takes a second to import
+
     count = min(neighbours, len(features) - 1)
     if count < 1:
         return np.zeros(len(features), np.float32)
-    centred, squares = _centred(features)
-    rows = max(1, BLOCK // len(features))
-    parts = []
-    for start in range(0, len(features), rows):
-        part = centred[start : start + rows]
-        distances = squares - 2 * (part @ centred.T)  # squared, but for the part's own squares
-        distances[np.arange(len(part)), start + np.arange(len(part))] = np.inf
-        nearest = np.argpartition(distances, count - 1, axis=1)[:, :count]
-        parts.append(_exact(centred, start, nearest))
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _exact(features: Array, start: int, nearest: Array) -> Array:
-    """Mean distances to the neighbours [rows, count], from differences: of near neighbours a product has few right digits."""
-    total = np.zeros(len(nearest))
-    for column in nearest.T:
-        differences = features[start : start + len(nearest)].astype(np.float64) - features[column]
+    centred, _ = _centred(features)
+    nearest = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(centred).kneighbors(return_distance=False)
+    total = np.zeros(len(features))
+    for column in nearest.T:  # from differences: products lose the last digits of small distances
+        differences = centred.astype(np.float64) - centred[column]
         total += np.sqrt(np.einsum("nd,nd->n", differences, differences))
-    return total / nearest.shape[1]
+    return (total / count).astype(np.float32)
 
 
 def herding_ranks(features: Array) -> Array:
-    """The rank of every sample, float32 [n]: next is the one that takes the mean of the picked nearest to that of all."""
+    """The rank of each sample, float32 [n]: next is the one that moves the mean of the picked nearest to the class mean."""
     centred, squares = _centred(features)
-    products = _products(centred)
+    products = _inner_products(centred)
     costs = squares.astype(np.float64)  # |x|^2 + 2 <x, sum of the picked>
     ranks = np.empty(len(features), np.float32)
     for rank in range(len(features)):
@@ -61,10 +49,10 @@ def herding_ranks(features: Array) -> Array:
 
 
 def k_center_ranks(features: Array) -> Array:
-    """The rank of every sample, float32 [n]: first the one nearest the mean, then the farthest from all that are picked."""
+    """The rank of each sample, float32 [n]: first the one nearest the mean, then the farthest from all picked ones."""
     centred, squares = _centred(features)
-    products = _products(centred)
-    gaps = np.full(len(features), np.inf, np.float32)  # squared, to the nearest of the picked; less than any for those
+    products = _inner_products(centred)
+    gaps = np.full(len(features), np.inf, np.float32)  # squared distance to the nearest picked one, -1 for those
     ranks = np.empty(len(features), np.float32)
     picked = int(squares.argmin())
     for rank in range(len(features)):
@@ -76,14 +64,14 @@ def k_center_ranks(features: Array) -> Array:
 
 
 def _centred(features: Array) -> tuple[Array, Array]:
-    """The features less their mean, float32, which spares products their last digits; and the squares of their lengths."""
+    """The features minus their mean, float32, which keeps inner products accurate, and their squared norms."""
     centred = (features - features.mean(0, dtype=np.float64)).astype(np.float32)
     return centred, np.einsum("nd,nd->n", centred, centred)
 
 
-def _products(features: Array) -> Callable[[int], Array]:
+def _inner_products(features: Array) -> Callable[[int], Array]:
     """Inner products of one sample with all [n]."""
-    if len(features) ** 2 > KEPT:
+    if len(features) ** 2 > HELD_PRODUCTS:
         return lambda sample: features @ features[sample]
-    kept = features @ features.T
-    return lambda sample: kept[sample]
+    products = features @ features.T
+    return lambda sample: products[sample]

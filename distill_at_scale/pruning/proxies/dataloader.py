@@ -1,8 +1,8 @@
-"""Training batches from the shards, in bounded memory and whatever the number of workers.
+"""Training batches for proxies, in bounded memory and independent of the number of workers.
 
-Every epoch deals the row groups out to a fixed number of logical shards; each logical shard yields its own part of every
-batch. A worker owns some logical shards, reads only their row groups, and holds a window of them, whose samples it
-shuffles. A small set fits its windows, and then a logical shard's part of an epoch is a full permutation.
+Each epoch distributes the row groups over a fixed number of logical shards; each logical shard yields its part of every
+batch. A worker owns some logical shards, reads only their row groups, holds a window of them, and shuffles the samples in
+it. If the window holds the whole shard, the shard's part of an epoch is a full permutation.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import RowGroup
 
-WINDOW_BYTES = 512 * 2**20  # of stored images, over all logical shards of a proxy
-GROUPS_EACH = 4  # row groups that a logical shard has at least
+WINDOW_BYTES = 512 * 2**20  # stored samples, over all logical shards of a proxy
+MIN_GROUPS = 4  # row groups per logical shard
 
 Batch = tuple[Tensor, Tensor]  # uint8 [n, *shape], labels int64 [n]
 
 
 @dataclass(frozen=True)
 class ProxyDataLoader:
-    """What one trial is trained on; equal on every worker."""
+    """The training batches of one trial; equal on all workers."""
 
     prepared: PreparedDataset
     seed: int
     batch: int
-    shards: int  # logical shards that are asked for
+    shards: int  # requested number of logical shards
     share: float = 1.0  # of the training split, class by class
 
     @cached_property
     def groups(self) -> list[RowGroup]:
-        """The row groups that are trained on: all, or about `share` of every class's, at least one."""
+        """The row groups to train on: all, or about `share` of each class, at least one."""
         if self.share == 1:
             return self.prepared.groups("train")
         chosen = []
@@ -55,12 +55,12 @@ class ProxyDataLoader:
 
     @property
     def logical_shards(self) -> int:
-        """The largest power of two that is asked for, fits the batch and leaves every shard some row groups."""
-        most = min(self.shards, self.batch, max(1, len(self.groups) // GROUPS_EACH))
+        """The largest power of two up to `shards` that fits the batch and leaves each shard MIN_GROUPS row groups."""
+        most = min(self.shards, self.batch, max(1, len(self.groups) // MIN_GROUPS))
         return 1 << (most.bit_length() - 1)
 
-    def deal(self, trial: int, epoch: int) -> list[list[RowGroup]]:
-        """The row groups of every logical shard, in the order of reading: classes spread evenly, rows balanced."""
+    def shard_groups(self, trial: int, epoch: int) -> list[list[RowGroup]]:
+        """The row groups of each logical shard, in reading order: classes spread evenly, rows balanced."""
         draw = rng.numpy_generator(self.seed, "proxy deal", trial, epoch)
         keyed = []
         for groups in _by_label(self.groups).values():
@@ -69,64 +69,68 @@ class ProxyDataLoader:
         shards: list[list[RowGroup]] = [[] for _ in range(self.logical_shards)]
         rows = [0] * len(shards)
         for _, group in sorted(keyed, key=lambda pair: pair[0]):
-            least = rows.index(min(rows))
-            shards[least].append(group)
-            rows[least] += group.rows
+            smallest = rows.index(min(rows))
+            shards[smallest].append(group)
+            rows[smallest] += group.rows
         return shards
 
-    def sizes(self, dealt: Sequence[Sequence[RowGroup]]) -> list[int]:
-        """Samples of each logical shard in every batch; a set that is no larger than a batch is one."""
-        rows = [sum(group.rows for group in groups) for groups in dealt]
+    def batch_sizes(self, shards: Sequence[Sequence[RowGroup]]) -> list[int]:
+        """Samples of each logical shard per batch; a set that is no larger than a batch is one batch."""
+        rows = [sum(group.rows for group in groups) for groups in shards]
         if self.samples <= self.batch:
             return rows
-        each = [self.batch // len(dealt) + (i < self.batch % len(dealt)) for i in range(len(dealt))]
-        return [min(size, held) for size, held in zip(each, rows, strict=True)]
+        each = [self.batch // len(shards) + (i < self.batch % len(shards)) for i in range(len(shards))]
+        return [min(size, count) for size, count in zip(each, rows, strict=True)]
 
-    def steps(self, dealt: Sequence[Sequence[RowGroup]]) -> int:
-        """Full batches of an epoch; which samples sit one out is random."""
-        pairs = zip(self.sizes(dealt), dealt, strict=True)
+    def steps(self, shards: Sequence[Sequence[RowGroup]]) -> int:
+        """Full batches per epoch; the samples of the incomplete last batch are left out, at random."""
+        pairs = zip(self.batch_sizes(shards), shards, strict=True)
         return min(sum(group.rows for group in groups) // size for size, groups in pairs)
 
-    def batches(self, trial: int, epoch: int, dealt: Sequence[Sequence[RowGroup]], own: range) -> Iterator[list[Batch]]:
+    def batches(
+        self, trial: int, epoch: int, shards: Sequence[Sequence[RowGroup]], own: range
+    ) -> Iterator[list[Batch]]:
         """Per step, the parts of a worker's `own` logical shards."""
-        sizes = self.sizes(dealt)
-        parts = [self._part(dealt[s], sizes[s], len(dealt), rng.generator(self.seed, "proxy order", trial, epoch, s))
-                 for s in own]  # fmt: skip
-        steps = range(self.steps(dealt))
-        yield from prefetch([next(part) for part in parts] for _ in steps)
+        sizes = self.batch_sizes(shards)
+        parts = []
+        for shard in own:
+            draw = rng.generator(self.seed, "proxy order", trial, epoch, shard)
+            parts.append(self._shard_batches(shards[shard], sizes[shard], WINDOW_BYTES // len(shards), draw))
+        yield from prefetch([next(part) for part in parts] for _ in range(self.steps(shards)))
 
-    def _part(self, groups: Sequence[RowGroup], size: int, shards: int, draw: torch.Generator) -> Iterator[Batch]:
-        left: pa.Table | None = None
-        for window in _windows(groups, WINDOW_BYTES // shards, self.prepared):
+    def _shard_batches(
+        self, groups: Sequence[RowGroup], size: int, window_bytes: int, draw: torch.Generator
+    ) -> Iterator[Batch]:
+        rest: pa.Table | None = None
+        for window in _windows(groups, window_bytes, self.prepared):
             tables = [self.prepared.read(group) for group in window]
-            together = pa.concat_tables(tables if left is None else [left, *tables])
-            table = together.combine_chunks()  # a take from a hundred chunks costs ten times one from a single chunk
-            del tables, together
+            joined = pa.concat_tables(tables if rest is None else [rest, *tables])
+            table = joined.combine_chunks()  # a take from a hundred chunks costs ten times one from a single chunk
+            del tables, joined
             order = torch.randperm(table.num_rows, generator=draw).numpy()
             for start in range(0, table.num_rows - size + 1, size):
                 taken = table.take(pa.array(order[start : start + size]))
                 labels = torch.from_numpy(taken["label"].to_numpy().astype(np.int64))
                 yield torch.from_numpy(np.array(self.prepared.pixels(taken))), labels
-            left = table.take(pa.array(order[table.num_rows - table.num_rows % size :]))
+            rest = table.take(pa.array(order[table.num_rows - table.num_rows % size :]))
 
 
 def _windows(groups: Sequence[RowGroup], size: int, prepared: PreparedDataset) -> Iterator[list[RowGroup]]:
-    """Consecutive row groups of at most so many bytes (one at least)."""
-    each = prepared.stored_bytes
+    """Consecutive row groups of at most `size` bytes, at least one each."""
     window: list[RowGroup] = []
     held = 0
     for group in groups:
-        if window and held + group.rows * each > size:
+        if window and held + group.rows * prepared.stored_bytes > size:
             yield window
             window, held = [], 0
         window.append(group)
-        held += group.rows * each
+        held += group.rows * prepared.stored_bytes
     if window:
         yield window
 
 
 def _by_label(groups: Sequence[RowGroup]) -> dict[int, list[RowGroup]]:
-    found: dict[int, list[RowGroup]] = {}
+    by_label: dict[int, list[RowGroup]] = {}
     for group in groups:
-        found.setdefault(group.label, []).append(group)
-    return found
+        by_label.setdefault(group.label, []).append(group)
+    return by_label

@@ -27,26 +27,26 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, layout: MemoryFormat):
+    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, memory_format: MemoryFormat):
         super().__init__()
-        self.precision, self.device, self.spec, self.layout = precision, device, spec, layout
+        self.precision, self.device, self.spec, self.memory_format = precision, device, spec, memory_format
         self.network = spec.build(0)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.zeros(spec.channel_shape))
         self.to(device).eval().requires_grad_(False)
-        layout.network(self.network)
+        memory_format.network(self.network)
 
     def forward(self, pixels: Tensor) -> Tensor:
         images = self.normalized(pixels)
         with autocast(self.precision, self.device):
-            return self.network(self.layout.images(images)).float()
+            return self.network(self.memory_format.images(images)).float()
 
     def normalized(self, pixels: Tensor) -> Tensor:
         return ((pixels.float() if self.spec.tensors else pixels.float() / 255) - self.mean) / self.std
 
     def with_features(self, pixels: Tensor) -> Tensor:
         """Logits followed by features: float32 [n, classes + features]."""
-        images: Tensor = self.layout.images(self.normalized(pixels))
+        images: Tensor = self.memory_format.images(self.normalized(pixels))
         with autocast(self.precision, self.device):
             if has_embedding(self.network):
                 features = self.network.embed(images)  # type: ignore[operator]
@@ -98,11 +98,11 @@ class CompiledClassifier:
         spec: NetworkSpec,
         score: ScoreSection,
         device: torch.device,
-        layout: MemoryFormat,
-        at_once: int,
+        memory_format: MemoryFormat,
+        microbatch: int,
         work: int,
     ):
-        self.classifier, self.at_once = Classifier(spec, score.precision, device, layout), at_once
+        self.classifier, self.microbatch = Classifier(spec, score.precision, device, memory_format), microbatch
         self.forward = maybe_compile(self.classifier, score.compile, work)
         choice = score.compile if has_embedding(self.classifier.network) else "never"
         self.with_features: Callable[[Tensor], Tensor] = maybe_compile(self.classifier.with_features, choice, work)
@@ -136,7 +136,7 @@ class BatchOutputs:
         if self.wide:
             logits = self._logits_and_features[:, : self.classes]
         else:
-            logits = in_parts(self.model.forward, self.pixels, self.model.at_once)[: len(self.labels)]
+            logits = in_parts(self.model.forward, self.pixels, self.model.microbatch)[: len(self.labels)]
         return logits if self.columns is None else logits[:, self.columns]
 
     @cached_property
@@ -145,7 +145,7 @@ class BatchOutputs:
 
     @cached_property
     def _logits_and_features(self) -> Tensor:
-        return in_parts(self.model.with_features, self.pixels, self.model.at_once)[: len(self.labels)]
+        return in_parts(self.model.with_features, self.pixels, self.model.microbatch)[: len(self.labels)]
 
     @cached_property
     def gradient_norms(self) -> Tensor:

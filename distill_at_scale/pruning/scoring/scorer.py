@@ -86,14 +86,14 @@ class Scorer:
         self.criteria, (_, epochs) = build_criteria(score), score.checkpoint_counts
         self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
-        self.at_once = self.spec.microbatch(device)
+        self.microbatch = self.spec.microbatch(device)
         needed = needed_epochs(self.criteria.values(), epochs)
         self.checkpoints = list(self._load(score, checkpoints, needed))
         work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
-        self.layout = self.spec.memory_format("score", device, will_compile(score.compile, work))
+        self.memory_format = self.spec.memory_format("score", device, will_compile(score.compile, work))
         self.classifiers = {
             outputs: CompiledClassifier(
-                replace(self.spec, classes=outputs), score, device, self.layout, self.at_once, work
+                replace(self.spec, classes=outputs), score, device, self.memory_format, self.microbatch, work
             )
             for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}
         }
@@ -155,9 +155,9 @@ class Scorer:
         """sample_id, label, float32 lists [checkpoints] per criterion, and `features` [trials * dimensions] if needed."""
         labels = torch.from_numpy(rows["label"].to_numpy().astype(np.int64)).to(self.device)
         pixels = pixels.to(self.device, non_blocking=True)
-        if missing := -len(pixels) % self.at_once:  # full batches of one size: one shape, one result
+        if missing := -len(pixels) % self.microbatch:  # full batches of one size: one shape, one result
             pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-        pixels = self.layout.images(pixels)  # once, and as bytes
+        pixels = self.memory_format.images(pixels)  # once, and as bytes
         values: dict[str, list[Tensor]] = {n: [] for n, c in self.criteria.items() if not is_class_criterion(c)}
         features: list[Tensor] = []
         for checkpoint in self.checkpoints:

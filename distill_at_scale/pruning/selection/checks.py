@@ -1,7 +1,7 @@
-"""When a selection should not be trusted: what measurements that are already there say about it, in sentences.
+"""Warnings about a selection, derived from measurements that exist already; nothing is measured here.
 
-Known are how well the trials behind the scores agree (facts of the score table), how reliable the Monte Carlo estimate is
-(facts of its own table) and where accuracy broke when more was dropped (the interaction study). Nothing is measured here.
+Known are the agreement of the trials behind the scores (metadata of the score table), the reliability of the Monte Carlo
+estimate (metadata of its table), and the drop rate at which accuracy broke (the interaction study).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 from distill_at_scale.pruning.scoring.reliability import TARGET, times_needed
 
-NOISY_BELOW = 0.5  # an agreement below this is said
-ROUNDING = 0.005  # of a share: counts per class are whole
+NOISY_BELOW = 0.5  # agreement or reliability
+ROUNDING = 0.005  # of a share: counts per class are whole numbers
 
 
 @dataclass(frozen=True)
 class BreakPoint:
-    """Shares dropped at which accuracy was measured: the first that broke it, and the largest before, which did not."""
+    """Dropped shares at which accuracy was measured: the first that broke it, and the largest below that did not."""
 
     drop: float
     held: float
@@ -34,32 +34,55 @@ class BreakPoint:
 def selection_warnings(
     criteria: Iterable[str], table: Mapping[str, Any], kept: float, broke: BreakPoint | None, monte_carlo: Mapping[str, Any]
 ) -> list[str]:  # fmt: skip
-    """Sentences about a selection by some criteria that keeps a share of all samples; none where all is well or unknown.
-
-    `table` holds the facts of the score table, `monte_carlo` those of the Monte Carlo table.
+    """Sentences about a selection by some criteria that keeps the share `kept` of all samples; empty if nothing is known
+    against it. `table` and `monte_carlo` are the metadata of the two tables.
     """
-    found: list[str] = []
+    warnings: list[str] = []
     for name in criteria:
         if name == MONTE_CARLO:
-            found += _of_subsets(monte_carlo)
-        elif [name] == table.get("criteria", [])[:1]:  # the one whose trials' agreement was measured
-            found += _of_trials(name, table.get("agreement"), int(table.get("trials", 0)))
+            warnings += _unreliable_utilities(monte_carlo)
+        elif [name] == table.get("criteria", [])[:1]:  # agreement is measured for the first criterion only
+            warnings += _disagreeing_trials(name, table.get("agreement"), int(table.get("trials", 0)))
     if broke is not None and kept <= 1 - broke.drop + ROUNDING:
-        found.append(
+        warnings.append(
             f"{1 - kept:.1%} of the samples are dropped, but on this data accuracy broke at {broke.drop:.1%} and held at "
             f"{broke.held:.1%} (studies/interaction.json); raise select.keep to {1 - broke.held:g}"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(warnings))
+
+
+def _disagreeing_trials(name: str, agreement: Any, trials: int) -> list[str]:
+    between = agreement.get("trials") if isinstance(agreement, Mapping) else None
+    if between is None or between >= NOISY_BELOW or (needed := times_needed(between)) <= trials:
+        return []
+    if math.isinf(needed):
+        action = "more trials cannot improve this; use another criterion, or train the proxies differently"
+    else:
+        action = f"{math.ceil(needed - 1e-9)} trials would reach {TARGET:g} (score.trials, now {trials})"
+    return [f"the scores {name} are noisy: two trials agree to {between:.2f} only (rank correlation); {action}"]
+
+
+def _unreliable_utilities(facts: Mapping[str, Any]) -> list[str]:
+    reliability, more = facts.get("reliability"), facts.get("more_subsets")
+    if reliability is None or reliability >= NOISY_BELOW:
+        return []
+    action = (
+        "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {TARGET:g}"
+    )
+    return [
+        f"the scores {MONTE_CARLO} are noisy: their reliability after {facts.get('subsets'):,} subsets is {reliability:.2f}; "
+        f"{action} (score.monte_carlo.subsets)"
+    ]
 
 
 def measured_break_point(folders: Iterable[Path]) -> BreakPoint | None:
-    """The measured break point, from the first run folder that has the interaction study; None where there is none."""
+    """The break point from the first run folder that has the interaction study, or None."""
     for folder in folders:
         try:
-            found = json.loads((folder / "studies" / "interaction.json").read_text())
+            study = json.loads((folder / "studies" / "interaction.json").read_text())
         except (OSError, ValueError):
             continue
-        facts = found.get("facts") if isinstance(found, dict) else None
+        facts = study.get("facts") if isinstance(study, dict) else None
         if isinstance(facts, dict):
             drop, held = facts.get("break_drop"), facts.get("held_drop", 0.0)
             return None if drop is None else BreakPoint(float(drop), float(held))
@@ -67,39 +90,9 @@ def measured_break_point(folders: Iterable[Path]) -> BreakPoint | None:
 
 
 def monte_carlo_facts(path: Path) -> dict[str, Any]:
-    """What the Monte Carlo table says of itself; empty where it is not there or cannot be read."""
+    """The metadata of the Monte Carlo table; empty if it is missing or unreadable."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return {}
     return json.loads(metadata.get(MONTE_CARLO.encode(), b"{}"))
-
-
-def _of_trials(name: str, agreement: Any, trials: int) -> list[str]:
-    between = agreement.get("trials") if isinstance(agreement, Mapping) else None
-    if between is None or between >= NOISY_BELOW:
-        return []
-    needed = times_needed(between)
-    if needed <= trials:
-        return []
-    if math.isinf(needed):
-        action = "no number of trials mends that; take another criterion, or proxies that are trained otherwise"
-    else:
-        action = f"{math.ceil(needed - 1e-9)} trials would reach {TARGET:g} (score.trials, now {trials})"
-    return [
-        f"the scores {name} are noisy: two trials agree to {between:.2f} only (rank correlation); {action}"
-    ]  # fmt: skip
-
-
-def _of_subsets(facts: Mapping[str, Any]) -> list[str]:
-    reliability = facts.get("reliability")
-    if reliability is None or reliability >= NOISY_BELOW:
-        return []
-    more, subsets = facts.get("more_subsets"), facts.get("subsets")
-    action = (
-        "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {TARGET:g}"
-    )
-    return [
-        f"the scores {MONTE_CARLO} are noisy: their reliability after {subsets:,} subsets is {reliability:.2f}; {action} "
-        "(score.monte_carlo.subsets)"
-    ]

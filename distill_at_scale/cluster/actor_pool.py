@@ -46,12 +46,11 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
         try:
             for number, results, event in _stream(waiting, task, sharing):
                 repeated += event.values.get("restarted", 0)
-                if (
-                    waiting.pop(number, None) is not None
-                ):  # Ray repeats a finished call whose result was lost with its node
-                    emit(event)
-                    for result in results:
-                        done(result)
+                if waiting.pop(number, None) is None:
+                    continue  # Ray repeats a finished call whose result was lost with its node
+                emit(event)
+                for result in results:
+                    done(result)
             break
         except LOST as error:
             if not waiting:  # actors were lost after their last call
@@ -71,13 +70,9 @@ def grouped(units: Sequence[Unit], actors: int) -> list[Batch]:
     return [units[i : i + size] for i in range(0, len(units), size)]
 
 
-def _gpus_of(task: Task) -> float:
-    return task.config.cluster.gpus_per_worker if task.worker.uses_torch else 0
-
-
 def _actors_of(task: Task, sharing: int) -> int:
     """How many actors the cluster has room for now; where `sharing` executors use it, this one's part of them."""
-    count = actor_count(task.config, _gpus_of(task))
+    count = actor_count(task.config, task.gpus)
     return count if task.config.cluster.actors else max(1, count // sharing)
 
 
@@ -85,17 +80,14 @@ def _stream(waiting: Mapping[int, Batch], task: Task, sharing: int) -> Iterator[
     """Send batches through a pool of actors; yields (number, results, event) of each as it is finished."""
     cluster, size = task.config.cluster, min(_actors_of(task, sharing), len(waiting))
     most = size if cluster.actors or sharing > 1 else len(waiting)  # an unlimited pool grows with the cluster
-    arguments = {
-        "packed": pack(task.config),
-        "kind": task.worker,
-        "paths": {name: str(path) for name, path in task.paths.items()},
-    }
+    paths = {name: str(path) for name, path in task.paths.items()}
+    arguments = {"packed": pack(task.config), "kind": task.worker, "paths": paths}
     tables = [pa.table({"number": [number], "units": [pickle.dumps(batch)]}) for number, batch in waiting.items()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 announces new names for ray_remote_args_fn, and has none yet
         data = ray.data.from_arrow(tables).map_batches(
             PoolActor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(min_size=size, max_size=most),
-            fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=_gpus_of(task) or None,
+            fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=task.gpus or None,
             ray_remote_args_fn=lambda: {"max_restarts": cluster.max_failures, "max_task_retries": cluster.max_failures},
         )  # fmt: skip
     with plain_errors():
@@ -166,7 +158,7 @@ def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spen
 
 def run_units(space: WorkerRunDir, worker: Worker, units: Batch) -> list[Result]:
     """Run units, with their files fetched before and stored as they are published."""
-    units = [Unit(unit.work, *(tuple(map(space, paths)) for paths in (unit.outputs, unit.inputs))) for unit in units]
+    units = [unit.at(space) for unit in units]
     outputs = [path for unit in units for path in unit.outputs]
     if inputs := {path for unit in units for path in unit.inputs}:
         space.fetch(*inputs)

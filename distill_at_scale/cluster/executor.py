@@ -14,7 +14,7 @@ from distill_at_scale.cluster.session import Session
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import resolve_parent
 from distill_at_scale.core.events import Emit, discard
-from distill_at_scale.pipeline.executors.base import Group, Poll, Result, Task, Unit, no_poll
+from distill_at_scale.pipeline.executors.base import Group, Poll, Result, Task, no_poll
 from distill_at_scale.pipeline.monitoring.observers import Observer
 from distill_at_scale.storage.filesystem import is_uri, last_name
 
@@ -39,10 +39,7 @@ class RayExecutor:
             task,
             config=absolute(task.config),
             paths={name: resolve_parent(path) for name, path in task.paths.items()},
-            units=[
-                Unit(unit.work, tuple(map(resolve_parent, unit.outputs)), tuple(map(resolve_parent, unit.inputs)))
-                for unit in task.units
-            ],
+            units=[unit.at(resolve_parent) for unit in task.units],
         )
         with watched(task.worker.name, self.say) as progressed:
 

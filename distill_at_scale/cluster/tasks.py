@@ -24,11 +24,11 @@ def run(task: Task, done: Callable[[Result], None], poll: Poll, sharing: int, em
     A unit's cores follow from all units of the task, not from those that are left: the number of threads decides the last
     bits of a network's weights.
     """
-    cpus, cluster = cores_each(min(task.total * sharing, cores())), task.config.cluster
+    cpus = cores_each(min(task.total * sharing, cores()))
     remote = _run.options(
         num_cpus=cpus,
-        num_gpus=cluster.gpus_per_worker or None,
-        max_retries=cluster.max_failures,
+        num_gpus=task.gpus or None,
+        max_retries=task.config.cluster.max_failures,
         scheduling_strategy=ANYWHERE,
     )
     settings, paths = ray.put(pack(task.config)), {name: str(path) for name, path in task.paths.items()}

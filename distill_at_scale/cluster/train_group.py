@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -41,7 +40,7 @@ def run(group: Group, sharing: int, say: Say) -> None:
     each, so that their results depend on their number alone; it shrinks and grows with the cluster.
 
     Raises UserError where the workers cannot be placed, WorkersLost where they were lost too often without progress, and
-    what a worker raised if a user can act on it. Where `group.poll` raises TrialStopped the workers end before it is raised here.
+    what a worker raised if a user can act on it. If `group.poll` raises TrialStopped, the workers end before it is raised.
     """
     repeat_while_progressing(lambda: _attempt(group, sharing, say), group.saved, say)
 
@@ -63,30 +62,10 @@ def repeat_while_progressing(attempt: Callable[[], None], saved: Callable[[], in
 
 def _attempt(group: Group, sharing: int, say: Say) -> None:
     _check_room(group)
-    config, work = group.config, group.work
-    cpus = cores_each(group.workers * sharing) if isinstance(group.workers, int) else 1
-    gpus = config.cluster.gpus_per_worker
-    work.mkdir(parents=True, exist_ok=True)
-    notes = Notes(work, config)
+    group.work.mkdir(parents=True, exist_ok=True)
+    notes = Notes(group.work, group.config)
     release(notes)
     notes.remove(DIVERGED, REFUSED)
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "packed": pack(config),
-            "cpus": cpus,
-            "work": str(work),
-            "paths": {name: str(path) for name, path in group.paths.items()},
-            **{key: getattr(group, key) for key in ("body", "stages", "fetches", "renews", "publishes")},
-        },
-        torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=_scaling(group.workers, cpus, gpus),
-        run_config=RunConfig(
-            name=group.stage,
-            **_storage(config, work / "ray"),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-        ),
-    )
 
     def restarted() -> None:
         if group.resumed is not None:
@@ -95,16 +74,48 @@ def _attempt(group: Group, sharing: int, say: Say) -> None:
 
     try:
         with plain_errors():
-            _fit(trainer, _noticing(notes, group.poll, restarted), notes)
+            _fit(_trainer(group, sharing), _noticing(notes, group.poll, restarted), notes)
     except Exception as error:
         if notes.read(REFUSED) in (None, STOPPED):
             if lost := _lost(error):
-                raise WorkersLost(lost_too_often(group.stage, config, lost)) from None
+                raise WorkersLost(lost_too_often(group.stage, group.config, lost)) from None
             raise
     if (message := notes.read(DIVERGED)) is not None:
         raise DistillationDiverged(message)
     if (message := notes.read(REFUSED)) is not None:
         raise error_of(message)
+
+
+def _trainer(group: Group, sharing: int) -> TorchTrainer:
+    workers, cluster, folder = group.workers, group.config.cluster, group.work / "ray"
+    cpus, gpus = cores_each(workers * sharing) if isinstance(workers, int) else 1, cluster.gpus_per_worker
+    loop = {
+        "packed": pack(group.config),
+        "cpus": cpus,
+        "work": str(group.work),
+        "paths": {name: str(path) for name, path in group.paths.items()},
+        **{key: getattr(group, key) for key in ("body", "stages", "fetches", "renews", "publishes")},
+    }
+    scaling: dict[str, Any] = {
+        "num_workers": workers if isinstance(workers, int) else tuple(workers),
+        "elastic_resize_monitor_interval_s": RESIZE,
+        "use_gpu": gpus > 0,
+        "resources_per_worker": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+    }
+    storage: dict[str, Any] = {"storage_path": str(folder)}  # a place that all nodes see
+    if (remote := RunDir.of(group.config.run).remote) is not None:
+        store = remote.sync.store.store
+        path = f"{store.root}/{folder.relative_to(remote.path).as_posix()}"
+        storage = {"storage_path": path, "storage_filesystem": store.filesystem}
+    return TorchTrainer(
+        _worker,
+        train_loop_config=loop,
+        torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
+        scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(
+            name=group.stage, failure_config=FailureConfig(max_failures=cluster.max_failures), **storage
+        ),
+    )
 
 
 def note_of(error: UserError) -> str:
@@ -122,28 +133,6 @@ def _lost(error: BaseException) -> BaseException | None:
     failures = [error, *(getattr(error, "worker_failures", None) or {}).values()]
     inner = (getattr(failure, "health_check_failure", failure) for failure in failures)
     return next((failure for failure in inner if isinstance(failure, LOST)), None)
-
-
-def _storage(config: Config, folder: Path) -> dict[str, Any]:
-    """RunConfig's storage arguments: a place that all nodes see."""
-    remote = RunDir.of(config.run).remote
-    if remote is None:
-        return {"storage_path": str(folder)}
-    store = remote.sync.store.store
-    return {
-        "storage_path": f"{store.root}/{folder.relative_to(remote.path).as_posix()}",
-        "storage_filesystem": store.filesystem,
-    }
-
-
-def _scaling(workers: int | Sequence[int], cpus: int, gpus: float) -> ScalingConfig:
-    options: dict[str, Any] = {
-        "num_workers": workers if isinstance(workers, int) else tuple(workers),
-        "elastic_resize_monitor_interval_s": RESIZE,
-        "use_gpu": gpus > 0,
-        "resources_per_worker": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
-    }
-    return ScalingConfig(**options)
 
 
 def _worker(loop: dict[str, Any]) -> None:

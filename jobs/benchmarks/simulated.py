@@ -150,7 +150,7 @@ def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
             marks.append((time.perf_counter(), rows, _cpu_seconds()))
             store = max(store, _store_used())
 
-    actor_pool.run(Task(Sleeper, config, {}, chunks, len(chunks)), lambda result: None, 1, note, print)
+    actor_pool.run(Task(Sleeper, config, {}, chunks), lambda result: None, 1, note, print)
     (first, *_), (start, before, used), (end, after, spent) = marks
     per = (len(units) - warm) / 1000  # of CPU seconds, milliseconds a unit
     busy = {kind: round(value / per, 2) for kind, value in (spent - used).items()}

@@ -98,7 +98,7 @@ def passes(monkeypatch):
         units = [Unit(number, (Path(f"piece {number}"),)) for number in range(3)]
         done = []
         actor_pool.run(
-            Task(Worker, tiny_config("unused"), {}, units, 3), done.append, 1, lambda event: None, lambda text: None
+            Task(Worker, tiny_config("unused"), {}, units), done.append, 1, lambda event: None, lambda text: None
         )
         return done
 

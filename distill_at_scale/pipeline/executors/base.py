@@ -8,7 +8,7 @@ files with an object store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -36,6 +36,11 @@ class Unit:
     work: Any  # picklable, without paths
     outputs: tuple[Path, ...] = ()  # files or folders that the worker publishes, in this order
     inputs: tuple[Path, ...] = ()  # unfinished files of the run folder that the worker reads
+    size: int = 1  # in what the worker counts
+
+    def at(self, place: Callable[[Path], Path]) -> Unit:
+        """The same unit with its paths as another machine sees them."""
+        return replace(self, outputs=tuple(map(place, self.outputs)), inputs=tuple(map(place, self.inputs)))
 
 
 class Worker:
@@ -43,6 +48,7 @@ class Worker:
 
     name: ClassVar[str]  # of the work, in messages
     event: ClassVar[str]  # of a finished unit
+    counted: ClassVar[str] = "units"  # what progress is measured in, a key of its results
     stages: ClassVar[tuple[str, ...]] = ("ingest",)  # whose output it reads
     fetches: ClassVar[tuple[str, ...]] = ()  # names of the other paths that it reads
     # False: many short units, on one core and one thread each. True: a few long ones, which share all cores of the cluster.
@@ -76,8 +82,15 @@ class Task:
     config: Config
     paths: Mapping[str, Path]  # what the worker's constructor gets, by name
     units: Sequence[Unit]  # those that are not finished
-    total: int  # units with the finished ones; a long unit's cores follow from it, so that a resumed task ends the same
     folder: Path | None = None  # where units publish; None if they only return results
+    total: int = (
+        0  # long units with the finished ones; their cores follow from it, so that a resumed task ends the same
+    )
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one worker on a cluster."""
+        return self.config.cluster.gpus_per_worker if self.worker.uses_torch else 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +105,12 @@ class Group:
     work: Path  # folder for notes between driver and workers
     stages: tuple[str, ...]  # whose output the workers read
     fetches: tuple[str, ...]  # names of the other paths that all workers read
-    renews: tuple[str, ...]  # names of paths that rank 0 resumes from: exactly what an earlier rank 0 stored
     publishes: tuple[str, ...]  # names of paths that rank 0 writes
     results: tuple[Path, ...]  # what the driver reads
-    report: Report  # takes what the body reports, where that is this process
-    poll: Poll  # called meanwhile, where it is not
+    poll: Poll  # called meanwhile, where the workers are not this process
     saved: Callable[[], int]  # steps that a restarted group would not repeat
+    renews: tuple[str, ...] = ()  # names of paths that rank 0 resumes from: exactly what an earlier rank 0 stored
+    report: Report | None = None  # takes what the body reports, where that is this process
     resumed: Callable[[], str] | None = None  # what to say after a restart
 
 

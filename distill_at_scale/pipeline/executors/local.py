@@ -40,7 +40,7 @@ class LocalExecutor:
                 began = time.time()
 
     def train(self, group: Group) -> None:
-        group.body(group.config, group.paths, self.device, group.report)
+        group.body(group.config, group.paths, self.device, group.report or (lambda line: None))
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def ingest(
         rejected += result["rejected"]
         advance(result["samples"] + result["rejected"])
 
-    executor.run(Task(Ingest, config, {}, units, len(units), pieces), done)
+    executor.run(Task(Ingest, config, {}, units, pieces), done)
     return rejected
 
 
@@ -99,11 +100,7 @@ class TrainProxy(Worker):
 
 
 def _train_trials(
-    config: Config,
-    paths: Mapping[str, Path],
-    device: torch.device,
-    report: Report,
-    trials: Sequence[int],
+    config: Config, paths: Mapping[str, Path], device: torch.device, report: Report, trials: Sequence[int]
 ) -> None:
     """Train proxies together with the other workers of a process group, if there is one."""
     prepared, workers = PreparedDataset(paths["prepared"]), current_workers(device)
@@ -134,28 +131,25 @@ def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoint
         return
     if config.score.workers == 1 or config.cluster.address == "none":
         units = [Unit(trial, (proxies.checkpoint_path(checkpoints, trial, 0).parent,)) for trial in missing]
-        executor.run(Task(TrainProxy, config, paths, units, trials, checkpoints), lambda result: None, poll)
+        executor.run(Task(TrainProxy, config, paths, units, checkpoints, trials), lambda result: None, poll)
     else:
+        group = Group(
+            stage="score",
+            body=partial(_train_trials, trials=missing),
+            config=config,
+            paths=paths,
+            workers=config.score.workers,
+            work=checkpoints.parent / "train",
+            stages=("ingest",),
+            fetches=("checkpoints",),
+            publishes=("checkpoints",),
+            results=(checkpoints,),
+            poll=poll,
+            saved=lambda: proxies.finished_epochs(config.score, checkpoints),
+        )
         with measured("train proxies together", executor.emit) as counts:
             counts["workers"] = config.score.workers
-            executor.train(
-                Group(
-                    stage="score",
-                    body=partial(_train_trials, trials=missing),
-                    config=config,
-                    paths=paths,
-                    workers=config.score.workers,
-                    work=checkpoints.parent / "train",
-                    stages=("ingest",),
-                    fetches=("checkpoints",),
-                    renews=(),
-                    publishes=("checkpoints",),
-                    results=(checkpoints,),
-                    report=lambda line: None,
-                    poll=poll,
-                    saved=lambda: proxies.finished_epochs(config.score, checkpoints),
-                )
-            )
+            executor.train(group)
     poll()
 
 
@@ -163,6 +157,7 @@ class Score(Worker):
     """Scores chunks of the prepared data with all checkpoints; `work` is a chunk."""
 
     name = event = "score"
+    counted = "samples"
     fetches = ("checkpoints",)
 
     def load(self) -> None:
@@ -185,13 +180,24 @@ def score(
 ) -> None:
     """Score chunks of the prepared data into `pieces`. Advances by samples."""
     paths = {"prepared": prepared, "checkpoints": checkpoints}
-    _run_chunks(executor, Score, config, paths, chunks, pieces, pieces, advance)
+    _run_missing(executor, Task(Score, config, paths, _units_of(chunks, pieces), pieces), advance)
+
+
+def _units_of(chunks: Sequence[Chunk], pieces: Path) -> list[Unit]:
+    return [Unit(chunk, (score_part_path(pieces, chunk),), size=chunk.rows) for chunk in chunks]
+
+
+def _run_missing(executor: Executor, task: Task, advance: Advance) -> None:
+    """Run the units whose outputs are missing. Advances for the others too."""
+    missing = [unit for unit in task.units if not unit.outputs[0].exists()]
+    advance(sum(unit.size for unit in task.units) - sum(unit.size for unit in missing))
+    executor.run(replace(task, units=missing), lambda result: advance(result[task.worker.counted]))
 
 
 class RankPatches(Worker):
     """Ranks crops of the kept samples of chunks by the teacher's loss; `work` is a chunk."""
 
-    name, event = "ranking of patches", "rank"
+    name, event, counted = "ranking of patches", "rank", "samples"
     fetches = ("networks",)
 
     def load(self) -> None:
@@ -204,35 +210,18 @@ class RankPatches(Worker):
 
 
 def rank_patches(
-    executor: Executor, config: Config, places: DistillPaths, chunks: Sequence[Chunk], advance: Advance
+    executor: Executor, config: Config, files: DistillPaths, chunks: Sequence[Chunk], advance: Advance
 ) -> None:
-    """Rank the patches of chunks into the pieces of `patch_ranking`. Advances by samples."""
-    paths = {"prepared": places.prepared, "networks": places.networks}
-    pieces = patch_ranking.parts_folder(places.networks, config)
-    _run_chunks(executor, RankPatches, config, paths, chunks, pieces, places.networks, advance)
-
-
-def _run_chunks(
-    executor: Executor,
-    worker: type[Worker],
-    config: Config,
-    paths: Mapping[str, Path],
-    chunks: Sequence[Chunk],
-    pieces: Path,
-    folder: Path,
-    advance: Advance,
-) -> None:
-    units = [Unit(chunk, (score_part_path(pieces, chunk),)) for chunk in chunks]
-    missing = [unit for unit in units if not unit.outputs[0].exists()]
-    advance(sum(chunk.rows for chunk in chunks) - sum(unit.work.rows for unit in missing))
-    task = Task(worker, config, paths, missing, len(units), folder)
-    executor.run(task, lambda result: advance(result["samples"]))
+    """Rank the patches of chunks into part files of `patch_ranking`. Advances by samples."""
+    paths = {"prepared": files.prepared, "networks": files.networks}
+    units = _units_of(chunks, patch_ranking.parts_folder(files.networks, config))
+    _run_missing(executor, Task(RankPatches, config, paths, units, files.networks), advance)
 
 
 class RunSubsets(Worker):
     """Runs the random subsets of the criterion monte_carlo; `work` is (first subset, number of subsets)."""
 
-    name, event = "monte_carlo", "subsets"
+    name, event, counted = "monte_carlo", "subsets", "subsets"
 
     def load(self) -> None:
         prepared = PreparedDataset(self.paths["prepared"])
@@ -247,14 +236,9 @@ class RunSubsets(Worker):
 
 def run_subsets(executor: Executor, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
     """Run the random subsets of score.monte_carlo into `pieces`. Advances by subsets."""
-    units = [
-        Unit(unit, (subsets.subset_part_path(pieces, unit),))
-        for unit in subsets.subset_ranges(config.score.monte_carlo)
-    ]
-    missing = [unit for unit in units if not unit.outputs[0].exists()]
-    advance(sum(unit.work[1] for unit in units) - sum(unit.work[1] for unit in missing))
-    task = Task(RunSubsets, config, {"prepared": prepared}, missing, len(units), pieces)
-    executor.run(task, lambda result: advance(result["subsets"]))
+    ranges = subsets.subset_ranges(config.score.monte_carlo)
+    units = [Unit(each, (subsets.subset_part_path(pieces, each),), size=each[1]) for each in ranges]
+    _run_missing(executor, Task(RunSubsets, config, {"prepared": prepared}, units, pieces), advance)
 
 
 class MakeNetwork(Worker):
@@ -270,34 +254,25 @@ class MakeNetwork(Worker):
 
 
 def make_networks(
-    executor: Executor, config: Config, places: DistillPaths, names: Sequence[str], advance: Advance
+    executor: Executor, config: Config, files: DistillPaths, names: Sequence[str], advance: Advance
 ) -> None:
     """Train the networks that a method needs, side by side. Advances by networks."""
 
     def unit(name: str) -> Unit:  # the network, and the files that an interrupted training resumes from
-        path = places.networks / name
+        path = files.networks / name
         return Unit(name, (path, path.with_suffix(".partial"), path.with_name(f"{name}.partial")))
 
     total = len(method_class(config).networks(config))
-    task = Task(MakeNetwork, config, vars(places), [unit(name) for name in names], total, places.networks)
+    task = Task(MakeNetwork, config, vars(files), [unit(name) for name in names], files.networks, total)
     executor.run(task, lambda result: advance(1))
 
 
-def _distill(config: Config, paths: Mapping[str, Path], device: torch.device, report: Report) -> None:
-    """One worker's part of a distillation; rank 0 saves the result."""
-    places = DistillPaths(**paths)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
-        synthetic = Distillation(config, places, current_workers(device), device, report).run()
-    if synthetic is not None:
-        synthetic.save(places.work / "synthetic")
-
-
-def distill(executor: Executor, config: Config, places: DistillPaths, report: Report) -> None:
-    """Run the distillation and leave the set in `places.work / "synthetic"`. Reports the lines of the log."""
-    tail = LogTail(places.log, report)
+def distill(executor: Executor, config: Config, files: DistillPaths, report: Report) -> None:
+    """Run the distillation and leave the set in `files.work / "synthetic"`. Reports the lines of the log."""
+    tail = LogTail(files.log, report)
 
     def resumed() -> str:
-        step = checkpoint_step(places.state)
+        step = checkpoint_step(files.state)
         return f"going on from step {step}, so {max(0, tail.step - step)} steps are repeated"
 
     executor.train(
@@ -305,20 +280,29 @@ def distill(executor: Executor, config: Config, places: DistillPaths, report: Re
             stage="distill",
             body=_distill,
             config=config,
-            paths=vars(places),
+            paths=vars(files),
             workers=config.distill.workers,
-            work=places.work,
+            work=files.work,
             stages=("ingest", "select"),
             fetches=("networks",),
-            renews=("log", "work"),
             publishes=("log", "work"),
-            results=(places.log, places.state, places.work / "synthetic"),
-            report=report,
+            results=(files.log, files.state, files.work / "synthetic"),
             poll=tail.read,
-            saved=lambda: checkpoint_step(places.state),
+            saved=lambda: checkpoint_step(files.state),
+            renews=("log", "work"),
+            report=report,
             resumed=resumed,
         )
     )
+
+
+def _distill(config: Config, paths: Mapping[str, Path], device: torch.device, report: Report) -> None:
+    """One worker's part of a distillation; rank 0 saves the result."""
+    files = DistillPaths(**paths)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+        synthetic = Distillation(config, files, current_workers(device), device, report).run()
+    if synthetic is not None:
+        synthetic.save(files.work / "synthetic")
 
 
 class Evaluate(Worker):
@@ -348,8 +332,8 @@ def evaluate(
 ) -> None:
     """Run evaluation jobs on (prepared, synthetic, manifest) and report each row."""
     paths = dict(zip(("prepared", "synthetic", "manifest"), folders, strict=True))
-    units = [Unit(job) for job in jobs]
-    executor.run(Task(Evaluate, config, paths, units, len(evaluation.jobs(config))), report)
+    task = Task(Evaluate, config, paths, [Unit(job) for job in jobs], total=len(evaluation.jobs(config)))
+    executor.run(task, report)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,6 @@ from distill_at_scale.distillation.soft_labels import (
     Teacher,
     TeacherFacts,
     TeacherLabels,
-    label_bytes,
     merge_last_batch,
     relabel,
     with_normalization,
@@ -117,7 +116,7 @@ class TeacherMethod(MethodDefaults):
         soft_labels = relabel(images, plan, view_labels, context.workers)
         extras = {f"labels/{key}": value for key, value in soft_labels.items()}
         extras |= {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
-        size = label_bytes(soft_labels)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in soft_labels.values())
         facts = {"epochs": section.label_epochs, "top_k": section.top_k, "bytes_per_image": size / len(labels)}
         card = {"teacher": asdict(teacher.facts), "soft_labels": facts, "soft_label_bytes": size}
         return FinalOutputs(extras, {}, card)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
-from distill_at_scale.core.atomic_files import resolve_parent
 from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.environment import gpu_memory
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -110,13 +109,6 @@ class DistillPaths:
     @property
     def state(self) -> Path:
         return self.work / "state.safetensors"
-
-    def located(self) -> DistillPaths:
-        """With the links above each path resolved, as other nodes see them."""
-        return DistillPaths(*(resolve_parent(path) for path in self.as_tuple()))
-
-    def as_tuple(self) -> tuple[Path, ...]:
-        return self.prepared, self.manifest, self.work, self.log, self.networks
 
 
 def method_context(

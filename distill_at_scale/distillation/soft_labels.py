@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,18 +131,12 @@ def expand(stored: CompactLogits, count: int) -> Tensor:
     return torch.zeros(len(values), count, device=values.device).scatter(1, classes.long(), values.float())
 
 
-class ViewLabels(Protocol):
-    @property
-    def epochs(self) -> int:
-        """Epochs of views that have labels; later epochs repeat them."""
-
-    def logits(self, epoch: int, batch: ViewBatch, views: Tensor) -> Tensor:
-        """float32 [n, classes] for views [n, *shape]; the target is their softmax at the temperature."""
-
-
 @dataclass(frozen=True)
 class StoredLabels:
-    """Labels read from a set: values [epochs, n, k] and their classes, in the order of the views of each epoch."""
+    """Labels read from a set: values [epochs, n, k] and their classes, in the order of the views of each epoch.
+
+    Training for more epochs repeats them.
+    """
 
     values: Tensor
     classes: Tensor | None
@@ -153,6 +147,7 @@ class StoredLabels:
         return len(self.values)
 
     def logits(self, epoch: int, batch: ViewBatch, views: Tensor) -> Tensor:
+        """float32 [n, classes] for views [n, *shape]; the target is their softmax at the temperature."""
         rows = epoch, slice(batch.first, batch.first + len(batch.rows))
         classes = None if self.classes is None else self.classes[rows].to(views.device)
         return expand((self.values[rows].to(views.device), classes), self.class_count)
@@ -247,7 +242,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class TeacherLabels:
-    """Labels computed by the teacher when needed, and rounded like stored ones."""
+    """The same as StoredLabels, computed by the teacher when needed and rounded like stored ones."""
 
     teacher: Teacher
     epochs: int

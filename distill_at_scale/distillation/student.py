@@ -22,7 +22,7 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.augment import Augmentation, cutmix
-from distill_at_scale.distillation.soft_labels import ViewLabels, ViewPlan, merge_last_batch
+from distill_at_scale.distillation.soft_labels import StoredLabels, TeacherLabels, ViewPlan, merge_last_batch
 from distill_at_scale.models.spec import NetworkSpec, mixes_samples
 
 SMALL_BATCH = 16  # images below which the statistics of batch norm are poor
@@ -97,7 +97,7 @@ class TrainingSet:
     labels: Tensor
     normalization: Normalization | None = None
     soft: Mapping[str, Tensor] = field(default_factory=dict)
-    views: ViewLabels | None = None
+    views: StoredLabels | TeacherLabels | None = None
 
     def normalized(self, rows: Tensor) -> Tensor:
         images = self.images[rows.to(self.images.device)]

@@ -120,14 +120,6 @@ class NetworkSpec:
             return MemoryFormat(self, compiled or device.type == "cuda")
         return MemoryFormat(self, use == "score" or (use == "train" and device.type == "cuda"))
 
-    def weights_channels_last(self, network: nn.Module) -> nn.Module:
-        """Convert the weights of convolutions to channels last, in place; returns the network."""
-        return MemoryFormat(self, True).network(network)
-
-    def channels_last(self, images: Tensor) -> Tensor:
-        """Images [n, C, H, W] or clips [n, T, C, H, W] with channels last in memory; shape and values stay."""
-        return MemoryFormat(self, True).images(images)
-
     def activation_bytes(self, samples: int) -> int:
         """Bytes of the widest layer's output for this many samples: a measure of the computation."""
         return samples * widest_layer(self)

@@ -35,7 +35,7 @@ from distill_at_scale.core import safetensors_io
 from distill_at_scale.data.codecs.image import ImageDecoder
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import group_rows, schema, to_table, write_meta, write_shards
-from distill_at_scale.models.spec import NetworkSpec, in_parts
+from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts
 from distill_at_scale.pruning.proxies.train import checkpoint_path
 
 ROWS = ("roof", "ours", "one actor", "loader", "naive")
@@ -173,8 +173,8 @@ def forward_alone(
     pixels = torch.from_numpy(np.array(data.pixels(data.read(data.chunks()[core]))))
     at_once = spec.microbatch(torch.device("cpu"))
     images = ((pixels.float() / 255 - 0.45) / 0.25)[: len(pixels) // at_once * at_once]
-    images = spec.channels_last(images)
-    model = spec.weights_channels_last(spec.build(0).eval().requires_grad_(False))
+    images = MemoryFormat(spec, True).images(images)
+    model = MemoryFormat(spec, True).network(spec.build(0).eval().requires_grad_(False))
     states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(model)
     forward(images[:at_once])
     done = 0

@@ -25,7 +25,7 @@ from distill_at_scale.data.prepared.normalization import Normalization, normaliz
 from distill_at_scale.data.sources.tensors import Tensors
 from distill_at_scale.distillation import export as exports
 from distill_at_scale.distillation import synthetic_set
-from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.models.spec import MemoryFormat, NetworkSpec
 
 UNCUT = {"augment": "none", "student_augment": "none", "factor": 1, "network_cutmix": 0.0, "student_cutmix": 0.0}
 SIGNALS = ("saw", "sine", "square")
@@ -220,7 +220,7 @@ def test_four_axes_are_not_taken_for_a_clip():
     spec = NetworkSpec("mlp", (2, 3, 4, 5), 3, 8, kind="tensors")
     assert not spec.clips
     samples = torch.randn(2, 2, 3, 4, 5)
-    assert spec.channels_last(samples) is samples
+    assert MemoryFormat(spec, True).images(samples) is samples
     assert spec.build(0)(samples).shape == (2, 3)
     assert spec.microbatch(torch.device("cpu")) >= 4
 

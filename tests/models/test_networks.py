@@ -14,7 +14,7 @@ from torch import nn
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.models import spec as networks
 from distill_at_scale.models.image import ConvNet, default_depth
-from distill_at_scale.models.spec import OF_IMAGES, NetworkSpec, in_parts, maybe_compile, mixes_samples
+from distill_at_scale.models.spec import OF_IMAGES, MemoryFormat, NetworkSpec, in_parts, maybe_compile, mixes_samples
 
 RESNETS = ["resnet18", "resnet18_bn", "resnet50", "resnet50_bn"]
 SMALLEST = {"convnet": 8, "alexnet": 8, "vgg11": 8, "convnet_bn": 8, **dict.fromkeys(RESNETS, 16)}
@@ -210,7 +210,7 @@ def test_the_layout_in_memory_does_not_change_the_logits(name):
     spec = NetworkSpec(name, (3, 32, 32), 3, width=8)
     network, images = spec.build(0).eval(), torch.randn(2, 3, 32, 32)
     wanted = network(images)
-    found = spec.weights_channels_last(network)(spec.channels_last(images))
+    found = MemoryFormat(spec, True).network(network)(MemoryFormat(spec, True).images(images))
     assert torch.allclose(found, wanted, atol=1e-4)
 
 

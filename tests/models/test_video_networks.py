@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.models.spec import OF_CLIPS, NetworkSpec, mixes_samples, widest_layer
+from distill_at_scale.models.spec import OF_CLIPS, MemoryFormat, NetworkSpec, mixes_samples, widest_layer
 from distill_at_scale.models.video import ConvNet3D
 
 CLIP = (8, 3, 32, 32)
@@ -96,9 +96,9 @@ def test_the_widest_layer_counts_all_frames():
 def test_channels_last_changes_the_memory_and_nothing_else(name):
     spec = NetworkSpec(name, CLIP, 5, 8)
     clips = torch.randn(2, *CLIP)
-    laid = spec.channels_last(clips)
+    laid = MemoryFormat(spec, True).images(clips)
     assert torch.equal(laid, clips)
     assert laid.transpose(1, 2).is_contiguous(memory_format=torch.channels_last_3d)
     network = spec.build(0)
     before = network(clips)
-    torch.testing.assert_close(spec.weights_channels_last(network)(laid), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(MemoryFormat(spec, True).network(network)(laid), before, rtol=1e-4, atol=1e-5)

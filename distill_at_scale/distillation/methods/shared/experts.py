@@ -28,7 +28,7 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.models.spec import mixes_samples
+from distill_at_scale.models.spec import MemoryFormat, mixes_samples
 
 
 def expert_name(number: int) -> str:
@@ -72,7 +72,7 @@ class ExpertTraining:
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
         if not context.spec.clips:  # clips would gain from channels last in compiled code only
-            context.spec.weights_channels_last(self.network)
+            MemoryFormat(context.spec, channels_last=True).network(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), section.expert_lr, section.expert_momentum, weight_decay=section.expert_weight_decay
         )  # fmt: skip
@@ -98,7 +98,7 @@ class ExpertTraining:
             images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(device))
             images = self.augmentation.draw(rng, per_image=len(rows)).apply(images)
             if not spec.clips:
-                images = spec.channels_last(images)
+                images = MemoryFormat(spec, channels_last=True).images(images)
             targets = self.labels[rows].to(device)
             self.optimizer.zero_grad()
             for part, part_targets in zip(images.split(at_once), targets.split(at_once), strict=True):

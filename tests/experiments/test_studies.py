@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_up_points import CLASSES, EACH, MadeUpRunner
 
+from distill_at_scale.config.load import with_overrides
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments import studies
 from distill_at_scale.experiments.studies import comparison, critical_ratio, drop, interaction, stratified, suite
@@ -289,6 +290,15 @@ def test_another_tolerance_makes_a_study_again(runner):
     runner.config = runner.config.model_copy(update={"studies": section.model_copy(update={"interaction": changed})})
     suite.run(runner.config, runner, lambda line: None)
     assert runner.tried
+
+
+def test_trackers_and_workers_leave_findings_valid(tmp_path, runner):
+    """Keys that never change results do not discard a finding."""
+    suite.run(runner.config, runner, lambda line: None)
+    lines: list[str] = []
+    suite.run(with_overrides(runner.config, {"track.wandb": {}, "distill.workers": 2}), runner, lines.append)
+    assert len(lines) == len(runner.config.studies.run)
+    assert all("already done for this configuration" in line for line in lines)
 
 
 def test_a_damaged_finding_is_named(tmp_path, runner):

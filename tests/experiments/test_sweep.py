@@ -132,6 +132,8 @@ def test_draws_follow_the_seed_of_the_run():
         ({"space": {"select.keep": {"uniform": [0.5, 1.5]}}, "search": "random"}, "select.keep.* = 1.5 .*not allowed"),
         ({"space": {"run.dir": ["a"]}}, "run.dir .*cannot be swept"),
         ({"space": {"cluster.actors": [1, 2]}}, "cluster.actors .*cannot be swept"),
+        ({"space": {"distill.hold": ["host", "device"]}}, "distill.hold .*results do not depend on it"),
+        ({"space": {"score.workers": [1, 2]}}, "score.workers .*results do not depend on it"),
         ({"space": {"sweep.seeds": [1, 2]}}, "sweep.seeds .*cannot be swept"),
         ({"space": {"studies.seeds": [2, 3]}}, "studies.seeds .*cannot be swept"),
         ({"space": {"distill.workers": [1, 2]}}, "distill.workers .*results do not depend"),

@@ -98,7 +98,7 @@ def test_forgetting_counts_from_right_to_wrong_and_what_is_never_learnt_most():
 def test_forgetting_is_refused_where_there_are_no_epochs_to_follow():
     with pytest.raises(UserError, match="more than one epoch"):
         made("forgetting", epochs=1)
-    with pytest.raises(UserError, match="ready-made weights"):
+    with pytest.raises(UserError, match="pretrained weights"):
         made("forgetting", weights="w.pth")
 
 
@@ -134,7 +134,7 @@ class Flat(Old):
 
 
 def test_a_criterion_of_another_signature_is_refused():
-    with pytest.raises(UserError, match=r"must be observe\(self, seen\)"):
+    with pytest.raises(UserError, match=r"must be observe\(self, outputs\)"):
         build_criteria(ScoreSection(criterion="test_criteria:Old"))
 
 

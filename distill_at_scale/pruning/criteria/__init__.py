@@ -1,7 +1,7 @@
-"""What makes a sample useful: one file per criterion (close kin share one), and this table of them.
+"""Criteria that score samples from proxies, by the name in `score.criterion`; one file per criterion or group of variants.
 
-`useful` is the end that a distillation to few images wants (arXiv 2305.18381 finds that to be the easy, typical samples);
-those who prune to train a network on what is left often keep the other end: `select.order: useless`.
+`useful` is the end that suits distillation to few images: arXiv 2305.18381 keeps the easy, typical samples. Those who prune
+in order to train on the kept samples often keep the other end: `select.order: useless`.
 """
 
 from distill_at_scale.pruning.criteria.confidence import Entropy, Margin

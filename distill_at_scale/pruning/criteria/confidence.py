@@ -1,7 +1,7 @@
-"""How sure a network is: margin and entropy of its class probabilities, mean over trials and epochs.
+"""Margin and entropy of the class probabilities, mean over trials and epochs.
 
-A large margin and a low entropy are useful: far from the other classes a sample is typical of its own. Active learning
-(Settles 2009), which looks for labels worth buying, takes the other end.
+A large margin and a low entropy are useful: far from the other classes, a sample is typical of its own. Active learning
+(Settles 2009), which looks for labels worth buying, keeps the other end.
 """
 
 from __future__ import annotations
@@ -11,29 +11,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill_at_scale.pruning.criteria.base import Array, ProxyOutputs, mean
+from distill_at_scale.pruning.criteria.base import MeanOfTrials, ProxyOutputs
 
 
-class Margin:
-    """The probability of the true class less the largest of the others, -1..1."""
+class Margin(MeanOfTrials):
+    """The probability of the true class minus the largest of the others, -1..1."""
 
     useful: Literal["low", "high"] = "high"
 
-    def observe(self, seen: ProxyOutputs) -> Tensor:
-        chances, own = seen.logits.softmax(1), seen.labels[:, None]
-        return chances.gather(1, own)[:, 0] - chances.scatter(1, own, 0).amax(1)
-
-    def aggregate(self, values: Array) -> Array:
-        return mean(values)
+    def observe(self, outputs: ProxyOutputs) -> Tensor:
+        probabilities, own = outputs.logits.softmax(1), outputs.labels[:, None]
+        return probabilities.gather(1, own)[:, 0] - probabilities.scatter(1, own, 0).amax(1)
 
 
-class Entropy:
-    """In nats, 0..ln(classes); it does not look at the label."""
+class Entropy(MeanOfTrials):
+    """In nats, 0..ln(classes); independent of the label."""
 
-    useful: Literal["low", "high"] = "low"
-
-    def observe(self, seen: ProxyOutputs) -> Tensor:
-        return torch.special.entr(seen.logits.softmax(1)).sum(1)
-
-    def aggregate(self, values: Array) -> Array:
-        return mean(values)
+    def observe(self, outputs: ProxyOutputs) -> Tensor:
+        return torch.special.entr(outputs.logits.softmax(1)).sum(1)

@@ -1,21 +1,18 @@
-"""Local density in a network's features: the mean distance to the nearest neighbours of the same class, mean over trials.
+"""Local density in feature space: the mean distance to the nearest neighbours of the same class, mean over trials.
 
-Low, that is dense, is useful: a sample in a crowd stands for many. The formula is open in arXiv 2305.18381 (METHOD.md).
+Low (dense) is useful: a sample in a crowd stands for many. arXiv 2305.18381 leaves the formula open.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from distill_at_scale.config.sections import ScoreSection
-from distill_at_scale.pruning.criteria.base import Array, mean
+from distill_at_scale.pruning.criteria.base import Array, MeanOfTrials
 from distill_at_scale.pruning.criteria.coreset import neighbour_distances
 
 
-class Density:
-    useful: Literal["low", "high"] = "low"
+class Density(MeanOfTrials):
     by_trial = True
 
     def __init__(self, neighbours: int = 10):
@@ -28,6 +25,3 @@ class Density:
     def observe_class(self, features: Array) -> Array:
         trials = range(features.shape[1])
         return np.stack([neighbour_distances(features[:, trial], self.neighbours) for trial in trials], 1)
-
-    def aggregate(self, values: Array) -> Array:
-        return mean(values)

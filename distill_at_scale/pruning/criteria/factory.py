@@ -1,80 +1,64 @@
-"""Which criteria of a configuration are computed from checkpoints, and which checkpoints they need.
+"""Builds the criteria of a configuration that are computed from checkpoints, and says which checkpoints they need.
 
-A name in `score.criterion` is one of the table, a criterion of the user's own, or the name of scores that come from elsewhere
-(drawn, imported, or measured on subsets), which are passed over here.
+A name in `score.criterion` is a key of CRITERIA, a plug-in, or scores from elsewhere (the random control, imported scores,
+Monte Carlo), which are skipped here.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.pruning.criteria import CRITERIA
-from distill_at_scale.pruning.criteria.base import ClassCriterion, Criterion
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
 CRITERION_CONTRACT = ("useful", "observe", "aggregate")
 CLASS_CONTRACT = ("useful", "by_trial", "observe_class", "aggregate")
 MONTE_CARLO = "monte_carlo"
 
-Criteria = Mapping[str, Criterion | ClassCriterion]
-
 
 def build_criteria(section: ScoreSection) -> dict[str, Any]:
-    """The criteria that are computed from checkpoints, by the names in the configuration and in their order.
+    """The criteria that are computed from checkpoints, by their names in the configuration and in that order.
 
-    Raises UserError for one that is unknown, does not keep its contract, or does not fit the section.
+    Raises UserError for one that is unknown, breaks its contract, or does not fit the section.
     """
     elsewhere = {RANDOM, MONTE_CARLO, *section.imported}
-    return {name: _made(name, section) for name in section.criteria if name not in elsewhere}
+    return {name: _build(name, section) for name in section.criteria if name not in elsewhere}
 
 
-def _made(name: str, section: ScoreSection) -> Any:
-    key = "score.criterion"
-    found = resolve(key, name, CRITERIA)
-    method = "observe_class" if hasattr(found, "observe_class") else "observe"
-    resolve(key, name, CRITERIA, CLASS_CONTRACT if method == "observe_class" else CRITERION_CONTRACT)
-    made = _instance(name, found, section)
-    _check_promises(name, made, section.checkpoint_counts[1])
+def _build(name: str, section: ScoreSection) -> Any:
+    key, prefix = "score.criterion", f"score.criterion = {name!r} does not keep the contract:"
+    factory = resolve(key, name, CRITERIA)
+    by_class = is_class_criterion(factory)
+    resolve(key, name, CRITERIA, CLASS_CONTRACT if by_class else CRITERION_CONTRACT)
     try:
-        inspect.signature(getattr(made, method)).bind(None)
-    except TypeError:
-        what = "features" if method == "observe_class" else "seen"
-        raise UserError(
-            f"{key} = {name!r} does not keep the contract: it must be {method}(self, {what}), where `seen` has logits, "
-            "labels, features and gradient_norms"
-        ) from None
-    return made
-
-
-def _instance(name: str, found: Any, section: ScoreSection) -> Any:
-    if hasattr(found, "of"):
-        return found.of(section)
-    try:
-        return found()
+        criterion = factory.of(section) if hasattr(factory, "of") else factory()
     except TypeError as error:
+        if hasattr(factory, "of"):
+            raise
         raise UserError(
-            f"score.criterion = {name!r} does not keep the contract: it must be a class that is made without arguments, or "
-            f"has a classmethod of(section) ({error})"
+            f"{prefix} it must be a class that is made without arguments, or has a classmethod of(section) ({error})"
         ) from None
-
-
-def _check_promises(name: str, made: Any, count: int) -> None:
-    """What a criterion says of itself before it sees a sample."""
-    if made.useful not in ("low", "high"):
-        raise UserError(
-            f"score.criterion = {name!r} does not keep the contract: useful is {made.useful!r}, it must be 'low' or 'high'"
-        )
-    epochs = epochs_of(made, count)
+    if criterion.useful not in ("low", "high"):
+        raise UserError(f"{prefix} useful is {criterion.useful!r}, it must be 'low' or 'high'")
+    count = section.checkpoint_counts[1]
+    epochs = epochs_of(criterion, count)
     if not epochs or epochs != sorted(set(epochs) & set(range(count))):
         raise UserError(
-            f"score.criterion = {name!r} does not keep the contract: of {count} epochs it asks for {epochs}; epochs(count) "
-            f"must name some of 0 to {count - 1}, ascending"
+            f"{prefix} of {count} epochs it asks for {epochs}; epochs(count) must list some of 0 to {count - 1}, ascending"
         )
+    method, argument = ("observe_class", "features") if by_class else ("observe", "outputs")
+    try:
+        inspect.signature(getattr(criterion, method)).bind(None)
+    except TypeError:
+        raise UserError(
+            f"{prefix} it must be {method}(self, {argument}), where `outputs` has logits, labels, features and gradient_norms"
+        ) from None
+    return criterion
 
 
 def is_class_criterion(criterion: Any) -> bool:
@@ -93,7 +77,7 @@ def epochs_of(criterion: Any, count: int) -> list[int]:
 
 
 def value_shape(criterion: Any, checkpoints: tuple[int, int]) -> tuple[int, int]:
-    """Trials and epochs of its values; (1, 1) where it has one for all trials together."""
+    """Trials and epochs of its values; (1, 1) if it has one value for all trials together."""
     trials, count = checkpoints
     if is_class_criterion(criterion) and not criterion.by_trial:
         return 1, 1
@@ -101,10 +85,10 @@ def value_shape(criterion: Any, checkpoints: tuple[int, int]) -> tuple[int, int]
 
 
 def needed_epochs(criteria: Iterable[Any], count: int) -> list[int]:
-    """The epochs, ascending, whose checkpoints some criterion looks at."""
+    """The epochs, ascending, whose checkpoints some criterion needs."""
     return sorted({epoch for criterion in criteria for epoch in epochs_of(criterion, count)})
 
 
 def column_of(name: str) -> str:
-    """The column of a criterion in the score table; a plug-in's module path is left out."""
+    """The column of a criterion in the score table, which drops the module path of a plug-in."""
     return name.rpartition(":")[2]

@@ -1,34 +1,27 @@
-"""Mean cross-entropy over trials and epochs (arXiv 2305.18381, "LossInit" and "LossConverge"): over all epochs, the first or
-the last ones.
+"""Mean cross-entropy over trials and epochs (arXiv 2305.18381): over all epochs, the first ("LossInit") or the last ones
+("LossConverge").
 
 Low is useful: a sample that networks learn easily is typical of its class, and few images can hold only what is typical.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill_at_scale.config.sections import ScoreSection
-from distill_at_scale.pruning.criteria.base import Array, ProxyOutputs, mean
+from distill_at_scale.pruning.criteria.base import MeanOfTrials, ProxyOutputs
 
 
-class Loss:
+class Loss(MeanOfTrials):
     """Over all epochs."""
 
-    useful: Literal["low", "high"] = "low"
-
-    def observe(self, seen: ProxyOutputs) -> Tensor:
-        return F.cross_entropy(seen.logits, seen.labels, reduction="none")
-
-    def aggregate(self, values: Array) -> Array:
-        return mean(values)
+    def observe(self, outputs: ProxyOutputs) -> Tensor:
+        return F.cross_entropy(outputs.logits, outputs.labels, reduction="none")
 
 
 class EarlyLoss(Loss):
-    """Over the first epochs, in which networks have barely begun to learn."""
+    """Over the first epochs, when networks have barely begun to learn."""
 
     def __init__(self, early: int = 5):
         self.early = early
@@ -42,7 +35,7 @@ class EarlyLoss(Loss):
 
 
 class ConvergedLoss(Loss):
-    """Over the last epochs: what networks still get wrong when they have learnt the rest."""
+    """Over the last epochs: what networks still get wrong after learning the rest."""
 
     def __init__(self, late: int = 5):
         self.late = late

@@ -18,16 +18,16 @@ def pruning(drop=0.3, refresh=10, rule="loss"):
 @pytest.mark.parametrize("tenths", range(10))
 def test_the_dropped_count_is_rounded_down_and_one_stays(tenths):
     for n in range(1, 60):
-        assert pruning(tenths / 10).dropped(n) == min(tenths * n // 10, n - 1)
+        assert pruning(tenths / 10).drop_count(n) == min(tenths * n // 10, n - 1)
 
 
 def test_nothing_is_dropped_without_a_rule_or_a_rate():
-    assert pruning(0.9, rule="none").dropped(100) == 0
-    assert pruning(0.0).dropped(100) == 0
+    assert pruning(0.9, rule="none").drop_count(100) == 0
+    assert pruning(0.0).drop_count(100) == 0
 
 
 def test_one_sample_always_stays():
-    assert [pruning(0.99).dropped(n) for n in (1, 2, 3, 50)] == [0, 1, 2, 49]
+    assert [pruning(0.99).drop_count(n) for n in (1, 2, 3, 50)] == [0, 1, 2, 49]
     assert pruning(0.99).mask(torch.tensor([3.0, 1.0, 2.0])).tolist() == [False, True, False]
 
 
@@ -44,36 +44,36 @@ def test_of_equal_values_the_later_ones_are_dropped():
 
 def test_a_full_look_is_asked_for_every_few_visits():
     rule = pruning(refresh=4)
-    looks = [rule.forecast(0, torch.arange(10), 10, visit) is None for visit in range(9)]
+    looks = [rule.remembered_mask(0, torch.arange(10), 10, visit) is None for visit in range(9)]
     assert looks == [True, False, False, False] * 2 + [True]
 
 
 def test_nothing_is_forecast_or_remembered_where_nothing_is_dropped():
     rule = pruning(0.0, refresh=4)
     rule._remember(0, torch.arange(10), 10, torch.randn(10))
-    assert all(rule.forecast(0, torch.arange(10), 10, visit) is None for visit in range(8))
+    assert all(rule.remembered_mask(0, torch.arange(10), 10, visit) is None for visit in range(8))
     assert rule.state_dict() == {}
     rule = pruning(0.3)
-    assert rule.forecast(0, torch.arange(3), 3, 1) is None  # 0.3 of three is none
+    assert rule.remembered_mask(0, torch.arange(3), 3, 1) is None  # 0.3 of three is none
 
 
 def test_a_forecast_drops_what_was_large_before():
     rule, rows = pruning(0.25), torch.tensor([7, 2, 5, 0])
     rule._remember(3, rows, 8, torch.tensor([1.0, 9.0, 2.0, 3.0]))
-    assert rule.forecast(3, torch.tensor([5, 2, 0, 7]), 8, 1).tolist() == [True, False, True, True]
+    assert rule.remembered_mask(3, torch.tensor([5, 2, 0, 7]), 8, 1).tolist() == [True, False, True, True]
 
 
 def test_samples_that_were_never_seen_count_as_average():
     rule = pruning(0.5)
     rule._remember(0, torch.tensor([0, 1, 2, 3]), 8, torch.tensor([0.0, 0.0, 10.0, 10.0]))
-    assert rule.forecast(0, torch.tensor([2, 6, 0, 7]), 8, 1).tolist() == [False, True, True, False]
+    assert rule.remembered_mask(0, torch.tensor([2, 6, 0, 7]), 8, 1).tolist() == [False, True, True, False]
 
 
 def test_values_are_compared_across_networks_of_other_scales():
     rule = pruning(0.5)
     rule._remember(0, torch.tensor([0, 1]), 4, torch.tensor([1000.0, 1001.0]))
     rule._remember(0, torch.tensor([2, 3]), 4, torch.tensor([0.001, 0.002]))
-    assert rule.forecast(0, torch.tensor([0, 1, 2, 3]), 4, 1).tolist() == [True, False, True, False]
+    assert rule.remembered_mask(0, torch.tensor([0, 1, 2, 3]), 4, 1).tolist() == [True, False, True, False]
 
 
 def test_equal_values_do_not_break_the_memory():
@@ -86,8 +86,8 @@ def test_classes_do_not_share_their_memory():
     rule = pruning(0.5)
     rule._remember(0, torch.arange(2), 2, torch.tensor([5.0, 1.0]))
     rule._remember(1, torch.arange(2), 2, torch.tensor([1.0, 5.0]))
-    assert rule.forecast(0, torch.arange(2), 2, 1).tolist() == [False, True]
-    assert rule.forecast(1, torch.arange(2), 2, 1).tolist() == [True, False]
+    assert rule.remembered_mask(0, torch.arange(2), 2, 1).tolist() == [False, True]
+    assert rule.remembered_mask(1, torch.arange(2), 2, 1).tolist() == [True, False]
 
 
 def test_the_state_carries_the_memory_to_another_process():
@@ -98,7 +98,7 @@ def test_the_state_carries_the_memory_to_another_process():
     assert sorted(again.state_dict()) == ["remembered/0", "remembered/4"]
     for label in (0, 4):
         rows = torch.randperm(6)
-        assert torch.equal(again.forecast(label, rows, 6, 1), rule.forecast(label, rows, 6, 1))
+        assert torch.equal(again.remembered_mask(label, rows, 6, 1), rule.remembered_mask(label, rows, 6, 1))
 
 
 def test_a_loaded_memory_is_a_copy():
@@ -125,14 +125,14 @@ def ite(drop=0.3, tail=0.5, refresh=10, decay=0.9):
 @pytest.mark.parametrize(("tail", "smaller", "larger"), [(0.0, 0.3, 0.0), (0.5, 0.15, 0.15), (1.0, 0.0, 0.3)])
 def test_both_tails_are_dropped_in_the_asked_proportion(tail, smaller, larger):
     values = effects(4000)
-    dropped = values[~ite(0.3, tail).look(0, torch.arange(4000), 4000, values)]
+    dropped = values[~ite(0.3, tail).observe(0, torch.arange(4000), 4000, values)]
     assert float((dropped < 1).sum()) / 4000 == pytest.approx(smaller, abs=0.02)
     assert float((dropped > 1).sum()) / 4000 == pytest.approx(larger, abs=0.02)
 
 
 def test_what_is_dropped_lies_beyond_all_that_stays():
     values = effects(300)
-    kept = ite(0.4, 0.5).look(0, torch.arange(300), 300, values)
+    kept = ite(0.4, 0.5).observe(0, torch.arange(300), 300, values)
     inside = values[kept]
     assert all(v < inside.min() or v > inside.max() for v in values[~kept])
 
@@ -140,17 +140,19 @@ def test_what_is_dropped_lies_beyond_all_that_stays():
 def test_a_network_that_scales_all_effects_drops_the_same_samples():
     rows = torch.arange(200)
     one, other = ite(), ite()
-    one.look(0, rows, 200, effects(200))
-    other.look(0, rows, 200, effects(200))
-    assert torch.equal(one.look(0, rows, 200, effects(200, 1)), other.look(0, rows, 200, effects(200, 1, scale=1e-4)))
+    one.observe(0, rows, 200, effects(200))
+    other.observe(0, rows, 200, effects(200))
+    assert torch.equal(
+        one.observe(0, rows, 200, effects(200, 1)), other.observe(0, rows, 200, effects(200, 1, scale=1e-4))
+    )
 
 
 @pytest.mark.parametrize(("decay", "same"), [(0.0, True), (0.9, False)])
 def test_the_spread_of_earlier_batches_counts_as_far_as_it_is_remembered(decay, same):
     rows = torch.arange(500)
     fresh, old = ite(decay=decay), ite(decay=decay)
-    old.look(0, rows, 500, effects(500) ** 5)  # a far wider spread
-    masks = [rule.look(0, rows, 500, effects(500, 1)) for rule in (fresh, old)]
+    old.observe(0, rows, 500, effects(500) ** 5)  # a far wider spread
+    masks = [rule.observe(0, rows, 500, effects(500, 1)) for rule in (fresh, old)]
     assert torch.equal(*masks) is same
     assert int(masks[0].sum()) <= int(masks[1].sum())
 
@@ -158,51 +160,51 @@ def test_the_spread_of_earlier_batches_counts_as_far_as_it_is_remembered(decay, 
 def test_the_running_variance_is_the_decayed_mean():
     rule, batches = ite(decay=0.75), [effects(50, seed) ** (0.5 + seed / 2) for seed in range(3)]
     for batch in batches:
-        rule.look(4, torch.arange(50), 50, batch)
+        rule.observe(4, torch.arange(50), 50, batch)
     first, second, third = (batch.double().log().var(correction=0) for batch in batches)
     assert float(rule.running[4]) == pytest.approx(float(0.75 * (0.75 * first + 0.25 * second) + 0.25 * third))
 
 
 def test_between_looks_remembered_effects_decide_and_unseen_samples_are_average():
     rule, rows = ite(0.4, 0.5), torch.randperm(100)[:60]
-    seen = rule.look(0, rows, 100, effects(60))
+    seen = rule.observe(0, rows, 100, effects(60))
     unseen = torch.tensor([r for r in range(100) if r not in set(rows.tolist())])
-    assert torch.equal(rule.forecast(0, rows, 100, 1), seen)
-    assert bool(rule.forecast(0, unseen, 100, 1).all())
-    assert rule.forecast(0, rows, 100, 10) is None
+    assert torch.equal(rule.remembered_mask(0, rows, 100, 1), seen)
+    assert bool(rule.remembered_mask(0, unseen, 100, 1).all())
+    assert rule.remembered_mask(0, rows, 100, 10) is None
 
 
 @pytest.mark.parametrize("values", [torch.ones(5), torch.zeros(5), torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])])
 def test_degenerate_effects_leave_something_and_nothing_infinite(values):
     for tail in (0.0, 0.5, 1.0):
         rule = ite(0.8, tail)
-        assert bool(rule.look(0, torch.arange(5), 5, values).any())
+        assert bool(rule.observe(0, torch.arange(5), 5, values).any())
         assert all(torch.isfinite(t).all() for t in rule.state_dict().values())
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.5, 1.0])
 def test_one_sample_stays_whatever_is_dropped(tail):
     for seed in range(20):
-        assert bool(ite(0.99, tail).look(0, torch.arange(3), 3, effects(3, seed)).any())
+        assert bool(ite(0.99, tail).observe(0, torch.arange(3), 3, effects(3, seed)).any())
 
 
 @pytest.mark.parametrize("name", ["loss", "ite"])
 def test_values_that_are_not_finite_drop_nothing_and_are_forgotten(name):
     rule, values = RuntimePruning(RuntimeSection(rule=name, drop=0.3)), effects(10)
     values[3] = float("nan")
-    assert bool(rule.look(0, torch.arange(10), 10, values).all())
+    assert bool(rule.observe(0, torch.arange(10), 10, values).all())
     assert rule.state_dict() == {}
 
 
 def test_the_state_of_rule_ite_resumes_to_the_same_bytes():
     rule, again, rows = ite(), ite(), torch.arange(40)
     for seed, label in enumerate((0, 1, 0)):
-        rule.look(label, rows, 40, effects(40, seed))
+        rule.observe(label, rows, 40, effects(40, seed))
     state = {key: value.clone() for key, value in rule.state_dict().items()}
     assert sorted(state) == ["effects/0", "effects/1", "remembered/0", "remembered/1"]
     again.load_state_dict(state, [0])
     assert sorted(again.state_dict()) == ["effects/0", "remembered/0"]
-    masks = [r.look(0, rows, 40, effects(40, 9)) for r in (rule, again)]
+    masks = [r.observe(0, rows, 40, effects(40, 9)) for r in (rule, again)]
     assert torch.equal(*masks)
     assert all(torch.equal(rule.state_dict()[key], again.state_dict()[key]) for key in again.state_dict())
     assert torch.equal(state["effects/0"], state["effects/0"].clone())

@@ -103,7 +103,7 @@ class DM(ImageMethod):
         """
         batches = self.real.draw(labels, self.real_batch, "real batch", step)
         drawn = sum(len(batch.rows) for batch in batches)
-        masks = [self.pruning.forecast(b.label, b.rows, self.real.count(b.label), step) for b in batches]
+        masks = [self.pruning.remembered_mask(b.label, b.rows, self.real.count(b.label), step) for b in batches]
         real = [
             p.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
             for p, batch, mask in zip(params, batches, masks, strict=True)
@@ -118,8 +118,8 @@ class DM(ImageMethod):
             return feature_effects(self.embed, features[k], syn[k], params[k].apply, self.pruning.probes, rng, at_once)
 
         for k, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
-            if mask is None and self.pruning.dropped(len(batch.rows)):
+            if mask is None and self.pruning.drop_count(len(batch.rows)):
                 values = self.pruning.values(loss=partial(distances, k), ite=partial(effects, k))
-                kept = self.pruning.look(batch.label, batch.rows, self.real.count(batch.label), values)
+                kept = self.pruning.observe(batch.label, batch.rows, self.real.count(batch.label), values)
                 features[k] = features[k][kept]
         return torch.stack([x.mean(0) for x in features]), (sum(len(x) for x in real), drawn)

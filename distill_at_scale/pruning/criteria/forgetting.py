@@ -20,7 +20,7 @@ class Forgetting(MeanOfTrials):
     def of(cls, section: ScoreSection) -> Forgetting:
         if section.weights is not None:
             raise UserError(
-                "score.criterion = 'forgetting' compares epochs, which pretrained weights do not have; remove score.weights, or "
+                "score.criterion = 'forgetting' compares epochs, which pretrained weights do not have; remove score.weights or "
                 "use another criterion"
             )
         if section.epochs < 2:

@@ -20,9 +20,8 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import listing
+from distill_at_scale.data.sources.base import data_store, listing
 from distill_at_scale.data.sources.image.imagenet_labels import val_labels
-from distill_at_scale.storage.filesystem import Store
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 ARCHIVES = {"train": TRAIN, "test": VAL}
@@ -37,9 +36,7 @@ class ImagenetTar:
     """
 
     def __init__(self, config: DataSection) -> None:
-        if config.path is None:
-            raise UserError(f"data.path is not set; the source {config.source!r} needs the folder that holds {TRAIN}")
-        self.config, self.store = config, Store(config.path)
+        self.config, self.store = config, data_store(config)
         if self.store.size(TRAIN) is None:
             raise UserError(f"{self.store.place(TRAIN)} is missing; data.path must be the folder that holds {TRAIN}")
         self._listings: dict[str, pa.Table] = {}

@@ -13,7 +13,8 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,14 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
+class PickledNames(NamedTuple):
+    """`number` class names under a key of a pickle."""
+
+    file: str
+    key: str
+    number: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a set is stored; `load(store, folder, split)` returns images uint8 [N, H, W] or [N, H, W, C] and labels [N]."""
@@ -39,7 +48,7 @@ class Layout:
     folders: tuple[str, ...]  # where it may lie below data.path; "" is data.path itself
     marker: str  # a file that shows that the set is there; .gz may follow
     load: Callable[[Store, str, str], tuple[Array, Array]]
-    class_names: Callable[[Store, str], list[str]]
+    class_names: Sequence[str] | PickledNames
     path_part: str = ""  # part of the path that tells the set from another one with the same files
 
 
@@ -47,7 +56,14 @@ class TorchvisionSet:
     def __init__(self, config: DataSection) -> None:
         self.store = data_store(config)
         self.layout, self.folder = _find_set(self.store)
-        self.class_names = self.layout.class_names(self.store, self.folder)
+        names: Any = self.layout.class_names
+        if isinstance(names, PickledNames):
+            file, key, number = names
+            names = _read_pickle(self.store, self.folder, file).get(key)
+            if not isinstance(names, list) or len(names) != number:
+                place = self.store.place(joined(self.folder, file))
+                raise UserError(f"{place} does not name {number} classes; download it again")
+        self.class_names = [str(name) for name in names]
         self._loaded: dict[str, tuple[Array, Array]] = {}
 
     def splits(self) -> list[str]:
@@ -141,9 +157,11 @@ def _read_pickle(store: Store, folder: str, name: str) -> dict[Any, Any]:
     return value
 
 
-def _load_cifar(store: Store, folder: str, names: Sequence[str], key: str) -> tuple[Array, Array]:
+def _load_cifar(
+    store: Store, folder: str, split: str, files: dict[str, list[str]], key: str
+) -> tuple[Array, Array]:  # fmt: skip
     images, labels = [], []
-    for name in names:
+    for name in files[split]:
         batch, place = _read_pickle(store, folder, name), store.place(joined(folder, name))
         data: Any = batch.get("data")
         batch_labels: Any = batch.get(key)
@@ -155,27 +173,6 @@ def _load_cifar(store: Store, folder: str, names: Sequence[str], key: str) -> tu
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(np.asarray(batch_labels, np.int64))
     return np.concatenate(images), np.concatenate(labels)
-
-
-def _load_cifar10(store: Store, folder: str, split: str) -> tuple[Array, Array]:
-    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    return _load_cifar(store, folder, names, "labels")
-
-
-def _load_cifar100(store: Store, folder: str, split: str) -> tuple[Array, Array]:
-    return _load_cifar(store, folder, [split], "fine_labels")
-
-
-def _pickled_names(name: str, key: str, count: int) -> Callable[[Store, str], list[str]]:
-    """A reader of `count` class names under a key of a pickle."""
-
-    def read(store: Store, folder: str) -> list[str]:
-        names = _read_pickle(store, folder, name).get(key)
-        if not isinstance(names, list) or len(names) != count:
-            raise UserError(f"{store.place(joined(folder, name))} does not name {count} classes; download it again")
-        return [str(name) for name in names]
-
-    return read
 
 
 def _load_svhn(store: Store, folder: str, split: str) -> tuple[Array, Array]:
@@ -218,18 +215,16 @@ def _read_idx(store: Store, folder: str, name: str, dimensions: int) -> Array:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _fixed_names(names: Sequence[str]) -> Callable[[Store, str], list[str]]:
-    return lambda store, folder: list(names)
-
-
+CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+CIFAR100_FILES = {"train": ["train"], "test": ["test"]}
 LAYOUTS = (
-    Layout("CIFAR-10", ("cifar-10-batches-py", ""), "data_batch_1", _load_cifar10,
-           _pickled_names("batches.meta", "label_names", 10)),
-    Layout("CIFAR-100", ("cifar-100-python", ""), "meta", _load_cifar100,
-           _pickled_names("meta", "fine_label_names", 100)),
-    Layout("SVHN", ("",), "train_32x32.mat", _load_svhn, _fixed_names([str(digit) for digit in range(10)])),
+    Layout("CIFAR-10", ("cifar-10-batches-py", ""), "data_batch_1",
+           partial(_load_cifar, files=CIFAR10_FILES, key="labels"), PickledNames("batches.meta", "label_names", 10)),
+    Layout("CIFAR-100", ("cifar-100-python", ""), "meta",
+           partial(_load_cifar, files=CIFAR100_FILES, key="fine_labels"), PickledNames("meta", "fine_label_names", 100)),
+    Layout("SVHN", ("",), "train_32x32.mat", _load_svhn, [str(digit) for digit in range(10)]),
     Layout("MNIST", ("MNIST/raw", "raw", ""), "train-images-idx3-ubyte", _load_mnist,
-           _fixed_names([f"{digit} - {word}" for digit, word in enumerate(DIGITS)]), "/MNIST/"),
-    Layout("FashionMNIST", ("FashionMNIST/raw", "raw", ""), "train-images-idx3-ubyte", _load_mnist,
-           _fixed_names(FASHION), "/FashionMNIST/"),
+           [f"{digit} - {word}" for digit, word in enumerate(DIGITS)], "/MNIST/"),
+    Layout("FashionMNIST", ("FashionMNIST/raw", "raw", ""), "train-images-idx3-ubyte", _load_mnist, FASHION,
+           "/FashionMNIST/"),
 )  # fmt: skip

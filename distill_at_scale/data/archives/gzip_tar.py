@@ -9,17 +9,17 @@ rapidgzip 0.16 aborts the process at exit and takes 1.8 GB for a file of zeros (
 
 from __future__ import annotations
 
-import errno
 import threading
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import tar
+from distill_at_scale.data.archives.tar import ByteRange
 from distill_at_scale.storage.filesystem import Store, unanswered
 
 SKIP_SIZE = 2**18  # bytes
@@ -98,34 +98,18 @@ class Reader:
         self._stream: Stream | None = None
 
     def read(self, rows: pa.Table) -> list[bytes]:
-        """Returns the bytes of rows of a listing (location: archive, row: offset in the unpacked tar, size), in order.
+        """As `tar.read`, with offsets in the unpacked tar. Raises UserError for a damaged archive."""
+        return tar.read(self.store, rows, self._read_ranges)
 
-        Raises as `tar.read` does, and UserError for a damaged archive.
-        """
-        locations = rows["location"].to_pylist()
-        offsets, sizes = rows["row"].to_pylist(), rows["size"].to_pylist()
-        contents: list[bytes] = [b""] * len(locations)
-        order = sorted(range(len(locations)), key=lambda i: (locations[i], offsets[i]))
-        for file, group in groupby(order, key=locations.__getitem__):
-            wanted = list(group)
-            if is_plain(file):
-                read = tar.read(self.store, rows.take(pa.array(wanted)))
-            else:
-                read = self._read_forwards(file, [(offsets[i], sizes[i]) for i in wanted])
-            for i, content in zip(wanted, read, strict=True):
-                contents[i] = content
-        return contents
-
-    def _read_forwards(self, file: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def _read_ranges(self, store: Store, file: str, ranges: list[ByteRange]) -> Iterable[tuple[ByteRange, bytes]]:
+        if is_plain(file):
+            return tar.read_ranges(store, file, ranges)
         with self._lock:
-            stream, self._stream = self._open_before(file, ranges[0][0]), None  # not used again after an error
-            contents = []
-            for offset, size in ranges:
-                contents.append(self.store.asked(file, partial(stream.read_at, offset, size)))
-                if len(contents[-1]) < size:
-                    raise FileNotFoundError(errno.ENOENT, "the archive ends inside the sample", self.store.place(file))
+            stream, self._stream = self._open_before(file, ranges[0].offset), None  # not used again after an error
+            read_at = [partial(stream.read_at, wanted.offset, wanted.size) for wanted in ranges]
+            contents = [store.asked(file, read) for read in read_at]
             self._file, self._stream = file, stream
-            return contents
+        return zip(ranges, contents, strict=True)
 
     def _open_before(self, file: str, offset: int) -> Stream:
         """The open stream if it is that archive and not beyond `offset`, else a new one."""

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -61,6 +61,9 @@ class ByteRange(NamedTuple):
     offset: int
     size: int
     row: int
+
+
+RangeReader: TypeAlias = Callable[[Store, str, list[ByteRange]], Iterable[tuple[ByteRange, bytes]]]
 
 
 class Window:
@@ -240,13 +243,29 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int)
         yield from pool.map(function, items)
 
 
-def read(store: Store, rows: pa.Table) -> list[bytes]:
+def read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tuple[ByteRange, bytes]]:
+    """Yields each range of an archive with its bytes; fewer bytes at the end of the archive."""
+    with closing(open_or_stop(store, file, lambda store, file: store.open(file))) as handle:
+        if store.local:
+            for wanted in ranges:
+                handle.seek(wanted.offset)
+                yield wanted, handle.read(wanted.size)
+            return
+        with ThreadPoolExecutor(REMOTE_THREADS, "samples") as pool:
+            size = store.asked(file, handle.size)
+            reads = [partial(_read_span, handle, span, size) for span in _spans(ranges)]
+            for span in pool.map(partial(store.asked, file), reads):
+                yield from span
+
+
+def read(store: Store, rows: pa.Table, read_file: RangeReader = read_ranges) -> list[bytes]:
     """Reads the content of members of archives.
 
     Each archive stays open while its rows are read. Remote storage is read with many requests at once, one for neighbours.
 
     Args:
         rows: rows of a listing; location is the archive, row the offset, size the length in bytes.
+        read_file: reads ranges of one archive, sorted by offset.
 
     Returns:
         The bytes of each row, in the order of `rows`.
@@ -261,26 +280,11 @@ def read(store: Store, rows: pa.Table) -> list[bytes]:
     requests = sorted((*row, i) for i, row in enumerate(zip(*columns, strict=True)))
     contents: list[bytes] = [b""] * len(requests)
     for file, group in groupby(requests, key=lambda request: request[0]):
-        for wanted, content in _read_ranges(store, file, [ByteRange(*rest) for _, *rest in group]):
+        for wanted, content in read_file(store, file, [ByteRange(*rest) for _, *rest in group]):
             if len(content) < wanted.size:
                 raise FileNotFoundError(errno.ENOENT, "the archive ends inside the sample", store.place(file))
             contents[wanted.row] = content
     return contents
-
-
-def _read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tuple[ByteRange, bytes]]:
-    """Yields each range of an archive with its bytes; fewer bytes at the end of the archive."""
-    with closing(open_or_stop(store, file, lambda store, file: store.open(file))) as handle:
-        if store.local:
-            for wanted in ranges:
-                handle.seek(wanted.offset)
-                yield wanted, handle.read(wanted.size)
-            return
-        with ThreadPoolExecutor(REMOTE_THREADS, "samples") as pool:
-            size = store.asked(file, handle.size)
-            reads = [partial(_read_span, handle, span, size) for span in _spans(ranges)]
-            for span in pool.map(partial(store.asked, file), reads):
-                yield from span
 
 
 def open_or_stop(store: Store, file: str, opener: Callable[[Store, str], R]) -> R:

@@ -173,33 +173,36 @@ class HuggingFaceParquet:
         if not 0 <= row < (ends[-1] if len(ends) else 0):
             raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
         column = self._parquet_column(file.schema_arrow.field(self.column).type)
-        max_bytes = MAX_ROW_GROUP * self.config.max_bytes
-        table = self._checked(name, lambda: self._read_bounded(file, [group], [column], max_bytes))
         first = int(ends[group - 1]) if group else 0
-        self._check_count(name, table, int(ends[group]) - first)
+        rows, max_bytes = int(ends[group]) - first, MAX_ROW_GROUP * self.config.max_bytes
+        table = self._read_columns(name, file, [group], [column], rows, max_bytes)
         samples = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
         self._group = (name, first, samples)
         return first, samples
 
-    def _check_count(self, name: str, table: pa.Table, rows: int) -> None:
-        """Raises UserError if a file or row group holds another number of rows than its footer says."""
+    def _read_columns(
+        self, name: str, file: Any, groups: list[int], columns: Sequence[str | None], rows: int, max_bytes: int
+    ) -> pa.Table:
+        """Columns of row groups, read batch by batch, because a few bytes can encode a value repeated without end.
+
+        Raises UserError for more than `max_bytes` unpacked bytes, and for another number of rows than the footer's `rows`.
+        """
+
+        def read() -> pa.Table:
+            size, batches = 0, []
+            for batch in file.iter_batches(BATCH_ROWS, groups, columns):
+                size += batch.nbytes
+                batches.append(batch)
+                if size > max_bytes:
+                    raise pa.ArrowInvalid(f"it unpacks to more than {max_bytes:,} bytes in one piece")
+            return pa.Table.from_batches(batches, file.schema_arrow if not batches else None)
+
+        table = self._checked(name, read)
         if table.num_rows != rows:
             raise UserError(
                 f"{self.store.place(name)} holds {table.num_rows:,} rows where it claims {rows:,}; download it again"
             )
-
-    def _read_bounded(self, file: Any, groups: list[int], columns: Sequence[str | None], max_bytes: int) -> pa.Table:
-        """Columns of row groups, read batch by batch, because a few bytes can encode a value repeated without end.
-
-        Raises ArrowInvalid for more than `max_bytes` unpacked bytes.
-        """
-        size, batches = 0, []
-        for batch in file.iter_batches(BATCH_ROWS, groups, columns):
-            size += batch.nbytes
-            batches.append(batch)
-            if size > max_bytes:
-                raise pa.ArrowInvalid(f"it unpacks to more than {max_bytes:,} bytes in one piece")
-        return pa.Table.from_batches(batches, file.schema_arrow if not batches else None)
+        return table
 
     def _opened(self, name: str) -> tuple[Any, np.ndarray[Any, Any]]:
         """A file and the row after each of its row groups; the last file stays open."""
@@ -248,10 +251,10 @@ class HuggingFaceParquet:
 
     def _tables(self, split: str) -> list[pa.Table]:
         if split not in self._columns:
-            self._columns[split] = self._map_files(self._read_columns, self.files[split])
+            self._columns[split] = self._map_files(self._list_file, self.files[split])
         return self._columns[split]
 
-    def _read_columns(self, name: str) -> pa.Table:
+    def _list_file(self, name: str) -> pa.Table:
         """The columns `label` (integer or string) and, if it exists, `path` of one file."""
         sample_column, label_column, place = self.column, self.config.label_column, self.store.place(name)
         with self._parquet(name) as file:
@@ -268,8 +271,7 @@ class HuggingFaceParquet:
             has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
             columns = [label_column, *([f"{sample_column}.path"] if has_path else [])]
             groups = list(range(file.num_row_groups))
-            table = self._checked(name, lambda: self._read_bounded(file, groups, columns, MAX_LISTED_BYTES))
-            self._check_count(name, table, file.metadata.num_rows)
+            table = self._read_columns(name, file, groups, columns, file.metadata.num_rows, MAX_LISTED_BYTES)
         labels = table[label_column]
         if pa.types.is_dictionary(labels.type):
             labels = labels.cast(labels.type.value_type)

@@ -245,43 +245,36 @@ def expand(pattern: str) -> list[str]:
     A range is padded with zeros if one of its ends is. Raises UserError for an unbalanced brace, a brace that holds neither a
     range of numbers nor alternatives, and for too many names.
     """
+
+    def error(what: str) -> UserError:
+        return UserError(f"the pattern {pattern!r} in data.path cannot be read: {what}")
+
     head, brace, rest = pattern.partition("{")
     if not brace:
         if "}" in head:
-            raise _pattern_error(pattern, "a brace is closed that was never opened")
+            raise error("a brace is closed that was never opened")
         return [head]
-    parts, rest = _alternatives(rest, pattern)
-    middles = _range(parts[0], pattern) if len(parts) == 1 else [name for part in parts for name in expand(part)]
-    tails = expand(rest)
-    if len(middles) * len(tails) > MAX_SHARDS:
-        raise _pattern_error(pattern, f"it stands for more than {MAX_SHARDS:,} names")
-    return [head + middle + tail for middle in middles for tail in tails]
-
-
-def _alternatives(text: str, pattern: str) -> tuple[list[str], str]:
-    """The alternatives up to the closing brace, and the text after it."""
     depth, start, parts = 0, 0, []
-    for i, letter in enumerate(text):
+    for i, letter in enumerate(rest):
         if depth == 0 and letter in ",}":
-            parts.append(text[start:i])
+            parts.append(rest[start:i])
             start = i + 1
             if letter == "}":
-                return parts, text[start:]
+                break
         depth += (letter == "{") - (letter == "}")
-    raise _pattern_error(pattern, "a brace is not closed")
-
-
-def _range(text: str, pattern: str) -> list[str]:
-    match = re.fullmatch(r"([0-9]{1,12})\.\.([0-9]{1,12})", text)
-    first, last = match.groups() if match else ("", "")
-    if not match or not 0 <= int(last) - int(first) < MAX_SHARDS:
-        raise _pattern_error(
-            pattern, f"{{{text}}} is neither a rising range ({{000..127}}) nor a choice ({{train,val}})"
-        )
-    padded = any(end.startswith("0") and len(end) > 1 for end in (first, last))
-    width = max(len(first), len(last)) if padded else 0
-    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
-
-
-def _pattern_error(pattern: str, what: str) -> UserError:
-    return UserError(f"the pattern {pattern!r} in data.path cannot be read: {what}")
+    else:
+        raise error("a brace is not closed")
+    if len(parts) > 1:
+        middles = [name for part in parts for name in expand(part)]
+    else:
+        match = re.fullmatch(r"([0-9]{1,12})\.\.([0-9]{1,12})", parts[0])
+        first, last = match.groups() if match else ("", "")
+        if not match or not 0 <= int(last) - int(first) < MAX_SHARDS:
+            raise error(f"{{{parts[0]}}} is neither a rising range ({{000..127}}) nor a choice ({{train,val}})")
+        padded = any(end.startswith("0") and len(end) > 1 for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        middles = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+    tails = expand(rest[start:])
+    if len(middles) * len(tails) > MAX_SHARDS:
+        raise error(f"it stands for more than {MAX_SHARDS:,} names")
+    return [head + middle + tail for middle in middles for tail in tails]

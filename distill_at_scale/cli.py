@@ -128,7 +128,7 @@ def _run(config: Config, stage: str) -> int:
     from distill_at_scale.core.progress import Display
     from distill_at_scale.experiments import auto_keep_rate
     from distill_at_scale.experiments.sweep import run as sweep
-    from distill_at_scale.pipeline.pipeline import Pipeline, decided
+    from distill_at_scale.pipeline.pipeline import Pipeline, with_keep_rate
     from distill_at_scale.storage.run_dir import RunDir
 
     display = Display()
@@ -140,7 +140,7 @@ def _run(config: Config, stage: str) -> int:
         run_studies(config, display)
         return 0
     if stage == "plan" and config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
-        config = decided(config, rate)
+        config = with_keep_rate(config, rate)
     pipeline = Pipeline(
         config,
         lambda: make_executor(config, display),

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from distill_at_scale.cluster.actor_pool import LOST, cores, cores_each, lost_too_often
+from distill_at_scale.cluster.actor_pool import LOST, Say, cores, cores_each, lost_too_often
 from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.config.load import Config
@@ -24,7 +24,6 @@ from distill_at_scale.pipeline.executors.base import Group, Poll
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FOLLOW, UNFINISHED
 
-Say = Callable[[str], None]
 DIVERGED, REFUSED = "diverged.txt", "refused.txt"  # notes of the workers to the driver
 STOPPED = "given up"  # the text of REFUSED where the driver ends the run
 GROUP = "placement_group.txt"  # note with the placement group of the workers

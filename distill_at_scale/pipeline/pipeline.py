@@ -33,7 +33,7 @@ from distill_at_scale.storage.filesystem import shown
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
-BODIES: dict[str, Any] = {
+STAGE_MODULES: dict[str, Any] = {
     "ingest": ingest,
     "score": score,
     "select": select,
@@ -83,7 +83,7 @@ class Pipeline:
                 if stage == "select" and self.config.select.keep == "auto":
                     assert self._find_rate is not None, "select.keep: auto needs find_rate"
                     self.dir.content("score")
-                    self.context.config = decided(self.config, self._find_rate(self))
+                    self.context.config = with_keep_rate(self.config, self._find_rate(self))
                 self._run_stage(stage)
 
     @contextmanager
@@ -112,7 +112,7 @@ class Pipeline:
             self.dir.sweep()
             self.dir.withdraw(stage)
             self._write_run_json()
-            outputs, facts = BODIES[stage].run(context, inputs)
+            outputs, facts = STAGE_MODULES[stage].run(context, inputs)
             self.dir.complete(stage, inputs, outputs, time.perf_counter() - clock, **facts)
             self._write_run_json()
             shutil.rmtree(self.dir.work(stage, inputs))
@@ -126,7 +126,7 @@ class Pipeline:
 
         Raises UserError where an earlier stage has not been run, or its output is no longer whole.
         """
-        return ingest.inputs(self.context) if stage == "ingest" else BODIES[stage].inputs(self.config, self.dir)
+        return ingest.inputs(self.context) if stage == "ingest" else STAGE_MODULES[stage].inputs(self.config, self.dir)
 
     @cached_property
     def _environment(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Pipeline:
                 samples = f"about {sum(planned.counts)} training samples of {len(planned.counts)} classes"
                 say(f"  data.transform = {config.data.transform} will turn them into {samples}")
             plan, executor = plan.on_disk(work), context.executor
-            with self.display.meter("look", plan.samples, "samples") as meter:
+            with self.display.meter("decode", plan.samples, "samples") as meter:
                 tasks.ingest(executor, config, plan, work, meter.advance, check=True)
             listed = write_rejected(plan, work, self.dir / "validation.parquet", config.data.chunk)
             shutil.rmtree(work)
@@ -213,6 +213,6 @@ class Pipeline:
         return finished
 
 
-def decided(config: Config, rate: float) -> Config:
+def with_keep_rate(config: Config, rate: float) -> Config:
     """A configuration with select.keep: auto, with the rate in its place."""
     return config.model_copy(update={"select": config.select.model_copy(update={"keep": rate})})

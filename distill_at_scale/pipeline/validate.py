@@ -178,26 +178,21 @@ def check_networks(config: Config, data: PreparedDataset | PlannedDataset | Fact
     for key, name, width, depth in networks:
         spec = NetworkSpec(name, data.shape, len(data.class_names), width, depth, data.kind)
         try:
-            network = spec.build(0)
-        except UserError as error:
-            raise UserError(f"{key} = {name!r}: {error}") from None
-        except Exception as error:
-            raise _does_not_fit(key, spec, error) from None
-        if key == "distill.network" and engine.method_class(config).batch_norm == "refused" and mixes_samples(network):
-            raise UserError(
-                f"{key} = {name!r} has batch norm, under which the samples of a batch are not independent, as "
-                "matching needs; take a network with instance norm (convnet, resnet18; of clips convnet3d, r3d_18)"
-            )
-        try:
+            try:
+                network = spec.build(0)
+            except UserError as error:
+                raise UserError(f"{key} = {name!r}: {error}") from None
+            batch_norm = engine.method_class(config).batch_norm
+            if key == "distill.network" and batch_norm == "refused" and mixes_samples(network):
+                raise UserError(
+                    f"{key} = {name!r} has batch norm, under which the samples of a batch are not independent, as "
+                    "matching needs; take a network with instance norm (convnet, resnet18; of clips convnet3d, r3d_18)"
+                )
             network.eval()(torch.zeros(1, *spec.shape))
         except UserError:
             raise
         except Exception as error:
-            raise _does_not_fit(key, spec, error) from None
-
-
-def _does_not_fit(key: str, spec: NetworkSpec, error: Exception) -> UserError:
-    return UserError(f"{key} = {spec.name!r} cannot take images of shape {spec.shape}: {error}")
+            raise UserError(f"{key} = {name!r} cannot take images of shape {spec.shape}: {error}") from None
 
 
 def check_weights(config: Config, data: PreparedDataset | PlannedDataset) -> None:

@@ -36,7 +36,7 @@ class Unit:
     work: Any  # picklable, without paths
     outputs: tuple[Path, ...] = ()  # files or folders that the worker publishes, in this order
     inputs: tuple[Path, ...] = ()  # unfinished files of the run folder that the worker reads
-    size: int = 1  # in what the worker counts
+    size: int = 1  # its samples, subsets, ...: see `Worker.counted`
 
     def at(self, place: Callable[[Path], Path]) -> Unit:
         """The same unit with its paths as another machine sees them."""
@@ -53,7 +53,7 @@ class Worker:
     fetches: ClassVar[tuple[str, ...]] = ()  # names of the other paths that it reads
     # False: many short units, on one core and one thread each. True: a few long ones, which share all cores of the cluster.
     long: ClassVar[bool] = False
-    resumes: ClassVar[bool] = False  # a unit goes on from what an earlier attempt left at its outputs
+    resumes: ClassVar[bool] = False  # a unit resumes from what an earlier attempt left at its outputs
     uses_torch: ClassVar[bool] = True  # False: without threads of torch and without a GPU
 
     def __init__(self, config: Config, paths: Mapping[str, Path], device: torch.device, spent: TimeSpent):
@@ -83,9 +83,7 @@ class Task:
     paths: Mapping[str, Path]  # what the worker's constructor gets, by name
     units: Sequence[Unit]  # those that are not finished
     folder: Path | None = None  # where units publish; None if they only return results
-    total: int = (
-        0  # long units with the finished ones; their cores follow from it, so that a resumed task ends the same
-    )
+    total: int = 0  # all long units, finished ones too: their cores follow from it, so a resumed task ends the same
 
     @property
     def gpus(self) -> float:

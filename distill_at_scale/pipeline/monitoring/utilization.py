@@ -28,7 +28,7 @@ class WorkSpan:
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerUtilization:
     """A process and its spans, in order."""
 
     host: str
@@ -42,7 +42,7 @@ class Utilization:
     seconds: float
     stages: list[WorkSpan]  # in the driver
     waits: list[WorkSpan]  # for Ray to start
-    workers: list[Worker]  # by host, then by their first work
+    workers: list[WorkerUtilization]  # by host, then by their first work
     losses: list[float]
     busy: float  # seconds in which at least one worker was busy
 
@@ -72,7 +72,7 @@ def account(entries: Sequence[TimelineEntry]) -> Utilization | None:
     of_worker: dict[tuple[str, int], list[Event]] = {}
     for event in work:
         of_worker.setdefault((event.host, event.pid), []).append(event)
-    workers = [Worker(host, pid, _joined(own, JOIN * end)) for (host, pid), own in of_worker.items()]
+    workers = [WorkerUtilization(host, pid, _joined(own, JOIN * end)) for (host, pid), own in of_worker.items()]
     busy, until = 0.0, 0.0
     for event in work:
         busy += max(0.0, event.ended - max(event.began, until))

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from distill_at_scale.pipeline.monitoring.timeline import TimelineEntry
-from distill_at_scale.pipeline.monitoring.utilization import Utilization, Worker, WorkSpan, account
+from distill_at_scale.pipeline.monitoring.utilization import Utilization, WorkerUtilization, WorkSpan, account
 from distill_at_scale.pipeline.report.style import INK, LINE, STYLE, figure_of, name_rows, svg
 from distill_at_scale.pipeline.report.text import NBSP, duration
 
@@ -39,7 +39,7 @@ UNITS = ((300, 1, "seconds"), (5 * 3600, 60, "minutes"), (float("inf"), 3600, "h
 @dataclass(frozen=True)
 class Lane:
     name: str
-    workers: Sequence[Worker]
+    workers: Sequence[WorkerUtilization]
 
 
 def part(entries: Sequence[TimelineEntry]) -> dict[str, Any] | None:
@@ -54,9 +54,9 @@ def part(entries: Sequence[TimelineEntry]) -> dict[str, Any] | None:
     return {"chart": chart(usage), "sentence": sentence(usage), "legend": legend}
 
 
-def lanes(workers: Sequence[Worker]) -> list[Lane]:
+def lanes(workers: Sequence[WorkerUtilization]) -> list[Lane]:
     """One lane per worker, per host, or per group of hosts, whichever gives at most `LANES`."""
-    hosts: dict[str, list[Worker]] = {}
+    hosts: dict[str, list[WorkerUtilization]] = {}
     for worker in workers:
         hosts.setdefault(worker.host, []).append(worker)
     if len(workers) <= LANES:

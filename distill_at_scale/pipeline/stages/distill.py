@@ -84,7 +84,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     if engine.method_class(config).ranks_patches:
         _rank_patches(context, data, paths)
     if paths.state.exists():
-        display.say("  going on from the last checkpoint")
+        display.say("  resuming from the last checkpoint")
     with display.meter("distill", engine.step_count(config), "steps") as meter:
         log = DistillationLog(context.observers.emit, meter, display.say)
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -40,9 +40,6 @@ from distill_at_scale.pruning.criteria import CRITERIA
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, column_of
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.pruning.selection import ranking
-
-if TYPE_CHECKING:
-    from distill_at_scale.pipeline.planning.facts import Facts
 
 MAX_JPEG_HEIGHT = 65_500  # pixels; the frames of a clip are stacked in one JPEG
 MAX_REASONS = 12  # kinds of reason that are counted in a summary
@@ -163,8 +160,21 @@ def _check_criteria(config: Config) -> None:
     ranking.build_ranking(chosen, True, config.select.order, 0)
 
 
+class DataShape(Protocol):
+    """The part of prepared or planned data that networks depend on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def kind(self) -> str | None: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+
 @torch.no_grad()
-def check_networks(config: Config, data: PreparedDataset | PlannedDataset | Facts) -> None:
+def check_networks(config: Config, data: DataShape) -> None:
     """Build each network of the run for the data's shape, and pass one sample through it.
 
     Raises UserError for one that does not fit.

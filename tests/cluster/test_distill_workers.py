@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import leave_group
+from distill_runs import CPU, LOOPS, elsewhere, lines, same, start, stop_before
 from safetensors.torch import load_file
-from test_distill import CPU, LOOPS, elsewhere, lines, same, start, stop_before
 
 from distill_at_scale.core.collectives import ProcessGroup
 from distill_at_scale.core.errors import DistillationDiverged

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_config
+from distill_runs import CPU, LOOPS, elsewhere, lines, same, start, stop_before
 from safetensors.torch import load_file
 
 from distill_at_scale.core.collectives import SingleProcess, current_workers
@@ -21,13 +22,10 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of, to_table
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import engine as distill
-from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.checkpoint import Timer, checkpoint_step
-from distill_at_scale.distillation.engine import Distillation, DistillPaths
+from distill_at_scale.distillation.engine import Distillation
 from distill_at_scale.distillation.student import TrainingProtocol
 
-CPU = torch.device("cpu")
-LOOPS = {"distill__ipc": 2, "distill__dc__outer": 2, "distill__dc__inner": 2, "distill__dc__network_lr": 0.1}
 FORMATION = {
     "distill__method": "idc",
     "distill__ipc": 2,
@@ -62,40 +60,6 @@ CASES = {
         "runtime__refresh": 3,
     },
 }
-
-
-def start(places: DistillPaths, workers=None, **overrides) -> Distillation:
-    return Distillation(tiny_config("unused", **overrides), places, workers or SingleProcess(), CPU)
-
-
-def elsewhere(places: DistillPaths, name: str) -> DistillPaths:
-    return replace(places, work=places.work / name, log=places.log.with_name(f"{name}.jsonl"))
-
-
-def same(first: synthetic_set.SyntheticSet, second: synthetic_set.SyntheticSet) -> bool:
-    """Bit for bit, the snapshots too."""
-    tensors = [(first.images, second.images), (first.labels, second.labels)]
-    tensors += [(first.snapshots[k], second.snapshots[k]) for k in first.snapshots]
-    return list(first.snapshots) == list(second.snapshots) and all(
-        a.numpy().tobytes() == b.numpy().tobytes() for a, b in tensors
-    )
-
-
-def stop_before(distillation: Distillation, step: int) -> None:
-    """Have the process end at a step, as if it were killed."""
-    whole = distillation.method.step
-
-    def step_or_stop(i):
-        if i == step:
-            raise KeyboardInterrupt
-        return whole(i)
-
-    distillation.method.step = step_or_stop
-
-
-def lines(places: DistillPaths) -> list[dict]:
-    every = [json.loads(line) for line in places.log.read_text().splitlines()]
-    return [line for line in every if line["stage"] == "distill"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -139,7 +139,7 @@ def test_a_parquet_file_whose_columns_are_shorter_than_it_says_is_refused(tmp_pa
     )  # the first column's own facts under an unknown number
     assert footer != data[-size:]
     file.write_bytes(data[:-size] + footer)
-    with pytest.raises(UserError, match=r"holds 0 rows where it claims 8; download it again"):
+    with pytest.raises(UserError, match=r"holds 0 rows, not the 8 it claims; download it again"):
         source.read(rows)
 
 

@@ -219,7 +219,7 @@ def test_an_extra_class_folder_in_val_is_named(tmp_path):
     flat(tmp_path, [])
     for wnid in [*WNIDS, "n09999999"]:
         put(tmp_path, f"val/{wnid}/a.JPEG")
-    with pytest.raises(UserError, match="val/n09999999 is a class that the training split does not have"):
+    with pytest.raises(UserError, match="val/n09999999 is a class that the training split lacks"):
         labels(tmp_path)
 
 

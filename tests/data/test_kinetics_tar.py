@@ -196,10 +196,10 @@ def damaged(whole, tail=b""):
 
 
 SAID = {
-    "cut": "is damaged, cut or not a gzip file .*Truncated",
-    "without its last bytes": "is damaged, cut or not a gzip file .*Truncated",
-    "a wrong checksum": "is damaged, cut or not a gzip file .*incorrect data check",
-    "no gzip": "is damaged, cut or not a gzip file .*incorrect header",
+    "cut": "is damaged, cut or not gzip .*Truncated",
+    "without its last bytes": "is damaged, cut or not gzip .*Truncated",
+    "a wrong checksum": "is damaged, cut or not gzip .*incorrect data check",
+    "no gzip": "is damaged, cut or not gzip .*incorrect header",
     "empty": "is damaged: there is no header and no end mark at byte 0, but it ends at byte 0: it is cut",
     "cut before it was compressed": r"is damaged: .*, but it ends at byte [\d,]+: it is cut",
     "cut inside a clip": r"is damaged: .*, but it ends at byte 3,000: it is cut \(after the member 'train000001",
@@ -221,7 +221,7 @@ def test_an_archive_inside_an_archive_or_of_another_kind_is_one_error(cvdf):
     with pytest.raises(UserError, match=r"part_8\.tar\.gz holds the archive 'a/inner\.tar\.gz'; unpack it"):
         source(cvdf).splits()
     put(cvdf, {"train/part_8.tar.gz": zipped(), "train/part_9.tar.xz": b"x"})
-    with pytest.raises(UserError, match=r"part_9\.tar\.xz cannot be read in place; only .tar.gz"):
+    with pytest.raises(UserError, match=r"part_9\.tar\.xz cannot be read in place, only .tar.gz"):
         source(cvdf).splits()
 
 
@@ -258,7 +258,7 @@ def test_an_archive_that_changes_after_listing_concerns_samples_or_stops_with_it
     with pytest.raises(FileNotFoundError, match="the archive ends inside the sample"):
         here.read(rows)
     path.write_bytes(content[:-1500])
-    with pytest.raises(UserError, match=r"part_0\.tar\.gz is damaged, cut or not a gzip file"):
+    with pytest.raises(UserError, match=r"part_0\.tar\.gz is damaged, cut or not gzip"):
         here.read(rows)
     path.unlink()
     with pytest.raises(UserError, match=r"part_0\.tar\.gz is not there any more; put it back"):
@@ -308,5 +308,5 @@ def test_a_set_on_s3_is_the_set_on_disk(s3, cvdf):
 def test_a_damaged_archive_on_s3_is_named(s3, cvdf):
     put(cvdf, {"train/part_0.tar.gz": (cvdf / "train/part_0.tar.gz").read_bytes()[:-9]})
     s3.upload(cvdf, "kinetics-cut")
-    with pytest.raises(UserError, match=r"s3://kinetics-cut/train/part_0\.tar\.gz is damaged, cut or not a gzip file"):
+    with pytest.raises(UserError, match=r"s3://kinetics-cut/train/part_0\.tar\.gz is damaged, cut or not gzip"):
         source(s3("kinetics-cut")).listing("train")

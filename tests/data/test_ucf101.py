@@ -190,7 +190,7 @@ def test_a_test_split_without_files_is_no_split(tmp_path):
     ("name", "content", "message"),
     [
         ("classInd.txt", None, "classInd.txt is missing"),
-        ("trainlist01.txt", None, "trainlist01.txt is missing; download the lists again, or set data.annotations"),
+        ("trainlist01.txt", None, "trainlist01.txt is missing; download it again, or set data.annotations"),
         ("testlist01.txt", None, "testlist01.txt is missing"),
         ("classInd.txt", "1 Typing\n3 ApplyEyeMakeup\n", "numbered 1, 2, 3"),
         ("classInd.txt", "", "numbered 1, 2, 3"),

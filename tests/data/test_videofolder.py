@@ -149,7 +149,7 @@ def test_the_digest_covers_ids_labels_and_sizes_and_not_the_place(tmp_path):
         (["train/notes.txt"], "train holds no class folders; the layout is train/<class>/<video>.mp4"),
         (["train/a/notes.txt"], "holds no videos in class folders (.mp4, "),
         (["train/a/0.mp4", "train/b/x.jpg"], "train/b is missing or holds no video; complete the split, or remove"),
-        (["train/a/0.mp4", "val/b/0.mp4"], "val/b is a class that the training split does not have"),
+        (["train/a/0.mp4", "val/b/0.mp4"], "val/b is a class that the training split lacks"),
         (["train/a/0.mp4", "val/0.mp4"], "val holds no class folders"),
         (["train.X1/a/0.mp4", "train.X2/a/0.mp4"], "several training folders"),
         (["val/a/0.txt"], "holds no videos in class folders"),

@@ -64,9 +64,7 @@ class Stream(tar.Window):
         except OSError as error:
             if unanswered(error):
                 raise
-            raise UserError(
-                f"{self.place} is damaged, cut or not a gzip file ({error}). {tar.DOWNLOAD_AGAIN}."
-            ) from None
+            raise UserError(f"{self.place} is damaged, cut or not gzip ({error}). {tar.DOWNLOAD_AGAIN}.") from None
         self._position += count
         if not count:
             self.length = self._position

@@ -56,9 +56,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise UnsafePickle(f"it asks for {module}.{name}")
-        return lambda *args: _Call(
-            name, args
-        )  # a new function each time, so that no pickle can change one for the next
+        return lambda *args: _Call(name, args)  # new each time: a pickle cannot change it for the next
 
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafePickle(f"it refers to an object outside the file, {pid!r}")

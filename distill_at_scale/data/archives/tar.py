@@ -159,9 +159,7 @@ class _Archive:
         rest = self.window.read_at(offset, min(self.end - offset, MAX_PADDING + 1))
         if len(rest) > MAX_PADDING or rest.strip(b"\0"):
             count = f"more than {len(rest):,}" if self.end == UNKNOWN_LENGTH else f"{self.end - offset:,}"
-            raise self._damaged(
-                f"{count} bytes follow its end mark at byte {offset:,}: a partial download, or joined archives"
-            )
+            raise self._damaged(f"{count} bytes follow its end mark at byte {offset:,}: half-loaded or joined archives")
 
     def _header(self, offset: int) -> tuple[bytes, bytes, bytes, bytes, bytes] | None:
         """(name, size, type, magic, prefix) of the header at `offset`, or None at the end mark."""
@@ -210,9 +208,7 @@ class _Archive:
         self.own = {}
         path = fields.get("path") or (_text(prefix) + "/" if prefix[:1] > b"\0" else "") + _text(name)
         if kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields):
-            raise self._damaged(
-                f"its member {path!r} at byte {offset:,} is a sparse file, which has no bytes of its own"
-            )
+            raise self._damaged(f"its member {path!r} at byte {offset:,} is a sparse file; these are not supported")
         pax_size = fields.get("size", "")
         if pax_size and not (pax_size.isascii() and pax_size.isdigit() and len(pax_size) < 20):
             raise self._damaged(f"the size of its member {path!r} at byte {offset:,} is {pax_size!r}")

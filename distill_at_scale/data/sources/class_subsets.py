@@ -85,9 +85,7 @@ def _read_names(path: str, key: str) -> list[str]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(
-            f"{key} = {path!r} cannot be read: {error.strerror}; give a text file, one class per line"
-        ) from None
+        raise UserError(f"{key} = {path!r} cannot be read: {error.strerror}; give a text file") from None
     except UnicodeDecodeError:
         raise UserError(f"{key} = {path!r} is not a text file in UTF-8; write one class per line") from None
     names = [name for line in text.splitlines() if (name := f" {line}".split(" #")[0].strip())]

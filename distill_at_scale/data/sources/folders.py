@@ -110,9 +110,7 @@ class FolderSource(FileSource):
         if labels.null_count:
             extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
             place = self.store.place(joined(folder, extra))
-            raise UserError(
-                f"{place} is a class that the training split does not have; remove the folder or complete train/"
-            )
+            raise UserError(f"{place} is a class that the training split lacks; remove it or complete train/")
         if not len(paths):
             extensions = ", ".join(self.medium.extensions)
             raise UserError(f"{self.store.place(folder)} holds no {self.medium.noun}s in class folders ({extensions})")
@@ -125,7 +123,7 @@ class FolderSource(FileSource):
         folder = self.folders[split]
         if extra := [name for name in self.class_folders(folder) if name not in self.class_names]:
             raise UserError(
-                f"{self.store.place(folder)}/{extra[0]} is a class that the training split does not have; "
+                f"{self.store.place(folder)}/{extra[0]} is a class that the training split lacks; "
                 f"remove the folder, or add training {self.medium.noun}s of the class"
             )
 
@@ -176,9 +174,7 @@ def split_folders(store: Store) -> dict[str, str]:
     names = store.names()[0]
     train = [name for name in names if split_of(name) == "train"]
     if len(train) > 1 and "train" not in train:
-        raise UserError(
-            f"{store.place()} holds several training folders ({', '.join(train)}); put them into one, train/"
-        )
+        raise UserError(f"{store.place()} holds several training folders ({', '.join(train)}); merge them into train/")
     tests = prefer_validation({name: split_word(name) for name in names if split_of(name) == "test"})
     folders = {"train": "train" if "train" in train else train[0]} if train else {}
     return folders | ({"test": tests[-1]} if tests else {})

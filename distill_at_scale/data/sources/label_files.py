@@ -45,9 +45,7 @@ class LabelFiles:
         try:
             return LabelFile(place, self.store.read(self.paths[name])).text()
         except (KeyError, FileNotFoundError):
-            raise UserError(
-                f"{place} is missing; download the lists again, or set data.annotations to their folder"
-            ) from None
+            raise UserError(f"{place} is missing; download it again, or set data.annotations to its folder") from None
         except OSError as error:
             raise UserError(f"{place} cannot be read ({error}); download it again") from None
 

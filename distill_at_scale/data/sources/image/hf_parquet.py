@@ -200,7 +200,7 @@ class HuggingFaceParquet:
         table = self._checked(name, read)
         if table.num_rows != rows:
             raise UserError(
-                f"{self.store.place(name)} holds {table.num_rows:,} rows where it claims {rows:,}; download it again"
+                f"{self.store.place(name)} holds {table.num_rows:,} rows, not the {rows:,} it claims; download it again"
             )
         return table
 
@@ -221,9 +221,7 @@ class HuggingFaceParquet:
         file = self._checked(name, open_file)
         rows, size = file.metadata.num_rows, self.store.size(name) or 0
         if rows > MAX_ROWS_PER_BYTE * size:
-            raise UserError(
-                f"{self.store.place(name)} claims {rows:,} rows in {size:,} bytes; get it from its publisher"
-            )
+            raise UserError(f"{self.store.place(name)} claims {rows:,} rows in {size:,} bytes; download it again")
         return file
 
     def _checked(self, name: str, function: Callable[[], T]) -> T:
@@ -242,7 +240,7 @@ class HuggingFaceParquet:
                 raise self.store.refusal(error) from None
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again."
+                f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again"
             ) from None
 
     def _map_files(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:

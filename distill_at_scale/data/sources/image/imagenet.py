@@ -62,9 +62,7 @@ class TinyImagenet(FolderSource):
         """The lines of wnids.txt; raises UserError if it is missing or repeats a class, or if there is no train/."""
         names = [row[0] for row in self._file(CLASS_ORDER).rows()]
         if not names or len(set(names)) != len(names):
-            raise UserError(
-                f"{self.store.place(CLASS_ORDER)} must name every class once, one per line; download it again"
-            )
+            raise UserError(f"{self.store.place(CLASS_ORDER)} must name every class once; download it again")
         if "train" not in self.store.names()[0]:
             raise UserError(f"{self.store.place()} has no folder train/; unpack tiny-imagenet-200.zip there")
         return names

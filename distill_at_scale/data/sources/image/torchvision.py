@@ -121,9 +121,7 @@ def _find_set(store: Store) -> tuple[Layout, str]:
                 sets.append((layout, folder))
     if not sets:
         known = ", ".join(f"{layout.name}: {joined(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
-        raise UserError(
-            f"{store.place()} holds none of the sets that torchvision stores ({known}); give their root folder"
-        )
+        raise UserError(f"{store.place()} holds none of the sets that torchvision stores ({known}); give their root")
     if len(sets) > 1:
         places = ", ".join(f"{layout.name} ({folder or 'here'})" for layout, folder in sets)
         raise UserError(f"{store.place()} holds several sets: {places}; set data.path to the folder of one of them")
@@ -209,9 +207,7 @@ def _read_idx(store: Store, folder: str, name: str, dimensions: int) -> Array:
         raise UserError(f"{place} is no idx file of bytes with {dimensions} dimensions; download it again")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
     if len(content) != start + math.prod(shape):
-        raise UserError(
-            f"{place} has {len(content):,} bytes, its header says {start + math.prod(shape):,}; download it again"
-        )
+        raise UserError(f"{place} has {len(content):,} bytes, not {start + math.prod(shape):,}; download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 

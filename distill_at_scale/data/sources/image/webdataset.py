@@ -95,9 +95,7 @@ class WebDataset:
         ids = keys if is_unique else pc.binary_join_element_wise(shards, keys, ":")
         in_train = pc.is_in(index["label"], pc.unique(self._index("train")["label"]))
         if (unknown := pc.index(in_train, False).as_py()) >= 0:
-            raise self._label_error(
-                index, unknown, "does not occur in the training split; correct it, or complete that split"
-            )
+            raise self._label_error(index, unknown, "is not in the training split; correct it, or complete that split")
         labels = pc.index_in(index["label"], pa.array(self.class_names, pa.string()))
         return pa.table([ids, labels, shards, index["row"], index["size"]], schema=LISTING)
 

@@ -40,9 +40,7 @@ class Hmdb51(ListedVideos):
         present = {match["owner"] for match in matches if int(match["fold"]) == self.config.fold}
         if missing := [name for name in names if name not in present]:
             place = self.lists.place(self._list_name(missing[0]))
-            raise UserError(
-                f"{place} is missing (data.fold = {self.config.fold}); download the lists again, or choose another fold"
-            )
+            raise UserError(f"{place} is missing (data.fold = {self.config.fold}); download it, or choose another fold")
         return names
 
     @property

@@ -112,7 +112,7 @@ class KineticsTar(Kinetics):
         other = next((p for p in self._sizes if OTHER_ARCHIVE.search(p) and re.search(SPLIT, f"{p}/")), None)
         if other is not None:
             raise UserError(
-                f"{self.store.place(other)} cannot be read in place; only .tar.gz, .tgz and .tar can: unpack it"
+                f"{self.store.place(other)} cannot be read in place, only .tar.gz, .tgz and .tar; unpack it"
             )
         if not archives:
             raise UserError(
@@ -127,9 +127,7 @@ class KineticsTar(Kinetics):
         with gzip_tar.open_archive(self.store, archive) as window:
             for member in tar.members(window):
                 if ARCHIVE.search(member.name) or OTHER_ARCHIVE.search(member.name):
-                    raise UserError(
-                        f"{window.place} holds the archive {member.name!r}; unpack it, and put its content beside the others"
-                    )
+                    raise UserError(f"{window.place} holds the archive {member.name!r}; unpack it beside the others")
                 is_hidden = member.name.rpartition("/")[2].startswith(".")  # such as macOS adds
                 if not is_hidden and (re.search(VIDEO, member.name) or re.search(UNFINISHED, member.name)):
                     name = re.sub(r"^(\.?/)+", "", member.name)

@@ -78,9 +78,7 @@ class Matched:
                 f"list; the first is {first!r}, and the layout is {LAYOUT}"
             )
         if not self.splits:
-            raise UserError(
-                f"{self.place} holds only clips of a test split whose list has no labels; add train/ or val/"
-            )
+            raise UserError(f"{self.place} holds only clips of a test split without labels; add train/ or val/")
 
     def _match(self, pattern: str) -> pa.ChunkedArray:
         return pc.match_substring_regex(self.files["place"], pattern)

@@ -40,9 +40,7 @@ class MovingDigits(VideoFolder):
         config = config if config.path else config.model_copy(update={"path": DEFAULT_PATH})
         assert config.path is not None
         if is_uri(config.path):
-            raise UserError(
-                f"the source moving_digits writes its own files and needs a local folder, not {config.path}"
-            )
+            raise UserError(f"the source moving_digits writes files and needs a local folder, not {config.path}")
         folder = Path(config.path)
         if not (folder / "train").is_dir():
             _encode_clips(folder)

@@ -39,7 +39,7 @@ class Ucf101(ListedVideos):
             number, name = [*line.split(maxsplit=1), "", ""][:2]
             if not number.isdecimal() or not name.strip() or int(number) in numbered:
                 raise UserError(
-                    f"{place}, line {line_number}: {line!r} is not a new number and class, as in '1 ApplyEyeMakeup'"
+                    f"{place}, line {line_number}: {line!r} is not a new number and class as '1 ApplyEyeMakeup'"
                 )
             numbered[int(number)] = name.strip()
         names = [numbered[number] for number in sorted(numbered)]
@@ -75,11 +75,11 @@ class Ucf101(ListedVideos):
         class_name, file, number = match.groups()
         if class_name not in labels:
             raise UserError(
-                f"{place}: {class_name!r} is no class of {CLASSES} ({suggest(class_name, labels)}); correct the line"
+                f"{place}: {class_name!r} is no class of {CLASSES} ({suggest(class_name, labels)}); correct it"
             )
         if number is not None and int(number) != labels[class_name] + 1:
             raise UserError(
                 f"{place}: the number is {number}, but {class_name} has {labels[class_name] + 1} in {CLASSES}; "
-                "correct the line"
+                "correct it"
             )
         return class_name, file

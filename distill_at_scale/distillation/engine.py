@@ -32,7 +32,7 @@ from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import checkpoint, evaluate
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import Method, MethodContext, MethodDefaults, too_few_message
+from distill_at_scale.distillation.methods.base import Method, MethodContext, too_few_message
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -58,7 +58,7 @@ Report = Callable[[dict[str, Any]], None]
 def method_class(config: Config) -> type[Method]:
     """The configured method; a user's own class gets the defaults for the optional parts of the contract."""
     method = resolve("distill.method", config.distill.method, METHODS, METHOD_CONTRACT)
-    return method if issubclass(method, MethodDefaults) else type(method.__name__, (method, MethodDefaults), {})
+    return method if issubclass(method, Method) else type(method.__name__, (method, Method), {})
 
 
 def step_count(config: Config) -> int:

@@ -15,7 +15,7 @@ from distill_at_scale import cli
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import Cost, MethodDefaults
+from distill_at_scale.distillation.methods.base import Cost, Method
 from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
@@ -165,7 +165,7 @@ def test_loops_add_up_as_they_nest(tmp_path, monkeypatch):
     assert watch._looped(1) == pytest.approx(1 + 2 * 10 + 9 * 3 * 50)
 
 
-class Replicated(MethodDefaults):
+class Replicated(Method):
     """Every worker holds all classes, and a teacher is needed."""
 
     parallel, default_steps = "replicate", 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,9 +86,11 @@ class Cost:
     backward: bool  # True for training, False for inference
 
 
-class Method(Protocol):
-    """The contract of a distillation method. `MethodDefaults` has the defaults; without one are the attribute
-    `default_steps` and the methods `init_of`, `protocol`, `prepare`, `step`, `snapshot`, `state_dict`, `load_state_dict`.
+class Method:
+    """The base class of all methods, and their contract.
+
+    A method without a base class gets these defaults too. It must define `default_steps`, `init_of`, `protocol`, `prepare`,
+    `step`, `snapshot`, `state_dict` and `load_state_dict`.
 
     Attributes:
         parallel: "classes": each worker owns some classes and their images. "replicate": each worker holds all images
@@ -99,17 +101,18 @@ class Method(Protocol):
         ranks_patches: whether the pipeline ranks patches of real images before the first step (RDED).
     """
 
-    parallel: ClassVar[str]
+    parallel: ClassVar[str] = "classes"
     default_steps: ClassVar[int]
-    no_runtime: ClassVar[str]
-    batch_norm: ClassVar[str]
-    ranks_patches: ClassVar[bool]
+    no_runtime: ClassVar[str] = ""
+    batch_norm: ClassVar[str] = "refused"
+    ranks_patches: ClassVar[bool] = False
 
     def __init__(self, context: MethodContext) -> None: ...
 
     @staticmethod
     def init_of(config: Config) -> str:
         """What the images start from: "noise" or "real". With "real" each class needs at least `ipc` kept samples."""
+        raise NotImplementedError
 
     @staticmethod
     def protocol(config: Config) -> TrainingProtocol:
@@ -118,14 +121,17 @@ class Method(Protocol):
         Raises:
             UserError: the method's configuration is invalid. It is called before anything is computed.
         """
+        raise NotImplementedError
 
     @staticmethod
     def networks(config: Config) -> list[str]:
         """File names of the networks (experts, a teacher) to be trained before the first step."""
+        return []
 
     @staticmethod
     def network_options(config: Config) -> dict[str, Any]:
         """The configuration values that these networks depend on, part of their fingerprint; JSON values."""
+        return {}
 
     @staticmethod
     def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
@@ -134,19 +140,26 @@ class Method(Protocol):
         Runs alone, without other workers, with `real` and `context.labels` covering all classes. If it is killed it is
         called again, so long training should save and resume its progress.
         """
+        raise UserError(
+            f"distill.method = {context.config.distill.method!r} lists the network {name!r} but has no "
+            "make_network(name, context, real); add it"
+        )
 
     @staticmethod
     def costs(config: Config) -> list[Cost]:
         """Work besides the steps: training networks, labelling, ranking."""
+        return []
 
     def prepare(self, real: ClassSampler) -> None:
         """Create the images. Called once, when the networks of `networks` exist; `real` has the classes `labels`."""
+        raise NotImplementedError
 
     def draws(self, step: int) -> Iterable[DrawRequest]:
         """The calls of `real.draw` that `step(step)` will make, in their order, so that they can be read in advance.
 
         It must not change the method's state. A missing or wrong request costs time and changes no result.
         """
+        return ()
 
     def step(self, i: int) -> dict[str, float]:
         """One outer update of this worker's images; returns values to log, averaged over the workers by their classes.
@@ -156,12 +169,15 @@ class Method(Protocol):
         Raises:
             DistillationDiverged: a loss or a gradient is not finite. The images are as before the failing update.
         """
+        raise NotImplementedError
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
         """The worker's images float32 [n, *shape], normalised, and their labels int64 [n], on the CPU."""
+        raise NotImplementedError
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         """What else belongs to the set. Called in every worker with the set of all workers; the result of rank 0 counts."""
+        return FinalOutputs()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes during the steps, on the CPU.
@@ -169,46 +185,14 @@ class Method(Protocol):
         Keys that belong to a class are `what/label`: states of workers are merged by key, and a run may go on with
         another number of workers.
         """
+        raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from the merged state of all workers, of which each takes the keys of its own classes."""
+        raise NotImplementedError
 
 
-class MethodDefaults:
-    """The defaults of the contract: classes divided among workers, no networks, no costs, no scheduled draws."""
-
-    parallel: ClassVar[str] = "classes"
-    no_runtime: ClassVar[str] = ""
-    batch_norm: ClassVar[str] = "refused"
-    ranks_patches: ClassVar[bool] = False
-
-    @staticmethod
-    def networks(config: Config) -> list[str]:
-        return []
-
-    @staticmethod
-    def network_options(config: Config) -> dict[str, Any]:
-        return {}
-
-    @staticmethod
-    def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:
-        raise UserError(
-            f"distill.method = {context.config.distill.method!r} lists the network {name!r} but has no "
-            "make_network(name, context, real); add it"
-        )
-
-    @staticmethod
-    def costs(config: Config) -> list[Cost]:
-        return []
-
-    def draws(self, step: int) -> Iterable[DrawRequest]:
-        return ()
-
-    def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        return FinalOutputs()
-
-
-class ImageMethod(MethodDefaults):
+class ImageMethod(Method):
     """Base class of methods that learn one tensor of images by SGD with momentum.
 
     A subclass sets `default_steps`, `init_of` and `protocol`, and writes `step`: compute `self.images.grad`, call

@@ -28,7 +28,7 @@ from distill_at_scale.data.ingest.chunks import sample_shape
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, MethodContext, MethodDefaults
+from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, Method, MethodContext
 from distill_at_scale.distillation.soft_labels import (
     TEACHER,
     Teacher,
@@ -45,7 +45,7 @@ from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 STUDENT_WEIGHT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # of the official code
 
 
-class TeacherMethod(MethodDefaults):
+class TeacherMethod(Method):
     """The part of the contract that concerns a teacher: its training, and its labels in `finalize`.
 
     A subclass defines `section`, and `teacher_needs_batch_norm` if it matches batch norm statistics.

@@ -38,9 +38,6 @@ class ChannelSums:
         self.sums[1] += runs.sum(2).sum(1, dtype=np.float64).astype(np.int64)
         self.sums[2] += np.einsum("crp,crp->cr", runs, runs).sum(1, dtype=np.float64).astype(np.int64)
 
-    def mean_and_std(self) -> tuple[list[float], list[float]]:
-        return mean_and_std(self.sums, self.tensors)
-
 
 def mean_and_std(sums: Array, tensors: bool) -> tuple[list[float], list[float]]:
     """Of sums [3, C]; of pixels on the scale 0..1. The deviation of a constant channel is 1."""

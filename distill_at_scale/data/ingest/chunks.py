@@ -104,23 +104,31 @@ def is_finished(part: Path, check: bool) -> bool:
 
 
 def ingest_chunk(
-    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: TimeSpent | None = None
+    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: TimeSpent | None = None, check: bool = False
 ) -> tuple[int, int]:
     """Decode rows of a listing and publish them, sorted by class and id, as the part file `target` unless it exists.
 
-    Returns the number of samples used and rejected. `spent` takes the seconds of read (which runs ahead), decode and write.
+    With `check`, publish only the list of rejected samples. Returns the number of samples used and rejected. `spent` takes
+    the seconds of read (which runs ahead), decode and write.
     """
     spent = spent or TimeSpent()
-    if is_finished(target, check=False):
-        return part_counts(target, rows, check=False)
+    if is_finished(target, check):
+        return part_counts(target, rows, check)
     tensors, shape = isinstance(recipe.decoder, TensorDecoder), recipe.decoder.shape
     sums, samples, before = ChannelSums(shape, tensors), dict[str, Raw](), recipe.tally()
 
     def keep(name: str, pixels: np.ndarray[Any, Any]) -> None:
+        if check:
+            return
         sums.add(pixels[None])
         samples[name] = pixels if recipe.quality is None else encode(stack_frames(pixels), recipe.quality)
 
-    rejected = _rejected_table(_decoded(source, recipe, rows, keep, spent))
+    rejections = list(_decoded(source, recipe, rows, keep, spent))
+    with publish(rejected_path(target)) as temporary:
+        listed = [dict(zip(REJECTED.names, row, strict=True)) for row in rejections]
+        pq.write_table(pa.Table.from_pylist(listed, REJECTED), temporary)
+    if check:
+        return part_counts(target, rows, check)
     with spent.on("write"):
         order = rows.sort_by([("label", "ascending"), ("sample_id", "ascending")])
         names, labels = order["sample_id"].to_pylist(), order["label"].to_numpy()
@@ -133,20 +141,9 @@ def ingest_chunk(
             table = to_table(ids, labels[used], np.stack(stored) if stored else empty)
         metadata = {"sums": json.dumps(sums.sums.tolist()), "decoders": json.dumps(recipe.tally() - before)}
         table = table.replace_schema_metadata(metadata)
-        _publish_rejected(target, rejected)
         with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
             writer.write_table(table)
-    return part_counts(target, rows, check=False)
-
-
-def check_chunk(
-    source: Source, recipe: Recipe, rows: pa.Table, target: Path, spent: TimeSpent | None = None
-) -> tuple[int, int]:
-    """As `ingest_chunk`, but publishes only the list of rejected samples."""
-    if not is_finished(target, check=True):
-        rejections = _decoded(source, recipe, rows, lambda name, pixels: None, spent or TimeSpent())
-        _publish_rejected(target, _rejected_table(rejections))
-    return part_counts(target, rows, check=True)
+    return part_counts(target, rows, check)
 
 
 def part_counts(part: Path, rows: pa.Table, check: bool) -> tuple[int, int]:
@@ -206,12 +203,3 @@ def _read_one(source: Source, row: pa.Table) -> Raw | OSError:
         if error.errno not in SAMPLE_ERRORS:
             raise  # the disk or the network failed; pyarrow's network errors have no number
         return error
-
-
-def _rejected_table(rejections: Iterator[Rejection]) -> pa.Table:
-    return pa.Table.from_pylist([dict(zip(REJECTED.names, row, strict=True)) for row in rejections], REJECTED)
-
-
-def _publish_rejected(target: Path, table: pa.Table) -> None:
-    with publish(rejected_path(target)) as temporary:
-        pq.write_table(table, temporary)

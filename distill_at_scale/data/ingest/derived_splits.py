@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.ingest.channel_stats import ChannelSums
+from distill_at_scale.data.ingest.channel_stats import ChannelSums, mean_and_std
 from distill_at_scale.data.ingest.near_duplicates import duplicated
 from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -87,7 +87,7 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
         _rewrite(before, "train", summed(duplicated(before, data, seed)), data)
         facts = {"copies": data.copies}
     facts = {"name": data.transform, **facts, "seed": seed, "counts_before": before.meta["counts"]}
-    mean, std = sums.mean_and_std()
+    mean, std = mean_and_std(sums.sums, sums.tensors)
     after = {split: _counts(folder / split, len(names)) for split in before.meta["counts"]}
     meta = {**before.meta, "class_names": names, "counts": after, "mean": mean, "std": std, "transform": facts}
     meta.pop("fingerprint")

@@ -52,19 +52,19 @@ class PreparedDataset:
             ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.folder}/dataset.json is damaged ({error}); ingest again") from None
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.meta["class_names"]
+        self.class_names: list[str] = self.meta.get("class_names", [])
+        self.shape: tuple[int, ...] = tuple(self.meta.get("shape", ()))
+        # images, clips or tensors (float32 arrays)
+        self.kind: str = self.meta.get("kind") or ("clips" if len(self.shape) == 4 else "images")
+        self.dtype = np.dtype(np.float32 if self.kind == "tensors" else np.uint8)
+        self.sample_bytes = math.prod(self.shape) * self.dtype.itemsize  # in memory
+        ratio = JPEG_RATIO if self.meta.get("jpeg") else 1
+        self.stored_bytes = max(1, int(self.sample_bytes * ratio))  # approximate, on disk
 
     @property
     def source_class_names(self) -> list[str]:
         """All classes of the source, of which data.classes may have chosen some."""
         return self.meta.get("source_class_names", self.class_names)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.meta["shape"])
 
     @property
     def mean(self) -> list[float]:
@@ -73,25 +73,6 @@ class PreparedDataset:
     @property
     def std(self) -> list[float]:
         return self.meta["std"]
-
-    @property
-    def kind(self) -> str:
-        """images, clips or tensors (float32 arrays)."""
-        return self.meta.get("kind") or ("clips" if len(self.shape) == 4 else "images")
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.float32 if self.kind == "tensors" else np.uint8)
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample in memory."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    @property
-    def stored_bytes(self) -> int:
-        """Approximate bytes of one sample on disk, before compression."""
-        return max(1, int(self.sample_bytes * (JPEG_RATIO if self.meta.get("jpeg") else 1)))
 
     @property
     def fingerprint(self) -> str:

@@ -30,13 +30,7 @@ from distill_at_scale.data.prepared.parquet import (
 )
 
 SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("label", pa.int32()),
-        ("score", pa.float32()),
-        ("rank", pa.int32()),
-        ("kept", pa.bool_()),
-    ]
+    {"sample_id": pa.string(), "label": pa.int32(), "score": pa.float32(), "rank": pa.int32(), "kept": pa.bool_()}
 )
 KEY = "selection"
 ROWS = 2**17  # of a row group

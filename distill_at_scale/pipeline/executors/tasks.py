@@ -17,7 +17,6 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.core.events import measured
 from distill_at_scale.data.ingest.chunks import (
-    check_chunk,
     ingest_chunk,
     is_finished,
     part_counts,
@@ -52,8 +51,7 @@ class Ingest(Worker):
         for unit in units:
             start, count, check = unit.work
             rows = map_arrow(unit.inputs[0]).slice(start, count)
-            make = check_chunk if check else ingest_chunk
-            used, rejected = make(self.source, self.recipe, rows, unit.outputs[-1], self.spent)
+            used, rejected = ingest_chunk(self.source, self.recipe, rows, unit.outputs[-1], self.spent, check)
             yield {"samples": used, "rejected": rejected}
 
 

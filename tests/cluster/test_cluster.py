@@ -134,9 +134,9 @@ def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path,
     spared.touch()
     expected = distilled(plugged(spared), finished, tmp_path / "whole")
     said: list[str] = []
-    found = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken", said.append)
+    resumed = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken", said.append)
     assert (tmp_path / "killed").exists(), "nothing was killed, so nothing was tested"
-    assert torch.equal(found.images, expected.images)
+    assert torch.equal(resumed.images, expected.images)
     assert "  workers were lost; going on from step 6, so 0 steps are repeated" in said
 
 
@@ -235,7 +235,7 @@ def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_mi
     marker = tmp_path / "killed"
     own = {"method": "fault_plugins:KillingExperts", "mtt": EXPERTS, "width": 32, "options": {"marker": str(marker)}}
     config = settings(tmp_path, distill=own)
-    made = []
+    weights = []
     for name, by in (("ray", executor(config)), ("local", LocalExecutor())):
         folder = tmp_path / name
         folder.mkdir()
@@ -248,9 +248,9 @@ def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_mi
         if name == "ray":
             (folder / names[2]).unlink()
             tasks.make_networks(by, config, places, names[2:3], lambda count: None)
-        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert len(made[0]) == 4
-    assert made[0] == made[1]
+        weights.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(weights[0]) == 4
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

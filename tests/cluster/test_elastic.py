@@ -60,17 +60,17 @@ def images(work: Path) -> torch.Tensor:
 
 @pytest.mark.usefixtures("ray_session")
 def test_as_many_start_as_find_room(places, tmp_path):
-    """Two of at most three, and their set is that of two asked for."""
+    """Two of at most three, and their set is that of a fixed group of two."""
     from distill_at_scale.cluster.executor import RayExecutor
 
-    found = {}
+    sets = {}
     for name, workers in (("elastic", [1, 3]), ("fixed", 2)):
         own = DistillPaths(places.prepared, places.manifest, tmp_path / name, tmp_path / f"{name}.jsonl")
         config = tiny_config("unused", cluster__address=None, distill__workers=workers)
         tasks.distill(RayExecutor(config, lambda text: None), config, own, lambda line: None)
-        found[name] = images(own.work)
+        sets[name] = images(own.work)
     assert held(tmp_path / "elastic.jsonl")[-1] == 2
-    assert torch.equal(found["elastic"], found["fixed"])
+    assert torch.equal(sets["elastic"], sets["fixed"])
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -96,12 +96,12 @@ def test_what_a_growing_cluster_lacks_is_awaited():
 def cluster() -> Iterator[Any]:
     """A head without cores, to which tests add nodes."""
     utils = pytest.importorskip("ray.cluster_utils")
-    made = utils.Cluster(
+    ray_cluster = utils.Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False},
     )
-    yield made
-    made.shutdown()
+    yield ray_cluster
+    ray_cluster.shutdown()
 
 
 def until(true: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
@@ -129,9 +129,9 @@ def test_a_group_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, digi
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     for stage in ("ingest", "score", "select", "distill"):
-        asked = [sys.executable, "-c", call, stage, str(tmp_path / "config.yaml")]
+        arguments = [sys.executable, "-c", call, stage, str(tmp_path / "config.yaml")]
         command = subprocess.Popen(
-            asked, text=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            arguments, text=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         if stage == "distill":
             until(lambda: reached(log, 6), command, "two workers did six steps")

@@ -1,4 +1,4 @@
-"""The whole command is killed in the middle of scoring and given again: the table is the one of an uninterrupted run."""
+"""The whole command is killed in the middle of scoring and run again: the table is the one of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ def command(folder: Path, stage: str, run: str, *overrides: str) -> list[str]:
     return [sys.executable, "-c", call, stage, str(path), f"run.dir={folder / run}", *overrides]
 
 
-def given(folder: Path, stage: str, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_command(folder: Path, stage: str, run: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    asked = command(folder, stage, run, *overrides)
-    return subprocess.run(asked, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    arguments = command(folder, stage, run, *overrides)
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
 
 
 @pytest.fixture
 def whole(tmp_path):
     """The scores of a run that nothing disturbed."""
     for stage in ("ingest", "score"):
-        done = given(tmp_path, stage, "whole")
+        done = run_command(tmp_path, stage, "whole")
         assert done.returncode == 0, done.stderr
     return (tmp_path / "whole" / "scores.parquet").read_bytes()
 
 
 @pytest.mark.slow
 def test_a_command_killed_while_scoring_goes_on_and_ends_with_the_same_table(tmp_path, whole):
-    assert given(tmp_path, "ingest", "broken").returncode == 0
+    assert run_command(tmp_path, "ingest", "broken").returncode == 0
     fault_plugins.ARMED.touch()
-    assert given(tmp_path, "score", "broken").returncode == 1
+    assert run_command(tmp_path, "score", "broken").returncode == 1
     assert not fault_plugins.ARMED.exists()
     assert not (tmp_path / "broken" / "scores.parquet").exists()
     pieces = list((tmp_path / "broken").rglob("chunk-*.parquet"))
     kept = {piece.name: piece.stat().st_mtime_ns for piece in pieces}
     assert kept, "the chunks that were finished before are lost"
-    again = given(tmp_path, "score", "broken")
+    again = run_command(tmp_path, "score", "broken")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "broken" / "scores.parquet").read_bytes() == whole
 
@@ -60,7 +60,7 @@ def test_a_command_killed_while_scoring_goes_on_and_ends_with_the_same_table(tmp
 def test_kill_9_of_a_driver_on_ray_half_way_loses_only_the_chunks_in_flight(tmp_path, whole):
     """Actors score slowly, the driver is killed when a third of the chunks is there, and the command is given again."""
     on_ray = ("cluster.address=null", "cluster.actors=2")
-    assert given(tmp_path, "ingest", "broken").returncode == 0
+    assert run_command(tmp_path, "ingest", "broken").returncode == 0
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
     fault_plugins.SLOW.touch()
     try:
@@ -76,7 +76,7 @@ def test_kill_9_of_a_driver_on_ray_half_way_loses_only_the_chunks_in_flight(tmp_
         fault_plugins.SLOW.unlink()
     finished = {piece.name: piece.stat().st_mtime_ns for piece in (tmp_path / "broken").rglob("chunk-*.parquet")}
     assert len(finished) >= 4
-    again = given(tmp_path, "score", "broken", *on_ray)
+    again = run_command(tmp_path, "score", "broken", *on_ray)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "broken" / "scores.parquet").read_bytes() == whole
 
@@ -102,19 +102,19 @@ def take_away():
 
 threading.Thread(target=take_away, daemon=True).start()
 code = main(["score", config, f"run.dir={run}", "cluster.address=null", "cluster.actors=2"])
-os._exit(code)  # the made-up cluster, which lost a node, ends with an error of its own
+os._exit(code)  # the simulated cluster, which lost a node, ends with an error of its own
 """
 
 
 @pytest.mark.chaos
 def test_a_node_lost_in_the_middle_of_scoring_changes_nothing(tmp_path, whole):
-    assert given(tmp_path, "ingest", "broken").returncode == 0
+    assert run_command(tmp_path, "ingest", "broken").returncode == 0
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
-    asked = [sys.executable, "-c", LOST_NODE, str(tmp_path / "broken"), str(tmp_path / "config.yaml"),
+    arguments = [sys.executable, "-c", LOST_NODE, str(tmp_path / "broken"), str(tmp_path / "config.yaml"),
              str(tmp_path / "broken")]  # fmt: skip
     fault_plugins.SLOW.touch()
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=420)
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=420)
     finally:
         fault_plugins.SLOW.unlink()
     assert done.returncode == 0, done.stderr[-3000:]

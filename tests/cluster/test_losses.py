@@ -43,8 +43,8 @@ def test_the_loss_behind_the_failures_of_a_group_is_found():
 
 @pytest.mark.parametrize("kind", [Unreachable, UserError])
 def test_the_error_of_a_worker_is_one_of_the_same_kind_in_the_driver(kind):
-    found = train_group.error_of(train_group.note_of(kind("s3://b/run: writing x failed: no network")))
-    assert (type(found), str(found)) == (kind, "s3://b/run: writing x failed: no network")
+    error = train_group.error_of(train_group.note_of(kind("s3://b/run: writing x failed: no network")))
+    assert (type(error), str(error)) == (kind, "s3://b/run: writing x failed: no network")
 
 
 def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
@@ -52,10 +52,10 @@ def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
 
     def read(name, retry_seconds):
         assert retry_seconds == 0.0
-        found = next(answers)
-        if found is None:
+        answer = next(answers)
+        if answer is None:
             raise Unreachable("503 SlowDown")
-        return found
+        return answer
 
     monkeypatch.setattr(train_group, "FOLLOW", -1.0)
     answers, said = iter(["one group", None, "one group", None, "another group"]), []
@@ -116,32 +116,32 @@ def test_units_that_are_lost_too_often_are_named(passes):
 
 def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(monkeypatch):
     """So what is left after an interruption ends as it would have."""
-    config, asked, options = tiny_config("unused"), [], SimpleNamespace(options=lambda **resources: None)
+    config, counts, options = tiny_config("unused"), [], SimpleNamespace(options=lambda **resources: None)
     monkeypatch.setattr(ray_tasks, "ray", SimpleNamespace(put=lambda value: value))
     monkeypatch.setattr(ray_tasks, "_run", options)
     monkeypatch.setattr(ray_tasks, "cores", lambda: 64)
-    monkeypatch.setattr(ray_tasks, "cores_each", lambda tasks: asked.append(tasks) or 1)
+    monkeypatch.setattr(ray_tasks, "cores_each", lambda tasks: counts.append(tasks) or 1)
     on_ray = SimpleNamespace(run=lambda task, done: ray_tasks.run(task, done, no_poll, 1, lambda event: None))
     tasks.evaluate(on_ray, config, [], (None, None, None), lambda row: None)
-    assert asked == [len(evaluate.jobs(config))] == [4]
+    assert counts == [len(evaluate.jobs(config))] == [4]
 
 
 def test_lines_that_are_written_in_place_of_dropped_ones_are_all_told(tmp_path):
     """Workers that go on from step 1 drop the line of step 2 and write a longer one before anybody looks."""
-    path, told = tmp_path / "metrics.jsonl", []
+    path, lines = tmp_path / "metrics.jsonl", []
     old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'
     path.write_text(old)
-    tail = LogTail(path, told.append)
+    tail = LogTail(path, lines.append)
     path.write_text(old + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     tail.read()
-    assert [line["step"] for line in told] == [2], "what was there before, or half a line, is told"
+    assert [line["step"] for line in lines] == [2], "earlier lines and incomplete lines are not reported"
     hold = '{"step": 1, "held": "a line that is longer than what it replaces"}\n'
     path.write_text(old + hold)
     tail.read()
-    assert [line["step"] for line in told] == [2, 0, 1, 1]
+    assert [line["step"] for line in lines] == [2, 0, 1, 1]
     path.write_text(old + hold + '{"step": 2, "loss": 1.0}\n')
     tail.read()
-    assert [line["step"] for line in told] == [2, 0, 1, 1, 2]
+    assert [line["step"] for line in lines] == [2, 0, 1, 1, 2]
     path.write_text(old)
     tail.read()
-    assert [line["step"] for line in told] == [2, 0, 1, 1, 2, 0, 1], "the log is shorter than before"
+    assert [line["step"] for line in lines] == [2, 0, 1, 1, 2, 0, 1], "the log is shorter than before"

@@ -12,8 +12,8 @@ from distill_at_scale.cluster import pending_resources  # noqa: E402
 
 
 def test_a_sentence_names_what_is_asked_for_and_what_the_cluster_has():
-    wanted = {(("CPU", 1.0),): 2, (("CPU", 4.0), ("GPU", 0.5)): 1}
-    said = pending_resources.sentence("distill", wanted, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0})
+    pending = {(("CPU", 1.0),): 2, (("CPU", 4.0), ("GPU", 0.5)): 1}
+    said = pending_resources.sentence("distill", pending, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0})
     assert said == (
         "distill waits for 2 workers with 1 core each and 1 worker with 4 cores and 0.5 GPUs each; "
         "the cluster has 8 cores, 1 free and 1 GPU, 0 free"

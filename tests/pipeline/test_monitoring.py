@@ -95,9 +95,9 @@ def log(monkeypatch):
     monkeypatch.setattr(distillation_log.time, "time", lambda: now[0])
     events, said = list[Event](), list[str]()
     with Display.silent().meter("distill", 100, "steps") as meter:
-        made = DistillationLog(events.append, meter, said.append)
-        made.events, made.said, made.now = events, said, now  # type: ignore[attr-defined]
-        yield made
+        log = DistillationLog(events.append, meter, said.append)
+        log.events, log.said, log.now = events, said, now  # type: ignore[attr-defined]
+        yield log
 
 
 def hold(step: int, at: float, *workers: tuple[str, int]) -> dict:

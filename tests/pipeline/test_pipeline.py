@@ -103,10 +103,10 @@ def test_ready_made_weights_score_as_the_proxies_they_came_from(make_run, digits
     run = with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
     assert "proxies" not in run.text
     ours, theirs = (pq.read_table(folder / "scores.parquet") for folder in (run.dir, digits_run.dir))
-    given = np.stack(ours["loss_values"].to_numpy())
+    scored = np.stack(ours["loss_values"].to_numpy())
     trained = np.stack(theirs["loss_values"].to_numpy())
-    assert given.shape[1] == 2
-    assert np.array_equal(given, trained[:, :2])
+    assert scored.shape[1] == 2
+    assert np.array_equal(scored, trained[:, :2])
 
 
 def test_a_scored_run_needs_its_weights_no_more_wherever_they_lie(make_run, digits_run, tmp_path):
@@ -137,8 +137,8 @@ def test_validate_lists_what_is_broken_and_changes_nothing(make_run, tmp_path):
     }
     run = make_run(tmp_path / "run", **keys)
     assert run.pipeline.validate() == 2
-    found = pq.read_table(tmp_path / "run" / "validation.parquet").to_pylist()
-    assert [row["sample_id"] for row in found] == ["train/a/0.png", "train/b/1.png"]
+    rows = pq.read_table(tmp_path / "run" / "validation.parquet").to_pylist()
+    assert [row["sample_id"] for row in rows] == ["train/a/0.png", "train/b/1.png"]
     assert "2 of 8 samples cannot be used" in run.text
     assert not (tmp_path / "run" / "prepared").exists()
     for k in range(4):
@@ -167,17 +167,17 @@ def test_the_manifest_holds_the_selection_and_where_it_comes_from(digits_run):
 
 
 def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
-    found = json.loads((digits_run.dir / "evaluation.json").read_text())
-    jobs = [evaluate.EvaluationJob(row["set"], row["network"], row["seed"]) for row in found["rows"]]
+    evaluation = json.loads((digits_run.dir / "evaluation.json").read_text())
+    jobs = [evaluate.EvaluationJob(row["set"], row["network"], row["seed"]) for row in evaluation["rows"]]
     assert jobs == evaluate.jobs(digits_run.config)
-    assert found["summary"] == evaluate.summarize(found["rows"])
-    assert all({"top1", "top5", "seconds"} <= set(row) for row in found["rows"])
+    assert evaluation["summary"] == evaluate.summarize(evaluation["rows"])
+    assert all({"top1", "top5", "seconds"} <= set(row) for row in evaluation["rows"])
 
 
 def test_a_second_run_does_nothing_and_says_so(make_run, copied):
     before = outputs(copied)
     run = make_run(copied)
-    run.pipeline.context.make_executor = lambda: pytest.fail("an executor was made")
+    run.pipeline.context.make_executor = lambda: pytest.fail("an executor was started")
     run.stages(*CORE)
     assert outputs(copied) == before
     for stage in CORE:
@@ -243,7 +243,7 @@ def test_a_damaged_output_is_an_error(make_run, copied):
 
 
 def test_a_damaged_input_is_an_error(make_run, copied):
-    """A manifest that is not the recorded one is not taken for it, though only `distill` is asked for."""
+    """A manifest other than the recorded one is refused, also where only `distill` runs."""
     (copied / "stages" / "distill.json").unlink()
     table, facts = manifest.read(copied / "manifest.parquet")
     manifest.write(copied / "manifest.parquet", table.slice(0, table.num_rows - 1), facts)
@@ -266,10 +266,10 @@ def test_a_changed_input_is_a_different_input(make_run, copied):
 
 def test_scores_are_shared_by_runs(make_run, digits_run, tmp_path):
     run = make_run(tmp_path / "second", run__reuse=str(digits_run.dir), select__keep=0.5)
-    made = []
-    run.pipeline.context.make_executor = lambda: made.append(1) or LocalExecutor()
+    started = []
+    run.pipeline.context.make_executor = lambda: started.append(1) or LocalExecutor()
     run.stages("ingest", "score", "select")
-    assert not made
+    assert not started
     assert (run.dir / "scores.parquet").read_bytes() == (digits_run.dir / "scores.parquet").read_bytes()
     assert run.pipeline.dir.record("select")["kept"] == sum(
         int(0.5 * n + 0.5) for n in np.bincount(pq.read_table(run.dir / "manifest.parquet")["label"])

@@ -23,10 +23,10 @@ def folder(s3, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "SETTLE", 0.0)
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     s3.client.create_bucket(Bucket="exchange")
-    made = RunDir.of(tiny_config(s3("exchange/run"), run__scratch=str(tmp_path / "driver")).run)
-    made.create()
-    with made.lock():
-        yield made
+    run = RunDir.of(tiny_config(s3("exchange/run"), run__scratch=str(tmp_path / "driver")).run)
+    run.create()
+    with run.lock():
+        yield run
 
 
 def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(folder, tmp_path):

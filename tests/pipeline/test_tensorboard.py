@@ -14,14 +14,14 @@ from distill_at_scale.pipeline.monitoring.tensorboard import FOLDER, TensorBoard
 
 def events_of(folder: Path) -> list[event_pb2.Event]:
     """All events of a run in TensorBoard's sense, in the order in which it reads them."""
-    found = []
+    events = []
     for path in sorted(folder.iterdir()):
         content, place = path.read_bytes(), 0
         while place < len(content):  # length (8), its checksum (4), the event, its checksum (4)
             size = int.from_bytes(content[place : place + 8], "little")
-            found.append(event_pb2.Event.FromString(content[place + 12 : place + 12 + size]))
+            events.append(event_pb2.Event.FromString(content[place + 12 : place + 12 + size]))
             place += 16 + size
-    return found
+    return events
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -35,7 +35,7 @@ def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     return points
 
 
-def tell(board: TensorBoard, *lines: dict) -> None:
+def log(board: TensorBoard, *lines: dict) -> None:
     for line in lines:
         board(instant("log", "line", line, "distill"))
 
@@ -43,11 +43,11 @@ def tell(board: TensorBoard, *lines: dict) -> None:
 def test_steps_that_are_done_again_are_in_the_curve_once(tmp_path):
     begin = {"held": "here", "of": 40, "at": 0.0, "workers": []}
     board = TensorBoard(tmp_path)
-    tell(board, begin | {"step": 0}, *({"step": s, "of": 40, "loss": float(s)} for s in (10, 20, 30)))
+    log(board, begin | {"step": 0}, *({"step": s, "of": 40, "loss": float(s)} for s in (10, 20, 30)))
     board.close()
     again = TensorBoard(tmp_path)
-    tell(again, begin | {"step": 10}, *({"step": s, "of": 40, "loss": s + 0.5} for s in (20, 30, 40)))
-    tell(again, {"step": 40, "of": 40, "top1": 0.75, "top5": 1.0})
+    log(again, begin | {"step": 10}, *({"step": s, "of": 40, "loss": s + 0.5} for s in (20, 30, 40)))
+    log(again, {"step": 40, "of": 40, "top1": 0.75, "top5": 1.0})
     again.close()
     folder = tmp_path / FOLDER / "distill"
     assert curve(folder, "loss") == [(10, 10.0), (20, 20.5), (30, 30.5), (40, 40.5)]
@@ -62,14 +62,14 @@ def test_results_are_told_anew_by_every_command(tmp_path):
         for seed in seeds:
             board(instant("result", "network", {**row, "seed": seed}, "evaluate"))
         board.close()
-    found = curve(tmp_path / FOLDER / "evaluate", "distilled/convnet/top1")
-    assert found == [(0, 0.5), (1, 0.5), (2, 0.5)]
+    points = curve(tmp_path / FOLDER / "evaluate", "distilled/convnet/top1")
+    assert points == [(0, 0.5), (1, 0.5), (2, 0.5)]
 
 
 def test_stages_have_their_seconds_and_nothing_is_made_of_what_is_not_finite(tmp_path):
     board = TensorBoard(tmp_path)
     board(Event("stage", "finished", 10.0, 12.5, stage="score"))
-    tell(board, {"step": 1, "of": 2, "loss": float("nan"), "real_share": 0.7})
+    log(board, {"step": 1, "of": 2, "loss": float("nan"), "real_share": 0.7})
     board.close()
     assert curve(tmp_path / FOLDER / "stages", "seconds/score") == [(0, 2.5)]
     assert curve(tmp_path / FOLDER / "distill", "loss") == []

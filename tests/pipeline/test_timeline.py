@@ -60,19 +60,19 @@ def test_the_account_leaves_out_pauses_between_commands():
         ),
         *(TimelineEntry(2, e) for e in (stage("started", 1000), work(1002, 1006), stage("finished", 1000, 1010))),
     ]
-    found = account(entries)
-    assert found is not None
-    assert (found.seconds, found.starts, found.busy, found.waited) == (20, [0, 10], 9, 4)
-    assert [(bar.began, bar.ended) for bar in found.stages] == [(0, 10), (10, 20)]  # the first one was killed
-    assert [(bar.began, bar.ended) for bar in found.workers[0].bars] == [(5, 10), (12, 16)]
+    usage = account(entries)
+    assert usage is not None
+    assert (usage.seconds, usage.starts, usage.busy, usage.waited) == (20, [0, 10], 9, 4)
+    assert [(bar.began, bar.ended) for bar in usage.stages] == [(0, 10), (10, 20)]  # the first one was killed
+    assert [(bar.began, bar.ended) for bar in usage.workers[0].bars] == [(5, 10), (12, 16)]
 
 
 def test_work_side_by_side_counts_once_and_pieces_in_a_row_are_one_bar():
     entries = [TimelineEntry(1, e) for e in (work(0, 10), work(5, 15, "b", 2), work(10.01, 20), stage("started", 0))]
-    found = account(entries)
-    assert found is not None
-    assert found.busy == pytest.approx(20)
-    assert [(w.host, w.pid, len(w.bars)) for w in found.workers] == [("a", 1, 1), ("b", 2, 1)]
+    usage = account(entries)
+    assert usage is not None
+    assert usage.busy == pytest.approx(20)
+    assert [(w.host, w.pid, len(w.bars)) for w in usage.workers] == [("a", 1, 1), ("b", 2, 1)]
 
 
 def test_a_run_leaves_one_and_it_tells_every_stage(digits_run):

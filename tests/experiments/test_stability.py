@@ -199,8 +199,8 @@ def test_a_stage_is_distilled_from_everything(make_config, tmp_path):
 
 def test_the_verdict_on_drift_looks_at_what_another_seed_changes():
     facts = {"steps": [1, 9], "with_static": [0.5, 0.4], "first_to_last": 0.55, "another_seed": 0.6}
-    assert "hardly drifts beyond chance" in stability._of_drift(facts)
-    assert "so utility drifts" in stability._of_drift({**facts, "another_seed": 0.9})
+    assert "hardly drifts beyond chance" in stability.drift_answer(facts)
+    assert "so utility drifts" in stability.drift_answer({**facts, "another_seed": 0.9})
 
 
 @pytest.fixture(scope="module")

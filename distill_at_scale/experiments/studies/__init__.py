@@ -1,6 +1,6 @@
-"""What users want to know about pruning on their data: one file per study, and this table of them.
+"""Questions about pruning on a data set: one module per study, and the table of all studies.
 
-A study is a function from a Context to a Finding.
+A study is a function from a StudyContext to a Finding.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ STUDIES: dict[str, Callable[[StudyContext], Finding]] = {
     "stability": stability.study,
     "across": across_datasets.study,
 }
-CHECKS: dict[str, Callable[[StudyContext], None]] = {  # what can be known to be wrong before anything is made
+# errors that can be detected before anything runs
+CHECKS: dict[str, Callable[[StudyContext], None]] = {
     "critical_ratio": critical_ratio.check,
     "interaction": interaction.check,
     "stability": stability.check,

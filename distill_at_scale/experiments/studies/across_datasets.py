@@ -223,10 +223,10 @@ def _answer(context: StudyContext, results: Sequence[StudyDataset]) -> str:
             for other in ("random", "unpruned")
             for sign in (1, -1)
         )
-        name = _criterion(context.config)
+        name, sets = _criterion(context.config), count(len(results), "set")
         sentences.append(
-            f"At keep {rate:g}, of {count(len(results), 'set')}, {name} clearly beats random selection on {won} and loses to it "
-            f"on {lost}; it clearly beats the unpruned set on {above} and is clearly below it on {below}."
+            f"At keep {rate:g}, of {sets}, {name} clearly beats random selection on {won} and loses to it on {lost}; "
+            f"it clearly beats the unpruned set on {above} and is clearly below it on {below}."
         )
     base, first = results[0], rates[0]
     if derived := [one for one in results if one.config.data.transform != "none"]:

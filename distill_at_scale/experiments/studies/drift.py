@@ -1,7 +1,7 @@
-"""How utility drifts while a set is distilled: the loss of real samples under networks that learnt from it at several stages.
+"""Does utility drift while a set is distilled? The loss of real samples under networks trained on the set at several stages.
 
-A stage is a distillation of so many steps, of the unpruned set, so that the selection does not decide what is found. Every
-stage trains the network of the same seed; a second seed at the last one tells how much of the change is chance.
+A stage is a distillation of a given number of steps from the unpruned set, so that the selection does not affect the result.
+Each stage trains a network from the same seed; a second seed at the last stage shows how much of the change is chance.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core import rng
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.methods import METHODS
@@ -43,13 +41,13 @@ class Drift:
 
 
 def stages(config: Config) -> list[int]:
-    """The configured steps, else a few of the run's: from a hundredth to all, evenly by their logarithm."""
+    """The configured numbers of steps; by default from a hundredth to all of the run's steps, evenly on a log scale."""
     if config.studies.stability.steps:
         return sorted(set(config.studies.stability.steps))
-    whole = config.studies.steps or config.distill.steps
-    if whole is None:
-        whole = int(getattr(resolve("distill.method", config.distill.method, METHODS), "default_steps", 1000))
-    return sorted({max(1, round(step)) for step in np.geomspace(max(1.0, FIRST * whole), whole, STAGES).tolist()})
+    steps = config.studies.steps or config.distill.steps
+    if steps is None:
+        steps = int(getattr(resolve("distill.method", config.distill.method, METHODS), "default_steps", 1000))
+    return sorted({max(1, round(step)) for step in np.geomspace(max(1.0, FIRST * steps), steps, STAGES).tolist()})
 
 
 def points(context: StudyContext) -> list[Point]:
@@ -57,45 +55,35 @@ def points(context: StudyContext) -> list[Point]:
     return [Point({**overrides, "distill.steps": step}) for step in stages(context.config)]
 
 
-def measure(context: StudyContext, drawn: RankSample) -> Drift | None:
-    """None where nothing is evaluated, as the data have no test split."""
+def measure(context: StudyContext, sample: RankSample) -> Drift | None:
+    """None for fewer than two stages, or where nothing is evaluated for want of a test split."""
     outcomes = context.points.run(points(context))
     if len(outcomes) < 2:
         return None
     steps = [outcome.point.overrides["distill.steps"] for outcome in outcomes]
-    losses = [losses_of(context.config, outcome, drawn, 0) for outcome in outcomes]
-    again = losses_of(context.config, outcomes[-1], drawn, 1)
+    losses = [losses_of(context.config, outcome, sample, 0) for outcome in outcomes]
+    again = losses_of(context.config, outcomes[-1], sample, 1)
     return Drift(steps, np.stack(losses, 1), again, [outcome.accuracy() for outcome in outcomes])
 
 
-def losses_of(config: Config, outcome: Outcome, drawn: RankSample, draw: int) -> Array:
-    """Cross-entropy float32 [n] of real training samples under a network trained on the outcome's set."""
-    made, prepared = synthetic_set.load(outcome.folder / "synthetic"), PreparedDataset(outcome.folder / "prepared")
+def losses_of(config: Config, outcome: Outcome, sample: RankSample, draw: int) -> Array:
+    """Cross-entropy, float32 [n], of real training samples under a network trained on the outcome's synthetic set."""
+    synthetic, prepared = synthetic_set.load(outcome.folder / "synthetic"), PreparedDataset(outcome.folder / "prepared")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    distill, classes = config.distill, len(prepared.class_names)
-    name = config.evaluate.networks[0]
+    distill, classes, name = config.distill, len(prepared.class_names), config.evaluate.networks[0]
     spec = NetworkSpec(name, prepared.shape, classes, distill.width, distill.depth, prepared.kind)
     seed = rng.derive(config.run.seed, "drift", name, draw)
-    protocol = made.protocol.overridden(config.evaluate)
-    network = students.train(spec, made.training_set(), protocol, seed, device).eval()
-    return _losses(network, spec, prepared, made.normalization, drawn, device)
-
-
-@torch.no_grad()
-def _losses(
-    network: nn.Module,
-    spec: NetworkSpec,
-    prepared: PreparedDataset,
-    normal: Normalization,
-    drawn: RankSample,
-    device: torch.device,
-) -> Array:
-    found, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.sample_bytes)
-    for label in np.unique(drawn.labels).tolist():
-        places = drawn.places[drawn.labels == label]
-        for start in range(0, len(places), size):
-            samples = torch.from_numpy(prepared.take("train", label, places[start : start + size])).to(device)
-            logits = in_parts(lambda part: network(normal.apply(part)), samples, spec.microbatch(device))
-            targets = torch.full((len(samples),), label, device=device)
-            found.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy())
-    return np.concatenate(found)
+    protocol = synthetic.protocol.overridden(config.evaluate)
+    network = students.train(spec, synthetic.training_set(), protocol, seed, device).eval()
+    losses, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.sample_bytes)
+    with torch.no_grad():
+        for label in np.unique(sample.labels).tolist():
+            places = sample.places[sample.labels == label]
+            for start in range(0, len(places), size):
+                images = torch.from_numpy(prepared.take("train", label, places[start : start + size])).to(device)
+                logits = in_parts(
+                    lambda part: network(synthetic.normalization.apply(part)), images, spec.microbatch(device)
+                )
+                targets = torch.full((len(images),), label, device=device)
+                losses.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy())
+    return np.concatenate(losses)

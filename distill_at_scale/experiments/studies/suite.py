@@ -1,11 +1,10 @@
-"""The studies of `studies.run`, one after the other, and what is left of each.
+"""Runs the studies of `studies.run` and writes their results.
 
-    <run.dir>/studies/<name>.json        the finding, written as the study ends; its facts are read by other stages
+    <run.dir>/studies/<name>.json        the finding, written when its study ends; other stages read its facts
     <run.dir>/studies/studies.parquet    the figures of all studies, one long table
     <run.dir>/studies.html               the page
 
-A finding of the same configuration and scores is read, not made again; within a study finished points are. Left out: how
-points are tried (`experiments/points.py`) and how findings look (`page.py`).
+A finding of the same configuration and scores is read instead of repeated; an interrupted study reuses finished points.
 """
 
 from __future__ import annotations
@@ -30,57 +29,56 @@ from distill_at_scale.storage.run_dir import RunDir
 
 MADE_WITH = "made_with"
 OF_FINDINGS = ("data", "score", "select", "distill", "runtime", "evaluate", "track")
-OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that count for every study
+OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that affect all studies
 
 
 def run(config: Config, points: PointSet, say: Callable[[str], None]) -> list[Finding]:
-    """All findings, in the order of `studies.run`, and the page of them.
+    """Run all studies in the order of `studies.run`; returns their findings and writes the page.
 
-    Raises UserError for a study that is not there or cannot be, before anything starts, and for whatever stops a point.
+    Raises UserError, before anything starts, for an unknown or impossible study, and for the first point that fails.
     """
-    if missing := [name for name in config.studies.run if name not in STUDIES]:
-        raise UserError(f"studies.run names {missing[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
-    run = RunDir.of(config.run)
-    context, every = StudyContext(config, points, say), []
+    if unknown := [name for name in config.studies.run if name not in STUDIES]:
+        raise UserError(f"studies.run names {unknown[0]!r}, which is not there; give some of: {', '.join(STUDIES)}")
+    run, context, results = RunDir.of(config.run), StudyContext(config, points, say), list[Finding]()
     for name in config.studies.run:
-        CHECKS.get(name, lambda _: None)(context)
+        if name in CHECKS:
+            CHECKS[name](context)
     scores = RunDir(points.shared({})).content("score")
     for name in config.studies.run:
-        every.append(_found(context, name, run, _made_with(config, name, scores)))
-    write_table(run / "studies" / "studies.parquet", every)
-    page.write(run.path, every, config)
-    return every
-
-
-def _found(context: StudyContext, name: str, run: RunDir, made_with: str) -> Finding:
-    path, place = run / "studies" / f"{name}.json", run.place(f"studies/{name}.json")
-    if (finding := read(path, place, made_with)) is not None:
-        context.say(f"study {name}: already done for this configuration, skipped ({place})")
-        return finding
-    context.say(f"study {name}: started")
-    finding = STUDIES[name](context)
-    write_json(path, {**findings.to_json(finding), MADE_WITH: made_with})
-    context.say(f"study {name}: {finding.answer}")
-    return finding
+        path, place = run / "studies" / f"{name}.json", run.place(f"studies/{name}.json")
+        made_with = _made_with(config, name, scores)
+        if (finding := read(path, place, made_with)) is not None:
+            say(f"study {name}: already done for this configuration, skipped ({place})")
+        else:
+            say(f"study {name}: started")
+            finding = STUDIES[name](context)
+            write_json(path, {**findings.to_json(finding), MADE_WITH: made_with})
+            say(f"study {name}: {finding.answer}")
+        results.append(finding)
+    write_table(run / "studies" / "studies.parquet", results)
+    page.write(run.path, results, config)
+    return results
 
 
 def read(path: Path, place: str, made_with: str) -> Finding | None:
-    """A finding from its file, which users know as `place`; None where there is none, or one made with something else.
+    """A finding from its file (`place` in messages); None if it does not exist or has another fingerprint.
 
     Raises UserError where the file is damaged.
     """
     if not path.exists():
         return None
-    finding, facts = findings.read(path, place), json.loads(path.read_text())
-    return finding if facts.get(MADE_WITH) == made_with else None
+    finding = findings.read(path, place)
+    return finding if json.loads(path.read_text()).get(MADE_WITH) == made_with else None
 
 
-def write_table(path: Path, every: Sequence[Finding]) -> None:
-    """One row per figure: study, number of the row, and the columns of all studies; columns of mixed kinds become text."""
+def write_table(path: Path, results: Sequence[Finding]) -> None:
+    """One row per figure: study, number of the row, and the columns of all studies; columns of mixed types become text."""
     rows = [
-        {"study": f.study, "row": number, **findings.plain(row)} for f in every for number, row in enumerate(f.rows)
+        {"study": finding.study, "row": number, **findings.plain(row)}
+        for finding in results
+        for number, row in enumerate(finding.rows)
     ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
     with publish(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
@@ -96,9 +94,9 @@ def _column(values: list[Any]) -> pa.Array:
 
 
 def _made_with(config: Config, name: str, scores: str) -> str:
-    """What a finding depends on: the scores, the configuration of points, and the study's own keys."""
-    every = result_values(config, locations=True, neutral=True)
-    values = {key: value for key, value in every.items() if key.split(".")[0] in OF_FINDINGS}
+    """The fingerprint of a finding: the scores, the configuration of points, and the study's own keys."""
+    values = result_values(config, locations=True, neutral=True)
+    values = {key: value for key, value in values.items() if key.split(".")[0] in OF_FINDINGS}
     shared = {key: getattr(config.studies, key) for key in OF_ALL}
     own = getattr(config.studies, name).model_dump()
     return digest({**values, "data.path": None, "seed": config.run.seed, "scores": scores, "all": shared, "own": own})

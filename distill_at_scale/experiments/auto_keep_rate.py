@@ -25,9 +25,9 @@ from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.statistics import summary
-from distill_at_scale.experiments.studies.base import StudyContext
+from distill_at_scale.experiments.studies.base import Repetitions, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
-from distill_at_scale.experiments.studies.comparison import accuracies, difference
+from distill_at_scale.experiments.studies.comparison import difference
 from distill_at_scale.storage.filesystem import inside
 from distill_at_scale.storage.run_dir import RunDir, address_of
 from distill_at_scale.storage.sync import AUTO
@@ -120,13 +120,13 @@ def _made_with(config: Config, run: RunDir) -> str:
 def _report(result: SearchResult) -> dict[str, Any]:
     best = result.unbroken
     curve = [
-        {"keep": one.keep, "kept": one.kept, **summary(one.accuracies), "sufficient": one.sufficient,
+        {"keep": one.keep, **one.figures, "sufficient": one.sufficient,
          "confidence": round(one.confidence, 4)}
         for one in result.rates
     ]  # fmt: skip
     return {
-        "rate": best.keep, "kept": best.kept, "of": best.outcomes[0].of,
-        "kept_per_class": list(best.outcomes[0].kept_per_class),
+        "rate": best.keep, "kept": best.kept, "of": best.of,
+        "kept_per_class": list(best.kept_per_class),
         "confidence": round(best.confidence, 4), "unpruned": result.level.mean, "unpruned_std": result.level.std,
         "least": result.level.least, "near_chance": result.near_chance,
         "smallest_sufficient": result.smallest.keep, "curve": curve,
@@ -137,7 +137,7 @@ def _against_fixed(context: StudyContext, result: SearchResult) -> dict[str, Any
     """Compares adaptive rates per class with the same rate for every class."""
     adaptive = result.unbroken.accuracies
     overrides = {"select.scope": "class", "select.per_class": None, "select.keep": result.unbroken.keep}
-    fixed = accuracies(context.points.run(context.repetitions(overrides, len(adaptive))))
+    fixed = Repetitions(context.points.run(context.repetitions(overrides, len(adaptive)))).accuracies
     gap = difference(adaptive, fixed)
     return {"adaptive": summary(adaptive), "fixed": summary(fixed),
             "adaptive_less_fixed": {"mean": gap.mean, "half_interval": gap.half}}  # fmt: skip

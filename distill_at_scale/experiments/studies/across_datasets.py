@@ -7,7 +7,6 @@ test split. Not covered: the best rate for a set (critical_ratio).
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.statistics import mean_and_std, summary
-from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, StudyContext
-from distill_at_scale.experiments.studies.comparison import accuracies, difference, near_chance
+from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, Repetitions, StudyContext
+from distill_at_scale.experiments.studies.comparison import difference, near_chance
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import NBSP, count, points
@@ -39,26 +38,12 @@ Way = tuple[str, float]  # unpruned, ours or random; keep rate
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The result of one way of selecting on one set: accuracies over repetitions, as fractions."""
-
-    accuracies: list[float]
-    kept: int
-    of: int
-    classes: int
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
-
-
-@dataclass(frozen=True)
 class StudyDataset:
     """One data set and its results."""
 
     name: str
     config: Config
-    cells: Mapping[Way, Cell]
+    cells: Mapping[Way, Repetitions]
 
     @property
     def kind(self) -> str:
@@ -66,7 +51,7 @@ class StudyDataset:
         return KINDS[data.transform].format(imbalance=data.imbalance, copies=data.copies)
 
     @property
-    def unpruned(self) -> Cell:
+    def unpruned(self) -> Repetitions:
         return self.cells["unpruned", 1.0]
 
     def relative(self, way: Way) -> tuple[float, float | None]:
@@ -189,12 +174,12 @@ def _ways(context: StudyContext, overrides: Mapping[str, Any]) -> dict[Way, dict
     return ways
 
 
-def _cell(context: StudyContext, overrides: Mapping[str, Any], outcomes: Sequence[Outcome]) -> Cell | None:
+def _cell(context: StudyContext, overrides: Mapping[str, Any], outcomes: Sequence[Outcome]) -> Repetitions | None:
     """None without any outcome."""
     wanted = context.repetitions(overrides)
     matches = [next((outcome for outcome in outcomes if outcome.point == point), None) for point in wanted]
     own = [outcome for outcome in matches if outcome is not None]
-    return Cell(accuracies(own), own[0].kept, own[0].of, len(own[0].kept_per_class)) if own else None
+    return Repetitions(own) if own else None
 
 
 def _criterion(config: Config) -> str:
@@ -250,13 +235,13 @@ def _notes(context: StudyContext, results: Sequence[StudyDataset]) -> list[str]:
         notes.append(
             "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
         )
-    if chance := [one.name for one in results if near_chance(one.unpruned.mean, one.unpruned.classes)]:
+    if chance := [one.name for one in results if near_chance(one.unpruned.mean, len(one.unpruned.kept_per_class))]:
         notes.append(
             f"On {', '.join(chance)} even the unpruned set is near chance, so the comparison says little there; distil longer, "
             "or more images per class."
         )
     ours = [(one.name, rate, one.cells["ours", rate]) for one in results for rate in _rates(context)]
-    if raised := [name for name, rate, cell in ours if cell.kept > rate * cell.of + cell.classes / 2]:
+    if raised := [name for name, rate, cell in ours if cell.kept > rate * cell.of + len(cell.kept_per_class) / 2]:
         notes.append(
             f"At least min_per_class samples of a class are kept, which raised the rate on {', '.join(dict.fromkeys(raised))}."
         )

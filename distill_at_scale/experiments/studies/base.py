@@ -6,13 +6,15 @@ point that several studies need, or that an earlier command finished, runs once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import PointSet
+from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.pipeline.report.plot_spec import Plot
 
 BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # only select.keep sets the number
@@ -36,6 +38,43 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Repetitions:
+    """The outcomes of all repetitions of one configuration, at least one."""
+
+    outcomes: Sequence[Outcome]
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [outcome.accuracy() for outcome in self.outcomes]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def kept(self) -> int:
+        return self.outcomes[0].kept
+
+    @property
+    def of(self) -> int:
+        return self.outcomes[0].of
+
+    @property
+    def kept_per_class(self) -> Sequence[int]:
+        return self.outcomes[0].kept_per_class
+
+    @property
+    def reached(self) -> float:
+        """The share that was kept, which min_per_class may have raised above the keep rate."""
+        return self.kept / self.of
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The columns kept, mean, std and n of a finding's rows."""
+        return {"kept": self.kept, **summary(self.accuracies)}
+
+
+@dataclass(frozen=True)
 class StudyContext:
     """The input of a study."""
 
@@ -54,8 +93,8 @@ class StudyContext:
         """All repetitions of one configuration."""
         return [Point({**self.overrides, **overrides}, seed) for seed in range(seeds or self.config.studies.seeds)]
 
-    def run(self, configurations: Sequence[Mapping[str, Any]]) -> list[list[Outcome]]:
-        """Runs all repetitions of several configurations, given by their overrides; returns their outcomes, grouped alike."""
+    def run(self, configurations: Iterable[Mapping[str, Any]]) -> list[Repetitions]:
+        """Run several configurations, given by their overrides, together."""
         groups = [self.repetitions(overrides) for overrides in configurations]
         outcomes = iter(self.points.run([point for group in groups for point in group]))
-        return [[next(outcomes) for _ in group] for group in groups]
+        return [Repetitions([next(outcomes) for _ in group]) for group in groups]

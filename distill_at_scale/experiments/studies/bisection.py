@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from dataclasses import dataclass
 
 from distill_at_scale.experiments.point import Outcome, Point
-from distill_at_scale.experiments.studies.base import UNPRUNED, StudyContext
-from distill_at_scale.experiments.studies.comparison import Level, accuracies, near_chance
+from distill_at_scale.experiments.studies.base import UNPRUNED, Repetitions, StudyContext
+from distill_at_scale.experiments.studies.comparison import Level, near_chance
 
 CLOSE = 1.05  # rates within this factor count as equal
 LEAST_UNPRUNED = 3  # distillations behind the standard deviation
@@ -22,20 +21,11 @@ BELOW = 1  # tries of the budget that are reserved for rates below the result of
 
 
 @dataclass(frozen=True)
-class Rate:
-    """One keep rate that was tried, with its repetitions."""
+class Rate(Repetitions):
+    """One keep rate that was tried."""
 
     keep: float
-    outcomes: list[Outcome]
     level: Level
-
-    @property
-    def accuracies(self) -> list[float]:
-        return accuracies(self.outcomes)
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
 
     @property
     def sufficient(self) -> bool:
@@ -44,15 +34,6 @@ class Rate:
     @property
     def confidence(self) -> float:
         return self.level.confidence(self.accuracies)
-
-    @property
-    def kept(self) -> int:
-        return self.outcomes[0].kept
-
-    @property
-    def reached(self) -> float:
-        """The share that was kept, which min_per_class may have raised."""
-        return self.outcomes[0].kept / self.outcomes[0].of
 
 
 @dataclass(frozen=True)
@@ -80,12 +61,12 @@ class SearchResult:
     @property
     def near_chance(self) -> bool:
         """Whether even the unpruned set is near chance, so that any rate seems sufficient."""
-        return near_chance(self.level.mean, len(self.rates[-1].outcomes[0].kept_per_class))
+        return near_chance(self.level.mean, len(self.rates[-1].kept_per_class))
 
     def limited(self, minimum: int) -> bool:
         """Whether min_per_class, not the rate, decided how many samples of the smallest sufficient rate were kept."""
-        first = self.smallest.outcomes[0]
-        return min(first.kept_per_class) <= minimum and first.kept > self.smallest.keep * first.of + 0.5
+        rate = self.smallest
+        return min(rate.kept_per_class) <= minimum and rate.kept > rate.keep * rate.of + 0.5
 
 
 @dataclass
@@ -102,8 +83,8 @@ class Search:
         count = max(LEAST_UNPRUNED, self.seeds)
         unpruned = self.context.repetitions(UNPRUNED, count)
         outcomes = self.context.points.run([*unpruned, *self._points(self.lowest)])
-        self.level = Level(accuracies(outcomes[:count]), self.tolerance)
-        self.tried = {1.0: Rate(1.0, outcomes[:count], self.level)}
+        self.level = Level(Repetitions(outcomes[:count]).accuracies, self.tolerance)
+        self.tried = {1.0: Rate(outcomes[:count], 1.0, self.level)}
         self._add(self.lowest, outcomes[count:])
         self._bisect()
         self._look_below()
@@ -145,7 +126,7 @@ class Search:
         return self._add(keep, self.context.points.run(self._points(keep)))
 
     def _add(self, keep: float, outcomes: list[Outcome]) -> Rate:
-        rate = self.tried[keep] = Rate(keep, outcomes, self.level)
+        rate = self.tried[keep] = Rate(outcomes, keep, self.level)
         self.context.say(
             f"  keep {keep:.4g} ({rate.kept} samples): {rate.mean:.4f}, "
             f"{'sufficient' if rate.sufficient else 'not sufficient'} (at least {self.level.least:.4f})"

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr, t
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std, welch
-from distill_at_scale.experiments.studies.base import StudyContext
+from distill_at_scale.experiments.studies.base import Repetitions, StudyContext
 from distill_at_scale.pipeline.report.plot_spec import Series
 from distill_at_scale.pipeline.report.text import NBSP, count, points
 from distill_at_scale.pruning.scoring import score_table
@@ -81,10 +81,6 @@ def near_chance(mean: float, classes: int) -> bool:
     return mean < min(times * chance, chance + way * (1 - chance))
 
 
-def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
-    return [outcome.accuracy() for outcome in outcomes]
-
-
 def difference(ours: Sequence[float], theirs: Sequence[float], paired: bool = True, together: int = 1) -> Difference:
     """ours - theirs; paired by repetition if `paired` and both have the same number, else Welch's.
 
@@ -146,11 +142,11 @@ def per_class(outcome: Outcome) -> list[float]:
 
 
 def accuracy_series(
-    name: str, x: Sequence[float] | Sequence[str], groups: Sequence[Sequence[float]],
+    name: str, x: Sequence[float] | Sequence[str], groups: Sequence[Repetitions],
     kind: Literal["line", "points", "bars"] = "line", role: Literal["ours", "random", "unpruned", "other"] = "ours",
 ) -> Series:  # fmt: skip
-    """Mean and standard deviation of each group of accuracies, for a plot."""
-    figures = [mean_and_std(group) for group in groups]
+    """A series of a plot: mean and standard deviation of the accuracies of each group."""
+    figures = [mean_and_std(group.accuracies) for group in groups]
     return Series(name, x, [mean for mean, _ in figures], [std for _, std in figures], kind, role)
 
 

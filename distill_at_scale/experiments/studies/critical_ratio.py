@@ -7,15 +7,12 @@ Uses the configured criterion, order, scope and runtime pruning, and the search 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import (
-    accuracies,
     accuracy_series,
     class_names,
     difference,
@@ -46,18 +43,18 @@ def study(context: StudyContext) -> Finding:
     best, level = result.smallest, result.level
     overrides = {**RANDOM, "select.order": "useful", "select.scope": "class", "select.per_class": None}
     (random,) = context.run([{**overrides, "select.keep": best.keep}])
-    at_random = accuracies(random)
 
     rows = [
-        {"set": "unpruned" if rate.keep == 1 else "ours", **_columns(rate.keep, rate.outcomes),
-         "sufficient": rate.sufficient, "confidence": rate.confidence}
-        for rate in result.rates
+        {"set": name, "keep": keep, "kept": group.kept, "of": group.of, **summary(group.accuracies),
+         "sufficient": sufficient, "confidence": level.confidence(group.accuracies)}
+        for name, keep, group, sufficient in (
+            *(("unpruned" if rate.keep == 1 else "ours", rate.keep, rate, rate.sufficient) for rate in result.rates),
+            ("random", best.keep, random, random.mean >= level.least),
+        )
     ]  # fmt: skip
-    last = {"set": "random", **_columns(best.keep, random)}
-    rows.append(last | {"sufficient": last["mean"] >= level.least, "confidence": level.confidence(at_random)})
     series = [
-        accuracy_series("selected", [r.reached for r in result.rates], [r.accuracies for r in result.rates]),
-        accuracy_series("random", [random[0].kept / random[0].of], [at_random], "points", "random"),
+        accuracy_series("selected", [rate.reached for rate in result.rates], result.rates),
+        accuracy_series("random", [random.reached], [random], "points", "random"),
     ]
     levels = [("unpruned", level.mean), ("still sufficient", level.least)]
     marks = [("smallest sufficient", best.reached)]
@@ -66,18 +63,14 @@ def study(context: StudyContext) -> Finding:
     facts = {
         "critical_keep": best.keep,
         "critical_kept": best.kept,
-        "critical_kept_per_class": list(best.outcomes[0].kept_per_class),
+        "critical_kept_per_class": list(best.kept_per_class),
         "confidence": best.confidence,
         "unbroken_keep": result.unbroken.keep,
         "unpruned": level.mean,
         "unpruned_std": level.std,
     }
-    answer, paper = _answer(result, at_random), _paper(context, result)
+    answer, paper = _answer(result, random.accuracies), _paper(context, result)
     return Finding("critical_ratio", "Critical ratio", answer, paper, rows, [plot], facts, _notes(context, result))
-
-
-def _columns(keep: float, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    return {"keep": keep, "kept": outcomes[0].kept, "of": outcomes[0].of, **summary(accuracies(outcomes))}
 
 
 def _answer(result: SearchResult, at_random: Sequence[float]) -> str:
@@ -87,11 +80,11 @@ def _answer(result: SearchResult, at_random: Sequence[float]) -> str:
             f"No keep rate that was tried (from {percent(result.rates[0].keep)} on) is as good as the unpruned set, "
             f"{spread(level.accuracies)}, within {count(level.tolerance, 'standard deviation')}."
         )
-    low, high = min(best.outcomes[0].kept_per_class), max(best.outcomes[0].kept_per_class)
+    low, high = min(best.kept_per_class), max(best.kept_per_class)
     gap = difference(best.accuracies, at_random)
     side = {1: "better than", -1: "worse than", 0: "not clearly different from"}[gap.sign]
     return (
-        f"{best.kept} of {best.outcomes[0].of} samples ({low if low == high else f'{low} to {high}'} per class, "
+        f"{best.kept} of {best.of} samples ({low if low == high else f'{low} to {high}'} per class, "
         f"{percent(best.reached)}) suffice: {spread(best.accuracies)} against {spread(level.accuracies)} unpruned; confidence "
         f"{percent(round(best.confidence, 2))} that they are not below it by more than "
         f"{count(level.tolerance, 'deviation')} ({100 * level.tolerance * level.std:.1f} points). "
@@ -101,12 +94,11 @@ def _answer(result: SearchResult, at_random: Sequence[float]) -> str:
 
 def _paper(context: StudyContext, result: SearchResult) -> str:
     """The paper's figure, for CIFAR-10 with DC and one image per class only."""
-    distill, first = context.config.distill, result.smallest.outcomes[0]
-    names = set(class_names(context, len(first.kept_per_class)))
-    if not (distill.method == "dc" and distill.ipc == 1 and first.of == 50_000 and names >= CIFAR10):
+    distill, best = context.config.distill, result.smallest
+    names = set(class_names(context, len(best.kept_per_class)))
+    if not (distill.method == "dc" and distill.ipc == 1 and best.of == 50_000 and names >= CIFAR10):
         return ""
-    reached = result.smallest.reached
-    return f"{PAPER}; {'this agrees' if reached <= 0.0004 * 1.5 else f'here it takes {percent(reached)}'}."
+    return f"{PAPER}; {'this agrees' if best.reached <= 0.0004 * 1.5 else f'here it takes {percent(best.reached)}'}."
 
 
 def _notes(context: StudyContext, result: SearchResult) -> list[str]:

@@ -6,7 +6,6 @@ smallest hurts. Not covered: other shares (study interaction).
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import RANDOM, STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
-    accuracies,
     accuracy_series,
     criterion_of,
     difference,
@@ -38,9 +36,9 @@ ROLES: Mapping[str, Literal["ours", "random", "unpruned", "other"]] = {
 def study(context: StudyContext) -> Finding:
     share = context.config.studies.drop.drop
     drop = {**STATIC, "select.scope": "class", "select.keep": round(1 - share, 10)}
-    outcomes = context.run([UNPRUNED, *({**drop, **overrides} for overrides in WAYS.values())])
-    values = dict(zip(("unpruned", *WAYS), map(accuracies, outcomes), strict=True))
-    gaps = {way: difference(values[way], values["unpruned"]) for way in WAYS}
+    results = context.run([UNPRUNED, *({**drop, **overrides} for overrides in WAYS.values())])
+    unpruned, by_way = results[0], dict(zip(("unpruned", *WAYS), results, strict=True))
+    gaps = {way: difference(by_way[way].accuracies, unpruned.accuracies) for way in WAYS}
 
     name, useful = criterion_of(context)
     largest, smallest = ("largest", "smallest") if useful == "low" else ("smallest", "largest")
@@ -51,23 +49,23 @@ def study(context: StudyContext) -> Finding:
     }
     parts = "; ".join(f"{labels[way]} {in_points(gaps[way])} ({_effect(gaps[way])})" for way in WAYS)
     rows, series = [], []
-    for way, accuracy in values.items():
+    for way, result in by_way.items():
         dropped, gap = "nothing" if way == "unpruned" else way, gaps.get(way)
-        rows.append({"dropped": dropped, **summary(accuracy),
+        rows.append({"dropped": dropped, **summary(result.accuracies),
                      "difference": gap.mean if gap else None, "half_interval": gap.half if gap else None})  # fmt: skip
-        series.append(accuracy_series(labels.get(way, way), [dropped], [accuracy], "bars", ROLES[way]))
-    levels = [("unpruned", statistics.fmean(values["unpruned"]))]
+        series.append(accuracy_series(labels.get(way, way), [dropped], [result], "bars", ROLES[way]))
+    levels = [("unpruned", unpruned.mean)]
     return Finding(
         "drop",
         f"Drop {percent(share)}",
-        f"Dropping {percent(share)} by {name}, against {spread(values['unpruned'])} unpruned: {parts}.",
+        f"Dropping {percent(share)} by {name}, against {spread(unpruned.accuracies)} unpruned: {parts}.",
         _paper(gaps) if name == "loss" else "",
         rows,
         [Plot("Accuracy after a share was dropped", "dropped first", "top-1", series, levels)],
         {f"drop_{way.replace(' ', '_')}": gaps[way].mean for way in WAYS},
         [
-            f"{sample_size(len(values['random']), context.config.studies.evaluations)} each; intervals are 95 % t-intervals of "
-            "the difference, paired by repetition."
+            f"{sample_size(len(unpruned.outcomes), context.config.studies.evaluations)} each; intervals are 95 % t-intervals "
+            "of the difference, paired by repetition."
         ],
     )
 

@@ -15,12 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     Level,
-    accuracies,
     accuracy_series,
     class_names,
     criterion_of,
@@ -49,14 +47,16 @@ def study(context: StudyContext) -> Finding:
     section = context.config.studies.interaction
     drops = list(section.drops)
     drop = {**STATIC, "select.scope": "class", "select.order": "useful"}
-    outcomes = context.run([UNPRUNED, *({**drop, "select.keep": round(1 - share, 10)} for share in drops)])
-    unpruned, *dropped = [accuracies(group) for group in outcomes]
-    level = Level(unpruned, section.tolerance)
-    break_drop = _break_point(drops, [statistics.fmean(values) for values in dropped], level.least)
+    results = context.run([UNPRUNED, *({**drop, "select.keep": round(1 - share, 10)} for share in drops)])
+    unpruned, *dropped = results
+    level = Level(unpruned.accuracies, section.tolerance)
+    break_drop = _break_point(drops, [group.mean for group in dropped], level.least)
     held = max((share for share in drops if break_drop is None or share < break_drop), default=0.0)
 
     # the break point of each class; None where it does not break or has no test samples
-    by_class = [list(zip(*map(per_class, group), strict=True)) for group in outcomes]  # [rate][class][repetition]
+    by_class = [
+        list(zip(*map(per_class, group.outcomes), strict=True)) for group in results
+    ]  # [rate][class][repetition]
     classes: dict[str, float | None] = {}
     for label, name in enumerate(class_names(context, len(by_class[0]))):
         least = Level(by_class[0][label], section.tolerance).least
@@ -66,23 +66,28 @@ def study(context: StudyContext) -> Finding:
     # the additive model: a line for each repetition through its unpruned accuracy, fitted to the first rates
     squares = sum(share**2 for share in drops[:FIRST])
     slopes = [
-        sum(share * (values[k] - start) for share, values in zip(drops, dropped[:FIRST], strict=False)) / squares
-        for k, start in enumerate(unpruned)
+        sum(share * (group.accuracies[k] - start) for share, group in zip(drops, dropped[:FIRST], strict=False))
+        / squares
+        for k, start in enumerate(level.accuracies)
     ]
-    predicted = [[start + slope * share for start, slope in zip(unpruned, slopes, strict=True)] for share in drops]
+    predicted = [
+        [start + slope * share for start, slope in zip(level.accuracies, slopes, strict=True)] for share in drops
+    ]
     together = max(1, len(drops) - FIRST)
-    gaps = [difference(values, line, together=together) for values, line in zip(dropped, predicted, strict=True)]
+    gaps = [
+        difference(group.accuracies, line, together=together) for group, line in zip(dropped, predicted, strict=True)
+    ]
 
     rows: list[dict[str, Any]] = [
-        {"drop": 0.0, "kept": outcomes[0][0].kept, **summary(unpruned), "predicted": level.mean, "gap": 0.0,
+        {"drop": 0.0, **unpruned.figures, "predicted": level.mean, "gap": 0.0,
          "half_interval": None}
     ]  # fmt: skip
-    for share, group, values, line, gap in zip(drops, outcomes[1:], dropped, predicted, gaps, strict=True):
-        rows.append({"drop": share, "kept": group[0].kept, **summary(values), "predicted": statistics.fmean(line),
+    for share, group, line, gap in zip(drops, dropped, predicted, gaps, strict=True):
+        rows.append({"drop": share, **group.figures, "predicted": statistics.fmean(line),
                      "gap": gap.mean, "half_interval": gap.half})  # fmt: skip
     x, line = [0.0, *drops], [level.mean, *(statistics.fmean(values) for values in predicted)]
     series = [
-        accuracy_series("measured", x, [unpruned, *dropped]),
+        accuracy_series("measured", x, results),
         Series("additive prediction", x, [min(1.0, max(0.0, value)) for value in line]),
     ]
     levels = [("unpruned", level.mean), ("broken below", level.least)]

@@ -6,13 +6,9 @@ of the stratum's number with accuracy, over all repetitions, is negative. Not co
 
 from __future__ import annotations
 
-import statistics
-
-from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     SIGNIFICANT,
-    accuracies,
     accuracy_series,
     criterion_of,
     rank_correlation,
@@ -37,41 +33,39 @@ def study(context: StudyContext) -> Finding:
     count, section = context.config.studies.stratified.strata, context.config.studies
     stratum = {**STATIC, "select.order": "stratum", "select.scope": "class", "select.keep": 1 / count}
     context.say(f"  {count} strata, each distilled {section.seeds} times")
-    whole, *outcomes = context.run([UNPRUNED, *({**stratum, "select.stratum_start": k / count} for k in range(count))])
-    unpruned, strata = accuracies(whole), [accuracies(group) for group in outcomes]  # the most useful stratum first
+    # strata: the most useful first
+    unpruned, *strata = context.run([UNPRUNED, *({**stratum, "select.stratum_start": k / count} for k in range(count))])
 
-    pairs = [(float(k), value) for k, values in enumerate(strata) for value in values]
+    pairs = [(float(k), value) for k, group in enumerate(strata) for value in group.accuracies]
     rho, p = rank_correlation([k for k, _ in pairs], [value for _, value in pairs])
     verdict = "nothing" if p >= SIGNIFICANT else "trustworthy" if rho < 0 else "reversed"
-    means = [statistics.fmean(values) for values in strata]
+    means = [group.mean for group in strata]
     best = means.index(max(means)) + 1
     name, useful = criterion_of(context)
     answer = (
         f"The criterion {name} {ANSWERS[verdict]} (Spearman {f'{rho:+.2f}'.replace('-', '−')}, p = {p:.2g}, {len(pairs)} "
-        f"distillations; {spread(strata[0])} from the most useful of {count} strata, "
-        f"{spread(strata[-1])} from the least; the best is stratum {best})."
+        f"distillations; {spread(strata[0].accuracies)} from the most useful of {count} strata, "
+        f"{spread(strata[-1].accuracies)} from the least; the best is stratum {best})."
     )
     paper = f"The paper: a low loss means a high utility; {AGREES[verdict]}."
 
-    notes = [f"{sample_size(len(strata[0]), section.evaluations)} per stratum."]
+    notes = [f"{sample_size(len(strata[0].outcomes), section.evaluations)} per stratum."]
     if best not in (1, count):
         notes.append(f"The best is stratum {best} of {count}, neither end: a rank correlation sees only part of that.")
-    if min(outcomes[0][0].kept_per_class) <= context.config.min_per_class:
+    if min(strata[0].kept_per_class) <= context.config.min_per_class:
         notes.append("Strata are as small as min_per_class, so neighbouring ones may share samples; take fewer strata.")
 
-    rows = [
-        {"set": f"stratum {k + 1}", "kept": group[0].kept, **summary(values)}
-        for k, (group, values) in enumerate(zip(outcomes, strata, strict=True))
-    ]
+    rows = [{"set": f"stratum {k + 1}", **group.figures} for k, group in enumerate(strata)]
+    rows.append({"set": "unpruned", **unpruned.figures})
     bars = accuracy_series("stratum", [str(k + 1) for k in range(count)], strata, "bars")
     plot = Plot("Accuracy from one stratum of the scores", "stratum, the most useful first", "top-1", [bars],
-                [("unpruned", statistics.fmean(unpruned))])  # fmt: skip
+                [("unpruned", unpruned.mean)])  # fmt: skip
     return Finding(
         "stratified",
         "Stratified validation",
         answer,
         paper if (name, useful) == ("loss", "low") else "",
-        [*rows, {"set": "unpruned", "kept": outcomes[0][0].of, **summary(unpruned)}],
+        rows,
         [plot],
         {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": best},
         notes,

@@ -1,15 +1,10 @@
 """Level 2, runtime pruning: which samples of a class's real batch count in this step (arXiv 2305.18381, section 3).
 
-Rule `loss` drops the floor(drop * n) samples with the largest value: the cross-entropy from the matching forward pass (DC,
-DSA, IDC), or the distance to the synthetic mean in feature space (DM). Rule `ite` drops the samples with the largest and the
-smallest effect on the gradient of the synthetic images. Instead of sorting, it takes the logarithms of the effects as normal
-around the batch mean, with a running variance per class, and drops what lies beyond two thresholds; so the share `drop` is
-met only on average. A running mean, as in the paper, does not work here: each step has another network and augmentation,
-which scale all effects of a batch alike (measured on CIFAR-10 at drop 0.3, decay 0.9: with a running mean 0.15 to 0.59 of a
-batch is dropped, depending on tail and method, with the batch mean 0.28 to 0.32).
-
-Observing a batch costs at least a forward pass, so values are remembered per sample: batches are observed in full every
-`refresh` steps; in between, samples to be dropped do not even enter the network.
+Rule `loss` drops the samples with the largest loss, or with the largest distance to the synthetic mean (DM). Rule `ite` drops
+the samples with the largest and the smallest effect on the synthetic gradient, beyond two thresholds: it takes the
+logarithms of the effects as normal around the mean of the batch, with a running variance per class. A running mean, as in
+the paper, does not work: each step's network scales all effects of a batch alike (on CIFAR-10 at drop 0.3 it drops 0.15 to
+0.59 of a batch, the batch mean 0.28 to 0.32). Values are remembered, and batches observed in full every `refresh` steps.
 """
 
 from __future__ import annotations

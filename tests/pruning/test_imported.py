@@ -135,7 +135,7 @@ def test_a_wrong_count_says_both_before_anything_is_computed(tmp_path, listed):
 def test_ids_that_are_missing_are_counted_and_the_first_is_named(tmp_path, ids):
     some = ids.to_pylist()[2:]
     pq.write_table(pa.table({"sample_id": some, "mine": [0.5] * len(some)}), tmp_path / "mine.parquet")
-    with pytest.raises(UserError, match=f"lacks 2 of {len(ids)} training samples, the first is '{ids[0].as_py()}'"):
+    with pytest.raises(UserError, match=f"lacks 2 of {len(ids)} training samples, first '{ids[0].as_py()}'"):
         read(with_file(tmp_path, "mine.parquet"), ids)
 
 

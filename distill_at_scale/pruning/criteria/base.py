@@ -60,15 +60,10 @@ class ClassCriterion(Protocol):
         """float32 [n, trials or 1, 1] -> scores float32 [n]."""
 
 
-def mean(values: Array) -> Array:
-    """Over trials and epochs, in double precision: float32 [n, trials, epochs] -> float32 [n]."""
-    return values.reshape(len(values), -1).mean(axis=1, dtype=np.float64).astype(np.float32)
-
-
 class MeanOfTrials:
-    """Base of criteria whose score is the mean over trials and epochs, and whose useful end is low."""
+    """Base of criteria whose score is the mean over trials and epochs, in double precision; low is useful."""
 
     useful: Literal["low", "high"] = "low"
 
     def aggregate(self, values: Array) -> Array:
-        return mean(values)
+        return values.reshape(len(values), -1).mean(axis=1, dtype=np.float64).astype(np.float32)

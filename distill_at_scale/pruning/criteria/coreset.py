@@ -1,18 +1,57 @@
-"""Samples of one class in feature space: distances to the nearest neighbours, and the orders of greedy selectors.
+"""Criteria that compare the samples of a class in feature space: density, and the orders of the selectors herding and k-center.
 
-Features are float32 [n, dimensions] in order of id, distances Euclidean; ties go to the first.
+Features are float32 [n, dimensions] in order of id, distances Euclidean; ties go to the first. Low is useful. The selectors
+concatenate the features of all trials, so there is one order instead of a mean of several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from distill_at_scale.config.sections import ScoreSection
+from distill_at_scale.pruning.criteria.base import Array, MeanOfTrials
 
 HELD_PRODUCTS = 2**26  # inner products of a class that are kept in memory: 256 MB, a class of 8192
+
+
+class Density(MeanOfTrials):
+    """The mean distance to the nearest neighbours of the same class, mean over trials; a sample in a crowd stands for many.
+
+    arXiv 2305.18381 leaves the formula open.
+    """
+
+    by_trial = True
+
+    def __init__(self, neighbours: int = 10):
+        self.neighbours = neighbours
+
+    @classmethod
+    def of(cls, section: ScoreSection) -> Density:
+        return cls(section.neighbours)
+
+    def observe_class(self, features: Array) -> Array:
+        trials = range(features.shape[1])
+        return np.stack([neighbour_distances(features[:, trial], self.neighbours) for trial in trials], 1)
+
+
+class Herding(MeanOfTrials):
+    """The rank at which greedy mean matching picks a sample (Welling 2009; Rebuffi et al. 2017, arXiv 1611.07725)."""
+
+    by_trial = False
+
+    def observe_class(self, features: Array) -> Array:
+        return herding_ranks(features.reshape(len(features), -1))[:, None]
+
+
+class KCenter(MeanOfTrials):
+    """The rank at which the greedy farthest-point rule picks a sample (Sener & Savarese 2018, arXiv 1708.00489)."""
+
+    by_trial = False
+
+    def observe_class(self, features: Array) -> Array:
+        return k_center_ranks(features.reshape(len(features), -1))[:, None]
 
 
 def neighbour_distances(features: Array, neighbours: int) -> Array:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.pruning.criteria.base import Array, MeanOfTrials, ProxyOutputs, mean
+from distill_at_scale.pruning.criteria.base import Array, MeanOfTrials, ProxyOutputs
 
 
 class Forgetting(MeanOfTrials):
@@ -34,4 +34,4 @@ class Forgetting(MeanOfTrials):
     def aggregate(self, values: Array) -> Array:
         forgotten = (values[:, :, :-1] > values[:, :, 1:]).sum(2, keepdims=True)
         never = values.max(2, keepdims=True) == 0
-        return mean(np.where(never, values.shape[2], forgotten))
+        return super().aggregate(np.where(never, values.shape[2], forgotten))

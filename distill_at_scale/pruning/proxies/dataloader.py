@@ -1,8 +1,7 @@
 """Training batches for proxies, in bounded memory and independent of the number of workers.
 
-Each epoch distributes the row groups over a fixed number of logical shards; each logical shard yields its part of every
-batch. A worker owns some logical shards, reads only their row groups, holds a window of them, and shuffles the samples in
-it. If the window holds the whole shard, the shard's part of an epoch is a full permutation.
+Each epoch distributes the row groups over a fixed number of logical shards, and each shard yields its part of every batch. A
+worker owns some shards and shuffles samples in a window of their row groups.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ WINDOW_BYTES = 512 * 2**20  # stored samples, over all logical shards of a proxy
 MIN_GROUPS = 4  # row groups per logical shard
 
 Batch = tuple[Tensor, Tensor]  # uint8 [n, *shape], labels int64 [n]
+Shards = list[list[RowGroup]]  # the row groups of each logical shard
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class ProxyDataLoader:
         most = min(self.shards, self.batch, max(1, len(self.groups) // MIN_GROUPS))
         return 1 << (most.bit_length() - 1)
 
-    def shard_groups(self, trial: int, epoch: int) -> list[list[RowGroup]]:
+    def shard_groups(self, trial: int, epoch: int) -> Shards:
         """The row groups of each logical shard, in reading order: classes spread evenly, rows balanced."""
         draw = rng.numpy_generator(self.seed, "proxy deal", trial, epoch)
         keyed = []
         for groups in _by_label(self.groups).values():
             places = (np.arange(len(groups)) + draw.random()) / len(groups)
             keyed += [(place, groups[i]) for place, i in zip(places, draw.permutation(len(groups)), strict=True)]
-        shards: list[list[RowGroup]] = [[] for _ in range(self.logical_shards)]
+        shards: Shards = [[] for _ in range(self.logical_shards)]
         rows = [0] * len(shards)
         for _, group in sorted(keyed, key=lambda pair: pair[0]):
             smallest = rows.index(min(rows))
@@ -74,7 +74,7 @@ class ProxyDataLoader:
             rows[smallest] += group.rows
         return shards
 
-    def batch_sizes(self, shards: Sequence[Sequence[RowGroup]]) -> list[int]:
+    def batch_sizes(self, shards: Shards) -> list[int]:
         """Samples of each logical shard per batch; a set that is no larger than a batch is one batch."""
         rows = [sum(group.rows for group in groups) for groups in shards]
         if self.samples <= self.batch:
@@ -82,14 +82,12 @@ class ProxyDataLoader:
         each = [self.batch // len(shards) + (i < self.batch % len(shards)) for i in range(len(shards))]
         return [min(size, count) for size, count in zip(each, rows, strict=True)]
 
-    def steps(self, shards: Sequence[Sequence[RowGroup]]) -> int:
+    def steps(self, shards: Shards) -> int:
         """Full batches per epoch; the samples of the incomplete last batch are left out, at random."""
         pairs = zip(self.batch_sizes(shards), shards, strict=True)
         return min(sum(group.rows for group in groups) // size for size, groups in pairs)
 
-    def batches(
-        self, trial: int, epoch: int, shards: Sequence[Sequence[RowGroup]], own: range
-    ) -> Iterator[list[Batch]]:
+    def batches(self, trial: int, epoch: int, shards: Shards, own: range) -> Iterator[list[Batch]]:
         """Per step, the parts of a worker's `own` logical shards."""
         sizes = self.batch_sizes(shards)
         parts = []

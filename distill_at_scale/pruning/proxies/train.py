@@ -1,9 +1,7 @@
-"""Proxies: networks trained from scratch on the training split, with a checkpoint after each epoch.
+"""Proxies: networks trained from scratch on the training split, with a checkpoint after each epoch to resume from.
 
-A trial is one network with its own initialization and order of batches; trials are independent. Within a trial, several
-workers can share the logical shards of `ProxyDataLoader`. On CPUs the gradients of the logical shards are added in one fixed
-order, so the weights are the same bytes for any number of workers with the same number of threads (except networks with
-batch norm: their running statistics are averaged). An interrupted trial resumes from its last checkpoint.
+On CPUs the gradients of the logical shards are added in one fixed order, so the weights are the same bytes for any number of
+workers with the same number of threads; with batch norm, running statistics are averaged over workers.
 """
 
 from __future__ import annotations
@@ -26,9 +24,8 @@ from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.models.spec import NetworkSpec, maybe_compile, mixes_samples, will_compile
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
-Advance = Callable[
-    [int], None
-]  # called with the number of epochs finished, also of those that have a checkpoint already
+# called with the number of epochs finished, also of those that have a checkpoint already
+Advance = Callable[[int], None]
 
 
 def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kind: str | None = None) -> NetworkSpec:
@@ -74,9 +71,8 @@ class ProxyTrial:
         self.normalization = normalization_of(prepared, whitened=False)
         self.loader = ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
-        work = self.spec.activation_bytes(
-            self.loader.samples * config.epochs
-        )  # of all workers, so that all decide alike
+        # of all workers, so that all decide alike
+        work = self.spec.activation_bytes(self.loader.samples * config.epochs)
         compiled = will_compile(config.compile, work)
         self.memory_format = self.spec.memory_format("train", device, compiled)
         self.memory_format.network(self.network)

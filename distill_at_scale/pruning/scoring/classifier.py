@@ -1,7 +1,6 @@
 """Networks as criteria see them: stored values in; logits, features and gradient norms out.
 
-Features are the input of the last linear layer. Networks with `embed` and `classifier`, as all of this package, return
-them directly; for other networks a hook records them.
+Features are the input of the last linear layer, from `embed` or, for networks without it, recorded by a hook.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, maybe_compile
@@ -93,20 +91,13 @@ def _no_features(spec: NetworkSpec) -> str:
 class CompiledClassifier:
     """A classifier with compiled forward passes, into which checkpoints are loaded one after the other."""
 
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        score: ScoreSection,
-        device: torch.device,
-        memory_format: MemoryFormat,
-        microbatch: int,
-        work: int,
-    ):
-        self.classifier, self.microbatch = Classifier(spec, score.precision, device, memory_format), microbatch
-        self.forward = maybe_compile(self.classifier, score.compile, work)
-        choice = score.compile if has_embedding(self.classifier.network) else "never"
-        self.with_features: Callable[[Tensor], Tensor] = maybe_compile(self.classifier.with_features, choice, work)
-        self.gradient_norms = GradientNorms(spec, self.classifier.network)
+    def __init__(self, classifier: Classifier, choice: str, microbatch: int, work: int):
+        """`choice` is score.compile, `work` the bytes of NetworkSpec.activation_bytes."""
+        self.classifier, self.microbatch, network = classifier, microbatch, classifier.network
+        self.forward = maybe_compile(classifier, choice, work)
+        choice = choice if has_embedding(network) else "never"
+        self.with_features: Callable[[Tensor], Tensor] = maybe_compile(classifier.with_features, choice, work)
+        self.gradient_norms = GradientNorms(classifier.spec, network)
 
     def load(self, state: Any, mean: Tensor, std: Tensor) -> None:
         self.classifier.network.load_state_dict(state)
@@ -124,12 +115,8 @@ class BatchOutputs:
     def __init__(
         self, model: CompiledClassifier, pixels: Tensor, labels: Tensor, columns: Sequence[int] | None, wide: bool
     ):
-        self.model, self.pixels, self._labels, self.columns, self.wide = model, pixels, labels, columns, wide
+        self.model, self.pixels, self.labels, self.columns, self.wide = model, pixels, labels, columns, wide
         self.classes = model.classifier.spec.classes
-
-    @property
-    def labels(self) -> Tensor:
-        return self._labels
 
     @cached_property
     def logits(self) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from distill_at_scale.pruning.criteria.factory import (
 from distill_at_scale.pruning.scoring.reliability import TrialAgreement
 from distill_at_scale.pruning.scoring.scorer import FEATURES
 from distill_at_scale.pruning.selection.ranking import RANDOM
+from distill_at_scale.pruning.selection.score_reader import label_runs
 
 Array = np.ndarray[Any, Any]
 ScoredPart = tuple[Path, pa.Table]  # the file, for messages, and its rows: sample_id, label and lists of values
@@ -182,13 +182,11 @@ def by_class(parts: Iterable[ScoredPart]) -> Iterator[ScoredPart]:
     """The same rows, which are sorted by label, class by class; memory holds one class and one part."""
     held: list[pa.Table] = []
     for path, rows in parts:
-        labels = rows["label"].to_numpy()
-        starts = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
-        for start, end in pairwise(starts):
-            if held and start < end and held[0]["label"][0].as_py() != labels[start]:
+        for label, start, end in label_runs(rows["label"].to_numpy()):
+            if held and held[0]["label"][0].as_py() != label:
                 yield path, pa.concat_tables(held)
                 held = []
-            held += [rows.slice(start, end - start)] if start < end else []
+            held.append(rows.slice(start, end - start))
     if held:
         yield path, pa.concat_tables(held)
 

@@ -18,9 +18,8 @@ from distill_at_scale.storage.run_dir import RunDir
 TABLE = "monte_carlo.parquet"  # in the run folder: utilities, standard errors and counts
 
 
-RunSubsets = Callable[
-    [Path, Callable[[int], None]], None
-]  # (folder, advance): runs the missing subsets into the folder
+# (folder, advance): runs the missing subsets into the folder
+RunSubsets = Callable[[Path, Callable[[int], None]], None]
 
 
 def check(config: Config, prepared: PreparedDataset) -> None:

@@ -1,10 +1,7 @@
 """Scores computed elsewhere (score.imported: {name: file}): read, checked against the training split, and joined by id.
 
-By position: JSON (a list, or an object "0": value as the authors of arXiv 2305.18381 publish theirs), .npy, or .npz with one
-array. Position i is sample i of the training split in the order of the source's listing, before classes are chosen, samples
-are held out and everything is sorted; or sample i of what remains of it, whichever the number of scores fits. A rejected
-sample keeps its position. By id: CSV or Parquet with the columns sample_id and NAME (or score). Numbers [n, trials] are
-averaged.
+JSON, .npy and .npz go by position in the source's listing of the training split: before classes are chosen and samples are
+held out, or after it, whichever the number of scores fits. CSV and Parquet go by sample_id. Trials [n, trials] are averaged.
 """
 
 from __future__ import annotations
@@ -88,9 +85,7 @@ def check_names(score: ScoreSection, criteria: Mapping[str, Any]) -> None:
         if not NAME.fullmatch(name) or name.endswith("_values"):
             raise UserError(f"score.imported: {name!r} is not a valid name; use letters, digits and underscores")
         if name in criteria or name in RESERVED:
-            raise UserError(
-                f"score.imported: {name!r} is already the name of a criterion or column; choose another name"
-            )
+            raise UserError(f"score.imported: {name!r} is already the name of a criterion or column; rename it")
         if Path(file).suffix.lower() not in SUFFIXES:
             raise UserError(f"score.imported.{name} = {file!r} has an unknown file type; use {', '.join(SUFFIXES)}")
     for name in score.imported_useful:
@@ -110,10 +105,7 @@ def check(config: Config, plan: ingest.IngestPlan | None = None) -> None:
 
 
 def digest_of(name: str, file: str) -> str:
-    """The content hash of a file.
-
-    Raises UserError if it is missing.
-    """
+    """The content hash of a file. Raises UserError if it is missing."""
     return str(file_digest(_existing(name, file))["sha256"])
 
 
@@ -137,9 +129,7 @@ def _joined(scores: ImportedScores, ids: pa.Array, positions: Positions, key: st
     rows = pc.index_in(ids, known)
     if missing := rows.null_count:
         first = ids.filter(pc.is_null(rows))[0].as_py()
-        raise UserError(
-            f"{key} lacks {missing} of {len(ids)} training samples, the first is {first!r}; add their scores"
-        )
+        raise UserError(f"{key} lacks {missing} of {len(ids)} training samples, first {first!r}; add their scores")
     if scores.ids is not None:
         # samples of the source that are not used here (rejected, held out, of other classes) may stay
         unknown = known.filter(pc.invert(pc.is_in(known, ids)))

@@ -1,12 +1,7 @@
-"""Criterion monte_carlo: the utility of a sample, measured on many small random subsets (arXiv 2305.18381, section 3).
+"""Criterion monte_carlo: the utility of a sample is the mean accuracy of its class over random subsets that contain it.
 
-Subset k holds `per_class` samples of each class, drawn from (seed, "monte carlo", k). A small network is trained on it, or
-on what DC distils it into, and tested on `validation` other samples of each class. These are drawn from the rest of the
-training split, never from the test split: selecting by test accuracy would bias all later results on it. The utility of a
-sample is the mean accuracy of its own class over the subsets that contain it; high is useful.
-
-Subsets are independent. They are published in ranges, so finished ones are reused after an interruption and when
-`subsets` grows.
+Subset k is drawn from (seed, "monte carlo", k). A small network is trained on it, or on what DC distils it into, and tested on
+other samples of the training split: selecting by accuracy on the test split would bias all later results on it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""From the accuracies of Monte Carlo subsets to the utility of each sample, and its reliability.
+"""From the accuracies of Monte Carlo subsets to the utility of each sample, and its reliability within classes.
 
-A utility is a mean over the subsets that contain the sample; its standard error follows from their spread. Selection cuts
-within classes, so signal and noise are measured within classes: reliability = 1 - mean squared standard error / variance of
-the utilities. `split_half` is the correlation of two halves of the subsets, stepped up (Spearman and Brown 1910).
+reliability = 1 - mean squared standard error / variance of the utilities. `split_half` is the correlation of two halves of
+the subsets, stepped up (Spearman and Brown 1910).
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ class UtilityEstimate:
 
 
 def read_accuracies(folder: Path, section: MonteCarloSection) -> Array:
-    """The accuracies of all subsets, float32 [subsets, classes].
-
-    Raises UserError if a part file is missing.
-    """
+    """The accuracies of all subsets, float32 [subsets, classes]. Raises UserError if a part file is missing."""
     parts = []
     for unit in monte_carlo.subset_ranges(section):
         path = monte_carlo.subset_part_path(folder, unit)

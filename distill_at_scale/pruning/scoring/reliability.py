@@ -1,18 +1,16 @@
-"""How reliable repeated measurements are: the formula of Spearman and Brown (1910), and the agreement of trials.
-
-`agreement` is the correlation of two single measurements (two trials, or two halves of the subsets). The mean of more
-measurements is more reliable.
-"""
+"""How reliable repeated measurements are: Spearman and Brown (1910), and the rank correlation of trials within classes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
+
+from distill_at_scale.pruning.selection.score_reader import label_runs
 
 TARGET = 0.8  # the reliability that advice aims at
 MAX_SAMPLES = 2000  # per class: the first by id
@@ -45,16 +43,15 @@ class TrialAgreement:
 
     def add(self, labels: Array, values: Array) -> None:
         """labels [n], sorted over all calls; values float32 [n, trials, epochs]."""
-        starts = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
-        for start, end in pairwise(starts):
-            if start == end or labels[start] % self.stride:
+        for label, start, end in label_runs(labels):
+            if label % self.stride:
                 continue
-            parts = self.held.setdefault(int(labels[start]), [])
+            parts = self.held.setdefault(label, [])
             if (room := MAX_SAMPLES - sum(map(len, parts))) > 0:
                 parts.append(values[start:end][:room].copy())
             while len(self.held) > MAX_CLASSES:
                 self.stride *= 2
-                self.held = {label: parts for label, parts in self.held.items() if label % self.stride == 0}
+                self.held = {c: parts for c, parts in self.held.items() if c % self.stride == 0}
 
     def facts(self) -> dict[str, Any] | None:
         """`trials`: agreement of single trials; `all`: expected of their mean. None for one trial, or nothing to rank."""

@@ -1,10 +1,8 @@
 """scores.parquet: joins the scored part files by sample id, checks that every sample is there once, and publishes the table.
 
-Columns: sample_id, label, one float32 column per criterion, `score` (a copy of the first) and, for criteria with one value
-per checkpoint, `<criterion>_values`: float32 lists [trials * epochs], trial by trial. Rows are sorted by label and id. The
-metadata (key `scores`) holds the number of trials and epochs, `criteria` in order, the `useful` end of each, the epochs that
-each used (`observed`), and the agreement of the trials behind the first one. Memory holds some parts and a row group (or one
-class, for criteria that compare the samples of a class), never the table.
+Columns: sample_id, label, one float32 column per criterion, `score` (a copy of the first), and float32 lists
+`<criterion>_values` [trials * epochs]. Rows are sorted by label and id; the metadata is ScoreColumns.facts, as JSON under
+KEY. Memory holds some parts and a row group, or one class if a criterion compares the samples of a class.
 """
 
 from __future__ import annotations

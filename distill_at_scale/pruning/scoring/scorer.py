@@ -1,11 +1,12 @@
-"""One pass over the data that scores each sample with every checkpoint some criterion needs.
+"""One pass over the data that scores each sample with every checkpoint that some criterion needs.
 
-The chunks of the prepared data are the units of work. Within a chunk, batches have one fixed size (the last one is padded),
-so the numbers do not depend on the number of scorers. A scored chunk is published at once and never repeated.
+Within a chunk, batches have one fixed size (the last one is padded), so the numbers do not depend on the number of scorers.
+A scored chunk is published at once and never repeated.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from distill_at_scale.pruning.criteria.factory import (
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring.classifier import (
     BatchOutputs,
+    Classifier,
     CompiledClassifier,
     check_features,
     random_projection,
@@ -91,12 +93,11 @@ class Scorer:
         self.checkpoints = list(self._load(score, checkpoints, needed))
         work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
         self.memory_format = self.spec.memory_format("score", device, will_compile(score.compile, work))
-        self.classifiers = {
-            outputs: CompiledClassifier(
-                replace(self.spec, classes=outputs), score, device, self.memory_format, self.microbatch, work
-            )
-            for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}
-        }
+        self.classifiers: dict[int, CompiledClassifier] = {}
+        for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
+            spec = replace(self.spec, classes=outputs)
+            classifier = Classifier(spec, score.precision, device, self.memory_format)
+            self.classifiers[outputs] = CompiledClassifier(classifier, score.compile, self.microbatch, work)
         # a GPU waits for its share of the machine's cores; a scorer on a CPU has one core for everything
         on_gpu = device.type == "cuda"
         self.decoding_threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
@@ -107,26 +108,20 @@ class Scorer:
             names = self.prepared.class_names, self.prepared.source_class_names
             for file in score.weight_names:
                 loaded = pretrained.load(file, self.spec, *names)
-                yield self._checkpoint(loaded.state, loaded.outputs, loaded.normalization, loaded.classes)
+                yield self._checkpoint(loaded.state, loaded.outputs, loaded.normalization, loaded.classes, 0)
             return
-        for trial in range(score.trials):
-            for epoch in epochs:
-                state = proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, trial, epoch)))
-                yield self._checkpoint(state, self.spec.classes, epoch=epoch)
+        for trial, epoch in itertools.product(range(score.trials), epochs):
+            state = proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, trial, epoch)))
+            yield self._checkpoint(state, self.spec.classes, None, None, epoch)
 
     def _checkpoint(
-        self,
-        state: Mapping[str, Tensor],
-        outputs: int,
-        normalization: Any = None,
-        columns: list[int] | None = None,
-        epoch: int = 0,
+        self, state: Mapping[str, Tensor], outputs: int, normalization: Any, columns: list[int] | None, epoch: int
     ) -> ScoringCheckpoint:
-        # through a network, whose state dict also holds version metadata
         network = replace(self.spec, classes=outputs).build(0)
         network.load_state_dict(state)
         mean, std = normalization or (self.prepared.mean, self.prepared.std)
         mean, std = (torch.tensor(values, device=self.device).view(self.spec.channel_shape) for values in (mean, std))
+        # the state dict of a network also holds version metadata
         return ScoringCheckpoint(network.to(self.device).state_dict(), mean, std, outputs, columns, epoch)
 
     def score(self, units: Sequence[ScoringUnit]) -> Iterator[int]:

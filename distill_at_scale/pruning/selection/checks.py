@@ -1,8 +1,4 @@
-"""Warnings about a selection, derived from measurements that exist already; nothing is measured here.
-
-Known are the agreement of the trials behind the scores (metadata of the score table), the reliability of the Monte Carlo
-estimate (metadata of its table), and the drop rate at which accuracy broke (the interaction study).
-"""
+"""Warnings about a selection, derived from measurements that exist already: agreement, reliability and break point."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 from distill_at_scale.pruning.scoring.reliability import TARGET, times_needed
 
 NOISY_BELOW = 0.5  # agreement or reliability
+NO_AGREEMENT = "no agreement was measured at all"
 ROUNDING = 0.005  # of a share: counts per class are whole numbers
 
 
@@ -34,45 +31,38 @@ class BreakPoint:
 def selection_warnings(
     criteria: Iterable[str], table: Mapping[str, Any], kept: float, broke: BreakPoint | None, monte_carlo: Mapping[str, Any]
 ) -> list[str]:  # fmt: skip
-    """Sentences about a selection by some criteria that keeps the share `kept` of all samples; empty if nothing is known
-    against it. `table` and `monte_carlo` are the metadata of the two tables.
+    """What speaks against a selection by some criteria that keeps the share `kept` of all samples, in sentences.
+
+    `table` and `monte_carlo` are the metadata of the score table and of the Monte Carlo table.
     """
     warnings: list[str] = []
     for name in criteria:
+        agreement, trials = table.get("agreement"), int(table.get("trials", 0))
+        between: Any = agreement.get("trials") if isinstance(agreement, Mapping) else None
+        measured = [name] == table.get("criteria", [])[:1] and between is not None  # for the first criterion only
         if name == MONTE_CARLO:
-            warnings += _unreliable_utilities(monte_carlo)
-        elif [name] == table.get("criteria", [])[:1]:  # agreement is measured for the first criterion only
-            warnings += _disagreeing_trials(name, table.get("agreement"), int(table.get("trials", 0)))
+            reliability, missing = monte_carlo.get("reliability"), monte_carlo.get("more_subsets")
+            if reliability is None or reliability >= NOISY_BELOW:
+                continue
+            action = f"about {missing:,} more subsets would reach {TARGET:g}" if missing is not None else NO_AGREEMENT
+            warnings.append(
+                f"the scores {name} are noisy: their reliability after {monte_carlo.get('subsets'):,} subsets is "
+                f"{reliability:.2f}; {action} (score.monte_carlo.subsets)"
+            )
+        elif measured and between < NOISY_BELOW and (needed := times_needed(between)) > trials:
+            if math.isinf(needed):
+                action = "more trials cannot improve this; use another criterion, or train the proxies differently"
+            else:
+                action = f"{math.ceil(needed - 1e-9)} trials would reach {TARGET:g} (score.trials, now {trials})"
+            warnings.append(
+                f"the scores {name} are noisy: two trials agree to {between:.2f} only (rank correlation); {action}"
+            )
     if broke is not None and kept <= 1 - broke.drop + ROUNDING:
         warnings.append(
             f"{1 - kept:.1%} of the samples are dropped, but on this data accuracy broke at {broke.drop:.1%} and held at "
             f"{broke.held:.1%} (studies/interaction.json); raise select.keep to {1 - broke.held:g}"
         )
     return list(dict.fromkeys(warnings))
-
-
-def _disagreeing_trials(name: str, agreement: Any, trials: int) -> list[str]:
-    between = agreement.get("trials") if isinstance(agreement, Mapping) else None
-    if between is None or between >= NOISY_BELOW or (needed := times_needed(between)) <= trials:
-        return []
-    if math.isinf(needed):
-        action = "more trials cannot improve this; use another criterion, or train the proxies differently"
-    else:
-        action = f"{math.ceil(needed - 1e-9)} trials would reach {TARGET:g} (score.trials, now {trials})"
-    return [f"the scores {name} are noisy: two trials agree to {between:.2f} only (rank correlation); {action}"]
-
-
-def _unreliable_utilities(facts: Mapping[str, Any]) -> list[str]:
-    reliability, more = facts.get("reliability"), facts.get("more_subsets")
-    if reliability is None or reliability >= NOISY_BELOW:
-        return []
-    action = (
-        "no agreement was measured at all" if more is None else f"about {more:,} more subsets would reach {TARGET:g}"
-    )
-    return [
-        f"the scores {MONTE_CARLO} are noisy: their reliability after {facts.get('subsets'):,} subsets is {reliability:.2f}; "
-        f"{action} (score.monte_carlo.subsets)"
-    ]
 
 
 def measured_break_point(folders: Iterable[Path]) -> BreakPoint | None:

@@ -1,8 +1,6 @@
 """How many samples of each class are kept, and which: a share of each class, a share of all, or shares by spread.
 
-A cut is built once and then called class by class, in ascending order of labels. The adaptive cut is Neyman's allocation
-(1934): it distributes the total of the cut by class in proportion to class size times the standard deviation of the scores,
-within the minimum and the size of the class.
+A cut is built once and called class by class, in ascending order of labels. The adaptive one is Neyman's allocation (1934).
 """
 
 from __future__ import annotations
@@ -48,10 +46,9 @@ class Cut:
 
 
 class AdaptiveCut(Cut):
-    """Keeps more of the classes whose scores spread more, with the same total as `Cut`.
+    """Distributes the total of `Cut` in proportion to class size times the standard deviation of the scores.
 
-    Reads the scores once to measure the spreads. With several criteria, the spreads of each are divided by their mean over
-    the classes and averaged by weight.
+    With several criteria, the spreads of each are divided by their mean over the classes and averaged by weight.
     """
 
     def __init__(self, config: SelectSection, minimum: int, reader: ScoreReader, ranking: Ranking):

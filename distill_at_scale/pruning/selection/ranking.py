@@ -1,7 +1,7 @@
 """How the samples of a class are ranked: by one criterion, at random (the seeded control), or by several weighted criteria.
 
-With weights, each criterion ranks the class by its own direction (equal scores share their mean rank). The ranks, scaled to
-0 (most useful) .. 1, are averaged by weight, so only the order of the scores matters, not their scale.
+With weights, each criterion ranks the class by its own direction, equal scores sharing their mean rank; the ranks, scaled to
+0 (most useful) .. 1, are averaged by weight.
 """
 
 from __future__ import annotations

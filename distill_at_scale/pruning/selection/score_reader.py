@@ -1,6 +1,5 @@
-"""Reads a score table as two streams: the numbers class by class, and the ids in batches.
+"""Reads a score table as two streams: numbers class by class, and ids in batches, so that memory never holds a class's ids.
 
-Ids are most of the bytes and are not needed for ranking, so memory holds the numbers of the largest class and never its ids.
 Rows should be sorted by label and sample id, which is checked on the way; a small unsorted table is sorted in memory.
 """
 
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,15 @@ from distill_at_scale.data.prepared.parquet import BATCH, open_table, reading
 
 SORTABLE = 5_000_000  # an unsorted table of fewer rows is sorted in memory
 ORDER = ("label", "sample_id")
+
+Array = np.ndarray[Any, Any]
+
+
+def label_runs(labels: Array) -> Iterator[tuple[int, int, int]]:
+    """(label, start, end) of each run of equal labels [n]."""
+    if len(labels):
+        ends = [*(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
+        yield from ((int(labels[start]), start, end) for start, end in itertools.pairwise([0, *ends]))
 
 
 class Unsorted(Exception):
@@ -61,10 +70,8 @@ class ScoreReader:
 
     def _single_label_batches(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         for batch in self._batches(["label", *columns]):
-            labels = batch["label"].to_numpy()
-            starts = [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]
-            for start, end in itertools.pairwise(starts):
-                yield int(labels[start]), batch.slice(start, end - start)
+            for label, start, end in label_runs(batch["label"].to_numpy()):
+                yield label, batch.slice(start, end - start)
 
     def ids(self) -> Iterator[pa.Array]:
         """The sample ids of all rows, batch by batch, read ahead in a thread.
@@ -104,10 +111,7 @@ class ScoreReader:
         raise IndexError(row)
 
     def sorted(self, why: Unsorted) -> ScoreReader:
-        """The same rows in order, in memory.
-
-        Raises UserError if they are too many for that.
-        """
+        """The same rows in order, in memory. Raises UserError if they are too many for that."""
         if self.rows >= SORTABLE:
             raise UserError(
                 f"the {self.rows} rows of {self} are not sorted by label and sample_id ({why}), and too many to sort them "

@@ -1,7 +1,6 @@
 """Level 1, static pruning: scores -> manifest of kept samples (arXiv 2305.18381, section 3).
 
-Samples are ranked by usefulness within each class or over all classes, ties by sample id, and the first are kept. Each class
-keeps at least `min_per_class` samples; the metadata lists the classes for which this overrode the rate. Rows stream through:
+Samples are ranked within each class or over all classes, ties by sample id, and the first are kept. Rows stream through:
 memory holds the numbers of the largest class and, for the global scope, a 32-bit key per sample.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +16,10 @@ import pyarrow as pa
 from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
+from distill_at_scale.data.prepared.parquet import RowGroupWriter
 from distill_at_scale.pruning.selection.quotas import Cut, build_cut
 from distill_at_scale.pruning.selection.ranking import Ranking, build_ranking, ranks_of
 from distill_at_scale.pruning.selection.score_reader import ScoreReader, Unsorted
-
-
-class Sink(Protocol):
-    """Takes the rows of the manifest: a list, or what `manifest.writing` yields."""
-
-    def append(self, table: pa.Table, /) -> None: ...
-
-    def clear(self) -> None: ...
 
 
 class ClassCount(NamedTuple):
@@ -40,7 +32,7 @@ class ClassCount(NamedTuple):
 
 def select(
     scores: Path | pa.Table,
-    out: Sink,
+    out: RowGroupWriter | list[pa.Table],
     config: SelectSection,
     criterion: str | Mapping[str, float],
     low_is_useful: bool | Mapping[str, bool],

@@ -14,8 +14,8 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import LISTING
 from distill_at_scale.data.sources.folders import ImageFolder
-from distill_at_scale.data.sources.image import imagenet_tar
-from distill_at_scale.data.sources.image.imagenet_tar import TRAIN, VAL, ImagenetTar
+from distill_at_scale.data.sources.image import imagenet
+from distill_at_scale.data.sources.image.imagenet import TRAIN, VAL, ImagenetTar
 
 IMAGES = {
     "n02": {"n02_7.JPEG": b"seven" * 300, "n02_3.JPEG": b"three"},
@@ -63,7 +63,7 @@ def asked(monkeypatch):
         calls.append((store.path, config.source, list(file_names), list(class_names)))
         return [2 - i % 3 for i in range(len(file_names))]
 
-    monkeypatch.setattr(imagenet_tar, "val_labels", val_labels)
+    monkeypatch.setattr(imagenet, "val_labels", val_labels)
     return calls
 
 
@@ -223,7 +223,7 @@ def test_imagenette_packed_the_official_way_equals_its_folders(shared_data, tmp_
     def val_labels(store, config, file_names, class_names):
         return [class_names.index(val[name].parent.name) for name in file_names]
 
-    monkeypatch.setattr(imagenet_tar, "val_labels", val_labels)
+    monkeypatch.setattr(imagenet, "val_labels", val_labels)
     folders, archives = ImageFolder(DataSection(source="imagefolder", path=str(folder))), source_of(tmp_path)
     assert archives.class_names == folders.class_names
     table, expected = archives.listing("train"), by_id(folders, "train")

@@ -387,9 +387,7 @@ def test_nothing_that_is_listed_is_one_error(tmp_path):
 def test_clips_of_an_unlabelled_test_list_alone_are_one_error(tmp_path):
     put(tmp_path, {"test/tttttttttt_000001_000011.mp4": b"t", "train.csv": TRAIN})
     put(tmp_path, {"test.csv": "youtube_id,time_start,time_end\ntttttttttt,1,11\n"})
-    with pytest.raises(
-        UserError, match=r"holds only clips of a test split without labels; add train/ or val/"
-    ):
+    with pytest.raises(UserError, match=r"holds only clips of a test split without labels; add train/ or val/"):
         kinetics(tmp_path).splits()
 
 

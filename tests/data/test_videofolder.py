@@ -11,7 +11,8 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
-from distill_at_scale.data.sources.video.base import FILES, ROWS, VIDEO_EXTENSIONS, join_rows
+from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.video.base import FILES, ROWS, join_rows
 
 
 def touch(root, *names):

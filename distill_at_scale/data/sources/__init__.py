@@ -1,10 +1,9 @@
 """The built-in sources by their names in `data.source`; `base.py` describes the contract of one of your own."""
 
-from distill_at_scale.data.sources.folders import ImageFolder
+from distill_at_scale.data.sources.folders import ImageFolder, VideoFolder
 from distill_at_scale.data.sources.image.digits import Digits
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
-from distill_at_scale.data.sources.image.imagenet import Imagenet, TinyImagenet
-from distill_at_scale.data.sources.image.imagenet_tar import ImagenetTar
+from distill_at_scale.data.sources.image.imagenet import Imagenet, ImagenetTar, TinyImagenet
 from distill_at_scale.data.sources.image.torchvision import TorchvisionSet
 from distill_at_scale.data.sources.image.webdataset import WebDataset
 from distill_at_scale.data.sources.tensors import Tensors
@@ -13,7 +12,6 @@ from distill_at_scale.data.sources.video.kinetics import Kinetics, KineticsTar
 from distill_at_scale.data.sources.video.moving_digits import MovingDigits
 from distill_at_scale.data.sources.video.something_v2 import SomethingV2
 from distill_at_scale.data.sources.video.ucf101 import Ucf101
-from distill_at_scale.data.sources.video.videofolder import VideoFolder
 
 SOURCES = {
     "digits": Digits,

@@ -109,6 +109,11 @@ def listing(
     return table
 
 
+def set_aside_table(ids: Column, labels: Column, reasons: Column, locations: Column | None = None) -> pa.Table:
+    """A table with schema SET_ASIDE; locations default to the ids."""
+    return to_table([ids, labels, ids if locations is None else locations, reasons], SET_ASIDE)
+
+
 def to_table(columns: Sequence[Column], schema: pa.Schema) -> pa.Table:
     """A table from columns (sequences, numpy or Arrow arrays), cast to the schema's types."""
     arrays = [

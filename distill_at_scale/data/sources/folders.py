@@ -1,4 +1,4 @@
-"""Samples in one folder per class: ImageFolder, and the base of ImageNet, Tiny-ImageNet and VideoFolder.
+"""Samples in one folder per class: ImageFolder, VideoFolder, and the base of ImageNet and Tiny-ImageNet.
 
 Sample ids are POSIX paths relative to the root. Paths stay Arrow columns, so listing a million files takes seconds. Listing
 opens no file; it skips hidden files and, by extension, files of other media.
@@ -16,11 +16,23 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import FileSource, listing, prefer_validation, split_of, split_word
+from distill_at_scale.data.sources.base import (
+    SET_ASIDE,
+    Column,
+    FileSource,
+    listing,
+    prefer_validation,
+    set_aside_table,
+    split_of,
+    split_word,
+)
 from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.storage.filesystem import Store, joined
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
+    ".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Medium:
         return pc.match_substring_regex(paths, pattern, ignore_case=True)
 
 
-IMAGES = Medium("image", IMAGE_EXTENSIONS)
+IMAGES, VIDEOS = Medium("image", IMAGE_EXTENSIONS), Medium("video", VIDEO_EXTENSIONS)
 
 
 class FolderSource(FileSource):
@@ -169,6 +181,54 @@ class ImageFolder(FolderSource):
         return self.list_by_class(split)
 
 
+class VideoFolder(FolderSource):
+    """Videos, laid out as for ImageFolder.
+
+    If only a `val/` or `test/` holds videos, it is the only split, and data.train_split selects it. Files in class folders
+    without a video extension, and videos outside class folders, are set aside.
+    """
+
+    medium, clips = VIDEOS, True
+
+    def __init__(self, config: DataSection) -> None:
+        self._split_files: dict[str, tuple[pa.Array, pa.Array]] = {}
+        super().__init__(config)
+
+    def find_classes(self) -> list[str]:
+        """The sorted folders of the training split, or of a test split that is the only one."""
+        if "train" not in self.folders:
+            others = [name for name in self.store.names()[0] if name not in self.folders.values()]
+            has_videos = (pc.any(VIDEOS.mask(self.store.table(name)[0])).as_py() for name in others)
+            if not self.folders or any(has_videos):
+                self.folders = {"train": "", **self.folders}
+        return self.class_folders(self.folders.get("train", self.folders.get("test", "")))
+
+    def list_split(self, split: str) -> pa.Table:
+        """Raises UserError for an empty class folder, a test class that training lacks, and a split without videos."""
+        if split == "test":
+            self.refuse_extra_classes(split)
+        return super().list_split(split) if split == self.splits()[0] else self.list_by_class(split)
+
+    def set_aside(self, split: str) -> pa.Table:
+        """Files in class folders without a video extension, and videos outside class folders (schema SET_ASIDE)."""
+        paths, folder = self.split_files(split)[0], self.folders[split]
+        is_video, inside = VIDEOS.mask(paths), pc.match_substring(below(paths, folder), "/")
+        others = paths.filter(pc.and_(inside, pc.invert(is_video)))
+        loose = paths.filter(pc.and_not(is_video, inside))
+        labels = labels_of(owners_of(others, folder), self.class_names)
+        parts = [
+            SET_ASIDE.empty_table(),
+            no_videos(others, labels),
+            set_aside_table(loose, [-1] * len(loose), ["a video in no class folder"] * len(loose)),
+        ]
+        return pa.concat_tables(parts).sort_by("sample_id")
+
+    def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
+        if split not in self._split_files:
+            self._split_files[split] = super().split_files(split)
+        return self._split_files[split]
+
+
 def split_folders(store: Store) -> dict[str, str]:
     """Split -> folder in the root; raises UserError if several could be the training split."""
     names = store.names()[0]
@@ -193,3 +253,10 @@ def owners_of(paths: pa.Array, folder: str) -> pa.Array:
 def labels_of(names: pa.Array, class_names: Sequence[str]) -> pa.Array:
     """The label (int32) of each name (string or null), -1 for one that is not a class."""
     return pc.fill_null(pc.index_in(names, pa.array(class_names, pa.string())), -1)
+
+
+def no_videos(paths: pa.Array, labels: Column) -> pa.Table:
+    """Sets aside files (paths, string) that have no video extension."""
+    endings = pc.struct_field(pc.extract_regex(paths, r"(?P<ending>\.[^./]*)$"), "ending")
+    reasons = pc.binary_join_element_wise("no video by its name, which ends in '", endings, "'", "")
+    return set_aside_table(paths, labels, pc.fill_null(reasons, "no video by its name, which has no ending"))

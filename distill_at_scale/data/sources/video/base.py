@@ -18,14 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import INT32, INT64, SET_ASIDE, TEXT, Column, FileSource, listing, to_table
-from distill_at_scale.data.sources.folders import Medium, below, labels_of, owners_of
+from distill_at_scale.data.sources.base import INT32, INT64, TEXT, FileSource, listing, set_aside_table, to_table
+from distill_at_scale.data.sources.folders import VIDEOS, below, labels_of, no_videos, owners_of
 from distill_at_scale.data.sources.label_files import LabelFiles
 
-VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
-    ".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
-)  # fmt: skip
-VIDEOS = Medium("video", VIDEO_EXTENSIONS)
 # Rows of lists: `key` identifies the clip in rows and files, `split` is "train", "test" or "" for a clip in neither,
 # `sample_id` is the path where the file should be, and `place` names the row, as "'list.txt' line 3".
 ROWS = pa.schema({"key": TEXT, "label": INT32, "split": TEXT, "sample_id": TEXT, "place": TEXT})
@@ -72,18 +68,6 @@ def join_rows(rows: pa.Table, files: pa.Table) -> Joined:
 def _first_index(values: pa.Array) -> np.ndarray[Any, Any]:
     """The index of the first occurrence of each value."""
     return pc.index_in(values, values).to_numpy(zero_copy_only=False)
-
-
-def set_aside_table(ids: Column, labels: Column, reasons: Column, locations: Column | None = None) -> pa.Table:
-    """A table with schema SET_ASIDE; locations default to the ids."""
-    return to_table([ids, labels, ids if locations is None else locations, reasons], SET_ASIDE)
-
-
-def no_videos(paths: pa.Array, labels: Column) -> pa.Table:
-    """Sets aside files (paths, string) that have no video extension."""
-    endings = pc.struct_field(pc.extract_regex(paths, r"(?P<ending>\.[^./]*)$"), "ending")
-    reasons = pc.binary_join_element_wise("no video by its name, which ends in '", endings, "'", "")
-    return set_aside_table(paths, labels, pc.fill_null(reasons, "no video by its name, which has no ending"))
 
 
 class ListedVideos(FileSource, ABC):

@@ -13,8 +13,9 @@ from functools import cached_property
 import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
-from distill_at_scale.data.sources.video.base import VIDEO_EXTENSIONS, ListedVideos, rows_table
+from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
 from distill_at_scale.storage.filesystem import joined
 
 LIST = re.compile(r"(?P<owner>.+)_test_split(?P<fold>[123])\.txt")

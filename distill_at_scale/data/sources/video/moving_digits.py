@@ -19,8 +19,8 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.mp4 import encode_mp4
+from distill_at_scale.data.sources.folders import VideoFolder
 from distill_at_scale.data.sources.image.digits import load_digits
-from distill_at_scale.data.sources.video.videofolder import VideoFolder
 from distill_at_scale.storage.filesystem import is_uri
 
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
-from distill_at_scale.data.sources.video.base import VIDEO_EXTENSIONS, ListedVideos, rows_table
+from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
 from distill_at_scale.storage.filesystem import joined
 
 CLASSES = "classInd.txt"

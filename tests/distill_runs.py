@@ -35,16 +35,16 @@ def same(first: SyntheticSet, second: SyntheticSet) -> bool:
 
 def stop_before(distillation: Distillation, step: int) -> None:
     """Have the process end at a step, as if it were killed."""
-    whole = distillation.method.step
+    original = distillation.method.step
 
     def step_or_stop(i):
         if i == step:
             raise KeyboardInterrupt
-        return whole(i)
+        return original(i)
 
     distillation.method.step = step_or_stop
 
 
 def lines(places: DistillPaths) -> list[dict]:
-    every = [json.loads(line) for line in places.log.read_text().splitlines()]
-    return [line for line in every if line["stage"] == "distill"]
+    written = [json.loads(line) for line in places.log.read_text().splitlines()]
+    return [line for line in written if line["stage"] == "distill"]

@@ -214,7 +214,7 @@ def builder(key: str, name: str) -> Build:
         return resolve(key, name, NETWORKS)
     architecture = name.removeprefix(TORCHVISION)
     if architecture in MULTIPLE_OUTPUTS:
-        raise UserError(f"{key} = {name!r} has outputs beside its logits and cannot be used; take another network")
+        raise UserError(f"{key} = {name!r} has outputs besides its logits and cannot be used; take another network")
     if architecture not in torchvision_classifiers():
         raise UserError(
             f"{key} = {name!r} is no classifier of torchvision; {suggest(architecture, torchvision_classifiers())}"

@@ -66,14 +66,14 @@ CASES = {
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resume_equals_an_uninterrupted_run(places, case, stop):
     """Checkpoints come every two steps: stopped at 1 there is none, at 2 a fresh one, at 3 a step is done again."""
-    whole = start(elsewhere(places, "whole"), **CASES[case]).run()
+    uninterrupted = start(elsewhere(places, "whole"), **CASES[case]).run()
     parts = elsewhere(places, "parts")
     first = start(parts, **CASES[case])
     stop_before(first, stop)
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert parts.state.exists() is (stop > 1)
-    assert same(start(parts, **CASES[case]).run(), whole)
+    assert same(start(parts, **CASES[case]).run(), uninterrupted)
 
 
 @pytest.mark.parametrize(("waited", "took", "step"), [(0, 0.1, 0), (61, 0.1, 1), (61, 10, 0), (201, 10, 1)])
@@ -154,18 +154,18 @@ def test_pruned_samples_are_never_read(places, tmp_path, case):
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_the_set_does_not_depend_on_where_the_kept_samples_lie(places, method):
     holds = ("auto", "device", "host", "shards")
-    made = [start(elsewhere(places, hold), **CASES[method], distill__hold=hold).run() for hold in holds]
-    assert all(same(made[0], other) for other in made[1:])
+    sets = [start(elsewhere(places, hold), **CASES[method], distill__hold=hold).run() for hold in holds]
+    assert all(same(sets[0], other) for other in sets[1:])
 
 
 def test_where_the_kept_samples_lie_is_said_once(places):
     reported = []
     config = tiny_config("unused", distill__steps=3, distill__hold="shards")
     Distillation(config, places, SingleProcess(), CPU, reported.append).run()
-    said = [line["held"] for line in reported if "held" in line]
-    assert len(said) == 1
-    assert "stay on disk" in said[0]
-    assert json.loads(places.log.read_text().splitlines()[0])["held"] == said[0]
+    placements = [line["held"] for line in reported if "held" in line]
+    assert len(placements) == 1
+    assert "stay on disk" in placements[0]
+    assert json.loads(places.log.read_text().splitlines()[0])["held"] == placements[0]
 
 
 def test_the_kept_samples_do_matter(places, tmp_path):
@@ -235,10 +235,10 @@ def test_the_card_says_what_the_set_is(places):
 
 
 def test_snapshots_are_taken_from_the_start_to_the_end(places):
-    found = start(places, distill__steps=20, distill__method="dm").run()
-    assert list(found.snapshots) == [0, 1, 4, 10, 20]
-    assert {tuple(s.shape) for s in found.snapshots.values()} == {(3, 1, 8, 8)}
-    assert torch.equal(found.snapshots[20], found.pixels())
+    synthetic = start(places, distill__steps=20, distill__method="dm").run()
+    assert list(synthetic.snapshots) == [0, 1, 4, 10, 20]
+    assert {tuple(s.shape) for s in synthetic.snapshots.values()} == {(3, 1, 8, 8)}
+    assert torch.equal(synthetic.snapshots[20], synthetic.pixels())
 
 
 def test_distillation_moves_the_images_towards_the_data(places):
@@ -259,9 +259,9 @@ def test_what_cannot_work_is_refused_before_the_start(places, make_config):
 
 
 def test_a_method_of_ones_own(places):
-    found = start(places, distill__method="test_engine:Frozen", distill__options={"level": 0.25}).run()
-    assert torch.equal(found.images, torch.full((3, 1, 8, 8), 0.25))
-    assert found.card["method_options"] == {"level": 0.25}
+    synthetic = start(places, distill__method="test_engine:Frozen", distill__options={"level": 0.25}).run()
+    assert torch.equal(synthetic.images, torch.full((3, 1, 8, 8), 0.25))
+    assert synthetic.card["method_options"] == {"level": 0.25}
 
 
 class Frozen:

@@ -54,9 +54,9 @@ def test_a_row_has_fractions_and_the_same_job_gives_the_same_row(evaluator):
 
 
 def test_each_job_trains_on_its_set(evaluator, digits_run):
-    run, found = PreparedDataset(digits_run.dir / "prepared"), evaluator()
+    run, built = PreparedDataset(digits_run.dir / "prepared"), evaluator()
     sizes = {
-        name: len(found._training_set(EvaluationJob(name, "convnet", 0)).labels)
+        name: len(built._training_set(EvaluationJob(name, "convnet", 0)).labels)
         for name in ("distilled", "random_real", "kept", "full")
     }
     assert sizes == {
@@ -69,8 +69,8 @@ def test_each_job_trains_on_its_set(evaluator, digits_run):
 
 def test_training_on_more_data_helps(evaluator):
     """The bound learns the digits; a network that saw nothing does not."""
-    found = evaluator(evaluate__bound_epochs=15).run(EvaluationJob("full", "convnet", 0))
-    assert found["top1"] > 0.7
+    row = evaluator(evaluate__bound_epochs=15).run(EvaluationJob("full", "convnet", 0))
+    assert row["top1"] > 0.7
 
 
 def test_the_random_control_draws_anew_for_every_seed(digits_run):
@@ -125,7 +125,7 @@ def test_an_epoch_sees_every_image_in_batches(monkeypatch):
 def test_training_on_one_batch_is_plain_sgd():
     spec = FixedNetwork(SPEC)
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
-    found = students.train(spec, TrainingSet(images, labels), TrainingProtocol(3, lr=0.05), 0, CPU)
+    trained = students.train(spec, TrainingSet(images, labels), TrainingProtocol(3, lr=0.05), 0, CPU)
     network = spec.build(0)
     optimizer = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=5e-4)
     for epoch in range(3):
@@ -134,7 +134,7 @@ def test_training_on_one_batch_is_plain_sgd():
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         optimizer.step()
-    for a, b in zip(found.parameters(), network.parameters(), strict=True):
+    for a, b in zip(trained.parameters(), network.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 

@@ -119,9 +119,9 @@ def test_cutting_and_mixing_repeats_itself():
 
 def test_all_classes_are_stored_to_half_precision():
     logits = torch.randn(5, CLASSES, generator=chance()) * 10 + 300
-    found = expand(compact(logits, None, 20.0), CLASSES)
-    assert torch.allclose(found.softmax(1), logits.softmax(1), atol=5e-3)
-    assert torch.allclose((found / 20).softmax(1), (logits / 20).softmax(1), atol=1e-4)
+    actual = expand(compact(logits, None, 20.0), CLASSES)
+    assert torch.allclose(actual.softmax(1), logits.softmax(1), atol=5e-3)
+    assert torch.allclose((actual / 20).softmax(1), (logits / 20).softmax(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("heat", [1.0, 20.0])
@@ -129,11 +129,11 @@ def test_the_largest_keep_their_probability_and_the_rest_is_spread_evenly(heat):
     logits = torch.randn(5, CLASSES, generator=chance()) * 4
     values, classes = compact(logits, 2, heat)
     assert (values.dtype, classes.dtype, values.shape) == (torch.float16, torch.int16, (5, 2))
-    found, wanted = (expand((values, classes), CLASSES) / heat).softmax(1), (logits / heat).softmax(1)
-    top = wanted.topk(2, dim=1).indices
-    assert torch.allclose(found.gather(1, top), wanted.gather(1, top), atol=2e-3)
-    rest = found.scatter(1, top, 0.0)
-    assert torch.allclose(rest.sum(1), 1 - wanted.gather(1, top).sum(1), atol=2e-3)
+    actual, expected = (expand((values, classes), CLASSES) / heat).softmax(1), (logits / heat).softmax(1)
+    top = expected.topk(2, dim=1).indices
+    assert torch.allclose(actual.gather(1, top), expected.gather(1, top), atol=2e-3)
+    rest = actual.scatter(1, top, 0.0)
+    assert torch.allclose(rest.sum(1), 1 - expected.gather(1, top).sum(1), atol=2e-3)
     spread = rest[rest > 0].view(5, CLASSES - 2)
     assert torch.allclose(spread, spread[:, :1].expand_as(spread))
 

@@ -25,8 +25,8 @@ VIEWS = TrainingProtocol(
 )  # fmt: skip
 
 
-class Asked:
-    """Labels that note what they were asked for."""
+class RecordingLabels:
+    """Labels that record the calls."""
 
     epochs = 2
 
@@ -38,34 +38,34 @@ class Asked:
         return views.flatten(1)[:, :3] * 5
 
 
-def a_set(count: int = 10, **more) -> TrainingSet:
+def a_training_set(count: int = 10, **more) -> TrainingSet:
     images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     return TrainingSet(images, torch.arange(count) % 3, **more)
 
 
 def test_epochs_of_views_begin_again_where_labels_end():
-    asked = Asked()
-    students.train(SPEC, a_set(views=asked), VIEWS, 0, CPU)
-    assert [epoch for epoch, *_ in asked.seen] == [e for e in (0, 1, 0, 1, 0) for _ in range(3)]
-    assert torch.equal(asked.seen[0][2], asked.seen[6][2])  # the same views in epoch 2 as in epoch 0
-    assert not torch.equal(asked.seen[0][2], asked.seen[3][2])
+    recorded = RecordingLabels()
+    students.train(SPEC, a_training_set(views=recorded), VIEWS, 0, CPU)
+    assert [epoch for epoch, *_ in recorded.seen] == [e for e in (0, 1, 0, 1, 0) for _ in range(3)]
+    assert torch.equal(recorded.seen[0][2], recorded.seen[6][2])  # the same views in epoch 2 as in epoch 0
+    assert not torch.equal(recorded.seen[0][2], recorded.seen[3][2])
 
 
 @pytest.mark.filterwarnings("ignore:the network convnet_bn")
 def test_every_student_sees_the_same_views():
-    one, other = Asked(), Asked()
-    students.train(SPEC, a_set(views=one), VIEWS, 0, CPU)
-    students.train(WITH_NORM, a_set(views=other), VIEWS, 1, CPU)
+    one, other = RecordingLabels(), RecordingLabels()
+    students.train(SPEC, a_training_set(views=one), VIEWS, 0, CPU)
+    students.train(WITH_NORM, a_training_set(views=other), VIEWS, 1, CPU)
     assert all(torch.equal(a[2], b[2]) for a, b in zip(one.seen, other.seen, strict=True))
 
 
 def test_the_loss_is_the_divergence_at_the_temperature_times_its_square():
-    asked, made = Asked(), a_set(views=Asked())
+    recorded, data = RecordingLabels(), a_training_set(views=RecordingLabels())
     network = SPEC.build(0)
-    for views, loss_of in students._view_batches(made, VIEWS, 0):
-        logits, targets = network(views).detach(), (asked.logits(0, _Place, views) / 4).softmax(1)
-        wanted = (targets * (targets.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
-        assert float(loss_of(logits)) == pytest.approx(float(wanted), rel=1e-4)
+    for views, loss_of in students._view_batches(data, VIEWS, 0):
+        logits, targets = network(views).detach(), (recorded.logits(0, _Place, views) / 4).softmax(1)
+        expected = (targets * (targets.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
+        assert float(loss_of(logits)) == pytest.approx(float(expected), rel=1e-4)
         assert float(loss_of(targets.log() * 4)) == pytest.approx(0, abs=1e-5)
 
 
@@ -74,12 +74,12 @@ class _Place:
 
 
 def test_a_student_learns_what_the_labels_say():
-    made, protocol = a_set(views=Asked()), TrainingProtocol(
+    data, protocol = a_training_set(views=RecordingLabels()), TrainingProtocol(
         60, optimizer="adamw", batch=4, lr=1e-2, labels="views", temperature=2.0
     )  # fmt: skip
-    network = students.train(SPEC, made, protocol, 0, CPU)
-    answers = made.images.flatten(1)[:, :3] * 5
-    before, after = (F.kl_div(n(made.images).log_softmax(1), answers.log_softmax(1), reduction="batchmean", log_target=True)
+    network = students.train(SPEC, data, protocol, 0, CPU)
+    answers = data.images.flatten(1)[:, :3] * 5
+    before, after = (F.kl_div(n(data.images).log_softmax(1), answers.log_softmax(1), reduction="batchmean", log_target=True)
                      for n in (SPEC.build(5), network))  # fmt: skip
     assert float(after) < 0.5 * float(before)
 
@@ -97,26 +97,26 @@ def test_the_protocol_survives_its_card():
 def sizes(spec, protocol, count, monkeypatch) -> list[int]:
     seen, fixed = [], FixedNetwork(spec)
     fixed.network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    students.train(fixed, a_set(count), protocol, 0, CPU)
+    students.train(fixed, a_training_set(count), protocol, 0, CPU)
     return seen
 
 
-@pytest.mark.parametrize(("spec", "wanted"), [(SPEC, [4, 4, 1]), (WITH_NORM, [4, 5])])
-def test_with_batch_norm_a_last_batch_of_one_is_merged(spec, wanted, monkeypatch):
+@pytest.mark.parametrize(("spec", "expected"), [(SPEC, [4, 4, 1]), (WITH_NORM, [4, 5])])
+def test_with_batch_norm_a_last_batch_of_one_is_merged(spec, expected, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert sizes(spec, TrainingProtocol(1, batch=4), 9, monkeypatch) == wanted
+        assert sizes(spec, TrainingProtocol(1, batch=4), 9, monkeypatch) == expected
 
 
 def test_batch_norm_with_few_images_is_said_and_without_it_nothing_is():
     with pytest.warns(
         UserWarning, match=r"network convnet_bn has batch norm.*batches of 9 images.*merged into the one before"
     ):
-        students.train(WITH_NORM, a_set(9), TrainingProtocol(1), 0, CPU)
+        students.train(WITH_NORM, a_training_set(9), TrainingProtocol(1), 0, CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        students.train(SPEC, a_set(9), TrainingProtocol(1), 0, CPU)
-        students.train(WITH_NORM, a_set(32), TrainingProtocol(1), 0, CPU)
+        students.train(SPEC, a_training_set(9), TrainingProtocol(1), 0, CPU)
+        students.train(WITH_NORM, a_training_set(32), TrainingProtocol(1), 0, CPU)
 
 
 def test_accuracy_by_class_counts_every_class_for_itself():
@@ -127,6 +127,6 @@ def test_accuracy_by_class_counts_every_class_for_itself():
     pixels = torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8).view(5, 1, 1, 1)  # what is said
     labels = torch.tensor([0, 0, 1, 1, 2])
     plain = Normalization((0.0,), (1 / 255,))
-    found = students.test(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)
-    assert found.per_class == [0.5, 0.5, 0.0, None]
-    assert found.top1 == 0.4
+    accuracy = students.test(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)
+    assert accuracy.per_class == [0.5, 0.5, 0.0, None]
+    assert accuracy.top1 == 0.4

@@ -98,9 +98,9 @@ def test_up_to_64_pixels_a_resnet_has_the_small_stem(name, side, kernel):
 def test_torchvisions_classifiers_are_built_by_name(name):
     from torchvision.models import get_model
 
-    found = NetworkSpec(f"torchvision:{name}", (3, 32, 32), 7).build(0).state_dict()
-    wanted = get_model(name, num_classes=7).state_dict()
-    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+    actual = NetworkSpec(f"torchvision:{name}", (3, 32, 32), 7).build(0).state_dict()
+    expected = get_model(name, num_classes=7).state_dict()
+    assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in expected.items()}
 
 
 def test_torchvision_networks_that_cannot_be_used_are_refused():
@@ -108,7 +108,7 @@ def test_torchvision_networks_that_cannot_be_used_are_refused():
         NetworkSpec("torchvision:mobilenet_v3_smal", (3, 32, 32), 7).build(0)
     with pytest.raises(UserError, match="is no classifier"):  # torchvision has it, for segmentation
         NetworkSpec("torchvision:fcn_resnet50", (3, 32, 32), 7).build(0)
-    with pytest.raises(UserError, match="outputs beside its logits"):
+    with pytest.raises(UserError, match="outputs besides its logits"):
         NetworkSpec("torchvision:inception_v3", (3, 299, 299), 7).build(0)
     with pytest.raises(UserError, match="takes 3 channels, the data has 1"):
         NetworkSpec("torchvision:resnet18", (1, 32, 32), 7).build(0)
@@ -209,9 +209,9 @@ def test_without_a_working_compiler_the_network_runs_as_it_is(monkeypatch):
 def test_the_layout_in_memory_does_not_change_the_logits(name):
     spec = NetworkSpec(name, (3, 32, 32), 3, width=8)
     network, images = spec.build(0).eval(), torch.randn(2, 3, 32, 32)
-    wanted = network(images)
-    found = MemoryFormat(spec, True).network(network)(MemoryFormat(spec, True).images(images))
-    assert torch.allclose(found, wanted, atol=1e-4)
+    expected = network(images)
+    actual = MemoryFormat(spec, True).network(network)(MemoryFormat(spec, True).images(images))
+    assert torch.allclose(actual, expected, atol=1e-4)
 
 
 WITHOUT_COMPILER = """

@@ -1,4 +1,4 @@
-"""Ready-made weights: every format comes back tensor for tensor, and what does not fit is refused with one error."""
+"""Ready-networks weights: every format comes back tensor for tensor, and what does not fit is refused with one error."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def load(path, spec=SPEC, classes=CLASSES, source=None):
     return pretrained.load(str(path), spec, classes, classes if source is None else source)
 
 
-def same(found, wanted):
-    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+def same(actual, expected):
+    return actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def resnets():
     """torchvision's networks of 18 and 50 layers with random weights, and statistics that are not the initial ones."""
     from torchvision.models import get_model
 
-    made = {}
+    networks = {}
     for layers in (18, 50):
         torch.manual_seed(layers)
-        made[layers] = get_model(f"resnet{layers}").eval()
-        for module in made[layers].modules():
+        networks[layers] = get_model(f"resnet{layers}").eval()
+        for module in networks[layers].modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.1, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    return made
+    return networks
 
 
 @pytest.fixture
@@ -107,11 +107,11 @@ def of_a_compiled_network(path):
 def test_every_format_comes_back_tensor_for_tensor(tmp_path, write, suffix):
     path = tmp_path / f"weights.{suffix}"
     write(path)
-    given = load(path)
-    assert same(given.state, STATE)
-    assert (given.outputs, given.classes, given.normalization) == (3, None, None)
-    assert given.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    SPEC.build(0).load_state_dict(given.state)
+    weights = load(path)
+    assert same(weights.state, STATE)
+    assert (weights.outputs, weights.classes, weights.normalization) == (3, None, None)
+    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    SPEC.build(0).load_state_dict(weights.state)
 
 
 def test_half_precision_becomes_float32(tmp_path):
@@ -123,8 +123,8 @@ def test_digests_follow_the_content_and_not_the_place(tmp_path):
     first, moved, other = (str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "c"))
     for path, state in ((first, STATE), (moved, STATE), (other, WIDE_STATE)):
         safetensors_io.save(tmp_path / path, state)
-    found = pretrained.digests([first, moved, other])
-    assert found[first] == found[moved] != found[other]
+    actual = pretrained.digests([first, moved, other])
+    assert actual[first] == actual[moved] != actual[other]
 
 
 class Hostile:
@@ -225,10 +225,10 @@ def test_weights_for_another_count_of_classes_are_refused(tmp_path):
 def test_a_subset_of_the_classes_uses_its_columns_of_the_logits(tmp_path, facts):
     safetensors_io.save(tmp_path / "w.safetensors", WIDE_STATE, facts)
     chosen = ["owl", "ant", "dog"]
-    given = load(tmp_path / "w.safetensors", classes=chosen, source=WIDE)
-    assert (given.outputs, given.classes) == (5, [3, 0, 2])
-    assert [WIDE[column] for column in given.classes] == chosen
-    assert same(given.state, WIDE_STATE)
+    weights = load(tmp_path / "w.safetensors", classes=chosen, source=WIDE)
+    assert (weights.outputs, weights.classes) == (5, [3, 0, 2])
+    assert [WIDE[column] for column in weights.classes] == chosen
+    assert same(weights.state, WIDE_STATE)
 
 
 def test_a_class_that_the_source_does_not_have_is_refused(tmp_path):
@@ -268,17 +268,17 @@ def test_torchvisions_weights_give_torchvisions_logits(tmp_path, resnets, layers
     network = spec.build(0).eval()
     network.load_state_dict(load(tmp_path / "w.pth", spec, names).state)
     images = torch.randn(2, 3, 224, 224)
-    wanted = resnets[layers](images)
-    assert torch.allclose(network(images), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    expected = resnets[layers](images)
+    assert torch.allclose(network(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("network", ["resnet18_bn", "torchvision:resnet18"])
 @pytest.mark.parametrize("name", [RESNET, "ResNet18_Weights.DEFAULT", RESNET_FILE])
 def test_published_weights_are_found_offline_by_name(hub, resnets, network, name):
     torch.save(resnets[18].state_dict(), hub / RESNET_FILE)
-    given = load(name, NetworkSpec(network, (3, 224, 224), 1000), IDS)
-    assert (given.outputs, given.classes, given.normalization) == (1000, None, IMAGENET)
-    assert torch.equal(given.state[next(iter(given.state))], resnets[18].conv1.weight)
+    weights = load(name, NetworkSpec(network, (3, 224, 224), 1000), IDS)
+    assert (weights.outputs, weights.classes, weights.normalization) == (1000, None, IMAGENET)
+    assert torch.equal(weights.state[next(iter(weights.state))], resnets[18].conv1.weight)
 
 
 def test_a_file_called_as_a_published_one_has_another_digest_as_it_is_normalised_otherwise(tmp_path, resnets):
@@ -306,16 +306,16 @@ def test_any_damage_to_a_pickle_is_one_clear_error(tmp_path):
 
 def test_a_published_file_that_lies_elsewhere_is_still_the_published_one(tmp_path, resnets):
     torch.save(resnets[18].state_dict(), tmp_path / RESNET_FILE)
-    given = load(tmp_path / RESNET_FILE, NetworkSpec("resnet18_bn", (3, 96, 96), 1000), IDS)
-    assert given.normalization == IMAGENET
+    weights = load(tmp_path / RESNET_FILE, NetworkSpec("resnet18_bn", (3, 96, 96), 1000), IDS)
+    assert weights.normalization == IMAGENET
 
 
 def test_files_without_counters_of_batches_load(tmp_path, resnets):
     """Older files, and those of other libraries, lack what only training needs."""
     kept = {key: value for key, value in resnets[18].state_dict().items() if "num_batches" not in key}
     torch.save(kept, tmp_path / RESNET_FILE)
-    given = load(tmp_path / RESNET_FILE, NetworkSpec("resnet18_bn", (3, 96, 96), 1000), IDS)
-    assert given.state["net.bn1.num_batches_tracked"] == 0
+    weights = load(tmp_path / RESNET_FILE, NetworkSpec("resnet18_bn", (3, 96, 96), 1000), IDS)
+    assert weights.state["net.bn1.num_batches_tracked"] == 0
 
 
 def test_old_names_of_densenets_layers_are_known(tmp_path):
@@ -335,9 +335,9 @@ def test_other_networks_of_torchvision_take_their_weights(tmp_path, name):
     spec = NetworkSpec(f"torchvision:{name}", (3, 224, 224), 3)
     state = spec.build(3).state_dict()
     safetensors_io.save(tmp_path / "w.safetensors", state)
-    given = load(tmp_path / "w.safetensors", spec)
-    assert same(given.state, state)
-    spec.build(0).load_state_dict(given.state)
+    weights = load(tmp_path / "w.safetensors", spec)
+    assert same(weights.state, state)
+    spec.build(0).load_state_dict(weights.state)
     del state[next(iter(state))]
     safetensors_io.save(tmp_path / "w.safetensors", state)
     with pytest.raises(UserError, match=rf"w\.safetensors does not fit score\.network = 'torchvision:{name}'"):
@@ -384,8 +384,8 @@ def test_published_weights_refuse_ids_out_of_order(hub, resnets):
 def test_published_weights_score_a_subset_of_imagenet(hub, resnets):
     torch.save(resnets[18].state_dict(), hub / RESNET_FILE)
     chosen, spec = [IDS[900], IDS[2], IDS[30]], NetworkSpec("resnet18_bn", (3, 96, 96), 3)
-    given = load(RESNET, spec, chosen, IDS)
-    assert (given.outputs, given.classes) == (1000, [900, 2, 30])
+    weights = load(RESNET, spec, chosen, IDS)
+    assert (weights.outputs, weights.classes) == (1000, [900, 2, 30])
     with pytest.raises(
         UserError, match=r"1000 classes, the data has 3; .*list all of ImageNet's 1000.*data\.class_names"
     ):
@@ -416,10 +416,10 @@ def test_published_weights_of_videos_are_known_too(hub):
     network, names = video.r3d_18(), list(video.R3D_18_Weights.KINETICS400_V1.meta["categories"])
     torch.save(network.state_dict(), hub / "r3d_18-b3b3357e.pth")
     spec = NetworkSpec("r3d_18_bn", (8, 3, 64, 64), 400)
-    given = load("R3D_18_Weights.KINETICS400_V1", spec, names)
-    assert (given.outputs, given.classes) == (400, None)
+    weights = load("R3D_18_Weights.KINETICS400_V1", spec, names)
+    assert (weights.outputs, weights.classes) == (400, None)
     mine = spec.build(1).eval()
-    mine.load_state_dict(given.state)
+    mine.load_state_dict(weights.state)
     clips = torch.rand(1, 8, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(mine(clips), network.eval()(clips.transpose(1, 2)))

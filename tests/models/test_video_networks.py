@@ -64,7 +64,7 @@ def test_the_middle_of_the_network_is_torchvisions_own_with_batch_norm():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "said"),
+    ("name", "shape", "message"),
     [
         ("convnet", CLIP, "takes images, the data are clips; take one of convnet3d"),
         ("convnet3d", (3, 32, 32), "takes clips, the data are images; set data.frames"),
@@ -74,12 +74,12 @@ def test_the_middle_of_the_network_is_torchvisions_own_with_batch_norm():
         ("convnet3d", (8, 3, 2, 2), None),
     ],
 )
-def test_what_does_not_fit_is_said(name, shape, said):
+def test_what_does_not_fit_is_said(name, shape, message):
     spec = NetworkSpec(name, shape, 5, width=4)
-    if said is None:
+    if message is None:
         spec.build(0)
         return
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         spec.build(0)
 
 

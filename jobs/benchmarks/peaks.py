@@ -1,4 +1,4 @@
-"""Peak memory of a benchmark's processes by kind: a separate, otherwise idle process samples all of them ten times per second."""
+"""Peak memory of a benchmark's processes by kind; a separate process samples them ten times per second."""
 
 from __future__ import annotations
 

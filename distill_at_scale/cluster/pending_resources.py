@@ -15,18 +15,18 @@ import ray
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-EVERY = 30.0  # seconds without progress before each line
+INTERVAL = 30.0  # seconds without progress before each line
 TIMEOUT = 10  # seconds in which the head must answer
 NAMES = {"CPU": "core", "GPU": "GPU"}
 
 
 @contextmanager
-def watched(stage: str, say: Callable[[str], None], every: float = EVERY) -> Iterator[Callable[[], None]]:
+def watched(stage: str, say: Callable[[str], None], interval: float = INTERVAL) -> Iterator[Callable[[], None]]:
     """Yields a function to call on progress; says what the stage waits for while no calls come."""
     progressed, over = threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not over.wait(every):
+        while not over.wait(interval):
             if not progressed.is_set() and (line := missing(stage)) and not over.is_set():
                 say(f"  {line}")
             progressed.clear()

@@ -93,10 +93,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     pieces.mkdir(exist_ok=True)
     paths = [score_part_path(pieces, chunk) for chunk in chunks]
     if config.score.weights is None and not all(path.exists() for path in paths):
-        proxies.check_workers(data, config.score, config.run.seed)
-        finished, executor = proxies.finished_epochs(config.score, checkpoints), context.executor
-        with display.meter("proxies", config.score.trials * config.score.epochs, "epochs", finished) as meter:
-            tasks.train_proxies(executor, config, data.folder, checkpoints, meter.advance)
+        _train_proxies(context, data, checkpoints)
     trained = time.perf_counter()
     finished = sum(chunk.rows for chunk, path in zip(chunks, paths, strict=True) if path.exists())
     executor = context.executor
@@ -113,3 +110,11 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     display.say(f"  mean score {written['mean_score']:.4f} over {written['rows']} samples")
     seconds = {"train_seconds": round(trained - began, 3), "score_seconds": round(scored - trained, 3)}
     return outputs, {**seconds, "mean_score": written["mean_score"]}
+
+
+def _train_proxies(context: RunContext, data: PreparedDataset, checkpoints: Path) -> None:
+    config, score = context.config, context.config.score
+    proxies.check_workers(data, score, config.run.seed)
+    finished, executor = proxies.finished_epochs(score, checkpoints), context.executor
+    with context.display.meter("proxies", score.trials * score.epochs, "epochs", finished) as meter:
+        tasks.train_proxies(executor, config, data.folder, checkpoints, meter.advance)

@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.core import rng
-from distill_at_scale.data.codecs.video_decoders import (
-    Decoder,
-    DecoderFailed,
-    DecoderSkipped,
-    FewerFrames,
-    decord_frames,
-    pyav_frames,
-)
+from distill_at_scale.data.codecs import video_decoders
 from distill_at_scale.data.codecs.video_probe import Video, VideoRejected, open_video
 
 Array = np.ndarray[Any, Any]
 
-DECODERS = {"decord": ("decord", decord_frames), "pyav": ("PyAV", pyav_frames)}  # display name, function
+# name -> display name, function
+DECODERS = {"decord": ("decord", video_decoders.decord_frames), "pyav": ("PyAV", video_decoders.pyav_frames)}
 TOO_LARGE = "needs too much memory"  # more than `IsolatedFunction` allows
 LUMA = np.array([19595, 38470, 7471], np.uint32)  # of 65536; BT.601, as Pillow's conversion to grey
 
@@ -80,20 +74,20 @@ def _decode(video: Video, names: Sequence[str], request: ClipRequest) -> tuple[A
         label, decoder = DECODERS[name] if name in DECODERS else (name, pkgutil.resolve_name(name))
         try:
             frames = _frames(decoder, video, request)
-        except (DecoderFailed, MemoryError) as error:
-            expected = expected and isinstance(error, DecoderSkipped)
-            failures.append(f"{label} {error if isinstance(error, DecoderFailed) else TOO_LARGE}")
+        except (video_decoders.DecoderFailed, MemoryError) as error:
+            expected = expected and isinstance(error, video_decoders.DecoderSkipped)
+            failures.append(f"{label} {error if isinstance(error, video_decoders.DecoderFailed) else TOO_LARGE}")
         else:
             return frames, {"decoder": label, "failures": failures, "expected": expected}
     hint = " (data.decoder = auto would ask PyAV)" if names == ["decord"] else ""
     raise VideoRejected("; ".join(failures) + hint)
 
 
-def _frames(decoder: Decoder, video: Video, request: ClipRequest) -> Array:
+def _frames(decoder: video_decoders.Decoder, video: Video, request: ClipRequest) -> Array:
     indices = frame_indices(video.frames, request)
     try:
         return decoder(video, indices, request.size, request.resize, request.seek == "fast")
-    except FewerFrames as error:
+    except video_decoders.FewerFrames as error:
         video.frames, video.times = error.frames, None
         return _frames(decoder, video, request)
 

@@ -139,10 +139,7 @@ def encode(pixels: Array, quality: int) -> bytes:
 
 
 def decode_stored(data: bytes, shape: Sequence[int]) -> Array:
-    """The output of `encode`, which must have the shape (C, H, W) -> new uint8 [C, H, W].
-
-    Raises SampleRejected for cut or damaged bytes and for another shape.
-    """
+    """The output of `encode` -> new uint8 of `shape`, (C, H, W). Raises SampleRejected for damage and for another shape."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         actual, expected = (1 if space == "Gray" else 3, height, width), tuple(shape)

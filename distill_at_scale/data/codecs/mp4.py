@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
 from distill_at_scale.core.errors import UserError
-
-Array = np.ndarray[Any, Any]
+from distill_at_scale.data.codecs.image import Array
 
 
 def encode_mp4(frames: Iterable[Array], rate: int, options: Mapping[str, str], layout: str = "rgb24") -> bytes:

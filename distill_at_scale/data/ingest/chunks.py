@@ -34,9 +34,7 @@ from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.prepared.format import stack_frames, to_jpeg_table, to_table
 from distill_at_scale.data.sources.base import Source
 
-REJECTED = pa.schema(
-    [("sample_id", pa.string()), ("location", pa.string()), ("reason", pa.string()), ("used", pa.bool_())]
-)
+REJECTED = pa.schema({"sample_id": pa.string(), "location": pa.string(), "reason": pa.string(), "used": pa.bool_()})
 SAMPLE_ERRORS = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # concern a single file
 READ_AT_ONCE = 64  # samples; up to four such reads are in memory: one is decoded, two wait, one is being read
 READ_BYTES = 32 * 2**20  # of one read, unless a single sample is larger
@@ -59,10 +57,7 @@ class Recipe:
         return Counter() if isinstance(self.decoder, ImageDecoder | TensorDecoder) else self.decoder.tally.copy()
 
     def decode(self, name: str, raw: Raw) -> tuple[np.ndarray[Any, Any], str | None]:
-        """uint8 (tensors: float32) of the decoder's shape, and a remark if the sample is used despite a flaw.
-
-        Raises SampleRejected.
-        """
+        """uint8 (tensors: float32) of the decoder's shape, and a remark about a flaw. Raises SampleRejected."""
         if isinstance(self.decoder, ImageDecoder | TensorDecoder):
             return self.decoder(raw), None
         if not isinstance(raw, bytes):
@@ -82,9 +77,7 @@ def recipe_of(config: Config) -> Recipe:
 
 
 def stores_jpeg(data: DataSection) -> bool:
-    if holds_tensors(data):
-        return False
-    return data.store == "jpeg" or (data.store == "auto" and data.size >= JPEG_FROM)
+    return not holds_tensors(data) and (data.store == "jpeg" or (data.store == "auto" and data.size >= JPEG_FROM))
 
 
 def part_path(folder: Path, split: str, index: int) -> Path:

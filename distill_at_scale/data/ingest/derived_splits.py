@@ -40,10 +40,7 @@ class DerivedCounts:
 
 
 def derived_counts(data: DataSection, counts: Sequence[int], seed: int) -> DerivedCounts:
-    """Predicts the result of the transform from the counts of listed training samples [C].
-
-    Raises UserError for fewer classes than it needs.
-    """
+    """Predicts the result from the counts of listed training samples [C]. Raises UserError for too few classes."""
     classes = list(range(len(counts)))
     if data.transform == "long_tail":
         return DerivedCounts(classes, long_tail_counts(data, counts, seed))

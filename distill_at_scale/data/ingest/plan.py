@@ -143,10 +143,7 @@ def _without_empty(listings: dict[str, pa.Table]) -> dict[str, pa.Table]:
 
 
 def _splits(source: Source, data: DataSection) -> dict[str, str]:
-    """Our name of each split -> the source's: `data.train_split` names the one to distil.
-
-    Raises UserError if the source has no such split.
-    """
+    """Our name of each split -> the source's. Raises UserError if the source lacks the split `data.train_split`."""
     present = source.splits()
     wanted = "train" if data.train_split == "train" else "test"
     if wanted not in present:

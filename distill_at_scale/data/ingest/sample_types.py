@@ -69,10 +69,7 @@ class TensorDecoder:
     shape: tuple[int, ...]
 
     def __call__(self, raw: bytes | Array) -> Array:
-        """An array of numbers -> a new float32 array of the shape.
-
-        Raises SampleRejected for another shape, for values that are not numbers, and for numbers that are not finite.
-        """
+        """-> a new float32 array. Raises SampleRejected for another shape and for values that are not finite numbers."""
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
             raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack numbers")
         if raw.shape != self.shape:

@@ -245,11 +245,8 @@ def _checked(meta: Any) -> dict[str, Any]:
     names, shape, counts = meta.get("class_names", []), meta.get("shape", [1]), meta.get("counts", {})
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names is not a list of names")
-    if (
-        not isinstance(shape, list)
-        or not all(isinstance(n, int) and n > 0 for n in shape)
-        or not 0 < len(shape) <= MAX_AXES
-    ):
+    positive = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+    if not positive or not 0 < len(shape) <= MAX_AXES:
         raise ValueError(f"{shape!r:.80} is not the shape of a sample")
     if math.prod(shape) > MAX_VALUES:
         raise ValueError("a sample has too many values")

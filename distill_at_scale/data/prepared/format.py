@@ -156,17 +156,14 @@ def scoring_chunk(shape: Sequence[int], chunk: int) -> int:
 def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:
     """Write tables, sorted by class and id, as shards whose row groups have one class and at most `group` rows."""
     folder.mkdir(parents=True)
-    writer, size, count = None, 0, 0
-    for table in _row_groups(tables, group):
-        if writer is None or size >= SHARD_BYTES:
-            if writer is not None:
-                writer.close()
-            writer = _writer(folder, count, kind)
-            size, count = 0, count + 1
-        writer.write_table(table)
-        size += table.nbytes
-    if writer is not None:
-        writer.close()
+    groups = _row_groups(tables, group)
+    for number, table in enumerate(groups):
+        with _writer(folder, number, kind) as writer:
+            writer.write_table(table)
+            size = table.nbytes
+            while size < SHARD_BYTES and (table := next(groups, None)) is not None:
+                writer.write_table(table)
+                size += table.nbytes
 
 
 def write_shard(folder: Path, number: int, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:

@@ -19,15 +19,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.prepared.parquet import (
-    RowGroupWriter,
-    check_rows,
-    check_values,
-    facts_of,
-    open_table,
-    read_group,
-    reading,
-)
+from distill_at_scale.data.prepared import parquet
 
 SCHEMA = pa.schema(
     {"sample_id": pa.string(), "label": pa.int32(), "score": pa.float32(), "rank": pa.int32(), "kept": pa.bool_()}
@@ -44,9 +36,9 @@ ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compres
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[RowGroupWriter]:
+def writing(path: Path) -> Iterator[parquet.RowGroupWriter]:
     """Yields the writer; the manifest appears at `path` when the block ends without an error."""
-    with publish(path) as temporary, RowGroupWriter(temporary, SCHEMA, KEY, ROWS, **ENCODING) as out:
+    with publish(path) as temporary, parquet.RowGroupWriter(temporary, SCHEMA, KEY, ROWS, **ENCODING) as out:
         yield out
 
 
@@ -58,32 +50,29 @@ def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
 
 
 def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, dict[str, Any]]:
-    """Some columns of all rows, and the facts.
-
-    Raises UserError if the file is missing or is not a manifest.
-    """
+    """Some columns of all rows, and the facts. Raises UserError if the file is missing or is not a manifest."""
     file = _open(path)
-    with reading(path, "select"):
+    with parquet.reading(path, "select"):
         table = file.read(list(columns))
     if {"sample_id", "label"} <= set(columns):
-        check_rows(table, path, "select")
-    return table, facts_of(file, KEY)
+        parquet.check_rows(table, path, "select")
+    return table, parquet.facts_of(file, KEY)
 
 
 def facts(path: Path) -> dict[str, Any]:
     """The facts alone, from the footer."""
-    return facts_of(_open(path), KEY)
+    return parquet.facts_of(_open(path), KEY)
 
 
 def kept(path: Path) -> pa.ChunkedArray:
     """The ids of the kept samples, in the order of the manifest; row groups that keep none are skipped."""
     file, chunks = _open(path), []
-    with reading(path, "select"):
+    with parquet.reading(path, "select"):
         for group in range(file.num_row_groups):
-            mask = read_group(file, group, ["kept"])["kept"]
+            mask = parquet.read_group(file, group, ["kept"])["kept"]
             if pc.any(mask).as_py():
-                table = read_group(file, group, ["sample_id", "label"])
-                check_rows(table, path, "select")
+                table = parquet.read_group(file, group, ["sample_id", "label"])
+                parquet.check_rows(table, path, "select")
                 chunks += table["sample_id"].filter(mask).chunks
     return pa.chunked_array(chunks, pa.string())
 
@@ -91,16 +80,16 @@ def kept(path: Path) -> pa.ChunkedArray:
 def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa.Array]]:
     """(label, ids of kept samples) for some classes, row group by row group; other groups only have their labels read."""
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
-    with reading(path, "select"):
+    with parquet.reading(path, "select"):
         for group in range(file.num_row_groups):  # statistics in the footer name the labels, too, but may lie
-            if not np.isin(read_group(file, group, ["label"])["label"], wanted).any():
+            if not np.isin(parquet.read_group(file, group, ["label"])["label"], wanted).any():
                 continue
-            table = read_group(file, group, ["label", "kept"])
-            check_values(table, path, "select")
+            table = parquet.read_group(file, group, ["label", "kept"])
+            parquet.check_values(table, path, "select")
             labels_here = table["label"].to_numpy()
             mask = table["kept"].to_numpy() & np.isin(labels_here, wanted)
             if mask.any():
-                ids = read_group(file, group, ["sample_id"])["sample_id"].combine_chunks()
+                ids = parquet.read_group(file, group, ["sample_id"])["sample_id"].combine_chunks()
                 ids, kept_labels = ids.take(pa.array(np.flatnonzero(mask))), labels_here[mask]
                 yield from (
                     (int(label), ids.filter(pa.array(kept_labels == label))) for label in np.unique(kept_labels)
@@ -108,7 +97,7 @@ def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    file = open_table(path, "select", SCHEMA.names, "manifest")
+    file = parquet.open_table(path, "select", SCHEMA.names, "manifest")
     if [file.schema_arrow.field(name).type for name in SCHEMA.names] != SCHEMA.types:
         raise UserError(f"{path} is not a manifest: its columns have other types; run `select` again")
     return file

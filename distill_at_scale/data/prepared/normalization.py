@@ -46,10 +46,8 @@ class Normalization:
 
     def _mean_and_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *(1,) * self.inner)
-        return (
-            torch.tensor(self.mean, device=like.device).view(shape),
-            torch.tensor(self.std, device=like.device).view(shape),
-        )
+        mean, std = (torch.tensor(values, device=like.device).view(shape) for values in (self.mean, self.std))
+        return mean, std
 
     def stored(self, images: Tensor) -> Tensor:
         """float [n, *shape] -> as samples are stored: uint8, clipped; or float32 where the scale is 1."""

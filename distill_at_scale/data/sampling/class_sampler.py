@@ -58,7 +58,7 @@ class ClassSampler:
         Raises UserError for a class without kept samples.
         """
         places = placement.kept_places(prepared, manifest, labels)
-        needed = placement.needed_bytes(prepared, places)
+        needed = sum(map(len, places.values())) * prepared.sample_bytes
         where, why = placement.choose(hold, needed, device, free or placement.memory_budget(device))
         if where == "shards":
             chosen: Placement = InShards(prepared, places, min(MAX_THREADS, os.cpu_count() or 1))

@@ -6,7 +6,6 @@ bytes. Pruned samples are identified by id, class by class, and never decoded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +167,3 @@ def describe(where: str, samples: int, needed: int, why: str, device: torch.devi
         "shards": "stay on disk and are read batch by batch, the next batch is prefetched",
     }[where]
     return f"{samples:,} kept samples ({format_bytes(needed)}) {held} ({why})"
-
-
-def needed_bytes(prepared: PreparedDataset, places: Places) -> int:
-    """Bytes of the kept samples in memory."""
-    return sum(map(len, places.values())) * math.prod(prepared.shape) * prepared.dtype.itemsize

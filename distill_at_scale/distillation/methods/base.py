@@ -7,7 +7,7 @@ of its own per network. A step draws its randomness from (seed, purpose, i) alon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,8 +19,9 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import Collectives
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
-from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
 from distill_at_scale.data.sampling.lookahead import DrawRequest
+from distill_at_scale.distillation.augment import AugmentParams
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
@@ -232,6 +233,34 @@ class ImageMethod(Method):
         if self.real.count(label) < self.ipc:
             raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
         return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
+
+    def augmented_batches(
+        self, batches: Sequence[RealBatch], params: Sequence[AugmentParams], update: int
+    ) -> tuple[list[Tensor], list[int]]:
+        """Augment the real batches, without samples that runtime pruning drops by the values it remembers.
+
+        Args:
+            batches: one per class.
+            params: the augmentation of each.
+            update: counts the updates over all steps; every `runtime.refresh` updates all samples are rated again.
+
+        Returns:
+            The images [n, *shape] of each batch, and the indices of batches that are whole and to be rated by `kept_mask`.
+        """
+        masks = [self.pruning.remembered_mask(b.label, b.rows, self.real.count(b.label), update) for b in batches]
+        images = [
+            p.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
+            for p, batch, mask in zip(params, batches, masks, strict=True)
+        ]
+        return images, [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.drop_count(len(b.rows))]
+
+    def kept_mask(self, batch: RealBatch, loss: Callable[[], Tensor], ite: Callable[[], Tensor]) -> Tensor:
+        """Rate a whole batch by `runtime.rule`; True for the samples that are kept [n].
+
+        `loss` and `ite` compute what these rules judge by [n]; only that of the configured rule is called.
+        """
+        values = self.pruning.values(loss=loss, ite=ite)
+        return self.pruning.observe(batch.label, batch.rows, self.real.count(batch.label), values)
 
     def update(self, losses: list[Tensor], step: int) -> None:
         """Move the images along `self.images.grad`, unless something is not finite.

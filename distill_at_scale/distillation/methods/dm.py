@@ -103,11 +103,7 @@ class DM(ImageMethod):
         """
         batches = self.real.draw(labels, self.real_batch, "real batch", step)
         drawn = sum(len(batch.rows) for batch in batches)
-        masks = [self.pruning.remembered_mask(b.label, b.rows, self.real.count(b.label), step) for b in batches]
-        real = [
-            p.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
-            for p, batch, mask in zip(params, batches, masks, strict=True)
-        ]
+        real, rated = self.augmented_batches(batches, params, step)
         features = list(self._embed_real(torch.cat(real)).split([len(x) for x in real]))
 
         def distances(k: int) -> Tensor:
@@ -117,9 +113,6 @@ class DM(ImageMethod):
             rng, at_once = generator(self.context.seed, "effects", step, labels[k]), max(self.at_once // 2, 1)
             return feature_effects(self.embed, features[k], syn[k], params[k].apply, self.pruning.probes, rng, at_once)
 
-        for k, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
-            if mask is None and self.pruning.drop_count(len(batch.rows)):
-                values = self.pruning.values(loss=partial(distances, k), ite=partial(effects, k))
-                kept = self.pruning.observe(batch.label, batch.rows, self.real.count(batch.label), values)
-                features[k] = features[k][kept]
+        for k in rated:
+            features[k] = features[k][self.kept_mask(batches[k], partial(distances, k), partial(effects, k))]
         return torch.stack([x.mean(0) for x in features]), (sum(len(x) for x in real), drawn)

@@ -22,21 +22,7 @@ from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, ImageMethod, MethodContext
-from distill_at_scale.distillation.methods.shared.experts import (
-    ExpertFiles,
-    ExpertTraining,
-    expert_name,
-    expert_options,
-    refuse_batch_norm,
-)
-from distill_at_scale.distillation.methods.shared.unroll import (
-    FlatNetwork,
-    LossAndGradients,
-    StudentStep,
-    SyntheticData,
-    TrajectorySegment,
-    unrolled,
-)
+from distill_at_scale.distillation.methods.shared import experts, unroll
 from distill_at_scale.distillation.student import TrainingProtocol
 
 
@@ -62,16 +48,16 @@ class MTT(ImageMethod):
 
     @classmethod
     def networks(cls, config: Config) -> list[str]:
-        return [expert_name(number) for number in range(cls.section(config).experts)]
+        return [experts.expert_name(number) for number in range(cls.section(config).experts)]
 
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
-        return expert_options(config, cls.section(config))
+        return experts.expert_options(config, cls.section(config))
 
     @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
         number = cls.networks(context.config).index(name)
-        ExpertTraining(number, context, cls.section(context.config), real).run(context.networks / name)
+        experts.ExpertTraining(number, context, cls.section(context.config), real).run(context.networks / name)
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
@@ -84,10 +70,12 @@ class MTT(ImageMethod):
         super().__init__(context, options.init, options.image_lr, options.image_momentum)
         self.augmentation = Augmentation(options.augment)
         net = context.spec.build(0)
-        refuse_batch_norm(context.spec.name, net)
-        self.student = FlatNetwork(net.to(context.device), context.spec.microbatch(context.device))
+        experts.refuse_batch_norm(context.spec.name, net)
+        self.student = unroll.FlatNetwork(net.to(context.device), context.spec.microbatch(context.device))
         size = sum(self.student.sizes)
-        self.experts = ExpertFiles(context.networks, options.experts, options.expert_epochs, size, context.device)
+        self.experts = experts.ExpertFiles(
+            context.networks, options.experts, options.expert_epochs, size, context.device
+        )
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
@@ -111,28 +99,28 @@ class MTT(ImageMethod):
         self._update_learned(i, loss, gradients)
         return {"loss": float(loss), "student_lr": student_lr}
 
-    def segment(self, i: int, rank: int) -> TrajectorySegment:
+    def segment(self, i: int, rank: int) -> unroll.TrajectorySegment:
         """What worker `rank` follows in step i: an expert's epochs, and the student's batches and augmentation."""
         options, rng = self.options, generator(self.context.seed, "trajectory", i, rank)
         expert = int(torch.randint(options.experts, (1,), generator=rng))
         epoch = int(torch.randint(options.max_start + 1, (1,), generator=rng))
         start, target = self.experts.parameters(expert, epoch, epoch + options.target_epochs)
-        steps: list[StudentStep] = []
+        steps: list[unroll.StudentStep] = []
         batches: list[Tensor] = []
         for _ in range(options.student_steps):
             if not batches:  # all images were used: shuffle again
                 size = options.student_batch or len(self.labels)
                 batches = list(torch.randperm(len(self.labels), generator=rng).split(size))
             rows = batches.pop(0)
-            steps.append(StudentStep(rows, self.augmentation.draw(rng, per_image=len(rows))))
-        return TrajectorySegment(start, target, steps)
+            steps.append(unroll.StudentStep(rows, self.augmentation.draw(rng, per_image=len(rows))))
+        return unroll.TrajectorySegment(start, target, steps)
 
-    def synthetic(self) -> SyntheticData:
-        return SyntheticData(self.images.detach().flatten(0, 1).requires_grad_(True), self.labels)
+    def synthetic(self) -> unroll.SyntheticData:
+        return unroll.SyntheticData(self.images.detach().flatten(0, 1).requires_grad_(True), self.labels)
 
-    def match(self, segment: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
+    def match(self, segment: unroll.TrajectorySegment, synthetic: unroll.SyntheticData) -> unroll.LossAndGradients:
         """The loss, and its gradients in the learned tensors."""
-        return unrolled(self.student, segment, synthetic, self.student_lr)
+        return unroll.unrolled(self.student, segment, synthetic, self.student_lr)
 
     def _update_learned(self, step: int, loss: Tensor, gradients: list[Tensor]) -> None:
         """Move all learned tensors, or none of them if something would not be finite.

@@ -19,12 +19,7 @@ from distill_at_scale.config.methods import TESLASection
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import FinalOutputs
 from distill_at_scale.distillation.methods.mtt import MTT
-from distill_at_scale.distillation.methods.shared.unroll import (
-    LossAndGradients,
-    SyntheticData,
-    TrajectorySegment,
-    recomputed,
-)
+from distill_at_scale.distillation.methods.shared import unroll
 from distill_at_scale.distillation.student import TrainingProtocol
 
 CLASS_LOGIT = 5.0  # of an image's class, the others 0, if labels start from the class alone
@@ -69,14 +64,16 @@ class TESLA(MTT):
         images, student_lr = super()._learned()
         return [images, *([] if self.logits is None else [(self.logits, self.options.label_lr)]), student_lr]
 
-    def synthetic(self) -> SyntheticData:
+    def synthetic(self) -> unroll.SyntheticData:
         synthetic = super().synthetic()
         if self.logits is None:
             return synthetic
         return replace(synthetic, targets=self.logits.detach().flatten(0, 1).requires_grad_(True))
 
-    def match(self, segment: TrajectorySegment, synthetic: SyntheticData) -> LossAndGradients:
-        return recomputed(self.student, segment, synthetic, self.student_lr, exact=self.options.gradient == "exact")
+    def match(self, segment: unroll.TrajectorySegment, synthetic: unroll.SyntheticData) -> unroll.LossAndGradients:
+        return unroll.recomputed(
+            self.student, segment, synthetic, self.student_lr, exact=self.options.gradient == "exact"
+        )
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         outputs = super().finalize(images, labels)

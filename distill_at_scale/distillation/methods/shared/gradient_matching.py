@@ -167,12 +167,7 @@ class MatchingMethod(ImageMethod):
         """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images."""
         step, outer, update = when
         batches = [self.real.draw([label], self.real_batch, "real batch", step, outer)[0] for label in labels]
-        masks = [self.pruning.remembered_mask(b.label, b.rows, self.real.count(b.label), update) for b in batches]
-        images = [
-            p.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
-            for p, batch, mask in zip(params, batches, masks, strict=True)
-        ]
-        rated = [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.drop_count(len(b.rows))]
+        images, rated = self.augmented_batches(batches, params, update)
 
         @cache
         def losses() -> dict[int, Tensor]:
@@ -192,9 +187,7 @@ class MatchingMethod(ImageMethod):
             )  # fmt: skip
 
         for k in rated:
-            batch = batches[k]
-            values = self.pruning.values(loss=partial(loss, k), ite=partial(effects, k))
-            kept = self.pruning.observe(batch.label, batch.rows, self.real.count(batch.label), values)
+            kept = self.kept_mask(batches[k], partial(loss, k), partial(effects, k))
             images[k] = images[k][kept.to(images[k].device)]
         self.used += sum(map(len, images))
         self.drawn += sum(len(batch.rows) for batch in batches)

@@ -92,7 +92,10 @@ class TeacherMethod(Method):
     @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
         section = cls.section(context.config)
-        teacher = (_load_pretrained if section.teacher_weights else _train)(section, context, real)
+        if section.teacher_weights:
+            teacher = _load_pretrained(section, context, real)
+        else:
+            teacher = TeacherTraining(section, context).run(real)
         if cls.teacher_needs_batch_norm and not mixes_samples(teacher.network):
             raise UserError(_no_batch_norm_message(context.config, section))
         teacher.save(context.networks / name)
@@ -196,37 +199,31 @@ def _load_pretrained(section: TeacherSection, context: MethodContext, real: Clas
     return Teacher.from_state(facts, weights.state, context.device)
 
 
-def _train(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
-    facts = _teacher_facts(section, context)
-    training = TeacherTraining(section, context, facts.spec)
-    accuracy = training.run(real)
-    origin = f"trained on the kept samples for {section.teacher_epochs} epochs, {accuracy:.1%} right in the last one"
-    state = training.network.state_dict()
-    return Teacher.from_state(TeacherFacts.from_card(asdict(facts) | {"origin": origin}), state, context.device)
-
-
 class TeacherTraining:
     """SGD on the kept samples of all classes, with a checkpoint after each epoch."""
 
-    def __init__(self, section: TeacherSection, context: MethodContext, spec: NetworkSpec):
-        self.section, self.context = section, context
+    def __init__(self, section: TeacherSection, context: MethodContext):
+        self.section, self.context, self.facts = section, context, _teacher_facts(section, context)
         self.path = _checkpoint_path(context.networks)
-        self.network = spec.build(rng.derive(context.seed, "teacher")).to(context.device).train()
+        self.network = self.facts.spec.build(rng.derive(context.seed, "teacher")).to(context.device).train()
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), section.teacher_lr, section.teacher_momentum, weight_decay=section.teacher_weight_decay
         )  # fmt: skip
         self.augmentation = Augmentation(section.teacher_augment)
 
-    def run(self, real: ClassSampler) -> float:
-        """Train the epochs that are missing; returns the accuracy on the augmented samples of the last epoch."""
+    def run(self, real: ClassSampler) -> Teacher:
+        """Train the epochs that are missing."""
         pixels, labels = real.all_samples()
         start, accuracy = self._resume()
         for epoch in range(start, self.section.teacher_epochs):
             accuracy = self._epoch(pixels, labels, real.normalization, epoch)
             self._save(epoch + 1, accuracy)
-        return accuracy
+        epochs = f"{self.section.teacher_epochs} epochs, {accuracy:.1%} right in the last one"
+        facts = TeacherFacts.from_card(asdict(self.facts) | {"origin": f"trained on the kept samples for {epochs}"})
+        return Teacher.from_state(facts, self.network.state_dict(), self.context.device)
 
     def _epoch(self, pixels: Tensor, labels: Tensor, normalization: Normalization, epoch: int) -> float:
+        """Returns the accuracy on the epoch's augmented samples."""
         device, draw = self.context.device, rng.generator(self.context.seed, "teacher epoch", epoch)
         lr = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = lr

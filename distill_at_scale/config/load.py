@@ -74,7 +74,7 @@ class Config(Section):
     @property
     def criterion(self) -> str | dict[str, float]:
         """The criterion of the selection, or several with the weights of their ranks."""
-        return self.select.criterion or self.score.criteria[0]
+        return self.score.criteria[0] if self.select.criterion is None else self.select.criterion
 
     @property
     def select_seed(self) -> int:

@@ -324,7 +324,7 @@ def on_disk(folder, table, rows=50):
 def test_streaming_from_disk_equals_what_is_found_in_memory(tmp_path, monkeypatch, batch, scope, criterion):
     table = skewed(1)
     there = choose(table, 2, scope=scope, criterion=criterion, keep=0.3)
-    monkeypatch.setattr("distill_at_scale.data.prepared.parquet.BATCH", batch)
+    monkeypatch.setattr(score_reader, "BATCH", batch)
     monkeypatch.setattr(score_reader, "SORTABLE", 0)
     found = choose(on_disk(tmp_path, table), 2, scope=scope, criterion=criterion, keep=0.3)
     assert found.table.equals(there.table)
@@ -332,7 +332,7 @@ def test_streaming_from_disk_equals_what_is_found_in_memory(tmp_path, monkeypatc
 
 
 def test_rows_are_handed_on_as_they_are_read_and_classes_are_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill_at_scale.data.prepared.parquet.BATCH", 20)
+    monkeypatch.setattr(score_reader, "BATCH", 20)
     out = []
     static.select(on_disk(tmp_path, scores_of([30, 1, 20])), out, SelectSection(), "loss", True, 1, 0)
     assert [part.num_rows for part in out] == [20, 20, 11]
@@ -356,7 +356,7 @@ def peak_memory(path, target):
 
 
 def test_memory_holds_a_small_part_of_many_classes(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill_at_scale.data.prepared.parquet.BATCH", 500)
+    monkeypatch.setattr(score_reader, "BATCH", 500)
     monkeypatch.setattr(manifest, "ROWS", 1000)
     ids, labels = [f"s{k:023d}" for k in range(200_000)], pa.array(np.repeat(np.arange(200), 1000), pa.int32())
     loss = np.random.default_rng(1).random(len(ids), np.float32)
@@ -367,7 +367,7 @@ def test_memory_holds_a_small_part_of_many_classes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["first", "batch's edge", "last"])
 @pytest.mark.parametrize("scope", ["class", "global"])
 def test_a_table_with_two_rows_exchanged_is_sorted_if_it_is_small(tmp_path, monkeypatch, place, scope):
-    monkeypatch.setattr("distill_at_scale.data.prepared.parquet.BATCH", 50)
+    monkeypatch.setattr(score_reader, "BATCH", 50)
     table = skewed(2).sort_by([("label", "ascending"), ("sample_id", "ascending")])
     k = {"first": 0, "batch's edge": 49, "last": table.num_rows - 2}[place]
     order = np.arange(table.num_rows)

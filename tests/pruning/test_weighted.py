@@ -13,7 +13,7 @@ from test_select import choose, kept, on_disk, skewed
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.pruning.scoring import reliability
-from distill_at_scale.pruning.selection import checks, quotas
+from distill_at_scale.pruning.selection import checks, quotas, score_reader
 
 WEIGHTS = {"loss": 0.7, "el2n": 0.3}
 LOW = {"loss": True, "el2n": False}
@@ -69,7 +69,7 @@ def test_no_scale_of_a_score_matters():
 def test_weighted_selection_streams_from_disk_as_it_is_found_in_memory(tmp_path, monkeypatch, scope):
     table = two_criteria(3)
     there = choose(table, 2, criterion=WEIGHTS, low=LOW, keep=0.3, scope=scope)
-    monkeypatch.setattr("distill_at_scale.data.prepared.parquet.BATCH", 7)
+    monkeypatch.setattr(score_reader, "BATCH", 7)
     found = choose(on_disk(tmp_path, table), 2, criterion=WEIGHTS, low=LOW, keep=0.3, scope=scope)
     assert found.table.equals(there.table)
     assert found.facts == there.facts

@@ -67,8 +67,9 @@ class TuneRunner:
             for task in tasks
         ]
         registry = f"stopped-trials-{uuid.uuid4().hex}"
-        # the actor lives as long as this reference
-        actor = ray.remote(_StoppedTrials).options(name=registry, num_cpus=0).remote() if _is_asha(config) else None
+        stopped: Any = None  # the actor lives as long as this reference
+        if config.sweep.search == "asha":
+            stopped = ray.remote(_StoppedTrials).options(name=registry, num_cpus=0).remote()
         callback = _DoneCallback(done, [task.config for task in tasks])
         # Tune's files stay on this machine: trials store nothing there, and the run's disk may be full
         with tempfile.TemporaryDirectory(prefix="distill_at_scale-", ignore_cleanup_errors=True) as folder:
@@ -93,14 +94,10 @@ class TuneRunner:
             except Exception:
                 if callback.count < len(tasks):
                     raise  # otherwise only Tune's own files failed, after the last trial
-        del actor
+        del stopped
 
     def close(self) -> None:
         self.session.close()
-
-
-def _is_asha(config: Config) -> bool:
-    return config.sweep.search == "asha"
 
 
 def concurrency(config: Config) -> int:
@@ -150,7 +147,7 @@ class _Asha(ASHAScheduler):
 
 def scheduler(config: Config, registry: str) -> TrialScheduler:
     """asha, whose time is the number of an evaluation; it never stops a trial at its last evaluation. FIFO otherwise."""
-    if not _is_asha(config):
+    if config.sweep.search != "asha":
         return FIFOScheduler()
     most = (step_count(config) - 1) // config.distill.evaluate_every
     return _Asha(

@@ -11,30 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.studies.base import Finding
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 
+MADE_WITH = "made_with"  # key of the fingerprint in the file
 
-def write(path: Path, finding: Finding) -> None:
-    """Write a finding as a JSON file, atomically.
+
+def write(path: Path, finding: Finding, made_with: str | None = None) -> None:
+    """Write a finding and its fingerprint as a JSON file, atomically.
 
     Raises TypeError for a value that is neither number, text, list nor mapping.
     """
-    text = json.dumps(to_json(finding), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    with publish(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
+    write_json(path, {**to_json(finding), MADE_WITH: made_with})
 
 
-def read(path: Path, named: str | None = None) -> Finding:
-    """Read the file of `write`; error messages call it `named`, where `path` is a local copy of it.
+def read(path: Path, named: str | None = None, made_with: str | None = None) -> Finding | None:
+    """Read the file of `write`; None if it has another fingerprint. Error messages call the file `named`.
 
     Raises UserError where the file is missing or does not hold a finding.
     """
     named = named or str(path)
     try:
-        return from_json(json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass")))
+        values = json.loads(path.read_text())
+        finding = from_json(values)
+        return finding if values.get(MADE_WITH) == made_with else None
     except FileNotFoundError:
         raise UserError(f"{named} is missing; run the study first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

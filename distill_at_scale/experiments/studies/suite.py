@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.atomic_files import publish, write_json
+from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.experiments.points import PointSet
@@ -27,7 +27,6 @@ from distill_at_scale.experiments.studies import CHECKS, STUDIES, findings, page
 from distill_at_scale.experiments.studies.base import Finding, StudyContext
 from distill_at_scale.storage.run_dir import RunDir
 
-MADE_WITH = "made_with"
 OF_FINDINGS = ("data", "score", "select", "distill", "runtime", "evaluate", "track")
 OF_ALL = ("seeds", "evaluations", "steps")  # keys of `studies` that affect all studies
 
@@ -47,28 +46,17 @@ def run(config: Config, points: PointSet, say: Callable[[str], None]) -> list[Fi
     for name in config.studies.run:
         path, place = run / "studies" / f"{name}.json", run.place(f"studies/{name}.json")
         made_with = _made_with(config, name, scores)
-        if (finding := read(path, place, made_with)) is not None:
+        if path.exists() and (finding := findings.read(path, place, made_with)) is not None:
             say(f"study {name}: already done for this configuration, skipped ({place})")
         else:
             say(f"study {name}: started")
             finding = STUDIES[name](context)
-            write_json(path, {**findings.to_json(finding), MADE_WITH: made_with})
+            findings.write(path, finding, made_with)
             say(f"study {name}: {finding.answer}")
         results.append(finding)
     write_table(run / "studies" / "studies.parquet", results)
     page.write(run.path, results, config)
     return results
-
-
-def read(path: Path, place: str, made_with: str) -> Finding | None:
-    """A finding from its file (`place` in messages); None if it does not exist or has another fingerprint.
-
-    Raises UserError where the file is damaged.
-    """
-    if not path.exists():
-        return None
-    finding = findings.read(path, place)
-    return finding if json.loads(path.read_text()).get(MADE_WITH) == made_with else None
 
 
 def write_table(path: Path, results: Sequence[Finding]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def run(
     base.create()
     with base.lock(), contextlib.closing(connect()) as runner:
         runner.check()
-        return Sweep(config, base, display, runner, planned, observers).run()
+        return Sweep(config, base, PointSet(config, runner, display), planned, observers).run()
 
 
 def plan(config: Config) -> list[PlannedTrial]:
@@ -88,22 +88,20 @@ def plan(config: Config) -> list[PlannedTrial]:
     return planned
 
 
+@dataclass
 class Sweep:
     """One running sweep command."""
 
-    def __init__(
-        self,
-        config: Config,
-        base: RunDir,
-        display: Display,
-        runner: PointRunner,
-        planned: Sequence[PlannedTrial],
-        observers: MakeObservers = no_observers,
-    ):
-        self.config, self.base, self.display, self.planned, self.observers = config, base, display, planned, observers
-        self.points = PointSet(config, runner, display)
-        self.jobs = list({planned.folder: planned for planned in planned}.values())  # one per point
-        self.ends: dict[str, Outcome | Failure | None] = {}  # by folder; None while unknown
+    config: Config
+    base: RunDir
+    points: PointSet
+    planned: Sequence[PlannedTrial]
+    observers: MakeObservers
+    ends: dict[str, Outcome | Failure | None] = field(default_factory=dict)  # by folder; None while unknown
+
+    def __post_init__(self) -> None:
+        self.display = self.points.display
+        self.jobs = list({planned.folder: planned for planned in self.planned}.values())  # one per point
 
     def run(self) -> pa.Table:
         datasets: dict[Path, PreparedDataset] = {}

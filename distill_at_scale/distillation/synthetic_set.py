@@ -27,7 +27,7 @@ from distill_at_scale.distillation import export as exports
 from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.distillation.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
-from distill_at_scale.storage.filesystem import shown
+from distill_at_scale.storage.filesystem import redact_uri
 from distill_at_scale.storage.object_store import is_remote
 from distill_at_scale.storage.sync import fetched
 
@@ -231,7 +231,7 @@ def load(folder: str | Path) -> SyntheticSet:
     Raises:
         UserError: the folder holds no set, or the set is damaged.
     """
-    name = shown(str(folder))
+    name = redact_uri(str(folder))
     folder = fetched(str(folder), SET) if is_remote(folder) else Path(folder)
     if (folder / SET).is_dir():
         folder = folder / SET

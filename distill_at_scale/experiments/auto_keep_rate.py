@@ -28,7 +28,7 @@ from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import Repetitions, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import difference
-from distill_at_scale.storage.filesystem import inside
+from distill_at_scale.storage.filesystem import child_address
 from distill_at_scale.storage.run_dir import RunDir, address_of
 from distill_at_scale.storage.sync import AUTO
 
@@ -73,7 +73,7 @@ def search_config(config: Config) -> Config:
     """The configuration of the search's points, in a folder of their own."""
     section = config.select.auto
     overrides = {
-        "run.dir": inside(address_of(config.run), AUTO),
+        "run.dir": child_address(address_of(config.run), AUTO),
         "run.reuse": None,
         "distill.steps": section.steps or max(1, distill.step_count(config) // QUARTER),
         "distill.evaluate_every": 0,

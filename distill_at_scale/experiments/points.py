@@ -32,7 +32,7 @@ from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.stages import ingest
 from distill_at_scale.pipeline.stages.context import MakeObservers, no_observers
-from distill_at_scale.storage.filesystem import inside
+from distill_at_scale.storage.filesystem import child_address
 from distill_at_scale.storage.run_dir import RunDir, address_of
 from distill_at_scale.storage.sync import AT_ONCE, POINTS, SHARED
 from distill_at_scale.storage.working_copy import NOTES
@@ -70,7 +70,9 @@ class PointSet:
         config = with_overrides(self.config, overrides, "a point")
         seeds = {"distill.seed": config.distill_seed + point.seed, "select.seed": config.select_seed + point.seed}
         config = with_overrides(config, seeds)
-        return with_overrides(config, {"run.dir": inside(self.root, f"{POINTS}/{self._id(config)}"), "run.reuse": None})
+        return with_overrides(
+            config, {"run.dir": child_address(self.root, f"{POINTS}/{self._id(config)}"), "run.reuse": None}
+        )
 
     def run(self, points: Sequence[Point]) -> list[Outcome]:
         """Outcomes in the order of the points; finished points are read, the others run, each once.
@@ -147,7 +149,7 @@ class PointSet:
                     shared.adopt(run, stage)
 
     def _run(self, name: str) -> RunDir:
-        own = {"dir": inside(self.root, name), "reuse": None}
+        own = {"dir": child_address(self.root, name), "reuse": None}
         return RunDir.of(self.config.run.model_copy(update=own), self.display.say)
 
     def _shared_names(self, config: Config) -> tuple[str, str]:
@@ -172,7 +174,7 @@ class PointSet:
         return digest(values | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
 
     def _pipeline(self, config: Config, name: str) -> Pipeline:
-        own = {"run.dir": inside(self.root, name), "run.reuse": self.config.run.reuse}
+        own = {"run.dir": child_address(self.root, name), "run.reuse": self.config.run.reuse}
         return Pipeline(with_overrides(config, own), self.runner.executor, self.display)
 
 

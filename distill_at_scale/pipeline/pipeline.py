@@ -29,7 +29,7 @@ from distill_at_scale.pipeline.planning.plan import RunPlan
 from distill_at_scale.pipeline.stages import distill, evaluate, ingest, report, score, select
 from distill_at_scale.pipeline.stages.context import MakeObservers, RunContext, no_observers
 from distill_at_scale.pruning.scoring import imported
-from distill_at_scale.storage.filesystem import shown
+from distill_at_scale.storage.filesystem import redact_uri
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
@@ -138,9 +138,9 @@ class Pipeline:
         for section, keys in {"run": ("dir", "reuse"), "data": ("path", "val_labels", "synsets")}.items():
             for key in keys:
                 if values[section][key] is not None:
-                    values[section][key] = shown(values[section][key])
+                    values[section][key] = redact_uri(values[section][key])
         if (mlflow := values["track"]["mlflow"]) and mlflow["tracking_uri"]:
-            mlflow["tracking_uri"] = shown(mlflow["tracking_uri"])
+            mlflow["tracking_uri"] = redact_uri(mlflow["tracking_uri"])
         seconds = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
         write_json(self.dir / "run.json", {"config": values, **self._environment, "seconds": seconds})
 

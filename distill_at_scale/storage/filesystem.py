@@ -2,8 +2,8 @@
 
 Files are named by their POSIX path relative to the root. Credentials and endpoints come from the cloud's usual environment
 variables, or from options in the URI (`s3://bucket/folder?endpoint_override=localhost:9000&scheme=http&region=us-east-1`).
-A missing file raises OSError; a store that does not answer raises Unreachable. Messages show an address only through `shown`,
-which hides credentials.
+A missing file raises OSError; a store that does not answer raises Unreachable. Messages show an address only through
+`redact_uri`, which hides credentials.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SECRET_OPTION = re.compile(r"([?&][^=&]*(?:secret|token|passw|key|sig|credential
 SERVICE_ERROR = re.compile(r"AWS Error|google::cloud|Azure Error|curl|timed? ?out", re.IGNORECASE)
 
 
-def joined(folder: str, name: str) -> str:
+def join_path(folder: str, name: str) -> str:
     """Join two relative paths; "" is the root."""
     return f"{folder}/{name}" if folder else name
 
 
-def inside(address: str, name: str) -> str:
+def child_address(address: str, name: str) -> str:
     """The address of `name` in the folder at a path or URI. Options of the URI stay; ".." in `name` leads up."""
     base, question, options = address.partition("?") if is_uri(address) else (address, "", "")
     scheme, mark, path = base.rpartition("://")
@@ -50,7 +50,7 @@ def is_uri(path: str) -> bool:
     return "://" in path
 
 
-def shown(path: str) -> str:
+def redact_uri(path: str) -> str:
     """A path or URI for messages, without credentials before "@" and without secret options."""
     base, question, query = path.partition("?")
     if "@" in query and "@" not in base and ":" in base.partition("://")[2]:  # the secret contains a "?"
@@ -60,7 +60,7 @@ def shown(path: str) -> str:
 
 def last_name(path: str) -> str:
     """The name of the folder at a path or URI, without options and credentials."""
-    return shown(path).partition("?")[0].rstrip("/").rpartition("/")[2]
+    return redact_uri(path).partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def unanswered(error: OSError) -> bool:
@@ -167,7 +167,7 @@ class Store:
 
     def place(self, file: str = "") -> str:
         """The address of a file for messages, without credentials."""
-        base = shown(self.path).partition("?")[0].rstrip("/") if is_uri(self.path) else self.path.rstrip("/")
+        base = redact_uri(self.path).partition("?")[0].rstrip("/") if is_uri(self.path) else self.path.rstrip("/")
         return f"{base}/{file}" if file else base
 
     @property
@@ -182,11 +182,11 @@ class Store:
 
     @property
     def _named(self) -> str:
-        return f"{self.key} = {shown(self.path)!r}"
+        return f"{self.key} = {redact_uri(self.path)!r}"
 
     def without_secrets(self, reason: str) -> str:
         """An error text of another library, without the credentials of the address."""
-        reason = reason.replace(self.path, shown(self.path))
+        reason = reason.replace(self.path, redact_uri(self.path))
         hidden = re.search(r"://(.*)@", self.path.partition("?")[0], re.DOTALL)
         for part in re.split("[:/@]", hidden[1]) if hidden else []:
             reason = reason.replace(part, "***") if len(part) >= MIN_SECRET else reason

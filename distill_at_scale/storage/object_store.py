@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from pyarrow import fs
 
 from distill_at_scale.core.errors import Busy, Unreachable
-from distill_at_scale.storage.filesystem import Store, is_uri, shown
+from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 T = TypeVar("T")
 BLOCK = 8 * 2**20  # bytes per read of a download
@@ -173,8 +173,8 @@ class ObjectStore:
 
     def _refusal(self, what: str, reason: str) -> str:
         return (
-            f"run.dir = {shown(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, and "
-            "give the same command again; what is stored is kept (run.retry_seconds sets how long failing requests are retried)"
+            f"run.dir = {redact_uri(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, "
+            "and give the same command again; what is stored is kept (run.retry_seconds sets how long failing requests are retried)"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distill_at_scale.storage.filesystem import shown
+from distill_at_scale.storage.filesystem import redact_uri
 
 
 def public(value: Any) -> Any:
@@ -14,4 +14,4 @@ def public(value: Any) -> Any:
         return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [public(inner) for inner in value]
-    return shown(value) if isinstance(value, str) and "://" in value else value
+    return redact_uri(value) if isinstance(value, str) and "://" in value else value

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.storage.filesystem import inside, shown
+from distill_at_scale.storage.filesystem import child_address, redact_uri
 from distill_at_scale.storage.object_store import ObjectStore, Say
 
 AT_ONCE = 8  # parallel transfers
@@ -35,7 +35,7 @@ AUTO, POINTS, SHARED = RUNS_INSIDE = ("auto", "points", "shared")  # folders of 
 def scratch_of(uri: str, scratch: str | None = None) -> Path:
     """The path of a folder's local copy: one per address, and by default per user."""
     base = Path(scratch).expanduser() if scratch else Path(tempfile.gettempdir()) / f"distill_at_scale-{os.getuid()}"
-    return base.resolve() / hashlib.sha256(shown(inside(uri, ".")).encode()).hexdigest()[:16]
+    return base.resolve() / hashlib.sha256(redact_uri(child_address(uri, ".")).encode()).hexdigest()[:16]
 
 
 def fetched(uri: str, name: str) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distill_at_scale.core.atomic_files import publish
-from distill_at_scale.storage.filesystem import inside, shown
+from distill_at_scale.storage.filesystem import child_address, redact_uri
 from distill_at_scale.storage.lock import StorageLock
 from distill_at_scale.storage.stage_record import LINKED, checked, is_artefact
 from distill_at_scale.storage.sync import POINTS, SHARED, UNFINISHED, FolderSync, repeated, scratch_of
@@ -43,7 +43,7 @@ class WorkingCopy:
     @property
     def named(self) -> str:
         """The folder's address without options and secrets."""
-        return shown(self.sync.store.uri).partition("?")[0]
+        return redact_uri(self.sync.store.uri).partition("?")[0]
 
     @contextlib.contextmanager
     def locked(self, file: TextIO) -> Iterator[None]:
@@ -118,7 +118,7 @@ class WorkingCopy:
     def linked_copy(self, link: str) -> WorkingCopy:
         """The copy of the run that a record links to; `link` is relative to the folder that holds `points/` and `shared/`."""
         store = self.sync.store
-        uri = inside(store.uri, f"../../{link}")
+        uri = child_address(store.uri, f"../../{link}")
         path = self.path.parent / scratch_of(uri).name
         return WorkingCopy(FolderSync(uri, path, store.retry_seconds, store.say))
 

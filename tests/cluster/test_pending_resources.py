@@ -34,7 +34,9 @@ def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
     assert ray.get(holder.here.remote())
     lines, said = list[str](), threading.Event()
     result = late.remote()
-    with pending_resources.watched("evaluate", lambda line: (lines.append(line), said.set()), interval=0.5) as progressed:
+    with pending_resources.watched(
+        "evaluate", lambda line: (lines.append(line), said.set()), interval=0.5
+    ) as progressed:
         assert said.wait(60), "nothing was said"
         ray.kill(holder)
         assert ray.get(result) == 7

@@ -20,7 +20,7 @@ from distill_at_scale.experiments.point import Point
 from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run
-from distill_at_scale.storage.filesystem import inside
+from distill_at_scale.storage.filesystem import child_address
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FolderSync, scratch_of
 
@@ -64,7 +64,7 @@ def results(table):
     ],
 )
 def test_an_address_inside_a_folder_keeps_its_options(address, name, expected):
-    assert inside(address, name) == expected
+    assert child_address(address, name) == expected
 
 
 def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bucket, tmp_path):

@@ -133,7 +133,7 @@ def test_credentials_in_a_uri_are_used_and_never_shown(monkeypatch):
     assert root == "bucket/a b"
     assert (given["access_key"], given["secret_key"], given["region"]) == ("key", "sec/ret", "eu-west-1")
     assert given["anonymous"] is True
-    assert "sec" not in filesystem.shown("s3://key:sec%2Fret@bucket/x?region=x")
+    assert "sec" not in filesystem.redact_uri("s3://key:sec%2Fret@bucket/x?region=x")
     with pytest.raises(UserError) as caught:
         Store("s3://key:sec%2Fret@bucket/x?unknown=1")
     assert "sec" not in str(caught.value)
@@ -151,7 +151,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("path", SECRETS)
 def test_nothing_secret_is_shown_of_an_address(path):
-    shown = filesystem.shown(path)
+    shown = filesystem.redact_uri(path)
     assert "KEYID" not in shown
     assert "sec" not in shown.replace("secret_key", "")
     assert "ret" not in shown.replace("secret_key", "")
@@ -160,7 +160,7 @@ def test_nothing_secret_is_shown_of_an_address(path):
 
 def test_what_is_not_secret_is_shown_as_it_is():
     for path in ("data/a@b", "/mnt/c:/x", "s3://bucket/set?region=eu-west-1&scheme=http", "file:///data/x"):
-        assert filesystem.shown(path) == path
+        assert filesystem.redact_uri(path) == path
 
 
 @pytest.mark.parametrize("path", [*SECRETS[:4], "nothing://KEYID:sec/ret@bucket/x", "gs://KEYID:sec/ret@bu cket/x"])

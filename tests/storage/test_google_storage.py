@@ -20,7 +20,7 @@ from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run as sweeping
 from distill_at_scale.storage import lock as lease
-from distill_at_scale.storage.filesystem import inside
+from distill_at_scale.storage.filesystem import child_address
 
 SWEEP = {"space": {"select.keep": [0.1, 0.3]}, "controls": []}
 
@@ -82,7 +82,7 @@ def test_a_run_that_two_machines_made_has_the_bytes_of_one_on_a_disk(remote, fol
 
 def test_an_output_that_was_cut_short_is_refused(remote, folder):
     Run(remote()).stages("ingest", "score")
-    system, path = pyarrow.fs.FileSystem.from_uri(inside(folder, "scores.parquet"))
+    system, path = pyarrow.fs.FileSystem.from_uri(child_address(folder, "scores.parquet"))
     whole = system.open_input_stream(path).read()
     with system.open_output_stream(path) as out:
         out.write(whole[:-1])

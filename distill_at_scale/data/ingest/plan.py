@@ -25,7 +25,7 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import SET_ASIDE, Source
 from distill_at_scale.data.sources.class_subsets import class_list, explicit_order
-from distill_at_scale.storage.filesystem import shown
+from distill_at_scale.storage.filesystem import redact_uri
 
 CONTRACT = ("splits", "listing", "digest", "read")
 
@@ -117,7 +117,7 @@ def plan(config: Config) -> IngestPlan:
     listings = _without_empty(listings)
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
-        raise UserError(_without_samples(names, empty, aside.get("train"), shown(data.path or data.source)))
+        raise UserError(_without_samples(names, empty, aside.get("train"), redact_uri(data.path or data.source)))
     # the hash covers the samples, the classes in their order, and the label of each sample
     hashes = {split: hashlib.sha256(t["label"].to_numpy().tobytes()).hexdigest() for split, t in listings.items()}
     digests = {name: source.digest(split) for name, split in splits.items()}
@@ -147,7 +147,7 @@ def _splits(source: Source, data: DataSection) -> dict[str, str]:
     present = source.splits()
     wanted = "train" if data.train_split == "train" else "test"
     if wanted not in present:
-        place = shown(data.path or data.source)
+        place = redact_uri(data.path or data.source)
         keys = {"train": "train", "test": "val"}
         raise UserError(
             f"{place} holds no split {data.train_split!r}, only {', '.join(keys[s] for s in present) or 'none'}; complete it, "

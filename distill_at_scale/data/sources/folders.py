@@ -27,7 +27,7 @@ from distill_at_scale.data.sources.base import (
     split_word,
 )
 from distill_at_scale.data.sources.class_subsets import class_list
-from distill_at_scale.storage.filesystem import Store, joined
+from distill_at_scale.storage.filesystem import Store, join_path
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
@@ -121,7 +121,7 @@ class FolderSource(FileSource):
         labels = pc.index_in(owners, pa.array(self.class_names, pa.string()))
         if labels.null_count:
             extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
-            place = self.store.place(joined(folder, extra))
+            place = self.store.place(join_path(folder, extra))
             raise UserError(f"{place} is a class that the training split lacks; remove it or complete train/")
         if not len(paths):
             extensions = ", ".join(self.medium.extensions)
@@ -149,7 +149,7 @@ class FolderSource(FileSource):
             more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
             sample = "training sample" if split == "train" else "test sample"
             raise UserError(
-                f"the class {empty[0]!r} has no {sample}: {self.store.place(joined(self.folders[split], empty[0]))} is "
+                f"the class {empty[0]!r} has no {sample}: {self.store.place(join_path(self.folders[split], empty[0]))} is "
                 f"missing or holds no {self.medium.noun}{more}; complete the split, or remove the class everywhere"
             )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.storage.filesystem import Store, inside, is_uri, joined, shown
+from distill_at_scale.storage.filesystem import Store, child_address, is_uri, join_path, redact_uri
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LabelFiles:
     def place(self, name: str) -> str:
         """The full name of a file, for messages."""
         folder = next((path.rpartition("/")[0] for path in self.paths.values()), "")
-        return self.store.place(self.paths.get(name, joined(folder, name)))
+        return self.store.place(self.paths.get(name, join_path(folder, name)))
 
 
 def find_label_files(
@@ -85,7 +85,7 @@ def find_label_files(
         for folder in (*(name for name in folders if name in top), ""):
             for name in place.names(folder)[1]:
                 if name not in paths and re.fullmatch(pattern, name):
-                    paths[name] = joined(folder, name)
+                    paths[name] = join_path(folder, name)
         if paths:
             return LabelFiles(place, paths)
     raise UserError(
@@ -96,7 +96,7 @@ def find_label_files(
 
 def resolve(store: Store, path: str) -> str:
     """An absolute path or URI unchanged; a relative path below the root of `store`."""
-    return path if is_uri(path) or os.path.isabs(os.path.expanduser(path)) else inside(store.path, path)
+    return path if is_uri(path) or os.path.isabs(os.path.expanduser(path)) else child_address(store.path, path)
 
 
 def named_file(store: Store, path: str, key: str) -> LabelFile:
@@ -108,13 +108,13 @@ def named_file(store: Store, path: str, key: str) -> LabelFile:
         if is_uri(path):
             address, question, options = path.partition("?")
             folder, _, name = address.rpartition("/")
-            return LabelFile(shown(address), Store(folder + question + options, key).read(name))
+            return LabelFile(redact_uri(address), Store(folder + question + options, key).read(name))
         if Path(path).expanduser().is_absolute():
             return LabelFile(path, Path(path).expanduser().read_bytes())
         return LabelFile(store.place(path), store.read(path))
     except OSError as error:
         raise UserError(
-            f"{key} = {shown(path)!r} cannot be read ({error.strerror or error}); "
+            f"{key} = {redact_uri(path)!r} cannot be read ({error.strerror or error}); "
             f"give a path relative to {store.place()}, or an absolute one"
         ) from None
 
@@ -123,7 +123,7 @@ def _parent(store: Store) -> list[Store]:
     """The folder that holds the root, if it can be read."""
     address = store.path if is_uri(store.path) else os.path.abspath(os.path.expanduser(store.path))
     try:
-        parent = Store(inside(address, ".."), store.key)
+        parent = Store(child_address(address, ".."), store.key)
         parent.names()
     except UserError:
         return []

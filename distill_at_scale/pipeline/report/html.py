@@ -16,7 +16,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.pipeline.report.style import COLORS
 from distill_at_scale.pipeline.report.text import accuracy, duration, shape, share
-from distill_at_scale.storage.filesystem import shown
+from distill_at_scale.storage.filesystem import redact_uri
 from distill_at_scale.storage.redact import public
 
 
@@ -39,7 +39,7 @@ def engine() -> jinja2.Environment:
 
 def name_of(path: str | None, source: str) -> str:
     """The data set's name for a title: the last part of its path without credentials, else its source."""
-    path = shown(path or "")
+    path = redact_uri(path or "")
     return Path(path.partition("?")[0] if "://" in path else path).name or source
 
 

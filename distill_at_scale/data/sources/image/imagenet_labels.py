@@ -20,7 +20,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.archives.gunzip import Bomb, gunzip
 from distill_at_scale.data.sources.label_files import LabelFile, named_file
-from distill_at_scale.storage.filesystem import Store, joined
+from distill_at_scale.storage.filesystem import Store, join_path
 
 LISTS = (  # lists of WordNet ids first: they cannot be misread
     "LOC_val_solution.csv",
@@ -211,15 +211,17 @@ def find(store: Store, names: Sequence[str]) -> Iterator[LabelFile]:
         subfolders, files = ([], []) if folder.lower().startswith("train") else store.names(folder)
         places.append((folder, set(files)))
         if not folder.lower().startswith("val"):  # its folders are classes
-            places += [(joined(folder, name), set(store.names(joined(folder, name))[1])) for name in subfolders[:20]]
+            places += [
+                (join_path(folder, name), set(store.names(join_path(folder, name))[1])) for name in subfolders[:20]
+            ]
     for name in names:
         for folder, present in places:
             if name in present:
-                yield LabelFile(store.place(joined(folder, name)), store.read(joined(folder, name)))
+                yield LabelFile(store.place(join_path(folder, name)), store.read(join_path(folder, name)))
     for folder, present in places:
         for archive in present:
             if "devkit" in archive and archive.endswith((".tar.gz", ".tgz", ".tar")):
-                yield from _find_in_archive(store, joined(folder, archive), names)
+                yield from _find_in_archive(store, join_path(folder, archive), names)
 
 
 def _find_in_archive(store: Store, archive: str, names: Sequence[str]) -> Iterator[LabelFile]:

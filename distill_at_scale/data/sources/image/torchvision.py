@@ -24,7 +24,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import safe_pickle
 from distill_at_scale.data.archives.gunzip import Bomb, gunzip
 from distill_at_scale.data.sources.base import data_store, listing
-from distill_at_scale.storage.filesystem import Store, joined
+from distill_at_scale.storage.filesystem import Store, join_path
 
 Array = np.ndarray[Any, Any]
 MAX_UNPACKED = 2**31  # bytes of one file; the largest, SVHN's extra images, has 1.6 GB
@@ -61,7 +61,7 @@ class TorchvisionSet:
             file, key, number = names
             names = _read_pickle(self.store, self.folder, file).get(key)
             if not isinstance(names, list) or len(names) != number:
-                place = self.store.place(joined(self.folder, file))
+                place = self.store.place(join_path(self.folder, file))
                 raise UserError(f"{place} does not name {number} classes; download it again")
         self.class_names = [str(name) for name in names]
         self._loaded: dict[str, tuple[Array, Array]] = {}
@@ -114,13 +114,13 @@ def _find_set(store: Store) -> tuple[Layout, str]:
     sets = []
     for layout in LAYOUTS:
         for folder in layout.folders:
-            file = joined(folder, layout.marker)
-            if layout.path_part in f"{joined(root, folder)}/" and any(
+            file = join_path(folder, layout.marker)
+            if layout.path_part in f"{join_path(root, folder)}/" and any(
                 store.size(name) is not None for name in (file, f"{file}.gz")
             ):
                 sets.append((layout, folder))
     if not sets:
-        known = ", ".join(f"{layout.name}: {joined(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
+        known = ", ".join(f"{layout.name}: {join_path(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
         raise UserError(f"{store.place()} holds none of the sets that torchvision stores ({known}); give their root")
     if len(sets) > 1:
         places = ", ".join(f"{layout.name} ({folder or 'here'})" for layout, folder in sets)
@@ -130,7 +130,7 @@ def _find_set(store: Store) -> tuple[Layout, str]:
 
 def _read_file(store: Store, folder: str, name: str, packed: bool = False) -> bytes:
     """A file's bytes; with `packed`, those in name.gz if the file itself is not there."""
-    file = joined(folder, name)
+    file = join_path(folder, name)
     if packed and store.size(file) is None and store.size(file + ".gz") is not None:
         try:
             return gunzip(store.read(file + ".gz"), MAX_UNPACKED)
@@ -143,7 +143,7 @@ def _read_file(store: Store, folder: str, name: str, packed: bool = False) -> by
 
 
 def _read_pickle(store: Store, folder: str, name: str) -> dict[Any, Any]:
-    content, place = _read_file(store, folder, name), store.place(joined(folder, name))
+    content, place = _read_file(store, folder, name), store.place(join_path(folder, name))
     try:
         value = safe_pickle.load(content)
     except safe_pickle.UnsafePickle as error:
@@ -160,7 +160,7 @@ def _load_cifar(
 ) -> tuple[Array, Array]:  # fmt: skip
     images, labels = [], []
     for name in files[split]:
-        batch, place = _read_pickle(store, folder, name), store.place(joined(folder, name))
+        batch, place = _read_pickle(store, folder, name), store.place(join_path(folder, name))
         data: Any = batch.get("data")
         batch_labels: Any = batch.get(key)
         if not isinstance(data, np.ndarray) or data.shape[1:] != (3072,) or data.dtype != np.uint8:
@@ -177,7 +177,7 @@ def _load_svhn(store: Store, folder: str, split: str) -> tuple[Array, Array]:
     from scipy.io import loadmat, whosmat
 
     name = f"{split}_32x32.mat"
-    content, place = _read_file(store, folder, name), store.place(joined(folder, name))
+    content, place = _read_file(store, folder, name), store.place(join_path(folder, name))
     try:
         # whosmat reads the headers and unpacks nothing
         shapes = {name: shape for name, shape, _ in whosmat(io.BytesIO(content))}
@@ -201,7 +201,7 @@ def _load_mnist(store: Store, folder: str, split: str) -> tuple[Array, Array]:
 
 def _read_idx(store: Store, folder: str, name: str, dimensions: int) -> Array:
     """An array of bytes: magic 0x000008 and the number of dimensions, each size as a big-endian uint32, then the data."""
-    content, place = _read_file(store, folder, name, packed=True), store.place(joined(folder, name))
+    content, place = _read_file(store, folder, name, packed=True), store.place(join_path(folder, name))
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
         raise UserError(f"{place} is no idx file of bytes with {dimensions} dimensions; download it again")

@@ -25,7 +25,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, SPLIT_NAMES, TEXT, prefer_validation, to_table
-from distill_at_scale.storage.filesystem import Store, is_uri, shown
+from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
@@ -70,7 +70,7 @@ class WebDataset:
             chosen = prefer_validation({shard: _split_word(shard) for shard in tests})
             shards["test"] = {shard: tests[shard] for shard in chosen}
         if "train" not in shards:
-            place = shown(str(self.config.path))
+            place = redact_uri(str(self.config.path))
             raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
         return shards
 

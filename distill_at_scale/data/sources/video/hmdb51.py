@@ -16,7 +16,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
-from distill_at_scale.storage.filesystem import joined
+from distill_at_scale.storage.filesystem import join_path
 
 LIST = re.compile(r"(?P<owner>.+)_test_split(?P<fold>[123])\.txt")
 LINE = re.compile(r"([^/]+?)\s+([012])")
@@ -62,7 +62,7 @@ class Hmdb51(ListedVideos):
                     )
                 path = f"{class_name}/{match[1]}"
                 place = f"'{name}' line {number}"
-                rows.append((path.rpartition(".")[0], label, SPLITS[match[2]], joined(self.home, path), place))
+                rows.append((path.rpartition(".")[0], label, SPLITS[match[2]], join_path(self.home, path), place))
         return rows_table(rows)
 
     def _list_name(self, class_name: str) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import INT32, TEXT, to_table
 from distill_at_scale.data.sources.label_files import LabelFile, named_file, resolve
-from distill_at_scale.storage.filesystem import Store, joined
+from distill_at_scale.storage.filesystem import Store, join_path
 
 ROWS = pa.schema({"word": TEXT, "key": TEXT, "label": TEXT, "file": TEXT, "line": INT32})
 WORDS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "test": "test"}
@@ -141,15 +141,15 @@ def _find_lists(store: Store, named: str | None) -> list[LabelFile]:
         store, advice = Store(resolve(store, named), KEY), "give a file such as train.csv, or a folder with such files"
     folders = level = [""]  # the root and the folders below it that are named like annotations, upper ones first
     for _ in range(LEVELS):
-        level = [joined(folder, name) for folder in level for name in store.names(folder)[0] if FOLDER.search(name)]
+        level = [join_path(folder, name) for folder in level for name in store.names(folder)[0] if FOLDER.search(name)]
         folders = folders + level[:100]
     lists: dict[str, list[str]] = {}
     for_all_splits: list[str] = []
     for folder in folders:
         names = store.names(folder)[1]
         for word, chosen in _lists_by_word(names).items():
-            lists.setdefault(word, [joined(folder, name) for name in chosen])
-        for_all_splits += [joined(folder, name) for name in names if ALL_SPLITS_NAME.fullmatch(name)]
+            lists.setdefault(word, [join_path(folder, name) for name in chosen])
+        for_all_splits += [join_path(folder, name) for name in names if ALL_SPLITS_NAME.fullmatch(name)]
     paths = [path for word in lists for path in lists[word]] or for_all_splits[:1]
     if not paths:
         raise UserError(f"{store.place()} holds no list of clips: {advice}")

@@ -18,7 +18,7 @@ from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
-from distill_at_scale.storage.filesystem import joined
+from distill_at_scale.storage.filesystem import join_path
 
 PREFIX = "something-something-v2-"
 NO_BRACKETS = str.maketrans("", "", "[]")
@@ -72,7 +72,7 @@ class SomethingV2(ListedVideos):
                         f"{place}: {class_name!r} is no class of {self._list_name('labels')} "
                         f"({suggest(class_name, labels)}); download the lists that belong together"
                     )
-                path = joined(self.home, f"{clip_id}.webm")
+                path = join_path(self.home, f"{clip_id}.webm")
                 rows.append((str(clip_id), labels.get(class_name, -1), split, path, f"'{name}' entry {number}"))
         return rows_table(rows)
 

@@ -17,7 +17,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
-from distill_at_scale.storage.filesystem import joined
+from distill_at_scale.storage.filesystem import join_path
 
 CLASSES = "classInd.txt"
 LINE = re.compile(r"([^/]+)/([^/]+?)(?:\s+(\d+))?")
@@ -61,7 +61,7 @@ class Ucf101(ListedVideos):
             for number, line in self.lists.lines(name):
                 class_name, file = self._parse(f"{self.lists.place(name)}, line {number}", line, labels)
                 path, place = f"{class_name}/{file}", f"'{name}' line {number}"
-                rows.append((path.rpartition(".")[0], labels[class_name], split, joined(self.home, path), place))
+                rows.append((path.rpartition(".")[0], labels[class_name], split, join_path(self.home, path), place))
         return rows_table(rows)
 
     @staticmethod

@@ -6,7 +6,6 @@ import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -182,16 +181,6 @@ def _gave_up(times: int, waiting: Mapping[int, Batch], error: BaseException) -> 
         f"one makes {first}. Finished work is kept. Run the same command again, with fewer cluster.actors if the workers ran "
         "out of memory. If it fails here again, a sample of that batch kills its process: `validate` finds such samples"
     )
-
-
-@contextmanager
-def waited_for(what: str, config: Config) -> Iterator[None]:
-    """Around the wait for tasks: raises what a task raised, and WorkersLost where one was lost too often."""
-    try:
-        with plain_errors():
-            yield
-    except LOST as error:
-        raise WorkersLost(lost_too_often(what, config, error)) from None
 
 
 def lost_too_often(what: str, config: Config, error: BaseException) -> str:

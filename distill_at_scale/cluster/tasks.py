@@ -8,9 +8,10 @@ from typing import Any
 import ray
 import torch
 
-from distill_at_scale.cluster.actor_pool import cores, cores_each, load, run_units, waited_for
-from distill_at_scale.cluster.session import pack
+from distill_at_scale.cluster.actor_pool import LOST, cores, cores_each, load, lost_too_often, run_units
+from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
+from distill_at_scale.core.errors import WorkersLost
 from distill_at_scale.core.events import Emit, Event, TimeSpent, measured
 from distill_at_scale.pipeline.executors.base import Poll, Result, Task, Unit, Worker
 
@@ -19,7 +20,7 @@ POLL = 0.5  # seconds
 
 
 def run(task: Task, done: Callable[[Result], None], poll: Poll, sharing: int, emit: Emit) -> None:
-    """Run all units; Ray repeats one whose process is lost, `cluster.max_failures` times at most.
+    """Run all units; Ray repeats one whose process is lost, `cluster.max_failures` times at most, then raises WorkersLost.
 
     A unit's cores follow from all units of the task, not from those that are left: the number of threads decides the last
     bits of a network's weights.
@@ -33,13 +34,16 @@ def run(task: Task, done: Callable[[Result], None], poll: Poll, sharing: int, em
     )
     settings, paths = ray.put(pack(task.config)), {name: str(path) for name, path in task.paths.items()}
     running = [remote.remote(settings, task.worker, paths, unit, cpus) for unit in task.units]
-    with waited_for(task.worker.name, task.config):
-        while running:
-            finished, running = ray.wait(running, timeout=POLL)
-            for result, event in ray.get(finished):
-                emit(event)
-                done(result)
-            poll()
+    try:
+        with plain_errors():
+            while running:
+                finished, running = ray.wait(running, timeout=POLL)
+                for result, event in ray.get(finished):
+                    emit(event)
+                    done(result)
+                poll()
+    except LOST as error:
+        raise WorkersLost(lost_too_often(task.worker.name, task.config, error)) from None
 
 
 @ray.remote

@@ -36,25 +36,18 @@ def run(group: Group, sharing: int, say: Say) -> None:
     """Run the processes of a group on Ray Train.
 
     A fixed number of workers shares the cores of the cluster. An elastic group starts as many as find room, with one core
-    each, so that their results depend on their number alone; it shrinks and grows with the cluster.
+    each, so that their results depend on their number alone; it shrinks and grows with the cluster. Machines may come and go
+    all day: after too many losses another attempt follows if there was progress.
 
     Raises UserError where the workers cannot be placed, WorkersLost where they were lost too often without progress, and
     what a worker raised if a user can act on it. If `group.poll` raises TrialStopped, the workers end before it is raised.
     """
-    repeat_while_progressing(lambda: _attempt(group, sharing, say), group.saved, say)
-
-
-def repeat_while_progressing(attempt: Callable[[], None], saved: Callable[[], int], say: Say) -> None:
-    """Make an attempt, and another one if it lost workers too often but saved more than there was at its start.
-
-    On machines that come and go all day, only losses without progress are a reason to stop.
-    """
     while True:
-        before = saved()
+        before = group.saved()
         try:
-            return attempt()
+            return _attempt(group, sharing, say)
         except WorkersLost as error:
-            if saved() <= before:
+            if group.saved() <= before:
                 raise
             say(f"  progress was made; resetting the failure count ({str(error).partition(' (')[0]})")
 

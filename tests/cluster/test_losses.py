@@ -20,14 +20,39 @@ from distill_at_scale.cluster import actor_pool, train_group  # noqa: E402
 from distill_at_scale.cluster import tasks as ray_tasks  # noqa: E402
 
 LOST = ray.exceptions.WorkerCrashedError
+FOLDERS = (Path("prepared"), Path("synthetic"), Path("manifest.parquet"))
 
 
-def test_a_task_that_is_lost_too_often_is_a_users_error():
+@pytest.fixture
+def ray_tasks_alone(monkeypatch):
+    """ray_tasks_alone(wait): an executor without a cluster, and the numbers of tasks that are to share its 64 cores."""
+
+    def make(wait=None):
+        counts, remote = [], SimpleNamespace(remote=lambda *arguments: arguments)
+        monkeypatch.setattr(ray_tasks, "ray", SimpleNamespace(put=lambda value: value, wait=wait))
+        monkeypatch.setattr(ray_tasks, "_run", SimpleNamespace(options=lambda **resources: remote))
+        monkeypatch.setattr(ray_tasks, "cores", lambda: 64)
+        monkeypatch.setattr(ray_tasks, "cores_each", lambda tasks: counts.append(tasks) or 1)
+        run = lambda task, done: ray_tasks.run(task, done, no_poll, 1, lambda event: None)  # noqa: E731
+        return SimpleNamespace(run=run), counts
+
+    return make
+
+
+def test_a_task_that_is_lost_too_often_is_a_users_error(ray_tasks_alone):
     config, message = tiny_config("unused"), r"evaluate: processes were lost more often than cluster\.max_failures = 3"
-    with pytest.raises(WorkersLost, match=message), actor_pool.waited_for("evaluate", config):
-        raise LOST
-    with pytest.raises(KeyError), actor_pool.waited_for("evaluate", config):
-        raise KeyError("a defect")
+
+    def failing(error):
+        def wait(running, timeout):
+            raise error
+
+        return ray_tasks_alone(wait)[0]
+
+    job = evaluate.jobs(config)[0]
+    with pytest.raises(WorkersLost, match=message):
+        tasks.evaluate(failing(LOST()), config, [job], FOLDERS, lambda row: None)
+    with pytest.raises(KeyError):
+        tasks.evaluate(failing(KeyError("a defect")), config, [job], FOLDERS, lambda row: None)
 
 
 def test_the_loss_behind_the_failures_of_a_group_is_found():
@@ -67,20 +92,20 @@ def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
     assert said == ["log"] * 4 + ["lost", "log"]
 
 
-def test_losses_are_counted_anew_where_more_is_done():
-    """Two attempts get on before they lose too many, the third does not."""
+def test_losses_are_counted_anew_where_more_is_done(monkeypatch):
+    """Two attempts make progress before they lose too many workers, the third does not."""
     done, said = iter([0, 6, 6, 8, 8, 8]), []
 
-    def attempt():
+    def attempt(group, sharing, say):
         raise WorkersLost("distill: processes were lost more often than 3 (killed)")
 
+    monkeypatch.setattr(train_group, "_attempt", attempt)
     with pytest.raises(WorkersLost):
-        train_group.repeat_while_progressing(attempt, lambda: next(done), said.append)
-    assert (
-        said
-        == ["  progress was made; resetting the failure count (distill: processes were lost more often than 3)"] * 2
-    )
-    assert train_group.repeat_while_progressing(lambda: None, lambda: 0, said.append) is None
+        train_group.run(SimpleNamespace(saved=lambda: next(done)), 1, said.append)
+    message = "  progress was made; resetting the failure count (distill: processes were lost more often than 3)"
+    assert said == [message] * 2
+    monkeypatch.setattr(train_group, "_attempt", lambda group, sharing, say: None)
+    assert train_group.run(SimpleNamespace(saved=lambda: 0), 1, said.append) is None
 
 
 @pytest.fixture
@@ -114,15 +139,11 @@ def test_units_that_are_lost_too_often_are_named(passes):
         passes(1)
 
 
-def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(monkeypatch):
+def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(ray_tasks_alone):
     """So what is left after an interruption ends as it would have."""
-    config, counts, options = tiny_config("unused"), [], SimpleNamespace(options=lambda **resources: None)
-    monkeypatch.setattr(ray_tasks, "ray", SimpleNamespace(put=lambda value: value))
-    monkeypatch.setattr(ray_tasks, "_run", options)
-    monkeypatch.setattr(ray_tasks, "cores", lambda: 64)
-    monkeypatch.setattr(ray_tasks, "cores_each", lambda tasks: counts.append(tasks) or 1)
-    on_ray = SimpleNamespace(run=lambda task, done: ray_tasks.run(task, done, no_poll, 1, lambda event: None))
-    tasks.evaluate(on_ray, config, [], (None, None, None), lambda row: None)
+    config = tiny_config("unused")
+    on_ray, counts = ray_tasks_alone()
+    tasks.evaluate(on_ray, config, [], FOLDERS, lambda row: None)
     assert counts == [len(evaluate.jobs(config))] == [4]
 
 

@@ -154,17 +154,25 @@ def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoint
 class Score(Worker):
     """Scores chunks of the prepared data with all checkpoints; `work` is a chunk."""
 
-    name = event = "score"
-    counted = "samples"
-    fetches = ("checkpoints",)
+    name, event, counted, fetches = "score", "score", "samples", ("checkpoints",)
 
     def load(self) -> None:
         prepared, checkpoints = self.paths["prepared"], self.paths["checkpoints"]
-        self.scorer = Scorer(self.config, prepared, checkpoints, self.device, self.spent)
+        self.run_chunks = Scorer(self.config, prepared, checkpoints, self.device, self.spent).score
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
-        for samples in self.scorer.score([(unit.work, unit.outputs[0]) for unit in units]):
+        for samples in self.run_chunks([(unit.work, unit.outputs[0]) for unit in units]):
             yield {"samples": samples}
+
+
+class RankPatches(Score):
+    """Ranks crops of the kept samples of chunks by the teacher's loss; `work` is a chunk."""
+
+    name, event, fetches = "ranking of patches", "rank", ("networks",)
+
+    def load(self) -> None:
+        prepared, networks = self.paths["prepared"], self.paths["networks"]
+        self.run_chunks = patch_ranking.PatchRanker(self.config, prepared, networks, self.device).rank
 
 
 def score(
@@ -190,21 +198,6 @@ def _run_missing(executor: Executor, task: Task, advance: Advance) -> None:
     missing = [unit for unit in task.units if not unit.outputs[0].exists()]
     advance(sum(unit.size for unit in task.units) - sum(unit.size for unit in missing))
     executor.run(replace(task, units=missing), lambda result: advance(result[task.worker.counted]))
-
-
-class RankPatches(Worker):
-    """Ranks crops of the kept samples of chunks by the teacher's loss; `work` is a chunk."""
-
-    name, event, counted = "ranking of patches", "rank", "samples"
-    fetches = ("networks",)
-
-    def load(self) -> None:
-        prepared, networks = self.paths["prepared"], self.paths["networks"]
-        self.ranker = patch_ranking.PatchRanker(self.config, prepared, networks, self.device)
-
-    def run(self, units: Sequence[Unit]) -> Iterator[Result]:
-        for samples in self.ranker.rank([(unit.work, unit.outputs[0]) for unit in units]):
-            yield {"samples": samples}
 
 
 def rank_patches(

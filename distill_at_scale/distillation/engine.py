@@ -300,7 +300,7 @@ class Distillation:
     def _synthetic_set(self) -> SyntheticSet:
         """The current set, on every worker; only rank 0's has all extras."""
         images, labels = self.workers.broadcast(self._gather())
-        conclusion = self.method.finalize(images, labels)
+        final = self.method.finalize(images, labels)
         config, section = self.config, self.config.distill
         options = getattr(section, section.method, None)
         card = {
@@ -314,10 +314,10 @@ class Distillation:
             "steps": self.steps,
             "network": {"name": section.network, "width": section.width, "depth": section.depth},
             "runtime": runtime_card(config),
-            "protocol": method_class(config).protocol(config).card() | dict(conclusion.protocol),
+            "protocol": method_class(config).protocol(config).card() | dict(final.protocol),
             "seed": config.distill_seed,
             **({"kind": "tensors"} if self.prepared.kind == "tensors" else {}),
-            **conclusion.card,
+            **final.card,
         }
-        extras, whitening = dict(conclusion.extras), self.normalization.whitening
+        extras, whitening = dict(final.extras), self.normalization.whitening
         return SyntheticSet(images, labels, card, dict(self.snapshots), extras, whitening)

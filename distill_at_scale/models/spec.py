@@ -24,10 +24,8 @@ from distill_at_scale.models.image import VGG11, AlexNet, ConvNet, ResNet
 from distill_at_scale.models.mlp import MLP
 from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
 
-CPU_CACHE = 8 * 2**20  # bytes of one layer's activations that stay in a CPU core's cache
-GPU_ACTIVATIONS = (
-    512 * 2**20
-)  # bytes of one layer's activations on a GPU; a larger batch costs memory and saves no time
+# bytes of one layer's activations per forward pass: a CPU core's cache; more on a GPU costs memory and saves no time
+CPU_CACHE, GPU_ACTIVATIONS = 8 * 2**20, 512 * 2**20
 TORCHVISION, FRAME = "torchvision:", "frame:"  # prefixes of names
 SHAPELESS = "take mlp, or a network of your own (package.module:Object)"
 MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that return more than logits in training
@@ -188,14 +186,11 @@ OF_CLIPS: dict[str, Build] = {
     "r2plus1d_18": lambda spec: VideoResNet("r2plus1d_18", spec.shape, spec.classes, batch_norm=False),
     "r2plus1d_18_bn": lambda spec: VideoResNet("r2plus1d_18", spec.shape, spec.classes, batch_norm=True),
 }
-OF_ANYTHING: dict[str, Build] = {
+NETWORKS: dict[str, Build] = {
     "mlp": lambda spec: MLP(spec.shape, spec.classes, spec.width, spec.depth),
+    **{name: partial(_build_for, "images", make) for name, make in OF_IMAGES.items()},
+    **{name: partial(_build_for, "clips", make) for name, make in OF_CLIPS.items()},
 }
-NETWORKS = (
-    OF_ANYTHING
-    | {name: partial(_build_for, "images", make) for name, make in OF_IMAGES.items()}
-    | {name: partial(_build_for, "clips", make) for name, make in OF_CLIPS.items()}
-)
 
 
 def builder(key: str, name: str) -> Build:

@@ -44,15 +44,15 @@ def test_what_is_matched_are_the_weights_with_two_sides():
 def test_the_distance_and_its_image_gradient_are_the_textbooks():
     network, real = SPEC.build(0), images(7)
     synthetic = images(2, seed=1).requires_grad_(True)
-    found = class_distance(
+    actual = class_distance(
         gradient_distance.real_gradient(network, real, 2, 3),
         gradient_distance.synthetic_gradient(network, synthetic, 2),
     )
     expected = textbook_distance(
         textbook_gradient(network, real, 2), textbook_gradient(network, synthetic, 2, create_graph=True)
     )
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    fast, slow = torch.autograd.grad(found, synthetic)[0], torch.autograd.grad(expected, synthetic)[0]
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    fast, slow = torch.autograd.grad(actual, synthetic)[0], torch.autograd.grad(expected, synthetic)[0]
     assert slow.abs().max() > 1e-3
     assert torch.allclose(fast, slow, rtol=1e-3, atol=1e-5 * float(slow.abs().max()))
 
@@ -60,8 +60,8 @@ def test_the_distance_and_its_image_gradient_are_the_textbooks():
 def test_the_constant_sits_on_the_product_of_the_norms():
     """A channel with tiny gradients on both sides counts as orthogonal, though the directions agree."""
     real, synthetic = torch.tensor([[1e-4, 0.0], [1.0, 0.0]]), torch.tensor([[1e-4, 0.0], [1.0, 0.0]])
-    found = class_distance([real], [synthetic]).item()
-    assert found == pytest.approx(1 - 1e-8 / (1e-8 + 1e-6), abs=1e-5)
+    actual = class_distance([real], [synthetic]).item()
+    assert actual == pytest.approx(1 - 1e-8 / (1e-8 + 1e-6), abs=1e-5)
 
 
 def test_parallel_orthogonal_and_opposite_gradients():
@@ -76,20 +76,20 @@ def test_parallel_orthogonal_and_opposite_gradients():
 def test_the_gradient_in_parts_is_autograds_on_the_whole_batch(at_once):
     network, batch = SPEC.build(0), images(7)
     whole = F.cross_entropy(network(batch), torch.full((7,), 1))
-    expected = torch.autograd.grad(whole, gradient_distance.matched_parameters(network))
-    for found, wanted in zip(gradient_distance.real_gradient(network, batch, 1, at_once), expected, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
-        assert not found.requires_grad
+    gradients = torch.autograd.grad(whole, gradient_distance.matched_parameters(network))
+    for actual, expected in zip(gradient_distance.real_gradient(network, batch, 1, at_once), gradients, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-6)
+        assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_the_losses_are_each_samples_own(at_once):
     network, batch = SPEC.build(0), images(5)
-    found = gradient_distance.sample_losses(network, batch, torch.full((5,), 3), at_once)
-    assert found.tolist() == pytest.approx(
+    actual = gradient_distance.sample_losses(network, batch, torch.full((5,), 3), at_once)
+    assert actual.tolist() == pytest.approx(
         [F.cross_entropy(network(image[None]), torch.tensor([3])).item() for image in batch]
     )
-    assert not found.requires_grad
+    assert not actual.requires_grad
 
 
 KINDS = {
@@ -108,15 +108,17 @@ def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_i
     spec = KINDS[kind]
     network, chance = spec.build(0), torch.Generator().manual_seed(0)
     images = torch.randn(6, *spec.shape, generator=chance).requires_grad_(True)
-    found = classwise.class_gradients(network, images, [1, 3], torch.full((6,), 1 / 3), differentiable=True)
-    wanted = [gradient_distance.synthetic_gradient(network, images[3 * k : 3 * k + 3], c) for k, c in enumerate((1, 3))]
-    targets = [torch.randn(g.shape, generator=chance) for g in found]
-    together = gradient_distance.cosine_distance(targets, found)
-    alone = torch.stack([class_distance([t[k] for t in targets], wanted[k]) for k in range(2)])
-    for layer, gradient in enumerate(found):
+    actual = classwise.class_gradients(network, images, [1, 3], torch.full((6,), 1 / 3), differentiable=True)
+    expected = [
+        gradient_distance.synthetic_gradient(network, images[3 * k : 3 * k + 3], c) for k, c in enumerate((1, 3))
+    ]
+    targets = [torch.randn(g.shape, generator=chance) for g in actual]
+    together = gradient_distance.cosine_distance(targets, actual)
+    alone = torch.stack([class_distance([t[k] for t in targets], expected[k]) for k in range(2)])
+    for layer, gradient in enumerate(actual):
         for k in range(2):
-            scale = float(wanted[k][layer].detach().abs().max())
-            assert torch.allclose(gradient[k], wanted[k][layer], atol=1e-4 * scale)
+            scale = float(expected[k][layer].detach().abs().max())
+            assert torch.allclose(gradient[k], expected[k][layer], atol=1e-4 * scale)
     assert torch.allclose(together, alone, rtol=1e-4)
     ours, theirs = (torch.autograd.grad(d.sum(), images)[0] for d in (together, alone))
     assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
@@ -129,14 +131,14 @@ def test_signals_with_any_stride_and_padding(stride, padding, way):
     x = torch.randn(6, 2, 19, generator=torch.Generator().manual_seed(0))
     outputs = layer(x)
     g = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
-    found = WAYS[way].products(x, g, 3, layer)
-    kernels = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    actual = WAYS[way].products(x, g, 3, layer)
+    kernels = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2))
     for_x, for_g = WAYS[way].derivatives(x, g, kernels, 3, layer, True)
     assert WAYS[way].derivatives(x, g, kernels, 3, layer, False)[0] is None
     for k in range(3):
         part = slice(2 * k, 2 * k + 2)
-        wanted = torch.autograd.grad((layer(x[part]) * g[part]).sum(), layer.weight)[0]
-        assert torch.allclose(found[k], wanted, atol=1e-5)
+        expected = torch.autograd.grad((layer(x[part]) * g[part]).sum(), layer.weight)[0]
+        assert torch.allclose(actual[k], expected, atol=1e-5)
         assert torch.allclose(for_g[part], F.conv1d(x[part], kernels[k], None, stride, padding), atol=1e-5)
         pulled = torch.nn.grad.conv1d_input(x[part].shape, kernels[k], g[part], stride, padding)
         assert torch.allclose(for_x[part], pulled, atol=1e-5)

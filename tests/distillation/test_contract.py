@@ -71,8 +71,8 @@ def rank(config, places: DistillPaths) -> None:
     pieces.mkdir(parents=True)
     candidates = patch_ranking.draw_candidates(places.manifest, config, pieces)
     tasks.rank_patches(LocalExecutor(), config, places, chunks, lambda samples: None)
-    found = [score_part_path(pieces, chunk) for chunk in chunks]
-    patch_ranking.merge(found, candidates, config.distill.rded.crops, patch_ranking.table_path(places.networks, config))
+    paths = [score_part_path(pieces, chunk) for chunk in chunks]
+    patch_ranking.merge(paths, candidates, config.distill.rded.crops, patch_ranking.table_path(places.networks, config))
 
 
 @pytest.fixture
@@ -82,9 +82,9 @@ def start(places, made_networks):
     def ready(method: str):
         config, where = config_of(method), made_networks(method, places)
         prepared = PreparedDataset(where.prepared)
-        setting = method_context(config, prepared, where, SingleProcess(), CPU)
-        backend = method_class(config)(setting)
-        backend.prepare(ClassSampler.load(prepared, where.manifest, setting.labels, config.distill_seed, CPU))
+        context = method_context(config, prepared, where, SingleProcess(), CPU)
+        backend = method_class(config)(context)
+        backend.prepare(ClassSampler.load(prepared, where.manifest, context.labels, config.distill_seed, CPU))
         return backend
 
     return ready
@@ -178,12 +178,12 @@ def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
     backend = start(method)
     backend.step(0)
     images, labels = backend.snapshot()
-    found = backend.finalize(images, labels)
-    assert isinstance(found, FinalOutputs)
-    assert all(isinstance(value, torch.Tensor) for value in found.extras.values())
-    json.dumps(dict(found.card))
+    outputs = backend.finalize(images, labels)
+    assert isinstance(outputs, FinalOutputs)
+    assert all(isinstance(value, torch.Tensor) for value in outputs.extras.values())
+    json.dumps(dict(outputs.card))
     expected = method_class(config_of(method)).protocol(config_of(method))
-    assert TrainingProtocol.from_card(expected.card() | dict(found.protocol))
+    assert TrainingProtocol.from_card(expected.card() | dict(outputs.protocol))
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -198,9 +198,12 @@ def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, m
 
 
 def test_networks_are_made_with_deterministic_kernels(digits_run, places, monkeypatch):
-    found = []
+    deterministic = []
     monkeypatch.setattr(
-        METHODS["mtt"], "make_network", lambda *_: found.append(torch.backends.cudnn.deterministic), raising=False
+        METHODS["mtt"],
+        "make_network",
+        lambda *_: deterministic.append(torch.backends.cudnn.deterministic),
+        raising=False,
     )
     make_network(config_of("mtt"), places, "expert-000.safetensors", CPU)
-    assert found == [True]
+    assert deterministic == [True]

@@ -25,10 +25,10 @@ def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None
     pixels = {c: torch.randint(256, (4, *shape), dtype=torch.uint8, generator=rng) for c in range(classes)}
     config = configuration.validate({"distill": {"method": "dm", "ipc": ipc, "dm": options}, "runtime": runtime or {}})
     spec = NetworkSpec(network, shape, classes, width=4)
-    setting = MethodContext(
+    context = MethodContext(
         config, spec, [str(c) for c in range(classes)], list(range(classes)), SingleProcess(), CPU, 1
     )
-    backend = dm.DM(setting)
+    backend = dm.DM(context)
     backend.prepare(ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0))
     return backend
 
@@ -70,8 +70,8 @@ def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
     pool = a_pool()
     backend = backend_of("dm", pool, runtime={"rule": "ite", "drop": 0.5, "tail": 0.5, "probes": 64})
     embed = backend.context.spec.network.embed
-    before, found = image_gradient(backend)
-    images, wanted = before.clone().requires_grad_(True), torch.zeros(())
+    before, actual = image_gradient(backend)
+    images, expected = before.clone().requires_grad_(True), torch.zeros(())
     for label in range(CLASSES):
         features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
         sizes = torch.stack(
@@ -83,8 +83,8 @@ def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
         standard = (sizes - sizes.mean()) / sizes.std(correction=0)
         kept = standard.abs() <= 0.6745  # the quartiles of the normal distribution
         assert 0 < int(kept.sum()) < len(kept)
-        wanted = wanted + (features[kept].mean(0) - mine).square().sum()
-    close(found, torch.autograd.grad(wanted, images)[0])
+        expected = expected + (features[kept].mean(0) - mine).square().sum()
+    close(actual, torch.autograd.grad(expected, images)[0])
 
 
 def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():

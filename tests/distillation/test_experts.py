@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mtt import CLASSES, CPU, HELD, a_pool, backend_of, close, config_of, experts, made_experts, setting_of
+from test_mtt import CLASSES, CPU, HELD, a_pool, backend_of, close, config_of, context_of, experts, made_experts
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -21,8 +21,8 @@ assert experts  # a fixture
 
 def test_an_expert_keeps_its_parameters_after_every_epoch(experts):
     held = safetensors_io.load(experts / "expert-001.safetensors")["parameters"]
-    setting = setting_of(config_of(), experts)
-    fresh = ExpertTraining(1, setting, setting.config.distill.mtt, a_pool())
+    context = context_of(config_of(), experts)
+    fresh = ExpertTraining(1, context, context.config.distill.mtt, a_pool())
     assert torch.equal(held[0], flat(fresh.network))
     assert held.shape == (5, len(held[0]))
     assert held.dtype == torch.float32
@@ -34,7 +34,7 @@ def test_an_expert_keeps_its_parameters_after_every_epoch(experts):
 def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
     held = safetensors_io.load(experts / "expert-000.safetensors")["parameters"]
     pool = a_pool()
-    network = setting_of(config_of(), experts).spec.build(5)
+    network = context_of(config_of(), experts).spec.build(5)
     torch.nn.utils.vector_to_parameters(held[1].clone(), network.parameters())
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     pixels, labels = pool.all_samples()
@@ -48,9 +48,9 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
 
 def test_experts_learn_their_samples(tmp_path):
     config = config_of(expert_epochs=60, expert_lr=0.3, experts=1)
-    setting, pool = setting_of(config, tmp_path), a_pool()
-    METHODS["mtt"].make_network("expert-000.safetensors", setting, pool)
-    student = FlatNetwork(setting.spec.build(0), 100)
+    context, pool = context_of(config, tmp_path), a_pool()
+    METHODS["mtt"].make_network("expert-000.safetensors", context, pool)
+    student = FlatNetwork(context.spec.build(0), 100)
     held = ExpertFiles(tmp_path, 1, 60, sum(student.sizes), CPU)
     pixels, labels = pool.all_samples()
     first, last = held.parameters(0, 0, 60)

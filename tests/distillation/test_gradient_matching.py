@@ -55,9 +55,9 @@ def image_gradient(backend) -> tuple[torch.Tensor, torch.Tensor]:
     return before, before - backend.images.detach()
 
 
-def close(found, wanted, tolerance=2e-3):
-    assert float(wanted.abs().max()) > 0
-    assert float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+def close(actual, expected, tolerance=2e-3):
+    assert float(expected.abs().max()) > 0
+    assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
 def textbook_dc(network, real, images):
@@ -77,9 +77,9 @@ def whole_class(pool, label):
 def test_a_dc_step_is_the_textbooks():
     pool = a_pool()
     backend = backend_of("dc", pool, outer=1, inner=1)
-    before, found = image_gradient(backend)
+    before, actual = image_gradient(backend)
     real = [whole_class(pool, label) for label in range(CLASSES)]
-    close(found, textbook_dc(backend.context.spec.network, real, before))
+    close(actual, textbook_dc(backend.context.spec.network, real, before))
 
 
 def test_the_inner_loop_trains_the_network_on_the_synthetic_set():
@@ -107,9 +107,9 @@ def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     network = backend.context.spec.build(0)
     before = [p.detach().clone() for p in network.parameters()]
     images, labels = backend.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
-    wanted = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
+    expected = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
     backend._train_network(network, 0, 0)
-    for parameter, old, gradient in zip(network.parameters(), before, wanted, strict=True):
+    for parameter, old, gradient in zip(network.parameters(), before, expected, strict=True):
         assert torch.allclose((old - parameter.detach()) / 1e-3, gradient, rtol=0.1, atol=2e-2)
 
 
@@ -150,7 +150,7 @@ def test_the_masked_gradient_is_autograds_on_the_kept_samples(drop):
     """Rule loss: of each class the floor(drop n) samples with the largest loss do not count; at least one stays."""
     pool = a_pool()
     backend = backend_of("dc", pool, outer=1, runtime={"rule": "loss", "drop": drop, "refresh": 1})
-    before, found = image_gradient(backend)
+    before, actual = image_gradient(backend)
     network, kept = backend.context.spec.network, []
     for label in range(CLASSES):
         batch = whole_class(pool, label)
@@ -158,7 +158,7 @@ def test_the_masked_gradient_is_autograds_on_the_kept_samples(drop):
             range(HELD), key=lambda k: F.cross_entropy(network(batch[k][None]), torch.tensor([label])).item()
         )
         kept.append(batch[order[: max(1, HELD - math.floor(drop * HELD))]])
-    close(found, textbook_dc(network, kept, before))
+    close(actual, textbook_dc(network, kept, before))
 
 
 def test_dropping_changes_the_gradient():
@@ -171,7 +171,7 @@ def test_dropping_changes_the_gradient():
 def test_a_dm_step_is_the_textbooks():
     pool = a_pool()
     backend = backend_of("dm", pool)
-    before, found = image_gradient(backend)
+    before, actual = image_gradient(backend)
     images = before.clone().requires_grad_(True)
     loss = torch.zeros(())
     for label in range(CLASSES):
@@ -180,21 +180,21 @@ def test_a_dm_step_is_the_textbooks():
         )
         mine = torch.stack([backend.context.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
         loss = loss + ((feature - mine) ** 2).sum()
-    close(found, torch.autograd.grad(loss, images)[0])
+    close(actual, torch.autograd.grad(loss, images)[0])
 
 
 @pytest.mark.parametrize("drop", [0.3, 0.99])
 def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
     pool = a_pool()
     backend = backend_of("dm", pool, runtime={"rule": "loss", "drop": drop})
-    before, found = image_gradient(backend)
+    before, actual = image_gradient(backend)
     images, embed = before.clone().requires_grad_(True), backend.context.spec.network.embed
     loss = torch.zeros(())
     for label in range(CLASSES):
         features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
         order = sorted(range(HELD), key=lambda k: (features[k] - mine).square().sum().item())
         loss = loss + (features[order[: max(1, HELD - math.floor(drop * HELD))]].mean(0) - mine).square().sum()
-    close(found, torch.autograd.grad(loss, images)[0])
+    close(actual, torch.autograd.grad(loss, images)[0])
 
 
 def test_dm_embeds_only_what_is_forecast_to_count_between_full_looks():

@@ -58,9 +58,9 @@ def test_an_image_update_is_the_textbooks(metric, size):
         mine = textbook_gradient(network, split_parts(images[label], 2), label, create_graph=True)
         pairs = [(a, b) for a, b in zip(real, mine, strict=True) if a.dim() == 4]
         total = total + sum(size(a - b).sum() for a, b in pairs)
-    wanted = torch.autograd.grad(total, images)[0] * 0.1 * (2 / 10) / STD**2
+    expected = torch.autograd.grad(total, images)[0] * 0.1 * (2 / 10) / STD**2
     metrics = backend.step(0)
-    close(images.detach() - backend.images.detach(), wanted)
+    close(images.detach() - backend.images.detach(), expected)
     assert metrics["loss"] == pytest.approx(float(total.detach()) / CLASSES, rel=1e-4)
 
 
@@ -108,8 +108,8 @@ def test_the_network_is_trained_on_real_samples_of_all_classes():
     pixels, labels = a_pool().all_samples()
     F.cross_entropy(twin(a_pool().normalization.apply(pixels)), labels).backward()
     optimizers[1].step()
-    for found, wanted in zip(network.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(found, wanted, atol=1e-5)
+    for actual, expected in zip(network.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def test_mixed_targets_are_shares_of_two_classes():

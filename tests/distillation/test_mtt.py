@@ -49,7 +49,7 @@ def config_of(method: str = "mtt", ipc: int = 2, network: str = "convnet", **opt
     return configuration.validate({"distill": section})
 
 
-def setting_of(config: Config, folder: Path, workers=None, shape=SHAPE) -> MethodContext:
+def context_of(config: Config, folder: Path, workers=None, shape=SHAPE) -> MethodContext:
     spec = NetworkSpec(config.distill.network, shape, CLASSES, width=6)
     return MethodContext(config, spec, ["zero", "one", "two"], [0, 1, 2], workers or SingleProcess(), CPU, 1, folder)
 
@@ -57,7 +57,7 @@ def setting_of(config: Config, folder: Path, workers=None, shape=SHAPE) -> Metho
 def made_experts(folder: Path, **options) -> Path:
     config = config_of(**options)
     for name in METHODS["mtt"].networks(config):
-        METHODS["mtt"].make_network(name, setting_of(config, folder), a_pool())
+        METHODS["mtt"].make_network(name, context_of(config, folder), a_pool())
     return folder
 
 
@@ -68,14 +68,14 @@ def experts(tmp_path_factory) -> Path:
 
 
 def backend_of(folder: Path, method: str = "mtt", workers=None, **options):
-    backend = METHODS[method](setting_of(config_of(method, **options), folder, workers))
+    backend = METHODS[method](context_of(config_of(method, **options), folder, workers))
     backend.prepare(a_pool())
     return backend
 
 
-def close(found, wanted, tolerance=1e-4):
-    assert float(wanted.abs().max()) > 0
-    assert float((found - wanted).norm() / wanted.norm()) < tolerance
+def close(actual, expected, tolerance=1e-4):
+    assert float(expected.abs().max()) > 0
+    assert float((actual - expected).norm() / expected.norm()) < tolerance
 
 
 def textbook(network, task, images, labels, rate):
@@ -124,8 +124,8 @@ def test_momentum_is_that_of_sgd(experts):
     backend = backend_of(experts, image_momentum=0.5, image_lr=0.1)
     gradients, images = [], [backend.images.detach().clone()]
     for i in range(2):
-        _, found = backend.match(backend.segment(i, 0), backend.synthetic())
-        gradients.append(found[0].view_as(backend.images))
+        _, actual = backend.match(backend.segment(i, 0), backend.synthetic())
+        gradients.append(actual[0].view_as(backend.images))
         backend.step(i)
         images.append(backend.images.detach().clone())
     close(images[0] - images[1], 0.1 * gradients[0])
@@ -138,9 +138,9 @@ def test_start_and_target_are_epochs_of_one_expert(experts):
     seen = set()
     for i in range(40):
         task = backend.segment(i, 0)
-        (found,) = [(k, e) for k in range(2) for e in range(5) if torch.equal(task.start, held[k][e])]
-        assert torch.equal(task.target, held[found[0]][found[1] + 2])
-        seen.add(found)
+        (actual,) = [(k, e) for k in range(2) for e in range(5) if torch.equal(task.start, held[k][e])]
+        assert torch.equal(task.target, held[actual[0]][actual[1] + 2])
+        seen.add(actual)
     assert seen == {(k, e) for k in range(2) for e in range(3)}  # max_start 2 is the last one
 
 
@@ -270,7 +270,7 @@ def test_an_update_that_cannot_be_is_not_made(experts, options, message):
 def test_batch_norm_is_refused_with_the_reason(tmp_path):
     config = config_of(network="resnet18_bn")
     with pytest.raises(UserError, match=r"resnet18_bn.*batch norm, whose running statistics are no parameters"):
-        METHODS["mtt"](setting_of(config, tmp_path, shape=(1, 16, 16)))
+        METHODS["mtt"](context_of(config, tmp_path, shape=(1, 16, 16)))
 
 
 def test_in_parts_a_draw_stays_with_its_images():
@@ -303,16 +303,16 @@ def test_two_workers_average_the_gradients_of_two_trajectories(experts, tmp_path
     """The same bytes on both, and what one process gets that follows both trajectories; trouble of one stops both."""
     mp.spawn(work, (str(tmp_path), str(experts)), nprocs=2)
     for method in ("mtt", "tesla"):
-        found = [safetensors_io.load(tmp_path / f"{method}-{rank}.safetensors") for rank in range(2)]
-        assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+        actual = [safetensors_io.load(tmp_path / f"{method}-{rank}.safetensors") for rank in range(2)]
+        assert all(torch.equal(actual[0][key], actual[1][key]) for key in actual[0])
         alone = backend_of(experts, method, image_momentum=0.5, image_lr=0.1)
         start = alone.images.detach().clone()
         for i in range(2):
             pairs = [alone.match(alone.segment(i, rank), alone.synthetic()) for rank in range(2)]
             mean = [(a + b) / 2 for a, b in zip(*(gradients for _, gradients in pairs), strict=True)]
             alone._update_learned(i, pairs[0][0], mean)
-        close(torch.stack([found[0][f"images/{c}"] for c in range(3)]) - start, alone.images.detach() - start, 1e-3)
-        assert float(found[0]["rate"]) == pytest.approx(float(alone.student_lr.detach()), rel=1e-4)
+        close(torch.stack([actual[0][f"images/{c}"] for c in range(3)]) - start, alone.images.detach() - start, 1e-3)
+        assert float(actual[0]["rate"]) == pytest.approx(float(alone.student_lr.detach()), rel=1e-4)
 
 
 RUN = {f"distill__{method}__{key}": value for method in ("mtt", "tesla") for key, value in SMALL.items()}

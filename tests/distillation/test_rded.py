@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_prepared
-from test_teacher import QUICK, SHAPE, a_pool, a_setting, make
+from test_teacher import QUICK, SHAPE, a_context, a_pool, make
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
@@ -39,37 +39,37 @@ OPTIONS = {"crops": 3, "candidates": 8, "factor": 2}
 
 @pytest.fixture
 def ranked(tmp_path):
-    """ranked(**options): setting, places, chunks and candidates of a set of which 12 of 20 samples a class are kept."""
+    """ranked(**options): context, places, chunks and candidates of a set of which 12 of 20 samples a class are kept."""
     pool = a_pool()
     pixels, labels = pool.all_samples()
     prepared = write_prepared(tmp_path / "prepared", pixels.numpy(), labels.numpy())
-    ids, found = prepared.index()
+    ids, actual = prepared.index()
     kept = np.arange(len(ids)) % HELD % 5 < 3
-    columns = [ids, found, np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32), kept]
+    columns = [ids, actual, np.zeros(len(ids), np.float32), np.zeros(len(ids), np.int32), kept]
     table = pa.table([pa.array(c) for c in columns], names=manifest.SCHEMA.names).cast(manifest.SCHEMA)
     manifest.write(tmp_path / "manifest.parquet", table, {})
 
     def prepare(**options):
-        setting = a_setting(tmp_path / "networks", steps=options.pop("steps", 1), **OPTIONS | options)
-        if not (setting.networks / TEACHER).exists():
-            make(setting)
+        context = a_context(tmp_path / "networks", steps=options.pop("steps", 1), **OPTIONS | options)
+        if not (context.networks / TEACHER).exists():
+            make(context)
         places = DistillPaths(
-            tmp_path / "prepared", tmp_path / "manifest.parquet", tmp_path, tmp_path / "l", setting.networks
+            tmp_path / "prepared", tmp_path / "manifest.parquet", tmp_path, tmp_path / "l", context.networks
         )
-        pieces = patch_ranking.parts_folder(places.networks, setting.config)
+        pieces = patch_ranking.parts_folder(places.networks, context.config)
         pieces.mkdir(parents=True, exist_ok=True)
-        candidates = patch_ranking.draw_candidates(places.manifest, setting.config, pieces)
-        return setting, places, prepared.chunks(), candidates
+        candidates = patch_ranking.draw_candidates(places.manifest, context.config, pieces)
+        return context, places, prepared.chunks(), candidates
 
     return prepare
 
 
-def table_of(setting, places, chunks, candidates) -> pa.Table:
-    tasks.rank_patches(LocalExecutor(), setting.config, places, chunks, lambda n: None)
-    pieces = patch_ranking.parts_folder(places.networks, setting.config)
-    target = patch_ranking.table_path(places.networks, setting.config)
+def table_of(context, places, chunks, candidates) -> pa.Table:
+    tasks.rank_patches(LocalExecutor(), context.config, places, chunks, lambda n: None)
+    pieces = patch_ranking.parts_folder(places.networks, context.config)
+    target = patch_ranking.table_path(places.networks, context.config)
     patch_ranking.merge(
-        [score_part_path(pieces, c) for c in chunks], candidates, setting.config.distill.rded.crops, target
+        [score_part_path(pieces, c) for c in chunks], candidates, context.config.distill.rded.crops, target
     )
     return pq.read_table(target)
 
@@ -83,13 +83,13 @@ def kept_pool(places, hold="auto"):
 
 
 def test_every_crop_of_every_candidate_is_ranked_by_the_teachers_loss(ranked):
-    setting, places, chunks, candidates = ranked()
-    table = table_of(setting, places, chunks, candidates)
+    context, places, chunks, candidates = ranked()
+    table = table_of(context, places, chunks, candidates)
     assert table.num_rows == CLASSES * 8 * 3
     teacher, pool = Teacher.load(places.networks / TEACHER, torch.device("cpu")), kept_pool(places)
     for row in table.to_pylist()[::7]:
         image = pool.normalization.apply(pool.pixels[row["label"]][row["row"]][None])
-        box = patch_ranking.crop_boxes(setting.seed, row["sample_id"], setting.config.distill.rded)[row["crop"]]
+        box = patch_ranking.crop_boxes(context.seed, row["sample_id"], context.config.distill.rded)[row["crop"]]
         loss = F.cross_entropy(teacher(crop_and_flip(image, box[None])), torch.tensor([row["label"]]))
         assert row["loss"] == pytest.approx(float(loss), rel=1e-3, abs=1e-5)
 
@@ -103,19 +103,19 @@ def test_candidates_are_drawn_from_the_kept_samples_by_the_seed(ranked):
 
 
 def test_only_candidates_are_decoded(ranked, monkeypatch):
-    setting, places, chunks, candidates = ranked()
+    context, places, chunks, candidates = ranked()
     seen, decode = [], PreparedDataset.pixels
     monkeypatch.setattr(
         PreparedDataset,
         "pixels",
         lambda self, table, *a: (seen.extend(table["sample_id"].to_pylist()), decode(self, table, *a))[1],
     )
-    table_of(setting, places, chunks, candidates)
+    table_of(context, places, chunks, candidates)
     assert sorted(seen) == sorted(candidates["sample_id"].to_pylist())
 
 
 def test_row_groups_without_a_candidate_are_not_read(ranked, monkeypatch):
-    setting, places, chunks, candidates = ranked(candidates=1)
+    context, places, chunks, candidates = ranked(candidates=1)
     read, whole = PreparedDataset.read, []
 
     def spy(self, part, split="train", columns=None):
@@ -124,23 +124,23 @@ def test_row_groups_without_a_candidate_are_not_read(ranked, monkeypatch):
         return read(self, part, split, columns)
 
     monkeypatch.setattr(PreparedDataset, "read", spy)
-    table_of(setting, places, chunks, candidates)
+    table_of(context, places, chunks, candidates)
     assert len(whole) == CLASSES
 
 
 def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, monkeypatch):
-    setting, places, chunks, candidates = ranked()
+    context, places, chunks, candidates = ranked()
     assert len(chunks) > 2
-    target = patch_ranking.table_path(places.networks, setting.config)
-    table_of(setting, places, chunks, candidates)
+    target = patch_ranking.table_path(places.networks, context.config)
+    table_of(context, places, chunks, candidates)
     whole = target.read_bytes()
-    pieces = [score_part_path(patch_ranking.parts_folder(places.networks, setting.config), chunk) for chunk in chunks]
+    pieces = [score_part_path(patch_ranking.parts_folder(places.networks, context.config), chunk) for chunk in chunks]
     before = pieces[0].stat().st_mtime_ns
     for piece in pieces[1:]:
         piece.unlink()
-    ranker = patch_ranking.PatchRanker(setting.config, places.prepared, places.networks, torch.device("cpu"))
+    ranker = patch_ranking.PatchRanker(context.config, places.prepared, places.networks, torch.device("cpu"))
     assert list(ranker.rank([(chunks[2], pieces[2])])) == [chunks[2].rows]  # another actor, in another order
-    table_of(setting, places, chunks, candidates)
+    table_of(context, places, chunks, candidates)
     assert target.read_bytes() == whole
     assert pieces[0].stat().st_mtime_ns == before
 
@@ -150,20 +150,20 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
     from distill_at_scale.cluster.actor_pool import PoolActor, grouped
     from distill_at_scale.cluster.session import pack
 
-    setting, places, chunks, candidates = ranked()
-    table_of(setting, places, chunks, candidates)
+    context, places, chunks, candidates = ranked()
+    table_of(context, places, chunks, candidates)
     target, pieces = (
-        make(places.networks, setting.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
+        make(places.networks, context.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
     )
     whole = target.read_bytes()
     units = [Unit(chunk, (score_part_path(pieces, chunk),)) for chunk in chunks]
     for chunk in chunks:
         score_part_path(pieces, chunk).unlink()
     paths = {"prepared": str(places.prepared), "networks": str(places.networks)}
-    actors = [PoolActor(pack(setting.config), tasks.RankPatches, paths) for _ in range(2)]
+    actors = [PoolActor(pack(context.config), tasks.RankPatches, paths) for _ in range(2)]
     for number, batch in enumerate(reversed(grouped(units, 2))):
         if number == 2:
-            actors[0] = PoolActor(pack(setting.config), tasks.RankPatches, paths)
+            actors[0] = PoolActor(pack(context.config), tasks.RankPatches, paths)
         answer = actors[number % 2](pa.table({"number": [number], "units": [pickle.dumps(batch)]}))
         assert not isinstance(pickle.loads(answer["answer"][0].as_py()), Exception)
     patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, 3, target)
@@ -171,18 +171,18 @@ def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
 
 
 def test_pieces_that_are_not_the_candidates_are_refused(ranked):
-    setting, places, chunks, candidates = ranked()
+    context, places, chunks, candidates = ranked()
     with pytest.raises(UserError, match="not those of the candidates"):
-        table_of(setting, places, chunks, candidates.slice(1))
+        table_of(context, places, chunks, candidates.slice(1))
 
 
 def test_a_teacher_that_gives_no_finite_loss_is_named(ranked):
-    setting, places, chunks, candidates = ranked()
+    context, places, chunks, candidates = ranked()
     teacher = Teacher.load(places.networks / TEACHER, torch.device("cpu"))
     teacher.network.classifier.bias.data[:] = float("nan")
     teacher.save(places.networks / TEACHER)
     with pytest.raises(UserError, match=r"the teacher's loss for '000/.*' is not finite"):
-        table_of(setting, places, chunks, candidates)
+        table_of(context, places, chunks, candidates)
 
 
 def test_other_options_are_other_tables(ranked):
@@ -201,9 +201,9 @@ def test_the_best_crop_of_every_image_comes_first_then_their_second_best():
 
 
 def built(ranked, **options):
-    setting, places, chunks, candidates = ranked(**options)
-    table = table_of(setting, places, chunks, candidates)
-    backend = RDED(setting)
+    context, places, chunks, candidates = ranked(**options)
+    table = table_of(context, places, chunks, candidates)
+    backend = RDED(context)
     backend.prepare(kept_pool(places))
     return backend, table
 

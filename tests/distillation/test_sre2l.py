@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_teacher import CLASSES, CPU, NAMES, SHAPE, a_pool, a_setting, make
+from test_teacher import CLASSES, CPU, NAMES, SHAPE, a_context, a_pool, make
 
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.distillation.methods.sre2l import BatchNormLoss, SRe2L
@@ -19,12 +19,12 @@ def recovery(tmp_path):
     """recovery(labels=..., steps=..., **options): a prepared backend with the same teacher."""
 
     def prepared(labels=None, **options) -> SRe2L:
-        setting = a_setting(tmp_path, "sre2l", **options)
+        context = a_context(tmp_path, "sre2l", **options)
         if not (tmp_path / TEACHER).exists():
-            make(setting)
+            make(context)
         if labels is not None:
-            object.__setattr__(setting, "labels", labels)
-        backend = SRe2L(setting)
+            object.__setattr__(context, "labels", labels)
+        backend = SRe2L(context)
         backend.prepare(a_pool())
         return backend
 
@@ -36,15 +36,15 @@ def test_the_distance_is_that_of_means_and_variances_before_every_batch_norm(rec
     images, layers = torch.randn(5, *SHAPE), teacher.network.features
     with BatchNormLoss(teacher) as statistics:
         teacher(images)
-        found = statistics.value()
-    entering, wanted = images, torch.zeros(())
+        actual = statistics.value()
+    entering, expected = images, torch.zeros(())
     for layer in layers:
         if isinstance(layer, torch.nn.BatchNorm2d):
-            wanted = wanted + (entering.mean((0, 2, 3)) - layer.running_mean).norm()
-            wanted = wanted + (entering.var((0, 2, 3), unbiased=False) - layer.running_var).norm()
+            expected = expected + (entering.mean((0, 2, 3)) - layer.running_mean).norm()
+            expected = expected + (entering.var((0, 2, 3), unbiased=False) - layer.running_var).norm()
         entering = layer(entering)
-    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
-    assert float(wanted) > 0
+    assert float(actual) == pytest.approx(float(expected), rel=1e-4)
+    assert float(expected) > 0
 
 
 def test_a_step_is_adams_along_the_textbook_gradient(recovery):
@@ -59,9 +59,9 @@ def test_a_step_is_adams_along_the_textbook_gradient(recovery):
     loss.backward()
     adam = torch.optim.Adam([images], 0.25, (0.5, 0.9))
     adam.step()
-    wanted = images.detach().clamp(backend.lowest, backend.highest)
+    expected = images.detach().clamp(backend.lowest, backend.highest)
     metrics = backend.step(0)
-    assert torch.allclose(backend.images.detach().flatten(0, 1), wanted, atol=1e-4)
+    assert torch.allclose(backend.images.detach().flatten(0, 1), expected, atol=1e-4)
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 

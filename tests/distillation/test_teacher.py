@@ -42,15 +42,15 @@ def a_config(method: str = "rded", **options):
     return configuration.validate(values)
 
 
-def a_setting(folder, method: str = "rded", steps: int = 1, **options) -> MethodContext:
+def a_context(folder, method: str = "rded", steps: int = 1, **options) -> MethodContext:
     config = a_config(method, **options)
     spec = NetworkSpec("convnet", SHAPE, CLASSES, 6)
     return MethodContext(config, spec, NAMES, list(range(CLASSES)), SingleProcess(), CPU, steps, folder)
 
 
-def make(setting: MethodContext, real: ClassSampler | None = None) -> Teacher:
-    METHODS[setting.config.distill.method].make_network(TEACHER, setting, real or a_pool())
-    return Teacher.load(setting.networks / TEACHER, CPU)
+def make(context: MethodContext, real: ClassSampler | None = None) -> Teacher:
+    METHODS[context.config.distill.method].make_network(TEACHER, context, real or a_pool())
+    return Teacher.load(context.networks / TEACHER, CPU)
 
 
 def weights(teacher: Teacher) -> torch.Tensor:
@@ -58,7 +58,7 @@ def weights(teacher: Teacher) -> torch.Tensor:
 
 
 def test_a_teacher_learns_the_kept_samples(tmp_path):
-    pool, teacher = a_pool(), make(a_setting(tmp_path, teacher_epochs=15))
+    pool, teacher = a_pool(), make(a_context(tmp_path, teacher_epochs=15))
     pixels, labels = pool.all_samples()
     answers = teacher.logits(pool.normalization.apply(pixels))
     assert float((answers.argmax(1) == labels).float().mean()) > 0.9
@@ -66,8 +66,8 @@ def test_a_teacher_learns_the_kept_samples(tmp_path):
 
 
 def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    whole = make(a_setting(tmp_path / "a"))
-    setting, epoch = a_setting(tmp_path / "b"), teachers.TeacherTraining._epoch
+    whole = make(a_context(tmp_path / "a"))
+    context, epoch = a_context(tmp_path / "b"), teachers.TeacherTraining._epoch
 
     def stop(self, pixels, labels, normalization, number):
         if number == 2:
@@ -76,13 +76,13 @@ def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypat
 
     monkeypatch.setattr(teachers.TeacherTraining, "_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        make(setting)
-    assert not (setting.networks / TEACHER).exists()
+        make(context)
+    assert not (context.networks / TEACHER).exists()
     seen = []
     monkeypatch.setattr(teachers.TeacherTraining, "_epoch", lambda *a: (seen.append(a[4]), epoch(*a))[1])
-    assert torch.equal(weights(make(setting)), weights(whole))
+    assert torch.equal(weights(make(context)), weights(whole))
     assert seen == [2]
-    assert [p.name for p in setting.networks.iterdir()] == [TEACHER]
+    assert [p.name for p in context.networks.iterdir()] == [TEACHER]
 
 
 def test_both_methods_share_a_teacher_with_equal_options():
@@ -94,7 +94,7 @@ def test_both_methods_share_a_teacher_with_equal_options():
 
 def test_a_teacher_that_diverges_says_so(tmp_path):
     with pytest.raises(DistillationDiverged, match=r"teacher diverged in epoch 0.*distill\.rded\.teacher_lr"):
-        make(a_setting(tmp_path, teacher_lr=1e30))
+        make(a_context(tmp_path, teacher_lr=1e30))
 
 
 def ready_made(folder, classes=CLASSES, names=None):
@@ -106,7 +106,7 @@ def ready_made(folder, classes=CLASSES, names=None):
 
 def test_ready_made_weights_are_taken_and_known_by_their_content(tmp_path):
     network, path = ready_made(tmp_path)
-    teacher = make(a_setting(tmp_path, teacher_weights=path))
+    teacher = make(a_context(tmp_path, teacher_weights=path))
     images = torch.randn(4, *SHAPE)
     assert torch.allclose(teacher(images), network(images), atol=1e-5)
     before = METHODS["rded"].network_options(a_config(teacher_weights=path))
@@ -119,10 +119,10 @@ def test_ready_made_weights_are_taken_and_known_by_their_content(tmp_path):
 
 def test_ready_made_weights_of_another_class_order_are_put_in_order(tmp_path):
     network, path = ready_made(tmp_path, classes=4, names=["two", "one", "more", "zero"])
-    setting = a_setting(tmp_path, teacher_weights=path)
-    object.__setattr__(setting, "source_class_names", ["two", "one", "more", "zero"])
+    context = a_context(tmp_path, teacher_weights=path)
+    object.__setattr__(context, "source_class_names", ["two", "one", "more", "zero"])
     images = torch.randn(4, *SHAPE)
-    assert torch.allclose(make(setting)(images), network(images)[:, [3, 1, 0]], atol=1e-5)
+    assert torch.allclose(make(context)(images), network(images)[:, [3, 1, 0]], atol=1e-5)
 
 
 def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypatch):
@@ -130,14 +130,14 @@ def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypa
     load = teachers.pretrained.load
     monkeypatch.setattr(teachers.pretrained, "load", lambda *a: replace(load(*a), normalization=((0.4,), (0.2,))))
     pixels = torch.rand(4, *SHAPE)
-    teacher = make(a_setting(tmp_path, teacher_weights=path))
+    teacher = make(a_context(tmp_path, teacher_weights=path))
     assert torch.allclose(teacher((pixels - 0.5) / 0.25), network((pixels - 0.4) / 0.2), atol=1e-4)
 
 
 def test_weights_that_do_not_fit_are_told_by_the_teachers_keys(tmp_path):
     _, path = ready_made(tmp_path)
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_network = 'convnet'"):
-        make(a_setting(tmp_path, teacher_network="convnet", teacher_weights=path))
+        make(a_context(tmp_path, teacher_network="convnet", teacher_weights=path))
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_weights = '.*none': there is no such file"):
         METHODS["rded"].network_options(a_config(teacher_weights=str(tmp_path / "none")))
 
@@ -192,7 +192,7 @@ def test_the_costs_name_training_labelling_and_ranking():
 
 
 def test_a_damaged_unfinished_teacher_is_named(tmp_path):
-    setting = a_setting(tmp_path)
-    teachers._checkpoint_path(setting.networks).write_bytes(b"no tensors")
+    context = a_context(tmp_path)
+    teachers._checkpoint_path(context.networks).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"partial is damaged .*; remove it"):
-        make(setting)
+        make(context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mtt import CLASSES, CPU, SHAPE, a_pool, backend_of, close, config_of, experts, setting_of, textbook
+from test_mtt import CLASSES, CPU, SHAPE, a_pool, backend_of, close, config_of, context_of, experts, textbook
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -74,10 +74,10 @@ def test_the_exact_gradient_is_that_of_the_full_unroll(soft, at_once):
     """Of images, soft labels and rate, in parts or not, with batches of some of the images."""
     student, (made, rate) = a_student(at_once), a_set(soft=soft)
     task = a_task(student, batch=5)
-    wanted, found = unrolled(student, task, made, rate), recomputed(student, task, made, rate)
-    assert float(found[0]) == pytest.approx(float(wanted[0]))
-    assert len(found[1]) == len(wanted[1]) == 2 + soft
-    for ours, theirs in zip(found[1], wanted[1], strict=True):
+    expected, actual = unrolled(student, task, made, rate), recomputed(student, task, made, rate)
+    assert float(actual[0]) == pytest.approx(float(expected[0]))
+    assert len(actual[1]) == len(expected[1]) == 2 + soft
+    for ours, theirs in zip(actual[1], expected[1], strict=True):
         close(ours, theirs, 1e-9)
 
 
@@ -106,19 +106,19 @@ def without_the_path_through_theta(student, task, made, rate):
 def test_teslas_own_form_is_the_unroll_without_the_path_through_the_parameters(soft):
     student, (made, rate) = a_student(), a_set(soft=soft)
     task = a_task(student)
-    found = WAYS["fixed"](student, task, made, rate)[1]
-    for ours, theirs in zip(found, without_the_path_through_theta(student, task, made, rate), strict=True):
+    actual = WAYS["fixed"](student, task, made, rate)[1]
+    for ours, theirs in zip(actual, without_the_path_through_theta(student, task, made, rate), strict=True):
         close(ours, theirs, 1e-4)
     full = unrolled(student, task, made, rate)[1]
-    assert float((found[0] - full[0]).norm() / full[0].norm()) > 0.05  # what it drops is not small
+    assert float((actual[0] - full[0]).norm() / full[0].norm()) > 0.05  # what it drops is not small
 
 
 def test_for_one_step_nothing_is_dropped():
     student, (made, rate) = a_student(), a_set()
     task = a_task(student, steps=1)
-    found = [way(student, task, made, rate)[1] for way in WAYS.values()]
-    for other in found[1:]:
-        for ours, theirs in zip(other, found[0], strict=True):
+    actual = [way(student, task, made, rate)[1] for way in WAYS.values()]
+    for other in actual[1:]:
+        for ours, theirs in zip(other, actual[0], strict=True):
             close(ours, theirs, 1e-5)
 
 
@@ -160,17 +160,17 @@ def test_memory_does_not_grow_with_the_batch():
 def test_the_gradient_is_the_one_that_is_chosen(experts, gradient, way):
     backend = backend_of(experts, "tesla", gradient=gradient)
     task, made = backend.segment(0, 0), backend.synthetic()
-    wanted = WAYS[way](backend.student, task, made, backend.student_lr)[1]
-    for ours, theirs in zip(backend.match(task, made)[1], wanted, strict=True):
+    expected = WAYS[way](backend.student, task, made, backend.student_lr)[1]
+    for ours, theirs in zip(backend.match(task, made)[1], expected, strict=True):
         close(ours, theirs)
 
 
 def test_with_hard_labels_a_step_is_mtts(experts):
     backend = backend_of(experts, "tesla", learn_labels=False)
     before, task = backend.images.detach().clone().flatten(0, 1), backend.segment(3, 0)
-    _, wanted, _ = textbook(backend.context.spec.build(0), task, before, backend.labels, torch.tensor(0.1))
+    _, expected, _ = textbook(backend.context.spec.build(0), task, before, backend.labels, torch.tensor(0.1))
     backend.step(3)
-    close(before - backend.images.detach().flatten(0, 1), wanted)
+    close(before - backend.images.detach().flatten(0, 1), expected)
     assert "soft_labels" not in backend.finalize(*backend.snapshot()).extras
     assert not [key for key in backend.state_dict() if key.startswith("logits")]
 
@@ -191,11 +191,11 @@ def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
     images, student = backend.images.detach().flatten(0, 1), backend.student
     held = ExpertFiles(experts, 2, 4, sum(student.sizes), CPU)
     mean = sum(student.logits(*held.parameters(k, 4), images) for k in range(2)) / 2
-    found = backend.logits.detach().flatten(0, 1)
-    for row, wanted, label in zip(found, mean, backend.labels.tolist(), strict=True):
+    actual = backend.logits.detach().flatten(0, 1)
+    for row, expected, label in zip(actual, mean, backend.labels.tolist(), strict=True):
         others = [c for c in range(CLASSES) if c != label]
-        assert torch.allclose(row[others], wanted[others], atol=1e-5)
-        assert float(row[label]) == pytest.approx(float(wanted.max()), abs=1e-5)
+        assert torch.allclose(row[others], expected[others], atol=1e-5)
+        assert float(row[label]) == pytest.approx(float(expected.max()), abs=1e-5)
 
 
 def test_labels_start_from_the_class_alone_on_request(experts):
@@ -225,7 +225,7 @@ def test_a_network_trains_on_the_soft_labels_that_were_saved(experts, tmp_path):
     backend = backend_of(experts, "tesla")
     images, labels = backend.snapshot()
     made = backend.finalize(images, labels)
-    protocol = backend.protocol(setting_of(config_of("tesla"), tmp_path).config).card() | dict(made.protocol)
+    protocol = backend.protocol(context_of(config_of("tesla"), tmp_path).config).card() | dict(made.protocol)
     card = {"class_names": ["zero", "one", "two"], "protocol": protocol,
             "normalization": {"mean": [0.5], "std": [0.3]}}  # fmt: skip
     synthetic_set.SyntheticSet(images, labels, card, {}, dict(made.extras)).save(tmp_path / "set")

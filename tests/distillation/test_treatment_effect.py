@@ -113,24 +113,24 @@ def test_with_all_directions_the_size_is_that_of_the_first_order(name, view):
     """Two images are all of them moved, so nothing is estimated."""
     network, real, images = a_network(), samples(40), samples(2, seed=5)
     _, first = gradient_cases(network, real, images, VIEWS[view], DISTANCES[name])
-    found = gradient_effects(network, real, images, VIEWS[view], LABEL, DISTANCES[name], MANY, chance(), 7)
-    assert torch.allclose(found, first, rtol=2e-2, atol=2e-3 * float(first.max()))
+    actual = gradient_effects(network, real, images, VIEWS[view], LABEL, DISTANCES[name], MANY, chance(), 7)
+    assert torch.allclose(actual, first, rtol=2e-2, atol=2e-3 * float(first.max()))
 
 
 @pytest.mark.parametrize("view", ["as it is", "rotated"])
 def test_with_all_directions_the_size_is_that_of_the_first_order_for_features_too(view):
     network, images = a_network(), samples(2, seed=5)
     features, _, first = feature_cases(network, samples(40), images, VIEWS[view])
-    found = feature_effects(network.embed, features, images, VIEWS[view], MANY, chance(), 7)
-    assert torch.allclose(found, first, rtol=2e-2, atol=2e-3 * float(first.max()))
+    actual = feature_effects(network.embed, features, images, VIEWS[view], MANY, chance(), 7)
+    assert torch.allclose(actual, first, rtol=2e-2, atol=2e-3 * float(first.max()))
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_few_directions_rank_nearly_as_leaving_one_out_does(name):
     network, real, images = a_network(), samples(), samples(8, seed=5)
     out, _ = gradient_cases(network, real, images, VIEWS["as it is"], DISTANCES[name])
-    found = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, DISTANCES[name], 16, chance(), 16)
-    assert rank(out, found) >= 0.85
+    actual = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, DISTANCES[name], 16, chance(), 16)
+    assert rank(out, actual) >= 0.85
 
 
 def test_few_directions_rank_nearly_as_leaving_one_out_does_for_features_too():
@@ -142,14 +142,14 @@ def test_few_directions_rank_nearly_as_leaving_one_out_does_for_features_too():
 def test_the_sizes_do_not_depend_on_the_parts_and_are_drawn_from_the_generator():
     network, real, images = a_network(), samples(20), samples(3, seed=5)
 
-    def found(at_once, seed=0):
+    def actual(at_once, seed=0):
         return gradient_effects(
             network, real, images, VIEWS["rotated"], LABEL, class_distance, 4, chance(seed), at_once
         )
 
-    assert torch.equal(found(5), found(5))
-    assert torch.allclose(found(5), found(100), rtol=1e-2)
-    assert not torch.allclose(found(5), found(5, seed=1), rtol=1e-2)
+    assert torch.equal(actual(5), actual(5))
+    assert torch.allclose(actual(5), actual(100), rtol=1e-2)
+    assert not torch.allclose(actual(5), actual(5, seed=1), rtol=1e-2)
     features = network.embed(real).detach()
     parts = [feature_effects(network.embed, features, images, ROTATED.apply, 4, chance(), k) for k in (1, 5, 100)]
     assert torch.allclose(parts[0], parts[1], rtol=1e-2)
@@ -161,10 +161,10 @@ def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
     """Workers that train a network together agree up to rounding only, and are to drop the same samples."""
     network, real, images = a_network(seed), samples(60, seed=seed), samples(2, seed=seed + 5)
 
-    def found(real):
+    def actual(real):
         return gradient_effects(network, real, images, lambda x: x, LABEL, class_distance, 8, chance(), 1000)
 
-    torch.testing.assert_close(found(real * (1 + 1e-6)), found(real), rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual(real * (1 + 1e-6)), actual(real), rtol=1e-4, atol=0)
 
 
 def test_one_direction_is_one_in_which_samples_have_effects():
@@ -186,21 +186,21 @@ def test_no_more_images_go_through_the_network_at_once_than_asked():
 def test_a_sample_alone_or_like_all_others_has_no_effect():
     network, images = a_network(), samples(2, seed=5)
     for real in (samples(1), samples(1).expand(4, *SHAPE)):
-        found = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
-        assert found.shape == (len(real),)
-        assert float(found.max()) < 1e-4
-        found = feature_effects(network.embed, network.embed(real), images, VIEWS["as it is"], 4, chance(), 4)
-        assert found.shape == (len(real),)
-        assert float(found.max()) < 1e-4
+        actual = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
+        assert actual.shape == (len(real),)
+        assert float(actual.max()) < 1e-4
+        actual = feature_effects(network.embed, network.embed(real), images, VIEWS["as it is"], 4, chance(), 4)
+        assert actual.shape == (len(real),)
+        assert float(actual.max()) < 1e-4
 
 
 def test_a_dead_channel_does_not_spoil_the_sizes():
     network, images = a_network(), samples(2, seed=5)
     with torch.no_grad():
         network.features[1].bias[0] = -1e3
-    found = gradient_effects(network, samples(10), images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
-    assert torch.isfinite(found).all()
-    assert float(found.max()) > 0
+    actual = gradient_effects(network, samples(10), images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
+    assert torch.isfinite(actual).all()
+    assert float(actual.max()) > 0
 
 
 def test_the_images_are_left_alone():
@@ -216,15 +216,15 @@ def test_clips_have_effects_too():
     shape = (4, 1, 8, 8)
     network, real, images = a_network(shape=shape, name="convnet3d"), samples(12, shape), samples(2, shape, 5)
     _, first = gradient_cases(network, real, images, ROTATED.apply, class_distance)
-    found = gradient_effects(network, real, images, ROTATED.apply, LABEL, class_distance, MANY, chance(), 5)
-    assert torch.allclose(found, first, rtol=2e-2, atol=5e-3 * float(first.max()))
+    actual = gradient_effects(network, real, images, ROTATED.apply, LABEL, class_distance, MANY, chance(), 5)
+    assert torch.allclose(actual, first, rtol=2e-2, atol=5e-3 * float(first.max()))
 
 
 def test_images_that_the_view_leaves_out_have_no_effects():
-    found = gradient_effects(
+    actual = gradient_effects(
         a_network(), samples(6), samples(2, seed=5), lambda x: x[:1] * 0 + 1, LABEL, class_distance, 4, chance(), 4
     )
-    assert torch.equal(found, torch.zeros(6))
+    assert torch.equal(actual, torch.zeros(6))
 
 
 class Odd(nn.Module):
@@ -251,23 +251,23 @@ class Odd(nn.Module):
 def test_projections_are_those_of_each_samples_gradient(make):
     network, real = make(), samples(5)
     directions = [torch.randn(3, *p.shape) for p in matched_parameters(network)]
-    found = projections(network, real, LABEL, [None, *directions[1:]], 2)
-    for row, image in zip(found, real, strict=True):
+    actual = projections(network, real, LABEL, [None, *directions[1:]], 2)
+    for row, image in zip(actual, real, strict=True):
         own = real_gradient(network, image[None], LABEL, 1)
-        wanted = sum((d * g).flatten(1).sum(1) for d, g in zip(directions[1:], own[1:], strict=True))
-        assert torch.allclose(row, wanted, rtol=1e-3, atol=1e-4 * float(found.abs().max()))
+        expected = sum((d * g).flatten(1).sum(1) for d, g in zip(directions[1:], own[1:], strict=True))
+        assert torch.allclose(row, expected, rtol=1e-3, atol=1e-4 * float(actual.abs().max()))
     both = projections(network, real, LABEL, directions, 5)
-    assert not torch.allclose(both, found)
+    assert not torch.allclose(both, actual)
 
 
 def test_a_signal_in_one_dimension_goes_the_same_way():
     network = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
     real = torch.randn(6, 2, 16, generator=chance())
     directions = [torch.randn(2, *p.shape) for p in matched_parameters(network)]
-    found = projections(network, real, LABEL, directions, 4)
+    actual = projections(network, real, LABEL, directions, 4)
     own = real_gradient(network, real[:1], LABEL, 1)
-    wanted = sum((d * g).flatten(1).sum(1) for d, g in zip(directions, own, strict=True))
-    assert torch.allclose(found[0], wanted, rtol=1e-3, atol=1e-5)
+    expected = sum((d * g).flatten(1).sum(1) for d, g in zip(directions, own, strict=True))
+    assert torch.allclose(actual[0], expected, rtol=1e-3, atol=1e-5)
     assert (
         sample_losses(network, real, torch.full((len(real),), LABEL), 4).shape
         == F.cross_entropy(network(real), torch.ones(6).long(), reduction="none").shape

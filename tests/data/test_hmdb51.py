@@ -117,11 +117,11 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
 def test_subsets_orders_and_the_other_split_work(tmp_path):
     hmdb(tmp_path)
     put(tmp_path, "order.txt", "clap\nbrush_hair\n")
-    made = plan(tmp_path, class_names=str(tmp_path / "order.txt"))
-    assert (made.class_names, made.listings["train"]["label"].to_pylist()) == (["clap", "brush_hair"], [1, 1, 0])
-    made = plan(tmp_path, classes=["clap"], train_split="test")
-    assert ids(made.listings["train"]) == ["hmdb51_org/clap/clap_1.avi"]
-    assert list(made.listings) == ["train"]
+    result = plan(tmp_path, class_names=str(tmp_path / "order.txt"))
+    assert (result.class_names, result.listings["train"]["label"].to_pylist()) == (["clap", "brush_hair"], [1, 1, 0])
+    result = plan(tmp_path, classes=["clap"], train_split="test")
+    assert ids(result.listings["train"]) == ["hmdb51_org/clap/clap_1.avi"]
+    assert list(result.listings) == ["train"]
 
 
 def test_a_class_without_any_file_is_named(tmp_path):

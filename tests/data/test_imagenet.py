@@ -1,4 +1,4 @@
-"""ImageNet's and Tiny-ImageNet's folders: every form of label list, the two numberings, and damaged layouts."""
+"""ImageNet's and Tiny-ImageNet's folders: all forms of label list, the two numberings, and damaged layouts."""
 
 from __future__ import annotations
 
@@ -132,10 +132,10 @@ def test_list_and_mapping_can_be_named(tmp_path, absolute):
     folder = tmp_path / "elsewhere" if absolute else root / "my"
     put(folder, "list", lines(*DEVKIT_NUMBERS))
     put(folder, "ids.mat", META)
-    given = {"val_labels": "my/list", "synsets": "my/ids.mat"}
+    keys = {"val_labels": "my/list", "synsets": "my/ids.mat"}
     if absolute:
-        given = {"val_labels": str(folder / "list"), "synsets": str(folder / "ids.mat")}
-    assert labels(root, **given) == TRUTH
+        keys = {"val_labels": str(folder / "list"), "synsets": str(folder / "ids.mat")}
+    assert labels(root, **keys) == TRUTH
 
 
 def test_numbers_beside_names_follow_an_explicit_mapping(tmp_path):
@@ -148,8 +148,8 @@ def test_val_labels_take_the_images_in_any_order(tmp_path):
     put(flat(tmp_path), GROUND_TRUTH, lines(*DEVKIT_NUMBERS))
     put(tmp_path, "meta.mat", META)
     order = [3, 0, 4, 2, 1]
-    found = val_labels(Store(str(tmp_path)), DataSection(), [NAMES[i] for i in order], WNIDS)
-    assert found == [TRUTH[i] for i in order]
+    result = val_labels(Store(str(tmp_path)), DataSection(), [NAMES[i] for i in order], WNIDS)
+    assert result == [TRUTH[i] for i in order]
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,11 @@ def test_a_flat_val_of_real_images_has_the_labels_of_its_class_folders(tmp_path,
         put(tmp_path, GROUND_TRUTH, lines(*(order.index(wnid) + 1 for _, wnid, _ in rows)))
         put(tmp_path, "meta.mat", meta(list(enumerate(order, 1))))
     source = imagenet(tmp_path)
-    found = source.listing("test")
+    result = source.listing("test")
     by_folder = {path.rpartition("/")[2]: label for path, label in zip(
         table["location"].to_pylist(), table["label"].to_pylist(), strict=True)}  # fmt: skip
-    assert found.num_rows == 600
-    assert found["label"].to_pylist() == [by_folder[i.rpartition("/")[2]] for i in found["sample_id"].to_pylist()]
+    assert result.num_rows == 600
+    assert result["label"].to_pylist() == [by_folder[i.rpartition("/")[2]] for i in result["sample_id"].to_pylist()]
     assert source.listing("train")["sample_id"].to_pylist() == folders.listing("train")["sample_id"].to_pylist()
 
 
@@ -295,5 +295,5 @@ def test_a_list_at_an_address_is_named_without_its_credentials(tmp_path, monkeyp
     with pytest.raises(UserError, match=r"data\.val_labels = 's3://bucket/list\.txt\?region=x' cannot be read"):
         label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
     (tmp_path / "list.txt").write_text("1")
-    found = label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
-    assert found == label_files.LabelFile("s3://bucket/list.txt", b"1")
+    result = label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
+    assert result == label_files.LabelFile("s3://bucket/list.txt", b"1")

@@ -1,4 +1,4 @@
-"""ImageNet's two archives, read in place: ids and labels as the unpacked folders give them, and every damage."""
+"""ImageNet's two archives, read in place: ids and labels equal the unpacked folders', and damage is an error."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def root(request, tmp_path):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Stands in for the labels of val: 2, 1, 0, 2, 1, … ; holds what was asked."""
+def calls(monkeypatch):
+    """Replaces `val_labels` by one that returns 2, 1, 0, 2, 1, …; the arguments of its calls."""
     calls = []
 
     def val_labels(store, config, file_names, class_names):
@@ -86,13 +86,13 @@ def test_the_bytes_are_read_in_any_order(root):
     assert source.read(table) == [contents[i] for i in table["sample_id"].to_pylist()]
 
 
-def test_val_gets_its_labels_from_the_list(root, asked):
+def test_val_gets_its_labels_from_the_list(root, calls):
     source = source_of(root)
     table = source.listing("test")
     assert source.splits() == ["train", "test"]
     assert table["sample_id"].to_pylist() == [f"val/{name}" for name in VALIDATION]
     assert table["label"].to_pylist() == [2, 1, 0]
-    assert asked == [(str(root), "imagenet_tar", list(VALIDATION), ["n01", "n02", "n03"])]
+    assert calls == [(str(root), "imagenet_tar", list(VALIDATION), ["n01", "n02", "n03"])]
     assert source.read(table) == list(VALIDATION.values())
 
 
@@ -122,7 +122,7 @@ def test_an_actor_reads_without_an_index_of_its_own(root, monkeypatch):
     assert copy.read(table.slice(0, 1)) == source_of(root).read(table.slice(0, 1)) == [IMAGES["n02"]["n02_7.JPEG"]]
 
 
-def test_the_digest_tells_sets_apart_and_not_where_they_lie(tmp_path, asked):
+def test_the_digest_tells_sets_apart_and_not_where_they_lie(tmp_path, calls):
     digests = []
     for name, images in [("a", IMAGES), ("b", IMAGES), ("c", {**IMAGES, "n01": {"n01_2.JPEG": b"one"}})]:
         (tmp_path / name).mkdir()
@@ -140,7 +140,7 @@ def test_hidden_files_and_other_files_are_no_images(tmp_path):
     assert source_of(tmp_path).listing("train")["sample_id"].to_pylist() == ["train/n01/n01_1.JPEG"]
 
 
-def test_names_that_lead_outside_are_only_ids(tmp_path, asked, monkeypatch):
+def test_names_that_lead_outside_are_only_ids(tmp_path, calls, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / TRAIN).write_bytes(tar_of({"n01.tar": tar_of({"../../x.JPEG": b"1", "/abs.JPEG": b"2"})}))
     (tmp_path / VAL).write_bytes(tar_of({"../../y.JPEG": b"3"}))
@@ -166,7 +166,7 @@ def test_an_archive_cut_anywhere_is_refused(tmp_path, share):
         source_of(tmp_path).listing("train")
 
 
-def test_a_cut_val_archive_is_refused(tmp_path, asked):
+def test_a_cut_val_archive_is_refused(tmp_path, calls):
     (tmp_path / TRAIN).write_bytes(train_tar(IMAGES))
     (tmp_path / VAL).write_bytes(tar_of(VALIDATION)[:2000])
     with pytest.raises(UserError, match=rf"{VAL} is damaged"):
@@ -243,7 +243,7 @@ def by_id(source, split):
     return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
-def test_archives_on_a_real_s3_server_are_those_on_the_disk(s3, tmp_path, asked):
+def test_archives_on_a_real_s3_server_are_those_on_the_disk(s3, tmp_path, calls):
     (tmp_path / TRAIN).write_bytes(train_tar(IMAGES))
     (tmp_path / VAL).write_bytes(tar_of(VALIDATION))
     s3.upload(tmp_path, "archives", "set/")

@@ -59,12 +59,12 @@ def aside(source, split="train"):
 
 
 @pytest.fixture
-def whole(tmp_path):
+def k400(tmp_path):
     return put(tmp_path, {**CLIPS, "train.csv": TRAIN, "val.csv": VAL})
 
 
-def test_clips_have_the_labels_of_their_list_and_the_rest_is_set_aside(whole):
-    source = kinetics(whole)
+def test_clips_have_the_labels_of_their_list_and_the_rest_is_set_aside(k400):
+    source = kinetics(k400)
     assert source.splits() == ["train", "test"]
     assert source.class_names == ["abseiling", "arm wrestling", "petting animal (not cat)"]
     assert labels(source) == LABELS
@@ -82,11 +82,11 @@ def test_the_real_clips_are_listed_from_their_list(shared_data):
     source = kinetics(shared_data / "kinetics400")
     assert source.splits() == ["test"]
     assert source.class_names == ["arm wrestling", "bungee jumping"]
-    found = labels(source, "test")
-    assert len(found) == 8
-    assert found["val/arm wrestling/C4lCVBZ3ux0_000028_000038.mp4"] == 0
-    assert found["val/bungee jumping/zkXOcxGnUhs_000025_000035.mp4"] == 1
-    assert list(found.values()) == [0] * 4 + [1] * 4
+    by_id = labels(source, "test")
+    assert len(by_id) == 8
+    assert by_id["val/arm wrestling/C4lCVBZ3ux0_000028_000038.mp4"] == 0
+    assert by_id["val/bungee jumping/zkXOcxGnUhs_000025_000035.mp4"] == 1
+    assert list(by_id.values()) == [0] * 4 + [1] * 4
     assert aside(source, "test") == []
     table = source.listing("test")
     assert list(map(len, source.read(table))) == table["size"].to_pylist()
@@ -163,15 +163,15 @@ def test_a_list_that_is_no_text_is_one_error(tmp_path):
         kinetics(tmp_path).splits()
 
 
-def test_one_clip_with_two_labels_is_one_error_and_one_listed_twice_counts_once(whole):
-    put(whole, {"train.csv": TRAIN + TRAIN.partition("\n")[2]})
-    assert labels(kinetics(whole)) == LABELS
-    put(whole, {"train.csv": TRAIN + "abseiling,-3B32lodo2M,28,38,train,0\n"})
+def test_one_clip_with_two_labels_is_one_error_and_one_listed_twice_counts_once(k400):
+    put(k400, {"train.csv": TRAIN + TRAIN.partition("\n")[2]})
+    assert labels(kinetics(k400)) == LABELS
+    put(k400, {"train.csv": TRAIN + "abseiling,-3B32lodo2M,28,38,train,0\n"})
     wanted = (
         r"train\.csv, line 6: the clip -3B32lodo2M_28_38 is 'abseiling', but .*train\.csv, line 2, says 'arm wrestling'"
     )
     with pytest.raises(UserError, match=wanted):
-        kinetics(whole).splits()
+        kinetics(k400).splits()
 
 
 PLACES = [
@@ -193,10 +193,10 @@ def test_lists_are_found_by_their_usual_names(tmp_path, train, val):
     assert len(labels(source, "test")) == 1
 
 
-def test_the_plainest_name_is_the_list(whole):
-    put(whole, {"tiny_train.csv": TRAIN.replace(",7,17,", ",8,18,"), "train.txt": "train/part_0.tar.gz"})
-    put(whole, {"annotations/train.csv": "an older one, further below"})
-    assert labels(kinetics(whole)) == LABELS
+def test_the_plainest_name_is_the_list(k400):
+    put(k400, {"tiny_train.csv": TRAIN.replace(",7,17,", ",8,18,"), "train.txt": "train/part_0.tar.gz"})
+    put(k400, {"annotations/train.csv": "an older one, further below"})
+    assert labels(kinetics(k400)) == LABELS
 
 
 def test_one_list_may_hold_all_splits(tmp_path):
@@ -243,37 +243,37 @@ def test_other_layouts_give_the_same_labels(tmp_path, flat):
 
 
 @pytest.mark.parametrize("folder", ["validate", "validation", "Valid", "VAL_256"])
-def test_the_folder_of_val_has_many_names(whole, folder):
-    (whole / "val").rename(whole / folder)
-    source = kinetics(whole)
+def test_the_folder_of_val_has_many_names(k400, folder):
+    (k400 / "val").rename(k400 / folder)
+    source = kinetics(k400)
     assert list(labels(source, "test")) == [f"{folder}/abseiling/vvvvvvvvvvv_000003_000013.mp4"]
-    (whole / folder / "abseiling").rename(whole / folder / "arm wrestling")
-    put(whole, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
-    reasons = [reason for *_, reason in aside(kinetics(whole), "test")]
+    (k400 / folder / "abseiling").rename(k400 / folder / "arm wrestling")
+    put(k400, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
+    reasons = [reason for *_, reason in aside(kinetics(k400), "test")]
     assert f"lies in {folder[:10].partition('_')[0]}/, but train.csv line 3 lists it" in reasons
 
 
-def test_names_without_padding_are_the_same_clips(whole):
-    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").rename(whole / "val/abseiling/vvvvvvvvvvv_3_13.MP4")
-    assert labels(kinetics(whole), "test") == {"val/abseiling/vvvvvvvvvvv_3_13.MP4": 0}
+def test_names_without_padding_are_the_same_clips(k400):
+    (k400 / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").rename(k400 / "val/abseiling/vvvvvvvvvvv_3_13.MP4")
+    assert labels(kinetics(k400), "test") == {"val/abseiling/vvvvvvvvvvv_3_13.MP4": 0}
 
 
-def test_a_folder_that_disagrees_with_the_list_sets_the_clip_aside(whole):
-    (whole / "val/arm wrestling").mkdir()
-    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").rename(
-        whole / "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
+def test_a_folder_that_disagrees_with_the_list_sets_the_clip_aside(k400):
+    (k400 / "val/arm wrestling").mkdir()
+    (k400 / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").rename(
+        k400 / "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
     )
     name = "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
     reason = "the folder says 'arm wrestling', val.csv line 2 says 'abseiling'"
-    assert aside(kinetics(whole), "test") == [(name, 0, reason)]
-    put(whole, {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": b"right"})
-    source = kinetics(whole)
+    assert aside(kinetics(k400), "test") == [(name, 0, reason)]
+    put(k400, {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": b"right"})
+    source = kinetics(k400)
     assert labels(source, "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
     assert aside(source, "test") == [(name, 0, reason)]
 
 
-def test_files_that_no_list_has_are_set_aside_with_their_reasons(whole):
-    put(whole, {
+def test_files_that_no_list_has_are_set_aside_with_their_reasons(k400):
+    put(k400, {
         "train/abseiling/unlistedxxx_000001_000011.mp4": b"x",
         "train/abseiling/holiday.avi": b"x",
         "train/abseiling/gonegonegon_000100_000110.mp4.part": b"x",
@@ -281,7 +281,7 @@ def test_files_that_no_list_has_are_set_aside_with_their_reasons(whole):
         "val/abseiling/_dbcJuKJQNs_000000_000010.mp4": b"x",
         "train/readme.txt": b"x",
     })  # fmt: skip
-    source = kinetics(whole)
+    source = kinetics(k400)
     assert labels(source) == LABELS
     assert aside(source) == [
         ("train/abseiling/gonegonegon_000100_000110.f137.mp4", -1, "a download that was not finished"),
@@ -292,37 +292,37 @@ def test_files_that_no_list_has_are_set_aside_with_their_reasons(whole):
     ]
     lies = ("val/abseiling/_dbcJuKJQNs_000000_000010.mp4", 0, "lies in val/, but train.csv line 3 lists it")
     assert aside(source, "test") == [lies]
-    (whole / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").unlink()
+    (k400 / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").unlink()
     moved = (
         "train/abseiling/_dbcJuKJQNs_000000_000010.mp4",
         0,
         "listed in train.csv line 3, its file is in another split",
     )
-    assert moved in aside(kinetics(whole))
+    assert moved in aside(kinetics(k400))
 
 
-def test_replacements_win_over_and_complete_other_files(whole):
-    put(whole, {
+def test_replacements_win_over_and_complete_other_files(k400):
+    put(k400, {
         "replacement/replacement_for_corrupted_k400/-3B32lodo2M_000028_000038.mp4": b"mended",
         "replacement/replacement_for_corrupted_k400/gonegonegon_000100_000110.mp4": b"found",
     })  # fmt: skip
-    source = kinetics(whole)
+    source = kinetics(k400)
     table = source.listing("train")
     contents = dict(zip(table["sample_id"].to_pylist(), source.read(table), strict=True))
     assert sorted(contents.values()) == [b"", b"cat", b"found", b"mended"]
     used = "replacement/replacement_for_corrupted_k400/-3B32lodo2M_000028_000038.mp4"
-    old = "train/arm wrestling/-3B32lodo2M_000028_000038.mp4"
-    assert aside(source) == [(old, 1, f"the same clip as '{used}', which is used")]
-    put(whole, {used: b""})
-    assert aside(kinetics(whole)) == [(used, 1, f"the same clip as '{old}', which is used")]
+    original = "train/arm wrestling/-3B32lodo2M_000028_000038.mp4"
+    assert aside(source) == [(original, 1, f"the same clip as '{used}', which is used")]
+    put(k400, {used: b""})
+    assert aside(kinetics(k400)) == [(used, 1, f"the same clip as '{original}', which is used")]
 
 
-def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(whole):
+def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(k400):
     put(
-        whole,
+        k400,
         {"train/abseiling/_dbcJuKJQNs_000000_000010.mp4": b"x", "train/abseiling/_dbcJuKJQNs_000000_000010.avi": b""},
     )
-    source = kinetics(whole)
+    source = kinetics(k400)
     assert "train/abseiling/_dbcJuKJQNs_000000_000010.mp4" in labels(source)
     assert [name for name, _, reason in aside(source) if reason.endswith("10.mp4', which is used")] == [
         "train/abseiling/_dbcJuKJQNs_000000_000010.avi",
@@ -330,21 +330,21 @@ def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(whole):
     ]
 
 
-def test_a_test_list_without_labels_has_no_use_and_with_labels_gives_way_to_val(whole):
+def test_a_test_list_without_labels_has_no_use_and_with_labels_gives_way_to_val(k400):
     put(
-        whole,
+        k400,
         {
             "test/tttttttttt_000001_000011.mp4": b"t",
             "test.csv": "youtube_id,time_start,time_end,split\ntttttttttt,1,11,test\n",
         },
     )
-    assert labels(kinetics(whole), "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
-    put(whole, {"test.csv": HEADER + "abseiling,tttttttttt,1,11,test,0\n"})
-    source = kinetics(whole)
+    assert labels(kinetics(k400), "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
+    put(k400, {"test.csv": HEADER + "abseiling,tttttttttt,1,11,test,0\n"})
+    source = kinetics(k400)
     assert labels(source, "test") == {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": 0}
     assert (aside(source), aside(source, "test")) == ([MISSING], [])
-    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").unlink()
-    assert labels(kinetics(whole), "test") == {"test/tttttttttt_000001_000011.mp4": 0}
+    (k400 / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").unlink()
+    assert labels(kinetics(k400), "test") == {"test/tttttttttt_000001_000011.mp4": 0}
 
 
 def test_clips_of_an_unused_test_list_are_known_in_a_flat_folder(tmp_path):
@@ -355,22 +355,22 @@ def test_clips_of_an_unused_test_list_are_known_in_a_flat_folder(tmp_path):
     assert (source.splits(), aside(source), aside(source, "test")) == (["train", "test"], [MISSING], [])
 
 
-def test_a_list_without_files_makes_no_split(whole):
-    (whole / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").unlink()
-    assert kinetics(whole).splits() == ["train"]
+def test_a_list_without_files_makes_no_split(k400):
+    (k400 / "val/abseiling/vvvvvvvvvvv_000003_000013.mp4").unlink()
+    assert kinetics(k400).splits() == ["train"]
 
 
-def test_a_folder_without_a_list_is_set_aside(whole):
-    (whole / "val.csv").unlink()
-    source = kinetics(whole)
+def test_a_folder_without_a_list_is_set_aside(k400):
+    (k400 / "val.csv").unlink()
+    source = kinetics(k400)
     assert (labels(source), labels(source, "test")) == (LABELS, {})
     assert aside(source, "test") == [("val/abseiling/vvvvvvvvvvv_000003_000013.mp4", -1, "not listed in any CSV")]
 
 
-def test_a_label_that_training_lacks_is_one_error(whole):
-    put(whole, {"val.csv": VAL.replace("abseiling", "zumba")})
+def test_a_label_that_training_lacks_is_one_error(k400):
+    put(k400, {"val.csv": VAL.replace("abseiling", "zumba")})
     with pytest.raises(UserError, match=r"val\.csv, line 2: the label 'zumba' does not occur in the training list"):
-        kinetics(whole).listing("test")
+        kinetics(k400).listing("test")
 
 
 def test_nothing_that_is_listed_is_one_error(tmp_path):
@@ -391,30 +391,30 @@ def test_clips_of_an_unlabelled_test_list_alone_are_one_error(tmp_path):
         kinetics(tmp_path).splits()
 
 
-def test_every_listed_clip_and_every_video_is_somewhere(whole):
-    source = kinetics(whole)
+def test_every_listed_clip_and_every_video_is_somewhere(k400):
+    source = kinetics(k400)
     named = [*labels(source), *labels(source, "test"), *(i for s in ("train", "test") for i, *_ in aside(source, s))]
     assert sorted(named) == sorted([*CLIPS, MISSING[0]])
 
 
-def test_the_digest_follows_labels_and_sizes_and_a_pickle_reads(whole):
-    source = kinetics(whole)
+def test_the_digest_follows_labels_and_sizes_and_a_pickle_reads(k400):
+    source = kinetics(k400)
     before = source.digest("train")
-    assert kinetics(whole).digest("train") == before
+    assert kinetics(k400).digest("train") == before
     rows = source.listing("train")
     assert pickle.loads(pickle.dumps(source)).read(rows) == source.read(rows)
     assert len(pickle.dumps(source)) < 2000
-    put(whole, {"train/abseiling/_dbcJuKJQNs_000000_000010.webm": b"larger"})
-    larger = kinetics(whole).digest("train")
-    put(whole, {"train.csv": TRAIN.replace("abseiling,_db", "arm wrestling,_db")})
-    (whole / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").rename(whole / "train/_dbcJuKJQNs_000000_000010.webm")
-    assert len({before, larger, kinetics(whole).digest("train")}) == 3
+    put(k400, {"train/abseiling/_dbcJuKJQNs_000000_000010.webm": b"larger"})
+    larger = kinetics(k400).digest("train")
+    put(k400, {"train.csv": TRAIN.replace("abseiling,_db", "arm wrestling,_db")})
+    (k400 / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").rename(k400 / "train/_dbcJuKJQNs_000000_000010.webm")
+    assert len({before, larger, kinetics(k400).digest("train")}) == 3
 
 
-def test_a_set_on_s3_is_the_set_on_disk(s3, whole):
-    put(whole, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
-    s3.upload(whole, "kinetics-folders", "deep/k400/")
-    here, there = kinetics(whole), kinetics(s3("kinetics-folders/deep/k400"))
+def test_a_set_on_s3_is_the_set_on_disk(s3, k400):
+    put(k400, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
+    s3.upload(k400, "kinetics-folders", "deep/k400/")
+    here, there = kinetics(k400), kinetics(s3("kinetics-folders/deep/k400"))
     for split in ("train", "test"):
         assert there.listing(split).equals(here.listing(split))
         assert aside(there, split) == aside(here, split)
@@ -422,18 +422,18 @@ def test_a_set_on_s3_is_the_set_on_disk(s3, whole):
         assert there.read(there.listing(split)) == here.read(here.listing(split))
 
 
-def test_a_list_that_cannot_be_opened_is_one_error(whole):
-    (whole / "val.csv").unlink()
-    (whole / "val.csv").symlink_to(whole / "nowhere")
+def test_a_list_that_cannot_be_opened_is_one_error(k400):
+    (k400 / "val.csv").unlink()
+    (k400 / "val.csv").symlink_to(k400 / "nowhere")
     with pytest.raises(UserError, match=r"val\.csv cannot be read \(No such file or directory\); check the file"):
-        kinetics(whole).splits()
+        kinetics(k400).splits()
 
 
-def test_a_plan_keeps_what_was_set_aside_and_subsets_it(whole, tmp_path):
-    put(whole, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
+def test_a_plan_keeps_what_was_set_aside_and_subsets_it(k400, tmp_path):
+    put(k400, {"train/abseiling/unlistedxxx_000001_000011.mp4": b"x"})
     data = {
         "source": "kinetics",
-        "path": str(whole),
+        "path": str(k400),
         "frames": 4,
         "classes": ["arm wrestling", "petting animal (not cat)"],
     }

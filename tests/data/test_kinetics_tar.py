@@ -1,4 +1,4 @@
-"""Kinetics from CVDF's archives, read in place and forwards: the same clips as from folders, and every damage."""
+"""Kinetics from CVDF's archives, read in place and forwards: the same clips as from folders; damage is an error."""
 
 from __future__ import annotations
 
@@ -150,9 +150,12 @@ def test_chunks_are_ingested_from_archives(cvdf, tmp_path):
         for start in (0, 2, 4)
     ]
     assert counts == [(2, 0)] * 3
-    made = pa.concat_tables([map_arrow(tmp_path / f"{start}.arrow") for start in (0, 2, 4)])
+    table_of_chunks = pa.concat_tables([map_arrow(tmp_path / f"{start}.arrow") for start in (0, 2, 4)])
     wanted = {i: size % 251 for i, size in zip(table["sample_id"].to_pylist(), table["size"].to_pylist(), strict=True)}
-    assert {i: p[0] for i, p in zip(made["sample_id"].to_pylist(), made["pixels"].to_pylist(), strict=True)} == wanted
+    assert {
+        i: p[0]
+        for i, p in zip(table_of_chunks["sample_id"].to_pylist(), table_of_chunks["pixels"].to_pylist(), strict=True)
+    } == wanted
 
 
 def test_an_index_through_gzip_is_that_of_the_plain_tar(tmp_path):
@@ -170,21 +173,21 @@ def test_an_index_through_gzip_is_that_of_the_plain_tar(tmp_path):
             },
         )
         store = Store(str(tmp_path))
-        found = []
+        listed = []
         for file in ("x.tar", "x.tar.gz", "two.tgz"):
             with gzip_tar.open_archive(store, file) as window:
-                found.append(list(tar.members(window)))
-        assert found[0] == found[1] == found[2]
-        assert len(found[0]) == 3
+                listed.append(list(tar.members(window)))
+        assert listed[0] == listed[1] == listed[2]
+        assert len(listed[0]) == 3
 
 
-def damaged(whole, tail=b""):
+def damaged(packed, tail=b""):
     """An archive, and what becomes of it."""
     content = tar_of([(name(i), clip(i)) for i in range(3)])
     return {
-        "cut": whole[:-300],
-        "without its last bytes": whole[:-4],
-        "a wrong checksum": whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:],
+        "cut": packed[:-300],
+        "without its last bytes": packed[:-4],
+        "a wrong checksum": packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:],
         "no gzip": b"<html>no such file</html>",
         "empty": b"",
         "cut before it was compressed": gzip.compress(content[:-12_000]),
@@ -195,7 +198,7 @@ def damaged(whole, tail=b""):
     }
 
 
-SAID = {
+MESSAGES = {
     "cut": "is damaged, cut or not gzip .*Truncated",
     "without its last bytes": "is damaged, cut or not gzip .*Truncated",
     "a wrong checksum": "is damaged, cut or not gzip .*incorrect data check",
@@ -209,10 +212,10 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("how", SAID)
+@pytest.mark.parametrize("how", MESSAGES)
 def test_a_damaged_archive_is_one_error_that_names_it(cvdf, how):
     put(cvdf, {"train/part_7.tar.gz": damaged(zipped(*((name(i), clip(i)) for i in range(3))))[how]})
-    with pytest.raises(UserError, match=f"train/part_7.tar.gz {SAID[how]}.*Download or build the archive again"):
+    with pytest.raises(UserError, match=f"train/part_7.tar.gz {MESSAGES[how]}.*Download or build the archive again"):
         source(cvdf).splits()
 
 
@@ -233,9 +236,9 @@ def test_a_root_without_archives_is_one_error(tmp_path):
 
 def test_unfinished_downloads_are_set_aside_and_a_damaged_member_name_is_text(cvdf):
     put(cvdf, {"train/part_9.tar.gz.part": b"x", "train/part_4.tar.gz": zipped(("../../" + name(6) + ".part", b"x"))})
-    found = aside(source(cvdf))
-    assert ("train/part_9.tar.gz.part", -1, "a download that was not finished") in found
-    assert (f"train/part_4.tar.gz/../../{name(6)}.part", -1, "a download that was not finished") in found
+    listed = aside(source(cvdf))
+    assert ("train/part_9.tar.gz.part", -1, "a download that was not finished") in listed
+    assert (f"train/part_4.tar.gz/../../{name(6)}.part", -1, "a download that was not finished") in listed
 
 
 def test_a_clip_in_two_parts_is_used_once(cvdf):

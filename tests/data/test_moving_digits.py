@@ -27,7 +27,7 @@ DIGIT = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 @pytest.fixture
 def few(monkeypatch):
-    """Three clips of every direction and split instead of 1,797 in all."""
+    """Nine clips per direction instead of 1,797 in all."""
     images, splits = digits()
     monkeypatch.setattr(moving_digits, "digits", lambda: (images[:72], splits[:72]))
 
@@ -76,9 +76,9 @@ def test_what_leaves_on_one_side_comes_back_on_the_other():
 def test_the_files_are_real_videos_that_look_like_their_frames():
     decord = pytest.importorskip("decord")
     frames = clip(DIGIT, path("left", 0))
-    found = decord.VideoReader(io.BytesIO(mp4.encode_mp4(frames, 12, moving_digits.ENCODER)))
-    assert len(found) == FRAMES
-    assert np.abs(found.get_batch(range(FRAMES)).asnumpy().astype(int) - frames).mean() < 3
+    video = decord.VideoReader(io.BytesIO(mp4.encode_mp4(frames, 12, moving_digits.ENCODER)))
+    assert len(video) == FRAMES
+    assert np.abs(video.get_batch(range(FRAMES)).asnumpy().astype(int) - frames).mean() < 3
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, make_config):

@@ -124,20 +124,20 @@ def test_the_validation_list_alone_is_enough(tmp_path):
     source = source_of(tmp_path)
     assert source.splits() == ["test"]
     assert source.listing("test").num_rows == 2
-    made = plan(tmp_path, train_split="val", classes=["Holding something"])
-    assert ids(made.listings["train"]) == [f"{HOME}/31.webm"]
-    assert made.aside["train"].num_rows == len(TRAIN)
+    result = plan(tmp_path, train_split="val", classes=["Holding something"])
+    assert ids(result.listings["train"]) == [f"{HOME}/31.webm"]
+    assert result.aside["train"].num_rows == len(TRAIN)
 
 
 def test_subsets_and_orders_work(tmp_path):
     something(tmp_path)
     put(tmp_path, "order.txt", "\n".join(reversed(CLASSES)))
-    made = plan(tmp_path, class_names=str(tmp_path / "order.txt"), classes=CLASSES[:2])
-    assert made.class_names == CLASSES[:2]
-    assert made.source_class_names == CLASSES[::-1]
-    assert made.listings["train"]["label"].to_pylist() == [0, 1, 1]
-    made = plan(tmp_path, train_split="val", classes=CLASSES[:2])
-    assert made.listings["train"]["label"].to_pylist() == [0, 1]
+    result = plan(tmp_path, class_names=str(tmp_path / "order.txt"), classes=CLASSES[:2])
+    assert result.class_names == CLASSES[:2]
+    assert result.source_class_names == CLASSES[::-1]
+    assert result.listings["train"]["label"].to_pylist() == [0, 1, 1]
+    result = plan(tmp_path, train_split="val", classes=CLASSES[:2])
+    assert result.listings["train"]["label"].to_pylist() == [0, 1]
 
 
 def test_numbers_as_ids_and_as_labels_are_taken(tmp_path):

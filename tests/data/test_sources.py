@@ -249,11 +249,11 @@ def test_the_validation_split_is_taken_where_there_is_a_test_split_too():
 def test_an_unreadable_disk_is_not_taken_for_a_damaged_parquet_file(tmp_path, monkeypatch):
     write_parquet(tmp_path / "train.parquet", [0, 1])
     source = parquet(tmp_path)
-    said = [
+    errors = [
         OSError("AWS Error SLOW_DOWN during GetObject operation"),
         PermissionError(errno.EACCES, "Permission denied"),
     ]
-    for error in said:
+    for error in errors:
 
         def refuse(*_, error=error, **__):
             raise error

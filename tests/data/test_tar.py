@@ -1,4 +1,4 @@
-"""The index of a tar: every dialect that Python writes, every damage, and names that mean mischief."""
+"""The index of a tar: all dialects that Python writes, all kinds of damage, and hostile names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CONTENTS = {"a.jpg": b"x" * 700, "folder/b.jpg": b"y" * 512, "empty": b"", "c.cl
 
 
 def info(name, kind=tarfile.REGTYPE, size=0, **fields):
-    made = tarfile.TarInfo(name)
-    made.type, made.size = kind, size
+    header = tarfile.TarInfo(name)
+    header.type, header.size = kind, size
     for key, value in fields.items():
-        setattr(made, key, value)
-    return made
+        setattr(header, key, value)
+    return header
 
 
 def tar_of(contents, kind=tarfile.GNU_FORMAT, extra=(), **keys):
@@ -39,13 +39,13 @@ def tar_of(contents, kind=tarfile.GNU_FORMAT, extra=(), **keys):
     return buffer.getvalue()
 
 
-def found(raw, start=0, end=None):
+def contents_of(raw, start=0, end=None):
     """{name: bytes} as our index finds them."""
     return {m.name: raw[m.offset : m.offset + m.size] for m in tar.members(io.BytesIO(raw), start, end)}
 
 
 def resealed(raw, at=0):
-    """The same archive with the checksum of one header made right again."""
+    """The same archive with the checksum of one header corrected."""
     header = bytearray(raw[at : at + BLOCK])
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -65,24 +65,24 @@ class Counted(io.BytesIO):
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_found_in_every_format(kind):
-    assert found(tar_of(CONTENTS, kind)) == CONTENTS
+    assert contents_of(tar_of(CONTENTS, kind)) == CONTENTS
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("name", ["n" * 101, "long/" * 60 + "x.jpg", "ü" * 90 + ".jpg", "n" * 5000])
 def test_long_names_are_read_whole(kind, name):
-    assert found(tar_of({name: b"1", "next": b"2"}, kind)) == {name: b"1", "next": b"2"}
+    assert contents_of(tar_of({name: b"1", "next": b"2"}, kind)) == {name: b"1", "next": b"2"}
 
 
 def test_a_name_split_into_prefix_and_rest_is_joined():
     name = "f" * 90 + "/" + "g" * 90
-    assert found(tar_of({name: b"1"}, tarfile.USTAR_FORMAT)) == {name: b"1"}
+    assert contents_of(tar_of({name: b"1"}, tarfile.USTAR_FORMAT)) == {name: b"1"}
 
 
 def test_the_old_format_without_a_magic_is_read():
     raw = tar_of({"a.jpg": b"123"}, tarfile.USTAR_FORMAT)
-    old = resealed(raw[:156] + b"\0" + raw[157:257] + bytes(BLOCK - 257) + raw[BLOCK:])
-    assert found(old) == {"a.jpg": b"123"}
+    v7 = resealed(raw[:156] + b"\0" + raw[157:257] + bytes(BLOCK - 257) + raw[BLOCK:])
+    assert contents_of(v7) == {"a.jpg": b"123"}
 
 
 def test_sizes_and_names_of_pax_headers_count():
@@ -92,39 +92,39 @@ def test_sizes_and_names_of_pax_headers_count():
     ) as archive:
         archive.addfile(info("x", size=3, pax_headers={"path": "given.jpg", "size": "3"}), io.BytesIO(b"abc"))
         archive.addfile(info("y", size=2), io.BytesIO(b"de"))
-    assert found(buffer.getvalue()) == {"given.jpg": b"abc", "y": b"de"}
+    assert contents_of(buffer.getvalue()) == {"given.jpg": b"abc", "y": b"de"}
 
 
 def test_a_size_beyond_eleven_octal_digits_is_read():
     raw = tar_of({"a": b"abc"})
     large = raw[:124] + b"\x80" + (3).to_bytes(11, "big") + raw[136:]
-    assert found(resealed(large)) == {"a": b"abc"}
+    assert contents_of(resealed(large)) == {"a": b"abc"}
 
 
 def test_folders_links_and_devices_are_passed_over():
     kinds = [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
     extra = [info(f"none{i}", kind, size=9999, linkname="../" * 30 + "etc/passwd") for i, kind in enumerate(kinds)]
-    assert found(tar_of(CONTENTS, extra=extra)) == CONTENTS
+    assert contents_of(tar_of(CONTENTS, extra=extra)) == CONTENTS
 
 
 def test_names_that_lead_outside_are_only_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bad = {"../../x": b"1", "/etc/passwd": b"2", "C:\\x": b"3", "a/../../b": b"4"}
-    assert found(tar_of(bad)) == bad
+    assert contents_of(tar_of(bad)) == bad
     assert os.listdir(tmp_path) == []
 
 
 def test_a_name_that_is_no_text_gets_escapes():
     raw = tar_of({"abc": b"1"})
-    assert list(found(resealed(b"a\xffc" + raw[3:]))) == ["a\\xffc"]
+    assert list(contents_of(resealed(b"a\xffc" + raw[3:]))) == ["a\\xffc"]
 
 
 def test_an_archive_inside_an_archive_is_read_in_place():
     inner = tar_of(CONTENTS)
     outer = tar_of({"n1.tar": inner, "n2.tar": tar_of({"z": b"zz"})})
     first, second = tar.members(io.BytesIO(outer))
-    assert found(outer, first.offset, first.offset + first.size) == CONTENTS
-    assert found(outer, second.offset, second.offset + second.size) == {"z": b"zz"}
+    assert contents_of(outer, first.offset, first.offset + first.size) == CONTENTS
+    assert contents_of(outer, second.offset, second.offset + second.size) == {"z": b"zz"}
 
 
 def test_only_headers_are_read_of_large_members_and_small_members_are_read_together():
@@ -137,7 +137,7 @@ def test_only_headers_are_read_of_large_members_and_small_members_are_read_toget
 
 
 def test_an_empty_archive_has_no_members():
-    assert found(tar_of({})) == {}
+    assert contents_of(tar_of({})) == {}
 
 
 def error_of(raw, start=0, end=None):
@@ -250,12 +250,12 @@ def rows_of(file, raw):
 def store_of(request):
     """A store for a folder, which is a path or stands for remote storage."""
 
-    def made(folder):
+    def make_store(folder):
         store = Store(str(folder) if request.param == "local" else folder.as_uri())
         store.local = request.param == "local"
         return store
 
-    return made
+    return make_store
 
 
 def test_rows_are_read_in_the_order_asked_for(tmp_path, store_of):

@@ -1,4 +1,4 @@
-"""The sets as torchvision stores them: made small here, in its formats, and damaged in every way."""
+"""Small sets in torchvision's formats, intact and damaged."""
 
 from __future__ import annotations
 
@@ -182,11 +182,11 @@ def test_what_is_no_plain_data_is_refused(value):
 @pytest.mark.parametrize("kind", ["u1", "<i4", ">f4", "b1"])
 def test_plain_arrays_survive_every_protocol(kind, protocol):
     array = np.arange(12).reshape(3, 4).astype(kind)
-    for made in (array, np.asfortranarray(array), array[:, ::2]):
-        found = safe_pickle.load(pickle.dumps([made, ("text", b"raw", None, 1.5)], protocol))
-        assert np.array_equal(found[0], made)
-        assert found[0].dtype == made.dtype
-        assert found[1] == ("text", b"raw", None, 1.5)
+    for original in (array, np.asfortranarray(array), array[:, ::2]):
+        loaded = safe_pickle.load(pickle.dumps([original, ("text", b"raw", None, 1.5)], protocol))
+        assert np.array_equal(loaded[0], original)
+        assert loaded[0].dtype == original.dtype
+        assert loaded[1] == ("text", b"raw", None, 1.5)
 
 
 PYTHON_2 = (  # as CIFAR's files were written: {"data": array([[97, 98, 99], [255, 0, 1]], u1), "labels": [1]}
@@ -197,10 +197,10 @@ PYTHON_2 = (  # as CIFAR's files were written: {"data": array([[97, 98, 99], [25
 
 
 def test_a_pickle_of_python_2_is_read():
-    found = safe_pickle.load(PYTHON_2)
-    assert found["data"].tolist() == [[97, 98, 99], [255, 0, 1]]
-    assert found["data"].dtype == np.uint8
-    assert found["labels"] == [1]
+    loaded = safe_pickle.load(PYTHON_2)
+    assert loaded["data"].tolist() == [[97, 98, 99], [255, 0, 1]]
+    assert loaded["data"].dtype == np.uint8
+    assert loaded["labels"] == [1]
 
 
 def test_a_pickle_cannot_grow_without_end():

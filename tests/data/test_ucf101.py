@@ -152,38 +152,38 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
     assert aside(source, "test") == {
         "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi": (1, "listed in 'testlist01.txt' line 2, no file")
     }
-    made = plan(tmp_path)
-    assert made.known == made.samples + 6 == 4 + 6
+    result = plan(tmp_path)
+    assert result.known == result.samples + 6 == 4 + 6
 
 
 def test_files_without_a_row_are_told_with_the_split_that_is_distilled(tmp_path):
     clips(lists(tmp_path))
     put(tmp_path, "UCF-101/Typing/extra.avi")
-    made = plan(tmp_path, train_split="test", classes=["Typing", "ApplyEyeMakeup"])
-    assert ids(made.listings["train"]) == [f"UCF-101/{name}" for name in TEST]
-    assert ids(made.aside["train"]) == ["UCF-101/Typing/extra.avi"]
+    result = plan(tmp_path, train_split="test", classes=["Typing", "ApplyEyeMakeup"])
+    assert ids(result.listings["train"]) == [f"UCF-101/{name}" for name in TEST]
+    assert ids(result.aside["train"]) == ["UCF-101/Typing/extra.avi"]
 
 
 def test_subsets_and_orders_work(tmp_path):
     clips(lists(tmp_path))
     put(tmp_path, "UCF-101/HandstandPushups/extra.avi")
     put(tmp_path, "order.txt", "\n".join(sorted(CLASSES)))
-    made = plan(tmp_path, class_names=str(tmp_path / "order.txt"))
-    assert made.class_names == sorted(CLASSES)
-    assert made.listings["train"]["label"].to_pylist() == [2, 2, 0, 1]
-    assert made.aside["train"]["label"].to_pylist() == [1]
-    made = plan(tmp_path, classes=["ApplyEyeMakeup", "Typing"])
-    assert made.listings["train"]["label"].to_pylist() == [1, 1, 0]
-    assert made.aside["train"].num_rows == 0
+    result = plan(tmp_path, class_names=str(tmp_path / "order.txt"))
+    assert result.class_names == sorted(CLASSES)
+    assert result.listings["train"]["label"].to_pylist() == [2, 2, 0, 1]
+    assert result.aside["train"]["label"].to_pylist() == [1]
+    result = plan(tmp_path, classes=["ApplyEyeMakeup", "Typing"])
+    assert result.listings["train"]["label"].to_pylist() == [1, 1, 0]
+    assert result.aside["train"].num_rows == 0
 
 
 def test_a_test_split_without_files_is_no_split(tmp_path):
     clips(lists(tmp_path))
     for name in TEST:
         (tmp_path / "UCF-101" / name).unlink()
-    made = plan(tmp_path)
-    assert list(made.listings) == ["train"]
-    assert made.aside["test"].num_rows == 2
+    result = plan(tmp_path)
+    assert list(result.listings) == ["train"]
+    assert result.aside["test"].num_rows == 2
 
 
 @pytest.mark.parametrize(

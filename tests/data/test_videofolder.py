@@ -87,9 +87,9 @@ def test_files_that_are_no_videos_are_set_aside_with_their_class_and_hidden_ones
         "train/loose.mp4": (-1, "a video in no class folder"),
     }
     assert aside(source, "test") == {"val/a/2.gif": (0, "no video by its name, which ends in '.gif'")}
-    made = plan(tmp_path, classes=["a"])
-    assert ids(made.aside["train"]) == ["train/a/clip.mp4.part", "train/loose.mp4"]
-    assert made.known == 2 + 3
+    result = plan(tmp_path, classes=["a"])
+    assert ids(result.aside["train"]) == ["train/a/clip.mp4.part", "train/loose.mp4"]
+    assert result.known == 2 + 3
 
 
 def test_an_empty_video_stays_in_the_listing(tmp_path):
@@ -117,19 +117,19 @@ def test_a_validation_split_alone_can_be_chosen(tmp_path):
     assert source.class_names == ["a", "b"]
     with pytest.raises(UserError, match="holds no split 'train', only val"):
         plan(tmp_path)
-    made = plan(tmp_path, train_split="val", class_names=None)
-    assert ids(made.listings["train"]) == ["val/a/0.mp4", "val/b/1.mp4"]
-    assert ids(made.aside["train"]) == ["val/b/1.txt"]
+    result = plan(tmp_path, train_split="val", class_names=None)
+    assert ids(result.listings["train"]) == ["val/a/0.mp4", "val/b/1.mp4"]
+    assert ids(result.aside["train"]) == ["val/b/1.txt"]
 
 
 def test_subsets_orders_and_a_held_out_part_work(tmp_path):
     touch(tmp_path, *(f"train/{name}/{i}.mp4" for name in "abc" for i in range(10)))
     (tmp_path / "order.txt").write_text("c\na\nb\n")
-    made = plan(tmp_path, classes=["a", "c"], class_names=str(tmp_path / "order.txt"), holdout=0.2)
-    assert made.class_names == ["a", "c"]
-    assert made.source_class_names == ["c", "a", "b"]
-    assert {split: table.num_rows for split, table in made.listings.items()} == {"train": 16, "test": 4}
-    assert {(i[6], label) for i, label in zip(ids(made.listings["train"]), made.listings["train"]["label"].to_pylist(),
+    result = plan(tmp_path, classes=["a", "c"], class_names=str(tmp_path / "order.txt"), holdout=0.2)
+    assert result.class_names == ["a", "c"]
+    assert result.source_class_names == ["c", "a", "b"]
+    assert {split: table.num_rows for split, table in result.listings.items()} == {"train": 16, "test": 4}
+    assert {(i[6], label) for i, label in zip(ids(result.listings["train"]), result.listings["train"]["label"].to_pylist(),
                                               strict=True)} == {("a", 0), ("c", 1)}  # fmt: skip
 
 
@@ -187,10 +187,10 @@ def test_a_set_on_s3_is_the_set_on_disk(s3, tmp_path):
 
 def test_real_clips_of_the_validation_split(shared_data):
     root = shared_data / "kinetics400"
-    made = plan(root, train_split="val")
-    assert made.class_names == ["arm wrestling", "bungee jumping"]
-    assert made.listings["train"].num_rows == 8
-    assert made.aside["train"].num_rows == 0
+    result = plan(root, train_split="val")
+    assert result.class_names == ["arm wrestling", "bungee jumping"]
+    assert result.listings["train"].num_rows == 8
+    assert result.aside["train"].num_rows == 0
     source = videos(root)
     assert all(source.read(source.listing("test").slice(0, 2)))
 
@@ -207,21 +207,21 @@ def test_rows_and_files_are_joined_by_their_keys():
     listed = rows(
         ("c", 1, "test", "c.mp4", "line 1"), ("a", 0, "train", "a.mp4", "line 2"), ("x", 0, "train", "x.mp4", "line 3")
     )
-    found = join_rows(listed, files("a.mp4", "a.webm", "b.mp4", "c.mp4", "b.avi"))
-    assert found.used.select(["key", "label", "split", "path", "size"]).to_pylist() == [
+    joined = join_rows(listed, files("a.mp4", "a.webm", "b.mp4", "c.mp4", "b.avi"))
+    assert joined.used.select(["key", "label", "split", "path", "size"]).to_pylist() == [
         {"key": "c", "label": 1, "split": "test", "path": "c.mp4", "size": 5},
         {"key": "a", "label": 0, "split": "train", "path": "a.mp4", "size": 5},
     ]
-    assert found.missing["place"].to_pylist() == ["line 3"]
-    assert found.spare.select(["path", "instead", "label"]).to_pylist() == [
+    assert joined.missing["place"].to_pylist() == ["line 3"]
+    assert joined.spare.select(["path", "instead", "label"]).to_pylist() == [
         {"path": "a.webm", "instead": "a.mp4", "label": 0}
     ]
-    assert found.unlisted["path"].to_pylist() == ["b.mp4", "b.avi"]
+    assert joined.unlisted["path"].to_pylist() == ["b.mp4", "b.avi"]
 
 
 def test_a_join_of_nothing_is_nothing():
-    found = join_rows(ROWS.empty_table(), files())
-    assert [t.num_rows for t in (found.used, found.missing, found.spare, found.unlisted)] == [0, 0, 0, 0]
+    joined = join_rows(ROWS.empty_table(), files())
+    assert [t.num_rows for t in (joined.used, joined.missing, joined.spare, joined.unlisted)] == [0, 0, 0, 0]
     assert join_rows(rows(("a", 0, "train", "a", "1")), files()).missing.num_rows == 1
     assert join_rows(ROWS.empty_table(), files("a.mp4")).unlisted.num_rows == 1
 
@@ -236,6 +236,6 @@ def test_a_clip_that_is_listed_twice_is_named_with_both_places():
 
 def test_a_repeated_clip_is_found_among_rows_of_several_chunks():
     listed = pa.concat_tables([rows(("a", 0, "train", "a", "1")), rows(("b", 0, "train", "b", "2"))])
-    found = join_rows(listed, pa.concat_tables([files("b.mp4"), files("a.mp4", "b.avi")]))
-    assert found.used["path"].to_pylist() == ["a.mp4", "b.mp4"]
-    assert found.spare["instead"].to_pylist() == ["b.mp4"]
+    joined = join_rows(listed, pa.concat_tables([files("b.mp4"), files("a.mp4", "b.avi")]))
+    assert joined.used["path"].to_pylist() == ["a.mp4", "b.mp4"]
+    assert joined.spare["instead"].to_pylist() == ["b.mp4"]

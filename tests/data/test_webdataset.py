@@ -1,4 +1,4 @@
-"""WebDataset shards: which samples they hold, every way to name them, and every fault with shard and sample named."""
+"""WebDataset shards: their samples, all ways to name them, and faults, named with shard and sample."""
 
 from __future__ import annotations
 
@@ -378,8 +378,8 @@ def test_many_shards_come_in_order_whatever_their_threads(tmp_path, named):
 def test_imagenette_in_shards_equals_its_folders(shared_data, tmp_path):
     folder = shared_data / "imagenette"
     folders = ImageFolder(DataSection(source="imagefolder", path=str(folder)))
-    whole = folders.listing("train")
-    labels, ids = whole["label"].to_numpy(), whole["sample_id"].to_pylist()
+    table = folders.listing("train")
+    labels, ids = table["label"].to_numpy(), table["sample_id"].to_pylist()
     chosen = np.concatenate([np.flatnonzero(labels == c)[:20] for c in range(len(folders.class_names))])
     for shard, part in enumerate(np.array_split(np.random.default_rng(0).permutation(chosen), 4)):
         files = [

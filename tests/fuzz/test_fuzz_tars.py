@@ -61,8 +61,8 @@ def moved_blocks(data: bytes, chance: random.Random) -> bytes:
 def as_tarfile_has_it(data: bytes) -> list[tuple[int, int]] | None:
     """Offsets and sizes of all files; None where tarfile reads less than we do and says so."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as found:
-            files = [member for member in found if member.isreg() and not member.name.endswith("/")]
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as members:
+            files = [member for member in members if member.isreg() and not member.name.endswith("/")]
     except tarfile.ReadError:
         return None
     return [(member.offset_data, member.size) for member in files]
@@ -71,12 +71,12 @@ def as_tarfile_has_it(data: bytes) -> list[tuple[int, int]] | None:
 def test_of_broken_tars_tarfile_finds_the_same():
     def attempt(data: bytes) -> bool:
         try:
-            found = list(tar.members(io.BytesIO(data)))
+            members = list(tar.members(io.BytesIO(data)))
         except UserError:
             return False
-        assert all(0 <= offset <= offset + size <= len(data) for _, offset, size in found)
-        if found and (theirs := as_tarfile_has_it(data)) is not None:
-            assert [(offset, size) for _, offset, size in found] == theirs
+        assert all(0 <= offset <= offset + size <= len(data) for _, offset, size in members)
+        if members and (theirs := as_tarfile_has_it(data)) is not None:
+            assert [(offset, size) for _, offset, size in members] == theirs
         return True
 
     mutating.run("tars", 0.12, archives(), attempt, [broken_header, broken_header, moved_blocks])
@@ -114,10 +114,10 @@ def test_broken_gzipped_tars_hold_what_unpacking_them_gives(tmp_path: Path):
         (tmp_path / "a.tar.gz").write_bytes(packed)
         try:
             with gzip_tar.open_archive(store, "a.tar.gz") as window:
-                found = list(tar.members(window))
+                members = list(tar.members(window))
         except UserError:
             return False
-        assert found == list(tar.members(io.BytesIO(gzip.decompress(packed))))
+        assert members == list(tar.members(io.BytesIO(gzip.decompress(packed))))
         return True
 
     packed = [gzip.compress(data, 1, mtime=0) for data in archives()]

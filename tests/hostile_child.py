@@ -1,4 +1,4 @@
-"""What a decoder that was taken over might try, for a child of `data/codecs/worker_process.py`; it imports nothing large."""
+"""Actions of an exploited decoder, run in a child of `data/codecs/worker_process.py`; imports nothing large."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tries_to_write(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-    """Leaves a file behind if it can; says what happened, and whether the process can gain rights."""
+    """Tries to write a file; reports the outcome and whether the process can gain privileges."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     try:
         Path(header["path"]).write_bytes(b"x")

@@ -68,8 +68,8 @@ def test_every_stage_works_on_clips(clip_run):
     assert meta["counts"] == {"train": [18] * 3, "test": [9] * 3}
     assert sum(meta["decoders"].values()) == 81
     assert pq.read_table(clip_run.dir / "manifest.parquet")["kept"].to_numpy().sum() == 13 * 3
-    made = synthetic_set.load(clip_run.dir)
-    assert made.images.shape == (6, 4, 1, 8, 8)
+    synthetic = synthetic_set.load(clip_run.dir)
+    assert synthetic.images.shape == (6, 4, 1, 8, 8)
     rows = json.loads((clip_run.dir / "evaluation.json").read_text())["summary"]
     assert {(row["set"], row["network"], row["n"]) for row in rows} == {
         (name, network, 2) for name in ("distilled", "random_real") for network in ("convnet3d", "frame:convnet")
@@ -99,30 +99,30 @@ def test_every_method_moves_the_frames_of_clips(tmp_path, files, clip_run, metho
     config = settings(tmp_path / "run", files, distill__method=method, distill__dsa={"augment": "crop_scale"})
     run = Run(config.model_copy(update={"run": config.run.model_copy(update={"reuse": str(clip_run.dir)})}))
     run.stages("ingest", "score", "select", "distill")
-    made = synthetic_set.load(run.dir)
-    assert torch.isfinite(made.images).all()
-    first, last = made.snapshots[0], made.snapshots[3]
+    synthetic = synthetic_set.load(run.dir)
+    assert torch.isfinite(synthetic.images).all()
+    first, last = synthetic.snapshots[0], synthetic.snapshots[3]
     assert first.shape == last.shape == (6, 4, 1, 8, 8)
     assert all((first[:, frame] != last[:, frame]).any() for frame in range(4))
 
 
 def test_real_initial_clips_are_whole_clips_of_their_class(clip_run):
     """Each starts as the frames of one real, kept clip, in their order."""
-    prepared, made = PreparedDataset(clip_run.dir / "prepared"), synthetic_set.load(clip_run.dir)
+    prepared, synthetic = PreparedDataset(clip_run.dir / "prepared"), synthetic_set.load(clip_run.dir)
     table = pq.read_table(clip_run.dir / "manifest.parquet")
     kept = table.filter(table["kept"])["sample_id"].to_pylist()
     pixels, labels = prepared.load("train", only=kept)
-    for clip, label in zip(made.snapshots[0].numpy(), made.labels.tolist(), strict=True):
+    for clip, label in zip(synthetic.snapshots[0].numpy(), synthetic.labels.tolist(), strict=True):
         assert any(np.array_equal(clip, real) for real in pixels[labels == label])
 
 
 def test_nothing_dropped_is_the_same_as_no_rule_on_clips(tmp_path, files, clip_run):
-    found = []
+    results = []
     for name, rule in (("a", {"rule": "none"}), ("b", {"rule": "loss", "drop": 0.0})):
         config = tiny_config(tmp_path / name, data={**DATA, "path": str(files)}, **{**NETWORKS, "runtime": rule})
         run = Run(config.model_copy(update={"run": config.run.model_copy(update={"reuse": str(clip_run.dir)})}))
-        found.append(synthetic_set.load(run.stages("ingest", "score", "select", "distill").dir).images)
-    assert torch.equal(*found)
+        results.append(synthetic_set.load(run.stages("ingest", "score", "select", "distill").dir).images)
+    assert torch.equal(*results)
 
 
 def test_clips_are_kept_as_jpeg_where_they_are_large(tmp_path, files, clip_run):
@@ -221,13 +221,13 @@ def test_where_only_val_is_there_it_can_be_distilled(tmp_path, shared_data):
 
 @pytest.mark.slow
 def test_compiled_proxies_and_scores_of_clips_agree_with_eager_ones(tmp_path, files, clip_run):
-    found = []
+    results = []
     for compile in ("always", "never"):
         config = settings(tmp_path / compile, files, score__compile=compile)
         run = Run(config.model_copy(update={"run": config.run.model_copy(update={"reuse": str(clip_run.dir)})}))
-        found.append(pq.read_table(run.stages("ingest", "score").dir / "scores.parquet"))
-    assert found[0]["sample_id"].equals(found[1]["sample_id"])
-    np.testing.assert_allclose(found[0]["score"].to_numpy(), found[1]["score"].to_numpy(), rtol=1e-3, atol=1e-4)
+        results.append(pq.read_table(run.stages("ingest", "score").dir / "scores.parquet"))
+    assert results[0]["sample_id"].equals(results[1]["sample_id"])
+    np.testing.assert_allclose(results[0]["score"].to_numpy(), results[1]["score"].to_numpy(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.usefixtures("ray_session")

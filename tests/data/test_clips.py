@@ -39,9 +39,9 @@ HAS_DECORD = "decord" in chosen("auto", "exact")
 @pytest.fixture(scope="module")
 def child():
     """One child process for all tests that leave it alive."""
-    isolated = IsolatedFunction(clips.CHILD)
-    yield isolated
-    isolated.close()
+    child_process = IsolatedFunction(clips.CHILD)
+    yield child_process
+    child_process.close()
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_what_is_left_of_a_cut_file_is_used_with_a_remark_or_rejected(decoder):
 
 
 def test_an_empty_file_is_rejected_without_a_child():
-    isolated = IsolatedFunction("no_such_module:function")
+    child_process = IsolatedFunction("no_such_module:function")
     with pytest.raises(SampleRejected, match="empty file"):
-        ClipDecoder(4, 16, 3, child=isolated)("x", b"")
+        ClipDecoder(4, 16, 3, child=child_process)("x", b"")
 
 
 @pytest.mark.parametrize(
@@ -146,56 +146,56 @@ def test_an_empty_file_is_rejected_without_a_child():
     ],
 )
 def test_a_file_that_kills_its_decoder_is_rejected_and_the_next_one_decodes(mark, how):
-    isolated = IsolatedFunction(clips.CHILD, memory=2**30)
-    decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty",), time_limit=0.7, child=isolated)
+    child_process = IsolatedFunction(clips.CHILD, memory=2**30)
+    decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty",), time_limit=0.7, child=child_process)
     with pytest.raises(SampleRejected, match=how):
         decoder("bad", marked(RAW, mark))
     assert numbers(decoder("good", RAW)[0]) == [7, 22, 37, 52]
-    isolated.close()
+    child_process.close()
 
 
 @pytest.mark.parametrize("mark", ["abort", "spin", "memory"])
 def test_a_file_that_kills_the_first_decoder_is_decoded_by_the_second(mark, caplog):
-    isolated = IsolatedFunction(clips.CHILD, memory=2**30)
-    decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty", "pyav"), time_limit=0.7, child=isolated)
+    child_process = IsolatedFunction(clips.CHILD, memory=2**30)
+    decoder = ClipDecoder(4, 16, 3, decoders=("videos:faulty", "pyav"), time_limit=0.7, child=child_process)
     with caplog.at_level(logging.WARNING, "distill_at_scale"):
         assert numbers(decoder("bad", marked(RAW, mark))[0]) == [7, 22, 37, 52]
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("bad: decoded by PyAV, as ")
-    isolated.close()
+    child_process.close()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])  # it is noticed before the call, or in its middle
 def test_a_child_that_was_killed_from_outside_is_replaced(seconds):
-    isolated = IsolatedFunction(clips.CHILD)
-    decoder = ClipDecoder(4, 16, 3, child=isolated)
+    child_process = IsolatedFunction(clips.CHILD)
+    decoder = ClipDecoder(4, 16, 3, child=child_process)
     decoder("x", RAW)
-    before = isolated.pid
+    before = child_process.pid
     os.kill(before, 9)
     time.sleep(seconds)
     assert numbers(decoder("x", RAW)[0]) == [7, 22, 37, 52]
-    assert isolated.pid not in (None, before)
-    isolated.close()
+    assert child_process.pid not in (None, before)
+    child_process.close()
 
 
 def test_a_file_on_which_the_child_is_killed_again_and_again_is_rejected():
-    isolated = IsolatedFunction(clips.CHILD)
+    child_process = IsolatedFunction(clips.CHILD)
     with pytest.raises(SampleRejected, match="signal 9"):
-        ClipDecoder(4, 16, 3, decoders=("videos:faulty",), child=isolated)("x", marked(RAW, "kill"))
-    isolated.close()
+        ClipDecoder(4, 16, 3, decoders=("videos:faulty",), child=child_process)("x", marked(RAW, "kill"))
+    child_process.close()
 
 
 def test_a_child_that_keeps_too_much_memory_is_replaced():
-    isolated = IsolatedFunction("videos:loaded", resident=1)
+    child_process = IsolatedFunction("videos:loaded", resident=1)
     for _ in range(2):
-        assert isolated.call({}, b"abc", 5)[1] == b"abc"
-        assert isolated.pid is None
+        assert child_process.call({}, b"abc", 5)[1] == b"abc"
+        assert child_process.pid is None
 
 
 def test_the_child_loads_neither_torch_nor_ray():
-    isolated = IsolatedFunction("videos:loaded")
-    modules = isolated.call({}, b"", 5)[0]["modules"]
-    isolated.close()
+    child_process = IsolatedFunction("videos:loaded")
+    modules = child_process.call({}, b"", 5)[0]["modules"]
+    child_process.close()
     assert "distill_at_scale" in modules
     assert not {"torch", "torchvision", "ray"} & set(modules)
 
@@ -213,19 +213,19 @@ def test_a_child_that_cannot_start_is_not_the_fault_of_a_sample():
 
 
 def test_bytes_of_any_number_pass_both_ways():
-    isolated = IsolatedFunction("videos:loaded")
+    child_process = IsolatedFunction("videos:loaded")
     for count in (0, 1, 65_536, 3_000_001):
         body = os.urandom(count)
-        assert isolated.call({}, body, 20)[1] == body
-    isolated.close()
+        assert child_process.call({}, body, 20)[1] == body
+    child_process.close()
 
 
 def test_no_answer_in_time_raises_and_the_next_call_has_its_own_answer():
-    isolated = IsolatedFunction("videos:slow")
+    child_process = IsolatedFunction("videos:slow")
     with pytest.raises(WorkerDied, match=r"gave no answer within 0.2 s"):
-        isolated.call({"sleep": 5}, b"", 0.2)
-    assert isolated.call({"sleep": 0}, b"mine", 5)[1] == b"mine"
-    isolated.close()
+        child_process.call({"sleep": 5}, b"", 0.2)
+    assert child_process.call({"sleep": 0}, b"mine", 5)[1] == b"mine"
+    child_process.close()
 
 
 ORPHAN = """

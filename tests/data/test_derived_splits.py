@@ -1,4 +1,4 @@
-"""Derived data sets: which samples and classes are left, what near-duplicates look like, and that both stores bear it."""
+"""Derived data sets: remaining samples and classes, near-duplicates, raw and JPEG storage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill_at_scale.data.prepared.format import schema, to_table, write_meta, 
 
 
 def prepared_set(folder, counts, tests=3, spread=None, shape=(1, 8, 8), dtype=np.uint8):
-    """Classes of so many samples, whose pixels differ from a class mean by about `spread[label]`."""
+    """Classes of `counts` samples whose pixels differ from a class mean by about `spread[label]`."""
     draw = np.random.default_rng(0)
     sizes = {"train": counts, "test": [tests] * len(counts)}
     for split, of in sizes.items():
@@ -108,9 +108,9 @@ def test_more_than_ten_copies_of_ids_that_begin_alike_stay_sorted_whatever_fits_
 
 def test_a_duplicate_is_near_and_not_the_same_and_a_clip_moves_as_one():
     ramp = np.broadcast_to(np.linspace(60, 180, 32), (1, 32, 32)).astype(np.uint8)
-    found = jitter(ramp, np.random.default_rng(1)).astype(float)
-    assert np.corrcoef(found.ravel(), ramp.ravel().astype(float))[0, 1] > 0.9
-    assert not np.array_equal(found, ramp)
+    jittered = jitter(ramp, np.random.default_rng(1)).astype(float)
+    assert np.corrcoef(jittered.ravel(), ramp.ravel().astype(float))[0, 1] > 0.9
+    assert not np.array_equal(jittered, ramp)
     clip = jitter(np.stack([ramp] * 4), np.random.default_rng(1))
     assert all(np.array_equal(frame, clip[0]) for frame in clip)
 

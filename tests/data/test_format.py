@@ -1,4 +1,4 @@
-"""The prepared format: what is written is what is read, whole or in part."""
+"""The prepared format: reading all or some of it gives what was written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
 
 
 def write(folder, group=4):
-    """Ten samples of three classes; what comes in is cut anywhere."""
+    """Ten samples of three classes, passed in as tables cut at arbitrary rows."""
     whole = to_table(IDS, LABELS, PIXELS)
     cuts = [(0, 3), (3, 2), (5, 2), (7, 3)]
     write_shards(folder / "train", (whole.slice(*cut) for cut in cuts), schema(SHAPE), group)
@@ -95,7 +95,7 @@ def test_places_within_a_class(prepared, places):
 
 
 def in_footer(path, old, new):
-    """Something in a file's footer replaced by as many other bytes."""
+    """Replace bytes in a file's footer by as many others."""
     data = path.read_bytes()
     size = int.from_bytes(data[-8:-4], "little") + 8
     assert old in data[-size:]
@@ -130,14 +130,14 @@ def test_labels_that_are_not_as_counted_are_refused_when_they_are_read(prepared,
 
 def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
     whole, shard = to_table(IDS, LABELS, PIXELS), prepared.folder / "train" / "shard-00000.parquet"
-    for found, said in [
+    for found, message in [
         (whole.slice(0, 8), "lacks rows"),
         (pa.concat_tables([whole, whole.slice(8)]), "other rows"),
         (whole.drop_columns(["sample_id"]), "is not a shard"),
         (whole.set_column(1, "label", pa.array(LABELS, pa.int64())), "is not a shard"),
     ]:
         pq.write_table(found, shard, row_group_size=2)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             PreparedDataset(prepared.folder).groups()
     pq.write_table(whole, shard, row_group_size=10)  # a group of several classes
     with pytest.raises(UserError, match="other rows"):

@@ -1,4 +1,4 @@
-"""Raw samples become uint8 images of one shape, or are rejected with a reason; nothing else ever comes out."""
+"""Raw samples become uint8 images of one shape or are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def in_full(raw: bytes, size: int, mode: str = "RGB", crop: bool = False) -> np.
     side, (width, height) = min(image.size), image.size
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side) if crop else (0, 0, width, height)
-    found = image.resize((size, size), Image.Resampling.BICUBIC, box)
-    return np.asarray(found)[None] if mode == "L" else np.asarray(found).transpose(2, 0, 1)
+    decoded = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return np.asarray(decoded)[None] if mode == "L" else np.asarray(decoded).transpose(2, 0, 1)
 
 
-def decibels(found: np.ndarray, wanted: np.ndarray) -> float:
-    return 10 * math.log10(255**2 / max(float(((found.astype(float) - wanted) ** 2).mean()), 1e-3))
+def decibels(decoded: np.ndarray, expected: np.ndarray) -> float:
+    return 10 * math.log10(255**2 / max(float(((decoded.astype(float) - expected) ** 2).mean()), 1e-3))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_format_gives_the_shape(kind, channels):
-    found = ImageDecoder(6, channels)(encoded(picture(), kind))
-    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((channels, 6, 6), np.uint8, True)
+    decoded = ImageDecoder(6, channels)(encoded(picture(), kind))
+    assert (decoded.shape, decoded.dtype, decoded.flags.c_contiguous) == ((channels, 6, 6), np.uint8, True)
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels():
@@ -70,8 +70,8 @@ def test_an_array_is_taken_as_it_is():
 
 def test_a_crop_that_needs_no_resize_keeps_its_pixels():
     image = photo(75, 60)
-    wanted = np.asarray(image)[:, 7:67].transpose(2, 0, 1)  # 15 columns too many: 7 go on the left, 8 on the right
-    assert np.array_equal(ImageDecoder(60, resize="crop")(encoded(image)), wanted)
+    expected = np.asarray(image)[:, 7:67].transpose(2, 0, 1)  # 15 columns too many: 7 go on the left, 8 on the right
+    assert np.array_equal(ImageDecoder(60, resize="crop")(encoded(image)), expected)
 
 
 def test_square_stretches_and_crop_cuts_the_centre():
@@ -102,8 +102,8 @@ def test_every_colour_mode_is_converted(mode):
 
 def test_sixteen_bits_per_pixel_keep_their_brightness():
     grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    found = ImageDecoder(8, 1)(encoded(Image.fromarray(grey)))[0]
-    assert np.abs(found.astype(int) - (grey / 257).round().astype(int)).max() <= 1
+    decoded = ImageDecoder(8, 1)(encoded(Image.fromarray(grey)))[0]
+    assert np.abs(decoded.astype(int) - (grey / 257).round().astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_whatever_the_bytes_are_they_decode_or_are_rejected(kind):
             for _ in range(chance.randint(1, 6)):
                 raw[chance.randrange(min(len(raw), chance.choice([64, 300, len(raw)])))] = chance.randrange(256)
             try:
-                found = decoder(bytes(raw[: chance.choice([len(raw), chance.randrange(1, len(raw))])]))
+                decoded = decoder(bytes(raw[: chance.choice([len(raw), chance.randrange(1, len(raw))])]))
             except SampleRejected:
                 continue
-            assert found.shape == (3, 8, 8)
+            assert decoded.shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_a_margin_on_its_shor
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_scaled_decoding_stays_within_39_decibels_of_the_full_decode(shape, resize, size):
     raw = encoded(photo(*shape), "JPEG", quality=90)
-    found = ImageDecoder(size, resize=resize)(raw)
-    assert decibels(found, in_full(raw, size, crop=resize == "crop")) >= 39  # mean error below two levels
+    decoded = ImageDecoder(size, resize=resize)(raw)
+    assert decibels(decoded, in_full(raw, size, crop=resize == "crop")) >= 39  # mean error below two levels
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}])
@@ -199,10 +199,10 @@ def test_all_eight_orientations_are_followed_when_a_photo_is_scaled_down(orienta
     exif = Image.Exif()
     exif[0x0112] = orientation
     raw = encoded(photo(500, 374), kind, exif=exif)  # an odd crop would differ by the one pixel that is left over
-    found, wanted = ImageDecoder(64, resize=resize)(raw), in_full(raw, 64, crop=resize == "crop")
-    assert decibels(found, wanted) >= 40
-    others = [np.rot90(wanted, k, (1, 2)) for k in (1, 2, 3)] + [wanted[:, ::-1], wanted[:, :, ::-1]]
-    assert all(decibels(found, other) < 30 for other in others)
+    decoded, expected = ImageDecoder(64, resize=resize)(raw), in_full(raw, 64, crop=resize == "crop")
+    assert decibels(decoded, expected) >= 40
+    others = [np.rot90(expected, k, (1, 2)) for k in (1, 2, 3)] + [expected[:, ::-1], expected[:, :, ::-1]]
+    assert all(decibels(decoded, other) < 30 for other in others)
 
 
 @pytest.mark.parametrize("value", [0, 9, 6000])
@@ -245,8 +245,8 @@ def test_grey_from_a_colour_jpeg_is_the_grey_of_its_colours(size):
 def test_alpha_is_dropped_not_blended(kind):
     image = picture(8, 8)
     image.putalpha(1)
-    found = ImageDecoder(8)(encoded(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
-    assert np.array_equal(found, np.asarray(picture(8, 8)).transpose(2, 0, 1))
+    decoded = ImageDecoder(8)(encoded(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})))
+    assert np.array_equal(decoded, np.asarray(picture(8, 8)).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
@@ -257,8 +257,8 @@ def test_a_palette_gives_its_colours_whatever_is_transparent_and_without_a_warni
     raw = encoded(image, **({} if transparency is None else {"transparency": transparency}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = ImageDecoder(8)(raw)
-    assert found[:, 0, :4].T.tolist() == [[10, 20, 30], [200, 100, 50], [0, 255, 0], [200, 100, 50]]
+        decoded = ImageDecoder(8)(raw)
+    assert decoded[:, 0, :4].T.tolist() == [[10, 20, 30], [200, 100, 50], [0, 255, 0], [200, 100, 50]]
 
 
 def test_sixteen_bits_per_colour_keep_their_brightness():
@@ -266,8 +266,8 @@ def test_sixteen_bits_per_colour_keep_their_brightness():
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     chunks = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts]
-    found = ImageDecoder(8)(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).transpose(1, 2, 0)
-    assert np.abs(found.astype(int) - levels // 257).max() <= 1
+    decoded = ImageDecoder(8)(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).transpose(1, 2, 0)
+    assert np.abs(decoded.astype(int) - levels // 257).max() <= 1
 
 
 def test_a_png_in_a_file_called_jpeg_is_read_since_only_the_bytes_count(tmp_path):
@@ -305,10 +305,10 @@ def test_an_array_of_the_right_shape_is_copied_without_pillow(monkeypatch, shape
     raw = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     raw.flags.writeable = False
     monkeypatch.setattr(Image, "fromarray", None)
-    found = ImageDecoder(16, channels)(raw)
-    wanted = np.broadcast_to(raw.reshape(16, 16, -1).transpose(2, 0, 1), (channels, 16, 16))
-    assert np.array_equal(found, wanted)
-    assert (found.flags.c_contiguous, found.flags.writeable, np.shares_memory(found, raw)) == (True, True, False)
+    decoded = ImageDecoder(16, channels)(raw)
+    expected = np.broadcast_to(raw.reshape(16, 16, -1).transpose(2, 0, 1), (channels, 16, 16))
+    assert np.array_equal(decoded, expected)
+    assert (decoded.flags.c_contiguous, decoded.flags.writeable, np.shares_memory(decoded, raw)) == (True, True, False)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_an_array_of_the_right_shape_is_copied_without_pillow(monkeypatch, shape
     ids=["another size", "colour to grey", "with alpha", "grey of another size"],
 )
 def test_other_arrays_are_converted_like_files(raw, channels):
-    wanted = ImageDecoder(8, channels)(encoded(Image.fromarray(raw)))
-    assert np.array_equal(ImageDecoder(8, channels)(raw), wanted)
+    expected = ImageDecoder(8, channels)(encoded(Image.fromarray(raw)))
+    assert np.array_equal(ImageDecoder(8, channels)(raw), expected)
 
 
 def pixels(channels: int = 3, height: int = 60, width: int = 45) -> np.ndarray:
@@ -335,17 +335,24 @@ def pixels(channels: int = 3, height: int = 60, width: int = 45) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(60, 45), (16, 16), (1, 1), (7, 130)])
 def test_a_stored_image_comes_back_nearly_the_same_and_in_memory_of_its_own(channels, height, width):
     image = pixels(channels, height, width)
-    found = decode_stored(encode(image, 95), image.shape)
-    assert (found.shape, found.dtype, found.flags.c_contiguous, found.flags.writeable) == (image.shape, np.uint8, 1, 1)
-    assert decibels(found, image) >= 35
+    decoded = decode_stored(encode(image, 95), image.shape)
+    assert (decoded.shape, decoded.dtype, decoded.flags.c_contiguous, decoded.flags.writeable) == (
+        image.shape,
+        np.uint8,
+        1,
+        1,
+    )
+    assert decibels(decoded, image) >= 35
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_stored_image_reads_bit_for_bit_as_pillow_reads_it(channels):
     image = pixels(channels, 224, 224)
     data = encode(image, 90)
-    found = np.asarray(Image.open(io.BytesIO(data)))
-    assert np.array_equal(decode_stored(data, image.shape), found[None] if channels == 1 else found.transpose(2, 0, 1))
+    decoded = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(
+        decode_stored(data, image.shape), decoded[None] if channels == 1 else decoded.transpose(2, 0, 1)
+    )
 
 
 def test_storing_is_deterministic_and_a_better_quality_is_larger_and_nearer():

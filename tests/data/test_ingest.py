@@ -1,4 +1,4 @@
-"""From a source to the prepared format: class-sorted, resumable, and with what is broken set aside."""
+"""From a source to the prepared format: class-sorted, resumable, with broken samples in quarantine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import TimeSpent
-from distill_at_scale.data.ingest import chunks as pieces
+from distill_at_scale.data.ingest import chunks as parts
 from distill_at_scale.data.ingest import merge as merging
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, part_path, recipe_of
@@ -47,14 +47,14 @@ def digits_config(seed: int = 0, **data) -> configuration.Config:
 
 
 def decode(
-    plan: ingest.IngestPlan, config: configuration.Config, pieces: Path, backwards: bool = False
+    plan: ingest.IngestPlan, config: configuration.Config, parts: Path, backwards: bool = False
 ) -> tuple[int, int]:
-    """Every chunk into its piece; (used, rejected)."""
-    pieces.mkdir(parents=True, exist_ok=True)
-    source, found = ingest.open_source(config.data), []
+    """Ingest each chunk into its part file; returns (used, rejected)."""
+    parts.mkdir(parents=True, exist_ok=True)
+    source, counts = ingest.open_source(config.data), []
     for split, index, rows in plan.chunks(config.data.chunk)[:: -1 if backwards else 1]:
-        found.append(ingest_chunk(source, recipe_of(config), rows, part_path(pieces, split, index)))
-    return sum(used for used, _ in found), sum(bad for _, bad in found)
+        counts.append(ingest_chunk(source, recipe_of(config), rows, part_path(parts, split, index)))
+    return sum(used for used, _ in counts), sum(bad for _, bad in counts)
 
 
 def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> PreparedDataset:
@@ -138,7 +138,7 @@ def test_the_fingerprint_follows_the_content(pictures, tmp_path):
     assert prepare(folder_config(pictures), tmp_path / "c").fingerprint != first
 
 
-def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
+def test_a_finished_part_is_not_read_again(pictures, tmp_path):
     config = folder_config(pictures)
     plan = ingest.plan(config)
     first = decode(plan, config, tmp_path / "pieces")
@@ -146,7 +146,7 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
 
     class Unreadable(SOURCES["imagefolder"]):
         def read(self, rows):
-            raise AssertionError("a finished piece was read again")
+            raise AssertionError("a finished part was read again")
 
     source = Unreadable(config.data)
     again = [
@@ -157,22 +157,22 @@ def test_a_finished_piece_is_not_made_again(pictures, tmp_path):
     assert content(tmp_path / "pieces") == before
 
 
-def test_a_piece_without_its_list_of_rejected_samples_is_made_again(tmp_path):
-    """As a copy may have it, of a folder that is being written."""
-    piece = part_path(tmp_path, "train", 0)
-    piece.touch()
-    assert not pieces.is_finished(piece, check=False)
-    pieces.rejected_path(piece).touch()
-    assert pieces.is_finished(piece, check=False)
+def test_a_part_without_its_list_of_rejected_samples_is_not_finished(tmp_path):
+    """A copy of a folder that is being written may lack the list."""
+    part = part_path(tmp_path, "train", 0)
+    part.touch()
+    assert not parts.is_finished(part, check=False)
+    parts.rejected_path(part).touch()
+    assert parts.is_finished(part, check=False)
 
 
 def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
     config = folder_config(pictures)
-    plan, pieces = ingest.plan(config), tmp_path / "b" / "pieces"
-    pieces.mkdir(parents=True)
+    plan, parts = ingest.plan(config), tmp_path / "b" / "pieces"
+    parts.mkdir(parents=True)
     split, index, rows = plan.chunks(4)[1]
-    ingest_chunk(ingest.open_source(config.data), recipe_of(config), rows, part_path(pieces, split, index))
-    (pieces / ".train-000000.arrow.0a1b.tmp").write_bytes(b"cut off when the process was killed")
+    ingest_chunk(ingest.open_source(config.data), recipe_of(config), rows, part_path(parts, split, index))
+    (parts / ".train-000000.arrow.0a1b.tmp").write_bytes(b"cut off when the process was killed")
     prepare(config, tmp_path / "a")
     prepare(config, tmp_path / "b")
     assert content(tmp_path / "a" / "prepared") == content(tmp_path / "b" / "prepared")
@@ -180,7 +180,7 @@ def test_an_interrupted_ingest_ends_with_the_same_shards(pictures, tmp_path):
 
 @pytest.fixture
 def broken(pictures: Path) -> dict[str, str]:
-    """Four broken files of the class cat: {id: a part of the reason}."""
+    """Four broken files of the class cat: {id: pattern of the reason}."""
     cat = pictures / "train" / "cat"
     (cat / "0.png").write_bytes(png(0, 64)[:70])
     (cat / "1.png").write_bytes(b"")
@@ -283,11 +283,11 @@ def test_a_test_split_without_the_chosen_classes_does_not_stop_the_ingest(pictur
 def test_classes_choose_a_subset_in_the_given_order(tmp_path):
     prepared = prepare(digits_config(classes=["7", "2"]), tmp_path)
     assert prepared.class_names == ["7", "2"]
-    every = {
+    labels_by_id = {
         row["sample_id"]: row["label"] for row in SOURCES["digits"](digits_config().data).listing("train").to_pylist()
     }
     ids, labels = prepared.index("train")
-    assert {(every[i], label) for i, label in zip(ids, labels.tolist(), strict=True)} == {(7, 0), (2, 1)}
+    assert {(labels_by_id[i], label) for i, label in zip(ids, labels.tolist(), strict=True)} == {(7, 0), (2, 1)}
     assert sum(prepared.counts("train")) + sum(prepared.counts("test")) == 179 + 177
 
 
@@ -308,7 +308,7 @@ def test_pixels_pass_the_ingest_unchanged(digits_run):
 
 
 def shuffled(config: configuration.Config, monkeypatch) -> configuration.Config:
-    """The digits in an order that mixes all classes, as Parquet files and archives often do."""
+    """The digits in an order that mixes all classes, as in many Parquet files and archives."""
     plain, order = SOURCES["digits"].listing, np.random.default_rng(0).permutation(1797)
     monkeypatch.setattr(SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(order))
     return config
@@ -349,7 +349,7 @@ def test_the_metadata_is_plain_json(prepared):
 
 
 def reading(error: OSError) -> type:
-    """The image folder's source, where the first sample of the class cat cannot be read."""
+    """The source `imagefolder`, which raises an error for the first sample of the class cat."""
 
     class Failing(SOURCES["imagefolder"]):
         def read(self, rows):
@@ -383,9 +383,9 @@ def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
             most.append(len(started) - len(decoded) // 5)
             return super().read(rows)
 
-    monkeypatch.setattr(pieces, "READ_AT_ONCE", 5)
+    monkeypatch.setattr(parts, "READ_AT_ONCE", 5)
     recipe = recipe_of(config)
-    for _ in pieces._decoded(
+    for _ in parts._decoded(
         Counting(config.data), recipe, rows, lambda name, pixels: decoded.append(name), TimeSpent()
     ):
         pass
@@ -404,9 +404,9 @@ def same_ids(listings: dict[str, list[int]]) -> ingest.IngestPlan:
 
 def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:
     table = pa.Table.from_pylist(
-        [{"sample_id": i, "location": split, "reason": why, "used": False} for i, why in bad], pieces.REJECTED
+        [{"sample_id": i, "location": split, "reason": why, "used": False} for i, why in bad], parts.REJECTED
     )
-    pq.write_table(table, pieces.rejected_path(part_path(folder, split, 0)))
+    pq.write_table(table, parts.rejected_path(part_path(folder, split, 0)))
 
 
 def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_same_id(tmp_path):

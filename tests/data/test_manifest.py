@@ -15,8 +15,8 @@ from distill_at_scale.data.prepared import manifest
 from distill_at_scale.pruning.selection import select as static
 
 
-def rows(count, every=3, classes=2):
-    """Manifest rows in order; each `every`-th is kept."""
+def rows(count, step_kept=3, classes=2):
+    """Manifest rows in order, of which each `step_kept`-th is kept."""
     k = np.arange(count)
     return pa.table(
         {
@@ -24,7 +24,7 @@ def rows(count, every=3, classes=2):
             "label": pa.array(k * classes // count, pa.int32()),
             "score": pa.array(np.sqrt(k), pa.float32()),
             "rank": pa.array(k, pa.int32()),
-            "kept": k % every == 0,
+            "kept": k % step_kept == 0,
         }
     )
 
@@ -63,7 +63,7 @@ def test_the_manifest_holds_the_selection_and_its_facts(tmp_path):
 
 def test_the_bytes_do_not_depend_on_how_the_rows_arrived(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "ROWS", 1000)
-    small_pages = {"data_page_size": 500, "write_batch_size": 16}  # so that a row group has many, as a long one has
+    small_pages = {"data_page_size": 500, "write_batch_size": 16}  # as many pages as in a long row group
     monkeypatch.setattr(manifest, "ENCODING", manifest.ENCODING | small_pages)
     table, found = rows(4700), set()
     for name, step in {"one": 4700, "small": 7, "odd": 1301}.items():
@@ -109,13 +109,13 @@ def test_rows_that_cannot_be_encoded_raise_and_are_not_published(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("every", [1, 3, 977, 10_000])
-def test_the_kept_ids_come_in_order_from_all_row_groups(tmp_path, monkeypatch, every):
+@pytest.mark.parametrize("step_kept", [1, 3, 977, 10_000])
+def test_the_kept_ids_come_in_order_from_all_row_groups(tmp_path, monkeypatch, step_kept):
     monkeypatch.setattr(manifest, "ROWS", 100)
-    table = rows(1950, every)
+    table = rows(1950, step_kept)
     manifest.write(tmp_path / "m", table, {})
-    assert manifest.kept(tmp_path / "m").to_pylist() == table["sample_id"].to_pylist()[::every]
-    assert manifest.kept(tmp_path / "m").to_pylist() == table["sample_id"].to_pylist()[::every]
+    assert manifest.kept(tmp_path / "m").to_pylist() == table["sample_id"].to_pylist()[::step_kept]
+    assert manifest.kept(tmp_path / "m").to_pylist() == table["sample_id"].to_pylist()[::step_kept]
 
 
 def test_statistics_in_a_footer_hide_no_kept_sample(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pieces become shards: the same bytes for any number of threads, and those of one sorted stream."""
+"""Merging part files into shards: the same bytes for any number of threads as from one sorted stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from distill_at_scale.data.ingest import merge
 from distill_at_scale.data.prepared import format as shards
 
-SHAPE, GROUP, PIECE = (1, 4, 4), 4, 7
+SHAPE, GROUP, PART = (1, 4, 4), 4, 7
 
 
 def table_of(kind: str, rows: int = 60, classes: int = 5) -> pa.Table:
@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def write_piece(folder: Path, rows: pa.Table) -> Path:
+def write_part(folder: Path, rows: pa.Table) -> Path:
     path = folder.with_name(f"{rows['sample_id'][0]}.arrow")
     with pa.ipc.new_file(str(path), rows.schema) as writer:
         writer.write_table(sorted_by_class(rows))
@@ -43,8 +43,8 @@ def write_piece(folder: Path, rows: pa.Table) -> Path:
 
 
 def merged(table: pa.Table, folder: Path, threads: int) -> dict[str, bytes]:
-    pieces = [write_piece(folder, table.slice(i, PIECE)) for i in range(0, table.num_rows, PIECE)]
-    merge.write(folder, pieces, *merge.order_of(pieces), GROUP, threads)
+    parts = [write_part(folder, table.slice(i, PART)) for i in range(0, table.num_rows, PART)]
+    merge.write(folder, parts, *merge.order_of(parts), GROUP, threads)
     return files(folder)
 
 

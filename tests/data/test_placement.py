@@ -1,4 +1,4 @@
-"""Where kept samples lie: the choice, the same draws from everywhere, and what is read ahead."""
+"""Placement of kept samples: the choice, the same draws from each placement, and prefetching."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOLDS = ("device", "host", "shards")
 
 
 @pytest.fixture
-def made(tmp_path):
+def stored_data(tmp_path):
     """Three classes of 30 samples in row groups of 4; every third is kept."""
     pixels = np.random.default_rng(0).integers(0, 256, (90, 2, 4, 4), np.uint8)
     prepared = write_prepared(tmp_path / "prepared", pixels, np.repeat([0, 1, 2], 30))
@@ -41,38 +41,38 @@ def made(tmp_path):
     return prepared, path
 
 
-def load(made, hold, labels=(0, 1, 2), free=None):
-    return ClassSampler.load(*made, labels, 5, CPU, hold, free)
+def load(stored_data, hold, labels=(0, 1, 2), free=None):
+    return ClassSampler.load(*stored_data, labels, 5, CPU, hold, free)
 
 
-def test_kept_samples_are_found_by_id_and_class(made):
-    places = kept_places(*made, [2, 0])
+def test_kept_samples_are_found_by_id_and_class(stored_data):
+    places = kept_places(*stored_data, [2, 0])
     assert list(places) == [0, 2]
     assert places[2].tolist() == list(range(0, 30, 3))
 
 
-def test_the_manifest_may_have_any_order_and_small_row_groups(made, monkeypatch):
-    table, facts = manifest.read(made[1])
+def test_the_manifest_may_have_any_order_and_small_row_groups(stored_data, monkeypatch):
+    table, facts = manifest.read(stored_data[1])
     shuffled = table.take(np.random.default_rng(1).permutation(table.num_rows))
     monkeypatch.setattr(manifest, "ROWS", 7)
-    manifest.write(made[1], shuffled, facts)
-    assert kept_places(*made, [1])[1].tolist() == list(range(0, 30, 3))
+    manifest.write(stored_data[1], shuffled, facts)
+    assert kept_places(*stored_data, [1])[1].tolist() == list(range(0, 30, 3))
 
 
-def test_a_manifest_of_other_data_is_refused(made):
-    table, facts = manifest.read(made[1])
+def test_a_manifest_of_other_data_is_refused(stored_data):
+    table, facts = manifest.read(stored_data[1])
     names = [name.replace("001/", "elsewhere/") for name in table["sample_id"].to_pylist()]
-    manifest.write(made[1], table.set_column(0, "sample_id", [names]), facts)
-    assert list(kept_places(*made, [0])) == [0]
+    manifest.write(stored_data[1], table.set_column(0, "sample_id", [names]), facts)
+    assert list(kept_places(*stored_data, [0])) == [0]
     with pytest.raises(
         UserError, match=r"keeps 10 samples of the class 'c1' that .*prepared lacks; it was made from other"
     ):
-        kept_places(*made, [0, 1])
+        kept_places(*stored_data, [0, 1])
 
 
 @pytest.mark.parametrize("hold", HOLDS)
-def test_draws_are_the_same_bytes_wherever_samples_lie(made, hold):
-    reference, pool = load(made, "host"), load(made, hold)
+def test_draws_are_the_same_bytes_wherever_samples_lie(stored_data, hold):
+    reference, pool = load(stored_data, "host"), load(stored_data, hold)
     for step in range(4):
         for labels in ([0, 1, 2], [1]):
             for a, b in zip(
@@ -85,13 +85,13 @@ def test_draws_are_the_same_bytes_wherever_samples_lie(made, hold):
     assert [pool.count(c) for c in range(3)] == [10, 10, 10]
 
 
-def test_a_draw_from_the_shards_is_what_was_stored_there(made):
-    prepared, _ = made
-    draw = load(made, "shards").draw([1], 4, "x", 0)[0]
+def test_a_draw_from_the_shards_is_what_was_stored_there(stored_data):
+    prepared, _ = stored_data
+    draw = load(stored_data, "shards").draw([1], 4, "x", 0)[0]
     places = (3 * draw.rows).numpy()
     stored = prepared.load("train", labels=[1])[0][places]
-    wanted = (torch.from_numpy(stored).float() / 255 - 0.5) / 0.25
-    assert torch.equal(draw.images, wanted)
+    expected = (torch.from_numpy(stored).float() / 255 - 0.5) / 0.25
+    assert torch.equal(draw.images, expected)
 
 
 def test_jpegs_are_decoded_on_the_way(tmp_path):
@@ -104,10 +104,10 @@ def test_jpegs_are_decoded_on_the_way(tmp_path):
     meta = {"class_names": ["a"], "shape": [3, 8, 8], "counts": {"train": [6]}, "mean": [0.5] * 3, "std": [0.2] * 3}
     write_meta(tmp_path, meta | {"jpeg": True}, "x")
     prepared = PreparedDataset(tmp_path)
-    held = InShards(prepared, {0: np.array([1, 3, 5], np.int32)}, threads=2)
-    found = held.take(0, torch.tensor([2, 0]))
-    assert np.array_equal(found.numpy(), prepared.load("train")[0][[5, 1]])
-    assert torch.equal(held.of_class(0), torch.from_numpy(prepared.load("train")[0][[1, 3, 5]]))
+    in_shards = InShards(prepared, {0: np.array([1, 3, 5], np.int32)}, threads=2)
+    drawn = in_shards.take(0, torch.tensor([2, 0]))
+    assert np.array_equal(drawn.numpy(), prepared.load("train")[0][[5, 1]])
+    assert torch.equal(in_shards.of_class(0), torch.from_numpy(prepared.load("train")[0][[1, 3, 5]]))
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_the_place_follows_from_sizes_or_from_what_is_asked(hold, needed, device
     assert choose(hold, needed, device, MemoryBudget(100, 1000))[0] == where
 
 
-def test_the_pool_says_where_it_is_and_why(made):
-    assert load(made, "auto").held.startswith("30 kept samples (1.0 KB) are held in host memory (at most")
-    assert "stay on disk" in load(made, "auto", free=MemoryBudget(0, 100)).held
-    assert "as distill.hold = shards asks" in load(made, "shards").held
+def test_the_pool_says_where_it_is_and_why(stored_data):
+    assert load(stored_data, "auto").held.startswith("30 kept samples (1.0 KB) are held in host memory (at most")
+    assert "stay on disk" in load(stored_data, "auto", free=MemoryBudget(0, 100)).held
+    assert "as distill.hold = shards asks" in load(stored_data, "shards").held
 
 
 def test_workers_of_one_machine_share_its_memory(monkeypatch, make_config, tmp_path):
@@ -164,15 +164,15 @@ def draws_of(step):
             yield DrawRequest((label,), 4, "real batch", (step, outer))
 
 
-def test_every_scheduled_draw_is_read_in_advance(made):
-    reference, sampler = load(made, "host"), load(made, "shards")
+def test_every_scheduled_draw_is_read_in_advance(stored_data):
+    reference, sampler = load(stored_data, "host"), load(stored_data, "shards")
     assert reference.lookahead is None
     sampler.schedule(itertools.chain.from_iterable(draws_of(step) for step in itertools.count()))
     for step in range(6):
         for request in draws_of(step):
             arguments = request.labels, request.n, request.purpose, *request.index
-            (found,), (wanted,) = sampler.draw(*arguments), reference.draw(*arguments)
-            assert torch.equal(found.images, wanted.images)
+            (drawn,), (expected,) = sampler.draw(*arguments), reference.draw(*arguments)
+            assert torch.equal(drawn.images, expected.images)
     assert (sampler.lookahead.hits, sampler.lookahead.misses) == (36, 0)
 
 

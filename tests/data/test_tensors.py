@@ -1,4 +1,4 @@
-"""Data that are no images: the source, what it rejects, and signals distilled from end to end."""
+"""Data that are not images: the source, its rejections, and signals distilled from end to end."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def test_prepared_tensors_are_the_given_numbers(finished, waves):
     prepared = PreparedDataset(finished / "prepared")
     assert (prepared.kind, prepared.shape, prepared.dtype) == ("tensors", (1, 64), np.float32)
     values, labels = prepared.load("train")
-    given, _ = signals(360, 0, 3.0)
-    assert np.array_equal(np.sort(values.reshape(360, -1), 0), np.sort(given.reshape(360, -1), 0))
+    expected, _ = signals(360, 0, 3.0)
+    assert np.array_equal(np.sort(values.reshape(360, -1), 0), np.sort(expected.reshape(360, -1), 0))
     assert [prepared.class_names[c] for c in labels[[0, -1]]] == ["saw", "square"]
     schema = pq.read_schema(next((finished / "prepared" / "train").glob("*.parquet")))
     assert schema.field("values").metadata == {b"shape": b"[1, 64]", b"dtype": b"float32"}
@@ -147,29 +147,29 @@ def test_normalising_tensors_of_any_shape_can_be_inverted(shape):
 
 
 def test_a_set_of_signals_is_self_contained(finished):
-    made = synthetic_set.load(finished)
-    assert made.kind == "tensors"
-    assert "x - mean" in made.card["normalization"]["meaning"]
-    values = made.values()
+    synthetic = synthetic_set.load(finished)
+    assert synthetic.kind == "tensors"
+    assert "x - mean" in synthetic.card["normalization"]["meaning"]
+    values = synthetic.values()
     assert values.dtype == torch.float32
     prepared = PreparedDataset(finished / "prepared")
-    assert torch.allclose(values, made.images * prepared.std[0] + prepared.mean[0])
+    assert torch.allclose(values, synthetic.images * prepared.std[0] + prepared.mean[0])
     assert prepared.mean[0] == pytest.approx(5, abs=0.5)  # the data's own scale
     with pytest.raises(UserError, match=r"no pixels; values\(\)"):
-        made.pixels()
+        synthetic.pixels()
 
 
 def test_exports_of_signals(finished, tmp_path):
-    made = synthetic_set.load(finished)
+    synthetic = synthetic_set.load(finished)
     with pytest.raises(UserError, match="export_parquet or export_pt"):
-        made.export_imagefolder(tmp_path / "folder")
-    made.export_parquet(tmp_path / "train-0.parquet")
+        synthetic.export_imagefolder(tmp_path / "folder")
+    synthetic.export_parquet(tmp_path / "train-0.parquet")
     again = source_of(tmp_path)
     raws = again.read(again.listing("train"))
     assert again.class_names == list(SIGNALS)
-    assert np.array_equal(np.stack(raws), made.values().numpy())
-    made.export_pt(tmp_path / "set.pt")
-    assert torch.equal(torch.load(tmp_path / "set.pt", weights_only=True)["images"], made.images)
+    assert np.array_equal(np.stack(raws), synthetic.values().numpy())
+    synthetic.export_pt(tmp_path / "set.pt")
+    assert torch.equal(torch.load(tmp_path / "set.pt", weights_only=True)["images"], synthetic.images)
 
 
 def test_the_report_draws_signals(finished):

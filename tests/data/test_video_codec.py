@@ -1,4 +1,4 @@
-"""Opening video files and getting frames of them: the right frames from every container, and a reason where there are none."""
+"""Video files: the right frames from each container, or a reason for rejecting the file."""
 
 from __future__ import annotations
 

@@ -30,11 +30,11 @@ def test_whitened_data_are_uncorrelated_up_to_epsilon(whitened):
     prepared = PreparedDataset(whitened.dir / "prepared")
     pixels = torch.from_numpy(prepared.load("train")[0])
     plain = normalization_of(prepared, whitened=False).apply(pixels).flatten(1).double()
-    found = normalization_of(prepared).apply(pixels).flatten(1).double()
+    whitened_values = normalization_of(prepared).apply(pixels).flatten(1).double()
     values, vectors = np.linalg.eigh(np.cov(plain.numpy().T))
-    wanted = (vectors * (values / (values + 0.1))) @ vectors.T
-    assert np.allclose(np.cov(found.numpy().T), wanted, atol=1e-4)
-    assert found.mean(0).abs().max() < 1e-4
+    expected = (vectors * (values / (values + 0.1))) @ vectors.T
+    assert np.allclose(np.cov(whitened_values.numpy().T), expected, atol=1e-4)
+    assert whitened_values.mean(0).abs().max() < 1e-4
 
 
 def test_the_round_trip_gives_the_pixels_back(whitened):
@@ -61,18 +61,18 @@ def test_draws_are_whitened_and_a_saved_set_knows_how(whitened):
     pool = ClassSampler.load(prepared, whitened.dir / "manifest.parquet", [0], 0, CPU)
     draw = pool.draw([0], 5, "x", 0)[0]
     assert torch.equal(draw.images, normalization_of(prepared).apply(pool.pixels[0][draw.rows]))
-    made = synthetic_set.load(whitened.dir)
-    assert made.card["whitening"]["kind"] == "zca"
-    assert made.card["whitening"]["epsilon"] == 0.1
-    assert torch.equal(made.normalization.apply(pool.pixels[0]), normalization_of(prepared).apply(pool.pixels[0]))
-    assert made.pixels().dtype == torch.uint8
-    assert torch.equal(made.snapshots[max(made.snapshots)], made.pixels())
+    synthetic = synthetic_set.load(whitened.dir)
+    assert synthetic.card["whitening"]["kind"] == "zca"
+    assert synthetic.card["whitening"]["epsilon"] == 0.1
+    assert torch.equal(synthetic.normalization.apply(pool.pixels[0]), normalization_of(prepared).apply(pool.pixels[0]))
+    assert synthetic.pixels().dtype == torch.uint8
+    assert torch.equal(synthetic.snapshots[max(synthetic.snapshots)], synthetic.pixels())
 
 
 def test_a_real_start_looks_like_real_samples(whitened):
     """Before the first step the images are whitened real samples: shown, they are these samples."""
-    made, prepared = synthetic_set.load(whitened.dir), PreparedDataset(whitened.dir / "prepared")
-    first = made.snapshots[0][0].numpy()
+    synthetic, prepared = synthetic_set.load(whitened.dir), PreparedDataset(whitened.dir / "prepared")
+    first = synthetic.snapshots[0][0].numpy()
     assert (prepared.load("train", labels=[0])[0] == first).all((1, 2, 3)).any()
 
 

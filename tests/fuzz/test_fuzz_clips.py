@@ -1,4 +1,4 @@
-"""Broken videos: what is accepted without a remark is what a plain decode of all frames gives, in a process of its own."""
+"""Broken videos: an accepted clip without a remark equals a plain decode of all frames, done in another process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken images: what is accepted is what Pillow's own plain decode gives, and has the shape that was asked."""
+"""Broken images: an accepted image equals Pillow's plain decode and has the requested shape."""
 
 from __future__ import annotations
 
@@ -89,16 +89,16 @@ def plainly(raw: bytes, channels: int) -> np.ndarray | None:
 @pytest.mark.filterwarnings("ignore")
 def test_broken_images_are_refused_or_what_pillow_sees():
     def attempt(raw: bytes) -> bool:
-        found = {}
+        decoded = {}
         for channels, decoder in DECODERS.items():
             try:
-                found[channels] = decoder(raw)
+                decoded[channels] = decoder(raw)
             except SampleRejected:
                 continue
-            assert (found[channels].shape, found[channels].dtype) == (decoder.shape, np.uint8)
-            if (wanted := plainly(raw, channels)) is not None:
-                assert np.array_equal(found[channels], wanted)
-        return bool(found)
+            assert (decoded[channels].shape, decoded[channels].dtype) == (decoder.shape, np.uint8)
+            if (expected := plainly(raw, channels)) is not None:
+                assert np.array_equal(decoded[channels], expected)
+        return bool(decoded)
 
     mutating.run("images", 0.38, seeds(), attempt, [broken_png, broken_png, broken_jpeg])
 
@@ -109,10 +109,10 @@ def test_broken_stored_images_are_refused_or_of_their_shape():
 
     def attempt(raw: bytes) -> bool:
         try:
-            found = decode_stored(raw, shape)
+            decoded = decode_stored(raw, shape)
         except SampleRejected:
             return False
-        assert (found.shape, found.dtype) == (shape, np.uint8)
+        assert (decoded.shape, decoded.dtype) == (shape, np.uint8)
         return True
 
     mutating.run("stored", 0.05, [stored], attempt, [broken_jpeg])

@@ -133,10 +133,10 @@ def test_broken_shards_are_refused_or_of_the_declared_shape(tmp_path: Path):
     def attempt(data: bytes) -> bool:
         shard.write_bytes(data)
         try:
-            found, labels = PreparedDataset(tmp_path).load("train")
+            values, labels = PreparedDataset(tmp_path).load("train")
         except UserError:
             return False
-        assert (found.shape[1:], found.dtype, len(found)) == ((1, 4, 4), np.uint8, len(labels))
+        assert (values.shape[1:], values.dtype, len(values)) == ((1, 4, 4), np.uint8, len(labels))
         assert not len(labels) or 0 <= labels.min() <= labels.max() < 3
         return True
 
@@ -150,9 +150,9 @@ def shard_of(folder: Path) -> tuple[Path, Callable[[], object]]:
     def read() -> object:
         prepared = PreparedDataset(folder)
         pixels, labels = prepared.load("train")
-        ids, found = prepared.index()
+        ids, values = prepared.index()
         taken = prepared.take("train", 1, [0, 2])
-        return [a.tobytes() for a in (pixels, labels, taken, found)], ids, prepared.ids("train", 1).to_pylist()
+        return [a.tobytes() for a in (pixels, labels, taken, values)], ids, prepared.ids("train", 1).to_pylist()
 
     return next((folder / "train").glob("*.parquet")), read
 
@@ -169,13 +169,13 @@ def test_no_single_bit_of_a_footer_ends_the_process_or_changes_what_is_read(
     tmp_path: Path, make: Callable[[Path], tuple[Path, Callable[[], object]]]
 ):
     path, read = make(tmp_path)
-    whole, wanted = path.read_bytes(), read()
+    whole, expected = path.read_bytes(), read()
     for bit in range(8 * (len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")), 8 * len(whole)):
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
         with contextlib.suppress(UserError):
-            assert read() == wanted, f"bit {bit}"
+            assert read() == expected, f"bit {bit}"
 
 
 @pytest.mark.parametrize("kind", ["struct", "binary"])
@@ -192,12 +192,12 @@ def test_broken_data_sets_are_refused_or_list_what_can_be_read(tmp_path: Path, k
         try:
             source = HuggingFaceParquet(config)
             rows = source.listing("train")
-            found = source.read(rows)
+            values = source.read(rows)
         except UserError:
             return False
         check_rows(rows)
-        assert all(isinstance(one, bytes) for one in found)
-        assert len(found) == rows.num_rows
+        assert all(isinstance(one, bytes) for one in values)
+        assert len(values) == rows.num_rows
         labels = rows["label"].to_numpy()
         assert 0 <= labels.min() <= labels.max() < len(source.class_names)
         return True

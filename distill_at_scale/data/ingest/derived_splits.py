@@ -25,6 +25,7 @@ from distill_at_scale.data.ingest.channel_stats import ChannelSums, mean_and_std
 from distill_at_scale.data.ingest.near_duplicates import duplicated
 from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.format import Array
 
 MEASURED = 200  # samples per class that measure its variance
 READ_BYTES = 32 * 2**20  # of samples in memory at once
@@ -73,7 +74,7 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
             _rewrite(before, split, summed(rows) if split == "train" else rows, data)
         names = [names[label] for label in classes]
     elif data.transform == "long_tail":
-        kept: dict[int, shards.Array] = {}
+        kept: dict[int, Array] = {}
         counts = before.counts("train")
         for label, keep in enumerate(long_tail_counts(data, counts, seed)):
             kept[label] = np.zeros(counts[label], bool)
@@ -116,7 +117,7 @@ def variance_class_count(data: DataSection, classes: int) -> int:
 
 
 def _rows(
-    prepared: PreparedDataset, split: str, labels: Mapping[int, int], kept: Mapping[int, shards.Array] | None = None
+    prepared: PreparedDataset, split: str, labels: Mapping[int, int], kept: Mapping[int, Array] | None = None
 ) -> Iterator[pa.Table]:
     """Rows of the classes in `labels` (old -> new), in order; `kept`: mask over the samples of each class."""
     places = dict.fromkeys(labels, 0)

@@ -29,6 +29,7 @@ from distill_at_scale.data.ingest.plan import IngestPlan, map_arrow
 from distill_at_scale.data.ingest.sample_types import holds_tensors, sample_shape
 from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared import whitening
+from distill_at_scale.data.prepared.format import Array
 
 SPAN_BYTES = 32 * 2**20  # of samples in the memory of one thread at once
 MAX_OPEN = 16_384  # part files that stay mapped; Linux allows a process some 65,000
@@ -107,7 +108,7 @@ def unused(listed: pa.Table) -> pa.Table:
     return listed.filter(pc.invert(listed["used"]))
 
 
-def order_of(paths: Sequence[Path]) -> tuple[shards.Array, shards.Array]:
+def order_of(paths: Sequence[Path]) -> tuple[Array, Array]:
     """Sorted labels [n], and the positions of all rows, by label and id, in the concatenated part files [n]."""
     tables = []
     for path in paths:
@@ -118,9 +119,7 @@ def order_of(paths: Sequence[Path]) -> tuple[shards.Array, shards.Array]:
     return index["label"].to_numpy()[order], order.astype(np.int64)
 
 
-def write(
-    folder: Path, paths: Sequence[Path], labels: shards.Array, order: shards.Array, group: int, threads: int
-) -> None:
+def write(folder: Path, paths: Sequence[Path], labels: Array, order: Array, group: int, threads: int) -> None:
     """Write part files as shards, `threads` in parallel; row groups have one class and at most `group` rows.
 
     `labels` and `order` come from `order_of`.
@@ -150,7 +149,7 @@ def _rows(path: Path) -> pa.Table:
     return map_arrow(path).replace_schema_metadata(None)
 
 
-def _span(rows_of: Callable[[int], pa.Table], positions: shards.Array, starts: shards.Array) -> pa.Table:
+def _span(rows_of: Callable[[int], pa.Table], positions: Array, starts: Array) -> pa.Table:
     """The rows at some positions in the concatenated part files, in that order; those of one part file are contiguous in it.
 
     `starts`: position of each part file's first row.

@@ -16,7 +16,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.codecs.image import ImageDecoder
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import LISTING, listing, prefer_validation, split_of
+from distill_at_scale.data.sources.base import LISTING, by_split, listing, split_word
 
 
 def png(level: int, size: int = 8) -> bytes:
@@ -69,12 +69,13 @@ def test_digits_are_the_embedded_set():
     "name", ["train", "train-00000-of-00001.parquet", "Train_1", "test", "val", "valid", "validation-0.parquet"]
 )
 def test_splits_by_name(name):
-    assert split_of(name) == ("train" if name.lower().startswith("train") else "test")
+    split = "train" if name.lower().startswith("train") else "test"
+    assert by_split({name: split_word(name)}) == {split: [name]}
 
 
 @pytest.mark.parametrize("name", ["trained", "valley", "tester", "data.parquet", "n01440764", ""])
 def test_other_names_are_no_split(name):
-    assert split_of(name) is None
+    assert split_word(name) is None
 
 
 def test_a_repeated_id_is_named():
@@ -241,9 +242,9 @@ def test_validation_is_a_word_not_a_part_of_one(tmp_path):
 
 
 def test_the_validation_split_is_taken_where_there_is_a_test_split_too():
-    assert prefer_validation({"a": "test", "b": "val", "c": "validation"}) == ["b", "c"]
-    assert prefer_validation({"a": "test", "b": "test"}) == ["a", "b"]
-    assert prefer_validation({}) == []
+    assert by_split({"a": "test", "b": "val", "c": "validation"}) == {"test": ["b", "c"]}
+    assert by_split({"a": "test", "b": "test", "c": None}) == {"test": ["a", "b"], "train": ["c"]}
+    assert by_split({}) == {}
 
 
 def test_an_unreadable_disk_is_not_taken_for_a_damaged_parquet_file(tmp_path, monkeypatch):

@@ -142,21 +142,21 @@ def data_store(config: DataSection) -> Store:
     return Store(config.path)
 
 
-def split_of(name: str) -> str | None:
-    """The split of a folder or file name: "train" for `train*`, "test" for `val*`, `validation*` and `test*`."""
-    word = split_word(name)
-    return next((split for split, words in SPLIT_NAMES.items() if word in words), None)
-
-
 def split_word(name: str) -> str | None:
-    """The word of SPLIT_NAMES at the start of a folder or file name."""
+    """The word of SPLIT_NAMES at the start of a folder or file name, such as "val" of `val-0.parquet`."""
     word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
     return word if any(word in words for words in SPLIT_NAMES.values()) else None
 
 
-def prefer_validation(tests: Mapping[str, str | None]) -> list[str]:
-    """Which files or folders (name -> its word of SPLIT_NAMES) make up the test split.
+def by_split(words: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Groups names by split: "train" or "test" -> names.
 
-    A validation split wins over "test", which often comes without labels.
+    `words` is the word of SPLIT_NAMES of each name; a name without one is training data. A validation split wins over "test",
+    which often comes without labels.
     """
-    return [name for name, word in tests.items() if word != "test"] or list(tests)
+    splits: dict[str, list[str]] = {}
+    for name, word in words.items():
+        splits.setdefault("test" if word in SPLIT_NAMES["test"] else "train", []).append(name)
+    if tests := splits.get("test"):
+        splits["test"] = [name for name in tests if words[name] != "test"] or tests
+    return splits

@@ -20,10 +20,9 @@ from distill_at_scale.data.sources.base import (
     SET_ASIDE,
     Column,
     FileSource,
+    by_split,
     listing,
-    prefer_validation,
     set_aside_table,
-    split_of,
     split_word,
 )
 from distill_at_scale.data.sources.class_subsets import class_list
@@ -231,13 +230,12 @@ class VideoFolder(FolderSource):
 
 def split_folders(store: Store) -> dict[str, str]:
     """Split -> folder in the root; raises UserError if several could be the training split."""
-    names = store.names()[0]
-    train = [name for name in names if split_of(name) == "train"]
+    splits = by_split({name: word for name in store.names()[0] if (word := split_word(name))})
+    train = splits.get("train", [])
     if len(train) > 1 and "train" not in train:
         raise UserError(f"{store.place()} holds several training folders ({', '.join(train)}); merge them into train/")
-    tests = prefer_validation({name: split_word(name) for name in names if split_of(name) == "test"})
     folders = {"train": "train" if "train" in train else train[0]} if train else {}
-    return folders | ({"test": tests[-1]} if tests else {})
+    return folders | ({"test": splits["test"][-1]} if "test" in splits else {})
 
 
 def below(paths: pa.Array, folder: str) -> pa.Array:

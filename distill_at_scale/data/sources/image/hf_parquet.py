@@ -25,11 +25,10 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources.base import (
     MAX_LABEL,
+    by_split,
     data_store,
     first_duplicate,
     listing,
-    prefer_validation,
-    split_of,
     split_word,
 )
 from distill_at_scale.storage.filesystem import unanswered
@@ -54,11 +53,8 @@ class HuggingFaceParquet:
     def __init__(self, config: DataSection) -> None:
         self.config, self.store = config, data_store(config)
         self.column = config.image_column
-        self.files: dict[str, list[str]] = {}
-        for name in [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]:
-            self.files.setdefault(split_of(_split_part(name)) or "train", []).append(name)
-        if test := self.files.get("test"):
-            self.files["test"] = prefer_validation({name: split_word(_split_part(name)) for name in test})
+        files = [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]
+        self.files = by_split({file: _split_word(file) for file in files})
         if "train" not in self.files:
             raise UserError(f"{self.store.place()} holds no training Parquet files (train-*.parquet)")
         self._declared = self._declared_names()
@@ -302,10 +298,10 @@ class HuggingFaceParquet:
         return labels
 
 
-def _split_part(path: str) -> str:
-    """The file's name if it names a split, else the first folder that does; the file's name if none does."""
+def _split_word(path: str) -> str | None:
+    """The word that names a split in a file's name, else in the first folder that has one."""
     *folders, file = path.split("/")
-    return next((part for part in (file, *folders) if split_of(part)), file)
+    return next((word for part in (file, *folders) if (word := split_word(part))), None)
 
 
 def _is_text(kind: pa.DataType) -> bool:

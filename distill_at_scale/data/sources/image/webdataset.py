@@ -24,7 +24,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, SPLIT_NAMES, TEXT, prefer_validation, to_table
+from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, SPLIT_NAMES, TEXT, by_split, to_table
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
@@ -58,21 +58,16 @@ class WebDataset:
         else:
             known = tar.map_in_threads(self.store.size, self.named_shards, self.threads)
             sizes = {s: -1 if size is None else size for s, size in zip(self.named_shards, known, strict=True)}
-        shards: dict[str, dict[str, int]] = {}
         for shard, size in sizes.items():
             if not shard.lower().endswith(".tar"):
                 raise UserError(f"{self.store.place(shard)} is compressed, so no sample can be read alone; unpack it")
             if size < 0:
                 raise UserError(f"{self.store.place(shard)} is missing; download it, or correct data.path")
-            split = "test" if _split_word(shard) in SPLIT_NAMES["test"] else "train"
-            shards.setdefault(split, {})[shard] = size
-        if tests := shards.get("test"):
-            chosen = prefer_validation({shard: _split_word(shard) for shard in tests})
-            shards["test"] = {shard: tests[shard] for shard in chosen}
-        if "train" not in shards:
+        splits = by_split({shard: _split_word(shard) for shard in sizes})
+        if "train" not in splits:
             place = redact_uri(str(self.config.path))
             raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
-        return shards
+        return {split: {shard: sizes[shard] for shard in shards} for split, shards in splits.items()}
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing, prefer_validation
+from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 
 Array = np.ndarray[Any, Any]
@@ -101,14 +101,12 @@ class Matched:
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """ "train" and "test", if they have files -> index in WORDS; val wins over a labelled test."""
+        """Split with files -> index in WORDS; val wins over a labelled test."""
         listed = self.row[self.row >= 0]
         present = set(self.row_split[listed[self._has_label[listed]]].tolist())
-        tests = {WORDS[split]: WORDS[split] for split in present & {1, 2}}
-        if not tests and (self.file_split == 1).any():
-            tests = {"val": "val"}  # no list has its clips
+        val = 1 in present or (2 not in present and (self.file_split == 1).any())  # no list may have the clips of val
         train = {"train": 0} if 0 in present or (self.file_split == 0).any() else {}
-        return train | ({"test": WORDS.index(prefer_validation(tests)[0])} if tests else {})
+        return train | ({"test": 1} if val else {"test": 2} if 2 in present else {})
 
     @cached_property
     def _has_label(self) -> Array:

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale.core.errors import Unreachable, UserError, WorkersLost
-from distill_at_scale.core.events import instant
+from distill_at_scale.core.events import TimeSpent, instant
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Task, Unit, Worker, no_poll
@@ -166,3 +166,34 @@ def test_lines_that_are_written_in_place_of_dropped_ones_are_all_told(tmp_path):
     path.write_text(old)
     tail.read()
     assert [line["step"] for line in lines] == [2, 0, 1, 1, 2, 0, 1], "the log is shorter than before"
+
+
+class Touch(Worker):
+    """Publishes the output of each unit; its result is what was stored before."""
+
+    name = event = "touch"
+
+    def run(self, units):
+        for unit in units:
+            unit.outputs[0].touch()
+            yield {"stored": list(self.paths["stored"])}
+
+
+def test_an_output_is_stored_when_its_unit_is_published(tmp_path):
+    """So a worker that is lost in the middle of a batch loses the unfinished units only."""
+
+    class Space:
+        def __init__(self):
+            self.stored = []
+
+        def __call__(self, path):
+            return path
+
+        def keep(self, *paths):
+            self.stored += [path.name for path in paths]
+
+    space = Space()
+    worker = Touch(tiny_config("unused"), {"stored": space.stored}, None, TimeSpent())
+    units = [Unit(name, (tmp_path / name, tmp_path / f"{name} that is never written")) for name in "ab"]
+    assert actor_pool.run_units(space, worker, units) == [{"stored": []}, {"stored": ["a"]}]
+    assert space.stored == ["a", "b"]

@@ -160,7 +160,18 @@ def _read_safetensors(file: Path) -> tuple[State, list[str] | None]:
 
 
 def _read_pickle(file: Path) -> State:
-    _refuse_compressed(file)
+    refused = f"{file} cannot be loaded safely as a state dict"
+    with open(file, "rb") as handle:
+        is_archive = handle.read(4) == ZIP_MAGIC
+    if is_archive:
+        # torch.save never compresses its archives: a compressed one is a zip bomb, or not torch's
+        try:
+            with zipfile.ZipFile(file) as archive:
+                compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        except Exception as error:  # damaged names and sizes raise nearly anything
+            raise UserError(f"{refused}: it is damaged ({error}); save it again") from None
+        if compressed:
+            raise UserError(f"{file} is a compressed zip archive, which torch does not write; save the weights again")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -169,8 +180,8 @@ def _read_pickle(file: Path) -> State:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it wants to run {code[1]}" if code else "it is damaged, or more than tensors"
         raise UserError(
-            f"{file} cannot be loaded safely as a state dict: {reason}; save the weights as safetensors where you trust "
-            "the file: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            f"{refused}: {reason}; save the weights as safetensors where you trust the file: "
+            "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from None
     while isinstance(content, Mapping) and (
         keys := [k for k in STATE_DICT_KEYS if isinstance(content.get(k), Mapping)]
@@ -180,22 +191,6 @@ def _read_pickle(file: Path) -> State:
     if not tensors:
         raise UserError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), ...) or safetensors")
     return {str(key): value for key, value in tensors.items()}
-
-
-def _refuse_compressed(file: Path) -> None:
-    """torch.save never compresses its archives, so a compressed one is a zip bomb or not torch's."""
-    with open(file, "rb") as handle:
-        if handle.read(4) != ZIP_MAGIC:
-            return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except Exception as error:  # damaged names and sizes raise nearly anything
-        raise UserError(
-            f"{file} cannot be loaded safely as a state dict: it is damaged ({error}); save it again"
-        ) from None
-    if compressed:
-        raise UserError(f"{file} is a compressed zip archive, which torch does not write; save the weights again")
 
 
 def _rename(state: State, expected: Collection[str]) -> State:

@@ -77,7 +77,7 @@ def test_an_unknown_network_names_the_nearest():
 
 @pytest.mark.parametrize("layers", [18, 50])
 def test_with_batch_norm_a_large_resnet_is_torchvisions(layers):
-    """Weight for weight by name and shape, so that published weights fit; equal logits are checked in test_weights."""
+    """Weight for weight by name and shape, so that published weights fit; equal logits are checked in test_pretrained."""
     from torchvision.models import get_model
 
     ours = NetworkSpec(f"resnet{layers}_bn", (3, 224, 224), 1000).skeleton().state_dict()

@@ -63,8 +63,8 @@ def test_the_account_leaves_out_pauses_between_commands():
     usage = account(entries)
     assert usage is not None
     assert (usage.seconds, usage.starts, usage.busy, usage.waited) == (20, [0, 10], 9, 4)
-    assert [(bar.began, bar.ended) for bar in usage.stages] == [(0, 10), (10, 20)]  # the first one was killed
-    assert [(bar.began, bar.ended) for bar in usage.workers[0].bars] == [(5, 10), (12, 16)]
+    assert [(span.began, span.ended) for span in usage.stages] == [(0, 10), (10, 20)]  # the first one was killed
+    assert [(span.began, span.ended) for span in usage.workers[0].spans] == [(5, 10), (12, 16)]
 
 
 def test_work_side_by_side_counts_once_and_pieces_in_a_row_are_one_bar():
@@ -72,7 +72,7 @@ def test_work_side_by_side_counts_once_and_pieces_in_a_row_are_one_bar():
     usage = account(entries)
     assert usage is not None
     assert usage.busy == pytest.approx(20)
-    assert [(w.host, w.pid, len(w.bars)) for w in usage.workers] == [("a", 1, 1), ("b", 2, 1)]
+    assert [(w.host, w.pid, len(w.spans)) for w in usage.workers] == [("a", 1, 1), ("b", 2, 1)]
 
 
 def test_a_run_leaves_one_and_it_tells_every_stage(digits_run):

@@ -33,7 +33,7 @@ class WorkerUtilization:
 
     host: str
     pid: int
-    bars: list[WorkSpan]
+    spans: list[WorkSpan]
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def _spans(axes: Axes, row: int, spans: Sequence[WorkSpan], color: str, alpha: f
 def _lane(axes: Axes, row: int, lane: Lane, seconds: float) -> None:
     """One worker: its spans. Several workers: the mean number of busy workers per time bin, as height."""
     axes.axhline(row + 0.36, color=LINE, lw=0.6, zorder=0)
-    spans = [span for worker in lane.workers for span in worker.bars]
+    spans = [span for worker in lane.workers for span in worker.spans]
     for stage in dict.fromkeys(span.stage for span in spans):
         own, color = [span for span in spans if span.stage == stage], COLORS.get(stage, OTHER)
         if len(lane.workers) == 1:

@@ -195,14 +195,14 @@ class _Reporter:
     """
 
     def __init__(self, config: Config, index: int, registry: str | None):
-        self.every, self.index, self.registry = config.distill.evaluate_every, index, registry
+        self.interval, self.index, self.registry = config.distill.evaluate_every, index, registry
         self.step, self.last = 0, dict[str, Any]()
 
     def __call__(self, line: dict[str, Any]) -> None:
         if METRIC in line and self.step < line["step"] < line["of"]:
             self.step = line["step"]
             self.last = {METRIC: line[METRIC], "step": self.step}
-            tune.report({TIME: self.step // self.every, **self.last})
+            tune.report({TIME: self.step // self.interval, **self.last})
             if self.registry and ray.get(ray.get_actor(self.registry).has.remote(self.index)):
                 raise TrialStopped
 

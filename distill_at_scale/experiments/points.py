@@ -99,7 +99,7 @@ class PointSet:
                     meter.advance()
 
                 self.runner.run(tasks, run_point, done)
-        return [outcome for outcome in read_outcomes(points, configs, whole=True) if outcome is not None]
+        return [outcome for outcome in read_outcomes(points, configs, all_files=True) if outcome is not None]
 
     def shared(self, overrides: Mapping[str, Any]) -> Path:
         """The run folder with finished ingest and score stages (prepared/, scores.parquet, proxies/) of a configuration."""
@@ -234,9 +234,9 @@ def read_stopped(point: Point, run: RunDir, network: str) -> Outcome | None:
     return _outcome(point, run, rows, note["step"])
 
 
-def read_outcome(point: Point, run: RunDir, whole: bool = False) -> Outcome | None:
-    """The outcome in a point's folder, None if it is not finished; `whole` fetches all files of the folder."""
-    run.fetch(*(() if whole else OF_OUTCOMES))
+def read_outcome(point: Point, run: RunDir, all_files: bool = False) -> Outcome | None:
+    """The outcome in a point's folder, None if it is not finished; `all_files` fetches all files of the folder."""
+    run.fetch(*(() if all_files else OF_OUTCOMES))
     if run.record("evaluate") is None:
         return None
     for stage in ("ingest", "score"):  # outdated where a shared stage ran again since; a missing shared folder is fine
@@ -246,11 +246,11 @@ def read_outcome(point: Point, run: RunDir, whole: bool = False) -> Outcome | No
     return _outcome(point, run, json.loads((run / "evaluation.json").read_text())["rows"])
 
 
-def read_outcomes(points: Sequence[Point], configs: Sequence[Config], whole: bool = False) -> list[Outcome | None]:
+def read_outcomes(points: Sequence[Point], configs: Sequence[Config], all_files: bool = False) -> list[Outcome | None]:
     """`read_outcome` of each point, several at a time: on object storage each takes a few requests."""
     runs = [RunDir.of(config.run) for config in configs]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(read_outcome, points, runs, [whole] * len(points)))
+        return list(pool.map(read_outcome, points, runs, [all_files] * len(points)))
 
 
 def _outcome(point: Point, run: RunDir, rows: Sequence[Mapping[str, Any]], stopped: int | None = None) -> Outcome:

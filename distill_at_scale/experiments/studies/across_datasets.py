@@ -67,6 +67,12 @@ class StudyDataset:
         theirs = self.unpruned if other == "unpruned" else self.cells[other, rate]
         return difference(self.cells["ours", rate].accuracies, theirs.accuracies).sign
 
+    def facts(self, rates: Sequence[float]) -> dict[str, Any]:
+        facts: dict[str, Any] = {"data": self.kind, "unpruned": self.unpruned.mean}
+        facts |= {way: {str(rate): self.relative((way, rate))[0] for rate in rates} for way in ("ours", "random")}
+        others = ("random", "unpruned")
+        return facts | {f"beats_{other}": {str(rate): self.beats(other, rate) for rate in rates} for other in others}
+
 
 def check(context: StudyContext) -> None:
     """Raises UserError, naming the set, for a configuration or name that is not allowed. Writes nothing."""
@@ -98,42 +104,34 @@ def study(context: StudyContext) -> Finding:
 
     order = [("unpruned", 1.0), *(("ours", rate) for rate in rates), *(("random", rate) for rate in rates)]
     rows = [_row(one, way) for one in results for way in order]
-    series = []
-    for rate in rates:
-        for name, label in (("ours", _criterion(context.config)), ("random", "random")):
-            values = [one.relative((name, rate)) for one in results]
-            series.append(
-                Series(f"{label}, keep {rate:g}", [one.name for one in results], [value for value, _ in values],
-                       [error for _, error in values], "bars", "ours" if name == "ours" else "random")
-            )  # fmt: skip
-    plot = Plot("Accuracy relative to each set's unpruned one", "data set", "top-1, as a part of unpruned", series,
-                [("unpruned", 1.0)])  # fmt: skip
     verdicts = [one.beats("random", rate) for one in results for rate in rates]
     paper = (
         f"{PAPER} Here, of {len(verdicts)} pairs of set and rate, the selection is clearly better than a random one in "
         f"{verdicts.count(1)} and clearly worse in {verdicts.count(-1)}."
     )
-    facts = {
-        one.name: {
-            "data": one.kind,
-            "unpruned": one.unpruned.mean,
-            "ours": {str(rate): one.relative(("ours", rate))[0] for rate in rates},
-            "random": {str(rate): one.relative(("random", rate))[0] for rate in rates},
-            "beats_random": {str(rate): one.beats("random", rate) for rate in rates},
-            "beats_unpruned": {str(rate): one.beats("unpruned", rate) for rate in rates},
-        }
-        for one in results
-    }
     return Finding(
         "across",
         "Across data sets",
         _answer(context, results),
         paper,
         rows,
-        [plot] if results else [],
-        {"sets": facts},
+        [_plot(context, results)] if results else [],
+        {"sets": {one.name: one.facts(rates) for one in results}},
         notes + _notes(context, results),
     )
+
+
+def _plot(context: StudyContext, results: Sequence[StudyDataset]) -> Plot:
+    series = []
+    for rate in _rates(context):
+        for name, label in (("ours", _criterion(context.config)), ("random", "random")):
+            values = [one.relative((name, rate)) for one in results]
+            series.append(
+                Series(f"{label}, keep {rate:g}", [one.name for one in results], [value for value, _ in values],
+                       [error for _, error in values], "bars", "ours" if name == "ours" else "random")
+            )  # fmt: skip
+    title = "Accuracy relative to each set's unpruned one"
+    return Plot(title, "data set", "top-1, as a part of unpruned", series, [("unpruned", 1.0)])
 
 
 def data_sets(context: StudyContext) -> dict[str, Mapping[str, Any]]:

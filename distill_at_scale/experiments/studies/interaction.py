@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
+from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, Repetitions, StudyContext
 from distill_at_scale.experiments.studies.comparison import (
     Difference,
     Level,
@@ -53,26 +53,8 @@ def study(context: StudyContext) -> Finding:
     break_drop = _break_point(drops, [group.mean for group in dropped], level.least)
     held = max((share for share in drops if break_drop is None or share < break_drop), default=0.0)
 
-    # the break point of each class; None where it does not break or has no test samples
-    by_class = [
-        list(zip(*map(per_class, group.outcomes), strict=True)) for group in results
-    ]  # [rate][class][repetition]
-    classes: dict[str, float | None] = {}
-    for label, name in enumerate(class_names(context, len(by_class[0]))):
-        least = Level(by_class[0][label], section.tolerance).least
-        means = [statistics.fmean(rate[label]) for rate in by_class[1:]]
-        classes[name] = None if math.isnan(least) else _break_point(drops, means, least)
-
-    # the additive model: a line for each repetition through its unpruned accuracy, fitted to the first rates
-    squares = sum(share**2 for share in drops[:FIRST])
-    slopes = [
-        sum(share * (group.accuracies[k] - start) for share, group in zip(drops, dropped[:FIRST], strict=False))
-        / squares
-        for k, start in enumerate(level.accuracies)
-    ]
-    predicted = [
-        [start + slope * share for start, slope in zip(level.accuracies, slopes, strict=True)] for share in drops
-    ]
+    classes = _class_breaks(context, results)
+    predicted = _predicted(drops, unpruned, dropped[:FIRST])
     together = max(1, len(drops) - FIRST)
     gaps = [
         difference(group.accuracies, line, together=together) for group, line in zip(dropped, predicted, strict=True)
@@ -85,13 +67,13 @@ def study(context: StudyContext) -> Finding:
     for share, group, line, gap in zip(drops, dropped, predicted, gaps, strict=True):
         rows.append({"drop": share, **group.figures, "predicted": statistics.fmean(line),
                      "gap": gap.mean, "half_interval": gap.half})  # fmt: skip
+    levels = [("unpruned", level.mean), ("broken below", level.least)]
+    marks = [] if break_drop is None else [("break point", break_drop)]
     x, line = [0.0, *drops], [level.mean, *(statistics.fmean(values) for values in predicted)]
     series = [
         accuracy_series("measured", x, results),
         Series("additive prediction", x, [min(1.0, max(0.0, value)) for value in line]),
     ]
-    levels = [("unpruned", level.mean), ("broken below", level.least)]
-    marks = [] if break_drop is None else [("break point", break_drop)]
     bars = [1.0 if share is None else share for share in classes.values()]
     class_series = [Series("break point", list(classes), bars, None, "bars", "ours")]
     return Finding(
@@ -114,6 +96,31 @@ def study(context: StudyContext) -> Finding:
         {"break_drop": break_drop, "held_drop": held, "per_class": classes},
         _notes(context, drops, classes),
     )
+
+
+def _class_breaks(context: StudyContext, results: Sequence[Repetitions]) -> dict[str, float | None]:
+    """The break point of each class; None where it does not break or has no test samples."""
+    section = context.config.studies.interaction
+    by_class = [
+        list(zip(*map(per_class, group.outcomes), strict=True)) for group in results
+    ]  # [rate][class][repetition]
+    breaks: dict[str, float | None] = {}
+    for label, name in enumerate(class_names(context, len(by_class[0]))):
+        least = Level(by_class[0][label], section.tolerance).least
+        means = [statistics.fmean(rate[label]) for rate in by_class[1:]]
+        breaks[name] = None if math.isnan(least) else _break_point(section.drops, means, least)
+    return breaks
+
+
+def _predicted(drops: Sequence[float], unpruned: Repetitions, first: Sequence[Repetitions]) -> list[list[float]]:
+    """The additive model for each rate and repetition: a line through the unpruned accuracy, fitted to the first rates."""
+    squares = sum(share**2 for share in drops[:FIRST])
+    starts = unpruned.accuracies
+    slopes = [
+        sum(share * (group.accuracies[k] - start) for share, group in zip(drops, first, strict=False)) / squares
+        for k, start in enumerate(starts)
+    ]
+    return [[start + slope * share for start, slope in zip(starts, slopes, strict=True)] for share in drops]
 
 
 def _break_point(drops: Sequence[float], means: Sequence[float], least: float) -> float | None:

@@ -160,26 +160,30 @@ def _trials(base: _Reference) -> _Part:
             f"{'suffice' if needed <= count else 'do not suffice'}: {wanted:g} takes {needed}."
         )
 
-    numbers = list(range(1, (last := max(2 * count, min(needed or 0, 10 * count))) + 1))
-    line = [spearman_brown(max(single, 0.0), number) for number in numbers]
-    by_number = [
-        Series("by Spearman and Brown", numbers, line, role="ours"),
-        Series("measured between halves", list(range(1, len(halves) + 1)), halves, kind="points"),
-    ]
-    marks = [("trials needed", float(needed))] if needed is not None and needed <= last else []
-    by_rate = [
-        Series("two trials", base.rates, overlap, role="ours"),
-        Series("two random sets", base.rates, [rate / (2 - rate) for rate in base.rates], role="random"),
-    ]
-    plots = [
-        Plot("Reliability by the number of trials", "trials averaged", "rank correlation", by_number, [("asked for", wanted)],
-             marks),
-        Plot("What two trials keep alike", "kept of every class", "Jaccard index", by_rate),
-    ]  # fmt: skip
     facts = {"agreement": single, "trials": count, "trials_needed": needed, "reliability_wanted": wanted,
              "reliability": reliability,
              "jaccard_between_trials": dict(zip(map(str, base.rates), overlap, strict=True))}  # fmt: skip
-    return _Part(answer, rows, plots, facts)
+    return _Part(answer, rows, _trial_plots(base, facts, halves), facts)
+
+
+def _trial_plots(base: _Reference, facts: dict[str, Any], halves: Sequence[float]) -> list[Plot]:
+    count, needed, single = facts["trials"], facts["trials_needed"], facts["agreement"]
+    last = max(2 * count, min(needed or 0, 10 * count))
+    numbers = list(range(1, last + 1))
+    by_number = [
+        Series("by Spearman and Brown", numbers, [spearman_brown(max(single, 0.0), n) for n in numbers], role="ours"),
+        Series("measured between halves", list(range(1, len(halves) + 1)), list(halves), kind="points"),
+    ]
+    levels = [("asked for", facts["reliability_wanted"])]
+    marks = [("trials needed", float(needed))] if needed is not None and needed <= last else []
+    by_rate = [
+        Series("two trials", base.rates, list(facts["jaccard_between_trials"].values()), role="ours"),
+        Series("two random sets", base.rates, [rate / (2 - rate) for rate in base.rates], role="random"),
+    ]
+    return [
+        Plot("Reliability by the number of trials", "trials averaged", "rank correlation", by_number, levels, marks),
+        Plot("What two trials keep alike", "kept of every class", "Jaccard index", by_rate),
+    ]
 
 
 def _epochs(base: _Reference) -> _Part:

@@ -45,12 +45,12 @@ def check_rate(config: Config) -> None:
 
 def check_asha(config: Config) -> None:
     """Raises UserError where a trial has fewer evaluations before its end than sweep.grace."""
-    steps, every = distill.step_count(config), config.distill.evaluate_every
-    evaluations = (steps - 1) // every
+    steps, interval = distill.step_count(config), config.distill.evaluate_every
+    evaluations = (steps - 1) // interval
     if config.sweep.search == "asha" and evaluations < max(1, config.sweep.grace):
         raise UserError(
             f"sweep.grace = {config.sweep.grace}, but a distillation of {steps} steps is evaluated only "
-            f"{evaluations} times before its end (distill.evaluate_every = {every}); lower one of them"
+            f"{evaluations} times before its end (distill.evaluate_every = {interval}); lower one of them"
         )
 
 

@@ -93,9 +93,7 @@ class Store:
         if self.local:
             if not os.path.isdir(self._root):
                 raise Unreachable(f"{self._named}: there is no such folder; give the data set's root folder")
-            return
-        kind = self._asked(lambda: self._fs.get_file_info(self._root).type)
-        if kind != fs.FileType.Directory:
+        elif self._asked(lambda: self.filesystem.get_file_info(self._root).type) != fs.FileType.Directory:
             raise Unreachable(f"{self._named}: there is no such folder; check bucket and prefix")
 
     def table(self, folder: str = "") -> tuple[pa.Array, pa.Array]:
@@ -117,7 +115,7 @@ class Store:
             scanned = self._asked(lambda: _scan(self._root, folder))
             pairs = [(path.rpartition("/")[2], size is None) for path, size in scanned]
         else:
-            infos = self._asked(lambda: self._fs.get_file_info(fs.FileSelector(self._join(folder))))
+            infos = self._asked(lambda: self.filesystem.get_file_info(fs.FileSelector(self._join(folder))))
             pairs = [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
         visible = [(name, is_folder) for name, is_folder in sorted(pairs) if not name.startswith(".")]
         return [n for n, is_folder in visible if is_folder], [n for n, is_folder in visible if not is_folder]
@@ -127,7 +125,7 @@ class Store:
         if self.local:
             place = os.path.join(self._root, file)
             return os.path.getsize(place) if os.path.isfile(place) else None
-        info = self._asked(lambda: self._fs.get_file_info(self._join(file)))
+        info = self._asked(lambda: self.filesystem.get_file_info(self._join(file)))
         return info.size if info.type == fs.FileType.File else None
 
     def read(self, file: str) -> bytes:
@@ -155,15 +153,23 @@ class Store:
 
     def open(self, file: str) -> Any:
         """A file for random access: a Python file if local, else a pyarrow.NativeFile. Raises what `read` raises."""
-        if self.local:
-            return self.asked(file, lambda: _opened(os.path.join(self._root, file)))
-        return self.asked(file, lambda: self._fs.open_input_file(self._join(file)))
+        if not self.local:
+            return self.asked(file, lambda: self.filesystem.open_input_file(self._join(file)))
+
+        def open_regular() -> Any:
+            path = os.path.join(self._root, file)
+            kind = os.stat(path).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # pipes and devices never end
+                raise OSError(errno.EISDIR, "not a regular file", path)
+            return open(path, "rb")
+
+        return self.asked(file, open_regular)
 
     def open_native(self, file: str) -> Any:
         """Like `open`, but always a pyarrow.NativeFile, which Parquet reads without Python."""
-        if self.local:
-            return self.asked(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
-        return self.open(file)
+        return (
+            self.asked(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb")) if self.local else self.open(file)
+        )
 
     def place(self, file: str = "") -> str:
         """The address of a file for messages, without credentials."""
@@ -173,7 +179,7 @@ class Store:
     @property
     def filesystem(self) -> Any:
         """The pyarrow.fs.FileSystem behind a URI; None for a plain path."""
-        return self._fs
+        return self._located[0]
 
     @property
     def root(self) -> str:
@@ -197,24 +203,18 @@ class Store:
         if not is_uri(self.path):
             return None, os.path.expanduser(self.path)
         try:
-            if self.path.startswith("s3://"):
-                return s3.connect(self.path)
-            return fs.FileSystem.from_uri(self.path)
+            return s3.connect(self.path) if self.path.startswith("s3://") else fs.FileSystem.from_uri(self.path)
         except OSError as error:
             raise self.refusal(error) from None
         except (ValueError, pa.ArrowNotImplementedError) as error:
             raise UserError(f"{self._named} cannot be opened: {self.without_secrets(str(error))}") from None
 
     @property
-    def _fs(self) -> Any:
-        return self._located[0]
-
-    @property
     def _root(self) -> str:
         return self._located[1]
 
     def _join(self, file: str) -> str:
-        return f"{self._root.rstrip('/')}/{file}" if file else self._root
+        return f"{self.root}/{file}" if file else self._root
 
     def _local_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
         """Paths and sizes, folder by folder and level by level."""
@@ -228,20 +228,21 @@ class Store:
 
     def _remote_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
         """Like `_local_files`; top-level folders are listed in parallel, because each page of 1000 names is a round trip."""
-        infos = self._infos(self._join(folder), recursive=False)
-        yield self._files_of(infos)
+        start = len(self.root) + 1
+
+        def listed(path: str, recursive: bool = True) -> list[Any]:
+            selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+            return self._asked(lambda: self.filesystem.get_file_info(selector))
+
+        def files_of(infos: list[Any]) -> tuple[pa.Array, pa.Array]:
+            files = [(info.path[start:], info.size) for info in infos if info.type == fs.FileType.File]
+            return self._arrays([(path, size) for path, size in files if not path.startswith(".") and "/." not in path])
+
+        infos = listed(self._join(folder), recursive=False)
+        yield files_of(infos)
         folders = [info.path for info in infos if info.type == fs.FileType.Directory and info.base_name[:1] != "."]
         with ThreadPoolExecutor(READERS) as pool:
-            yield from pool.map(lambda path: self._files_of(self._infos(path, recursive=True)), folders)
-
-    def _infos(self, path: str, recursive: bool) -> list[Any]:
-        selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-        return self._asked(lambda: self._fs.get_file_info(selector))
-
-    def _files_of(self, infos: list[Any]) -> tuple[pa.Array, pa.Array]:
-        start = len(self._root.rstrip("/")) + 1
-        files = [(info.path[start:], info.size) for info in infos if info.type == fs.FileType.File]
-        return self._arrays([(path, size) for path, size in files if not path.startswith(".") and "/." not in path])
+            yield from pool.map(lambda path: files_of(listed(path)), folders)
 
     def _arrays(self, files: list[tuple[str, int]]) -> tuple[pa.Array, pa.Array]:
         try:
@@ -267,9 +268,7 @@ class Store:
             self.check()  # the whole root may be gone, or the folder of the file
             folder = os.path.dirname(os.path.join(self._root, file)) if self.local else None
             if folder is not None and not os.path.isdir(folder):
-                raise Unreachable(
-                    f"{folder} is not there any more; put it back and give the same command again"
-                ) from None
+                raise Unreachable(f"{folder} is not there any more; put it back and run the command again") from None
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(file)) from None
         except OSError as error:
             if self.local:
@@ -289,30 +288,17 @@ class Store:
 def _scan(root: str, folder: str) -> list[tuple[str, int | None]]:
     """(path relative to the root, size) of the entries of a folder without hidden ones; folders have the size None."""
     result: list[tuple[str, int | None]] = []
-    prefix = f"{folder}/" if folder else ""
-    with os.scandir(os.path.join(root, folder)) as entries:
+    top = os.path.join(root, folder)
+    with os.scandir(top) as entries:
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "lost+found":
                 continue
             try:
-                is_folder = entry.is_dir() and not _loops(entry)
+                is_folder = entry.is_dir()
+                if is_folder and entry.is_symlink():  # a link to one of its own parent folders would never end
+                    is_folder = not f"{os.path.realpath(top)}/".startswith(f"{os.path.realpath(entry.path)}/")
                 size = None if is_folder else entry.stat().st_size
             except OSError:
                 size = -1  # a dangling link; reading it rejects the sample
-            result.append((prefix + entry.name, size))
+            result.append((join_path(folder, entry.name), size))
     return result
-
-
-def _opened(path: str) -> Any:
-    """Open a regular file. Pipes and devices never end, so they are refused."""
-    kind = os.stat(path).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise OSError(errno.EISDIR, "not a regular file", path)
-    return open(path, "rb")
-
-
-def _loops(entry: os.DirEntry[str]) -> bool:
-    """Whether a link leads to one of its own parent folders."""
-    if not entry.is_symlink():
-        return False
-    return f"{os.path.realpath(os.path.dirname(entry.path))}/".startswith(f"{os.path.realpath(entry.path)}/")

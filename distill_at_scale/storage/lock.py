@@ -124,8 +124,8 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # a process of another user
+        pass
     return False
 
 

@@ -11,10 +11,10 @@ import mmap
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
@@ -28,13 +28,8 @@ PERMANENT = re.compile(
     r"ACCESS_DENIED|AccessDenied|NO_SUCH_BUCKET|NoSuchBucket|INVALID_ACCESS_KEY|InvalidAccessKey|"
     r"SIGNATURE_DOES_NOT_MATCH|SignatureDoesNotMatch|PERMISSION_DENIED|UNAUTHENTICATED"
 )
-LOCAL_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-)  # errors of this machine, not of the store
+# errors of this machine's disk, not of the store
+LOCAL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 Say = Callable[[str], None]
 
@@ -88,9 +83,14 @@ class ObjectStore:
         """
 
         def copy() -> None:
-            with self.store.filesystem.open_input_stream(self.path(name)) as stream, _written(target) as out:
-                while block := stream.read(BLOCK):
-                    out.write(block)
+            try:
+                with self.store.filesystem.open_input_stream(self.path(name)) as stream, open(target, "wb") as out:
+                    while block := stream.read(BLOCK):
+                        out.write(block)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # name the file, which Python's own error does not
+                    raise OSError(error.errno, error.strerror, str(target)) from None
+                raise
 
         self._retried(f"fetching {name}", copy)
 
@@ -102,7 +102,9 @@ class ObjectStore:
             try:
                 put(self.store.filesystem, self.path(name), content)
             except FileNotFoundError as error:  # Google Cloud Storage reports a missing bucket this way
-                self._need_bucket(f"storing {name}")
+                bucket = self.store.root.partition("/")[0]
+                if self.store.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+                    raise Unreachable(self._refusal(f"storing {name}", f"there is no bucket {bucket}")) from None
                 raise OSError(str(error)) from None
             return self.store.filesystem.get_file_info(self.path(name)).mtime_ns
 
@@ -110,10 +112,19 @@ class ObjectStore:
 
     def listed(self, *names: str) -> dict[str, Any]:
         """All files in some files and folders (default: everything): name -> pyarrow.fs.FileInfo."""
-        infos: dict[str, Any] = {}
+        system, start = self.store.filesystem, len(self.store.root) + 1
+
+        def infos_of(name: str) -> dict[str, Any]:
+            info = system.get_file_info(self.path(name))
+            if info.type == fs.FileType.File:
+                return {name: info}
+            infos = system.get_file_info(fs.FileSelector(self.path(name), recursive=True, allow_not_found=True))
+            return {info.path[start:]: info for info in infos if info.type == fs.FileType.File}
+
+        result: dict[str, Any] = {}
         for name in names or ("",):
-            infos |= self._retried("listing", partial(self._infos, name))
-        return infos
+            result |= self._retried("listing", partial(infos_of, name))
+        return result
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder, if it exists. Raises Busy if the folder is fenced."""
@@ -125,25 +136,12 @@ class ObjectStore:
             with contextlib.suppress(FileNotFoundError):
                 self._retried(f"removing {name}", partial(remove, self.path(name)))
 
-    def _need_bucket(self, what: str) -> None:
-        bucket = self.store.root.partition("/")[0]
-        if self.store.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-            raise Unreachable(self._refusal(what, f"there is no bucket {bucket}"))
-
     def _check_fence(self) -> None:
         if self.fenced.is_set():
             raise Busy(
                 f"another command has taken the lock of {self.place()} while this command sent no heartbeat; nothing more is "
                 "stored there. Wait until that command has ended, and give the same command again"
             )
-
-    def _infos(self, name: str) -> dict[str, Any]:
-        system, start = self.store.filesystem, len(self.store.root) + 1
-        info = system.get_file_info(self.path(name))
-        if info.type == fs.FileType.File:
-            return {name: info}
-        infos = system.get_file_info(fs.FileSelector(self.path(name), recursive=True, allow_not_found=True))
-        return {info.path[start:]: info for info in infos if info.type == fs.FileType.File}
 
     def _retried(self, what: str, request: Callable[[], T], retry_seconds: float | None = None) -> T:
         """A request with retries.
@@ -173,21 +171,10 @@ class ObjectStore:
 
     def _refusal(self, what: str, reason: str) -> str:
         return (
-            f"run.dir = {redact_uri(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the network, "
-            "and give the same command again; what is stored is kept (run.retry_seconds sets how long failing requests are retried)"
+            f"run.dir = {redact_uri(self.uri)!r}: {what} failed: {reason}. Check the address, the credentials and the "
+            "network, and give the same command again; what is stored is kept (run.retry_seconds sets how long failing "
+            "requests are retried)"
         )
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[BinaryIO]:
-    """A local file for writing. If the disk is full, the error names the file, which Python's own error does not."""
-    try:
-        with open(path, "wb") as out:
-            yield out
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:

@@ -72,8 +72,10 @@ class RunDir:
         """
         if self.reuse:
             self.reuse.fetch()
-        if self.reuse and not (self.reuse / "stages").is_dir():
-            raise UserError(f"run.reuse = {self.reuse.named!r} is not a run folder; give the run.dir of a finished run")
+            if not (self.reuse / "stages").is_dir():
+                raise UserError(
+                    f"run.reuse = {self.reuse.named!r} is not a run folder; give the run.dir of a finished run"
+                )
         try:
             if self.remote:
                 self.remote.sync.create()
@@ -82,9 +84,9 @@ class RunDir:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
+            key = "run.scratch" if self.remote else "run.dir"
             raise UserError(
-                f"cannot write in the run folder {self.path}: {error.strerror}. Choose another "
-                f"{'run.scratch' if self.remote else 'run.dir'}."
+                f"cannot write in the run folder {self.path}: {error.strerror}. Choose another {key}."
             ) from None
 
     @contextlib.contextmanager
@@ -136,16 +138,10 @@ class RunDir:
 
     def sweep(self) -> None:
         """Remove unfinished files of a killed command. The caller holds the lock."""
-        patterns = [
-            ".*.tmp",
-            ".*.old",
-            "stages/.*.tmp",
-            "networks/*/.*.tmp",
-            "networks/*/*/.*.tmp",
-            "monte_carlo/*/.*.tmp",
-        ]
-        for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        folders = ("", "stages/", "networks/*/", "networks/*/*/", "monte_carlo/*/")
+        for pattern in (".*.old", *(f"{folder}.*.tmp" for folder in folders)):
+            for path in list(self.path.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def work(self, stage: str, inputs: StageInputs) -> Path:
         """The folder for a stage's unfinished work. It belongs to one fingerprint, so the work can always be resumed."""
@@ -160,9 +156,8 @@ class RunDir:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.place(f'stages/{stage}.json')} is damaged ({error}); remove it to run {stage} again"
-            ) from None
+            path = self.place(f"stages/{stage}.json")
+            raise UserError(f"{path} is damaged ({error}); remove it to run {stage} again") from None
 
     def valid(self, stage: str, inputs: StageInputs, redo: bool = False) -> bool:
         """Whether the stage's output for exactly these inputs exists and is complete.
@@ -173,33 +168,24 @@ class RunDir:
         record = self.record(stage)
         if record is None:
             return self._reuse(stage, inputs)
-        if record["fingerprint"] != inputs.fingerprint:
-            if redo:
-                return False
-            raise UserError(
-                f"{self.named} holds the output of {stage} for another configuration:\n  "
-                + "\n  ".join(inputs.difference(record))
-                + f"\nNothing was changed. Choose another run.dir, or remove {self.named}/stages/{stage}.json to redo {stage} "
-                "here."
-            )
-        self._check_outputs(stage, record)
-        return True
+        if record["fingerprint"] == inputs.fingerprint:
+            self._check_outputs(stage, record)
+            return True
+        if redo:
+            return False
+        difference = "\n  ".join(inputs.difference(record))
+        raise UserError(
+            f"{self.named} holds the output of {stage} for another configuration:\n  {difference}\nNothing was changed. "
+            f"Choose another run.dir, or remove {self.named}/stages/{stage}.json to redo {stage} here."
+        )
 
     def complete(self, stage: str, inputs: StageInputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
         """Publish the record of a stage; all its `outputs` exist."""
         digests = file_digests([p for path in outputs for p in files_in(path)])
         files = {path.relative_to(self.path).as_posix(): entry for path, entry in digests.items()}
-        record = {
-            "stage": stage,
-            "fingerprint": inputs.fingerprint,
-            "config": dict(inputs.config),
-            "content": dict(inputs.content),
-            "outputs": files,
-            "output": digest(files),
-            "seconds": round(seconds, 3),
-            **facts,
-        }
-        self._publish(stage, record)
+        read = {"config": dict(inputs.config), "content": dict(inputs.content)}
+        written = {"outputs": files, "output": digest(files), "seconds": round(seconds, 3)}
+        self._publish(stage, {"stage": stage, "fingerprint": inputs.fingerprint, **read, **written, **facts})
 
     def _publish(self, stage: str, record: Mapping[str, Any]) -> None:
         """Store a stage's record after everything that it names."""
@@ -229,8 +215,8 @@ class RunDir:
             path = self.path / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 state = "missing" if not path.is_file() else "not what was written"
-                record_of = self.place(f"stages/{stage}.json")
-                raise UserError(f"{self.place(name)} is {state}; remove {record_of} to run {stage} again")
+                where = self.place(f"stages/{stage}.json")
+                raise UserError(f"{self.place(name)} is {state}; remove {where} to run {stage} again")
 
     def _reuse(self, stage: str, inputs: StageInputs) -> bool:
         """Link the same output from the run named in run.reuse, if that run has it."""
@@ -238,10 +224,8 @@ class RunDir:
         if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
             return False
         if outside := [name for name in record["outputs"] if not is_artefact(name)]:
-            raise UserError(
-                f"{self.reuse.named}/stages/{stage}.json names {outside[0]!r}, which is outside its folder or not an "
-                "artefact; it is not reused"
-            )
+            reason = f"names {outside[0]!r}, which is outside its folder or not an artefact; it is not reused"
+            raise UserError(f"{self.reuse.named}/stages/{stage}.json {reason}")
         self.reuse._check_outputs(stage, record)
         for name in record["outputs"]:
             self._link(self.reuse.path, name)

@@ -35,22 +35,17 @@ class StageInputs:
         for part, now in (("config", self.config), ("content", self.content)):
             before = recorded[part]
             for key in sorted(set(before) | set(now)):
-                if (old := before.get(key, "absent")) != (new := json.loads(json.dumps(now.get(key, "absent")))):
-                    lines.append(f"{key}: {_short(old)} -> {_short(new)}")
+                values = before.get(key, "absent"), json.loads(json.dumps(now.get(key, "absent")))
+                if values[0] != values[1]:
+                    old, new = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(json.dumps, values))
+                    lines.append(f"{key}: {old} -> {new}")
         return lines
 
 
 def checked(record: Any) -> dict[str, Any]:
     """Return the record if it has the form that `RunDir.complete` writes; raises ValueError otherwise."""
-    kinds = {
-        "fingerprint": str,
-        "config": dict,
-        "content": dict,
-        "outputs": dict,
-        "output": str,
-        "seconds": int | float,
-    }
-    for key, kind in kinds.items():
+    kinds = {"fingerprint": str, "config": dict, "content": dict, "outputs": dict, "output": str}
+    for key, kind in (kinds | {"seconds": int | float}).items():
         if not isinstance(record, dict) or not isinstance(record.get(key), kind):
             raise ValueError(f"{key} is missing or has another type")
     if LINKED in record and not LINKS.fullmatch(str(record[LINKED])):
@@ -65,8 +60,3 @@ def is_artefact(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
     return bool(path.parts) and not path.is_absolute() and not hidden and path.parts[0] != "stages" and "\0" not in name
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

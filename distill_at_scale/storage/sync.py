@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.filesystem import child_address, redact_uri
 from distill_at_scale.storage.object_store import ObjectStore, Say
@@ -79,10 +80,9 @@ class FolderSync:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for name in pool.map(lambda name: self._fetch(name, infos[name]), stale):
                 expected = (outputs or {}).get(name)
-                if expected and _sha256(self.local / name) != expected["sha256"]:
-                    raise UserError(
-                        f"{self.store.place(name)} is not what was written; remove the record of its stage in stages/"
-                    )
+                if expected and file_digest(self.local / name)["sha256"] != expected["sha256"]:
+                    where = self.store.place(name)
+                    raise UserError(f"{where} is not what was written; remove the record of its stage in stages/")
         return infos
 
     def mirror(self, *names: str) -> None:
@@ -98,17 +98,17 @@ class FolderSync:
 
         With `gone`, files that were equal in both places and no longer exist here are deleted in the store.
         """
-        waiting = sorted(
-            (stat.st_mtime_ns, name) for name, stat in self._local_files(names).items() if self._differs(name, stat)
-        )
+        files = self._local_files(names)
+        changed = sorted((stat.st_mtime_ns, name) for name, stat in files.items() if self._differs(name, stat))
         groups: dict[Path, list[str]] = {}
-        for _, name in waiting:  # files that differ in their suffix only are stored in the order of their times
+        for _, name in changed:  # files that differ in their suffix only are stored in the order of their times
             groups.setdefault(Path(name).with_suffix(""), []).append(name)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._store_in_order, groups.values()))
+            list(pool.map(self._store, groups.values()))
         if gone:
             existing = self._local_files(names)
-            lost = [name for name in list(self._known) if name not in existing and _below(name, names)]
+            tops = tuple(f"{name}/" for name in names) or ("",)
+            lost = [name for name in list(self._known) if name not in existing and f"{name}/".startswith(tops)]
             for name in {self._highest_gone(name) for name in lost}:
                 self.store.delete(name)
             for name in lost:
@@ -184,7 +184,6 @@ class FolderSync:
         target = self.local / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-
         try:
             self.store.fetch(name, temporary)
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
@@ -199,19 +198,16 @@ class FolderSync:
             temporary.unlink(missing_ok=True)
         return name
 
-    def _store_in_order(self, names: list[str]) -> None:
+    def _store(self, names: list[str]) -> None:
         for name in names:
-            self._store(name)
-
-    def _store(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), open(self.local / name, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            mapped = size > MAPPED
-            content = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) if mapped else handle.read()
-            time = self.store.write(name, content)
-            with self._guard:
-                os.utime(handle.fileno(), ns=(time, time))  # of the stored file, even if it was replaced
-                self._known[name] = len(content), os.fstat(handle.fileno()).st_mtime_ns
+            with contextlib.suppress(FileNotFoundError), open(self.local / name, "rb") as handle:
+                size = os.fstat(handle.fileno()).st_size
+                mapped = size > MAPPED
+                content = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) if mapped else handle.read()
+                time = self.store.write(name, content)
+                with self._guard:
+                    os.utime(handle.fileno(), ns=(time, time))  # of the stored file, even if it was replaced
+                    self._known[name] = len(content), os.fstat(handle.fileno()).st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -250,8 +246,3 @@ def _visible(name: str) -> bool:
 
 def _below(name: str, tops: tuple[str, ...]) -> bool:
     return not tops or any(name == top or name.startswith(f"{top}/") for top in tops)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

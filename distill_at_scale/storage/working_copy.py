@@ -60,7 +60,9 @@ class WorkingCopy:
         file.flush()
         try:
             self.lock.acquire()
-            self._update(self._make_identity(), owner=True)
+            identity = self._identity(create=True)
+            assert identity is not None
+            self._update(identity, owner=True)
             with self.sync.pushing():
                 yield
         finally:
@@ -77,7 +79,7 @@ class WorkingCopy:
         self.sync.create()
         with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if identity := self._make_identity() if begin else self._read_identity():
+            if identity := self._identity(create=begin):
                 self._update(identity, names)
             else:
                 self.sync.clear()
@@ -136,7 +138,7 @@ class WorkingCopy:
         if other._rank() >= self._rank():
             return
         with other.exclusive():
-            if identity := other._read_identity():
+            if identity := other._identity():
                 other.claim(identity)
             other.complete(record["stage"])
         link(self.path, other.path, tops(record))
@@ -152,8 +154,8 @@ class WorkingCopy:
 
     def marker(self) -> dict[str, str]:
         """Values by which a worker decides whether it sees this same copy."""
-        values = {"token": (self.path / LOCK).read_text(), "identity": (self.path / IDENTITY).read_text()}
-        return {"root": str(self.path.resolve()), **values}
+        token, identity = (self.path / LOCK).read_text(), (self.path / IDENTITY).read_text()
+        return {"root": str(self.path.resolve()), "token": token, "identity": identity}
 
     def _rank(self) -> int:
         """Runs use only runs of lower rank: the folder's own run, ingest, scores, points."""
@@ -161,15 +163,12 @@ class WorkingCopy:
         starts = (f"{SHARED}/data-", f"{SHARED}/scores-", f"{POINTS}/")
         return next((1 + number for number, start in enumerate(starts) if kind.startswith(start)), 0)
 
-    def _make_identity(self) -> str:
-        identity = self._read_identity()
-        if identity is None:
-            identity = uuid.uuid4().hex
-            self.sync.store.write(IDENTITY, identity.encode())
-        return identity
-
-    def _read_identity(self) -> str | None:
+    def _identity(self, create: bool = False) -> str | None:
+        """The id of the folder in the store; None if it does not exist and is not to be created."""
         content = self.sync.store.read(IDENTITY)
+        if content is None and create:
+            content = uuid.uuid4().hex.encode()
+            self.sync.store.write(IDENTITY, content)
         return None if content is None else content.decode()
 
     def _update(self, identity: str, names: Sequence[str] = (), owner: bool = False) -> None:

@@ -73,7 +73,7 @@ def test_only_what_differs_travels(copies, monkeypatch):
     assert fetched == stored == []
     write(b, "two", "3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FolderSync, "_store", lambda self, name: stored.append(name))
+        patch.setattr(FolderSync, "_store", lambda self, names: stored.extend(names))
         b.push()
     assert stored == ["two"]
 
@@ -184,7 +184,7 @@ def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
 def test_what_goes_together_is_stored_in_the_order_in_which_it_was_published(copies, monkeypatch):
     a, _ = copies
     stored = []
-    monkeypatch.setattr(FolderSync, "_store", lambda self, name: stored.append(name))
+    monkeypatch.setattr(FolderSync, "_store", lambda self, names: stored.extend(names))
     for time, name in enumerate(["pieces/1.rejected", "pieces/1.arrow", "pieces/2.rejected", "pieces/2.arrow"]):
         write(a, name, "x")
         os.utime(a.local / name, ns=(time, time))

@@ -240,7 +240,10 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int)
 
 
 def read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tuple[ByteRange, bytes]]:
-    """Yields each range of an archive with its bytes; fewer bytes at the end of the archive."""
+    """Yields each range of an archive with its bytes; fewer bytes at the end of the archive.
+
+    Remote storage is read with many requests at once, one for neighbours.
+    """
     with closing(open_or_stop(store, file, lambda store, file: store.open(file))) as handle:
         if store.local:
             for wanted in ranges:
@@ -255,16 +258,9 @@ def read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tu
 
 
 def read(store: Store, rows: pa.Table, read_file: RangeReader = read_ranges) -> list[bytes]:
-    """Reads the content of members of archives.
+    """Returns the bytes of rows of a listing (location: archive, row: offset, size), in their order.
 
-    Each archive stays open while its rows are read. Remote storage is read with many requests at once, one for neighbours.
-
-    Args:
-        rows: rows of a listing; location is the archive, row the offset, size the length in bytes.
-        read_file: reads ranges of one archive, sorted by offset.
-
-    Returns:
-        The bytes of each row, in the order of `rows`.
+    `read_file` reads ranges of one archive, sorted by offset.
 
     Raises:
         FileNotFoundError: the archive ends inside a sample.

@@ -47,10 +47,6 @@ class LabelList:
     stems: list[str] | None
     values: list[str]
 
-    @property
-    def numbered(self) -> bool:
-        return all(value.isdecimal() for value in self.values)
-
 
 @dataclass(frozen=True)
 class Numbering:
@@ -89,7 +85,8 @@ def val_labels(
             f"{labels.place} has {len(labels.values):,} labels for {len(names):,} validation images in {store.place()}; "
             "complete the images, or give the list that belongs to them (data.val_labels)"
         )
-    wnids = _to_wnids(labels, store, config, class_names) if labels.numbered else labels.values
+    is_numbered = all(value.isdecimal() for value in labels.values)
+    wnids = _to_wnids(labels, store, config, class_names) if is_numbered else labels.values
     if labels.stems is None:  # the list speaks of the sorted files
         keys, wnid_of = names, dict(zip(sorted(names), wnids, strict=True))
     else:

@@ -71,15 +71,14 @@ def _first_index(values: pa.Array) -> np.ndarray[Any, Any]:
 
 
 class ListedVideos(FileSource, ABC):
-    """A source whose lists name the clips; a subclass parses its lists.
+    """A source whose lists name the clips; a subclass finds and parses them.
 
-    `home_names` are folders of the root that may hold the data (else it is the root); `flat` says that clips lie in no class
-    folders. Lists are read on first use, so a process that only reads clips needs none.
+    Lists are read on first use, so a process that only reads clips needs none.
     """
 
     clips = True
-    home_names: tuple[str, ...] = ()
-    flat = False
+    home_names: tuple[str, ...] = ()  # folders of the root that may hold the data, else it is the root
+    flat = False  # whether clips lie in no class folders
 
     @property
     @abstractmethod

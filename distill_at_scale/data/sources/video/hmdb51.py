@@ -44,7 +44,7 @@ class Hmdb51(ListedVideos):
             raise UserError(f"{place} is missing (data.fold = {self.config.fold}); download it, or choose another fold")
         return names
 
-    @property
+    @cached_property
     def unlisted_reason(self) -> str:
         return f"in no list of fold {self.config.fold}"
 

@@ -48,7 +48,7 @@ class Ucf101(ListedVideos):
             raise UserError(f"{place} must name every class once, numbered 1, 2, 3, …; download the lists again")
         return names
 
-    @property
+    @cached_property
     def unlisted_reason(self) -> str:
         return f"in no list of fold {self.config.fold}"
 

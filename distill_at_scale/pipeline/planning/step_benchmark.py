@@ -235,6 +235,7 @@ def _rank(config: Config, paths: DistillPaths, device: torch.device) -> None:
 
 
 def _run(distillation: Distillation, step: int) -> None:
+    distillation.sampler.schedule(distillation.method.draws(step))
     with contextlib.suppress(DistillationDiverged):  # dummy data may diverge; the time is the same
         distillation.method.step(step)
 

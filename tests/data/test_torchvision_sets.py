@@ -218,8 +218,10 @@ def test_a_pickle_cannot_grow_without_end():
         b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x0ftX\x01\x00\x00\x00O\x86R.",  # ndarray((2**28 - 1,), "O")
         PYTHON_2.replace(b"K\x02K\x03\x86", b"X\x01\x00\x00\x00aJ\xff\xff\xff\x0f\x86"),  # "a" * 2**28
         b"\x80\x02X\x01\x00\x00\x00aQ.",
+        b"\x80\x02" + b"N0" * 2**20 + b"N.",
+        bytes(2**28 + 1),
     ],
-    ids=["memo", "memo in text", "array", "shape", "persistent id"],
+    ids=["memo", "memo in text", "array", "shape", "persistent id", "opcodes", "size"],
 )
 def test_a_small_pickle_cannot_ask_for_much_memory(content):
     with pytest.raises(safe_pickle.UnsafePickle):

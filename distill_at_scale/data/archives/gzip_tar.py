@@ -103,20 +103,15 @@ class Reader:
         if is_plain(file):
             return tar.read_ranges(store, file, ranges)
         with self._lock:
-            stream, self._stream = self._open_before(file, ranges[0].offset), None  # not used again after an error
+            stream, self._stream = self._stream, None  # not used again after an error
+            if stream is not None and (self._file != file or stream.position > ranges[0].offset):
+                stream.close()
+                stream = None
+            stream = stream or tar.open_or_stop(store, file, open_stream)
             read_at = [partial(stream.read_at, wanted.offset, wanted.size) for wanted in ranges]
             contents = [store.asked(file, read) for read in read_at]
             self._file, self._stream = file, stream
         return zip(ranges, contents, strict=True)
-
-    def _open_before(self, file: str, offset: int) -> Stream:
-        """The open stream if it is that archive and not beyond `offset`, else a new one."""
-        stream, self._stream = self._stream, None
-        if stream is not None and self._file == file and stream.position <= offset:
-            return stream
-        if stream is not None:
-            stream.close()
-        return tar.open_or_stop(self.store, file, open_stream)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_SIZE, MAX_OPCODES = 2**28, 2**21  # CIFAR-100's training file has 155 MB and about 200,000 opcodes
 MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")
 ALLOWED = {
     ("numpy", "ndarray"),
@@ -34,7 +35,11 @@ def load(content: bytes) -> Any:
 
     Raises UnsafePickle for anything but plain data, and whatever `pickle` raises for a damaged file.
     """
-    for opcode, argument, _ in pickletools.genops(content):
+    if len(content) > MAX_SIZE:
+        raise UnsafePickle(f"it has more than {MAX_SIZE:,} bytes")
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count >= MAX_OPCODES:
+            raise UnsafePickle(f"it has more than {MAX_OPCODES:,} opcodes")
         # pickle allocates 16 bytes for each index up to the largest one, used or not
         if opcode.name in MEMO_WRITES and argument is not None and argument > len(content):
             raise UnsafePickle(f"it numbers an object {argument:,} in a file of {len(content):,} bytes")
@@ -71,8 +76,13 @@ def _build(value: Any, done: dict[int, Any]) -> Any:
     if id(value) in done:
         return done[id(value)]
     result = value
-    if isinstance(value, _Call):
-        result = _bytes(value) if value.name == "encode" else _array(value, done)
+    if isinstance(value, _Call) and value.name == "encode":
+        text, encoding = value.args
+        if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
+            raise UnsafePickle(f"it holds text in the encoding {encoding!r}")
+        result = text.encode("latin1")
+    elif isinstance(value, _Call):
+        result = _array(value, done)
     elif isinstance(value, dict):
         result = {_build(key, done): _build(item, done) for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
@@ -81,13 +91,6 @@ def _build(value: Any, done: dict[int, Any]) -> Any:
         raise UnsafePickle(f"it holds a {type(value).__name__}")
     done[id(value)] = result
     return result
-
-
-def _bytes(call: _Call) -> bytes:
-    text, encoding = call.args
-    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise UnsafePickle(f"it holds text in the encoding {encoding!r}")
-    return text.encode("latin1")
 
 
 def _array(call: _Call, done: dict[int, Any]) -> np.ndarray[Any, Any]:

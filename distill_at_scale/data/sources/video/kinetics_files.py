@@ -68,7 +68,13 @@ class Matched:
         self.is_replacement = _mask(self._match(REPLACEMENT))
         self.file_split = np.where(self.is_replacement, -1, _indices(pc.index_in(short, pa.array(WORDS))))
         self.finished = ~_mask(self._match(UNFINISHED))
-        self._match_files_to_rows()
+        # `row` is the row that lists each finished file, -1 for none; in a split's folder only rows of that split count
+        self.row_anywhere = _indices(pc.index_in(self.keys, self.rows["key"], skip_nulls=True))
+        words = pa.array([None if split < 0 else WORDS[split] for split in self.file_split.tolist()], pa.string())
+        file_keys = pc.binary_join_element_wise(words, self.keys, "/")
+        row_keys = pc.binary_join_element_wise(self.rows["word"], self.rows["key"], "/")
+        in_split = _indices(pc.index_in(file_keys, row_keys, skip_nulls=True))
+        self.row = np.where(self.finished, np.where(self.file_split < 0, self.row_anywhere, in_split), -1)
         if not self.files.num_rows:
             raise UserError(f"{self.place} holds no clips ({', '.join(EXTENSIONS)}); the layout is {LAYOUT}")
         if not (self.row >= 0).any():
@@ -88,16 +94,6 @@ class Matched:
         """The clip of each file as the lists write it, null if its name is no clip's."""
         parts = pc.extract_regex(self.files["place"], CLIP)
         return pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("id", "start", "end")), "_")
-
-    def _match_files_to_rows(self) -> None:
-        """Sets `row`, the row that lists each finished file, or -1; in a split's folder only rows of that split count.
-        `row_anywhere` ignores folders."""
-        self.row_anywhere = _indices(pc.index_in(self.keys, self.rows["key"], skip_nulls=True))
-        words = pa.array([None if split < 0 else WORDS[split] for split in self.file_split.tolist()], pa.string())
-        file_keys = pc.binary_join_element_wise(words, self.keys, "/")
-        row_keys = pc.binary_join_element_wise(self.rows["word"], self.rows["key"], "/")
-        in_split = _indices(pc.index_in(file_keys, row_keys, skip_nulls=True))
-        self.row = np.where(self.finished, np.where(self.file_split < 0, self.row_anywhere, in_split), -1)
 
     @cached_property
     def splits(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from distill_at_scale.pruning.criteria.factory import (
     value_shape,
 )
 from distill_at_scale.pruning.scoring.reliability import TrialAgreement
-from distill_at_scale.pruning.scoring.scorer import FEATURES
+from distill_at_scale.pruning.scoring.scorer import FEATURES, matrix_to_lists
 from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.pruning.selection.score_reader import label_runs
 
@@ -132,8 +132,7 @@ class ScoreColumns:
                 column, values = column_of(name), self._values(path, name, rows)
                 scores[column] = _one_score_each(name, criterion.aggregate(values), rows.num_rows)
                 if column in self.list_widths:
-                    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
-                    lists[f"{column}_values"] = pa.FixedSizeListArray.from_arrays(flat, self.list_widths[column])
+                    lists[f"{column}_values"] = matrix_to_lists(values)
                 if name == self.first and self.agreement:
                     self.agreement.add(rows["label"].to_numpy(), values)
             for name, extra in self.extra.items():

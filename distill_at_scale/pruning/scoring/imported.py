@@ -159,8 +159,11 @@ def read(name: str, file: str) -> ImportedScores:
         if suffix == ".json":
             return ImportedScores(_numbers(_json_values(json.loads(path.read_text()), key), key))
         if suffix in (".npy", ".npz"):
-            if zipfile.is_zipfile(path):
-                _refuse_bomb(path, key)
+            if zipfile.is_zipfile(path):  # an .npz: few bytes can unpack to very many
+                with zipfile.ZipFile(path) as archive:
+                    size = sum(entry.file_size for entry in archive.infolist())
+                if size > MAX_UNPACKED:
+                    raise UserError(f"{key} unpacks to {size:,} bytes, more than {MAX_UNPACKED:,}; use .npy or Parquet")
             return ImportedScores(_numbers(_single_array(np.load(path, allow_pickle=False), key), key))
         table = pyarrow.csv.read_csv(path, convert_options=AS_TEXT) if suffix == ".csv" else pq.ParquetFile(path).read()
     except UserError:
@@ -168,14 +171,6 @@ def read(name: str, file: str) -> ImportedScores:
     except (ValueError, OSError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
         raise UserError(f"{key} cannot be read: {' '.join(str(error).split())}; write it again") from None
     return _by_id(table, name, key)
-
-
-def _refuse_bomb(path: Path, key: str) -> None:
-    """An .npz is a zip archive, of which few bytes can unpack to very many."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > MAX_UNPACKED:
-        raise UserError(f"{key} unpacks to {size:,} bytes, more than {MAX_UNPACKED:,}; use a .npy or Parquet file")
 
 
 def _json_values(content: Any, key: str) -> Any:

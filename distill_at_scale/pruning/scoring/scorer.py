@@ -7,6 +7,7 @@ A scored chunk is published at once and never repeated.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -175,11 +176,11 @@ class Scorer:
                 features.append(random_projection(outputs.features, self.dimensions))
         columns = {name: torch.stack(observed, 1) for name, observed in values.items()}
         columns |= {FEATURES: torch.cat(features, 1)} if features else {}
-        ids_and_labels = {name: rows[name] for name in ("sample_id", "label")}
-        return pa.table(ids_and_labels | {name: _lists(matrix) for name, matrix in columns.items()})
+        lists = {name: matrix_to_lists(matrix.float().cpu().numpy()) for name, matrix in columns.items()}
+        return pa.table({"sample_id": rows["sample_id"], "label": rows["label"], **lists})
 
 
-def _lists(values: Tensor) -> pa.FixedSizeListArray:
-    """float32 [n, width] -> n lists."""
-    flat = values.float().cpu().numpy()
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(flat).reshape(-1)), flat.shape[1])
+def matrix_to_lists(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    """[n, ...] -> n float32 lists."""
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), math.prod(values.shape[1:]))

@@ -50,11 +50,11 @@ class ScoreReader:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        return self.source.schema if isinstance(self.source, pa.Table) else self._file.schema_arrow
+        return self.source.schema if isinstance(self.source, pa.Table) else self._open().schema_arrow
 
     @cached_property
     def rows(self) -> int:
-        return self.source.num_rows if isinstance(self.source, pa.Table) else self._file.metadata.num_rows
+        return self.source.num_rows if isinstance(self.source, pa.Table) else self._open().metadata.num_rows
 
     def classes(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """(label, its rows with label and `columns`), labels ascending.
@@ -122,10 +122,6 @@ class ScoreReader:
 
     def __str__(self) -> str:
         return str(self.source) if isinstance(self.source, Path) else "the score table"
-
-    @cached_property
-    def _file(self) -> pq.ParquetFile:
-        return self._open()
 
     def _open(self) -> pq.ParquetFile:
         return open_table(Path(self.source), "score", ("sample_id", "label"), "score table")

@@ -15,14 +15,14 @@ from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.environment import environment
 from distill_at_scale.core.events import Event, instant
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.ingest import plan as planning
+from distill_at_scale.data.ingest import plan as ingest_plan
 from distill_at_scale.data.ingest.merge import unused, write_rejected
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor, Report
-from distill_at_scale.pipeline.planning import facts as known
+from distill_at_scale.pipeline.planning import facts as data_facts
 from distill_at_scale.pipeline.planning import forecast
 from distill_at_scale.pipeline.planning.machine import here
 from distill_at_scale.pipeline.planning.plan import RunPlan
@@ -152,7 +152,7 @@ class Pipeline:
         with self._working():
             context, config, say = self.context, self.config, self.display.say
             context.observers.stage = "validate"
-            context.plan = plan = planning.plan(config)
+            context.plan = plan = ingest_plan.plan(config)
             planned = validate.planned(config, plan)
             validate.check_networks(config, planned)
             validate.check_weights(config, planned)
@@ -185,9 +185,9 @@ class Pipeline:
         finished = self._finished()
         if "ingest" in finished:
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
-            facts = known.of_prepared(self.config, PreparedDataset(self.dir / "prepared"), chosen)
+            facts = data_facts.of_prepared(self.config, PreparedDataset(self.dir / "prepared"), chosen)
         else:
-            facts = known.of_listing(self.config, planning.plan(self.config))
+            facts = data_facts.of_listing(self.config, ingest_plan.plan(self.config))
         validate.check_networks(self.config, facts)
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
             path, machine = self.dir / "plan.json", here(self.dir.path)

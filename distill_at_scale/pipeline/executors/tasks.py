@@ -56,30 +56,22 @@ class Ingest(Worker):
 
 
 def ingest(
-    executor: Executor, config: Config, plan: IngestPlan, pieces: Path, advance: Advance, check: bool = False
-) -> int:
-    """Decode the chunks of a plan, whose listings are in `pieces`, into `pieces`; with `check` only list rejected samples.
+    executor: Executor, config: Config, plan: IngestPlan, parts: Path, advance: Advance, check: bool = False
+) -> None:
+    """Decode the chunks of a plan into `parts`, which holds its listings; with `check` only list rejected samples.
 
-    Returns how many samples were rejected, in earlier commands too. Advances by samples.
+    Advances by samples.
     """
-    rejected, size, units = 0, config.data.chunk, []
-    for split, index, rows in plan.chunks(size):
-        path = part_path(pieces, split, index)
+    units = []
+    for split, index, rows in plan.chunks(config.data.chunk):
+        path = part_path(parts, split, index)
         if is_finished(path, check):
-            used, bad = part_counts(path, rows, check)
-            rejected += bad
-            advance(used + bad)
+            advance(sum(part_counts(path, rows, check)))
         else:
-            work = (index * size, rows.num_rows, check)
-            units.append(Unit(work, (rejected_path(path), path), (listing_path(pieces, split),)))
-
-    def done(result: Result) -> None:
-        nonlocal rejected
-        rejected += result["rejected"]
-        advance(result["samples"] + result["rejected"])
-
-    executor.run(Task(Ingest, config, {}, units, pieces), done)
-    return rejected
+            work = (index * config.data.chunk, rows.num_rows, check)
+            units.append(Unit(work, (rejected_path(path), path), (listing_path(parts, split),)))
+    task = Task(Ingest, config, {}, units, parts)
+    executor.run(task, lambda result: advance(result["samples"] + result["rejected"]))
 
 
 class TrainProxy(Worker):
@@ -181,16 +173,16 @@ def score(
     prepared: Path,
     checkpoints: Path,
     chunks: Sequence[Chunk],
-    pieces: Path,
+    parts: Path,
     advance: Advance,
 ) -> None:
-    """Score chunks of the prepared data into `pieces`. Advances by samples."""
+    """Score chunks of the prepared data into `parts`. Advances by samples."""
     paths = {"prepared": prepared, "checkpoints": checkpoints}
-    _run_missing(executor, Task(Score, config, paths, _units_of(chunks, pieces), pieces), advance)
+    _run_missing(executor, Task(Score, config, paths, _units_of(chunks, parts), parts), advance)
 
 
-def _units_of(chunks: Sequence[Chunk], pieces: Path) -> list[Unit]:
-    return [Unit(chunk, (score_part_path(pieces, chunk),), size=chunk.rows) for chunk in chunks]
+def _units_of(chunks: Sequence[Chunk], parts: Path) -> list[Unit]:
+    return [Unit(chunk, (score_part_path(parts, chunk),), size=chunk.rows) for chunk in chunks]
 
 
 def _run_missing(executor: Executor, task: Task, advance: Advance) -> None:
@@ -225,11 +217,11 @@ class RunSubsets(Worker):
             yield {"subsets": unit.work[1]}
 
 
-def run_subsets(executor: Executor, config: Config, prepared: Path, pieces: Path, advance: Advance) -> None:
-    """Run the random subsets of score.monte_carlo into `pieces`. Advances by subsets."""
+def run_subsets(executor: Executor, config: Config, prepared: Path, parts: Path, advance: Advance) -> None:
+    """Run the random subsets of score.monte_carlo into `parts`. Advances by subsets."""
     ranges = subsets.subset_ranges(config.score.monte_carlo)
-    units = [Unit(each, (subsets.subset_part_path(pieces, each),), size=each[1]) for each in ranges]
-    _run_missing(executor, Task(RunSubsets, config, {"prepared": prepared}, units, pieces), advance)
+    units = [Unit(each, (subsets.subset_part_path(parts, each),), size=each[1]) for each in ranges]
+    _run_missing(executor, Task(RunSubsets, config, {"prepared": prepared}, units, parts), advance)
 
 
 class MakeNetwork(Worker):

@@ -106,16 +106,16 @@ def _rank_patches(context: RunContext, data: PreparedDataset, paths: DistillPath
     config, section = context.config, context.config.distill.rded
     target = patch_ranking.table_path(paths.networks, config)
     if not target.exists():
-        pieces = patch_ranking.parts_folder(paths.networks, config)
-        pieces.mkdir(parents=True, exist_ok=True)
-        candidates = patch_ranking.draw_candidates(paths.manifest, config, pieces)
+        parts = patch_ranking.parts_folder(paths.networks, config)
+        parts.mkdir(parents=True, exist_ok=True)
+        candidates = patch_ranking.draw_candidates(paths.manifest, config, parts)
         chunks = data.chunks("train")
-        files = [score_part_path(pieces, chunk) for chunk in chunks]
+        files = [score_part_path(parts, chunk) for chunk in chunks]
         finished = sum(chunk.rows for chunk, file in zip(chunks, files, strict=True) if file.exists())
         with context.display.meter("rank", sum(chunk.rows for chunk in chunks), "samples", finished) as meter:
             tasks.rank_patches(context.executor, config, paths, chunks, meter.advance)
         patch_ranking.merge(files, candidates, section.crops, target)
-        shutil.rmtree(pieces)
+        shutil.rmtree(parts)
     needed = config.distill.ipc * section.factor**2
     if few := sum(images < needed for images in patch_ranking.images_per_class(target, section.crops)):
         context.display.say(f"  {few} classes have fewer than {needed} candidates: further crops of these are used")

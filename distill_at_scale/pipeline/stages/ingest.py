@@ -11,7 +11,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import Unreachable
 from distill_at_scale.data.codecs.clip import decoders_for, describe_decoders
 from distill_at_scale.data.ingest import derived_splits
-from distill_at_scale.data.ingest import plan as planning
+from distill_at_scale.data.ingest import plan as ingest_plan
 from distill_at_scale.data.ingest.chunks import is_finished, part_path
 from distill_at_scale.data.ingest.merge import merge
 from distill_at_scale.data.sources.class_subsets import class_list
@@ -43,7 +43,7 @@ def inputs(context: RunContext) -> StageInputs:
     """Lists the source; where it cannot be reached, what was ingested before counts."""
     values = config_values(context.config)
     try:
-        context.plan = planning.plan(context.config)
+        context.plan = ingest_plan.plan(context.config)
     except Unreachable as error:
         record = context.dir.record("ingest")
         if record is None or record["config"] != json.loads(json.dumps(values)):
@@ -57,19 +57,19 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     config, run_dir, say = context.config, context.dir, context.display.say
     validate.check_networks(config, validate.planned(config, context.plan))
     imported.check(config, context.plan)
-    pieces = run_dir.work("ingest", inputs) / "pieces"
-    pieces.mkdir(exist_ok=True)
+    parts = run_dir.work("ingest", inputs) / "pieces"
+    parts.mkdir(exist_ok=True)
     describe(context)
-    plan = context.plan.on_disk(pieces)
+    plan = context.plan.on_disk(parts)
     finished = sum(
         rows.num_rows
         for split, index, rows in plan.chunks(config.data.chunk)
-        if is_finished(part_path(pieces, split, index), check=False)
+        if is_finished(part_path(parts, split, index), check=False)
     )
     executor = context.executor
     with context.display.meter("decode", plan.samples, "samples", finished) as meter:
-        tasks.ingest(executor, config, plan, pieces, meter.advance)
-    meta = merge(plan, pieces, run_dir / "prepared", config.data, config.run.seed)
+        tasks.ingest(executor, config, plan, parts, meter.advance)
+    meta = merge(plan, parts, run_dir / "prepared", config.data, config.run.seed)
     if "transform" in meta:
         say(f"  {derived_splits.describe(meta)}")
     if "decoders" in meta:

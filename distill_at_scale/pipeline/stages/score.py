@@ -89,16 +89,16 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         return outputs, {"mean_score": written["mean_score"]}
 
     work, chunks, began = run_dir.work("score", inputs), data.chunks("train"), time.perf_counter()
-    checkpoints, pieces = work / "proxies", work / "pieces"
-    pieces.mkdir(exist_ok=True)
-    paths = [score_part_path(pieces, chunk) for chunk in chunks]
+    checkpoints, parts = work / "proxies", work / "pieces"
+    parts.mkdir(exist_ok=True)
+    paths = [score_part_path(parts, chunk) for chunk in chunks]
     if config.score.weights is None and not all(path.exists() for path in paths):
         _train_proxies(context, data, checkpoints)
     trained = time.perf_counter()
     finished = sum(chunk.rows for chunk, path in zip(chunks, paths, strict=True) if path.exists())
     executor = context.executor
     with display.meter("score", sum(chunk.rows for chunk in chunks), "samples", finished) as meter:
-        tasks.score(executor, config, data.folder, checkpoints, chunks, pieces, meter.advance)
+        tasks.score(executor, config, data.folder, checkpoints, chunks, parts, meter.advance)
     scored = time.perf_counter()
     columns = extra_columns.load(config, run_dir, data, run_subsets, display)
     sample_ids = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)

@@ -7,7 +7,6 @@ last log line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -55,7 +54,12 @@ class PrometheusMetrics:
     def __call__(self, event: Event) -> None:
         tags = {"run": self.run, "stage": event.stage, "node": event.host}
         if event.what == "work":
-            self._work(event, tags)
+            _add(self.busy, event.seconds, tags)
+            for key in self.counters.keys() & event.values.keys():
+                _add(self.counters[key], event.values[key], tags)
+            if "restarted" in event.values and (event.host, event.pid) not in self.seen:
+                self.seen.add((event.host, event.pid))
+                self.lost.inc(1, tags)
         elif event.what == "lost":
             self.lost.inc(1, tags)
         elif event.what == "log":
@@ -67,19 +71,11 @@ class PrometheusMetrics:
     def close(self) -> None:
         pass
 
-    def _work(self, event: Event, tags: Mapping[str, str]) -> None:
-        _add(self.busy, event.seconds, tags)
-        for key in self.counters.keys() & event.values.keys():
-            _add(self.counters[key], event.values[key], tags)
-        if "restarted" in event.values and (event.host, event.pid) not in self.seen:
-            self.seen.add((event.host, event.pid))
-            self.lost.inc(1, dict(tags))
-
 
 def _make(kind: Any, name: str, description: str) -> Any:
     return kind(PREFIX + name, description, tag_keys=TAGS)
 
 
-def _add(counter: Any, value: float, tags: Mapping[str, str]) -> None:
+def _add(counter: Any, value: float, tags: dict[str, str]) -> None:
     if value > 0:  # Ray refuses an increment of zero
-        counter.inc(value, dict(tags))
+        counter.inc(value, tags)

@@ -17,9 +17,7 @@ from distill_at_scale.storage.run_dir import RunDir
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run`, workers use this same environment
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault(
-    "RAY_BACKEND_LOG_LEVEL", "fatal"
-)  # the C++ core bypasses Python's stderr; its log files keep everything
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core bypasses Python's stderr; its log files keep all
 
 import ray
 import ray.data
@@ -52,7 +50,10 @@ class Session:
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
-            options |= {"include_dashboard": False, "object_store_memory": self._object_store()}
+            memory = min(OBJECT_STORE_BYTES, int(0.2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+            configured = self.config.object_store_mb
+            options["include_dashboard"] = False
+            options["object_store_memory"] = configured * 2**20 if configured else memory
         self.say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
         try:
             with _silent_stderr():
@@ -62,10 +63,9 @@ class Session:
         if not is_token_auth_enabled():
             self.say(OPEN)
         total = ray.cluster_resources()
-        self.say(
-            f"Ray is ready: {total.get('CPU', 0):g} cores, {total.get('GPU', 0):g} GPUs, {len(ray.nodes())} node(s)"
-        )
-        if total.get("GPU") and not self.config.gpus_per_worker:
+        cores, gpus = total.get("CPU", 0), total.get("GPU", 0)
+        self.say(f"Ray is ready: {cores:g} cores, {gpus:g} GPUs, {len(ray.nodes())} node(s)")
+        if gpus and not self.config.gpus_per_worker:
             self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
 
     def _address(self) -> str | None:
@@ -78,11 +78,6 @@ class Session:
                 "`ray job submit -- python jobs/pipeline.py CONFIG`"
             )
         return self.config.address or ("auto" if address else None)
-
-    def _object_store(self) -> int:
-        if self.config.object_store_mb:
-            return self.config.object_store_mb * 2**20
-        return min(OBJECT_STORE_BYTES, int(0.2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -45,20 +46,16 @@ def trackers(config: Config) -> list[Observer]:
     """The trackers of the section `track`. Raises UserError if a tracker's package is not installed."""
     track, observers = config.track, list[Observer]()
     if (mlflow := track.mlflow) is not None:
-        _need("mlflow")
         observers.append(Tracker("MLflow", config, lambda: Mlflow(mlflow, config)))
     if (wandb := track.wandb) is not None:
-        _need("wandb")
         observers.append(Tracker("Weights & Biases", config, lambda: Wandb(wandb, config)))
+    for package, section in (("mlflow", track.mlflow), ("wandb", track.wandb)):
+        if section is not None and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"track.{package} needs the package {package}, which is not installed; install distill_at_scale[{package}], "
+                f"or remove track.{package} from the configuration"
+            )
     return observers
-
-
-def _need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"track.{package} needs the package {package}, which is not installed; install distill_at_scale[{package}], or "
-            f"remove track.{package} from the configuration"
-        )
 
 
 class Tracker:
@@ -76,7 +73,9 @@ class Tracker:
         if self.run is None:
             return
         if event.what == "log":
-            self.run.log(_numbers(event.values), event.values["step"])
+            numbers = {key: value for key, value in event.values.items() if isinstance(value, int | float)}
+            metrics = {key: value for key, value in numbers.items() if key not in NOT_LOGGED and math.isfinite(value)}
+            self.run.log(metrics, event.values["step"])
         elif event.what == "result":  # the mean over the seeds so far, of each accuracy
             row = event.values
             for key in ("top1", "top5"):
@@ -112,7 +111,8 @@ class Mlflow:
         self.id = self.mlflow.active_run().info.run_id
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
-        self.mlflow.log_metrics({_plain(key): value for key, value in values.items()}, step=step, run_id=self.id)
+        metrics = {re.sub(r"[^\w\-. /]", "_", name): value for name, value in values.items()}  # MLflow allows no others
+        self.mlflow.log_metrics(metrics, step=step, run_id=self.id)
 
     def save(self, path: Path) -> None:
         self.mlflow.log_artifact(str(path), run_id=self.id)
@@ -138,10 +138,7 @@ class Wandb:
             mode=section.mode,
             name=last_name(config.run.dir),
             dir=str(folder),
-            settings={
-                "console": "off",
-                "x_disable_meta": True,
-            },  # do not upload the terminal output or the command line
+            settings={"console": "off", "x_disable_meta": True},  # no terminal output and no command line
         )
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
@@ -159,24 +156,9 @@ class Wandb:
 
 def parameters(config: Config) -> dict[str, Any]:
     """The flat configuration of a run, without credentials."""
-    flat = flatten(config)
-    return {
-        key: _short(value) for key, value in flat.items() if value is not None and not key.startswith(NO_PARAMETERS)
-    }
+    values = {key: value for key, value in flatten(config).items() if value is not None}
+    return {key: _short(value) for key, value in values.items() if not key.startswith(NO_PARAMETERS)}
 
 
 def _short(value: Any) -> Any:
     return value if isinstance(value, int | float) else str(public(value))[:MAX_LENGTH]
-
-
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: value
-        for key, value in line.items()
-        if key not in NOT_LOGGED and isinstance(value, int | float) and math.isfinite(value)
-    }
-
-
-def _plain(name: str) -> str:
-    """A name with only the characters that MLflow allows."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)

@@ -75,7 +75,7 @@ def test_a_network_that_sees_one_frame_gives_no_verdict_beside_others():
     ],
 )  # fmt: skip
 def test_the_question_names_what_was_distilled(shape, expected):
-    assert wording.question(shape, 6, 2, [5, 1, 9], 0.1).replace(wording.NBSP, " ") == expected
+    assert wording.question(wording.words(shape), 6, 2, [5, 1, 9], 0.1).replace(wording.NBSP, " ") == expected
 
 
 CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}

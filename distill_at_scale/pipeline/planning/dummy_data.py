@@ -46,7 +46,15 @@ def write(
     result, class_names = DummySet(folder), facts.class_names[:names]
     ids = [f"{label:06d}/{k:06d}" for label in labels for k in range(each)]
     column = np.repeat(np.asarray(labels, np.int32), each)
-    table = _table(facts, ids, column)
+    if facts.kind == "tensors":
+        pixels = images(facts.shape, len(ids)).astype(np.float32) / 64 - 2
+        table = shards.to_table(ids, column.tolist(), pixels)
+    elif facts.jpeg:
+        encoded = [encode(shards.stack_frames(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]
+        repeated = [encoded[k % len(encoded)] for k in range(len(ids))]
+        table = shards.to_jpeg_table(ids, column.tolist(), repeated, facts.shape)
+    else:
+        table = shards.to_table(ids, column.tolist(), images(facts.shape, len(ids)))
     group = group or shards.group_rows(facts.shape, facts.jpeg, max(1, each))
     shards.write_shards(result.prepared / "train", [table], table.schema, group)
     counts = np.bincount(column, minlength=len(class_names)).tolist()
@@ -67,16 +75,6 @@ def images(shape: Sequence[int], count: int) -> np.ndarray:
     coarse = generator.integers(40, 216, (min(count, DISTINCT), *shape[:-2], -(-height // 8), -(-width // 8)))
     distinct = coarse.repeat(8, -2).repeat(8, -1)[..., :height, :width].astype(np.uint8)
     return distinct[np.arange(count) % len(distinct)].reshape(count, *shape)
-
-
-def _table(facts: Facts, ids: list[str], labels: np.ndarray) -> pa.Table:
-    if facts.kind == "tensors":
-        return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)).astype(np.float32) / 64 - 2)
-    if not facts.jpeg:
-        return shards.to_table(ids, labels.tolist(), images(facts.shape, len(ids)))
-    encoded = [encode(shards.stack_frames(image), 90) for image in images(facts.shape, min(len(ids), DISTINCT))]
-    repeated = [encoded[k % len(encoded)] for k in range(len(ids))]
-    return shards.to_jpeg_table(ids, labels.tolist(), repeated, facts.shape)
 
 
 def write_checkpoints(folder: Path, spec: NetworkSpec, count: int) -> None:

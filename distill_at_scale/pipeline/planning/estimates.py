@@ -13,14 +13,14 @@ from pathlib import Path
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.distillation import engine, evaluate
-from distill_at_scale.distillation.methods.base import Cost
+from distill_at_scale.distillation.methods.base import Cost, Method
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning import memory, micro_benchmarks
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
-from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, StepTimes
+from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark
 from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
@@ -60,6 +60,10 @@ class Planner:
     facts: Facts
     layout: ClusterLayout
 
+    @property
+    def method(self) -> type[Method]:
+        return engine.method_class(self.config)
+
     def ingest(self) -> StageEstimate:
         facts, spread = self.facts, self.layout.actors(gpu=False)
         assert facts.listing is not None
@@ -76,13 +80,12 @@ class Planner:
         facts, score, device = self.facts, self.config.score, self.layout.device
         spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
         trials, epochs = score.checkpoint_counts
-        parts, sizes, side = {}, [], 1
+        parts, sizes = dict[str, float](), []
         criteria = build_criteria(score)
         if not criteria:
-            note = ["the cost of scores without proxies is not estimated"] if set(score.criteria) != {RANDOM} else []
-            return StageEstimate(
-                "score", {"write": facts.train * SELECT_EACH}, host=WITH_TORCH, disk=facts.train * IDS, notes=note
-            )
+            notes = ["the cost of scores without proxies is not estimated"] if set(score.criteria) != {RANDOM} else []
+            parts = {"write": facts.train * SELECT_EACH}
+            return StageEstimate("score", parts, host=WITH_TORCH, disk=facts.train * IDS, notes=notes)
         checkpoints = trials * len(needed_epochs(criteria.values(), epochs))  # that the pass uses
         if score.weights is None:
             spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
@@ -99,12 +102,9 @@ class Planner:
         (host, on_device), side = max(sizes, key=lambda size: sum(size[0]) * size[1])
         kept = 0 if score.weights else trials * epochs * memory.parameters(spec) * (2 if score.momentum else 1)
         disk = facts.train * (IDS + 4 * len(criteria) * (1 + checkpoints)) + kept
-        others = [name for name in score.criteria if name not in ("loss", RANDOM)]
-        notes = (
-            [f"estimated for the criterion loss; the extra cost of {', '.join(others)} is not included"]
-            if others
-            else []
-        )
+        notes = []
+        if others := [name for name in score.criteria if name not in ("loss", RANDOM)]:
+            notes.append(f"estimated for the criterion loss; the extra cost of {', '.join(others)} is not included")
         return StageEstimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
                         self.layout.machines(side), notes)  # fmt: skip
 
@@ -118,13 +118,19 @@ class Planner:
         with tempfile.TemporaryDirectory() as folder:
             workers = spread.side_by_side
             measured = StepBenchmark(self.config, facts, device, workers, Path(folder)).measure()
-        steps = engine.step_count(self.config)
-        parts = self._extra() | {"prepare": self._prepare(measured), "steps": steps * measured.step}
-        pool = self._pool(measured.own)
+        parts = {cost.what: self._seconds(cost) for cost in self.method.costs(self.config)}
+        # samples that the dummy classes did not hold are read besides
+        unread = sum(max(0, kept - measured.held) for kept in facts.kept) * measured.own / facts.classes
+        parts["prepare"] = measured.prepare + unread * measured.read
+        parts["steps"] = engine.step_count(self.config) * measured.step
+        pool = sum(sorted(facts.kept, reverse=True)[: measured.own]) * facts.held
         held, _ = placement.choose(wanted.hold, pool, device, placement.memory_budget(device, spread.side_by_side))
         size = memory.of_distillation(measured.own, wanted.ipc, facts.values, pool, measured.activations, device, held)
         images = 4 * facts.classes * wanted.ipc * facts.values
-        networks = len(self._names()) * self._network_bytes()
+        section = getattr(wanted, wanted.method, None)
+        weights = memory.parameters(self._spec(getattr(section, "teacher_network", wanted.network)))
+        states = 1 + getattr(section, "expert_epochs", 0)  # an expert has one state per epoch
+        networks = len(self.method.networks(self.config)) * states * weights
         notes = [f"kept samples in {held}, {pool / 2**20:,.0f} MB per worker", *measured.notes()]
         return StageEstimate("distill", self._started(parts, TRAIN), workers, *size, images + networks, 5 * images,
                         self.layout.machines(workers), notes)  # fmt: skip
@@ -133,10 +139,14 @@ class Planner:
         facts, section, device = self.facts, self.config.evaluate, self.layout.device
         jobs = evaluate.jobs(self.config)
         spread = self.layout.tasks(len(jobs))
+        protocol = self.method.protocol(self.config).overridden(section)
+        long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
+        sets = [(facts.classes * self.config.distill.ipc, protocol, 2 * section.seeds)]  # images, protocol, networks
+        sets += [(sum(facts.kept) if one == "kept" else facts.train, long, section.seeds) for one in section.bounds]
         seconds, sizes = 0.0, [(0, 0)]
         for name in section.networks:
             spec = self._spec(name)
-            for images, protocol, networks in self._sets():
+            for images, protocol, networks in sets:
                 each = micro_benchmarks.training(spec, protocol, images, device, spread.threads).each
                 seconds += networks * each * images * protocol.epochs
                 size = memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device)
@@ -160,22 +170,10 @@ class Planner:
         wanted = self.config.distill
         return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth, self.facts.kind)
 
-    def _sets(self) -> list[tuple[int, TrainingProtocol, int]]:
-        """(images, protocol, networks) of every set that one architecture is trained on."""
-        section, facts, bounds = self.config.evaluate, self.facts, self.config.evaluate.bounds
-        protocol = engine.method_class(self.config).protocol(self.config).overridden(section)
-        images = facts.classes * self.config.distill.ipc
-        long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
-        sets = [(images, protocol, 2 * section.seeds)]
-        return sets + [(sum(facts.kept) if bound == "kept" else facts.train, long, section.seeds) for bound in bounds]
-
-    def _extra(self) -> dict[str, float]:
-        """Seconds of the method's work outside its steps, by name."""
-        return {cost.what: self._passes(cost) for cost in engine.method_class(self.config).costs(self.config)}
-
-    def _passes(self, cost: Cost) -> float:
+    def _seconds(self, cost: Cost) -> float:
+        """Seconds of work outside the method's steps."""
         count = sum(self.facts.kept) if cost.images == "kept" else self.facts.classes * self.config.distill.ipc
-        names = self._names()
+        names = self.method.networks(self.config)
         spread = self.layout.tasks(len(names)) if cost.backward and names else self.layout.workers(1)
         device, spec = self.layout.device, self._spec(cost.network)
         if not cost.backward:
@@ -183,20 +181,3 @@ class Planner:
         each = micro_benchmarks.training(spec, TrainingProtocol(1, batch=128), count, device, spread.threads).each
         waves = spread.waves(len(names)) / len(names) if names else 1.0  # tasks run side by side
         return cost.passes * count * each * waves
-
-    def _names(self) -> list[str]:
-        return engine.method_class(self.config).networks(self.config)
-
-    def _network_bytes(self) -> int:
-        """Bytes of one network that the method needs; an expert has one state per epoch."""
-        section = getattr(self.config.distill, self.config.distill.method, None)
-        name = getattr(section, "teacher_network", self.config.distill.network)
-        return memory.parameters(self._spec(name)) * (1 + getattr(section, "expert_epochs", 0))
-
-    def _prepare(self, measured: StepTimes) -> float:
-        """The measured start, and reading the kept samples that the dummy classes did not hold."""
-        unread = sum(max(0, kept - measured.held) for kept in self.facts.kept) * measured.own / self.facts.classes
-        return measured.prepare + unread * measured.read
-
-    def _pool(self, own: int) -> int:
-        return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.held

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.ingest.chunks import READ_AT_ONCE, READ_BYTES
-from distill_at_scale.data.ingest.merge import SPAN_BYTES, merge_threads
 from distill_at_scale.data.prepared.format import scoring_chunk
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.planning.facts import Facts
@@ -50,22 +49,16 @@ class _TensorMemory(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self.seen.add(value.untyped_storage()._cdata)  # existed before
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        self.seen |= {value.untyped_storage()._cdata for value in inputs}  # existed before
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
+            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
         return result
-
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.held += size
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self.seen.discard(key)
@@ -102,11 +95,6 @@ def of_ingest(config: Config, facts: Facts) -> int:
         size = int(facts.listing.listings["train"]["size"].to_numpy().mean()) or facts.values
     raw = min(READ_BYTES, READ_AT_ONCE * size)
     return PROCESS + 4 * raw + 2 * config.data.chunk * facts.stored
-
-
-def of_merge(facts: Facts) -> int:
-    """Bytes of the driver while it merges: a span of images per thread, read and copied, and every sample's id."""
-    return WITH_TORCH + 3 * min(merge_threads() * SPAN_BYTES, facts.samples * facts.stored) + facts.samples * IDS
 
 
 def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:

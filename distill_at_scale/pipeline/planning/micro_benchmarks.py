@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, recipe_of
 from distill_at_scale.data.ingest.plan import open_source
@@ -69,11 +68,14 @@ def decode(config: Config, listing: ingest.IngestPlan) -> Throughput:
     rows, cpu = listing.listings["train"], torch.device("cpu")
     source, recipe = open_source(config.data), recipe_of(config)
     with tempfile.TemporaryDirectory() as folder, threads(1):
+
+        def seconds(count: int, name: str) -> float:
+            return timed(lambda: ingest_chunk(source, recipe, rows.slice(0, count), Path(folder) / name), cpu)
+
         few = min(4, rows.num_rows)
-        once = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, few), Path(folder) / "a.arrow"), cpu)
-        guess = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, few), Path(folder) / "b.arrow"), cpu) / few
+        once, guess = seconds(few, "a.arrow"), seconds(few, "b.arrow") / few
         count = max(few, min(rows.num_rows, config.data.chunk, int(SECONDS / max(guess, 1e-6))))
-        took = timed(lambda: ingest_chunk(source, recipe, rows.slice(0, count), Path(folder) / "c.arrow"), cpu)
+        took = seconds(count, "c.arrow")
     return Throughput(took / count, once)
 
 
@@ -98,16 +100,12 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
         dummy = dummy_data.write(Path(name), facts, [0], max(count, 4 * shards), max(1, count // (4 * shards)))
         update = {"batch": batch, "epochs": EPOCHS, "trials": 1, "share": 1.0, "weights": None, "shards": shards}
         score = config.score.model_copy(update=update | {"compile": "always" if compiled else "never"})
-        steps, took = _trial(score, dummy.prepared, Path(name) / "proxies", device)
-    return Throughput(min(took[1:]) / (steps * batch), max(0.0, took[0] - min(took[1:])))
-
-
-def _trial(score: ScoreSection, prepared: Path, folder: Path, device: torch.device) -> tuple[int, list[float]]:
-    """Steps per epoch, and the seconds of each epoch."""
-    trial = proxy.ProxyTrial(PreparedDataset(prepared), score, 0, 0, folder, device)
-    times: list[float] = []
-    trial.run(lambda done: times.append(now(device)))
-    return max(1, trial.loader.steps(trial.loader.shard_groups(0, 1))), [b - a for a, b in pairwise(times)]
+        trial = proxy.ProxyTrial(PreparedDataset(dummy.prepared), score, 0, 0, Path(name) / "proxies", device)
+        times: list[float] = []
+        trial.run(lambda done: times.append(now(device)))
+        steps = max(1, trial.loader.steps(trial.loader.shard_groups(0, 1)))  # per epoch
+    first, *others = [b - a for a, b in pairwise(times)]
+    return Throughput(min(others) / (steps * batch), max(0.0, first - min(others)))
 
 
 def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
@@ -163,9 +161,5 @@ def _step(spec: NetworkSpec, device: torch.device) -> float:
     network = spec.build(0).to(device).train()
     images = dummy_data.training_images(spec.shape, 4).to(device)
     targets = torch.zeros(4, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        F.cross_entropy(network(images), targets).backward()
-
-    step()
-    return max(1e-7, timed(step, device) / 4)
+    _, seconds = (timed(lambda: F.cross_entropy(network(images), targets).backward(), device) for _ in range(2))
+    return max(1e-7, seconds / 4)

@@ -76,18 +76,16 @@ class RunPlan:
 
 def problems(config: Config, layout: ClusterLayout, estimates: list[StageEstimate]) -> list[str]:
     """What does not fit, each with the key to change."""
-    machine, share, lines = layout.machine, config.cluster.gpus_per_worker, []
+    machine, share, lines = layout.machine, config.cluster.gpus_per_worker, list[str]()
     if not layout.local and not layout.remote:
         workers = {"distill.workers": config.distill.min_workers, "score.workers": config.score.workers}
-        lines = [
-            f"{key} = {count} needs {count} cores, this machine has {machine.cores}; lower {key} to {machine.cores}"
-            for key, count in workers.items()
-            if count > machine.cores
-        ]
+        for key, count in workers.items():
+            if count > machine.cores:
+                there = f"this machine has {machine.cores}; lower {key} to {machine.cores}"
+                lines.append(f"{key} = {count} needs {count} cores, {there}")
         if share > machine.gpus:
-            lines.append(
-                f"cluster.gpus_per_worker = {share:g}, this machine has {machine.gpus} GPUs; lower it (0 runs on CPUs)"
-            )
+            there = f"this machine has {machine.gpus} GPUs; lower it (0 runs on CPUs)"
+            lines.append(f"cluster.gpus_per_worker = {share:g}, {there}")
         elif share * config.distill.min_workers > machine.gpus:
             lines.append(
                 f"distill.workers = {config.distill.workers} with cluster.gpus_per_worker = {share:g} do not fit on "
@@ -128,12 +126,10 @@ def advice(estimates: list[StageEstimate]) -> list[str]:
             faster = FASTER.get(estimate.stage, "use more machines")
             lines.append(f"{estimate.stage} takes {in_words(estimate.seconds)} here, most of it for: {part}; {faster}")
         elif (
-            part not in ("steps", "start", "prepare") and estimate.stage == "distill" and seconds > estimate.seconds / 2
+            estimate.stage == "distill" and part not in ("steps", "start", "prepare") and 2 * seconds > estimate.seconds
         ):
-            lines.append(
-                f"distill: {part} takes {in_words(seconds)}, longer than the steps; every run of this folder with the same "
-                "networks uses the result again"
-            )
+            again = "every run of this folder with the same networks uses the result again"
+            lines.append(f"distill: {part} takes {in_words(seconds)}, longer than the steps; {again}")
     return lines
 
 
@@ -160,7 +156,8 @@ def combine(
 def identity(config: Config) -> str:
     """A hash of everything in a configuration that decides the predictions."""
     values = config.model_dump()
-    return digest([{k: v for k, v in values.items() if k != "run"} | {"price": None}, values["run"]["seed"]])
+    run = values.pop("run")
+    return digest([values | {"price": None}, run["seed"]])
 
 
 def read(path: Path, config: Config) -> dict[str, Any]:

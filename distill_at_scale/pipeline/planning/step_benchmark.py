@@ -57,11 +57,6 @@ class Step:
     calls: float = 0
     bytes: float = 0
 
-    def with_exchange(self, workers: int) -> float:
-        """Seconds including the all-reduces between `workers`."""
-        share = 2 * (workers - 1) / workers
-        return self.seconds + (self.calls * LATENCY + self.bytes / BANDWIDTH) * share
-
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -80,8 +75,7 @@ class StepTimes:
         lines = []
         if self.slice < self.own:
             lines.append(f"measured on {self.slice} of a worker's {self.own} classes and scaled up")
-        if self.loops:
-            lengths = ", ".join(f"{key} {length}" for key, length in self.loops.items())
+        if lengths := ", ".join(f"{key} {length}" for key, length in self.loops.items()):
             lines.append(f"loops measured short and scaled to {lengths}")
         return lines
 
@@ -131,7 +125,9 @@ class StepBenchmark:
         return first + (outer - 1) * (max(0.0, second - first) + (inner - 1) * max(0.0, deeper - second))
 
     def _cost(self, classes: int, outer: int, inner: int) -> float:
-        return self._step(classes, outer, inner).with_exchange(self.workers)
+        """Seconds of a step including the all-reduces between the workers."""
+        step, share = self._step(classes, outer, inner), 2 * (self.workers - 1) / self.workers
+        return step.seconds + (step.calls * LATENCY + step.bytes / BANDWIDTH) * share
 
     def _step(self, classes: int, outer: int = 1, inner: int = 1, refresh: bool = False) -> Step:
         """A step after a warm-up step; each kind is measured once."""

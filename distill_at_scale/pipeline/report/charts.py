@@ -85,13 +85,9 @@ def _plane(plot: Plot, styled: Sequence[Styled]) -> Figure:
             where = axes.transData + ScaledTranslation(dodge, 0, figure.dpi_scale_trans)
             x, y, error = zip(*values, strict=True)
             if any(error):
-                axes.errorbar(
-                    x, y, yerr=error, fmt="none", ecolor=color, elinewidth=1, capsize=2.5, alpha=0.75, transform=where
-                )
-            axes.plot(
-                x, y, ls=_dash(series), lw=1.7, color=color, marker=marker, ms=5, mec="white", mew=0.7,
-                transform=where, zorder=3,
-            )  # fmt: skip
+                bar: Any = {"fmt": "none", "ecolor": color, "elinewidth": 1, "capsize": 2.5}
+                axes.errorbar(x, y, yerr=error, **bar, alpha=0.75, transform=where)
+            axes.plot(x, y, lw=1.7, ms=5, **_line(series, color, marker), transform=where, zorder=3)
     marks = [(name, x) for name, x in plot.marks if _usable(x, log)]
     levels = [(name, y) for name, y in plot.levels if math.isfinite(y)]
     _x_axis(axes, plot, [x for values in points for x, _, _ in values] + [x for _, x in marks], log)
@@ -102,7 +98,7 @@ def _plane(plot: Plot, styled: Sequence[Styled]) -> Figure:
         room = 0.07 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 0.1
         axes.set_ylim(min(ys) - room, max(ys) + room)
     axes.set_ylabel(clean(plot.y_label))
-    axes.yaxis.set_major_formatter(formatter(_scale(plot.y_label, [y for values in points for _, y, _ in values])))
+    axes.yaxis.set_major_formatter(formatter(plot.y_label, [y for values in points for _, y, _ in values]))
     _levels(axes, levels)
     _marks(axes, marks)
     frame(axes, "both")
@@ -124,7 +120,6 @@ def _usable(x: Any, log: bool) -> TypeGuard[float]:
 
 def _x_axis(axes: Axes, plot: Plot, xs: Sequence[float], log: bool) -> None:
     axes.set_xlabel(clean(plot.x_label))
-    scale = formatter(_scale(plot.x_label, xs))
     if xs:
         low, high = min(xs), max(xs)
         if log:
@@ -137,7 +132,7 @@ def _x_axis(axes: Axes, plot: Plot, xs: Sequence[float], log: bool) -> None:
             axes.set_xlim(low - room, high + room)
             if high > 1 and all(float(x).is_integer() for x in xs):
                 axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(scale)
+    axes.xaxis.set_major_formatter(formatter(plot.x_label, xs))
 
 
 def _levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
@@ -187,7 +182,7 @@ def _rows(plot: Plot, styled: Sequence[Styled]) -> Figure:
     axes.set_yticks(range(len(names)), [clip(clean(name)) for name in names], color=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(clean(plot.y_label))
-    axes.xaxis.set_major_formatter(formatter(_scale(plot.y_label, [y for y, _ in points])))
+    axes.xaxis.set_major_formatter(formatter(plot.y_label, [y for y, _ in points]))
     if values:
         bars = any(series.kind == "bars" for series, *_ in styled)
         low, high = min(values), max(values)
@@ -214,9 +209,7 @@ def _row_series(axes: Axes, series: Series, color: str, marker: str, rows: dict[
     if series.kind == "bars":
         axes.barh(places, values, height=0.76 / per_row, color=color, alpha=0.85)
     else:
-        axes.plot(
-            values, places, ls=_dash(series), lw=1.2, color=color, marker=marker, ms=5.5, mec="white", mew=0.7, zorder=3
-        )
+        axes.plot(values, places, lw=1.2, ms=5.5, **_line(series, color, marker), zorder=3)
     for place, (_, value, error) in zip(places, points, strict=True):
         if error:
             ink = INK if series.kind == "bars" else color
@@ -233,8 +226,9 @@ def _name(x: Any) -> str:
     return x if isinstance(x, str) else f"{x:g}"
 
 
-def _dash(series: Series) -> str:
-    return "-" if series.kind == "line" else "none"
+def _line(series: Series, color: str, marker: str) -> dict[str, Any]:
+    dash = "-" if series.kind == "line" else "none"
+    return {"ls": dash, "color": color, "marker": marker, "mec": "white", "mew": 0.7}
 
 
 def _legend(axes: Axes, styled: Sequence[Styled]) -> None:
@@ -243,14 +237,13 @@ def _legend(axes: Axes, styled: Sequence[Styled]) -> None:
     names: list[str] = []
     for series, color, marker in styled:
         if series.name:
-            line = Line2D([], [], ls=_dash(series), lw=1.7, color=color, marker=marker, ms=5.5, mec="white", mew=0.7)
+            line = Line2D([], [], lw=1.7, ms=5.5, **_line(series, color, marker))
             handles.append(Patch(color=color, alpha=0.85) if series.kind == "bars" else line)
             names.append(clip(clean(series.name), MAX_NAME))
     if names:
         columns = max(1, min(len(names), int(108 / (max(map(len, names)) + 7))))
-        axes.figure.legend(
-            handles, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, borderaxespad=0.2
-        )
+        where: Any = {"loc": "outside upper left", "ncols": columns, "borderaxespad": 0.2}
+        axes.figure.legend(handles, names, **where, frameon=False, fontsize=9)
 
 
 def clean(text: str) -> str:
@@ -272,13 +265,9 @@ def is_share(label: str, values: Sequence[float]) -> bool:
     return fractions and not HAS_UNIT.search(label) and bool(IS_SHARE.search(label))
 
 
-def _scale(label: str, values: Sequence[float]) -> int:
-    return 100 if is_share(label, values) else 1
-
-
-def formatter(scale: float) -> FuncFormatter:
-    """Plain numbers; per cent if the scale is 100."""
-    unit = "\u00a0%" if scale == 100 else ""
+def formatter(label: str, values: Sequence[float]) -> FuncFormatter:
+    """Plain numbers, or shares in per cent."""
+    scale, unit = (100, "\u00a0%") if is_share(label, values) else (1, "")
     return FuncFormatter(lambda value, _: f"{scale * value:,.6g}{unit}".replace("-", "−"))
 
 

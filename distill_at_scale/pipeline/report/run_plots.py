@@ -90,13 +90,8 @@ def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
                     axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
                 spread = np.linspace(-0.18, 0.18, len(bar.seeds)) if len(bar.seeds) > 1 else np.zeros(1)
                 axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=INK, lw=0.7, zorder=3)
-                where: dict[str, Any] = {
-                    "xytext": (9, 0),
-                    "textcoords": "offset points",
-                    "va": "center",
-                    "weight": "bold",
-                }
-                axes.annotate(bar.text, (bar.end, place), **where)
+                where: Any = {"xytext": (9, 0), "textcoords": "offset points"}
+                axes.annotate(bar.text, (bar.end, place), **where, va="center", weight="bold")
         name_rows(axes, names)
         axes.set_ylim(place + 0.65, -0.4)
         axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))

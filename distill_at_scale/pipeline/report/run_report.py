@@ -42,11 +42,7 @@ REASONS, KINDS = (
     12,
 )  # up to REASONS rejected samples are listed one by one; more are grouped into at most KINDS kinds
 VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # parts that differ between two reasons of one kind
-IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = (
-    100,
-    20,
-    10,
-)  # classes at one image per class; else classes and images per class
+IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image per class; else classes, images per class
 IMAGE_BYTES = 1_000_000  # of all synthetic images on the page
 CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show clips
 CLIP_COLUMNS = 5
@@ -57,11 +53,7 @@ Array = np.ndarray[Any, Any]
 
 
 def write(run: RunDir, config: Config) -> Path:
-    """Write `report.html` into the run folder atomically.
-
-    Raises:
-        UserError: the folder has no prepared data or no synthetic set.
-    """
+    """Write `report.html` atomically. Raises UserError if the folder has no prepared data or no synthetic set."""
     return html.write(run / "report.html", "report.html.j2", contents(run, config))
 
 
@@ -79,9 +71,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "card": synthetic.card,
         "set_names": SET_NAMES,
         "words": words,
-        "question": text.question(
-            prepared.shape, len(synthetic.labels), ipc, prepared.counts("train"), kept, prepared.kind
-        ),
+        "question": text.question(words, len(synthetic.labels), ipc, prepared.counts("train"), kept),
         "method_facts": text.method_facts(synthetic.card, words["many"]),
         "answer": text.answer(evaluation.get("summary", [])),
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
@@ -245,10 +235,8 @@ def _samples(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     classes = np.unique(labels)[:SAMPLE_CLASSES].tolist()
     rows = [{"name": prepared.class_names[c]} | _extremes(scores[labels == c], kept[labels == c]) for c in classes]
     tiles = [sorted(row["low"] + row["high"], key=lambda tile: tile["place"]) for row in rows]
-    pixels = (
-        to_pixels(prepared.take("train", c, [tile["place"] for tile in own]))
-        for c, own in zip(classes, tiles, strict=True)
-    )
+    places = [[tile["place"] for tile in own] for own in tiles]
+    pixels = (to_pixels(prepared.take("train", c, own)) for c, own in zip(classes, places, strict=True))
     gallery = run_plots.gallery(chain.from_iterable(pixels), SMALL_SIDE, CLIP_BYTES)
     for tile, picture in zip(chain.from_iterable(tiles), gallery.pictures, strict=True):
         tile["image"] = picture

@@ -26,16 +26,12 @@ def words(sizes: Sequence[int], kind: str | None = None) -> dict[str, Any]:
     return {"one": "clip", "many": "clips", "of": of, "frames": sizes[0], "rate": FRAMES_PER_SECOND}
 
 
-def question(
-    shape: Sequence[int], samples: int, ipc: int, counts: Sequence[int], kept: float | None, kind: str | None = None
-) -> str:
-    """The question that the evaluation answers; `counts` are the real samples per class, `kept` the fraction kept."""
-    word, real = words(shape, kind), sum(min(ipc, n) for n in counts)
+def question(noun: Mapping[str, Any], samples: int, ipc: int, counts: Sequence[int], kept: float | None) -> str:
+    """The question that the evaluation answers. `noun` is from `words`, `counts` are the real samples per class."""
+    many, real = noun["many"], sum(min(ipc, n) for n in counts)
     source = "" if kept is None else f" from {share(kept)} of the training set"
-    return (
-        f"Do {samples:,} synthetic {word['many']}{word['of']} ({ipc} per class), distilled{source}, train a better network "
-        f"than {real:,} random real {word['many']}?"
-    )
+    synthetic = f"{samples:,} synthetic {many}{noun['of']} ({ipc} per class), distilled{source}"
+    return f"Do {synthetic}, train a better network than {real:,} random real {many}?"
 
 
 def method_facts(card: Mapping[str, Any], many: str) -> list[str]:

@@ -61,8 +61,7 @@ def lanes(workers: Sequence[WorkerUtilization]) -> list[Lane]:
         hosts.setdefault(worker.host, []).append(worker)
     if len(workers) <= LANES:
         return [Lane(f"{host} · {worker.pid}", [worker]) for host, members in hosts.items() for worker in members]
-    names, size = list(hosts), -(-len(hosts) // LANES)
-    result = []
+    names, size, result = list(hosts), -(-len(hosts) // LANES), []
     for start in range(0, len(names), size):
         group = names[start : start + size]
         members = [worker for host in group for worker in hosts[host]]

@@ -33,14 +33,7 @@ from distill_at_scale.storage.filesystem import redact_uri
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
-STAGE_MODULES: dict[str, Any] = {
-    "ingest": ingest,
-    "score": score,
-    "select": select,
-    "distill": distill,
-    "evaluate": evaluate,
-    "report": report,
-}
+STAGE_MODULES: dict[str, Any] = dict(zip(STAGES, (ingest, score, select, distill, evaluate, report), strict=True))
 
 
 class Pipeline:

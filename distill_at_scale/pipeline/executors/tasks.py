@@ -31,6 +31,7 @@ from distill_at_scale.distillation import evaluate as evaluation
 from distill_at_scale.distillation.checkpoint import checkpoint_step
 from distill_at_scale.distillation.dc_subset import dc_distiller
 from distill_at_scale.distillation.engine import Distillation, DistillPaths, make_network, method_class
+from distill_at_scale.distillation.evaluate import EvaluationJob
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline.executors.base import Advance, Executor, Group, Report, Result, Task, Unit, Worker
 from distill_at_scale.pipeline.monitoring.distillation_log import LogTail
@@ -307,11 +308,7 @@ class Evaluate(Worker):
 
 
 def evaluate(
-    executor: Executor,
-    config: Config,
-    jobs: Sequence[evaluation.EvaluationJob],
-    folders: tuple[Path, Path, Path],
-    report: Report,
+    executor: Executor, config: Config, jobs: Sequence[EvaluationJob], folders: tuple[Path, Path, Path], report: Report
 ) -> None:
     """Run evaluation jobs on (prepared, synthetic, manifest) and report each row."""
     paths = dict(zip(("prepared", "synthetic", "manifest"), folders, strict=True))

@@ -28,7 +28,6 @@ BY_RAY = (1, -signal.SIGABRT)  # exit codes with which Ray's core ends a process
 
 
 def gone(address: str) -> str:
-    """The error message."""
     return f"the Ray cluster at {address} is gone; start it again and give the same command again; what is finished is kept"
 
 

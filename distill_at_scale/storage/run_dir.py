@@ -103,7 +103,7 @@ class RunDir:
                 yield
 
     def fetch(self, *names: str) -> None:
-        """Fetch what the object store holds, if the folder is in one; `names`: only these files of the outputs."""
+        """Fetch what the object store holds; `names`: only these files of the outputs."""
         if self.remote:
             self.remote.fetch(names)
 

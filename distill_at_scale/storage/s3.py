@@ -38,20 +38,8 @@ def connect(uri: str) -> tuple[Any, str]:
         raise ValueError("it names no bucket; write s3://bucket/folder")
     if ":" in bucket:
         raise ValueError("the bucket's name holds a ':'; in credentials before '@' write '/' as %2F and '?' as %3F")
-    options: dict[str, Any] = {**DEFAULTS, **_options(parts.query)}
-    attempts = options.pop("attempts", 3)
-    if parts.username:
-        options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password or "")}
-    if not options.get("region") and not options.get("endpoint_override"):
-        options["region"] = fs.resolve_s3_region(bucket)
-    options["allow_delayed_open"] = True  # stores a small file with one request
-    system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts))
-    return system, f"{bucket}{unquote(parts.path)}".rstrip("/")
-
-
-def _options(query: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
+    options: dict[str, Any] = dict(DEFAULTS)
+    for name, text in parse_qsl(parts.query, keep_blank_values=True):
         kind = OPTIONS.get(name)
         if kind is None:
             raise ValueError(f"unknown option {name!r}; known: {', '.join(OPTIONS)}")
@@ -61,4 +49,11 @@ def _options(query: str) -> dict[str, Any]:
             options[name] = text.lower() == "true" if kind is bool else kind(text)
         except ValueError:
             raise ValueError(f"{name}={text}: write a number") from None
-    return options
+    attempts = options.pop("attempts", 3)
+    if parts.username:
+        options |= {"access_key": unquote(parts.username), "secret_key": unquote(parts.password or "")}
+    if not options.get("region") and not options.get("endpoint_override"):
+        options["region"] = fs.resolve_s3_region(bucket)
+    options["allow_delayed_open"] = True  # stores a small file with one request
+    system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts))
+    return system, f"{bucket}{unquote(parts.path)}".rstrip("/")

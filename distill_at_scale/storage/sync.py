@@ -109,7 +109,11 @@ class FolderSync:
             existing = self._local_files(names)
             tops = tuple(f"{name}/" for name in names) or ("",)
             lost = [name for name in list(self._known) if name not in existing and f"{name}/".startswith(tops)]
-            for name in {self._highest_gone(name) for name in lost}:
+            highest = set()  # folders that no longer exist, else files
+            for name in lost:
+                above = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
+                highest.add(next((folder for folder in above if not (self.local / folder).exists()), name))
+            for name in highest:
                 self.store.delete(name)
             for name in lost:
                 self._known.pop(name, None)
@@ -143,18 +147,15 @@ class FolderSync:
                 raise
         self.push(*names, gone=True)
 
-    def _highest_gone(self, name: str) -> str:
-        """The highest folder above a deleted file that no longer exists, or the file."""
-        parents = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
-        return next((folder for folder in parents if not (self.local / folder).exists()), name)
-
     def _listed(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The store's files: name -> pyarrow.fs.FileInfo."""
         return {name: info for name, info in self.store.listed(*names).items() if _visible(name)}
 
     def _local_files(self, names: tuple[str, ...]) -> dict[str, os.stat_result]:
+        tops = [self.local / name for name in names or ("",)]
+        inside = [Path(folder) / name for top in tops for folder, _, files in os.walk(top) for name in files]
         result = {}
-        for path in (path for top in names or ("",) for path in _files(self.local / top)):
+        for path in [*tops, *inside]:
             name = path.relative_to(self.local).as_posix()
             with contextlib.suppress(FileNotFoundError):  # replaced or removed in the meantime
                 if _visible(name) and path.is_file() and not path.is_symlink():
@@ -227,14 +228,6 @@ def repeated(action: Callable[[], object]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def _files(top: Path) -> Iterator[Path]:
-    """A file, or all files in a folder."""
-    if top.is_file():
-        yield top
-    for folder, _, names in os.walk(top):
-        yield from (Path(folder) / name for name in names)
 
 
 def _visible(name: str) -> bool:

@@ -34,7 +34,7 @@ def contents(findings: Sequence[Finding], config: Config) -> dict[str, Any]:
         "name": pages.name_of(config.data.path, config.data.source),
         "detail": f"{many} of pruning: {studies.seeds} distillations{steps} of every point, {networks} trained on each",
         "findings": [_section(finding, number) for number, finding in enumerate(findings)],
-        "settings": pages.settings(config),
+        "settings": pages.as_yaml(config.model_dump()),
     }
 
 

@@ -64,7 +64,7 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "first_plots": FIRST_PLOTS,
         "failed": _failed(rows, keys),
         "stopped": _stopped(rows, keys),
-        "settings": pages.settings(config),
+        "settings": pages.as_yaml(config.model_dump()),
     }
 
 

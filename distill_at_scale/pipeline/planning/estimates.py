@@ -123,7 +123,7 @@ class Planner:
         unread = sum(max(0, kept - measured.held) for kept in facts.kept) * measured.own / facts.classes
         parts["prepare"] = measured.prepare + unread * measured.read
         parts["steps"] = engine.step_count(self.config) * measured.step
-        pool = sum(sorted(facts.kept, reverse=True)[: measured.own]) * facts.held
+        pool = self._pool(measured.own)
         held, _ = placement.choose(wanted.hold, pool, device, placement.memory_budget(device, spread.side_by_side))
         size = memory.of_distillation(measured.own, wanted.ipc, facts.values, pool, measured.activations, device, held)
         images = 4 * facts.classes * wanted.ipc * facts.values
@@ -181,3 +181,7 @@ class Planner:
         each = micro_benchmarks.training(spec, TrainingProtocol(1, batch=128), count, device, spread.threads).each
         waves = spread.waves(len(names)) / len(names) if names else 1.0  # tasks run side by side
         return cost.passes * count * each * waves
+
+    def _pool(self, own: int) -> int:
+        """Bytes of the kept samples of a worker's `own` largest classes."""
+        return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.held

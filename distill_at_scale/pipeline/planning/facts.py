@@ -62,11 +62,6 @@ class Facts:
         """Bytes of a sample in memory, in its stored data type."""
         return self.values * (4 if self.kind == "tensors" else 1)
 
-    @property
-    def groups(self) -> int:
-        """Row groups of the training split."""
-        return sum(-(-count // self.group) for count in self.counts)
-
 
 def of_prepared(config: Config, prepared: PreparedDataset, manifest_path: Path | None) -> Facts:
     """From finished stages; `manifest_path` is None before selection."""

@@ -95,7 +95,8 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
     with tempfile.TemporaryDirectory() as name, threads(cores):
         affordable = int(SECONDS / _step(spec, device))
         batch = max(1, min(config.score.batch, samples, max(LEAST, affordable)))
-        shards = max(1, min(config.score.shards, batch, facts.groups // 4 or 1))
+        groups = sum(-(-count // facts.group) for count in facts.counts)
+        shards = max(1, min(config.score.shards, batch, groups // 4 or 1))
         count = batch * max(1, min(16, affordable // batch))
         dummy = dummy_data.write(Path(name), facts, [0], max(count, 4 * shards), max(1, count // (4 * shards)))
         update = {"batch": batch, "epochs": EPOCHS, "trials": 1, "share": 1.0, "weights": None, "shards": shards}

@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 import yaml
 
-from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.pipeline.report.style import COLORS
 from distill_at_scale.pipeline.report.text import accuracy, duration, shape, share
@@ -41,11 +40,6 @@ def name_of(path: str | None, source: str) -> str:
     """The data set's name for a title: the last part of its path without credentials, else its source."""
     path = redact_uri(path or "")
     return Path(path.partition("?")[0] if "://" in path else path).name or source
-
-
-def settings(config: Config) -> str:
-    """The configuration as YAML."""
-    return as_yaml(config.model_dump())
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:

@@ -244,7 +244,7 @@ def _samples(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
 
 
 def _extremes(scores: Array, kept: Array) -> dict[str, Any]:
-    """The samples of one class with the lowest and highest scores, with their places in the class; pictures come later."""
+    """The samples of one class with the lowest and highest scores, by their places in the class, without pictures."""
     order = np.argsort(scores, kind="stable").tolist()
 
     def tile(place: int) -> dict[str, Any]:

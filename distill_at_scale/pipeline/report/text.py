@@ -58,7 +58,12 @@ def method_facts(card: Mapping[str, Any], many: str) -> list[str]:
 
 def answer(summary: Sequence[Summary]) -> dict[str, str]:
     """The verdict for the first network as a word and a sentence; `others` summarises the other networks."""
-    pairs = _pairs(summary)
+    sets = {(row["set"], row["network"]): row for row in summary}
+    networks = [network for name, network in sets if name == "distilled" and ("random_real", network) in sets]
+    networks = [
+        network for network in networks if not network.startswith(CONTROL)
+    ] or networks  # without one-frame controls
+    pairs = {network: (sets["distilled", network], sets["random_real", network]) for network in networks}
     if not pairs:
         return {"verdict": "open", "word": "Not evaluated", "text": "the run has no test on real data", "others": ""}
     network, (ours, real) = next(iter(pairs.items()))
@@ -89,14 +94,6 @@ def verdict(ours: Summary, real: Summary) -> str:
     if abs(difference) <= math.hypot(ours["std"] or 0, real["std"] or 0):
         return "unclear"
     return "yes" if difference > 0 else "no"
-
-
-def _pairs(summary: Sequence[Summary]) -> dict[str, tuple[Summary, Summary]]:
-    """network -> (distilled, random real) in the order of the evaluation; one-frame controls only if there is nothing else."""
-    sets = {(row["set"], row["network"]): row for row in summary}
-    networks = [network for name, network in sets if name == "distilled" and ("random_real", network) in sets]
-    networks = [network for network in networks if not network.startswith(CONTROL)] or networks
-    return {network: (sets["distilled", network], sets["random_real", network]) for network in networks}
 
 
 def accuracy(row: Summary, suffix: str = "") -> str:

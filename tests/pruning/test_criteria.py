@@ -1,4 +1,4 @@
-"""Criteria: each against its textbook formula, which checkpoints they need, and one pass for all of them."""
+"""Criteria against their textbook formulas, the checkpoints they need, and one scoring pass for all of them."""
 
 from __future__ import annotations
 
@@ -37,25 +37,27 @@ SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
 
 
 @dataclass
-class Given:
-    """What a criterion sees, made up."""
+class ArtificialOutputs:
+    """Artificial ProxyOutputs."""
 
     logits: torch.Tensor
     labels: torch.Tensor
     features: torch.Tensor
 
 
-def seen(count=7, many=4, features=5):
+def outputs_of(count=7, many=4, features=5):
     chance = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % many
-    return Given(torch.randn(count, many, generator=chance), labels, torch.randn(count, features, generator=chance))
+    return ArtificialOutputs(
+        torch.randn(count, many, generator=chance), labels, torch.randn(count, features, generator=chance)
+    )
 
 
 def made(name, **section):
     return build_criteria(ScoreSection(criterion=name, **section))[name]
 
 
-# Of each sample alone
+# Criteria of single samples
 
 
 def test_every_criterion_states_which_end_is_useful():
@@ -63,20 +65,20 @@ def test_every_criterion_states_which_end_is_useful():
 
 
 def test_values_are_those_of_the_textbooks():
-    look = seen()
-    for k in range(len(look.labels)):
-        p, y = look.logits[k].softmax(0).numpy(), int(look.labels[k])
+    outputs = outputs_of()
+    for k in range(len(outputs.labels)):
+        p, y = outputs.logits[k].softmax(0).numpy(), int(outputs.labels[k])
         error = p - np.eye(len(p))[y]
         expected = {
             "loss": -np.log(p[y]),
             "margin": p[y] - max(np.delete(p, y)),
             "entropy": -(p * np.log(p)).sum(),
             "el2n": np.linalg.norm(error),
-            "grand_last": np.linalg.norm(np.outer(error, [*look.features[k].tolist(), 1.0])),
+            "grand_last": np.linalg.norm(np.outer(error, [*outputs.features[k].tolist(), 1.0])),
             "forgetting": float(p.argmax() == y),
         }
         for name, value in expected.items():
-            assert made(name).observe(look)[k].item() == pytest.approx(value, rel=1e-5), name
+            assert made(name).observe(outputs)[k].item() == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ class NoLinear(nn.Module):
 
 
 class Bare(nn.Module):
-    """Ends with a linear layer, but says nothing of features."""
+    """Ends with a linear layer, but has no `embed`."""
 
     def __init__(self, spec):
         super().__init__()
@@ -281,7 +283,7 @@ def test_a_network_without_a_linear_end_is_refused_before_anything_is_trained(ma
     assert "proxies" not in run.text
 
 
-# Of whole classes
+# Criteria of classes
 
 
 @pytest.fixture
@@ -350,7 +352,7 @@ def test_rows_are_regrouped_class_by_class(ends):
     assert found == [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9], [10, 11]]
 
 
-# How trials agree
+# Agreement of trials
 
 
 def agreement(values, labels, part=7):
@@ -404,7 +406,7 @@ def proxies(tmp_path_factory):
 
 
 def scored(folder, target, names, shares=1, step=1, extra=None, **section):
-    """The table of some criteria, made by as many scorers."""
+    """The score table of some criteria, computed by `shares` scorers."""
     keys = {"criterion": names, "epochs": 3, "width": 4, **section}
     config = tiny_config(target, **{f"score__{key}": value for key, value in keys.items()})
     prepared, pieces = PreparedDataset(folder / "prepared"), target / "pieces"
@@ -445,7 +447,7 @@ def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path
 
 
 def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
-    """Density of the last epoch against the features of every network, made one by one."""
+    """Density of the last epoch against the features of each network, computed one by one."""
     found, _ = score_table.read(scored(proxies, tmp_path / "run", "density", neighbours=4))
     pixels, labels = PreparedDataset(proxies / "prepared").load("train")
     images = (torch.from_numpy(pixels) / 255 - 0.5) / 0.25
@@ -476,7 +478,7 @@ def test_values_of_another_shape_are_refused(proxies, tmp_path):
 
 
 class Lengths:
-    """Scores from elsewhere."""
+    """An extra column."""
 
     useful = "high"
 

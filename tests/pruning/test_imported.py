@@ -1,4 +1,4 @@
-"""Scores made elsewhere: every format, what a position means, what is refused, and that an export reads back."""
+"""Imported scores: all formats, the meaning of a position, what is refused, and exports that read back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def listed(digits_run):
 
 
 def number_of(sample_id):
-    """A score that tells where it belongs."""
+    """A score derived from the id."""
     return int(sample_id.partition("/")[2]) + 0.5
 
 
@@ -103,7 +103,7 @@ def test_samples_without_a_position_are_not_exported_by_position(tmp_path, liste
 
 
 def test_a_rejected_sample_keeps_its_position(tmp_path, ids, listed):
-    """Prepared without two of the samples, which have null."""
+    """Two samples were rejected at ingest and have null."""
     lost = {listed[3], listed[10]}
     left = pa.array([i for i in ids.to_pylist() if i not in lost])
     by_position(tmp_path, "mine.json", [None if i in lost else number_of(i) for i in listed])
@@ -285,7 +285,7 @@ def test_what_is_exported_reads_back_to_the_same_bytes(tmp_path, digits_run, ids
     scores = digits_run.dir / "scores.parquet"
     assert exported.scores(tmp_path / name, scores, digits_run.config) == len(ids)
     config = with_file(tmp_path, name)
-    if not name.endswith("json"):  # there the column is called by its criterion
+    if not name.endswith("json"):  # tables name the column after its criterion
         config = tiny_config(tmp_path / "run", score__imported={"loss": str(tmp_path / name)})
     (column,) = imported.columns(config, ids).values()
     assert column.values(ids).tobytes() == score_table.read(scores, ["loss"])[0]["loss"].to_numpy().tobytes()

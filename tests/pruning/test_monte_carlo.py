@@ -1,4 +1,4 @@
-"""Monte Carlo: what is drawn, that a planted signal is found, the arithmetic of trust, resuming, and the same bytes on Ray."""
+"""Monte Carlo: draws, recovery of a planted signal, reliability, resuming, and the same bytes on Ray."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prepared(digits_run):
 
 
 class Counting(LocalExecutor):
-    """Says which units were run."""
+    """Records which units were run."""
 
     def __init__(self):
         super().__init__(torch.device("cpu"))
@@ -144,7 +144,7 @@ def test_a_sample_that_no_subset_held_gets_the_mean_of_its_class_and_is_counted(
 
 
 def planted(subsets, noise, per_class=5, count=40, seed=0):
-    """Accuracies that are the mean worth of a subset's samples, and noise; returns them and the worths."""
+    """Utilities from accuracies that are the mean worth of a subset's samples plus noise, and the worths."""
     section, chance = MonteCarloSection(subsets=subsets, per_class=per_class), np.random.default_rng(seed)
     worth = chance.normal(0.5, 0.1, (2, count))
     drawn = (monte_carlo.draw_subset(0, k, [count, count], section) for k in range(subsets))
@@ -183,7 +183,7 @@ def test_pure_noise_has_no_reliability_and_promises_nothing():
 
 
 def test_broken_samples_are_worth_less(tmp_path):
-    """Half of every class is noise: networks that learn from it know less, and its utility says so."""
+    """Half of each class is noise: networks that learn from it are worse, and its samples have a lower utility."""
     chance = np.random.default_rng(0)
     pixels, labels = np.zeros((120, 1, 8, 8), np.uint8), np.repeat([0, 1, 2], 40)
     for k, label in enumerate(labels):
@@ -219,7 +219,7 @@ def test_an_interrupted_command_goes_on_and_more_subsets_use_those_there_are(tmp
     columns(first, prepared)
     executor = Counting()
     again, _ = columns(small_config(tmp_path / "run"), prepared, executor)
-    assert executor.advanced == [10, 2]  # the first ten were there
+    assert executor.advanced == [10, 2]  # the first ten exist already
     assert again["monte_carlo"].scores.tobytes() == whole["monte_carlo"].scores.tobytes()
     executor = Counting()
     columns(small_config(tmp_path / "run"), prepared, executor)
@@ -276,14 +276,14 @@ def test_a_column_answers_in_any_order_and_refuses_strangers():
     column = ExtraColumn("low", pa.array(["a", "b", "c", "d"]), np.array([1, 2, 3, 4], np.float32))
     assert column.values(pa.array(["a", "b"])).tolist() == [1, 2]
     assert column.values(pa.chunked_array([["c"], ["d"]])).tolist() == [3, 4]
-    assert column.values(pa.array(["a", "b"])).tolist() == [1, 2]  # from the start again
+    assert column.values(pa.array(["a", "b"])).tolist() == [1, 2]  # starts over
     assert column.values(pa.array(["d", "a"])).tolist() == [4, 1]
     with pytest.raises(KeyError, match="x"):
         column.values(pa.array(["x"]))
 
 
 def test_noisy_utilities_are_said_at_select(tmp_path):
-    """Of a table as the score stage will leave it."""
+    """With the break point of an earlier interaction study."""
     run = Run(tiny_config(tmp_path / "run", select__keep=0.5)).stages("ingest", "score")
     folder = tmp_path / "run" / "studies"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Runtime pruning: how many are dropped, which, and what is remembered between full looks."""
+"""Runtime pruning: how many samples are dropped, which, and what is remembered between full observations."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_network_that_scales_all_effects_drops_the_same_samples():
 def test_the_spread_of_earlier_batches_counts_as_far_as_it_is_remembered(decay, same):
     rows = torch.arange(500)
     fresh, old = ite(decay=decay), ite(decay=decay)
-    old.observe(0, rows, 500, effects(500) ** 5)  # a far wider spread
+    old.observe(0, rows, 500, effects(500) ** 5)  # a much larger spread
     masks = [rule.observe(0, rows, 500, effects(500, 1)) for rule in (fresh, old)]
     assert torch.equal(*masks) is same
     assert int(masks[0].sum()) <= int(masks[1].sum())

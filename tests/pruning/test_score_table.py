@@ -1,4 +1,4 @@
-"""The score table: whole by id, the same bytes however the pieces were cut, exact values, never half-written."""
+"""The score table: complete by id, the same bytes for any cut into parts, exact values, never half-written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill_at_scale.pruning.scoring.columns import lists_to_matrix
 
 
 def rows(count, values=4, classes=3, seed=0):
-    """Scored rows as pieces hold them, in order of label and id; `values` losses of each sample."""
+    """Scored rows as in part files, in order of label and id, with `values` losses per sample."""
     losses = np.random.default_rng(seed).random((count, values), np.float32)
     labels = pa.array(np.arange(count) * classes // count, pa.int32())
     lists = pa.FixedSizeListArray.from_arrays(pa.array(losses.reshape(-1)), values)
@@ -24,7 +24,7 @@ def rows(count, values=4, classes=3, seed=0):
 
 
 def cut(folder, whole, ends):
-    """The rows as pieces that end at `ends`, and the ids that each must hold."""
+    """The rows as part files that end at `ends`, and the ids that each must hold."""
     folder.mkdir(exist_ok=True)
     pieces, ids = [], []
     for start, end in zip([0, *ends], [*ends, whole.num_rows], strict=True):
@@ -85,7 +85,7 @@ def test_two_criteria_have_columns_of_their_own(tmp_path):
 
 
 class Last:
-    """A criterion from the user's own code; it makes numbers of double precision."""
+    """A plug-in criterion that returns double precision."""
 
     useful = "high"
 

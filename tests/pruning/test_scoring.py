@@ -1,4 +1,4 @@
-"""Proxies, scoring pass and score table: exact values, the same bytes however the work is cut, whole by id."""
+"""Proxies, scoring pass and score table: exact values, and the same bytes for any division of the work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def samples(count=40):
 
 
 def trial_of(folder, trial=1, seed=0, workers=None, data=None, **section):
-    """A trial on the samples, whose prepared form lies beside its folder."""
+    """A trial on the samples; the prepared data are next to its folder."""
     section = {"epochs": 3, "batch": 16, "lr": 0.1, "width": 4, **section}
     beside = folder.parent / f"{folder.name}-data"
     if not beside.exists():
@@ -48,7 +48,7 @@ def train(folder, advance=lambda epochs: None, **keys):
 
 
 def start_from(monkeypatch, spec):
-    """Every proxy starts from the weights of a given specification."""
+    """All proxies start from the weights of one specification."""
     monkeypatch.setattr(proxy, "network_spec", lambda config, shape, classes, kind: spec)
 
 
@@ -85,7 +85,7 @@ def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, monkeypatch, sec
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_after):
     def stop(epochs, left=[stop_after + 1]):  # noqa: B006
-        left[0] -= 1  # the first call tells how many epochs were there already
+        left[0] -= 1  # the first call reports the epochs that exist already
         if left[0] == 0:
             raise KeyboardInterrupt
 
@@ -203,7 +203,7 @@ def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path
 
 
 def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
-    """Against every sample alone through every checkpoint."""
+    """Against each sample alone under each checkpoint."""
     run, prepared, section = digits_run.dir, PreparedDataset(digits_run.dir / "prepared"), digits_run.config.score
     scores, facts = score_table.read(run / "scores.parquet")
     assert (facts["trials"], facts["epochs"], facts["useful"]) == (2, 2, {"loss": "low"})
@@ -223,7 +223,7 @@ def test_the_score_is_the_mean_cross_entropy_over_trials_and_epochs(digits_run):
 
 
 def score(run, folder, shares, backwards=False):
-    """Score the tiny run's chunks with as many scorers as shares."""
+    """Score the chunks of the tiny run with `shares` scorers."""
     folder.mkdir()
     chunks = PreparedDataset(run.dir / "prepared").chunks()
     with threads(1):
@@ -256,7 +256,7 @@ def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):
 
 
 class Confidence:
-    """A criterion from the user's own code: the largest logit, kept where it is high, of the last epoch."""
+    """A plug-in criterion: the largest logit, kept where it is high, of the last epoch."""
 
     useful = "high"
 

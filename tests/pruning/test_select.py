@@ -1,4 +1,4 @@
-"""Static pruning against a plain sort: exact counts, directions, ties, streaming, and what it says of what it did."""
+"""Static pruning against a plain sort: exact counts, directions, ties, streaming, and metadata."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kept(selection):
 
 
 @dataclass
-class Found:
+class Selection:
     table: pa.Table
     facts: dict
 
@@ -40,11 +40,11 @@ class Found:
 def choose(source, minimum=1, low=True, criterion="loss", seed=0, **section):
     out = []
     facts = static.select(source, out, SelectSection(**section), criterion, low, minimum, seed)
-    return Found(pa.concat_tables(out).combine_chunks(), facts)
+    return Selection(pa.concat_tables(out).combine_chunks(), facts)
 
 
 def by_hand(table, number_of, start_of=lambda n: 0, reverse=False):
-    """The slow reference: sort each class by (score, id), cut."""
+    """Slow reference: sort each class by (score, id), then cut."""
     rows, found = table.to_pylist(), set()
     for label in {row["label"] for row in rows}:
         ranked = sorted(
@@ -221,7 +221,7 @@ def reference(table, config, minimum, low, label_wise):
     values = values if low else -values
     ids = np.array(table["sample_id"].to_pylist())
     ranks, kept = np.empty(len(ids), int), np.zeros(len(ids), bool)
-    order = np.lexsort((ids, labels, values))  # the whole table by (score, label, id)
+    order = np.lexsort((ids, labels, values))  # all rows by (score, label, id)
     windows = [order[labels[order] == c] for c in np.unique(labels)]
     for members in windows:
         ranks[members] = np.arange(len(members))

@@ -1,4 +1,4 @@
-"""Weighted ranks and adaptive class rates against slow references, and what a selection is warned of."""
+"""Weighted ranks and adaptive class rates against slow references, and warnings about a selection."""
 
 from __future__ import annotations
 

@@ -68,8 +68,7 @@ class ExtraColumn:
 def training_ids(prepared: PreparedDataset) -> pa.Array:
     """The ids of the training samples, sorted by label and id: a string array [n]."""
     tables = [prepared.read(chunk, columns=["sample_id"]) for chunk in prepared.chunks("train")]
-    chunks = [chunk for table in tables for chunk in table["sample_id"].chunks]
-    return pa.chunked_array(chunks, pa.string()).combine_chunks()
+    return pa.concat_tables(tables)["sample_id"].combine_chunks()
 
 
 class ScoreColumns:

@@ -16,7 +16,6 @@ from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
 from distill_at_scale.pruning.scoring.reliability import TARGET, times_needed
 
 NOISY_BELOW = 0.5  # agreement or reliability
-NO_AGREEMENT = "no agreement was measured at all"
 ROUNDING = 0.005  # of a share: counts per class are whole numbers
 
 
@@ -44,7 +43,9 @@ def selection_warnings(
             reliability, missing = monte_carlo.get("reliability"), monte_carlo.get("more_subsets")
             if reliability is None or reliability >= NOISY_BELOW:
                 continue
-            action = f"about {missing:,} more subsets would reach {TARGET:g}" if missing is not None else NO_AGREEMENT
+            action = "no agreement was measured at all"
+            if missing is not None:
+                action = f"about {missing:,} more subsets would reach {TARGET:g}"
             warnings.append(
                 f"the scores {name} are noisy: their reliability after {monte_carlo.get('subsets'):,} subsets is "
                 f"{reliability:.2f}; {action} (score.monte_carlo.subsets)"

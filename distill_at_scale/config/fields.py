@@ -23,21 +23,17 @@ class Section(BaseModel):
 
 def execution_key(default: Any, **field: Any) -> Any:
     """A `Field` that never changes results."""
-    return _field(default, "never", field)
+    return Field(default, json_schema_extra={"changes_results": "never"}, **field)
 
 
 def location_key(default: Any, **field: Any) -> Any:
     """A `Field` that names an input whose content decides results."""
-    return _field(default, "by content", field)
+    return Field(default, json_schema_extra={"changes_results": "by content"}, **field)
 
 
 def later_key(default: Any, **field: Any) -> Any:
     """A `Field` that changes results only when it differs from its default."""
-    return _field(default, "unless default", field)
-
-
-def _field(default: Any, changes_results: ChangesResults, field: dict[str, Any]) -> Any:
-    return Field(default, json_schema_extra={"changes_results": changes_results}, **field)
+    return Field(default, json_schema_extra={"changes_results": "unless default"}, **field)
 
 
 def changes_results(field: FieldInfo) -> ChangesResults:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from distill_at_scale.config.fields import changes_results
 from distill_at_scale.config.load import Config
@@ -60,18 +59,13 @@ def _section(model: type[BaseModel], name: str, execution: bool) -> list[str]:
             field.description or "",
         )
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        for section in _sections_in(field):
-            inner += _section(section, dotted, never)
+        for part in typing.get_args(field.annotation):  # sections that a key may hold, for example `track.mlflow`
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                inner += _section(part, dotted, never)
     if not name:
         return inner
     lines = [f"### `{name}`", "", (model.__doc__ or "").strip(), ""]
     return lines + (["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []) + inner
-
-
-def _sections_in(field: FieldInfo) -> list[type[BaseModel]]:
-    """Sections that a key may hold, for example `track.mlflow`."""
-    parts = typing.get_args(field.annotation)
-    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
 
 
 def _type(annotation: Any, limits: typing.Sequence[Any] = ()) -> str:

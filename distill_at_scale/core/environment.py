@@ -28,13 +28,17 @@ def environment() -> dict[str, Any]:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    cpu = platform.processor() or "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit,
         "python": platform.python_version(),
         "versions": versions,
-        "hardware": {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus},
+        "hardware": {"machine": platform.machine(), "cpu": cpu, "cores": os.cpu_count(), "gpus": gpus},
     }
 
 
@@ -46,11 +50,3 @@ def gpu_memory(device: torch.device) -> dict[str, int]:
 
     now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     return {"gpu_bytes": now, "gpu_peak_bytes": peak}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

@@ -5,14 +5,13 @@ Workers return events with their results; the driver emits each to all observers
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 EventKind = Literal["stage", "work", "wait", "lost", "log", "result"]
@@ -35,14 +34,6 @@ class Event:
     pid: int = field(default_factory=os.getpid)
     values: Mapping[str, Any] = field(default_factory=dict)
     stage: str = ""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Event:
-        """Raises ValueError or TypeError for text that is not from `to_json`."""
-        return cls(**json.loads(text))
 
     @property
     def seconds(self) -> float:

@@ -217,7 +217,6 @@ class Store:
         return f"{self.root}/{file}" if file else self._root
 
     def _local_files(self, folder: str) -> Iterator[tuple[pa.Array, pa.Array]]:
-        """Paths and sizes, folder by folder and level by level."""
         waiting = [folder] if os.path.isdir(os.path.join(self._root, folder)) else []
         with ThreadPoolExecutor(SCANNERS) as pool:
             while waiting:

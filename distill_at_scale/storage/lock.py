@@ -40,7 +40,17 @@ class StorageLock:
         """Raises Busy if another command works in the folder."""
         holder = self._read()
         if holder is not None and not _is_dead(holder):
-            self._wait_for_heartbeat(holder)
+            who, until = f"process {holder['pid']} on {holder['host']}", time.monotonic() + STALE
+            self.store.say(f"{self.store.place()}: waiting up to {STALE:.0f} s for a heartbeat from {who}")
+            while time.monotonic() < until:
+                time.sleep(LOOK)
+                now = self._read()
+                if now is None:
+                    break
+                if now != holder:
+                    raise Busy(self._taken(now))
+            else:
+                self.store.say(f"no heartbeat from {who} for {STALE:.0f} s; taking the lock")
         self._write()
         time.sleep(SETTLE)
         if (self._read() or {}).get("token") != self.token:
@@ -71,19 +81,6 @@ class StorageLock:
             self.store.fenced.set()
         return not self.store.fenced.is_set()
 
-    def _wait_for_heartbeat(self, holder: dict[str, Any]) -> None:
-        """Returns when the holder counts as dead; raises Busy at its first heartbeat."""
-        who, until = _name(holder), time.monotonic() + STALE
-        self.store.say(f"{self.store.place()}: waiting up to {STALE:.0f} s for a heartbeat from {who}")
-        while time.monotonic() < until:
-            time.sleep(LOOK)
-            now = self._read()
-            if now is None:
-                return
-            if now != holder:
-                raise Busy(self._taken(now))
-        self.store.say(f"no heartbeat from {who} for {STALE:.0f} s; taking the lock")
-
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
             with contextlib.suppress(UserError, OSError):
@@ -108,12 +105,8 @@ class StorageLock:
         self.store.write(NAME, json.dumps({**who, "token": self.token, "beat": self.beats}).encode(), retry_seconds)
 
     def _taken(self, holder: dict[str, Any] | None) -> str:
-        who = _name(holder) if holder else "another command"
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another command"
         return f"{who} is working in {self.store.place()}; wait for it, or choose another run.dir."
-
-
-def _name(holder: dict[str, Any]) -> str:
-    return f"process {holder['pid']} on {holder['host']}"
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

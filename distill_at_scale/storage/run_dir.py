@@ -188,9 +188,8 @@ class RunDir:
         self._publish(stage, {"stage": stage, "fingerprint": inputs.fingerprint, **read, **written, **facts})
 
     def _publish(self, stage: str, record: Mapping[str, Any]) -> None:
-        """Store a stage's record after everything that it names."""
         if self.remote:
-            self.remote.seal()
+            self.remote.seal()  # everything that the record names is stored first
         write_json(self.path / "stages" / f"{stage}.json", record)
         self.keep(f"stages/{stage}.json")
 

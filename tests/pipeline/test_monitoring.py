@@ -11,11 +11,6 @@ from distill_at_scale.pipeline.monitoring.distillation_log import DistillationLo
 from distill_at_scale.pipeline.monitoring.observers import Observers
 
 
-def test_an_event_survives_its_way_home():
-    event = Event("work", "decode", 1.5, 2.5, "here", 7, {"samples": 3, "read_seconds": 0.25}, "ingest")
-    assert Event.from_json(event.to_json()) == event
-
-
 def test_a_measured_block_is_noted_with_its_counts_once_it_ended():
     events, spent = list[Event](), TimeSpent()
     with measured("decode", events.append, spent) as counts:

@@ -74,7 +74,6 @@ def styles(series: Sequence[Series]) -> list[tuple[str, str]]:
 
 
 def _plane(plot: Plot, styled: Sequence[Styled]) -> Figure:
-    """Series over two numeric axes."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     log = plot.log_x and any(True for series, *_ in styled for _ in _values(series, True))

@@ -145,7 +145,7 @@ def test_signals_with_any_stride_and_padding(stride, padding, way):
 
 
 class Twice(torch.nn.Module):
-    """A layer used twice, a weight used beside its layer, or chance: class by class is the only right way."""
+    """A layer used twice, a weight used outside of its layer, or dropout: not supported."""
 
     def __init__(self, kind):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The contract of a method (backends/base.py), for every entry of METHODS: being in the table is all that is needed.
+"""The contract of a method (methods/base.py), for each entry of METHODS.
 
 A method runs with its own small settings where SMALL has some, else with its defaults, on the tiny digits.
 """
@@ -45,7 +45,7 @@ def config_of(method: str, **keys: Any):
 
 @pytest.fixture(scope="module")
 def made_networks(digits_run, tmp_path_factory):
-    """The networks of each method, made when first asked for, once for all tests."""
+    """The networks of each method, trained at first use, once for all tests."""
     folders: dict[str, Path] = {}
 
     def make(method: str, places: DistillPaths) -> DistillPaths:
@@ -63,7 +63,7 @@ def made_networks(digits_run, tmp_path_factory):
 
 
 def rank(config, places: DistillPaths) -> None:
-    """As the pipeline does."""
+    """Rank the patches as the pipeline does."""
     chunks, pieces = (
         PreparedDataset(places.prepared).chunks("train"),
         patch_ranking.parts_folder(places.networks, config),
@@ -97,20 +97,20 @@ def copied(state):
 @pytest.mark.parametrize("method", NAMES)
 def test_a_method_answers_every_question_of_the_contract(method):
     config = config_of(method)
-    made = method_class(config)
-    assert made.parallel in ("classes", "replicate")
-    assert made.default_steps >= 1
-    assert isinstance(made.no_runtime, str)
-    assert made.batch_norm in ("refused", "wanted", "any")
-    assert made.init_of(config) in ("noise", "real")
-    protocol = made.protocol(config)
+    method_type = method_class(config)
+    assert method_type.parallel in ("classes", "replicate")
+    assert method_type.default_steps >= 1
+    assert isinstance(method_type.no_runtime, str)
+    assert method_type.batch_norm in ("refused", "wanted", "any")
+    assert method_type.init_of(config) in ("noise", "real")
+    protocol = method_type.protocol(config)
     assert isinstance(protocol, TrainingProtocol)
     assert TrainingProtocol.from_card(json.loads(json.dumps(protocol.card()))) == protocol
-    names = made.networks(config)
+    names = method_type.networks(config)
     assert len(set(names)) == len(names)
-    assert json.loads(json.dumps(made.network_options(config))) is not None
-    assert bool(names) == bool(made.network_options(config))
-    for cost in made.costs(config):
+    assert json.loads(json.dumps(method_type.network_options(config))) is not None
+    assert bool(names) == bool(method_type.network_options(config))
+    for cost in method_type.costs(config):
         assert isinstance(cost, Cost)
         assert cost.images in ("kept", "synthetic")
         assert cost.passes >= 0, asdict(cost)
@@ -189,12 +189,12 @@ def test_the_conclusion_fits_the_set_and_its_protocol(method, start):
 @pytest.mark.parametrize("method", NAMES)
 def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, made_networks, tmp_path):
     config, where = config_of(method), made_networks(method, places)
-    made = distill.Distillation(config, where, SingleProcess(), CPU).run()
-    made.save(tmp_path / "set")
-    assert made.card["method"] == method
-    training = made.training_set()
+    result = distill.Distillation(config, where, SingleProcess(), CPU).run()
+    result.save(tmp_path / "set")
+    assert result.card["method"] == method
+    training = result.training_set()
     assert len(training.images) == len(training.labels) > 0
-    assert isinstance(made.protocol, TrainingProtocol)
+    assert isinstance(result.protocol, TrainingProtocol)
 
 
 def test_networks_are_made_with_deterministic_kernels(digits_run, places, monkeypatch):

@@ -20,7 +20,7 @@ RULES = {"none": {}, "loss": {"rule": "loss", "drop": 0.4}, "ite": {"rule": "ite
 
 
 def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None = None, network="convnet", **options):
-    """A backend of so many classes with a pool of four samples each."""
+    """DM on `classes` classes with four samples each."""
     rng = torch.Generator().manual_seed(0)
     pixels = {c: torch.randint(256, (4, *shape), dtype=torch.uint8, generator=rng) for c in range(classes)}
     config = configuration.validate({"distill": {"method": "dm", "ipc": ipc, "dm": options}, "runtime": runtime or {}})
@@ -66,7 +66,7 @@ def test_no_forward_pass_sees_more_than_a_group(monkeypatch):
 
 
 def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
-    """Without dropping by chance: sorted effects by leaving one out, and only what is outermost is gone."""
+    """Against effects by leaving one out: exactly the samples in both tails are dropped."""
     pool = a_pool()
     backend = backend_of("dm", pool, runtime={"rule": "ite", "drop": 0.5, "tail": 0.5, "probes": 64})
     embed = backend.context.spec.network.embed

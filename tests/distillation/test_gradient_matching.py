@@ -214,7 +214,7 @@ def test_dsa_is_dc_with_its_own_section():
 
 @pytest.mark.parametrize("method", ["dsa", "dm"])
 def test_real_and_synthetic_images_get_the_same_draw(method):
-    """Where the synthetic images are the real batch, the same draw leaves nothing to match, step after step."""
+    """If the synthetic images are the real batch, one shared augmentation leaves nothing to match."""
     pool = a_pool(held=4)
     backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE_AUGMENT, image_lr=1e-12)
     pairs = []
@@ -279,7 +279,7 @@ def test_too_few_real_samples_to_start_from_are_refused():
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_a_class_does_not_depend_on_which_other_classes_a_worker_owns(method):
-    """As long as nothing is shared (one outer iteration), a class's images are the same alone and in company."""
+    """As long as nothing is shared (one outer iteration), a class's images do not depend on the other classes."""
     pool, options = a_pool(), {"outer": 1} if method == "dc" else {}
     together, alone = backend_of(method, pool, **options), backend_of(method, pool, labels=[2], **options)
     for step in range(2):
@@ -387,7 +387,7 @@ def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
 
 @pytest.mark.parametrize("device_few", [2, 100])
 def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch):
-    """Classes of 1 to 5 samples, of which runtime pruning leaves different numbers."""
+    """Classes of 1 to 5 samples; runtime pruning keeps a different number of each."""
     spec = FixedNetwork(SPECS["images"], at_once=20)
     pool, runtime = pool_of(spec, held=lambda c: c + 1), {"rule": "loss", "drop": 0.5, "refresh": 1}
     monkeypatch.setattr(gradient_matching, "CPU_IMAGES", device_few)
@@ -410,7 +410,7 @@ def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
 
 
 def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
-    """Small networks take many classes at once, as far as their real batches leave room."""
+    """Small networks match many classes at once, as far as their real batches fit into memory."""
     spec, held, most = SPECS["a hundred classes"], 8, 10
     each = gradient_matching.COPIES * 4 * held * math.prod(spec.shape)
     whole = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
@@ -440,7 +440,7 @@ BATCH_NORM = NetworkSpec("resnet18_bn", (3, 16, 16), 3)
 
 @pytest.mark.parametrize("method", ["dc", "dsa", "idc"])
 def test_batch_norm_is_set_from_real_samples_and_then_kept(method):
-    """Said once; afterwards the output for a sample does not depend on the batch."""
+    """One warning; afterwards the output for a sample does not depend on the batch."""
     options = {"inner": 1} if method == "idc" else {"outer": 1}
     with pytest.warns(UserWarning, match="'resnet18_bn' has batch norm: a real batch of several classes sets"):
         assert moved(method, FixedNetwork(BATCH_NORM), **options).abs().max() > 0

@@ -122,7 +122,7 @@ def test_mixed_targets_are_shares_of_two_classes():
 
 
 class Threads:
-    """Workers that are threads of one process and add up what they have."""
+    """Workers that are threads of one process; `all_reduce_sum` adds up their tensors."""
 
     def __init__(self, size: int):
         self.size, self.barrier, self.held = size, threading.Barrier(size), [None] * size
@@ -143,7 +143,7 @@ class Threads:
 
 
 def images_of(size: int) -> torch.Tensor:
-    """All classes' images after two steps of three inner iterations, by so many workers."""
+    """All classes' images after two steps of three inner iterations, by `size` workers."""
     options = {
         "inner": 3,
         "network_samples": 12,
@@ -217,7 +217,7 @@ def test_runtime_pruning_drops_the_largest_losses():
 
 
 def test_effects_are_found_by_squares_whatever_the_metric():
-    """Absolute differences have no second derivative; what an effect is small or large by is much the same."""
+    """Absolute differences have no second derivative, so effects are computed with squared ones."""
     plain, pruned = backend_of(metric="l1"), backend_of(metric="l1", runtime={"rule": "ite", "drop": 0.5, "refresh": 1})
     plain.step(0)
     assert pruned.step(0)["real_share"] < 1

@@ -1,4 +1,4 @@
-"""MTT: its step against a textbook unroll, what is learned, saved and said, and several workers."""
+"""MTT: its step against a textbook unroll, learned tensors, checkpoints, errors, and several workers."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_distance_that_is_not_finite_stops_the_run(experts):
     ],
 )
 def test_an_update_that_cannot_be_is_not_made(experts, options, message):
-    """The second: a rate that is learned so fast that it turns negative."""
+    """The second case: the student rate would become negative."""
     backend = backend_of(experts, image_momentum=0.5, **options)
     match = backend.match
     backend.match = lambda task, made: (match(task, made)[0], [torch.full_like(made.images, 1e6), torch.tensor(1.0)])
@@ -300,7 +300,7 @@ def work(rank: int, folder: str, experts: str) -> None:
 
 
 def test_two_workers_average_the_gradients_of_two_trajectories(experts, tmp_path):
-    """The same bytes on both, and what one process gets that follows both trajectories; trouble of one stops both."""
+    """Both workers have the bytes of one process that follows both trajectories; a failure of one stops both."""
     mp.spawn(work, (str(tmp_path), str(experts)), nprocs=2)
     for method in ("mtt", "tesla"):
         actual = [safetensors_io.load(tmp_path / f"{method}-{rank}.safetensors") for rank in range(2)]

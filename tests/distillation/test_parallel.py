@@ -1,4 +1,4 @@
-"""One, two and four workers agree: the same images up to the order of sums, with no more talk than the methods need.
+"""One, two and four workers agree: the same images up to the order of sums, with no more communication than the methods need.
 
 All cases run in the same four processes, which are started once; a group of two is made of the first two of them.
 """
@@ -41,7 +41,7 @@ STEPS, IPC = 3, 2
 
 
 class Spy(ProcessGroup):
-    """A group of workers that counts what is asked of it."""
+    """A group of workers that records its collectives."""
 
     def __init__(self, size: int, members: Any):
         super().__init__(CPU)
@@ -99,7 +99,7 @@ def begin(places: DistillPaths, method: str, rule: str, workers: Any) -> Distill
 
 
 def work(rank: int, folder: str, places: DistillPaths) -> None:
-    """One of four processes; leaves the sets, and what each worker asked of the others."""
+    """One of four processes; writes the sets and the recorded collectives of each worker."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
     groups = {size: dist.new_group(list(range(size))) for size in (2, 4)}

@@ -146,7 +146,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, mo
 
 
 def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
-    """The actor's own code, without a cluster: units go to two of them in turn, one of which is replaced on the way."""
+    """The actor's own code, without a cluster: units go to two actors in turn, one of which is replaced."""
     from distill_at_scale.cluster.actor_pool import PoolActor, grouped
     from distill_at_scale.cluster.session import pack
 

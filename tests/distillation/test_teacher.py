@@ -1,4 +1,4 @@
-"""The teacher of SRe2L and RDED: training, resuming, ready-made weights, and what is refused before a run."""
+"""The teacher of SRe2L and RDED: training, resuming, pretrained weights, and configurations that are refused before a run."""
 
 from __future__ import annotations
 

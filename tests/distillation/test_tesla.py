@@ -35,7 +35,7 @@ WAYS = {
 
 @pytest.fixture
 def double():
-    """Without rounding to speak of, so that gradients agree that should."""
+    """Double precision, so that equal gradients agree."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -71,7 +71,7 @@ def a_set(images: int = 6, soft: bool = False) -> tuple[SyntheticData, torch.Ten
 @pytest.mark.parametrize("at_once", [100, 2])
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_exact_gradient_is_that_of_the_full_unroll(soft, at_once):
-    """Of images, soft labels and rate, in parts or not, with batches of some of the images."""
+    """For images, soft labels and rate, in parts or not, with batches of some of the images."""
     student, (made, rate) = a_student(at_once), a_set(soft=soft)
     task = a_task(student, batch=5)
     expected, actual = unrolled(student, task, made, rate), recomputed(student, task, made, rate)
@@ -91,7 +91,7 @@ def test_the_exact_gradient_holds_in_single_precision():
 
 
 def without_the_path_through_theta(student, task, made, rate):
-    """MTT's autograd, but every gradient is taken at parameters that are cut off from what came before."""
+    """MTT's autograd, but each gradient is taken at parameters detached from the earlier steps."""
     theta, total = task.start, torch.zeros_like(task.start)
     for step in task.steps:
         here = (task.start - rate.detach() * total).detach().requires_grad_(True)
@@ -123,7 +123,7 @@ def test_for_one_step_nothing_is_dropped():
 
 
 def peak_saved(way, steps: int, images: int = 6, at_once: int = 100) -> int:
-    """The most bytes that autograd keeps at one time for the backward pass."""
+    """Peak bytes that autograd keeps for the backward pass."""
     held = {"now": 0, "peak": 0}
 
     class Kept:
@@ -204,7 +204,7 @@ def test_labels_start_from_the_class_alone_on_request(experts):
 
 
 def test_labels_start_from_the_class_where_images_are_noise(experts):
-    """What experts say of noise means nothing."""
+    """An expert's logits for noise mean nothing."""
     backend = backend_of(experts, "tesla", init="noise")
     assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.labels, CLASSES))
 

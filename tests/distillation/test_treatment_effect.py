@@ -1,4 +1,4 @@
-"""The size of a real sample's effect on the synthetic gradient, against leaving it out and computing again."""
+"""The size of a real sample's effect on the synthetic gradient, against leaving it out and recomputing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distill_at_scale.models.spec import NetworkSpec
 
 SHAPE, LABEL = (1, 8, 8), 1
 class_distance = of_single_class(cosine_distance)
-MANY = 200  # directions: more than there are, so that nothing is left out
+MANY = 200  # directions: more than there are, so nothing is estimated
 
 
 def squares(real, made):
@@ -46,7 +46,7 @@ def a_network(seed=0, shape=SHAPE, name="convnet"):
 
 
 def samples(n=60, shape=SHAPE, seed=1):
-    """Around one common image, as samples of a class are, and unlike each other in how far away from it."""
+    """Samples around one common image, at different distances from it."""
     rng = chance(seed)
     common, spread = torch.randn(1, *shape, generator=rng), torch.rand(n, *[1] * len(shape), generator=rng)
     return common + 2 * spread * torch.randn(n, *shape, generator=rng)
@@ -110,7 +110,7 @@ def test_the_first_order_is_leaving_one_out_under_feature_matching():
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", DISTANCES)
 def test_with_all_directions_the_size_is_that_of_the_first_order(name, view):
-    """Two images are all of them moved, so nothing is estimated."""
+    """With two images all of them are perturbed, so nothing is estimated."""
     network, real, images = a_network(), samples(40), samples(2, seed=5)
     _, first = gradient_cases(network, real, images, VIEWS[view], DISTANCES[name])
     actual = gradient_effects(network, real, images, VIEWS[view], LABEL, DISTANCES[name], MANY, chance(), 7)
@@ -158,7 +158,7 @@ def test_the_sizes_do_not_depend_on_the_parts_and_are_drawn_from_the_generator()
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
-    """Workers that train a network together agree up to rounding only, and are to drop the same samples."""
+    """Workers that train a network together agree only up to rounding and must drop the same samples."""
     network, real, images = a_network(seed), samples(60, seed=seed), samples(2, seed=seed + 5)
 
     def actual(real):

@@ -194,17 +194,14 @@ def cost_plot(configurations: Sequence[Configuration]) -> Plot:
     """Accuracy over the cost of one distillation, with the Pareto front; for one network."""
     longest = max((one.cost for one in configurations), default=0.0)
     scale, unit = next((scale, unit) for limit, scale, unit in UNITS if longest >= limit)
+    by_control = {name: [one for one in configurations if one.control == name] for name in (None, "random", "unpruned")}
     front = pareto(configurations)
+    others = [one for one in by_control[None] if one not in front]
     parts: list[tuple[str, list[Configuration], Literal["line", "points"], Role]] = [
         ("Pareto front", front, "line", "ours"),
-        (
-            "other configurations",
-            [c for c in configurations if c.control is None and c not in front],
-            "points",
-            "other",
-        ),
-        ("random selection", [c for c in configurations if c.control == "random"], "points", "random"),
-        ("unpruned", [c for c in configurations if c.control == "unpruned"], "points", "unpruned"),
+        ("other configurations", others, "points", "other"),
+        ("random selection", by_control["random"], "points", "random"),
+        ("unpruned", by_control["unpruned"], "points", "unpruned"),
     ]
     series = [
         _series(name, group, lambda one: one.cost / scale, kind, role) for name, group, kind, role in parts if group

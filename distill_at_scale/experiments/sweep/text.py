@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.experiments.sweep.analysis import (
-    KEEP,
-    Accuracy,
-    AccuracyDifference,
-    Configuration,
-    Recommendation,
-    context,
-)
+from distill_at_scale.experiments.sweep import analysis
+from distill_at_scale.experiments.sweep.analysis import Accuracy, Configuration, Recommendation
 from distill_at_scale.pipeline.report.text import NBSP, duration, points, share
 from distill_at_scale.storage.redact import public
 
@@ -69,10 +63,10 @@ def describe(one: Configuration) -> str:
     names = short(list(one.keys))
     if one.control:
         rate = "" if one.control == "unpruned" else f", {share(one.rate)} kept"
-        parts = (f"{CONTROLS.get(one.control, one.control)}{rate}", label(context(one), names))
+        parts = (f"{CONTROLS.get(one.control, one.control)}{rate}", label(analysis.context(one), names))
     else:
         kept = f"{share(one.rate)} kept" if one.kept < one.of else "all samples"
-        parts = (kept, label({key: setting for key, setting in one.keys.items() if key not in KEEP}, names))
+        parts = (kept, label({key: setting for key, setting in one.keys.items() if key not in analysis.KEEP}, names))
     return ", ".join(filter(None, parts))
 
 
@@ -161,7 +155,7 @@ def against_random(result: Recommendation) -> str:
     return f"Against random selection at the same rate: {interval(result.over_random)}, {words[result.over_random.verdict]}."
 
 
-def interval(result: AccuracyDifference) -> str:
+def interval(result: analysis.AccuracyDifference) -> str:
     """A difference in points with its confidence interval."""
     counts = " and ".join(map(str, result.counts))
     single = "" if result.over == "distillations" else " of single distillations"

@@ -114,6 +114,7 @@ def points() -> list[Point]:
     return [Point({"select.keep": keep}, seed) for keep in (0.3, 1.0) for seed in (0, 1)]
 
 
+@pytest.mark.slow
 def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, tmp_path):
     display = Display(Console(quiet=True))
     config = tiny_config(tmp_path / "pooled", cluster__address=None)
@@ -129,6 +130,7 @@ def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, t
     assert [outcome.accuracy() for outcome in alone] == [outcome.accuracy() for outcome in again]
 
 
+@pytest.mark.slow
 def test_ingest_and_scores_are_read_by_points_not_made(runner, tmp_path):
     point_set = PointSet(tiny_config(tmp_path / "run", cluster__address=None), runner, Display(Console(quiet=True)))
     for outcome in point_set.run(points()[:2]):
@@ -138,6 +140,7 @@ def test_ingest_and_scores_are_read_by_points_not_made(runner, tmp_path):
         assert (outcome.folder / "prepared").is_symlink()
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_is_named_by_its_overrides(runner, tmp_path):
     config = tiny_config(tmp_path / "run", cluster__address=None)
     point_set = PointSet(config, runner, Display(Console(quiet=True)))

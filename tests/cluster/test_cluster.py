@@ -80,6 +80,7 @@ def finished(tmp_path_factory) -> Path:
     return run_local(settings(tmp_path_factory.mktemp("local")))
 
 
+@pytest.mark.slow
 def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, finished):
     config = settings(tmp_path)
     lines: list[str] = []
@@ -100,6 +101,7 @@ def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, fin
     assert any(line.startswith("  distill: 8 of 8 steps") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("actors", [1, 2])
 def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_path, finished, actors):
     config = settings(tmp_path, cluster={"actors": actors})
@@ -113,6 +115,7 @@ def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_
         assert here.read_bytes() == there.read_bytes(), chunk
 
 
+@pytest.mark.slow
 def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
     config = settings(tmp_path)
     places = distill.DistillPaths(finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path / "log")
@@ -186,6 +189,7 @@ def test_two_workers_of_a_proxy_end_with_the_weights_of_one(tmp_path, finished):
         torch.testing.assert_close(safetensors_io.load(one), safetensors_io.load(two), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_divergence_names_class_and_step_and_keeps_the_last_good_state(tmp_path, finished):
     config = settings(tmp_path, distill={"dm": {"image_lr": 1e30, "augment": "none"}, "checkpoint_every": 1000})
     work = tmp_path / "work"

@@ -58,6 +58,7 @@ def images(work: Path) -> torch.Tensor:
     return synthetic_set.load(work / "synthetic").images
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_as_many_start_as_find_room(places, tmp_path):
     """Two of at most three, and their set is that of a fixed group of two."""

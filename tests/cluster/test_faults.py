@@ -53,6 +53,7 @@ def held(result: Result) -> None:
     assert (result.verdict, result.reasons) == ("ok", []), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "fault"), FAST.items())
 def test_a_stage_survives_and_ends_with_the_same_bytes(small, stage, fault):
     small.prepare([stage])

@@ -47,6 +47,7 @@ def on_ray(config):
     return run
 
 
+@pytest.mark.slow
 def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, on_disk):  # noqa: F811
     """Every stage, and the artefacts are the bytes of a run on a disk without Ray."""
     config = apart("apart", cluster__address=None, distill__workers=1)

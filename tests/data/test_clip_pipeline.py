@@ -230,6 +230,7 @@ def test_compiled_proxies_and_scores_of_clips_agree_with_eager_ones(tmp_path, fi
     np.testing.assert_allclose(results[0]["score"].to_numpy(), results[1]["score"].to_numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_ray_prepares_and_distils_the_same_clips(tmp_path, files, clip_run):
     ray = pytest.importorskip("ray")

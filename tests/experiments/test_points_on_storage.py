@@ -67,6 +67,7 @@ def test_an_address_inside_a_folder_keeps_its_options(address, name, expected):
     assert child_address(address, name) == expected
 
 
+@pytest.mark.slow
 def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bucket, tmp_path):
     config = remote(sweep={"space": RATES})
     made, said = sweep(config)
@@ -253,6 +254,7 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
     assert f"keep {rate:.4g} was found before" in other.text
 
 
+@pytest.mark.slow
 def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3, bucket):
     settings = {"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1}
     cli.run_studies(remote(studies=settings), Display.silent())

@@ -26,7 +26,6 @@ from distill_at_scale.pruning.scoring.imported import Positions
 from distill_at_scale.pruning.selection.ranking import score_columns
 
 SUFFIXES = (".parquet", ".csv", ".json")
-KEPT = ("sample_id", "label", "score", "rank")
 
 
 def check(path: Path) -> None:
@@ -55,8 +54,7 @@ def scores(path: Path, scored: Path, config: Config) -> int:
     table, _ = score_table.read(scored, ["sample_id", name])
     rows = pc.index_in(_ids_by_position(path, table["sample_id"], config), table["sample_id"].combine_chunks())
     values = [float(f"{value:.9g}") for value in table[name].to_numpy()]  # nine digits identify a 32-bit number
-    by_position = {str(i): None if row is None else values[row] for i, row in enumerate(rows.to_pylist())}
-    _write_json(path, by_position)
+    _write_json(path, {str(i): None if row is None else values[row] for i, row in enumerate(rows.to_pylist())})
     return table.num_rows
 
 
@@ -67,7 +65,7 @@ def kept(path: Path, selected: Path, config: Config) -> int:
     """
     check(path)
     table, facts = manifest.read(selected)
-    table = table.filter(table["kept"]).select(list(KEPT))
+    table = table.filter(table["kept"]).select(["sample_id", "label", "score", "rank"])
     if path.suffix.lower() != ".json":
         _write_table(path, table, facts)
     else:

@@ -18,13 +18,7 @@ import pyarrow.compute as pc
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.pruning.criteria.factory import (
-    build_criteria,
-    column_of,
-    epochs_of,
-    is_class_criterion,
-    value_shape,
-)
+from distill_at_scale.pruning.criteria import factory
 from distill_at_scale.pruning.scoring.reliability import TrialAgreement
 from distill_at_scale.pruning.scoring.scorer import FEATURES, matrix_to_lists
 from distill_at_scale.pruning.selection.ranking import RANDOM
@@ -65,6 +59,9 @@ class ExtraColumn:
         return self.scores[rows.to_numpy()]
 
 
+ExtraColumns = Mapping[str, ExtraColumn]  # by name
+
+
 def training_ids(prepared: PreparedDataset) -> pa.Array:
     """The ids of the training samples, sorted by label and id: a string array [n]."""
     tables = [prepared.read(chunk, columns=["sample_id"]) for chunk in prepared.chunks("train")]
@@ -74,21 +71,22 @@ def training_ids(prepared: PreparedDataset) -> pa.Array:
 class ScoreColumns:
     """Turns scored rows into the columns of scores.parquet, and collects the metadata of the table."""
 
-    def __init__(self, config: Config, extra: Mapping[str, ExtraColumn]):
+    def __init__(self, config: Config, extra: ExtraColumns):
         score = config.score
-        self.criteria, self.extra, self.checkpoints = build_criteria(score), dict(extra), score.checkpoint_counts
+        self.criteria, self.extra = factory.build_criteria(score), dict(extra)
+        self.checkpoints = score.checkpoint_counts
         sources: dict[str, Any] = {**self.criteria, **self.extra}
         if missing := [name for name in score.criteria if name not in sources and name != RANDOM]:
             raise ValueError(f"score.criterion = {missing[0]!r} has neither a criterion nor an extra column")
         names = [name for name in [*score.criteria, *extra] if name in sources]
-        self.useful = {column_of(name): sources[name].useful for name in names}
+        self.useful = {factory.column_of(name): sources[name].useful for name in names}
         self.names, self.first = list(self.useful), names[0] if names else None
-        self.shapes = {name: value_shape(criterion, self.checkpoints) for name, criterion in self.criteria.items()}
+        self.shapes = {name: factory.value_shape(c, self.checkpoints) for name, c in self.criteria.items()}
         # the columns whose single values are published too, and the number of values per sample
         self.list_widths = {
-            column_of(name): math.prod(self.shapes[name])
+            factory.column_of(name): math.prod(self.shapes[name])
             for name, criterion in self.criteria.items()
-            if not is_class_criterion(criterion) or criterion.by_trial
+            if not factory.is_class_criterion(criterion) or criterion.by_trial
         }
         self.seed = {} if score.weights is not None else {"seed": config.run.seed}  # pretrained weights ignore the seed
         self.agreement = TrialAgreement(self.criteria[self.first].aggregate) if self.first in self.criteria else None
@@ -105,13 +103,13 @@ class ScoreColumns:
     def facts(self) -> dict[str, Any]:
         """The metadata of the table; complete once all rows have been built."""
         trials, epochs = self.checkpoints if self.criteria else (0, 0)
-        extra = {column_of(name): column.facts for name, column in self.extra.items() if column.facts}
+        extra = {factory.column_of(name): column.facts for name, column in self.extra.items() if column.facts}
         return {
             "trials": trials,
             "epochs": epochs,
             "useful": self.useful,
             "criteria": self.names,
-            "observed": {column_of(name): epochs_of(c, epochs) for name, c in self.criteria.items()},
+            "observed": {factory.column_of(name): factory.epochs_of(c, epochs) for name, c in self.criteria.items()},
             "agreement": self.agreement.facts() if self.agreement else None,
             **self.seed,
             **({"brought": extra} if extra else {}),
@@ -122,27 +120,27 @@ class ScoreColumns:
 
         Raises UserError if the values do not fit the checkpoints, or a criterion returns an array of the wrong shape.
         """
-        if any(is_class_criterion(criterion) for criterion in self.criteria.values()):
+        if any(factory.is_class_criterion(criterion) for criterion in self.criteria.values()):
             parts = by_class(parts)
         for path, rows in parts:
             scores: dict[str, Any] = {}
             lists: dict[str, Any] = {}
             for name, criterion in self.criteria.items():
-                column, values = column_of(name), self._values(path, name, rows)
+                column, values = factory.column_of(name), self._values(path, name, rows)
                 scores[column] = _one_score_each(name, criterion.aggregate(values), rows.num_rows)
                 if column in self.list_widths:
                     lists[f"{column}_values"] = matrix_to_lists(values)
                 if name == self.first and self.agreement:
                     self.agreement.add(rows["label"].to_numpy(), values)
             for name, extra in self.extra.items():
-                scores[column_of(name)] = _one_score_each(name, extra.values(rows["sample_id"]), rows.num_rows)
+                scores[factory.column_of(name)] = _one_score_each(name, extra.values(rows["sample_id"]), rows.num_rows)
             first = scores[self.names[0]] if self.names else np.zeros(rows.num_rows, np.float32)
             yield pa.table({"sample_id": rows["sample_id"], "label": rows["label"], **scores, "score": first, **lists})
 
     def _values(self, path: Path, name: str, rows: pa.Table) -> Array:
         """What a criterion aggregates: float32 [n, trials, epochs]."""
         criterion, shape = self.criteria[name], self.shapes[name]
-        if not is_class_criterion(criterion):
+        if not factory.is_class_criterion(criterion):
             values = lists_to_matrix(rows[name])
             if values.shape[1:] != (math.prod(shape),):
                 raise UserError(

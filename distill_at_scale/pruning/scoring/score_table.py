@@ -8,7 +8,7 @@ KEY. Memory holds some parts and a row group, or one class if a criterion compar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import RowGroupWriter, check_rows, facts_of, open_table, reading
-from distill_at_scale.pruning.scoring.columns import ExtraColumn, ScoreColumns, ScoredPart
+from distill_at_scale.pruning.scoring.columns import ExtraColumns, ScoreColumns, ScoredPart
 
 Array = np.ndarray[Any, Any]
 
@@ -33,11 +33,7 @@ REQUIRED = ("label", "sample_id", "score")
 
 
 def write_scores(
-    path: Path,
-    parts: Sequence[Path],
-    expected: Iterable[pa.Array],
-    config: Config,
-    extra: Mapping[str, ExtraColumn] | None = None,
+    path: Path, parts: Sequence[Path], expected: Iterable[pa.Array], config: Config, extra: ExtraColumns | None = None
 ) -> dict[str, Any]:
     """Publish the scored parts as one table; its bytes depend on the rows alone.
 
@@ -57,15 +53,13 @@ def write_scores(
 
 
 def write_unscored(
-    path: Path, rows: Iterable[pa.Table], config: Config, extra: Mapping[str, ExtraColumn] | None = None
+    path: Path, rows: Iterable[pa.Table], config: Config, extra: ExtraColumns | None = None
 ) -> dict[str, Any]:
     """The same if no criterion needs proxies; `rows` have sample_id and label, sorted by label and id."""
     return _publish(path, ((path, table.select(["sample_id", "label"])) for table in rows), config, extra)
 
 
-def _publish(
-    path: Path, parts: Iterable[ScoredPart], config: Config, extra: Mapping[str, ExtraColumn] | None
-) -> dict[str, Any]:
+def _publish(path: Path, parts: Iterable[ScoredPart], config: Config, extra: ExtraColumns | None) -> dict[str, Any]:
     columns, sums, rows = ScoreColumns(config, extra or {}), [], 0
     statistics = ["label", "score", *columns.names]
     encoding = {"compression": "zstd", "use_dictionary": ["label"], "write_statistics": statistics}

@@ -31,13 +31,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.models import pretrained
 from distill_at_scale.models.spec import will_compile
-from distill_at_scale.pruning.criteria.factory import (
-    build_criteria,
-    epochs_of,
-    is_class_criterion,
-    needed_epochs,
-    needs_features,
-)
+from distill_at_scale.pruning.criteria import factory
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring.classifier import (
     BatchOutputs,
@@ -66,7 +60,7 @@ class ScoringCheckpoint:
 
 def check(config: Config, prepared: PreparedDataset) -> None:
     """Raises UserError, before training, if a criterion needs features that the network does not have."""
-    if any(needs_features(criterion) for criterion in build_criteria(config.score).values()):
+    if any(factory.needs_features(criterion) for criterion in factory.build_criteria(config.score).values()):
         names = prepared.class_names
         check_features(proxy.network_spec(config.score, prepared.shape, len(names), prepared.kind))
 
@@ -86,11 +80,11 @@ class Scorer:
     ):
         score, self.device, self.spent = config.score, device, spent or TimeSpent()
         self.prepared, self.dimensions = PreparedDataset(prepared), score.features
-        self.criteria, (_, epochs) = build_criteria(score), score.checkpoint_counts
-        self.epochs = {name: set(epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
+        self.criteria, (_, epochs) = factory.build_criteria(score), score.checkpoint_counts
+        self.epochs = {name: set(factory.epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
         self.microbatch = self.spec.microbatch(device)
-        needed = needed_epochs(self.criteria.values(), epochs)
+        needed = factory.needed_epochs(self.criteria.values(), epochs)
         self.checkpoints = list(self._load(score, checkpoints, needed))
         work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
         self.memory_format = self.spec.memory_format("score", device, will_compile(score.compile, work))
@@ -99,9 +93,9 @@ class Scorer:
             spec = replace(self.spec, classes=outputs)
             classifier = Classifier(spec, score.precision, device, self.memory_format)
             self.classifiers[outputs] = CompiledClassifier(classifier, score.compile, self.microbatch, work)
-        # a GPU waits for its share of the machine's cores; a scorer on a CPU has one core for everything
-        on_gpu = device.type == "cuda"
-        self.decoding_threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
+        # on a GPU its share of the machine's cores; on a CPU a scorer has one core for everything
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        self.decoding_threads = max(1, (os.cpu_count() or 1) // gpus) if gpus else 1
 
     def _load(self, score: ScoreSection, folder: Path, epochs: Sequence[int]) -> Iterator[ScoringCheckpoint]:
         """The pretrained weights, or the checkpoints of the proxies at some epochs."""
@@ -154,16 +148,16 @@ class Scorer:
         if missing := -len(pixels) % self.microbatch:  # full batches of one size: one shape, one result
             pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
         pixels = self.memory_format.images(pixels)  # once, and as bytes
-        values: dict[str, list[Tensor]] = {n: [] for n, c in self.criteria.items() if not is_class_criterion(c)}
+        values: dict[str, list[Tensor]] = {n: [] for n, c in self.criteria.items() if not factory.is_class_criterion(c)}
         features: list[Tensor] = []
         for checkpoint in self.checkpoints:
             used_by = {name: c for name, c in self.criteria.items() if checkpoint.epoch in self.epochs[name]}
             classifier = self.classifiers[checkpoint.outputs]
             classifier.load(checkpoint.state, checkpoint.mean, checkpoint.std)
-            with_features = any(map(needs_features, used_by.values()))
+            with_features = any(map(factory.needs_features, used_by.values()))
             outputs = BatchOutputs(classifier, pixels, labels, checkpoint.columns, with_features)
             for name, criterion in used_by.items():
-                if is_class_criterion(criterion):
+                if factory.is_class_criterion(criterion):
                     continue
                 observed = criterion.observe(outputs)
                 if observed.shape != labels.shape:
@@ -172,7 +166,7 @@ class Scorer:
                         "observe must return one number per sample"
                     )
                 values[name].append(observed)
-            if any(map(is_class_criterion, used_by.values())):
+            if any(map(factory.is_class_criterion, used_by.values())):
                 features.append(random_projection(outputs.features, self.dimensions))
         columns = {name: torch.stack(observed, 1) for name, observed in values.items()}
         columns |= {FEATURES: torch.cat(features, 1)} if features else {}

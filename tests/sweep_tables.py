@@ -1,4 +1,4 @@
-"""Rows of made-up sweeps, as `sweep.parquet` holds them."""
+"""Rows of invented sweeps, as `sweep.parquet` holds them."""
 
 from __future__ import annotations
 

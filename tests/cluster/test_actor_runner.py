@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import point_bodies
 import pytest
-import warm_calls
 from conftest import tiny_config
 from rich.console import Console
 
@@ -50,9 +50,9 @@ def processes(folder) -> dict[str, str]:
 
 
 def test_points_run_in_as_many_processes_as_there_are_cores_and_these_stay(run, tmp_path):
-    assert run(warm_calls.process, 8) == dict.fromkeys(range(8))
+    assert run(point_bodies.process, 8) == dict.fromkeys(range(8))
     first = processes(tmp_path)
-    run(warm_calls.process, 8)
+    run(point_bodies.process, 8)
     second = processes(tmp_path)
     assert len(first) == len(second) == 8
     assert set(second.values()) <= set(first.values())
@@ -60,17 +60,17 @@ def test_points_run_in_as_many_processes_as_there_are_cores_and_these_stay(run, 
 
 
 def test_an_actor_has_one_thread(run, tmp_path):
-    run(warm_calls.threads)
+    run(point_bodies.threads)
     assert (tmp_path / "0.threads").read_text() == "1"
 
 
 def test_finished_points_do_not_run(run, tmp_path):
-    assert run(warm_calls.process, 2, finished=True) == {0: None, 1: None}
+    assert run(point_bodies.process, 2, finished=True) == {0: None, 1: None}
     assert not processes(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("body", "error"), [(warm_calls.user_error, UserError), (warm_calls.diverged, DistillationDiverged)]
+    ("body", "error"), [(point_bodies.user_error, UserError), (point_bodies.diverged, DistillationDiverged)]
 )
 def test_errors_come_back_as_they_were_and_do_not_end_the_other_points(run, body, error):
     errors = run(body, 3)
@@ -84,29 +84,29 @@ def test_an_error_of_the_callback_ends_the_run(runner, tmp_path):
 
     task = PointTask(tiny_config(tmp_path / "0", cluster__address=None), "point 0")
     with pytest.raises(UserError, match="bad key"):
-        runner.run([task], warm_calls.user_error, done)
+        runner.run([task], point_bodies.user_error, done)
 
 
 def test_a_point_whose_actor_is_lost_runs_again(run, tmp_path):
-    assert run(warm_calls.dies_once, 3) == dict.fromkeys(range(3))
+    assert run(point_bodies.dies_once, 3) == dict.fromkeys(range(3))
     assert set(processes(tmp_path)) == {"0", "1", "2"}
     assert (tmp_path / "died").exists()
 
 
 def test_a_point_that_always_kills_its_actor_is_given_up_with_its_name(run):
-    errors = run(warm_calls.dies)
+    errors = run(point_bodies.dies)
     assert isinstance(errors[0], UserError)
     assert str(errors[0]).startswith("point 0: its worker was lost 2 times")
 
 
 def test_actors_make_room_for_the_ordinary_executor_and_come_back(runner, run, tmp_path):
-    run(warm_calls.process)
+    run(point_bodies.process)
     before = set(processes(tmp_path).values())
     executor = runner.executor()
     ready = ray.remote(num_cpus=2)(lambda: True)
     assert ray.get(ready.remote(), timeout=60)
     executor.close()
-    run(warm_calls.process)
+    run(point_bodies.process)
     assert before.isdisjoint(processes(tmp_path).values())
 
 

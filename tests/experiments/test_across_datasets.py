@@ -31,8 +31,8 @@ KNOWN = {  # (transform, selection, keep) -> accuracy
 }  # fmt: skip
 
 
-class MadeUp:
-    """A runner whose accuracies are known; those of repetitions lie close to each other."""
+class FakePointSet:
+    """A point set whose accuracies are known; those of repetitions lie close to each other."""
 
     def __init__(self, config, lost=()):
         self.config, self.lost, self.asked = config, lost, []
@@ -60,7 +60,7 @@ class MadeUp:
 @pytest.fixture
 def context(make_config, tmp_path):
     config = make_config(tmp_path, studies={"across": {"sets": SETS, "keep": [0.1]}})
-    return StudyContext(config, MadeUp(config), lambda line: None)
+    return StudyContext(config, FakePointSet(config), lambda line: None)
 
 
 def test_every_set_is_compared_with_its_own_unpruned_runs(context):
@@ -119,15 +119,15 @@ def test_all_points_are_asked_for_at_once_and_the_same_way_for_every_set(context
 )
 def test_a_set_that_is_not_allowed_is_named_before_anything_starts(context, overrides, message):
     config = with_overrides(context.config, {"studies.across.sets": {**SETS, "odd": overrides}})
-    runner = MadeUp(config)
+    point_set = FakePointSet(config)
     with pytest.raises(UserError, match=message):
-        across_datasets.study(StudyContext(config, runner, lambda line: None))
-    assert runner.asked == []
+        across_datasets.study(StudyContext(config, point_set, lambda line: None))
+    assert point_set.asked == []
 
 
 def test_a_set_without_a_test_split_is_left_out_and_said_so(context):
-    runner = MadeUp(context.config, lost=("long_tail",))
-    found = across_datasets.study(StudyContext(context.config, runner, lambda line: None))
+    point_set = FakePointSet(context.config, lost=("long_tail",))
+    found = across_datasets.study(StudyContext(context.config, point_set, lambda line: None))
     assert list(found.facts["sets"]) == ["digits", "twins"]
     assert "The set tail is left out" in found.notes[0]
 
@@ -140,7 +140,7 @@ def test_a_set_near_chance_is_said_to_tell_little(context, monkeypatch):
 
 def test_a_set_that_is_called_like_the_source_leaves_the_base_its_other_name_and_doubles_nothing(context):
     config = with_overrides(context.config, {"studies.across.sets": {"digits": {}}})
-    found = across_datasets.study(StudyContext(config, MadeUp(config), lambda line: None))
+    found = across_datasets.study(StudyContext(config, FakePointSet(config), lambda line: None))
     assert list(found.facts["sets"]) == ["base", "digits"]
     assert {row["n"] for row in found.rows} == {3}
 
@@ -159,8 +159,8 @@ def test_the_whole_study_on_digits(make_config, tmp_path):
             "two": {"data.transform": "high_variance", "data.variance_classes": 2}}  # fmt: skip
     studies = {"seeds": 2, "steps": 1, "across": {"sets": sets, "keep": [0.5]}}
     config = make_config(tmp_path / "run", studies=studies, score__trials=1, score__epochs=1)
-    runner = PointSet(config, LocalRunner(), Display.silent())
-    found = across_datasets.study(StudyContext(config, runner, lambda line: None))
+    point_set = PointSet(config, LocalRunner(), Display.silent())
+    found = across_datasets.study(StudyContext(config, point_set, lambda line: None))
     assert list(found.facts["sets"]) == ["digits", "tail", "two"]
     by = {(row["set"], row["selection"]): row for row in found.rows}
     assert by["two", "unpruned"]["of"] < by["digits", "unpruned"]["of"]
@@ -171,10 +171,10 @@ def test_the_whole_study_on_digits(make_config, tmp_path):
 def test_the_configuration_for_digits_is_valid_with_all_of_its_sets(tmp_path):
     path = ROOT / "configs" / "studies_across_digits.yaml"
     config = configuration.load(path, [f"run.dir={tmp_path}"])
-    runner = PointSet(config, LocalRunner(), Display.silent())
-    sets = across_datasets.data_sets(StudyContext(config, runner, print))
+    point_set = PointSet(config, LocalRunner(), Display.silent())
+    sets = across_datasets.data_sets(StudyContext(config, point_set, print))
     assert {"digits", "long_tail_10", "long_tail_100", "near_duplicates", "moving_digits"} <= set(sets)
     for name, overrides in sets.items():
-        across_datasets.configured(StudyContext(config, runner, print), name, overrides)
+        across_datasets.configured(StudyContext(config, point_set, print), name, overrides)
     assert "study " + str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
     assert yaml.safe_load(path.read_text())["studies"]["run"] == ["across"]

@@ -8,7 +8,7 @@ import json
 import pytest
 import yaml
 from conftest import TINY, tiny_config
-from made_up_points import MadeUpRunner
+from fake_points import FakePointSet
 
 from distill_at_scale import cli
 from distill_at_scale.config.load import validate
@@ -17,8 +17,8 @@ from distill_at_scale.data.prepared import manifest
 from distill_at_scale.experiments import auto_keep_rate
 
 
-class Standing(MadeUpRunner):
-    """A made-up point set that remembers the run whose scores it took over."""
+class Standing(FakePointSet):
+    """A fake point set that remembers the run whose scores it took over."""
 
     def take_over(self, run):
         self.stood_on = run.path
@@ -31,16 +31,16 @@ def finished(make_run, tmp_path):
 
 
 def find(run, accuracy=lambda config, share: 0.6 if share >= 0.1 else 0.3, **keys):
-    runners = []
+    point_sets = []
 
     @contextlib.contextmanager
     def make(config):
-        runners.append(Standing(run.dir / "auto", accuracy))
-        runners[0].config = config
-        yield runners[0]
+        point_sets.append(Standing(run.dir / "auto", accuracy))
+        point_sets[0].config = config
+        yield point_sets[0]
 
     config = tiny_config(run.dir, select__keep="auto", **{"distill__steps": 8, **keys})
-    return auto_keep_rate.rate(config, make, lambda line: None), runners
+    return auto_keep_rate.rate(config, make, lambda line: None), point_sets
 
 
 @pytest.mark.parametrize(("accuracy", "warned"), [(0.3, True), (0.7, False)])  # of 4 classes
@@ -56,17 +56,17 @@ def test_a_search_at_chance_says_that_it_says_little(finished, accuracy, warned)
 
 
 def test_the_rate_is_found_published_and_read_again(finished):
-    rate, runners = find(finished)
+    rate, point_sets = find(finished)
     assert 0.1 <= rate < 0.2
-    assert runners[0].stood_on == finished.dir
-    assert {config.distill.steps for config in runners[0].tried} == {2}, "a quarter of the run's"
+    assert point_sets[0].stood_on == finished.dir
+    assert {config.distill.steps for config in point_sets[0].tried} == {2}, "a quarter of the run's"
     found = json.loads((finished.dir / "auto.json").read_text())
     assert found["rate"] == rate
     assert [one["keep"] for one in found["curve"]] == sorted(one["keep"] for one in found["curve"])
     assert found["unpruned"] == pytest.approx(0.6)
-    again, runners = find(finished)
+    again, point_sets = find(finished)
     assert again == rate
-    assert not runners
+    assert not point_sets
     assert auto_keep_rate.known_rate(tiny_config(finished.dir, select__keep="auto", distill__steps=8)) == rate
 
 

@@ -27,8 +27,8 @@ class Refusing(LocalRunner):
 
 
 def test_points_share_ingest_and_scores_by_links(tmp_path):
-    runner = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
-    outcomes = runner.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
+    point_set = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
+    outcomes = point_set.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
     assert len(list((tmp_path / "sweep" / "shared").glob("scores-*/proxies/trial-*"))) == 2  # once for both
     for outcome in outcomes:
         assert (outcome.folder / "prepared").is_symlink()
@@ -38,10 +38,10 @@ def test_points_share_ingest_and_scores_by_links(tmp_path):
 
 
 def test_a_finished_point_is_read_and_not_tried_again(tmp_path):
-    runner = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
-    first = runner.run([Point()])[0]
+    point_set = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
+    first = point_set.run([Point()])[0]
     written = (first.folder / "evaluation.json").stat().st_mtime_ns
-    assert runner.run([Point(), Point()])[1] == first
+    assert point_set.run([Point(), Point()])[1] == first
     assert (first.folder / "evaluation.json").stat().st_mtime_ns == written
 
 
@@ -84,7 +84,7 @@ def test_what_points_share_is_taken_over_from_another_run(tmp_path):
 
 
 def test_an_override_that_is_not_allowed_stops_before_anything_is_made(tmp_path):
-    runner = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
+    point_set = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
     with pytest.raises(UserError, match=r"select\.kep"):
-        runner.run([Point(), Point({"select.kep": 0.1})])
+        point_set.run([Point(), Point({"select.kep": 0.1})])
     assert not (tmp_path / "sweep").exists()

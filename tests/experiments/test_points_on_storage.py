@@ -123,8 +123,8 @@ def test_a_trial_that_failed_is_noted_there_and_no_more_after_it_succeeded(remot
 
 
 def test_points_on_one_machine_share_one_copy(remote):
-    runner = PointSet(remote(), LocalRunner(), Display.silent())
-    first, second = runner.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
+    point_set = PointSet(remote(), LocalRunner(), Display.silent())
+    first, second = point_set.run([Point({"select.keep": keep}) for keep in (0.2, 0.5)])
     assert (first.folder / "prepared").resolve() == (second.folder / "prepared").resolve()
     assert first.folder.parent == second.folder.parent
     again = PointSet(remote("b"), LocalRunner(), Display.silent()).run([Point({"select.keep": 0.2})])[0]

@@ -37,8 +37,8 @@ def write_scores(folder, values, labels, useful="low", other=None):
     return folder
 
 
-class MadeUp:
-    """A runner that knows scores by network and distils nothing."""
+class FakePointSet:
+    """A point set that knows scores by network and distils nothing."""
 
     def __init__(self, config, folders):
         self.config, self.folders, self.asked = config, folders, []
@@ -64,8 +64,8 @@ def noisy(n=300, trials=4, epochs=2, noise=0.0, classes=3, seed=0):
 
 def studied(make_config, tmp_path, folders, **keys):
     config = make_config(tmp_path / "run", **keys)
-    runner = MadeUp(config, folders)
-    return stability.study(StudyContext(config, runner, lambda line: None)), runner
+    point_set = FakePointSet(config, folders)
+    return stability.study(StudyContext(config, point_set, lambda line: None)), point_set
 
 
 def test_trials_that_rank_alike_agree_wholly_and_one_suffices(make_config, tmp_path):
@@ -191,8 +191,10 @@ def test_stages_run_from_a_hundredth_to_all_steps_unless_they_are_given(make_con
 
 def test_a_stage_is_distilled_from_everything(make_config, tmp_path):
     _, values, labels = noisy()
-    _, runner = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)}, runtime__rule="loss")
-    configs = [runner.configured(point) for point in runner.asked]
+    _, point_set = studied(
+        make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)}, runtime__rule="loss"
+    )
+    configs = [point_set.configured(point) for point in point_set.asked]
     assert {(c.select.keep, c.runtime.rule) for c in configs} == {(1.0, "none")}
     assert [c.distill.steps for c in configs] == [1, 2, 3]
 
@@ -208,8 +210,8 @@ def whole(make_config, tmp_path_factory):
     studies = {"seeds": 2, "stability": {"networks": ["mlp"], "steps": [1, 3]}}
     folder = tmp_path_factory.mktemp("stability")
     config = make_config(folder / "run", studies=studies, score__width=4, evaluate__epochs=5)
-    runner = PointSet(config, LocalRunner(), Display.silent())
-    context = StudyContext(config, runner, lambda line: None)
+    point_set = PointSet(config, LocalRunner(), Display.silent())
+    context = StudyContext(config, point_set, lambda line: None)
     return context, stability.study(context)
 
 

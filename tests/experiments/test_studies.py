@@ -8,7 +8,7 @@ import re
 
 import pyarrow.parquet as pq
 import pytest
-from made_up_points import CLASSES, EACH, MadeUpRunner
+from fake_points import CLASSES, EACH, FakePointSet
 
 from distill_at_scale.config.load import with_overrides
 from distill_at_scale.core.errors import UserError
@@ -25,9 +25,9 @@ def needs(least: float, config, share: float) -> float:
     return 0.6 if share >= needed else 0.6 - 0.3 * math.log10(needed / share)
 
 
-def search(runner, **keys):
+def search(point_set, **keys):
     values = {"tolerance": 1.0, "lowest": 0.004, "points": 12, "seeds": 3}
-    return Search(runner.context, **{**values, **keys}).run()
+    return Search(point_set.context, **{**values, **keys}).run()
 
 
 # --- comparison ---
@@ -63,51 +63,51 @@ def test_confidence_is_a_half_at_the_limit_and_one_far_above_it():
 
 @pytest.mark.parametrize("least", [0.01, 0.07, 0.4])
 def test_bisection_finds_the_smallest_sufficient_rate(tmp_path, least):
-    found = search(MadeUpRunner(tmp_path, lambda config, share: needs(least, config, share)))
+    found = search(FakePointSet(tmp_path, lambda config, share: needs(least, config, share)))
     assert least * 0.93 <= found.smallest.keep <= least * 1.25
     assert found.smallest.keep == found.unbroken.keep
     assert not found.exceptions
 
 
 def test_bisection_tries_no_more_rates_than_it_may(tmp_path):
-    found = search(MadeUpRunner(tmp_path, lambda config, share: needs(0.07, config, share)), points=4)
+    found = search(FakePointSet(tmp_path, lambda config, share: needs(0.07, config, share)), points=4)
     assert len(found.rates) == 4 + 1
     assert found.rates[-1].keep == 1.0
 
 
 def test_the_deviation_comes_from_at_least_three_unpruned_distillations(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5)
-    found = search(runner, seeds=2)
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5)
+    found = search(point_set, seeds=2)
     assert len(found.level.accuracies) == 3
     assert len(found.smallest.outcomes) == 2
 
 
 def test_a_smaller_rate_that_suffices_below_one_that_does_not_is_told(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.4 if 0.05 < share < 0.5 else 0.6, studies__seeds=3)
-    found = search(runner)
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.4 if 0.05 < share < 0.5 else 0.6, studies__seeds=3)
+    found = search(point_set)
     assert found.smallest.keep == 0.004
     assert 0.5 <= found.unbroken.keep < 0.7
     assert found.exceptions
-    assert any("not monotone" in note for note in critical_ratio.study(runner.context).notes)
+    assert any("not monotone" in note for note in critical_ratio.study(point_set.context).notes)
 
 
 def test_where_no_rate_suffices_everything_is_kept(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.6 if share == 1 else 0.2)
-    assert search(runner).smallest.keep == 1.0
-    assert "No keep rate" in critical_ratio.study(runner.context).answer
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.6 if share == 1 else 0.2)
+    assert search(point_set).smallest.keep == 1.0
+    assert "No keep rate" in critical_ratio.study(point_set.context).answer
 
 
 # --- critical ratio ---
 
 
 def test_the_critical_ratio_is_told_with_its_number_and_its_random_control(tmp_path):
-    runner = MadeUpRunner(
+    point_set = FakePointSet(
         tmp_path,
         lambda config, share: needs(0.04, config, share),
         studies__critical_ratio__points=12,
         select__per_class=7,
     )
-    found = critical_ratio.study(runner.context)
+    found = critical_ratio.study(point_set.context)
     keep, kept = found.facts["critical_keep"], found.facts["critical_kept"]
     assert 0.036 < keep < 0.05
     assert kept == CLASSES * int(keep * EACH + 0.5)
@@ -120,21 +120,21 @@ def test_the_critical_ratio_is_told_with_its_number_and_its_random_control(tmp_p
 
 
 def test_a_critical_ratio_at_chance_says_that_it_says_little(tmp_path):
-    found = critical_ratio.study(MadeUpRunner(tmp_path, lambda config, share: 0.28).context)
+    found = critical_ratio.study(FakePointSet(tmp_path, lambda config, share: 0.28).context)
     assert any("near chance" in note for note in found.notes)
 
 
 def test_a_minimum_that_decides_instead_of_the_rate_is_told(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5, select__min_per_class=5)
-    found = critical_ratio.study(runner.context)
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5, select__min_per_class=5)
+    found = critical_ratio.study(point_set.context)
     assert found.facts["critical_kept"] == 5 * CLASSES
     assert any("min_per_class = 5" in note for note in found.notes)
 
 
 def test_a_stratum_has_no_critical_ratio(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5, select__order="stratum", select__keep=0.2)
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5, select__order="stratum", select__keep=0.2)
     with pytest.raises(UserError, match="order other than stratum"):
-        critical_ratio.study(runner.context)
+        critical_ratio.study(point_set.context)
 
 
 # --- stratified ---
@@ -145,8 +145,8 @@ def test_a_stratum_has_no_critical_ratio(tmp_path):
     [(-0.3, "trustworthy", "is trustworthy"), (0.3, "reversed", "is reversed"), (0.0, "nothing", "shows nothing")],
 )
 def test_strata_tell_whether_the_criterion_is_trustworthy(tmp_path, slope, verdict, words):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5 + slope * config.select.stratum_start)
-    found = stratified.study(runner.context)
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5 + slope * config.select.stratum_start)
+    found = stratified.study(point_set.context)
     assert found.facts["verdict"] == verdict
     assert words in found.answer
     assert f"the best is stratum {found.facts['best_stratum']})" in found.answer
@@ -163,7 +163,7 @@ def test_the_drop_test_tells_the_three_ways_apart(tmp_path):
             return 0.5
         return 0.5 if config.select.criterion == "random" else 0.55 if config.select.order == "useful" else 0.4
 
-    found = drop.study(MadeUpRunner(tmp_path, accuracy).context)
+    found = drop.study(FakePointSet(tmp_path, accuracy).context)
     assert found.facts["drop_least_useful"] == pytest.approx(0.05)
     assert found.facts["drop_most_useful"] == pytest.approx(-0.1)
     assert "least useful first (the largest scores) +5.0 ± 0.0 points (helps)" in found.answer
@@ -173,7 +173,7 @@ def test_the_drop_test_tells_the_three_ways_apart(tmp_path):
 
 
 def test_a_drop_test_that_contradicts_the_paper_says_so(tmp_path):
-    found = drop.study(MadeUpRunner(tmp_path, lambda config, share: 0.5 if share == 1 else 0.4).context)
+    found = drop.study(FakePointSet(tmp_path, lambda config, share: 0.5 if share == 1 else 0.4).context)
     assert "disagrees: it hurts here" in found.paper
 
 
@@ -187,14 +187,14 @@ def test_the_break_point_is_where_all_larger_drops_are_broken_too(tmp_path):
         value = by_drop[round(1 - config.select.rate, 2)]
         return [0.6, *[value] * (CLASSES - 1)]
 
-    found = interaction.study(MadeUpRunner(tmp_path, accuracy).context)
+    found = interaction.study(FakePointSet(tmp_path, accuracy).context)
     assert found.facts["break_drop"] == 0.7
     assert found.facts["per_class"] == {"0": None, "1": 0.7, "2": 0.7, "3": 0.7}
 
 
 def test_effects_that_add_up_are_not_called_an_interaction(tmp_path):
     found = interaction.study(
-        MadeUpRunner(tmp_path, lambda config, share: 0.6 - 0.2 * (1 - config.select.rate)).context
+        FakePointSet(tmp_path, lambda config, share: 0.6 - 0.2 * (1 - config.select.rate)).context
     )
     assert "not refuted" in found.answer
     assert found.rows[-1]["predicted"] == pytest.approx(0.6 - 0.2 * 0.95)
@@ -202,21 +202,21 @@ def test_effects_that_add_up_are_not_called_an_interaction(tmp_path):
 
 def test_a_cliff_is_a_clear_gap_from_the_additive_prediction(tmp_path):
     found = interaction.study(
-        MadeUpRunner(tmp_path, lambda config, share: 0.6 if config.select.rate > 0.2 else 0.3).context
+        FakePointSet(tmp_path, lambda config, share: 0.6 if config.select.rate > 0.2 else 0.3).context
     )
     assert "do not add up: at 95\u00a0% it is worse than predicted by adding" in found.answer
     assert found.facts["break_drop"] == 0.8
 
 
 def test_drop_rates_that_do_not_ascend_are_refused(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5, studies__interaction__drops=[0.3, 0.1, 0.5])
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5, studies__interaction__drops=[0.3, 0.1, 0.5])
     with pytest.raises(UserError, match=r"studies\.interaction\.drops"):
-        interaction.study(runner.context)
+        interaction.study(point_set.context)
 
 
 def test_an_evaluation_without_figures_per_class_says_what_to_do(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5)
-    outcome = runner.run(runner.context.repetitions({"select.keep": 1.0}, 1))[0]
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5)
+    outcome = point_set.run(point_set.context.repetitions({"select.keep": 1.0}, 1))[0]
     del outcome.rows[0]["per_class"]
     with pytest.raises(UserError, match=r"no accuracy per class; remove .*evaluate\.json"):
         comparison.per_class(outcome)
@@ -226,14 +226,14 @@ def test_an_evaluation_without_figures_per_class_says_what_to_do(tmp_path):
 
 
 @pytest.fixture
-def runner(tmp_path):
-    return MadeUpRunner(
+def point_set(tmp_path):
+    return FakePointSet(
         tmp_path / "run", lambda config, share: needs(0.04, config, share), studies__run=["drop", "interaction"]
     )
 
 
-def test_a_suite_leaves_findings_and_one_table(tmp_path, runner):
-    found = suite.run(runner.config, runner, lambda line: None)
+def test_a_suite_leaves_findings_and_one_table(tmp_path, point_set):
+    found = suite.run(point_set.config, point_set, lambda line: None)
     assert [finding.study for finding in found] == ["drop", "interaction"]
     written = json.loads((tmp_path / "run" / "studies" / "interaction.json").read_text())
     assert written["facts"]["break_drop"] == found[1].facts["break_drop"]
@@ -251,68 +251,70 @@ def test_a_suite_leaves_findings_and_one_table(tmp_path, runner):
     ({"score__criterion": "random"}, "stability needs scores"),
 ])  # fmt: skip
 def test_what_a_later_study_refuses_is_said_before_anything_is_made(tmp_path, wanted, message):
-    runner = MadeUpRunner(tmp_path / "run", lambda config, share: 0.5, **wanted)
+    point_set = FakePointSet(tmp_path / "run", lambda config, share: 0.5, **wanted)
     with pytest.raises(UserError, match=re.escape(message)):
-        suite.run(runner.config, runner, lambda line: None)
-    assert not runner.tried
+        suite.run(point_set.config, point_set, lambda line: None)
+    assert not point_set.tried
     assert not (tmp_path / "run").exists(), "nothing was scored"
 
 
-def test_a_second_call_reads_what_the_first_has_found(runner):
-    first = suite.run(runner.config, runner, lambda line: None)
-    runner.tried.clear()
+def test_a_second_call_reads_what_the_first_has_found(point_set):
+    first = suite.run(point_set.config, point_set, lambda line: None)
+    point_set.tried.clear()
     lines: list[str] = []
-    second = suite.run(runner.config, runner, lines.append)
-    assert runner.tried == []
+    second = suite.run(point_set.config, point_set, lines.append)
+    assert point_set.tried == []
     assert [finding.answer for finding in second] == [finding.answer for finding in first]
     assert second[1].plots[0].series[0].y == pytest.approx(list(first[1].plots[0].series[0].y))
     assert all("skipped" in line for line in lines)
 
 
-def test_a_study_that_was_interrupted_is_made_again_and_the_finished_one_is_not(runner, monkeypatch):
+def test_a_study_that_was_interrupted_is_made_again_and_the_finished_one_is_not(point_set, monkeypatch):
     def interrupted(context):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setitem(studies.STUDIES, "interaction", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            suite.run(runner.config, runner, lambda line: None)
-    runner.tried.clear()
-    suite.run(runner.config, runner, lambda line: None)
-    assert {config.select.order for config in runner.tried} == {"useful"}, "interaction alone"
+            suite.run(point_set.config, point_set, lambda line: None)
+    point_set.tried.clear()
+    suite.run(point_set.config, point_set, lambda line: None)
+    assert {config.select.order for config in point_set.tried} == {"useful"}, "interaction alone"
 
 
-def test_another_tolerance_makes_a_study_again(runner):
-    suite.run(runner.config, runner, lambda line: None)
-    runner.tried.clear()
-    section = runner.config.studies
+def test_another_tolerance_makes_a_study_again(point_set):
+    suite.run(point_set.config, point_set, lambda line: None)
+    point_set.tried.clear()
+    section = point_set.config.studies
     changed = section.interaction.model_copy(update={"tolerance": 2.0})
-    runner.config = runner.config.model_copy(update={"studies": section.model_copy(update={"interaction": changed})})
-    suite.run(runner.config, runner, lambda line: None)
-    assert runner.tried
+    point_set.config = point_set.config.model_copy(
+        update={"studies": section.model_copy(update={"interaction": changed})}
+    )
+    suite.run(point_set.config, point_set, lambda line: None)
+    assert point_set.tried
 
 
-def test_trackers_and_workers_leave_findings_valid(tmp_path, runner):
+def test_trackers_and_workers_leave_findings_valid(tmp_path, point_set):
     """Keys that never change results do not discard a finding."""
-    suite.run(runner.config, runner, lambda line: None)
+    suite.run(point_set.config, point_set, lambda line: None)
     lines: list[str] = []
-    suite.run(with_overrides(runner.config, {"track.wandb": {}, "distill.workers": 2}), runner, lines.append)
-    assert len(lines) == len(runner.config.studies.run)
+    suite.run(with_overrides(point_set.config, {"track.wandb": {}, "distill.workers": 2}), point_set, lines.append)
+    assert len(lines) == len(point_set.config.studies.run)
     assert all("already done for this configuration" in line for line in lines)
 
 
-def test_a_damaged_finding_is_named(tmp_path, runner):
-    suite.run(runner.config, runner, lambda line: None)
+def test_a_damaged_finding_is_named(tmp_path, point_set):
+    suite.run(point_set.config, point_set, lambda line: None)
     (tmp_path / "run" / "studies" / "drop.json").write_text("{")
     with pytest.raises(UserError, match=r"drop\.json is no finding"):
-        suite.run(runner.config, runner, lambda line: None)
+        suite.run(point_set.config, point_set, lambda line: None)
 
 
 def test_all_studies_share_their_unpruned_points(tmp_path):
-    runner = MadeUpRunner(tmp_path, lambda config, share: 0.5)
+    point_set = FakePointSet(tmp_path, lambda config, share: 0.5)
     for study in (critical_ratio.study, stratified.study, drop.study, interaction.study):
-        study(runner.context)
-    assert len({config.model_dump_json() for config in runner.tried if config.select.keep == 1.0}) == 1
+        study(point_set.context)
+    assert len({config.model_dump_json() for config in point_set.tried if config.select.keep == 1.0}) == 1
 
 
 def test_rates_differences_and_counts_are_said_plainly():

@@ -20,7 +20,7 @@ from distill_at_scale.storage.stage_record import StageInputs
 CLASSES, EACH = 4, 250
 
 
-class MadeUpRunner:
+class FakePointSet:
     """accuracy(config, share kept) of every class; `noise` is the deviation between repetitions, the same for all points."""
 
     def __init__(

@@ -171,9 +171,7 @@ def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
     from distill_at_scale.storage.run_dir import RunDir
 
     if not scores and not kept:
-        raise UserError(
-            "export writes nothing yet; add --scores FILE, --kept FILE or both (*.parquet, *.csv or *.json)"
-        )
+        raise UserError("nothing to export; add --scores FILE, --kept FILE or both (*.parquet, *.csv or *.json)")
     run, display = RunDir.of(config.run), Display()
     for path in (*scores, *kept):
         exported.check(path)

@@ -186,9 +186,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
     if len(text) > MAX_CHARACTERS:
-        raise UserError(
-            f"{path} has more than {MAX_CHARACTERS:,} characters and is not a configuration; check the path"
-        )
+        size = f"more than {MAX_CHARACTERS:,} characters"
+        raise UserError(f"{path} has {size} and is not a configuration; check the path")
     try:
         values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number

@@ -167,9 +167,9 @@ class Store:
 
     def open_native(self, file: str) -> Any:
         """Like `open`, but always a pyarrow.NativeFile, which Parquet reads without Python."""
-        return (
-            self.asked(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb")) if self.local else self.open(file)
-        )
+        if self.local:
+            return self.asked(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
+        return self.open(file)
 
     def place(self, file: str = "") -> str:
         """The address of a file for messages, without credentials."""

@@ -73,9 +73,8 @@ class RunDir:
         if self.reuse:
             self.reuse.fetch()
             if not (self.reuse / "stages").is_dir():
-                raise UserError(
-                    f"run.reuse = {self.reuse.named!r} is not a run folder; give the run.dir of a finished run"
-                )
+                name = self.reuse.named
+                raise UserError(f"run.reuse = {name!r} is not a run folder; give the run.dir of a finished run")
         try:
             if self.remote:
                 self.remote.sync.create()
@@ -85,9 +84,8 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             key = "run.scratch" if self.remote else "run.dir"
-            raise UserError(
-                f"cannot write in the run folder {self.path}: {error.strerror}. Choose another {key}."
-            ) from None
+            reason = f"{self.path}: {error.strerror}. Choose another {key}."
+            raise UserError(f"cannot write in the run folder {reason}") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -96,9 +94,8 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy(
-                    f"another command is working in {self.named}; wait for it, or choose another run.dir"
-                ) from None
+                advice = "wait for it, or choose another run.dir"
+                raise Busy(f"another command is working in {self.named}; {advice}") from None
             with self.remote.locked(handle) if self.remote else contextlib.nullcontext():
                 yield
 

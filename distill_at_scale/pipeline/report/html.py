@@ -21,19 +21,19 @@ from distill_at_scale.storage.redact import public
 
 def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:
     """Render a template of this package to a file atomically; returns its path."""
-    text = engine().get_template(template).render(colors=COLORS, **contents)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    engine = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    engine.filters |= {
+        "accuracy": accuracy,
+        "share": share,
+        "shape": shape,
+        "duration": duration,
+        "comma": "{:,}".format,
+    }
+    text = engine.get_template(template).render(colors=COLORS, **contents)
     with publish(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return path
-
-
-def engine() -> jinja2.Environment:
-    """Escapes all values and raises on undefined names."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {f.__name__: f for f in (accuracy, share, shape, duration)}
-    environment.filters["comma"] = "{:,}".format
-    return environment
 
 
 def name_of(path: str | None, source: str) -> str:

@@ -37,10 +37,7 @@ from distill_at_scale.storage.run_dir import STAGES, RunDir
 
 VERSION = 3  # of the page; raise it when the page changes, so that finished runs write their report again
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
-REASONS, KINDS = (
-    5,
-    12,
-)  # up to REASONS rejected samples are listed one by one; more are grouped into at most KINDS kinds
+REASONS, KINDS = 5, 12  # at most REASONS rejected samples are listed one by one; more are grouped into KINDS kinds
 VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # parts that differ between two reasons of one kind
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image per class; else classes, images per class
 IMAGE_BYTES = 1_000_000  # of all synthetic images on the page

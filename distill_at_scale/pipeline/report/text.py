@@ -60,9 +60,8 @@ def answer(summary: Sequence[Summary]) -> dict[str, str]:
     """The verdict for the first network as a word and a sentence; `others` summarises the other networks."""
     sets = {(row["set"], row["network"]): row for row in summary}
     networks = [network for name, network in sets if name == "distilled" and ("random_real", network) in sets]
-    networks = [
-        network for network in networks if not network.startswith(CONTROL)
-    ] or networks  # without one-frame controls
+    # one-frame controls count only if there is nothing else
+    networks = [network for network in networks if not network.startswith(CONTROL)] or networks
     pairs = {network: (sets["distilled", network], sets["random_real", network]) for network in networks}
     if not pairs:
         return {"verdict": "open", "word": "Not evaluated", "text": "the run has no test on real data", "others": ""}

@@ -240,7 +240,7 @@ def read_outcome(point: Point, run: RunDir, all_files: bool = False) -> Outcome 
     if run.record("evaluate") is None:
         return None
     for stage in ("ingest", "score"):  # outdated where a shared stage ran again since; a missing shared folder is fine
-        shared = run.stood_on(stage)
+        shared = run.output_run(stage)
         if shared.record(stage) is not None and _differs(run, shared, stage):
             return None
     return _outcome(point, run, json.loads((run / "evaluation.json").read_text())["rows"])

@@ -63,7 +63,7 @@ def last_name(path: str) -> str:
     return redact_uri(path).partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
-def unanswered(error: OSError) -> bool:
+def is_access_error(error: OSError) -> bool:
     """Whether an error comes from the disk or the network, not from a file's content (pyarrow gives those no number)."""
     return error.errno is not None or SERVICE_ERROR.search(str(error)) is not None
 
@@ -93,7 +93,7 @@ class Store:
         if self.local:
             if not os.path.isdir(self._root):
                 raise Unreachable(f"{self._named}: there is no such folder; give the data set's root folder")
-        elif self._asked(lambda: self.filesystem.get_file_info(self._root).type) != fs.FileType.Directory:
+        elif self._request(lambda: self.filesystem.get_file_info(self._root).type) != fs.FileType.Directory:
             raise Unreachable(f"{self._named}: there is no such folder; check bucket and prefix")
 
     def table(self, folder: str = "") -> tuple[pa.Array, pa.Array]:
@@ -112,10 +112,10 @@ class Store:
     def names(self, folder: str = "") -> tuple[list[str], list[str]]:
         """The sorted names of folders and of files directly in a folder, without hidden ones."""
         if self.local:
-            scanned = self._asked(lambda: _scan(self._root, folder))
+            scanned = self._request(lambda: _scan(self._root, folder))
             pairs = [(path.rpartition("/")[2], size is None) for path, size in scanned]
         else:
-            infos = self._asked(lambda: self.filesystem.get_file_info(fs.FileSelector(self._join(folder))))
+            infos = self._request(lambda: self.filesystem.get_file_info(fs.FileSelector(self._join(folder))))
             pairs = [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
         visible = [(name, is_folder) for name, is_folder in sorted(pairs) if not name.startswith(".")]
         return [n for n, is_folder in visible if is_folder], [n for n, is_folder in visible if not is_folder]
@@ -125,7 +125,7 @@ class Store:
         if self.local:
             place = os.path.join(self._root, file)
             return os.path.getsize(place) if os.path.isfile(place) else None
-        info = self._asked(lambda: self.filesystem.get_file_info(self._join(file)))
+        info = self._request(lambda: self.filesystem.get_file_info(self._join(file)))
         return info.size if info.type == fs.FileType.File else None
 
     def read(self, file: str) -> bytes:
@@ -136,7 +136,7 @@ class Store:
             Unreachable: the whole folder is gone, or a remote store fails.
         """
         with self.open(file) as handle:
-            return self.asked(file, handle.read)
+            return self.request(file, handle.read)
 
     def read_many(self, files: Sequence[str]) -> list[bytes]:
         """The contents of files, in order; remote files in parallel. Raises what `read` raises."""
@@ -148,13 +148,13 @@ class Store:
     def read_range(self, file: str, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`; fewer at its end."""
         with self.open(file) as handle:
-            self.asked(file, lambda: handle.seek(offset))
-            return self.asked(file, lambda: handle.read(size))
+            self.request(file, lambda: handle.seek(offset))
+            return self.request(file, lambda: handle.read(size))
 
     def open(self, file: str) -> Any:
         """A file for random access: a Python file if local, else a pyarrow.NativeFile. Raises what `read` raises."""
         if not self.local:
-            return self.asked(file, lambda: self.filesystem.open_input_file(self._join(file)))
+            return self.request(file, lambda: self.filesystem.open_input_file(self._join(file)))
 
         def open_regular() -> Any:
             path = os.path.join(self._root, file)
@@ -163,12 +163,12 @@ class Store:
                 raise OSError(errno.EISDIR, "not a regular file", path)
             return open(path, "rb")
 
-        return self.asked(file, open_regular)
+        return self.request(file, open_regular)
 
     def open_native(self, file: str) -> Any:
         """Like `open`, but always a pyarrow.NativeFile, which Parquet reads without Python."""
         if self.local:
-            return self.asked(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
+            return self.request(file, lambda: pa.OSFile(os.path.join(self._root, file), "rb"))
         return self.open(file)
 
     def place(self, file: str = "") -> str:
@@ -205,7 +205,7 @@ class Store:
         try:
             return s3.connect(self.path) if self.path.startswith("s3://") else fs.FileSystem.from_uri(self.path)
         except OSError as error:
-            raise self.refusal(error) from None
+            raise self.unreachable(error) from None
         except (ValueError, pa.ArrowNotImplementedError) as error:
             raise UserError(f"{self._named} cannot be opened: {self.without_secrets(str(error))}") from None
 
@@ -221,7 +221,7 @@ class Store:
         with ThreadPoolExecutor(SCANNERS) as pool:
             while waiting:
                 level, waiting = waiting, []
-                for entries in pool.map(lambda name: self._asked(lambda: _scan(self._root, name)), level):
+                for entries in pool.map(lambda name: self._request(lambda: _scan(self._root, name)), level):
                     waiting += [path for path, size in entries if size is None]
                     yield self._arrays([(path, size) for path, size in entries if size is not None])
 
@@ -231,7 +231,7 @@ class Store:
 
         def listed(path: str, recursive: bool = True) -> list[Any]:
             selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-            return self._asked(lambda: self.filesystem.get_file_info(selector))
+            return self._request(lambda: self.filesystem.get_file_info(selector))
 
         def files_of(infos: list[Any]) -> tuple[pa.Array, pa.Array]:
             files = [(info.path[start:], info.size) for info in infos if info.type == fs.FileType.File]
@@ -249,14 +249,14 @@ class Store:
         except UnicodeEncodeError as error:
             raise UserError(f"{self.place()}: the file name {error.object!r} is not UTF-8; rename the file") from None
 
-    def _asked(self, operation: Callable[[], T]) -> T:
+    def _request(self, operation: Callable[[], T]) -> T:
         """Raises Unreachable if the store does not answer: no such bucket, no permission, no network."""
         try:
             return operation()
         except OSError as error:
-            raise self.refusal(error) from None
+            raise self.unreachable(error) from None
 
-    def asked(self, file: str, operation: Callable[[], T]) -> T:
+    def request(self, file: str, operation: Callable[[], T]) -> T:
         """The result of an operation on one file, such as a read from a handle that `open` returned.
 
         Raises OSError if only this file fails, and Unreachable if the store does not answer.
@@ -272,9 +272,9 @@ class Store:
         except OSError as error:
             if self.local:
                 raise
-            raise self.refusal(error) from None
+            raise self.unreachable(error) from None
 
-    def refusal(self, error: OSError) -> Unreachable:
+    def unreachable(self, error: OSError) -> Unreachable:
         """The error for a store that does not answer."""
         reason = self.without_secrets(" ".join(str(error).split()))
         advice = "Check the permissions." if self.local else "Check the address, the credentials and the network."

@@ -27,7 +27,7 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage.object_store import Say, is_remote
 from distill_at_scale.storage.stage_record import LINKED, StageInputs, checked, is_artefact
 from distill_at_scale.storage.sync import FolderSync, scratch_of
-from distill_at_scale.storage.working_copy import LOCK, WorkingCopy, link, tops, work_name
+from distill_at_scale.storage.working_copy import LOCK, WorkingCopy, link, top_level_names, work_folder
 
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
@@ -142,7 +142,7 @@ class RunDir:
 
     def work(self, stage: str, inputs: StageInputs) -> Path:
         """The folder for a stage's unfinished work. It belongs to one fingerprint, so the work can always be resumed."""
-        folder = self.path / work_name(stage, inputs.fingerprint)
+        folder = self.path / work_folder(stage, inputs.fingerprint)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -239,11 +239,11 @@ class RunDir:
         assert record is not None
         if self.remote and other.remote:  # runs that use this one link to the same place
             record = {LINKED: self.remote.link_to(other.remote), **record}
-        link(self.path, other.path, tops(record))
+        link(self.path, other.path, top_level_names(record))
         write_json(self.path / "stages" / f"{stage}.json", {**record, "reused_from": other.named})
         self.keep(f"stages/{stage}.json")
 
-    def stood_on(self, stage: str) -> RunDir:
+    def output_run(self, stage: str) -> RunDir:
         """The run whose output of a stage this run uses; this run if the output is its own."""
         record = self.record(stage) or {}
         if self.remote:
@@ -252,7 +252,7 @@ class RunDir:
 
     def has(self, stage: str) -> bool:
         """Whether the output of a finished stage exists."""
-        return all((self / name).exists() for name in tops(self.record(stage) or {"outputs": ()}))
+        return all((self / name).exists() for name in top_level_names(self.record(stage) or {"outputs": ()}))
 
     def take_over_files(self, folder: str) -> None:
         """Link files of a folder of the run named in run.reuse that are missing here. The folder's name identifies its content

@@ -235,7 +235,3 @@ def _visible(name: str) -> bool:
     if len(parts) > 1 and parts[0] in RUNS_INSIDE:
         return False
     return not any(part.startswith(".") for part in (parts[1:] if parts[0] == UNFINISHED else parts))
-
-
-def _below(name: str, tops: tuple[str, ...]) -> bool:
-    return not tops or any(name == top or name.startswith(f"{top}/") for top in tops)

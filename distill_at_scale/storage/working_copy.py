@@ -107,7 +107,7 @@ class WorkingCopy:
         if LINKED in record:
             self._link(record)
         elif record:
-            self.sync.pull(*tops(record), outputs=record["outputs"])
+            self.sync.pull(*top_level_names(record), outputs=record["outputs"])
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -141,7 +141,7 @@ class WorkingCopy:
             if identity := other._identity():
                 other.claim(identity)
             other.complete(record["stage"])
-        link(self.path, other.path, tops(record))
+        link(self.path, other.path, top_level_names(record))
 
     @contextlib.contextmanager
     def exchanging(self, *names: str) -> Iterator[None]:
@@ -187,16 +187,16 @@ class WorkingCopy:
             else:
                 outputs |= record.get("outputs", {})
             if record and owner:  # a killed command may have left the stage's unfinished work
-                self.sync.remove(work_name(record["stage"], record["fingerprint"]))
+                self.sync.remove(work_folder(record["stage"], record["fingerprint"]))
         self.sync.pull(outputs=outputs)
 
 
-def work_name(stage: str, fingerprint: str) -> str:
+def work_folder(stage: str, fingerprint: str) -> str:
     """The folder of a stage's unfinished work."""
     return f"{UNFINISHED}/{stage}-{fingerprint[:16]}"
 
 
-def tops(record: Mapping[str, Any]) -> list[str]:
+def top_level_names(record: Mapping[str, Any]) -> list[str]:
     """The top-level files and folders with the output of a stage."""
     return sorted({Path(name).parts[0] for name in record["outputs"] if is_artefact(name)})
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.archives.tar import ByteRange
-from distill_at_scale.storage.filesystem import Store, unanswered
+from distill_at_scale.storage.filesystem import Store, is_access_error
 
 SKIP_SIZE = 2**18  # bytes
 REQUEST_SIZE = 2**23  # bytes of a request to remote storage
@@ -62,7 +62,7 @@ class Stream(tar.Window):
         try:
             count = self.handle.readinto(buffer)
         except OSError as error:
-            if unanswered(error):
+            if is_access_error(error):
                 raise
             raise UserError(f"{self.place} is damaged, cut or not gzip ({error}). {tar.DOWNLOAD_AGAIN}.") from None
         self._position += count
@@ -109,7 +109,7 @@ class Reader:
                 stream = None
             stream = stream or tar.open_or_stop(store, file, open_stream)
             read_at = [partial(stream.read_at, wanted.offset, wanted.size) for wanted in ranges]
-            contents = [store.asked(file, read) for read in read_at]
+            contents = [store.request(file, read) for read in read_at]
             self._file, self._stream = file, stream
         return zip(ranges, contents, strict=True)
 

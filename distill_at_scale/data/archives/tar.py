@@ -251,9 +251,9 @@ def read_ranges(store: Store, file: str, ranges: list[ByteRange]) -> Iterator[tu
                 yield wanted, handle.read(wanted.size)
             return
         with ThreadPoolExecutor(REMOTE_THREADS, "samples") as pool:
-            size = store.asked(file, handle.size)
+            size = store.request(file, handle.size)
             reads = [partial(_read_span, handle, span, size) for span in _spans(ranges)]
-            for span in pool.map(partial(store.asked, file), reads):
+            for span in pool.map(partial(store.request, file), reads):
                 yield from span
 
 
@@ -287,7 +287,7 @@ def open_or_stop(store: Store, file: str, opener: Callable[[Store, str], R]) -> 
         store.check()
         raise UserError(f"{store.place(file)} is not there any more; put it back and run the command again") from None
     except OSError as error:
-        raise store.refusal(error) from None
+        raise store.unreachable(error) from None
 
 
 def _spans(ranges: list[ByteRange]) -> list[list[ByteRange]]:

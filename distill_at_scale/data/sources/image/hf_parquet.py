@@ -31,7 +31,7 @@ from distill_at_scale.data.sources.base import (
     listing,
     split_word,
 )
-from distill_at_scale.storage.filesystem import unanswered
+from distill_at_scale.storage.filesystem import is_access_error
 
 T = TypeVar("T")
 MAX_ROW_GROUP = 16  # times data.max_bytes: the samples of a row group together
@@ -232,8 +232,8 @@ class HuggingFaceParquet:
         except FileNotFoundError:
             raise UserError(f"{self.store.place(name)} is gone; restore it, or list the data again") from None
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            if isinstance(error, OSError) and unanswered(error):
-                raise self.store.refusal(error) from None
+            if isinstance(error, OSError) and is_access_error(error):
+                raise self.store.unreachable(error) from None
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again"

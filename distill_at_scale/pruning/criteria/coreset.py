@@ -55,10 +55,7 @@ class KCenter(MeanOfTrials):
 
 
 def neighbour_distances(features: Array, neighbours: int) -> Array:
-    """The mean distance of each sample to its nearest neighbours, or to all others if they are fewer; float32 [n].
-
-    0 for a sample that is alone.
-    """
+    """The mean distance to the nearest neighbours, or to all others if they are fewer, float32 [n]; 0 for a single sample."""
     from sklearn.neighbors import NearestNeighbors  # takes a second to import
 
     count = min(neighbours, len(features) - 1)

@@ -25,10 +25,8 @@ from distill_at_scale.data.prepared.parquet import BATCH, open_table, reading
 SORTABLE = 5_000_000  # an unsorted table of fewer rows is sorted in memory
 ORDER = ("label", "sample_id")
 
-Array = np.ndarray[Any, Any]
 
-
-def label_runs(labels: Array) -> Iterator[tuple[int, int, int]]:
+def label_runs(labels: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
     """(label, start, end) of each run of equal labels [n]."""
     if len(labels):
         ends = [*(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist(), len(labels)]

@@ -71,7 +71,7 @@ class Pipeline:
         with self._working():
             for stage in stages:
                 if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():
-                    self.display.say("evaluate: left out, the data set has no test split (data.holdout makes one)")
+                    self.display.say("evaluate: skipped, the data set has no test split (data.holdout makes one)")
                     continue
                 if stage == "select" and self.config.select.keep == "auto":
                     assert self._find_rate is not None, "select.keep: auto needs find_rate"

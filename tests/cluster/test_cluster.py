@@ -140,7 +140,7 @@ def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path,
     resumed = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken", said.append)
     assert (tmp_path / "killed").exists(), "nothing was killed, so nothing was tested"
     assert torch.equal(resumed.images, expected.images)
-    assert "  workers were lost; going on from step 6, so 0 steps are repeated" in said
+    assert "  workers were lost; resuming from step 6; 0 steps are repeated" in said
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_an_observer_that_fails_is_left_out_and_the_others_go_on():
     observers.close()
     assert [event.stage for event in kept.events] == ["score", "select"]
     assert kept.closed
-    assert said == ["  the broken one is left out from here on: [Errno 28] No space left on device"]
+    assert said == ["  the broken one is switched off: [Errno 28] No space left on device"]
 
 
 def test_an_observer_that_fails_tells_no_credentials():
@@ -80,7 +80,7 @@ def test_an_observer_that_fails_tells_no_credentials():
 
     said = list[str]()
     Observers(said.append, [Unreachable()]).emit(instant("stage", "started"))
-    assert said == ["  the broken one is left out from here on: API request to http://host:5000/api failed"]
+    assert said == ["  the broken one is switched off: API request to http://host:5000/api failed"]
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path):
     observers.emit(instant("stage", "finished", stage="select"))
     observers.close()
     assert len(said) == 1
-    assert said[0].startswith("  TensorBoard is left out from here on: ")
+    assert said[0].startswith("  TensorBoard is switched off: ")
 
 
 @pytest.mark.parametrize("part", ["distill", "evaluate", "stages"])

@@ -257,7 +257,7 @@ def distill(executor: Executor, config: Config, files: DistillPaths, report: Rep
 
     def resumed() -> str:
         step = checkpoint_step(files.state)
-        return f"going on from step {step}, so {max(0, tail.step - step)} steps are repeated"
+        return f"resuming from step {step}; {max(0, tail.step - step)} steps are repeated"
 
     executor.train(
         Group(

@@ -48,4 +48,4 @@ class Observers:
         except Exception as error:  # a failing observer must not end the run
             self.all.remove(observer)
             reason = CREDENTIALS.sub("://", str(error)) or type(error).__name__
-            self.say(f"  {observer.name} is left out from here on: {reason}")
+            self.say(f"  {observer.name} is switched off: {reason}")

@@ -157,8 +157,16 @@ class StepBenchmark:
         for name in engine.missing_networks(config, paths):
             paths.networks.mkdir(exist_ok=True)
             engine.make_network(config, paths, name, self.device, self._labels(classes))
-        if self.method.ranks_patches:
-            _rank(config, paths, self.device)
+        table = patch_ranking.table_path(paths.networks, config)
+        if self.method.ranks_patches and not table.exists():  # the pipeline ranks patches before the first step
+            parts = patch_ranking.parts_folder(paths.networks, config)
+            parts.mkdir(parents=True)
+            candidates = patch_ranking.draw_candidates(paths.manifest, config, parts)
+            units = [
+                (chunk, score_part_path(parts, chunk)) for chunk in PreparedDataset(paths.prepared).chunks("train")
+            ]
+            list(patch_ranking.PatchRanker(config, paths.prepared, paths.networks, self.device).rank(units))
+            patch_ranking.merge([path for _, path in units], candidates, config.distill.rded.crops, table)
         started: list[Distillation] = []
         workers = Slice(self._size(classes) if self.by_class else 1)
         seconds = timed(lambda: started.append(Distillation(config, paths, workers, self.device)), self.device)
@@ -192,7 +200,7 @@ class StepBenchmark:
         return max(1, self.facts.classes // classes)
 
     def _owned(self, classes: int) -> int:
-        return len(range(0, self.facts.classes, self._size(classes))) if self.by_class else classes
+        return len(self._labels(classes))
 
     def _loops(self) -> dict[str, int]:
         """Real lengths of the loops within a step."""
@@ -216,18 +224,6 @@ class StepBenchmark:
             distill = distill.model_copy(update={distill.method: self.section.model_copy(update=update)})
         runtime = self.config.runtime.model_copy(update={"refresh": 1 if refresh else NEVER})
         return self.config.model_copy(update={"distill": distill, "runtime": runtime})
-
-
-def _rank(config: Config, paths: DistillPaths, device: torch.device) -> None:
-    """The table of ranked patches, which the pipeline makes before the first step."""
-    target, parts = (path(paths.networks, config) for path in (patch_ranking.table_path, patch_ranking.parts_folder))
-    if target.exists():
-        return
-    parts.mkdir(parents=True)
-    candidates = patch_ranking.draw_candidates(paths.manifest, config, parts)
-    units = [(chunk, score_part_path(parts, chunk)) for chunk in PreparedDataset(paths.prepared).chunks("train")]
-    list(patch_ranking.PatchRanker(config, paths.prepared, paths.networks, device).rank(units))
-    patch_ranking.merge([path for _, path in units], candidates, config.distill.rded.crops, target)
 
 
 def _run(distillation: Distillation, step: int) -> None:

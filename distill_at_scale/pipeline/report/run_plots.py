@@ -143,33 +143,29 @@ def cuts(scores: Array, kept: Array) -> list[float]:
 def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> str:
     """The distillation loss over the steps with a running mean; below it the accuracy, if it was measured."""
     panels = [(loss, "distillation loss", INK), (top1, "top-1 in % (one network)", COLORS["distilled"])]
-    panels = [panel for panel in panels if panel[0]]
+    panels = [panel for panel in panels if panel[0]]  # those with points
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.5 * len(panels) + 0.3), layout="constrained")
         shared: Axes | None = None
         for place, (points, label, color) in enumerate(panels):
             shared = axes = figure.add_subplot(len(panels), 1, place + 1, sharex=shared)
-            _line(axes, points, color)
+            steps, values = np.array(points, dtype=float).T
+            window = max(1, len(values) // 20)
+            if window > 1:
+                axes.plot(steps, values, color=color, lw=0.8, alpha=0.35)
+                places, sums = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
+                starts, ends = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
+                axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=color, lw=1.7)
+            else:
+                axes.plot(steps, values, color=color, lw=1.5, marker="o", ms=3)
+            axes.set_xlim(left=0)
+            if values.min() > 0 and values.max() > 30 * values.min():
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+            frame(axes, "both")
             axes.set_ylabel(label)
         axes.set_xlabel("step")
         return svg(figure)
-
-
-def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str) -> None:
-    steps, values = np.array(points, dtype=float).T
-    window = max(1, len(values) // 20)
-    if window > 1:
-        axes.plot(steps, values, color=color, lw=0.8, alpha=0.35)
-        places, sums = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
-        starts, ends = np.maximum(0, places - window // 2), np.minimum(len(values), places + window // 2 + 1)
-        axes.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=color, lw=1.7)
-    else:
-        axes.plot(steps, values, color=color, lw=1.5, marker="o", ms=3)
-    axes.set_xlim(left=0)
-    if len(values) and values.min() > 0 and values.max() > 30 * values.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    frame(axes, "both")
 
 
 def picture(pixels: Array, limit: int) -> str:

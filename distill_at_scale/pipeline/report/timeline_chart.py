@@ -79,8 +79,20 @@ def chart(usage: Utilization) -> str:
             _spans(axes, 0, [span], COLORS.get(span.stage, OTHER), 0.45)
         _spans(axes, 0, usage.waits, WAITING)
         axes.scatter(usage.losses, [0] * len(usage.losses), marker="x", color=LOST, s=26, lw=1.6, zorder=4)
+        edges = np.linspace(0, usage.seconds, BINS + 1)
         for row, lane in enumerate(rows, 1):
-            _lane(axes, row, lane, usage.seconds)
+            axes.axhline(row + 0.36, color=LINE, lw=0.6, zorder=0)
+            spans = [span for worker in lane.workers for span in worker.spans]
+            for stage in dict.fromkeys(span.stage for span in spans):
+                own, color = [span for span in spans if span.stage == stage], COLORS.get(stage, OTHER)
+                if len(lane.workers) == 1:
+                    _spans(axes, row, own, color)
+                    continue
+                busy = np.zeros(BINS)  # seconds of work of all workers, per time bin
+                for span in own:
+                    busy += np.clip(np.minimum(span.ended, edges[1:]) - np.maximum(span.began, edges[:-1]), 0, None)
+                height = 0.72 * np.minimum(1, busy / (edges[1] - edges[0]) / len(lane.workers))
+                axes.stairs(row + 0.36 - height, edges, baseline=row + 0.36, fill=True, color=color)
         for start in usage.starts[1:]:
             axes.axvline(start, color=INK, lw=0.9, ls=(0, (3, 3)))
         name_rows(axes, [(0, "driver"), *((row, lane.name) for row, lane in enumerate(rows, 1))])
@@ -115,20 +127,3 @@ def sentence(usage: Utilization) -> str:
 def _spans(axes: Axes, row: int, spans: Sequence[WorkSpan], color: str, alpha: float = 1) -> None:
     bars: Any = [(span.began, span.seconds) for span in spans]
     axes.broken_barh(bars, (row - 0.36, 0.72), facecolor=color, alpha=alpha, lw=0)
-
-
-def _lane(axes: Axes, row: int, lane: Lane, seconds: float) -> None:
-    """One worker: its spans. Several workers: the mean number of busy workers per time bin, as height."""
-    axes.axhline(row + 0.36, color=LINE, lw=0.6, zorder=0)
-    spans = [span for worker in lane.workers for span in worker.spans]
-    for stage in dict.fromkeys(span.stage for span in spans):
-        own, color = [span for span in spans if span.stage == stage], COLORS.get(stage, OTHER)
-        if len(lane.workers) == 1:
-            _spans(axes, row, own, color)
-            continue
-        edges = np.linspace(0, seconds, BINS + 1)
-        busy = np.zeros(BINS)
-        for span in own:
-            busy += np.clip(np.minimum(span.ended, edges[1:]) - np.maximum(span.began, edges[:-1]), 0, None)
-        height = 0.72 * np.minimum(1, busy / (edges[1] - edges[0]) / len(lane.workers))
-        axes.stairs(row + 0.36 - height, edges, baseline=row + 0.36, fill=True, color=color)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.load import Config
@@ -30,16 +30,6 @@ NOT_LOGGED = ("step", "of", "at")  # keys of a log line that are not metrics
 ARTEFACTS = ("report.html", "evaluation.json", "run.json")
 NO_PARAMETERS = ("track.", "sweep.", "studies.")
 MAX_LENGTH = 500  # characters of a parameter
-
-
-class TrackerClient(Protocol):
-    """A started run of a tracker."""
-
-    def log(self, values: Mapping[str, float], step: int | None) -> None: ...
-
-    def save(self, path: Path) -> None: ...
-
-    def end(self, failed: bool) -> None: ...
 
 
 def trackers(config: Config) -> list[Observer]:
@@ -152,6 +142,9 @@ class Wandb:
 
     def end(self, failed: bool) -> None:
         self.run.finish(exit_code=1 if failed else 0)
+
+
+TrackerClient = Mlflow | Wandb  # a started run of a tracker
 
 
 def parameters(config: Config) -> dict[str, Any]:

@@ -5,55 +5,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Collectives(Protocol):
-    rank: int
-    size: int
+class SingleProcess:
+    """The only worker of a stage. The docstrings say what each operation does among the workers of a `ProcessGroup`."""
+
+    rank, size = 0, 1
 
     def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         """Sum tensors over all workers, in place, in one flat all-reduce."""
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all workers, which have one shape, in rank order, on all workers."""
-
-    def all_reduce_max(self, level: int) -> int:
-        """The largest level of all workers, on all workers; a barrier."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all workers in rank order; only rank 0 may rely on the result."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on all workers."""
-
-    def smallest(self, value: Any) -> Any:
-        """The smallest value that is not None, on all workers; None if all are."""
-
-
-class SingleProcess:
-    rank, size = 0, 1
-
-    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
-        pass
-
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
     def all_reduce_max(self, level: int) -> int:
+        """The largest level of all workers, on all workers; a barrier."""
         return level
 
     def gather(self, value: Any) -> list[Any]:
+        """The values of all workers in rank order; only rank 0 may rely on the result."""
         return [value]
 
     def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on all workers."""
         return value
 
     def smallest(self, value: Any) -> Any:
+        """The smallest value that is not None, on all workers; None if all are."""
         return value
 
 
@@ -91,6 +75,9 @@ class ProcessGroup:
 
     def smallest(self, value: Any) -> Any:
         return min((v for v in self.gather(value) if v is not None), default=None)
+
+
+Collectives = SingleProcess | ProcessGroup
 
 
 def current_workers(device: torch.device) -> Collectives:

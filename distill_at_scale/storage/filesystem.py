@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -60,7 +61,8 @@ def redact_uri(path: str) -> str:
 
 def last_name(path: str) -> str:
     """The name of the folder at a path or URI, without options and credentials."""
-    return redact_uri(path).partition("?")[0].rstrip("/").rpartition("/")[2]
+    path = redact_uri(path)
+    return PurePosixPath(path.partition("?")[0] if is_uri(path) else path).name
 
 
 def is_access_error(error: OSError) -> bool:

@@ -13,6 +13,7 @@ from distill_at_scale.experiments.studies.findings import plain
 from distill_at_scale.pipeline.report import charts
 from distill_at_scale.pipeline.report import html as pages
 from distill_at_scale.pipeline.report.text import NBSP
+from distill_at_scale.storage.filesystem import last_name
 
 LISTED = 12  # longer tables are folded
 MOST_ROWS = 500
@@ -31,7 +32,7 @@ def contents(findings: Sequence[Finding], config: Config) -> dict[str, Any]:
     steps = "" if studies.steps is None else f" of {studies.steps:,} steps"
     networks = f"{studies.evaluations} {'network' if studies.evaluations == 1 else 'networks'}"
     return {
-        "name": pages.name_of(config.data.path, config.data.source),
+        "name": last_name(config.data.path or "") or config.data.source,
         "detail": f"{many} of pruning: {studies.seeds} distillations{steps} of every point, {networks} trained on each",
         "findings": [_section(finding, number) for number, finding in enumerate(findings)],
         "settings": pages.as_yaml(config.model_dump()),

@@ -18,6 +18,7 @@ from distill_at_scale.experiments.sweep.analysis import Configuration, Recommend
 from distill_at_scale.pipeline.report import charts
 from distill_at_scale.pipeline.report import html as pages
 from distill_at_scale.pipeline.report.text import points
+from distill_at_scale.storage.filesystem import last_name
 
 LISTED = 30  # configurations in the open table; the others are folded
 FIRST_PLOTS = 6  # plots that are not folded
@@ -43,7 +44,7 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
     workers = config.distill.max_workers
     gpus = workers * config.cluster.gpus_per_worker
     return {
-        "name": pages.name_of(config.data.path, config.data.source),
+        "name": last_name(config.data.path or "") or config.data.source,
         "detail": _detail(rows, keys, configurations),
         "answer": text.headline(best, shared) if best else None,
         "reasons": text.reasons(best, shared) if best else [],

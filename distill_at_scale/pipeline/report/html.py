@@ -15,7 +15,6 @@ import yaml
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.pipeline.report.style import COLORS
 from distill_at_scale.pipeline.report.text import accuracy, duration, shape, share
-from distill_at_scale.storage.filesystem import redact_uri
 from distill_at_scale.storage.redact import public
 
 
@@ -34,12 +33,6 @@ def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:
     with publish(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return path
-
-
-def name_of(path: str | None, source: str) -> str:
-    """The data set's name for a title: the last part of its path without credentials, else its source."""
-    path = redact_uri(path or "")
-    return Path(path.partition("?")[0] if "://" in path else path).name or source
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.style import SET_NAMES
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import RANDOM
+from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
 VERSION = 3  # of the page; raise it when the page changes, so that finished runs write their report again
@@ -64,7 +65,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
     ipc, kept = synthetic.card["images_per_class"], selection["share"] if selection else None
     words = text.words(prepared.shape, prepared.kind)
     return {
-        "name": html.name_of(source["path"], source["source"]),
+        "name": last_name(source["path"] or "") or source["source"],
         "card": synthetic.card,
         "set_names": SET_NAMES,
         "words": words,

@@ -172,6 +172,14 @@ def places(digits_run: Run, tmp_path: Path) -> DistillPaths:
 
 
 @pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two small experts of MTT; tests only read it."""
+    from expert_cases import train_experts
+
+    return train_experts(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data that lies beside the repository on development machines only."""
     folder = ROOT.parent / "shared" / "data"

@@ -6,6 +6,7 @@ import pickle
 
 import pyarrow as pa
 import pytest
+from kinetics_cases import HEADER, aside, labels, put
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.sections import DataSection
@@ -16,7 +17,6 @@ from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
 from distill_at_scale.data.sources.label_files import LabelFile
 from distill_at_scale.data.sources.video.kinetics_csv import read_list
 
-HEADER = "label,youtube_id,time_start,time_end,split,is_cc\n"
 TRAIN = HEADER + (
     '"arm wrestling",-3B32lodo2M,28,38,train,0\n'
     "abseiling,_dbcJuKJQNs,0,10,train,0\n"
@@ -38,24 +38,8 @@ LABELS = {
 MISSING = ("train/abseiling/gonegonegon_000100_000110.mp4", 0, "listed in train.csv line 5, no file")
 
 
-def put(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
-
-
 def kinetics(root, **keys):
     return SOURCES["kinetics"](DataSection(source="kinetics", path=str(root), **keys))
-
-
-def labels(source, split="train"):
-    table = source.listing(split)
-    return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
-
-
-def aside(source, split="train"):
-    return sorted((row["sample_id"], row["label"], row["reason"]) for row in source.set_aside(split).to_pylist())
 
 
 @pytest.fixture

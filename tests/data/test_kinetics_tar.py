@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_kinetics import HEADER, aside, labels, put
+from kinetics_cases import HEADER, aside, labels, put
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gradient_matching import CLASSES, a_pool, backend_of, close, image_gradient, whole_class
+from matching_cases import CLASSES, all_images_of, assert_close, image_gradient, make_method, make_sampler
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -28,19 +28,19 @@ def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None
     context = MethodContext(
         config, spec, [str(c) for c in range(classes)], list(range(classes)), SingleProcess(), CPU, 1
     )
-    backend = dm.DM(context)
-    backend.prepare(ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0))
-    return backend
+    method = dm.DM(context)
+    method.prepare(ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0))
+    return method
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_does_not_depend_on_how_classes_are_grouped(rule):
     moved, metrics = [], []
     for group in (1, 2, 3):
-        backend = backend_of("dm", a_pool(), runtime=RULES[rule], augment=SIAMESE_AUGMENT)
-        backend.group_size = group
-        metrics.append([backend.step(i) for i in range(3)])
-        moved.append(backend.images.detach())
+        method = make_method("dm", make_sampler(), runtime=RULES[rule], augment=SIAMESE_AUGMENT)
+        method.group_size = group
+        metrics.append([method.step(i) for i in range(3)])
+        moved.append(method.images.detach())
     for other, said in zip(moved[1:], metrics[1:], strict=True):
         assert torch.allclose(moved[0], other, atol=1e-4)
         assert said == [pytest.approx(m, rel=1e-3) for m in metrics[0]]
@@ -57,23 +57,23 @@ def test_groups_are_as_large_as_the_stated_memory_allows(monkeypatch):
 
 
 def test_no_forward_pass_sees_more_than_a_group(monkeypatch):
-    backend = many_classes(7, ipc=2, shape=(1, 8, 8), init="noise", augment="none")
-    backend.group_size, seen = 2, []
-    embed = backend.embed
-    backend.embed = lambda images: (seen.append(len(images)), embed(images))[1]
-    backend.step(0)
+    method = many_classes(7, ipc=2, shape=(1, 8, 8), init="noise", augment="none")
+    method.group_size, seen = 2, []
+    embed = method.embed
+    method.embed = lambda images: (seen.append(len(images)), embed(images))[1]
+    method.step(0)
     assert seen == [4, 4, 4, 2]
 
 
 def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
     """Against effects by leaving one out: exactly the samples in both tails are dropped."""
-    pool = a_pool()
-    backend = backend_of("dm", pool, runtime={"rule": "ite", "drop": 0.5, "tail": 0.5, "probes": 64})
-    embed = backend.context.spec.network.embed
-    before, actual = image_gradient(backend)
+    pool = make_sampler()
+    method = make_method("dm", pool, runtime={"rule": "ite", "drop": 0.5, "tail": 0.5, "probes": 64})
+    embed = method.context.spec.network.embed
+    before, actual = image_gradient(method)
     images, expected = before.clone().requires_grad_(True), torch.zeros(())
     for label in range(CLASSES):
-        features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
+        features, mine = embed(all_images_of(pool, label)).detach(), embed(images[label]).mean(0)
         sizes = torch.stack(
             [
                 torch.autograd.grad(mine, images, 2 * (f - features.mean(0)), retain_graph=True)[0].norm()
@@ -84,11 +84,14 @@ def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
         kept = standard.abs() <= 0.6745  # the quartiles of the normal distribution
         assert 0 < int(kept.sum()) < len(kept)
         expected = expected + (features[kept].mean(0) - mine).square().sum()
-    close(actual, torch.autograd.grad(expected, images)[0])
+    assert_close(actual, torch.autograd.grad(expected, images)[0])
 
 
 def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():
-    plain, zero = backend_of("dm", a_pool()), backend_of("dm", a_pool(), runtime={"rule": "ite", "drop": 0.0})
+    plain, zero = (
+        make_method("dm", make_sampler()),
+        make_method("dm", make_sampler(), runtime={"rule": "ite", "drop": 0.0}),
+    )
     for step in range(2):
         assert plain.step(step) == zero.step(step)
     assert torch.equal(plain.images, zero.images)
@@ -97,11 +100,11 @@ def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():
 
 def test_rule_ite_embeds_less_between_looks_and_resumes_to_the_same_bytes():
     runtime = {"rule": "ite", "drop": 0.4, "refresh": 3, "probes": 4}
-    one = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
+    one = make_method("dm", make_sampler(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
     shares = [one.step(i)["real_share"] for i in range(2)]
     assert shares[0] == 1
     assert shares[1] < 0.9
-    again = backend_of("dm", a_pool(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
+    again = make_method("dm", make_sampler(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
     again.load_state_dict({key: value.clone() for key, value in one.state_dict().items()})
     for i in range(2, 5):
         assert one.step(i) == again.step(i)
@@ -112,11 +115,11 @@ def test_rule_ite_embeds_less_between_looks_and_resumes_to_the_same_bytes():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_clips_are_matched_under_every_rule(rule):
-    backend = many_classes(
+    method = many_classes(
         2, ipc=2, shape=(4, 1, 8, 8), runtime={**RULES[rule], "refresh": 2}, network="convnet3d", init="noise"
     )
-    before = backend.images.detach().clone()
+    before = method.images.detach().clone()
     for step in range(2):
-        backend.step(step)
-    assert torch.isfinite(backend.images).all()
-    assert not torch.equal(before, backend.images.detach())
+        method.step(step)
+    assert torch.isfinite(method.images).all()
+    assert not torch.equal(before, method.images.detach())

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mtt import CLASSES, CPU, HELD, a_pool, backend_of, close, config_of, context_of, experts, made_experts
+from expert_cases import (
+    CLASSES,
+    CPU,
+    HELD,
+    assert_close,
+    make_config,
+    make_context,
+    make_method,
+    make_sampler,
+    train_experts,
+)
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -16,13 +26,11 @@ from distill_at_scale.distillation.methods.shared.experts import ExpertFiles, Ex
 from distill_at_scale.distillation.methods.shared.unroll import FlatNetwork
 from distill_at_scale.pipeline.stages.distill import network_inputs
 
-assert experts  # a fixture
-
 
 def test_an_expert_keeps_its_parameters_after_every_epoch(experts):
     held = safetensors_io.load(experts / "expert-001.safetensors")["parameters"]
-    context = context_of(config_of(), experts)
-    fresh = ExpertTraining(1, context, context.config.distill.mtt, a_pool())
+    context = make_context(make_config(), experts)
+    fresh = ExpertTraining(1, context, context.config.distill.mtt, make_sampler())
     assert torch.equal(held[0], flat(fresh.network))
     assert held.shape == (5, len(held[0]))
     assert held.dtype == torch.float32
@@ -33,8 +41,8 @@ def test_an_expert_keeps_its_parameters_after_every_epoch(experts):
 
 def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
     held = safetensors_io.load(experts / "expert-000.safetensors")["parameters"]
-    pool = a_pool()
-    network = context_of(config_of(), experts).spec.build(5)
+    pool = make_sampler()
+    network = make_context(make_config(), experts).spec.build(5)
     torch.nn.utils.vector_to_parameters(held[1].clone(), network.parameters())
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     pixels, labels = pool.all_samples()
@@ -43,12 +51,12 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
         optimizer.zero_grad()
         F.cross_entropy(network(pool.normalization.apply(pixels[rows])), labels[rows]).backward()
         optimizer.step()
-    close(flat(network) - held[1], held[2] - held[1])
+    assert_close(flat(network) - held[1], held[2] - held[1])
 
 
 def test_experts_learn_their_samples(tmp_path):
-    config = config_of(expert_epochs=60, expert_lr=0.3, experts=1)
-    context, pool = context_of(config, tmp_path), a_pool()
+    config = make_config(expert_epochs=60, expert_lr=0.3, experts=1)
+    context, pool = make_context(config, tmp_path), make_sampler()
     METHODS["mtt"].make_network("expert-000.safetensors", context, pool)
     student = FlatNetwork(context.spec.build(0), 100)
     held = ExpertFiles(tmp_path, 1, 60, sum(student.sizes), CPU)
@@ -65,7 +73,7 @@ def test_experts_learn_their_samples(tmp_path):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_killed_expert_goes_on_to_the_same_bytes(tmp_path, monkeypatch, momentum):
     options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1}
-    whole, killed = made_experts(tmp_path / "whole", **options), tmp_path / "killed"
+    whole, killed = train_experts(tmp_path / "whole", **options), tmp_path / "killed"
     epoch_of = ExpertTraining._epoch
 
     def dies(self, epoch):
@@ -75,10 +83,10 @@ def test_a_killed_expert_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment
 
     monkeypatch.setattr(ExpertTraining, "_epoch", dies)
     with pytest.raises(KeyboardInterrupt):
-        made_experts(killed, **options)
+        train_experts(killed, **options)
     done = []
     monkeypatch.setattr(ExpertTraining, "_epoch", lambda self, epoch: (done.append(epoch), epoch_of(self, epoch)))
-    made_experts(killed, **options)
+    train_experts(killed, **options)
     assert done == [2, 3]
     name = "expert-000.safetensors"
     assert (whole / name).read_bytes() == (killed / name).read_bytes()
@@ -89,7 +97,7 @@ def test_a_diverging_expert_names_itself_epoch_and_rate(tmp_path):
     with pytest.raises(
         DistillationDiverged, match=r"expert 0 diverged in epoch \d at learning rate 1e\+30.*mtt.expert_lr"
     ):
-        made_experts(tmp_path, expert_lr=1e30)
+        train_experts(tmp_path, expert_lr=1e30)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -97,7 +105,7 @@ def test_augmentation_of_experts_is_drawn_per_image(tmp_path, monkeypatch):
     seen = []
     flip = FAMILIES["flip"]
     monkeypatch.setitem(FAMILIES, "flip", lambda images, u: (seen.append(u[:, 0].tolist()), flip(images, u))[1])
-    made_experts(tmp_path, expert_augment="flip", experts=1, expert_epochs=4)
+    train_experts(tmp_path, expert_augment="flip", experts=1, expert_epochs=4)
     assert len(seen) == 4 * -(-CLASSES * HELD // 8)
     assert all(len(set(u)) == len(u) for u in seen)
 
@@ -121,18 +129,18 @@ def test_methods_share_experts_and_their_number_does_not_count(make_run, tmp_pat
 
 
 def test_an_expert_file_that_does_not_fit_is_named(experts, tmp_path):
-    backend = backend_of(tmp_path)
+    method = make_method(tmp_path)
     with pytest.raises(UserError, match=r"expert-00\d.safetensors cannot be read"):
-        backend.step(0)
+        method.step(0)
     for number in range(2):
         safetensors_io.save(tmp_path / f"expert-{number:03d}.safetensors", {"parameters": torch.zeros(5, 3)})
     with pytest.raises(UserError, match=r"expert-00\d.safetensors does not hold 5 x \d+ parameters; delete it"):
-        backend.step(0)
+        method.step(0)
 
 
 def test_an_augmentation_that_is_not_known_is_refused_for_experts(tmp_path):
     with pytest.raises(UserError, match="unknown augmentation 'wobble'"):
-        made_experts(tmp_path, expert_augment="wobble")
+        train_experts(tmp_path, expert_augment="wobble")
 
 
 def test_a_damaged_epoch_of_an_unfinished_expert_is_named(tmp_path):
@@ -140,4 +148,4 @@ def test_a_damaged_epoch_of_an_unfinished_expert_is_named(tmp_path):
     partial.mkdir()
     (partial / "epoch-000.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"epoch-000.safetensors is damaged .*; remove it"):
-        made_experts(tmp_path, experts=1)
+        train_experts(tmp_path, experts=1)

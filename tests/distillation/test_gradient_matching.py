@@ -1,4 +1,4 @@
-"""The methods against textbook steps: DC, DSA and DM on a fixed network, with and without runtime pruning."""
+"""The methods against reference steps: DC, DSA and DM on a fixed network, with and without runtime pruning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
-from test_class_gradients import textbook_distance, textbook_gradient
+from matching_cases import (
+    CLASSES,
+    CPU,
+    HELD,
+    all_images_of,
+    assert_close,
+    image_gradient,
+    make_method,
+    make_sampler,
+    reference_distance,
+    reference_gradient,
+)
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -25,97 +36,59 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import cosin
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 
-SHAPE, CLASSES, HELD = (1, 8, 8), 3, 9
-CPU = torch.device("cpu")
 
-
-def a_pool(held: int = HELD) -> ClassSampler:
-    chance = torch.Generator().manual_seed(0)
-    pixels = {c: torch.randint(256, (held, *SHAPE), dtype=torch.uint8, generator=chance) for c in range(CLASSES)}
-    return ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0)
-
-
-def backend_of(method: str, pool: ClassSampler, ipc: int = 2, runtime: dict | None = None, labels=None, **options):
-    """A backend with one fixed network; the whole class is a real batch, the image rate is 1, no momentum."""
-    section = {"image_lr": 1.0, "image_momentum": 0.0, "real_batch": 256, "augment": "none", **options}
-    config = configuration.validate(
-        {"distill": {"method": method, "ipc": ipc, "width": 6, method: section}, "runtime": runtime or {}}
-    )
-    spec = FixedNetwork(NetworkSpec("convnet", SHAPE, CLASSES, width=6), at_once=4)
-    labels = list(range(CLASSES)) if labels is None else labels
-    backend = METHODS[method](MethodContext(config, spec, ["zero", "one", "two"], labels, SingleProcess(), CPU, 1))
-    backend.prepare(pool)
-    return backend
-
-
-def image_gradient(backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images before a step, and the gradient that the step followed [classes, ipc, *shape]."""
-    before = backend.images.detach().clone()
-    backend.step(0)
-    return before, before - backend.images.detach()
-
-
-def close(actual, expected, tolerance=2e-3):
-    assert float(expected.abs().max()) > 0
-    assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
-
-
-def textbook_dc(network, real, images):
+def reference_dc_gradient(network, real, images):
     """The gradient of the summed distances in the images [classes, ipc, *shape]."""
     images = images.clone().requires_grad_(True)
     total = torch.zeros(())
     for label in range(len(images)):
-        target = textbook_gradient(network, real[label], label)
-        total = total + textbook_distance(target, textbook_gradient(network, images[label], label, create_graph=True))
+        target = reference_gradient(network, real[label], label)
+        total = total + reference_distance(target, reference_gradient(network, images[label], label, create_graph=True))
     return torch.autograd.grad(total, images)[0]
 
 
-def whole_class(pool, label):
-    return pool.normalization.apply(pool.pixels[label])
-
-
-def test_a_dc_step_is_the_textbooks():
-    pool = a_pool()
-    backend = backend_of("dc", pool, outer=1, inner=1)
-    before, actual = image_gradient(backend)
-    real = [whole_class(pool, label) for label in range(CLASSES)]
-    close(actual, textbook_dc(backend.context.spec.network, real, before))
+def test_a_dc_step_matches_the_reference():
+    pool = make_sampler()
+    method = make_method("dc", pool, outer=1, inner=1)
+    before, actual = image_gradient(method)
+    real = [all_images_of(pool, label) for label in range(CLASSES)]
+    assert_close(actual, reference_dc_gradient(method.context.spec.network, real, before))
 
 
 def test_the_inner_loop_trains_the_network_on_the_synthetic_set():
     """Two outer iterations: the second gradient belongs to a network that made three epochs of plain SGD."""
-    pool = a_pool()
-    backend = backend_of("dc", pool, outer=2, inner=3, network_lr=0.5)
-    before = backend.images.detach().clone()
-    backend.step(0)
-    network = backend.context.spec.build(0)
-    real = [whole_class(pool, label) for label in range(CLASSES)]
-    middle = before - textbook_dc(network, real, before)
+    pool = make_sampler()
+    method = make_method("dc", pool, outer=2, inner=3, network_lr=0.5)
+    before = method.images.detach().clone()
+    method.step(0)
+    network = method.context.spec.build(0)
+    real = [all_images_of(pool, label) for label in range(CLASSES)]
+    middle = before - reference_dc_gradient(network, real, before)
     optimizer = torch.optim.SGD(network.parameters(), 0.5)
     for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(network(middle.flatten(0, 1)), torch.arange(CLASSES).repeat_interleave(2)).backward()
         optimizer.step()
-    last = middle - textbook_dc(network, real, middle)
-    close(backend.images.detach() - middle, last - middle, 1e-2)
+    last = middle - reference_dc_gradient(network, real, middle)
+    assert_close(method.images.detach() - middle, last - middle, 1e-2)
 
 
 def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     """Three batches of two of six images: at a rate near zero, their gradients add up to three times the mean's."""
-    pool = a_pool()
-    backend = backend_of("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
-    network = backend.context.spec.build(0)
+    pool = make_sampler()
+    method = make_method("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
+    network = method.context.spec.build(0)
     before = [p.detach().clone() for p in network.parameters()]
-    images, labels = backend.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
+    images, labels = method.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
     expected = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
-    backend._train_network(network, 0, 0)
+    method._train_network(network, 0, 0)
     for parameter, old, gradient in zip(network.parameters(), before, expected, strict=True):
         assert torch.allclose((old - parameter.detach()) / 1e-3, gradient, rtol=0.1, atol=2e-2)
 
 
 def test_momentum_is_that_of_sgd():
-    pool = a_pool()
-    plain, heavy = backend_of("dc", pool, outer=1), backend_of("dc", pool, outer=1, image_momentum=0.5)
+    pool = make_sampler()
+    plain, heavy = make_method("dc", pool, outer=1), make_method("dc", pool, outer=1, image_momentum=0.5)
     start = plain.images.detach().clone()
     plain.step(0)
     heavy.step(0)
@@ -123,7 +96,7 @@ def test_momentum_is_that_of_sgd():
     first = start - plain.images.detach()
     plain.step(1)
     heavy.step(1)
-    close(plain.images.detach() - heavy.images.detach(), 0.5 * first)
+    assert_close(plain.images.detach() - heavy.images.detach(), 0.5 * first)
 
 
 @pytest.mark.parametrize(("ipc", "loops"), [(1, (1, 1)), (5, (1, 1)), (10, (10, 50)), (50, (50, 10)), (100, (50, 10))])
@@ -148,65 +121,65 @@ def test_the_defaults_are_the_official_ones():
 @pytest.mark.parametrize("drop", [0.3, 0.5, 0.99])
 def test_the_masked_gradient_is_autograds_on_the_kept_samples(drop):
     """Rule loss: of each class the floor(drop n) samples with the largest loss do not count; at least one stays."""
-    pool = a_pool()
-    backend = backend_of("dc", pool, outer=1, runtime={"rule": "loss", "drop": drop, "refresh": 1})
-    before, actual = image_gradient(backend)
-    network, kept = backend.context.spec.network, []
+    pool = make_sampler()
+    method = make_method("dc", pool, outer=1, runtime={"rule": "loss", "drop": drop, "refresh": 1})
+    before, actual = image_gradient(method)
+    network, kept = method.context.spec.network, []
     for label in range(CLASSES):
-        batch = whole_class(pool, label)
+        batch = all_images_of(pool, label)
         order = sorted(
             range(HELD), key=lambda k: F.cross_entropy(network(batch[k][None]), torch.tensor([label])).item()
         )
         kept.append(batch[order[: max(1, HELD - math.floor(drop * HELD))]])
-    close(actual, textbook_dc(network, kept, before))
+    assert_close(actual, reference_dc_gradient(network, kept, before))
 
 
 def test_dropping_changes_the_gradient():
-    pool = a_pool()
-    _, full = image_gradient(backend_of("dc", pool, outer=1))
-    _, masked = image_gradient(backend_of("dc", pool, outer=1, runtime={"rule": "loss", "drop": 0.5}))
+    pool = make_sampler()
+    _, full = image_gradient(make_method("dc", pool, outer=1))
+    _, masked = image_gradient(make_method("dc", pool, outer=1, runtime={"rule": "loss", "drop": 0.5}))
     assert float((full - masked).abs().max()) > 0.01 * float(full.abs().max())
 
 
-def test_a_dm_step_is_the_textbooks():
-    pool = a_pool()
-    backend = backend_of("dm", pool)
-    before, actual = image_gradient(backend)
+def test_a_dm_step_matches_the_reference():
+    pool = make_sampler()
+    method = make_method("dm", pool)
+    before, actual = image_gradient(method)
     images = before.clone().requires_grad_(True)
     loss = torch.zeros(())
     for label in range(CLASSES):
-        feature = torch.stack([backend.context.spec.network.embed(x[None])[0] for x in whole_class(pool, label)]).mean(
+        feature = torch.stack([method.context.spec.network.embed(x[None])[0] for x in all_images_of(pool, label)]).mean(
             0
         )
-        mine = torch.stack([backend.context.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
+        mine = torch.stack([method.context.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
         loss = loss + ((feature - mine) ** 2).sum()
-    close(actual, torch.autograd.grad(loss, images)[0])
+    assert_close(actual, torch.autograd.grad(loss, images)[0])
 
 
 @pytest.mark.parametrize("drop", [0.3, 0.99])
 def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
-    pool = a_pool()
-    backend = backend_of("dm", pool, runtime={"rule": "loss", "drop": drop})
-    before, actual = image_gradient(backend)
-    images, embed = before.clone().requires_grad_(True), backend.context.spec.network.embed
+    pool = make_sampler()
+    method = make_method("dm", pool, runtime={"rule": "loss", "drop": drop})
+    before, actual = image_gradient(method)
+    images, embed = before.clone().requires_grad_(True), method.context.spec.network.embed
     loss = torch.zeros(())
     for label in range(CLASSES):
-        features, mine = embed(whole_class(pool, label)).detach(), embed(images[label]).mean(0)
+        features, mine = embed(all_images_of(pool, label)).detach(), embed(images[label]).mean(0)
         order = sorted(range(HELD), key=lambda k: (features[k] - mine).square().sum().item())
         loss = loss + (features[order[: max(1, HELD - math.floor(drop * HELD))]].mean(0) - mine).square().sum()
-    close(actual, torch.autograd.grad(loss, images)[0])
+    assert_close(actual, torch.autograd.grad(loss, images)[0])
 
 
 def test_dm_embeds_only_what_is_forecast_to_count_between_full_looks():
-    pool = a_pool()
-    backend = backend_of("dm", pool, runtime={"rule": "loss", "drop": 0.34, "refresh": 3})
-    shares = [backend.step(i)["real_share"] for i in range(4)]
+    pool = make_sampler()
+    method = make_method("dm", pool, runtime={"rule": "loss", "drop": 0.34, "refresh": 3})
+    shares = [method.step(i)["real_share"] for i in range(4)]
     assert shares == pytest.approx([1, 6 / 9, 6 / 9, 1])
 
 
 def test_dsa_is_dc_with_its_own_section():
-    pool, options = a_pool(), {"outer": 1, "inner": 1, "init": "real"}
-    plain, siamese = backend_of("dc", pool, **options), backend_of("dsa", pool, **options)
+    pool, options = make_sampler(), {"outer": 1, "inner": 1, "init": "real"}
+    plain, siamese = make_method("dc", pool, **options), make_method("dsa", pool, **options)
     plain.step(0)
     siamese.step(0)
     assert torch.equal(plain.images, siamese.images)
@@ -215,8 +188,8 @@ def test_dsa_is_dc_with_its_own_section():
 @pytest.mark.parametrize("method", ["dsa", "dm"])
 def test_real_and_synthetic_images_get_the_same_draw(method):
     """If the synthetic images are the real batch, one shared augmentation leaves nothing to match."""
-    pool = a_pool(held=4)
-    backend = backend_of(method, pool, ipc=4, init="real", augment=SIAMESE_AUGMENT, image_lr=1e-12)
+    pool = make_sampler(held=4)
+    matcher = make_method(method, pool, ipc=4, init="real", augment=SIAMESE_AUGMENT, image_lr=1e-12)
     pairs = []
 
     def spy(real, synthetic):
@@ -224,9 +197,9 @@ def test_real_and_synthetic_images_get_the_same_draw(method):
         return cosine_distance(real, synthetic)
 
     if method == "dsa":
-        backend.distance = spy
+        matcher.distance = spy
     for step in range(6):
-        metrics = backend.step(step)
+        metrics = matcher.step(step)
         if method == "dm":
             assert metrics["loss"] < 1e-9
     assert len(pairs) >= (6 if method == "dsa" else 0)
@@ -243,9 +216,9 @@ def test_every_class_and_step_has_a_draw_of_its_own(method, monkeypatch):
             FAMILIES, name, lambda images, u, family=family: (seen.append(u[0].tolist()), family(images, u))[1]
         )
     options = {"outer": 1} if method == "dsa" else {}
-    backend = backend_of(method, a_pool(), augment=SIAMESE_AUGMENT, **options)
+    matcher = make_method(method, make_sampler(), augment=SIAMESE_AUGMENT, **options)
     for step in range(3):
-        backend.step(step)
+        matcher.step(step)
     assert len(seen) == 2 * CLASSES * 3  # real and synthetic
     assert len({tuple(u) for u in seen}) == CLASSES * 3
 
@@ -253,20 +226,20 @@ def test_every_class_and_step_has_a_draw_of_its_own(method, monkeypatch):
 @pytest.mark.parametrize("method", ["dsa", "dm"])
 def test_no_flip_where_the_strategy_has_none(method, monkeypatch):
     monkeypatch.setitem(FAMILIES, "flip", lambda images, u: pytest.fail("flipped"))
-    backend = backend_of(method, a_pool(), augment="color_crop_cutout_scale_rotate")
+    matcher = make_method(method, make_sampler(), augment="color_crop_cutout_scale_rotate")
     for step in range(8):
-        backend.step(step)
+        matcher.step(step)
 
 
 @pytest.mark.parametrize("method", ["dc", "dsa", "dm"])
 def test_images_start_from_noise_or_from_distinct_real_samples(method):
-    pool = a_pool()
-    real, noise = (backend_of(method, pool, ipc=3, init=init).images.detach() for init in ("real", "noise"))
+    pool = make_sampler()
+    real, noise = (make_method(method, pool, ipc=3, init=init).images.detach() for init in ("real", "noise"))
     for label in range(CLASSES):
         places = [
-            int((whole_class(pool, label) - image).abs().flatten(1).max(1).values.argmin()) for image in real[label]
+            int((all_images_of(pool, label) - image).abs().flatten(1).max(1).values.argmin()) for image in real[label]
         ]
-        assert torch.allclose(whole_class(pool, label)[places], real[label])
+        assert torch.allclose(all_images_of(pool, label)[places], real[label])
         assert len(set(places)) == 3
     assert 0.8 < float(noise.std()) < 1.2
     assert not torch.equal(noise[0], noise[1])
@@ -274,14 +247,14 @@ def test_images_start_from_noise_or_from_distinct_real_samples(method):
 
 def test_too_few_real_samples_to_start_from_are_refused():
     with pytest.raises(UserError, match=r"'zero' has 2 samples, fewer than distill\.ipc = 3"):
-        backend_of("dm", a_pool(held=2), ipc=3, init="real")
+        make_method("dm", make_sampler(held=2), ipc=3, init="real")
 
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_a_class_does_not_depend_on_which_other_classes_a_worker_owns(method):
     """As long as nothing is shared (one outer iteration), a class's images do not depend on the other classes."""
-    pool, options = a_pool(), {"outer": 1} if method == "dc" else {}
-    together, alone = backend_of(method, pool, **options), backend_of(method, pool, labels=[2], **options)
+    pool, options = make_sampler(), {"outer": 1} if method == "dc" else {}
+    together, alone = make_method(method, pool, **options), make_method(method, pool, labels=[2], **options)
     for step in range(2):
         together.step(step)
         alone.step(step)
@@ -290,12 +263,12 @@ def test_a_class_does_not_depend_on_which_other_classes_a_worker_owns(method):
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_a_state_moves_between_backends_with_other_classes(method):
-    pool, runtime = a_pool(), {"rule": "loss", "drop": 0.4, "refresh": 2}
+    pool, runtime = make_sampler(), {"rule": "loss", "drop": 0.4, "refresh": 2}
     options = {"outer": 1, "image_momentum": 0.5} if method == "dc" else {"image_momentum": 0.5}
-    whole = backend_of(method, pool, runtime=runtime, **options)
+    whole = make_method(method, pool, runtime=runtime, **options)
     whole.step(0)
     state = {key: value.clone() for key, value in whole.state_dict().items()}
-    part = backend_of(method, pool, runtime=runtime, labels=[0, 2], **options)
+    part = make_method(method, pool, runtime=runtime, labels=[0, 2], **options)
     part.load_state_dict(state)
     whole.step(1)
     part.step(1)
@@ -305,41 +278,41 @@ def test_a_state_moves_between_backends_with_other_classes(method):
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_what_is_not_finite_leaves_the_images_alone_and_names_class_and_step(method):
-    backend = backend_of(method, a_pool())
+    matcher = make_method(method, make_sampler())
     with torch.no_grad():
-        backend.images[1, 0, 0, 0, 0] = float("nan")
-    before = backend.images.detach().clone()
+        matcher.images[1, 0, 0, 0, 0] = float("nan")
+    before = matcher.images.detach().clone()
     with pytest.raises(
         DistillationDiverged, match=f"class 'one' is not finite at step 7, image learning rate 1.*{method}.image_lr"
     ):
-        backend.step(7)
-    assert torch.equal(backend.images.detach().nan_to_num(), before.nan_to_num())
+        matcher.step(7)
+    assert torch.equal(matcher.images.detach().nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
 def test_a_step_that_overflows_is_not_taken(method, monkeypatch):
     """The rate is finite, the gradient is finite, their product is not."""
-    backend = backend_of(method, a_pool(), image_lr=3e38, init="real")
+    matcher = make_method(method, make_sampler(), image_lr=3e38, init="real")
     with torch.no_grad():
-        backend.images.mul_(1e-3)
-    before = backend.images.detach().clone()
-    update = backend.update
+        matcher.images.mul_(1e-3)
+    before = matcher.images.detach().clone()
+    update = matcher.update
 
     def steeper(losses, step):
-        backend.images.grad.mul_(1e6)
+        matcher.images.grad.mul_(1e6)
         update(losses, step)
 
-    monkeypatch.setattr(backend, "update", steeper)
+    monkeypatch.setattr(matcher, "update", steeper)
     with pytest.raises(DistillationDiverged):
-        backend.step(0)
-    assert torch.equal(backend.images.detach(), before)
+        matcher.step(0)
+    assert torch.equal(matcher.images.detach(), before)
 
 
 def test_finish_gives_images_and_labels_in_class_order():
-    backend = backend_of("dc", a_pool(), labels=[0, 2])
-    images, labels = backend.snapshot()
+    method = make_method("dc", make_sampler(), labels=[0, 2])
+    images, labels = method.snapshot()
     assert labels.tolist() == [0, 0, 2, 2]
-    assert torch.equal(images, backend.images.detach().flatten(0, 1))
+    assert torch.equal(images, method.images.detach().flatten(0, 1))
 
 
 def moved(method: str, spec, runtime=None, pool=None, labels=None, **options) -> torch.Tensor:
@@ -348,11 +321,11 @@ def moved(method: str, spec, runtime=None, pool=None, labels=None, **options) ->
     values = {"method": method, "ipc": options.pop("ipc", 1), method: options}
     config = configuration.validate({"distill": values, "runtime": runtime or {}})
     labels = list(range(spec.classes)) if labels is None else labels
-    backend = METHODS[method](
+    matcher = METHODS[method](
         MethodContext(config, spec, [str(c) for c in range(spec.classes)], labels, SingleProcess(), CPU, 1)
     )
-    backend.prepare(pool)
-    return image_gradient(backend)[1]
+    matcher.prepare(pool)
+    return image_gradient(matcher)[1]
 
 
 def pool_of(spec, held=lambda c: 2) -> ClassSampler:
@@ -382,7 +355,7 @@ def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
     together = moved(method, spec, **options)
     assert called
     monkeypatch.setattr(gradient_matching, "supports_class_gradients", lambda *_: False)
-    close(together, moved(method, spec, **options))
+    assert_close(together, moved(method, spec, **options))
 
 
 @pytest.mark.parametrize("device_few", [2, 100])
@@ -393,7 +366,7 @@ def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch)
     monkeypatch.setattr(gradient_matching, "CPU_IMAGES", device_few)
     together = moved("dc", spec, runtime, pool, outer=1)
     monkeypatch.setattr(gradient_matching, "supports_class_gradients", lambda *_: False)
-    close(together, moved("dc", spec, runtime, pool, outer=1))
+    assert_close(together, moved("dc", spec, runtime, pool, outer=1))
 
 
 def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
@@ -405,7 +378,7 @@ def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
     monkeypatch.setattr(
         gradient_matching.MatchingMethod, "_backward_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
     )
-    close(moved("dc", spec, outer=1, ipc=5), whole)
+    assert_close(moved("dc", spec, outer=1, ipc=5), whole)
     assert len(in_parts) == spec.classes
 
 
@@ -421,7 +394,7 @@ def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
     )
     monkeypatch.setitem(gradient_matching.MEMORY, "cpu", most * each)
     monkeypatch.setattr(gradient_matching, "SECOND_ORDER", 1)
-    close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
+    assert_close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
     assert sizes == [most] * 10
 
 
@@ -451,17 +424,17 @@ def test_batch_norm_is_set_from_real_samples_and_then_kept(method):
 def test_samples_are_independent_under_settled_batch_norm():
     spec = FixedNetwork(BATCH_NORM)
     config = configuration.validate({"distill": {"method": "dc", "dc": {"outer": 1}}})
-    backend = METHODS["dc"](MethodContext(config, spec, ["a", "b", "c"], [0, 1, 2], SingleProcess(), CPU, 1))
-    backend.prepare(pool_of(spec))
-    real_draw, asked = backend.real.draw, []
-    backend.real.draw = lambda labels, n, purpose, *index: (
+    method = METHODS["dc"](MethodContext(config, spec, ["a", "b", "c"], [0, 1, 2], SingleProcess(), CPU, 1))
+    method.prepare(pool_of(spec))
+    real_draw, asked = method.real.draw, []
+    method.real.draw = lambda labels, n, purpose, *index: (
         asked.append(DrawRequest(tuple(labels), n, purpose, index)), real_draw(labels, n, purpose, *index))[1]  # fmt: skip
-    backend.step(3)
-    assert asked == list(backend.draws(3))
+    method.step(3)
+    assert asked == list(method.draws(3))
     assert len(asked) == 2 * spec.classes
     network = spec.build(0).train()
-    backend.set_batch_norm_statistics(network, 0, 0)
-    images = backend._norm_batch(0, 0)
+    method.set_batch_norm_statistics(network, 0, 0)
+    images = method._norm_batch(0, 0)
     assert len(images) == 3 * gradient_matching.NORM_PER_CLASS  # repeated, where fewer are kept
     assert torch.allclose(network(images[:5])[0], network(images[:1])[0], atol=1e-4)
     features = network.net.bn1(network.net.conv1(images))

@@ -1,4 +1,4 @@
-"""IDC against a textbook step, its images, its training on real data, and any number of workers."""
+"""IDC against a reference step, its images, its training on real data, and any number of workers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
-from test_class_gradients import textbook_gradient
-from test_gradient_matching import close
+from matching_cases import assert_close, reference_gradient
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core.collectives import SingleProcess
@@ -29,7 +28,7 @@ SPEC = FixedNetwork(
 NAMES = ["zero", "one", "two", "three"]
 
 
-def a_pool(labels=range(CLASSES), held: int = 5) -> ClassSampler:
+def make_sampler(labels=range(CLASSES), held: int = 5) -> ClassSampler:
     pixels = {
         c: torch.randint(256, (held, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(c))
         for c in labels
@@ -37,85 +36,85 @@ def a_pool(labels=range(CLASSES), held: int = 5) -> ClassSampler:
     return ClassSampler(pixels, Normalization((0.5,), (STD,)), seed=0)
 
 
-def backend_of(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2, runtime=None, **options):
-    made = {"image_lr": 0.1, "image_momentum": 0.0, "inner": 1, "augment": "none", **options}
+def make_method(labels=range(CLASSES), workers=None, held: int = 5, ipc: int = 2, runtime=None, **options):
+    section = {"image_lr": 0.1, "image_momentum": 0.0, "inner": 1, "augment": "none", **options}
     config = configuration.validate(
-        {"distill": {"method": "idc", "ipc": ipc, "idc": made}, "runtime": runtime or {"rule": "none"}}
+        {"distill": {"method": "idc", "ipc": ipc, "idc": section}, "runtime": runtime or {"rule": "none"}}
     )
-    backend = idc.IDC(MethodContext(config, SPEC, NAMES, list(labels), workers or SingleProcess(), CPU, 1))
-    backend.prepare(a_pool(labels, held))
-    return backend
+    method = idc.IDC(MethodContext(config, SPEC, NAMES, list(labels), workers or SingleProcess(), CPU, 1))
+    method.prepare(make_sampler(labels, held))
+    return method
 
 
 @pytest.mark.parametrize(("metric", "size"), [("mse", torch.square), ("l1", torch.abs)])
-def test_an_image_update_is_the_textbooks(metric, size):
+def test_an_image_update_matches_the_reference(metric, size):
     """Decoded images, differences of weight gradients without the classifier's, a rate for pixels between 0 and 1."""
-    backend = backend_of(metric=metric)
-    images = backend.images.detach().clone().requires_grad_(True)
-    network, total, pool = backend.context.spec.network, torch.zeros(()), a_pool()
+    method = make_method(metric=metric)
+    images = method.images.detach().clone().requires_grad_(True)
+    network, total, pool = method.context.spec.network, torch.zeros(()), make_sampler()
     for label in range(CLASSES):
-        real = textbook_gradient(network, pool.normalization.apply(pool.pixels[label]), label)
-        mine = textbook_gradient(network, split_parts(images[label], 2), label, create_graph=True)
+        real = reference_gradient(network, pool.normalization.apply(pool.pixels[label]), label)
+        mine = reference_gradient(network, split_parts(images[label], 2), label, create_graph=True)
         pairs = [(a, b) for a, b in zip(real, mine, strict=True) if a.dim() == 4]
         total = total + sum(size(a - b).sum() for a, b in pairs)
     expected = torch.autograd.grad(total, images)[0] * 0.1 * (2 / 10) / STD**2
-    metrics = backend.step(0)
-    close(images.detach() - backend.images.detach(), expected)
+    metrics = method.step(0)
+    assert_close(images.detach() - method.images.detach(), expected)
     assert metrics["loss"] == pytest.approx(float(total.detach()) / CLASSES, rel=1e-4)
 
 
 def test_images_start_as_real_ones_put_together():
-    backend = backend_of(held=8, ipc=2)
-    drawn = a_pool(held=8).draw([1], 8, "initial images")[0].images
-    assert torch.equal(backend.images[1].detach(), assemble_parts(drawn, 2))
+    method = make_method(held=8, ipc=2)
+    drawn = make_sampler(held=8).draw([1], 8, "initial images")[0].images
+    assert torch.equal(method.images[1].detach(), assemble_parts(drawn, 2))
 
 
 def test_too_few_samples_for_all_parts_repeat():
-    parts = split_parts(backend_of(held=2, ipc=2).images[0].detach(), 2)
+    parts = split_parts(make_method(held=2, ipc=2).images[0].detach(), 2)
     assert torch.allclose(parts[0], parts[2], atol=1e-5)
     assert not torch.allclose(parts[0], parts[1], atol=1e-2)
 
 
 def test_fewer_samples_than_images_are_refused():
     with pytest.raises(UserError, match=r"'zero' has 1 samples, fewer than distill\.ipc = 2"):
-        backend_of(held=1)
+        make_method(held=1)
 
 
 def test_noise_lies_in_the_range_of_pixels_and_images_are_put_back_into_it():
-    backend = backend_of(init="noise")
-    assert -1 <= float(backend.images.detach().min()) < float(backend.images.detach().max()) <= 1
+    method = make_method(init="noise")
+    assert -1 <= float(method.images.detach().min()) < float(method.images.detach().max()) <= 1
     with torch.no_grad():
-        backend.images.add_(3)
-    backend.lr = backend.optimizer.param_groups[0]["lr"] = 0.0
-    backend.step(0)
-    assert float(backend.images.detach().max()) == 1
+        method.images.add_(3)
+    method.lr = method.optimizer.param_groups[0]["lr"] = 0.0
+    method.step(0)
+    assert float(method.images.detach().max()) == 1
 
 
 def test_no_more_decoded_images_than_asked_are_matched_and_they_change():
-    backend = backend_of(ipc=4, synthetic_batch=5)
-    draw = backend.augmentation.draw(torch.Generator())
-    first, second = (backend.view(draw, step, 0, 0)(backend.images[0].detach()) for step in (0, 1))
+    method = make_method(ipc=4, synthetic_batch=5)
+    draw = method.augmentation.draw(torch.Generator())
+    first, second = (method.view(draw, step, 0, 0)(method.images[0].detach()) for step in (0, 1))
     assert len(first) == len(second) == 5
     assert not torch.equal(first, second)
 
 
 def test_the_network_is_trained_on_real_samples_of_all_classes():
-    backend = backend_of(network_samples=100, network_cutmix=0.0, network_lr=0.1, network_batch=100)
-    network = backend.context.spec.build(0)
-    twin = backend.context.spec.build(0)
+    method = make_method(network_samples=100, network_cutmix=0.0, network_lr=0.1, network_batch=100)
+    network = method.context.spec.build(0)
+    twin = method.context.spec.build(0)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
-    backend._train_network(network, optimizers[0], 0, 0)
-    pixels, labels = a_pool().all_samples()
-    F.cross_entropy(twin(a_pool().normalization.apply(pixels)), labels).backward()
+    method._train_network(network, optimizers[0], 0, 0)
+    pixels, labels = make_sampler().all_samples()
+    F.cross_entropy(twin(make_sampler().normalization.apply(pixels)), labels).backward()
     optimizers[1].step()
     for actual, expected in zip(network.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def test_mixed_targets_are_shares_of_two_classes():
-    backend = backend_of()
-    images, labels = backend._network_samples(0, 0)
-    mixed, targets = backend._augmented(images, labels, torch.Generator().manual_seed(1))
+    method = make_method()
+    images, labels = method._network_samples(0, 0)
+    mixed, targets = method._augmented(images, labels, torch.Generator().manual_seed(1))
     assert torch.allclose(targets.sum(1), torch.ones(len(labels)))
     assert not torch.equal(mixed, images)
     assert ((targets > 0).sum(1) <= 2).all()
@@ -156,10 +155,10 @@ def images_of(size: int) -> torch.Tensor:
     def work(rank: int) -> None:
         labels = list(range(CLASSES))[rank::size]
         try:
-            backend = backend_of(labels, group.of(rank), **options)
+            method = make_method(labels, group.of(rank), **options)
             for step in range(2):
-                backend.step(step)
-            images[labels] = backend.images.detach()
+                method.step(step)
+            images[labels] = method.images.detach()
         except Exception as error:
             problems.append(error)
             group.barrier.abort()
@@ -180,27 +179,27 @@ def alone() -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_workers_gives_the_same_images(alone, size):
-    assert not torch.allclose(alone, backend_of().images.detach(), atol=1e-2)
+    assert not torch.allclose(alone, make_method().images.detach(), atol=1e-2)
     assert torch.allclose(images_of(size), alone, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_not_finite_is_named_and_the_images_stay():
-    backend = backend_of(inner=2)
+    method = make_method(inner=2)
     with torch.no_grad():
-        backend.images[1].fill_(float("nan"))
+        method.images[1].fill_(float("nan"))
     with pytest.raises(DistillationDiverged, match=r"class 'one' is not finite at step 4.*distill\.idc\.image_lr"):
-        backend.step(4)
-    assert torch.isfinite(backend.images[0]).all()
+        method.step(4)
+    assert torch.isfinite(method.images[0]).all()
 
 
 def test_the_card_lets_the_set_be_taken_apart():
-    backend = backend_of()
-    images, labels = backend.snapshot()
-    card = backend.finalize(images, labels).card
+    method = make_method()
+    images, labels = method.snapshot()
+    card = method.finalize(images, labels).card
     protocol = idc.IDC.protocol(configuration.Config()).card()
-    made = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
-    assert len(made.images) == len(made.labels) == CLASSES * 2 * 4
-    assert made.labels[:8].tolist() == [0] * 8
+    section = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
+    assert len(section.images) == len(section.labels) == CLASSES * 2 * 4
+    assert section.labels[:8].tolist() == [0] * 8
 
 
 def test_evaluation_is_cut_and_mixed_and_needs_no_cutout():
@@ -210,7 +209,7 @@ def test_evaluation_is_cut_and_mixed_and_needs_no_cutout():
 
 
 def test_runtime_pruning_drops_the_largest_losses():
-    plain, pruned = backend_of(), backend_of(runtime={"rule": "loss", "drop": 0.5, "refresh": 1})
+    plain, pruned = make_method(), make_method(runtime={"rule": "loss", "drop": 0.5, "refresh": 1})
     plain.step(0)
     pruned.step(0)
     assert not torch.allclose(plain.images, pruned.images, atol=1e-4)
@@ -218,7 +217,10 @@ def test_runtime_pruning_drops_the_largest_losses():
 
 def test_effects_are_found_by_squares_whatever_the_metric():
     """Absolute differences have no second derivative, so effects are computed with squared ones."""
-    plain, pruned = backend_of(metric="l1"), backend_of(metric="l1", runtime={"rule": "ite", "drop": 0.5, "refresh": 1})
+    plain, pruned = (
+        make_method(metric="l1"),
+        make_method(metric="l1", runtime={"rule": "ite", "drop": 0.5, "refresh": 1}),
+    )
     plain.step(0)
     assert pruned.step(0)["real_share"] < 1
     assert not torch.allclose(plain.images, pruned.images, atol=1e-4)

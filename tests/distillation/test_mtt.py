@@ -1,4 +1,4 @@
-"""MTT: its step against a textbook unroll, learned tensors, checkpoints, errors, and several workers."""
+"""MTT: its step against a reference unroll, learned tensors, checkpoints, errors, and several workers."""
 
 from __future__ import annotations
 
@@ -10,93 +10,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from conftest import leave_group
-from torch.func import functional_call
+from expert_cases import (
+    CLASSES,
+    CPU,
+    SHAPE,
+    SMALL,
+    assert_close,
+    make_config,
+    make_context,
+    make_method,
+    reference_unroll,
+)
 
 from distill_at_scale.config import load as configuration
-from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core import safetensors_io
-from distill_at_scale.core.collectives import ProcessGroup, SingleProcess
+from distill_at_scale.core.collectives import ProcessGroup
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared.unroll import StudentStep, SyntheticData, unrolled
 from distill_at_scale.distillation.student import TrainingProtocol
-from distill_at_scale.models.spec import NetworkSpec
-
-SHAPE, CLASSES, HELD = (1, 8, 8), 3, 9
-CPU = torch.device("cpu")
-SMALL = {"image_lr": 1.0, "image_momentum": 0.0, "student_lr": 0.1, "student_lr_rate": 1e-3, "student_steps": 4,
-         "experts": 2, "expert_epochs": 4, "max_start": 2, "target_epochs": 2, "expert_batch": 8, "expert_lr": 0.1,
-         "expert_augment": "none", "augment": "none"}  # fmt: skip
-
-
-def a_pool() -> ClassSampler:
-    chance = torch.Generator().manual_seed(0)
-    pixels = {c: torch.randint(256, (HELD, *SHAPE), dtype=torch.uint8, generator=chance) for c in range(CLASSES)}
-    return ClassSampler(pixels, Normalization((0.5,), (0.3,)), seed=0)
-
-
-def config_of(method: str = "mtt", ipc: int = 2, network: str = "convnet", **options) -> Config:
-    section = {"method": method, "ipc": ipc, "width": 6, "network": network, method: {**SMALL, **options}}
-    return configuration.validate({"distill": section})
-
-
-def context_of(config: Config, folder: Path, workers=None, shape=SHAPE) -> MethodContext:
-    spec = NetworkSpec(config.distill.network, shape, CLASSES, width=6)
-    return MethodContext(config, spec, ["zero", "one", "two"], [0, 1, 2], workers or SingleProcess(), CPU, 1, folder)
-
-
-def made_experts(folder: Path, **options) -> Path:
-    config = config_of(**options)
-    for name in METHODS["mtt"].networks(config):
-        METHODS["mtt"].make_network(name, context_of(config, folder), a_pool())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory) -> Path:
-    """The folder of two small experts; read only."""
-    return made_experts(tmp_path_factory.mktemp("experts"))
-
-
-def backend_of(folder: Path, method: str = "mtt", workers=None, **options):
-    backend = METHODS[method](context_of(config_of(method, **options), folder, workers))
-    backend.prepare(a_pool())
-    return backend
-
-
-def close(actual, expected, tolerance=1e-4):
-    assert float(expected.abs().max()) > 0
-    assert float((actual - expected).norm() / expected.norm()) < tolerance
-
-
-def textbook(network, task, images, labels, rate):
-    """Loss and gradients of images and rate: named parameters, one after the other, through every step."""
-    images, rate = images.clone().requires_grad_(True), rate.clone().requires_grad_(True)
-    named = dict(network.named_parameters())
-    start, pieces = {}, task.start.split([p.numel() for p in named.values()])
-    for (name, like), piece in zip(named.items(), pieces, strict=True):
-        start[name] = piece.reshape(like.shape).clone().requires_grad_(True)
-    theta = start
-    for step in task.steps:
-        loss = F.cross_entropy(functional_call(network, theta, (images[step.rows],)), labels[step.rows])
-        gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-        theta = {name: theta[name] - rate * g for name, g in zip(theta, gradients, strict=True)}
-    end = torch.cat([p.reshape(-1) for p in theta.values()])
-    loss = (end - task.target).pow(2).sum() / (task.start - task.target).pow(2).sum()
-    return loss.detach(), *torch.autograd.grad(loss, [images, rate])
 
 
 def test_the_cost_of_the_experts_is_stated():
-    (cost,) = METHODS["mtt"].costs(config_of(experts=7, network="vgg11"))
+    (cost,) = METHODS["mtt"].costs(make_config(experts=7, network="vgg11"))
     assert (cost.what, cost.network, cost.images, cost.passes, cost.backward) == (
         "train 7 experts",
         "vgg11",
@@ -107,37 +48,37 @@ def test_the_cost_of_the_experts_is_stated():
 
 
 @pytest.mark.parametrize("batch", [None, 4])
-def test_a_step_is_the_textbooks(experts, batch):
+def test_a_step_matches_the_reference(experts, batch):
     """Images and rate move along the gradient of a full unroll, whole batches or parts of them."""
-    backend = backend_of(experts, student_batch=batch)
-    before, rate = backend.images.detach().clone(), backend.student_lr.detach().clone()
-    task, network = backend.segment(5, 0), backend.context.spec.build(0)
-    loss, of_images, of_rate = textbook(network, task, before.flatten(0, 1), backend.labels, rate)
-    metrics = backend.step(5)
+    method = make_method(experts, student_batch=batch)
+    before, rate = method.images.detach().clone(), method.student_lr.detach().clone()
+    task, network = method.segment(5, 0), method.context.spec.build(0)
+    loss, of_images, of_rate = reference_unroll(network, task, before.flatten(0, 1), method.labels, rate)
+    metrics = method.step(5)
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
     assert metrics["student_lr"] == pytest.approx(0.1)
-    close(before.flatten(0, 1) - backend.images.detach().flatten(0, 1), of_images)
-    close(rate - backend.student_lr.detach(), 1e-3 * of_rate, 1e-2)
+    assert_close(before.flatten(0, 1) - method.images.detach().flatten(0, 1), of_images)
+    assert_close(rate - method.student_lr.detach(), 1e-3 * of_rate, 1e-2)
 
 
 def test_momentum_is_that_of_sgd(experts):
-    backend = backend_of(experts, image_momentum=0.5, image_lr=0.1)
-    gradients, images = [], [backend.images.detach().clone()]
+    method = make_method(experts, image_momentum=0.5, image_lr=0.1)
+    gradients, images = [], [method.images.detach().clone()]
     for i in range(2):
-        _, actual = backend.match(backend.segment(i, 0), backend.synthetic())
-        gradients.append(actual[0].view_as(backend.images))
-        backend.step(i)
-        images.append(backend.images.detach().clone())
-    close(images[0] - images[1], 0.1 * gradients[0])
-    close(images[1] - images[2], 0.1 * (gradients[1] + 0.5 * gradients[0]))
+        _, actual = method.match(method.segment(i, 0), method.synthetic())
+        gradients.append(actual[0].view_as(method.images))
+        method.step(i)
+        images.append(method.images.detach().clone())
+    assert_close(images[0] - images[1], 0.1 * gradients[0])
+    assert_close(images[1] - images[2], 0.1 * (gradients[1] + 0.5 * gradients[0]))
 
 
 def test_start_and_target_are_epochs_of_one_expert(experts):
-    backend = backend_of(experts)
-    held = [safetensors_io.load(experts / name)["parameters"] for name in backend.networks(backend.context.config)]
+    method = make_method(experts)
+    held = [safetensors_io.load(experts / name)["parameters"] for name in method.networks(method.context.config)]
     seen = set()
     for i in range(40):
-        task = backend.segment(i, 0)
+        task = method.segment(i, 0)
         (actual,) = [(k, e) for k in range(2) for e in range(5) if torch.equal(task.start, held[k][e])]
         assert torch.equal(task.target, held[actual[0]][actual[1] + 2])
         seen.add(actual)
@@ -145,7 +86,7 @@ def test_start_and_target_are_epochs_of_one_expert(experts):
 
 
 def test_batches_shuffle_all_images_before_any_comes_again(experts):
-    steps = backend_of(experts, student_batch=4, student_steps=6).segment(0, 0).steps
+    steps = make_method(experts, student_batch=4, student_steps=6).segment(0, 0).steps
     assert [len(step.rows) for step in steps] == [4, 2, 4, 2, 4, 2]
     rounds = [torch.cat([steps[k].rows, steps[k + 1].rows]).tolist() for k in (0, 2, 4)]
     assert all(sorted(rows) == list(range(6)) for rows in rounds)
@@ -153,31 +94,31 @@ def test_batches_shuffle_all_images_before_any_comes_again(experts):
 
 
 def test_every_step_and_worker_has_its_own_trajectory_and_augmentation(experts):
-    backend = backend_of(experts, augment=SIAMESE_AUGMENT)
-    tasks = [backend.segment(i, rank) for i in range(3) for rank in range(2)]
+    method = make_method(experts, augment=SIAMESE_AUGMENT)
+    tasks = [method.segment(i, rank) for i in range(3) for rank in range(2)]
     assert len({float(task.steps[0].params.numbers.sum()) for task in tasks}) == 6
     assert len({tuple(u.tolist()) for u in tasks[0].steps[0].params.numbers}) == 6  # per image
-    again = backend_of(experts, augment=SIAMESE_AUGMENT).segment(1, 0)
+    again = make_method(experts, augment=SIAMESE_AUGMENT).segment(1, 0)
     assert torch.equal(again.steps[0].params.numbers, tasks[2].steps[0].params.numbers)
 
 
 def test_the_loss_falls_where_it_is_optimised(experts):
-    backend = backend_of(experts, image_lr=5.0, student_lr_rate=1e-3, max_start=0)
-    tasks = [backend.segment(1000 + i, 0) for i in range(4)]
+    method = make_method(experts, image_lr=5.0, student_lr_rate=1e-3, max_start=0)
+    tasks = [method.segment(1000 + i, 0) for i in range(4)]
 
     def total():
-        return sum(float(unrolled(backend.student, t, backend.synthetic(), backend.student_lr)[0]) for t in tasks)
+        return sum(float(unrolled(method.student, t, method.synthetic(), method.student_lr)[0]) for t in tasks)
 
     before = total()
     for i in range(30):
-        backend.step(i)
+        method.step(i)
     assert total() < 0.95 * before
 
 
 @pytest.mark.parametrize("method", ["mtt", "tesla"])
 def test_a_state_goes_on_to_the_same_bytes(experts, method):
     options = {"image_momentum": 0.5, "augment": "color_crop", "image_lr": 0.1}
-    whole, resumed = backend_of(experts, method, **options), backend_of(experts, method, **options)
+    whole, resumed = make_method(experts, method, **options), make_method(experts, method, **options)
     whole.step(0)
     state = {key: value.clone() for key, value in whole.state_dict().items()}
     whole.step(1)
@@ -190,14 +131,14 @@ def test_a_state_goes_on_to_the_same_bytes(experts, method):
 
 
 def test_what_is_learned_goes_into_the_protocol_and_the_card(experts):
-    backend = backend_of(experts)
-    backend.step(0)
-    made = backend.finalize(*backend.snapshot())
-    rate = float(backend.student_lr.detach())
+    method = make_method(experts)
+    method.step(0)
+    synthetic = method.finalize(*method.snapshot())
+    rate = float(method.student_lr.detach())
     assert rate != pytest.approx(0.1, abs=1e-9)
-    assert dict(made.protocol) == {"lr": rate}
-    assert made.extras["student_lr"].tolist() == [rate]
-    assert made.card["student_lr"]["learned"] == rate
+    assert dict(synthetic.protocol) == {"lr": rate}
+    assert synthetic.extras["student_lr"].tolist() == [rate]
+    assert synthetic.card["student_lr"]["learned"] == rate
 
 
 def test_the_defaults_are_the_official_ones():
@@ -217,34 +158,34 @@ def test_the_defaults_are_the_official_ones():
 
 @pytest.mark.parametrize("method", ["mtt", "tesla"])
 def test_what_is_not_finite_leaves_everything_alone_and_names_class_step_and_rates(experts, method):
-    backend = backend_of(experts, method)
-    before = {key: value.clone() for key, value in backend.state_dict().items()}
-    match = backend.match
+    matcher = make_method(experts, method)
+    before = {key: value.clone() for key, value in matcher.state_dict().items()}
+    match = matcher.match
 
-    def poisoned(task, made):
-        loss, gradients = match(task, made)
+    def poisoned(task, synthetic):
+        loss, gradients = match(task, synthetic)
         gradients[0][2] = float("nan")
         return loss, gradients
 
-    backend.match = poisoned
+    matcher.match = poisoned
     message = (
         f"gradient of class 'one' is not finite at step 7, image learning rate 1, student .* 0.1 .*{method}.image_lr"
     )
     with pytest.raises(DistillationDiverged, match=message):
-        backend.step(7)
-    after = backend.state_dict()
+        matcher.step(7)
+    after = matcher.state_dict()
     assert sorted(after) == sorted(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_a_distance_that_is_not_finite_stops_the_run(experts):
-    backend = backend_of(experts)
+    method = make_method(experts)
     with torch.no_grad():
-        backend.student_lr.fill_(1e30)
-    before = backend.images.detach().clone()
+        method.student_lr.fill_(1e30)
+    before = method.images.detach().clone()
     with pytest.raises(DistillationDiverged, match=r"from the expert is not finite at step 3.*1e\+30"):
-        backend.step(3)
-    assert torch.equal(backend.images.detach(), before)
+        method.step(3)
+    assert torch.equal(method.images.detach(), before)
 
 
 @pytest.mark.parametrize(
@@ -256,30 +197,33 @@ def test_a_distance_that_is_not_finite_stops_the_run(experts):
 )
 def test_an_update_that_cannot_be_is_not_made(experts, options, message):
     """The second case: the student rate would become negative."""
-    backend = backend_of(experts, image_momentum=0.5, **options)
-    match = backend.match
-    backend.match = lambda task, made: (match(task, made)[0], [torch.full_like(made.images, 1e6), torch.tensor(1.0)])
-    before = {key: value.clone() for key, value in backend.state_dict().items()}
+    method = make_method(experts, image_momentum=0.5, **options)
+    match = method.match
+    method.match = lambda task, synthetic: (
+        match(task, synthetic)[0],
+        [torch.full_like(synthetic.images, 1e6), torch.tensor(1.0)],
+    )
+    before = {key: value.clone() for key, value in method.state_dict().items()}
     with pytest.raises(DistillationDiverged, match=message):
-        backend.step(0)
-    after = backend.state_dict()
+        method.step(0)
+    after = method.state_dict()
     assert sorted(after) == sorted(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_batch_norm_is_refused_with_the_reason(tmp_path):
-    config = config_of(network="resnet18_bn")
+    config = make_config(network="resnet18_bn")
     with pytest.raises(UserError, match=r"resnet18_bn.*batch norm, whose running statistics are no parameters"):
-        METHODS["mtt"](context_of(config, tmp_path, shape=(1, 16, 16)))
+        METHODS["mtt"](make_context(config, tmp_path, shape=(1, 16, 16)))
 
 
 def test_in_parts_a_draw_stays_with_its_images():
     """The augmented parts, put together, are the augmented whole."""
     images = torch.rand(5, *SHAPE)
     draw = Augmentation("color").draw(torch.Generator().manual_seed(0), per_image=5)
-    step, made = StudentStep(torch.randperm(5), draw), SyntheticData(images, torch.arange(5) % CLASSES)
-    parts = [made.batch(part) for part in step.split(2)]
-    whole = made.batch(step)
+    step, synthetic = StudentStep(torch.randperm(5), draw), SyntheticData(images, torch.arange(5) % CLASSES)
+    parts = [synthetic.batch(part) for part in step.split(2)]
+    whole = synthetic.batch(step)
     assert torch.allclose(torch.cat([p[0] for p in parts]), whole[0])
     assert torch.equal(torch.cat([p[1] for p in parts]), whole[1])
 
@@ -288,14 +232,14 @@ def work(rank: int, folder: str, experts: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for method in ("mtt", "tesla"):
-        backend = backend_of(Path(experts), method, ProcessGroup(CPU), image_momentum=0.5, image_lr=0.1)
+        matcher = make_method(Path(experts), method, ProcessGroup(CPU), image_momentum=0.5, image_lr=0.1)
         for i in range(2):
-            backend.step(i)
-        safetensors_io.save(Path(folder) / f"{method}-{rank}.safetensors", backend.state_dict())
+            matcher.step(i)
+        safetensors_io.save(Path(folder) / f"{method}-{rank}.safetensors", matcher.state_dict())
     with torch.no_grad():
-        backend.images[0].fill_(float("inf") if rank else 0.0)
+        matcher.images[0].fill_(float("inf") if rank else 0.0)
     with pytest.raises(DistillationDiverged):
-        backend.step(2)
+        matcher.step(2)
     leave_group()
 
 
@@ -305,13 +249,15 @@ def test_two_workers_average_the_gradients_of_two_trajectories(experts, tmp_path
     for method in ("mtt", "tesla"):
         actual = [safetensors_io.load(tmp_path / f"{method}-{rank}.safetensors") for rank in range(2)]
         assert all(torch.equal(actual[0][key], actual[1][key]) for key in actual[0])
-        alone = backend_of(experts, method, image_momentum=0.5, image_lr=0.1)
+        alone = make_method(experts, method, image_momentum=0.5, image_lr=0.1)
         start = alone.images.detach().clone()
         for i in range(2):
             pairs = [alone.match(alone.segment(i, rank), alone.synthetic()) for rank in range(2)]
             mean = [(a + b) / 2 for a, b in zip(*(gradients for _, gradients in pairs), strict=True)]
             alone._update_learned(i, pairs[0][0], mean)
-        close(torch.stack([actual[0][f"images/{c}"] for c in range(3)]) - start, alone.images.detach() - start, 1e-3)
+        assert_close(
+            torch.stack([actual[0][f"images/{c}"] for c in range(3)]) - start, alone.images.detach() - start, 1e-3
+        )
         assert float(actual[0]["rate"]) == pytest.approx(float(alone.student_lr.detach()), rel=1e-4)
 
 
@@ -322,12 +268,12 @@ RUN = {f"distill__{method}__{key}": value for method in ("mtt", "tesla") for key
 def test_the_whole_run_trains_experts_distils_and_evaluates_by_what_was_learned(make_run, tmp_path, method):
     run = make_run(tmp_path / "fresh", distill__method=method, runtime__rule="loss", **RUN)
     run.stages("ingest", "score", "select", "distill", "evaluate")
-    made = synthetic_set.load(run.dir)
-    assert made.card["runtime"]["rule"] == "not applicable"
-    assert made.protocol.lr == pytest.approx(made.card["student_lr"]["learned"])
-    assert made.protocol.lr == float(made.extras["student_lr"])
+    synthetic = synthetic_set.load(run.dir)
+    assert synthetic.card["runtime"]["rule"] == "not applicable"
+    assert synthetic.protocol.lr == pytest.approx(synthetic.card["student_lr"]["learned"])
+    assert synthetic.protocol.lr == float(synthetic.extras["student_lr"])
     assert "trajectory matching has no real batch" in run.text
     (folder,) = (run.dir / "networks").iterdir()
     places = SimpleNamespace(networks=folder)
     assert distill.missing_networks(run.config, places) == []
-    assert replace(made.protocol, lr=0.01, labels="hard") == TrainingProtocol(1000, "none")
+    assert replace(synthetic.protocol, lr=0.01, labels="hard") == TrainingProtocol(1000, "none")

@@ -58,9 +58,9 @@ class Spy(ProcessGroup):
 
     def all_gather(self, tensor):
         self.gathered.append("tensors")
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor, group=self.members)
-        return found
+        result = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(result, tensor, group=self.members)
+        return result
 
     def all_reduce_max(self, level):
         shared = torch.tensor([level])
@@ -162,19 +162,19 @@ def test_every_batch_of_the_inner_loop_is_one_sum_of_the_whole_gradient(group, f
     batches = -(-len(CLASSES) * IPC // LOOPS["network_batch"])
     expected = STEPS * (LOOPS["outer"] - 1) * LOOPS["inner"] * batches
     parameters = len(list(begin(five_classes, method, "none", SingleProcess()).context.spec.build(0).parameters()))
-    for found in asked(group, method, "none", size):
-        assert found["sums"] == [parameters] * expected
+    for result in asked(group, method, "none", size):
+        assert result["sums"] == [parameters] * expected
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_matching_distributions_needs_no_sums(group, size):
-    assert all(found["sums"] == [] for found in asked(group, "dm", "loss", size))
+    assert all(result["sums"] == [] for result in asked(group, "dm", "loss", size))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("method", "rule"), CASES)
 def test_images_are_gathered_for_checkpoints_snapshots_and_the_result_only(group, method, rule, size):
     """Checkpoints after steps 2 and 3; snapshots before steps 0 and 1, and at the end; the result."""
-    for found in asked(group, method, rule, size):
-        kinds = [found["gathered"].count(kind) for kind in ("state", "images", "tensors")]
+    for result in asked(group, method, rule, size):
+        kinds = [result["gathered"].count(kind) for kind in ("state", "images", "tensors")]
         assert kinds == [2, 4, 0]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_prepared
-from test_teacher import QUICK, SHAPE, a_context, a_pool, make
+from teacher_cases import QUICK, SHAPE, make_context, make_sampler, make_teacher
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
@@ -40,7 +40,7 @@ OPTIONS = {"crops": 3, "candidates": 8, "factor": 2}
 @pytest.fixture
 def ranked(tmp_path):
     """ranked(**options): context, places, chunks and candidates of a set of which 12 of 20 samples a class are kept."""
-    pool = a_pool()
+    pool = make_sampler()
     pixels, labels = pool.all_samples()
     prepared = write_prepared(tmp_path / "prepared", pixels.numpy(), labels.numpy())
     ids, actual = prepared.index()
@@ -50,9 +50,9 @@ def ranked(tmp_path):
     manifest.write(tmp_path / "manifest.parquet", table, {})
 
     def prepare(**options):
-        context = a_context(tmp_path / "networks", steps=options.pop("steps", 1), **OPTIONS | options)
+        context = make_context(tmp_path / "networks", steps=options.pop("steps", 1), **OPTIONS | options)
         if not (context.networks / TEACHER).exists():
-            make(context)
+            make_teacher(context)
         places = DistillPaths(
             tmp_path / "prepared", tmp_path / "manifest.parquet", tmp_path, tmp_path / "l", context.networks
         )
@@ -145,7 +145,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, mo
     assert pieces[0].stat().st_mtime_ns == before
 
 
-def test_actors_of_a_cluster_make_the_same_bytes_whoever_does_what(ranked):
+def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranked):
     """The actor's own code, without a cluster: units go to two actors in turn, one of which is replaced."""
     from distill_at_scale.cluster.actor_pool import PoolActor, grouped
     from distill_at_scale.cluster.session import pack
@@ -203,46 +203,46 @@ def test_the_best_crop_of_every_image_comes_first_then_their_second_best():
 def built(ranked, **options):
     context, places, chunks, candidates = ranked(**options)
     table = table_of(context, places, chunks, candidates)
-    backend = RDED(context)
-    backend.prepare(kept_pool(places))
-    return backend, table
+    method = RDED(context)
+    method.prepare(kept_pool(places))
+    return method, table
 
 
 def test_images_are_tiled_of_the_most_realistic_patches(ranked):
-    backend, table = built(ranked, crop_scale=1.0, crops=1)
-    assert backend.step(0)["classes"] == CLASSES
-    images, labels = backend.snapshot()
+    method, table = built(ranked, crop_scale=1.0, crops=1)
+    assert method.step(0)["classes"] == CLASSES
+    images, labels = method.snapshot()
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     mine = table.filter(pc.equal(table["label"], 1)).sort_by([("loss", "ascending"), ("row", "ascending")])
-    first = backend.real.normalization.apply(backend.real.pixels[1][mine["row"][0].as_py()][None])
+    first = method.real.normalization.apply(method.real.pixels[1][mine["row"][0].as_py()][None])
     small = F.interpolate(first, size=(4, 4), mode="bilinear", antialias=True)
     assert torch.allclose(images[2, :, :4, :4], small[0], atol=1e-4)
     assert not torch.allclose(images[2, :, 4:, 4:], small[0], atol=1e-2)
 
 
 def test_samples_in_shards_give_the_same_set(ranked):
-    backend, _ = built(ranked)
-    backend.step(0)
-    held = backend.snapshot()[0]
-    backend.prepare(kept_pool(ranked()[1], "shards"))
-    backend.step(0)
-    assert torch.equal(backend.snapshot()[0], held)
+    method, _ = built(ranked)
+    method.step(0)
+    held = method.snapshot()[0]
+    method.prepare(kept_pool(ranked()[1], "shards"))
+    method.step(0)
+    assert torch.equal(method.snapshot()[0], held)
 
 
 def test_a_damaged_table_is_named(ranked):
-    backend, _ = built(ranked)
-    backend.path.write_bytes(backend.path.read_bytes()[:100])
-    for use in (lambda: backend.step(0), lambda: patch_ranking.images_per_class(backend.path, 3)):
+    method, _ = built(ranked)
+    method.path.write_bytes(method.path.read_bytes()[:100])
+    for use in (lambda: method.step(0), lambda: patch_ranking.images_per_class(method.path, 3)):
         with pytest.raises(UserError, match=r"patches-.*parquet cannot be read .*; remove it to rank them again"):
             use()
 
 
 def test_with_a_factor_of_one_an_image_is_one_crop(ranked):
-    backend, table = built(ranked, factor=1, crop_scale=1.0, crops=1)
-    backend.step(0)
+    method, table = built(ranked, factor=1, crop_scale=1.0, crops=1)
+    method.step(0)
     mine = table.filter(pc.equal(table["label"], 0)).sort_by([("loss", "ascending"), ("row", "ascending")])
-    real = backend.real.normalization.apply(backend.real.pixels[0][mine["row"][0].as_py()])
-    assert torch.allclose(backend.snapshot()[0][0], real, atol=1e-4)
+    real = method.real.normalization.apply(method.real.pixels[0][mine["row"][0].as_py()])
+    assert torch.allclose(method.snapshot()[0][0], real, atol=1e-4)
 
 
 def test_several_steps_build_the_same_set_and_a_state_goes_on(ranked):
@@ -258,9 +258,9 @@ def test_several_steps_build_the_same_set_and_a_state_goes_on(ranked):
 
 
 def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
-    backend, _ = built(ranked, candidates=5)
-    backend.step(0)
-    more = backend.finalize(*backend.snapshot())
+    method, _ = built(ranked, candidates=5)
+    method.step(0)
+    more = method.finalize(*method.snapshot())
     assert more.card["patches_of_reused_images"] == {"zero": 3, "one": 3, "two": 3}  # eight wanted of five
     enough, _ = built(ranked, candidates=8)
     assert enough.finalize(*enough.snapshot()).card["patches_of_reused_images"] == {}
@@ -270,15 +270,13 @@ def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
 def test_samples_that_lie_in_shards_make_the_same_images(ranked, tmp_path, candidates):
     from distill_at_scale.data.sampling.class_sampler import ClassSampler
 
-    backend, _ = built(ranked, candidates=candidates)
-    backend.step(0)
-    images, _ = backend.snapshot()
+    method, _ = built(ranked, candidates=candidates)
+    method.step(0)
+    images, _ = method.snapshot()
     prepared, device = PreparedDataset(tmp_path / "prepared"), torch.device("cpu")
-    backend.prepare(
-        ClassSampler.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards")
-    )
-    backend.step(0)
-    assert torch.equal(backend.snapshot()[0], images)
+    method.prepare(ClassSampler.load(prepared, tmp_path / "manifest.parquet", range(CLASSES), 0, device, hold="shards"))
+    method.step(0)
+    assert torch.equal(method.snapshot()[0], images)
 
 
 RUN = {"distill__method": "rded", "distill__rded": QUICK | OPTIONS, "distill__ipc": 2, "evaluate__epochs": 2,
@@ -292,15 +290,15 @@ def whole_run(make_run, tmp_path_factory):
 
 
 def test_the_whole_path_ends_in_a_set_that_loads_and_trains(whole_run):
-    made = synthetic_set.load(whole_run.dir)
-    assert made.images.shape == (6, *SHAPE)
-    assert made.extras == {}
-    assert made.protocol.labels == "views"
-    assert made.card["soft_label_bytes"] == 2 * 6 * 3 * 2
+    synthetic = synthetic_set.load(whole_run.dir)
+    assert synthetic.images.shape == (6, *SHAPE)
+    assert synthetic.extras == {}
+    assert synthetic.protocol.labels == "views"
+    assert synthetic.card["soft_label_bytes"] == 2 * 6 * 3 * 2
     assert sorted(p.name for p in (whole_run.dir / "synthetic").iterdir()) == [
         "card.json", "labels.safetensors", "preview.png", "snapshots.safetensors", "synthetic.safetensors",
         "teacher.safetensors"]  # fmt: skip
-    assert made.training_set().views.epochs == 2
+    assert synthetic.training_set().views.epochs == 2
     rows = json.loads((whole_run.dir / "evaluation.json").read_text())["rows"]
     assert [row["set"] for row in rows] == ["distilled", "random_real", "kept"]
 
@@ -321,12 +319,12 @@ def test_a_second_distillation_ranks_and_trains_nothing_again(whole_run, make_ru
 
 
 def test_a_set_without_its_labels_still_shows_its_images(whole_run, tmp_path):
-    made = synthetic_set.load(whole_run.dir)
-    made.save(tmp_path / "copy")  # takes the labels along
+    synthetic = synthetic_set.load(whole_run.dir)
+    synthetic.save(tmp_path / "copy")  # takes the labels along
     copy = synthetic_set.load(tmp_path / "copy")
-    assert torch.equal(copy.group("labels")["values"], made.group("labels")["values"])
+    assert torch.equal(copy.group("labels")["values"], synthetic.group("labels")["values"])
     os.remove(tmp_path / "copy" / "labels.safetensors")
-    assert torch.equal(synthetic_set.load(tmp_path / "copy").images, made.images)
+    assert torch.equal(synthetic_set.load(tmp_path / "copy").images, synthetic.images)
     with pytest.raises(UserError, match=r"labels\.safetensors cannot be read.*distil again"):
         synthetic_set.load(tmp_path / "copy").training_set()
 
@@ -336,23 +334,23 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
 
     folders = [whole_run.dir / name for name in ("prepared", "synthetic", "manifest.parquet")]
     evaluator = Evaluator(whole_run.config, *folders, torch.device("cpu"))
-    control, made = (evaluator._training_set(EvaluationJob(s, "convnet", 0)) for s in ("random_real", "distilled"))
-    assert (control.views.epochs, control.views.temperature) == (made.views.epochs, 20.0)
+    control, synthetic = (evaluator._training_set(EvaluationJob(s, "convnet", 0)) for s in ("random_real", "distilled"))
+    assert (control.views.epochs, control.views.temperature) == (synthetic.views.epochs, 20.0)
     assert asdict(control.views.teacher.facts) == asdict(evaluator.synthetic.teacher(torch.device("cpu")).facts)
     for batch in evaluator.synthetic.protocol.plan.batches(
         0, 6
     ):  # asked about the set itself, it gives the set's labels
-        views = batch.apply(made.images[batch.rows])
-        assert torch.allclose(control.views.logits(0, batch, views), made.views.logits(0, batch, views), atol=2e-2)
+        views = batch.apply(synthetic.images[batch.rows])
+        assert torch.allclose(control.views.logits(0, batch, views), synthetic.views.logits(0, batch, views), atol=2e-2)
     kept = EvaluationJob("kept", "convnet", 0)
     assert evaluator._training_set(kept).views is None
     assert evaluator._protocol(kept).labels == "hard"
 
 
 def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run, tmp_path):
-    made, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
+    synthetic, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    safetensors_io.save(first, made)
+    safetensors_io.save(first, synthetic)
     run = make_run(tmp_path / "run", **RUN | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(first)}})
     run.stages("ingest", "score", "select", "distill")
     before = run.dir.joinpath("stages", "distill.json").read_bytes()
@@ -369,8 +367,8 @@ def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run,
 
 
 def test_a_set_with_the_labels_of_another_says_so(whole_run, tmp_path):
-    made = synthetic_set.load(whole_run.dir)
-    made.save(tmp_path / "copy")
+    synthetic = synthetic_set.load(whole_run.dir)
+    synthetic.save(tmp_path / "copy")
     path = tmp_path / "copy" / "labels.safetensors"
     held = safetensors_io.load(path)
     for wrong in ({"other": torch.zeros(2)}, {key: value[:, :-1] for key, value in held.items()}):
@@ -378,4 +376,4 @@ def test_a_set_with_the_labels_of_another_says_so(whole_run, tmp_path):
         with pytest.raises(UserError, match="copy lacks the labels of its views"):
             synthetic_set.load(tmp_path / "copy").training_set()
     with pytest.raises(UserError, match="lacks the labels of its views"):
-        synthetic_set.SyntheticSet(made.images, made.labels, made.card).training_set()
+        synthetic_set.SyntheticSet(synthetic.images, synthetic.labels, synthetic.card).training_set()

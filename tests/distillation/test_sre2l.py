@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_teacher import CLASSES, CPU, NAMES, SHAPE, a_context, a_pool, make
+from teacher_cases import CLASSES, CPU, NAMES, SHAPE, make_context, make_sampler, make_teacher
 
 from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.distillation.methods.sre2l import BatchNormLoss, SRe2L
@@ -19,14 +19,14 @@ def recovery(tmp_path):
     """recovery(labels=..., steps=..., **options): a prepared backend with the same teacher."""
 
     def prepared(labels=None, **options) -> SRe2L:
-        context = a_context(tmp_path, "sre2l", **options)
+        context = make_context(tmp_path, "sre2l", **options)
         if not (tmp_path / TEACHER).exists():
-            make(context)
+            make_teacher(context)
         if labels is not None:
             object.__setattr__(context, "labels", labels)
-        backend = SRe2L(context)
-        backend.prepare(a_pool())
-        return backend
+        method = SRe2L(context)
+        method.prepare(make_sampler())
+        return method
 
     return prepared
 
@@ -47,37 +47,37 @@ def test_the_distance_is_that_of_means_and_variances_before_every_batch_norm(rec
     assert float(expected) > 0
 
 
-def test_a_step_is_adams_along_the_textbook_gradient(recovery):
-    backend = recovery(statistics=0.5, steps=10)
-    before = backend.images.detach().clone()
-    boxes, flipped = backend._views(0)
+def test_a_step_follows_adam_on_the_reference_gradient(recovery):
+    method = recovery(statistics=0.5, steps=10)
+    before = method.images.detach().clone()
+    boxes, flipped = method._views(0)
     assert flipped is None
     images = before.flatten(0, 1).requires_grad_(True)
-    with BatchNormLoss(backend.teacher) as statistics:
-        logits = backend.teacher(crop_and_flip(images, boxes))
+    with BatchNormLoss(method.teacher) as statistics:
+        logits = method.teacher(crop_and_flip(images, boxes))
         loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2])) + 0.5 * statistics.value()
     loss.backward()
     adam = torch.optim.Adam([images], 0.25, (0.5, 0.9))
     adam.step()
-    expected = images.detach().clamp(backend.lowest, backend.highest)
-    metrics = backend.step(0)
-    assert torch.allclose(backend.images.detach().flatten(0, 1), expected, atol=1e-4)
+    expected = images.detach().clamp(method.lowest, method.highest)
+    metrics = method.step(0)
+    assert torch.allclose(method.images.detach().flatten(0, 1), expected, atol=1e-4)
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
 def test_the_rate_follows_a_cosine(recovery):
-    backend = recovery(steps=4)
+    method = recovery(steps=4)
     rates = []
     for i in range(4):
-        backend.step(i)
-        rates.append(backend.adam.param_groups[0]["lr"])
+        method.step(i)
+        rates.append(method.adam.param_groups[0]["lr"])
     assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
 
 
 def test_images_stay_pixels_and_their_loss_falls(recovery):
-    backend = recovery(steps=30)
-    losses = [backend.step(i)["loss"] for i in range(30)]
-    shown_as = a_pool().normalization.invert(backend.snapshot()[0])
+    method = recovery(steps=30)
+    losses = [method.step(i)["loss"] for i in range(30)]
+    shown_as = make_sampler().normalization.invert(method.snapshot()[0])
     assert float(shown_as.min()) >= -1e-5
     assert float(shown_as.max()) <= 1 + 1e-5
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
@@ -126,32 +126,32 @@ def test_resuming_gives_the_same_images(recovery):
 
 
 def test_what_is_not_finite_leaves_the_images_alone_and_names_the_class(recovery):
-    backend = recovery(steps=4, recover_batch=1)
+    method = recovery(steps=4, recover_batch=1)
     with torch.no_grad():
-        backend.images[1, 0, 0, 0, 0] = float("nan")
-    before = backend.images.detach().clone()
+        method.images[1, 0, 0, 0, 0] = float("nan")
+    before = method.images.detach().clone()
     with pytest.raises(DistillationDiverged, match=r"class 'one' is not finite at step 3.*distill\.sre2l\.image_lr"):
-        backend.step(3)
-    assert torch.equal(backend.images.detach().nan_to_num(), before.nan_to_num())
+        method.step(3)
+    assert torch.equal(method.images.detach().nan_to_num(), before.nan_to_num())
 
 
 def test_recovered_images_are_what_the_teacher_takes_them_for(recovery):
-    backend = recovery(steps=40)
+    method = recovery(steps=40)
     for i in range(40):
-        backend.step(i)
-    images, labels = backend.snapshot()
-    assert float((backend.teacher(images).argmax(1) == labels).float().mean()) > 0.8
+        method.step(i)
+    images, labels = method.snapshot()
+    assert float((method.teacher(images).argmax(1) == labels).float().mean()) > 0.8
 
 
 def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
-    backend = recovery(top_k=2)
-    more = backend.finalize(*backend.snapshot())
+    method = recovery(top_k=2)
+    more = method.finalize(*method.snapshot())
     assert more.extras["labels/values"].shape == (2, 6, 2)
     assert more.card["soft_label_bytes"] == 2 * 6 * 2 * 4
     assert more.card["soft_labels"]["bytes_per_image"] == 16
     state = {k.partition("/")[2]: v for k, v in more.extras.items() if k.startswith("teacher/")}
     assert torch.equal(
-        Teacher.from_state(backend.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)),
-        backend.teacher(torch.ones(1, *SHAPE)),
+        Teacher.from_state(method.teacher.facts, state, CPU)(torch.ones(1, *SHAPE)),
+        method.teacher(torch.ones(1, *SHAPE)),
     )
-    assert backend.context.class_names == NAMES
+    assert method.context.class_names == NAMES

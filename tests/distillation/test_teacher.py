@@ -8,49 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from teacher_cases import CLASSES, QUICK, SHAPE, make_config, make_context, make_sampler, make_teacher
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core import safetensors_io
-from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared import teacher as teachers
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher
 from distill_at_scale.models.spec import NetworkSpec
-
-SHAPE, CLASSES, HELD = (1, 8, 8), 3, 20
-CPU = torch.device("cpu")
-NAMES = ["zero", "one", "two"]
-QUICK = {"teacher_network": "convnet_bn", "teacher_epochs": 3, "teacher_batch": 16, "teacher_augment": "none",
-         "label_epochs": 2}  # fmt: skip
-
-
-def a_pool() -> ClassSampler:
-    """Classes of different brightness, easily told apart."""
-    chance = torch.Generator().manual_seed(0)
-    noise = torch.randint(-20, 20, (CLASSES, HELD, *SHAPE), generator=chance)
-    pixels = {c: (noise[c] + 60 + 60 * c).to(torch.uint8) for c in range(CLASSES)}
-    return ClassSampler(pixels, Normalization((0.5,), (0.25,)), seed=0)
-
-
-def a_config(method: str = "rded", **options):
-    values = {"distill": {"method": method, "width": 6, "ipc": 2, method: QUICK | options},
-              "data": {"size": 8, "channels": 1}}  # fmt: skip
-    return configuration.validate(values)
-
-
-def a_context(folder, method: str = "rded", steps: int = 1, **options) -> MethodContext:
-    config = a_config(method, **options)
-    spec = NetworkSpec("convnet", SHAPE, CLASSES, 6)
-    return MethodContext(config, spec, NAMES, list(range(CLASSES)), SingleProcess(), CPU, steps, folder)
-
-
-def make(context: MethodContext, real: ClassSampler | None = None) -> Teacher:
-    METHODS[context.config.distill.method].make_network(TEACHER, context, real or a_pool())
-    return Teacher.load(context.networks / TEACHER, CPU)
 
 
 def weights(teacher: Teacher) -> torch.Tensor:
@@ -58,7 +24,7 @@ def weights(teacher: Teacher) -> torch.Tensor:
 
 
 def test_a_teacher_learns_the_kept_samples(tmp_path):
-    pool, teacher = a_pool(), make(a_context(tmp_path, teacher_epochs=15))
+    pool, teacher = make_sampler(), make_teacher(make_context(tmp_path, teacher_epochs=15))
     pixels, labels = pool.all_samples()
     answers = teacher.logits(pool.normalization.apply(pixels))
     assert float((answers.argmax(1) == labels).float().mean()) > 0.9
@@ -66,8 +32,8 @@ def test_a_teacher_learns_the_kept_samples(tmp_path):
 
 
 def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    whole = make(a_context(tmp_path / "a"))
-    context, epoch = a_context(tmp_path / "b"), teachers.TeacherTraining._epoch
+    whole = make_teacher(make_context(tmp_path / "a"))
+    context, epoch = make_context(tmp_path / "b"), teachers.TeacherTraining._epoch
 
     def stop(self, pixels, labels, normalization, number):
         if number == 2:
@@ -76,25 +42,25 @@ def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypat
 
     monkeypatch.setattr(teachers.TeacherTraining, "_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        make(context)
+        make_teacher(context)
     assert not (context.networks / TEACHER).exists()
     seen = []
     monkeypatch.setattr(teachers.TeacherTraining, "_epoch", lambda *a: (seen.append(a[4]), epoch(*a))[1])
-    assert torch.equal(weights(make(context)), weights(whole))
+    assert torch.equal(weights(make_teacher(context)), weights(whole))
     assert seen == [2]
     assert [p.name for p in context.networks.iterdir()] == [TEACHER]
 
 
 def test_both_methods_share_a_teacher_with_equal_options():
-    options = [METHODS[m].network_options(a_config(m)) for m in ("sre2l", "rded")]
+    options = [METHODS[m].network_options(make_config(m)) for m in ("sre2l", "rded")]
     assert options[0] == options[1]
-    assert options[0] != METHODS["rded"].network_options(a_config(teacher_lr=0.1))
-    assert options[0] == METHODS["rded"].network_options(a_config(label_epochs=7, crops=2))
+    assert options[0] != METHODS["rded"].network_options(make_config(teacher_lr=0.1))
+    assert options[0] == METHODS["rded"].network_options(make_config(label_epochs=7, crops=2))
 
 
 def test_a_teacher_that_diverges_says_so(tmp_path):
     with pytest.raises(DistillationDiverged, match=r"teacher diverged in epoch 0.*distill\.rded\.teacher_lr"):
-        make(a_context(tmp_path, teacher_lr=1e30))
+        make_teacher(make_context(tmp_path, teacher_lr=1e30))
 
 
 def ready_made(folder, classes=CLASSES, names=None):
@@ -106,23 +72,23 @@ def ready_made(folder, classes=CLASSES, names=None):
 
 def test_ready_made_weights_are_taken_and_known_by_their_content(tmp_path):
     network, path = ready_made(tmp_path)
-    teacher = make(a_context(tmp_path, teacher_weights=path))
+    teacher = make_teacher(make_context(tmp_path, teacher_weights=path))
     images = torch.randn(4, *SHAPE)
     assert torch.allclose(teacher(images), network(images), atol=1e-5)
-    before = METHODS["rded"].network_options(a_config(teacher_weights=path))
+    before = METHODS["rded"].network_options(make_config(teacher_weights=path))
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes((tmp_path / "w.safetensors").read_bytes())
-    assert before == METHODS["rded"].network_options(a_config(teacher_weights=str(moved), teacher_lr=0.3))
+    assert before == METHODS["rded"].network_options(make_config(teacher_weights=str(moved), teacher_lr=0.3))
     safetensors_io.save(moved, {k: v + 1 if v.is_floating_point() else v for k, v in network.state_dict().items()})
-    assert before != METHODS["rded"].network_options(a_config(teacher_weights=str(moved)))
+    assert before != METHODS["rded"].network_options(make_config(teacher_weights=str(moved)))
 
 
 def test_ready_made_weights_of_another_class_order_are_put_in_order(tmp_path):
     network, path = ready_made(tmp_path, classes=4, names=["two", "one", "more", "zero"])
-    context = a_context(tmp_path, teacher_weights=path)
+    context = make_context(tmp_path, teacher_weights=path)
     object.__setattr__(context, "source_class_names", ["two", "one", "more", "zero"])
     images = torch.randn(4, *SHAPE)
-    assert torch.allclose(make(context)(images), network(images)[:, [3, 1, 0]], atol=1e-5)
+    assert torch.allclose(make_teacher(context)(images), network(images)[:, [3, 1, 0]], atol=1e-5)
 
 
 def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypatch):
@@ -130,16 +96,16 @@ def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypa
     load = teachers.pretrained.load
     monkeypatch.setattr(teachers.pretrained, "load", lambda *a: replace(load(*a), normalization=((0.4,), (0.2,))))
     pixels = torch.rand(4, *SHAPE)
-    teacher = make(a_context(tmp_path, teacher_weights=path))
+    teacher = make_teacher(make_context(tmp_path, teacher_weights=path))
     assert torch.allclose(teacher((pixels - 0.5) / 0.25), network((pixels - 0.4) / 0.2), atol=1e-4)
 
 
 def test_weights_that_do_not_fit_are_told_by_the_teachers_keys(tmp_path):
     _, path = ready_made(tmp_path)
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_network = 'convnet'"):
-        make(a_context(tmp_path, teacher_network="convnet", teacher_weights=path))
+        make_teacher(make_context(tmp_path, teacher_network="convnet", teacher_weights=path))
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_weights = '.*none': there is no such file"):
-        METHODS["rded"].network_options(a_config(teacher_weights=str(tmp_path / "none")))
+        METHODS["rded"].network_options(make_config(teacher_weights=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -150,11 +116,11 @@ def test_weights_that_do_not_fit_are_told_by_the_teachers_keys(tmp_path):
 ])  # fmt: skip
 def test_a_teacher_that_cannot_serve_is_refused_before_the_run(options, message):
     with pytest.raises(UserError, match=message):
-        METHODS["sre2l"].protocol(a_config("sre2l", **options))
+        METHODS["sre2l"].protocol(make_config("sre2l", **options))
 
 
 def test_rded_does_not_need_batch_norm():
-    METHODS["rded"].protocol(a_config(teacher_network="convnet"))
+    METHODS["rded"].protocol(make_config(teacher_network="convnet"))
 
 
 def test_whitened_data_and_plain_tensors_are_refused():
@@ -165,11 +131,17 @@ def test_whitened_data_and_plain_tensors_are_refused():
 
 
 def test_students_train_as_the_papers_say_and_views_flip_only_where_the_teacher_flips():
-    config = a_config(teacher_augment="color_crop_flip", label_epochs=300)
-    made = METHODS["rded"].protocol(config)
-    assert (made.epochs, made.optimizer, made.lr, made.labels, made.temperature) == (300, "adamw", 1e-3, "views", 20.0)
-    assert made.plan.flip
-    assert not METHODS["rded"].protocol(a_config(teacher_augment="color_crop")).plan.flip
+    config = make_config(teacher_augment="color_crop_flip", label_epochs=300)
+    protocol = METHODS["rded"].protocol(config)
+    assert (
+        protocol.epochs,
+        protocol.optimizer,
+        protocol.lr,
+        protocol.labels,
+        protocol.temperature,
+    ) == (300, "adamw", 1e-3, "views", 20.0)
+    assert protocol.plan.flip
+    assert not METHODS["rded"].protocol(make_config(teacher_augment="color_crop")).plan.flip
 
 
 def test_another_batch_for_evaluation_is_refused_before_the_run():
@@ -183,16 +155,16 @@ def test_another_batch_for_evaluation_is_refused_before_the_run():
 
 
 def test_the_costs_name_training_labelling_and_ranking():
-    costs = METHODS["rded"].costs(a_config(label_epochs=7, crops=4))
+    costs = METHODS["rded"].costs(make_config(label_epochs=7, crops=4))
     assert [(c.images, c.passes, c.backward) for c in costs] == [
         ("kept", 3, True), ("synthetic", 7, False), ("kept", 4, False)
     ]  # fmt: skip
     assert {c.network for c in costs} == {"convnet_bn"}
-    assert [c.images for c in METHODS["sre2l"].costs(a_config("sre2l", teacher_weights="w"))] == ["synthetic"]
+    assert [c.images for c in METHODS["sre2l"].costs(make_config("sre2l", teacher_weights="w"))] == ["synthetic"]
 
 
 def test_a_damaged_unfinished_teacher_is_named(tmp_path):
-    context = a_context(tmp_path)
+    context = make_context(tmp_path)
     teachers._checkpoint_path(context.networks).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"partial is damaged .*; remove it"):
-        make(context)
+        make_teacher(context)

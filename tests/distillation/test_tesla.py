@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mtt import CLASSES, CPU, SHAPE, a_pool, backend_of, close, config_of, context_of, experts, textbook
+from expert_cases import (
+    CLASSES,
+    CPU,
+    SHAPE,
+    assert_close,
+    make_config,
+    make_context,
+    make_method,
+    make_sampler,
+    reference_unroll,
+)
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -23,8 +33,6 @@ from distill_at_scale.distillation.methods.shared.unroll import (
 )
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
-
-assert experts  # a fixture
 
 WAYS = {
     "unrolled": unrolled,
@@ -72,54 +80,54 @@ def a_set(images: int = 6, soft: bool = False) -> tuple[SyntheticData, torch.Ten
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_exact_gradient_is_that_of_the_full_unroll(soft, at_once):
     """For images, soft labels and rate, in parts or not, with batches of some of the images."""
-    student, (made, rate) = a_student(at_once), a_set(soft=soft)
+    student, (synthetic, rate) = a_student(at_once), a_set(soft=soft)
     task = a_task(student, batch=5)
-    expected, actual = unrolled(student, task, made, rate), recomputed(student, task, made, rate)
+    expected, actual = unrolled(student, task, synthetic, rate), recomputed(student, task, synthetic, rate)
     assert float(actual[0]) == pytest.approx(float(expected[0]))
     assert len(actual[1]) == len(expected[1]) == 2 + soft
     for ours, theirs in zip(actual[1], expected[1], strict=True):
-        close(ours, theirs, 1e-9)
+        assert_close(ours, theirs, 1e-9)
 
 
 def test_the_exact_gradient_holds_in_single_precision():
-    student, (made, rate) = a_student(2), a_set(soft=True)
+    student, (synthetic, rate) = a_student(2), a_set(soft=True)
     task = a_task(student)
     for ours, theirs in zip(
-        recomputed(student, task, made, rate)[1], unrolled(student, task, made, rate)[1], strict=True
+        recomputed(student, task, synthetic, rate)[1], unrolled(student, task, synthetic, rate)[1], strict=True
     ):
-        close(ours, theirs, 1e-4)
+        assert_close(ours, theirs, 1e-4)
 
 
-def without_the_path_through_theta(student, task, made, rate):
+def without_the_path_through_theta(student, task, synthetic, rate):
     """MTT's autograd, but each gradient is taken at parameters detached from the earlier steps."""
     theta, total = task.start, torch.zeros_like(task.start)
     for step in task.steps:
         here = (task.start - rate.detach() * total).detach().requires_grad_(True)
-        images, targets = made.batch(step)
+        images, targets = synthetic.batch(step)
         loss = F.cross_entropy(student.logits(here, images), targets)
         total = total + torch.autograd.grad(loss, here, create_graph=True)[0]
     theta = task.start - rate * total
-    return torch.autograd.grad(task.distance(theta), [*made.learned, rate])
+    return torch.autograd.grad(task.distance(theta), [*synthetic.learned, rate])
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_teslas_own_form_is_the_unroll_without_the_path_through_the_parameters(soft):
-    student, (made, rate) = a_student(), a_set(soft=soft)
+    student, (synthetic, rate) = a_student(), a_set(soft=soft)
     task = a_task(student)
-    actual = WAYS["fixed"](student, task, made, rate)[1]
-    for ours, theirs in zip(actual, without_the_path_through_theta(student, task, made, rate), strict=True):
-        close(ours, theirs, 1e-4)
-    full = unrolled(student, task, made, rate)[1]
+    actual = WAYS["fixed"](student, task, synthetic, rate)[1]
+    for ours, theirs in zip(actual, without_the_path_through_theta(student, task, synthetic, rate), strict=True):
+        assert_close(ours, theirs, 1e-4)
+    full = unrolled(student, task, synthetic, rate)[1]
     assert float((actual[0] - full[0]).norm() / full[0].norm()) > 0.05  # what it drops is not small
 
 
 def test_for_one_step_nothing_is_dropped():
-    student, (made, rate) = a_student(), a_set()
+    student, (synthetic, rate) = a_student(), a_set()
     task = a_task(student, steps=1)
-    actual = [way(student, task, made, rate)[1] for way in WAYS.values()]
+    actual = [way(student, task, synthetic, rate)[1] for way in WAYS.values()]
     for other in actual[1:]:
         for ours, theirs in zip(other, actual[0], strict=True):
-            close(ours, theirs, 1e-5)
+            assert_close(ours, theirs, 1e-5)
 
 
 def peak_saved(way, steps: int, images: int = 6, at_once: int = 100) -> int:
@@ -135,10 +143,10 @@ def peak_saved(way, steps: int, images: int = 6, at_once: int = 100) -> int:
         def __del__(self):
             held["now"] -= self.size
 
-    student, (made, rate) = a_student(at_once), a_set(images)
+    student, (synthetic, rate) = a_student(at_once), a_set(images)
     task = a_task(student, steps, images, images, "none")
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        way(student, task, made, rate)
+        way(student, task, synthetic, rate)
     return held["peak"]
 
 
@@ -158,55 +166,55 @@ def test_memory_does_not_grow_with_the_batch():
 
 @pytest.mark.parametrize(("gradient", "way"), [("exact", "unrolled"), ("fixed", "fixed")])
 def test_the_gradient_is_the_one_that_is_chosen(experts, gradient, way):
-    backend = backend_of(experts, "tesla", gradient=gradient)
-    task, made = backend.segment(0, 0), backend.synthetic()
-    expected = WAYS[way](backend.student, task, made, backend.student_lr)[1]
-    for ours, theirs in zip(backend.match(task, made)[1], expected, strict=True):
-        close(ours, theirs)
+    method = make_method(experts, "tesla", gradient=gradient)
+    task, synthetic = method.segment(0, 0), method.synthetic()
+    expected = WAYS[way](method.student, task, synthetic, method.student_lr)[1]
+    for ours, theirs in zip(method.match(task, synthetic)[1], expected, strict=True):
+        assert_close(ours, theirs)
 
 
 def test_with_hard_labels_a_step_is_mtts(experts):
-    backend = backend_of(experts, "tesla", learn_labels=False)
-    before, task = backend.images.detach().clone().flatten(0, 1), backend.segment(3, 0)
-    _, expected, _ = textbook(backend.context.spec.build(0), task, before, backend.labels, torch.tensor(0.1))
-    backend.step(3)
-    close(before - backend.images.detach().flatten(0, 1), expected)
-    assert "soft_labels" not in backend.finalize(*backend.snapshot()).extras
-    assert not [key for key in backend.state_dict() if key.startswith("logits")]
+    method = make_method(experts, "tesla", learn_labels=False)
+    before, task = method.images.detach().clone().flatten(0, 1), method.segment(3, 0)
+    _, expected, _ = reference_unroll(method.context.spec.build(0), task, before, method.labels, torch.tensor(0.1))
+    method.step(3)
+    assert_close(before - method.images.detach().flatten(0, 1), expected)
+    assert "soft_labels" not in method.finalize(*method.snapshot()).extras
+    assert not [key for key in method.state_dict() if key.startswith("logits")]
 
 
 def test_soft_labels_are_learned_and_concluded(experts):
-    backend = backend_of(experts, "tesla", label_lr=3.0)
-    before = backend.logits.detach().clone()
-    _, gradients = backend.match(backend.segment(0, 0), backend.synthetic())
-    backend.step(0)
-    close(before - backend.logits.detach(), 3.0 * gradients[1].view_as(before))
-    made = backend.finalize(*backend.snapshot())
-    assert torch.equal(made.extras["soft_labels"], backend.logits.detach().flatten(0, 1))
-    assert made.protocol["lr"] == float(backend.student_lr.detach())
+    method = make_method(experts, "tesla", label_lr=3.0)
+    before = method.logits.detach().clone()
+    _, gradients = method.match(method.segment(0, 0), method.synthetic())
+    method.step(0)
+    assert_close(before - method.logits.detach(), 3.0 * gradients[1].view_as(before))
+    synthetic = method.finalize(*method.snapshot())
+    assert torch.equal(synthetic.extras["soft_labels"], method.logits.detach().flatten(0, 1))
+    assert synthetic.protocol["lr"] == float(method.student_lr.detach())
 
 
 def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
-    backend = backend_of(experts, "tesla")
-    images, student = backend.images.detach().flatten(0, 1), backend.student
+    method = make_method(experts, "tesla")
+    images, student = method.images.detach().flatten(0, 1), method.student
     held = ExpertFiles(experts, 2, 4, sum(student.sizes), CPU)
     mean = sum(student.logits(*held.parameters(k, 4), images) for k in range(2)) / 2
-    actual = backend.logits.detach().flatten(0, 1)
-    for row, expected, label in zip(actual, mean, backend.labels.tolist(), strict=True):
+    actual = method.logits.detach().flatten(0, 1)
+    for row, expected, label in zip(actual, mean, method.labels.tolist(), strict=True):
         others = [c for c in range(CLASSES) if c != label]
         assert torch.allclose(row[others], expected[others], atol=1e-5)
         assert float(row[label]) == pytest.approx(float(expected.max()), abs=1e-5)
 
 
 def test_labels_start_from_the_class_alone_on_request(experts):
-    backend = backend_of(experts, "tesla", label_init="class")
-    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.labels, CLASSES))
+    method = make_method(experts, "tesla", label_init="class")
+    assert torch.equal(method.logits.detach().flatten(0, 1), 5.0 * F.one_hot(method.labels, CLASSES))
 
 
 def test_labels_start_from_the_class_where_images_are_noise(experts):
     """An expert's logits for noise mean nothing."""
-    backend = backend_of(experts, "tesla", init="noise")
-    assert torch.equal(backend.logits.detach().flatten(0, 1), 5.0 * F.one_hot(backend.labels, CLASSES))
+    method = make_method(experts, "tesla", init="noise")
+    assert torch.equal(method.logits.detach().flatten(0, 1), 5.0 * F.one_hot(method.labels, CLASSES))
 
 
 def test_the_defaults_are_mtts_with_soft_labels():
@@ -214,29 +222,29 @@ def test_the_defaults_are_mtts_with_soft_labels():
     assert (method.default_steps, method.parallel, method.init_of(config)) == (5000, "replicate", "real")
     assert method.protocol(config) == TrainingProtocol(1000, SIAMESE_AUGMENT, labels="soft")
     assert (config.distill.tesla.gradient, config.distill.tesla.learn_labels) == ("exact", True)
-    assert method.protocol(config_of("tesla", learn_labels=False)).labels == "hard"
+    assert method.protocol(make_config("tesla", learn_labels=False)).labels == "hard"
     assert method.networks(config) == METHODS["mtt"].networks(config)
-    small = config_of("tesla")
-    assert method.network_options(small) == METHODS["mtt"].network_options(config_of("mtt"))
+    small = make_config("tesla")
+    assert method.network_options(small) == METHODS["mtt"].network_options(make_config("mtt"))
 
 
 def test_a_network_trains_on_the_soft_labels_that_were_saved(experts, tmp_path):
     """The saved set carries what its protocol asks for."""
-    backend = backend_of(experts, "tesla")
-    images, labels = backend.snapshot()
-    made = backend.finalize(images, labels)
-    protocol = backend.protocol(context_of(config_of("tesla"), tmp_path).config).card() | dict(made.protocol)
+    method = make_method(experts, "tesla")
+    images, labels = method.snapshot()
+    synthetic = method.finalize(images, labels)
+    protocol = method.protocol(make_context(make_config("tesla"), tmp_path).config).card() | dict(synthetic.protocol)
     card = {"class_names": ["zero", "one", "two"], "protocol": protocol,
             "normalization": {"mean": [0.5], "std": [0.3]}}  # fmt: skip
-    synthetic_set.SyntheticSet(images, labels, card, {}, dict(made.extras)).save(tmp_path / "set")
+    synthetic_set.SyntheticSet(images, labels, card, {}, dict(synthetic.extras)).save(tmp_path / "set")
     again = synthetic_set.load(tmp_path / "set")
     assert again.protocol.labels == "soft"
     assert again.training_set().soft["soft_labels"].shape == (len(labels), CLASSES)
 
 
 def test_the_pool_is_what_the_images_start_from(experts):
-    backend, pool = backend_of(experts, "tesla"), a_pool()
+    method, pool = make_method(experts, "tesla"), make_sampler()
     whole = pool.normalization.apply(pool.pixels[1])
     assert all(
-        float((whole - image).abs().flatten(1).max(1).values.min()) < 1e-6 for image in backend.images.detach()[1]
+        float((whole - image).abs().flatten(1).max(1).values.min()) < 1e-6 for image in method.images.detach()[1]
     )

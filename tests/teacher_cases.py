@@ -1,0 +1,45 @@
+"""Small teachers of SRe2L and RDED."""
+
+from __future__ import annotations
+
+import torch
+
+from distill_at_scale.config import load as configuration
+from distill_at_scale.core.collectives import SingleProcess
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.distillation.methods.base import MethodContext
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher
+from distill_at_scale.models.spec import NetworkSpec
+
+SHAPE, CLASSES, HELD = (1, 8, 8), 3, 20
+CPU = torch.device("cpu")
+NAMES = ["zero", "one", "two"]
+QUICK = {"teacher_network": "convnet_bn", "teacher_epochs": 3, "teacher_batch": 16, "teacher_augment": "none",
+         "label_epochs": 2}  # fmt: skip
+
+
+def make_sampler() -> ClassSampler:
+    """Classes of different clearly different brightness."""
+    chance = torch.Generator().manual_seed(0)
+    noise = torch.randint(-20, 20, (CLASSES, HELD, *SHAPE), generator=chance)
+    pixels = {c: (noise[c] + 60 + 60 * c).to(torch.uint8) for c in range(CLASSES)}
+    return ClassSampler(pixels, Normalization((0.5,), (0.25,)), seed=0)
+
+
+def make_config(method: str = "rded", **options):
+    values = {"distill": {"method": method, "width": 6, "ipc": 2, method: QUICK | options},
+              "data": {"size": 8, "channels": 1}}  # fmt: skip
+    return configuration.validate(values)
+
+
+def make_context(folder, method: str = "rded", steps: int = 1, **options) -> MethodContext:
+    config = make_config(method, **options)
+    spec = NetworkSpec("convnet", SHAPE, CLASSES, 6)
+    return MethodContext(config, spec, NAMES, list(range(CLASSES)), SingleProcess(), CPU, steps, folder)
+
+
+def make_teacher(context: MethodContext, real: ClassSampler | None = None) -> Teacher:
+    METHODS[context.config.distill.method].make_network(TEACHER, context, real or make_sampler())
+    return Teacher.load(context.networks / TEACHER, CPU)

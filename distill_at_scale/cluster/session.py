@@ -46,7 +46,14 @@ class Session:
             self.started = False
 
     def _start(self) -> None:
-        address = self._address()
+        address = self.config.address or os.environ.get("RAY_ADDRESS")
+        if address and "://" in address:
+            raise UserError(
+                f"{address} (cluster.address or RAY_ADDRESS) is an address for Ray clients, but the stages need a driver on "
+                "the cluster: give HOST:PORT of its head on one of its machines, or "
+                "`ray job submit -- python jobs/pipeline.py CONFIG`"
+            )
+        address = self.config.address or ("auto" if address else None)  # None: start Ray on this machine
         logging.getLogger("ray").setLevel(logging.ERROR)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
@@ -67,17 +74,6 @@ class Session:
         self.say(f"Ray is ready: {cores:g} cores, {gpus:g} GPUs, {len(ray.nodes())} node(s)")
         if gpus and not self.config.gpus_per_worker:
             self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
-
-    def _address(self) -> str | None:
-        """The address of a running Ray; None to start it here. Raises UserError for a Ray Client or dashboard address."""
-        address = self.config.address or os.environ.get("RAY_ADDRESS")
-        if address and "://" in address:
-            raise UserError(
-                f"{address} (cluster.address or RAY_ADDRESS) is an address for Ray clients, but the stages need a driver on "
-                "the cluster: give HOST:PORT of its head on one of its machines, or "
-                "`ray job submit -- python jobs/pipeline.py CONFIG`"
-            )
-        return self.config.address or ("auto" if address else None)
 
 
 @contextmanager

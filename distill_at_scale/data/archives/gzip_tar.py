@@ -34,18 +34,14 @@ class Stream(tar.Window):
 
     def __init__(self, handle: Any, place: str):
         self.handle, self.place, self.length = handle, place, tar.UNKNOWN_LENGTH
-        self._start, self._buffer, self._skipped = 0, b"", bytearray(SKIP_SIZE)
+        self.start = 0  # the first offset that can still be read
+        self._buffer, self._skipped = b"", bytearray(SKIP_SIZE)
         self._position = 0  # unpacked bytes read from the handle
-
-    @property
-    def position(self) -> int:
-        """The first offset that can still be read."""
-        return self._start
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Returns up to `size` bytes; fewer at the end of the file. `offset` must not be below the last call's."""
-        assert offset >= self._start, "a stream moves forwards only"
-        kept = self._buffer[offset - self._start :]
+        assert offset >= self.start, "a stream moves forwards only"
+        kept = self._buffer[offset - self.start :]
         if len(kept) < size:
             while self._position < offset:
                 if not self._read_into(memoryview(self._skipped)[: min(offset - self._position, SKIP_SIZE)]):
@@ -54,7 +50,7 @@ class Stream(tar.Window):
             while done < len(content) and (count := self._read_into(content[done:])):
                 done += count
             kept += content[:done]
-        self._start, self._buffer = offset, kept
+        self.start, self._buffer = offset, kept
         return kept[:size]
 
     def _read_into(self, buffer: memoryview) -> int:
@@ -104,7 +100,7 @@ class Reader:
             return tar.read_ranges(store, file, ranges)
         with self._lock:
             stream, self._stream = self._stream, None  # not used again after an error
-            if stream is not None and (self._file != file or stream.position > ranges[0].offset):
+            if stream is not None and (self._file != file or stream.start > ranges[0].offset):
                 stream.close()
                 stream = None
             stream = stream or tar.open_or_stop(store, file, open_stream)

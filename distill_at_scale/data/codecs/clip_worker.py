@@ -115,7 +115,6 @@ def frame_indices(n: int, request: ClipRequest) -> list[int]:
 
 
 def _remark(video: Video, missing: int, request: ClipRequest) -> str | None:
-    """The flaw of a clip that is used nevertheless."""
     if video.cut:
         present = len([packet for packet in video.packets if not packet.is_discard])
         return f"cut: {present} of {video.frames} frames are there, among them all that are wanted"

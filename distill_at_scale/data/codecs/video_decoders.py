@@ -53,7 +53,6 @@ def fitted(video: Video, size: int, resize: str) -> tuple[int, int]:
 
 
 def _centre(frames: Array, size: int) -> Array:
-    """The centre square of [..., H, W, 3]."""
     top, left = (frames.shape[-3] - size) // 2, (frames.shape[-2] - size) // 2
     return frames[..., top : top + size, left : left + size, :]
 

@@ -85,7 +85,6 @@ def open_video(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Vide
 
 
 def _indexed(raw: bytes, container: Any, stream: Any, max_seconds: float) -> Video:
-    """Checks the length, then lists the packets."""
     own = 0.0 if stream.duration is None else stream.duration * float(stream.time_base)
     seconds = own or (container.duration or 0) / 1_000_000  # as the header claims; 0 if it does not say
     _check_length(seconds, max_seconds)

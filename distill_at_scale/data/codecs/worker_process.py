@@ -171,7 +171,10 @@ def serve() -> None:
     for number in (0, 1, 2):
         os.dup2(null, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    _drop_privileges()
+    if sys.platform == "linux":  # a decoder needs no file to write, no core file and no set-uid programs
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     try:
         function = pkgutil.resolve_name(sys.argv[2])
     except Exception as error:
@@ -196,14 +199,6 @@ def _memory() -> tuple[int, int]:
     with open("/proc/self/statm") as file:
         pages = [int(word) for word in file.read().split()[:2]]
     return pages[0] * mmap.PAGESIZE, pages[1] * mmap.PAGESIZE
-
-
-def _drop_privileges() -> None:
-    """A decoder needs no file to write, no core file and no set-uid programs."""
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
 
 def _limit_memory(added: int) -> None:

@@ -11,13 +11,13 @@ import json
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,15 +34,13 @@ MAX_GROUP_BYTES = 2**30  # of a row group with several samples, decoded; ours ar
 MAX_CHUNK = 2**20  # samples of a scoring chunk
 COLUMNS = [("sample_id", pa.string()), ("label", pa.int32())]  # before the column of samples
 
-Key = TypeVar("Key")
-
 
 class PreparedDataset:
     """A prepared data set on disk. Methods raise UserError for damaged files."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: OrderedDict[tuple[str, str], pq.ParquetFile] = OrderedDict()
+        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
         self._reading = Lock()  # batches are prefetched in a thread, and pyarrow's open files are not thread-safe
         try:
             self.meta = _checked(json.loads((self.folder / "dataset.json").read_text()))
@@ -145,7 +143,7 @@ class PreparedDataset:
 
     def _ids(self, split: str, groups: Iterable[RowGroup]) -> pa.ChunkedArray:
         chunks: list[pa.Array] = []
-        for file, inside in _grouped(groups, lambda group: group.file).items():
+        for file, inside in groupby(groups, lambda group: group.file):
             chunks += self._rows(split, file, [group.number for group in inside], ["sample_id"])["sample_id"].chunks
         return pa.chunked_array(chunks, pa.string())
 
@@ -179,11 +177,17 @@ class PreparedDataset:
 
     @cached_property
     def _by_label(self) -> dict[str, dict[int, list[RowGroup]]]:
-        return {split: _grouped(groups, lambda group: group.label) for split, groups in self._groups.items()}
+        return {
+            split: {label: list(inside) for label, inside in groupby(groups, lambda group: group.label)}
+            for split, groups in self._groups.items()
+        }
 
     @cached_property
     def _by_file(self) -> dict[str, dict[str, list[RowGroup]]]:
-        return {split: _grouped(groups, lambda group: group.file) for split, groups in self._groups.items()}
+        return {
+            split: {file: list(inside) for file, inside in groupby(groups, lambda group: group.file)}
+            for split, groups in self._groups.items()
+        }
 
     def _scan(self, split: str) -> Iterator[RowGroup]:
         """The row groups according to the footers. Raises UserError if they contradict the counts in dataset.json."""
@@ -209,7 +213,13 @@ class PreparedDataset:
         """Some row groups of a file. Raises UserError if it is damaged or contradicts the counts in dataset.json."""
         path, groups = self.folder / split / file, [self._by_file[split][file][number] for number in numbers]
         with self._reading, reading(path, "ingest"):
-            table = self._open(split, file).read_row_groups([g.number for g in groups], columns, use_threads=False)
+            # the most recently used files stay open: reading a footer takes longer than reading a row group
+            if path not in self._files:
+                self._files[path] = pq.ParquetFile(path)
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)[1].close()
+            self._files.move_to_end(path)
+            table = self._files[path].read_row_groups([g.number for g in groups], columns, use_threads=False)
         rows = [group.rows for group in groups]
         wrong = table.num_rows != sum(rows)
         if not wrong and "label" in table.column_names:
@@ -219,23 +229,6 @@ class PreparedDataset:
                 f"{path} holds samples of other classes than {self.folder}/dataset.json counts; ingest again"
             )
         return table
-
-    def _open(self, split: str, file: str) -> pq.ParquetFile:
-        """Keeps the most recently used files open: reading a footer takes longer than reading a row group."""
-        key = (split, file)
-        if key not in self._files:
-            self._files[key] = pq.ParquetFile(self.folder / split / file)
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(key)
-        return self._files[key]
-
-
-def _grouped(groups: Iterable[RowGroup], key: Callable[[RowGroup], Key]) -> dict[Key, list[RowGroup]]:
-    grouped: dict[Key, list[RowGroup]] = {}
-    for group in groups:
-        grouped.setdefault(key(group), []).append(group)
-    return grouped
 
 
 def _checked(meta: Any) -> dict[str, Any]:

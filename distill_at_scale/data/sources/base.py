@@ -123,6 +123,10 @@ def to_table(columns: Sequence[Column], schema: pa.Schema) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
+def rows_to_table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    return to_table(list(zip(*rows, strict=True)) if rows else [[]] * len(schema), schema)
+
+
 def first_duplicate(values: pa.ChunkedArray) -> str | None:
     """A string that occurs more than once, or None. Sorting takes less time and memory than a table of all strings."""
     sorted_values = values.take(pc.sort_indices(values)).combine_chunks()

@@ -24,7 +24,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, SPLIT_NAMES, TEXT, by_split, to_table
+from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, SPLIT_NAMES, TEXT, by_split, rows_to_table
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
@@ -47,7 +47,6 @@ class WebDataset:
         self._indices: dict[str, pa.Table] = {}
 
     def splits(self) -> list[str]:
-        """Raises UserError if there is no training shard, a shard of the pattern is missing, or one is compressed."""
         return [split for split in ("train", "test") if split in self.shards]
 
     @cached_property
@@ -71,7 +70,6 @@ class WebDataset:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """Raises UserError if the training split mixes class numbers and class names."""
         index = self._index("train")
         labels = pc.unique(index["label"]).to_pylist()
         if not index["is_number"][0].as_py():
@@ -79,11 +77,7 @@ class WebDataset:
         return [str(number) for number in range(max(map(int, labels)) + 1)]
 
     def listing(self, split: str) -> pa.Table:
-        """The samples in the order of the shards and of their offsets.
-
-        Raises UserError, naming shard and sample, for a damaged shard, a sample without image or label, a repeated name, a
-        malformed label, and a label that the training split does not have.
-        """
+        """The samples in the order of the shards and of their offsets. Errors name shard and sample."""
         index = self._index(split)
         keys, shards = index["key"], index["shard"]
         is_unique = pc.count_distinct(keys).as_py() == len(keys)
@@ -149,7 +143,6 @@ class _Sample:
             self.texts[extension] = window.read_at(member.offset, member.size)
 
     def label(self, json_keys: Sequence[str]) -> int | str:
-        """The class number or name."""
         extension = next((extension for extension in LABELS if extension in self.texts), None)
         if extension is None:
             raise self.error("has no label (cls or json)")
@@ -178,10 +171,7 @@ class _Sample:
 
 
 def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> pa.Table:
-    """The samples of one shard (schema INDEX); `label_keys` are the keys of a json file that may hold the label.
-
-    Raises UserError, naming shard and sample, for any fault.
-    """
+    """The samples of one shard (schema INDEX); `label_keys` are the keys of a json file that may hold the label."""
     keys: set[str] = set()
     rows: list[tuple[str, str, int, int, str, bool]] = []
     with tar.open_archive(store, shard) as window:
@@ -193,7 +183,7 @@ def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> pa.Table
             keys.add(sample.key)
             label, (_, offset, size) = sample.label(label_keys), sample.image
             rows.append((sample.key, shard, offset, size, str(label), isinstance(label, int)))
-    return to_table(list(zip(*rows, strict=True)) if rows else [[]] * len(INDEX), INDEX)
+    return rows_to_table(rows, INDEX)
 
 
 def _samples(window: tar.Window) -> Iterator[_Sample]:

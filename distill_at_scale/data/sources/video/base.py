@@ -9,6 +9,7 @@ aside. Only the lists are opened; the decoder rejects a file that holds no video
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,19 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import INT32, INT64, TEXT, FileSource, listing, set_aside_table, to_table
+from distill_at_scale.data.sources.base import INT32, INT64, TEXT, FileSource, listing, rows_to_table, set_aside_table
 from distill_at_scale.data.sources.folders import VIDEOS, below, labels_of, no_videos, owners_of
 from distill_at_scale.data.sources.label_files import LabelFiles
+from distill_at_scale.storage.filesystem import join_path
 
 # Rows of lists: `key` identifies the clip in rows and files, `split` is "train", "test" or "" for a clip in neither,
 # `sample_id` is the path where the file should be, and `place` names the row, as "'list.txt' line 3".
 ROWS = pa.schema({"key": TEXT, "label": INT32, "split": TEXT, "sample_id": TEXT, "place": TEXT})
 FILES = pa.schema({"key": TEXT, "path": TEXT, "size": INT64})
-
-
-def rows_table(rows: list[tuple[str, int, str, str, str]]) -> pa.Table:
-    """A table with schema ROWS from its rows."""
-    return to_table(list(zip(*rows, strict=True)) if rows else [[]] * len(ROWS), ROWS)
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,13 @@ class ListedVideos(FileSource, ABC):
     def lists(self) -> LabelFiles: ...
 
     @property
-    @abstractmethod
     def unlisted_reason(self) -> str:
         """The reason for setting aside a file that no list names."""
+        return f"in no list of fold {self.config.fold}"
 
     @abstractmethod
-    def rows(self) -> pa.Table:
-        """The rows of the lists (schema ROWS); raises UserError for a malformed one."""
+    def rows(self) -> Iterator[tuple[str, int, str, str]]:
+        """(path below `home`, label, split, place) of each row; raises UserError for a malformed one."""
 
     @cached_property
     def home(self) -> str:
@@ -133,7 +130,11 @@ class ListedVideos(FileSource, ABC):
 
     @cached_property
     def _rows(self) -> pa.Table:
-        return self.rows()
+        rows = [
+            (path.rpartition(".")[0], label, split, join_path(self.home, path), place)
+            for path, label, split, place in self.rows()
+        ]
+        return rows_to_table(rows, ROWS)
 
     @cached_property
     def _files(self) -> tuple[pa.Table, pa.Array]:

@@ -8,15 +8,13 @@ name and 1 (training), 2 (test) or 0 (in neither split, as its authors intend). 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cached_property
-
-import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
-from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
-from distill_at_scale.storage.filesystem import join_path
+from distill_at_scale.data.sources.video.base import ListedVideos
 
 LIST = re.compile(r"(?P<owner>.+)_test_split(?P<fold>[123])\.txt")
 LINE = re.compile(r"([^/]+?)\s+([012])")
@@ -44,13 +42,7 @@ class Hmdb51(ListedVideos):
             raise UserError(f"{place} is missing (data.fold = {self.config.fold}); download it, or choose another fold")
         return names
 
-    @cached_property
-    def unlisted_reason(self) -> str:
-        return f"in no list of fold {self.config.fold}"
-
-    def rows(self) -> pa.Table:
-        """Raises UserError for a malformed line."""
-        rows = []
+    def rows(self) -> Iterator[tuple[str, int, str, str]]:
         for label, class_name in enumerate(self.class_names):
             name = self._list_name(class_name)
             for number, line in self.lists.lines(name):
@@ -60,10 +52,7 @@ class Hmdb51(ListedVideos):
                         f"{self.lists.place(name)}, line {number}: {line!r} is not a file name and 1 (training), 2 (test) or 0 "
                         "(neither), as in 'clip_1.avi 1'; correct the line or download the lists again"
                     )
-                path = f"{class_name}/{match[1]}"
-                place = f"'{name}' line {number}"
-                rows.append((path.rpartition(".")[0], label, SPLITS[match[2]], join_path(self.home, path), place))
-        return rows_table(rows)
+                yield f"{class_name}/{match[1]}", label, SPLITS[match[2]], f"'{name}' line {number}"
 
     def _list_name(self, class_name: str) -> str:
         return f"{class_name}_test_split{self.config.fold}.txt"

@@ -22,7 +22,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import gzip_tar, tar
-from distill_at_scale.data.sources.base import SET_ASIDE, FileSource, to_table
+from distill_at_scale.data.sources.base import SET_ASIDE, FileSource, rows_to_table
 from distill_at_scale.data.sources.video.kinetics_csv import read_annotations
 from distill_at_scale.data.sources.video.kinetics_files import FILES, SPLIT, UNFINISHED, VIDEO, Matched
 
@@ -133,7 +133,7 @@ class KineticsTar(Kinetics):
                     name = re.sub(r"^(\.?/)+", "", member.name)
                     sample_id = f"{folder}/{name}" if folder else name
                     rows.append((sample_id, f"{archive}/{name}", archive, member.offset, member.size))
-        return to_table(list(zip(*rows, strict=True)) if rows else [[]] * len(FILES), FILES)
+        return rows_to_table(rows, FILES)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_sizes"}

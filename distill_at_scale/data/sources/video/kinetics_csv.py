@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import INT32, TEXT, to_table
+from distill_at_scale.data.sources.base import INT32, TEXT, rows_to_table
 from distill_at_scale.data.sources.label_files import LabelFile, named_file, resolve
 from distill_at_scale.storage.filesystem import Store, join_path
 
@@ -73,7 +73,7 @@ def read_annotations(store: Store, named: str | None) -> pa.Table:
         raise UserError(f"the lists of clips in {store.place()} hold no clips; download them again, or set {KEY}")
     order = list(dict.fromkeys(WORDS.values()))
     rows = sorted(clips.values(), key=lambda row: order.index(row.word))
-    return to_table(list(zip(*rows, strict=True)), ROWS)
+    return rows_to_table(rows, ROWS)
 
 
 def read_list(file: LabelFile) -> Iterator[Row]:

@@ -42,22 +42,18 @@ class MovingDigits(VideoFolder):
         if is_uri(config.path):
             raise UserError(f"the source moving_digits writes files and needs a local folder, not {config.path}")
         folder = Path(config.path)
-        if not (folder / "train").is_dir():
-            _encode_clips(folder)
+        if (folder / "train").is_dir():
+            return super().__init__(config)
+        if folder.exists():
+            raise UserError(f"{folder} exists and holds no moving digits; name a new folder in data.path, or remove it")
+        images, splits = digits()
+        with publish(folder) as temporary:  # the finished folder appears at once
+            for number, (image, split) in enumerate(zip(images, splits, strict=True)):
+                direction = DIRECTIONS[number // TEST_EVERY % len(DIRECTIONS)]
+                target = temporary / split / direction / f"{number:04d}.mp4"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(encode_mp4(clip(image, path(direction, number)), RATE, ENCODER))
         super().__init__(config)
-
-
-def _encode_clips(folder: Path) -> None:
-    """Encodes all clips; the finished folder appears at once."""
-    if folder.exists():
-        raise UserError(f"{folder} exists and holds no moving digits; name a new folder in data.path, or remove it")
-    images, splits = digits()
-    with publish(folder) as temporary:
-        for number, (image, split) in enumerate(zip(images, splits, strict=True)):
-            direction = DIRECTIONS[number // TEST_EVERY % len(DIRECTIONS)]
-            target = temporary / split / direction / f"{number:04d}.mp4"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(encode_mp4(clip(image, path(direction, number)), RATE, ENCODER))
 
 
 def digits() -> tuple[Array, list[str]]:

@@ -9,16 +9,14 @@ labels: its clips are ignored.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
-
-import pyarrow as pa
 
 from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
-from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
-from distill_at_scale.storage.filesystem import join_path
+from distill_at_scale.data.sources.video.base import ListedVideos
 
 PREFIX = "something-something-v2-"
 NO_BRACKETS = str.maketrans("", "", "[]")
@@ -46,19 +44,16 @@ class SomethingV2(ListedVideos):
             raise UserError(f'{place} must map every class to its number, "0", "1", "2", …; download the lists again')
         return [class_name for _, class_name in sorted(zip(numbers, numbered, strict=True))]
 
-    def rows(self) -> pa.Table:
-        """Raises UserError if there is no list of labelled clips, and for a malformed entry."""
+    def rows(self) -> Iterator[tuple[str, int, str, str]]:
         present = {kind: name for kind in SPLITS if (name := self._list_name(kind)) in self.lists.paths}
         if not any(SPLITS[kind] for kind in present):
             self.lists.read(self._list_name("train"))  # raises: it is missing
         labels = {class_name: label for label, class_name in enumerate(self.class_names)}
-        rows = []
         for kind, name in present.items():
             split = SPLITS[kind]
             for number, entry in enumerate(self._json(name, list), 1):
-                clip_id, template = (
-                    (entry.get("id"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-                )
+                fields = entry if isinstance(entry, dict) else {}
+                clip_id, template = fields.get("id"), fields.get("template")
                 place = f"{self.lists.place(name)}, entry {number}"
                 if not isinstance(clip_id, str | int) or (split and not isinstance(template, str)):
                     shown = json.dumps(entry, ensure_ascii=False)[:200]
@@ -72,9 +67,7 @@ class SomethingV2(ListedVideos):
                         f"{place}: {class_name!r} is no class of {self._list_name('labels')} "
                         f"({suggest(class_name, labels)}); download the lists that belong together"
                     )
-                path = join_path(self.home, f"{clip_id}.webm")
-                rows.append((str(clip_id), labels.get(class_name, -1), split, path, f"'{name}' entry {number}"))
-        return rows_table(rows)
+                yield f"{clip_id}.webm", labels.get(class_name, -1), split, f"'{name}' entry {number}"
 
     def _list_name(self, kind: str) -> str:
         """The name of a list that is present: the first name, else the newer one."""

@@ -8,16 +8,14 @@ another container (`v_….mp4`) work as well. Not covered: lists of the detectio
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cached_property
-
-import pyarrow as pa
 
 from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
-from distill_at_scale.data.sources.video.base import ListedVideos, rows_table
-from distill_at_scale.storage.filesystem import join_path
+from distill_at_scale.data.sources.video.base import ListedVideos
 
 CLASSES = "classInd.txt"
 LINE = re.compile(r"([^/]+)/([^/]+?)(?:\s+(\d+))?")
@@ -48,25 +46,16 @@ class Ucf101(ListedVideos):
             raise UserError(f"{place} must name every class once, numbered 1, 2, 3, …; download the lists again")
         return names
 
-    @cached_property
-    def unlisted_reason(self) -> str:
-        return f"in no list of fold {self.config.fold}"
-
-    def rows(self) -> pa.Table:
-        """Raises UserError for a missing list, and for a malformed line or an unknown class."""
+    def rows(self) -> Iterator[tuple[str, int, str, str]]:
         labels = {name: label for label, name in enumerate(self.class_names)}
-        rows = []
         for split in ("train", "test"):
             name = f"{split}list{self.config.fold:02d}.txt"
             for number, line in self.lists.lines(name):
                 class_name, file = self._parse(f"{self.lists.place(name)}, line {number}", line, labels)
-                path, place = f"{class_name}/{file}", f"'{name}' line {number}"
-                rows.append((path.rpartition(".")[0], labels[class_name], split, join_path(self.home, path), place))
-        return rows_table(rows)
+                yield f"{class_name}/{file}", labels[class_name], split, f"'{name}' line {number}"
 
     @staticmethod
     def _parse(place: str, line: str, labels: dict[str, int]) -> tuple[str, str]:
-        """Class and file name of a line."""
         match = LINE.fullmatch(line)
         if match is None or not match[2].lower().endswith(VIDEO_EXTENSIONS):
             raise UserError(

@@ -70,7 +70,7 @@ def test_the_rate_follows_a_cosine(recovery):
     rates = []
     for i in range(4):
         method.step(i)
-        rates.append(method.adam.param_groups[0]["lr"])
+        rates.append(method.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
 
 

@@ -8,9 +8,10 @@ of its own per network. A step draws its randomness from (seed, purpose, i) alon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
 
 OVERFLOW_MARGIN = 1e30  # well below the largest float32
+# of an optimiser's state: torch's names, and those in checkpoints
+OPTIMIZER_STATE = {
+    "momentum_buffer": "momentum",
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "step": "adam_steps",
+}
+
+Problem = TypeVar("Problem")
 
 
 @dataclass(frozen=True)
@@ -194,11 +204,11 @@ class Method:
 
 
 class ImageMethod(Method):
-    """Base class of methods that learn one tensor of images by SGD with momentum.
+    """Base class of methods that learn images, by SGD with momentum unless `prepare` sets another `optimizer`.
 
     A subclass sets `default_steps`, `init_of` and `protocol`, and writes `step`: compute `self.images.grad`, call
     `update` once or more, then `raise_if_diverged`. It inherits initialisation, divergence checks, checkpoints and the
-    division of the classes among workers.
+    division of the classes among workers. If it learns more tensors it extends `learned`.
 
     Attributes:
         context: see `MethodContext`.
@@ -206,7 +216,7 @@ class ImageMethod(Method):
         lr: learning rate of the images.
         images: the synthetic images [own classes, ipc, *shape], normalised, on the device, in the order of
             `context.labels`; a leaf that requires a gradient. Set by `prepare`.
-        optimizer: their SGD optimiser. Set by `prepare`.
+        optimizer: their optimiser. Set by `prepare`.
         real: draws of kept real samples of the own classes. Set by `prepare`.
         pruning: the runtime pruning of real batches (`runtime.*`); its memory is part of the state.
     """
@@ -223,7 +233,11 @@ class ImageMethod(Method):
         self.real = real
         images = torch.stack([self._initial_images(label) for label in self.context.labels])
         self.images = images.to(self.context.device).requires_grad_(True)
-        self.optimizer = torch.optim.SGD([self.images], lr=self.lr, momentum=self.momentum)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD([self.images], lr=self.lr, momentum=self.momentum)
+
+    def learned(self) -> dict[str, Tensor]:
+        """The learned tensors by name: scalars, or [own classes, ...]. With their optimiser's state they are the state."""
+        return {"images": self.images}
 
     def _initial_images(self, label: int) -> Tensor:
         """The images of a class before the first step [ipc, *shape], on the CPU."""
@@ -300,43 +314,67 @@ class ImageMethod(Method):
 
         Images and momentum are copied only if an overflow is possible: a copy takes as much memory as the set.
         """
-        tensors = (self.images.detach(), self.images.grad, self._momentum_buffer())
+        images = self.images.detach()
+        tensors = [images, self.images.grad, *self.optimizer.state.get(self.images, {}).values()]
         largest = [max(map(abs, map(float, t.aminmax()))) for t in tensors if t is not None]
         if sum(largest) * max(1.0, self.lr) < OVERFLOW_MARGIN:
             self.optimizer.step()
             return None
-        images, buffer = self.images.detach().clone(), self._momentum_buffer()
-        buffer = None if buffer is None else buffer.clone()
-        self.optimizer.step()
-        bad = _first_not_finite(self.images.detach().flatten(1).sum(1), self.images.detach())
-        if bad is not None:
-            with torch.no_grad():
-                self.images.copy_(images)
-            self.optimizer.state[self.images]["momentum_buffer"] = buffer
-        return bad
+        return self.step_or_undo(lambda: _first_not_finite(images.flatten(1).sum(1), images))
 
-    def _momentum_buffer(self) -> Tensor | None:
-        return self.optimizer.state.get(self.images, {}).get("momentum_buffer")
+    def step_or_undo(self, find_problem: Callable[[], Problem | None]) -> Problem | None:
+        """One step of the optimiser, undone if there is a problem afterwards; returns the problem."""
+        before = [(t, t.detach().clone(), deepcopy(self.optimizer.state.get(t, {}))) for t in self.learned().values()]
+        self.optimizer.step()
+        problem = find_problem()
+        if problem is not None:
+            with torch.no_grad():
+                for tensor, values, state in before:
+                    tensor.copy_(values)
+                    self.optimizer.state[tensor] = state
+        return problem
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
         labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
         return self.images.detach().flatten(0, 1).cpu(), labels
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"images/{c}": self.images[k].detach().cpu() for k, c in enumerate(self.context.labels)}
-        buffer = self._momentum_buffer()
-        if buffer is not None:
-            state |= {f"momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.context.labels)}
-        return state | self.pruning.state_dict()
+        state = self.pruning.state_dict()
+        for name, tensor in self.learned().items():
+            optimizer = {k: v for k, v in self.optimizer.state.get(tensor, {}).items() if v is not None}
+            for key, values in {
+                name: tensor.detach(),
+                **{_state_key(name, k): v for k, v in optimizer.items()},
+            }.items():
+                if values.dim():
+                    state |= {f"{key}/{c}": values[k].cpu() for k, c in enumerate(self.context.labels)}
+                else:
+                    state[key] = values.cpu()
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        labels, device = self.context.labels, self.context.device
-        with torch.no_grad():
-            self.images.copy_(torch.stack([state[f"images/{c}"] for c in labels]))
-        if f"momentum/{labels[0]}" in state:
-            buffer = torch.stack([state[f"momentum/{c}"] for c in labels]).to(device)
-            self.optimizer.state[self.images]["momentum_buffer"] = buffer
+        labels = self.context.labels
+
+        def saved(key: str) -> Tensor | None:
+            if key in state:
+                return state[key].reshape(()).clone()
+            return torch.stack([state[f"{key}/{c}"] for c in labels]) if f"{key}/{labels[0]}" in state else None
+
+        for name, tensor in self.learned().items():
+            values = saved(name)
+            assert values is not None, f"the state lacks {name}"
+            with torch.no_grad():
+                tensor.copy_(values)
+            for key in OPTIMIZER_STATE:
+                if (values := saved(_state_key(name, key))) is not None:
+                    # Adam's step counter stays on the CPU
+                    self.optimizer.state[tensor][key] = values if key == "step" else values.to(tensor.device)
         self.pruning.load_state_dict(state, labels)
+
+
+def _state_key(name: str, key: str) -> str:
+    """The name in checkpoints of an entry of the optimiser's state for the learned tensor `name`."""
+    return OPTIMIZER_STATE[key] if name == "images" else f"{name} {OPTIMIZER_STATE[key]}"
 
 
 def _first_not_finite(values: Tensor, images: Tensor | None) -> int | None:

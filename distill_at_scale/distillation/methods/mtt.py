@@ -1,11 +1,7 @@
-"""MTT, matching training trajectories (Cazenavette et al. 2022, arXiv 2203.11932).
+"""MTT, matching training trajectories (Cazenavette et al. 2022, arXiv 2203.11932; see `distillation/README.md`).
 
-Experts are trained on the kept samples beforehand (`shared/experts.py`). Each step starts a student at the parameters of an
-expert after some epoch, takes `student_steps` SGD steps on the synthetic images (`shared/unroll.py`), and moves the images
-and the student's learning rate so that it ends closer to the expert `target_epochs` later.
-
-With several workers each holds all images and follows its own trajectory, and gradients are averaged in one flat
-all-reduce: a step is a batch of `workers.size` trajectories, and results depend on that number as on any batch size.
+Experts are in `shared/experts.py`, the student's steps in `shared/unroll.py`. With several workers each holds all images
+and follows its own trajectory: a step is a batch of `workers.size` trajectories.
 """
 
 from __future__ import annotations
@@ -27,8 +23,6 @@ from distill_at_scale.distillation.student import TrainingProtocol
 
 
 class MTT(ImageMethod):
-    """A subclass may learn more tensors (`_learned`) or compute the gradients in another way (`match`)."""
-
     parallel: ClassVar[str] = "replicate"
     default_steps: ClassVar[int] = 5000
     no_runtime: ClassVar[str] = "trajectory matching has no real batch in its steps from which samples could be dropped"
@@ -81,12 +75,12 @@ class MTT(ImageMethod):
         super().prepare(real)
         self.student_lr = torch.tensor(self.options.student_lr, device=self.context.device, requires_grad=True)
         self.labels = torch.tensor(self.context.labels, device=self.context.device).repeat_interleave(self.ipc)
-        groups = [{"params": [tensor], "lr": lr} for tensor, lr in self._learned()]
-        self.optimizer = torch.optim.SGD(groups, momentum=self.options.image_momentum)
+        self.optimizer = torch.optim.SGD([self.images], self.lr, self.momentum)
+        self.optimizer.add_param_group({"params": [self.student_lr], "lr": self.options.student_lr_rate})
 
-    def _learned(self) -> list[tuple[Tensor, float]]:
-        """The learned tensors and their learning rates, in the order of the gradients of `match`; student_lr comes last."""
-        return [(self.images, self.options.image_lr), (self.student_lr, self.options.student_lr_rate)]
+    def learned(self) -> dict[str, Tensor]:
+        """In the order of the gradients of `match`."""
+        return {"images": self.images, "rate": self.student_lr}
 
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper for one trajectory per worker: |theta_T - target|^2 / |theta_0 - target|^2."""
@@ -127,21 +121,19 @@ class MTT(ImageMethod):
 
         All workers have the same numbers here, so they go on or stop together.
         """
-        tensors = [tensor for tensor, _ in self._learned()]
-        for tensor, gradient in zip(tensors, gradients, strict=True):
+        for tensor, gradient in zip(self.learned().values(), gradients, strict=True):
             tensor.grad = gradient.view_as(tensor)
-        problem = self._not_finite([tensor.grad for tensor in tensors], "the gradient", loss)
-        if problem is None:
-            before = [(tensor.detach().clone(), self._buffer(tensor)) for tensor in tensors]
-            self.optimizer.step()
-            problem = self._not_finite([tensor.detach() for tensor in tensors], "an update", loss)
-            if problem is None and float(self.student_lr.detach()) <= 0:
-                problem = f"the learned student rate would become {float(self.student_lr.detach()):g}"
-            if problem is not None:
-                with torch.no_grad():
-                    for tensor, (value, buffer) in zip(tensors, before, strict=True):
-                        tensor.copy_(value)
-                        self.optimizer.state[tensor]["momentum_buffer"] = buffer
+
+        def problem_of_update() -> str | None:
+            rate = float(self.student_lr.detach())
+            problem = self._not_finite({name: tensor.detach() for name, tensor in self.learned().items()}, "an update")
+            return problem or (f"the learned student rate would become {rate:g}" if rate <= 0 else None)
+
+        if bool(torch.isfinite(loss)):
+            problem = self._not_finite({name: tensor.grad for name, tensor in self.learned().items()}, "the gradient")
+        else:
+            problem = "the distance of the student from the expert is not finite"
+        problem = problem or self.step_or_undo(problem_of_update)
         if problem is not None:
             section = f"distill.{self.context.config.distill.method}"
             raise DistillationDiverged(
@@ -150,38 +142,20 @@ class MTT(ImageMethod):
                 f"{section}.image_lr or {section}.student_lr_rate. The last good state is kept."
             )
 
-    def _not_finite(self, tensors: list[Any], what: str, loss: Tensor) -> str | None:
-        """What is not finite, in words: the loss, or the first of the tensors, with its class if it has one."""
-        if not bool(torch.isfinite(loss)):
-            return "the distance of the student from the expert is not finite"
-        for tensor, (learned, _) in zip(tensors, self._learned(), strict=True):
+    def _not_finite(self, tensors: dict[str, Any], what: str) -> str | None:
+        """The first of the learned tensors, or of their gradients, that is not finite, in words."""
+        for name, tensor in tensors.items():
             finite = torch.isfinite(tensor)
-            if not bool(finite.all()) and learned is self.student_lr:
+            if bool(finite.all()):
+                continue
+            if name == "rate":
                 return f"{what} of the student rate is not finite"
-            if not bool(finite.all()):
-                index = int((~finite.flatten(1).all(1)).nonzero()[0])
-                return f"{what} of class {self.context.class_names[self.context.labels[index]]!r} is not finite"
+            index = int((~finite.flatten(1).all(1)).nonzero()[0])
+            return f"{what} of class {self.context.class_names[self.context.labels[index]]!r} is not finite"
         return None
-
-    def _buffer(self, tensor: Tensor) -> Tensor | None:
-        buffer = self.optimizer.state.get(tensor, {}).get("momentum_buffer")
-        return None if buffer is None else buffer.clone()
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         lr = self.student_lr.detach().cpu()
         card = {"student_lr": {"start": self.options.student_lr, "learned": float(lr),
                                "meaning": "learned with the images; it is the protocol's lr"}}  # fmt: skip
         return FinalOutputs({"student_lr": lr.reshape(1)}, {"lr": float(lr)}, card)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict() | {"rate": self.student_lr.detach().cpu().reshape(1)}
-        buffer = self._buffer(self.student_lr)
-        return state if buffer is None else state | {"rate momentum": buffer.cpu().reshape(1)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        with torch.no_grad():
-            self.student_lr.copy_(state["rate"].squeeze())
-        if "rate momentum" in state:
-            buffer = state["rate momentum"].to(self.student_lr.device).squeeze()
-            self.optimizer.state[self.student_lr]["momentum_buffer"] = buffer

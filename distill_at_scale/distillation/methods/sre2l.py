@@ -1,22 +1,14 @@
-"""SRe2L: squeeze, recover, relabel (Yin, Xing & Shen 2023, arXiv 2306.13092).
+"""SRe2L: squeeze, recover, relabel (Yin, Xing & Shen 2023, arXiv 2306.13092; see `distillation/README.md`).
 
-Squeeze: a teacher with batch norm is trained on the kept samples; nothing else sees real images. Recover: images are
-optimised from noise until the teacher classifies their crops as their class and until the mean and variance of the input of
-each of its batch norms are the running ones. Relabel: the teacher labels each view of the finished images
-(`soft_labels.py`).
-
-A step is one Adam update of all own images. They pass the teacher in batches that mix classes, since the running
-statistics are those of all classes: the j-th images of the own classes follow each other in an order drawn for each j. What
-is drawn for an image does not depend on the number of workers, but a batch holds classes of one worker only. With more
-workers the statistics are matched over other, less mixed batches, so the images are similar but not equal.
-
-Not covered: the tenfold weight of the first layer's statistics in the official code.
+A step is one Adam update of all own images. They pass the teacher in batches that mix classes: the j-th images of the own
+classes follow each other in an order drawn for each j. What is drawn for an image does not depend on the number of
+workers, but a batch holds classes of one worker only, so with more workers the images are similar but not equal.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +21,6 @@ from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
-
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SRe2L(TeacherMethod, ImageMethod):
@@ -54,7 +44,7 @@ class SRe2L(TeacherMethod, ImageMethod):
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
         context, options = self.context, self.options
-        self.adam = torch.optim.Adam([self.images], self.lr, (options.beta1, options.beta2))
+        self.optimizer = torch.optim.Adam([self.images], self.lr, (options.beta1, options.beta2))
         self.teacher = Teacher.load(context.networks / TEACHER, context.device, options.teacher_network)
         self.batch_norm_loss = BatchNormLoss(self.teacher)
         black, white = torch.zeros(1, *context.spec.shape), torch.ones(1, *context.spec.shape)
@@ -68,7 +58,7 @@ class SRe2L(TeacherMethod, ImageMethod):
 
     def step(self, i: int) -> dict[str, float]:
         """One update along the gradient of cross-entropy + `statistics` * batch norm loss, each averaged over a batch."""
-        self.adam.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * i / self.context.steps)) / 2
+        self.optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * i / self.context.steps)) / 2
         boxes, flipped = self._views(i)
         syn = self.images.detach().flatten(0, 1)
         gradient, losses, statistics = torch.zeros_like(syn), torch.zeros(len(syn), device=syn.device), 0.0
@@ -86,6 +76,8 @@ class SRe2L(TeacherMethod, ImageMethod):
         class_losses = losses.view(-1, self.ipc).mean(1)
         self.update(list(class_losses), i)
         self.raise_if_diverged()
+        with torch.no_grad():
+            self.images.clamp_(self.lowest, self.highest)
         return {"loss": float(class_losses.mean()), "statistics": statistics}
 
     def _views(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -93,38 +85,6 @@ class SRe2L(TeacherMethod, ImageMethod):
         draws = [rng.generator(self.context.seed, "recovery view", step, label) for label in self.context.labels]
         numbers = torch.cat([torch.rand(self.ipc, 5, generator=draw) for draw in draws])
         return resized_crop_boxes(numbers, self.options.recover_scale), numbers[:, 4] < 0.5 if self.flip else None
-
-    def _optimizer_step(self) -> int | None:
-        """One Adam update, clipped to valid pixels. If something is not finite it is undone; returns that class's index."""
-        before, state = self.images.detach().clone(), {k: v.clone() for k, v in self._adam_state().items()}
-        self.adam.step()
-        with torch.no_grad():
-            self.images.clamp_(self.lowest, self.highest)
-        broken = (~torch.isfinite(self.images.detach().flatten(1)).all(1)).nonzero()
-        if not len(broken):
-            return None
-        with torch.no_grad():
-            self.images.copy_(before)
-        self.adam.state[self.images] = state
-        return int(broken[0])
-
-    def _adam_state(self) -> dict[str, Any]:
-        return self.adam.state.get(self.images, {})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        if adam := self._adam_state():
-            state["adam_steps"] = adam["step"].cpu()
-            for name in ADAM_MOMENTS:
-                state |= {f"{name}/{c}": adam[name][k].cpu() for k, c in enumerate(self.context.labels)}
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        if "adam_steps" in state:
-            labels, device = self.context.labels, self.context.device
-            moments = {m: torch.stack([state[f"{m}/{c}"] for c in labels]).to(device) for m in ADAM_MOMENTS}
-            self.adam.state[self.images] = {"step": state["adam_steps"].clone(), **moments}
 
 
 class BatchNormLoss:

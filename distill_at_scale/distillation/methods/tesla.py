@@ -1,9 +1,6 @@
 """TESLA (Cui et al. 2023, arXiv 2211.10586): MTT with memory constant in `student_steps`, and learned soft labels.
 
-`gradient: exact` is MTT's gradient, with the activations of one student step in memory. `gradient: fixed` is the paper's own
-form, which ignores how the images of a step act through later parameters (both in `shared/unroll.py`). With `learn_labels`
-the labels are logits [images, classes], learned with the images and saved as `soft_labels`. They start from the mean logits
-of the trained experts (`label_init: experts`) or from the class alone, as they always do if the images start from noise.
+With `learn_labels` the labels are logits [images, classes], learned with the images and saved as `soft_labels`.
 """
 
 from __future__ import annotations
@@ -60,9 +57,9 @@ class TESLA(MTT):
             logits += self.student.logits(theta, images) / self.options.experts
         return logits.scatter(1, self.labels[:, None], logits.max(1, keepdim=True).values)
 
-    def _learned(self) -> list[tuple[Tensor, float]]:
-        images, student_lr = super()._learned()
-        return [images, *([] if self.logits is None else [(self.logits, self.options.label_lr)]), student_lr]
+    def learned(self) -> dict[str, Tensor]:
+        logits = {} if self.logits is None else {"logits": self.logits}
+        return {"images": self.images, **logits, "rate": self.student_lr}
 
     def synthetic(self) -> unroll.SyntheticData:
         synthetic = super().synthetic()
@@ -80,24 +77,3 @@ class TESLA(MTT):
         if self.logits is None:
             return outputs
         return replace(outputs, extras={**outputs.extras, "soft_labels": self.logits.detach().flatten(0, 1).cpu()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        if self.logits is None:
-            return state
-        state |= {f"logits/{c}": self.logits[k].detach().cpu() for k, c in enumerate(self.context.labels)}
-        buffer = self._buffer(self.logits)
-        if buffer is None:
-            return state
-        return state | {f"logits momentum/{c}": buffer[k].cpu() for k, c in enumerate(self.context.labels)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        if self.logits is None:
-            return
-        labels, device = self.context.labels, self.context.device
-        with torch.no_grad():
-            self.logits.copy_(torch.stack([state[f"logits/{c}"] for c in labels]))
-        if f"logits momentum/{labels[0]}" in state:
-            buffer = torch.stack([state[f"logits momentum/{c}"] for c in labels]).to(device)
-            self.optimizer.state[self.logits]["momentum_buffer"] = buffer

@@ -1,11 +1,9 @@
 """The individual treatment effect (ITE) of a real sample on the gradient of the synthetic images, to first order.
 
-A matching loss L depends on the real batch through a mean statistic g (of gradients or features) alone. Leaving out sample
-i moves g by (g - g_i) / (n - 1), so ITE_i = M' (g_i - g) / (n - 1) to first order and up to the sign, M' = d2L / dD_s dg
-(arXiv 2305.18381). Its norm is estimated in the few directions in which the batch's effects are large (a randomised range
-finder, Halko, Martinsson & Tropp 2011, arXiv 0909.4061): a direction q is the effect of a random mixture of samples,
-orthonormalised. <q, ITE_i> = <M q, g_i - g> / (n - 1) needs one product with M per direction, not one per sample. Only a
-few images of the class are perturbed: a sample that moves one of them much moves the others much too.
+ITE_i = M' (g_i - g) / (n - 1) with M' = d2L / dS dg (`distillation/README.md`, "Runtime pruning"). Its norm is estimated in
+the few directions in which the batch's effects are large (a randomised range finder, Halko, Martinsson & Tropp 2011, arXiv
+0909.4061): a direction q is the effect of a random mixture of samples, orthonormalised. <q, ITE_i> = <M q, g_i - g> / (n - 1)
+needs one product with M per direction. Only a few images of the class are perturbed.
 
 Not covered: networks whose output for a sample depends on the rest of the batch, and views that are not affine in the
 stored images (siamese augmentation and multi-formation are).

@@ -1,18 +1,7 @@
 """A student's SGD steps on synthetic data, and the gradients of its end point in the images, the labels and its rate.
 
-From an expert's parameters theta_0 the student takes T steps theta_(t+1) = theta_t - lr * g_t, where g_t is the gradient of
-the cross-entropy of a synthetic batch at theta_t. The loss is |theta_T - target|^2 / |theta_0 - target|^2. Its gradients are
-computed in one of three ways:
-
-- `unrolled`: autograd through all steps (MTT, arXiv 2203.11932). The graph keeps the activations of all T steps.
-- `recomputed(exact=True)`: the same gradients, up to rounding, by reverse mode written out. Only the theta_t are kept (in
-  host memory). Backwards, each step is computed again and multiplied by its second derivatives:
-      d images -= lr * (dg_t/d images)^T p     p <- p - lr * (dg_t/d theta)^T p     from p = d loss / d theta_T.
-  Memory holds the activations of one part of one batch, for any number of steps and any batch size.
-- `recomputed(exact=False)`: TESLA's own form (arXiv 2211.10586, section 3.2 and its code). It expands the loss in the sum of
-  the g_t and differentiates each g_t at a *fixed* theta_t, so p stays as it is at the end. This drops how the images of a
-  step act on later gradients through theta. The paper calls the result MTT's gradient, but the two agree only for T = 1,
-  and to first order in lr.
+The loss and its three ways to a gradient (`unrolled`, `recomputed(exact=True)` and `recomputed(exact=False)`) are in
+`distillation/README.md`, "TESLA"; there g_i are the gradients of the steps, and p is `pull` here.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
+from distill_at_scale.storage import lock, object_store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -161,6 +162,22 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished tiny run; tests read it and leave it as it is."""
     run = Run(tiny_config(tmp_path_factory.mktemp("digits") / "run"))
     return run.stages("ingest", "score", "select", "distill", "evaluate")
+
+
+@pytest.fixture(scope="session")
+def local_digests(digits_run: Run) -> dict[str, str]:
+    """Digests of the artefacts of the tiny run."""
+    from storage_cases import artefact_digests
+
+    files = (path for path in digits_run.dir.rglob("*") if path.is_file())
+    return artefact_digests({path.relative_to(digits_run.dir).as_posix(): path.read_bytes() for path in files})
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock does not settle and a failing object store is retried at once."""
+    monkeypatch.setattr(lock, "SETTLE", 0.0)
+    monkeypatch.setattr(object_store, "FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture

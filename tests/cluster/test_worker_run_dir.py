@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import Run, tiny_config
-from test_object_storage import artefacts, objects, on_disk, quick  # noqa: F401
+from storage_cases import artefact_digests, stored_objects
 
 from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.core.progress import Display
@@ -17,6 +17,8 @@ from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run as sweep
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import scratch_of
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 SECRET = "very-secret-word"
 
@@ -48,18 +50,17 @@ def on_ray(config):
 
 
 @pytest.mark.slow
-def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, on_disk):  # noqa: F811
+def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, local_digests):
     """Every stage, and the artefacts are the bytes of a run on a disk without Ray."""
     config = apart("apart", cluster__address=None, distill__workers=1)
     run = on_ray(config).stages("ingest", "score", "select", "distill", "evaluate")
-    found = objects(s3, "apart")
-    made = artefacts(found)
-    assert {name: made[name] for name in on_disk if name.startswith(("prepared", "scores", "manifest", "proxies"))} == {
-        name: value for name, value in on_disk.items() if name.startswith(("prepared", "scores", "manifest", "proxies"))
-    }
-    assert set(made) == set(on_disk)
-    assert not [name for name in found if name.startswith(".work")]
-    assert not [name for name, content in found.items() if SECRET.encode() in content]
+    stored = stored_objects(s3, "apart")
+    actual = artefact_digests(stored)
+    same = [name for name in local_digests if name.startswith(("prepared", "scores", "manifest", "proxies"))]
+    assert {name: actual[name] for name in same} == {name: local_digests[name] for name in same}
+    assert set(actual) == set(local_digests)
+    assert not [name for name in stored if name.startswith(".work")]
+    assert not [name for name, content in stored.items() if SECRET.encode() in content]
     assert SECRET not in run.text
 
 
@@ -81,13 +82,13 @@ def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_se
     keys |= {"distill__steps": 40, "distill__evaluate_every": 10, "evaluate__epochs": 30, "evaluate__seeds": 1}
     config = apart("trials", cluster__address=None, **keys)
     PointSet(config, LocalRunner(), Display.silent()).shared({})  # without Ray, which is quicker
-    made = sweep.run(config, Display.silent(), lambda: TuneRunner(config, lambda text: None))
-    rows = made.to_pylist()
+    table = sweep.run(config, Display.silent(), lambda: TuneRunner(config, lambda text: None))
+    rows = table.to_pylist()
     stopped = {row["trial"] for row in rows if row["stopped"] is not None}
     assert len(rows) == 2
     assert len(stopped) == 1, f"all or none stopped: {rows}"
     assert all(row["mean"] is not None and (row["stopped"] or 0) < 40 for row in rows)
-    there = objects(s3, "trials")
+    there = stored_objects(s3, "trials")
     assert len([name for name in there if name.endswith("scores.parquet")]) == 1
     assert {name.split("/")[1] for name in there if ".work/" in name} <= stopped
     assert not [name for name, content in there.items() if SECRET.encode() in content]
@@ -96,7 +97,7 @@ def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_se
         assert time.monotonic() < until, "a stopped trial holds its cores"
         time.sleep(0.5)
     again = sweep.run(config, Display.silent(), lambda: TuneRunner(config, lambda text: None))
-    assert again.equals(made), "what was finished or stopped was tried again"
+    assert again.equals(table), "what was finished or stopped was tried again"
 
 
 def test_a_process_that_sees_the_drivers_copy_fetches_nothing(apart):

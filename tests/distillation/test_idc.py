@@ -197,9 +197,9 @@ def test_the_card_lets_the_set_be_taken_apart():
     images, labels = method.snapshot()
     card = method.finalize(images, labels).card
     protocol = idc.IDC.protocol(configuration.Config()).card()
-    section = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
-    assert len(section.images) == len(section.labels) == CLASSES * 2 * 4
-    assert section.labels[:8].tolist() == [0] * 8
+    training_set = SyntheticSet(images, labels, dict(card) | {"protocol": protocol}).training_set()
+    assert len(training_set.images) == len(training_set.labels) == CLASSES * 2 * 4
+    assert training_set.labels[:8].tolist() == [0] * 8
 
 
 def test_evaluation_is_cut_and_mixed_and_needs_no_cutout():

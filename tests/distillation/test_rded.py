@@ -348,9 +348,9 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
 
 
 def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run, tmp_path):
-    synthetic, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
+    weights, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    safetensors_io.save(first, synthetic)
+    safetensors_io.save(first, weights)
     run = make_run(tmp_path / "run", **RUN | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(first)}})
     run.stages("ingest", "score", "select", "distill")
     before = run.dir.joinpath("stages", "distill.json").read_bytes()

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Run, tiny_config
 from rich.console import Console
-from test_object_storage import objects, quick  # noqa: F401
+from storage_cases import stored_objects
 
 from distill_at_scale import cli
 from distill_at_scale.core.errors import Unreachable, UserError
@@ -23,6 +23,8 @@ from distill_at_scale.experiments.sweep import run
 from distill_at_scale.storage.filesystem import child_address
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import FolderSync, scratch_of
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 RATES = {"select.keep": [0.1, 0.3]}
 
@@ -39,9 +41,9 @@ def remote(s3, bucket, tmp_path):
 
 
 def sweep(config):
-    said = io.StringIO()
-    made = run.run(config, Display(Console(file=said, width=300)), LocalRunner)
-    return made, said.getvalue()
+    log = io.StringIO()
+    table = run.run(config, Display(Console(file=log, width=300)), LocalRunner)
+    return table, log.getvalue()
 
 
 def prepared(config):
@@ -70,11 +72,11 @@ def test_an_address_inside_a_folder_keeps_its_options(address, name, expected):
 @pytest.mark.slow
 def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bucket, tmp_path):
     config = remote(sweep={"space": RATES})
-    made, said = sweep(config)
+    table, log = sweep(config)
     on_disk, _ = sweep(tiny_config(tmp_path / "disk", sweep={"space": RATES}, runtime__rule="none"))
-    assert results(made) == results(on_disk)
-    assert f"page: s3://{bucket}/run/sweep.html" in said
-    there = objects(s3, bucket)
+    assert results(table) == results(on_disk)
+    assert f"page: s3://{bucket}/run/sweep.html" in log
+    there = stored_objects(s3, bucket)
     assert {"sweep.parquet", "sweep.html"} <= set(there)
     assert len([name for name in there if name.endswith("scores.parquet")]) == 1, "scores lie there more than once"
     assert {name.split("/")[1].split("-")[0] for name in there if "/prepared/" in name} == {"data"}
@@ -93,14 +95,14 @@ def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, m
     monkeypatch.setattr(points, "run_point", killed)
     with pytest.raises(KeyboardInterrupt):
         sweep(remote("a", sweep={"space": RATES, "controls": []}))
-    made, said = sweep(remote("b", sweep={"space": RATES, "controls": []}))
-    assert "2 trials, 1 of them finished before" in said
+    table, log = sweep(remote("b", sweep={"space": RATES, "controls": []}))
+    assert "2 trials, 1 of them finished before" in log
     assert tried[2:] == tried[1:2]
-    assert made["error"].null_count == 2
+    assert table["error"].null_count == 2
     tried.clear()
     again, _ = sweep(remote("c", sweep={"space": RATES, "controls": []}))
     assert not tried
-    assert results(again) == results(made)
+    assert results(again) == results(table)
 
 
 def test_a_trial_that_failed_is_noted_there_and_no_more_after_it_succeeded(remote, s3, bucket, monkeypatch):
@@ -114,12 +116,14 @@ def test_a_trial_that_failed_is_noted_there_and_no_more_after_it_succeeded(remot
     monkeypatch.setattr(points, "run_point", failing)
     with pytest.raises(UserError, match=r"1 of 2 trials could not .*No space left on device"):
         sweep(remote("a", **settings))
-    noted = [json.loads(content) for name, content in objects(s3, bucket).items() if name.endswith(points.FAILED)]
+    noted = [
+        json.loads(content) for name, content in stored_objects(s3, bucket).items() if name.endswith(points.FAILED)
+    ]
     assert [note["passing"] for note in noted] == [True]
     monkeypatch.setattr(points, "run_point", real)
-    made, _ = sweep(remote("b", **settings))
-    assert made["error"].null_count == 2
-    assert not [name for name in objects(s3, bucket) if name.endswith(points.FAILED)]
+    table, _ = sweep(remote("b", **settings))
+    assert table["error"].null_count == 2
+    assert not [name for name in stored_objects(s3, bucket) if name.endswith(points.FAILED)]
 
 
 def test_points_on_one_machine_share_one_copy(remote):
@@ -148,7 +152,9 @@ def test_points_stand_on_what_was_made_anew(remote, s3, bucket, tmp_path):
     with pytest.raises(UserError, match=r"output of score for another configuration"):
         PointSet(remote("a", **wanted), LocalRunner(), Display.silent()).shared({})
     record = next(
-        name for name in objects(s3, bucket) if name.startswith("shared/scores-") and name.endswith("/score.json")
+        name
+        for name in stored_objects(s3, bucket)
+        if name.startswith("shared/scores-") and name.endswith("/score.json")
     )
     s3.client.delete_object(Bucket=bucket, Key=f"run/{record}")  # as the message says
     PointSet(remote("a", **wanted), LocalRunner(), Display.silent()).shared({})
@@ -168,19 +174,19 @@ def test_a_note_that_was_removed_elsewhere_does_not_come_back(remote, s3, bucket
     with stood.lock():
         pass
     assert not (stood / points.STOPPED).exists()
-    assert not [name for name in objects(s3, bucket) if name.endswith(points.STOPPED)]
+    assert not [name for name in stored_objects(s3, bucket) if name.endswith(points.STOPPED)]
 
 
 def test_a_sweep_that_was_copied_to_a_disk_goes_on_there(remote, s3, bucket, tmp_path):
     settings = {"sweep": {"space": {"select.keep": [0.1]}, "controls": []}}
-    made, _ = sweep(remote(**settings))
-    for name, content in objects(s3, bucket).items():
+    table, _ = sweep(remote(**settings))
+    for name, content in stored_objects(s3, bucket).items():
         (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "disk" / name).write_bytes(content)
     wider = {"sweep": {"space": RATES, "controls": []}, "runtime__rule": "none"}
-    again, said = sweep(tiny_config(tmp_path / "disk", **wider))
-    assert "2 trials, 1 of them finished before" in said
-    assert results(again)[0] == results(made)[0]
+    again, log = sweep(tiny_config(tmp_path / "disk", **wider))
+    assert "2 trials, 1 of them finished before" in log
+    assert results(again)[0] == results(table)[0]
     assert again["error"].null_count == 2
 
 
@@ -192,10 +198,10 @@ def test_a_trial_whose_folder_another_command_holds_changes_nothing_there(remote
     with held.lock():
         with pytest.raises(UserError, match=r"1 of 2 trials could not .*is working in"):
             sweep(settings)
-        inside_it = [name for name in objects(s3, bucket) if name.startswith(f"points/{held.named[-16:]}/")]
+        inside_it = [name for name in stored_objects(s3, bucket) if name.startswith(f"points/{held.named[-16:]}/")]
         assert {name.split("/")[2] for name in inside_it} <= {"stages", ".run", ".lease.json", points.FAILED}
-    made, _ = sweep(settings)
-    assert made["error"].null_count == 2
+    table, _ = sweep(settings)
+    assert table["error"].null_count == 2
 
 
 def test_a_storage_that_refuses_one_trial_leaves_the_others(remote, s3, bucket, monkeypatch):
@@ -211,21 +217,21 @@ def test_a_storage_that_refuses_one_trial_leaves_the_others(remote, s3, bucket, 
     with pytest.raises(UserError, match=r"1 of 2 trials could not .*503 SlowDown"):
         sweep(settings)
     monkeypatch.undo()
-    made, said = sweep(settings)
-    assert "1 of them finished before" in said
-    assert made["error"].null_count == 2
+    table, log = sweep(settings)
+    assert "1 of them finished before" in log
+    assert table["error"].null_count == 2
 
 
 def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
     """Somebody else may write to the bucket."""
     stood = prepared(remote())
     path = stood / "stages" / "score.json"
-    whole = path.read_text()
+    expected = path.read_text()
     for link in ("../../other-bucket", "shared/data-../../x", "/etc", 3, "points/0123456789abcdef"):
-        path.write_text(json.dumps(json.loads(whole) | {"linked_to": link}))
+        path.write_text(json.dumps(json.loads(expected) | {"linked_to": link}))
         with pytest.raises(UserError, match=r"score\.json is damaged \(linked_to = .* leads elsewhere\)"):
             stood.record("score")
-    path.write_text(whole)
+    path.write_text(expected)
     link = stood.record("score")["linked_to"]
     shared = stood.remote.linked_copy(link)
     record = json.loads((shared.path / "stages" / "score.json").read_text())
@@ -242,7 +248,7 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
     result = Run(config)
     result.pipeline._find_rate = lambda pipeline: cli.find_rate(pipeline, result.pipeline.display)
     result.stages("ingest", "score", "select")
-    there = objects(s3, bucket)
+    there = stored_objects(s3, bucket)
     assert "auto.json" in there
     assert {name.split("/")[0] for name in there if name.endswith("scores.parquet")} == {"scores.parquet"}, "copied"
     monkeypatch.setattr(PointSet, "run", lambda self, points: pytest.fail("it was looked for again"))
@@ -258,10 +264,10 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
 def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3, bucket):
     settings = {"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1}
     cli.run_studies(remote(studies=settings), Display.silent())
-    assert {"studies.html", "studies/drop.json", "studies/studies.parquet"} <= set(objects(s3, bucket))
-    said = io.StringIO()
-    cli.run_studies(remote("b", studies=settings), Display(Console(file=said, width=300)))
-    assert "study drop: already done" in said.getvalue()
+    assert {"studies.html", "studies/drop.json", "studies/studies.parquet"} <= set(stored_objects(s3, bucket))
+    log = io.StringIO()
+    cli.run_studies(remote("b", studies=settings), Display(Console(file=log, width=300)))
+    assert "study drop: already done" in log.getvalue()
     s3.client.put_object(Bucket=bucket, Key="run/studies/drop.json", Body=b"{}")
     with pytest.raises(UserError, match=rf"^s3://{bucket}/run/studies/drop\.json is no finding"):
         cli.run_studies(remote("c", studies=settings), Display.silent())

@@ -12,7 +12,7 @@ import pyarrow.fs
 import pytest
 from conftest import Run, tiny_config
 from rich.console import Console
-from test_object_storage import artefacts, on_disk, quick  # noqa: F401
+from storage_cases import artefact_digests
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
@@ -21,6 +21,8 @@ from distill_at_scale.experiments.runners import LocalRunner
 from distill_at_scale.experiments.sweep import run as sweeping
 from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage.filesystem import child_address
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 SWEEP = {"space": {"select.keep": [0.1, 0.3]}, "controls": []}
 
@@ -38,9 +40,9 @@ def server():
 def folder(server):
     """The address of a run folder in an empty bucket."""
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    said = json.dumps({"name": bucket}).encode()
+    request = json.dumps({"name": bucket}).encode()
     headers = {"Content-Type": "application/json"}
-    urllib.request.urlopen(urllib.request.Request(f"http://{server}/storage/v1/b?project=p", said, headers))
+    urllib.request.urlopen(urllib.request.Request(f"http://{server}/storage/v1/b?project=p", request, headers))
     return address(server, bucket)
 
 
@@ -63,29 +65,29 @@ def remote(folder, tmp_path):
 def objects(folder):
     """Content by name, without what stands for empty folders."""
     system, path = pyarrow.fs.FileSystem.from_uri(folder)
-    found = system.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    files = [one.path for one in found if one.type == pyarrow.fs.FileType.File]
+    stored = system.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    files = [one.path for one in stored if one.type == pyarrow.fs.FileType.File]
     return {name.removeprefix(f"{path}/"): system.open_input_stream(name).read() for name in files}
 
 
-def test_a_run_that_two_machines_made_has_the_bytes_of_one_on_a_disk(remote, folder, on_disk):  # noqa: F811
+def test_a_run_that_two_machines_made_has_the_bytes_of_one_on_a_disk(remote, folder, local_digests):
     Run(remote()).stages("ingest", "score")
     other = Run(remote("b"))
     other.pipeline.run()
     assert "score: already done" in other.text
-    found = objects(folder)
-    assert artefacts(found) == on_disk
-    assert {"report.html", "metrics.jsonl", "run.json"} <= set(found)
-    assert not [name for name in found if name.startswith(".work") or name == ".lease.json"]
+    stored = objects(folder)
+    assert artefact_digests(stored) == local_digests
+    assert {"report.html", "metrics.jsonl", "run.json"} <= set(stored)
+    assert not [name for name in stored if name.startswith(".work") or name == ".lease.json"]
     assert len(synthetic_set.load(folder).labels) == 3
 
 
 def test_an_output_that_was_cut_short_is_refused(remote, folder):
     Run(remote()).stages("ingest", "score")
     system, path = pyarrow.fs.FileSystem.from_uri(child_address(folder, "scores.parquet"))
-    whole = system.open_input_stream(path).read()
+    expected = system.open_input_stream(path).read()
     with system.open_output_stream(path) as out:
-        out.write(whole[:-1])
+        out.write(expected[:-1])
     with pytest.raises(UserError, match=r"/run/scores\.parquet is not what was written"):
         Run(remote("b")).stages("select")
 
@@ -113,19 +115,19 @@ def test_a_second_command_is_refused(remote, monkeypatch):
 
 
 def sweep(config):
-    said = io.StringIO()
-    made = sweeping.run(config, Display(Console(file=said, width=300)), LocalRunner)
-    rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in made.to_pylist()]
-    return rows, said.getvalue()
+    log = io.StringIO()
+    table = sweeping.run(config, Display(Console(file=log, width=300)), LocalRunner)
+    rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in table.to_pylist()]
+    return rows, log.getvalue()
 
 
 def test_a_sweep_has_the_table_of_one_on_a_disk_and_another_machine_reads_it(remote, folder, tmp_path):
-    made, _ = sweep(remote(sweep=SWEEP, runtime__rule="none"))
+    table, _ = sweep(remote(sweep=SWEEP, runtime__rule="none"))
     expected, _ = sweep(tiny_config(tmp_path / "disk", sweep=SWEEP, runtime__rule="none"))
-    assert made == expected
+    assert table == expected
     there = objects(folder)
     assert {"sweep.parquet", "sweep.html"} <= set(there)
     assert len([name for name in there if name.endswith("scores.parquet")]) == 1, "scores lie there more than once"
-    again, said = sweep(remote("b", sweep=SWEEP, runtime__rule="none"))
-    assert again == made
-    assert "2 trials, 2 of them finished before" in said
+    again, log = sweep(remote("b", sweep=SWEEP, runtime__rule="none"))
+    assert again == table
+    assert "2 trials, 2 of them finished before" in log

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Run, tiny_config
+from storage_cases import artefact_digests, stored_objects
 
 from distill_at_scale.cli import export
 from distill_at_scale.core.errors import Unreachable, UserError
@@ -24,22 +24,7 @@ from distill_at_scale.storage import sync as mirror
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
-ARTEFACTS = (
-    "prepared/",
-    "scores.parquet",
-    "rejected.parquet",
-    "manifest.parquet",
-    "synthetic/",
-    "evaluation.json",
-    "proxies/",
-)
 TIMES = ("seconds", "card.json", "evaluation.json")  # files that hold how long something took
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(lease, "SETTLE", 0.0)
-    monkeypatch.setattr(bucket_module, "FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture
@@ -54,39 +39,17 @@ def remote_run(s3, bucket, tmp_path):
     return make
 
 
-def objects(s3, bucket):
-    """Content by name, without what stands for empty folders."""
-    listed = s3.client.list_objects_v2(Bucket=bucket).get("Contents", [])
-    keys = [o["Key"] for o in listed if not o["Key"].endswith("/")]
-    return {key.removeprefix("run/"): s3.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
-def artefacts(files):
-    """Digest by name of what must be the same on every storage; of evaluation.json without the seconds."""
-    found = {}
-    for name, content in files.items():
-        if name == "evaluation.json":
-            rows = json.loads(content)["rows"]
-            content = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
-        if name.startswith(ARTEFACTS):
-            found[name] = hashlib.sha256(content).hexdigest()
-    return found
-
-
-@pytest.fixture(scope="session")
-def on_disk(digits_run):
-    files = (p for p in digits_run.dir.rglob("*") if p.is_file())
-    return artefacts({p.relative_to(digits_run.dir).as_posix(): p.read_bytes() for p in files})
-
-
-def test_a_run_on_object_storage_leaves_the_bytes_of_one_on_a_disk(remote_run, s3, bucket, on_disk):
+def test_a_run_on_object_storage_leaves_the_bytes_of_one_on_a_disk(remote_run, s3, bucket, local_digests):
     run = remote_run()
     run.pipeline.run()
-    found = objects(s3, bucket)
-    assert artefacts(found) == on_disk
-    assert {f"stages/{s}.json" for s in ("ingest", "score", "select", "distill", "evaluate", "report")} <= set(found)
-    assert {"report.html", "metrics.jsonl", "run.json"} <= set(found)
-    assert not [name for name in found if name.startswith(".work") or name == ".lease.json"]
+    stored = stored_objects(s3, bucket)
+    assert artefact_digests(stored) == local_digests
+    assert {f"stages/{s}.json" for s in ("ingest", "score", "select", "distill", "evaluate", "report")} <= set(stored)
+    assert {"report.html", "metrics.jsonl", "run.json"} <= set(stored)
+    assert not [name for name in stored if name.startswith(".work") or name == ".lease.json"]
     again = remote_run("another machine")
     again.pipeline.run()
     assert "started" not in again.text
@@ -115,7 +78,7 @@ def failing(monkeypatch):
     return make
 
 
-def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, on_disk, failing):
+def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, local_digests, failing):
     """Now and then one fails for good, and each time another machine goes on."""
     failed = failing(lambda number: number % 23 == 0)
     for machine in itertools.count():
@@ -125,11 +88,11 @@ def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, on_disk, fai
         except Unreachable:
             assert machine < 20
     assert len(failed) > 1
-    assert artefacts(objects(s3, bucket)) == on_disk
+    assert artefact_digests(stored_objects(s3, bucket)) == local_digests
 
 
 @pytest.mark.chaos
-def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, failing, tmp_path):
+def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, local_digests, failing, tmp_path):
     """More than a hundred uploads, about ten minutes."""
     for number in itertools.count(1):
         bucket = f"each-{number}"
@@ -144,12 +107,12 @@ def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, on_disk, fa
             with contextlib.suppress(Unreachable):
                 first.pipeline.run()
         second.pipeline.run()
-        assert artefacts(objects(s3, bucket)) == on_disk, failed
+        assert artefact_digests(stored_objects(s3, bucket)) == local_digests, failed
         if not failed:
             break
 
 
-def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, on_disk, monkeypatch):
+def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, local_digests, monkeypatch):
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     run = remote_run("a")
     score = tasks.score
@@ -162,16 +125,17 @@ def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bu
         patch.setattr(tasks, "score", killed)
         with pytest.raises(KeyboardInterrupt):
             run.stages("ingest", "score")
-    left = [name for name in objects(s3, bucket) if name.startswith(".work/score-")]
+    left = [name for name in stored_objects(s3, bucket) if name.startswith(".work/score-")]
     assert len([name for name in left if "/pieces/" in name]) == 1
     assert len([name for name in left if "/proxies/" in name]) == 4
     other = remote_run("b")
     monkeypatch.setattr(proxy.ProxyTrial, "_epoch", None)  # all are there
     other.stages("ingest", "score")
-    found = objects(s3, bucket)
-    assert artefacts(found)["scores.parquet"] == on_disk["scores.parquet"]
+    stored = stored_objects(s3, bucket)
+    assert artefact_digests(stored)["scores.parquet"] == local_digests["scores.parquet"]
     assert (
-        artefacts(found)["proxies/trial-00/epoch-000.safetensors"] == on_disk["proxies/trial-00/epoch-000.safetensors"]
+        artefact_digests(stored)["proxies/trial-00/epoch-000.safetensors"]
+        == local_digests["proxies/trial-00/epoch-000.safetensors"]
     )
 
 
@@ -181,7 +145,7 @@ def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
     finished = remote_run("b").pipeline.forecast()
     assert remote_run("c").pipeline.validate() == 0
     assert finished is not None
-    assert {"plan.json", "validation.parquet"} <= set(objects(s3, bucket))
+    assert {"plan.json", "validation.parquet"} <= set(stored_objects(s3, bucket))
     out = tmp_path / "kept.csv"
     export(remote_run("d").config, [], [out])
     assert len(out.read_text().splitlines()) > 3
@@ -197,15 +161,15 @@ def test_a_stage_without_a_record_is_not_trusted(remote_run, s3, bucket):
 def test_an_output_that_was_cut_short_is_refused(remote_run, s3, bucket):
     remote_run().stages("ingest", "score")
     key = "run/scores.parquet"
-    whole = s3.client.get_object(Bucket=bucket, Key=key)["Body"].read()
-    s3.client.put_object(Bucket=bucket, Key=key, Body=whole[:-1])
+    expected = s3.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+    s3.client.put_object(Bucket=bucket, Key=key, Body=expected[:-1])
     with pytest.raises(UserError, match=r"bucket-\w+/run/scores\.parquet is not what was written"):
         remote_run("b").stages("select")
 
 
 def test_a_new_run_at_an_old_address_takes_nothing_from_the_old_copy(remote_run, s3, bucket):
     remote_run().stages("ingest")
-    for name in objects(s3, bucket):
+    for name in stored_objects(s3, bucket):
         s3.client.delete_object(Bucket=bucket, Key=f"run/{name}")
     run = remote_run()
     run.pipeline.dir.create()
@@ -235,15 +199,15 @@ def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
     monkeypatch.setattr(lease, "LOOK", 0.01)
     monkeypatch.setattr(lease, "STALE", 0.05)
     run = remote_run()
-    folder, said = run.pipeline.dir, run.said
+    folder, log = run.pipeline.dir, run.said
     folder.create()
     host = lease.socket.gethostname()
     for machine, waited in (("another machine", True), (None, True), (lease.machine(), False)):
         holder = {"host": host, "machine": machine, "pid": 2**22 + 1, "token": "x", "beat": 1}
         folder.remote.sync.store.write(lease.NAME, json.dumps(holder).encode())
-        before = said.tell()
+        before = log.tell()
         with folder.lock():
-            assert ("taking the lock" in said.getvalue()[before:]) == waited
+            assert ("taking the lock" in log.getvalue()[before:]) == waited
 
 
 def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucket):
@@ -255,7 +219,7 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
         folder.remote.sync.store.write(lease.NAME, json.dumps(other).encode())
         with pytest.raises(UserError, match="process 1 on another host is working"):
             folder.complete("ingest", StageInputs({}, {}), [], 0.0)
-    assert "stages/ingest.json" not in objects(s3, bucket)
+    assert "stages/ingest.json" not in stored_objects(s3, bucket)
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["at work", "done already"])
@@ -281,9 +245,9 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
         (folder / "manifest.parquet").unlink()
         with pytest.raises(UserError, match="another command has taken the lock"):
             stack.close()
-    found = objects(s3, bucket)
-    assert found["scores.parquet"] == b"of the other one"
-    assert found["manifest.parquet"] == b"of this one"
+    stored = stored_objects(s3, bucket)
+    assert stored["scores.parquet"] == b"of the other one"
+    assert stored["manifest.parquet"] == b"of this one"
 
 
 def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, bucket, monkeypatch):
@@ -303,9 +267,9 @@ def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, buc
     monkeypatch.setattr(report, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.stages("report")
-    found = objects(s3, bucket)
-    assert found["report.html"] == b"new, by another version"
-    assert "stages/report.json" not in found
+    stored = stored_objects(s3, bucket)
+    assert stored["report.html"] == b"new, by another version"
+    assert "stages/report.json" not in stored
     other = remote_run("c").pipeline.dir
     other.create()
     with other.lock():
@@ -319,9 +283,9 @@ def test_who_only_reads_removes_nothing(remote_run, s3, bucket):
     name += f"{first.record('select')['fingerprint'][:16]}/left"
     s3.client.put_object(Bucket=bucket, Key=f"run/{name}", Body=b"x")
     remote_run("b").pipeline.dir.fetch()
-    assert name in objects(s3, bucket)
+    assert name in stored_objects(s3, bucket)
     remote_run("c").stages("select")
-    assert name not in objects(s3, bucket)
+    assert name not in stored_objects(s3, bucket)
 
 
 def test_a_run_on_a_disk_has_no_copy(tmp_path):

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import (
-    SET_ASIDE,
     Column,
     FileSource,
     by_split,
@@ -88,9 +87,18 @@ class FolderSource(FileSource):
         return self._listings[split]
 
     def list_split(self, split: str) -> pa.Table:
-        """Lists a split; raises UserError for a class without samples."""
-        table = self.list_by_class(split)
-        self.refuse_empty_classes(split, table)
+        """Lists a split; raises UserError for a class without a sample (with data.classes, only those classes count)."""
+        table, names, classes = self.list_by_class(split), self.class_names, self.config.classes
+        wanted = set(names if classes is None else class_list(classes))
+        counts = np.bincount(table["label"].to_numpy(), minlength=len(names))
+        empty = [name for name, count in zip(names, counts, strict=True) if count == 0 and name in wanted]
+        if empty:
+            more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
+            sample = "training sample" if split == "train" else "test sample"
+            raise UserError(
+                f"the class {empty[0]!r} has no {sample}: {self.store.place(join_path(self.folders[split], empty[0]))} is "
+                f"missing or holds no {self.medium.noun}{more}; complete the split, or remove the class everywhere"
+            )
         return table
 
     def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
@@ -138,20 +146,6 @@ class FolderSource(FileSource):
                 f"remove the folder, or add training {self.medium.noun}s of the class"
             )
 
-    def refuse_empty_classes(self, split: str, table: pa.Table) -> None:
-        """Raises UserError for a class without a sample in a listing; with data.classes, only those classes count."""
-        names, classes = self.class_names, self.config.classes
-        wanted = set(names if classes is None else class_list(classes))
-        counts = np.bincount(table["label"].to_numpy(), minlength=len(names))
-        empty = [name for name, count in zip(names, counts, strict=True) if count == 0 and name in wanted]
-        if empty:
-            more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
-            sample = "training sample" if split == "train" else "test sample"
-            raise UserError(
-                f"the class {empty[0]!r} has no {sample}: {self.store.place(join_path(self.folders[split], empty[0]))} is "
-                f"missing or holds no {self.medium.noun}{more}; complete the split, or remove the class everywhere"
-            )
-
 
 class ImageFolder(FolderSource):
     """Images in `train/<class>/*.JPEG`, and optionally `val/` or `test/`.
@@ -166,7 +160,6 @@ class ImageFolder(FolderSource):
         return names
 
     def list_split(self, split: str) -> pa.Table:
-        """Raises UserError for an empty class folder, a test class that training lacks, and a split without images."""
         if split == "train":
             return super().list_split(split)
         folder = self.folders[split]
@@ -203,24 +196,19 @@ class VideoFolder(FolderSource):
         return self.class_folders(self.folders.get("train", self.folders.get("test", "")))
 
     def list_split(self, split: str) -> pa.Table:
-        """Raises UserError for an empty class folder, a test class that training lacks, and a split without videos."""
         if split == "test":
             self.refuse_extra_classes(split)
         return super().list_split(split) if split == self.splits()[0] else self.list_by_class(split)
 
     def set_aside(self, split: str) -> pa.Table:
-        """Files in class folders without a video extension, and videos outside class folders (schema SET_ASIDE)."""
         paths, folder = self.split_files(split)[0], self.folders[split]
         is_video, inside = VIDEOS.mask(paths), pc.match_substring(below(paths, folder), "/")
         others = paths.filter(pc.and_(inside, pc.invert(is_video)))
         loose = paths.filter(pc.and_not(is_video, inside))
         labels = labels_of(owners_of(others, folder), self.class_names)
-        parts = [
-            SET_ASIDE.empty_table(),
-            no_videos(others, labels),
-            set_aside_table(loose, [-1] * len(loose), ["a video in no class folder"] * len(loose)),
-        ]
-        return pa.concat_tables(parts).sort_by("sample_id")
+        reasons = pa.repeat("a video in no class folder", len(loose))
+        tables = [no_videos(others, labels), set_aside_table(loose, [-1] * len(loose), reasons)]
+        return pa.concat_tables(tables).sort_by("sample_id")
 
     def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
         if split not in self._split_files:

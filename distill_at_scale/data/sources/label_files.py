@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def find_label_files(
     Raises UserError if there are none, with `example` as a file name.
     """
     if config.annotations is None:
-        stores = [store, *(_parent(store) if above else [])]
+        stores = [store]
+        if above:
+            address = store.path if is_uri(store.path) else os.path.abspath(os.path.expanduser(store.path))
+            with suppress(UserError):  # the folder that holds the root cannot be read
+                parent = Store(child_address(address, ".."), store.key)
+                parent.names()
+                stores.append(parent)
     else:
         address = resolve(store, config.annotations)
         if not is_uri(address) and not os.path.isdir(os.path.expanduser(address)):
@@ -117,14 +124,3 @@ def named_file(store: Store, path: str, key: str) -> LabelFile:
             f"{key} = {redact_uri(path)!r} cannot be read ({error.strerror or error}); "
             f"give a path relative to {store.place()}, or an absolute one"
         ) from None
-
-
-def _parent(store: Store) -> list[Store]:
-    """The folder that holds the root, if it can be read."""
-    address = store.path if is_uri(store.path) else os.path.abspath(os.path.expanduser(store.path))
-    try:
-        parent = Store(child_address(address, ".."), store.key)
-        parent.names()
-    except UserError:
-        return []
-    return [parent]

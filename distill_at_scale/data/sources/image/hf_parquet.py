@@ -105,7 +105,6 @@ class HuggingFaceParquet:
         return [split for split in ("train", "test") if split in self.files]
 
     def listing(self, split: str) -> pa.Table:
-        """Raises UserError for a missing column, an unlabelled row, or a split without rows; names file and row."""
         files, tables = self.files[split], self._tables(split)
         counts = [table.num_rows for table in tables]
         if not sum(counts):
@@ -157,7 +156,6 @@ class HuggingFaceParquet:
         return self.column if any(is_kind(kind) for is_kind in BINARY) else None
 
     def _to_raw(self, values: pa.ChunkedArray) -> list[Any]:
-        """The raw form (see `base.py`) of values of that column."""
         return [raw or b"" for raw in values.to_pylist()]
 
     def _group_of(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:

@@ -43,7 +43,6 @@ class Imagenet(FolderSource):
             del self.folders["test"]
 
     def list_split(self, split: str) -> pa.Table:
-        """Raises UserError if folders and classes differ, or images and labels."""
         folder = self.folders[split]
         if split == "train":
             return super().list_split(split)
@@ -81,7 +80,6 @@ class TinyImagenet(FolderSource):
         return names
 
     def list_split(self, split: str) -> pa.Table:
-        """Raises UserError if folders and wnids.txt differ, or images and annotations; names the first difference."""
         if split == "train" or "images" not in self.store.names(self.folders[split])[0]:
             return super().list_split(split)
         annotations = f"{self.folders['test']}/{ANNOTATIONS}"
@@ -132,13 +130,14 @@ class ImagenetTar:
         return [split for split, archive in ARCHIVES.items() if self.store.size(archive) is not None]
 
     def listing(self, split: str) -> pa.Table:
-        """The images in the order of their offsets.
-
-        Raises UserError for an archive that is cut, damaged, empty or of another layout, for a repeated name, and if the
-        labels of val are missing or do not fit.
-        """
-        if split not in self._listings:
-            self._listings[split] = self._list_train() if split == "train" else self._list_val()
+        """The images in the order of their offsets; cached."""
+        if split not in self._listings and split == "train":
+            self._listings[split] = self._list_train()
+        elif split not in self._listings:
+            images = self._images(VAL)
+            names = [posixpath.basename(image.name) for image in images]
+            labels = val_labels(self.store, self.config, names, self.class_names)
+            self._listings[split] = _table(VAL, [f"val/{name}" for name in names], labels, images)
         return self._listings[split]
 
     def digest(self, split: str) -> str:
@@ -177,12 +176,6 @@ class ImagenetTar:
         threads = 1 if self.store.local else tar.REMOTE_THREADS
         # ids cannot repeat between classes, as each begins with the class
         return pa.concat_tables(tar.map_in_threads(list_class, self._classes, threads)).combine_chunks()
-
-    def _list_val(self) -> pa.Table:
-        images = self._images(VAL)
-        names = [posixpath.basename(image.name) for image in images]
-        labels = val_labels(self.store, self.config, names, self.class_names)
-        return _table(VAL, [f"val/{name}" for name in names], labels, images)
 
     def _images(self, archive: str, start: int = 0, end: int | None = None, where: str = "") -> list[tar.Member]:
         with tar.open_archive(self.store, archive) as window:

@@ -40,8 +40,7 @@ GET_MAPPING = "put the devkit (ILSVRC2012_devkit_t12.tar.gz or its meta.mat) the
 
 @dataclass(frozen=True)
 class LabelList:
-    """A label per image: `stems` are file names without extension (None: the sorted files in order), `values` numbers or
-    WordNet ids."""
+    """A label per image: `stems` are file names without extension (None: the sorted files), `values` numbers or WordNet ids."""
 
     place: str
     stems: list[str] | None

@@ -70,7 +70,6 @@ class TorchvisionSet:
         return ["train", "test"]
 
     def listing(self, split: str) -> pa.Table:
-        """Raises UserError for a missing, cut or foreign file, a label outside the classes, or unequal counts."""
         images, labels = self._load(split)
         rows = np.arange(len(labels))
         ids = [f"{split}/{row:05d}" for row in rows]
@@ -92,7 +91,6 @@ class TorchvisionSet:
         ]
 
     def _load(self, split: str) -> tuple[Array, Array]:
-        """Images and labels of a split; cached."""
         if split not in self._loaded:
             images, labels = self.layout.load(self.store, self.folder, split)
             place = f"the {split} split of {self.layout.name} in {self.store.place(self.folder)}"
@@ -194,21 +192,19 @@ def _load_svhn(store: Store, folder: str, split: str) -> tuple[Array, Array]:
 
 
 def _load_mnist(store: Store, folder: str, split: str) -> tuple[Array, Array]:
-    prefix = "train" if split == "train" else "t10k"
-    images = _read_idx(store, folder, f"{prefix}-images-idx3-ubyte", 3)
-    return images, _read_idx(store, folder, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64)
-
-
-def _read_idx(store: Store, folder: str, name: str, dimensions: int) -> Array:
-    """An array of bytes: magic 0x000008 and the number of dimensions, each size as a big-endian uint32, then the data."""
-    content, place = _read_file(store, folder, name, packed=True), store.place(join_path(folder, name))
-    start = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-        raise UserError(f"{place} is no idx file of bytes with {dimensions} dimensions; download it again")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
-    if len(content) != start + math.prod(shape):
-        raise UserError(f"{place} has {len(content):,} bytes, not {start + math.prod(shape):,}; download it again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    """Reads idx files: magic 0x000008 and the number of dimensions, each size as a big-endian uint32, then bytes."""
+    arrays = []
+    for kind, dimensions in (("images", 3), ("labels", 1)):
+        name = f"{'train' if split == 'train' else 't10k'}-{kind}-idx{dimensions}-ubyte"
+        content, place = _read_file(store, folder, name, packed=True), store.place(join_path(folder, name))
+        start = 4 + 4 * dimensions
+        if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
+            raise UserError(f"{place} is no idx file of bytes with {dimensions} dimensions; download it again")
+        shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
+        if len(content) != start + math.prod(shape):
+            raise UserError(f"{place} has {len(content):,} bytes, not {start + math.prod(shape):,}; download it again")
+        arrays.append(np.frombuffer(content, np.uint8, offset=start).reshape(shape))
+    return arrays[0], arrays[1].astype(np.int64)
 
 
 CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}

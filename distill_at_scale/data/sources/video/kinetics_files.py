@@ -8,7 +8,8 @@ files without a video extension, and clips of a test split that is not used, are
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing
+from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing, set_aside_table
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 
 Array = np.ndarray[Any, Any]
@@ -56,11 +57,14 @@ class Matched:
     files: pa.Table
     place: str
     distilled: str = "train"
-    _aside: dict[str, list[pa.Table]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         is_clip = pc.or_(pc.match_substring_regex(self.files["place"], VIDEO), self._match(UNFINISHED))
         self.files = self.files.filter(is_clip).combine_chunks()
+        # the clip of each file as the lists write it, null if its name is no clip's
+        parts = pc.extract_regex(self.files["place"], CLIP)
+        self.keys = pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("id", "start", "end")), "_")
+        self._has_label = _mask(pc.is_valid(self.rows["label"]))
         self.row_split = pc.index_in(self.rows["word"], pa.array(WORDS)).to_numpy().astype(np.int64)
         paths = self.files["place"]
         words = _extract(paths, SPLIT, "word")
@@ -90,12 +94,6 @@ class Matched:
         return pc.match_substring_regex(self.files["place"], pattern)
 
     @cached_property
-    def keys(self) -> pa.Array:
-        """The clip of each file as the lists write it, null if its name is no clip's."""
-        parts = pc.extract_regex(self.files["place"], CLIP)
-        return pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("id", "start", "end")), "_")
-
-    @cached_property
     def splits(self) -> dict[str, int]:
         """Split with files -> index in WORDS; val wins over a labelled test."""
         listed = self.row[self.row >= 0]
@@ -103,10 +101,6 @@ class Matched:
         val = 1 in present or (2 not in present and (self.file_split == 1).any())  # no list may have the clips of val
         train = {"train": 0} if 0 in present or (self.file_split == 0).any() else {}
         return train | ({"test": 1} if val else {"test": 2} if 2 in present else {})
-
-    @cached_property
-    def _has_label(self) -> Array:
-        return _mask(pc.is_valid(self.rows["label"]))
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -142,25 +136,61 @@ class Matched:
 
     @cached_property
     def set_aside(self) -> dict[str, pa.Table]:
-        """The unusable files and clips by split (schema SET_ASIDE)."""
+        """The unusable files and clips by split (schema SET_ASIDE).
+
+        A file goes to the split of its folder, else to that of its row, else to the one that is distilled.
+        """
+        aside: dict[str, list[pa.Table]] = {split: [] for split in self.splits}
+        for files, reasons, labels in self._unusable():
+            rows, table = self.row[files], self.files.take(pa.array(files))
+            split_of_row = np.where(rows >= 0, self.row_split[rows], -1)
+            splits = np.where(self.file_split[files] >= 0, self.file_split[files], split_of_row)
+            splits[splits < 0] = self.splits.get(self.distilled, next(iter(self.splits.values())))
+            columns = [table["place"], pa.array(labels, pa.int32()), table["location"], reasons]
+            for split, number in self.splits.items():
+                aside[split].append(pa.table(columns, schema=SET_ASIDE).filter(pa.array(splits == number)))
+        for split, number in self.splits.items():
+            aside[split].append(self._missing(number))
+        return {split: pa.concat_tables(tables).combine_chunks() for split, tables in aside.items()}
+
+    def _unusable(self) -> Iterator[tuple[Array, Any, Array]]:
+        """(files, reasons, labels) by kind of fault; the label is -1 if unknown."""
         is_listed, is_named = self.row_anywhere >= 0, _mask(pc.is_valid(self.keys))
         without_row = self.finished & (self.row < 0)
-        self._set_files_aside(np.flatnonzero(~self.finished), "a download that was not finished")
-        self._set_files_aside(np.flatnonzero(without_row & ~is_listed & is_named), "not listed in any CSV")
-        self._set_files_aside(
-            np.flatnonzero(without_row & ~is_listed & ~is_named),
-            "its name is not <id>_<start>_<end>, so no CSV can list it",
-        )
-        wrong = np.flatnonzero(without_row & is_listed)
-        folders = _extract(self.files["place"].take(pa.array(wrong)), SPLIT, "word")
-        rows = self.row_anywhere[wrong]
-        self._set_files_aside(
-            wrong, _text("lies in ", folders, "/, but ", self._lines(rows), " lists it"), self.labels[rows]
-        )
-        self._set_duplicates_aside()
-        self._set_missing_aside()
-        empty = [SET_ASIDE.empty_table()]
-        return {split: pa.concat_tables(self._aside.get(split, empty)).combine_chunks() for split in self.splits}
+        for mask, reason in (
+            (~self.finished, "a download that was not finished"),
+            (without_row & ~is_listed & is_named, "not listed in any CSV"),
+            (without_row & ~is_listed & ~is_named, "its name is not <id>_<start>_<end>, so no CSV can list it"),
+        ):
+            files = np.flatnonzero(mask)
+            yield files, pa.repeat(reason, len(files)), np.full(len(files), -1)
+        files, paths = np.flatnonzero(without_row & is_listed), self.files["place"]
+        rows, folders = self.row_anywhere[files], _extract(paths.take(pa.array(files)), SPLIT, "word")
+        yield files, _text("lies in ", folders, "/, but ", self._lines(rows), " lists it"), self.labels[rows]
+        best, agrees, others, instead = self._best
+        files = np.concatenate([best[~agrees], others[self._disagrees[others]]])
+        rows, folders = self.row[files], _extract(paths.take(pa.array(files)), FOLDER, "folder")
+        labels = self.rows["label"].take(pa.array(rows))
+        reasons = _text("the folder says '", folders, "', ", self._lines(rows), " says '", labels, "'")
+        yield files, reasons, self.labels[rows]
+        agrees = ~self._disagrees[others]
+        reasons = _text("the same clip as '", paths.take(pa.array(instead[agrees])), "', which is used")
+        yield others[agrees], reasons, self.labels[self.row[others[agrees]]]
+
+    def _missing(self, split: int) -> pa.Table:
+        """The rows of a split without a file (schema SET_ASIDE), under the name that the file would have."""
+        is_missing = (self.row_split == split) & (self.labels >= 0)
+        is_missing[self.row[self.row >= 0]] = False
+        missing = np.flatnonzero(is_missing)
+        rows = self.rows.take(pa.array(missing))
+        parts = pc.extract_regex(rows["key"], "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
+        start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
+        clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
+        ids = _text(WORDS[split], "/", rows["label"], "/", clips, ".mp4")
+        elsewhere = pc.is_in(rows["key"], self.keys.filter(pa.array(self.finished)))
+        why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
+        lists = pc.replace_substring_regex(rows["file"], f"^{re.escape(self.place)}/", "")
+        return set_aside_table(ids, self.labels[missing], _text("listed in ", self._lines(missing), why), lists)
 
     @cached_property
     def _disagrees(self) -> Array:
@@ -187,59 +217,11 @@ class Matched:
         best, instead = order[is_first], order[is_first][np.cumsum(is_first)[~is_first] - 1]
         return best, ~self._disagrees[best], order[~is_first], instead
 
-    def _set_duplicates_aside(self) -> None:
-        """Sets aside files in the folder of another label, and further files of a clip."""
-        best, agrees, others, instead = self._best
-        wrong = np.concatenate([best[~agrees], others[self._disagrees[others]]])
-        folders = _extract(self.files["place"].take(pa.array(wrong)), FOLDER, "folder")
-        rows = self.row[wrong]
-        labels = self.rows["label"].take(pa.array(rows))
-        reasons = _text("the folder says '", folders, "', ", self._lines(rows), " says '", labels, "'")
-        self._set_files_aside(wrong, reasons, self.labels[rows])
-        agrees = ~self._disagrees[others]
-        reasons = _text("the same clip as '", self.files["place"].take(pa.array(instead[agrees])), "', which is used")
-        self._set_files_aside(others[agrees], reasons, self.labels[self.row[others[agrees]]])
-
-    def _set_missing_aside(self) -> None:
-        """Sets aside rows without a file, under the name that the file would have."""
-        without_file = np.ones(self.rows.num_rows, bool)
-        without_file[self.row[self.row >= 0]] = False
-        for split, number in self.splits.items():
-            missing = np.flatnonzero(without_file & (self.row_split == number) & (self.labels >= 0))
-            rows = self.rows.take(pa.array(missing))
-            parts = pc.extract_regex(rows["key"], "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
-            start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
-            clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
-            ids = _text(WORDS[number], "/", rows["label"], "/", clips, ".mp4")
-            elsewhere = pc.is_in(rows["key"], self.keys.filter(pa.array(self.finished)))
-            why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
-            lists = pc.replace_substring_regex(rows["file"], f"^{re.escape(self.place)}/", "")
-            self._add(split, ids, self.labels[missing], lists, _text("listed in ", self._lines(missing), why))
-
     def _lines(self, rows: Array) -> Any:
         """`val.csv line N` for rows."""
         table = self.rows.take(pa.array(rows))
         names = pc.replace_substring_regex(table["file"], "^.*/", "")
         return _text(names, " line ", table["line"].cast(pa.string()))
-
-    def _set_files_aside(self, files: Array, reasons: Any, labels: Array | None = None) -> None:
-        """Files go to the split of their folder, else of their row, else to the one that is distilled."""
-        labels = np.full(len(files), -1) if labels is None else labels
-        rows = self.row[files]
-        splits = np.where(
-            self.file_split[files] >= 0, self.file_split[files], np.where(rows >= 0, self.row_split[rows], -1)
-        )
-        splits[splits < 0] = self.splits.get(self.distilled, next(iter(self.splits.values())))
-        table = self.files.take(pa.array(files))
-        reasons = pa.array([reasons] * len(files), pa.string()) if isinstance(reasons, str) else reasons
-        for split, number in self.splits.items():
-            mask = pa.array(splits == number)
-            columns = [column.filter(mask) for column in (table["place"], table["location"], reasons)]
-            self._add(split, columns[0], labels[splits == number], *columns[1:])
-
-    def _add(self, split: str, ids: Any, labels: Array, locations: Any, reasons: Any) -> None:
-        columns = [ids, pa.array(labels, pa.int32()), locations, reasons]
-        self._aside.setdefault(split, []).append(pa.table(columns, schema=SET_ASIDE))
 
 
 def _mask(values: Any) -> Array:
@@ -263,5 +245,4 @@ def _alphanumeric(labels: Any) -> Any:
 
 
 def _text(*parts: Any) -> Any:
-    """Texts and columns of texts, joined row by row."""
     return pc.binary_join_element_wise(*parts, "")

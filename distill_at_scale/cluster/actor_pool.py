@@ -129,21 +129,17 @@ class PoolActor:
     def _run(self, units: Batch) -> tuple[list[Result], Event]:
         events: list[Event] = []
         with measured(self.kind.event, events.append, self.spent) as counts:
-            restarted = not self.called and _is_reconstructed()
+            restarted = False
+            if not self.called and ray.is_initialized():  # without a cluster, asking would start one
+                context = ray.get_runtime_context()
+                # this is the call in which the predecessor of a restarted actor was lost
+                restarted = context.get_actor_id() is not None and context.was_current_actor_reconstructed
             self.called = True
             results, total = run_units(self.space, self.worker, units), Counter[str]()
             for result in results:
                 total.update(self.worker.counts(result))
             counts |= {"units": 1, **total, **({"restarted": 1} if restarted else {})}
         return results, events[0]
-
-
-def _is_reconstructed() -> bool:
-    """Whether Ray restarted this actor; its first call is then the one in which its predecessor was lost."""
-    if not ray.is_initialized():  # called without a cluster, and asking would start one
-        return False
-    context = ray.get_runtime_context()
-    return context.get_actor_id() is not None and context.was_current_actor_reconstructed
 
 
 def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spent: TimeSpent) -> Worker:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from distill_at_scale.cluster.actor_pool import LOST, actor_count, check_gpus
+from distill_at_scale.cluster.actor_pool import LOST, actor_count, check_gpus, device
 from distill_at_scale.cluster.executor import RayExecutor
 from distill_at_scale.cluster.session import Session, root_cause
 from distill_at_scale.config.load import Config
@@ -35,10 +35,14 @@ class ActorRunner:
         self._busy: dict[Any, tuple[int, Any]] = {}  # reference of the result -> index of the task, actor
 
     def check(self) -> None:
-        self._connect()
+        """Connect, once. Raises UserError where Ray cannot be reached or no node has the GPUs of an actor."""
+        if self._session is None:
+            self._session = Session(self.config.cluster, self.say)
+            check_gpus(self.config.cluster)
+            self._size = actor_count(self.config, self.config.cluster.gpus_per_worker)
 
     def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
-        self._connect()
+        self.check()
         waiting, losses = deque(index for index, task in enumerate(tasks) if not task.finished), Counter[int]()
         try:
             for index, task in enumerate(tasks):
@@ -70,27 +74,22 @@ class ActorRunner:
                     failure = cause if isinstance(cause, UserError | OSError) else error
                 done(index, None, failure)
         finally:
-            self._kill_busy()
+            for _, actor in self._busy.values():
+                ray.kill(actor)
+            self._busy.clear()
 
     def executor(self) -> RayExecutor:
         """The ordinary executor on the same Ray; ends the actors, and the next `run` starts new ones."""
-        self._connect()
+        self.check()
         self._kill_idle()
         return RayExecutor(self.config, self.say)
 
     def close(self) -> None:
         """End the actors, and Ray if this runner started it."""
         if self._session is not None:
-            self._kill_busy()
             self._kill_idle()
             self._session.close()
             self._session = None
-
-    def _connect(self) -> None:
-        if self._session is None:
-            self._session = Session(self.config.cluster, self.say)
-            check_gpus(self.config.cluster)
-            self._size = actor_count(self.config, self.config.cluster.gpus_per_worker)
 
     def _free_actor(self) -> Any:
         """An idle actor, a new one while there is room, else None."""
@@ -102,11 +101,6 @@ class ActorRunner:
         # this runner restarts and retries, not Ray, so that it can count the losses
         actor: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_PointActor)
         return actor.remote([entry or os.getcwd() for entry in sys.path])
-
-    def _kill_busy(self) -> None:
-        for _, actor in self._busy.values():
-            ray.kill(actor)
-        self._busy.clear()
 
     def _kill_idle(self) -> None:
         for actor in self._idle:
@@ -123,8 +117,5 @@ class _PointActor:
         torch.set_num_threads(1)
 
     def run(self, values: dict[str, Any], body: Body) -> None:
-        import torch
-
         config = Config.model_validate(values)
-        cuda = config.cluster.gpus_per_worker and torch.cuda.is_available()
-        body(config, LocalExecutor(torch.device("cuda" if cuda else "cpu")), None)
+        body(config, LocalExecutor(device(config)), None)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
+
+from distill_at_scale.pipeline.report.text import count
 
 INTERVAL = 30.0  # seconds without progress before each line
 TIMEOUT = 10  # seconds in which the head must answer
@@ -45,30 +46,22 @@ def missing(stage: str) -> str | None:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=TIMEOUT)
     except Exception:  # `head_watchdog` says that the head is gone
         return None
-    pending = demand(status)
-    return sentence(stage, pending, status.total_resources(), status.available_resources()) if pending else None
-
-
-def demand(status: ClusterStatus) -> Counter[tuple[tuple[str, float], ...]]:
-    """How many of each bundle of resources are pending."""
     demands = status.resource_demands
-    pending: Counter[tuple[tuple[str, float], ...]] = Counter()
+    pending: Counter[tuple[tuple[str, float], ...]] = Counter()  # how many of each bundle of resources
     for request in (*demands.ray_task_actor_demand, *demands.placement_group_demand):
         for bundle in request.bundles_by_count:
             if kinds := tuple(sorted((k, v) for k, v in bundle.bundle.items() if k in NAMES and v > 0)):
                 pending[kinds] += bundle.count
-    return pending
+    return sentence(stage, pending, status.total_resources(), status.available_resources()) if pending else None
 
 
 def sentence(stage: str, pending: Mapping[Any, int], total: Mapping[str, float], free: Mapping[str, float]) -> str:
     """For example: distill waits for 2 workers with 1 core each; the cluster has 1 core, 0 of them free."""
-    requests = " and ".join(
-        f"{count} {'worker' if count == 1 else 'workers'} with {_named(kinds)} each" for kinds, count in pending.items()
-    )
+    requests = " and ".join(f"{count(many, 'worker')} with {_named(kinds)} each" for kinds, many in pending.items())
     kinds = {kind for bundle in pending for kind, _ in bundle}
     have = " and ".join(f"{_named([(kind, total.get(kind, 0))])}, {free.get(kind, 0):g} free" for kind in sorted(kinds))
     return f"{stage} waits for {requests}; the cluster has {have}"
 
 
 def _named(kinds: Any) -> str:
-    return " and ".join(f"{count:g} {NAMES[kind]}{'' if count == 1 else 's'}" for kind, count in kinds)
+    return " and ".join(count(number, NAMES[kind]) for kind, number in kinds)

@@ -53,7 +53,16 @@ def run(group: Group, sharing: int, say: Say) -> None:
 
 
 def _attempt(group: Group, sharing: int, say: Say) -> None:
-    _check_room(group)
+    cluster, workers = group.config.cluster, group.workers if isinstance(group.workers, int) else group.workers[0]
+    gpus, have = workers * cluster.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    if workers > cores() and not cluster.grows:
+        raise UserError(
+            f"{group.stage}.workers = {workers} needs as many cores, the cluster has {cores()}; lower {group.stage}.workers"
+        )
+    if gpus > have and not cluster.grows:
+        raise UserError(
+            f"{workers} workers with cluster.gpus_per_worker = {cluster.gpus_per_worker:g} do not fit on {have:g} GPUs"
+        )
     group.work.mkdir(parents=True, exist_ok=True)
     notes = Notes(group.work, group.config)
     release(notes)
@@ -156,23 +165,6 @@ def _worker(loop: dict[str, Any]) -> None:
     except UserError as error:
         notes.write(REFUSED, note_of(error))
         raise
-
-
-def _check_room(group: Group) -> None:
-    """Raises UserError where the cluster cannot hold the fewest workers."""
-    stage, cluster = group.stage, group.config.cluster
-    workers = group.workers if isinstance(group.workers, int) else group.workers[0]
-    if cluster.grows:
-        return
-    have, gpus = ray.cluster_resources(), cluster.gpus_per_worker
-    if workers > cores():
-        raise UserError(
-            f"{stage}.workers = {workers} needs as many cores, the cluster has {cores()}; lower {stage}.workers"
-        )
-    if workers * gpus > have.get("GPU", 0):
-        raise UserError(
-            f"{workers} workers with cluster.gpus_per_worker = {gpus:g} do not fit on {have.get('GPU', 0):g} GPUs"
-        )
 
 
 def _noticing(notes: Notes, poll: Poll, restarted: Callable[[], None]) -> Callable[[], None]:

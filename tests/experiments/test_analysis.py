@@ -181,7 +181,7 @@ def test_a_random_selection_that_is_as_good_and_cheaper_is_told():
     ]
     found = analysis.recommend(analysis.configurations(rows))
     assert found.chosen.keys["select.criterion"] == "loss"
-    assert "needs no scoring" in answers.cheaper(found)
+    assert "needs no scoring" in " ".join(answers.reasons(found))
 
 
 def test_where_scoring_is_shared_another_configuration_may_be_the_cheapest():
@@ -192,7 +192,7 @@ def test_where_scoring_is_shared_another_configuration_may_be_the_cheapest():
     assert one.chosen.control == "unpruned"
     assert shared.chosen.kept == 500
     assert answers.headline(one, shared)["verdict"] == "unclear"
-    assert "saves 2.0\u00a0s (20\u00a0%)" in answers.once_scored(one, shared)
+    assert "saves 2.0\u00a0s (20\u00a0%)" in " ".join(answers.reasons(one, shared))
 
 
 def test_nothing_is_recommended_of_nothing():

@@ -13,10 +13,9 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.statistics import mean_and_std, summary
+from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, Repetitions, StudyContext
-from distill_at_scale.experiments.studies.comparison import difference, near_chance
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import NBSP, count, points
@@ -65,7 +64,7 @@ class StudyDataset:
     def beats(self, other: str, rate: float) -> int:
         """1 where the selection is clearly better than `other` (random, unpruned), -1 where clearly worse, else 0."""
         theirs = self.unpruned if other == "unpruned" else self.cells[other, rate]
-        return difference(self.cells["ours", rate].accuracies, theirs.accuracies).sign
+        return comparison.difference(self.cells["ours", rate].accuracies, theirs.accuracies).sign
 
     def facts(self, rates: Sequence[float]) -> dict[str, Any]:
         facts: dict[str, Any] = {"data": self.kind, "unpruned": self.unpruned.mean}
@@ -94,7 +93,12 @@ def study(context: StudyContext) -> Finding:
     outcomes = context.points.run(tried)
     results, notes = list[StudyDataset](), list[str]()
     for name in sets:
-        cells = {way: cell for way, over in ways[name].items() if (cell := _cell(context, over, outcomes))}
+        cells = {}
+        for way, overrides in ways[name].items():  # without a test split there is no outcome
+            wanted = context.repetitions(overrides)
+            matches = [next((outcome for outcome in outcomes if outcome.point == point), None) for point in wanted]
+            if own := [outcome for outcome in matches if outcome is not None]:
+                cells[way] = Repetitions(own)
         if len(cells) == len(ways[name]):
             results.append(StudyDataset(name, configs[name], cells))
         else:
@@ -102,8 +106,13 @@ def study(context: StudyContext) -> Finding:
                 f"The set {name} is left out: nothing was evaluated on it; has it a test split (data.holdout)?"
             )
 
-    order = [("unpruned", 1.0), *(("ours", rate) for rate in rates), *(("random", rate) for rate in rates)]
-    rows = [_row(one, way) for one in results for way in order]
+    rows = []
+    for one in results:
+        for way in (("unpruned", 1.0), *(("ours", rate) for rate in rates), *(("random", rate) for rate in rates)):
+            cell, (relative, error) = one.cells[way], one.relative(way)
+            name = _criterion(one.config) if way[0] == "ours" else way[0]
+            rows.append({"set": one.name, "data": one.kind, "selection": name, "keep": way[1], "kept": cell.kept,
+                         "of": cell.of, **summary(cell.accuracies), "relative": relative, "relative std": error})  # fmt: skip
     verdicts = [one.beats("random", rate) for one in results for rate in rates]
     paper = (
         f"{PAPER} Here, of {len(verdicts)} pairs of set and rate, the selection is clearly better than a random one in "
@@ -172,28 +181,9 @@ def _ways(context: StudyContext, overrides: Mapping[str, Any]) -> dict[Way, dict
     return ways
 
 
-def _cell(context: StudyContext, overrides: Mapping[str, Any], outcomes: Sequence[Outcome]) -> Repetitions | None:
-    """None without any outcome."""
-    wanted = context.repetitions(overrides)
-    matches = [next((outcome for outcome in outcomes if outcome.point == point), None) for point in wanted]
-    own = [outcome for outcome in matches if outcome is not None]
-    return Repetitions(own) if own else None
-
-
 def _criterion(config: Config) -> str:
-    criterion = config.criterion
-    if isinstance(criterion, str):
-        name = criterion.rpartition(":")[2]
-    else:
-        name = " + ".join(f"{weight:g} {part}" for part, weight in criterion.items())
+    name = comparison.criterion_name(config)
     return name if config.select.order == "useful" else f"{name}, {config.select.order}"
-
-
-def _row(one: StudyDataset, way: Way) -> dict[str, Any]:
-    cell, (relative, error) = one.cells[way], one.relative(way)
-    name = _criterion(one.config) if way[0] == "ours" else way[0]
-    return {"set": one.name, "data": one.kind, "selection": name, "keep": way[1], "kept": cell.kept, "of": cell.of,
-            **summary(cell.accuracies), "relative": relative, "relative std": error}  # fmt: skip
 
 
 def _answer(context: StudyContext, results: Sequence[StudyDataset]) -> str:
@@ -233,7 +223,9 @@ def _notes(context: StudyContext, results: Sequence[StudyDataset]) -> list[str]:
         notes.append(
             "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
         )
-    if chance := [one.name for one in results if near_chance(one.unpruned.mean, len(one.unpruned.kept_per_class))]:
+    if chance := [
+        one.name for one in results if comparison.near_chance(one.unpruned.mean, len(one.unpruned.kept_per_class))
+    ]:
         notes.append(
             f"On {', '.join(chance)} even the unpruned set is near chance, so the comparison says little there; distil longer, "
             "or more images per class."

@@ -10,15 +10,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from scipy.stats import spearmanr, t
 
+from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std, welch
 from distill_at_scale.experiments.studies.base import Repetitions, StudyContext
-from distill_at_scale.pipeline.report.plot_spec import Series
+from distill_at_scale.pipeline.report.plot_spec import Kind, Role, Series
 from distill_at_scale.pipeline.report.text import NBSP, count, points
 from distill_at_scale.pruning.scoring import score_table
 
@@ -112,12 +112,17 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
 
 def criterion_of(context: StudyContext) -> tuple[str, str]:
     """The name of the configured criterion, and its useful end: low or high."""
-    criterion = context.config.criterion
-    if not isinstance(criterion, str):
-        return " + ".join(f"{weight:g} {name}" for name, weight in criterion.items()), "low"
-    column = criterion.rpartition(":")[2]
-    useful = score_table.facts(context.points.shared({}) / "scores.parquet")["useful"]
-    return column, useful.get(column, "low")
+    name = criterion_name(context.config)
+    if not isinstance(context.config.criterion, str):
+        return name, "low"
+    return name, score_table.facts(context.points.shared({}) / "scores.parquet")["useful"].get(name, "low")
+
+
+def criterion_name(config: Config) -> str:
+    """The column of the configured criterion, or the weighted sum of several."""
+    if isinstance(config.criterion, str):
+        return config.criterion.rpartition(":")[2]
+    return " + ".join(f"{weight:g} {name}" for name, weight in config.criterion.items())
 
 
 def class_names(context: StudyContext, count: int) -> list[str]:
@@ -143,7 +148,7 @@ def per_class(outcome: Outcome) -> list[float]:
 
 def accuracy_series(
     name: str, x: Sequence[float] | Sequence[str], groups: Sequence[Repetitions],
-    kind: Literal["line", "points", "bars"] = "line", role: Literal["ours", "random", "unpruned", "other"] = "ours",
+    kind: Kind = "line", role: Role = "ours",
 ) -> Series:  # fmt: skip
     """A series of a plot: mean and standard deviation of the accuracies of each group."""
     figures = [mean_and_std(group.accuracies) for group in groups]

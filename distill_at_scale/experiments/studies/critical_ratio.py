@@ -10,16 +10,9 @@ from collections.abc import Sequence
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.statistics import summary
+from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
-from distill_at_scale.experiments.studies.comparison import (
-    accuracy_series,
-    class_names,
-    difference,
-    in_points,
-    sample_size,
-    spread,
-)
 from distill_at_scale.pipeline.report.plot_spec import Plot
 from distill_at_scale.pipeline.report.text import count
 from distill_at_scale.pipeline.report.text import share as percent
@@ -53,13 +46,14 @@ def study(context: StudyContext) -> Finding:
         )
     ]  # fmt: skip
     series = [
-        accuracy_series("selected", [rate.reached for rate in result.rates], result.rates),
-        accuracy_series("random", [random.reached], [random], "points", "random"),
+        comparison.accuracy_series("selected", [rate.reached for rate in result.rates], result.rates),
+        comparison.accuracy_series("random", [random.reached], [random], "points", "random"),
     ]
     levels = [("unpruned", level.mean), ("still sufficient", level.least)]
     marks = [("smallest sufficient", best.reached)]
-    title = "Accuracy against the share kept"
-    plot = Plot(title, "kept of the training set", "top-1", series, levels, marks, log_x=True)
+    plot = Plot(
+        "Accuracy against the share kept", "kept of the training set", "top-1", series, levels, marks, log_x=True
+    )
     facts = {
         "critical_keep": best.keep,
         "critical_kept": best.kept,
@@ -69,41 +63,39 @@ def study(context: StudyContext) -> Finding:
         "unpruned": level.mean,
         "unpruned_std": level.std,
     }
-    answer, paper = _answer(result, random.accuracies), _paper(context, result)
-    return Finding("critical_ratio", "Critical ratio", answer, paper, rows, [plot], facts, _notes(context, result))
+    paper, distill = "", context.config.distill
+    names = set(comparison.class_names(context, len(best.kept_per_class)))
+    if distill.method == "dc" and distill.ipc == 1 and best.of == 50_000 and names >= CIFAR10:
+        paper = (
+            f"{PAPER}; {'this agrees' if best.reached <= 0.0004 * 1.5 else f'here it takes {percent(best.reached)}'}."
+        )
+    answer, notes = _answer(result, random.accuracies), _notes(context, result)
+    return Finding("critical_ratio", "Critical ratio", answer, paper, rows, [plot], facts, notes)
 
 
 def _answer(result: SearchResult, at_random: Sequence[float]) -> str:
     best, level = result.smallest, result.level
+    unpruned = comparison.spread(level.accuracies)
     if best.keep == 1:
         return (
             f"No keep rate that was tried (from {percent(result.rates[0].keep)} on) is as good as the unpruned set, "
-            f"{spread(level.accuracies)}, within {count(level.tolerance, 'standard deviation')}."
+            f"{unpruned}, within {count(level.tolerance, 'standard deviation')}."
         )
     low, high = min(best.kept_per_class), max(best.kept_per_class)
-    gap = difference(best.accuracies, at_random)
+    gap = comparison.difference(best.accuracies, at_random)
     side = {1: "better than", -1: "worse than", 0: "not clearly different from"}[gap.sign]
     return (
         f"{best.kept} of {best.of} samples ({low if low == high else f'{low} to {high}'} per class, "
-        f"{percent(best.reached)}) suffice: {spread(best.accuracies)} against {spread(level.accuracies)} unpruned; confidence "
+        f"{percent(best.reached)}) suffice: {comparison.spread(best.accuracies)} against {unpruned} unpruned; confidence "
         f"{percent(round(best.confidence, 2))} that they are not below it by more than "
         f"{count(level.tolerance, 'deviation')} ({100 * level.tolerance * level.std:.1f} points). "
-        f"They are {side} as many random ones ({spread(at_random)}, {in_points(gap)})."
+        f"They are {side} as many random ones ({comparison.spread(at_random)}, {comparison.in_points(gap)})."
     )
-
-
-def _paper(context: StudyContext, result: SearchResult) -> str:
-    """The paper's figure, for CIFAR-10 with DC and one image per class only."""
-    distill, best = context.config.distill, result.smallest
-    names = set(class_names(context, len(best.kept_per_class)))
-    if not (distill.method == "dc" and distill.ipc == 1 and best.of == 50_000 and names >= CIFAR10):
-        return ""
-    return f"{PAPER}; {'this agrees' if best.reached <= 0.0004 * 1.5 else f'here it takes {percent(best.reached)}'}."
 
 
 def _notes(context: StudyContext, result: SearchResult) -> list[str]:
     notes = [
-        f"{sample_size(len(result.smallest.outcomes), context.config.studies.evaluations)} per rate, "
+        f"{comparison.sample_size(len(result.smallest.outcomes), context.config.studies.evaluations)} per rate, "
         f"{len(result.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",
         "Rates are chosen by accuracy on the test split, which is a little kinder to the chosen one than to new data.",
     ]

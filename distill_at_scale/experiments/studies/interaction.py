@@ -12,22 +12,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, Repetitions, StudyContext
-from distill_at_scale.experiments.studies.comparison import (
-    Difference,
-    Level,
-    accuracy_series,
-    class_names,
-    criterion_of,
-    difference,
-    in_points,
-    per_class,
-    sample_size,
-    spread,
-)
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import count
 from distill_at_scale.pipeline.report.text import share as percent
@@ -49,29 +37,24 @@ def study(context: StudyContext) -> Finding:
     drop = {**STATIC, "select.scope": "class", "select.order": "useful"}
     results = context.run([UNPRUNED, *({**drop, "select.keep": round(1 - share, 10)} for share in drops)])
     unpruned, *dropped = results
-    level = Level(unpruned.accuracies, section.tolerance)
+    level = comparison.Level(unpruned.accuracies, section.tolerance)
     break_drop = _break_point(drops, [group.mean for group in dropped], level.least)
     held = max((share for share in drops if break_drop is None or share < break_drop), default=0.0)
 
     classes = _class_breaks(context, results)
-    predicted = _predicted(drops, unpruned, dropped[:FIRST])
-    together = max(1, len(drops) - FIRST)
-    gaps = [
-        difference(group.accuracies, line, together=together) for group, line in zip(dropped, predicted, strict=True)
-    ]
 
-    rows: list[dict[str, Any]] = [
-        {"drop": 0.0, **unpruned.figures, "predicted": level.mean, "gap": 0.0,
-         "half_interval": None}
-    ]  # fmt: skip
-    for share, group, line, gap in zip(drops, dropped, predicted, gaps, strict=True):
-        rows.append({"drop": share, **group.figures, "predicted": statistics.fmean(line),
-                     "gap": gap.mean, "half_interval": gap.half})  # fmt: skip
+    rows = [{"drop": 0.0, **unpruned.figures, "predicted": level.mean, "gap": 0.0, "half_interval": None}]
+    x, line, gaps = [0.0, *drops], [level.mean], []
+    for share, group, predicted in zip(drops, dropped, _predicted(drops, unpruned, dropped[:FIRST]), strict=True):
+        gap = comparison.difference(group.accuracies, predicted, together=max(1, len(drops) - FIRST))
+        line.append(statistics.fmean(predicted))
+        gaps.append(gap)
+        rows.append({"drop": share, **group.figures, "predicted": line[-1], "gap": gap.mean, "half_interval": gap.half})
     levels = [("unpruned", level.mean), ("broken below", level.least)]
     marks = [] if break_drop is None else [("break point", break_drop)]
-    x, line = [0.0, *drops], [level.mean, *(statistics.fmean(values) for values in predicted)]
+    x_label = "share dropped, the least useful first"
     series = [
-        accuracy_series("measured", x, results),
+        comparison.accuracy_series("measured", x, results),
         Series("additive prediction", x, [min(1.0, max(0.0, value)) for value in line]),
     ]
     bars = [1.0 if share is None else share for share in classes.values()]
@@ -79,18 +62,11 @@ def study(context: StudyContext) -> Finding:
     return Finding(
         "interaction",
         "Interaction break point",
-        _answer(criterion_of(context)[0], drops, break_drop, level, gaps),
+        _answer(comparison.criterion_of(context)[0], drops, break_drop, level, gaps),
         _paper(break_drop, drops),
         rows,
         [
-            Plot(
-                "Accuracy against the share dropped",
-                "share dropped, the least useful first",
-                "top-1",
-                series,
-                levels,
-                marks,
-            ),
+            Plot("Accuracy against the share dropped", x_label, "top-1", series, levels, marks),
             Plot("Break point per class (1: does not break)", "class", "share dropped", class_series),
         ],
         {"break_drop": break_drop, "held_drop": held, "per_class": classes},
@@ -101,12 +77,11 @@ def study(context: StudyContext) -> Finding:
 def _class_breaks(context: StudyContext, results: Sequence[Repetitions]) -> dict[str, float | None]:
     """The break point of each class; None where it does not break or has no test samples."""
     section = context.config.studies.interaction
-    by_class = [
-        list(zip(*map(per_class, group.outcomes), strict=True)) for group in results
-    ]  # [rate][class][repetition]
+    # [rate][class][repetition]
+    by_class = [list(zip(*map(comparison.per_class, group.outcomes), strict=True)) for group in results]
     breaks: dict[str, float | None] = {}
-    for label, name in enumerate(class_names(context, len(by_class[0]))):
-        least = Level(by_class[0][label], section.tolerance).least
+    for label, name in enumerate(comparison.class_names(context, len(by_class[0]))):
+        least = comparison.Level(by_class[0][label], section.tolerance).least
         means = [statistics.fmean(rate[label]) for rate in by_class[1:]]
         breaks[name] = None if math.isnan(least) else _break_point(section.drops, means, least)
     return breaks
@@ -133,18 +108,18 @@ def _break_point(drops: Sequence[float], means: Sequence[float], least: float) -
     return result
 
 
-def _answer(
-    name: str, drops: Sequence[float], break_drop: float | None, level: Level, gaps: Sequence[Difference]
-) -> str:
-    where = f"does not break up to {percent(drops[-1])} dropped"
-    if break_drop is not None:
-        where = f"breaks at {percent(break_drop)} dropped"
+def _answer(name: str, drops: Sequence[float], break_drop: float | None, level: comparison.Level,
+            gaps: Sequence[comparison.Difference]) -> str:  # fmt: skip
+    where = f"does not break up to {percent(drops[-1])}" if break_drop is None else f"breaks at {percent(break_drop)}"
     adds = "the additive prediction from the first rates is not refuted"
     if clear := [k for k in range(FIRST, len(drops)) if gaps[k].clear]:
         k = clear[-1]
         side = "worse" if gaps[k].mean < 0 else "better"
-        adds = f"effects do not add up: at {percent(drops[k])} it is {side} than predicted by adding, by {in_points(gaps[k])}"
-    return f"Dropping the least useful by {name} {where} (unpruned {spread(level.accuracies)}); {adds}."
+        gap = comparison.in_points(gaps[k])
+        adds = f"effects do not add up: at {percent(drops[k])} it is {side} than predicted by adding, by {gap}"
+    return (
+        f"Dropping the least useful by {name} {where} dropped (unpruned {comparison.spread(level.accuracies)}); {adds}."
+    )
 
 
 def _paper(break_drop: float | None, drops: Sequence[float]) -> str:
@@ -160,7 +135,7 @@ def _notes(context: StudyContext, drops: Sequence[float], classes: Mapping[str, 
     section = context.config.studies
     broken = {name: drop for name, drop in classes.items() if drop is not None}
     notes = [
-        f"{sample_size(section.seeds, section.evaluations)} per rate. Prediction: a line through the "
+        f"{comparison.sample_size(section.seeds, section.evaluations)} per rate. Prediction: a line through the "
         f"unpruned accuracy, fitted to {', '.join(map(percent, drops[:FIRST]))} dropped, per repetition; gaps with "
         "t-intervals that hold for all other rates together by 95 % (Bonferroni).",
         f"Broken: the mean lies below the unpruned one by more than "

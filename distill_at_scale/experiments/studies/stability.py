@@ -8,8 +8,7 @@ the trials check it. Not covered: whether the kept samples are any good (the oth
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,21 +32,12 @@ PAPER = (
 Array = np.ndarray[Any, Any]
 
 
-@dataclass
-class _Part:
-    """The contribution of one comparison to the finding."""
-
-    answer: str = ""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    plots: list[Plot] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 class _Reference:
-    """The configured scores, with which the others are compared, and the sample of rows that is compared."""
+    """The configured scores, with which the others are compared, on a sample of rows; and the findings so far."""
 
     def __init__(self, context: StudyContext):
+        self.answers, self.notes = list[str](), list[str]()
+        self.results, self.plots = list[dict[str, Any]](), list[Plot]()
         config = context.config
         self.context, self.scores = context, Scores(context.points.shared({}) / "scores.parquet")
         wanted = config.criterion.rpartition(":")[2] if isinstance(config.criterion, str) else ""
@@ -56,14 +46,11 @@ class _Reference:
         keep = None if isinstance(config.select.keep, str) or config.select.per_class else config.select.keep
         self.rates = sorted({rate for rate in (keep, *RATES) if rate is not None and 0 < rate < 1})
         self.low = self.scores.low(self.column)
+        self.facts: dict[str, Any] = {"agreement": None, "trials_needed": None, "drift": None, "criterion": self.column}
 
     @property
     def score(self) -> Array:
         return self.scores.read(self.column, self.sample.rows)
-
-    def values(self) -> Array | None:
-        """The criterion's values by trial and epoch, [n, trials, epochs]; None if the table does not hold them."""
-        return self.scores.values(self.column, self.sample.rows)
 
     def compare(self, vectors: Sequence[Array], low: bool) -> tuple[Array, Array, list[Array]]:
         """Of every two score vectors: rank correlation, its deviation over classes, and a Jaccard index for each rate."""
@@ -72,27 +59,21 @@ class _Reference:
         kept = (rankings.kept(stacked, self.sample.labels, rate, low) for rate in self.rates)
         return mean, std, [rankings.jaccard(sets) for sets in kept]
 
-    def row(
-        self,
-        compared: str,
-        first: str,
-        second: str,
-        mean: float,
-        std: float | None,
-        overlap: Sequence[float | None] = (),
-    ) -> dict[str, Any]:
+    def add_row(self, compared: str, first: str, second: str, mean: float, std: float | None,
+                overlap: Sequence[float | None] = ()) -> None:  # fmt: skip
         jaccard = zip(self.rates, overlap or [None] * len(self.rates), strict=True)
-        return {"compared": compared, "first": first, "second": second, "correlation": mean, "deviation over classes": std,
-                **{f"jaccard at keep {rate:g}": value for rate, value in jaccard}}  # fmt: skip
+        self.results.append({
+            "compared": compared, "first": first, "second": second, "correlation": mean, "deviation over classes": std,
+            **{f"jaccard at keep {rate:g}": value for rate, value in jaccard},
+        })  # fmt: skip
 
-    def rows(self, compared: str, names: Sequence[str], pairs: Sequence[tuple[int, int]], mean: Array, std: Array,
-             overlaps: Sequence[Array]) -> list[dict[str, Any]]:  # fmt: skip
-        return [
-            self.row(
-                compared, names[i], names[j], float(mean[i, j]), float(std[i, j]), [float(m[i, j]) for m in overlaps]
+    def add_rows(self, compared: str, names: Sequence[str], pairs: Iterable[tuple[int, int]], mean: Array, std: Array,
+                 overlaps: Sequence[Array]) -> None:  # fmt: skip
+        for pair in pairs:
+            first, second = (names[i] for i in pair)
+            self.add_row(
+                compared, first, second, float(mean[pair]), float(std[pair]), [float(m[pair]) for m in overlaps]
             )
-            for i, j in pairs
-        ]
 
 
 def check(context: StudyContext) -> None:
@@ -109,27 +90,25 @@ def study(context: StudyContext) -> Finding:
     for point in drift.points(context):
         context.points.configured(point)
     base = _Reference(context)
-    parts = [_trials(base), _epochs(base), _networks(base), _criteria(base), _drift(base)]
-    notes = [note for part in parts for note in part.notes]
+    for compare in (_trials, _epochs, _networks, _criteria, _drift):
+        compare(base)
     if len(base.sample.rows) < base.sample.of:
-        notes.append(
+        base.notes.append(
             f"{len(base.sample.rows):,} of {base.sample.of:,} samples were looked at, a seeded draw class by class."
         )
-    facts = {"agreement": None, "trials_needed": None, "drift": None, "criterion": base.column}
-    for part in parts:
-        facts |= part.facts
-    answer = " ".join(part.answer for part in parts if part.answer)
-    rows, plots = [row for part in parts for row in part.rows], [plot for part in parts for plot in part.plots]
-    return Finding("stability", "Stability of scores and selections", answer, PAPER, rows, plots, facts, notes)
+    title, answer = "Stability of scores and selections", " ".join(base.answers)
+    return Finding("stability", title, answer, PAPER, base.results, base.plots, base.facts, base.notes)
 
 
-def _trials(base: _Reference) -> _Part:
+def _trials(base: _Reference) -> None:
     """Single trials with each other, and means over halves of them."""
-    values, config = base.values(), base.context.config
+    values, config = base.scores.values(base.column, base.sample.rows), base.context.config
     if values is None or values.shape[1] < 2:
-        return _Part(f"The agreement of {base.column} between trials is not known.", notes=[
+        base.answers.append(f"The agreement of {base.column} between trials is not known.")
+        base.notes.append(
             f"The scores {base.column} are not there for two trials or more; raise score.trials to see how far they agree."
-        ])  # fmt: skip
+        )
+        return
     trials = rankings.by_trial(values, base.column, config.score)
     count, wanted = trials.shape[1], config.studies.stability.reliability
     mean, std, overlaps = base.compare(list(trials.T), base.low)
@@ -138,12 +117,9 @@ def _trials(base: _Reference) -> _Part:
         rankings.half_correlation(trials, base.sample.labels, size, config.run.seed)
         for size in range(1, count // 2 + 1)
     ]
-    rows = [base.row("two trials", "a trial", "another", single, rankings.off_diagonal(std), overlap)]
-    rows += [
-        base.row("means of trials", f"mean of {size}", f"mean of {size} others", correlation, None)
-        for size, correlation in enumerate(halves, 1)
-        if size > 1
-    ]
+    base.add_row("two trials", "a trial", "another", single, rankings.off_diagonal(std), overlap)
+    for size, correlation in enumerate(halves[1:], 2):
+        base.add_row("means of trials", f"mean of {size}", f"mean of {size} others", correlation, None)
     needed = rankings.trials_needed(single, wanted)
     reliability = spearman_brown(single, count) if single > 0 else 0.0
 
@@ -163,10 +139,13 @@ def _trials(base: _Reference) -> _Part:
     facts = {"agreement": single, "trials": count, "trials_needed": needed, "reliability_wanted": wanted,
              "reliability": reliability,
              "jaccard_between_trials": dict(zip(map(str, base.rates), overlap, strict=True))}  # fmt: skip
-    return _Part(answer, rows, _trial_plots(base, facts, halves), facts)
+    base.answers.append(answer)
+    base.facts |= facts
+    base.plots += _trial_plots(base, halves)
 
 
-def _trial_plots(base: _Reference, facts: dict[str, Any], halves: Sequence[float]) -> list[Plot]:
+def _trial_plots(base: _Reference, halves: Sequence[float]) -> list[Plot]:
+    facts = base.facts
     count, needed, single = facts["trials"], facts["trials_needed"], facts["agreement"]
     last = max(2 * count, min(needed or 0, 10 * count))
     numbers = list(range(1, last + 1))
@@ -186,31 +165,28 @@ def _trial_plots(base: _Reference, facts: dict[str, Any], halves: Sequence[float
     ]
 
 
-def _epochs(base: _Reference) -> _Part:
+def _epochs(base: _Reference) -> None:
     """Each epoch with the last one, as means over trials."""
-    values = base.values()
+    values = base.scores.values(base.column, base.sample.rows)
     if values is None or values.shape[2] < 2:
-        return _Part()
+        return
     mean, std, overlaps = base.compare(list(values.mean(axis=1, dtype=np.float64).T), base.low)
     last = values.shape[2] - 1
-    rows = [
-        base.row("epochs", f"epoch {i + 1} of those scored", "the last one", mean[i, last], std[i, last],
-                 [matrix[i, last] for matrix in overlaps])
-        for i in range(last)
-    ]  # fmt: skip
+    names = [*(f"epoch {i + 1} of those scored" for i in range(last)), "the last one"]
+    base.add_rows("epochs", names, ((i, last) for i in range(last)), mean, std, overlaps)
     line, deviations = [float(value) for value in mean[:, last]], [float(value) for value in std[:, last]]
     wanted = base.context.config.studies.stability.reliability
     early = next(i for i, value in enumerate(line) if value >= wanted or i == last)
     until = "only the last one itself" if early == last else f"epoch {early + 1} of {last + 1} on"
-    answer = (
+    base.answers.append(
         f"The first epoch ranks as the last one by {line[0]:.2f}; a correlation of {wanted:g} is reached by {until}."
     )
     series = [Series("with the last epoch", list(range(1, last + 2)), line, deviations, role="ours")]
-    plot = Plot("How early epochs rank", "epoch of those scored", "rank correlation with the last", series)
-    return _Part(answer, rows, [plot], {"first_epoch_agreement": line[0], "epochs_with_last": line})
+    base.plots.append(Plot("How early epochs rank", "epoch of those scored", "rank correlation with the last", series))
+    base.facts |= {"first_epoch_agreement": line[0], "epochs_with_last": line}
 
 
-def _networks(base: _Reference) -> _Part:
+def _networks(base: _Reference) -> None:
     """The configured scoring network with each of studies.stability.networks."""
     config, names, scores = base.context.config, list[str](), [base.score]
     # the same criterion under another network, without the other criteria
@@ -226,53 +202,59 @@ def _networks(base: _Reference) -> _Part:
         names.append(name)
         scores.append(other.read(base.column, base.sample.rows))
     if not names:
-        return _Part(notes=["Scores under other networks were not compared; name some in studies.stability.networks."])
+        base.notes.append("Scores under other networks were not compared; name some in studies.stability.networks.")
+        return
     mean, std, overlaps = base.compare(scores, base.low)
     pairs = list(itertools.combinations(range(len(scores)), 2))
-    rows = base.rows("networks", [config.score.network, *names], pairs, mean, std, overlaps)
+    base.add_rows("networks", [config.score.network, *names], pairs, mean, std, overlaps)
     agreement = {name: float(mean[0, i]) for i, name in enumerate(names, 1)}
     worst = min(agreement, key=lambda name: agreement[name])
-    answer = f"Another network ranks as {config.score.network} does by {agreement[worst]:.2f} ({worst})" + (
-        f" to {max(agreement.values()):.2f}." if len(names) > 1 else "."
+    best = f" to {max(agreement.values()):.2f}" if len(names) > 1 else ""
+    base.answers.append(
+        f"Another network ranks as {config.score.network} does by {agreement[worst]:.2f} ({worst}){best}."
     )
     bars = Series("rank correlation", names, list(agreement.values()), [float(s) for s in std[0, 1:]], "bars", "ours")
-    plot = Plot(f"Scores under other networks than {config.score.network}", "network", "rank correlation", [bars])
-    return _Part(answer, rows, [plot], {"network_agreement": agreement})
+    title = f"Scores under other networks than {config.score.network}"
+    base.plots.append(Plot(title, "network", "rank correlation", [bars]))
+    base.facts["network_agreement"] = agreement
 
 
-def _criteria(base: _Reference) -> _Part:
+def _criteria(base: _Reference) -> None:
     """Every two criteria in the table, with signs such that low is useful."""
     names = base.scores.columns
     if len(names) < 2:
-        return _Part()
+        return
     scores = [base.scores.read(name, base.sample.rows) * (1 if base.scores.low(name) else -1) for name in names]
     mean, std, overlaps = base.compare(scores, low=True)
     pairs = list(itertools.combinations(range(len(names)), 2))
-    rows = base.rows("criteria", names, pairs, mean, std, overlaps)
-    matrix = {a: {b: float(mean[i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)}
-    answer = ""
+    base.add_rows("criteria", names, pairs, mean, std, overlaps)
     if known := [pair for pair in pairs if np.isfinite(mean[pair])]:  # a constant criterion ranks nothing
         i, j = min(known, key=lambda pair: mean[pair])
-        answer = f"Of the criteria, {names[i]} and {names[j]} agree least ({f'{mean[i, j]:.2f}'.replace('-', '−')})."
+        least = f"{mean[i, j]:.2f}".replace("-", "−")
+        base.answers.append(f"Of the criteria, {names[i]} and {names[j]} agree least ({least}).")
     series = [Series(name, names, [float(v) for v in mean[k]], kind="points") for k, name in enumerate(names)]
-    plot = Plot("Criteria against each other, low or high turned to useful", "criterion", "rank correlation", series)
-    return _Part(answer, rows, [plot], {"criteria_agreement": matrix})
+    title = "Criteria against each other, low or high turned to useful"
+    base.plots.append(Plot(title, "criterion", "rank correlation", series))
+    base.facts["criteria_agreement"] = {
+        a: dict(zip(names, map(float, mean[i]), strict=True)) for i, a in enumerate(names)
+    }
 
 
-def _drift(base: _Reference) -> _Part:
+def _drift(base: _Reference) -> None:
     """Losses after several numbers of steps, with the static scores and with those of the stage before."""
     base.context.say("stability: how utility drifts while a set is distilled")
     result = drift.measure(base.context, base.sample)
     if result is None:
-        return _Part(
-            notes=["Drift was not measured: there are not two stages, or no test split (data.holdout makes one)."]
+        base.notes.append(
+            "Drift was not measured: there are not two stages, or no test split (data.holdout makes one)."
         )
+        return
     steps, last = result.steps, len(result.steps)
     vectors = [base.score * (1 if base.low else -1), *result.losses.T, result.again]
     mean, std, overlaps = base.compare(vectors, low=True)
     names = ["static scores", *(f"loss after step {step}" for step in steps), "the same, another network seed"]
     pairs = [*((0, i) for i in range(1, last + 1)), *((i, i + 1) for i in range(1, last)), (1, last), (last, last + 1)]
-    rows = base.rows("stages", names, list(dict.fromkeys(pairs)), mean, std, overlaps)
+    base.add_rows("stages", names, dict.fromkeys(pairs), mean, std, overlaps)
     facts: dict[str, Any] = {"steps": steps, "with_static": [float(v) for v in mean[0, 1 : last + 1]],
              "with_previous": [float(mean[i, i + 1]) for i in range(1, last)], "first_to_last": float(mean[1, last]),
              "another_seed": float(mean[last, last + 1]), "accuracies": result.accuracies}  # fmt: skip
@@ -281,8 +263,9 @@ def _drift(base: _Reference) -> _Part:
         Series("with the stage before", steps[1:], facts["with_previous"]),
     ]
     levels = [("another network seed", facts["another_seed"])]
-    plot = Plot("Utility while a set is distilled", "steps", "rank correlation", series, levels, log_x=True)
-    return _Part(drift_answer(facts), rows, [plot], {"drift": facts})
+    base.plots.append(Plot("Utility while a set is distilled", "steps", "rank correlation", series, levels, log_x=True))
+    base.answers.append(drift_answer(facts))
+    base.facts["drift"] = facts
 
 
 def drift_answer(facts: dict[str, Any]) -> str:

@@ -6,15 +6,8 @@ of the stratum's number with accuracy, over all repetitions, is negative. Not co
 
 from __future__ import annotations
 
+from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import STATIC, UNPRUNED, Finding, StudyContext
-from distill_at_scale.experiments.studies.comparison import (
-    SIGNIFICANT,
-    accuracy_series,
-    criterion_of,
-    rank_correlation,
-    sample_size,
-    spread,
-)
 from distill_at_scale.pipeline.report.plot_spec import Plot
 
 ANSWERS = {
@@ -37,19 +30,19 @@ def study(context: StudyContext) -> Finding:
     unpruned, *strata = context.run([UNPRUNED, *({**stratum, "select.stratum_start": k / count} for k in range(count))])
 
     pairs = [(float(k), value) for k, group in enumerate(strata) for value in group.accuracies]
-    rho, p = rank_correlation([k for k, _ in pairs], [value for _, value in pairs])
-    verdict = "nothing" if p >= SIGNIFICANT else "trustworthy" if rho < 0 else "reversed"
+    rho, p = comparison.rank_correlation([k for k, _ in pairs], [value for _, value in pairs])
+    verdict = "nothing" if p >= comparison.SIGNIFICANT else "trustworthy" if rho < 0 else "reversed"
     means = [group.mean for group in strata]
     best = means.index(max(means)) + 1
-    name, useful = criterion_of(context)
+    name, useful = comparison.criterion_of(context)
     answer = (
         f"The criterion {name} {ANSWERS[verdict]} (Spearman {f'{rho:+.2f}'.replace('-', '−')}, p = {p:.2g}, {len(pairs)} "
-        f"distillations; {spread(strata[0].accuracies)} from the most useful of {count} strata, "
-        f"{spread(strata[-1].accuracies)} from the least; the best is stratum {best})."
+        f"distillations; {comparison.spread(strata[0].accuracies)} from the most useful of {count} strata, "
+        f"{comparison.spread(strata[-1].accuracies)} from the least; the best is stratum {best})."
     )
     paper = f"The paper: a low loss means a high utility; {AGREES[verdict]}."
 
-    notes = [f"{sample_size(len(strata[0].outcomes), section.evaluations)} per stratum."]
+    notes = [f"{comparison.sample_size(len(strata[0].outcomes), section.evaluations)} per stratum."]
     if best not in (1, count):
         notes.append(f"The best is stratum {best} of {count}, neither end: a rank correlation sees only part of that.")
     if min(strata[0].kept_per_class) <= context.config.min_per_class:
@@ -57,7 +50,7 @@ def study(context: StudyContext) -> Finding:
 
     rows = [{"set": f"stratum {k + 1}", **group.figures} for k, group in enumerate(strata)]
     rows.append({"set": "unpruned", **unpruned.figures})
-    bars = accuracy_series("stratum", [str(k + 1) for k in range(count)], strata, "bars")
+    bars = comparison.accuracy_series("stratum", [str(k + 1) for k in range(count)], strata, "bars")
     plot = Plot("Accuracy from one stratum of the scores", "stratum, the most useful first", "top-1", [bars],
                 [("unpruned", unpruned.mean)])  # fmt: skip
     return Finding(

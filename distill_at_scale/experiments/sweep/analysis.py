@@ -16,16 +16,12 @@ from typing import Any
 
 from scipy import stats
 
-from distill_at_scale.experiments.statistics import CONFIDENCE
+from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std
 from distill_at_scale.experiments.statistics import welch as welch_error
 
 KEEP = ("select.keep", "select.per_class")
-RANKING = (
-    "select.criterion",
-    "select.order",
-    "select.scope",
-    "select.stratum_start",
-)  # no effect on a random selection
+# keys without effect on a random selection
+RANKING = ("select.criterion", "select.order", "select.scope", "select.stratum_start")
 SELECTING = ("select.", "runtime.")  # keys without effect on an unpruned run
 TRIAL = ("trial", "seed", "control", "set", "network", "mean", "std", "n", "kept", "of", "seconds", "stopped", "error")
 PARTS = ("ingest", "score", "shared", "select", "distill", "evaluate")  # each has a column of seconds
@@ -46,13 +42,6 @@ class Accuracy:
     @property
     def n(self) -> int:
         return sum(self.networks)
-
-    @property
-    def sample(self) -> tuple[float, float | None, int]:
-        """Mean, standard deviation and size of the independent samples: distillations if there are several."""
-        if len(self.means) > 1:
-            return statistics.fmean(self.means), statistics.stdev(self.means), len(self.means)
-        return self.mean, self.std, self.n
 
 
 @dataclass(frozen=True)
@@ -238,17 +227,18 @@ def _closest(controls: Sequence[Configuration], wanted: Mapping[str, Any]) -> Co
 
 
 def difference(ours: Accuracy, theirs: Accuracy) -> AccuracyDifference | None:
-    """Welch's interval of ours - theirs; None where one side has a single evaluation, whose spread is unknown."""
-    distillations = len(ours.means) > 1 and len(theirs.means) > 1
-    (a, s, n), (b, t, m) = (
-        (ours.sample, theirs.sample)
-        if distillations
-        else ((ours.mean, ours.std, ours.n), (theirs.mean, theirs.std, theirs.n))
-    )
+    """Welch's interval of ours - theirs, over distillations if both sides have several, else over networks.
+
+    None where one side has a single evaluation, whose spread is unknown.
+    """
+    over = "distillations" if min(len(ours.means), len(theirs.means)) > 1 else "networks"
+    if over == "distillations":
+        (a, s, n), (b, t, m) = ((*mean_and_std(one.means), len(one.means)) for one in (ours, theirs))
+    else:
+        (a, s, n), (b, t, m) = ((one.mean, one.std, one.n) for one in (ours, theirs))
     if s is None or t is None:
         return None
-    low, high, p = welch((a, s, n), (b, t, m))
-    return AccuracyDifference(a - b, low, high, p, "distillations" if distillations else "networks", (n, m))
+    return AccuracyDifference(a - b, *welch((a, s, n), (b, t, m)), over, (n, m))
 
 
 def welch(ours: tuple[float, float, int], theirs: tuple[float, float, int]) -> tuple[float, float, float]:

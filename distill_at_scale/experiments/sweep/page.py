@@ -63,8 +63,7 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "table": _table(configurations, ours, best, keys),
         "listed": LISTED,
         "first_plots": FIRST_PLOTS,
-        "failed": _failed(rows, keys),
-        "stopped": _stopped(rows, keys),
+        **_unfinished(rows, keys),
         "settings": pages.as_yaml(config.model_dump()),
     }
 
@@ -130,36 +129,22 @@ def _comparison(result: Recommendation) -> dict[str, Any]:
     """Differences from both controls, and the seconds saved."""
     if result.chosen.set != "distilled":
         return {"over_random": None, "over_unpruned": None, "saved": None}
-    cells = {
-        name: over
-        and {
-            "value": points(over.value),
-            "interval": f"{points(over.low)} to {points(over.high)}",
-            "verdict": over.verdict,
-        }
-        for name, over in (("over_random", result.over_random), ("over_unpruned", result.over_unpruned))
-    }
-    return {**cells, "saved": result.saved if result.chosen.control != "unpruned" else None}
+    cells: dict[str, Any] = {"saved": result.saved if result.chosen.control != "unpruned" else None}
+    for name, over in (("over_random", result.over_random), ("over_unpruned", result.over_unpruned)):
+        interval = over and f"{points(over.low)} to {points(over.high)}"
+        cells[name] = over and {"value": points(over.value), "interval": interval, "verdict": over.verdict}
+    return cells
 
 
-def _failed(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, str]]:
-    failed, names = {row["trial"]: row for row in rows if row.get("error") is not None}, text.short(keys)
-    return [
-        {
-            "trial": str(trial),
-            "name": text.label({key: row.get(key) for key in keys}, names) or str(row.get("control") or ""),
-            "error": str(pages.public(row["error"]))[:LONGEST_ERROR],
-        }
-        for trial, row in failed.items()
-    ]
-
-
-def _stopped(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Trials that the scheduler stopped, the most accurate first."""
-    stopped = {row["trial"]: row for row in rows if row.get("stopped") is not None and row.get("error") is None}
-    names = text.short(keys)
-    result = [
-        {"name": text.label({k: row.get(k) for k in keys}, names), "step": int(row["stopped"]), "mean": row.get("mean")}
-        for row in stopped.values()
-    ]
-    return sorted(result, key=lambda row: -(row["mean"] or 0))
+def _unfinished(rows: Sequence[Row], keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Failed trials, and those that the scheduler stopped, the most accurate first."""
+    names, failed, stopped = text.short(keys), dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    for row in rows:
+        trial, name = str(row["trial"]), text.label({key: row.get(key) for key in keys}, names)
+        if row.get("error") is not None:
+            error = str(pages.public(row["error"]))[:LONGEST_ERROR]
+            failed[trial] = {"trial": trial, "name": name or str(row.get("control") or ""), "error": error}
+        elif row.get("stopped") is not None:
+            stopped[trial] = {"name": name, "step": int(row["stopped"]), "mean": row.get("mean")}
+    by_mean = sorted(stopped.values(), key=lambda row: -(row["mean"] or 0))
+    return {"failed": list(failed.values()), "stopped": by_mean}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from distill_at_scale.experiments.sweep.analysis import (
     KEEP,
@@ -21,7 +21,7 @@ from distill_at_scale.experiments.sweep.analysis import (
     unpruned_of,
 )
 from distill_at_scale.experiments.sweep.text import accuracy, label, short
-from distill_at_scale.pipeline.report.plot_spec import Plot, Series
+from distill_at_scale.pipeline.report.plot_spec import Kind, Plot, Role, Series
 from distill_at_scale.pipeline.report.text import share
 
 RATE = "share of the training samples kept"
@@ -37,8 +37,6 @@ BARS: Mapping[Any, str] = {
     "real": "random real",
 }
 UNITS = ((5400.0, 3600.0, "hours"), (150.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
-
-Role = Literal["ours", "random", "unpruned", "other"]
 
 
 def accuracy_plots(
@@ -70,8 +68,11 @@ def axis_of(configurations: Sequence[Configuration]) -> str | None:
     keys = varying(configurations)
     if any(key in KEEP for key in keys):
         return RATE
-    tried = _selections(configurations)
-    return next((key for key in keys if all(_is_number(one.keys[key]) for one in tried)), None)
+    for key in keys:
+        values = [one.keys[key] for one in _selections(configurations)]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            return key
+    return None
 
 
 def varying(configurations: Sequence[Configuration]) -> list[str]:
@@ -82,10 +83,6 @@ def varying(configurations: Sequence[Configuration]) -> list[str]:
 
 def _selections(configurations: Sequence[Configuration]) -> list[Configuration]:
     return [one for one in configurations if one.control is None] or list(configurations)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _facet_keys(configurations: Sequence[Configuration], axis: str) -> list[str]:
@@ -159,7 +156,7 @@ def _lines(group: Sequence[Configuration], keys: Sequence[str], x_of: Callable[[
 
 
 def _series(name: str, group: Sequence[Configuration], x_of: Callable[[Configuration], float],
-            kind: Literal["line", "points"], role: Role) -> Series:  # fmt: skip
+            kind: Kind, role: Role) -> Series:  # fmt: skip
     group = sorted(group, key=x_of)
     error = [one.accuracy.std for one in group] if kind == "line" else None
     return Series(name, [x_of(one) for one in group], [one.accuracy.mean for one in group], error, kind, role)
@@ -197,7 +194,7 @@ def cost_plot(configurations: Sequence[Configuration]) -> Plot:
     by_control = {name: [one for one in configurations if one.control == name] for name in (None, "random", "unpruned")}
     front = pareto(configurations)
     others = [one for one in by_control[None] if one not in front]
-    parts: list[tuple[str, list[Configuration], Literal["line", "points"], Role]] = [
+    parts: list[tuple[str, list[Configuration], Kind, Role]] = [
         ("Pareto front", front, "line", "ours"),
         ("other configurations", others, "points", "other"),
         ("random selection", by_control["random"], "points", "random"),

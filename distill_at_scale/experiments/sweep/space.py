@@ -57,7 +57,13 @@ def dimensions(config: Config) -> dict[str, Any]:
             "sweep.space is empty; give at least one key, for example sweep.space={select.keep: [0.1, 0.3]}"
         )
     for key, values in space.items():
-        _check_key(key)
+        for name, why in REFUSED.items():
+            if f"{key}.".startswith(f"{name}."):
+                raise UserError(f"{key} (in {ORIGIN}) cannot be swept: {why}; take it out")
+        if is_execution_key(Config, key):
+            raise UserError(f"{key} (in {ORIGIN}) cannot be swept: results do not depend on it; take it out")
+        if "." not in key:
+            raise UserError(f"{key} (in {ORIGIN}) is a section; write section.key, for example select.keep")
         for value in _examples(config, key, values):
             with_overrides(config, {key: value}, ORIGIN)
     return space
@@ -111,16 +117,6 @@ def _flatten(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flatten(values, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", values
-
-
-def _check_key(key: str) -> None:
-    for name, why in REFUSED.items():
-        if f"{key}.".startswith(f"{name}."):
-            raise UserError(f"{key} (in {ORIGIN}) cannot be swept: {why}; take it out")
-    if is_execution_key(Config, key):
-        raise UserError(f"{key} (in {ORIGIN}) cannot be swept: results do not depend on it; take it out")
-    if "." not in key:
-        raise UserError(f"{key} (in {ORIGIN}) is a section; write section.key, for example select.keep")
 
 
 def _examples(config: Config, key: str, values: Any) -> Sequence[Any]:

@@ -102,25 +102,21 @@ def pooled_rows(table: pa.Table) -> list[dict[str, str]]:
         words = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in keys.items()]
         name = " ".join([*([row["control"]] if row["control"] else []), *words])
         groups.setdefault((name, row["set"], row["network"] or ""), []).append(row)
-    result = [_pooled_row(name, which, network, rows) for (name, which, network), rows in groups.items()]
-    return [text for _, text in sorted(result, key=lambda pair: pair[0])]
-
-
-def _pooled_row(
-    name: str, which: str, network: str, rows: Sequence[dict[str, Any]]
-) -> tuple[tuple[bool, float], dict[str, str]]:
-    """A row of the printed table, after the key that it is sorted by."""
-    means = [row["mean"] for row in rows if row["mean"] is not None]
-    mean, std = mean_and_std(means) if means else (-1.0, None)
-    if len(means) == 1:
-        std = next(row["std"] for row in rows if row["mean"] is not None)
-    accuracy = f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}") if means else "failed"
-    stops = dict.fromkeys(f"(stopped after {row['stopped']})" for row in rows if row["stopped"] is not None)
-    return (rows[0]["control"] is None, mean), {
-        "configuration": name,
-        "set": which,
-        "network": network,
-        "accuracy": " ".join([accuracy, *stops]),
-        "n": str(len(means)) if len(rows) > 1 else str(rows[0]["n"] or 0),
-        "seconds": f"{sum(row['seconds'] or 0.0 for row in rows):.1f}",
-    }
+    result = []
+    for (name, which, network), rows in groups.items():
+        means = [row["mean"] for row in rows if row["mean"] is not None]
+        mean, std = mean_and_std(means) if means else (-1.0, None)
+        if len(means) == 1:
+            std = next(row["std"] for row in rows if row["mean"] is not None)
+        accuracy = f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}") if means else "failed"
+        stops = dict.fromkeys(f"(stopped after {row['stopped']})" for row in rows if row["stopped"] is not None)
+        shown = {
+            "configuration": name,
+            "set": which,
+            "network": network,
+            "accuracy": " ".join([accuracy, *stops]),
+            "n": str(len(means)) if len(rows) > 1 else str(rows[0]["n"] or 0),
+            "seconds": f"{sum(row['seconds'] or 0.0 for row in rows):.1f}",
+        }
+        result.append(((rows[0]["control"] is None, mean), shown))
+    return [shown for _, shown in sorted(result, key=lambda pair: pair[0])]

@@ -105,44 +105,33 @@ def headline(result: Recommendation, shared: Recommendation | None = None, named
 
 def reasons(result: Recommendation, shared: Recommendation | None = None) -> list[str]:
     """Sentences: why this one, its differences from the controls, its savings, and the choice for shared scoring."""
-    sentences = [why(result), cheaper(result)]
-    if result.chosen.kept < result.chosen.of and result.chosen.control is None:
+    one, best = result.chosen, result.best
+    if one is best:
+        sentences = ["It has the best accuracy of all, and none within one standard deviation of it costs less."]
+    else:
+        low = best.accuracy.mean - (best.accuracy.std or 0)
+        sentences = [
+            f"It is the cheapest within one standard deviation of the best ({describe(best)}: {accuracy(best.accuracy)} in "
+            f"{duration(best.cost)}, so at least {100 * low:.1f}{NBSP}%)."
+        ]
+    if (random := result.cheaper_random) is not None:
+        sentences.append(
+            f"Within the same deviation and cheaper still is {describe(random)}: {accuracy(random.accuracy)} in "
+            f"{duration(random.cost)}; a random draw needs no scoring."
+        )
+    if one.kept < one.of and one.control is None:
         sentences.append(against_random(result))
     if result.over_unpruned:
         sentences.append(f"Against the unpruned control: {interval(result.over_unpruned)}.")
-    sentences += [saving(result), once_scored(result, shared), spread(result.chosen.accuracy)]
+    sentences.append(saving(result))
+    if shared and shared.chosen is not one and shared.unpruned is not None and shared.saved_shared is not None:
+        sentences.append(
+            f"Where the {shared.chosen.sharing} trials of a sweep share scoring, the cheapest within the same deviation is "
+            f"{describe(shared.chosen)}: {accuracy(shared.chosen.accuracy)}; it "
+            f"{_saved(shared.saved_shared, shared.unpruned.cost)} for each distillation."
+        )
+    sentences.append(spread(one.accuracy))
     return [sentence for sentence in sentences if sentence]
-
-
-def why(result: Recommendation) -> str:
-    best = result.best
-    if result.chosen is best:
-        return "It has the best accuracy of all, and none within one standard deviation of it costs less."
-    low = best.accuracy.mean - (best.accuracy.std or 0)
-    return (
-        f"It is the cheapest within one standard deviation of the best ({describe(best)}: {accuracy(best.accuracy)} in "
-        f"{duration(best.cost)}, so at least {100 * low:.1f}{NBSP}%)."
-    )
-
-
-def cheaper(result: Recommendation) -> str:
-    if (one := result.cheaper_random) is None:
-        return ""
-    return (
-        f"Within the same deviation and cheaper still is {describe(one)}: {accuracy(one.accuracy)} in {duration(one.cost)}; "
-        "a random draw needs no scoring."
-    )
-
-
-def once_scored(result: Recommendation, shared: Recommendation | None) -> str:
-    """The recommendation for shared scoring, if it is another one."""
-    if shared is None or shared.chosen is result.chosen or shared.unpruned is None or shared.saved_shared is None:
-        return ""
-    one = shared.chosen
-    return (
-        f"Where the {one.sharing} trials of a sweep share scoring, the cheapest within the same deviation is {describe(one)}: "
-        f"{accuracy(one.accuracy)}; it {_saved(shared.saved_shared, shared.unpruned.cost)} for each distillation."
-    )
 
 
 def against_random(result: Recommendation) -> str:

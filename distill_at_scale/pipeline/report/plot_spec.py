@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Role = Literal["ours", "random", "unpruned", "other"]  # decides the colour
+Kind = Literal["line", "points", "bars"]
+
 
 @dataclass(frozen=True)
 class Series:
@@ -15,8 +18,8 @@ class Series:
     x: Sequence[float] | Sequence[str]
     y: Sequence[float]
     error: Sequence[float | None] | None = None
-    kind: Literal["line", "points", "bars"] = "line"
-    role: Literal["ours", "random", "unpruned", "other"] = "other"  # decides the colour
+    kind: Kind = "line"
+    role: Role = "other"
 
 
 @dataclass(frozen=True)

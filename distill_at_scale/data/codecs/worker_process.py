@@ -72,7 +72,6 @@ class IsolatedFunction:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, None while it is not running."""
         return None if self._process is None else self._process.pid
 
     def call(self, header: Mapping[str, Any], body: bytes, seconds: float) -> tuple[Header, bytearray]:
@@ -202,7 +201,6 @@ def _memory() -> tuple[int, int]:
 
 
 def _limit_memory(added: int) -> None:
-    """Limits the address space to what the process has now plus `added` bytes."""
     if sys.platform == "linux":
         limit = _memory()[0] + added
         _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -53,7 +53,6 @@ class Recipe:
     max_bytes: int = 2**28
 
     def tally(self) -> Counter[str]:
-        """How many clips each decoder has decoded so far."""
         return Counter() if isinstance(self.decoder, ImageDecoder | TensorDecoder) else self.decoder.tally.copy()
 
     def decode(self, name: str, raw: Raw) -> tuple[np.ndarray[Any, Any], str | None]:

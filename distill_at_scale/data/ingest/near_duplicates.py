@@ -19,6 +19,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.image import Array, encode
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import stack_frames
+from distill_at_scale.data.sources.base import first_duplicate
 
 READ_BYTES = 32 * 2**20  # of near-duplicates in memory at once
 SHIFT, CONTRAST, BRIGHTNESS, NOISE = 1 / 8, 0.2, 0.1, 0.02  # of the side; of 1; of the scale; of the scale
@@ -50,10 +51,7 @@ def duplicated(prepared: PreparedDataset, data: DataSection, seed: int) -> Itera
         numbers = np.repeat(np.arange(data.copies), len(ids))
         names = pa.concat_arrays([ids, *(pc.binary_join_element_wise(ids, str(k), "#") for k in range(1, data.copies))])
         order = pc.sort_indices(names).to_numpy()
-        in_order = names.take(pa.array(order))
-        twice = pc.equal(in_order.slice(1), in_order.slice(0, max(0, len(in_order) - 1)))
-        if twice.true_count:
-            name = in_order[pc.index(twice, True).as_py()].as_py()
+        if (name := first_duplicate(pa.chunked_array([names]))) is not None:
             raise UserError(
                 f"data.transform = near_duplicates would name two samples {name!r}; rename the sample of this id, or leave "
                 "the transform out"

@@ -62,7 +62,6 @@ class IngestPlan:
 
     @property
     def samples(self) -> int:
-        """Number of samples to read."""
         return sum(table.num_rows for table in self.listings.values())
 
     @property
@@ -76,7 +75,6 @@ def listing_path(folder: Path, split: str) -> Path:
 
 
 def map_arrow(path: Path) -> pa.Table:
-    """An Arrow file as a memory-mapped table."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 
@@ -126,7 +124,6 @@ def plan(config: Config) -> IngestPlan:
 
 
 def _without_samples(names: list[str], empty: np.ndarray[Any, Any], aside: pa.Table | None, place: str) -> str:
-    """Message: which classes have no training sample, an example of why, and what to do."""
     one = f"the class {names[empty[0]]!r} has no training sample in {place}"
     many = f"{len(empty)} of {len(names)} classes have no training sample in {place}, for example {names[empty[0]]!r}"
     why = ""

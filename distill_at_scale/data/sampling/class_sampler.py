@@ -106,7 +106,6 @@ class ClassSampler:
         ]
 
     def _take(self, request: DrawRequest) -> list[tuple[Tensor, Tensor]]:
-        """Stored values and their rows, per label."""
         drawn = []
         for label in request.labels:
             generator = rng.generator(self.seed, request.purpose, *request.index, label)

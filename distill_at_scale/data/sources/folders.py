@@ -16,14 +16,7 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import (
-    Column,
-    FileSource,
-    by_split,
-    listing,
-    set_aside_table,
-    split_word,
-)
+from distill_at_scale.data.sources.base import Column, FileSource, by_split, listing, set_aside_table, split_word
 from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.storage.filesystem import Store, join_path
 

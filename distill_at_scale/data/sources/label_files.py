@@ -57,7 +57,6 @@ class LabelFiles:
                 yield number, line
 
     def place(self, name: str) -> str:
-        """The full name of a file, for messages."""
         folder = next((path.rpartition("/")[0] for path in self.paths.values()), "")
         return self.store.place(self.paths.get(name, join_path(folder, name)))
 

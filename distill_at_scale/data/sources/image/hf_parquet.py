@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -23,14 +24,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.data.sources.base import (
-    MAX_LABEL,
-    by_split,
-    data_store,
-    first_duplicate,
-    listing,
-    split_word,
-)
+from distill_at_scale.data.sources.base import MAX_LABEL, by_split, data_store, first_duplicate, listing, split_word
 from distill_at_scale.storage.filesystem import is_access_error
 
 T = TypeVar("T")
@@ -124,12 +118,13 @@ class HuggingFaceParquet:
         """A hash of the files' footers: schema, and sizes and statistics of all column chunks."""
 
         def footer(name: str) -> list[Any]:
-            size = self.store.size(name) or 0
-            length = int.from_bytes(self.store.read_range(name, max(0, size - 8), 4), "little")
-            content = self.store.read_range(name, max(0, size - 8 - length), length)
-            return [name.rpartition("/")[2], hashlib.sha256(content).hexdigest(), size]
+            with self._reading(name):
+                size = self.store.size(name) or 0
+                length = int.from_bytes(self.store.read_range(name, max(0, size - 8), 4), "little")
+                content = self.store.read_range(name, max(0, size - 8 - length), length)
+                return [name.rpartition("/")[2], hashlib.sha256(content).hexdigest(), size]
 
-        return digest(self._map_files(lambda name: self._checked(name, lambda: footer(name)), self.files[split]))
+        return digest(self._map_files(footer, self.files[split]))
 
     def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
         """Reads each row group once when rows come in file order; the last one stays open between calls.
@@ -181,17 +176,14 @@ class HuggingFaceParquet:
 
         Raises UserError for more than `max_bytes` unpacked bytes, and for another number of rows than the footer's `rows`.
         """
-
-        def read() -> pa.Table:
-            size, batches = 0, []
+        size, batches = 0, []
+        with self._reading(name):
             for batch in file.iter_batches(BATCH_ROWS, groups, columns):
                 size += batch.nbytes
                 batches.append(batch)
                 if size > max_bytes:
                     raise pa.ArrowInvalid(f"it unpacks to more than {max_bytes:,} bytes in one piece")
-            return pa.Table.from_batches(batches, file.schema_arrow if not batches else None)
-
-        table = self._checked(name, read)
+            table = pa.Table.from_batches(batches, file.schema_arrow if not batches else None)
         if table.num_rows != rows:
             raise UserError(
                 f"{self.store.place(name)} holds {table.num_rows:,} rows, not the {rows:,} it claims; download it again"
@@ -207,24 +199,19 @@ class HuggingFaceParquet:
         return self._open[1:]
 
     def _parquet(self, name: str) -> Any:
-        def open_file() -> Any:
+        with self._reading(name):
             file = pq.ParquetFile(self.store.open_native(name), pre_buffer=not self.store.local)
             _ = file.schema_arrow  # parsed on access, and may be damaged too
-            return file
-
-        file = self._checked(name, open_file)
         rows, size = file.metadata.num_rows, self.store.size(name) or 0
         if rows > MAX_ROWS_PER_BYTE * size:
             raise UserError(f"{self.store.place(name)} claims {rows:,} rows in {size:,} bytes; download it again")
         return file
 
-    def _checked(self, name: str, function: Callable[[], T]) -> T:
-        """Calls a function that reads a file.
-
-        Raises UserError if it is missing or not a Parquet file, and Unreachable if the storage refuses.
-        """
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Raises UserError if a file is missing or not a Parquet file, and Unreachable if the storage refuses."""
         try:
-            return function()
+            yield
         except UserError:
             raise
         except FileNotFoundError:
@@ -278,7 +265,6 @@ class HuggingFaceParquet:
         return pa.table({"label": labels, **paths})
 
     def _labels(self, column: pa.ChunkedArray, name: str) -> np.ndarray[Any, Any]:
-        """The index in class_names of each label of a file."""
         names, is_text = self.class_names, _is_text(column.type)
         indices = pc.index_in(column, pa.array(names, pa.string())) if is_text else column.cast(pa.int64(), safe=False)
         labels = indices.cast(pa.int64()).fill_null(-1).to_numpy()

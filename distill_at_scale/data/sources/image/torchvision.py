@@ -107,7 +107,6 @@ class TorchvisionSet:
 
 
 def _find_set(store: Store) -> tuple[Layout, str]:
-    """The only set below a folder, and its own folder."""
     root = os.path.abspath(store.place()) if store.local else store.place()
     sets = []
     for layout in LAYOUTS:

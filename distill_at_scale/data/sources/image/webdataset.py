@@ -96,7 +96,6 @@ class WebDataset:
         return tar.read(self.store, rows)
 
     def _index(self, split: str) -> pa.Table:
-        """The samples in the shards of a split (schema INDEX); cached."""
         if split not in self._indices:
             function = partial(index_shard, self.store, label_keys=(self.config.label_column, "cls"))
             index = pa.concat_tables(tar.map_in_threads(function, sorted(self.shards[split]), self.threads))

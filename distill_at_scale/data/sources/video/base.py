@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import INT32, INT64, TEXT, FileSource, listing, rows_to_table, set_aside_table
 from distill_at_scale.data.sources.folders import VIDEOS, below, labels_of, no_videos, owners_of
-from distill_at_scale.data.sources.label_files import LabelFiles
+from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.storage.filesystem import join_path
 
 # Rows of lists: `key` identifies the clip in rows and files, `split` is "train", "test" or "" for a clip in neither,
@@ -63,7 +63,6 @@ def join_rows(rows: pa.Table, files: pa.Table) -> Joined:
 
 
 def _first_index(values: pa.Array) -> np.ndarray[Any, Any]:
-    """The index of the first occurrence of each value."""
     return pc.index_in(values, values).to_numpy(zero_copy_only=False)
 
 
@@ -76,14 +75,19 @@ class ListedVideos(FileSource, ABC):
     clips = True
     home_names: tuple[str, ...] = ()  # folders of the root that may hold the data, else it is the root
     flat = False  # whether clips lie in no class folders
+    list_pattern: str  # of the names of the lists; `list_example` is one of them
+    list_example: str
+    list_folders: tuple[str, ...]  # where lists may be, besides the root
+    lists_above = False  # whether lists may also be in the folder that holds the root
 
     @property
     @abstractmethod
     def class_names(self) -> list[str]: ...
 
-    @property
-    @abstractmethod
-    def lists(self) -> LabelFiles: ...
+    @cached_property
+    def lists(self) -> LabelFiles:
+        names = self.list_pattern, self.list_example, self.list_folders
+        return find_label_files(self.config, self.store, *names, self.lists_above)
 
     @property
     def unlisted_reason(self) -> str:

@@ -13,7 +13,6 @@ from functools import cached_property
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
-from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.data.sources.video.base import ListedVideos
 
 LIST = re.compile(r"(?P<owner>.+)_test_split(?P<fold>[123])\.txt")
@@ -23,13 +22,8 @@ SPLITS = {"1": "train", "2": "test", "0": ""}
 
 class Hmdb51(ListedVideos):
     home_names = ("hmdb51_org", "hmdb51", "HMDB51")
-
-    @cached_property
-    def lists(self) -> LabelFiles:
-        folders = ("testTrainMulti_7030_splits", "test_train_splits")
-        return find_label_files(
-            self.config, self.store, LIST.pattern, "brush_hair_test_split1.txt", folders, above=True
-        )
+    list_pattern, list_example = LIST.pattern, "brush_hair_test_split1.txt"
+    list_folders, lists_above = ("testTrainMulti_7030_splits", "test_train_splits"), True
 
     @cached_property
     def class_names(self) -> list[str]:

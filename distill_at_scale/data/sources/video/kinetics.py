@@ -54,7 +54,6 @@ class Kinetics(FileSource):
         return list(self.matched.splits)
 
     def listing(self, split: str) -> pa.Table:
-        """The clips that are listed and have a file."""
         return self.matched.listings[split]
 
     def set_aside(self, split: str) -> pa.Table:

@@ -15,7 +15,6 @@ from typing import Any
 
 from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.data.sources.video.base import ListedVideos
 
 PREFIX = "something-something-v2-"
@@ -26,16 +25,12 @@ SPLITS = {"train": "train", "validation": "test", "test": ""}  # list -> split
 class SomethingV2(ListedVideos):
     home_names = ("20bn-something-something-v2", "videos")
     flat = True
+    list_pattern = rf"(?:{PREFIX})?(?:train|validation|test|labels)\.json"
+    list_example, list_folders = f"{PREFIX}train.json", ("labels", "annotations")
     unlisted_reason = "in no list (training, validation or test)"
 
     @cached_property
-    def lists(self) -> LabelFiles:
-        pattern = rf"(?:{PREFIX})?(?:train|validation|test|labels)\.json"
-        return find_label_files(self.config, self.store, pattern, f"{PREFIX}train.json", ("labels", "annotations"))
-
-    @cached_property
     def class_names(self) -> list[str]:
-        """The classes by their numbers in labels.json; raises UserError unless the numbers are 0..n-1."""
         name = self._list_name("labels")
         numbered = self._json(name, dict)
         numbers = [int(number) if str(number).isdecimal() else -1 for number in numbered.values()]

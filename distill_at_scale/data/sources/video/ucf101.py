@@ -14,7 +14,6 @@ from functools import cached_property
 from distill_at_scale.config.load import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
-from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
 from distill_at_scale.data.sources.video.base import ListedVideos
 
 CLASSES = "classInd.txt"
@@ -23,15 +22,11 @@ LINE = re.compile(r"([^/]+)/([^/]+?)(?:\s+(\d+))?")
 
 class Ucf101(ListedVideos):
     home_names = ("UCF-101", "UCF101")
-
-    @cached_property
-    def lists(self) -> LabelFiles:
-        pattern = r"classInd\.txt|(?:train|test)list0[123]\.txt"
-        return find_label_files(self.config, self.store, pattern, CLASSES, ("ucfTrainTestlist",), above=True)
+    list_pattern, list_example = r"classInd\.txt|(?:train|test)list0[123]\.txt", CLASSES
+    list_folders, lists_above = ("ucfTrainTestlist",), True
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes by their numbers in classInd.txt; raises UserError unless the numbers are 1..n."""
         place = self.lists.place(CLASSES)
         numbered: dict[int, str] = {}
         for line_number, line in self.lists.lines(CLASSES):

@@ -102,17 +102,17 @@ def write_prepared(
     counts = np.bincount(labels).tolist()
     meta = {"class_names": [f"c{i}" for i in range(len(counts))], "shape": list(shape), "counts": {"train": counts},
             "mean": [0.5] * shape[0], "std": [0.25] * shape[0], "chunk": chunk}  # fmt: skip
-    write_meta(folder, meta, "made up")
+    write_meta(folder, meta, "synthetic")
     return PreparedDataset(folder)
 
 
 class Run:
-    """A pipeline in this process, and what it said."""
+    """A pipeline in this process and its console output."""
 
     def __init__(self, config: Config):
-        self.said = io.StringIO()
+        self.log = io.StringIO()
         self.config, self.dir = config, Path(config.run.dir)
-        self.pipeline = Pipeline(config, LocalExecutor, Display(Console(file=self.said, width=200)))
+        self.pipeline = Pipeline(config, LocalExecutor, Display(Console(file=self.log, width=200)))
 
     def stages(self, *stages: str) -> Run:
         self.pipeline.run(stages)
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def text(self) -> str:
-        return self.said.getvalue()
+        return self.log.getvalue()
 
 
 def leave_group() -> None:

@@ -64,8 +64,8 @@ class FakePointSet:
         config = self.configured(point)
         self.tried.append(config)
         each = min(EACH, max(config.min_per_class, int(config.select.rate * EACH + 0.5)))
-        found = self.accuracy(config, each / EACH)
-        per_class = [found] * CLASSES if isinstance(found, float | int) else list(found)
+        result = self.accuracy(config, each / EACH)
+        per_class = [result] * CLASSES if isinstance(result, float | int) else list(result)
         shift = self.noise * (-1, 0, 1)[point.seed % 3]
         rows = [
             {"set": "distilled", "network": "convnet", "seed": seed, "top1": sum(per_class) / CLASSES + shift,

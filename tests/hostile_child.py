@@ -11,7 +11,7 @@ def tries_to_write(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any],
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     try:
         Path(header["path"]).write_bytes(b"x")
-        said = "written"
+        outcome = "written"
     except OSError as error:
-        said = str(error.strerror)
-    return {"said": said, "no_new_privileges": status["NoNewPrivs"].strip()}, b""
+        outcome = str(error.strerror)
+    return {"outcome": outcome, "no_new_privileges": status["NoNewPrivs"].strip()}, b""

@@ -52,9 +52,9 @@ def test_a_resumed_distillation_on_the_gpu_ends_with_the_same_images(tmp_path, p
     def images(steps: int, folder: str) -> torch.Tensor:
         config = make_config(tmp_path, **keys(method, distill__steps=steps, runtime__rule="loss"))
         here = type(places)(places.prepared, places.manifest, tmp_path / folder, tmp_path / f"{folder}.jsonl")
-        made = Distillation(config, here, SingleProcess(), torch.device("cuda")).run()
-        assert made is not None
-        return made.images
+        result = Distillation(config, here, SingleProcess(), torch.device("cuda")).run()
+        assert result is not None
+        return result.images
 
     whole = images(6, "whole")
     images(4, "parts")

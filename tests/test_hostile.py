@@ -71,7 +71,7 @@ LAUGHS = [f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("\n".join(["a: &a [1, 2]", *LAUGHS]), "values with its aliases"),
         ("run: &a {dir: *a}", "values with its aliases"),
@@ -80,9 +80,9 @@ LAUGHS = [f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name
         ("# " + "x" * 2**20, "not a configuration"),
     ],
 )
-def test_bombs_of_yaml_are_refused(tmp_path, text, said):
+def test_bombs_of_yaml_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         configuration.load(tmp_path / "c.yaml")
 
 
@@ -226,13 +226,13 @@ def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
 
 
 def test_what_steers_a_terminal_is_written_out():
-    said = io.StringIO()
-    Display(Console(file=said, width=200)).say("a\x1b[2Jb\x07\u202ec\nd\udcff")
-    assert said.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\\udcff\n"
+    output = io.StringIO()
+    Display(Console(file=output, width=200)).say("a\x1b[2Jb\x07\u202ec\nd\udcff")
+    assert output.getvalue() == "a\\x1b[2Jb\\x07\\u202ec\nd\\udcff\n"
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"class_names": "ab"}, "class_names"),
         ({"normalization": {"mean": [0.5], "std": [0.0]}}, "std above 0"),
@@ -240,7 +240,7 @@ def test_what_steers_a_terminal_is_written_out():
         ({"class_names": ["a"]}, "outside 0..0"),
     ],
 )
-def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, said):
+def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, message):
     card = {"class_names": ["a", "b"], "normalization": {"mean": [0.5], "std": [0.25]}, "protocol": {}}
     safetensors_io.write(
         tmp_path / "synthetic.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
@@ -248,7 +248,7 @@ def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, said):
     (tmp_path / "card.json").write_text(json.dumps(card))
     synthetic_set.load(tmp_path)
     (tmp_path / "card.json").write_text(json.dumps(card | wrong))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         synthetic_set.load(tmp_path)
 
 
@@ -257,7 +257,7 @@ def test_the_decoders_process_writes_no_file_and_gains_no_rights(tmp_path):
     child = IsolatedFunction("hostile_child:tries_to_write")
     answer, _ = child.call({"path": str(tmp_path / "x")}, b"", 60)
     child.close()
-    assert answer == {"said": "File too large", "no_new_privileges": "1"}
+    assert answer == {"outcome": "File too large", "no_new_privileges": "1"}
 
 
 def test_a_pickle_in_a_place_of_weights_is_not_run(tmp_path):

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def runner(tmp_path):
     from distill_at_scale.cluster.actor_runner import ActorRunner
 
-    made = ActorRunner(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None)
-    yield made
-    made.close()
+    runner = ActorRunner(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None)
+    yield runner
+    runner.close()
     assert ray.is_initialized(), "a Ray that was there before stays"
 
 
@@ -119,12 +119,12 @@ def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, t
     display = Display(Console(quiet=True))
     config = tiny_config(tmp_path / "pooled", cluster__address=None)
     point_set = PointSet(config, runner, display)
-    found = point_set.run([*points(), points()[0]])
-    assert [outcome.kept for outcome in found[::2]] == [found[0].kept, found[0].of, found[0].kept]
-    assert found[0].kept < found[0].of
+    outcomes = point_set.run([*points(), points()[0]])
+    assert [outcome.kept for outcome in outcomes[::2]] == [outcomes[0].kept, outcomes[0].of, outcomes[0].kept]
+    assert outcomes[0].kept < outcomes[0].of
     records = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "pooled" / "points").glob("*/stages/*.json")}
     again = PointSet(config, runner, display).run(points())
-    assert [outcome.accuracy() for outcome in again] == [outcome.accuracy() for outcome in found[:4]]
+    assert [outcome.accuracy() for outcome in again] == [outcome.accuracy() for outcome in outcomes[:4]]
     assert {path: path.stat().st_mtime_ns for path in records} == records
     alone = PointSet(tiny_config(tmp_path / "alone"), LocalRunner(), display).run(points())
     assert [outcome.accuracy() for outcome in alone] == [outcome.accuracy() for outcome in again]

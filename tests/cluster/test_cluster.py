@@ -136,11 +136,11 @@ def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path,
     spared = tmp_path / "spared"
     spared.touch()
     expected = distilled(plugged(spared), finished, tmp_path / "whole")
-    said: list[str] = []
-    resumed = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken", said.append)
+    lines: list[str] = []
+    resumed = distilled(plugged(tmp_path / "killed"), finished, tmp_path / "broken", lines.append)
     assert (tmp_path / "killed").exists(), "nothing was killed, so nothing was tested"
     assert torch.equal(resumed.images, expected.images)
-    assert "  workers were lost; resuming from step 6; 0 steps are repeated" in said
+    assert "  workers were lost; resuming from step 6; 0 steps are repeated" in lines
 
 
 @pytest.mark.slow
@@ -149,9 +149,9 @@ def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
     config = settings(
         tmp_path, data={"source": "fault_plugins:KillingSource", "path": str(marker)}, cluster={"actors": 1}
     )
-    said: list[str] = []
-    Pipeline(config, lambda: executor(config, said.append), quiet()).run(("ingest",))
-    assert "  1 unit of work was repeated after losses, and counted once" in said
+    lines: list[str] = []
+    Pipeline(config, lambda: executor(config, lines.append), quiet()).run(("ingest",))
+    assert "  1 unit of work was repeated after losses, and counted once" in lines
     assert marker.exists(), "nothing was killed, so nothing was tested"
     assert (
         PreparedDataset(Path(config.run.dir) / "prepared").fingerprint

@@ -70,11 +70,11 @@ def work(rank: int, folder: str, places: DistillPaths) -> None:
             with torch.no_grad():
                 poisoned.method.images[0].fill_(float("inf"))
         messages.append(_message(poisoned))
-    found = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
-    group.all_reduce_sum(list(found.values()))
+    results = {"sum": torch.tensor([1.0 + rank, 2.0]), "other": torch.full((2, 2), float(rank))}
+    group.all_reduce_sum(list(results.values()))
     facts = {
         "messages": messages,
-        "sum": [t.tolist() for t in found.values()],
+        "sum": [t.tolist() for t in results.values()],
         "gather": group.gather(rank),
         "broadcast": group.broadcast(10 + rank),
         "highest": [group.all_reduce_max(2 * rank), group.all_reduce_max(0)],
@@ -142,7 +142,7 @@ def test_the_log_of_two_workers_is_one_log(pair, places):
 
 def test_two_workers_stop_together_where_one_diverges(pair):
     """Class 1 belongs to the second worker; the first stops with its message too."""
-    (first, second) = (found["messages"] for found in facts(pair))
+    (first, second) = (result["messages"] for result in facts(pair))
     assert first == second
     assert "is not finite at step" in first[0]
     assert "class '1' is not finite at step 0, image learning rate 0.1" in first[1]
@@ -159,9 +159,9 @@ def test_the_state_that_diverging_workers_leave_is_finite(pair):
 
 
 def test_a_group_adds_gathers_and_tells(pair):
-    for found in facts(pair):
-        assert found["sum"] == [[3.0, 4.0], [[1.0, 1.0], [1.0, 1.0]]]
-        assert found["gather"] == [0, 1]
-        assert found["broadcast"] == 10
-        assert found["highest"] == [2, 0]
-        assert found["first"] == "second"
+    for result in facts(pair):
+        assert result["sum"] == [[3.0, 4.0], [[1.0, 1.0], [1.0, 1.0]]]
+        assert result["gather"] == [0, 1]
+        assert result["broadcast"] == 10
+        assert result["highest"] == [2, 0]
+        assert result["first"] == "second"

@@ -139,8 +139,8 @@ def test_a_group_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, digi
             cluster.remove_node(lost, allow_graceful=False)
             until(lambda: reached(log, 12), command, "the one left did six more")
             cluster.add_node(**node)
-        said, _ = command.communicate(timeout=300)
-        assert command.returncode == 0, said
+        output, _ = command.communicate(timeout=300)
+        assert command.returncode == 0, output
     began = held(log)
     assert (began[0], began[-1]) == (2, 2)
     assert 1 in began

@@ -83,29 +83,29 @@ def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
         return answer
 
     monkeypatch.setattr(train_group, "FOLLOW", -1.0)
-    answers, said = iter(["one group", None, "one group", None, "another group"]), []
+    answers, lines = iter(["one group", None, "one group", None, "another group"]), []
     look = train_group._noticing(
-        SimpleNamespace(read=read, remote=True), lambda: said.append("log"), lambda: said.append("lost")
+        SimpleNamespace(read=read, remote=True), lambda: lines.append("log"), lambda: lines.append("lost")
     )
     for _ in range(5):
         look()
-    assert said == ["log"] * 4 + ["lost", "log"]
+    assert lines == ["log"] * 4 + ["lost", "log"]
 
 
 def test_losses_are_counted_anew_where_more_is_done(monkeypatch):
     """Two attempts make progress before they lose too many workers, the third does not."""
-    done, said = iter([0, 6, 6, 8, 8, 8]), []
+    done, lines = iter([0, 6, 6, 8, 8, 8]), []
 
     def attempt(group, sharing, say):
         raise WorkersLost("distill: processes were lost more often than 3 (killed)")
 
     monkeypatch.setattr(train_group, "_attempt", attempt)
     with pytest.raises(WorkersLost):
-        train_group.run(SimpleNamespace(saved=lambda: next(done)), 1, said.append)
+        train_group.run(SimpleNamespace(saved=lambda: next(done)), 1, lines.append)
     message = "  progress was made; resetting the failure count (distill: processes were lost more often than 3)"
-    assert said == [message] * 2
+    assert lines == [message] * 2
     monkeypatch.setattr(train_group, "_attempt", lambda group, sharing, say: None)
-    assert train_group.run(SimpleNamespace(saved=lambda: 0), 1, said.append) is None
+    assert train_group.run(SimpleNamespace(saved=lambda: 0), 1, lines.append) is None
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from distill_at_scale.cluster import pending_resources  # noqa: E402
 
 def test_a_sentence_names_what_is_asked_for_and_what_the_cluster_has():
     pending = {(("CPU", 1.0),): 2, (("CPU", 4.0), ("GPU", 0.5)): 1}
-    said = pending_resources.sentence("distill", pending, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0})
-    assert said == (
+    sentence = pending_resources.sentence("distill", pending, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0})
+    assert sentence == (
         "distill waits for 2 workers with 1 core each and 1 worker with 4 cores and 0.5 GPUs each; "
         "the cluster has 8 cores, 1 free and 1 GPU, 0 free"
     )
@@ -32,12 +32,12 @@ def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
 
     holder = Holder.remote()
     assert ray.get(holder.here.remote())
-    lines, said = list[str](), threading.Event()
+    lines, reported = list[str](), threading.Event()
     result = late.remote()
     with pending_resources.watched(
-        "evaluate", lambda line: (lines.append(line), said.set()), interval=0.5
+        "evaluate", lambda line: (lines.append(line), reported.set()), interval=0.5
     ) as progressed:
-        assert said.wait(60), "nothing was said"
+        assert reported.wait(60), "nothing was said"
         ray.kill(holder)
         assert ray.get(result) == 7
         progressed()

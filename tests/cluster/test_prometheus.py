@@ -31,7 +31,7 @@ class Noted:
 
 
 @pytest.fixture
-def made(monkeypatch) -> PrometheusMetrics:
+def metrics(monkeypatch) -> PrometheusMetrics:
     monkeypatch.setattr(prometheus, "Counter", Noted)
     monkeypatch.setattr(prometheus, "Gauge", Noted)
     return PrometheusMetrics("mine")
@@ -41,22 +41,22 @@ def work(pid: int, **values) -> Event:
     return Event("work", "decode", 10.0, 12.0, "node-1", pid, values, "ingest")
 
 
-def test_work_is_counted_at_the_node_that_did_it(made):
-    made(work(1, samples=8, rejected=0, read_seconds=0.5, decode_seconds=1.0, write_seconds=0.25))
-    assert made.busy.values == [(2.0, "ingest", "node-1")]
-    assert made.counters["samples"].values == [(8, "ingest", "node-1")]
-    assert made.counters["rejected"].values == []  # none to count
-    assert made.counters["decode_seconds"].values == [(1.0, "ingest", "node-1")]
+def test_work_is_counted_at_the_node_that_did_it(metrics):
+    metrics(work(1, samples=8, rejected=0, read_seconds=0.5, decode_seconds=1.0, write_seconds=0.25))
+    assert metrics.busy.values == [(2.0, "ingest", "node-1")]
+    assert metrics.counters["samples"].values == [(8, "ingest", "node-1")]
+    assert metrics.counters["rejected"].values == []  # none to count
+    assert metrics.counters["decode_seconds"].values == [(1.0, "ingest", "node-1")]
 
 
-def test_a_worker_that_stands_in_counts_as_one_restart(made):
+def test_a_worker_that_stands_in_counts_as_one_restart(metrics):
     for event in (work(1), work(2, restarted=1), work(2, restarted=1), work(3, restarted=1)):
-        made(event)
-    made(Event("lost", "workers", 0.0, 0.0, "driver", 9, {}, "distill"))
-    assert [stage for _, stage, _ in made.lost.values] == ["ingest", "ingest", "distill"]
+        metrics(event)
+    metrics(Event("lost", "workers", 0.0, 0.0, "driver", 9, {}, "distill"))
+    assert [stage for _, stage, _ in metrics.lost.values] == ["ingest", "ingest", "distill"]
 
 
-def test_lines_of_the_log_set_gauges(made):
+def test_lines_of_the_log_set_gauges(metrics):
     line = {
         "step": 5,
         "of": 9,
@@ -66,8 +66,8 @@ def test_lines_of_the_log_set_gauges(made):
         "gpu_bytes": 10,
         "gpu_peak_bytes": 20,
     }
-    made(instant("log", "line", line, "distill"))
-    shown = {gauge.name.removeprefix(PREFIX): gauge.values[0][0] for gauge in made.gauges.values() if gauge.values}
+    metrics(instant("log", "line", line, "distill"))
+    shown = {gauge.name.removeprefix(PREFIX): gauge.values[0][0] for gauge in metrics.gauges.values() if gauge.values}
     assert shown == {
         "step": 5,
         "loss": 1.5,
@@ -78,11 +78,11 @@ def test_lines_of_the_log_set_gauges(made):
     }
 
 
-def test_names_are_as_prometheus_wants_them(made):
-    counters = [*made.counters.values(), made.busy, made.lost, made.stages]
+def test_names_are_as_prometheus_wants_them(metrics):
+    counters = [*metrics.counters.values(), metrics.busy, metrics.lost, metrics.stages]
     assert all(counter.name.startswith(PREFIX) and counter.name.endswith("_total") for counter in counters)
-    assert not any(gauge.name.endswith("_total") for gauge in made.gauges.values())
-    every = [metric.name for metric in (*counters, *made.gauges.values())]
+    assert not any(gauge.name.endswith("_total") for gauge in metrics.gauges.values())
+    every = [metric.name for metric in (*counters, *metrics.gauges.values())]
     assert len(set(every)) == len(every)
 
 
@@ -97,14 +97,14 @@ with socket.socket() as one:
     port = one.getsockname()[1]
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
          object_store_memory=100 * 2**20, _metrics_export_port=port)
-made = Metrics("mine")
-made(Event("work", "score", 1.0, 2.5, "node-1", 1, {"samples": 64}, "score"))
+metrics = Metrics("mine")
+metrics(Event("work", "score", 1.0, 2.5, "node-1", 1, {"samples": 64}, "score"))
 until = time.monotonic() + 120
 while time.monotonic() < until:
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
-    found = [line for line in text.splitlines() if line.startswith("ray_distill_at_scale_samples_total{")]
-    if found:
-        print(found[0])
+    lines = [line for line in text.splitlines() if line.startswith("ray_distill_at_scale_samples_total{")]
+    if lines:
+        print(lines[0])
         sys.exit(0)
     time.sleep(1)
 sys.exit("the endpoint never told of it")

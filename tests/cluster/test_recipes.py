@@ -153,9 +153,9 @@ def test_recipes_open_with_their_command_and_hold_no_secret(path):
 
 
 def test_the_commands_in_the_recipes_are_ones_that_the_program_takes():
-    found = [match for path in RECIPES for match in COMMAND.finditer(path.read_text())]
-    assert len(found) == 3
-    for match in found:
+    commands = [match for path in RECIPES for match in COMMAND.finditer(path.read_text())]
+    assert len(commands) == 3
+    for match in commands:
         overrides = re.sub(r"[\\#]", " ", match[2]).split()
         assert len(overrides) == 5, match[0]
         configuration.load(ROOT / match[1], overrides)

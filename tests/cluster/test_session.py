@@ -15,7 +15,7 @@ def connected(monkeypatch):
     """connected(address, problem): what a session says that finds a Ray of two cores there, or that problem."""
     from distill_at_scale.cluster import session
 
-    def found(address: str | None = None, problem: Exception | None = None) -> list[str]:
+    def logged(address: str | None = None, problem: Exception | None = None) -> list[str]:
         def init(**options):
             if problem:
                 raise problem
@@ -24,11 +24,11 @@ def connected(monkeypatch):
         monkeypatch.setattr(session.ray, "init", init)
         monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 2})
         monkeypatch.setattr(session.ray, "nodes", lambda: [{}])
-        said: list[str] = []
-        session.Session(ClusterSection(address=address), said.append)
-        return said
+        lines: list[str] = []
+        session.Session(ClusterSection(address=address), lines.append)
+        return lines
 
-    return found
+    return logged
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://127.0.0.1:8265"])

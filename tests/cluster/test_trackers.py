@@ -1,4 +1,4 @@
-"""What MLflow and Weights & Biases are told: with modules that note every call, and for real where they are installed."""
+"""Calls to MLflow and Weights & Biases: on fake modules that record each call, and for real where they are installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill_at_scale.cluster import trackers
 
 
 @pytest.fixture
-def told(tmp_path):
+def events(tmp_path):
     """A folder with a report, and everything that happens to a run, as events."""
     (tmp_path / "report.html").write_text("a report")
     row = {"set": "distilled", "network": "convnet", "seed": 0, "top1": 0.5, "top5": 0.75}
@@ -35,7 +35,7 @@ def told(tmp_path):
 
 
 class Notes:
-    """A backend that notes what it is told."""
+    """A tracker that records its events."""
 
     def __init__(self) -> None:
         self.logged, self.saved, self.ended = [], [], []
@@ -50,10 +50,10 @@ class Notes:
         self.ended.append(failed)
 
 
-def test_a_run_is_told_once_with_its_curves_results_and_report(tmp_path, told):
+def test_a_run_is_told_once_with_its_curves_results_and_report(tmp_path, events):
     begun: list[Notes] = []
     tracker = trackers.Tracker("fake", tiny_config(tmp_path), lambda: begun.append(Notes()) or begun[-1])
-    for event in told:
+    for event in events:
         tracker(event)
     tracker.close()
     (notes,) = begun
@@ -64,12 +64,12 @@ def test_a_run_is_told_once_with_its_curves_results_and_report(tmp_path, told):
     assert (notes.saved, notes.ended) == (["report.html"], [False])
 
 
-def test_a_failed_stage_is_a_failed_run_and_a_command_without_work_none(tmp_path, told):
+def test_a_failed_stage_is_a_failed_run_and_a_command_without_work_none(tmp_path, events):
     begun: list[Notes] = []
     tracker = trackers.Tracker("fake", tiny_config(tmp_path), lambda: begun.append(Notes()) or begun[-1])
-    tracker(told[0])
+    tracker(events[0])
     assert begun == []
-    tracker(told[1])
+    tracker(events[1])
     tracker(Event("stage", "failed", 0.0, 1.0, stage="distill"))
     tracker.close()
     assert begun[0].ended == [True]
@@ -77,8 +77,8 @@ def test_a_failed_stage_is_a_failed_run_and_a_command_without_work_none(tmp_path
 
 @pytest.mark.parametrize("package", ["mlflow", "wandb"])
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch, package):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     with pytest.raises(UserError, match=rf"install distill_at_scale\[{package}\]"):
         trackers.trackers(tiny_config(tmp_path, **{f"track__{package}": {}}))
 
@@ -89,11 +89,11 @@ def test_nothing_is_tracked_unless_it_is_asked_for(tmp_path):
 
 def test_parameters_are_flat_and_addresses_lose_their_credentials(tmp_path):
     address = "s3://someone:secret@bucket/set"
-    found = trackers.parameters(tiny_config(tmp_path, data__path=address, track__mlflow={"tracking_uri": address}))
-    assert found["distill.steps"] == 3
-    assert found["data.path"] == "s3://bucket/set"
+    parameters = trackers.parameters(tiny_config(tmp_path, data__path=address, track__mlflow={"tracking_uri": address}))
+    assert parameters["distill.steps"] == 3
+    assert parameters["data.path"] == "s3://bucket/set"
     assert trackers._short([address, 1]) == "['s3://bucket/set', 1]"
-    assert "secret" not in str(found)
+    assert "secret" not in str(parameters)
 
 
 def test_rays_integration_with_wandb_gets_settings_but_no_key(tmp_path, monkeypatch):
@@ -114,14 +114,14 @@ def test_rays_integration_with_wandb_gets_settings_but_no_key(tmp_path, monkeypa
     assert logged == [({"loss": 0.5}, 3)]
 
 
-def test_mlflow_gets_parameters_curves_and_the_report(tmp_path, told, monkeypatch):
+def test_mlflow_gets_parameters_curves_and_the_report(tmp_path, events, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     monkeypatch.chdir(tmp_path)  # MLflow's own default puts artefacts of a local store here
     store = f"sqlite:///{tmp_path}/store.db"
     track = {"tracking_uri": store, "experiment": "tested"}
     (tracker,) = trackers.trackers(tiny_config(tmp_path, track__mlflow=track))
-    for event in told:
+    for event in events:
         tracker(event)
     tracker.close()
     client = mlflow.MlflowClient(store)
@@ -136,13 +136,13 @@ def test_mlflow_gets_parameters_curves_and_the_report(tmp_path, told, monkeypatc
     assert [artefact.path for artefact in client.list_artifacts(run.info.run_id)] == ["report.html"]
 
 
-def test_wandb_takes_it_offline(tmp_path, told, monkeypatch):
+def test_wandb_takes_it_offline(tmp_path, events, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(sys, "argv", ["distill-at-scale", "run", "c.yaml", "data.path=s3://someone:do-not-tell@bucket"])
     (tracker,) = trackers.trackers(tiny_config(tmp_path, track__wandb={"mode": "offline"}))
-    for event in told:
+    for event in events:
         tracker(event)
     tracker.close()
     wandb.teardown()  # the process that writes its file has ended

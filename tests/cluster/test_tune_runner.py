@@ -39,14 +39,14 @@ def made_before(settings: Config) -> None:
     PointSet(settings, LocalRunner(), Display.silent()).shared({})
 
 
-def sweep(settings: Config, made: bool = True):
+def sweep(settings: Config, shared: bool = True):
     from distill_at_scale.cluster.tune_runner import TuneRunner
 
-    said = io.StringIO()
-    display = Display(Console(file=said, width=200))
-    if made:
+    output = io.StringIO()
+    display = Display(Console(file=output, width=200))
+    if shared:
         made_before(settings)
-    return run.run(settings, display, lambda: TuneRunner(settings, display.say)), said.getvalue()
+    return run.run(settings, display, lambda: TuneRunner(settings, display.say)), output.getvalue()
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -68,7 +68,7 @@ def test_no_more_trials_at_a_time_than_the_cluster_holds(tmp_path, workers, conc
 def test_too_many_trials_at_a_time_are_refused_before_anything_starts(tmp_path):
     settings = config(tmp_path / "run", {"select.keep": [0.5]}, {"concurrent": 2}, distill__workers=2)
     with pytest.raises(UserError, match=r"2 trials at a time .*lower sweep.concurrent"):
-        sweep(settings, made=False)
+        sweep(settings, shared=False)
     assert not (tmp_path / "run" / "shared").exists()
     assert ray.is_initialized(), "the Ray of others was shut down"
 
@@ -79,8 +79,8 @@ def test_trials_of_two_workers_on_two_cores_end_and_a_failing_one_does_not_end_t
     """rate 1e30 makes the images infinite: that trial is listed, the other is evaluated."""
     space = {"distill.dc.image_lr": [0.1, 1e30]}
     settings = config(tmp_path / "run", space, distill__workers=2)
-    made, _ = sweep(settings)
-    good, bad = sorted(made.to_pylist(), key=lambda row: row["error"] is not None)
+    table, _ = sweep(settings)
+    good, bad = sorted(table.to_pylist(), key=lambda row: row["error"] is not None)
     assert 0 <= good["mean"] <= 1
     assert bad["error"] is not None
     assert bad["mean"] is None
@@ -113,9 +113,9 @@ def test_kill_9_of_a_sweep_and_the_same_command_again_does_no_finished_trial_aga
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=290)
     assert again.returncode == 0, again.stderr[-3000:]
     assert finished.items() <= records(root).items(), "a finished trial was done again"
-    made = pq.read_table(root / "sweep.parquet")
-    assert made.num_rows == len(records(root)) == 4
-    assert made["error"].null_count == 4
+    table = pq.read_table(root / "sweep.parquet")
+    assert table.num_rows == len(records(root)) == 4
+    assert table["error"].null_count == 4
 
 
 def records(root: Path) -> dict[Path, int]:

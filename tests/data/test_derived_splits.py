@@ -30,7 +30,7 @@ def prepared_set(folder, counts, tests=3, spread=None, shape=(1, 8, 8), dtype=np
     meta = {"class_names": [f"c{i}" for i in range(len(counts))], "shape": list(shape), "counts": sizes, "chunk": 16,
             "mean": [0.5] * shape[0], "std": [0.25] * shape[0], "jpeg": False,
             **({} if dtype == np.uint8 else {"kind": "tensors"})}  # fmt: skip
-    write_meta(folder, meta, "made up")
+    write_meta(folder, meta, "synthetic")
     return folder
 
 
@@ -91,16 +91,16 @@ def _by_id(prepared, split):
 
 
 def test_more_than_ten_copies_of_ids_that_begin_alike_stay_sorted_whatever_fits_into_memory(tmp_path, monkeypatch):
-    def made(folder):
+    def prepared_of(folder):
         write_shards(folder / "train", [to_table(["a", "a b", "a0"], [0, 0, 0], np.zeros((3, 1, 8, 8), np.uint8))],
                      schema((1, 8, 8)), 4)  # fmt: skip
         write_meta(folder, {"class_names": ["x"], "shape": [1, 8, 8], "counts": {"train": [3]}, "mean": [0.5],
-                            "std": [0.25], "chunk": 16}, "made up")  # fmt: skip
+                            "std": [0.25], "chunk": 16}, "synthetic")  # fmt: skip
         return _by_id(derived(folder, transform="near_duplicates", copies=12), "train")
 
-    whole = made(tmp_path / "whole")
+    whole = prepared_of(tmp_path / "whole")
     monkeypatch.setattr("distill_at_scale.data.ingest.near_duplicates.READ_BYTES", 1)
-    parts = made(tmp_path / "parts")
+    parts = prepared_of(tmp_path / "parts")
     assert len(whole) == 36
     assert whole.keys() == parts.keys()
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
@@ -135,7 +135,7 @@ def test_an_id_that_a_copy_would_bear_is_refused(tmp_path):
         "std": [0.25],
         "chunk": 16,
     }
-    write_meta(tmp_path, meta, "made up")
+    write_meta(tmp_path, meta, "synthetic")
     with pytest.raises(UserError, match="name two samples 'a#1'"):
         derived_splits.derive(tmp_path, DataSection(transform="near_duplicates"), 0)
 
@@ -149,9 +149,9 @@ def test_a_choice_by_variance_renumbers_the_classes_of_both_splits(tmp_path, tra
     assert prepared.counts("train") == [{"c0": 9, "c1": 8, "c2": 7, "c3": 6}[name] for name in left]
     assert prepared.counts("test") == [3, 3]
     assert set(prepared.index("test")[1].tolist()) == {0, 1}
-    said = prepared.meta["transform"]
-    assert said["changes"] == ["train", "test"]
-    assert said["variances"]["c0"] == pytest.approx((30 / 255) ** 2, rel=0.3)
+    facts = prepared.meta["transform"]
+    assert facts["changes"] == ["train", "test"]
+    assert facts["variances"]["c0"] == pytest.approx((30 / 255) ** 2, rel=0.3)
 
 
 @pytest.mark.parametrize("transform", ["long_tail", "near_duplicates", "low_variance"])

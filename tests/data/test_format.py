@@ -73,8 +73,8 @@ def test_loading_everything_gives_every_sample_in_order(prepared):
     assert np.array_equal(pixels, PIXELS)
     assert labels.tolist() == LABELS
     assert labels.dtype == np.int64
-    ids, found = prepared.index()
-    assert (ids, found.tolist()) == (IDS, LABELS)
+    ids, result = prepared.index()
+    assert (ids, result.tolist()) == (IDS, LABELS)
 
 
 def test_loading_some_ids_or_classes_gives_just_those(prepared):
@@ -130,13 +130,13 @@ def test_labels_that_are_not_as_counted_are_refused_when_they_are_read(prepared,
 
 def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
     whole, shard = to_table(IDS, LABELS, PIXELS), prepared.folder / "train" / "shard-00000.parquet"
-    for found, message in [
+    for table, message in [
         (whole.slice(0, 8), "lacks rows"),
         (pa.concat_tables([whole, whole.slice(8)]), "other rows"),
         (whole.drop_columns(["sample_id"]), "is not a shard"),
         (whole.set_column(1, "label", pa.array(LABELS, pa.int64())), "is not a shard"),
     ]:
-        pq.write_table(found, shard, row_group_size=2)
+        pq.write_table(table, shard, row_group_size=2)
         with pytest.raises(UserError, match=message):
             PreparedDataset(prepared.folder).groups()
     pq.write_table(whole, shard, row_group_size=10)  # a group of several classes
@@ -169,12 +169,12 @@ def test_a_folder_without_prepared_data_says_what_to_do(tmp_path):
 
 
 def test_the_fingerprint_covers_metadata_and_content(tmp_path):
-    found = []
+    result = []
     for meta, content in (({"a": 1}, "x"), ({"a": 1}, "y"), ({"a": 2}, "x"), ({"a": 1}, "x")):
         write_meta(tmp_path, meta, content)
-        found.append(PreparedDataset(tmp_path).fingerprint)
-    assert len(set(found)) == 3
-    assert found[0] == found[3]
+        result.append(PreparedDataset(tmp_path).fingerprint)
+    assert len(set(result)) == 3
+    assert result[0] == result[3]
 
 
 def test_clips_are_scored_in_larger_units_than_they_are_decoded():

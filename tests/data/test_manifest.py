@@ -32,8 +32,8 @@ def rows(count, step_kept=3, classes=2):
 def test_the_manifest_holds_the_selection_and_its_facts(tmp_path):
     scores = pa.table({"sample_id": list("cabd"), "label": [0, 1, 0, 0], "loss": [2.0, 5.0, 1.0, 3.0]})
     with manifest.writing(tmp_path / "m.parquet") as out:
-        found = static.select(scores, out, SelectSection(keep=0.34), "loss", True, 1, 7)
-        out.facts = found | {"fingerprint": "abc"}
+        result = static.select(scores, out, SelectSection(keep=0.34), "loss", True, 1, 7)
+        out.facts = result | {"fingerprint": "abc"}
     table, facts = manifest.read(tmp_path / "m.parquet")
     assert table.schema.remove_metadata() == manifest.SCHEMA
     assert table.to_pydict() == {
@@ -65,17 +65,17 @@ def test_the_bytes_do_not_depend_on_how_the_rows_arrived(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "ROWS", 1000)
     small_pages = {"data_page_size": 500, "write_batch_size": 16}  # as many pages as in a long row group
     monkeypatch.setattr(manifest, "ENCODING", manifest.ENCODING | small_pages)
-    table, found = rows(4700), set()
+    table, seen = rows(4700), set()
     for name, step in {"one": 4700, "small": 7, "odd": 1301}.items():
         with manifest.writing(tmp_path / name) as out:
             for start in range(0, 4700, step):
                 out.append(table.slice(start, step))
             out.facts = {"kept": 1567}
-        found.add((tmp_path / name).read_bytes())
+        seen.add((tmp_path / name).read_bytes())
         footer = pq.read_metadata(tmp_path / name)
         assert [footer.row_group(k).num_rows for k in range(footer.num_row_groups)] == [1000] * 4 + [700]
         assert manifest.read(tmp_path / name)[0].to_pydict() == table.to_pydict()
-    assert len(found) == 1
+    assert len(seen) == 1
 
 
 def test_what_is_cleared_is_not_written(tmp_path, monkeypatch):

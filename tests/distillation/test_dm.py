@@ -41,9 +41,9 @@ def test_a_step_does_not_depend_on_how_classes_are_grouped(rule):
         method.group_size = group
         metrics.append([method.step(i) for i in range(3)])
         moved.append(method.images.detach())
-    for other, said in zip(moved[1:], metrics[1:], strict=True):
+    for other, other_metrics in zip(moved[1:], metrics[1:], strict=True):
         assert torch.allclose(moved[0], other, atol=1e-4)
-        assert said == [pytest.approx(m, rel=1e-3) for m in metrics[0]]
+        assert other_metrics == [pytest.approx(m, rel=1e-3) for m in metrics[0]]
 
 
 def test_groups_are_as_large_as_the_stated_memory_allows(monkeypatch):

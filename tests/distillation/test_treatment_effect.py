@@ -27,9 +27,9 @@ class_distance = of_single_class(cosine_distance)
 MANY = 200  # directions: more than there are, so nothing is estimated
 
 
-def squares(real, made):
+def squares(real, synthetic):
     """IDC's distance: without the last layer."""
-    return sum((a - b).square().sum() for a, b in zip(real[:-1], made[:-1], strict=True))
+    return sum((a - b).square().sum() for a, b in zip(real[:-1], synthetic[:-1], strict=True))
 
 
 DISTANCES = {"cosine": class_distance, "squares": squares}
@@ -61,15 +61,15 @@ def gradient_cases(network, real, images, view, metric):
     each = [real_gradient(network, x[None], LABEL, 1) for x in real]
     n, mean = len(real), [torch.stack(layer).mean(0) for layer in zip(*each, strict=True)]
     leaf = images.clone().requires_grad_(True)
-    made = synthetic_gradient(network, view(leaf), LABEL)
+    synthetic = synthetic_gradient(network, view(leaf), LABEL)
 
     def gradient(target):
-        return torch.autograd.grad(metric(target, made), leaf, retain_graph=True)[0]
+        return torch.autograd.grad(metric(target, synthetic), leaf, retain_graph=True)[0]
 
     full = gradient(mean)
     out = [full - gradient([(n * m - g) / (n - 1) for m, g in zip(mean, own, strict=True)]) for own in each]
     target = [m.clone().requires_grad_(True) for m in mean]
-    slopes = torch.autograd.grad(metric(target, made), made, create_graph=True, allow_unused=True)
+    slopes = torch.autograd.grad(metric(target, synthetic), synthetic, create_graph=True, allow_unused=True)
     first = []
     for own in each:  # the change of the slopes by a mixed product, then back to the images
         tilts = [None if s is None else torch.zeros_like(s, requires_grad=True) for s in slopes]
@@ -78,7 +78,7 @@ def gradient_cases(network, real, images, view, metric):
             [slopes[k] for k in used], [target[k] for k in used], [tilts[k] for k in used], create_graph=True
         )
         change = torch.autograd.grad(turned, [tilts[k] for k in used], [own[k] - mean[k] for k in used])
-        first.append(torch.autograd.grad([made[k] for k in used], leaf, change, retain_graph=True)[0] / (n - 1))
+        first.append(torch.autograd.grad([synthetic[k] for k in used], leaf, change, retain_graph=True)[0] / (n - 1))
     return torch.stack([x.norm() for x in out]), torch.stack([x.norm() for x in first])
 
 

@@ -45,7 +45,7 @@ class FakePointSet:
 
     def run(self, points):
         self.asked += points
-        return [made for point in points if (made := self.outcome(point)) is not None]
+        return [outcome for point in points if (outcome := self.outcome(point)) is not None]
 
     def outcome(self, point):
         select, transform = self.configured(point).select, self.configured(point).data.transform
@@ -64,8 +64,8 @@ def context(make_config, tmp_path):
 
 
 def test_every_set_is_compared_with_its_own_unpruned_runs(context):
-    found = across_datasets.study(context)
-    facts = found.facts["sets"]
+    finding = across_datasets.study(context)
+    facts = finding.facts["sets"]
     assert list(facts) == ["digits", "tail", "twins"]
     assert {name: facts[name]["ours"]["0.1"] for name in facts} == pytest.approx(
         {"digits": 1.2, "tail": 0.5, "twins": 1.0}
@@ -87,10 +87,10 @@ def test_the_answer_says_on_which_sets_it_pays_and_what_the_tail_does_to_it(cont
 
 
 def test_the_table_and_the_plot_hold_all_sets_side_by_side(context):
-    found = across_datasets.study(context)
-    assert len(found.rows) == 3 * 3
-    assert len({tuple(row) for row in found.rows}) == 1
-    plot = found.plots[0]
+    finding = across_datasets.study(context)
+    assert len(finding.rows) == 3 * 3
+    assert len({tuple(row) for row in finding.rows}) == 1
+    plot = finding.plots[0]
     assert [(s.name, s.role) for s in plot.series] == [("loss, keep 0.1", "ours"), ("random, keep 0.1", "random")]
     assert all(list(s.x) == ["digits", "tail", "twins"] and len(s.error) == 3 for s in plot.series)
     assert plot.series[0].error[0] == pytest.approx((0.001**2 + (1.2 * 0.001) ** 2) ** 0.5 / 0.5)
@@ -127,9 +127,9 @@ def test_a_set_that_is_not_allowed_is_named_before_anything_starts(context, over
 
 def test_a_set_without_a_test_split_is_left_out_and_said_so(context):
     point_set = FakePointSet(context.config, lost=("long_tail",))
-    found = across_datasets.study(StudyContext(context.config, point_set, lambda line: None))
-    assert list(found.facts["sets"]) == ["digits", "twins"]
-    assert "The set tail is left out" in found.notes[0]
+    finding = across_datasets.study(StudyContext(context.config, point_set, lambda line: None))
+    assert list(finding.facts["sets"]) == ["digits", "twins"]
+    assert "The set tail is left out" in finding.notes[0]
 
 
 def test_a_set_near_chance_is_said_to_tell_little(context, monkeypatch):
@@ -140,9 +140,9 @@ def test_a_set_near_chance_is_said_to_tell_little(context, monkeypatch):
 
 def test_a_set_that_is_called_like_the_source_leaves_the_base_its_other_name_and_doubles_nothing(context):
     config = with_overrides(context.config, {"studies.across.sets": {"digits": {}}})
-    found = across_datasets.study(StudyContext(config, FakePointSet(config), lambda line: None))
-    assert list(found.facts["sets"]) == ["base", "digits"]
-    assert {row["n"] for row in found.rows} == {3}
+    finding = across_datasets.study(StudyContext(config, FakePointSet(config), lambda line: None))
+    assert list(finding.facts["sets"]) == ["base", "digits"]
+    assert {row["n"] for row in finding.rows} == {3}
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_the_whole_study_on_digits(make_config, tmp_path):
     studies = {"seeds": 2, "steps": 1, "across": {"sets": sets, "keep": [0.5]}}
     config = make_config(tmp_path / "run", studies=studies, score__trials=1, score__epochs=1)
     point_set = PointSet(config, LocalRunner(), Display.silent())
-    found = across_datasets.study(StudyContext(config, point_set, lambda line: None))
-    assert list(found.facts["sets"]) == ["digits", "tail", "two"]
-    by = {(row["set"], row["selection"]): row for row in found.rows}
+    finding = across_datasets.study(StudyContext(config, point_set, lambda line: None))
+    assert list(finding.facts["sets"]) == ["digits", "tail", "two"]
+    by = {(row["set"], row["selection"]): row for row in finding.rows}
     assert by["two", "unpruned"]["of"] < by["digits", "unpruned"]["of"]
     assert by["tail", "loss"]["kept"] == by["tail", "random"]["kept"] < by["digits", "loss"]["kept"]
     assert len(list((tmp_path / "run" / "shared").glob("data-*"))) == 3

@@ -15,12 +15,14 @@ from distill_at_scale.experiments.sweep.analysis import Accuracy
 from distill_at_scale.pipeline.report import text as wording
 
 
-def only(found, **wanted):
+def only(configurations, **wanted):
     """The one configuration with these swept keys (a double underscore for the dot) and control."""
     control = wanted.pop("control", None)
     keys = {key.replace("__", "."): value for key, value in wanted.items()}
     (one,) = [
-        o for o in analysis.distilled(found) if o.control == control and all(o.keys[k] == v for k, v in keys.items())
+        o
+        for o in analysis.distilled(configurations)
+        if o.control == control and all(o.keys[k] == v for k, v in keys.items())
     ]
     return one
 
@@ -28,26 +30,26 @@ def only(found, **wanted):
 def test_pooled_figures_equal_those_of_all_single_evaluations():
     first, second = [0.5, 0.6, 0.7], [0.8, 0.9]
     rows = [row(statistics.fmean(v), std=statistics.stdev(v), n=len(v)) for v in (first, second)]
-    found = analysis.pooled(rows)
-    assert found.mean == pytest.approx(statistics.fmean(first + second))
-    assert found.std == pytest.approx(statistics.stdev(first + second))
-    assert found.n == 5
-    assert answers.size(found) == "5 of 2 distillations"
+    pooled = analysis.pooled(rows)
+    assert pooled.mean == pytest.approx(statistics.fmean(first + second))
+    assert pooled.std == pytest.approx(statistics.stdev(first + second))
+    assert pooled.n == 5
+    assert answers.size(pooled) == "5 of 2 distillations"
 
 
 def test_a_single_evaluation_has_no_deviation_and_says_so():
-    found = analysis.pooled([row(0.5, std=None, n=1)])
-    assert found.std is None
-    assert answers.accuracy(found) == "50.0\u00a0%"
-    assert "chance is not ruled out" in answers.spread(found)
+    pooled = analysis.pooled([row(0.5, std=None, n=1)])
+    assert pooled.std is None
+    assert answers.accuracy(pooled) == "50.0\u00a0%"
+    assert "chance is not ruled out" in answers.spread(pooled)
     assert "one distilled set" in answers.spread(analysis.pooled([row(0.5, n=5)]))
     assert answers.spread(analysis.pooled([row(0.5), row(0.6, seed=1)])) == ""
 
 
 def test_repetitions_are_grouped_and_counted_as_distillations_times_networks():
-    found = analysis.configurations(digits())
-    assert len(analysis.distilled(found)) == 3 * 3 + 1
-    one = only(found, select__keep=0.1, select__criterion="loss")
+    configurations = analysis.configurations(digits())
+    assert len(analysis.distilled(configurations)) == 3 * 3 + 1
+    one = only(configurations, select__keep=0.1, select__criterion="loss")
     assert one.accuracy.means == pytest.approx((0.798, 0.8, 0.802))
     assert answers.size(one.accuracy) == "3\u00a0×\u00a05"
     assert one.rate == 0.1
@@ -59,12 +61,12 @@ def test_failed_and_stopped_trials_are_in_no_configuration():
 
 
 def test_scoring_is_charged_to_selections_only_in_full_and_shared():
-    found = analysis.configurations(digits())
-    one = only(found, select__keep=0.1, select__criterion="loss")
+    configurations = analysis.configurations(digits())
+    one = only(configurations, select__keep=0.1, select__criterion="loss")
     assert (one.cost, one.sharing) == (2.0 + 6.0, 18)
     assert one.shared_cost == pytest.approx(2.0 + 6.0 / 18)
-    assert only(found, control="unpruned").cost == 10.0
-    assert only(found, control="random", select__keep=0.1).cost == 2.0
+    assert only(configurations, control="unpruned").cost == 10.0
+    assert only(configurations, control="random", select__keep=0.1).cost == 2.0
 
 
 def test_ingest_is_not_charged_where_the_table_parts_it_from_scoring():
@@ -79,9 +81,9 @@ def test_a_criterion_of_the_base_configuration_that_is_random_needs_no_scores():
 
 
 def test_random_as_a_swept_criterion_is_the_random_control():
-    found = analysis.configurations([row(0.5, 0.1, "random"), row(0.6, 0.1, "loss")])
-    assert [one.control for one in found] == ["random", None]
-    assert analysis.random_of(found[1], found) is found[0]
+    configurations = analysis.configurations([row(0.5, 0.1, "random"), row(0.6, 0.1, "loss")])
+    assert [one.control for one in configurations] == ["random", None]
+    assert analysis.random_of(configurations[1], configurations) is configurations[0]
 
 
 def test_controls_are_those_of_the_same_setting():
@@ -89,17 +91,17 @@ def test_controls_are_those_of_the_same_setting():
     rows = [row(m, control="unpruned", **{"distill.method": name}) for name, m in settings]
     rows += [row(m, 0.1, "loss", **{"distill.method": name}) for name, m in settings]
     rows += [row(m - 0.1, 0.1, "random", "random", **{"distill.method": name}) for name, m in settings]
-    found = analysis.configurations(rows)
-    dm = only(found, distill__method="dm", select__criterion="loss")
-    assert analysis.unpruned_of(dm, found).accuracy.mean == 0.5
-    assert analysis.random_of(dm, found).accuracy.mean == 0.4
+    configurations = analysis.configurations(rows)
+    dm = only(configurations, distill__method="dm", select__criterion="loss")
+    assert analysis.unpruned_of(dm, configurations).accuracy.mean == 0.5
+    assert analysis.random_of(dm, configurations).accuracy.mean == 0.4
 
 
 def test_the_unpruned_control_fits_although_keys_of_pruning_differ():
-    found = analysis.configurations(
+    configurations = analysis.configurations(
         [row(0.5, control="unpruned", **{"runtime.drop": 0.0}), row(0.4, 0.1, "loss", **{"runtime.drop": 0.3})]
     )
-    assert analysis.unpruned_of(found[1], found) is found[0]
+    assert analysis.unpruned_of(configurations[1], configurations) is configurations[0]
 
 
 def test_welch_agrees_with_scipy_on_the_samples_themselves():
@@ -122,8 +124,8 @@ def test_a_difference_counts_distillations_where_there_are_several_on_both_sides
 
 def test_equal_values_on_both_sides_give_a_difference_without_spread():
     same = Accuracy(0.5, 0.0, (0.5, 0.5), (1, 1))
-    found = analysis.difference(same, same)
-    assert (found.low, found.high, found.p, found.verdict) == (0, 0, 1, "open")
+    result = analysis.difference(same, same)
+    assert (result.low, result.high, result.p, result.verdict) == (0, 0, 1, "open")
 
 
 def test_differences_are_said_in_points_with_a_sign():
@@ -140,15 +142,15 @@ def test_the_pareto_front_holds_what_nothing_beats():
 
 
 def test_the_cheapest_within_one_deviation_of_the_best_is_recommended():
-    found = analysis.recommend(analysis.configurations(digits()))
-    assert found.chosen.keys["select.keep"] == 0.1
-    assert found.chosen.keys["select.criterion"] == "loss"
-    assert found.saved == pytest.approx(10 - 8)
-    assert found.saved_shared == pytest.approx(10 - 2 - 6 / 18)
-    assert found.pays_after == 1
-    assert found.over_random.value == pytest.approx(0.10)
-    assert found.over_random.verdict == "better"
-    assert found.over_unpruned.verdict == "open"
+    recommended = analysis.recommend(analysis.configurations(digits()))
+    assert recommended.chosen.keys["select.keep"] == 0.1
+    assert recommended.chosen.keys["select.criterion"] == "loss"
+    assert recommended.saved == pytest.approx(10 - 8)
+    assert recommended.saved_shared == pytest.approx(10 - 2 - 6 / 18)
+    assert recommended.pays_after == 1
+    assert recommended.over_random.value == pytest.approx(0.10)
+    assert recommended.over_random.verdict == "better"
+    assert recommended.over_unpruned.verdict == "open"
 
 
 def test_without_a_deviation_only_the_best_itself_is_within_it():
@@ -158,19 +160,19 @@ def test_without_a_deviation_only_the_best_itself_is_within_it():
 
 def test_pruning_that_does_not_pay_has_a_negative_saving_and_says_so():
     rows = [row(0.9, 0.5, "loss", distill=9.0), row(0.5, control="unpruned")]
-    found = analysis.recommend(analysis.configurations(rows))
-    assert found.saved == pytest.approx(-5)
-    assert found.pays_after == 6
-    assert "costs 5.0\u00a0s more (50\u00a0%)" in answers.saving(found)
-    assert "6 distillations" in answers.saving(found)
+    recommended = analysis.recommend(analysis.configurations(rows))
+    assert recommended.saved == pytest.approx(-5)
+    assert recommended.pays_after == 6
+    assert "costs 5.0\u00a0s more (50\u00a0%)" in answers.saving(recommended)
+    assert "6 distillations" in answers.saving(recommended)
 
 
 def test_scoring_never_pays_where_a_distillation_is_no_faster():
-    found = analysis.recommend(
+    configurations = analysis.recommend(
         analysis.configurations([row(0.9, 0.5, "loss", distill=11.0), row(0.5, control="unpruned")])
     )
-    assert found.pays_after is None
-    assert "never pays" in answers.saving(found)
+    assert configurations.pays_after is None
+    assert "never pays" in answers.saving(configurations)
 
 
 def test_a_random_selection_that_is_as_good_and_cheaper_is_told():
@@ -179,16 +181,16 @@ def test_a_random_selection_that_is_as_good_and_cheaper_is_told():
         row(0.795, 0.1, "random", "random", distill=2),
         row(0.7, control="unpruned"),
     ]
-    found = analysis.recommend(analysis.configurations(rows))
-    assert found.chosen.keys["select.criterion"] == "loss"
-    assert "needs no scoring" in " ".join(answers.reasons(found))
+    recommended = analysis.recommend(analysis.configurations(rows))
+    assert recommended.chosen.keys["select.criterion"] == "loss"
+    assert "needs no scoring" in " ".join(answers.reasons(recommended))
 
 
 def test_where_scoring_is_shared_another_configuration_may_be_the_cheapest():
     rows = [row(0.8, 0.5, "loss", distill=6, shared=6, seed=s) for s in range(3)]
     rows += [row(0.8, control="unpruned", seed=s) for s in range(3)]
-    found = analysis.configurations(rows)
-    one, shared = analysis.recommend(found), analysis.recommend(found, shared=True)
+    configurations = analysis.configurations(rows)
+    one, shared = analysis.recommend(configurations), analysis.recommend(configurations, shared=True)
     assert one.chosen.control == "unpruned"
     assert shared.chosen.kept == 500
     assert answers.headline(one, shared)["verdict"] == "unclear"

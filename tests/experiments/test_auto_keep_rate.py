@@ -45,14 +45,14 @@ def find(run, accuracy=lambda config, share: 0.6 if share >= 0.1 else 0.3, **key
 
 @pytest.mark.parametrize(("accuracy", "warned"), [(0.3, True), (0.7, False)])  # of 4 classes
 def test_a_search_at_chance_says_that_it_says_little(finished, accuracy, warned):
-    said = []
+    lines = []
 
     @contextlib.contextmanager
     def make(config):
         yield Standing(finished.dir / "auto", lambda config, share: accuracy)
 
-    auto_keep_rate.rate(tiny_config(finished.dir, select__keep="auto", distill__steps=8), make, said.append)
-    assert any("near chance" in line for line in said) == warned
+    auto_keep_rate.rate(tiny_config(finished.dir, select__keep="auto", distill__steps=8), make, lines.append)
+    assert any("near chance" in line for line in lines) == warned
 
 
 def test_the_rate_is_found_published_and_read_again(finished):
@@ -60,10 +60,10 @@ def test_the_rate_is_found_published_and_read_again(finished):
     assert 0.1 <= rate < 0.2
     assert point_sets[0].stood_on == finished.dir
     assert {config.distill.steps for config in point_sets[0].tried} == {2}, "a quarter of the run's"
-    found = json.loads((finished.dir / "auto.json").read_text())
-    assert found["rate"] == rate
-    assert [one["keep"] for one in found["curve"]] == sorted(one["keep"] for one in found["curve"])
-    assert found["unpruned"] == pytest.approx(0.6)
+    result = json.loads((finished.dir / "auto.json").read_text())
+    assert result["rate"] == rate
+    assert [one["keep"] for one in result["curve"]] == sorted(one["keep"] for one in result["curve"])
+    assert result["unpruned"] == pytest.approx(0.6)
     again, point_sets = find(finished)
     assert again == rate
     assert not point_sets
@@ -86,9 +86,9 @@ def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished)
         return (0.6 if share >= 0.1 else 0.3) + (0.05 if config.select.scope == "adaptive" and share < 1 else 0.0)
 
     find(finished, accuracy, select__scope="adaptive")
-    found = json.loads((finished.dir / "auto.json").read_text())
-    assert found["adaptive_less_fixed"]["mean"] == pytest.approx(0.05)
-    assert found["adaptive"]["mean"] - found["fixed"]["mean"] == pytest.approx(0.05)
+    result = json.loads((finished.dir / "auto.json").read_text())
+    assert result["adaptive_less_fixed"]["mean"] == pytest.approx(0.05)
+    assert result["adaptive"]["mean"] - result["fixed"]["mean"] == pytest.approx(0.05)
 
 
 def test_without_a_test_split_there_is_nothing_to_search_by(make_run, tmp_path):
@@ -127,9 +127,9 @@ def tiny_file(tmp_path):
 
 def test_a_plan_says_that_the_rate_has_to_be_found(tiny_file, capsys):
     assert cli.main(["plan", tiny_file]) == 0
-    said = capsys.readouterr().out
-    assert "select.keep: auto tries up to 7 short distillations" in said
-    assert "search " in said
+    output = capsys.readouterr().out
+    assert "select.keep: auto tries up to 7 short distillations" in output
+    assert "search " in output
 
 
 def test_a_whole_run_finds_the_rate_and_goes_on_with_it(tiny_file, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_a_whole_run_finds_the_rate_and_goes_on_with_it(tiny_file, tmp_path, cap
     assert {record["reused_from"] for record in records} == {str(run)}
     capsys.readouterr()
     assert cli.main(["run", tiny_file]) == 0
-    said = capsys.readouterr().out
-    assert "was found before" in said
-    assert "select: already done" in said
+    output = capsys.readouterr().out
+    assert "was found before" in output
+    assert "select: already done" in output
     assert cli.main(["run", tiny_file, f"select.keep={rate}"]) == 0, "the rate given is the same selection"

@@ -67,9 +67,9 @@ def test_a_points_folder_ignores_workers_and_clusters_and_knows_every_other_key(
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"error": 3, "passing": "no"}'])
 def test_a_damaged_note_is_a_failure_of_the_disk(tmp_path, text):
     (tmp_path / points.FAILED).write_text(text)
-    found = points.read_failure(RunDir(tmp_path))
-    assert isinstance(found.message, str)
-    assert found.transient is ("error" not in text)
+    result = points.read_failure(RunDir(tmp_path))
+    assert isinstance(result.message, str)
+    assert result.transient is ("error" not in text)
     (tmp_path / points.STOPPED).write_text(text)
     assert points.read_stopped(Point(), RunDir(tmp_path), "convnet") is None
 

@@ -70,22 +70,22 @@ def studied(make_config, tmp_path, folders, **keys):
 
 def test_trials_that_rank_alike_agree_wholly_and_one_suffices(make_config, tmp_path):
     _, values, labels = noisy(noise=0.0)
-    found, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
-    assert found.facts["agreement"] == pytest.approx(1)
-    assert found.facts["trials_needed"] == 1
-    assert found.facts["jaccard_between_trials"] == {"0.1": 1.0, "0.2": 1.0, "0.3": 1.0, "0.5": 1.0}
-    assert "suffice" in found.answer
+    finding, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
+    assert finding.facts["agreement"] == pytest.approx(1)
+    assert finding.facts["trials_needed"] == 1
+    assert finding.facts["jaccard_between_trials"] == {"0.1": 1.0, "0.2": 1.0, "0.3": 1.0, "0.5": 1.0}
+    assert "suffice" in finding.answer
 
 
 def test_noise_of_known_size_gives_the_reliability_and_the_number_of_trials_of_theory(make_config, tmp_path):
     """Truth and the mean of two epochs' noise have variances 1 and 4 / 2: a trial's reliability is about 1 / 3."""
     _, values, labels = noisy(n=6000, trials=8, noise=2.0)
     folder = write_scores(tmp_path / "s", values, labels)
-    found, _ = studied(make_config, tmp_path, {"": folder}, studies={"stability": {"reliability": 0.8}})
-    single = found.facts["agreement"]
+    finding, _ = studied(make_config, tmp_path, {"": folder}, studies={"stability": {"reliability": 0.8}})
+    single = finding.facts["agreement"]
     assert single == pytest.approx(1 / 3, abs=0.04)  # rank correlation is a little below the plain one
-    assert found.facts["trials_needed"] == pytest.approx(8, abs=1)
-    halves = {row["first"]: row["correlation"] for row in found.rows if row["compared"] == "means of trials"}
+    assert finding.facts["trials_needed"] == pytest.approx(8, abs=1)
+    halves = {row["first"]: row["correlation"] for row in finding.rows if row["compared"] == "means of trials"}
     for size in (2, 3, 4):
         assert halves[f"mean of {size}"] == pytest.approx(spearman_brown(single, size), abs=0.03)
 
@@ -94,27 +94,27 @@ def test_trials_that_do_not_agree_never_suffice(make_config, tmp_path):
     draw = np.random.default_rng(1)
     values, labels = draw.standard_normal((90, 2, 1)), np.repeat([0, 1, 2], 30)
     values[:, 1] = -values[:, 0]
-    found, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
-    assert found.facts["agreement"] == pytest.approx(-1)
-    assert found.facts["trials_needed"] is None
-    assert "no number of them is known to suffice" in found.answer
+    finding, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
+    assert finding.facts["agreement"] == pytest.approx(-1)
+    assert finding.facts["trials_needed"] is None
+    assert "no number of them is known to suffice" in finding.answer
 
 
 def test_agreement_is_within_class_even_where_classes_differ_much(make_config, tmp_path):
     draw = np.random.default_rng(1)
     labels = np.repeat([0, 1, 2], 200)
     values = draw.standard_normal((600, 2, 1)) + 100 * labels[:, None, None]
-    found, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
-    assert abs(found.facts["agreement"]) < 0.15
+    finding, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
+    assert abs(finding.facts["agreement"]) < 0.15
 
 
 def test_epochs_are_compared_with_the_last_one(make_config, tmp_path):
     truth, values, labels = noisy(trials=2, epochs=3)
     values[:, :, 0] = -truth[:, None]
     values[:, :, 1] = 2 * truth[:, None] + 5
-    found, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
-    assert found.facts["epochs_with_last"] == pytest.approx([-1, 1, 1])
-    assert "reached by epoch 2 of 3 on" in found.answer
+    finding, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
+    assert finding.facts["epochs_with_last"] == pytest.approx([-1, 1, 1])
+    assert "reached by epoch 2 of 3 on" in finding.answer
 
 
 def test_other_networks_are_scored_and_compared(make_config, tmp_path):
@@ -125,10 +125,10 @@ def test_other_networks_are_scored_and_compared(make_config, tmp_path):
         "alexnet": write_scores(tmp_path / "turned", -values, labels),
     }
     networks = {"stability": {"networks": ["resnet18", "alexnet"]}}
-    found, _ = studied(make_config, tmp_path, folders, studies=networks)
-    assert found.facts["network_agreement"] == pytest.approx({"resnet18": 1, "alexnet": -1})
-    assert "by -1.00 (alexnet) to 1.00" in found.answer
-    rows = {(r["first"], r["second"]): r for r in found.rows if r["compared"] == "networks"}
+    finding, _ = studied(make_config, tmp_path, folders, studies=networks)
+    assert finding.facts["network_agreement"] == pytest.approx({"resnet18": 1, "alexnet": -1})
+    assert "by -1.00 (alexnet) to 1.00" in finding.answer
+    rows = {(r["first"], r["second"]): r for r in finding.rows if r["compared"] == "networks"}
     assert rows["convnet", "resnet18"]["jaccard at keep 0.1"] == 1
     assert rows["convnet", "alexnet"]["jaccard at keep 0.1"] == 0
 
@@ -144,16 +144,16 @@ def test_scores_of_other_samples_are_refused(make_config, tmp_path):
 def test_criteria_are_compared_by_what_they_call_useful(make_config, tmp_path):
     truth, values, labels = noisy()
     folder = write_scores(tmp_path / "s", values, labels, other=-truth)
-    found, _ = studied(make_config, tmp_path, {"": folder})
-    assert found.facts["criteria_agreement"]["loss"]["margin"] == pytest.approx(1)
+    finding, _ = studied(make_config, tmp_path, {"": folder})
+    assert finding.facts["criteria_agreement"]["loss"]["margin"] == pytest.approx(1)
 
 
 def test_one_trial_says_nothing_and_the_study_says_so(make_config, tmp_path):
     _, values, labels = noisy(trials=1)
-    found, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
-    assert found.facts["agreement"] is None
-    assert found.facts["trials_needed"] is None
-    assert "raise score.trials" in found.notes[0]
+    finding, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
+    assert finding.facts["agreement"] is None
+    assert finding.facts["trials_needed"] is None
+    assert "raise score.trials" in finding.notes[0]
 
 
 def test_large_tables_are_sampled_by_class_and_their_rows_are_the_right_ones(tmp_path, monkeypatch):
@@ -171,9 +171,9 @@ def test_large_tables_are_sampled_by_class_and_their_rows_are_the_right_ones(tmp
 def test_every_row_has_the_same_keys_and_the_configured_rate_is_among_them(make_config, tmp_path):
     _, values, labels = noisy(noise=0.3)
     folder = write_scores(tmp_path / "s", values, labels, other=values.mean((1, 2)))
-    found, _ = studied(make_config, tmp_path, {"": folder}, select__keep=0.25)
-    assert len({tuple(row) for row in found.rows}) == 1
-    assert "jaccard at keep 0.25" in found.rows[0]
+    finding, _ = studied(make_config, tmp_path, {"": folder}, select__keep=0.25)
+    assert len({tuple(row) for row in finding.rows}) == 1
+    assert "jaccard at keep 0.25" in finding.rows[0]
 
 
 def test_the_kept_sets_follow_the_quota_and_the_direction():
@@ -216,12 +216,12 @@ def whole(make_config, tmp_path_factory):
 
 
 def test_the_whole_study_on_digits(whole):
-    _, found = whole
-    assert set(found.facts["network_agreement"]) == {"mlp"}
-    assert found.facts["drift"]["steps"] == [1, 3]
-    assert all(-1 <= value <= 1 for value in found.facts["drift"]["with_static"])
-    assert {row["compared"] for row in found.rows} == {"two trials", "epochs", "networks", "stages"}
-    assert json.dumps([found.facts, found.rows])
+    _, finding = whole
+    assert set(finding.facts["network_agreement"]) == {"mlp"}
+    assert finding.facts["drift"]["steps"] == [1, 3]
+    assert all(-1 <= value <= 1 for value in finding.facts["drift"]["with_static"])
+    assert {row["compared"] for row in finding.rows} == {"two trials", "epochs", "networks", "stages"}
+    assert json.dumps([finding.facts, finding.rows])
 
 
 def test_losses_are_those_of_the_samples_in_the_order_of_the_scores(whole):

@@ -34,20 +34,20 @@ def search(point_set, **keys):
 
 
 def test_a_t_interval_is_that_of_the_textbook():
-    found = difference([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
-    assert found.paired
-    assert found.mean == pytest.approx(0.2)
-    assert found.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
-    assert not found.clear
+    result = difference([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
+    assert result.paired
+    assert result.mean == pytest.approx(0.2)
+    assert result.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert not result.clear
     assert difference([0.5], [0.4]).half is None
 
 
 def test_unequal_repetitions_are_compared_by_welch():
-    found = difference([0.50, 0.52], [0.40, 0.42, 0.44])
-    assert not found.paired
+    result = difference([0.50, 0.52], [0.40, 0.42, 0.44])
+    assert not result.paired
     error = math.sqrt(0.0002 / 2 + 0.0004 / 3)
     freedom = error**4 / ((0.0001**2) / 1 + (0.0004 / 3) ** 2 / 2)
-    assert found.half == pytest.approx(comparison.t.ppf(0.975, freedom) * error)
+    assert result.half == pytest.approx(comparison.t.ppf(0.975, freedom) * error)
 
 
 def test_confidence_is_a_half_at_the_limit_and_one_far_above_it():
@@ -63,31 +63,31 @@ def test_confidence_is_a_half_at_the_limit_and_one_far_above_it():
 
 @pytest.mark.parametrize("least", [0.01, 0.07, 0.4])
 def test_bisection_finds_the_smallest_sufficient_rate(tmp_path, least):
-    found = search(FakePointSet(tmp_path, lambda config, share: needs(least, config, share)))
-    assert least * 0.93 <= found.smallest.keep <= least * 1.25
-    assert found.smallest.keep == found.unbroken.keep
-    assert not found.exceptions
+    result = search(FakePointSet(tmp_path, lambda config, share: needs(least, config, share)))
+    assert least * 0.93 <= result.smallest.keep <= least * 1.25
+    assert result.smallest.keep == result.unbroken.keep
+    assert not result.exceptions
 
 
 def test_bisection_tries_no_more_rates_than_it_may(tmp_path):
-    found = search(FakePointSet(tmp_path, lambda config, share: needs(0.07, config, share)), points=4)
-    assert len(found.rates) == 4 + 1
-    assert found.rates[-1].keep == 1.0
+    result = search(FakePointSet(tmp_path, lambda config, share: needs(0.07, config, share)), points=4)
+    assert len(result.rates) == 4 + 1
+    assert result.rates[-1].keep == 1.0
 
 
 def test_the_deviation_comes_from_at_least_three_unpruned_distillations(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.5)
-    found = search(point_set, seeds=2)
-    assert len(found.level.accuracies) == 3
-    assert len(found.smallest.outcomes) == 2
+    result = search(point_set, seeds=2)
+    assert len(result.level.accuracies) == 3
+    assert len(result.smallest.outcomes) == 2
 
 
 def test_a_smaller_rate_that_suffices_below_one_that_does_not_is_told(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.4 if 0.05 < share < 0.5 else 0.6, studies__seeds=3)
-    found = search(point_set)
-    assert found.smallest.keep == 0.004
-    assert 0.5 <= found.unbroken.keep < 0.7
-    assert found.exceptions
+    result = search(point_set)
+    assert result.smallest.keep == 0.004
+    assert 0.5 <= result.unbroken.keep < 0.7
+    assert result.exceptions
     assert any("not monotone" in note for note in critical_ratio.study(point_set.context).notes)
 
 
@@ -107,28 +107,28 @@ def test_the_critical_ratio_is_told_with_its_number_and_its_random_control(tmp_p
         studies__critical_ratio__points=12,
         select__per_class=7,
     )
-    found = critical_ratio.study(point_set.context)
-    keep, kept = found.facts["critical_keep"], found.facts["critical_kept"]
+    finding = critical_ratio.study(point_set.context)
+    keep, kept = finding.facts["critical_keep"], finding.facts["critical_kept"]
     assert 0.036 < keep < 0.05
     assert kept == CLASSES * int(keep * EACH + 0.5)
-    assert found.answer.startswith(f"{kept} of {CLASSES * EACH} samples ({kept // CLASSES} per class")
-    assert "better than as many random ones" in found.answer
-    assert found.paper == ""
-    assert [row["set"] for row in found.rows].count("random") == 1
-    assert len({tuple(row) for row in found.rows}) == 1, "all rows have the same keys"
-    assert found.facts["confidence"] > 0.5
+    assert finding.answer.startswith(f"{kept} of {CLASSES * EACH} samples ({kept // CLASSES} per class")
+    assert "better than as many random ones" in finding.answer
+    assert finding.paper == ""
+    assert [row["set"] for row in finding.rows].count("random") == 1
+    assert len({tuple(row) for row in finding.rows}) == 1, "all rows have the same keys"
+    assert finding.facts["confidence"] > 0.5
 
 
 def test_a_critical_ratio_at_chance_says_that_it_says_little(tmp_path):
-    found = critical_ratio.study(FakePointSet(tmp_path, lambda config, share: 0.28).context)
-    assert any("near chance" in note for note in found.notes)
+    finding = critical_ratio.study(FakePointSet(tmp_path, lambda config, share: 0.28).context)
+    assert any("near chance" in note for note in finding.notes)
 
 
 def test_a_minimum_that_decides_instead_of_the_rate_is_told(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.5, select__min_per_class=5)
-    found = critical_ratio.study(point_set.context)
-    assert found.facts["critical_kept"] == 5 * CLASSES
-    assert any("min_per_class = 5" in note for note in found.notes)
+    finding = critical_ratio.study(point_set.context)
+    assert finding.facts["critical_kept"] == 5 * CLASSES
+    assert any("min_per_class = 5" in note for note in finding.notes)
 
 
 def test_a_stratum_has_no_critical_ratio(tmp_path):
@@ -146,12 +146,12 @@ def test_a_stratum_has_no_critical_ratio(tmp_path):
 )
 def test_strata_tell_whether_the_criterion_is_trustworthy(tmp_path, slope, verdict, words):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.5 + slope * config.select.stratum_start)
-    found = stratified.study(point_set.context)
-    assert found.facts["verdict"] == verdict
-    assert words in found.answer
-    assert f"the best is stratum {found.facts['best_stratum']})" in found.answer
-    assert math.copysign(1, found.facts["spearman"]) == math.copysign(1, slope) or slope == 0
-    assert [row["kept"] for row in found.rows[:-1]] == [200] * 5
+    finding = stratified.study(point_set.context)
+    assert finding.facts["verdict"] == verdict
+    assert words in finding.answer
+    assert f"the best is stratum {finding.facts['best_stratum']})" in finding.answer
+    assert math.copysign(1, finding.facts["spearman"]) == math.copysign(1, slope) or slope == 0
+    assert [row["kept"] for row in finding.rows[:-1]] == [200] * 5
 
 
 # --- drop ---
@@ -163,18 +163,18 @@ def test_the_drop_test_tells_the_three_ways_apart(tmp_path):
             return 0.5
         return 0.5 if config.select.criterion == "random" else 0.55 if config.select.order == "useful" else 0.4
 
-    found = drop.study(FakePointSet(tmp_path, accuracy).context)
-    assert found.facts["drop_least_useful"] == pytest.approx(0.05)
-    assert found.facts["drop_most_useful"] == pytest.approx(-0.1)
-    assert "least useful first (the largest scores) +5.0 ± 0.0 points (helps)" in found.answer
-    assert "(hurts)" in found.answer
-    assert "do no harm or help (agrees)" in found.paper
-    assert "hurt (agrees)" in found.paper
+    finding = drop.study(FakePointSet(tmp_path, accuracy).context)
+    assert finding.facts["drop_least_useful"] == pytest.approx(0.05)
+    assert finding.facts["drop_most_useful"] == pytest.approx(-0.1)
+    assert "least useful first (the largest scores) +5.0 ± 0.0 points (helps)" in finding.answer
+    assert "(hurts)" in finding.answer
+    assert "do no harm or help (agrees)" in finding.paper
+    assert "hurt (agrees)" in finding.paper
 
 
 def test_a_drop_test_that_contradicts_the_paper_says_so(tmp_path):
-    found = drop.study(FakePointSet(tmp_path, lambda config, share: 0.5 if share == 1 else 0.4).context)
-    assert "disagrees: it hurts here" in found.paper
+    finding = drop.study(FakePointSet(tmp_path, lambda config, share: 0.5 if share == 1 else 0.4).context)
+    assert "disagrees: it hurts here" in finding.paper
 
 
 # --- interaction ---
@@ -187,25 +187,25 @@ def test_the_break_point_is_where_all_larger_drops_are_broken_too(tmp_path):
         value = by_drop[round(1 - config.select.rate, 2)]
         return [0.6, *[value] * (CLASSES - 1)]
 
-    found = interaction.study(FakePointSet(tmp_path, accuracy).context)
-    assert found.facts["break_drop"] == 0.7
-    assert found.facts["per_class"] == {"0": None, "1": 0.7, "2": 0.7, "3": 0.7}
+    finding = interaction.study(FakePointSet(tmp_path, accuracy).context)
+    assert finding.facts["break_drop"] == 0.7
+    assert finding.facts["per_class"] == {"0": None, "1": 0.7, "2": 0.7, "3": 0.7}
 
 
 def test_effects_that_add_up_are_not_called_an_interaction(tmp_path):
-    found = interaction.study(
+    finding = interaction.study(
         FakePointSet(tmp_path, lambda config, share: 0.6 - 0.2 * (1 - config.select.rate)).context
     )
-    assert "not refuted" in found.answer
-    assert found.rows[-1]["predicted"] == pytest.approx(0.6 - 0.2 * 0.95)
+    assert "not refuted" in finding.answer
+    assert finding.rows[-1]["predicted"] == pytest.approx(0.6 - 0.2 * 0.95)
 
 
 def test_a_cliff_is_a_clear_gap_from_the_additive_prediction(tmp_path):
-    found = interaction.study(
+    finding = interaction.study(
         FakePointSet(tmp_path, lambda config, share: 0.6 if config.select.rate > 0.2 else 0.3).context
     )
-    assert "do not add up: at 95\u00a0% it is worse than predicted by adding" in found.answer
-    assert found.facts["break_drop"] == 0.8
+    assert "do not add up: at 95\u00a0% it is worse than predicted by adding" in finding.answer
+    assert finding.facts["break_drop"] == 0.8
 
 
 def test_drop_rates_that_do_not_ascend_are_refused(tmp_path):
@@ -233,10 +233,10 @@ def point_set(tmp_path):
 
 
 def test_a_suite_leaves_findings_and_one_table(tmp_path, point_set):
-    found = suite.run(point_set.config, point_set, lambda line: None)
-    assert [finding.study for finding in found] == ["drop", "interaction"]
+    findings_by_name = suite.run(point_set.config, point_set, lambda line: None)
+    assert [finding.study for finding in findings_by_name] == ["drop", "interaction"]
     written = json.loads((tmp_path / "run" / "studies" / "interaction.json").read_text())
-    assert written["facts"]["break_drop"] == found[1].facts["break_drop"]
+    assert written["facts"]["break_drop"] == findings_by_name[1].facts["break_drop"]
     table = pq.read_table(tmp_path / "run" / "studies" / "studies.parquet").to_pylist()
     assert [row["study"] for row in table] == ["drop"] * 4 + ["interaction"] * 8
     assert table[4]["drop"] == 0.0

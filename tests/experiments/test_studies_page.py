@@ -38,21 +38,21 @@ FINDING = Finding(
 )
 
 
-def written(folder, *found, **sections):
-    path = page.write(folder, found, validate({"data": {"source": "digits"}, **sections}))
+def written(folder, *finding, **sections):
+    path = page.write(folder, finding, validate({"data": {"source": "digits"}, **sections}))
     return path.read_text(encoding="utf-8")
 
 
 def test_a_finding_is_the_same_after_a_round_trip(tmp_path):
     findings.write(tmp_path / "drop.json", FINDING)
-    found = findings.read(tmp_path / "drop.json")
-    assert findings.to_json(found) == findings.to_json(FINDING)
-    plot = found.plots[0]
+    finding = findings.read(tmp_path / "drop.json")
+    assert findings.to_json(finding) == findings.to_json(FINDING)
+    plot = finding.plots[0]
     assert math.isnan(plot.series[0].y[1])
     assert plot.series[0].error == [0.1, None]
     assert plot.levels == (("unpruned", 0.6),)
     assert plot.series[0].kind == "points"
-    assert found.facts == {"break_drop": None, "agreement": None, "per_class": [1, 2]}
+    assert finding.facts == {"break_drop": None, "agreement": None, "per_class": [1, 2]}
     assert page.charts.draw(plot) == page.charts.draw(FINDING.plots[0])
 
 
@@ -113,8 +113,8 @@ def test_a_long_table_is_closed_and_cut(tmp_path):
 
 def test_values_are_said_as_a_reader_says_them():
     values = [None, True, 1234, -0.12345, 1e5, [0.5, 1], {"a": 1}, list(range(9))]
-    said = ["–", "yes", "1,234", "−0.1235", "100,000", "0.5,\u00a01", '{"a": 1}', "9 values"]
-    assert [page.as_text(value) for value in values] == said
+    expected = ["–", "yes", "1,234", "−0.1235", "100,000", "0.5,\u00a01", '{"a": 1}', "9 values"]
+    assert [page.as_text(value) for value in values] == expected
 
 
 def test_without_findings_the_page_says_so(tmp_path):

@@ -37,19 +37,19 @@ def config(folder: Path | str = "nowhere", **sweep) -> Config:
     return tiny_config(folder, sweep={"space": RATES, **sweep}, **{"runtime__rule": "none", **sections})
 
 
-def tried(found: list[SweepTrial], control: str | None = None) -> list[dict]:
-    return [dict(trial.keys) for trial in found if trial.control == control]
+def tried(trials: list[SweepTrial], control: str | None = None) -> list[dict]:
+    return [dict(trial.keys) for trial in trials if trial.control == control]
 
 
 def sweep(settings: Config):
-    said = io.StringIO()
-    made = run.run(settings, Display(Console(file=said, width=200)), LocalRunner)
-    return made, said.getvalue()
+    log = io.StringIO()
+    swept_table = run.run(settings, Display(Console(file=log, width=200)), LocalRunner)
+    return swept_table, log.getvalue()
 
 
 def test_a_grid_is_the_product_of_all_lists_with_every_repetition():
-    found = space.trials(config(space={**RATES, "distill.ipc": [1, 2]}, seeds=2, controls=[]))
-    pairs = [(t.keys["select.keep"], t.keys["distill.ipc"], t.point.seed) for t in found]
+    trials = space.trials(config(space={**RATES, "distill.ipc": [1, 2]}, seeds=2, controls=[]))
+    pairs = [(t.keys["select.keep"], t.keys["distill.ipc"], t.point.seed) for t in trials]
     assert pairs == [(k, i, s) for k in (0.1, 0.3) for i in (1, 2) for s in (0, 1)]
 
 
@@ -58,8 +58,8 @@ def test_keys_may_be_nested_as_the_command_line_makes_them():
 
 
 def test_the_unpruned_control_is_tried_once_for_all_that_matters_without_pruning():
-    found = space.trials(config(space={**RATES, "distill.ipc": [1, 2], "runtime.rule": ["none", "loss"]}))
-    unpruned = [trial for trial in found if trial.control == "unpruned"]
+    trials = space.trials(config(space={**RATES, "distill.ipc": [1, 2], "runtime.rule": ["none", "loss"]}))
+    unpruned = [trial for trial in trials if trial.control == "unpruned"]
     assert [trial.keys["distill.ipc"] for trial in unpruned] == [1, 2]
     for trial in unpruned:
         assert trial.point.overrides["select.keep"] == 1
@@ -76,23 +76,23 @@ def test_the_unpruned_control_keeps_everything_whatever_the_base_selects():
 
 
 def test_random_samples_are_tried_at_every_keep_rate_once():
-    found = space.trials(config(space={**RATES, "select.order": ["useful", "useless"], "select.criterion": ["loss"]}))
-    random = tried(found, "random")
+    trials = space.trials(config(space={**RATES, "select.order": ["useful", "useless"], "select.criterion": ["loss"]}))
+    random = tried(trials, "random")
     assert [(keys["select.keep"], keys["select.criterion"]) for keys in random] == [(0.1, "random"), (0.3, "random")]
     assert {keys["select.order"] for keys in random} == {None}
 
 
 def test_keeping_everything_is_the_unpruned_control_and_not_tried_again():
-    found = space.trials(config(space={"select.keep": [0.1, 1.0], "select.order": ["useful", "high"]}))
-    points_ = {id(t.point) for t in found if t.keys["select.keep"] == 1.0}
-    assert sum(t.keys["select.keep"] == 1.0 for t in found) == 3
+    trials = space.trials(config(space={"select.keep": [0.1, 1.0], "select.order": ["useful", "high"]}))
+    points_ = {id(t.point) for t in trials if t.keys["select.keep"] == 1.0}
+    assert sum(t.keys["select.keep"] == 1.0 for t in trials) == 3
     assert len(points_) == 1
 
 
 def test_a_drop_rate_without_a_rule_makes_no_new_point():
-    found = space.trials(config(space={"runtime.rule": ["none", "loss"], "runtime.drop": [0.1, 0.5]}, controls=[]))
-    assert len(found) == 4
-    assert len({id(trial.point) for trial in found}) == 3
+    trials = space.trials(config(space={"runtime.rule": ["none", "loss"], "runtime.drop": [0.1, 0.5]}, controls=[]))
+    assert len(trials) == 4
+    assert len({id(trial.point) for trial in trials}) == 3
 
 
 def test_draws_lie_in_their_ranges_and_more_samples_go_on_where_fewer_ended():
@@ -205,17 +205,17 @@ def swept(tmp_path_factory):
         original = proxy.ProxyTrial.run
         patch.setattr(proxy.ProxyTrial, "run", lambda self, advance: (trained.append(self), original(self, advance))[1])
         settings = config(folder, space={**RATES, "distill.ipc": [1, 2]}, seeds=1)
-        made, said = sweep(settings)
-    return settings, made, said, len(trained)
+        swept_table, log = sweep(settings)
+    return settings, swept_table, log, len(trained)
 
 
 def test_ingest_and_scores_are_made_once_and_read_by_all_trials(swept):
-    settings, made, _, trained = swept
+    settings, swept_table, _, trained = swept
     root = Path(settings.run.dir)
     assert trained == settings.score.trials
     assert len(list((root / "shared").glob("data-*"))) == len(list((root / "shared").glob("scores-*"))) == 1
     folders = list((root / "points").iterdir())
-    assert len(folders) == len(set(made["trial"].to_pylist())) == 2 + 4 + 4
+    assert len(folders) == len(set(swept_table["trial"].to_pylist())) == 2 + 4 + 4
     for folder in folders:
         assert (folder / "prepared").is_symlink()
         assert (folder / "scores.parquet").is_symlink()
@@ -224,9 +224,9 @@ def test_ingest_and_scores_are_made_once_and_read_by_all_trials(swept):
 
 
 def test_the_table_has_every_trial_its_controls_and_what_they_took(swept):
-    settings, made, _, _ = swept
-    assert pq.read_table(Path(settings.run.dir) / "sweep.parquet").equals(made)
-    rows = made.to_pylist()
+    settings, swept_table, _, _ = swept
+    assert pq.read_table(Path(settings.run.dir) / "sweep.parquet").equals(swept_table)
+    rows = swept_table.to_pylist()
     kinds = {(row["control"], row["set"]) for row in rows}
     assert kinds == {
         (None, "distilled"),
@@ -245,11 +245,11 @@ def test_the_table_has_every_trial_its_controls_and_what_they_took(swept):
 
 
 def test_given_again_nothing_is_tried_again(swept, monkeypatch):
-    settings, made, _, _ = swept
+    settings, swept_table, _, _ = swept
     monkeypatch.setattr(points, "run_point", lambda *arguments: pytest.fail("a finished trial was started again"))
-    again, said = sweep(settings)
-    assert again.equals(made)
-    assert "10 of them finished before" in said
+    again, log = sweep(settings)
+    assert again.equals(swept_table)
+    assert "10 of them finished before" in log
 
 
 def test_a_longer_space_tries_only_what_is_new(swept, monkeypatch):
@@ -294,15 +294,15 @@ def test_a_trial_that_diverges_is_listed_and_the_others_go_on(tmp_path, monkeypa
 
     monkeypatch.setattr(DC, "step", step)
     settings = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[])
-    made, said = sweep(settings)
-    rows = {row["distill.ipc"]: row for row in made.to_pylist()}
+    swept_table, log = sweep(settings)
+    rows = {row["distill.ipc"]: row for row in swept_table.to_pylist()}
     assert rows[2]["mean"] is None
     assert "not finite" in rows[2]["error"]
     assert rows[1]["mean"] is not None
-    assert "1 of 2 trials failed" in said
+    assert "1 of 2 trials failed" in log
     monkeypatch.setattr(DC, "step", original)
-    made, _ = sweep(settings)
-    assert made["error"].null_count == 2, "the failed trial was not tried again"
+    swept_table, _ = sweep(settings)
+    assert swept_table["error"].null_count == 2, "the failed trial was not tried again"
     assert not list(tmp_path.rglob(points.FAILED))
 
 
@@ -325,9 +325,9 @@ def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_
     rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
     assert rows[1]["mean"] is not None, "the other trial was not tried"
     monkeypatch.setattr(DC, "step", original)
-    made, said = sweep(settings)
-    assert "2 trials, 1 of them finished before" in said
-    assert made["error"].null_count == 2
+    swept_table, log = sweep(settings)
+    assert "2 trials, 1 of them finished before" in log
+    assert swept_table["error"].null_count == 2
 
 
 def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeypatch):
@@ -339,10 +339,10 @@ def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeyp
             super().run(tasks[1:], body, lambda index, last, error: done(index + 1, last, error))
 
     monkeypatch.setattr(points, "write_failure", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    settings, said = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[]), io.StringIO()
+    settings, log = config(tmp_path / "run", space={"distill.ipc": [2, 1]}, controls=[]), io.StringIO()
     with pytest.raises(UserError, match="1 of 2 trials could not be carried out here"):
-        run.run(settings, Display(Console(file=said, width=200)), Losing)
-    assert "distill.ipc=2" in said.getvalue(), "the table is not shown where a trial was lost"
+        run.run(settings, Display(Console(file=log, width=200)), Losing)
+    assert "distill.ipc=2" in log.getvalue(), "the table is not shown where a trial was lost"
     rows = {row["distill.ipc"]: row for row in pq.read_table(tmp_path / "run" / "sweep.parquet").to_pylist()}
     assert rows[2]["error"] == "its process was lost"
     assert rows[1]["mean"] is not None
@@ -365,10 +365,10 @@ def outcome(keep: float, seed: int, top1: float, stopped: int | None = None) -> 
 
 def test_stopped_and_failed_trials_are_rows_of_the_table():
     failed = SweepTrial(Point({}, 0), {"select.keep": 0.9, "distill.method": "dc"})
-    made = table.make(
+    made_table = table.make(
         [outcome(0.1, 0, 0.5, stopped=4), (failed, Failure("it broke", False))], ["a", "b"], ["select.keep"]
     )
-    first, second = made.to_pylist()
+    first, second = made_table.to_pylist()
     assert (first["stopped"], first["mean"], first["std"], first["n"]) == (4, 0.5, None, 1)
     assert (second["error"], second["mean"], second["trial"]) == ("it broke", None, "b")
 
@@ -376,17 +376,17 @@ def test_stopped_and_failed_trials_are_rows_of_the_table():
 def test_columns_of_swept_keys_are_numbers_or_text():
     values = [{"a": 1, "b": 0.5, "c": {"loss": 0.7}, "d": 2}, {"a": 2, "b": 1, "c": "random", "d": None}]
     trials = [(SweepTrial(Point(), keys), Failure("failed", False)) for keys in values]
-    made = table.make(trials, ["a", "b"], list("abcd"))
-    assert made["a"].to_pylist() == [1, 2]
-    assert made["b"].to_pylist() == [0.5, 1.0]
-    assert made["c"].to_pylist() == ['{"loss": 0.7}', "random"]
-    assert made["d"].to_pylist() == [2, None]
+    made_table = table.make(trials, ["a", "b"], list("abcd"))
+    assert made_table["a"].to_pylist() == [1, 2]
+    assert made_table["b"].to_pylist() == [0.5, 1.0]
+    assert made_table["c"].to_pylist() == ['{"loss": 0.7}', "random"]
+    assert made_table["d"].to_pylist() == [2, None]
 
 
 def test_repetitions_are_one_line_at_the_end():
     trials = [outcome(0.1, 0, 0.4), outcome(0.1, 1, 0.6), outcome(0.3, 0, 0.7)]
-    made = table.make(trials, ["0", "1", "2"], ["select.keep"])
-    lines = table.pooled_rows(made)
+    made_table = table.make(trials, ["0", "1", "2"], ["select.keep"])
+    lines = table.pooled_rows(made_table)
     assert [(line["configuration"], line["accuracy"], line["n"]) for line in lines] == [
         ("select.keep=0.1", "50.0 ± 14.1", "2"),
         ("select.keep=0.3", "70.0", "1"),
@@ -402,6 +402,6 @@ def test_a_point_that_was_stopped_is_known_only_where_a_scheduler_asks(digits_ru
         target.write_bytes((digits_run.dir / name).read_bytes())
     assert points.read_stopped(Point(), RunDir(folder), "convnet") is None
     points.write_stop(RunDir(folder), {"step": 4, "top1": 0.25})
-    found = points.read_stopped(Point(), RunDir(folder), "convnet")
-    assert (found.stopped, found.accuracy()) == (4, 0.25)
+    stopped = points.read_stopped(Point(), RunDir(folder), "convnet")
+    assert (stopped.stopped, stopped.accuracy()) == (4, 0.25)
     assert points.read_outcome(Point(), RunDir(folder)) is None

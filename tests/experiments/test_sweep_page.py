@@ -19,8 +19,8 @@ def written(folder, rows, **sections):
 
 
 def plots(rows):
-    found = analysis.configurations(rows)
-    return sweep_plots.accuracy_plots(found, analysis.recommend(analysis.distilled(found)))[0]
+    configurations = analysis.configurations(rows)
+    return sweep_plots.accuracy_plots(configurations, analysis.recommend(analysis.distilled(configurations)))[0]
 
 
 def test_the_answer_stands_first_with_accuracy_cost_and_both_controls(tmp_path):
@@ -58,9 +58,9 @@ def test_the_keep_rate_is_the_axis_and_controls_are_in_the_plot():
 def test_every_setting_has_a_plot_with_controls_of_its_own():
     rows = [r | {"distill.method": m, "mean": r["mean"] - d} for m, d in (("dc", 0), ("dm", 0.1)) for r in digits(1)]
     rows = [r | {"trial": f"{r['trial']}{r['distill.method']}"} for r in rows]
-    found = plots(rows)
-    assert [plot.title for plot in found] == ["dc", "dm"]
-    assert [plot.levels[0][1] for plot in found] == pytest.approx([0.798, 0.698])
+    curves = plots(rows)
+    assert [plot.title for plot in curves] == ["dc", "dm"]
+    assert [plot.levels[0][1] for plot in curves] == pytest.approx([0.798, 0.698])
 
 
 def test_a_numeric_key_is_the_axis_where_the_keep_rate_is_not_swept():
@@ -85,10 +85,10 @@ def test_categories_are_bars_beside_the_controls_of_their_setting():
 
 def test_no_plot_has_more_series_than_can_be_told_apart():
     rows = [row(0.5, keep, f"c{i}") for keep in (0.1, 0.5) for i in range(20)] + [row(0.5, control="unpruned")]
-    found = plots(rows)
-    assert max(len(plot.series) for plot in found) <= sweep_plots.MOST_SERIES
-    assert sum(len(plot.series) for plot in found) == 20
-    assert all(plot.levels for plot in found)
+    curves = plots(rows)
+    assert max(len(plot.series) for plot in curves) <= sweep_plots.MOST_SERIES
+    assert sum(len(plot.series) for plot in curves) == 20
+    assert all(plot.levels for plot in curves)
 
 
 def test_a_key_of_pruning_gets_plots_of_its_own_before_series_are_cut():
@@ -143,9 +143,9 @@ def test_the_page_of_five_hundred_trials_is_small(tmp_path):
 
 
 def test_random_real_images_are_no_kept_samples():
-    made = page.contents(digits(), validate({}))
-    assert {row["kept"] for row in made["table"] if row["one"].set == "random_real"} == {None}
-    assert None not in {row["kept"] for row in made["table"] if row["one"].set == "distilled"}
+    contents = page.contents(digits(), validate({}))
+    assert {row["kept"] for row in contents["table"] if row["one"].set == "random_real"} == {None}
+    assert None not in {row["kept"] for row in contents["table"] if row["one"].set == "distilled"}
 
 
 def test_trials_in_one_process_never_ran_side_by_side():

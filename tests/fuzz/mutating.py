@@ -99,10 +99,10 @@ def in_time():
 
 
 def flip(data: bytes, chance: random.Random) -> bytes:
-    found = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 8)) if found else 0):
-        found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
-    return bytes(found)
+    flipped = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 8)) if flipped else 0):
+        flipped[chance.randrange(len(flipped))] ^= 1 << chance.randrange(8)
+    return bytes(flipped)
 
 
 def edge(data: bytes, chance: random.Random) -> bytes:

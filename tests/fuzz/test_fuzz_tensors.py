@@ -49,12 +49,12 @@ def broken_header(data: bytes, chance: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
 
-def check_against_header(found: dict[str, torch.Tensor], data: bytes) -> None:
+def check_against_header(loaded: dict[str, torch.Tensor], data: bytes) -> None:
     header, body = parted(data)
     declared = json.loads(header)
     declared.pop("__metadata__", None)
-    assert found.keys() == declared.keys()
-    for name, tensor in found.items():
+    assert loaded.keys() == declared.keys()
+    for name, tensor in loaded.items():
         first, last = declared[name]["data_offsets"]
         assert list(tensor.shape) == declared[name]["shape"]
         assert CODES.get(tensor.dtype, declared[name]["dtype"]) == declared[name]["dtype"]
@@ -71,10 +71,10 @@ def test_broken_safetensors_are_refused_or_hold_what_they_declare(tmp_path: Path
     def attempt(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            found = safetensors_io.load(path)
+            loaded = safetensors_io.load(path)
         except UserError:
             return False
-        check_against_header(found, data)
+        check_against_header(loaded, data)
         return True
 
     more = {"b": torch.arange(6, dtype=torch.uint8), "c": torch.zeros(0, 3), "d": torch.tensor(1.5)}
@@ -95,13 +95,13 @@ def test_broken_synthetic_sets_are_refused_or_can_be_used(tmp_path: Path):
         (tmp_path / "synthetic.safetensors").write_bytes(held)
         (tmp_path / "card.json").write_bytes(text)
         try:
-            found = synthetic_set.load(tmp_path)
-            pixels = found.pixels()
+            loaded = synthetic_set.load(tmp_path)
+            pixels = loaded.pixels()
         except UserError:
             return False
         assert pixels.dtype == torch.uint8
-        assert pixels.shape == found.images.shape
-        assert int(found.labels.max()) < len(found.class_names)
+        assert pixels.shape == loaded.images.shape
+        assert int(loaded.labels.max()) < len(loaded.class_names)
         return True
 
     mutating.run("synthetic", 0.04, seeds, attempt, [lambda data, chance: broken_text(data, chance)] * 6)
@@ -125,11 +125,11 @@ def test_broken_state_dicts_are_refused_or_finite_and_no_larger_than_their_file(
     def attempt(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            found, _ = pretrained._read(path)
+            loaded, _ = pretrained._read(path)
         except UserError:
             return False
-        assert all(torch.isfinite(value).all() for value in found.values() if value.is_floating_point())
-        assert sum(value.numel() * value.element_size() for value in found.values()) <= pretrained.MAX_EXPANSION * len(
+        assert all(torch.isfinite(value).all() for value in loaded.values() if value.is_floating_point())
+        assert sum(value.numel() * value.element_size() for value in loaded.values()) <= pretrained.MAX_EXPANSION * len(
             data
         )
         return True
@@ -147,10 +147,10 @@ def test_broken_pickles_yield_plain_data_alone():
 
     def attempt(data: bytes) -> bool:
         try:
-            found = safe_pickle.load(data)
+            loaded = safe_pickle.load(data)
         except Exception:  # a damaged pickle raises nearly anything; the source turns it into a UserError
             return False
-        check_plain(found)
+        check_plain(loaded)
         return True
 
     mutating.run("pickles", 0.05, seeds, attempt, [])

@@ -61,11 +61,11 @@ def test_broken_configurations_are_refused_or_whole(tmp_path: Path):
     def attempt(data: bytes) -> bool:
         path.write_bytes(data)
         try:
-            found = configuration.load(path)
+            loaded = configuration.load(path)
         except UserError:
             return False
-        assert configuration.validate(found.model_dump()) == found
-        assert isinstance(found, Config)
+        assert configuration.validate(loaded.model_dump()) == loaded
+        assert isinstance(loaded, Config)
         return True
 
     mutating.run("configs", 0.05, [TEXT], attempt, [worded, worded, lined])

@@ -62,15 +62,15 @@ class Kept:
 
 
 def test_an_observer_that_fails_is_left_out_and_the_others_go_on():
-    said, kept = list[str](), Kept()
-    observers = Observers(said.append, [Broken(), kept])
+    lines, kept = list[str](), Kept()
+    observers = Observers(lines.append, [Broken(), kept])
     observers.stage = "score"
     observers.emit(instant("work", "score"))
     observers.emit(instant("stage", "skipped", stage="select"))
     observers.close()
     assert [event.stage for event in kept.events] == ["score", "select"]
     assert kept.closed
-    assert said == ["  the broken one is switched off: [Errno 28] No space left on device"]
+    assert lines == ["  the broken one is switched off: [Errno 28] No space left on device"]
 
 
 def test_an_observer_that_fails_tells_no_credentials():
@@ -78,9 +78,9 @@ def test_an_observer_that_fails_tells_no_credentials():
         def __call__(self, event: Event) -> None:
             raise OSError("API request to http://someone:do-not-tell@host:5000/api failed")
 
-    said = list[str]()
-    Observers(said.append, [Unreachable()]).emit(instant("stage", "started"))
-    assert said == ["  the broken one is switched off: API request to http://host:5000/api failed"]
+    lines = list[str]()
+    Observers(lines.append, [Unreachable()]).emit(instant("stage", "started"))
+    assert lines == ["  the broken one is switched off: API request to http://host:5000/api failed"]
 
 
 @pytest.fixture
@@ -88,10 +88,10 @@ def log(monkeypatch):
     """What the driver makes of lines; time stands at 100 s and is moved by hand."""
     now = [100.0]
     monkeypatch.setattr(distillation_log.time, "time", lambda: now[0])
-    events, said = list[Event](), list[str]()
+    events, lines = list[Event](), list[str]()
     with Display.silent().meter("distill", 100, "steps") as meter:
-        log = DistillationLog(events.append, meter, said.append)
-        log.events, log.said, log.now = events, said, now  # type: ignore[attr-defined]
+        log = DistillationLog(events.append, meter, lines.append)
+        log.events, log.lines, log.now = events, lines, now  # type: ignore[attr-defined]
         yield log
 
 
@@ -126,7 +126,7 @@ def test_a_loss_is_noted_and_the_log_may_be_told_again(log):
     assert pieces(log) == [("a", 1, 20), ("b", 2, 5)]
     assert [event.values for event in log.events if event.what == "lost"] == [{"step": 20}]
     assert (log.meter.done, log.meter.done_here) == (15, 25)
-    assert log.said == ["  samples lie here"] * 2
+    assert log.lines == ["  samples lie here"] * 2
 
 
 def test_lines_of_an_earlier_command_are_no_work_of_this_one(log):

@@ -51,12 +51,12 @@ def layout(config=None, machine: Machine = MACHINE) -> ClusterLayout:
 
 def test_a_plan_has_every_stage_and_is_published(tmp_path, make_run):
     run = make_run(tmp_path / "run")
-    found = run.pipeline.forecast()
-    assert [row.estimate.stage for row in found.rows] == EVERY
-    assert all(row.estimate.seconds > 0 and row.estimate.host > 0 and row.actual is None for row in found.rows)
+    plan = run.pipeline.forecast()
+    assert [row.estimate.stage for row in plan.rows] == EVERY
+    assert all(row.estimate.seconds > 0 and row.estimate.host > 0 and row.actual is None for row in plan.rows)
     written = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert list(written["stages"]) == EVERY
-    assert written["total"]["seconds"] == pytest.approx(found.seconds, abs=0.01)
+    assert written["total"]["seconds"] == pytest.approx(plan.seconds, abs=0.01)
     assert not (tmp_path / "run" / "prepared").exists()
 
 
@@ -81,8 +81,8 @@ def test_a_prediction_made_after_the_run_is_marked(digits_run, tmp_path):
     config = tiny_config(tmp_path / "run")
     (tmp_path / "run" / "plan.json").unlink(missing_ok=True)
     records = {"select": json.loads((tmp_path / "run" / "stages" / "select.json").read_text())}
-    found = forecast.make(config, FACTS, MACHINE, tmp_path / "run" / "plan.json", records, lambda stage: None)
-    assert {row.estimate.stage: row.before for row in found.rows}["select"] is False
+    plan = forecast.make(config, FACTS, MACHINE, tmp_path / "run" / "plan.json", records, lambda stage: None)
+    assert {row.estimate.stage: row.before for row in plan.rows}["select"] is False
 
 
 def test_output_of_another_configuration_is_not_taken_for_this_one(digits_run, make_run, tmp_path):
@@ -90,9 +90,9 @@ def test_output_of_another_configuration_is_not_taken_for_this_one(digits_run, m
 
     shutil.copytree(digits_run.dir, tmp_path / "run")
     run = make_run(tmp_path / "run", select__keep=0.5)
-    found = run.pipeline.forecast()
+    plan = run.pipeline.forecast()
     assert "holds the output of select for another configuration" in run.text
-    assert {row.estimate.stage for row in found.rows if row.actual is not None} <= {"ingest", "score"}
+    assert {row.estimate.stage for row in plan.rows if row.actual is not None} <= {"ingest", "score"}
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -101,8 +101,8 @@ def test_every_method_can_be_planned(method):
     config = tiny_config(
         "x", distill__method=method, runtime__rule="loss", distill__sre2l=teacher, distill__rded=teacher
     )
-    found = Planner(config, FACTS, layout(config)).distill()
-    assert found.parts["steps"] > 0
+    plan = Planner(config, FACTS, layout(config)).distill()
+    assert plan.parts["steps"] > 0
 
 
 def test_clips_can_be_planned():
@@ -110,7 +110,7 @@ def test_clips_can_be_planned():
     config = tiny_config("x", distill__method="dm", distill__network="convnet3d", score__network="convnet3d",
                          evaluate__networks=["convnet3d"], data__frames=4)  # fmt: skip
     planner = Planner(config, facts, layout(config))
-    assert all(found.seconds > 0 for found in (planner.score(), planner.distill(), planner.evaluate()))
+    assert all(plan.seconds > 0 for plan in (planner.score(), planner.distill(), planner.evaluate()))
 
 
 def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digits_run):
@@ -130,11 +130,11 @@ def test_what_is_kept_has_at_least_the_images_of_a_class():
 
 
 @pytest.mark.parametrize(
-    ("found", "own", "expected"),
+    ("plan", "own", "expected"),
     [({1: 2.0}, 10, 20.0), ({1: 3.0, 5: 11.0}, 10, 21.0), ({1: 5.0, 4: 4.0}, 9, 5.0), ({2: 4.0, 4: 6.0}, 4, 6.0)],
 )
-def test_slices_are_scaled_along_a_line_and_never_downwards(found, own, expected):
-    assert scaled(found, own) == pytest.approx(expected)
+def test_slices_are_scaled_along_a_line_and_never_downwards(plan, own, expected):
+    assert scaled(plan, own) == pytest.approx(expected)
 
 
 class Counting(DC):
@@ -189,9 +189,9 @@ class Replicated(Method):
 
 def test_a_method_of_ones_own_with_networks_and_costs_is_planned_without_more():
     config = tiny_config("x", distill__method="test_plan:Replicated", cluster__address=None)
-    found = Planner(config, FACTS, layout(config)).distill()
-    assert list(found.parts) == ["train two experts", "label them", "prepare", "steps", "start"]
-    assert all(seconds >= 0 for seconds in found.parts.values())
+    plan = Planner(config, FACTS, layout(config)).distill()
+    assert list(plan.parts) == ["train two experts", "label them", "prepare", "steps", "start"]
+    assert all(seconds >= 0 for seconds in plan.parts.values())
 
 
 def test_memory_is_followed_to_its_peak():
@@ -231,9 +231,9 @@ def test_images_and_their_momentum_count_in_a_workers_memory():
 def test_what_cannot_fit_is_refused_with_the_key_to_change(fields, machine, message):
     config = tiny_config("x", cluster__address=None)
     there = layout(config, replace(MACHINE, **machine))
-    found = plans.combine(config, there, [estimate(**fields)], {}, {})
+    plan = plans.combine(config, there, [estimate(**fields)], {}, {})
     with pytest.raises(UserError, match=message):
-        found.refuse()
+        plan.refuse()
 
 
 def test_a_run_that_fits_is_not_refused():
@@ -262,8 +262,8 @@ def test_more_images_than_samples_are_refused(tmp_path, make_run):
 
 def test_a_price_makes_costs():
     config = tiny_config("x", cluster__address=None, cluster__price=3.0)
-    found = plans.combine(config, layout(config), [estimate(parts={"steps": 7200.0}), estimate("score")], {}, {})
-    assert found.cost == pytest.approx(3.0 * (2 + 1 / 60))
+    plan = plans.combine(config, layout(config), [estimate(parts={"steps": 7200.0}), estimate("score")], {}, {})
+    assert plan.cost == pytest.approx(3.0 * (2 + 1 / 60))
     remote = layout(tiny_config("x", cluster__address="ray://head:1"))
     assert estimate(parts={"steps": 3600.0}, machines=remote.machines(8)).cost(3.0) == pytest.approx(24.0)
 
@@ -315,5 +315,5 @@ def test_tensors_can_be_planned(shape):
     config = tiny_config("x", distill__method="dm", distill__dm__augment="none", distill__network="mlp",
                          score__network="mlp", evaluate__networks=["mlp"], data__source="tensors")  # fmt: skip
     planner = Planner(config, facts, layout(config))
-    assert all(found.seconds > 0 for found in (planner.score(), planner.distill(), planner.evaluate()))
+    assert all(plan.seconds > 0 for plan in (planner.score(), planner.distill(), planner.evaluate()))
     assert planner._pool(1) == 6 * 4 * facts.values  # float32

@@ -144,8 +144,8 @@ def test_rejected_samples_are_counted_and_named(run):
 def test_many_rejected_samples_are_grouped_by_kind_of_reason(run):
     large = [(f"large/{i}.mp4", f"{i + 5},000 bytes, more than data.max_bytes = 1,000", False) for i in range(30)]
     set_aside(run, [("no/label.mp4", "it has no label in 'train.csv'", False), *large])
-    found = run_report._rejected(run / "rejected.parquet")["rejected"]
-    assert [(row["count"], row["sample_id"]) for row in found["rows"]] == [(30, "large/0.mp4"), (1, "no/label.mp4")]
+    rejected = run_report._rejected(run / "rejected.parquet")["rejected"]
+    assert [(row["count"], row["sample_id"]) for row in rejected["rows"]] == [(30, "large/0.mp4"), (1, "no/label.mp4")]
     assert "<h3>Rejected: 31 samples</h3>" in page(run)
 
 
@@ -243,8 +243,8 @@ def test_a_thousand_classes_stay_small(tmp_path):
 
 def pictures(text, alt):
     """The pictures whose alternative text begins so: (format, frames)."""
-    found = re.findall(rf'src="data:image/(?:png|webp);base64,([^"]+)" alt="{alt}', text)
-    opened = [Image.open(io.BytesIO(base64.b64decode(content))) for content in found]
+    images = re.findall(rf'src="data:image/(?:png|webp);base64,([^"]+)" alt="{alt}', text)
+    opened = [Image.open(io.BytesIO(base64.b64decode(content))) for content in images]
     return [(picture.format, getattr(picture, "n_frames", 1)) for picture in opened]
 
 

@@ -78,13 +78,13 @@ def test_stages_have_their_seconds_and_nothing_is_made_of_what_is_not_finite(tmp
 
 def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path):
     (tmp_path / FOLDER).write_text("in the way")
-    said: list[str] = []
-    observers = Observers(said.append, [TensorBoard(tmp_path)])
+    lines: list[str] = []
+    observers = Observers(lines.append, [TensorBoard(tmp_path)])
     observers.emit(instant("stage", "finished", stage="score"))
     observers.emit(instant("stage", "finished", stage="select"))
     observers.close()
-    assert len(said) == 1
-    assert said[0].startswith("  TensorBoard is switched off: ")
+    assert len(lines) == 1
+    assert lines[0].startswith("  TensorBoard is switched off: ")
 
 
 @pytest.mark.parametrize("part", ["distill", "evaluate", "stages"])

@@ -12,8 +12,8 @@ def row(name, mean, std, n=5, network="convnet"):
 
 
 def says(ours, real):
-    found = wording.answer([row("distilled", *ours), row("random_real", *real)])
-    return found["verdict"], f"{found['word']}: {found['text']}".replace("\u00a0", " ")
+    answer = wording.answer([row("distilled", *ours), row("random_real", *real)])
+    return answer["verdict"], f"{answer['word']}: {answer['text']}".replace("\u00a0", " ")
 
 
 def test_sentence_yes():
@@ -49,9 +49,9 @@ def test_single_seed_says_so(ours, word):
 def test_several_networks_are_all_named():
     sets = [row("distilled", 0.8, 0.01), row("random_real", 0.6, 0.01),
             row("distilled", 0.5, 0.01, network="vgg11"), row("random_real", 0.6, 0.01, network="vgg11")]  # fmt: skip
-    found = wording.answer(sets)
-    assert "(n = 5, convnet)" in found["text"]
-    assert found["others"] == "Over 2 networks, the distilled set is better with convnet; worse with vgg11."
+    answer = wording.answer(sets)
+    assert "(n = 5, convnet)" in answer["text"]
+    assert answer["others"] == "Over 2 networks, the distilled set is better with convnet; worse with vgg11."
 
 
 def test_a_network_that_sees_one_frame_gives_no_verdict_beside_others():
@@ -60,8 +60,8 @@ def test_a_network_that_sees_one_frame_gives_no_verdict_beside_others():
         row("random_real", 0.3, 0.01, network="frame:convnet"),
     ]
     motion = [row("distilled", 0.8, 0.01, network="convnet3d"), row("random_real", 0.6, 0.01, network="convnet3d")]
-    found = wording.answer(control + motion)
-    assert (found["verdict"], found["others"]) == ("yes", "")
+    answer = wording.answer(control + motion)
+    assert (answer["verdict"], answer["others"]) == ("yes", "")
     assert wording.answer(control)["verdict"] == "no"
 
 
@@ -82,7 +82,7 @@ CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "lines"),
     [
         ({"formation": 2}, "Each holds 2 × 2 training images"),
         ({"protocol": {"labels": "soft"}}, "soft labels were learned"),
@@ -93,7 +93,7 @@ CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
         ({"runtime": {"rule": "ite", "drop": 0.3}}, "by rule ite dropped 30"),
     ],
 )  # fmt: skip
-def test_what_is_particular_about_a_method_is_said(more, said):
-    (found,) = wording.method_facts(CARD | more, "images")
-    assert said in found
+def test_what_is_particular_about_a_method_is_said(more, lines):
+    (fact,) = wording.method_facts(CARD | more, "images")
+    assert lines in fact
     assert wording.method_facts(CARD, "images") == []

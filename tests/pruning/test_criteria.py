@@ -53,7 +53,7 @@ def outputs_of(count=7, many=4, features=5):
     )
 
 
-def made(name, **section):
+def make_criterion(name, **section):
     return build_criteria(ScoreSection(criterion=name, **section))[name]
 
 
@@ -61,7 +61,9 @@ def made(name, **section):
 
 
 def test_every_criterion_states_which_end_is_useful():
-    assert {name: made(name).useful for name in ALL if made(name).useful != "low"} == {"margin": "high"}
+    assert {name: make_criterion(name).useful for name in ALL if make_criterion(name).useful != "low"} == {
+        "margin": "high"
+    }
 
 
 def test_values_are_those_of_the_textbooks():
@@ -78,7 +80,7 @@ def test_values_are_those_of_the_textbooks():
             "forgetting": float(p.argmax() == y),
         }
         for name, value in expected.items():
-            assert made(name).observe(outputs)[k].item() == pytest.approx(value, rel=1e-5), name
+            assert make_criterion(name).observe(outputs)[k].item() == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -86,31 +88,31 @@ def test_values_are_those_of_the_textbooks():
 )
 def test_a_score_is_the_mean_over_trials_and_epochs(name):
     values = np.random.default_rng(0).random((5, 3, 2), np.float32)
-    assert made(name).aggregate(values) == pytest.approx(values.mean((1, 2)))
+    assert make_criterion(name).aggregate(values) == pytest.approx(values.mean((1, 2)))
 
 
 def test_forgetting_counts_from_right_to_wrong_and_what_is_never_learnt_most():
     trials = [[0, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
-    found = made("forgetting").aggregate(np.array(trials, np.float32)[:, None])
-    assert found.tolist() == [2, 0, 5, 0, 1]
+    counts = make_criterion("forgetting").aggregate(np.array(trials, np.float32)[:, None])
+    assert counts.tolist() == [2, 0, 5, 0, 1]
     both = np.array([[trials[0], trials[1]]], np.float32)
-    assert made("forgetting").aggregate(both).tolist() == [1]
+    assert make_criterion("forgetting").aggregate(both).tolist() == [1]
 
 
 def test_forgetting_is_refused_where_there_are_no_epochs_to_follow():
     with pytest.raises(UserError, match="more than one epoch"):
-        made("forgetting", epochs=1)
+        make_criterion("forgetting", epochs=1)
     with pytest.raises(UserError, match="pretrained weights"):
-        made("forgetting", weights="w.pth")
+        make_criterion("forgetting", weights="w.pth")
 
 
 def test_only_checkpoints_that_some_criterion_looks_at_are_needed():
     section = ScoreSection(criterion=["loss_early", "loss_converged"], epochs=50)
     assert needed_epochs(build_criteria(section).values(), 50) == [0, 1, 2, 3, 4, 45, 46, 47, 48, 49]
-    assert needed_epochs([made("density"), made("herding")], 50) == [49]
-    assert needed_epochs([made("el2n", early=2)], 50) == [0, 1]
-    assert epochs_of(made("loss"), 3) == [0, 1, 2]
-    assert epochs_of(made("loss_converged", late=9), 3) == epochs_of(made("grand"), 3) == [0, 1, 2]
+    assert needed_epochs([make_criterion("density"), make_criterion("herding")], 50) == [49]
+    assert needed_epochs([make_criterion("el2n", early=2)], 50) == [0, 1]
+    assert epochs_of(make_criterion("loss"), 3) == [0, 1, 2]
+    assert epochs_of(make_criterion("loss_converged", late=9), 3) == epochs_of(make_criterion("grand"), 3) == [0, 1, 2]
 
 
 def test_names_of_scores_from_elsewhere_are_passed_over():
@@ -232,8 +234,8 @@ def test_gradient_norms_made_at_once_in_padded_parts_are_the_same(monkeypatch):
     norms = GradientNorms(SPEC, network)
     monkeypatch.setattr("distill_at_scale.pruning.scoring.gradient_norms.BYTES", 2 * norms.bytes_per_sample)
     weights = {name: p.detach() for name, p in network.named_parameters()}
-    found = norms._in_parts(lambda image, label: norms._norm(None)(weights, image, label), images, labels)
-    assert found.tolist() == pytest.approx(norms(images, labels).tolist(), rel=1e-4)
+    actual = norms._in_parts(lambda image, label: norms._norm(None)(weights, image, label), images, labels)
+    assert actual.tolist() == pytest.approx(norms(images, labels).tolist(), rel=1e-4)
 
 
 def test_the_gradient_looks_at_the_classes_of_the_data_alone():
@@ -307,7 +309,7 @@ def order_of(ranks):
     return np.argsort(ranks).tolist()
 
 
-@pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products made anew"])
+@pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products recomputed"])
 def test_herding_picks_what_takes_the_mean_nearest_to_that_of_the_class(points, monkeypatch, kept):
     monkeypatch.setattr(coreset, "HELD_PRODUCTS", kept)
     picked, mean = [], points.mean(0, dtype=np.float64)
@@ -317,7 +319,7 @@ def test_herding_picks_what_takes_the_mean_nearest_to_that_of_the_class(points, 
     assert order_of(coreset.herding_ranks(points)) == picked
 
 
-@pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products made anew"])
+@pytest.mark.parametrize("kept", [2**26, 0], ids=["products kept", "products recomputed"])
 def test_k_center_begins_at_the_mean_and_picks_the_farthest(points, monkeypatch, kept):
     monkeypatch.setattr(coreset, "HELD_PRODUCTS", kept)
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
@@ -335,12 +337,12 @@ def test_equal_samples_are_picked_in_the_order_of_their_ids():
 
 def test_trials_count_alike_in_density_and_side_by_side_in_selectors(points):
     features = np.stack([points, points[::-1]], 1)  # [n, trials, features]
-    density = made("density", neighbours=3)
+    density = make_criterion("density", neighbours=3)
     values = density.observe_class(features)
     assert values[:, 0].tolist() == coreset.neighbour_distances(points, 3).tolist() == values[::-1, 1].tolist()
     assert density.aggregate(values[:, :, None]) == pytest.approx(values.mean(1))
     joint = coreset.herding_ranks(np.concatenate([points, points[::-1]], 1))
-    assert made("herding").observe_class(features)[:, 0].tolist() == joint.tolist()
+    assert make_criterion("herding").observe_class(features)[:, 0].tolist() == joint.tolist()
 
 
 @pytest.mark.parametrize("ends", [[], [1], [3, 7], range(1, 12)])
@@ -348,18 +350,18 @@ def test_rows_are_regrouped_class_by_class(ends):
     labels = pa.array([0, 0, 0, 1, 3, 3, 3, 3, 3, 3, 4, 4], pa.int32())
     whole = pa.table({"label": labels, "row": list(range(12))})
     parts = [(Path("p"), whole.slice(a, b - a)) for a, b in itertools.pairwise([0, *ends, 12])]
-    found = [part["row"].to_pylist() for _, part in by_class([(Path("p"), whole.slice(0, 0)), *parts])]
-    assert found == [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9], [10, 11]]
+    parts_read = [part["row"].to_pylist() for _, part in by_class([(Path("p"), whole.slice(0, 0)), *parts])]
+    assert parts_read == [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9], [10, 11]]
 
 
 # Agreement of trials
 
 
 def agreement(values, labels, part=7):
-    found = TrialAgreement(lambda v: v.mean((1, 2)))
+    agreement = TrialAgreement(lambda v: v.mean((1, 2)))
     for start in range(0, len(labels), part):
-        found.add(labels[start : start + part], values[start : start + part])
-    return found
+        agreement.add(labels[start : start + part], values[start : start + part])
+    return agreement
 
 
 def test_agreement_is_the_rank_correlation_within_classes():
@@ -378,8 +380,8 @@ def test_agreement_is_the_rank_correlation_within_classes():
 
 def test_agreement_holds_some_samples_of_some_classes_spread_evenly():
     labels = np.repeat(np.arange(3 * MAX_CLASSES), 2)
-    found = agreement(np.zeros((len(labels), 2, 1)), labels, 100)
-    assert list(found.held) == list(range(0, 3 * MAX_CLASSES, 4))
+    result = agreement(np.zeros((len(labels), 2, 1)), labels, 100)
+    assert list(result.held) == list(range(0, 3 * MAX_CLASSES, 4))
     many = agreement(np.zeros((MAX_SAMPLES + 100, 2, 1)), np.zeros(MAX_SAMPLES + 100, int), 1000)
     assert sum(map(len, many.held[0])) == MAX_SAMPLES
 
@@ -425,14 +427,14 @@ def scored(folder, target, names, shares=1, step=1, extra=None, **section):
 
 def test_all_criteria_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order(proxies, tmp_path):
     ways = {"one": (1, 1), "reversed": (1, -1), "three": (3, 1), "four": (4, -1)}
-    found = {scored(proxies, tmp_path / name, ALL, *way).read_bytes() for name, way in ways.items()}
-    assert len(found) == 1
+    contents = {scored(proxies, tmp_path / name, ALL, *way).read_bytes() for name, way in ways.items()}
+    assert len(contents) == 1
 
 
 def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path):
     together, facts = score_table.read(scored(proxies, tmp_path / "all", ALL))
     assert facts["criteria"] == ALL
-    assert facts["useful"] == {name: made(name).useful for name in ALL}
+    assert facts["useful"] == {name: make_criterion(name).useful for name in ALL}
     assert (facts["observed"]["loss_early"], facts["observed"]["density"]) == ([0, 1, 2], [2])
     assert together["score"].to_pylist() == together["loss"].to_pylist()
     without = {"herding", "k_center"}
@@ -448,7 +450,7 @@ def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path
 
 def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
     """Density of the last epoch against the features of each network, computed one by one."""
-    found, _ = score_table.read(scored(proxies, tmp_path / "run", "density", neighbours=4))
+    table, _ = score_table.read(scored(proxies, tmp_path / "run", "density", neighbours=4))
     pixels, labels = PreparedDataset(proxies / "prepared").load("train")
     images = (torch.from_numpy(pixels) / 255 - 0.5) / 0.25
     expected = np.zeros(70)
@@ -458,7 +460,7 @@ def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
         for label in range(3):
             mine = labels == label
             expected[mine] += coreset.neighbour_distances(features[mine], 4) / 2
-    assert found["density"].to_numpy() == pytest.approx(expected, rel=1e-4)
+    assert table["density"].to_numpy() == pytest.approx(expected, rel=1e-4)
 
 
 def test_checkpoints_that_nobody_looks_at_are_not_even_read(proxies, tmp_path):
@@ -467,8 +469,8 @@ def test_checkpoints_that_nobody_looks_at_are_not_even_read(proxies, tmp_path):
         target = proxy.checkpoint_path(tmp_path / "proxies", trial, 0)
         target.parent.mkdir(parents=True)
         target.symlink_to(proxy.checkpoint_path(proxies / "proxies", trial, 0))
-    found, facts = score_table.read(scored(tmp_path, tmp_path / "a", "el2n", early=1))
-    assert lists_to_matrix(found["el2n_values"]).shape == (70, 2)
+    table, facts = score_table.read(scored(tmp_path, tmp_path / "a", "el2n", early=1))
+    assert lists_to_matrix(table["el2n_values"]).shape == (70, 2)
     assert facts["observed"] == {"el2n": [0]}
 
 
@@ -491,9 +493,9 @@ class Lengths:
 
 def test_columns_from_elsewhere_lie_where_the_configuration_names_them(proxies, tmp_path):
     theirs = {"imported": {"theirs": "x.json"}, "extra": {"theirs": Lengths(), "extra": Lengths()}}
-    found, facts = score_table.read(scored(proxies, tmp_path / "a", ["theirs", "herding"], **theirs))
-    assert found.column_names[:6] == ["sample_id", "label", "theirs", "herding", "extra", "score"]
-    assert found["theirs"].to_pylist() == found["score"].to_pylist() == list(range(70))
+    table, facts = score_table.read(scored(proxies, tmp_path / "a", ["theirs", "herding"], **theirs))
+    assert table.column_names[:6] == ["sample_id", "label", "theirs", "herding", "extra", "score"]
+    assert table["theirs"].to_pylist() == table["score"].to_pylist() == list(range(70))
     assert facts["useful"] == {"theirs": "high", "herding": "low", "extra": "high"}
     assert facts["agreement"] is None
 
@@ -505,10 +507,10 @@ def test_a_network_that_says_nothing_of_features_shows_them_before_its_last_laye
     classifier = Classifier(spec, "fp32", CPU, spec.memory_format("score", CPU, False))
     classifier.std.fill_(1)
     pixels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    found = classifier.with_features(pixels)
+    features = classifier.with_features(pixels)
     layers = classifier.network.layers
-    assert torch.equal(found[:, :3], classifier(pixels))
-    assert torch.equal(found[:, 3:], layers[:3](pixels.float() / 255))
+    assert torch.equal(features[:, :3], classifier(pixels))
+    assert torch.equal(features[:, 3:], layers[:3](pixels.float() / 255))
 
 
 def test_features_that_are_not_finite_name_their_sample(tmp_path):
@@ -524,11 +526,11 @@ def test_random_alone_needs_no_proxies_and_every_stage_after_it_runs(make_run, t
     run = make_run(tmp_path / "run", score__criterion="random", evaluate__seeds=1)
     run.stages("ingest", "score", "select", "distill", "evaluate", "report")
     assert not (run.dir / "proxies").exists()
-    found, facts = score_table.read(run.dir / "scores.parquet")
-    assert found.column_names == ["sample_id", "label", "score"]
-    assert set(found["score"].to_pylist()) == {0.0}
+    table, facts = score_table.read(run.dir / "scores.parquet")
+    assert table.column_names == ["sample_id", "label", "score"]
+    assert set(table["score"].to_pylist()) == {0.0}
     assert (facts["useful"], facts["agreement"], facts["trials"]) == ({}, None, 0)
-    assert found["sample_id"].to_pylist() == PreparedDataset(run.dir / "prepared").index()[0]
+    assert table["sample_id"].to_pylist() == PreparedDataset(run.dir / "prepared").index()[0]
     kept = pq.read_table(run.dir / "manifest.parquet")
     assert 0 < kept["kept"].to_pylist().count(True) < kept.num_rows
     assert (run.dir / "report.html").is_file()

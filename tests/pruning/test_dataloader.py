@@ -58,9 +58,9 @@ def test_epochs_trials_and_seeds_differ_and_repeat(data):
     def order(source=ProxyDataLoader(data, 0, 32, 4), **keys):
         return [n for parts in epoch(source, **keys) for images, _ in parts for n in numbers(images)]
 
-    found = [order(), order(number=1), order(trial=1), order(ProxyDataLoader(data, 1, 32, 4))]
-    assert len({tuple(f) for f in found}) == 4
-    assert order() == found[0]
+    orders = [order(), order(number=1), order(trial=1), order(ProxyDataLoader(data, 1, 32, 4))]
+    assert len({tuple(f) for f in orders}) == 4
+    assert order() == orders[0]
 
 
 @pytest.mark.parametrize("window", [1, 200, 10**6])

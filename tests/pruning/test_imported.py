@@ -84,8 +84,8 @@ def test_several_trials_are_averaged(tmp_path, ids, listed):
 @pytest.mark.parametrize("column", ["mine", "score"])
 def test_tables_are_joined_by_id(tmp_path, ids, name, column):
     shuffled = np.random.default_rng(0).permutation(ids.to_pylist()).tolist()
-    found = pa.table({"sample_id": shuffled, column: [number_of(i) for i in shuffled]})
-    (pyarrow.csv.write_csv if name.endswith("csv") else pq.write_table)(found, tmp_path / name)
+    table = pa.table({"sample_id": shuffled, column: [number_of(i) for i in shuffled]})
+    (pyarrow.csv.write_csv if name.endswith("csv") else pq.write_table)(table, tmp_path / name)
     assert read(with_file(tmp_path, name), ids).tolist() == [number_of(i) for i in ids.to_pylist()]
 
 
@@ -253,8 +253,8 @@ def test_a_file_that_is_gone_leaves_its_scores_valid_but_not_those_under_another
     (tmp_path / "other.npy").write_bytes(b"1")
 
     def content(**files):
-        found = tiny_config(tmp_path / "run", score__imported={k: str(tmp_path / v) for k, v in files.items()})
-        return score.imported_content(found, run)
+        config = tiny_config(tmp_path / "run", score__imported={k: str(tmp_path / v) for k, v in files.items()})
+        return score.imported_content(config, run)
 
     assert content(mine="gone.npy") == {"imported mine": "aa"}
     assert list(content(mine="gone.npy", other="other.npy")) == ["imported mine", "imported other"]

@@ -61,12 +61,12 @@ def subset_trials(config, folder, device):
 
 
 def columns(config, prepared, executor=None):
-    said = io.StringIO()
+    log = io.StringIO()
     run = RunDir(config.run.dir)
     run.create()
-    display = Display(Console(file=said, width=250))
-    found = extra_columns.load(config, run, prepared, (executor or Counting()).run_subsets(config, prepared), display)
-    return found, said.getvalue()
+    display = Display(Console(file=log, width=250))
+    loaded = extra_columns.load(config, run, prepared, (executor or Counting()).run_subsets(config, prepared), display)
+    return loaded, log.getvalue()
 
 
 def test_learned_and_tested_samples_of_a_subset_share_nothing():
@@ -108,10 +108,10 @@ def test_units_cover_every_subset_once():
     assert units == [(0, 8), (8, 8), (16, 5)]
 
 
-def by_hand(found, counts, section, seed):
+def by_hand(accuracies, counts, section, seed):
     """The slow reference: lists of accuracies per sample."""
     lists = [[[] for _ in range(count)] for count in counts]
-    for subset, row in enumerate(found):
+    for subset, row in enumerate(accuracies):
         for label, drawn in enumerate(monte_carlo.draw_subset(seed, subset, counts, section)):
             for place in drawn.members:
                 lists[label][place].append(float(row[label]))
@@ -120,26 +120,30 @@ def by_hand(found, counts, section, seed):
 
 def test_utility_error_and_count_are_those_of_the_subsets_that_held_a_sample():
     section, counts = MonteCarloSection(subsets=30, per_class=3), [12, 8]
-    found = np.random.default_rng(0).random((30, 2)).astype(np.float32)
-    made = monte_carlo_utility.estimate(found, counts, section, 5)
-    for place, values in enumerate(by_hand(found, counts, section, 5)):
-        assert made.held[place] == len(values)
-        assert made.utility[place] == pytest.approx(np.mean(values), abs=1e-6)
+    accuracies = np.random.default_rng(0).random((30, 2)).astype(np.float32)
+    estimate = monte_carlo_utility.estimate(accuracies, counts, section, 5)
+    for place, values in enumerate(by_hand(accuracies, counts, section, 5)):
+        assert estimate.held[place] == len(values)
+        assert estimate.utility[place] == pytest.approx(np.mean(values), abs=1e-6)
         if len(values) > 1:
-            assert made.error[place] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=1e-6)
+            assert estimate.error[place] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=1e-6)
 
 
 def test_a_sample_that_no_subset_held_gets_the_mean_of_its_class_and_is_counted():
     section, counts = MonteCarloSection(subsets=3, per_class=3), [20, 10]
-    found = np.array([[0.2, 0.9], [0.4, 0.8], [0.6, 0.7]], np.float32)
-    made, lists = monte_carlo_utility.estimate(found, counts, section, 0), by_hand(found, counts, section, 0)
+    accuracies = np.array([[0.2, 0.9], [0.4, 0.8], [0.6, 0.7]], np.float32)
+    estimate, lists = (
+        monte_carlo_utility.estimate(accuracies, counts, section, 0),
+        by_hand(accuracies, counts, section, 0),
+    )
     missed = [place for place, values in enumerate(lists) if not values]
-    assert made.facts["missed"] == len(missed) > 0
-    assert np.isfinite(made.utility).all()
+    assert estimate.facts["missed"] == len(missed) > 0
+    assert np.isfinite(estimate.utility).all()
     held = [np.mean(values) for values in lists[:20] if values]
-    assert made.utility[missed[0]] == pytest.approx(np.mean(held), abs=1e-6)
+    assert estimate.utility[missed[0]] == pytest.approx(np.mean(held), abs=1e-6)
     assert any(
-        "are in no subset and get the mean of their class" in line for line in monte_carlo_utility.summary(made.facts)
+        "are in no subset and get the mean of their class" in line
+        for line in monte_carlo_utility.summary(estimate.facts)
     )
 
 
@@ -148,22 +152,22 @@ def planted(subsets, noise, per_class=5, count=40, seed=0):
     section, chance = MonteCarloSection(subsets=subsets, per_class=per_class), np.random.default_rng(seed)
     worth = chance.normal(0.5, 0.1, (2, count))
     drawn = (monte_carlo.draw_subset(0, k, [count, count], section) for k in range(subsets))
-    found = np.array([[worth[c][d.members].mean() for c, d in enumerate(both)] for both in drawn])
-    found = found + chance.normal(0, noise, found.shape)
-    return monte_carlo_utility.estimate(found.astype(np.float32), [count, count], section, 0), worth.reshape(-1)
+    accuracies = np.array([[worth[c][d.members].mean() for c, d in enumerate(both)] for both in drawn])
+    accuracies = accuracies + chance.normal(0, noise, accuracies.shape)
+    return monte_carlo_utility.estimate(accuracies.astype(np.float32), [count, count], section, 0), worth.reshape(-1)
 
 
 def test_a_planted_worth_is_found_and_the_reliability_says_how_well():
     for subsets, noise in ((150, 0.0), (150, 0.05), (600, 0.05)):
-        made, worth = planted(subsets, noise)
-        found, true = (
-            (v.reshape(2, -1) - v.reshape(2, -1).mean(1)[:, None]).reshape(-1) for v in (made.utility, worth)
+        estimate, worth = planted(subsets, noise)
+        accuracies, true = (
+            (v.reshape(2, -1) - v.reshape(2, -1).mean(1)[:, None]).reshape(-1) for v in (estimate.utility, worth)
         )
         truth = (
-            np.corrcoef(found, true)[0, 1] ** 2
+            np.corrcoef(accuracies, true)[0, 1] ** 2
         )  # reliability is the squared correlation with the truth, within classes
-        assert made.facts["reliability"] == pytest.approx(truth, abs=0.15)
-        assert made.facts["split_half"] == pytest.approx(truth, abs=0.15)
+        assert estimate.facts["reliability"] == pytest.approx(truth, abs=0.15)
+        assert estimate.facts["split_half"] == pytest.approx(truth, abs=0.15)
 
 
 def test_the_number_of_subsets_that_are_missing_is_about_right():
@@ -175,11 +179,11 @@ def test_the_number_of_subsets_that_are_missing_is_about_right():
 
 def test_pure_noise_has_no_reliability_and_promises_nothing():
     section = MonteCarloSection(subsets=200, per_class=5)
-    found = np.full((200, 2), 0.5, np.float32)
-    made = monte_carlo_utility.estimate(found, [40, 40], section, 0)
-    assert made.facts["reliability"] == 0
-    assert made.facts["more_subsets"] is None
-    assert any("cannot estimate how many" in line for line in monte_carlo_utility.summary(made.facts))
+    accuracies = np.full((200, 2), 0.5, np.float32)
+    estimate = monte_carlo_utility.estimate(accuracies, [40, 40], section, 0)
+    assert estimate.facts["reliability"] == 0
+    assert estimate.facts["more_subsets"] is None
+    assert any("cannot estimate how many" in line for line in monte_carlo_utility.summary(estimate.facts))
 
 
 def test_broken_samples_are_worth_less(tmp_path):
@@ -191,25 +195,25 @@ def test_broken_samples_are_worth_less(tmp_path):
     pixels = np.clip(pixels + chance.normal(0, 25, pixels.shape), 0, 255).astype(np.uint8)
     for first in (0, 40, 80):
         pixels[first : first + 20] = chance.integers(0, 255, (20, 1, 8, 8))
-    made = write_prepared(tmp_path / "prepared", pixels, labels)
+    prepared = write_prepared(tmp_path / "prepared", pixels, labels)
     config = small_config(tmp_path / "run", subsets=60, per_class=3, epochs=6, validation=20)
-    found, _ = columns(config, made)
-    scores, broken = found["monte_carlo"].scores, (np.arange(120) % 40) < 20
-    assert found["monte_carlo"].useful == "high"
+    added, _ = columns(config, prepared)
+    scores, broken = added["monte_carlo"].scores, (np.arange(120) % 40) < 20
+    assert added["monte_carlo"].useful == "high"
     assert scores[broken].mean() + 0.03 < scores[~broken].mean()
 
 
 def test_the_command_says_error_reliability_and_what_is_missing_and_leaves_a_table(tmp_path, prepared):
     config = small_config(tmp_path / "run")
-    found, said = columns(config, prepared)
-    assert "Monte Carlo: 12 subsets, each sample in" in said
-    assert "standard error" in said
-    assert "reliability" in said
+    added, log = columns(config, prepared)
+    assert "Monte Carlo: 12 subsets, each sample in" in log
+    assert "standard error" in log
+    assert "reliability" in log
     table = pq.read_table(tmp_path / "run" / "monte_carlo.parquet")
     assert table.column_names == ["sample_id", "label", "monte_carlo", "standard_error", "held"]
     ids, labels = prepared.index()
     assert (table["sample_id"].to_pylist(), table["label"].to_pylist()) == (ids, labels.tolist())
-    assert checks.monte_carlo_facts(tmp_path / "run" / "monte_carlo.parquet") == found["monte_carlo"].facts
+    assert checks.monte_carlo_facts(tmp_path / "run" / "monte_carlo.parquet") == added["monte_carlo"].facts
     assert list(extra_columns.outputs(config, RunDir(tmp_path / "run"))) == [tmp_path / "run" / "monte_carlo.parquet"]
 
 
@@ -227,8 +231,8 @@ def test_an_interrupted_command_goes_on_and_more_subsets_use_those_there_are(tmp
 
 
 def test_the_size_of_a_unit_does_not_matter(tmp_path, prepared):
-    found = [columns(small_config(tmp_path / str(n), at_once=n), prepared)[0]["monte_carlo"] for n in (1, 12)]
-    assert found[0].scores.tobytes() == found[1].scores.tobytes()
+    added = [columns(small_config(tmp_path / str(n), at_once=n), prepared)[0]["monte_carlo"] for n in (1, 12)]
+    assert added[0].scores.tobytes() == added[1].scores.tobytes()
 
 
 def test_pixels_that_do_not_fit_are_read_as_they_are_needed(tmp_path, prepared, monkeypatch):
@@ -267,9 +271,9 @@ def test_too_few_subsets_are_refused_with_the_number_that_is_needed(tmp_path, pr
 
 
 def test_a_class_of_one_sample_is_refused(tmp_path):
-    made = write_prepared(tmp_path / "prepared", np.zeros((5, 1, 8, 8), np.uint8), np.array([0, 0, 0, 0, 1]))
+    prepared = write_prepared(tmp_path / "prepared", np.zeros((5, 1, 8, 8), np.uint8), np.array([0, 0, 0, 0, 1]))
     with pytest.raises(UserError, match="class 'c1' has 1 training samples"):
-        columns(small_config(tmp_path / "run"), made)
+        columns(small_config(tmp_path / "run"), prepared)
 
 
 def test_a_column_answers_in_any_order_and_refuses_strangers():

@@ -48,7 +48,7 @@ def write(folder, pieces, expected, **overrides):
 @pytest.mark.parametrize("ends", [[], [1], [10, 20, 30, 40], [64]])
 def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
     whole = rows(70)
-    found = write(tmp_path, *cut(tmp_path / "pieces", whole, ends))
+    result = write(tmp_path, *cut(tmp_path / "pieces", whole, ends))
     scores, facts = score_table.read(tmp_path / "scores.parquet")
     losses = lists_to_matrix(whole["loss"])
     mean = losses.astype(np.float64).mean(1)
@@ -57,21 +57,21 @@ def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
     assert scores["label"].to_pylist() == whole["label"].to_pylist()
     assert scores["loss"].to_numpy().tolist() == scores["score"].to_numpy().tolist() == mean.astype(np.float32).tolist()
     assert np.array_equal(lists_to_matrix(scores["loss_values"]), losses)
-    assert found == {"rows": 70, "mean_score": pytest.approx(float(mean.mean()), rel=1e-7)}
+    assert result == {"rows": 70, "mean_score": pytest.approx(float(mean.mean()), rel=1e-7)}
     assert facts.pop("agreement").keys() == {"classes", "trials", "all"}
-    made = {"criteria": ["loss"], "useful": {"loss": "low"}, "observed": {"loss": [0, 1]}}
-    assert facts == {"trials": 2, "epochs": 2, "seed": 0, **made}
+    expected = {"criteria": ["loss"], "useful": {"loss": "low"}, "observed": {"loss": [0, 1]}}
+    assert facts == {"trials": 2, "epochs": 2, "seed": 0, **expected}
 
 
 def test_the_bytes_do_not_depend_on_how_the_pieces_were_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(score_table, "ROWS", 1000)
-    whole, found = rows(5300), set()
+    whole, contents = rows(5300), set()
     for name, ends in {"one": [], "even": range(500, 5300, 500), "odd": [1, 999, 1000, 1001, 4000]}.items():
         write(tmp_path / name, *cut(tmp_path / name, whole, list(ends)))
-        found.add((tmp_path / name / "scores.parquet").read_bytes())
+        contents.add((tmp_path / name / "scores.parquet").read_bytes())
         groups = pq.read_metadata(tmp_path / name / "scores.parquet")
         assert [groups.row_group(k).num_rows for k in range(groups.num_row_groups)] == [1000] * 5 + [300]
-    assert len(found) == 1
+    assert len(contents) == 1
 
 
 def test_two_criteria_have_columns_of_their_own(tmp_path):
@@ -122,8 +122,8 @@ def test_values_of_another_number_of_checkpoints_are_an_error(tmp_path):
 
 
 def test_rows_of_a_piece_are_joined_by_id(tmp_path):
-    found = piece(tmp_path / "1", ["c", "a", "b"], [1, 0, 0])
-    write(tmp_path, [found], [pa.array(["a", "b", "c"])])
+    part = piece(tmp_path / "1", ["c", "a", "b"], [1, 0, 0])
+    write(tmp_path, [part], [pa.array(["a", "b", "c"])])
     scores, _ = score_table.read(tmp_path / "scores.parquet")
     assert scores["sample_id"].to_pylist() == ["a", "b", "c"]
     assert scores["label"].to_pylist() == [0, 0, 1]

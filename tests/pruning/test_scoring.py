@@ -99,10 +99,10 @@ def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_
 
 def test_a_finished_trial_is_left_alone(tmp_path):
     train(tmp_path)
-    before, told = files(tmp_path), []
-    train(tmp_path, advance=told.append)
+    before, advances = files(tmp_path), []
+    train(tmp_path, advance=advances.append)
     assert files(tmp_path) == before
-    assert told == [3]
+    assert advances == [3]
 
 
 def test_trials_and_seeds_have_weights_of_their_own(tmp_path):
@@ -139,9 +139,9 @@ class Pair:
         place = self.shared["values"]
         place[self.rank] = tensor
         self.shared["barrier"].wait()
-        found = list(place)
+        rows = list(place)
         self.shared["barrier"].wait()
-        return found
+        return rows
 
     def all_reduce_max(self, level):
         return max(self.all_gather(level))

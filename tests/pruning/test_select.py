@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from selection_cases import choose, kept, on_disk, scores_of, skewed
 
 from distill_at_scale.config.sections import SelectSection
 from distill_at_scale.core.errors import UserError
@@ -16,36 +15,9 @@ from distill_at_scale.pruning.selection import quotas, ranking, score_reader
 from distill_at_scale.pruning.selection import select as static
 
 
-def scores_of(sizes, seed=0, decimals=1):
-    """Shuffled rows of some classes; scores are rounded, so that there are many ties."""
-    chance = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    order = chance.permutation(len(labels))
-    values = chance.random(len(labels)).round(decimals).astype(np.float32)
-    ids = [f"s{k:05d}" for k in range(len(labels))]
-    table = pa.table({"sample_id": ids, "label": labels.astype(np.int32), "loss": values, "score": values})
-    return table.take(order)
-
-
-def kept(selection):
-    return {row["sample_id"] for row in selection.table.to_pylist() if row["kept"]}
-
-
-@dataclass
-class Selection:
-    table: pa.Table
-    facts: dict
-
-
-def choose(source, minimum=1, low=True, criterion="loss", seed=0, **section):
-    out = []
-    facts = static.select(source, out, SelectSection(**section), criterion, low, minimum, seed)
-    return Selection(pa.concat_tables(out).combine_chunks(), facts)
-
-
 def by_hand(table, number_of, start_of=lambda n: 0, reverse=False):
     """Slow reference: sort each class by (score, id), then cut."""
-    rows, found = table.to_pylist(), set()
+    rows, kept_ids = table.to_pylist(), set()
     for label in {row["label"] for row in rows}:
         ranked = sorted(
             (r for r in rows if r["label"] == label),
@@ -53,23 +25,23 @@ def by_hand(table, number_of, start_of=lambda n: 0, reverse=False):
         )
         start, number = start_of(len(ranked)), number_of(len(ranked))
         start = min(start, len(ranked) - number)
-        found |= {r["sample_id"] for r in ranked[start : start + number]}
-    return found
+        kept_ids |= {r["sample_id"] for r in ranked[start : start + number]}
+    return kept_ids
 
 
 def test_four_in_ten_thousand_of_five_thousand_keeps_two():
-    found = choose(scores_of([5000, 5000], decimals=6), keep=0.0004)
-    assert found.facts["kept_per_class"] == [2, 2]
-    assert kept(found) == by_hand(scores_of([5000, 5000], decimals=6), lambda n: 2)
+    selection = choose(scores_of([5000, 5000], decimals=6), keep=0.0004)
+    assert selection.facts["kept_per_class"] == [2, 2]
+    assert kept(selection) == by_hand(scores_of([5000, 5000], decimals=6), lambda n: 2)
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.1, 0.25, 0.5, 0.55, 0.95, 1.0])
 def test_the_count_is_the_rounded_share_of_every_class(keep):
     table = scores_of([7, 10, 33])
-    found = choose(table, keep=keep)
+    selection = choose(table, keep=keep)
     expected = [max(1, int(keep * n + 0.5)) for n in (7, 10, 33)]
-    assert found.facts["kept_per_class"] == expected
-    assert kept(found) == by_hand(table, lambda n: max(1, int(keep * n + 0.5)))
+    assert selection.facts["kept_per_class"] == expected
+    assert kept(selection) == by_hand(table, lambda n: max(1, int(keep * n + 0.5)))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +90,9 @@ def test_every_order_takes_its_end_of_the_scale(order, low, reverse):
 @pytest.mark.parametrize("low", [True, False])
 def test_a_stratum_starts_where_it_is_told(low):
     table = scores_of([20, 10])
-    found = choose(table, low=low, order="stratum", stratum_start=0.4, keep=0.3)
+    selection = choose(table, low=low, order="stratum", stratum_start=0.4, keep=0.3)
     expected = by_hand(table, lambda n: int(0.3 * n + 0.5), lambda n: int(0.4 * n + 0.5), reverse=not low)
-    assert kept(found) == expected
+    assert kept(selection) == expected
 
 
 def test_strata_that_adjoin_share_nothing_and_miss_nothing():
@@ -143,40 +115,40 @@ def test_the_order_of_the_rows_does_not_matter():
 
 
 def test_the_minimum_overrides_the_rate_and_says_so():
-    found = choose(scores_of([100, 10, 2]), keep=0.05, minimum=3)
-    assert found.facts["kept_per_class"] == [5, 3, 2]
-    assert found.facts["raised_to_minimum"] == [1, 2]
-    assert found.facts["asked"] == {"keep": 0.05}
-    assert found.facts["reached"] == round(10 / 112, 8)
+    selection = choose(scores_of([100, 10, 2]), keep=0.05, minimum=3)
+    assert selection.facts["kept_per_class"] == [5, 3, 2]
+    assert selection.facts["raised_to_minimum"] == [1, 2]
+    assert selection.facts["asked"] == {"keep": 0.05}
+    assert selection.facts["reached"] == round(10 / 112, 8)
 
 
 def test_a_count_per_class_is_kept_instead_of_a_share():
-    found = choose(scores_of([100, 3]), per_class=5)
-    assert found.facts["kept_per_class"] == [5, 3]
-    assert found.facts["asked"] == {"per_class": 5}
+    selection = choose(scores_of([100, 3]), per_class=5)
+    assert selection.facts["kept_per_class"] == [5, 3]
+    assert selection.facts["asked"] == {"per_class": 5}
 
 
 def test_the_global_scope_ranks_all_classes_together():
     table = scores_of([30, 30, 30], decimals=4)
     low = [{**row, "loss": row["loss"] + (5 if row["label"] == 2 else 0)} for row in table.to_pylist()]
     table = pa.Table.from_pylist(low)
-    found = choose(table, scope="global", keep=0.2, minimum=1)
+    selection = choose(table, scope="global", keep=0.2, minimum=1)
     ranked = sorted(low, key=lambda r: (r["loss"], r["label"], r["sample_id"]))
     best_of_last = min((r for r in low if r["label"] == 2), key=lambda r: (r["loss"], r["sample_id"]))
-    assert kept(found) == {r["sample_id"] for r in ranked[:18]} | {best_of_last["sample_id"]}
-    assert found.facts["raised_to_minimum"] == [2]
+    assert kept(selection) == {r["sample_id"] for r in ranked[:18]} | {best_of_last["sample_id"]}
+    assert selection.facts["raised_to_minimum"] == [2]
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("order", ["useful", "useless", "stratum"])
 def test_the_global_scope_raises_a_class_to_the_minimum_and_no_further(order, seed):
     table = scores_of([40, 12], seed, decimals=5)
-    found = choose(
+    selection = choose(
         table, scope="global", order=order, stratum_start=0.3 if order == "stratum" else 0.0, keep=0.1, minimum=4
     )
-    for label in found.facts["raised_to_minimum"]:
-        assert found.facts["kept_per_class"][label] == 4
-    assert min(found.facts["kept_per_class"]) >= 4
+    for label in selection.facts["raised_to_minimum"]:
+        assert selection.facts["kept_per_class"][label] == 4
+    assert min(selection.facts["kept_per_class"]) >= 4
 
 
 def test_random_is_seeded_and_needs_no_scores():
@@ -239,16 +211,6 @@ def reference(table, config, minimum, low, label_wise):
     return ids.tolist(), ranks.tolist(), kept.tolist()
 
 
-def skewed(seed, decimals=1, top=120):
-    """Some classes of very different sizes, one label unused, values of both signs, many ties, rows shuffled."""
-    chance = np.random.default_rng([7, seed])
-    sizes = (top / (chance.permutation(7) + 1) ** 1.5).astype(int) + 1
-    sizes[chance.integers(0, 6)] = 0
-    table = scores_of(sizes, seed, decimals)
-    values = ((table["loss"].to_numpy() - 0.5) * 4).round(decimals).astype(np.float32)
-    return table.set_column(2, "loss", pa.array(values))
-
-
 OPTIONS = {
     "keep": {"keep": 0.3},
     "little": {"keep": 0.01},
@@ -270,14 +232,16 @@ def test_ranks_and_kept_equal_a_full_sort_on_random_tables_with_many_ties(name, 
         table, minimum, low = skewed(seed, decimals=seed % 3), seed % 4, seed % 2 == 0
         config = SelectSection(**OPTIONS[name], scope=scope)
         up = {"useless": not low, "high": False, "low": True}.get(config.order, low)
-        found = choose(table, minimum, low, **OPTIONS[name], scope=scope)
+        selection = choose(table, minimum, low, **OPTIONS[name], scope=scope)
         ids, ranks, kept_there = reference(table, config, minimum, up, scope == "class")
-        assert found.table["sample_id"].to_pylist() == ids
-        assert found.table["rank"].to_pylist() == ranks
-        assert found.table["kept"].to_pylist() == kept_there
-        counts = np.bincount(found.table["label"].to_numpy()[kept_there], minlength=len(found.facts["kept_per_class"]))
-        assert found.facts["kept_per_class"] == counts.tolist()
-        assert (found.facts["kept"], found.facts["of"]) == (sum(kept_there), len(ids))
+        assert selection.table["sample_id"].to_pylist() == ids
+        assert selection.table["rank"].to_pylist() == ranks
+        assert selection.table["kept"].to_pylist() == kept_there
+        counts = np.bincount(
+            selection.table["label"].to_numpy()[kept_there], minlength=len(selection.facts["kept_per_class"])
+        )
+        assert selection.facts["kept_per_class"] == counts.tolist()
+        assert (selection.facts["kept"], selection.facts["of"]) == (sum(kept_there), len(ids))
 
 
 @pytest.mark.parametrize("kind", ["float64", "int32", "float16"])
@@ -286,8 +250,8 @@ def test_scores_of_other_types_rank_as_their_values_do(kind):
     table = table.set_column(2, "loss", pa.array(table["loss"].to_numpy().astype(kind)))
     for scope in ("class", "global"):
         _, ranks, there = reference(table, SelectSection(keep=0.3), 1, True, scope == "class")
-        found = choose(table, keep=0.3, scope=scope)
-        assert (found.table["rank"].to_pylist(), found.table["kept"].to_pylist()) == (ranks, there)
+        selection = choose(table, keep=0.3, scope=scope)
+        assert (selection.table["rank"].to_pylist(), selection.table["kept"].to_pylist()) == (ranks, there)
 
 
 def test_doubles_that_are_one_float_still_rank_apart():
@@ -312,12 +276,6 @@ def test_minus_zero_ties_with_zero():
         assert choose(table, order=order).table["rank"].to_pylist() == [0, 1, 2]
 
 
-def on_disk(folder, table, rows=50):
-    path = folder / "scores.parquet"
-    pq.write_table(table.sort_by([("label", "ascending"), ("sample_id", "ascending")]), path, row_group_size=rows)
-    return path
-
-
 @pytest.mark.parametrize("batch", [1, 7, 64, 10_000])
 @pytest.mark.parametrize("scope", ["class", "global"])
 @pytest.mark.parametrize("criterion", ["loss", "random"])
@@ -326,9 +284,9 @@ def test_streaming_from_disk_equals_what_is_found_in_memory(tmp_path, monkeypatc
     there = choose(table, 2, scope=scope, criterion=criterion, keep=0.3)
     monkeypatch.setattr(score_reader, "BATCH", batch)
     monkeypatch.setattr(score_reader, "SORTABLE", 0)
-    found = choose(on_disk(tmp_path, table), 2, scope=scope, criterion=criterion, keep=0.3)
-    assert found.table.equals(there.table)
-    assert found.facts == there.facts
+    selection = choose(on_disk(tmp_path, table), 2, scope=scope, criterion=criterion, keep=0.3)
+    assert selection.table.equals(there.table)
+    assert selection.facts == there.facts
 
 
 def test_rows_are_handed_on_as_they_are_read_and_classes_are_not_held(tmp_path, monkeypatch):
@@ -374,8 +332,8 @@ def test_a_table_with_two_rows_exchanged_is_sorted_if_it_is_small(tmp_path, monk
     order[[k, k + 1]] = [k + 1, k]
     pq.write_table(table.take(order), tmp_path / "scores.parquet")
     expected = choose(table, scope=scope, keep=0.3)
-    found = choose(tmp_path / "scores.parquet", scope=scope, keep=0.3)
-    assert found.table.equals(expected.table)
+    selection = choose(tmp_path / "scores.parquet", scope=scope, keep=0.3)
+    assert selection.table.equals(expected.table)
     monkeypatch.setattr(score_reader, "SORTABLE", table.num_rows)
     with pytest.raises(UserError, match=r"scores.parquet are not sorted by label and sample_id .*or run `score` again"):
         choose(tmp_path / "scores.parquet", scope=scope, keep=0.3)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import rankdata
-from test_select import choose, kept, on_disk, skewed
+from selection_cases import choose, kept, on_disk, skewed
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.pruning.scoring import reliability
@@ -28,24 +28,24 @@ def two_criteria(seed=0, decimals=1):
 
 def combined(table):
     """id -> weighted mean of scaled ranks, class by class, with the ranks of scipy on plain floats."""
-    found = {}
+    combined_scores = {}
     for label in set(table["label"].to_pylist()):
         rows = [row for row in table.to_pylist() if row["label"] == label]
         total = 0
         for name, weight in WEIGHTS.items():
             values = np.array([row[name] for row in rows]) * (1 if LOW[name] else -1)
             total = total + weight * (rankdata(values) - 1) / max(1, len(rows) - 1)
-        found |= dict(zip([row["sample_id"] for row in rows], total, strict=True))
-    return found
+        combined_scores |= dict(zip([row["sample_id"] for row in rows], total, strict=True))
+    return combined_scores
 
 
 @pytest.mark.parametrize("order", ["useful", "useless"])
 def test_weights_rank_by_the_sum_of_scaled_ranks_of_every_criterion_in_its_own_direction(order):
     for seed in range(6):
         table = two_criteria(seed, seed % 3)
-        expected, found = combined(table), choose(table, criterion=WEIGHTS, low=LOW, order=order, keep=0.3)
+        expected, selection = combined(table), choose(table, criterion=WEIGHTS, low=LOW, order=order, keep=0.3)
         for label in set(table["label"].to_pylist()):
-            rows = sorted((r for r in found.table.to_pylist() if r["label"] == label), key=lambda row: row["rank"])
+            rows = sorted((r for r in selection.table.to_pylist() if r["label"] == label), key=lambda row: row["rank"])
             sums = [expected[row["sample_id"]] * (1 if order == "useful" else -1) for row in rows]
             assert all(before <= after + 1e-6 for before, after in pairwise(sums))
             assert [row["kept"] for row in rows] == sorted((row["kept"] for row in rows), reverse=True)
@@ -70,9 +70,9 @@ def test_weighted_selection_streams_from_disk_as_it_is_found_in_memory(tmp_path,
     table = two_criteria(3)
     there = choose(table, 2, criterion=WEIGHTS, low=LOW, keep=0.3, scope=scope)
     monkeypatch.setattr(score_reader, "BATCH", 7)
-    found = choose(on_disk(tmp_path, table), 2, criterion=WEIGHTS, low=LOW, keep=0.3, scope=scope)
-    assert found.table.equals(there.table)
-    assert found.facts == there.facts
+    selection = choose(on_disk(tmp_path, table), 2, criterion=WEIGHTS, low=LOW, keep=0.3, scope=scope)
+    assert selection.table.equals(there.table)
+    assert selection.facts == there.facts
 
 
 def test_the_facts_say_the_weights():
@@ -109,22 +109,22 @@ def spreading(stds, sizes, seed=0):
 
 def test_the_adaptive_scope_is_neymans_allocation_with_the_budget_of_the_fixed_rate():
     table = spreading([1, 2, 3], [100, 100, 200])
-    found = choose(table, scope="adaptive", keep=0.3)
-    assert found.facts["kept_per_class"] == [13, 27, 80]  # 120 in proportion to 100, 200 and 600, remainders first
-    assert found.facts["kept"] == choose(table, keep=0.3).facts["kept"]
-    assert found.facts["rates"] == {"0": 0.13, "1": 0.27, "2": 0.4}
+    selection = choose(table, scope="adaptive", keep=0.3)
+    assert selection.facts["kept_per_class"] == [13, 27, 80]  # 120 in proportion to 100, 200 and 600, remainders first
+    assert selection.facts["kept"] == choose(table, keep=0.3).facts["kept"]
+    assert selection.facts["rates"] == {"0": 0.13, "1": 0.27, "2": 0.4}
 
 
 def test_the_adaptive_scope_keeps_the_minimum_and_never_more_than_there_are():
-    found = choose(spreading([0.001, 1, 50], [50, 50, 10]), minimum=4, scope="adaptive", keep=0.5)
-    assert found.facts["kept_per_class"] == [4, 41, 10]
-    assert found.facts["raised_to_minimum"] == [0]
+    selection = choose(spreading([0.001, 1, 50], [50, 50, 10]), minimum=4, scope="adaptive", keep=0.5)
+    assert selection.facts["kept_per_class"] == [4, 41, 10]
+    assert selection.facts["raised_to_minimum"] == [0]
 
 
 def test_the_adaptive_scope_keeps_the_best_of_every_class():
-    found = choose(spreading([1, 2], [30, 30]), scope="adaptive", keep=0.4)
-    for row in found.table.to_pylist():
-        assert row["kept"] == (row["rank"] < found.facts["kept_per_class"][row["label"]])
+    selection = choose(spreading([1, 2], [30, 30]), scope="adaptive", keep=0.4)
+    for row in selection.table.to_pylist():
+        assert row["kept"] == (row["rank"] < selection.facts["kept_per_class"][row["label"]])
 
 
 def test_the_adaptive_scope_takes_a_count_per_class_as_a_budget():
@@ -144,9 +144,9 @@ def test_an_allocation_always_adds_up_and_keeps_its_bounds():
         lowest = np.minimum(chance.integers(0, 5, size), highest)
         weights = highest * chance.choice([0, 1e-12, 1, 1e6], size) * chance.random(size)
         budget = int(chance.integers(lowest.sum(), highest.sum() + 1))
-        found = quotas.allocate(budget, weights, lowest, highest)
-        assert found.sum() == budget
-        assert ((found >= lowest) & (found <= highest)).all()
+        shares = quotas.allocate(budget, weights, lowest, highest)
+        assert shares.sum() == budget
+        assert ((shares >= lowest) & (shares <= highest)).all()
 
 
 def test_the_random_control_has_no_spread_and_keeps_its_rate():

@@ -66,7 +66,7 @@ def test_nothing_that_a_run_writes_or_says_holds_credentials(bucket, tmp_path, c
     for number, overrides in enumerate(failures):
         where = [] if overrides == ["data.size=16"] else [f"run.dir={tmp_path / 'run' / f'failed{number}'}"]
         assert cli.main(["run", str(file), *overrides, *where]) == 2, overrides
-    said = capfd.readouterr()
-    assert "error:" in said.err
-    assert not [word for word in TOLD if word in (said.out + said.err).encode()]
+    output = capfd.readouterr()
+    assert "error:" in output.err
+    assert not [word for word in TOLD if word in (output.out + output.err).encode()]
     assert check_folder(tmp_path / "run") > 10

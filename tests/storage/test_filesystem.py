@@ -173,9 +173,9 @@ def test_an_address_that_cannot_be_opened_is_named_without_its_credentials(path)
 def test_what_another_library_says_loses_its_credentials(tmp_path):
     store = Store(str(tmp_path))
     store.path = "s3://KEYID:sec/ret+x@bucket/x"
-    said = str(store.unreachable(OSError(f"no access to {store.path} by KEYID with ret+x")))
-    assert "KEYID" not in said
-    assert "ret+x" not in said
+    output = str(store.unreachable(OSError(f"no access to {store.path} by KEYID with ret+x")))
+    assert "KEYID" not in output
+    assert "ret+x" not in output
 
 
 def test_a_source_that_cannot_be_reached_is_told_from_other_bad_input(tmp_path):

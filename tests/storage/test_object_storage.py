@@ -199,7 +199,7 @@ def test_the_folder_of_a_dead_command_is_taken_over(remote_run, monkeypatch):
     monkeypatch.setattr(lease, "LOOK", 0.01)
     monkeypatch.setattr(lease, "STALE", 0.05)
     run = remote_run()
-    folder, log = run.pipeline.dir, run.said
+    folder, log = run.pipeline.dir, run.log
     folder.create()
     host = lease.socket.gethostname()
     for machine, waited in (("another machine", True), (None, True), (lease.machine(), False)):

@@ -20,11 +20,11 @@ INPUTS = StageInputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
 @pytest.fixture
 def run(tmp_path):
     """A run folder with one completed stage."""
-    found = RunDir(tmp_path / "run")
-    found.create()
-    (found / "scores.parquet").write_bytes(b"scores")
-    found.complete("score", INPUTS, [found / "scores.parquet"], 1.5, mean_score=2.0)
-    return found
+    run = RunDir(tmp_path / "run")
+    run.create()
+    (run / "scores.parquet").write_bytes(b"scores")
+    run.complete("score", INPUTS, [run / "scores.parquet"], 1.5, mean_score=2.0)
+    return run
 
 
 def test_a_stage_that_never_ran_is_not_valid(run):

@@ -121,10 +121,10 @@ def test_two_processes_open_a_set_without_credentials_in_the_configuration(s3, e
     runs = [
         subprocess.Popen([sys.executable, "-c", TWO, path], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in "ab"
     ]
-    said = [run.communicate(timeout=60)[0].split() for run in runs]
+    output = [run.communicate(timeout=60)[0].split() for run in runs]
     here = source("imagefolder", everywhere["imagefolder"])
     wanted = [here.digest("train"), str(sum(map(len, here.read(here.listing("train")))))]
-    assert said == [wanted, wanted]
+    assert output == [wanted, wanted]
 
 
 @pytest.mark.parametrize("path", ["no-such-bucket/deep", "imagefolder-set/no-such-prefix"])

@@ -164,8 +164,8 @@ def test_an_upload_that_is_cut_off_is_never_seen(place, s3, tmp_path, size, shar
 
 def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
     a, _ = copies
-    said, refusals = [], iter([OSError("503 SlowDown"), OSError("503 SlowDown")])
-    a.store.retry_seconds, a.store.say, real = 60.0, said.append, object_store.put
+    lines, refusals = [], iter([OSError("503 SlowDown"), OSError("503 SlowDown")])
+    a.store.retry_seconds, a.store.say, real = 60.0, lines.append, object_store.put
 
     def refusing(*arguments):
         for error in refusals:
@@ -177,8 +177,8 @@ def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
     write(a, "one", "1")
     a.push()
     assert a.store.read("one") == b"1"
-    assert len(said) == 2
-    assert re.search(r"storing one in \S+ failed \(503 SlowDown\); retrying", said[0])
+    assert len(lines) == 2
+    assert re.search(r"storing one in \S+ failed \(503 SlowDown\); retrying", lines[0])
 
 
 def test_what_goes_together_is_stored_in_the_order_in_which_it_was_published(copies, monkeypatch):

@@ -109,8 +109,5 @@ class Reader:
             self._file, self._stream = file, stream
         return zip(ranges, contents, strict=True)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["store"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type, tuple[Store]]:
+        return type(self), (self.store,)

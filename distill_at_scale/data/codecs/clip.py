@@ -11,7 +11,6 @@ import importlib.util
 import logging
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 
@@ -61,34 +60,29 @@ class ClipDecoder:
         """
         if not raw:
             raise SampleRejected("empty file")
-        reply, pixels = self._call_child(name, raw)
-        if "rejected" in reply:
-            raise SampleRejected(reply["rejected"])
-        self.tally[reply["decoder"]] += 1
-        if reply["failures"]:
-            level = logging.INFO if reply["expected"] else logging.WARNING
-            LOG.log(level, "%s: decoded by %s, as %s", name, reply["decoder"], "; ".join(reply["failures"]))
-        return np.frombuffer(pixels, np.uint8).reshape(self.shape), reply["remark"]
-
-    def _call_child(self, name: str, raw: bytes) -> tuple[dict[str, Any], bytearray]:
-        """The child's reply. After a death, a new child tries the remaining decoders; after the first kill from outside,
-        which may not be the file's fault, the same decoders once more.
-        """
         own = [f.name for f in fields(self) if f.name not in ("time_limit", "decoders", "child", "tally")]
         request = {key: getattr(self, key) for key in own} | {"name": name}
         deaths: list[str] = []
         attempts = [decoders for decoders in (self.decoders, self.decoders[1:]) if decoders]
-        while attempts:
-            decoders = attempts.pop(0)
+        while True:
             try:
-                reply, pixels = self.child.call({"decoders": decoders, "request": request}, raw, self.time_limit)
+                header = {"decoders": attempts[0], "request": request}
+                reply, pixels = self.child.call(header, raw, self.time_limit)
+                break
             except WorkerDied as death:
-                attempts[:0] = [decoders] if death.killed and not deaths else []
+                # a first kill from outside may not be the file's fault: the same decoders once more; else the remaining ones
+                if deaths or not death.killed:
+                    del attempts[0]
                 deaths.append(f"the decoder {death}{' (data.time_limit)' if 'no answer' in str(death) else ''}")
-            else:
-                expected = reply.get("expected", True) and not deaths
-                return {**reply, "failures": deaths + reply.get("failures", []), "expected": expected}, pixels
-        raise SampleRejected(deaths[-1])
+                if not attempts:
+                    raise SampleRejected(deaths[-1]) from None
+        if "rejected" in reply:
+            raise SampleRejected(reply["rejected"])
+        self.tally[reply["decoder"]] += 1
+        if failures := deaths + reply["failures"]:
+            level = logging.INFO if reply["expected"] and not deaths else logging.WARNING
+            LOG.log(level, "%s: decoded by %s, as %s", name, reply["decoder"], "; ".join(failures))
+        return np.frombuffer(pixels, np.uint8).reshape(self.shape), reply["remark"]
 
 
 def describe_decoders(decoders: tuple[str, ...]) -> str:

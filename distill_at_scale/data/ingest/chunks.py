@@ -32,7 +32,7 @@ from distill_at_scale.data.ingest.plan import map_arrow
 from distill_at_scale.data.ingest.sample_types import TensorDecoder, holds_tensors, sample_shape
 from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.prepared.format import stack_frames, to_jpeg_table, to_table
-from distill_at_scale.data.sources.base import Source
+from distill_at_scale.data.sources.base import Source, rows_to_table
 
 REJECTED = pa.schema({"sample_id": pa.string(), "location": pa.string(), "reason": pa.string(), "used": pa.bool_()})
 SAMPLE_ERRORS = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # concern a single file
@@ -117,8 +117,7 @@ def ingest_chunk(
 
     rejections = list(_decoded(source, recipe, rows, keep, spent))
     with publish(rejected_path(target)) as temporary:
-        listed = [dict(zip(REJECTED.names, row, strict=True)) for row in rejections]
-        pq.write_table(pa.Table.from_pylist(listed, REJECTED), temporary)
+        pq.write_table(rows_to_table(rejections, REJECTED), temporary)
     if check:
         return part_counts(target, rows, check)
     with spent.on("write"):

@@ -38,9 +38,8 @@ class IngestPlan:
     source_class_names: list[str]  # all classes of the source, in the order of its labels
     listings: dict[str, pa.Table]
     source: str  # content hash of the source
-    aside: dict[str, pa.Table] = field(
-        default_factory=dict
-    )  # samples that the source itself rejects (schema SET_ASIDE)
+    # samples that the source itself rejects (schema SET_ASIDE)
+    aside: dict[str, pa.Table] = field(default_factory=dict)
 
     def chunks(self, size: int) -> list[tuple[str, int, pa.Table]]:
         """(split, index, rows) of each chunk."""

@@ -91,7 +91,22 @@ def pixels_of(table: pa.Table, threads: int = 1) -> Array:
     name = table.column_names[-1]
     shape, dtype = _sample_type(table.schema.field(name))
     if name == "jpeg":
-        return _decoded(table, shape, threads)
+        images = np.empty((table.num_rows, *shape), np.uint8)
+        frames = shape[0] if len(shape) == 4 else 1
+        channels, height, width = shape[-3:]
+
+        def decode(i: int, data: bytes) -> None:
+            try:
+                image = decode_stored(data, (channels, frames * height, width))
+            except SampleRejected as error:
+                sample_id = table["sample_id"][i].as_py()
+                raise UserError(f"the prepared image of {sample_id!r} is damaged ({error}); ingest again") from None
+            clip = image.reshape(channels, frames, height, width)
+            images[i] = image if len(shape) == 3 else np.moveaxis(clip, 1, 0)
+
+        with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+            deque((pool.map if pool else map)(decode, range(len(images)), table["jpeg"].to_pylist()), maxlen=0)
+        return images
     column = table[name].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     if column.null_count:
@@ -115,24 +130,6 @@ def _sample_type(field: pa.Field) -> tuple[tuple[int, ...], np.dtype[Any]]:
             f"the column {field.name!r} of a prepared shard has no valid shape in its metadata; ingest again"
         )
     return shape, np.dtype(dtype)
-
-
-def _decoded(table: pa.Table, shape: tuple[int, ...], threads: int) -> Array:
-    images = np.empty((table.num_rows, *shape), np.uint8)
-    frames = shape[0] if len(shape) == 4 else 1
-    channels, height, width = shape[-3:]
-
-    def decode(i: int, data: bytes) -> None:
-        try:
-            image = decode_stored(data, (channels, frames * height, width))
-            images[i] = image if len(shape) == 3 else np.moveaxis(image.reshape(channels, frames, height, width), 1, 0)
-        except SampleRejected as error:
-            name = table["sample_id"][i].as_py()
-            raise UserError(f"the prepared image of {name!r} is damaged ({error}); ingest again") from None
-
-    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
-        deque((pool.map if pool else map)(decode, range(len(images)), table["jpeg"].to_pylist()), maxlen=0)
-    return images
 
 
 def stack_frames(pixels: Array) -> Array:

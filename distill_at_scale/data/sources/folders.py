@@ -18,7 +18,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import Column, FileSource, by_split, listing, set_aside_table, split_word
 from distill_at_scale.data.sources.class_subsets import class_list
-from distill_at_scale.storage.filesystem import Store, join_path
+from distill_at_scale.storage.filesystem import join_path
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
@@ -49,7 +49,13 @@ class FolderSource(FileSource):
 
     def __init__(self, config: DataSection) -> None:
         super().__init__(config)
-        self.folders = split_folders(self.store)  # split -> folder
+        splits = by_split({name: word for name in self.store.names()[0] if (word := split_word(name))})
+        train = splits.get("train", [])
+        if len(train) > 1 and "train" not in train:
+            several = ", ".join(train)
+            raise UserError(f"{self.store.place()} holds several training folders ({several}); merge them into train/")
+        self.folders = {"train": "train" if "train" in train else train[0]} if train else {}  # split -> folder
+        self.folders |= {"test": splits["test"][-1]} if "test" in splits else {}
         self.class_names = self.find_classes()
         self._listings: dict[str, pa.Table] = {}
 
@@ -207,16 +213,6 @@ class VideoFolder(FolderSource):
         if split not in self._split_files:
             self._split_files[split] = super().split_files(split)
         return self._split_files[split]
-
-
-def split_folders(store: Store) -> dict[str, str]:
-    """Split -> folder in the root; raises UserError if several could be the training split."""
-    splits = by_split({name: word for name in store.names()[0] if (word := split_word(name))})
-    train = splits.get("train", [])
-    if len(train) > 1 and "train" not in train:
-        raise UserError(f"{store.place()} holds several training folders ({', '.join(train)}); merge them into train/")
-    folders = {"train": "train" if "train" in train else train[0]} if train else {}
-    return folders | ({"test": splits["test"][-1]} if "test" in splits else {})
 
 
 def below(paths: pa.Array, folder: str) -> pa.Array:

@@ -49,15 +49,11 @@ class LabelList:
 
 @dataclass(frozen=True)
 class Numbering:
-    """The WordNet ids of the numbers `first`, `first` + 1, …; `place` names the file that says so."""
+    """The WordNet ids of the numbers 0, 1, … or (the devkit's) 1, 2, …; `place` names the file that says so."""
 
     place: str
     wnids: Sequence[str]
-    first: int
-
-    @property
-    def is_devkit(self) -> bool:
-        return self.first == 1
+    is_devkit: bool
 
 
 def val_labels(
@@ -105,7 +101,7 @@ def val_labels(
 
 def _to_wnids(labels: LabelList, store: Store, config: DataSection, class_names: Sequence[str]) -> list[str]:
     numbering = _numbering(labels, store, config, class_names)
-    first, count = numbering.first, len(numbering.wnids)
+    first, count = int(numbering.is_devkit), len(numbering.wnids)
     for position, value in enumerate(labels.values, 1):
         if not first <= int(value) < first + count:
             counts_images = labels.values == [str(number) for number in range(1, len(labels.values) + 1)]
@@ -121,9 +117,9 @@ def _numbering(labels: LabelList, store: Store, config: DataSection, class_names
     if labels.stems is not None:  # Caffe's numbering, unless data.synsets says otherwise
         if config.synsets is not None:
             numbering = read_mapping(named_file(store, config.synsets, "data.synsets"))
-            return Numbering(numbering.place, numbering.wnids, int(numbering.place.endswith(".mat")))
+            return Numbering(numbering.place, numbering.wnids, numbering.place.endswith(".mat"))
         file = next(find(store, SORTED_MAPPINGS), None)
-        sorted_ids = Numbering("the sorted class folders", sorted(class_names), 0)
+        sorted_ids = Numbering("the sorted class folders", sorted(class_names), is_devkit=False)
         return sorted_ids if file is None or (read := read_mapping(file)).is_devkit else read
     if config.synsets is not None:
         mappings = [read_mapping(named_file(store, config.synsets, "data.synsets"))]
@@ -164,7 +160,7 @@ def read_mapping(file: LabelFile) -> Numbering:
     A list that is not sorted by WordNet id is the devkit's. Raises UserError for any other file.
     """
     if file.place.endswith(".mat"):
-        return Numbering(file.place, _read_meta_mat(file), first=1)
+        return Numbering(file.place, _read_meta_mat(file), is_devkit=True)
     rows = file.rows()
     if rows and all(len(row) > 1 and (row[0].isdecimal() or row[1].isdecimal()) for row in rows):
         pairs = [(int(row[0]), row[1]) if row[0].isdecimal() else (int(row[1]), row[0]) for row in rows]
@@ -173,7 +169,7 @@ def read_mapping(file: LabelFile) -> Numbering:
         wnids = [row[0] for row in rows]
     if not wnids or len(set(wnids)) != len(wnids):
         raise UserError(f"{file.place} must name every class once, one per line, as n01440764; download it again")
-    return Numbering(file.place, wnids, first=int(wnids != sorted(wnids)))
+    return Numbering(file.place, wnids, is_devkit=wnids != sorted(wnids))
 
 
 def _read_meta_mat(file: LabelFile) -> list[str]:

@@ -46,25 +46,20 @@ class Ucf101(ListedVideos):
         for split in ("train", "test"):
             name = f"{split}list{self.config.fold:02d}.txt"
             for number, line in self.lists.lines(name):
-                class_name, file = self._parse(f"{self.lists.place(name)}, line {number}", line, labels)
+                place = f"{self.lists.place(name)}, line {number}"
+                match = LINE.fullmatch(line)
+                if match is None or not match[2].lower().endswith(VIDEO_EXTENSIONS):
+                    raise UserError(
+                        f"{place}: {line!r} is malformed; a line is ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, in lists of "
+                        "training clips followed by the number of the class"
+                    )
+                class_name, file, class_number = match.groups()
+                if class_name not in labels:
+                    close = suggest(class_name, labels)
+                    raise UserError(f"{place}: {class_name!r} is no class of {CLASSES} ({close}); correct it")
+                if class_number is not None and int(class_number) != labels[class_name] + 1:
+                    raise UserError(
+                        f"{place}: the number is {class_number}, but {class_name} has {labels[class_name] + 1} in {CLASSES}; "
+                        "correct it"
+                    )
                 yield f"{class_name}/{file}", labels[class_name], split, f"'{name}' line {number}"
-
-    @staticmethod
-    def _parse(place: str, line: str, labels: dict[str, int]) -> tuple[str, str]:
-        match = LINE.fullmatch(line)
-        if match is None or not match[2].lower().endswith(VIDEO_EXTENSIONS):
-            raise UserError(
-                f"{place}: {line!r} is malformed; a line is ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, in lists of training "
-                "clips followed by the number of the class"
-            )
-        class_name, file, number = match.groups()
-        if class_name not in labels:
-            raise UserError(
-                f"{place}: {class_name!r} is no class of {CLASSES} ({suggest(class_name, labels)}); correct it"
-            )
-        if number is not None and int(number) != labels[class_name] + 1:
-            raise UserError(
-                f"{place}: the number is {number}, but {class_name} has {labels[class_name] + 1} in {CLASSES}; "
-                "correct it"
-            )
-        return class_name, file

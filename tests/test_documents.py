@@ -1,0 +1,139 @@
+"""The documents are true to the code: links, paths, commands, options, keys and imports that they name exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from distill_at_scale import cli
+from distill_at_scale.config.load import Config, load
+
+ROOMS = sorted(path.parent.name for path in (ROOT / "distill_at_scale").glob("*/README.md"))
+PAGES = [ROOT / "README.md", *(ROOT / "distill_at_scale" / room / "README.md" for room in ROOMS)]
+PAGES += sorted(path for name in (".github", "configs", "jobs") for path in (ROOT / name).rglob("*.md"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".sh"))
+FILES = [
+    path.relative_to(ROOT).as_posix()
+    for name in ("distill_at_scale", "jobs", "configs", "tests", ".github")
+    for path in (ROOT / name).rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+]
+STAGES = {"run", "validate", "plan", "sweep", "study", "export", *cli.STAGES}
+SECTIONS = "|".join(Config.model_fields)
+OVERRIDE = re.compile(
+    rf"(?<![\w.])(?:{SECTIONS})(?:\.[a-z_0-9]+)+=(?:'[^']*'|\"[^\"]*\"|[^\s`'\"|,;)]*(?:,[^\s`'\"|;)]+\])?)"
+)
+COMMAND = re.compile(r"distill-at-scale (\w+) (\S+)")
+EXAMPLES = ("mine/", "mine.yaml", "configs/NAME.yaml")  # files that a reader writes
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(path: Path) -> str:
+    """A document's text; of a recipe its comments."""
+    if path.suffix == ".md":
+        return path.read_text()
+    return "\n".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
+texts = pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=name_of)
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@texts
+def test_files_exist(page):
+    """A file may be named from the root, from the page's folder or from any folder in between."""
+    for name in re.findall(r"(?<![\w…])[\w./-]*\w\.(?:py|yaml|sh|j2)\b", text_of(page)):
+        name = name.removeprefix("../").removeprefix("../")
+        known = any(f"/{file}".endswith(f"/{name}") for file in FILES)
+        assert known or name.startswith(EXAMPLES), name
+
+
+@texts
+def test_commands_name_a_stage_and_a_configuration(page):
+    for stage, config in COMMAND.findall(text_of(page).replace("`distill-at-scale STAGE CONFIG", "")):
+        assert stage in STAGES, stage
+        if config.startswith("configs/") and "NAME" not in config:
+            assert (ROOT / config.strip("`.,;:)")).is_file(), config
+
+
+@texts
+def test_overrides_are_accepted(page):
+    for text in OVERRIDE.findall(text_of(page)):
+        load(ROOT / "configs" / "digits.yaml", [text.replace("'", "").replace('"', "").rstrip(".:")])
+
+
+@texts
+def test_whole_commands_are_accepted(page):
+    """The overrides of one line together, on the configuration that the line names."""
+    for line in text_of(page).replace("\\\n", " ").splitlines():
+        command = re.search(r"(?:distill-at-scale \w+|jobs/\w+\.py) (configs/\w+\.yaml)([^`#(]*)", line)
+        if command and command[1] not in EXAMPLES:
+            words = shlex.split(command[2].split("&&")[0])
+            load(ROOT / command[1], [word for word in words if "=" in word])
+
+
+@pages
+def test_options_of_scripts_exist(page):
+    for script, rest in re.findall(r"python (jobs/[\w/]+\.py)([^`\n#]*)", page.read_text()):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<!\S)--[a-z-]+", rest):
+            assert f'"{option}"' in source, f"{script} {option}"
+
+
+@pages
+def test_imports_of_examples_work(page):
+    for code in blocks(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distill_at_scale"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pages
+def test_modules_that_are_run_exist(page):
+    for module in re.findall(r"python -m (distill_at_scale[\w.]*)", page.read_text()):
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_describes_its_files(room):
+    folder = ROOT / "distill_at_scale" / room
+    text = (folder / "README.md").read_text()
+    names = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    names |= {f"{path.name}/" for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert not [name for name in sorted(names) if f"`{name}`" not in text]

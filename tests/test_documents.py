@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from distill_at_scale import cli
-from distill_at_scale.config.load import Config, load
+from distill_at_scale.config.load import Config, _known_keys, load
 
 ROOMS = sorted(path.parent.name for path in (ROOT / "distill_at_scale").glob("*/README.md"))
 PAGES = [ROOT / "README.md", *(ROOT / "distill_at_scale" / room / "README.md" for room in ROOMS)]
@@ -95,6 +95,18 @@ def test_commands_name_a_stage_and_a_configuration(page):
 def test_overrides_are_accepted(page):
     for text in OVERRIDE.findall(text_of(page)):
         load(ROOT / "configs" / "digits.yaml", [text.replace("'", "").replace('"', "").rstrip(".:")])
+
+
+@texts
+def test_keys_exist(page):
+    """Keys named without a value, such as `data.holdout`, and in the form of YAML, such as `data.holdout: 0.2`."""
+    keys = set(_known_keys(Config))
+    for key, value in re.findall(rf"`((?:{SECTIONS})(?:\.[a-z_0-9]+)+)(?:: ([^`]+))?`", text_of(page)):
+        if key == "run.json":  # a file of the run folder
+            continue
+        assert key in keys, key
+        if value:
+            load(ROOT / "configs" / "digits.yaml", [f"{key}={value}"])
 
 
 @texts

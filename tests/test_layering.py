@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, TINY
 
 PACKAGE = ROOT / "distill_at_scale"
@@ -40,8 +42,9 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, wherever in it; of `from x import y` x.y where that is one."""
+    """Full names of the modules that a file imports, also inside functions; `from x import y` is x.y if that is a module."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -126,26 +129,30 @@ def test_init_files_are_empty_except_tables_and_the_api():
             assert module.partition(".")[2] in allowed or path.read_text() == "", module
 
 
-CORE = sorted(m for m in MODULES if m.startswith("distill_at_scale") and ".cluster" not in m)
-WITHOUT_RAY = """
+# installed by an extra or only on some platforms, or (torchvision) slow to import and used only by some networks
+OPTIONAL = ("mlflow", "wandb", "boto3", "botocore", "moto", "decord", "tensorboard", "sqlalchemy", "torchvision")
+CLUSTER = sorted(m for m in MODULES if m.startswith("distill_at_scale.cluster"))
+CORE = sorted(m for m in MODULES if m.startswith("distill_at_scale") and m not in CLUSTER)
+IMPORT_BLOCKED = """
 import importlib, sys
-sys.modules["ray"] = None
+for name in {blocked!r}:
+    sys.modules[name] = None
 import torch
 torch.set_num_threads(1)
 for name in {modules!r}:
     importlib.import_module(name)
+"""
+RUN = """
 from distill_at_scale.cli import main
 sys.exit(main(["run", {config!r}]))
 """
 
 
-def test_the_core_works_with_ray_blocked(tmp_path):
-    """Every core module imports, and the whole command runs a tiny configuration, where `import ray` fails."""
-    import yaml
-
+def test_the_core_works_without_ray_and_optional_packages(tmp_path):
+    """Every core module imports, and the whole command runs a tiny configuration."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
-    code = WITHOUT_RAY.format(modules=CORE, config=str(config))
+    code = (IMPORT_BLOCKED + RUN).format(blocked=("ray", *OPTIONAL), modules=CORE, config=str(config))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
@@ -153,19 +160,7 @@ def test_the_core_works_with_ray_blocked(tmp_path):
     assert "distilled" in done.stdout
 
 
-# installed by an extra or only on some platforms, or (torchvision) slow to import and used only by some networks
-OPTIONAL = ("mlflow", "wandb", "boto3", "botocore", "moto", "decord", "tensorboard", "sqlalchemy", "torchvision")
-WITHOUT_EXTRAS = """
-import importlib, sys
-for name in {blocked!r}:
-    sys.modules[name] = None
-for name in {modules!r}:
-    importlib.import_module(name)
-"""
-
-
-def test_every_module_imports_without_optional_packages():
-    everything = sorted(m for m in MODULES if m.startswith("distill_at_scale"))
-    code = WITHOUT_EXTRAS.format(blocked=OPTIONAL, modules=everything)
+def test_cluster_modules_import_without_optional_packages():
+    code = IMPORT_BLOCKED.format(blocked=OPTIONAL, modules=CLUSTER)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

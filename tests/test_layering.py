@@ -68,7 +68,7 @@ def own_imports(module: str) -> set[str]:
     return {name for name in imports(MODULES[module]) if name in MODULES and name not in ("distill_at_scale", module)}
 
 
-def test_the_package_root_holds_the_rooms_and_nothing_else():
+def test_the_package_root_holds_only_the_expected_folders():
     names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     assert names == {"__init__.py", "__main__.py", "cli.py", "py.typed", *ROOMS[:10]}
 

@@ -131,7 +131,7 @@ def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, t
 
 
 @pytest.mark.slow
-def test_ingest_and_scores_are_read_by_points_not_made(runner, tmp_path):
+def test_points_read_ingest_and_scores_and_do_not_recompute_them(runner, tmp_path):
     point_set = PointSet(tiny_config(tmp_path / "run", cluster__address=None), runner, Display(Console(quiet=True)))
     for outcome in point_set.run(points()[:2]):
         for stage in ("ingest", "score"):

@@ -29,7 +29,7 @@ STEPS = {"steps": 20, "checkpoint_every": 2}
 
 
 @pytest.mark.parametrize("workers", [0, [1], [3, 2], [0, 1], [1.0, 2], [1, 2, 3], "two", True])
-def test_what_is_no_number_of_workers_is_refused(workers):
+def test_invalid_numbers_of_workers_are_refused(workers):
     with pytest.raises(UserError, match=r"distill\.workers = .* a number from 1 on, or \[least, most\]"):
         tiny_config("unused", distill__workers=workers)
 
@@ -40,7 +40,7 @@ def test_more_workers_than_classes_are_refused_where_each_owns_some(digits_run):
         distill.check_inputs(tiny_config("unused", distill__workers=[1, 4]), prepared, [5, 5, 5])
 
 
-def test_the_number_of_workers_is_no_part_of_a_fingerprint(make_run, digits_run):
+def test_the_number_of_workers_is_not_part_of_a_fingerprint(make_run, digits_run):
     again = make_run(digits_run.dir, distill__workers=[1, 3]).stages("distill")
     assert "distill: already done for this configuration, skipped" in again.text
 

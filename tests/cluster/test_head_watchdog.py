@@ -72,7 +72,7 @@ def test_a_command_that_waits_for_a_lost_head_is_ended(monkeypatch):
         head_watchdog._wait(pid, head)
 
 
-def test_errors_of_a_cluster_that_answers_stay_what_they_are():
+def test_errors_of_a_reachable_cluster_are_not_changed():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(KeyError), head_watchdog.explained(address):

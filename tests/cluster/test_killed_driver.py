@@ -42,7 +42,7 @@ def whole(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_killed_while_scoring_goes_on_and_ends_with_the_same_table(tmp_path, whole):
+def test_a_command_killed_while_scoring_resumes_to_the_same_table(tmp_path, whole):
     assert run_command(tmp_path, "ingest", "broken").returncode == 0
     fault_plugins.ARMED.touch()
     assert run_command(tmp_path, "score", "broken").returncode == 1

@@ -92,7 +92,7 @@ def test_a_storage_that_refuses_meanwhile_ends_no_distillation(monkeypatch):
     assert lines == ["log"] * 4 + ["lost", "log"]
 
 
-def test_losses_are_counted_anew_where_more_is_done(monkeypatch):
+def test_progress_resets_the_failure_count(monkeypatch):
     """Two attempts make progress before they lose too many workers, the third does not."""
     done, lines = iter([0, 6, 6, 8, 8, 8]), []
 
@@ -147,7 +147,7 @@ def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(ray_tasks_alone):
     assert counts == [len(evaluate.jobs(config))] == [4]
 
 
-def test_lines_that_are_written_in_place_of_dropped_ones_are_all_told(tmp_path):
+def test_lines_that_replace_dropped_ones_are_all_reported(tmp_path):
     """Workers that go on from step 1 drop the line of step 2 and write a longer one before anybody looks."""
     path, lines = tmp_path / "metrics.jsonl", []
     old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'

@@ -11,7 +11,7 @@ ray = pytest.importorskip("ray")
 from distill_at_scale.cluster import pending_resources  # noqa: E402
 
 
-def test_a_sentence_names_what_is_asked_for_and_what_the_cluster_has():
+def test_a_sentence_names_requested_and_available_resources():
     pending = {(("CPU", 1.0),): 2, (("CPU", 4.0), ("GPU", 0.5)): 1}
     sentence = pending_resources.sentence("distill", pending, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 1.0})
     assert sentence == (
@@ -20,7 +20,7 @@ def test_a_sentence_names_what_is_asked_for_and_what_the_cluster_has():
     )
 
 
-def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
+def test_a_task_without_resources_is_reported_and_a_running_one_is_not(ray_session):
     @ray.remote(num_cpus=2)
     class Holder:
         def here(self):
@@ -44,7 +44,7 @@ def test_a_task_without_room_is_said_and_one_that_gets_on_is_not(ray_session):
     assert "evaluate waits for 1 worker with 1 core each; the cluster has 2 cores, 0 free" in lines[0]
 
 
-def test_nothing_is_said_where_nothing_waits(ray_session):
+def test_nothing_is_reported_if_nothing_waits(ray_session):
     until = time.monotonic() + 60
     while (
         pending_resources.missing("score") is not None

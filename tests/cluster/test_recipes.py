@@ -116,7 +116,7 @@ def test_the_manifest_has_the_shape_of_ray_io_v1():
     jsonschema.validate(rayjob()[0], RAY_JOB)
 
 
-def test_the_manifest_lets_in_its_own_pods_and_the_operator_alone():
+def test_the_manifest_allows_only_its_own_pods_and_the_operator():
     job, policy = rayjob()
     assert policy["kind"] == "NetworkPolicy"
     assert policy["spec"]["policyTypes"] == ["Ingress"]

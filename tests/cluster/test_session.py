@@ -33,7 +33,7 @@ def connected(monkeypatch):
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://127.0.0.1:8265"])
 @pytest.mark.parametrize("given", ["cluster.address", "RAY_ADDRESS"])
-def test_an_address_for_clients_is_refused_and_the_way_named(connected, monkeypatch, address, given):
+def test_an_address_for_ray_clients_is_refused_with_the_next_action(connected, monkeypatch, address, given):
     if given == "RAY_ADDRESS":
         monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError, match=rf"{address} .* give HOST:PORT .*ray job submit"):
@@ -41,7 +41,7 @@ def test_an_address_for_clients_is_refused_and_the_way_named(connected, monkeypa
 
 
 @pytest.mark.parametrize("problem", [ConnectionError("no answer"), ray.exceptions.AuthenticationError("no token")])
-def test_where_no_cluster_answers_the_user_learns_where_tokens_go(connected, problem):
+def test_if_no_cluster_responds_the_error_explains_tokens(connected, problem):
     """Ray reports a wrong token as no answer."""
     with pytest.raises(UserError, match=r"cannot reach Ray .*'head:6379'.* RAY_AUTH_MODE=token .* RAY_AUTH_TOKEN_PATH"):
         connected("head:6379", problem)

@@ -64,7 +64,7 @@ def test_a_run_is_told_once_with_its_curves_results_and_report(tmp_path, events)
     assert (notes.saved, notes.ended) == (["report.html"], [False])
 
 
-def test_a_failed_stage_is_a_failed_run_and_a_command_without_work_none(tmp_path, events):
+def test_a_failed_stage_is_a_failed_run_and_a_command_without_work_is_not_tracked(tmp_path, events):
     begun: list[Notes] = []
     tracker = trackers.Tracker("fake", tiny_config(tmp_path), lambda: begun.append(Notes()) or begun[-1])
     tracker(events[0])
@@ -83,7 +83,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch
         trackers.trackers(tiny_config(tmp_path, **{f"track__{package}": {}}))
 
 
-def test_nothing_is_tracked_unless_it_is_asked_for(tmp_path):
+def test_nothing_is_tracked_unless_configured(tmp_path):
     assert trackers.trackers(tiny_config(tmp_path)) == []
 
 

@@ -134,7 +134,7 @@ def test_a_repeated_key_is_an_error(load):
 
 
 @pytest.mark.parametrize("text", ["select: [", "a: b: c", "- 1\n- 2", "just words"])
-def test_a_file_that_is_no_configuration_is_refused(load, text):
+def test_a_file_that_is_not_a_configuration_is_refused(load, text):
     with pytest.raises(UserError, match=r"run\.yaml"):
         load(text)
 

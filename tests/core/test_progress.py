@@ -67,7 +67,7 @@ def test_steps_that_are_done_again_are_work_but_no_progress(clock, display):
     assert "60 of 100 steps, 20 done again, 10.0 steps/s" in shown(display)
 
 
-def test_waiting_for_workers_to_start_is_no_work(clock, display):
+def test_waiting_for_workers_to_start_is_not_work(clock, display):
     with display.meter("distill", 100, "steps") as meter:
         clock.now += 40
         meter.resume(10)

@@ -187,7 +187,7 @@ def test_a_pipe_is_set_aside_and_a_folder_that_is_gone_stops_the_job(tmp_path):
         tasks.ingest(run.pipeline.executor, run.config, plan.on_disk(tmp_path), tmp_path, lambda n: None)
 
 
-def test_classes_without_clips_are_counted_with_a_reason_and_the_way_on(tmp_path):
+def test_classes_without_clips_are_counted_with_a_reason_and_the_next_action(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     write_video(tmp_path / "train" / "a" / "x_1_2.mp4", numbered(5))
     rows = [f"{label},{label}{i},1,2,train" for label in ("c", "d") for i in range(2)]

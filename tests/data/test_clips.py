@@ -81,7 +81,7 @@ def test_dense_comes_as_near_to_the_stride_as_the_video_allows(decoder):
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "segment", "dense"])
-def test_frames_are_distinct_ascending_and_there_whatever_the_length(sampling):
+def test_frames_are_distinct_ascending_and_in_range_for_any_length(sampling):
     for n in [*range(2, 40), 299, 300, 301]:
         for stride in (1, 3, 50):
             wanted = ClipRequest(8, 16, 3, "square", sampling, stride, "repeat", "exact", 1, 1.0, 0, f"clip {n}")
@@ -102,7 +102,7 @@ def test_a_short_video_can_be_left_out_instead(decoder):
         decoder(5, short="reject")("x", write_video(None, numbered(3)))
 
 
-def test_one_picture_is_no_video(decoder):
+def test_a_single_picture_is_not_a_video(decoder):
     for codec in ("libx264", "gif"):
         with pytest.raises(SampleRejected, match="a single frame, not a video"):
             decoder()("x", write_video(None, numbered(1), codec=codec))
@@ -260,7 +260,7 @@ def test_a_decoder_can_be_sent_to_another_process():
         each.child.close()
 
 
-def test_which_decoders_are_used_can_be_said_and_is_counted(decoder):
+def test_decoders_can_be_chosen_and_are_counted(decoder):
     assert re.fullmatch(
         r"decord 0\.\d+\.\d+, or PyAV [\d.]+ where that cannot", clips.describe_decoders(("decord", "pyav"))
     )

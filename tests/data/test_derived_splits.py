@@ -53,7 +53,7 @@ def test_a_long_tail_falls_from_the_largest_class_by_the_factor(tmp_path):
     assert prepared.meta["transform"]["counts_before"]["train"] == [100] * 5
 
 
-def test_a_long_tail_leaves_every_class_a_sample_and_takes_none_that_is_not_there(tmp_path):
+def test_a_long_tail_keeps_a_sample_of_every_class_and_only_existing_ones(tmp_path):
     prepared = derived(prepared_set(tmp_path, [3, 2, 3]), transform="long_tail", imbalance=1000.0)
     assert min(prepared.counts("train")) == 1
     assert max(prepared.counts("train")) <= 3
@@ -72,7 +72,7 @@ def test_a_steeper_tail_keeps_a_part_of_a_flatter_one_and_another_seed_other_sam
     assert flat != other
 
 
-def test_near_duplicates_keep_the_original_and_add_jittered_ones_beside_it(tmp_path):
+def test_near_duplicates_keep_the_original_and_add_jittered_ones_next_to_it(tmp_path):
     before = _by_id(PreparedDataset(prepared_set(tmp_path / "a", [6, 5])), "train")
     prepared = derived(prepared_set(tmp_path / "b", [6, 5]), transform="near_duplicates", copies=3)
     after = _by_id(prepared, "train")
@@ -90,7 +90,7 @@ def _by_id(prepared, split):
     return dict(zip(ids, prepared.load(split)[0], strict=True))
 
 
-def test_more_than_ten_copies_of_ids_that_begin_alike_stay_sorted_whatever_fits_into_memory(tmp_path, monkeypatch):
+def test_more_than_ten_copies_of_ids_with_equal_prefixes_stay_sorted_for_any_memory(tmp_path, monkeypatch):
     def prepared_of(folder):
         write_shards(folder / "train", [to_table(["a", "a b", "a0"], [0, 0, 0], np.zeros((3, 1, 8, 8), np.uint8))],
                      schema((1, 8, 8)), 4)  # fmt: skip

@@ -53,7 +53,7 @@ def plan(root, **data):
     return ingest.plan(configuration.validate({"data": {"source": "hmdb51", "path": str(root), "frames": 4, **data}}))
 
 
-def test_flags_make_the_splits_and_unused_clips_are_left_out(tmp_path):
+def test_flags_define_the_splits_and_unused_clips_are_skipped(tmp_path):
     source = source_of(hmdb(tmp_path))
     assert source.class_names == ["brush_hair", "clap"]
     assert source.splits() == ["train", "test"]
@@ -79,13 +79,13 @@ def test_the_fold_picks_the_lists(tmp_path):
 
 
 @pytest.mark.parametrize("lists", [FOLDER, "test_train_splits", "."])
-def test_class_folders_may_lie_in_the_root_beside_the_lists(tmp_path, lists):
+def test_class_folders_may_be_in_the_root_next_to_the_lists(tmp_path, lists):
     source = source_of(hmdb(tmp_path, ".", lists))
     assert "clap/clap_0.avi" in ids(source.listing("train"))
     assert aside(source, "train") == {}
 
 
-def test_lists_may_lie_beside_the_root_or_elsewhere(tmp_path):
+def test_lists_may_be_next_to_the_root_or_elsewhere(tmp_path):
     hmdb(tmp_path / "set")
     assert ids(source_of(tmp_path / "set" / "hmdb51_org").listing("test"))[1] == "clap/clap_1.avi"
     hmdb(tmp_path / "other", "x", "y/z")
@@ -155,7 +155,7 @@ def test_a_bad_line_is_named(tmp_path, content, message):
     assert message in str(raised.value)
 
 
-def test_missing_lists_and_packed_clips_are_told(tmp_path):
+def test_missing_lists_and_packed_clips_are_named(tmp_path):
     put(tmp_path, "hmdb51_org/clap.rar")
     with pytest.raises(UserError, match=r"holds no list such as brush_hair_test_split1\.txt, nor does a folder"):
         source_of(tmp_path).splits()

@@ -137,7 +137,7 @@ def test_what_is_far_beyond_pillows_own_limit_is_rejected_too(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_whatever_the_bytes_are_they_decode_or_are_rejected(kind):
+def test_any_bytes_decode_or_are_rejected(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     good = encoded(picture(30, 20), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
@@ -250,7 +250,7 @@ def test_alpha_is_dropped_not_blended(kind):
 
 
 @pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
-def test_a_palette_gives_its_colours_whatever_is_transparent_and_without_a_warning(transparency):
+def test_a_palette_gives_its_colours_with_any_transparency_and_no_warning(transparency):
     image = Image.new("P", (8, 8))
     image.putpalette([10, 20, 30, 200, 100, 50, 0, 255, 0])
     image.putdata([0, 1, 2, 1] * 16)
@@ -287,7 +287,7 @@ def test_a_jpeg_cut_anywhere_is_rejected_and_never_filled_with_grey(options, siz
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
-def test_rubbish_behind_a_whole_jpeg_changes_nothing(options):
+def test_trailing_bytes_after_a_complete_jpeg_change_nothing(options):
     raw, decoder = encoded(photo(200, 150), "JPEG", **options), ImageDecoder(32)
     assert np.array_equal(decoder(raw + b"\0rubbish\xff" * 500), decoder(raw))
 
@@ -333,7 +333,7 @@ def pixels(channels: int = 3, height: int = 60, width: int = 45) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(60, 45), (16, 16), (1, 1), (7, 130)])
-def test_a_stored_image_comes_back_nearly_the_same_and_in_memory_of_its_own(channels, height, width):
+def test_a_stored_image_decodes_nearly_unchanged_into_its_own_memory(channels, height, width):
     image = pixels(channels, height, width)
     decoded = decode_stored(encode(image, 95), image.shape)
     assert (decoded.shape, decoded.dtype, decoded.flags.c_contiguous, decoded.flags.writeable) == (

@@ -138,7 +138,7 @@ def test_list_and_mapping_can_be_named(tmp_path, absolute):
     assert labels(root, **keys) == TRUTH
 
 
-def test_numbers_beside_names_follow_an_explicit_mapping(tmp_path):
+def test_numbers_next_to_names_follow_an_explicit_mapping(tmp_path):
     put(flat(tmp_path), "val.txt", lines(*(f"{n} {d}" for n, d in zip(NAMES, DEVKIT_NUMBERS, strict=True))))
     put(tmp_path, "meta.mat", META)
     assert labels(tmp_path, synsets="meta.mat") == TRUTH
@@ -223,7 +223,7 @@ def test_an_extra_class_folder_in_val_is_named(tmp_path):
         labels(tmp_path)
 
 
-def test_images_beside_class_folders_in_val_are_named(tmp_path):
+def test_images_next_to_class_folders_in_val_are_named(tmp_path):
     flat(tmp_path, ["stray.JPEG"])
     for wnid in WNIDS:
         put(tmp_path, f"val/{wnid}/a.JPEG")
@@ -231,7 +231,7 @@ def test_images_beside_class_folders_in_val_are_named(tmp_path):
         labels(tmp_path)
 
 
-def test_the_official_test_folder_is_no_split(tmp_path):
+def test_the_official_test_folder_is_not_a_split(tmp_path):
     flat(tmp_path, [])
     put(tmp_path, "test/ILSVRC2012_test_00000001.JPEG")
     assert imagenet(tmp_path).splits() == ["train"]

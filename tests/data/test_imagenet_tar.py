@@ -114,7 +114,7 @@ def test_without_the_val_archive_there_is_only_train(root, tmp_path):
     assert source_of(root).splits() == ["train"]
 
 
-def test_an_actor_reads_without_an_index_of_its_own(root, monkeypatch):
+def test_an_actor_reads_without_its_own_index(root, monkeypatch):
     source = source_of(root)
     table = source.listing("train")
     copy = pickle.loads(pickle.dumps(source))
@@ -122,7 +122,7 @@ def test_an_actor_reads_without_an_index_of_its_own(root, monkeypatch):
     assert copy.read(table.slice(0, 1)) == source_of(root).read(table.slice(0, 1)) == [IMAGES["n02"]["n02_7.JPEG"]]
 
 
-def test_the_digest_tells_sets_apart_and_not_where_they_lie(tmp_path, calls):
+def test_the_digest_depends_on_the_content_and_not_on_the_path(tmp_path, calls):
     digests = []
     for name, images in [("a", IMAGES), ("b", IMAGES), ("c", {**IMAGES, "n01": {"n01_2.JPEG": b"one"}})]:
         (tmp_path / name).mkdir()

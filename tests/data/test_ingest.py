@@ -265,11 +265,11 @@ def test_a_holdout_does_not_depend_on_the_order_of_the_listing(monkeypatch):
     assert held_out(digits_config()) == before
 
 
-def test_a_holdout_is_left_alone_where_the_source_has_a_test_split(pictures):
+def test_no_holdout_is_taken_if_the_source_has_a_test_split(pictures):
     assert ingest.plan(folder_config(pictures, holdout=0.5)).listings["train"].num_rows == 12
 
 
-def test_a_holdout_too_small_for_a_single_sample_is_said_or_leaves_no_test_split(tmp_path):
+def test_a_holdout_too_small_for_a_single_sample_is_refused_or_leaves_no_test_split(tmp_path):
     with contextlib.suppress(UserError):
         assert not prepare(digits_config(holdout=0.001), tmp_path).has_test()
 

@@ -101,7 +101,7 @@ WILD = {
 
 
 @pytest.mark.parametrize("form", WILD)
-def test_lists_in_every_form_say_the_same(form):
+def test_lists_in_every_form_give_the_same_labels(form):
     (row,) = read_list(LabelFile("x/k400_train.csv", WILD[form].encode()))
     assert (row.word, row.key, row.label) == ("train", "-abcdefghij_28_38", "arm wrestling")
     assert row.line == (3 if form.startswith("CRLF") else 2)
@@ -141,7 +141,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, text):
         kinetics(tmp_path).splits()
 
 
-def test_a_list_that_is_no_text_is_one_error(tmp_path):
+def test_a_list_that_is_not_text_is_one_error(tmp_path):
     put(tmp_path, {"train.csv": b"\xff\xfe\x00\x80", **CLIPS})
     with pytest.raises(UserError, match=r"train\.csv is not a text file in UTF-8"):
         kinetics(tmp_path).splits()

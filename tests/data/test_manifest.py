@@ -93,7 +93,7 @@ def half_written(path):
         raise UserError("too few")
 
 
-def test_an_error_on_the_way_leaves_the_old_manifest_and_no_other_file(tmp_path, monkeypatch):
+def test_an_error_while_writing_keeps_the_old_manifest_and_no_other_file(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "ROWS", 10)
     manifest.write(tmp_path / "m", rows(30), {"kept": 10})
     before = (tmp_path / "m").read_bytes()
@@ -149,7 +149,7 @@ def test_chosen_columns_are_read_alone(tmp_path):
 
 
 @pytest.mark.parametrize("read", [manifest.read, manifest.facts, manifest.kept])
-def test_a_manifest_that_is_none_is_refused(tmp_path, read):
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, read):
     with pytest.raises(UserError, match="distill-at-scale select"):
         read(tmp_path / "none.parquet")
     (tmp_path / "text").write_text("text")

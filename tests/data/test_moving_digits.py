@@ -67,7 +67,7 @@ def test_no_digit_is_in_both_splits_and_both_hold_every_digit():
     assert splits.count("test") == 599
 
 
-def test_what_leaves_on_one_side_comes_back_on_the_other():
+def test_digits_wrap_around_the_frame():
     frames = clip(DIGIT, np.array([[0.0, 0.0], [40.0, 50.0]]))
     assert frames.shape == (2, SIDE, SIDE, 3)
     assert np.array_equal(np.roll(frames[0], (40, 50), (0, 1)), frames[1])
@@ -81,7 +81,7 @@ def test_the_files_are_real_videos_that_look_like_their_frames():
     assert np.abs(video.get_batch(range(FRAMES)).asnumpy().astype(int) - frames).mean() < 3
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, make_config):
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path, make_config):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds no moving digits; name a new folder in data\.path"):
         ingest.plan(make_config(tmp_path / "r", data={"source": "moving_digits", "path": str(tmp_path), "frames": 8}))

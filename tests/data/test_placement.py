@@ -71,7 +71,7 @@ def test_a_manifest_of_other_data_is_refused(stored_data):
 
 
 @pytest.mark.parametrize("hold", HOLDS)
-def test_draws_are_the_same_bytes_wherever_samples_lie(stored_data, hold):
+def test_draws_are_the_same_bytes_for_every_placement(stored_data, hold):
     reference, pool = load(stored_data, "host"), load(stored_data, hold)
     for step in range(4):
         for labels in ([0, 1, 2], [1]):
@@ -124,7 +124,7 @@ def test_jpegs_are_decoded_on_the_way(tmp_path):
         ("device", 50, CPU, "host"),
     ],
 )
-def test_the_place_follows_from_sizes_or_from_what_is_asked(hold, needed, device, where):
+def test_the_placement_follows_from_sizes_or_the_configuration(hold, needed, device, where):
     assert choose(hold, needed, device, MemoryBudget(100, 1000))[0] == where
 
 
@@ -176,7 +176,7 @@ def test_every_scheduled_draw_is_read_in_advance(stored_data):
     assert (sampler.lookahead.hits, sampler.lookahead.misses) == (36, 0)
 
 
-def test_the_next_scheduled_draw_is_read_before_it_is_asked_for():
+def test_the_next_scheduled_draw_is_read_before_it_is_requested():
     answered, done = [], threading.Event()
 
     def answer(request):

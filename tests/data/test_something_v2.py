@@ -190,7 +190,7 @@ def test_damage_is_one_error(tmp_path, name, content, message):
     assert message in str(raised.value)
 
 
-def test_no_lists_and_no_clips_are_told(tmp_path):
+def test_missing_lists_and_clips_are_named(tmp_path):
     put(tmp_path, f"{HOME}/1.webm")
     with pytest.raises(
         UserError, match=r"holds no list such as something-something-v2-train\.json, nor does a folder labels"

@@ -182,7 +182,7 @@ def test_labels_that_are_text_are_classes_sorted_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize("bad", ["cow", None, " "])
-def test_a_text_that_is_no_class_names_file_row_and_action(tmp_path, bad):
+def test_a_text_that_is_not_a_class_names_file_row_and_action(tmp_path, bad):
     write_parquet(tmp_path / "train.parquet", ["cat", "dog"], kind=pa.string())
     write_parquet(tmp_path / "test.parquet", ["cat", bad], kind=pa.string())
     with pytest.raises(UserError, match=r"test\.parquet, row 1: the label .* is not a class of .*data\.label_column"):
@@ -212,7 +212,7 @@ def test_a_number_that_no_class_can_have_names_file_row_and_action(tmp_path, kin
         parquet(tmp_path).listing("train")
 
 
-def test_a_number_beyond_all_integers_is_no_declared_class(tmp_path):
+def test_a_number_beyond_all_integers_is_not_a_declared_class(tmp_path):
     write_parquet(tmp_path / "train.parquet", [0, 2**63 + 1], names=["a", "b"], kind=pa.uint64())
     with pytest.raises(UserError, match=r"row 1: the label 9223372036854775809 is not one of 0\.\.1"):
         parquet(tmp_path).listing("train")
@@ -264,13 +264,13 @@ def test_an_unreadable_disk_is_not_taken_for_a_damaged_parquet_file(tmp_path, mo
             source.listing("train")
 
 
-def test_a_file_that_is_no_parquet_is_named(tmp_path):
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(UserError, match=r"train\.parquet is not a readable Parquet file"):
         parquet(tmp_path)
 
 
-def test_a_second_file_that_is_no_parquet_is_named(tmp_path):
+def test_a_second_file_that_is_not_parquet_is_named(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", [0, 1], names=["a", "b"])
     (tmp_path / "train-1.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"train-1\.parquet is not a readable Parquet file"):
@@ -294,7 +294,7 @@ def test_a_null_image_is_read_as_nothing(tmp_path):
     assert source.read(source.listing("train")) == [png(0), b"", b""]
 
 
-def test_many_files_read_in_any_order_are_the_rows_asked_for(tmp_path):
+def test_many_files_read_in_any_order_give_the_requested_rows(tmp_path):
     for part in range(9):
         write_parquet(tmp_path / f"train-{part}.parquet", [part % 3] * (part + 1), rows_per_group=2)
     source = parquet(tmp_path)
@@ -369,7 +369,7 @@ def test_the_digest_of_parquet_follows_the_content(tmp_path):
     assert parquet(tmp_path).digest("train") != before
 
 
-def test_the_digest_does_not_depend_on_where_the_data_lies(tmp_path):
+def test_the_digest_does_not_depend_on_the_path(tmp_path):
     for place in ("here", "there"):
         write_parquet(tmp_path / place / "train.parquet", [0, 1])
         touch(tmp_path / f"images-{place}", "train/a/1.png", "train/b/2.png")

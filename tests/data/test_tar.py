@@ -114,7 +114,7 @@ def test_names_that_lead_outside_are_only_text(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_name_that_is_no_text_gets_escapes():
+def test_a_name_that_is_not_valid_text_is_escaped():
     raw = tar_of({"abc": b"1"})
     assert list(contents_of(resealed(b"a\xffc" + raw[3:]))) == ["a\\xffc"]
 
@@ -198,7 +198,7 @@ def test_a_broken_pax_header_is_refused(content):
 
 
 @pytest.mark.parametrize("size", ["-512", "1e3", "9" * 5000, "٣"])
-def test_a_pax_size_that_is_no_number_is_refused(size):
+def test_a_pax_size_that_is_not_a_number_is_refused(size):
     record = f" size={size}\n".encode()
     length = next(n for n in range(6000) if n == len(record) + len(str(n)))
     raw = tar_of({"h": str(length).encode() + record, "x": b"1"}, tarfile.USTAR_FORMAT)
@@ -215,13 +215,13 @@ def test_a_long_name_of_gigabytes_is_not_read():
     assert "4,294,967,295 bytes" in error_of(resealed(raw[:124] + b"37777777777\0" + raw[136:]))
 
 
-def test_compressed_archives_are_refused_with_the_way_out():
+def test_compressed_archives_are_refused_with_the_next_action():
     message = error_of(gzip.compress(tar_of(CONTENTS)) + bytes(1000))
     assert "compressed (gzip)" in message
     assert "unpack it to a plain .tar" in message
 
 
-def test_what_is_no_tar_at_all_is_refused():
+def test_files_that_are_not_tars_are_refused():
     assert "no valid header at byte 0" in error_of(b"<html>not found</html>" + b" " * 1000)
 
 
@@ -258,7 +258,7 @@ def store_of(request):
     return make_store
 
 
-def test_rows_are_read_in_the_order_asked_for(tmp_path, store_of):
+def test_rows_are_read_in_the_requested_order(tmp_path, store_of):
     contents = {f"{i}.jpg": bytes([i % 251]) * (37 * i % 3000) for i in range(300)} | {
         "large": b"L" * 200_000,
         "end": b"e",
@@ -304,7 +304,7 @@ def test_neighbours_are_fetched_together_and_distant_samples_alone():
     assert [len(span) for span in tar._spans(pieces)] == [2, 1, 1]
 
 
-def test_the_digest_of_an_index_does_not_depend_on_chunks_and_sees_every_column():
+def test_the_digest_of_an_index_covers_every_column_and_not_the_chunks():
     rows = rows_of("x.tar", tar_of(CONTENTS))
     chunked = type(rows).from_batches(rows.to_batches(max_chunksize=1))
     assert tar.index_digest(rows) == tar.index_digest(chunked)
@@ -317,7 +317,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path, store_of):
         pass
 
 
-def test_a_throttled_read_is_no_matter_of_single_samples(tmp_path):
+def test_a_throttled_read_does_not_reject_samples(tmp_path):
     """Network errors of pyarrow are OSErrors without a number."""
 
     class Throttled:
@@ -345,7 +345,7 @@ def test_an_archive_that_cannot_be_indexed_now_is_unreachable(tmp_path):
         raise OSError("reset")
 
 
-def test_an_archive_without_permission_is_no_matter_of_single_samples(tmp_path):
+def test_an_archive_without_permission_does_not_reject_samples(tmp_path):
     def refuse(file):
         raise PermissionError(errno.EACCES, "Permission denied", file)
 

@@ -137,7 +137,7 @@ def test_packed_and_unpacked_files_have_the_same_digest(tmp_path):
     assert torchvision_set(tmp_path / "a").digest("test") not in digests
 
 
-def test_several_sets_ask_for_one_folder(tmp_path):
+def test_several_sets_in_one_root_need_the_path_of_one(tmp_path):
     mnist(tmp_path)
     cifar10(tmp_path)
     with pytest.raises(UserError, match=r"several sets: CIFAR-10 \(cifar-10-batches-py\), MNIST \(MNIST/raw\)"):
@@ -173,7 +173,7 @@ def test_a_hostile_pickle_is_refused_without_running(tmp_path, file):
     [np.array([Hostile("x"), None], object), np.array(["a"]), {1, 2}, 1j, np.float64(1), np.dtype("u1"), len],
     ids=["objects", "text array", "set", "complex", "scalar", "dtype", "function"],
 )
-def test_what_is_no_plain_data_is_refused(value):
+def test_pickles_with_anything_but_plain_data_are_refused(value):
     with pytest.raises(safe_pickle.UnsafePickle):
         safe_pickle.load(pickle.dumps({"data": value}, 2))
 

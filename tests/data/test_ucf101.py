@@ -156,7 +156,7 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
     assert result.known == result.samples + 6 == 4 + 6
 
 
-def test_files_without_a_row_are_told_with_the_split_that_is_distilled(tmp_path):
+def test_files_without_a_row_are_reported_with_the_distilled_split(tmp_path):
     clips(lists(tmp_path))
     put(tmp_path, "UCF-101/Typing/extra.avi")
     result = plan(tmp_path, train_split="test", classes=["Typing", "ApplyEyeMakeup"])
@@ -177,7 +177,7 @@ def test_subsets_and_orders_work(tmp_path):
     assert result.aside["train"].num_rows == 0
 
 
-def test_a_test_split_without_files_is_no_split(tmp_path):
+def test_a_test_split_without_files_is_ignored(tmp_path):
     clips(lists(tmp_path))
     for name in TEST:
         (tmp_path / "UCF-101" / name).unlink()
@@ -224,7 +224,7 @@ def test_a_byte_order_mark_does_not_matter(tmp_path):
     assert ucf(tmp_path).class_names == CLASSES
 
 
-def test_lists_or_clips_that_are_not_there_are_told(tmp_path):
+def test_missing_lists_or_clips_are_named(tmp_path):
     clips(tmp_path)
     with pytest.raises(
         UserError, match=r"holds no list such as classInd\.txt, nor does a folder ucfTrainTestlist in it"

@@ -76,13 +76,13 @@ def decibels(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fast", [False, True])
-def test_pyav_returns_the_frames_asked(files, kind, fast):
+def test_pyav_returns_the_requested_frames(files, kind, fast):
     for wanted in WANTED:
         assert numbers(decode(pyav_frames, files[kind], wanted, fast=fast)) == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decord_returns_the_frames_asked_or_says_that_it_cannot(files, kind):
+def test_decord_returns_the_requested_frames_or_raises(files, kind):
     pytest.importorskip("decord")
     if not KINDS[kind][1]:
         with pytest.raises(DecoderFailed):
@@ -182,7 +182,7 @@ def test_packets_that_show_no_frame_are_found_out(files):
         assert caught.value.frames == 60
 
 
-def test_what_is_no_video_is_rejected_with_its_reason(files):
+def test_files_that_are_not_videos_are_rejected_with_a_reason(files):
     from PIL import Image
 
     picture = io.BytesIO()
@@ -201,7 +201,7 @@ def test_titles_in_old_encodings_are_no_damage(files):
     assert numbers(decode(pyav_frames, raw, [7])) == [7]
 
 
-def test_wherever_a_file_is_cut_it_yields_the_frames_asked_or_none(files):
+def test_a_file_cut_anywhere_yields_the_requested_frames_or_none(files):
     for kind in ("h264 matroska with B-frames", "vp8 webm", "mpeg4 avi"):
         for end in range(100, len(files[kind]), len(files[kind]) // 40):
             try:
@@ -217,7 +217,7 @@ def test_limits_hold_before_anything_is_decoded(files):
 
 
 @pytest.mark.parametrize("settings", [{}, {"settings": B_FRAMES}])
-def test_of_a_cut_file_what_is_there_can_be_used_and_nothing_else(settings):
+def test_only_the_existing_frames_of_a_cut_file_can_be_used(settings):
     raw = cut(FRAMES, 0.6, **settings)
     with open_video(raw, **limits()) as video:
         assert video.cut
@@ -255,7 +255,7 @@ def without_packet(raw: bytes, number: int) -> bytes:
     return raw[: at + 6] + bytes(packet.size - 6) + raw[at + packet.size :]
 
 
-def test_a_damaged_file_whose_frames_are_told_apart_by_their_order_is_rejected():
+def test_a_damaged_file_whose_frames_are_only_known_by_order_is_rejected():
     raw = without_packet(write_video(None, FRAMES, codec="mpeg4", container="avi"), 20)
     with pytest.raises(VideoRejected, match=r"damaged: \d+ of \d+ frames decode"):
         decode(pyav_frames, raw, [5, len(FRAMES) - 2])

@@ -120,7 +120,7 @@ def test_labels_of_json_are_found_by_key(tmp_path, values, keys):
     assert labels_of(source_of(tmp_path, **keys)) == {"a": "4"}
 
 
-def test_a_class_name_that_is_no_text_gets_escapes(tmp_path):
+def test_a_class_name_that_is_not_valid_text_is_escaped(tmp_path):
     write(tmp_path, "train-0.tar", ("a.jpg", b"1"), ("a.json", b'{"label": "x\\ud800"}'))
     assert labels_of(source_of(tmp_path)) == {"a": "x\\ud800"}
 
@@ -261,7 +261,7 @@ def test_a_compressed_shard_under_a_plain_name_is_refused(tmp_path):
         source_of(tmp_path).listing("train")
 
 
-def test_no_path_no_folder_and_no_training_shards_are_said(tmp_path):
+def test_a_missing_path_folder_or_training_shard_is_named(tmp_path):
     with pytest.raises(UserError, match=r"data\.path is not set"):
         WebDataset(DataSection(source="webdataset"))
     with pytest.raises(UserError, match="no such folder"):
@@ -311,7 +311,7 @@ def test_a_faulty_sample_is_named_with_its_shard(tmp_path, members, message):
         source_of(tmp_path).listing("train")
 
 
-def test_a_name_among_numbers_and_a_number_among_names_are_told_apart(tmp_path):
+def test_a_name_among_numbers_and_a_number_among_names_are_distinguished(tmp_path):
     write(tmp_path, "train-0.tar", *sample("a", "dog"), *sample("b", 3))
     with pytest.raises(
         UserError, match=r"sample 'b': the label '3' is a number, but the first one of the split is a name"
@@ -344,7 +344,7 @@ def test_names_that_lead_outside_are_only_ids(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["train-0.tar"]
 
 
-def test_an_actor_reads_without_an_index_of_its_own(tmp_path, named, monkeypatch):
+def test_an_actor_reads_without_its_own_index(tmp_path, named, monkeypatch):
     write(tmp_path, "train-0.tar", *sample("a", 0, b"A"))
     source = source_of(named(tmp_path))
     table = source.listing("train")
@@ -353,7 +353,7 @@ def test_an_actor_reads_without_an_index_of_its_own(tmp_path, named, monkeypatch
     assert copy.read(table) == [b"A"]
 
 
-def test_the_digest_tells_sets_apart_and_not_where_they_lie(tmp_path):
+def test_the_digest_depends_on_the_content_and_not_on_the_path(tmp_path):
     def digest_of(name, *members):
         write(tmp_path / name, "train-0.tar", *members)
         return source_of(tmp_path / name).digest("train")
@@ -368,7 +368,7 @@ def test_the_digest_tells_sets_apart_and_not_where_they_lie(tmp_path):
     assert len({first, *(digest_of(f"o{i}", *other) for i, other in enumerate(others))}) == 4
 
 
-def test_many_shards_come_in_order_whatever_their_threads(tmp_path, named):
+def test_many_shards_are_read_in_order_by_any_number_of_threads(tmp_path, named):
     for i in range(60):
         write(tmp_path, f"train-{i:03d}.tar", *[pair for j in range(3) for pair in sample(f"{i:03d}{j}", j)])
     table = source_of(named(tmp_path)).listing("train")

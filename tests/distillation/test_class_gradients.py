@@ -87,7 +87,7 @@ WAYS = {"groups": classwise.GROUPED, "unfolding": classwise.UNFOLDED}
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_classes_together_are_those_of_each_and_pull_alike_on_the_images(kind, way, monkeypatch):
+def test_gradients_of_several_classes_at_once_equal_those_of_each_class(kind, way, monkeypatch):
     monkeypatch.setattr(classwise, "implementation_for", lambda device: WAYS[way])
     spec = KINDS[kind]
     network, chance = spec.build(0), torch.Generator().manual_seed(0)

@@ -95,7 +95,7 @@ def copied(state):
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_a_method_answers_every_question_of_the_contract(method):
+def test_a_method_implements_the_whole_contract(method):
     config = config_of(method)
     method_type = method_class(config)
     assert method_type.parallel in ("classes", "replicate")

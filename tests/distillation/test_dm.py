@@ -98,7 +98,7 @@ def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():
     assert plain.state_dict().keys() == zero.state_dict().keys()
 
 
-def test_rule_ite_embeds_less_between_looks_and_resumes_to_the_same_bytes():
+def test_rule_ite_embeds_less_between_full_steps_and_resumes_to_the_same_bytes():
     runtime = {"rule": "ite", "drop": 0.4, "refresh": 3, "probes": 4}
     one = make_method("dm", make_sampler(), runtime=runtime, augment=SIAMESE_AUGMENT, image_momentum=0.5)
     shares = [one.step(i)["real_share"] for i in range(2)]

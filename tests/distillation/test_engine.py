@@ -152,13 +152,13 @@ def test_pruned_samples_are_never_read(places, tmp_path, case):
 
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
-def test_the_set_does_not_depend_on_where_the_kept_samples_lie(places, method):
+def test_the_set_does_not_depend_on_the_placement_of_kept_samples(places, method):
     holds = ("auto", "device", "host", "shards")
     sets = [start(elsewhere(places, hold), **CASES[method], distill__hold=hold).run() for hold in holds]
     assert all(same(sets[0], other) for other in sets[1:])
 
 
-def test_where_the_kept_samples_lie_is_said_once(places):
+def test_the_placement_of_kept_samples_is_logged_once(places):
     reported = []
     config = tiny_config("unused", distill__steps=3, distill__hold="shards")
     Distillation(config, places, SingleProcess(), CPU, reported.append).run()
@@ -208,7 +208,7 @@ def test_a_long_log_is_thinned_out(places, monkeypatch):
     assert [line["step"] for line in lines(places)] == [3, 6, 9, 10]
 
 
-def test_accuracy_on_the_way_is_logged_and_changes_nothing(places):
+def test_intermediate_accuracy_is_logged_and_changes_nothing(places):
     plain = start(elsewhere(places, "plain"), distill__steps=4).run()
     watched = elsewhere(places, "watched")
     assert same(start(watched, distill__steps=4, distill__evaluate_every=2, evaluate__epochs=1).run(), plain)

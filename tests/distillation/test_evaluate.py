@@ -73,7 +73,7 @@ def test_training_on_more_data_helps(evaluator):
     assert row["top1"] > 0.7
 
 
-def test_the_random_control_draws_anew_for_every_seed(digits_run):
+def test_the_random_control_draws_other_samples_for_every_seed(digits_run):
     prepared = PreparedDataset(digits_run.dir / "prepared")
     first, same, other = (evaluate.random_real(prepared, 4, 0, draw) for draw in (0, 0, 1))
     assert first[1].tolist() == [0] * 4 + [1] * 4 + [2] * 4

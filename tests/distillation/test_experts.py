@@ -71,7 +71,7 @@ def test_experts_learn_their_samples(tmp_path):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_killed_expert_goes_on_to_the_same_bytes(tmp_path, monkeypatch, momentum):
+def test_a_killed_expert_resumes_to_the_same_bytes(tmp_path, monkeypatch, momentum):
     options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1}
     whole, killed = train_experts(tmp_path / "whole", **options), tmp_path / "killed"
     epoch_of = ExpertTraining._epoch

@@ -170,7 +170,7 @@ def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
     assert_close(actual, torch.autograd.grad(loss, images)[0])
 
 
-def test_dm_embeds_only_what_is_forecast_to_count_between_full_looks():
+def test_dm_embeds_only_samples_forecast_to_count_between_full_observations():
     pool = make_sampler()
     method = make_method("dm", pool, runtime={"rule": "loss", "drop": 0.34, "refresh": 3})
     shares = [method.step(i)["real_share"] for i in range(4)]
@@ -277,7 +277,7 @@ def test_a_state_moves_between_backends_with_other_classes(method):
 
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
-def test_what_is_not_finite_leaves_the_images_alone_and_names_class_and_step(method):
+def test_non_finite_values_leave_the_images_unchanged_and_name_class_and_step(method):
     matcher = make_method(method, make_sampler())
     with torch.no_grad():
         matcher.images[1, 0, 0, 0, 0] = float("nan")

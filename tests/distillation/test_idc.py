@@ -192,7 +192,7 @@ def test_what_is_not_finite_is_named_and_the_images_stay():
     assert torch.isfinite(method.images[0]).all()
 
 
-def test_the_card_lets_the_set_be_taken_apart():
+def test_the_card_describes_how_to_split_the_set():
     method = make_method()
     images, labels = method.snapshot()
     card = method.finalize(images, labels).card

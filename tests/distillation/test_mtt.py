@@ -116,7 +116,7 @@ def test_the_loss_falls_where_it_is_optimised(experts):
 
 
 @pytest.mark.parametrize("method", ["mtt", "tesla"])
-def test_a_state_goes_on_to_the_same_bytes(experts, method):
+def test_a_restored_state_continues_to_the_same_bytes(experts, method):
     options = {"image_momentum": 0.5, "augment": "color_crop", "image_lr": 0.1}
     whole, resumed = make_method(experts, method, **options), make_method(experts, method, **options)
     whole.step(0)
@@ -157,7 +157,7 @@ def test_the_defaults_are_the_official_ones():
 
 
 @pytest.mark.parametrize("method", ["mtt", "tesla"])
-def test_what_is_not_finite_leaves_everything_alone_and_names_class_step_and_rates(experts, method):
+def test_non_finite_values_change_nothing_and_name_class_step_and_rates(experts, method):
     matcher = make_method(experts, method)
     before = {key: value.clone() for key, value in matcher.state_dict().items()}
     match = matcher.match
@@ -195,7 +195,7 @@ def test_a_distance_that_is_not_finite_stops_the_run(experts):
         ({"student_lr_rate": 1e3}, "rate would become -"),
     ],
 )
-def test_an_update_that_cannot_be_is_not_made(experts, options, message):
+def test_an_impossible_update_is_refused(experts, options, message):
     """The second case: the student rate would become negative."""
     method = make_method(experts, image_momentum=0.5, **options)
     match = method.match

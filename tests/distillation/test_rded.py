@@ -128,7 +128,7 @@ def test_row_groups_without_a_candidate_are_not_read(ranked, monkeypatch):
     assert len(whole) == CLASSES
 
 
-def test_a_pass_that_was_stopped_goes_on_and_ends_with_the_same_bytes(ranked, monkeypatch):
+def test_an_interrupted_pass_resumes_to_the_same_bytes(ranked, monkeypatch):
     context, places, chunks, candidates = ranked()
     assert len(chunks) > 2
     target = patch_ranking.table_path(places.networks, context.config)
@@ -170,7 +170,7 @@ def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranke
     assert target.read_bytes() == whole
 
 
-def test_pieces_that_are_not_the_candidates_are_refused(ranked):
+def test_part_files_of_other_candidates_are_refused(ranked):
     context, places, chunks, candidates = ranked()
     with pytest.raises(UserError, match="not those of the candidates"):
         table_of(context, places, chunks, candidates.slice(1))
@@ -245,7 +245,7 @@ def test_with_a_factor_of_one_an_image_is_one_crop(ranked):
     assert torch.allclose(method.snapshot()[0][0], real, atol=1e-4)
 
 
-def test_several_steps_build_the_same_set_and_a_state_goes_on(ranked):
+def test_several_steps_build_the_same_set_and_a_state_resumes(ranked):
     whole, _ = built(ranked)
     whole.step(0)
     divided, _ = built(ranked, steps=3)
@@ -267,7 +267,7 @@ def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):
 
 
 @pytest.mark.parametrize("candidates", [5, 8])  # with five, further crops of the same images are taken
-def test_samples_that_lie_in_shards_make_the_same_images(ranked, tmp_path, candidates):
+def test_samples_read_from_shards_give_the_same_images(ranked, tmp_path, candidates):
     from distill_at_scale.data.sampling.class_sampler import ClassSampler
 
     method, _ = built(ranked, candidates=candidates)
@@ -303,7 +303,7 @@ def test_the_whole_path_ends_in_a_set_that_loads_and_trains(whole_run):
     assert [row["set"] for row in rows] == ["distilled", "random_real", "kept"]
 
 
-def test_what_is_left_of_the_ranking_is_one_table_beside_the_teacher(whole_run):
+def test_the_ranking_leaves_one_table_next_to_the_teacher(whole_run):
     [folder] = (whole_run.dir / "networks").iterdir()
     assert sorted(p.suffix for p in folder.iterdir()) == [".parquet", ".safetensors"]
     assert whole_run.text.count("rank:") >= 1
@@ -347,7 +347,7 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
     assert evaluator._protocol(kept).labels == "hard"
 
 
-def test_ready_made_weights_count_by_content_and_not_by_where_they_lie(make_run, tmp_path):
+def test_pretrained_weights_are_identified_by_content_not_path(make_run, tmp_path):
     weights, moved = (NetworkSpec("convnet_bn", SHAPE, CLASSES, 8).build(seed).state_dict() for seed in (1, 2))
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     safetensors_io.save(first, weights)

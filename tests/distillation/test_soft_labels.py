@@ -75,7 +75,7 @@ def test_a_crop_shows_its_quarter_and_a_flip_mirrors_it():
     assert bool((view[0, 0, 3].diff() >= 0).all())
 
 
-def test_the_frames_of_a_clip_are_shown_alike():
+def test_the_frames_of_a_clip_get_the_same_view():
     clips = torch.rand(2, 1, 1, 8, 8, generator=chance()).expand(2, 5, 1, 8, 8)
     views = crop_and_flip(
         clips, resized_crop_boxes(torch.rand(2, 4, generator=chance()), 0.1), torch.tensor([True, False])
@@ -96,7 +96,7 @@ def test_views_follow_from_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1])])
-def test_an_epoch_shows_every_image_once_and_no_batch_is_of_one(count, sizes):
+def test_an_epoch_shows_every_image_once_and_no_batch_has_one_image(count, sizes):
     batches = list(PLAN.batches(0, count))
     assert [len(b.rows) for b in batches] == sizes
     assert torch.cat([b.rows for b in batches]).sort().values.tolist() == list(range(count))
@@ -145,7 +145,7 @@ def test_as_many_as_there_are_classes_are_all_of_them():
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_stored_labels_are_the_teachers_answers_to_the_very_views(top_k):
+def test_stored_labels_are_the_teachers_outputs_for_the_same_views(top_k):
     images, asked = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 3, top_k, 5.0)
     tensors = relabel(images, PLAN, asked, SingleProcess())
     stored = StoredLabels(tensors["values"], tensors.get("classes"), CLASSES)

@@ -125,7 +125,7 @@ def test_resuming_gives_the_same_images(recovery):
     assert torch.equal(part.images[1], first.images[2])
 
 
-def test_what_is_not_finite_leaves_the_images_alone_and_names_the_class(recovery):
+def test_non_finite_values_leave_the_images_unchanged_and_name_the_class(recovery):
     method = recovery(steps=4, recover_batch=1)
     with torch.no_grad():
         method.images[1, 0, 0, 0, 0] = float("nan")

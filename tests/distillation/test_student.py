@@ -108,7 +108,7 @@ def test_with_batch_norm_a_last_batch_of_one_is_merged(spec, expected, monkeypat
         assert sizes(spec, TrainingProtocol(1, batch=4), 9, monkeypatch) == expected
 
 
-def test_batch_norm_with_few_images_is_said_and_without_it_nothing_is():
+def test_batch_norm_with_few_images_is_warned_about():
     with pytest.warns(
         UserWarning, match=r"network convnet_bn has batch norm.*batches of 9 images.*merged into the one before"
     ):

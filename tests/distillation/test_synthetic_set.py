@@ -213,7 +213,7 @@ def test_exported_videos_hold_every_frame_and_every_pixels_own_colour(tmp_path, 
         assert np.abs(frames[:, ::2, ::2] - exact).max() <= 16  # noise: the hardest there is
 
 
-def test_the_card_beside_exported_videos_says_that_they_are_lossy(tmp_path):
+def test_the_card_of_exported_videos_says_that_they_are_lossy(tmp_path):
     synthetic = a_synthetic_set(frames=3)
     synthetic.export_videofolder(tmp_path / "out")
     card = json.loads((tmp_path / "out" / "card.json").read_text())

@@ -70,7 +70,7 @@ def ready_made(folder, classes=CLASSES, names=None):
     return spec.build(9).eval(), str(path)
 
 
-def test_ready_made_weights_are_taken_and_known_by_their_content(tmp_path):
+def test_pretrained_weights_are_loaded_and_identified_by_content(tmp_path):
     network, path = ready_made(tmp_path)
     teacher = make_teacher(make_context(tmp_path, teacher_weights=path))
     images = torch.randn(4, *SHAPE)
@@ -83,7 +83,7 @@ def test_ready_made_weights_are_taken_and_known_by_their_content(tmp_path):
     assert before != METHODS["rded"].network_options(make_config(teacher_weights=str(moved)))
 
 
-def test_ready_made_weights_of_another_class_order_are_put_in_order(tmp_path):
+def test_pretrained_weights_of_another_class_order_are_reordered(tmp_path):
     network, path = ready_made(tmp_path, classes=4, names=["two", "one", "more", "zero"])
     context = make_context(tmp_path, teacher_weights=path)
     object.__setattr__(context, "source_class_names", ["two", "one", "more", "zero"])
@@ -91,7 +91,7 @@ def test_ready_made_weights_of_another_class_order_are_put_in_order(tmp_path):
     assert torch.allclose(make_teacher(context)(images), network(images)[:, [3, 1, 0]], atol=1e-5)
 
 
-def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypatch):
+def test_the_normalisation_of_pretrained_weights_is_converted(tmp_path, monkeypatch):
     network, path = ready_made(tmp_path)
     load = teachers.pretrained.load
     monkeypatch.setattr(teachers.pretrained, "load", lambda *a: replace(load(*a), normalization=((0.4,), (0.2,))))
@@ -100,7 +100,7 @@ def test_the_normalisation_of_ready_made_weights_is_converted(tmp_path, monkeypa
     assert torch.allclose(teacher((pixels - 0.5) / 0.25), network((pixels - 0.4) / 0.2), atol=1e-4)
 
 
-def test_weights_that_do_not_fit_are_told_by_the_teachers_keys(tmp_path):
+def test_errors_about_weights_that_do_not_fit_name_the_teachers_keys(tmp_path):
     _, path = ready_made(tmp_path)
     with pytest.raises(UserError, match=r"distill\.rded\.teacher_network = 'convnet'"):
         make_teacher(make_context(tmp_path, teacher_network="convnet", teacher_weights=path))

@@ -260,7 +260,7 @@ def test_projections_are_those_of_each_samples_gradient(make):
     assert not torch.allclose(both, actual)
 
 
-def test_a_signal_in_one_dimension_goes_the_same_way():
+def test_a_signal_in_one_dimension_is_handled_alike():
     network = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
     real = torch.randn(6, 2, 16, generator=chance())
     directions = [torch.randn(2, *p.shape) for p in matched_parameters(network)]

@@ -96,7 +96,7 @@ def test_the_table_and_the_plot_hold_all_sets_side_by_side(context):
     assert plot.series[0].error[0] == pytest.approx((0.001**2 + (1.2 * 0.001) ** 2) ** 0.5 / 0.5)
 
 
-def test_all_points_are_asked_for_at_once_and_the_same_way_for_every_set(context):
+def test_all_points_are_requested_at_once_and_alike_for_every_set(context):
     across_datasets.study(context)
     asked = context.points.asked
     assert len(asked) == 3 * 3 * context.config.studies.seeds
@@ -125,20 +125,20 @@ def test_a_set_that_is_not_allowed_is_named_before_anything_starts(context, over
     assert point_set.asked == []
 
 
-def test_a_set_without_a_test_split_is_left_out_and_said_so(context):
+def test_a_set_without_a_test_split_is_skipped_with_a_message(context):
     point_set = FakePointSet(context.config, lost=("long_tail",))
     finding = across_datasets.study(StudyContext(context.config, point_set, lambda line: None))
     assert list(finding.facts["sets"]) == ["digits", "twins"]
     assert "The set tail is left out" in finding.notes[0]
 
 
-def test_a_set_near_chance_is_said_to_tell_little(context, monkeypatch):
+def test_a_set_near_chance_gets_a_warning(context, monkeypatch):
     assert not any("near chance" in note for note in across_datasets.study(context).notes)
     monkeypatch.setitem(KNOWN, ("long_tail", "unpruned", 1.0), 0.38)  # of three classes
     assert any("On tail even the unpruned set is near chance" in note for note in across_datasets.study(context).notes)
 
 
-def test_a_set_that_is_called_like_the_source_leaves_the_base_its_other_name_and_doubles_nothing(context):
+def test_a_set_named_like_the_source_renames_the_base_and_duplicates_nothing(context):
     config = with_overrides(context.config, {"studies.across.sets": {"digits": {}}})
     finding = across_datasets.study(StudyContext(config, FakePointSet(config), lambda line: None))
     assert list(finding.facts["sets"]) == ["base", "digits"]

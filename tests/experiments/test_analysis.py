@@ -128,7 +128,7 @@ def test_equal_values_on_both_sides_give_a_difference_without_spread():
     assert (result.low, result.high, result.p, result.verdict) == (0, 0, 1, "open")
 
 
-def test_differences_are_said_in_points_with_a_sign():
+def test_differences_are_formatted_in_points_with_a_sign():
     assert [wording.points(value) for value in (0.0123, -0.0123, -0.0001)] == ["+1.2", "−1.2", "0.0"]
 
 
@@ -175,7 +175,7 @@ def test_scoring_never_pays_where_a_distillation_is_no_faster():
     assert "never pays" in answers.saving(configurations)
 
 
-def test_a_random_selection_that_is_as_good_and_cheaper_is_told():
+def test_a_random_selection_that_is_as_good_and_cheaper_is_reported():
     rows = [
         row(0.8, 0.1, "loss", distill=2),
         row(0.795, 0.1, "random", "random", distill=2),

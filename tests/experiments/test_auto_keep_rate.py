@@ -132,7 +132,7 @@ def test_a_plan_says_that_the_rate_has_to_be_found(tiny_file, capsys):
     assert "search " in output
 
 
-def test_a_whole_run_finds_the_rate_and_goes_on_with_it(tiny_file, tmp_path, capsys):
+def test_a_whole_run_finds_the_rate_and_uses_it(tiny_file, tmp_path, capsys):
     assert cli.main(["run", tiny_file]) == 0
     run = tmp_path / "run"
     rate = json.loads((run / "auto.json").read_text())["rate"]

@@ -45,7 +45,7 @@ def test_a_finished_point_is_read_and_not_tried_again(tmp_path):
     assert (first.folder / "evaluation.json").stat().st_mtime_ns == written
 
 
-def test_repetitions_distil_anew_from_the_same_selection_and_random_ones_draw_anew(tmp_path):
+def test_repetitions_distil_again_from_the_same_selection_and_random_ones_draw_other_samples(tmp_path):
     points = PointSet(tiny_config(tmp_path), Refusing(), Display.silent())
     first, second = (points.configured(Point({}, seed)) for seed in (0, 1))
     assert (second.distill_seed - first.distill_seed, second.select_seed - first.select_seed) == (1, 1)
@@ -83,7 +83,7 @@ def test_what_points_share_is_taken_over_from_another_run(tmp_path):
     assert not list(Path(tmp_path / "sweep").rglob("proxies"))
 
 
-def test_an_override_that_is_not_allowed_stops_before_anything_is_made(tmp_path):
+def test_a_forbidden_override_is_refused_before_anything_runs(tmp_path):
     point_set = PointSet(tiny_config(tmp_path / "sweep"), LocalRunner(), Display.silent())
     with pytest.raises(UserError, match=r"select\.kep"):
         point_set.run([Point(), Point({"select.kep": 0.1})])

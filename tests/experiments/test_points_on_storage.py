@@ -83,7 +83,7 @@ def test_a_sweep_on_object_storage_has_the_table_of_one_on_a_disk(remote, s3, bu
     assert not [name for name in there if ".work" in name]
 
 
-def test_another_machine_goes_on_with_what_is_not_finished(remote, s3, bucket, monkeypatch):
+def test_another_machine_continues_unfinished_work(remote, s3, bucket, monkeypatch):
     real, tried = points.run_point, []
 
     def killed(config, *rest):
@@ -135,7 +135,7 @@ def test_points_on_one_machine_share_one_copy(remote):
     assert (again.kept, again.rows) == (first.kept, first.rows)
 
 
-def test_points_stand_on_what_was_made_anew(remote, s3, bucket, tmp_path):
+def test_points_use_recomputed_inputs(remote, s3, bucket, tmp_path):
     """On machine a, which sees old points and new scores, and on b and c, whose copies are old or empty."""
     path, random = tmp_path / "scores.npy", np.random.default_rng(0)
     wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
@@ -177,7 +177,7 @@ def test_a_note_that_was_removed_elsewhere_does_not_come_back(remote, s3, bucket
     assert not [name for name in stored_objects(s3, bucket) if name.endswith(points.STOPPED)]
 
 
-def test_a_sweep_that_was_copied_to_a_disk_goes_on_there(remote, s3, bucket, tmp_path):
+def test_a_sweep_copied_to_a_disk_resumes_there(remote, s3, bucket, tmp_path):
     settings = {"sweep": {"space": {"select.keep": [0.1]}, "controls": []}}
     table, _ = sweep(remote(**settings))
     for name, content in stored_objects(s3, bucket).items():
@@ -273,7 +273,7 @@ def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3,
         cli.run_studies(remote("c", studies=settings), Display.silent())
 
 
-def test_the_folders_own_run_leaves_the_runs_inside_alone(remote, s3, bucket, tmp_path):
+def test_the_folders_own_run_does_not_touch_the_runs_inside(remote, s3, bucket, tmp_path):
     config = remote()
     PointSet(config, LocalRunner(), Display.silent()).run([Point()])
     copy = scratch_of(config.run.dir, str(tmp_path / "c"))

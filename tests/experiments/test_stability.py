@@ -68,7 +68,7 @@ def studied(make_config, tmp_path, folders, **keys):
     return stability.study(StudyContext(config, point_set, lambda line: None)), point_set
 
 
-def test_trials_that_rank_alike_agree_wholly_and_one_suffices(make_config, tmp_path):
+def test_trials_with_equal_ranks_agree_fully_and_one_suffices(make_config, tmp_path):
     _, values, labels = noisy(noise=0.0)
     finding, _ = studied(make_config, tmp_path, {"": write_scores(tmp_path / "s", values, labels)})
     assert finding.facts["agreement"] == pytest.approx(1)
@@ -236,7 +236,7 @@ def test_losses_are_those_of_the_samples_in_the_order_of_the_scores(whole):
     assert np.allclose(drift.losses_of(context.config, outcome, part, 0), losses[some], rtol=1e-4)
 
 
-def test_a_constant_criterion_leaves_the_other_pairs_alone():
+def test_a_constant_criterion_does_not_change_the_other_pairs():
     vectors = np.stack([np.arange(20.0), np.arange(20.0)[::-1], np.zeros(20)], 1)
     mean, _ = rankings.correlations(vectors, np.repeat([0, 1], 10))
     assert mean[0, 1] == pytest.approx(-1)

@@ -82,7 +82,7 @@ def test_the_deviation_comes_from_at_least_three_unpruned_distillations(tmp_path
     assert len(result.smallest.outcomes) == 2
 
 
-def test_a_smaller_rate_that_suffices_below_one_that_does_not_is_told(tmp_path):
+def test_a_smaller_rate_that_suffices_below_one_that_does_not_is_reported(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.4 if 0.05 < share < 0.5 else 0.6, studies__seeds=3)
     result = search(point_set)
     assert result.smallest.keep == 0.004
@@ -100,7 +100,7 @@ def test_where_no_rate_suffices_everything_is_kept(tmp_path):
 # --- critical ratio ---
 
 
-def test_the_critical_ratio_is_told_with_its_number_and_its_random_control(tmp_path):
+def test_the_critical_ratio_is_reported_with_its_number_and_its_random_control(tmp_path):
     point_set = FakePointSet(
         tmp_path,
         lambda config, share: needs(0.04, config, share),
@@ -124,7 +124,7 @@ def test_a_critical_ratio_at_chance_says_that_it_says_little(tmp_path):
     assert any("near chance" in note for note in finding.notes)
 
 
-def test_a_minimum_that_decides_instead_of_the_rate_is_told(tmp_path):
+def test_a_minimum_that_decides_instead_of_the_rate_is_reported(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.5, select__min_per_class=5)
     finding = critical_ratio.study(point_set.context)
     assert finding.facts["critical_kept"] == 5 * CLASSES
@@ -157,7 +157,7 @@ def test_strata_tell_whether_the_criterion_is_trustworthy(tmp_path, slope, verdi
 # --- drop ---
 
 
-def test_the_drop_test_tells_the_three_ways_apart(tmp_path):
+def test_the_drop_test_distinguishes_the_three_outcomes(tmp_path):
     def accuracy(config, share):
         if share == 1:
             return 0.5
@@ -250,7 +250,7 @@ def test_a_suite_leaves_findings_and_one_table(tmp_path, point_set):
     ({"select__order": "stratum", "select__keep": 0.2}, "select.order other than stratum"),
     ({"score__criterion": "random"}, "stability needs scores"),
 ])  # fmt: skip
-def test_what_a_later_study_refuses_is_said_before_anything_is_made(tmp_path, wanted, message):
+def test_a_later_studys_error_is_raised_before_anything_runs(tmp_path, wanted, message):
     point_set = FakePointSet(tmp_path / "run", lambda config, share: 0.5, **wanted)
     with pytest.raises(UserError, match=re.escape(message)):
         suite.run(point_set.config, point_set, lambda line: None)
@@ -269,7 +269,7 @@ def test_a_second_call_reads_what_the_first_has_found(point_set):
     assert all("skipped" in line for line in lines)
 
 
-def test_a_study_that_was_interrupted_is_made_again_and_the_finished_one_is_not(point_set, monkeypatch):
+def test_an_interrupted_study_runs_again_and_a_finished_one_does_not(point_set, monkeypatch):
     def interrupted(context):
         raise KeyboardInterrupt
 
@@ -317,7 +317,7 @@ def test_all_studies_share_their_unpruned_points(tmp_path):
     assert len({config.model_dump_json() for config in point_set.tried if config.select.keep == 1.0}) == 1
 
 
-def test_rates_differences_and_counts_are_said_plainly():
+def test_rates_differences_and_counts_are_formatted_plainly():
     assert [share(rate) for rate in (0.0004, 0.25632, 0.9)] == ["0.04\u00a0%", "25.6\u00a0%", "90\u00a0%"]
     assert in_points(difference([0.5, 0.6], [0.6, 0.7])) == "−10.0 ± 0.0 points"
     assert sample_size(3, 1) == "n = 3 distillations × 1 evaluation"

@@ -71,7 +71,7 @@ def test_a_value_that_json_cannot_hold_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plots": [], "other": 1}'])
-def test_a_file_that_is_no_finding_is_named(tmp_path, text):
+def test_a_file_that_is_not_a_finding_is_named(tmp_path, text):
     path = tmp_path / "drop.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"drop\.json is no finding"):
@@ -111,7 +111,7 @@ def test_a_long_table_is_closed_and_cut(tmp_path):
     assert "<summary>All" not in written(tmp_path, dataclasses.replace(FINDING, rows=rows[:5]))
 
 
-def test_values_are_said_as_a_reader_says_them():
+def test_values_are_formatted_for_readers():
     values = [None, True, 1234, -0.12345, 1e5, [0.5, 1], {"a": 1}, list(range(9))]
     expected = ["–", "yes", "1,234", "−0.1235", "100,000", "0.5,\u00a01", '{"a": 1}', "9 values"]
     assert [page.as_text(value) for value in values] == expected

@@ -95,7 +95,7 @@ def test_a_drop_rate_without_a_rule_makes_no_new_point():
     assert len({id(trial.point) for trial in trials}) == 3
 
 
-def test_draws_lie_in_their_ranges_and_more_samples_go_on_where_fewer_ended():
+def test_draws_are_in_their_ranges_and_more_samples_extend_fewer():
     wanted = {
         "select.keep": {"loguniform": [0.01, 0.5]},
         "distill.ipc": {"randint": [1, 3]},
@@ -209,7 +209,7 @@ def swept(tmp_path_factory):
     return settings, swept_table, log, len(trained)
 
 
-def test_ingest_and_scores_are_made_once_and_read_by_all_trials(swept):
+def test_ingest_and_scores_are_computed_once_and_shared_by_all_trials(swept):
     settings, swept_table, _, trained = swept
     root = Path(settings.run.dir)
     assert trained == settings.score.trials
@@ -261,7 +261,7 @@ def test_a_longer_space_tries_only_what_is_new(swept, monkeypatch):
     assert tried_now == [0.5]
 
 
-def test_trials_that_stand_on_other_scores_than_there_are_now_are_tried_again(tmp_path):
+def test_trials_of_outdated_scores_run_again(tmp_path):
     path, random = tmp_path / "scores.npy", np.random.default_rng(0)
     np.save(path, random.random(1797))
     wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
@@ -284,7 +284,7 @@ def test_two_commands_in_one_folder_are_refused(swept):
         sweep(settings)
 
 
-def test_a_trial_that_diverges_is_listed_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_diverged_trial_is_listed_and_the_others_continue(tmp_path, monkeypatch):
     original = DC.step
 
     def step(self, i):

@@ -55,7 +55,7 @@ def test_the_keep_rate_is_the_axis_and_controls_are_in_the_plot():
     assert plot.log_x
 
 
-def test_every_setting_has_a_plot_with_controls_of_its_own():
+def test_every_setting_has_a_plot_with_its_own_controls():
     rows = [r | {"distill.method": m, "mean": r["mean"] - d} for m, d in (("dc", 0), ("dm", 0.1)) for r in digits(1)]
     rows = [r | {"trial": f"{r['trial']}{r['distill.method']}"} for r in rows]
     curves = plots(rows)
@@ -72,7 +72,7 @@ def test_a_numeric_key_is_the_axis_where_the_keep_rate_is_not_swept():
     assert [(one.name, list(one.x)) for one in plot.series] == [("selected", [1, 10, 50]), ("unpruned", [1, 10, 50])]
 
 
-def test_categories_are_bars_beside_the_controls_of_their_setting():
+def test_categories_are_bars_next_to_the_controls_of_their_setting():
     rows = [row(m, 0.3, **{"distill.method": n}) for n, m in (("dc", 0.5), ("dm", 0.6))]
     rows += [row(0.55, control="unpruned", **{"distill.method": n}) for n in ("dc", "dm")]
     rows = [{k: v for k, v in r.items() if k != "select.keep"} for r in rows]
@@ -83,7 +83,7 @@ def test_categories_are_bars_beside_the_controls_of_their_setting():
     ]
 
 
-def test_no_plot_has_more_series_than_can_be_told_apart():
+def test_no_plot_has_more_series_than_a_reader_can_distinguish():
     rows = [row(0.5, keep, f"c{i}") for keep in (0.1, 0.5) for i in range(20)] + [row(0.5, control="unpruned")]
     curves = plots(rows)
     assert max(len(plot.series) for plot in curves) <= sweep_plots.MOST_SERIES
@@ -91,7 +91,7 @@ def test_no_plot_has_more_series_than_can_be_told_apart():
     assert all(plot.levels for plot in curves)
 
 
-def test_a_key_of_pruning_gets_plots_of_its_own_before_series_are_cut():
+def test_a_key_of_pruning_gets_its_own_plots_before_series_are_cut():
     rows = [row(0.5, k, c, **{"runtime.drop": d}) for k in (0.1, 0.5) for c in ("a", "b", "c") for d in (0.0, 0.3, 0.6)]
     assert [plot.title for plot in plots(rows)] == ["drop 0", "drop 0.3", "drop 0.6"]
 

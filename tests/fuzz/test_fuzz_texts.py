@@ -71,7 +71,7 @@ def test_broken_configurations_are_refused_or_whole(tmp_path: Path):
     mutating.run("configs", 0.05, [TEXT], attempt, [worded, worded, lined])
 
 
-def test_no_broken_record_brings_in_what_lies_outside_its_run(tmp_path: Path):
+def test_no_broken_record_reads_files_outside_its_run(tmp_path: Path):
     inputs = StageInputs({"a": 1}, {"b": "c"})
     other = RunDir(tmp_path / "other")
     other.create()

@@ -32,7 +32,7 @@ def test_every_network_classifies_its_features(name, channels):
     assert torch.allclose(network.eval()(images), network.classifier(network.embed(images)), atol=1e-6)
 
 
-def test_a_seed_decides_the_weights_and_leaves_the_default_generator_alone():
+def test_a_seed_decides_the_weights_and_does_not_touch_the_default_generator():
     spec = NetworkSpec("convnet", (1, 8, 8), 3, width=4)
     before = torch.random.get_rng_state()
     first, same, other = (spec.build(seed).state_dict() for seed in (1, 1, 2))
@@ -228,7 +228,7 @@ print([str(w.message) for w in seen if "running eagerly" in str(w.message)])
 """
 
 
-def test_where_there_is_no_compiler_scoring_says_so_and_goes_on(tmp_path):
+def test_without_a_compiler_scoring_warns_and_continues(tmp_path):
     """The real torch.compile, in a process that finds no C++ compiler."""
     places = {"PYTHONPATH": str(ROOT), "CXX": "/nonexistent", "PATH": "/nonexistent", "HOME": str(tmp_path)}
     places |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -245,6 +245,6 @@ def test_an_error_of_the_network_itself_is_not_hidden(monkeypatch):
         maybe_compile(nn.Linear(2, 2), "always", 1)(torch.ones(1, 3))
 
 
-def test_a_network_of_one_frame_takes_clips_whose_kind_is_said():
+def test_a_network_of_one_frame_takes_clips_of_a_stated_kind():
     spec = NetworkSpec("frame:convnet", (4, 3, 16, 16), 5, width=4, kind="clips")
     assert spec.build(0)(torch.zeros(2, *spec.shape)).shape == (2, 5)

@@ -304,7 +304,7 @@ def test_any_damage_to_a_pickle_is_one_clear_error(tmp_path):
     assert refused > 50
 
 
-def test_a_published_file_that_lies_elsewhere_is_still_the_published_one(tmp_path, resnets):
+def test_a_published_file_at_another_path_is_recognised(tmp_path, resnets):
     torch.save(resnets[18].state_dict(), tmp_path / RESNET_FILE)
     weights = load(tmp_path / RESNET_FILE, NetworkSpec("resnet18_bn", (3, 96, 96), 1000), IDS)
     assert weights.normalization == IMAGENET

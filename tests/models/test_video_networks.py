@@ -27,7 +27,7 @@ def test_clips_of_a_batch_do_not_see_each_other(name):
     torch.testing.assert_close(network(clips)[1:], network(clips[1:]), rtol=1e-4, atol=1e-5)
 
 
-def test_batch_norm_is_there_where_it_is_asked_for():
+def test_batch_norm_is_present_if_configured():
     assert mixes_samples(NetworkSpec("r3d_18_bn", CLIP, 5).build(0))
 
 
@@ -74,7 +74,7 @@ def test_the_middle_of_the_network_is_torchvisions_own_with_batch_norm():
         ("convnet3d", (8, 3, 2, 2), None),
     ],
 )
-def test_what_does_not_fit_is_said(name, shape, message):
+def test_shapes_that_do_not_fit_are_refused(name, shape, message):
     spec = NetworkSpec(name, shape, 5, width=4)
     if message is None:
         spec.build(0)

@@ -127,7 +127,7 @@ def test_whole_numbers_have_whole_ticks():
     assert not {"1.5", "2.5"} & set(texts(Plot("t", "epoch", "loss", [one])))
 
 
-def test_bars_of_one_series_each_stand_beside_their_names(monkeypatch):
+def test_bars_of_one_series_each_are_next_to_their_names(monkeypatch):
     places = []
     monkeypatch.setattr(charts, "_row_series", lambda axes, series, color, marker, rows, per_row: places.append(rows))
     charts.draw(Plot("t", "", "top-1", [Series(n, [n], [0.5], None, "bars") for n in "abc"]))

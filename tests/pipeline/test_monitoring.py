@@ -29,7 +29,7 @@ def test_a_block_that_raises_is_not_noted():
     assert events == []
 
 
-def test_seconds_are_told_once():
+def test_seconds_are_reported_once():
     spent = TimeSpent()
     with spent.on("read"):
         pass
@@ -61,7 +61,7 @@ class Kept:
         self.closed = True
 
 
-def test_an_observer_that_fails_is_left_out_and_the_others_go_on():
+def test_a_failing_observer_is_switched_off_and_the_others_continue():
     lines, kept = list[str](), Kept()
     observers = Observers(lines.append, [Broken(), kept])
     observers.stage = "score"
@@ -107,7 +107,7 @@ def pieces(log) -> list[tuple[str, int, int]]:
     return [(event.host, event.pid, event.values["steps"]) for event in log.events if event.what == "work"]
 
 
-def test_work_is_noted_for_every_worker_piece_by_piece(log):
+def test_work_is_recorded_for_every_worker_and_unit(log):
     log(hold(0, 100.0, ("a", 1), ("b", 2)))
     for number in (1, 2, 5, 6, 10):
         log.now[0] += 1
@@ -117,7 +117,7 @@ def test_work_is_noted_for_every_worker_piece_by_piece(log):
     assert log.meter.done_here == 10
 
 
-def test_a_loss_is_noted_and_the_log_may_be_told_again(log):
+def test_a_loss_is_recorded_and_the_log_can_be_replayed(log):
     log(hold(0, 100.0, ("a", 1)))
     log(step(20))
     log.now[0] = 130.0

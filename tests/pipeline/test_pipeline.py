@@ -328,7 +328,7 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(make_run, digits_run, tmp
     assert rows[0] == rows[1]
 
 
-def test_finished_rows_of_an_evaluation_are_not_made_again(make_run, digits_run, tmp_path, monkeypatch):
+def test_finished_rows_of_an_evaluation_are_not_recomputed(make_run, digits_run, tmp_path, monkeypatch):
     shutil.copytree(digits_run.dir, tmp_path / "run")
     (tmp_path / "run" / "stages" / "evaluate.json").unlink()
     first = make_run(tmp_path / "run")

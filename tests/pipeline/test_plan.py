@@ -60,7 +60,7 @@ def test_a_plan_has_every_stage_and_is_published(tmp_path, make_run):
     assert not (tmp_path / "run" / "prepared").exists()
 
 
-def test_after_a_run_predictions_stand_beside_what_the_stages_took(tmp_path, make_run):
+def test_after_a_run_predictions_are_shown_next_to_measured_times(tmp_path, make_run):
     run = make_run(tmp_path / "run")
     before = {row.estimate.stage: row.estimate.seconds for row in run.pipeline.forecast().rows}
     run.stages("ingest", "score", "select")
@@ -268,7 +268,7 @@ def test_a_price_makes_costs():
     assert estimate(parts={"steps": 3600.0}, machines=remote.machines(8)).cost(3.0) == pytest.approx(24.0)
 
 
-def test_a_stage_of_weeks_is_worth_a_word():
+def test_a_stage_of_weeks_gets_a_warning():
     (line,) = plans.advice([estimate(parts={"steps": 30 * 86400.0})])
     assert "distill takes 30.0 days here, most of it for: steps; lower distill.steps" in line
 

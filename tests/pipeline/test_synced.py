@@ -29,7 +29,7 @@ def folder(s3, tmp_path, monkeypatch):
         yield run
 
 
-def test_workers_beside_the_driver_go_on_from_the_state_that_one_elsewhere_left(folder, tmp_path):
+def test_workers_on_the_drivers_machine_resume_from_a_state_written_elsewhere(folder, tmp_path):
     """The first worker was on another machine, which is lost; the next one reads the driver's copy."""
     names = "prepared", "manifest.parquet", ".work/distill-1", "metrics.jsonl", "networks"
     places = DistillPaths(*(folder / name for name in names))

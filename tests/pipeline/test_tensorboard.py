@@ -54,7 +54,7 @@ def test_steps_that_are_done_again_are_in_the_curve_once(tmp_path):
     assert curve(folder, "top1") == [(40, 0.75)]
 
 
-def test_results_are_told_anew_by_every_command(tmp_path):
+def test_every_command_reports_the_results(tmp_path):
     row = {"set": "distilled", "network": "convnet", "top1": 0.5, "top5": 0.9}
     for seeds in ((0, 2), (0, 1, 2)):
         board = TensorBoard(tmp_path)
@@ -66,7 +66,7 @@ def test_results_are_told_anew_by_every_command(tmp_path):
     assert points == [(0, 0.5), (1, 0.5), (2, 0.5)]
 
 
-def test_stages_have_their_seconds_and_nothing_is_made_of_what_is_not_finite(tmp_path):
+def test_stages_have_their_seconds_and_non_finite_values_are_skipped(tmp_path):
     board = TensorBoard(tmp_path)
     board(Event("stage", "finished", 10.0, 12.5, stage="score"))
     log(board, {"step": 1, "of": 2, "loss": float("nan"), "real_share": 0.7})
@@ -76,7 +76,7 @@ def test_stages_have_their_seconds_and_nothing_is_made_of_what_is_not_finite(tmp
     assert curve(tmp_path / FOLDER / "distill", "real_share") == [(1, 0.7)]
 
 
-def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path):
+def test_a_folder_that_cannot_be_created_ends_nothing(tmp_path):
     (tmp_path / FOLDER).write_text("in the way")
     lines: list[str] = []
     observers = Observers(lines.append, [TensorBoard(tmp_path)])

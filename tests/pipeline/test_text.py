@@ -54,7 +54,7 @@ def test_several_networks_are_all_named():
     assert answer["others"] == "Over 2 networks, the distilled set is better with convnet; worse with vgg11."
 
 
-def test_a_network_that_sees_one_frame_gives_no_verdict_beside_others():
+def test_a_network_that_sees_one_frame_gives_no_verdict_next_to_others():
     control = [
         row("distilled", 0.2, 0.01, network="frame:convnet"),
         row("random_real", 0.3, 0.01, network="frame:convnet"),
@@ -93,7 +93,7 @@ CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
         ({"runtime": {"rule": "ite", "drop": 0.3}}, "by rule ite dropped 30"),
     ],
 )  # fmt: skip
-def test_what_is_particular_about_a_method_is_said(more, lines):
+def test_special_facts_of_a_method_are_reported(more, lines):
     (fact,) = wording.method_facts(CARD | more, "images")
     assert lines in fact
     assert wording.method_facts(CARD, "images") == []

@@ -67,7 +67,7 @@ def test_the_account_leaves_out_pauses_between_commands():
     assert [(span.began, span.ended) for span in usage.workers[0].spans] == [(5, 10), (12, 16)]
 
 
-def test_work_side_by_side_counts_once_and_pieces_in_a_row_are_one_bar():
+def test_parallel_work_counts_once_and_consecutive_units_are_one_bar():
     entries = [TimelineEntry(1, e) for e in (work(0, 10), work(5, 15, "b", 2), work(10.01, 20), stage("started", 0))]
     usage = account(entries)
     assert usage is not None
@@ -75,7 +75,7 @@ def test_work_side_by_side_counts_once_and_pieces_in_a_row_are_one_bar():
     assert [(w.host, w.pid, len(w.spans)) for w in usage.workers] == [("a", 1, 1), ("b", 2, 1)]
 
 
-def test_a_run_leaves_one_and_it_tells_every_stage(digits_run):
+def test_a_run_writes_a_timeline_with_every_stage(digits_run):
     entries = read(digits_run.dir / NAME)
     ended = [entry.event.stage for entry in entries if entry.event.name == "finished"]
     assert ended == ["ingest", "score", "select", "distill", "evaluate"]

@@ -60,7 +60,7 @@ def test_the_sentence_says_where_the_time_went():
     assert [name for name, _ in part["legend"]] == ["ingest", "starting Ray"]
 
 
-def test_losses_and_further_commands_are_said_and_shown():
+def test_losses_and_further_commands_are_reported_and_drawn():
     lost = Event("lost", "workers", 50, 50, "d", 9, {}, "ingest")
     part = timeline_chart.part([*entries(1, 1, lost), *entries(1, 1, lost, attempt=2)])
     assert part is not None

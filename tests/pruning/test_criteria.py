@@ -106,7 +106,7 @@ def test_forgetting_is_refused_where_there_are_no_epochs_to_follow():
         make_criterion("forgetting", weights="w.pth")
 
 
-def test_only_checkpoints_that_some_criterion_looks_at_are_needed():
+def test_only_checkpoints_that_some_criterion_reads_are_needed():
     section = ScoreSection(criterion=["loss_early", "loss_converged"], epochs=50)
     assert needed_epochs(build_criteria(section).values(), 50) == [0, 1, 2, 3, 4, 45, 46, 47, 48, 49]
     assert needed_epochs([make_criterion("density"), make_criterion("herding")], 50) == [49]
@@ -463,7 +463,7 @@ def test_features_are_what_the_last_layer_sees(proxies, tmp_path):
     assert table["density"].to_numpy() == pytest.approx(expected, rel=1e-4)
 
 
-def test_checkpoints_that_nobody_looks_at_are_not_even_read(proxies, tmp_path):
+def test_checkpoints_that_no_criterion_uses_are_not_read(proxies, tmp_path):
     (tmp_path / "prepared").symlink_to(proxies / "prepared")
     for trial in range(2):
         target = proxy.checkpoint_path(tmp_path / "proxies", trial, 0)
@@ -491,7 +491,7 @@ class Lengths:
         return np.array([int(name[-2:]) for name in ids.to_pylist()], np.float32)
 
 
-def test_columns_from_elsewhere_lie_where_the_configuration_names_them(proxies, tmp_path):
+def test_extra_columns_are_in_the_configured_order(proxies, tmp_path):
     theirs = {"imported": {"theirs": "x.json"}, "extra": {"theirs": Lengths(), "extra": Lengths()}}
     table, facts = score_table.read(scored(proxies, tmp_path / "a", ["theirs", "herding"], **theirs))
     assert table.column_names[:6] == ["sample_id", "label", "theirs", "herding", "extra", "score"]

@@ -176,7 +176,7 @@ def test_a_score_that_is_not_finite_names_sample_and_position(tmp_path, ids, lis
         ("a.csv", "sample_id,a\nx,low\n", "holds string, not numbers"),
     ],
 )
-def test_a_file_that_is_no_list_of_numbers_says_why(tmp_path, name, text, message):
+def test_a_file_that_is_not_a_list_of_numbers_is_refused_with_a_reason(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message) as error:
         imported.read("a", str(tmp_path / name))

@@ -157,7 +157,7 @@ def planted(subsets, noise, per_class=5, count=40, seed=0):
     return monte_carlo_utility.estimate(accuracies.astype(np.float32), [count, count], section, 0), worth.reshape(-1)
 
 
-def test_a_planted_worth_is_found_and_the_reliability_says_how_well():
+def test_a_planted_utility_is_recovered_as_well_as_the_reliability_says():
     for subsets, noise in ((150, 0.0), (150, 0.05), (600, 0.05)):
         estimate, worth = planted(subsets, noise)
         accuracies, true = (
@@ -217,7 +217,7 @@ def test_the_command_says_error_reliability_and_what_is_missing_and_leaves_a_tab
     assert list(extra_columns.outputs(config, RunDir(tmp_path / "run"))) == [tmp_path / "run" / "monte_carlo.parquet"]
 
 
-def test_an_interrupted_command_goes_on_and_more_subsets_use_those_there_are(tmp_path, prepared):
+def test_an_interrupted_command_resumes_and_more_subsets_reuse_the_finished_ones(tmp_path, prepared):
     whole, _ = columns(small_config(tmp_path / "whole"), prepared)
     first = small_config(tmp_path / "run", subsets=10)
     columns(first, prepared)
@@ -276,7 +276,7 @@ def test_a_class_of_one_sample_is_refused(tmp_path):
         columns(small_config(tmp_path / "run"), prepared)
 
 
-def test_a_column_answers_in_any_order_and_refuses_strangers():
+def test_a_column_can_be_read_in_any_order_and_refuses_unknown_ids():
     column = ExtraColumn("low", pa.array(["a", "b", "c", "d"]), np.array([1, 2, 3, 4], np.float32))
     assert column.values(pa.array(["a", "b"])).tolist() == [1, 2]
     assert column.values(pa.chunked_array([["c"], ["d"]])).tolist() == [3, 4]
@@ -286,7 +286,7 @@ def test_a_column_answers_in_any_order_and_refuses_strangers():
         column.values(pa.array(["x"]))
 
 
-def test_noisy_utilities_are_said_at_select(tmp_path):
+def test_noisy_utilities_are_warned_about_at_select(tmp_path):
     """With the break point of an earlier interaction study."""
     run = Run(tiny_config(tmp_path / "run", select__keep=0.5)).stages("ingest", "score")
     folder = tmp_path / "run" / "studies"

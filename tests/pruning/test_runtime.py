@@ -42,7 +42,7 @@ def test_of_equal_values_the_later_ones_are_dropped():
     assert pruning(0.5).mask(torch.ones(4)).tolist() == [True, True, False, False]
 
 
-def test_a_full_look_is_asked_for_every_few_visits():
+def test_a_full_observation_is_due_every_few_visits():
     rule = pruning(refresh=4)
     looks = [rule.remembered_mask(0, torch.arange(10), 10, visit) is None for visit in range(9)]
     assert looks == [True, False, False, False] * 2 + [True]
@@ -123,14 +123,14 @@ def ite(drop=0.3, tail=0.5, refresh=10, decay=0.9):
 
 
 @pytest.mark.parametrize(("tail", "smaller", "larger"), [(0.0, 0.3, 0.0), (0.5, 0.15, 0.15), (1.0, 0.0, 0.3)])
-def test_both_tails_are_dropped_in_the_asked_proportion(tail, smaller, larger):
+def test_both_tails_are_dropped_in_the_configured_proportion(tail, smaller, larger):
     values = effects(4000)
     dropped = values[~ite(0.3, tail).observe(0, torch.arange(4000), 4000, values)]
     assert float((dropped < 1).sum()) / 4000 == pytest.approx(smaller, abs=0.02)
     assert float((dropped > 1).sum()) / 4000 == pytest.approx(larger, abs=0.02)
 
 
-def test_what_is_dropped_lies_beyond_all_that_stays():
+def test_dropped_samples_are_more_extreme_than_all_kept_ones():
     values = effects(300)
     kept = ite(0.4, 0.5).observe(0, torch.arange(300), 300, values)
     inside = values[kept]
@@ -165,7 +165,7 @@ def test_the_running_variance_is_the_decayed_mean():
     assert float(rule.running[4]) == pytest.approx(float(0.75 * (0.75 * first + 0.25 * second) + 0.25 * third))
 
 
-def test_between_looks_remembered_effects_decide_and_unseen_samples_are_average():
+def test_between_full_observations_remembered_effects_decide_and_unseen_samples_are_average():
     rule, rows = ite(0.4, 0.5), torch.randperm(100)[:60]
     seen = rule.observe(0, rows, 100, effects(60))
     unseen = torch.tensor([r for r in range(100) if r not in set(rows.tolist())])
@@ -210,7 +210,7 @@ def test_the_state_of_rule_ite_resumes_to_the_same_bytes():
     assert torch.equal(state["effects/0"], state["effects/0"].clone())
 
 
-def test_each_rule_is_asked_for_its_own_values_only():
+def test_each_rule_needs_only_its_own_values():
     def never():
         raise AssertionError
 

@@ -63,7 +63,7 @@ def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
     assert facts == {"trials": 2, "epochs": 2, "seed": 0, **expected}
 
 
-def test_the_bytes_do_not_depend_on_how_the_pieces_were_cut(tmp_path, monkeypatch):
+def test_the_bytes_do_not_depend_on_the_part_files(tmp_path, monkeypatch):
     monkeypatch.setattr(score_table, "ROWS", 1000)
     whole, contents = rows(5300), set()
     for name, ends in {"one": [], "even": range(500, 5300, 500), "odd": [1, 999, 1000, 1001, 4000]}.items():
@@ -165,7 +165,7 @@ def test_a_missing_or_damaged_piece_is_an_error_and_the_old_table_stays(tmp_path
 POOLS = []  # kept to the end: a buffer that outlives its pool crashes the process
 
 
-def test_memory_holds_a_small_part_of_many_pieces(tmp_path, monkeypatch):
+def test_memory_holds_a_small_share_of_many_part_files(tmp_path, monkeypatch):
     monkeypatch.setattr(score_table, "ROWS", 1000)
     whole, before = rows(100_000), pa.default_memory_pool()
     pieces, ids = cut(tmp_path, whole, list(range(500, 100_000, 500)))
@@ -178,7 +178,7 @@ def test_memory_holds_a_small_part_of_many_pieces(tmp_path, monkeypatch):
     assert POOLS[-1].max_memory() < whole.nbytes / 5
 
 
-def test_a_score_table_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_not_a_score_table_is_refused(tmp_path):
     with pytest.raises(UserError, match="distill-at-scale score"):
         score_table.read(tmp_path / "none")
     (tmp_path / "text").write_text("text")

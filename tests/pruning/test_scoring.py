@@ -267,7 +267,7 @@ class Confidence:
         return values[:, :, -1].mean(1)
 
 
-def test_a_criterion_of_ones_own_gets_columns_of_its_own(make_run, tmp_path):
+def test_a_custom_criterion_gets_its_own_columns(make_run, tmp_path):
     run = make_run(
         tmp_path / "run",
         score__criterion=["loss", "test_scoring:Confidence"],

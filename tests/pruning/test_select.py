@@ -80,7 +80,7 @@ def test_the_quota_does_not_suffer_from_the_inexactness_of_decimals(count):
         ("high", False, True),
     ],
 )
-def test_every_order_takes_its_end_of_the_scale(order, low, reverse):
+def test_every_order_keeps_its_end_of_the_scale(order, low, reverse):
     table = scores_of([20, 9])
     assert kept(choose(table, low=low, order=order, keep=0.3)) == by_hand(
         table, lambda n: int(0.3 * n + 0.5), reverse=reverse
@@ -88,7 +88,7 @@ def test_every_order_takes_its_end_of_the_scale(order, low, reverse):
 
 
 @pytest.mark.parametrize("low", [True, False])
-def test_a_stratum_starts_where_it_is_told(low):
+def test_a_stratum_starts_at_the_configured_place(low):
     table = scores_of([20, 10])
     selection = choose(table, low=low, order="stratum", stratum_start=0.4, keep=0.3)
     expected = by_hand(table, lambda n: int(0.3 * n + 0.5), lambda n: int(0.4 * n + 0.5), reverse=not low)

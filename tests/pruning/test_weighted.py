@@ -156,7 +156,7 @@ def test_the_random_control_has_no_spread_and_keeps_its_rate():
 NOISY = {"useful": {"loss": "low"}, "criteria": ["loss"], "trials": 5, "agreement": {"trials": 0.3, "all": 0.5}}
 
 
-def test_trials_that_agree_poorly_are_said_with_the_number_that_would_do():
+def test_poor_agreement_of_trials_is_warned_about_with_the_number_needed():
     (line,) = checks.selection_warnings(["loss"], NOISY, 1.0, None, {})
     assert "agree to 0.30 only" in line
     assert "10 trials would reach 0.8 (score.trials, now 5)" in line  # 4 * 0.7 / 0.3 = 9.33
@@ -183,7 +183,7 @@ def test_trials_that_do_not_agree_at_all_are_beyond_mending():
     assert "more trials cannot improve this" in line
 
 
-def test_a_rate_beyond_the_break_point_is_said():
+def test_a_rate_beyond_the_break_point_is_warned_about():
     broke = checks.BreakPoint(0.7, 0.5)
     (line,) = checks.selection_warnings(["random"], {}, 0.1, broke, {})
     assert line.startswith(
@@ -204,7 +204,7 @@ def test_the_break_point_is_read_from_the_first_folder_that_has_the_study(tmp_pa
     assert checks.measured_break_point([tmp_path / "first"]) is None
 
 
-def test_noisy_monte_carlo_scores_are_said():
+def test_noisy_monte_carlo_scores_are_warned_about():
     (line,) = checks.selection_warnings(
         ["monte_carlo"], {}, 1, None, {"reliability": 0.2, "more_subsets": 1500, "subsets": 100}
     )

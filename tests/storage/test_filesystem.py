@@ -178,7 +178,7 @@ def test_what_another_library_says_loses_its_credentials(tmp_path):
     assert "ret+x" not in output
 
 
-def test_a_source_that_cannot_be_reached_is_told_from_other_bad_input(tmp_path):
+def test_an_unreachable_source_is_distinguished_from_other_bad_input(tmp_path):
     with pytest.raises(Unreachable, match="no such folder"):
         Store(str(tmp_path / "none"))
     with pytest.raises(UserError) as caught:

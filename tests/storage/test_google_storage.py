@@ -70,7 +70,7 @@ def objects(folder):
     return {name.removeprefix(f"{path}/"): system.open_input_stream(name).read() for name in files}
 
 
-def test_a_run_that_two_machines_made_has_the_bytes_of_one_on_a_disk(remote, folder, local_digests):
+def test_a_run_by_two_machines_has_the_bytes_of_a_run_on_disk(remote, folder, local_digests):
     Run(remote()).stages("ingest", "score")
     other = Run(remote("b"))
     other.pipeline.run()

@@ -78,7 +78,7 @@ def failing(monkeypatch):
     return make
 
 
-def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, local_digests, failing):
+def test_a_run_resumes_after_failed_uploads(remote_run, s3, bucket, local_digests, failing):
     """Now and then one fails for good, and each time another machine goes on."""
     failed = failing(lambda number: number % 23 == 0)
     for machine in itertools.count():
@@ -92,7 +92,7 @@ def test_a_run_goes_on_where_uploads_failed(remote_run, s3, bucket, local_digest
 
 
 @pytest.mark.chaos
-def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, local_digests, failing, tmp_path):
+def test_a_run_resumes_after_each_failed_upload(remote_run, s3, local_digests, failing, tmp_path):
     """More than a hundred uploads, about ten minutes."""
     for number in itertools.count(1):
         bucket = f"each-{number}"
@@ -112,7 +112,7 @@ def test_a_run_goes_on_after_each_upload_that_failed(remote_run, s3, local_diges
             break
 
 
-def test_a_killed_stage_goes_on_elsewhere_from_what_it_stored(remote_run, s3, bucket, local_digests, monkeypatch):
+def test_a_killed_stage_resumes_on_another_machine(remote_run, s3, bucket, local_digests, monkeypatch):
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     run = remote_run("a")
     score = tasks.score
@@ -250,7 +250,7 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
     assert stored["manifest.parquet"] == b"of this one"
 
 
-def test_an_output_that_is_done_anew_has_no_record_meanwhile(remote_run, s3, bucket, monkeypatch):
+def test_an_output_being_recomputed_has_no_record(remote_run, s3, bucket, monkeypatch):
     """Else who goes on elsewhere would find that the output is not what its record says."""
     folder = remote_run("a").pipeline.dir
     folder.create()

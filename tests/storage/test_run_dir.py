@@ -231,7 +231,7 @@ def test_half_written_networks_of_a_killed_command_are_swept(run):
     assert sorted(p.name for p in (run / "networks").rglob("*") if p.is_file()) == ["whole", "whole"]
 
 
-def test_files_that_another_run_removes_meanwhile_are_left_out(tmp_path, monkeypatch):
+def test_files_that_another_run_removes_meanwhile_are_skipped(tmp_path, monkeypatch):
     other = tmp_path / "other" / "networks" / "abc"
     other.mkdir(parents=True)
     (tmp_path / "other" / "stages").mkdir()
@@ -244,7 +244,7 @@ def test_files_that_another_run_removes_meanwhile_are_left_out(tmp_path, monkeyp
     assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["kept"]
 
 
-def test_workers_are_told_of_a_folder_without_the_links_above_it(tmp_path):
+def test_workers_get_a_folder_without_symlinks_in_its_path(tmp_path):
     """What is itself a link between run folders stays one."""
     (tmp_path / "efs" / "run").mkdir(parents=True)
     (tmp_path / "efs" / "shared").mkdir()

@@ -178,7 +178,7 @@ def test_an_address_where_nothing_listens_is_one_error(s3):
             Store(s3("bucket/x", endpoint_override=address))
 
 
-def test_a_server_that_never_answers_is_given_up(s3):
+def test_a_server_that_never_responds_times_out(s3):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(8)

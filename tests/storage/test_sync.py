@@ -162,7 +162,7 @@ def test_an_upload_that_is_cut_off_is_never_seen(place, s3, tmp_path, size, shar
     assert not whole.exists("large")
 
 
-def test_a_refusal_is_waited_for_and_said(copies, monkeypatch):
+def test_a_refused_request_is_retried_and_logged(copies, monkeypatch):
     a, _ = copies
     lines, refusals = [], iter([OSError("503 SlowDown"), OSError("503 SlowDown")])
     a.store.retry_seconds, a.store.say, real = 60.0, lines.append, object_store.put
@@ -218,7 +218,7 @@ def test_a_beat_of_the_lease_is_not_tried_again(copies, monkeypatch):
     assert len(asked) == 2
 
 
-def test_a_full_disk_is_no_refusal_of_the_storage(copies):
+def test_a_full_disk_is_not_a_storage_failure(copies):
     a, _ = copies
     write(a, "one", "1")
     a.push()
@@ -240,7 +240,7 @@ def test_secrets_are_not_in_messages(s3, tmp_path):
     assert "verysecretword" not in str(error.value)
 
 
-def test_each_folder_has_a_working_copy_of_its_own():
+def test_each_folder_has_its_own_working_copy():
     assert scratch_of("s3://bucket/a") == scratch_of("s3://key:secret@bucket/a")
     assert scratch_of("s3://bucket/a") != scratch_of("s3://bucket/b")
     assert scratch_of("s3://bucket/a", "/fast").parent.as_posix() == "/fast"

@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread, a tiny configuration, and one tiny prepared run of the digits."""
+"""Fixtures of all tests: one torch thread, a tiny configuration, and one tiny prepared run of the digits."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _copied(value: Any) -> Any:
 
 
 class FixedNetwork(NetworkSpec):
-    """A specification whose every network starts from the same given weights, whatever the seed."""
+    """A specification whose networks all start from the same weights, for any seed."""
 
     def __init__(self, spec: NetworkSpec, seed: int = 0, at_once: int = 1000):
         super().__init__(spec.name, spec.shape, spec.classes, spec.width, spec.depth)
@@ -124,9 +124,9 @@ class Run:
 
 
 def leave_group() -> None:
-    """End a process of a group: together, and without the interpreter's end, where threads of gloo may still run.
+    """End the processes of a group together, skipping the interpreter's shutdown, when threads of gloo may still run.
 
-    Now and then they would abort it ("terminate called without an active exception"), after all its work was done.
+    They sometimes abort it ("terminate called without an active exception") after all work is done.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -135,7 +135,7 @@ def leave_group() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray run one after the other in one process, which has the session's Ray; all others beside them."""
+    """Tests on Ray run in one process, which has the session's Ray; all others run in parallel to them."""
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
@@ -159,7 +159,7 @@ def make_run() -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished tiny run; tests read it and leave it as it is."""
+    """A finished tiny run; tests only read it."""
     run = Run(tiny_config(tmp_path_factory.mktemp("digits") / "run"))
     return run.stages("ingest", "score", "select", "distill", "evaluate")
 
@@ -182,7 +182,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def places(digits_run: Run, tmp_path: Path) -> DistillPaths:
-    """Where a distillation of the tiny run reads, and an own folder for what it writes."""
+    """Where a distillation of the tiny run reads, and a separate folder for its output."""
     return DistillPaths(
         digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", tmp_path / "work", tmp_path / "metrics.jsonl"
     )
@@ -198,7 +198,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data that lies beside the repository on development machines only."""
+    """Real data next to the repository, on development machines only."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"the real data of {folder} is not here (a fresh clone has none)")
@@ -255,7 +255,7 @@ def s3() -> Iterator[S3]:
 
 @pytest.fixture
 def bucket(s3: S3) -> str:
-    """The name of an empty one."""
+    """The name of an empty bucket."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     s3.client.create_bucket(Bucket=name)
     return name

@@ -1,4 +1,4 @@
-"""Short distillations of the tiny run, as several test files start, stop and compare them."""
+"""Start, stop and compare short distillations of the tiny run."""
 
 from __future__ import annotations
 

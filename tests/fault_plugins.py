@@ -1,4 +1,4 @@
-"""Plug-ins that misbehave on purpose, for the tests of what survives: most kill their process once."""
+"""Plug-ins that misbehave on purpose, for tests of fault tolerance: most kill their process once."""
 
 from __future__ import annotations
 

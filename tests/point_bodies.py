@@ -1,4 +1,4 @@
-"""Bodies that the tests of the actor runner run on its actors; they leave their results in the point's folder."""
+"""Functions that the tests of the actor runner run on its actors; they write their results to the point's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of invented sweeps, as `sweep.parquet` holds them."""
+"""Synthetic rows of `sweep.parquet`."""
 
 from __future__ import annotations
 

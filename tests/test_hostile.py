@@ -1,4 +1,4 @@
-"""Files made to do harm: each one is refused by a sentence, before it costs memory or time and without running anything."""
+"""Malicious files: each is refused with an error message before it costs memory or time, and no code runs."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _message(distillation: Distillation) -> str:
 
 @pytest.fixture(scope="module")
 def pair(digits_run, tmp_path_factory) -> Path:
-    """The folder with what two workers found."""
+    """The folder with the results of two workers."""
     folder = tmp_path_factory.mktemp("pair")
     places = DistillPaths(
         digits_run.dir / "prepared", digits_run.dir / "manifest.parquet", folder / "work", folder / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Elastic workers: a group takes the room that there is, and goes on with fewer or more when nodes are lost or join."""
+"""Elastic workers: a group uses the available nodes and continues with fewer or more when nodes are lost or join."""
 
 from __future__ import annotations
 

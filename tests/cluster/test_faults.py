@@ -40,7 +40,7 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def small(bench) -> Cells:
-    """What is undisturbed is made without Ray, where one worker ends with the same bytes."""
+    """The undisturbed run is made without Ray, where one worker ends with the same bytes."""
     return Cells(bench, print, SMALL, alone=True)
 
 

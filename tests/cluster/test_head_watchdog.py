@@ -14,7 +14,7 @@ from conftest import ROOT
 from distill_at_scale.cluster import head_watchdog
 from distill_at_scale.core.errors import UserError, WorkersLost
 
-pytestmark = pytest.mark.xdist_group("ray")  # not beside tests on Ray: the copies are timed
+pytestmark = pytest.mark.xdist_group("ray")  # not in parallel to tests on Ray: the copies are timed
 
 CODE = """
 import os, sys, time

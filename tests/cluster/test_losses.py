@@ -1,4 +1,4 @@
-"""What a user reads where processes of a cluster are lost too often, and what is no such loss. Nothing here starts Ray."""
+"""Messages if processes of a cluster are lost too often, and errors that do not count as losses. Nothing here starts Ray."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_progress_resets_the_failure_count(monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(left): a pool whose actors are lost on each pass, when so many units are left."""
+    """passes(left): a pool whose actors are lost on each pass, with `left` units remaining."""
 
     def make(left):
         def once(waiting, task, sharing):
@@ -140,7 +140,7 @@ def test_units_that_are_lost_too_often_are_named(passes):
 
 
 def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(ray_tasks_alone):
-    """So what is left after an interruption ends as it would have."""
+    """So the rest of an interrupted stage ends as it would have."""
     config = tiny_config("unused")
     on_ray, counts = ray_tasks_alone()
     tasks.evaluate(on_ray, config, [], FOLDERS, lambda row: None)
@@ -148,7 +148,7 @@ def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(ray_tasks_alone):
 
 
 def test_lines_that_replace_dropped_ones_are_all_reported(tmp_path):
-    """Workers that go on from step 1 drop the line of step 2 and write a longer one before anybody looks."""
+    """Workers that resume from step 1 drop the line of step 2 and write a longer one before the next read."""
     path, lines = tmp_path / "metrics.jsonl", []
     old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'
     path.write_text(old)

@@ -1,4 +1,4 @@
-"""What a stage waits for is said while nothing is finished, and only then."""
+"""A stage reports the resources it waits for, but only while nothing has finished."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_task_without_resources_is_reported_and_a_running_one_is_not(ray_sessi
     with pending_resources.watched(
         "evaluate", lambda line: (lines.append(line), reported.set()), interval=0.5
     ) as progressed:
-        assert reported.wait(60), "nothing was said"
+        assert reported.wait(60), "nothing was reported"
         ray.kill(holder)
         assert ray.get(result) == 7
         progressed()
@@ -49,5 +49,5 @@ def test_nothing_is_reported_if_nothing_waits(ray_session):
     while (
         pending_resources.missing("score") is not None
     ):  # the head hears a little later that the last test's tasks are done
-        assert time.monotonic() < until, "it is still said"
+        assert time.monotonic() < until, "it is still reported"
         time.sleep(0.2)

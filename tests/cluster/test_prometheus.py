@@ -1,4 +1,4 @@
-"""Events as metrics of Ray: what is counted where, and once, for real, what a Prometheus server would be told."""
+"""Events as metrics of Ray: which counters change, and once, for real, the text that a Prometheus server scrapes."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ sys.exit("the endpoint never told of it")
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")  # a Ray of its own: not beside the one of other tests
+@pytest.mark.xdist_group("ray")  # its own Ray: not at the same time as the one of other tests
 def test_rays_endpoint_tells_prometheus():
-    """In a process of its own: the session's Ray has no port for it."""
+    """In its own process: the session's Ray has no metrics port."""
     pytest.importorskip("opentelemetry.exporter.prometheus")
     done = subprocess.run([sys.executable, "-c", SCRAPED], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Connecting to Ray: what is refused, and what is said about tokens."""
+"""Connecting to Ray: refused addresses, and messages about tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schema: what is accepted, and that a refusal names the key, the value and what is allowed."""
+"""The schema: accepted values, and errors that name the key, the value and the allowed values."""
 
 from __future__ import annotations
 

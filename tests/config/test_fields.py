@@ -1,4 +1,4 @@
-"""Which keys change results: said on the fields, used by fingerprints, points, the automatic keep rate and sweeps."""
+"""Which keys change results: declared on the fields, used by fingerprints, points, the automatic keep rate and sweeps."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ CONFIG = {
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package in a folder of its own, from which the command is called."""
+    """A package in its own folder, the command's working directory."""
     (tmp_path / "mine").mkdir()
     for name, text in (("__init__", ""), ("method", METHOD), ("network", NETWORK), ("source", SOURCE)):
         (tmp_path / "mine" / f"{name}.py").write_text(text)

@@ -1,4 +1,4 @@
-"""HMDB-51's folders and its lists per class and fold: odd file names, unused clips, what is set aside, damage."""
+"""HMDB-51's folders and its lists per class and fold: odd file names, unused clips, skipped files, damage."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def test_a_flat_val_of_real_images_has_the_labels_of_its_class_folders(tmp_path,
     )
     for name, _, path in rows:
         (tmp_path / "val" / name).symlink_to(real / path)
-    order = folders.class_names[::-1]  # a made-up devkit's numbering
+    order = folders.class_names[::-1]  # the numbering of a synthetic devkit
     if form == "wnids":
         put(tmp_path, "imagenet_2012_validation_synset_labels.txt", lines(*(wnid for _, wnid, _ in rows)))
     else:

@@ -1,4 +1,4 @@
-"""Something-Something V2: both generations of lists, templates as classes, what is set aside, and damaged lists."""
+"""Something-Something V2: both generations of lists, templates as classes, skipped files, and damaged lists."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def resealed(raw, at=0):
 
 
 class Counted(io.BytesIO):
-    """A file that counts what is read of it."""
+    """A file that counts the bytes read."""
 
     reads = total = 0
 

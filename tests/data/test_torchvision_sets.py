@@ -88,7 +88,7 @@ def test_torchvision_itself_reads_the_same(tmp_path, name, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets")
     makers = {"CIFAR10": cifar10, "CIFAR100": cifar100, "SVHN": svhn, "MNIST": mnist}
     makers[name](tmp_path) if name in makers else mnist(tmp_path, name)
-    if name in ("CIFAR10", "CIFAR100", "SVHN"):  # made-up files have no known checksums
+    if name in ("CIFAR10", "CIFAR100", "SVHN"):  # synthetic files have no known checksums
         monkeypatch.setattr(getattr(datasets, name), "_check_integrity", lambda self: True)
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     source = torchvision_set(tmp_path)

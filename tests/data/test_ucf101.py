@@ -1,4 +1,4 @@
-"""UCF-101's folders and lists: the official layout in all its places, what is set aside, and damaged lists."""
+"""UCF-101's folders and lists: the official layout in all its places, skipped files, and damaged lists."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from distill_at_scale.data.codecs.video_probe import VideoRejected, open_video
 FRAMES = numbered(60)
 B_FRAMES = {"preset": "medium", "bf": "3", "b-pyramid": "normal", "crf": "10"}
 OPEN_GROUPS = {**B_FRAMES, "x264-params": "open-gop=1:keyint=15:min-keyint=15:scenecut=0"}
-KINDS = {  # how a file is made, and whether decord returns the frames asked of it
+KINDS = {  # how a file is encoded, and whether decord returns the requested frames
     "h264 mp4": ({}, True),
     "h264 mp4 with B-frames": ({"settings": B_FRAMES, "gop": 20}, True),
     "h264 mp4, open groups": ({"settings": OPEN_GROUPS}, False),
@@ -155,7 +155,7 @@ def test_turned_videos_are_shown_upright(degrees):
 def test_crop_keeps_the_centre_and_the_aspect_ratio():
     frames = np.zeros((3, 48, 96, 3), np.uint8)
     frames[:, :, 24:48] = (255, 0, 0)
-    frames[:, :, 48:72] = (0, 0, 255)  # the centre square is half red, half blue; what lies beside it is black
+    frames[:, :, 48:72] = (0, 0, 255)  # the centre square is half red, half blue; the rest is black
     pixels = decode(pyav_frames, write_video(None, frames), [1], 24, "crop")[0].astype(int)
     assert (abs(pixels[:, 2:10] - (255, 0, 0)) < 40).all()
     assert (abs(pixels[:, 14:22] - (0, 0, 255)) < 40).all()

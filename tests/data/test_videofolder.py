@@ -1,4 +1,4 @@
-"""Folders of videos by class: every layout, what is set aside, damage, and the join of lists and files that others share."""
+"""Folders of videos by class: every layout, skipped files, damage, and the join of lists and files that others share."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resume_equals_an_uninterrupted_run(places, case, stop):
-    """Checkpoints come every two steps: stopped at 1 there is none, at 2 a fresh one, at 3 a step is done again."""
+    """Checkpoints come every two steps: none yet at step 1, a fresh one at 2, and one step to repeat at 3."""
     uninterrupted = start(elsewhere(places, "whole"), **CASES[case]).run()
     parts = elsewhere(places, "parts")
     first = start(parts, **CASES[case])

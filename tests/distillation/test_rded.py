@@ -39,7 +39,7 @@ OPTIONS = {"crops": 3, "candidates": 8, "factor": 2}
 
 @pytest.fixture
 def ranked(tmp_path):
-    """ranked(**options): context, places, chunks and candidates of a set of which 12 of 20 samples a class are kept."""
+    """ranked(**options): context, places, chunks and candidates of a set that keeps 12 of 20 samples per class."""
     pool = make_sampler()
     pixels, labels = pool.all_samples()
     prepared = write_prepared(tmp_path / "prepared", pixels.numpy(), labels.numpy())
@@ -146,7 +146,7 @@ def test_an_interrupted_pass_resumes_to_the_same_bytes(ranked, monkeypatch):
 
 
 def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranked):
-    """The actor's own code, without a cluster: units go to two actors in turn, one of which is replaced."""
+    """The actor's own code without a cluster: units alternate between two actors, one of which is replaced."""
     from distill_at_scale.cluster.actor_pool import PoolActor, grouped
     from distill_at_scale.cluster.session import pack
 

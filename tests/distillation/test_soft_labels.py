@@ -1,4 +1,4 @@
-"""Soft labels of views: what is shown, how labels are stored, and that every worker and student sees the same."""
+"""Soft labels of views: the views, how labels are stored, and that every worker and student gets the same."""
 
 from __future__ import annotations
 

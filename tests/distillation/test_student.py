@@ -124,7 +124,7 @@ def test_accuracy_by_class_counts_every_class_for_itself():
         def forward(self, images):
             return torch.nn.functional.one_hot(images[:, 0, 0, 0].round().long(), 4).float()
 
-    pixels = torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8).view(5, 1, 1, 1)  # what is said
+    pixels = torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8).view(5, 1, 1, 1)  # predictions
     labels = torch.tensor([0, 0, 1, 1, 2])
     plain = Normalization((0.0,), (1 / 255,))
     accuracy = students.test(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)

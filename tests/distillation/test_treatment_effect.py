@@ -228,7 +228,7 @@ def test_images_that_the_view_leaves_out_have_no_effects():
 
 
 class Odd(nn.Module):
-    """Layers of every kind: strides, groups, an activation that overwrites, a layer used twice, a weight of its own."""
+    """Layers of every kind: strides, groups, an in-place activation, a layer used twice, a bare parameter."""
 
     def __init__(self):
         super().__init__()

@@ -32,7 +32,7 @@ KNOWN = {  # (transform, selection, keep) -> accuracy
 
 
 class FakePointSet:
-    """A point set whose accuracies are known; those of repetitions lie close to each other."""
+    """A point set with known accuracies; those of repetitions are close to each other."""
 
     def __init__(self, config, lost=()):
         self.config, self.lost, self.asked = config, lost, []

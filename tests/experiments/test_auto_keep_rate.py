@@ -1,4 +1,4 @@
-"""select.keep: auto: what is found, published, read again, and done with it; what is refused."""
+"""select.keep: auto: the search, its published result, reuse by later commands, and refused configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Points of sweeps and studies: what they share, and where they lie."""
+"""Points of sweeps and studies: shared outputs and folders."""
 
 from __future__ import annotations
 

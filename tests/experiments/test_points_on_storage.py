@@ -1,4 +1,4 @@
-"""Sweeps, studies and select.keep: auto in a folder on object storage: what points share lies there once."""
+"""Sweeps, studies and select.keep: auto on object storage: shared outputs are stored once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RATES = {"select.keep": [0.1, 0.3]}
 
 @pytest.fixture
 def remote(s3, bucket, tmp_path):
-    """remote("a"): a configuration whose run folder is on the storage, as the machine "a" sees it."""
+    """remote("a"): a configuration with a run folder on object storage, from machine "a"."""
 
     def make(machine="a", **overrides):
         own = {"run__scratch": str(tmp_path / machine), "run__retry_seconds": 0.0, "runtime__rule": "none"}
@@ -136,7 +136,7 @@ def test_points_on_one_machine_share_one_copy(remote):
 
 
 def test_points_use_recomputed_inputs(remote, s3, bucket, tmp_path):
-    """On machine a, which sees old points and new scores, and on b and c, whose copies are old or empty."""
+    """On machine a with old points and new scores, and on b and c with old or empty copies."""
     path, random = tmp_path / "scores.npy", np.random.default_rng(0)
     wanted = {"score__imported": {"ours": str(path)}, "select__criterion": "ours"}
 

@@ -1,4 +1,4 @@
-"""Studies on made-up points, whose answers are known; the suite, its files and its resumption."""
+"""Studies on fake points with known answers; the suite, its files and how it resumes."""
 
 from __future__ import annotations
 

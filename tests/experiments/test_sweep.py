@@ -1,4 +1,4 @@
-"""Sweeps without Ray: what is tried, what is refused before anything starts, what is shared, and the table."""
+"""Sweeps without Ray: trials, errors before the start, shared outputs, and the table."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Hang(BaseException):
 def run(
     kind: str, share: float, seeds: Sequence[bytes], attempt: Callable[[bytes], bool], mutators: Sequence[Mutator]
 ) -> None:
-    """Give `share` of all cases to `attempt`, which says whether the reader accepted them and raises for what is wrong.
+    """Give `share` of all cases to `attempt`, which returns whether the reader accepted them and raises if something is wrong.
 
     Some must be accepted and some refused, or the test looks at nothing.
     """

@@ -1,4 +1,4 @@
-"""Broken tars and gzipped tars: of what is accepted, Python's own tarfile finds the same members at the same places."""
+"""Broken tars and gzipped tars: for accepted ones, Python's own tarfile finds the same members at the same places."""
 
 from __future__ import annotations
 

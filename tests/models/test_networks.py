@@ -201,7 +201,7 @@ def test_without_a_working_compiler_the_network_runs_as_it_is(monkeypatch):
         assert torch.equal(forward(torch.ones(2)), torch.ones(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(forward(torch.ones(2)), torch.ones(2))  # said once
+        assert torch.equal(forward(torch.ones(2)), torch.ones(2))  # warns once
 
 
 @pytest.mark.parametrize("name", sorted(OF_IMAGES))

@@ -331,7 +331,7 @@ def test_old_names_of_densenets_layers_are_known(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnasnet0_5", "vit_b_32", "squeezenet1_1"])
 def test_other_networks_of_torchvision_take_their_weights(tmp_path, name):
-    """MNASNet asks for the version of its own state dict, which files do not keep."""
+    """MNASNet needs the version of its state dict, which files do not keep."""
     spec = NetworkSpec(f"torchvision:{name}", (3, 224, 224), 3)
     state = spec.build(3).state_dict()
     safetensors_io.save(tmp_path / "w.safetensors", state)

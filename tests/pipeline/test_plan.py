@@ -1,4 +1,4 @@
-"""The plan: every stage's figures before a run, refusals with advice, and predictions beside what stages took."""
+"""The plan: the estimates of every stage before a run, errors with advice, and predictions next to measured times."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_slices_are_scaled_along_a_line_and_never_downwards(plan, own, expected)
 
 
 class Counting(DC):
-    """Its step takes no time, but says what it was made with."""
+    """Its step takes no time, but records its arguments."""
 
     seen: ClassVar[list[tuple[int, int, int]]] = []
 

@@ -1,6 +1,6 @@
 """The report: offline, safe against names that users chose, whole without its optional parts.
 
-One tiny run on the digits is made once; the tests change copies of its artefacts.
+One tiny run on the digits is shared; the tests change copies of its artefacts.
 """
 
 from __future__ import annotations

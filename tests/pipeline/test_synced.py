@@ -19,7 +19,7 @@ from distill_at_scale.storage.sync import FolderSync
 
 @pytest.fixture
 def folder(s3, tmp_path, monkeypatch):
-    """A run folder on the storage, as its driver sees it."""
+    """The driver's RunDir of a run folder on object storage."""
     monkeypatch.setattr(lease, "SETTLE", 0.0)
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     s3.client.create_bucket(Bucket="exchange")

@@ -1,4 +1,4 @@
-"""The event files, read back; what is done again replaces what was."""
+"""The event files, read back; a repeated step replaces the earlier one."""
 
 from __future__ import annotations
 

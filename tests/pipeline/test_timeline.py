@@ -1,4 +1,4 @@
-"""The timeline's file, over kills and several commands, and what is read from it."""
+"""The timeline file across kills and several commands, and reading it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused before anything is trained."""
+"""Configurations that are refused before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runtime pruning: how many samples are dropped, which, and what is remembered between full observations."""
+"""Runtime pruning: how many samples are dropped, which, and which effects are remembered between full observations."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def address(server, bucket):
 
 @pytest.fixture
 def remote(folder, tmp_path):
-    """remote("a"): a configuration whose run folder it is, as the machine "a" sees it."""
+    """remote("a"): a configuration with this run folder, from machine "a"."""
 
     def make(machine="a", **overrides):
         own = {"run__scratch": str(tmp_path / machine), "run__retry_seconds": 0.0, **overrides}

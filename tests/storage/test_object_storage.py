@@ -29,7 +29,7 @@ TIMES = ("seconds", "card.json", "evaluation.json")  # files that hold how long 
 
 @pytest.fixture
 def remote_run(s3, bucket, tmp_path):
-    """remote_run("a"): the run on the storage, as the machine "a" sees it."""
+    """remote_run("a"): the run on object storage, from machine "a"."""
 
     def make(machine="a", **overrides):
         scratch = str(tmp_path / machine)
@@ -79,7 +79,7 @@ def failing(monkeypatch):
 
 
 def test_a_run_resumes_after_failed_uploads(remote_run, s3, bucket, local_digests, failing):
-    """Now and then one fails for good, and each time another machine goes on."""
+    """Uploads fail for good now and then; each time another machine resumes."""
     failed = failing(lambda number: number % 23 == 0)
     for machine in itertools.count():
         try:
@@ -140,7 +140,7 @@ def test_a_killed_stage_resumes_on_another_machine(remote_run, s3, bucket, local
 
 
 def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
-    """plan, validate and export, each on a machine of its own."""
+    """plan, validate and export, each on its own machine."""
     remote_run("a").stages("ingest", "score", "select")
     finished = remote_run("b").pipeline.forecast()
     assert remote_run("c").pipeline.validate() == 0
@@ -224,7 +224,7 @@ def test_a_command_that_was_taken_over_publishes_no_record(remote_run, s3, bucke
 
 @pytest.mark.parametrize("done", [False, True], ids=["at work", "done already"])
 def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, bucket, monkeypatch, done):
-    """Neither in the background, nor at its end: what is there belongs to the other one."""
+    """Neither in the background nor at the end: the stored files belong to the other command."""
     monkeypatch.setattr(mirror, "FOLLOW", 0.01)
     folder = remote_run().pipeline.dir
     folder.create()
@@ -251,7 +251,7 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
 
 
 def test_an_output_being_recomputed_has_no_record(remote_run, s3, bucket, monkeypatch):
-    """Else who goes on elsewhere would find that the output is not what its record says."""
+    """Otherwise a machine that resumes would find an output that does not match its record."""
     folder = remote_run("a").pipeline.dir
     folder.create()
     with folder.lock():

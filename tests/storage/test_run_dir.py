@@ -1,4 +1,4 @@
-"""A run's folder: skip what is valid, refuse what differs, publish in one step, never read a half-written output."""
+"""A run folder: skip valid outputs, refuse different ones, publish in one step, never read a half-written output."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_files_that_another_run_removes_meanwhile_are_skipped(tmp_path, monkeypa
 
 
 def test_workers_get_a_folder_without_symlinks_in_its_path(tmp_path):
-    """What is itself a link between run folders stays one."""
+    """A path that is itself a link between run folders stays a link."""
     (tmp_path / "efs" / "run").mkdir(parents=True)
     (tmp_path / "efs" / "shared").mkdir()
     (tmp_path / "runs").symlink_to(tmp_path / "efs")

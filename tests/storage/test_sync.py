@@ -26,7 +26,7 @@ BUCKETS = itertools.count()
 
 @pytest.fixture
 def place(s3):
-    """The URI of a folder in a bucket of its own."""
+    """The URI of a folder in its own bucket."""
     bucket = f"mirror-{next(BUCKETS)}"
     s3.client.create_bucket(Bucket=bucket)
     return s3(f"{bucket}/runs/x")
@@ -112,10 +112,10 @@ def test_an_output_that_is_not_what_its_record_says_is_refused(copies):
 
 
 class Cut:
-    """A way to a server that breaks for good once the client has sent so many bytes."""
+    """A proxy to a server that breaks for good once the client has sent `limit` bytes."""
 
-    def __init__(self, server: str, most: int):
-        self.server, self.left = server.split(":"), most
+    def __init__(self, server: str, limit: int):
+        self.server, self.left = server.split(":"), limit
         self.listening = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._accept, daemon=True).start()
 

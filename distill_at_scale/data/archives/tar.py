@@ -54,6 +54,11 @@ class Member(NamedTuple):
     offset: int
     size: int
 
+    @property
+    def is_hidden(self) -> bool:
+        """Such as the files that macOS adds."""
+        return self.name.rpartition("/")[2].startswith(".")
+
 
 class ByteRange(NamedTuple):
     """A range of an archive to read, and the row that asks for it."""

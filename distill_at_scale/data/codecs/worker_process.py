@@ -180,8 +180,12 @@ def serve() -> None:
         return _write(replies, {"error": f"{type(error).__name__}: {error}"}, b"")
     try:
         _write(replies, {}, b"")
-        while (message := _message(requests)) is not None:
-            request, body = message
+        while len(lengths := requests.read(LENGTHS.size)) == LENGTHS.size:
+            text_size, body_size = LENGTHS.unpack(lengths)
+            text, body = requests.read(text_size), requests.read(body_size)
+            if len(text) < text_size or len(body) < body_size:
+                return  # the parent ended in the middle of a message
+            request = json.loads(text)
             signal.alarm(math.ceil(request["seconds"]) + GRACE)  # no handler: the kernel ends a child that hangs
             _limit_memory(request["memory"] + 3 * len(body))
             answer, data = function(request["header"], body)
@@ -205,15 +209,6 @@ def _limit_memory(added: int) -> None:
         limit = _memory()[0] + added
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
-def _message(requests: BinaryIO) -> tuple[Header, bytes] | None:
-    lengths = requests.read(LENGTHS.size)
-    if len(lengths) < LENGTHS.size:
-        return None
-    text, body = LENGTHS.unpack(lengths)
-    header, raw = requests.read(text), requests.read(body)
-    return (json.loads(header), raw) if len(header) + len(raw) == text + body else None
 
 
 def _write(replies: BinaryIO, header: Header, body: bytes) -> None:

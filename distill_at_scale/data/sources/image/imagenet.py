@@ -6,7 +6,7 @@ Not covered: the official test splits, which have no labels.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -153,7 +153,7 @@ class ImagenetTar:
         """The archive of each class in the training archive, by WordNet id."""
         classes: dict[str, tar.Member] = {}
         with tar.open_archive(self.store, TRAIN) as window:
-            for member in _visible(tar.members(window)):
+            for member in (member for member in tar.members(window) if not member.is_hidden):
                 wnid, extension = posixpath.splitext(posixpath.basename(member.name))
                 if extension != ".tar":
                     raise UserError(f"{window.place} holds {member.name!r}; it must be {TRAIN_LAYOUT}")
@@ -179,8 +179,8 @@ class ImagenetTar:
 
     def _images(self, archive: str, start: int = 0, end: int | None = None, where: str = "") -> list[tar.Member]:
         with tar.open_archive(self.store, archive) as window:
-            members = _visible(tar.members(window, start, end))
-            images = [member for member in members if member.name.lower().endswith(ARCHIVE_EXTENSIONS)]
+            members = [member for member in tar.members(window, start, end) if not member.is_hidden]
+        images = [member for member in members if member.name.lower().endswith(ARCHIVE_EXTENSIONS)]
         if not images:
             raise UserError(f"{self.store.place(archive)}{where} holds no images. {tar.DOWNLOAD_AGAIN}.")
         return images
@@ -196,7 +196,3 @@ def _table(archive: str, ids: list[str], labels: Sequence[int], images: list[tar
         return listing(ids, labels, [archive] * len(ids), offsets, sizes)
     except UserError as error:
         raise UserError(f"{archive}: {error}. {tar.DOWNLOAD_AGAIN}.") from None
-
-
-def _visible(members: Iterator[tar.Member]) -> Iterator[tar.Member]:
-    return (member for member in members if not member.name.rpartition("/")[2].startswith("."))

@@ -67,7 +67,7 @@ class Kinetics(FileSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops lists and files, which an actor that only reads does not need."""
-        return {key: value for key, value in self.__dict__.items() if key != "matched"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("matched", "_sizes")}
 
 
 class KineticsTar(Kinetics):
@@ -127,12 +127,8 @@ class KineticsTar(Kinetics):
             for member in tar.members(window):
                 if ARCHIVE.search(member.name) or OTHER_ARCHIVE.search(member.name):
                     raise UserError(f"{window.place} holds the archive {member.name!r}; unpack it beside the others")
-                is_hidden = member.name.rpartition("/")[2].startswith(".")  # such as macOS adds
-                if not is_hidden and (re.search(VIDEO, member.name) or re.search(UNFINISHED, member.name)):
+                if not member.is_hidden and (re.search(VIDEO, member.name) or re.search(UNFINISHED, member.name)):
                     name = re.sub(r"^(\.?/)+", "", member.name)
                     sample_id = f"{folder}/{name}" if folder else name
                     rows.append((sample_id, f"{archive}/{name}", archive, member.offset, member.size))
         return rows_to_table(rows, FILES)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "_sizes"}

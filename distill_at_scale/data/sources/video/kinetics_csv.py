@@ -164,14 +164,11 @@ def _find_lists(store: Store, named: str | None) -> list[LabelFile]:
 
 def _lists_by_word(names: list[str]) -> dict[str, list[str]]:
     """The lists among the files of a folder, by split: train.csv before k400_train.csv, and .csv before .txt."""
-    best: dict[str, tuple[tuple[bool, bool], list[str]]] = {}
+    ranked: dict[str, list[tuple[tuple[bool, bool], str]]] = {}
     for name in names:
         stem, extension = os.path.splitext(name)
         match = NAME.fullmatch(stem)
         if match and extension.lower() in (".csv", ".txt"):
-            word, rank = WORDS[match["word"].lower()], (extension.lower() != ".csv", match["before"] is not None)
-            if word not in best or rank < best[word][0]:
-                best[word] = (rank, [name])
-            elif rank == best[word][0]:
-                best[word][1].append(name)
-    return {word: chosen for word, (_, chosen) in best.items()}
+            rank = extension.lower() != ".csv", match["before"] is not None
+            ranked.setdefault(WORDS[match["word"].lower()], []).append((rank, name))
+    return {word: [name for rank, name in lists if rank == min(lists)[0]] for word, lists in ranked.items()}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,3 +42,9 @@ def load(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # SafetensorError, or torch's for an impossible shape
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged ({reason}); remove it and give the command again") from None
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The `facts` of a file."""
+    with safe_open(path, "pt") as handle:
+        return handle.metadata() or {}

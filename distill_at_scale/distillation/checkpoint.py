@@ -1,17 +1,13 @@
-"""The checkpoint of a distillation: one file, replaced atomically, from which all workers resume; and when it is due.
-
-It is due every `distill.checkpoint_every` steps, and after the first step that ends a minute after the last one, unless
-saving would take more than a twentieth of the time. The upload to an object store runs in parallel and does not count.
-"""
+"""The checkpoint of a distillation: one file, replaced atomically, from which all workers resume; and when it is due."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
 from torch import Tensor
 
 from distill_at_scale.core import safetensors_io
@@ -54,28 +50,23 @@ def read(path: Path) -> DistillCheckpoint | None:
     """The checkpoint; None without one."""
     if not path.exists():
         return None
-    metadata = _metadata(path)
+    metadata = safetensors_io.metadata(path)
     return DistillCheckpoint(safetensors_io.load(path), int(metadata["step"]), float(metadata["seconds"]))
 
 
 def checkpoint_step(path: Path) -> int:
     """The number of finished steps in a checkpoint; 0 without one."""
-    return int(_metadata(path)["step"]) if path.exists() else 0
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as handle:
-        return handle.metadata()
+    return int(safetensors_io.metadata(path)["step"]) if path.exists() else 0
 
 
 def trim_log(path: Path, step: int) -> None:
     """Drop the distillation's log lines after a step, which will be repeated, and incomplete lines."""
     if not path.exists():
         return
-
-    def is_later(line: dict[str, Any]) -> bool:
-        return line.get("stage") == "distill" and line.get("step", 0) > step
-
-    complete = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = ""
+    for text in path.read_text().splitlines():
+        line: dict[str, Any] = json.loads(text) if text.endswith("}") else {"stage": "distill", "step": math.inf}
+        if line.get("stage") != "distill" or line.get("step", 0) <= step:
+            kept += text + "\n"
     with publish(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in complete if not is_later(json.loads(line))))
+        temporary.write_text(kept)

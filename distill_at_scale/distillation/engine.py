@@ -1,7 +1,6 @@
 """The distillation loop: a method's steps with checkpoints, resume, a log and a clean stop when the loss diverges.
 
-It runs the same in one process and in every worker of a group. Each worker owns some classes and their synthetic images;
-rank 0 gathers the state only to save it (`distillation/checkpoint.py`), so all workers resume from the same step.
+It runs the same in one process and in every worker of a group (`distillation/README.md`, "The loop").
 """
 
 from __future__ import annotations
@@ -37,16 +36,8 @@ from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
 
 METHOD_CONTRACT = (
-    "parallel",
-    "default_steps",
-    "init_of",
-    "protocol",
-    "prepare",
-    "step",
-    "snapshot",
-    "state_dict",
-    "load_state_dict",
-)
+    "parallel", "default_steps", "init_of", "protocol", "prepare", "step", "snapshot", "state_dict", "load_state_dict",
+)  # fmt: skip
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
 SNAPSHOT_AT = (0, 0.01, 0.05, 0.2, 0.5)  # shares of the steps; the last snapshot is the finished set
 LOG_LINES = 200  # per run, evenly spaced
@@ -136,8 +127,7 @@ def make_network(
     prepared = PreparedDataset(paths.prepared)
     owned = list(range(len(prepared.class_names)) if labels is None else labels)
     context = replace(method_context(config, prepared, paths, SingleProcess(), device), labels=owned)
-    hold = config.distill.hold
-    pool = ClassSampler.load(prepared, paths.manifest, owned, config.distill_seed, device, hold)
+    pool = ClassSampler.load(prepared, paths.manifest, owned, config.distill_seed, device, config.distill.hold)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         method_class(config).make_network(name, context, pool)
 
@@ -154,23 +144,19 @@ class Distillation:
     """One worker's share of a distillation; `report` gets the lines of the log, on rank 0."""
 
     def __init__(
-        self,
-        config: Config,
-        paths: DistillPaths,
-        workers: Collectives,
-        device: torch.device,
+        self, config: Config, paths: DistillPaths, workers: Collectives, device: torch.device,
         report: Report = lambda _: None,
-    ):
+    ):  # fmt: skip
         self.config, self.paths, self.workers, self.device, self.report = config, paths, workers, device, report
         self.prepared = PreparedDataset(paths.prepared)
         self.context = method_context(config, self.prepared, paths, workers, device)
-        hold, memory = config.distill.hold, worker_memory(config, workers, device)
-        pool = ClassSampler.load(
-            self.prepared, paths.manifest, self.context.labels, config.distill_seed, device, hold, memory
+        labels, hold, memory = self.context.labels, config.distill.hold, worker_memory(config, workers, device)
+        self.sampler = ClassSampler.load(
+            self.prepared, paths.manifest, labels, config.distill_seed, device, hold, memory
         )
-        self.sampler, self.normalization = pool, pool.normalization
+        self.normalization = self.sampler.normalization
         self.method = method_class(config)(self.context)
-        self.method.prepare(pool)
+        self.method.prepare(self.sampler)
         self.steps = self.context.steps
         self.snapshots: dict[int, Tensor] = {}
         self.timer = checkpoint.Timer()
@@ -208,8 +194,7 @@ class Distillation:
 
     def _step(self, i: int) -> tuple[dict[str, float], bool]:
         """One step's metrics, and whether a checkpoint is late; all workers stop together if one diverged."""
-        error: DistillationDiverged | None = None
-        metrics: dict[str, float] = {}
+        error, metrics = None, {}
         try:
             metrics = self.method.step(i)
         except DistillationDiverged as raised:
@@ -242,12 +227,9 @@ class Distillation:
     def _save(self, step: int) -> None:
         began, seconds = time.monotonic(), time.perf_counter() - self.began
         replicated = self.method.parallel == "replicate"  # all workers have the same state
-        own = {} if replicated and self.workers.rank != 0 else self.method.state_dict()
-        states = self.workers.gather(own)
+        states = self.workers.gather({} if replicated and self.workers.rank else self.method.state_dict())
         if self.workers.rank == 0:
-            state: dict[str, Tensor] = {}
-            for part in states:
-                state |= part
+            state = {key: value for part in states for key, value in part.items()}
             state |= {f"snapshot/{k}": v for k, v in self.snapshots.items()}
             checkpoint.save(self.paths.state, checkpoint.DistillCheckpoint(state, step, seconds))
         self.timer.saved(began)

@@ -1,7 +1,6 @@
 """Evaluation of a set: train fresh networks on it by its protocol and test them on real data.
 
-The control is random real images of the same count, a new draw per seed; with labels of views it shares the set's teacher and
-protocol. The bounds train on the kept and the full training set, with hard labels.
+The control and the bounds are explained in `distillation/README.md`, "Evaluation protocols".
 """
 
 from __future__ import annotations
@@ -139,12 +138,12 @@ def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         groups.setdefault((row["set"], row["network"]), []).append(row)
 
-    def std(values: list[float]) -> float | None:
-        return statistics.stdev(values) if len(values) > 1 else None
-
     summary = []
     for (name, network), members in groups.items():
-        top1, top5 = [r["top1"] for r in members], [r["top5"] for r in members]
-        summary.append({"set": name, "network": network, "n": len(members), "mean": statistics.fmean(top1), "std": std(top1),
-                        "mean_top5": statistics.fmean(top5), "std_top5": std(top5)})  # fmt: skip
+        line: dict[str, Any] = {"set": name, "network": network, "n": len(members)}
+        for key, suffix in (("top1", ""), ("top5", "_top5")):
+            values = [member[key] for member in members]
+            line[f"mean{suffix}"] = statistics.fmean(values)
+            line[f"std{suffix}"] = statistics.stdev(values) if len(values) > 1 else None
+        summary.append(line)
     return summary

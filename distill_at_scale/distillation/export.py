@@ -1,25 +1,25 @@
-"""Export formats of a synthetic set: class folders of images, frames or videos, and Hugging Face's Parquet.
-
-Samples are uint8 images [n, C, H, W] or clips [n, T, C, H, W]. Every export is published atomically. Only videos are lossy:
-their `card.json` says by how much.
-"""
+"""Exports of a synthetic set, methods of `SyntheticSet`. Every export is published atomically."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.images import FRAMES_PER_SECOND, png, to_frames
 from distill_at_scale.data.codecs.mp4 import encode_mp4
+
+if TYPE_CHECKING:
+    from distill_at_scale.distillation.synthetic_set import SyntheticSet
 
 ENLARGED = 2  # a pixel becomes 2 x 2: yuv420p keeps one colour for each 2 x 2 block
 ENCODER = {"crf": "6", "preset": "slow", "bf": "0"}  # 43 dB on coloured noise, more on natural scenes; no B frames
@@ -30,14 +30,14 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 Array = np.ndarray[Any, Any]
 
 
-class Samples(NamedTuple):
-    values: Array  # uint8 [n, C, H, W] or [n, T, C, H, W], or float32 [n, *shape]
-    labels: Sequence[int]
-    class_names: Sequence[str]
+def export_imagefolder(synthetic: SyntheticSet, folder: str | Path) -> None:
+    """Write `<class>/<number>.png`, 8 bits per channel (clipped), as torchvision's ImageFolder reads it.
 
+    A clip becomes a folder of frames, `<class>/<number>/00000.png` and so on: the "rawframes" of video toolkits.
 
-def write_imagefolder(folder: Path, samples: Samples) -> None:
-    """`<class>/<number>.png`; for clips `<class>/<number>/<frame>.png`. Raises UserError if the folder is not empty."""
+    Raises:
+        UserError: the folder exists and is not empty, or the set holds tensors.
+    """
 
     def write(target: Path, sample: Array) -> None:
         frames = to_frames(sample)
@@ -48,15 +48,18 @@ def write_imagefolder(folder: Path, samples: Samples) -> None:
         for t, frame in enumerate(frames):
             frame.save(target / f"{t:05d}.png")
 
-    _write_by_class(folder, samples, write)
+    _write_by_class(Path(folder), synthetic, write)
 
 
-def write_videofolder(folder: Path, samples: Samples, card: Mapping[str, Any]) -> None:
-    """`<class>/<number>.mp4` (H.264, FRAMES_PER_SECOND, no B frames) of clips [n, T, C, H, W], and the card.
+def export_videofolder(synthetic: SyntheticSet, folder: str | Path) -> None:
+    """Write clips as `<class>/<number>.mp4` (H.264, 8 frames per second) and a `card.json` next to the classes.
 
-    Raises UserError for images, for a folder that is not empty, and without an H.264 encoder.
+    Lossy (43 dB on coloured noise), and every pixel becomes 2 x 2, as the card says.
+
+    Raises:
+        UserError: the folder exists and is not empty, the set holds no clips, or there is no H.264 encoder.
     """
-    if samples.values.ndim != 5:
+    if synthetic.kind != "tensors" and synthetic.images.dim() != 5:
         raise UserError("the set holds images, not clips; use export_imagefolder, export_parquet or export_pt")
     export = {"format": "mp4, H.264, yuv420p (BT.601)", "lossy": True, "enlarged": ENLARGED, **ENCODER}
     export |= {"frames_per_second": FRAMES_PER_SECOND, "exact_pixels": "export_imagefolder, export_parquet"}
@@ -65,14 +68,41 @@ def write_videofolder(folder: Path, samples: Samples, card: Mapping[str, Any]) -
         video = encode_mp4(_yuv420(clip), FRAMES_PER_SECOND, ENCODER, "yuv420p")
         target.with_suffix(".mp4").write_bytes(video)
 
-    text = json.dumps({**card, "export": export}, indent=1) + "\n"
-    _write_by_class(folder, samples, write, {"card.json": text})
+    text = json.dumps({**synthetic.card, "export": export}, indent=1) + "\n"
+    _write_by_class(Path(folder), synthetic, write, text)
 
 
-def write_parquet(path: Path, samples: Samples) -> None:
-    """One file in Hugging Face's layout: `image`, or for clips `frames`, a list of images; and `label`."""
-    is_clips, rows = samples.values.ndim == 5, []
-    for i, sample in enumerate(samples.values):
+def export_parquet(synthetic: SyntheticSet, path: str | Path) -> None:
+    """Write one Parquet file in Hugging Face's layout; `datasets.load_dataset("parquet", ...)` reads it.
+
+    Columns: `label` and `image`; for clips `frames`, a list of images; for tensors `values`, nested lists of float32, which
+    `data.source: tensors` reads.
+    """
+    name = "values" if synthetic.kind == "tensors" else "frames" if synthetic.images.dim() == 5 else "image"
+    column, feature = (_tensor_column if name == "values" else _image_column)(synthetic.values().numpy())
+    features = {name: feature, "label": {"_type": "ClassLabel", "names": synthetic.class_names}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([(name, column.type), ("label", pa.int64())], metadata)
+    with publish(Path(path)) as temporary:
+        pq.write_table(pa.table([column, pa.array(synthetic.labels.tolist(), pa.int64())], schema=schema), temporary)
+
+
+def export_pt(synthetic: SyntheticSet, path: str | Path) -> None:
+    """Write a `.pt` file with images, labels, card and small extras, for `torch.load(path, weights_only=True)`.
+
+    For whitened images it also has whitening_mean and whitening_matrix. It lacks the labels of views.
+    """
+    content: dict[str, Any] = {"images": synthetic.images, "labels": synthetic.labels, "card": synthetic.card}
+    if (whitening := synthetic.whitening) is not None:
+        content |= {"whitening_mean": whitening.mean, "whitening_matrix": whitening.matrix}
+    with publish(Path(path)) as temporary:
+        torch.save(content | synthetic.small_extras, temporary)
+
+
+def _image_column(values: Array) -> tuple[pa.Array, dict[str, Any]]:
+    """A column of PNG files, and its feature in `datasets`."""
+    is_clips, rows = values.ndim == 5, []
+    for i, sample in enumerate(values):
         names = [f"{i:05d}/{t:05d}.png" for t in range(len(sample))] if is_clips else [f"{i:05d}.png"]
         frames = [{"bytes": png([f]), "path": name} for f, name in zip(to_frames(sample), names, strict=True)]
         rows.append(frames if is_clips else frames[0])
@@ -80,42 +110,35 @@ def write_parquet(path: Path, samples: Samples) -> None:
     if is_clips:
         # every release of `datasets` reads "Sequence", the older name of a list
         feature = {"feature": feature, "_type": "Sequence"}
-    column = pa.array(rows, pa.list_(IMAGE) if is_clips else IMAGE)
-    _write_table(path, "frames" if is_clips else "image", column, feature, samples)
+    return pa.array(rows, pa.list_(IMAGE) if is_clips else IMAGE), feature
 
 
-def write_tensor_parquet(path: Path, samples: Samples) -> None:
-    """One file with `values`, nested lists of the float32 [n, *shape], and `label`."""
-    column: pa.Array = pa.array(np.ascontiguousarray(samples.values, np.float32).reshape(-1))
+def _tensor_column(values: Array) -> tuple[pa.Array, dict[str, Any]]:
+    """A column of nested lists of float32, and its feature in `datasets`."""
+    column: pa.Array = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
     feature: dict[str, Any] = {"dtype": "float32", "_type": "Value"}
-    for size in reversed(samples.values.shape[1:]):
+    for size in reversed(values.shape[1:]):
         column = pa.ListArray.from_arrays(np.arange(0, len(column) + 1, size, dtype=np.int32), column)
         feature = {"feature": feature, "_type": "Sequence"}
-    _write_table(path, "values", column, feature, samples)
-
-
-def _write_table(path: Path, name: str, column: pa.Array, feature: Any, samples: Samples) -> None:
-    features = {name: feature, "label": {"_type": "ClassLabel", "names": list(samples.class_names)}}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    schema = pa.schema([(name, column.type), ("label", pa.int64())], metadata)
-    with publish(path) as temporary:
-        pq.write_table(pa.table([column, pa.array(samples.labels, pa.int64())], schema=schema), temporary)
+    return column, feature
 
 
 def _write_by_class(
-    folder: Path, samples: Samples, write: Callable[[Path, Array], None], extra_files: Mapping[str, str] | None = None
+    folder: Path, synthetic: SyntheticSet, write: Callable[[Path, Array], None], card: str | None = None
 ) -> None:
-    """Call `write(<class>/<number>, sample)` for every sample and add text files to the root; publish it all at once."""
-    names = _folder_names(samples.class_names)
+    """Call `write(<class>/<number>, sample)` for every sample and add the card to the root; publish it all at once."""
+    if synthetic.kind == "tensors":
+        raise UserError("the set holds arrays that are not images; use export_parquet or export_pt")
+    names, samples = _folder_names(synthetic.class_names), synthetic.values().numpy()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; export to a new folder")
     with publish(folder) as temporary:
-        for i, (sample, label) in enumerate(zip(samples.values, samples.labels, strict=True)):
+        for i, (sample, label) in enumerate(zip(samples, synthetic.labels.tolist(), strict=True)):
             target = temporary / names[label] / f"{i:05d}"
             target.parent.mkdir(parents=True, exist_ok=True)
             write(target, sample)
-        for name, text in (extra_files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        if card is not None:
+            (temporary / "card.json").write_text(card, encoding="utf-8")
 
 
 def _yuv420(clip: Array) -> Array:

@@ -1,21 +1,19 @@
 """Soft labels of views (FKD, Shen & Xing 2022, arXiv 2112.01528): a teacher's logits for every view that a student sees.
 
-An epoch shows every image once, as a random resized crop, perhaps flipped, and perhaps mixed with others of its batch
-(CutMix). Views follow from (seed, epoch) alone and are not stored; the teacher's logits are, as 16-bit floats.
+Views follow from (seed, epoch) alone and are not stored (`distillation/README.md`, "Soft labels").
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill_at_scale.core import rng, safetensors_io
@@ -133,10 +131,7 @@ def expand(stored: CompactLogits, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StoredLabels:
-    """Labels read from a set: values [epochs, n, k] and their classes, in the order of the views of each epoch.
-
-    Training for more epochs repeats them.
-    """
+    """Labels read from a set: values [epochs, n, k] and their classes, in the order of the views of each epoch."""
 
     values: Tensor
     classes: Tensor | None
@@ -221,8 +216,7 @@ class Teacher(nn.Module):
     def load(cls, path: Path, device: torch.device, network: str | None = None) -> Teacher:
         """Raises UserError if the file is damaged or names untrusted code; `network` as in `TeacherFacts.trusted`."""
         try:
-            with safe_open(path, "pt") as handle:
-                facts = TeacherFacts.from_card(json.loads(handle.metadata()["teacher"]))
+            facts = TeacherFacts.from_card(json.loads(safetensors_io.metadata(path)["teacher"]))
             return cls.from_state(facts.trusted(network), safetensors_io.load(path), device)
         except Exception as error:
             raise UserError(f"the teacher {path} cannot be read ({error}); remove it to train it again") from None
@@ -262,26 +256,18 @@ def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Coll
     Workers take the epochs in turn and send each one when it is done, so that only rank 0 holds them all.
     """
     device = labels.teacher.scale.device
-    epochs: list[CompactLogits] = []
+    epochs: list[dict[str, Tensor]] = []
     for first in range(0, labels.epochs, workers.size):
         epoch, own = first + workers.rank, None
         if epoch < labels.epochs:
             batches = plan.batches(epoch, len(images))
             views = (batch.apply(images[batch.rows.to(images.device)].to(device)) for batch in batches)
-            values, classes = _joined([labels.compact_logits(view) for view in views], torch.cat)
-            own = values.cpu(), None if classes is None else classes.cpu()
+            tensors = zip(("values", "classes"), zip(*map(labels.compact_logits, views), strict=True), strict=True)
+            own = {name: torch.cat(parts).cpu() for name, parts in tensors if parts[0] is not None}
         gathered = workers.gather(own)
         if workers.rank == 0:
             epochs += [part for part in gathered if part is not None]
-    if not epochs:
-        return {}
-    values, classes = _joined(epochs, torch.stack)
-    return {"values": values} | ({} if classes is None else {"classes": classes})
-
-
-def _joined(parts: Sequence[CompactLogits], join: Callable[[list[Tensor]], Tensor]) -> CompactLogits:
-    classes = [classes for _, classes in parts if classes is not None]
-    return join([values for values, _ in parts]), join(classes) if classes else None
+    return {name: torch.stack([part[name] for part in epochs]) for name in (epochs[0] if epochs else ())}
 
 
 def with_normalization(facts: TeacherFacts, own: Any, expected: Any) -> TeacherFacts:

@@ -1,16 +1,14 @@
 """Training a network on a small set by the protocol that the set expects, and testing it on real data.
 
-With `labels: views`, batches and views follow from the protocol's `view_seed` (`distillation/soft_labels.py`) and are the same
-for every student. Their loss is the Kullback-Leibler divergence from the teacher at temperature T, times T^2 (Hinton et al.
+With `labels: views` the loss is the Kullback-Leibler divergence from the teacher at temperature T, times T^2 (Hinton et al.
 2015). The official code of SRe2L and RDED omits the T^2; AdamW is invariant to it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +25,7 @@ from distill_at_scale.models.spec import NetworkSpec, mixes_samples
 
 SMALL_BATCH = 16  # images below which the statistics of batch norm are poor
 
-Loss = Callable[[Tensor], Tensor]  # logits [n, classes] -> a scalar
+WeightedTargets = list[tuple[float, Tensor]]  # shares, and classes or (log) probabilities
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,8 @@ def train(
             batches = _view_batches(data, protocol, epoch)
         else:
             batches = _batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm)
-        for images, loss_of in batches:
-            loss = loss_of(network(images))
+        for images, weighted in batches:
+            loss = _loss(protocol, network(images), weighted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -144,8 +142,8 @@ def train(
 
 def _batches(
     data: TrainingSet, protocol: TrainingProtocol, generator: torch.Generator, merge: bool
-) -> Iterator[tuple[Tensor, Loss]]:
-    """An epoch's augmented images with the loss of their logits; `merge`: avoid a last batch of one image."""
+) -> Iterator[tuple[Tensor, WeightedTargets]]:
+    """An epoch's augmented images with their targets; `merge`: avoid a last batch of one image."""
 
     def targets(rows: Tensor) -> Tensor:
         if protocol.labels == "soft":
@@ -162,26 +160,26 @@ def _batches(
             mixed = cutmix(images, generator)
             images = mixed.images
             weighted = [(mixed.share, targets(rows)), (1 - mixed.share, targets(rows[mixed.order]))]
-        yield images, partial(_cross_entropy, weighted)
+        yield images, weighted
 
 
-def _cross_entropy(weighted: list[tuple[float, Tensor]], logits: Tensor) -> Tensor:
-    return torch.stack([weight * F.cross_entropy(logits, targets) for weight, targets in weighted]).sum()
-
-
-def _view_batches(data: TrainingSet, protocol: TrainingProtocol, epoch: int) -> Iterator[tuple[Tensor, Loss]]:
-    """An epoch's views with the loss against the teacher's labels for exactly these views."""
+def _view_batches(
+    data: TrainingSet, protocol: TrainingProtocol, epoch: int
+) -> Iterator[tuple[Tensor, WeightedTargets]]:
+    """An epoch's views with the teacher's labels for exactly these views."""
     assert data.views is not None
     epoch = epoch % data.views.epochs
     for batch in protocol.plan.batches(epoch, len(data.labels)):
         views = batch.apply(data.normalized(batch.rows))
-        targets = (data.views.logits(epoch, batch, views) / protocol.temperature).log_softmax(1)
-        yield views, partial(_divergence, targets, protocol.temperature)
+        yield views, [(1.0, (data.views.logits(epoch, batch, views) / protocol.temperature).log_softmax(1))]
 
 
-def _divergence(targets: Tensor, temperature: float, logits: Tensor) -> Tensor:
-    log_probabilities = (logits / temperature).log_softmax(1)
-    return F.kl_div(log_probabilities, targets, reduction="batchmean", log_target=True) * temperature**2
+def _loss(protocol: TrainingProtocol, logits: Tensor, weighted: WeightedTargets) -> Tensor:
+    if protocol.labels == "views":
+        log_probabilities = (logits / protocol.temperature).log_softmax(1)
+        divergence = F.kl_div(log_probabilities, weighted[0][1], reduction="batchmean", log_target=True)
+        return divergence * protocol.temperature**2
+    return torch.stack([weight * F.cross_entropy(logits, targets) for weight, targets in weighted]).sum()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.images import Frames, grid, png, to_pixels
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.prepared.whitening import Whitening
-from distill_at_scale.distillation import export as exports
+from distill_at_scale.distillation import export
 from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.distillation.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
@@ -93,7 +93,7 @@ class SyntheticSet:
                     f"for {len(self.labels)} images); load it from the folder that it was saved in, or distil again"
                 )
             views = StoredLabels(tensors["values"], tensors.get("classes"), len(self.class_names))
-        return TrainingSet(images, labels, soft=self._small_extras(), views=views)
+        return TrainingSet(images, labels, soft=self.small_extras, views=views)
 
     def group(self, name: str) -> dict[str, Tensor]:
         """The tensors of a group of extras, "labels" or "teacher", read from its file if necessary; {} without them.
@@ -141,7 +141,7 @@ class SyntheticSet:
         """Write the set to a folder, atomically."""
         with publish(folder) as temporary:
             temporary.mkdir()
-            tensors = {"images": self.images, "labels": self.labels, **self._small_extras()}
+            tensors = {"images": self.images, "labels": self.labels, **self.small_extras}
             safetensors_io.write(temporary / "synthetic.safetensors", tensors)
             for name in GROUPS:
                 file = f"{name}.safetensors"
@@ -157,56 +157,13 @@ class SyntheticSet:
             (temporary / CARD).write_text(json.dumps(self.card, indent=1) + "\n")
             (temporary / "preview.png").write_bytes(png(preview(self)))
 
-    def export_imagefolder(self, folder: str | Path) -> None:
-        """Write `<class>/<number>.png`, 8 bits per channel (clipped), as torchvision's ImageFolder reads it.
+    export_imagefolder, export_videofolder = export.export_imagefolder, export.export_videofolder
+    export_parquet, export_pt = export.export_parquet, export.export_pt
 
-        A clip becomes a folder of frames, `<class>/<number>/00000.png` and so on: the "rawframes" of video toolkits.
-
-        Raises:
-            UserError: the folder exists and is not empty, or the set holds tensors.
-        """
-        exports.write_imagefolder(Path(folder), self._image_samples())
-
-    def export_videofolder(self, folder: str | Path) -> None:
-        """Write clips as `<class>/<number>.mp4` (H.264, 8 frames per second) and a `card.json` next to the classes.
-
-        Lossy (43 dB on coloured noise), and every pixel becomes 2 x 2, as the card says.
-
-        Raises:
-            UserError: the folder exists and is not empty, the set holds no clips, or there is no H.264 encoder.
-        """
-        exports.write_videofolder(Path(folder), self._image_samples(), self.card)
-
-    def export_parquet(self, path: str | Path) -> None:
-        """Write one Parquet file in Hugging Face's layout; `datasets.load_dataset("parquet", ...)` reads it.
-
-        Columns: `label` and `image`; for clips `frames`, a list of images; for tensors `values`, nested lists of float32, which
-        `data.source: tensors` reads.
-        """
-        write = exports.write_tensor_parquet if self.kind == "tensors" else exports.write_parquet
-        write(Path(path), self._samples())
-
-    def export_pt(self, path: str | Path) -> None:
-        """Write a `.pt` file with images, labels, card and small extras, for `torch.load(path, weights_only=True)`.
-
-        For whitened images it also has whitening_mean and whitening_matrix. It lacks the labels of views.
-        """
-        with publish(Path(path)) as temporary:
-            content = {"images": self.images, "labels": self.labels, "card": self.card}
-            if self.whitening is not None:
-                content |= {"whitening_mean": self.whitening.mean, "whitening_matrix": self.whitening.matrix}
-            torch.save(content | self._small_extras(), temporary)
-
-    def _small_extras(self) -> dict[str, Tensor]:
+    @property
+    def small_extras(self) -> dict[str, Tensor]:
+        """The extras that are saved with the images."""
         return {key: value for key, value in self.extras.items() if "/" not in key}
-
-    def _samples(self) -> exports.Samples:
-        return exports.Samples(self.values().numpy(), self.labels.tolist(), self.class_names)
-
-    def _image_samples(self) -> exports.Samples:
-        if self.kind == "tensors":
-            raise UserError("the set holds arrays that are not images; use export_parquet or export_pt")
-        return self._samples()
 
 
 def publish_in_run(source: Path, target: Path, fingerprints: Mapping[str, str | None]) -> SyntheticSet:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +33,32 @@ class EmbeddingNetwork(nn.Module):
 
 
 class ConvNet(EmbeddingNetwork):
-    """[conv 3x3 - norm - ReLU - average pool] x depth, then a linear classifier.
+    """[conv 3x3 - norm - ReLU - average pool] x depth, then a linear layer; the depth grows with the resolution.
 
-    The norm is instance norm (GroupNorm with one group per channel) by default; the depth grows with the resolution.
+    `shape` is (C, H, W), or (T, C, H, W) for convolutions and poolings that are extended into time. The first pooling keeps
+    all frames, each later one halves their number until one is left (C3D, Tran et al. 2015, arXiv 1412.0767).
     """
 
     def __init__(self, shape: Sequence[int], classes: int, width: int = 128, depth: int | None = None,
                  norm: Callable[[int], nn.Module] = instance_norm):  # fmt: skip
         super().__init__()
-        channels, rows, columns = shape
+        *time, channels, rows, columns = shape
+        conv: Any = nn.Conv3d if time else nn.Conv2d
+        pool: Any = nn.AvgPool3d if time else nn.AvgPool2d
         depth = default_depth(rows) if depth is None else depth
         if min(rows, columns) >> depth < 1:
-            raise UserError(f"a ConvNet of depth {depth} is too deep for {rows} x {columns} pixels; lower the depth")
+            raise UserError(
+                f"a {type(self).__name__} of depth {depth} is too deep for {rows} x {columns} pixels; lower the depth"
+            )
         layers: list[nn.Module] = []
         for block in range(depth):
-            padding = 3 if block == 0 and channels == 1 and rows == 28 else 1  # MNIST's 28 becomes 32
-            layers += [nn.Conv2d(channels, width, 3, padding=padding), norm(width), nn.ReLU(), nn.AvgPool2d(2)]
+            padding = 3 if block == 0 and not time and (channels, rows) == (1, 28) else 1  # MNIST's 28 becomes 32
+            strides = [2 if block and frames > 1 else 1 for frames in time]
+            layers += [conv(channels, width, 3, padding=padding), norm(width), nn.ReLU(), pool((*strides, 2, 2))]
             rows, columns, channels = (rows + 2 * padding - 2) // 2, (columns + 2 * padding - 2) // 2, width
+            time = [frames // stride for frames, stride in zip(time, strides, strict=True)]
         self.features = nn.Sequential(*layers, nn.Flatten())
-        self.classifier = nn.Linear(channels * rows * columns, classes)
+        self.classifier = nn.Linear(channels * math.prod(time) * rows * columns, classes)
 
 
 class AlexNet(EmbeddingNetwork):

@@ -10,30 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.models.image import EmbeddingNetwork, default_depth, instance_norm
+from distill_at_scale.models.image import ConvNet, EmbeddingNetwork, instance_norm
 
 
-class ConvNet3D(EmbeddingNetwork):
-    """The ConvNet with every convolution and pooling extended into time; `shape` is (T, C, H, W).
-
-    As in C3D (Tran et al. 2015, arXiv 1412.0767), the first pooling keeps all frames; each later one halves their number until
-    one is left.
-    """
-
-    def __init__(self, shape: Sequence[int], classes: int, width: int = 128, depth: int | None = None):
-        super().__init__()
-        frames, channels, rows, columns = shape
-        depth = default_depth(rows) if depth is None else depth
-        if min(rows, columns) >> depth < 1:
-            raise UserError(f"a ConvNet3D of depth {depth} is too deep for {rows} x {columns} pixels; lower the depth")
-        layers: list[nn.Module] = []
-        for block in range(depth):
-            stride = 2 if block and frames > 1 else 1
-            layers += [nn.Conv3d(channels, width, 3, padding=1), instance_norm(width), nn.ReLU()]
-            layers += [nn.AvgPool3d((stride, 2, 2))]
-            frames, rows, columns, channels = frames // stride, rows // 2, columns // 2, width
-        self.features = nn.Sequential(*layers, nn.Flatten())
-        self.classifier = nn.Linear(channels * frames * rows * columns, classes)
+class ConvNet3D(ConvNet):
+    """The ConvNet extended into time; `shape` is (T, C, H, W)."""
 
     def embed(self, clips: Tensor) -> Tensor:
         return self.features(clips.transpose(1, 2))

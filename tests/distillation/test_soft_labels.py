@@ -173,7 +173,7 @@ def test_workers_share_the_epochs():
     assert len(parts[0]) == len(parts[1]) == 3  # as many exchanges, though one has nothing to give in the last
     assert parts[1][2] is None
     shared = [part for pair in zip(*parts, strict=True) for part in pair if part is not None]
-    assert torch.equal(torch.stack([values for values, _ in shared]), alone)
+    assert torch.equal(torch.stack([part["values"] for part in shared]), alone)
 
 
 def test_a_teacher_is_loaded_as_it_was_saved(tmp_path):

@@ -1,8 +1,4 @@
-"""DC, dataset condensation with gradient matching (Zhao, Mopuri & Bilen 2021, arXiv 2006.05929).
-
-Each step draws a new network. In `outer` iterations, the synthetic images of each class are moved so that their gradient
-agrees with that of a real batch of the class; then the network is trained on the synthetic set for `inner` epochs.
-"""
+"""DC, dataset condensation with gradient matching (Zhao, Mopuri & Bilen 2021, arXiv 2006.05929)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """DM, distribution matching (Zhao & Bilen 2023, arXiv 2110.04181).
 
-Each step draws a new random network and moves the synthetic images of each class so that their mean feature agrees with
-that of a real batch of the class, under one siamese augmentation. Classes are independent, so workers do not communicate.
 A worker goes through its classes in groups that fit into GROUP_BYTES: besides the images, their gradient and momentum,
 memory does not grow with the number of classes.
 """
@@ -90,10 +88,6 @@ class DM(ImageMethod):
         self.raise_if_diverged()
         return {"loss": float(torch.cat(losses).mean()), "real_share": used / drawn}
 
-    @torch.no_grad()
-    def _embed_real(self, images: Tensor) -> Tensor:
-        return in_parts(self.embed_real, self.layout.images(images), self.at_once)
-
     def _real_means(
         self, syn: Tensor, mean_syn: Tensor, labels: list[int], params: list[AugmentParams], step: int
     ) -> tuple[Tensor, tuple[int, int]]:
@@ -104,7 +98,9 @@ class DM(ImageMethod):
         batches = self.real.draw(labels, self.real_batch, "real batch", step)
         drawn = sum(len(batch.rows) for batch in batches)
         real, rated = self.augmented_batches(batches, params, step)
-        features = list(self._embed_real(torch.cat(real)).split([len(x) for x in real]))
+        with torch.no_grad():
+            together = in_parts(self.embed_real, self.layout.images(torch.cat(real)), self.at_once)
+        features = list(together.split([len(x) for x in real]))
 
         def distances(k: int) -> Tensor:
             return (features[k] - mean_syn[k]).square().sum(1)

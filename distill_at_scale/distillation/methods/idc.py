@@ -1,13 +1,7 @@
 """IDC, multi-formation gradient matching with networks trained on real data (Kim et al. 2022, arXiv 2205.14959).
 
-A stored image holds factor x factor training images (`multi_formation.py`). Each step draws a new network. In `inner`
-iterations, the images of each class are matched once by the squared or absolute difference of gradients; then the network
-is trained on real samples of all classes. Workers train the same network: they exchange the real images of a draw, which
-CutMix mixes across classes, and sum the gradients of their parts of each batch.
-
-As in the official code, the image rate is that of pixels in [0, 1] at ten images per class and is proportional to ipc,
-images are clipped to that range once per step, and with CutMix the other augmentation has no cutout. Not covered: its rule
-that the rate grows with the resolution, and pretrained networks for ImageNet.
+The steps and constants are in `distillation/README.md`. Workers train the same network: they exchange the real images of a
+draw, which CutMix mixes across classes, and sum the gradients of their parts of each batch.
 """
 
 from __future__ import annotations
@@ -57,6 +51,7 @@ class IDC(MatchingMethod):
         )  # fmt: skip
         self.effect_distance = squared_distance  # absolute differences have no second derivative
         self.formation = options.factor**2  # training images in a stored one
+        # as in the official code, batches with CutMix have no cutout
         families = [f for f in options.augment.split("_") if f != "cutout" or not options.network_cutmix]
         self.network_augmentation = Augmentation("_".join(families) or "none")
 
@@ -136,16 +131,12 @@ class IDC(MatchingMethod):
             seen, targets = self._augmented(images[rows.to(images.device)], labels[rows], rng)
             own = slice(workers.rank, None, workers.size)
             gradients = [torch.zeros_like(p) for p in parameters]
-            if len(seen[own]):
-                for part, part_targets in zip(
-                    seen[own].split(self.at_once), targets[own].split(self.at_once), strict=True
-                ):
-                    loss = F.cross_entropy(net(part), part_targets, reduction="sum") / len(rows)
-                    for gradient, summand in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
-                        gradient.add_(summand)
-            workers.all_reduce_sum(gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+            parts = zip(seen[own].split(self.at_once), targets[own].split(self.at_once), strict=True)
+            for part, part_targets in parts if len(seen[own]) else ():
+                (F.cross_entropy(net(part), part_targets, reduction="sum") / len(rows)).backward()
+            workers.all_reduce_sum(gradients)
             optimizer.step()
 
     def _network_labels(self, step: int, inner: int) -> Tensor:

@@ -1,12 +1,7 @@
 """RDED: realistic, diverse and efficient patches (Sun, Shi, Yu & Lin 2024, arXiv 2312.03526).
 
-Nothing is optimised. Random crops of real images were ranked by a teacher's cross-entropy of their class, in a pass over
-the prepared data (`patch_ranking.py`). Each real image offers its most realistic crop; the ipc * factor^2 best of these are
-reduced and tiled, factor x factor to an image, and the teacher labels each view of the images (`soft_labels.py`). If a
-class has fewer real images than patches are needed, further crops of the same images follow, which the card reports.
-
-Steps only divide the work: step i of n builds the classes whose label is i modulo n. A patch of a clip is cut out of all its
-frames.
+`patch_ranking.py` has ranked crops of real images; here the best ones are tiled (`distillation/README.md`). Steps only
+divide the work: step i of n builds the classes whose label is i modulo n. A patch of a clip is cut out of all its frames.
 """
 
 from __future__ import annotations
@@ -23,12 +18,7 @@ from distill_at_scale.config.methods import RDEDSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, MethodContext
-from distill_at_scale.distillation.methods.shared.patch_ranking import (
-    crop_boxes,
-    images_per_class,
-    read_table,
-    table_path,
-)
+from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.multi_formation import assemble_parts
 from distill_at_scale.distillation.soft_labels import crop_and_flip
@@ -59,7 +49,7 @@ class RDED(TeacherMethod):
         self.context, self.options = context, self.section(context.config)
         self.ipc = context.config.distill.ipc
         self.patches = self.ipc * self.options.factor**2  # of a class
-        self.path = table_path(context.networks, context.config)
+        self.path = patch_ranking.table_path(context.networks, context.config)
 
     def prepare(self, real: ClassSampler) -> None:
         self.real = real
@@ -81,14 +71,16 @@ class RDED(TeacherMethod):
 
     def _build(self, label: int) -> tuple[Tensor, float]:
         """The images of a class [ipc, *shape], and the mean loss of their patches."""
-        table = read_table(self.path, filters=[("label", "==", label)])  # sorted by row, then crop
+        table = patch_ranking.read_table(self.path, filters=[("label", "==", label)])  # sorted by row, then crop
         first = table.take(np.arange(0, table.num_rows, self.options.crops))  # one row per real image
         losses = table["loss"].to_numpy().reshape(-1, self.options.crops)
         images, crops = best_crops(losses, self.patches)
         ids = np.array(first["sample_id"].to_pylist())[images].tolist()
         rows = torch.from_numpy(first["row"].to_numpy()[images].astype(np.int64))
         chosen = zip(ids, crops.tolist(), strict=True)
-        boxes = torch.stack([crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen])
+        boxes = torch.stack(
+            [patch_ranking.crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen]
+        )
         pixels = self.real.placement.take(label, rows)
         patches = crop_and_flip(self.real.normalization.apply(pixels).cpu(), boxes)
         return assemble_parts(patches, self.options.factor), float(losses[images, crops].mean())
@@ -98,7 +90,9 @@ class RDED(TeacherMethod):
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         outputs = super().finalize(images, labels)
-        ranked = zip(self.context.class_names, images_per_class(self.path, self.options.crops), strict=True)
+        ranked = zip(
+            self.context.class_names, patch_ranking.images_per_class(self.path, self.options.crops), strict=True
+        )
         reused = {name: self.patches - n for name, n in ranked if n < self.patches}
         return replace(outputs, card={**outputs.card, "patches_of_reused_images": reused})
 

@@ -1,12 +1,9 @@
 """The weight gradients of many classes from one forward and one backward pass.
 
-The gradient of a layer's weight is a product of the layer's input and the gradient at its output. All classes pass the
-network together, one backward pass gives the gradients at all outputs, and the products are taken per class, in one call
-per layer: on a CPU by a convolution with a group per class (2 to 6 times as fast as unfolding on an EPYC core), elsewhere
-by unfolding and batched matrix products. The results can be differentiated once.
-
-Not covered: dilated and grouped convolutions, and weights that are used twice or outside of their layer;
-`supports_class_gradients` tells.
+The gradient of a layer's weight is a product of the layer's input and the gradient at its output, taken per class: on a CPU
+by a convolution with a group per class (2 to 6 times as fast as unfolding on an EPYC core), elsewhere by unfolding and
+batched matrix products. The results can be differentiated once. Not covered: dilated and grouped convolutions, and weights
+that are used twice or outside of their layer.
 """
 
 from __future__ import annotations
@@ -174,9 +171,12 @@ def _grouped_derivatives(
     x, g = _classes_to_channels(x, classes), _classes_to_channels(g, classes)
     kernels = kernels.flatten(0, 1).contiguous()
     convolve = CONVOLVE[len(layer.kernel_size)]
-    for_g = convolve(x, kernels, None, layer.stride, layer.padding, layer.dilation, classes)
-    for_x = _convolution_backward(x, g, kernels, classes, layer, of_input=True) if of_x else None
-    return None if for_x is None else _channels_to_classes(for_x, classes), _channels_to_classes(for_g, classes)
+    derivatives = [convolve(x, kernels, None, layer.stride, layer.padding, layer.dilation, classes)]
+    if of_x:
+        derivatives.append(_convolution_backward(x, g, kernels, classes, layer, of_input=True))
+    # [m, classes * c, *] -> [classes * m, c, *]
+    for_g, *for_x = (t.unflatten(1, (classes, -1)).transpose(0, 1).flatten(0, 1) for t in derivatives)
+    return for_x[0] if of_x else None, for_g
 
 
 def _unfolded_products(x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor:
@@ -212,7 +212,3 @@ def _convolution_backward(x: Tensor, g: Tensor, kernels: Tensor, groups: int, la
 def _classes_to_channels(t: Tensor, classes: int) -> Tensor:
     """[classes * m, c, *] -> [m, classes * c, *]."""
     return t.unflatten(0, (classes, -1)).transpose(0, 1).flatten(1, 2).contiguous()
-
-
-def _channels_to_classes(t: Tensor, classes: int) -> Tensor:
-    return t.unflatten(1, (classes, -1)).transpose(0, 1).flatten(0, 1)

@@ -2,10 +2,7 @@
 
 An expert's file holds one tensor `parameters` float32 [epochs + 1, parameters], flat in the order of
 `network.parameters()`; row 0 is the initialisation. During training, a folder next to the file holds a checkpoint per
-finished epoch, from which a killed training continues.
-
-Not covered: networks with batch norm, whose running statistics are not parameters and would not be matched. Dropout is
-off, here and in the student's steps, so that a step can be computed twice.
+finished epoch. Dropout is off, here and in the student's steps, so that a step can be computed twice.
 """
 
 from __future__ import annotations
@@ -58,10 +55,7 @@ def refuse_batch_norm(name: str, network: nn.Module) -> None:
 
 
 class ExpertTraining:
-    """The training of one expert on all kept samples.
-
-    Batches pass the network in parts that fit the cache; without batch norm the gradient is the same.
-    """
+    """The training of one expert on all kept samples."""
 
     def __init__(self, number: int, context: MethodContext, section: MTTSection, real: ClassSampler):
         self.number, self.context, self.section = number, context, section
@@ -71,8 +65,9 @@ class ExpertTraining:
         network = context.spec.build(derive(context.seed, "expert", number))
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
-        if not context.spec.clips:  # clips would gain from channels last in compiled code only
-            MemoryFormat(context.spec, channels_last=True).network(self.network)
+        # clips would gain from channels last in compiled code only
+        self.layout = MemoryFormat(context.spec, channels_last=not context.spec.clips)
+        self.layout.network(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), section.expert_lr, section.expert_momentum, weight_decay=section.expert_weight_decay
         )  # fmt: skip
@@ -92,13 +87,11 @@ class ExpertTraining:
         shutil.rmtree(folder)
 
     def _epoch(self, epoch: int) -> None:
-        device, spec = self.context.device, self.context.spec
-        rng, at_once = generator(self.context.seed, "expert epoch", self.number, epoch), spec.microbatch(device)
+        device, at_once = self.context.device, self.context.spec.microbatch(self.context.device)
+        rng = generator(self.context.seed, "expert epoch", self.number, epoch)
         for rows in torch.randperm(len(self.labels), generator=rng).split(self.section.expert_batch):
             images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(device))
-            images = self.augmentation.draw(rng, per_image=len(rows)).apply(images)
-            if not spec.clips:
-                images = MemoryFormat(spec, channels_last=True).images(images)
+            images = self.layout.images(self.augmentation.draw(rng, per_image=len(rows)).apply(images))
             targets = self.labels[rows].to(device)
             self.optimizer.zero_grad()
             for part, part_targets in zip(images.split(at_once), targets.split(at_once), strict=True):

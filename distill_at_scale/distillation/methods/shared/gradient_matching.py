@@ -5,9 +5,6 @@ one backward pass (`class_gradients.py`): on a GPU as many as fit into MEMORY; o
 CPU_IMAGES images (EPYC core, ConvNet-3 at 32 x 32, 100 classes: up to 1.5 times as fast at 1 image, equal at 4, slower from
 8 on), else classes follow each other in parts that stay in the cache. A class whose second-order graph exceeds MEMORY is
 taken in parts: the distance depends on the mean gradient alone, so its derivative there, computed once, serves every part.
-
-Batch norm would mix the samples of a batch. As in the official code of DC, a real batch of several classes sets its
-statistics, and it then stays in evaluation mode.
 """
 
 from __future__ import annotations
@@ -65,15 +62,9 @@ class MatchingMethod(ImageMethod):
     batch_norm: ClassVar[str] = "any"
 
     def __init__(
-        self,
-        context: MethodContext,
-        init: str,
-        lr: float,
-        momentum: float,
-        augment: str,
-        real_batch: int,
+        self, context: MethodContext, init: str, lr: float, momentum: float, augment: str, real_batch: int,
         distance: GradientDistance,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(context, init, lr, momentum)
         self.augmentation, self.real_batch, self.distance = Augmentation(augment), real_batch, distance
         self.effect_distance = distance
@@ -156,14 +147,9 @@ class MatchingMethod(ImageMethod):
         return max(1, limit // images_per_class)
 
     def _real_batches(
-        self,
-        net: nn.Module,
-        syn: Tensor,
-        labels: Sequence[int],
-        params: Sequence[AugmentParams],
-        views: Sequence[View],
+        self, net: nn.Module, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams], views: Sequence[View],
         when: tuple[int, int, int],
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images."""
         step, outer, update = when
         batches = [self.real.draw([label], self.real_batch, "real batch", step, outer)[0] for label in labels]

@@ -1,11 +1,8 @@
 """Inner products of each sample's gradient with a few directions, without keeping the gradients of all samples.
 
 For the weight of a plain convolution or linear layer, a sample's gradient follows from the layer's input and the gradient
-at its output, from one forward and one backward pass. Measured on a CPU core (ConvNet of width 128 at 32 x 32, 256 samples,
-8 directions): 1.8 s; with the directions as filters of the inputs 6.4 s; one gradient 1.1 s. Other weights go through
-autograd twice per direction, which is slower.
-
-Not covered: the weight of a convolution that the network also uses outside of its layer.
+at its output. Other weights go through autograd twice per direction, which is slower. Not covered: the weight of a
+convolution that the network also uses outside of its layer.
 """
 
 from __future__ import annotations

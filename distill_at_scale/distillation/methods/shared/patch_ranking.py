@@ -1,9 +1,7 @@
 """Ranks crops of real images by a teacher's loss, for RDED, in one pass over the prepared shards.
 
-For each class a seeded draw of kept samples are candidates. Each gives `crops` random crops, which are enlarged to the size
-of an image and rated by the teacher's cross-entropy of the true class. The work is cut into the fixed chunks of the shards;
-the part file of each chunk is published on its own, so a stopped pass continues, and the result does not depend on who
-does which chunk. Row groups without a candidate are not read, and only candidates are decoded.
+The work is cut into the fixed chunks of the shards; the part file of each chunk is published on its own, so a stopped pass
+continues. Row groups without a candidate are not read, and only candidates are decoded.
 
 The table has the columns sample_id, label, row (index among the kept samples of the class, sorted by id), crop and loss.
 """

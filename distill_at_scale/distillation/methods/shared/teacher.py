@@ -1,8 +1,7 @@
 """The teacher of SRe2L and RDED: its training on the kept samples, or its pretrained weights, and its soft labels.
 
 A teacher is one file together with its normalisation. Methods share it if their `teacher_*` keys, data and selection are
-equal. It is trained with SGD and a cosine schedule in float32, from the last finished epoch on. It is not tested on real
-data: the card has its accuracy on the (augmented) samples of the last epoch.
+equal. The card has its accuracy on the (augmented) samples of the last epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
@@ -27,17 +25,10 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.ingest.chunks import sample_shape
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
+from distill_at_scale.distillation import soft_labels
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, Method, MethodContext
-from distill_at_scale.distillation.soft_labels import (
-    TEACHER,
-    Teacher,
-    TeacherFacts,
-    TeacherLabels,
-    merge_last_batch,
-    relabel,
-    with_normalization,
-)
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, TeacherFacts
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
@@ -115,11 +106,11 @@ class TeacherMethod(Method):
         config, context = self.context.config, self.context
         section, plan = self.section(config), self.protocol(config).plan
         teacher = Teacher.load(context.networks / TEACHER, context.device, section.teacher_network)
-        view_labels = TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
-        soft_labels = relabel(images, plan, view_labels, context.workers)
-        extras = {f"labels/{key}": value for key, value in soft_labels.items()}
+        view_labels = soft_labels.TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
+        labels_of_views = soft_labels.relabel(images, plan, view_labels, context.workers)
+        extras = {f"labels/{key}": value for key, value in labels_of_views.items()}
         extras |= {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in soft_labels.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in labels_of_views.values())
         facts = {"epochs": section.label_epochs, "top_k": section.top_k, "bytes_per_image": size / len(labels)}
         card = {"teacher": asdict(teacher.facts), "soft_labels": facts, "soft_label_bytes": size}
         return FinalOutputs(extras, {}, card)
@@ -195,7 +186,9 @@ def _load_pretrained(section: TeacherSection, context: MethodContext, real: Clas
     values = asdict(facts) | {"outputs": weights.outputs, "columns": columns, "origin": f"sha256 {weights.sha256}"}
     facts = TeacherFacts.from_card(values)
     if weights.normalization is not None:
-        facts = with_normalization(facts, (real.normalization.mean, real.normalization.std), weights.normalization)
+        facts = soft_labels.with_normalization(
+            facts, (real.normalization.mean, real.normalization.std), weights.normalization
+        )
     return Teacher.from_state(facts, weights.state, context.device)
 
 
@@ -228,7 +221,8 @@ class TeacherTraining:
         lr = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = lr
         right = 0
-        for rows in merge_last_batch(torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)):
+        batches = torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)
+        for rows in soft_labels.merge_last_batch(batches):
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
             images = self.augmentation.draw(draw, per_image=len(rows)).apply(images)
             targets, logits = labels[rows].to(device), self.network(images)
@@ -254,9 +248,7 @@ class TeacherTraining:
         """Load the checkpoint, if any; returns the finished epochs and the accuracy in the last of them."""
         if not self.path.exists():
             return 0, 0.0
-        saved = safetensors_io.load(self.path)
-        with safe_open(self.path, "pt") as handle:
-            facts = handle.metadata()
+        saved, facts = safetensors_io.load(self.path), safetensors_io.metadata(self.path)
         weights = {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
         self.network.load_state_dict(weights)
         for i, parameter in enumerate(self.network.parameters()):

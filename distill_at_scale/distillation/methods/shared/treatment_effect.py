@@ -30,16 +30,9 @@ PERTURBED, PERTURBED_FOR_FEATURES = 4, 2  # images of a class whose gradients ar
 
 
 def gradient_effects(
-    network: nn.Module,
-    real: Tensor,
-    images: Tensor,
-    view: View,
-    label: int,
-    distance: GradientDistance,
-    probes: int,
-    generator: torch.Generator,
-    at_once: int,
-) -> Tensor:
+    network: nn.Module, real: Tensor, images: Tensor, view: View, label: int, distance: GradientDistance, probes: int,
+    generator: torch.Generator, at_once: int,
+) -> Tensor:  # fmt: skip
     """The norm of each real sample's effect under gradient matching [n]; 0 for a single sample.
 
     Args:
@@ -68,14 +61,9 @@ def gradient_effects(
 
 
 def feature_effects(
-    embed: Callable[[Tensor], Tensor],
-    features: Tensor,
-    images: Tensor,
-    view: View,
-    probes: int,
-    generator: torch.Generator,
-    at_once: int,
-) -> Tensor:
+    embed: Callable[[Tensor], Tensor], features: Tensor, images: Tensor, view: View, probes: int,
+    generator: torch.Generator, at_once: int,
+) -> Tensor:  # fmt: skip
     """The same for L = |mean features of the real images - mean features of the synthetic images|^2 [n].
 
     `features` [n, features] are those of the real batch; `images` and `view` (one row in, one row out) as above.
@@ -99,9 +87,9 @@ def feature_effects(
 
     rows = perturbed.repeat(probes, *[1] * (perturbed.dim() - 1))  # direction by direction
     cotangents = mixtures.repeat_interleave(len(perturbed), 0)
-    effects = _in_parts(pull_back, at_once, rows, cotangents)
+    effects = torch.cat(list(map(pull_back, rows.split(at_once), cotangents.split(at_once))))
     basis = _orthonormal(effects.unflatten(0, (probes, len(perturbed)))).flatten(0, 1)
-    changes = _in_parts(push_forward, at_once, rows[: len(basis)], basis)
+    changes = torch.cat(list(map(push_forward, rows[: len(basis)].split(at_once), basis.split(at_once))))
     directions = factor * changes.unflatten(0, (-1, len(perturbed))).sum(1)  # directions x features
     return _norms(features @ directions.T) * math.sqrt(len(images) / len(perturbed))
 
@@ -114,16 +102,9 @@ class _Response:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        view: View,
-        label: int,
-        distance: GradientDistance,
-        mean: list[Tensor],
-        generator: torch.Generator,
-        at_once: int,
-    ):
+        self, network: nn.Module, images: Tensor, view: View, label: int, distance: GradientDistance, mean: list[Tensor],
+        generator: torch.Generator, at_once: int,
+    ):  # fmt: skip
         self.images, self.view, self.layers = images, view, len(mean)
         self.perturbed = torch.randperm(len(images), generator=generator)[:PERTURBED].to(images.device)
         real = [m.detach().requires_grad_(True) for m in mean]
@@ -168,10 +149,6 @@ def _forward_mode(
     weights = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     backwards = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
     return lambda change: torch.autograd.grad(backwards, weights, change, retain_graph=True)
-
-
-def _in_parts(function: Callable[[Tensor, Tensor], Tensor], at_once: int, first: Tensor, second: Tensor) -> Tensor:
-    return torch.cat([function(*p) for p in zip(first.split(at_once), second.split(at_once), strict=True)])
 
 
 def _orthonormal(effects: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """The result of a distillation: a synthetic set with everything needed to use it, saved without pickles.
 
-`synthetic.safetensors` holds images, labels and small extras (soft labels per image, for example); `card.json` says what the
-numbers mean; `whitening.safetensors` exists if the images are whitened. Large extras (labels of views, the teacher) have files
-of their own, which are read when needed. Export formats are in `distillation/export.py`.
+The files and the card are described in `distillation/README.md`; the exports are in `export.py`.
 """
 
 from __future__ import annotations
@@ -123,13 +121,10 @@ class SyntheticSet:
         return TeacherLabels(self.teacher(device, network), facts["epochs"], facts["top_k"], self.protocol.temperature)
 
     def pixels(self) -> Tensor:
-        """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to 0..255.
-
-        Raises UserError for a set of tensors.
-        """
+        """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to 0..255. Raises UserError for a set of tensors."""
         if self.kind == "tensors":
             raise UserError(
-                "the set holds arrays, which have no pixels; values() gives them on the scale of the real data"
+                "the set holds arrays, which have no pixels; values() has them on the scale of the real data"
             )
         return self.values()
 

@@ -110,6 +110,7 @@ class Method:
         no_runtime: why runtime pruning does not apply; empty for a method that prunes its real batches.
         batch_norm: whether `distill.network` may have batch norm: "any" or "refused".
         ranks_patches: whether the pipeline ranks patches of real images before the first step (RDED).
+        section_name: for methods of the package: the name of their section in `distill`.
     """
 
     parallel: ClassVar[str] = "classes"
@@ -117,8 +118,13 @@ class Method:
     no_runtime: ClassVar[str] = ""
     batch_norm: ClassVar[str] = "refused"
     ranks_patches: ClassVar[bool] = False
+    section_name: ClassVar[str]
 
     def __init__(self, context: MethodContext) -> None: ...
+
+    @classmethod
+    def section(cls, config: Config) -> Any:
+        return getattr(config.distill, cls.section_name)
 
     @staticmethod
     def init_of(config: Config) -> str:
@@ -229,6 +235,15 @@ class ImageMethod(Method):
         self.divergence: DistillationDiverged | None = None
         self.updates = 0  # within the current step
 
+    @classmethod
+    def init_of(cls, config: Config) -> str:
+        return cls.section(config).init
+
+    @classmethod
+    def protocol(cls, config: Config) -> TrainingProtocol:
+        augment = cls.section(config).augment
+        return TrainingProtocol(300 if augment == "none" else 1000, augment)
+
     def prepare(self, real: ClassSampler) -> None:
         self.real = real
         images = torch.stack([self._initial_images(label) for label in self.context.labels])
@@ -251,15 +266,10 @@ class ImageMethod(Method):
     def augmented_batches(
         self, batches: Sequence[RealBatch], params: Sequence[AugmentParams], update: int
     ) -> tuple[list[Tensor], list[int]]:
-        """Augment the real batches, without samples that runtime pruning drops by the values it remembers.
+        """Augment the real batches (one per class), without samples that runtime pruning drops by the values it remembers.
 
-        Args:
-            batches: one per class.
-            params: the augmentation of each.
-            update: counts the updates over all steps; every `runtime.refresh` updates all samples are rated again.
-
-        Returns:
-            The images [n, *shape] of each batch, and the indices of batches that are whole and to be rated by `kept_mask`.
+        `update` counts the updates over all steps; every `runtime.refresh` updates all samples are rated again. Returns the
+        images [n, *shape] of each batch, and the indices of batches that are whole and to be rated by `kept_mask`.
         """
         masks = [self.pruning.remembered_mask(b.label, b.rows, self.real.count(b.label), update) for b in batches]
         images = [
@@ -279,12 +289,8 @@ class ImageMethod(Method):
     def update(self, losses: list[Tensor], step: int) -> None:
         """Move the images along `self.images.grad`, unless something is not finite.
 
-        A failure is only recorded, and the images stay as they are until `raise_if_diverged`: workers that train a
-        network together must all reach the end of the step.
-
-        Args:
-            losses: one scalar per own class, in the order of `context.labels`.
-            step: the number of the step, for the error message.
+        `losses` are one scalar per own class. A failure is only recorded, and the images stay as they are until
+        `raise_if_diverged`: workers that train a network together must all reach the end of the step.
         """
         self.updates += 1
         if self.divergence is not None:
@@ -293,10 +299,10 @@ class ImageMethod(Method):
         if bad is None:
             bad = self._optimizer_step()
         if bad is not None:
-            section, options = self.context.config.distill, f"distill.{self.context.config.distill.method}"
+            section, name = self.context.config.distill, self.context.class_names[self.context.labels[bad]]
             trains_network = hasattr(getattr(section, section.method, None), "network_lr")
-            rates = f"{options}.image_lr" + (f" or {options}.network_lr" if trains_network else "")
-            name = self.context.class_names[self.context.labels[bad]]
+            keys = ("image_lr", "network_lr") if trains_network else ("image_lr",)
+            rates = " or ".join(f"distill.{section.method}.{key}" for key in keys)
             self.divergence = DistillationDiverged(
                 f"the loss or gradient of class {name!r} is not finite at step {step}, image learning rate {self.lr:g}; "
                 f"lower {rates}. The last good state is kept.",
@@ -310,13 +316,11 @@ class ImageMethod(Method):
             raise divergence
 
     def _optimizer_step(self) -> int | None:
-        """One step of the optimiser. If images overflow it is undone; returns the index of the first such class.
-
-        Images and momentum are copied only if an overflow is possible: a copy takes as much memory as the set.
-        """
+        """One step of the optimiser, undone if images overflow; returns the index of the first such class."""
         images = self.images.detach()
         tensors = [images, self.images.grad, *self.optimizer.state.get(self.images, {}).values()]
         largest = [max(map(abs, map(float, t.aminmax()))) for t in tensors if t is not None]
+        # without copies if no overflow is possible: they take as much memory as the set
         if sum(largest) * max(1.0, self.lr) < OVERFLOW_MARGIN:
             self.optimizer.step()
             return None

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
-from distill_at_scale.distillation.student import TrainingProtocol
 
 # ipc -> outer, inner loops of the official code
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -29,22 +27,11 @@ def default_loops(ipc: int) -> tuple[int, int]:
 
 class DC(MatchingMethod):
     default_steps: ClassVar[int] = 1000
-
-    @staticmethod
-    def section(config: Config) -> DCSection:
-        return config.distill.dc
-
-    @classmethod
-    def init_of(cls, config: Config) -> str:
-        return cls.section(config).init
-
-    @classmethod
-    def protocol(cls, config: Config) -> TrainingProtocol:
-        augment = cls.section(config).augment
-        return TrainingProtocol(300 if augment == "none" else 1000, augment)
+    section_name: ClassVar[str] = "dc"
 
     def __init__(self, context: MethodContext) -> None:
-        options = self.options = self.section(context.config)
+        options: DCSection = self.section(context.config)
+        self.options = options
         super().__init__(
             context, options.init, options.image_lr, options.image_momentum, options.augment, options.real_batch,
             cosine_distance,

@@ -13,14 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distill_at_scale.config.load import Config
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
-from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import in_parts, maybe_compile, will_compile
 
 GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # of a group's images and activations
@@ -30,15 +28,7 @@ COPIES = 4  # of a real batch at one time: drawn, normalised, augmented, concate
 
 class DM(ImageMethod):
     default_steps: ClassVar[int] = 20_000
-
-    @staticmethod
-    def init_of(config: Config) -> str:
-        return config.distill.dm.init
-
-    @staticmethod
-    def protocol(config: Config) -> TrainingProtocol:
-        augment = config.distill.dm.augment
-        return TrainingProtocol(300 if augment == "none" else 1000, augment)
+    section_name: ClassVar[str] = "dm"
 
     def __init__(self, context: MethodContext) -> None:
         options, spec = context.config.distill.dm, context.spec

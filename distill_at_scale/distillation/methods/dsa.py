@@ -6,12 +6,10 @@ from real ones.
 
 from __future__ import annotations
 
-from distill_at_scale.config.load import Config
-from distill_at_scale.config.methods import DCSection
+from typing import ClassVar
+
 from distill_at_scale.distillation.methods.dc import DC
 
 
 class DSA(DC):
-    @staticmethod
-    def section(config: Config) -> DCSection:
-        return config.distill.dsa
+    section_name: ClassVar[str] = "dsa"

@@ -32,10 +32,7 @@ LR_IPC = 10  # the images per class that the published image rate belongs to
 
 class IDC(MatchingMethod):
     default_steps: ClassVar[int] = 2000
-
-    @staticmethod
-    def init_of(config: Config) -> str:
-        return config.distill.idc.init
+    section_name: ClassVar[str] = "idc"
 
     @staticmethod
     def protocol(config: Config) -> TrainingProtocol:

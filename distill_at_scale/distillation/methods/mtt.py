@@ -26,14 +26,8 @@ class MTT(ImageMethod):
     parallel: ClassVar[str] = "replicate"
     default_steps: ClassVar[int] = 5000
     no_runtime: ClassVar[str] = "trajectory matching has no real batch in its steps from which samples could be dropped"
-
-    @staticmethod
-    def section(config: Config) -> MTTSection:
-        return config.distill.mtt
-
-    @classmethod
-    def init_of(cls, config: Config) -> str:
-        return cls.section(config).init
+    section_name: ClassVar[str] = "mtt"
+    options: MTTSection
 
     @classmethod
     def protocol(cls, config: Config) -> TrainingProtocol:

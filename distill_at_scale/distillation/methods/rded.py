@@ -30,10 +30,8 @@ class RDED(TeacherMethod):
     default_steps: ClassVar[int] = 1
     no_runtime: ClassVar[str] = "rded ranks all its real images once, so there is no real batch to prune"
     ranks_patches: ClassVar[bool] = True
-
-    @classmethod
-    def section(cls, config: Config) -> RDEDSection:
-        return config.distill.rded
+    section_name: ClassVar[str] = "rded"
+    options: RDEDSection
 
     @staticmethod
     def init_of(config: Config) -> str:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import SRe2LSection
 from distill_at_scale.core import rng
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -27,14 +26,8 @@ class SRe2L(TeacherMethod, ImageMethod):
     default_steps: ClassVar[int] = 4000
     no_runtime: ClassVar[str] = "sre2l matches the statistics that a teacher has remembered, so there is no real batch"
     teacher_needs_batch_norm: ClassVar[bool] = True
-
-    @classmethod
-    def section(cls, config: Config) -> SRe2LSection:
-        return config.distill.sre2l
-
-    @classmethod
-    def init_of(cls, config: Config) -> str:
-        return cls.section(config).init
+    section_name: ClassVar[str] = "sre2l"
+    options: SRe2LSection
 
     def __init__(self, context: MethodContext) -> None:
         self.options = self.section(context.config)

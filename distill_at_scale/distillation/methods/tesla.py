@@ -6,6 +6,7 @@ With `learn_labels` the labels are logits [images, classes], learned with the im
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,8 @@ CLASS_LOGIT = 5.0  # of an image's class, the others 0, if labels start from the
 
 
 class TESLA(MTT):
+    section_name: ClassVar[str] = "tesla"
     options: TESLASection
-
-    @staticmethod
-    def section(config: Config) -> TESLASection:
-        return config.distill.tesla
 
     @classmethod
     def protocol(cls, config: Config) -> TrainingProtocol:
@@ -68,9 +66,7 @@ class TESLA(MTT):
         return replace(synthetic, targets=self.logits.detach().flatten(0, 1).requires_grad_(True))
 
     def match(self, segment: unroll.TrajectorySegment, synthetic: unroll.SyntheticData) -> unroll.LossAndGradients:
-        return unroll.recomputed(
-            self.student, segment, synthetic, self.student_lr, exact=self.options.gradient == "exact"
-        )
+        return unroll.recomputed(self.student, segment, synthetic, self.student_lr, self.options.gradient == "exact")
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         outputs = super().finalize(images, labels)

@@ -39,7 +39,7 @@ STUDENT_WEIGHT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # of the official code
 class TeacherMethod(Method):
     """The part of the contract that concerns a teacher: its training, and its labels in `finalize`.
 
-    A subclass defines `section`, and `teacher_needs_batch_norm` if it matches batch norm statistics.
+    A subclass defines `section_name`, and `teacher_needs_batch_norm` if it matches batch norm statistics.
     """
 
     batch_norm: ClassVar[str] = "any"  # distill.network is not used
@@ -47,13 +47,9 @@ class TeacherMethod(Method):
     context: MethodContext
 
     @classmethod
-    def section(cls, config: Config) -> TeacherSection:
-        raise NotImplementedError
-
-    @classmethod
     def protocol(cls, config: Config) -> TrainingProtocol:
         """Raises UserError if the teacher does not fit the method or the data, or if `evaluate.batch` is not its batch."""
-        section = cls.section(config)
+        section: TeacherSection = cls.section(config)
         _check(config, section, cls.teacher_needs_batch_norm)
         flip = "flip" if "flip" in section.teacher_augment.split("_") else "none"
         protocol = TrainingProtocol(

@@ -17,8 +17,7 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
     sample_losses,
     synthetic_gradient,
 )
-from distill_at_scale.distillation.methods.shared.gradient_projections import projections
-from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects, gradient_effects
+from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects, gradient_effects, projections
 from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.models.spec import NetworkSpec
 

@@ -39,21 +39,15 @@ class TESLA(MTT):
             return
         logits = CLASS_LOGIT * F.one_hot(self.labels, self.context.spec.classes).float()
         if self.options.label_init == "experts" and self.options.init == "real":
-            logits = self._expert_logits(torch.zeros_like(logits))
+            images = self.images.detach().flatten(0, 1)
+            logits = torch.zeros_like(logits)
+            for number in range(self.options.experts):
+                (theta,) = self.experts.parameters(number, self.options.expert_epochs)
+                logits += self.student.logits(theta, images) / self.options.experts
+            # the logit of the image's own class is raised to the largest
+            logits = logits.scatter(1, self.labels[:, None], logits.max(1, keepdim=True).values)
         self.logits = logits.view(*self.images.shape[:2], -1).requires_grad_(True)
         self.optimizer.add_param_group({"params": [self.logits], "lr": self.options.label_lr})
-
-    @torch.no_grad()
-    def _expert_logits(self, logits: Tensor) -> Tensor:
-        """Adds the mean logits [n, classes] of the trained experts for the initial images.
-
-        If another class has the largest logit, that of the image's own class is raised to the same value.
-        """
-        images = self.images.detach().flatten(0, 1)
-        for number in range(self.options.experts):
-            (theta,) = self.experts.parameters(number, self.options.expert_epochs)
-            logits += self.student.logits(theta, images) / self.options.experts
-        return logits.scatter(1, self.labels[:, None], logits.max(1, keepdim=True).values)
 
     def learned(self) -> dict[str, Tensor]:
         logits = {} if self.logits is None else {"logits": self.logits}

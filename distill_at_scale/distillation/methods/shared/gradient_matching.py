@@ -106,13 +106,8 @@ class MatchingMethod(ImageMethod):
     def match(self, net: nn.Module, step: int, outer: int, update: int) -> float:
         """One update of the images along the gradient of sum_c D(g_real_c, g_syn_c) (DC, Algorithm 1).
 
-        Args:
-            net: the current network, on the device.
-            step, outer: seed the real batches and the augmentation.
-            update: counts the updates over all steps; runtime pruning rates all samples every `runtime.refresh` updates.
-
-        Returns:
-            The sum of the distances of the own classes.
+        `step` and `outer` seed the real batches and the augmentation; `update` counts the updates over all steps, for runtime
+        pruning. Returns the sum of the distances of the own classes.
         """
         spec, seed = self.context.spec, self.context.seed
         if self.joint is None:

@@ -33,6 +33,7 @@ from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
 
+CANDIDATES_FILE = "candidates.parquet"
 CANDIDATES = pa.schema([("sample_id", pa.string()), ("label", pa.int32()), ("row", pa.int32())])
 SCHEMA = CANDIDATES.append(pa.field("crop", pa.int32())).append(pa.field("loss", pa.float32()))
 
@@ -49,10 +50,6 @@ def parts_folder(networks: Path, config: Config) -> Path:
     return table_path(networks, config).with_suffix(".pieces")
 
 
-def _candidates_path(folder: Path) -> Path:
-    return folder / "candidates.parquet"
-
-
 def crop_boxes(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
     """The crops of a sample [crops, 4], as shares of its sides."""
     numbers = torch.rand(section.crops, 4, generator=rng.generator(seed, "patch crops", sample_id))
@@ -61,7 +58,7 @@ def crop_boxes(seed: int, sample_id: str, section: RDEDSection) -> Tensor:
 
 def draw_candidates(path: Path, config: Config, folder: Path) -> pa.Table:
     """Up to `candidates` of the samples that the manifest at `path` keeps of each class; published in `folder`."""
-    target = _candidates_path(folder)
+    target = folder / CANDIDATES_FILE
     if not target.exists():
         table, _ = manifest.read(path, ["sample_id", "label", "kept"])
         kept = table.filter(table["kept"]).sort_by([("label", "ascending"), ("sample_id", "ascending")])
@@ -86,7 +83,7 @@ class PatchRanker:
     def __init__(self, config: Config, prepared: Path, networks: Path, device: torch.device):
         self.config, self.device, self.prepared = config, device, PreparedDataset(prepared)
         self.teacher = Teacher.load(networks / TEACHER, device, config.distill.rded.teacher_network)
-        self.candidates = pq.read_table(_candidates_path(parts_folder(networks, config))).combine_chunks()
+        self.candidates = pq.read_table(parts_folder(networks, config) / CANDIDATES_FILE).combine_chunks()
         self.normalization = Normalization(tuple(self.prepared.mean), tuple(self.prepared.std))
         self.groups = {(group.file, group.number): group for group in self.prepared.groups("train")}
 

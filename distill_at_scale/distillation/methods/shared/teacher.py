@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,8 +179,7 @@ def _load_pretrained(section: TeacherSection, context: MethodContext, real: Clas
     with _teacher_keys(context.config):
         weights = pretrained.load(str(section.teacher_weights), facts.spec, context.class_names, source)
     columns = None if weights.classes is None else tuple(weights.classes)
-    values = asdict(facts) | {"outputs": weights.outputs, "columns": columns, "origin": f"sha256 {weights.sha256}"}
-    facts = TeacherFacts.from_card(values)
+    facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
     if weights.normalization is not None:
         facts = soft_labels.with_normalization(
             facts, (real.normalization.mean, real.normalization.std), weights.normalization
@@ -208,7 +207,7 @@ class TeacherTraining:
             accuracy = self._epoch(pixels, labels, real.normalization, epoch)
             self._save(epoch + 1, accuracy)
         epochs = f"{self.section.teacher_epochs} epochs, {accuracy:.1%} right in the last one"
-        facts = TeacherFacts.from_card(asdict(self.facts) | {"origin": f"trained on the kept samples for {epochs}"})
+        facts = replace(self.facts, origin=f"trained on the kept samples for {epochs}")
         return Teacher.from_state(facts, self.network.state_dict(), self.context.device)
 
     def _epoch(self, pixels: Tensor, labels: Tensor, normalization: Normalization, epoch: int) -> float:

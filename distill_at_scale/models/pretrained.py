@@ -53,16 +53,10 @@ class PretrainedWeights:
 
 
 def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_names: list[str]) -> PretrainedWeights:
-    """Read weights and fit them to a network.
+    """Read weights, a file or torchvision's name, and fit them to a network with the data's number of classes.
 
-    Args:
-        name: a file, or torchvision's name of weights or of their file.
-        spec: the network, with the data's number of classes.
-        class_names: the data's classes, in the order of their labels.
-        source_class_names: all classes of the source, of which the data may be a subset.
-
-    Raises:
-        UserError: the file is missing, damaged, not plain tensors or not finite, or is of another network or other classes.
+    The data's classes, in the order of their labels, may be a subset of those of the source. Raises UserError if the file is
+    missing, damaged, not plain tensors or not finite, or is of another network or other classes.
     """
     file, published = _find(name)
     state, trained_on = _read(file)

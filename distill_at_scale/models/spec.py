@@ -180,14 +180,9 @@ NETWORKS: dict[str, Build] = {
 
 
 def builder(key: str, name: str) -> Build:
-    """The function that builds a network from its specification.
+    """The function that builds the network called `name` from its specification; messages cite the configuration's `key`.
 
-    Args:
-        key: the configuration key that holds the name, for messages.
-        name: an entry of `NETWORKS`, `torchvision:NAME`, `frame:NAME` or `package.module:Object`.
-
-    Raises:
-        UserError: no network has this name.
+    Raises UserError if no network has this name.
     """
     if name.startswith(FRAME):
         return partial(_build_one_frame, builder(key, name.removeprefix(FRAME)))

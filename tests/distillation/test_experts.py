@@ -59,7 +59,7 @@ def test_experts_learn_their_samples(tmp_path):
     context, pool = make_context(config, tmp_path), make_sampler()
     METHODS["mtt"].make_network("expert-000.safetensors", context, pool)
     student = FlatNetwork(context.spec.build(0), 100)
-    held = ExpertFiles(tmp_path, 1, 60, sum(student.sizes), CPU)
+    held = ExpertFiles(tmp_path, 60, sum(student.sizes), CPU)
     pixels, labels = pool.all_samples()
     first, last = held.parameters(0, 0, 60)
     right = [

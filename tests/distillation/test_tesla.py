@@ -197,7 +197,7 @@ def test_soft_labels_are_learned_and_concluded(experts):
 def test_labels_start_from_the_experts_with_the_own_class_never_behind(experts):
     method = make_method(experts, "tesla")
     images, student = method.images.detach().flatten(0, 1), method.student
-    held = ExpertFiles(experts, 2, 4, sum(student.sizes), CPU)
+    held = ExpertFiles(experts, 4, sum(student.sizes), CPU)
     mean = sum(student.logits(*held.parameters(k, 4), images) for k in range(2)) / 2
     actual = method.logits.detach().flatten(0, 1)
     for row, expected, label in zip(actual, mean, method.labels.tolist(), strict=True):

@@ -261,7 +261,11 @@ class ImageMethod(Method):
             return torch.randn(self.ipc, *self.context.spec.shape, generator=noise)
         if self.real.count(label) < self.ipc:
             raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
-        return self.real.draw([label], self.ipc, "initial images")[0].images.cpu()
+        return self.real_images(label).cpu()
+
+    def real_images(self, label: int) -> Tensor:
+        """The images that a class starts from with `init: real` [ipc, *shape]."""
+        return self.real.draw([label], self.ipc, "initial images")[0].images
 
     def augmented_batches(
         self, batches: Sequence[RealBatch], params: Sequence[AugmentParams], update: int

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, cutmix
-from distill_at_scale.distillation.methods.base import FinalOutputs, MethodContext, too_few_message
+from distill_at_scale.distillation.methods.base import FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import absolute_distance, squared_distance
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod, View, repeated_draw
 from distill_at_scale.distillation.multi_formation import assemble_parts, split_parts
@@ -78,16 +77,15 @@ class IDC(MatchingMethod):
         self.all_labels = torch.arange(len(counts)).repeat_interleave(counts.long().cpu())  # of all workers' samples
 
     def _initial_images(self, label: int) -> Tensor:
-        if self.init == "noise":
-            noise = super()._initial_images(label)
-            if bool(self.darkest.isinf().all()):
-                return noise
-            pixel_range, darkest = self.pixel_range.cpu(), self.darkest.cpu()
-            return (noise * pixel_range / 4 + darkest + pixel_range / 2).clamp(darkest, self.brightest.cpu())
-        if self.real.count(label) < self.ipc:
-            raise UserError(too_few_message(self.context.class_names[label], self.real.count(label), self.ipc))
+        images = super()._initial_images(label)
+        if self.init == "real" or bool(self.darkest.isinf().all()):
+            return images
+        pixel_range, darkest = self.pixel_range.cpu(), self.darkest.cpu()
+        return (images * pixel_range / 4 + darkest + pixel_range / 2).clamp(darkest, self.brightest.cpu())
+
+    def real_images(self, label: int) -> Tensor:
         drawn = repeated_draw(self.real, label, self.ipc * self.formation, "initial images")
-        return assemble_parts(drawn, self.options.factor).cpu()
+        return assemble_parts(drawn, self.options.factor)
 
     def draws(self, step: int) -> Iterator[DrawRequest]:
         for inner in range(self.options.inner):

@@ -61,9 +61,7 @@ class MTT(ImageMethod):
         experts.refuse_batch_norm(context.spec.name, net)
         self.student = unroll.FlatNetwork(net.to(context.device), context.spec.microbatch(context.device))
         size = sum(self.student.sizes)
-        self.experts = experts.ExpertFiles(
-            context.networks, options.experts, options.expert_epochs, size, context.device
-        )
+        self.experts = experts.ExpertFiles(context.networks, options.expert_epochs, size, context.device)
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)

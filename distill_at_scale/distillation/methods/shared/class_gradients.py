@@ -36,11 +36,8 @@ def class_gradients(
 ) -> list[Tensor]:
     """Per matched parameter the gradient of each class's weighted cross-entropy [classes, *parameter].
 
-    Args:
-        network: one for which `supports_class_gradients` holds.
-        images: [classes * m, *shape], class by class in the order of `labels`.
-        weights: of the samples [classes * m]; 1 / m for the mean.
-        differentiable: whether the result can be differentiated in the images.
+    The images [classes * m, *shape] are class by class in the order of `labels`; `weights` [classes * m] are 1 / m for the
+    mean. With `differentiable` the result can be differentiated in the images.
 
     Raises:
         UnsupportedNetwork: a matched parameter is not the weight of a plain layer, or the layer is not used exactly once.

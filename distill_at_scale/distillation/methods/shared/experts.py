@@ -137,8 +137,8 @@ def _epoch_path(folder: Path, epoch: int) -> Path:
 class ExpertFiles:
     """The finished experts in a folder; only the rows that a step needs are read."""
 
-    def __init__(self, folder: Path, count: int, epochs: int, parameters: int, device: torch.device):
-        self.folder, self.count, self.device = folder, count, device
+    def __init__(self, folder: Path, epochs: int, parameters: int, device: torch.device):
+        self.folder, self.device = folder, device
         self.shape = [epochs + 1, parameters]
 
     def parameters(self, number: int, *epochs: int) -> list[Tensor]:

@@ -40,7 +40,7 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
     A killed actor is restarted and its call repeated; where a whole node is lost, the batches without a result are sent
     again, `cluster.max_failures` times each. Every unit is counted once. Raises WorkersLost after more losses.
     """
-    waiting, repeated = dict(enumerate(grouped(task.units, _actors_of(task, sharing)))), 0
+    waiting, repeated = dict(enumerate(grouped(task.units, actor_count(task.config, task.gpus, sharing)))), 0
     for failures in range(task.config.cluster.max_failures + 1):
         try:
             for number, results, event in _stream(waiting, task, sharing):
@@ -56,7 +56,13 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
                 break
             emit(instant("lost", "workers of the pool", {"units": len(waiting)}))
             if failures == task.config.cluster.max_failures:
-                raise WorkersLost(_gave_up(failures + 1, waiting, error)) from None
+                first = next(iter(waiting.values()))[0].outputs[-1]
+                raise WorkersLost(
+                    f"workers were lost {failures + 1} times ({str(error).splitlines()[0]}); {len(waiting)} batches of work "
+                    f"are left, the first one makes {first}. Finished work is kept. Run the same command again, with fewer "
+                    "cluster.actors if the workers ran out of memory. If it fails here again, a sample of that batch kills its "
+                    "process: `validate` finds such samples"
+                ) from None
             say(f"  workers were lost; sending the {len(waiting)} unfinished batches of work again")
     if repeated:
         what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
@@ -69,15 +75,9 @@ def grouped(units: Sequence[Unit], actors: int) -> list[Batch]:
     return [units[i : i + size] for i in range(0, len(units), size)]
 
 
-def _actors_of(task: Task, sharing: int) -> int:
-    """How many actors the cluster has room for now; where `sharing` executors use it, this one's part of them."""
-    count = actor_count(task.config, task.gpus)
-    return count if task.config.cluster.actors else max(1, count // sharing)
-
-
 def _stream(waiting: Mapping[int, Batch], task: Task, sharing: int) -> Iterator[tuple[int, list[Result], Event]]:
     """Send batches through a pool of actors; yields (number, results, event) of each as it is finished."""
-    cluster, size = task.config.cluster, min(_actors_of(task, sharing), len(waiting))
+    cluster, size = task.config.cluster, min(actor_count(task.config, task.gpus, sharing), len(waiting))
     most = size if cluster.actors or sharing > 1 else len(waiting)  # an unlimited pool grows with the cluster
     paths = {name: str(path) for name, path in task.paths.items()}
     arguments = {"packed": pack(task.config), "kind": task.worker, "paths": paths}
@@ -170,15 +170,6 @@ def run_units(space: WorkerRunDir, worker: Worker, units: Batch) -> list[Result]
     return results
 
 
-def _gave_up(times: int, waiting: Mapping[int, Batch], error: BaseException) -> str:
-    first = next(iter(waiting.values()))[0].outputs[-1]
-    return (
-        f"workers were lost {times} times ({str(error).splitlines()[0]}); {len(waiting)} batches of work are left, the first "
-        f"one makes {first}. Finished work is kept. Run the same command again, with fewer cluster.actors if the workers ran "
-        "out of memory. If it fails here again, a sample of that batch kills its process: `validate` finds such samples"
-    )
-
-
 def lost_too_often(what: str, config: Config, error: BaseException) -> str:
     return (
         f"{what}: processes were lost more often than cluster.max_failures = {config.cluster.max_failures} allows "
@@ -187,13 +178,12 @@ def lost_too_often(what: str, config: Config, error: BaseException) -> str:
     )
 
 
-def actor_count(config: Config, gpus: float) -> int:
-    """cluster.actors, else one actor per core, or per `gpus` of a GPU."""
+def actor_count(config: Config, gpus: float, sharing: int = 1) -> int:
+    """cluster.actors, else one actor per core, or per `gpus` of a GPU, divided among `sharing` executors."""
     if config.cluster.actors:
         return config.cluster.actors
-    if gpus:
-        return max(1, int(ray.cluster_resources().get("GPU", 0) / gpus))
-    return max(1, cores())
+    room = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else cores()
+    return max(1, room // sharing)
 
 
 def cores() -> int:

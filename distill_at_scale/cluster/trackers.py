@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,17 +35,16 @@ MAX_LENGTH = 500  # characters of a parameter
 
 def trackers(config: Config) -> list[Observer]:
     """The trackers of the section `track`. Raises UserError if a tracker's package is not installed."""
-    track, observers = config.track, list[Observer]()
-    if (mlflow := track.mlflow) is not None:
-        observers.append(Tracker("MLflow", config, lambda: Mlflow(mlflow, config)))
-    if (wandb := track.wandb) is not None:
-        observers.append(Tracker("Weights & Biases", config, lambda: Wandb(wandb, config)))
-    for package, section in (("mlflow", track.mlflow), ("wandb", track.wandb)):
-        if section is not None and importlib.util.find_spec(package) is None:
+    observers: list[Observer] = []
+    for package, name, client in (("mlflow", "MLflow", Mlflow), ("wandb", "Weights & Biases", Wandb)):
+        if (section := getattr(config.track, package)) is None:
+            continue
+        if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"track.{package} needs the package {package}, which is not installed; install distill_at_scale[{package}], "
                 f"or remove track.{package} from the configuration"
             )
+        observers.append(Tracker(name, config, partial(client, section, config)))
     return observers
 
 

@@ -56,16 +56,14 @@ def rate(config: Config, open_points: OpenPoints, say: Callable[[str], None]) ->
         points.take_over(run)
         context = StudyContext(config, points, say)
         result = Search(context, section.tolerance, section.lowest, section.points, section.seeds).run()
-        comparison = _against_fixed(context, result) if config.select.scope == "adaptive" else {}
-    seconds = round(time.perf_counter() - began, 3)
-    report = _report(result) | comparison | {"steps": config.distill.steps, "seconds": seconds}
+        report = _report(context, result)
+    report |= {"steps": config.distill.steps, "seconds": round(time.perf_counter() - began, 3)}
     write_json(run / NAME, report | {"made_with": fingerprint})
     if report["near_chance"]:
         say(f"  warning: in the search even the unpruned set is near chance ({report['unpruned']:.1%}), so any rate seems to "
             "suffice; raise select.auto.steps, or give select.keep")  # fmt: skip
-    say(
-        f"auto: keep {report['rate']:.4g} ({report['kept']} of {report['of']} samples), confidence {report['confidence']:.0%}"
-    )
+    kept = f"{report['kept']} of {report['of']} samples"
+    say(f"auto: keep {report['rate']:.4g} ({kept}), confidence {report['confidence']:.0%}")
     return float(report["rate"])
 
 
@@ -117,27 +115,25 @@ def _made_with(config: Config, run: RunDir) -> str:
     return digest({**values, "distill.steps": steps, "seed": config.run.seed, "scores": run.content("score")})
 
 
-def _report(result: SearchResult) -> dict[str, Any]:
+def _report(context: StudyContext, result: SearchResult) -> dict[str, Any]:
+    """The search as in auto.json; adaptive rates are compared with the same rate for every class."""
     best = result.unbroken
     curve = [
         {"keep": one.keep, **one.figures, "sufficient": one.sufficient,
          "confidence": round(one.confidence, 4)}
         for one in result.rates
     ]  # fmt: skip
-    return {
+    report: dict[str, Any] = {
         "rate": best.keep, "kept": best.kept, "of": best.of,
         "kept_per_class": list(best.kept_per_class),
         "confidence": round(best.confidence, 4), "unpruned": result.level.mean, "unpruned_std": result.level.std,
         "least": result.level.least, "near_chance": result.near_chance,
         "smallest_sufficient": result.smallest.keep, "curve": curve,
     }  # fmt: skip
-
-
-def _against_fixed(context: StudyContext, result: SearchResult) -> dict[str, Any]:
-    """Compares adaptive rates per class with the same rate for every class."""
-    adaptive = result.unbroken.accuracies
-    overrides = {"select.scope": "class", "select.per_class": None, "select.keep": result.unbroken.keep}
-    fixed = Repetitions(context.points.run(context.repetitions(overrides, len(adaptive)))).accuracies
-    gap = difference(adaptive, fixed)
-    return {"adaptive": summary(adaptive), "fixed": summary(fixed),
-            "adaptive_less_fixed": {"mean": gap.mean, "half_interval": gap.half}}  # fmt: skip
+    if context.config.select.scope == "adaptive":
+        overrides = {"select.scope": "class", "select.per_class": None, "select.keep": best.keep}
+        fixed = Repetitions(context.points.run(context.repetitions(overrides, len(best.accuracies)))).accuracies
+        gap = difference(best.accuracies, fixed)
+        report |= {"adaptive": summary(best.accuracies), "fixed": summary(fixed),
+                   "adaptive_less_fixed": {"mean": gap.mean, "half_interval": gap.half}}  # fmt: skip
+    return report

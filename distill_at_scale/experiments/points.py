@@ -70,9 +70,12 @@ class PointSet:
         config = with_overrides(self.config, overrides, "a point")
         seeds = {"distill.seed": config.distill_seed + point.seed, "select.seed": config.select_seed + point.seed}
         config = with_overrides(config, seeds)
-        return with_overrides(
-            config, {"run.dir": child_address(self.root, f"{POINTS}/{self._id(config)}"), "run.reuse": None}
-        )
+        # a scheduler may stop a trial at an evaluation on the way, so evaluate_every counts too
+        values: dict[str, Any] = {"distill.evaluate_every": config.distill.evaluate_every}
+        for name in POINT_SECTIONS:
+            values = result_values(getattr(config, name), f"{name}.", unused=True) | values
+        own = digest(values | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
+        return with_overrides(config, {"run.dir": child_address(self.root, f"{POINTS}/{own}"), "run.reuse": None})
 
     def run(self, points: Sequence[Point]) -> list[Outcome]:
         """Outcomes in the order of the points; finished points are read, the others run, each once.
@@ -118,10 +121,7 @@ class PointSet:
         _, scores = self._shared_names(config)
         run = self._run(scores)
         if scores not in self.ready:
-            data = self.ingested(config)
-            run.begin()
-            if _differs(run, data, "ingest") or not run.has("ingest"):
-                run.adopt(data, "ingest")
+            _adopt(run, self.ingested(config), "ingest")
             self._pipeline(config, scores).run(("score",))
             self.ready.add(scores)
         return run
@@ -129,49 +129,27 @@ class PointSet:
     def prepare(self, config: Config) -> RunDir:
         """The folder of a configured point, linked to its ingest and scores; ready for its own stages."""
         shared, run = self.scored(config), RunDir.of(config.run)
-        run.begin()
-        for stage in ("ingest", "score"):
-            if _differs(run, shared, stage):  # then the point's own stages have to run again
-                for name in (f"stages/{own}.json" for own in OWN):
-                    if (run / name).exists():
-                        run.drop(name)
-            if _differs(run, shared, stage) or not run.has(stage):
-                run.adopt(shared, stage)
+        _adopt(run, shared, "ingest", "score")
         return run
 
     def take_over(self, run: RunDir) -> None:
         """Use the finished ingest and scores of a run of the base configuration instead of computing them again."""
         for folder, stages in zip(self._shared_names(self.config), (("ingest",), ("ingest", "score")), strict=True):
-            shared = self._run(folder)
-            shared.begin()
-            for stage in stages:
-                if _differs(shared, run, stage):
-                    shared.adopt(run, stage)
+            _adopt(self._run(folder), run, *stages)
 
     def _run(self, name: str) -> RunDir:
         own = {"dir": child_address(self.root, name), "reuse": None}
         return RunDir.of(self.config.run.model_copy(update=own), self.display.say)
 
     def _shared_names(self, config: Config) -> tuple[str, str]:
-        """Names of the shared folders with ingest and with scores."""
-        data = digest(ingest.config_values(config) | self._elsewhere(config))
+        # fingerprints hash the content of data; here the locations that differ from the base configuration's count
+        ours, base = config.data, self.config.data
+        names = [n for n, field in type(ours).model_fields.items() if changes_results(field) == "by content"]
+        elsewhere = {f"at data.{n}": getattr(ours, n) for n in names if getattr(ours, n) != getattr(base, n)}
+        data = digest(ingest.config_values(config) | elsewhere)
         score = result_values(config.score, "score.", locations=True, neutral=True)
         scores = digest({"data": data, **score, "seed": config.run.seed})
         return f"{SHARED}/data-{data[:16]}", f"{SHARED}/scores-{scores[:16]}"
-
-    def _elsewhere(self, config: Config) -> dict[str, Any]:
-        """Data locations of a point that differ from the base configuration's; fingerprints hash the content instead."""
-        ours, base = config.data, self.config.data
-        names = [n for n, field in type(ours).model_fields.items() if changes_results(field) == "by content"]
-        return {f"at data.{n}": getattr(ours, n) for n in names if getattr(ours, n) != getattr(base, n)}
-
-    def _id(self, config: Config) -> str:
-        values: dict[str, Any] = {}
-        for name in POINT_SECTIONS:
-            values |= result_values(getattr(config, name), f"{name}.", unused=True)
-        # a scheduler may stop a trial at an evaluation on the way
-        values["distill.evaluate_every"] = config.distill.evaluate_every
-        return digest(values | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
 
     def _pipeline(self, config: Config, name: str) -> Pipeline:
         own = {"run.dir": child_address(self.root, name), "run.reuse": self.config.run.reuse}
@@ -268,6 +246,18 @@ def _read_note(run: RunDir, name: str) -> dict[str, Any] | None:
         return None
     except ValueError:
         return {}
+
+
+def _adopt(run: RunDir, source: RunDir, *stages: str) -> None:
+    """Link a run folder to the outputs of stages; where they changed, a point's own stages have to run again."""
+    run.begin()
+    for stage in stages:
+        if changed := _differs(run, source, stage):
+            for name in (f"stages/{own}.json" for own in OWN):
+                if (run / name).exists():
+                    run.drop(name)
+        if changed or not run.has(stage):
+            run.adopt(source, stage)
 
 
 def _differs(run: RunDir, shared: RunDir, stage: str) -> bool:

@@ -14,10 +14,12 @@ from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 
 Watch = Callable[[dict[str, Any]], None]  # called with each line of a distillation's log as it is written
-Body = Callable[
-    [Config, Executor, Watch | None], None
-]  # runs one point; importable, so that it can be sent to a worker
+# runs one point; importable, so that it can be sent to a worker
+Body = Callable[[Config, Executor, Watch | None], None]
 LastEvaluation = Mapping[str, Any]  # step and top1 of an evaluation during distillation
+# Called for a finished task with its index, the last evaluation of a point that the scheduler stopped, and what the body
+# raised (a UserError where the point's process was lost). A runner starts no further task once it raises.
+Done = Callable[[int, LastEvaluation | None, Exception | None], None]
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,6 @@ class PointTask:
     name: str  # for error messages
     judged: bool = False
     finished: bool = False
-
-
-class Done(Protocol):
-    """Callback for a finished task; a runner starts no further task once it raises."""
-
-    def __call__(self, index: int, last: LastEvaluation | None, error: Exception | None, /) -> None:
-        """`last` is the last evaluation of a point that the scheduler stopped; `error` is what the body raised, or a
-        UserError where the point's process was lost.
-        """
 
 
 class PointRunner(Protocol):

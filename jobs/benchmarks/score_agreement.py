@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_at_scale.experiments.studies.rankings import correlations
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.scoring.columns import lists_to_matrix
 
@@ -30,7 +31,7 @@ def main() -> None:
     other, _, b = _scores(options.second, None, None)
     if ids != other:
         raise SystemExit("the two runs score different samples; agreement needs the same data set")
-    mean, std = score_table.within_class_spearman(a, b, labels)
+    mean, std = (float(matrix[0, 1]) for matrix in correlations(np.stack([a, b], 1), labels))
     print(json.dumps({"spearman_mean": round(mean, 4), "spearman_std_over_classes": round(std, 4), "samples": len(ids),
                       "mean_score": [round(float(a.mean()), 4), round(float(b.mean()), 4)]}))  # fmt: skip
 

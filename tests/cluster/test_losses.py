@@ -119,7 +119,7 @@ def passes(monkeypatch):
             raise LOST
 
         monkeypatch.setattr(actor_pool, "_stream", once)
-        monkeypatch.setattr(actor_pool, "actor_count", lambda config, gpus: 1)
+        monkeypatch.setattr(actor_pool, "actor_count", lambda config, gpus, sharing: 1)
         units = [Unit(number, (Path(f"piece {number}"),)) for number in range(3)]
         done = []
         actor_pool.run(

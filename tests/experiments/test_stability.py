@@ -246,3 +246,11 @@ def test_a_constant_criterion_does_not_change_the_other_pairs():
 def test_a_class_counts_for_the_pairs_that_it_can_rank():
     vectors = np.stack([np.arange(8.0), np.r_[np.zeros(4), 3, 2, 1, 0]], 1)
     assert rankings.correlations(vectors, np.repeat([0, 1], 4))[0][0, 1] == pytest.approx(-1)
+
+
+def test_the_rank_correlation_is_within_classes():
+    first = np.array([1, 2, 3, 4, 101, 102, 103, 104.0])
+    mixed = np.array([1, 2, 3, 4, 104, 103, 102, 101.0])
+    mean, std = rankings.correlations(np.stack([first, first**2, mixed], 1), np.repeat([0, 1], 4))
+    assert (mean[0, 1], std[0, 1]) == pytest.approx((1.0, 0.0))
+    assert (mean[0, 2], std[0, 2]) == pytest.approx((0.0, 1.0))

@@ -208,14 +208,6 @@ def test_a_matrix_is_made_of_equal_lists_only():
         lists_to_matrix(pa.chunked_array([[[1.0], [2.0, 3.0, 4.0]]], pa.list_(pa.float32())))
 
 
-def test_the_rank_correlation_is_within_classes():
-    labels = np.array([0] * 4 + [1] * 4)
-    first = np.array([1, 2, 3, 4, 101, 102, 103, 104.0])
-    assert score_table.within_class_spearman(first, first**2, labels) == (1.0, 0.0)
-    mixed = np.array([1, 2, 3, 4, 104, 103, 102, 101.0])
-    assert score_table.within_class_spearman(first, mixed, labels) == pytest.approx((0.0, 1.0))
-
-
 def test_the_facts_are_plain_json(digits_run):
     metadata = pq.read_metadata(digits_run.dir / "scores.parquet").metadata
     assert json.loads(metadata[b"scores"])["seed"] == 0

@@ -15,18 +15,16 @@ from distill_at_scale.experiments.studies import (
 )
 from distill_at_scale.experiments.studies.base import Finding, StudyContext
 
-STUDIES: dict[str, Callable[[StudyContext], Finding]] = {
-    "critical_ratio": critical_ratio.study,
-    "stratified": stratified.study,
-    "drop": drop.study,
-    "interaction": interaction.study,
-    "stability": stability.study,
-    "across": across_datasets.study,
+MODULES = {
+    "critical_ratio": critical_ratio,
+    "stratified": stratified,
+    "drop": drop,
+    "interaction": interaction,
+    "stability": stability,
+    "across": across_datasets,
 }
+STUDIES: dict[str, Callable[[StudyContext], Finding]] = {name: module.study for name, module in MODULES.items()}
 # errors that can be detected before anything runs
 CHECKS: dict[str, Callable[[StudyContext], None]] = {
-    "critical_ratio": critical_ratio.check,
-    "interaction": interaction.check,
-    "stability": stability.check,
-    "across": across_datasets.check,
+    name: module.check for name, module in MODULES.items() if hasattr(module, "check")
 }

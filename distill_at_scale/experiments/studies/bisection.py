@@ -87,7 +87,13 @@ class Search:
         self.tried = {1.0: Rate(outcomes[:count], 1.0, self.level)}
         self._add(self.lowest, outcomes[count:])
         self._bisect()
-        self._look_below()
+        # look below the smallest sufficient rate, in the widest gap on a log scale, while the new rate is sufficient
+        while self._left() > 0:
+            smallest = min(keep for keep, rate in self.tried.items() if rate.sufficient)
+            below = [rate for keep, rate in sorted(self.tried.items()) if keep <= smallest]
+            gaps = [(keep, b.keep / a.reached) for a, b in itertools.pairwise(below) if (keep := self._between(a, b))]
+            if not gaps or not self._try(max(gaps, key=lambda gap: gap[1])[0]).sufficient:
+                break
         return SearchResult([self.tried[keep] for keep in sorted(self.tried)], self.level)
 
     def _bisect(self) -> None:
@@ -100,15 +106,6 @@ class Search:
         while self._left() > BELOW and (keep := self._between(low, high)):
             rate = self._try(keep)
             low, high = (low, rate) if rate.sufficient else (rate, high)
-
-    def _look_below(self) -> None:
-        """In the widest gap (on a log scale) below the smallest sufficient rate; repeats while the new rate is sufficient."""
-        while self._left() > 0:
-            smallest = min(keep for keep, rate in self.tried.items() if rate.sufficient)
-            below = [rate for keep, rate in sorted(self.tried.items()) if keep <= smallest]
-            gaps = [(keep, b.keep / a.reached) for a, b in itertools.pairwise(below) if (keep := self._between(a, b))]
-            if not gaps or not self._try(max(gaps, key=lambda gap: gap[1])[0]).sufficient:
-                return
 
     def _between(self, low: Rate, high: Rate) -> float | None:
         """The geometric mean, None if it would select the same samples as a neighbour."""

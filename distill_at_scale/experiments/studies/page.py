@@ -31,36 +31,35 @@ def contents(findings: Sequence[Finding], config: Config) -> dict[str, Any]:
     many = f"{len(findings)} {'study' if len(findings) == 1 else 'studies'}"
     steps = "" if studies.steps is None else f" of {studies.steps:,} steps"
     networks = f"{studies.evaluations} {'network' if studies.evaluations == 1 else 'networks'}"
+    sections = []
+    for number, finding in enumerate(findings, 1):
+        rows = [pages.public(plain(row)) for row in finding.rows]
+        columns = {}  # name -> whether it is numeric
+        for column in dict.fromkeys(key for row in rows for key in row):
+            values = [row.get(column) for row in rows if row.get(column) is not None]
+            numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+            columns[column] = bool(values) and numeric
+        # long facts are in the JSON file only
+        facts = {key: value for key, value in plain(finding.facts).items() if not isinstance(value, list | dict)}
+        sections.append({
+            "anchor": f"study-{number}",
+            "title": finding.title,
+            "answer": finding.answer,
+            "paper": finding.paper,
+            "plots": [charts.picture(plot) for plot in finding.plots],
+            "first_plots": FIRST_PLOTS,
+            "columns": [(column.replace("_", " "), numeric) for column, numeric in columns.items()],
+            "rows": [[as_text(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]],
+            "count": len(rows),
+            "open": len(rows) <= LISTED,
+            "facts": [(str(key).replace("_", " "), as_text(value)) for key, value in facts.items()],
+            "notes": list(finding.notes),
+        })  # fmt: skip
     return {
         "name": last_name(config.data.path or "") or config.data.source,
         "detail": f"{many} of pruning: {studies.seeds} distillations{steps} of every point, {networks} trained on each",
-        "findings": [_section(finding, number) for number, finding in enumerate(findings)],
+        "findings": sections,
         "settings": pages.as_yaml(config.model_dump()),
-    }
-
-
-def _section(finding: Finding, number: int) -> dict[str, Any]:
-    rows = [pages.public(plain(row)) for row in finding.rows]
-    columns = []
-    for column in dict.fromkeys(key for row in rows for key in row):
-        values = [row.get(column) for row in rows if row.get(column) is not None]
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        columns.append((column, bool(values) and numeric))
-    # long facts are in the JSON file only
-    facts = {key: value for key, value in plain(finding.facts).items() if not isinstance(value, list | dict)}
-    return {
-        "anchor": f"study-{number + 1}",
-        "title": finding.title,
-        "answer": finding.answer,
-        "paper": finding.paper,
-        "plots": [charts.picture(plot) for plot in finding.plots],
-        "first_plots": FIRST_PLOTS,
-        "columns": [(column.replace("_", " "), numeric) for column, numeric in columns],
-        "rows": [[as_text(row.get(column)) for column, _ in columns] for row in rows[:MOST_ROWS]],
-        "count": len(rows),
-        "open": len(rows) <= LISTED,
-        "facts": [(str(key).replace("_", " "), as_text(value)) for key, value in facts.items()],
-        "notes": list(finding.notes),
     }
 
 

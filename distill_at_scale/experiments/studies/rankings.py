@@ -24,7 +24,6 @@ from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.scoring.columns import lists_to_matrix
 from distill_at_scale.pruning.scoring.reliability import times_needed
 from distill_at_scale.pruning.selection.quotas import quota
-from distill_at_scale.pruning.selection.ranking import RANDOM
 
 CLASSES, SAMPLES = 100, 2000  # drawn at most: classes, samples of each
 SPLITS = 10  # random pairs of disjoint sets of trials per size
@@ -94,11 +93,6 @@ class Scores:
         values = self.read(name, rows)
         complete = values.shape[1] >= trials and values.shape[1] % trials == 0
         return values.reshape(len(values), trials, -1) if complete else None
-
-
-def scored(section: ScoreSection) -> bool:
-    """Whether a table of these scores has any criterion."""
-    return bool(section.imported) or any(name != RANDOM for name in section.criteria)
 
 
 def by_trial(values: Array, column: str, section: ScoreSection) -> Array:

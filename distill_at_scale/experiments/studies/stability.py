@@ -21,6 +21,7 @@ from distill_at_scale.models.spec import builder
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.text import share
 from distill_at_scale.pruning.scoring.reliability import spearman_brown
+from distill_at_scale.pruning.selection.ranking import RANDOM
 
 RATES = (0.1, 0.3, 0.5)
 CHANGED = 0.1  # utility drifts if the rank correlation is lower than that of another seed by more than this
@@ -78,7 +79,8 @@ class _Reference:
 
 def check(context: StudyContext) -> None:
     """Raises UserError for an unknown network, and where nothing is scored."""
-    if not rankings.scored(context.config.score):
+    score = context.config.score
+    if not score.imported and all(name == RANDOM for name in score.criteria):
         raise UserError("the study stability needs scores; name a criterion other than random in score.criterion, or leave "
                         "it out of studies.run")  # fmt: skip
     for name in context.config.studies.stability.networks:

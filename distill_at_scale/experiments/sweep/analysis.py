@@ -18,14 +18,12 @@ from scipy import stats
 
 from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std
 from distill_at_scale.experiments.statistics import welch as welch_error
+from distill_at_scale.experiments.sweep.table import FIXED
 
 KEEP = ("select.keep", "select.per_class")
 # keys without effect on a random selection
 RANKING = ("select.criterion", "select.order", "select.scope", "select.stratum_start")
 SELECTING = ("select.", "runtime.")  # keys without effect on an unpruned run
-TRIAL = ("trial", "seed", "control", "set", "network", "mean", "std", "n", "kept", "of", "seconds", "stopped", "error")
-PARTS = ("ingest", "score", "shared", "select", "distill", "evaluate")  # each has a column of seconds
-NOT_SWEPT = {*TRIAL, *(f"{part}_seconds" for part in PARTS)}
 
 Row = Mapping[str, Any]
 
@@ -125,7 +123,7 @@ class Recommendation:
 
 def swept(rows: Sequence[Row]) -> list[str]:
     """The swept keys, in the order of the table's columns."""
-    return list(dict.fromkeys(key for row in rows for key in row if key not in NOT_SWEPT))
+    return list(dict.fromkeys(key for row in rows for key in row if key not in FIXED))
 
 
 def configurations(rows: Sequence[Row], base: Mapping[str, Any] | None = None) -> list[Configuration]:
@@ -137,7 +135,7 @@ def configurations(rows: Sequence[Row], base: Mapping[str, Any] | None = None) -
             users.setdefault(scoring_seconds(row), set()).add(row["trial"])
     groups: dict[tuple[Any, ...], dict[Any, Row]] = {}
     for row in rows:
-        if finished(row):
+        if row.get("error") is None and row.get("stopped") is None and row.get("mean") is not None:
             own = (*(repr(row.get(key)) for key in keys), control_of(row), row["set"], row["network"])
             groups.setdefault(own, {})[row["trial"]] = row
     result = []
@@ -173,10 +171,6 @@ def pooled(rows: Sequence[Row]) -> Accuracy:
     )
     std = math.sqrt(squares / (total - 1)) if total > 1 else None
     return Accuracy(mean, std, tuple(row["mean"] for row in rows), tuple(counts))
-
-
-def finished(row: Row) -> bool:
-    return row.get("error") is None and row.get("stopped") is None and row.get("mean") is not None
 
 
 def control_of(row: Row) -> str | None:

@@ -41,11 +41,14 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
     best = analysis.recommend(ours) if comparable else None
     shared = analysis.recommend(ours, shared=True) if comparable else None
     shown, omitted = plots.accuracy_plots(configurations, best)
+    trials, over = len({row["trial"] for row in rows}), f" over {', '.join(keys)}" if keys else ""
+    tried = len({repr(sorted(c.keys.items())) + str(c.control) for c in configurations if c.set == "distilled"})
     workers = config.distill.max_workers
     gpus = workers * config.cluster.gpus_per_worker
     return {
         "name": last_name(config.data.path or "") or config.data.source,
-        "detail": _detail(rows, keys, configurations),
+        "detail": f"Sweep{over}: {tried:,} {'configuration' if tried == 1 else 'configurations'} in {trials:,} "
+        f"{'trial' if trials == 1 else 'trials'}",
         "answer": text.headline(best, shared) if best else None,
         "reasons": text.reasons(best, shared) if best else [],
         "contexts": _contexts(ours),
@@ -66,17 +69,6 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         **_unfinished(rows, keys),
         "settings": pages.as_yaml(config.model_dump()),
     }
-
-
-def _detail(rows: Sequence[Row], keys: Sequence[str], configurations: Sequence[Configuration]) -> str:
-    """One line: the swept keys and the number of configurations and trials."""
-    trials = {row["trial"] for row in rows}
-    tried = len({repr(sorted(c.keys.items())) + str(c.control) for c in configurations if c.set == "distilled"})
-    over = f" over {', '.join(keys)}" if keys else ""
-    return (
-        f"Sweep{over}: {tried:,} {'configuration' if tried == 1 else 'configurations'} in {len(trials):,} "
-        f"{'trial' if len(trials) == 1 else 'trials'}"
-    )
 
 
 def _contexts(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
@@ -107,7 +99,6 @@ def _times(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
 
 def _table(configurations: Sequence[Configuration], ours: Sequence[Configuration], best: Recommendation | None,
            keys: Sequence[str]) -> list[dict[str, Any]]:  # fmt: skip
-    """All configurations and controls, the most accurate first."""
     front = analysis.pareto(ours)
     return [
         {
@@ -126,7 +117,6 @@ def _table(configurations: Sequence[Configuration], ours: Sequence[Configuration
 
 
 def _comparison(result: Recommendation) -> dict[str, Any]:
-    """Differences from both controls, and the seconds saved."""
     if result.chosen.set != "distilled":
         return {"over_random": None, "over_unpruned": None, "saved": None}
     cells: dict[str, Any] = {"saved": result.saved if result.chosen.control != "unpruned" else None}

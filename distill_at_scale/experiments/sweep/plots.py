@@ -44,7 +44,7 @@ def accuracy_plots(
 ) -> tuple[list[Plot], int]:
     """Plots of accuracy for each network and each value of the facet keys, and the number of plots left out."""
     axis, ours, plots = axis_of(configurations), distilled(configurations), list[Plot]()
-    facet_keys = _facet_keys(configurations, axis) if axis else []
+    facet_keys, series_keys = _split_keys(configurations, axis) if axis else ([], [])
     networks = list(dict.fromkeys(one.network for one in ours))
     for network in networks:
         facets: dict[str, tuple[dict[str, Any], list[Configuration]]] = {}
@@ -59,7 +59,7 @@ def accuracy_plots(
                 real = [one for one in configurations if one.set == "random_real" and one.network == network]
                 plots += _bar_plots(title, group, controls, real)
             else:
-                plots += _line_plots(title, axis, list(facet), group, controls, configurations, recommended)
+                plots += _line_plots(title, axis, series_keys, group, controls, configurations, recommended)
     return plots[:MOST_PLOTS], max(0, len(plots) - MOST_PLOTS)
 
 
@@ -85,8 +85,8 @@ def _selections(configurations: Sequence[Configuration]) -> list[Configuration]:
     return [one for one in configurations if one.control is None] or list(configurations)
 
 
-def _facet_keys(configurations: Sequence[Configuration], axis: str) -> list[str]:
-    """Keys with a plot for each value: those that affect an unpruned run, then others until the series of a plot fit."""
+def _split_keys(configurations: Sequence[Configuration], axis: str) -> tuple[list[str], list[str]]:
+    """Keys with a plot for each value (those that affect an unpruned run, then others until the series fit), and the rest."""
     keys = [key for key in varying(configurations) if key != axis and not (axis == RATE and key in KEEP)]
     facets = [key for key in keys if not key.startswith(SELECTING)]
     series = [key for key in keys if key.startswith(SELECTING)]
@@ -96,7 +96,7 @@ def _facet_keys(configurations: Sequence[Configuration], axis: str) -> list[str]
             break
         series.remove(key)
         facets.append(key)
-    return facets
+    return facets, series
 
 
 def _fits(control: Configuration, facet: Mapping[str, Any]) -> bool:
@@ -105,12 +105,9 @@ def _fits(control: Configuration, facet: Mapping[str, Any]) -> bool:
     return all(control.keys.get(k) in (None, v) for k, v in facet.items() if k != "network" and not k.startswith(free))
 
 
-def _line_plots(title: str, axis: str, facet_keys: Sequence[str], ours: Sequence[Configuration],
+def _line_plots(title: str, axis: str, keys: Sequence[str], ours: Sequence[Configuration],
                 controls: Sequence[Configuration], configurations: Sequence[Configuration],
                 recommended: Recommendation | None) -> list[Plot]:  # fmt: skip
-    keys = [
-        key for key in varying(configurations) if key not in (*facet_keys, axis) and (axis != RATE or key not in KEEP)
-    ]
     # the values of a key have the same order in all plots: that of the sweep
     order = {key: list(dict.fromkeys(repr(one.keys[key]) for one in configurations)) for key in keys}
     ours = sorted(ours, key=lambda one: [order[key].index(repr(one.keys[key])) for key in keys])

@@ -81,7 +81,11 @@ def plan(config: Config) -> list[PlannedTrial]:
     point_set = PointSet(config, LocalRunner(), Display.silent())
     planned = [PlannedTrial(trial, point_set.configured(trial.point)) for trial in space.trials(config)]
     for one in planned:
-        checks.check_rate(one.config)
+        if one.config.select.keep == "auto":
+            raise UserError(
+                "select.keep = auto cannot be swept: a sweep compares rates itself; list them, for example "
+                "sweep.space={select.keep: [0.1, 0.3]}"
+            )
         validate.check_names(one.config)
         if config.sweep.search == "asha":
             checks.check_asha(one.config)
@@ -120,13 +124,9 @@ class Sweep:
                 f"sweep: {len(self.jobs)} trials" + (f", {finished} of them finished before" if finished else "")
             )
             list(pool.map(lambda job: self.points.prepare(job.config), todo))
-        if todo:
-            self._run_trials(todo)
-        return self._finish()
-
-    def _run_trials(self, todo: Sequence[PlannedTrial]) -> None:
-        """Run unfinished trials; with asha the finished ones come first, for the scheduler's comparison."""
-        asha = self.config.sweep.search == "asha"
+        if not todo:
+            return self._finish()
+        asha = self.config.sweep.search == "asha"  # then finished trials come first, for the scheduler's comparison
         jobs = [*(job for job in self.jobs if asha and job not in todo), *todo]
         tasks = [
             PointTask(job.config, space.trial_name(job.trial), asha and job.trial.control is None, job not in todo)
@@ -140,6 +140,7 @@ class Sweep:
                     meter.advance(1, tasks[index].name)
 
             self.points.runner.run(tasks, partial(points.try_point, observers=self.observers), done)
+        return self._finish()
 
     def _record_end(self, job: PlannedTrial, last: LastEvaluation | None, error: Exception | None) -> None:
         """Other trials are running, so a failing store is not retried; `_finish` reads again what could not be read here."""
@@ -159,7 +160,6 @@ class Sweep:
         self.ends[job.folder] = end or self.ends[job.folder]
 
     def _table(self) -> pa.Table:
-        """The table of all trials that ended so far."""
         ended = [(planned, end) for planned in self.planned if (end := self.ends[planned.folder]) is not None]
         names = [last_name(planned.folder) for planned, _ in ended]
         keys = list(space.dimensions(self.config))

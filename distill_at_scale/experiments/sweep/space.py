@@ -83,11 +83,8 @@ def trials(config: Config) -> list[SweepTrial]:
             {key: _draw(config.run.seed, number, key, values) for key, values in space.items()}
             for number in range(config.sweep.samples)
         ]
-    # controls use no scores, but need some to start from: those of the first trial
-    scores = {key: value for key, value in combinations[0].items() if key.startswith("score.")}
     distinct = [
-        *_unpruned(config, combinations, scores),
-        *_random(config, combinations, scores),
+        *_controls(config, combinations),
         *(SweepTrial(Point(_without_idle(config, keys)), keys) for keys in combinations),
     ]
     points: dict[str, Point] = {}
@@ -153,27 +150,20 @@ def _draw(seed: int, number: int, key: str, values: Any) -> Any:
     return float(f"{generator.uniform(low, high):.6g}")
 
 
-def _unpruned(
-    config: Config, combinations: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]
-) -> Iterator[SweepTrial]:
-    """One for each combination of the keys that affect an unpruned run; it also evaluates random real images."""
-    if "unpruned" not in config.sweep.controls:
-        return
-    for keys in combinations:
+def _controls(config: Config, combinations: Sequence[Mapping[str, Any]]) -> Iterator[SweepTrial]:
+    """The controls of each combination: unpruned, which also evaluates random real images, and random.
+
+    An unpruned one keeps the keys that affect an unpruned run; a random one draws as many samples as the trial that prunes.
+    """
+    # controls use no scores, but need some to start from: those of the first trial
+    scores = {key: value for key, value in combinations[0].items() if key.startswith("score.")}
+    for keys in combinations if "unpruned" in config.sweep.controls else ():
         kept = {k: v for k, v in keys.items() if not k.startswith(("select.", "runtime.", "score."))}
         overrides = _without_idle(config, {**kept, **scores, **EVERYTHING, **UNPRUNED})
         shown = {k: {**UNPRUNED, **kept}.get(k) for k in keys}
         yield SweepTrial(Point({**overrides, "evaluate.control": "random_real"}), shown, "unpruned")
-
-
-def _random(
-    config: Config, combinations: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]
-) -> Iterator[SweepTrial]:
-    """The same number of random samples for each trial that prunes."""
-    if "random" not in config.sweep.controls:
-        return
     idle = ("select.order", "select.stratum_start", "select.scope")
-    for keys in combinations:
+    for keys in combinations if "random" in config.sweep.controls else ():
         overrides = {**keys, **scores, **EVERYTHING, **RANDOM}
         overrides["select.per_class"] = _value(config, keys, "select.per_class")
         if _prunes(config, overrides):

@@ -7,16 +7,17 @@ from typing import Any
 
 from distill_at_scale.experiments.sweep import analysis
 from distill_at_scale.experiments.sweep.analysis import Accuracy, Configuration, Recommendation
+from distill_at_scale.pipeline.report import text as report_text
 from distill_at_scale.pipeline.report.text import NBSP, duration, points, share
 from distill_at_scale.storage.redact import public
 
 CONTROLS = {"unpruned": "unpruned", "random": "random selection"}
+OVER_RANDOM = {"better": "selection beats random", "worse": "random beats selection", "open": "not distinguishable"}
 
 
 def accuracy(result: Accuracy) -> str:
     """Mean ± standard deviation in per cent."""
-    std = "" if result.std is None else f"{NBSP}±{NBSP}{100 * result.std:.1f}"
-    return f"{100 * result.mean:.1f}{std}{NBSP}%"
+    return report_text.accuracy({"mean": result.mean, "std": result.std})
 
 
 def size(result: Accuracy) -> str:
@@ -120,7 +121,14 @@ def reasons(result: Recommendation, shared: Recommendation | None = None) -> lis
             f"{duration(random.cost)}; a random draw needs no scoring."
         )
     if one.kept < one.of and one.control is None:
-        sentences.append(against_random(result))
+        against = "Against random selection at the same rate"
+        if not result.random:
+            sentences.append("No random control has its rate, so what the criterion adds is open.")
+        elif not result.over_random:
+            gap = points(one.accuracy.mean - result.random.accuracy.mean)
+            sentences.append(f"{against}: {gap} points, of a single evaluation, so chance is not ruled out.")
+        else:
+            sentences.append(f"{against}: {interval(result.over_random)}, {OVER_RANDOM[result.over_random.verdict]}.")
     if result.over_unpruned:
         sentences.append(f"Against the unpruned control: {interval(result.over_unpruned)}.")
     sentences.append(saving(result))
@@ -132,16 +140,6 @@ def reasons(result: Recommendation, shared: Recommendation | None = None) -> lis
         )
     sentences.append(spread(one.accuracy))
     return [sentence for sentence in sentences if sentence]
-
-
-def against_random(result: Recommendation) -> str:
-    if not result.random:
-        return "No random control has its rate, so what the criterion adds is open."
-    if not result.over_random:
-        gap = points(result.chosen.accuracy.mean - result.random.accuracy.mean)
-        return f"Against random selection at the same rate: {gap} points, of a single evaluation, so chance is not ruled out."
-    words = {"better": "selection beats random", "worse": "random beats selection", "open": "not distinguishable"}
-    return f"Against random selection at the same rate: {interval(result.over_random)}, {words[result.over_random.verdict]}."
 
 
 def interval(result: analysis.AccuracyDifference) -> str:

@@ -6,8 +6,6 @@ no scores could fill it. Not covered: the space (`space.py`), and whether the cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -34,15 +32,6 @@ def check_search(config: Config) -> None:
         )
 
 
-def check_rate(config: Config) -> None:
-    """Raises UserError for select.keep: auto, which searches the rate itself."""
-    if config.select.keep == "auto":
-        raise UserError(
-            "select.keep = auto cannot be swept: a sweep compares rates itself; list them, for example "
-            "sweep.space={select.keep: [0.1, 0.3]}"
-        )
-
-
 def check_asha(config: Config) -> None:
     """Raises UserError where a trial has fewer evaluations before its end than sweep.grace."""
     steps, interval = distill.step_count(config), config.distill.evaluate_every
@@ -59,17 +48,14 @@ def check_trial(name: str, config: Config, data: PreparedDataset) -> None:
     try:
         evaluate.require_test_split(data)
         validate.check_networks(config, data)
-        distill.check_inputs(config, data, _kept_at_most(config, data.counts("train")))
+        select, counts = config.select, data.counts("train")
+        if select.scope == "class":
+            wanted = [select.per_class or quota(select.rate, count, 0) for count in counts]
+        else:
+            wanted = [select.per_class * len(counts) if select.per_class else quota(select.rate, sum(counts), 1)] * len(
+                counts
+            )
+        kept_at_most = [min(n, max(number, config.min_per_class)) for number, n in zip(wanted, counts, strict=True)]
+        distill.check_inputs(config, data, kept_at_most)
     except UserError as error:
         raise UserError(f"the trial {name}: {error}") from None
-
-
-def _kept_at_most(config: Config, counts: Sequence[int]) -> list[int]:
-    """The number of samples kept of each class, or its upper bound where it depends on the scores."""
-    select, minimum = config.select, config.min_per_class
-    if select.scope == "class":
-        wanted = [min(select.per_class or quota(select.rate, count, 0), count) for count in counts]
-    else:
-        total = select.per_class * len(counts) if select.per_class else quota(select.rate, sum(counts), 1)
-        wanted = [min(total, count) for count in counts]
-    return [min(count, max(number, minimum)) for number, count in zip(wanted, counts, strict=True)]

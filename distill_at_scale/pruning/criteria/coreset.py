@@ -7,6 +7,8 @@ concatenate the features of all trials, so there is one order instead of a mean 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,16 +18,15 @@ from distill_at_scale.pruning.criteria.base import Array, MeanOfTrials
 HELD_PRODUCTS = 2**26  # inner products of a class that are kept in memory: 256 MB, a class of 8192
 
 
+@dataclass(eq=False)
 class Density(MeanOfTrials):
     """The mean distance to the nearest neighbours of the same class, mean over trials; a sample in a crowd stands for many.
 
     arXiv 2305.18381 leaves the formula open.
     """
 
-    by_trial = True
-
-    def __init__(self, neighbours: int = 10):
-        self.neighbours = neighbours
+    neighbours: int = 10
+    by_trial: ClassVar[bool] = True
 
     @classmethod
     def of(cls, section: ScoreSection) -> Density:

@@ -6,6 +6,8 @@ Low is useful: a sample that networks learn easily is typical of its class, and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +22,11 @@ class Loss(MeanOfTrials):
         return F.cross_entropy(outputs.logits, outputs.labels, reduction="none")
 
 
+@dataclass(eq=False)
 class EarlyLoss(Loss):
     """Over the first epochs, when networks have barely begun to learn."""
 
-    def __init__(self, early: int = 5):
-        self.early = early
+    early: int = 5
 
     @classmethod
     def of(cls, section: ScoreSection) -> EarlyLoss:
@@ -34,11 +36,11 @@ class EarlyLoss(Loss):
         return range(min(self.early, count))
 
 
+@dataclass(eq=False)
 class ConvergedLoss(Loss):
     """Over the last epochs: what networks still get wrong after learning the rest."""
 
-    def __init__(self, late: int = 5):
-        self.late = late
+    late: int = 5
 
     @classmethod
     def of(cls, section: ScoreSection) -> ConvergedLoss:

@@ -6,10 +6,12 @@ worker owns some shards and shuffles samples in a window of their row groups.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
@@ -128,7 +130,5 @@ def _windows(groups: Sequence[RowGroup], size: int, prepared: PreparedDataset) -
 
 
 def _by_label(groups: Sequence[RowGroup]) -> dict[int, list[RowGroup]]:
-    by_label: dict[int, list[RowGroup]] = {}
-    for group in groups:
-        by_label.setdefault(group.label, []).append(group)
-    return by_label
+    ordered = sorted(groups, key=attrgetter("label"))
+    return {label: list(own) for label, own in itertools.groupby(ordered, key=attrgetter("label"))}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,12 @@ class ProxyTrial:
         for epoch in range(start, self.config.epochs):
             self._epoch(epoch)
             if self.workers.rank == 0:
-                self._save(checkpoint_path(self.folder, self.trial, epoch))
+                tensors = {f"weight.{k}": v for k, v in self.network.state_dict().items()}
+                for i, parameter in enumerate(self.network.parameters()):
+                    if (buffer := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
+                        tensors[f"momentum.{i}"] = buffer
+                facts = {"class_names": json.dumps(self.prepared.class_names)}
+                safetensors_io.save(checkpoint_path(self.folder, self.trial, epoch), tensors, facts)
             self.workers.all_reduce_max(0)  # a barrier: all workers wait for the checkpoint
             advance(1)
 
@@ -142,19 +146,6 @@ class ProxyTrial:
             (F.cross_entropy(self.forward(part), targets, reduction="sum") / total).backward()
         return torch.cat([parameter.grad.reshape(-1) for parameter in self.network.parameters()])  # type: ignore[union-attr]
 
-    def _logits(self, pixels: Tensor) -> Tensor:
-        images = self.memory_format.images(self.normalization.apply(pixels))
-        with autocast(self.config.precision, self.device):
-            return self.network(images).float()
-
-    def _save(self, path: Path) -> None:
-        tensors = {f"weight.{k}": v for k, v in self.network.state_dict().items()}
-        for i, parameter in enumerate(self.network.parameters()):
-            buffer: Any = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum.{i}"] = buffer
-        safetensors_io.save(path, tensors, {"class_names": json.dumps(self.prepared.class_names)})
-
     def _resume(self) -> int:
         """Loads the last checkpoint; returns the number of finished epochs."""
         done = 0
@@ -168,6 +159,11 @@ class ProxyTrial:
                 if f"momentum.{i}" in saved:
                     self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
         return done
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        images = self.memory_format.images(self.normalization.apply(pixels))
+        with autocast(self.config.precision, self.device):
+            return self.network(images).float()
 
 
 def load_proxy(spec: NetworkSpec, path: Path, device: torch.device) -> nn.Module:

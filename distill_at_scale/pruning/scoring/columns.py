@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,15 +178,14 @@ def _one_score_each(name: str, scores: Any, count: int) -> Array:
 
 def by_class(parts: Iterable[ScoredPart]) -> Iterator[ScoredPart]:
     """The same rows, which are sorted by label, class by class; memory holds one class and one part."""
-    held: list[pa.Table] = []
-    for path, rows in parts:
-        for label, start, end in label_runs(rows["label"].to_numpy()):
-            if held and held[0]["label"][0].as_py() != label:
-                yield path, pa.concat_tables(held)
-                held = []
-            held.append(rows.slice(start, end - start))
-    if held:
-        yield path, pa.concat_tables(held)
+    runs = (
+        (label, path, rows.slice(start, end - start))
+        for path, rows in parts
+        for label, start, end in label_runs(rows["label"].to_numpy())
+    )
+    for _, group in itertools.groupby(runs, key=itemgetter(0)):
+        _, paths, tables = zip(*group, strict=True)
+        yield paths[-1], pa.concat_tables(tables)
 
 
 def lists_to_matrix(column: pa.ChunkedArray) -> Array:

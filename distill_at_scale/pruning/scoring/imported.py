@@ -117,38 +117,33 @@ def columns(config: Config, ids: pa.Array) -> dict[str, ExtraColumn]:
     positions, useful = Positions(config), config.score.imported_useful
     extra = {}
     for name, file in config.score.imported.items():
-        numbers = _joined(read(name, file), ids, positions, _key(name, file))
+        scores, key = read(name, file), _key(name, file)
+        known = positions.ids(len(scores.numbers), key) if scores.ids is None else scores.ids
+        known = known.combine_chunks()
+        rows = pc.index_in(ids, known)
+        if missing := rows.null_count:
+            first = ids.filter(pc.is_null(rows))[0].as_py()
+            raise UserError(f"{key} lacks {missing} of {len(ids)} training samples, first {first!r}; add their scores")
+        if scores.ids is not None:
+            # samples of the source that are not used here (rejected, held out, of other classes) may stay
+            unknown = known.filter(pc.invert(pc.is_in(known, ids)))
+            if len(unknown):
+                unknown = unknown.filter(pc.invert(pc.is_in(unknown, positions.source.combine_chunks())))
+            if len(unknown):
+                raise UserError(
+                    f"{key} holds {len(unknown)} ids that are not training samples of this data set, the first is "
+                    f"{unknown[0].as_py()!r}; check that it belongs to this data set"
+                )
+        with np.errstate(over="ignore"):
+            numbers = scores.numbers[rows.to_numpy()].astype(np.float32)
+        if (bad := np.flatnonzero(~np.isfinite(numbers))).size:
+            first = int(bad[0])
+            raise UserError(
+                f"{key}: the score of sample {ids[first].as_py()!r} (position {rows[first].as_py()}) is not a finite 32-bit "
+                f"number, {len(bad)} in all; provide a finite score for every training sample"
+            )
         extra[name] = ExtraColumn(useful.get(name, "low"), ids, numbers, {"imported": True})
     return extra
-
-
-def _joined(scores: ImportedScores, ids: pa.Array, positions: Positions, key: str) -> Array:
-    """The numbers in the order of `ids`, float32 [n]. Raises UserError as `columns` does."""
-    known = positions.ids(len(scores.numbers), key) if scores.ids is None else scores.ids
-    known = known.combine_chunks()
-    rows = pc.index_in(ids, known)
-    if missing := rows.null_count:
-        first = ids.filter(pc.is_null(rows))[0].as_py()
-        raise UserError(f"{key} lacks {missing} of {len(ids)} training samples, first {first!r}; add their scores")
-    if scores.ids is not None:
-        # samples of the source that are not used here (rejected, held out, of other classes) may stay
-        unknown = known.filter(pc.invert(pc.is_in(known, ids)))
-        if len(unknown):
-            unknown = unknown.filter(pc.invert(pc.is_in(unknown, positions.source.combine_chunks())))
-        if len(unknown):
-            raise UserError(
-                f"{key} holds {len(unknown)} ids that are not training samples of this data set, the first is "
-                f"{unknown[0].as_py()!r}; check that it belongs to this data set"
-            )
-    with np.errstate(over="ignore"):
-        numbers = scores.numbers[rows.to_numpy()].astype(np.float32)
-    if (bad := np.flatnonzero(~np.isfinite(numbers))).size:
-        first = int(bad[0])
-        raise UserError(
-            f"{key}: the score of sample {ids[first].as_py()!r} (position {rows[first].as_py()}) is not a finite 32-bit "
-            f"number, {len(bad)} in all; provide a finite score for every training sample"
-        )
-    return numbers
 
 
 def read(name: str, file: str) -> ImportedScores:
@@ -157,42 +152,35 @@ def read(name: str, file: str) -> ImportedScores:
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            return ImportedScores(_numbers(_json_values(json.loads(path.read_text()), key), key))
+            content = json.loads(path.read_text())
+            if isinstance(content, dict):  # by position, "0" .. "n - 1"
+                if missing := [i for i in map(str, range(len(content))) if i not in content]:
+                    raise UserError(
+                        f'{key} is an object without "{missing[0]}", though it holds {len(content)} values; its keys must be '
+                        '"0", "1", ... by position'
+                    )
+                content = [content[str(i)] for i in range(len(content))]
+            return ImportedScores(_numbers(content, key))
         if suffix in (".npy", ".npz"):
             if zipfile.is_zipfile(path):  # an .npz: few bytes can unpack to very many
                 with zipfile.ZipFile(path) as archive:
                     size = sum(entry.file_size for entry in archive.infolist())
                 if size > MAX_UNPACKED:
                     raise UserError(f"{key} unpacks to {size:,} bytes, more than {MAX_UNPACKED:,}; use .npy or Parquet")
-            return ImportedScores(_numbers(_single_array(np.load(path, allow_pickle=False), key), key))
+            content = np.load(path, allow_pickle=False)
+            if not isinstance(content, np.ndarray):
+                with content as archive:
+                    names = archive.files
+                    if len(names) != 1:
+                        raise UserError(f"{key} holds {len(names)} arrays ({', '.join(names)}); save only one")
+                    content = archive[names[0]]
+            return ImportedScores(_numbers(content, key))
         table = pyarrow.csv.read_csv(path, convert_options=AS_TEXT) if suffix == ".csv" else pq.ParquetFile(path).read()
     except UserError:
         raise
     except (ValueError, OSError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
         raise UserError(f"{key} cannot be read: {' '.join(str(error).split())}; write it again") from None
     return _by_id(table, name, key)
-
-
-def _json_values(content: Any, key: str) -> Any:
-    """A list as it is; the values at "0" .. "n - 1" of an object."""
-    if not isinstance(content, dict):
-        return content
-    missing = next((i for i in range(len(content)) if str(i) not in content), None)
-    if missing is not None:
-        raise UserError(
-            f'{key} is an object without "{missing}", though it holds {len(content)} values; its keys must be "0", "1", ... '
-            "by position"
-        )
-    return [content[str(i)] for i in range(len(content))]
-
-
-def _single_array(content: Any, key: str) -> Any:
-    if isinstance(content, np.ndarray):
-        return content
-    with content:
-        if len(content.files) != 1:
-            raise UserError(f"{key} holds {len(content.files)} arrays ({', '.join(content.files)}); save only one")
-        return content[content.files[0]]
 
 
 def _numbers(content: Any, key: str) -> Array:

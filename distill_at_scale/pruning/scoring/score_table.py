@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.stats import spearmanr
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import publish
@@ -24,8 +23,6 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import RowGroupWriter, check_rows, facts_of, open_table, reading
 from distill_at_scale.pruning.scoring.columns import ExtraColumns, ScoreColumns, ScoredPart
-
-Array = np.ndarray[Any, Any]
 
 ROWS = 2**16  # per row group
 KEY = "scores"
@@ -116,9 +113,3 @@ def read(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, di
 def facts(path: Path) -> dict[str, Any]:
     """The metadata alone, from the footer of the file."""
     return facts_of(open_table(path, "score", REQUIRED, "score table"), KEY)
-
-
-def within_class_spearman(first: Array, second: Array, labels: Array) -> tuple[float, float]:
-    """Mean and standard deviation over classes of Spearman's rank correlation between two score vectors."""
-    values = [spearmanr(first[labels == c], second[labels == c]).statistic for c in np.unique(labels)]
-    return float(np.mean(values)), float(np.std(values))

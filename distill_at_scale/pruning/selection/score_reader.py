@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -60,16 +61,17 @@ class ScoreReader:
         Raises Unsorted if they are not, and UserError for labels that are missing or not class numbers.
         """
         last = -1
-        for label, parts in itertools.groupby(self._single_label_batches(columns), key=itemgetter(0)):
+        batches = self._batches(["label", *columns])
+        runs = (
+            (label, batch.slice(start, end - start))
+            for batch in batches
+            for label, start, end in label_runs(batch["label"].to_numpy())
+        )
+        for label, parts in itertools.groupby(runs, key=itemgetter(0)):
             if label < last:
                 raise Unsorted(f"label {label} comes after label {last}")
             yield label, pa.Table.from_batches([part for _, part in parts])
             last = label
-
-    def _single_label_batches(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        for batch in self._batches(["label", *columns]):
-            for label, start, end in label_runs(batch["label"].to_numpy()):
-                yield label, batch.slice(start, end - start)
 
     def ids(self) -> Iterator[pa.Array]:
         """The sample ids of all rows, batch by batch, read ahead in a thread.
@@ -127,17 +129,12 @@ class ScoreReader:
     def _batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns, label among them, of all rows in file order, in batches that are not empty."""
         if isinstance(self.source, pa.Table):
-            yield from self._checked(self.source.select(columns).to_batches(BATCH))
-        else:
-            file = self._open()  # a reader per stream: two threads must not share a ParquetFile
-            with reading(self.source, "score"):
-                yield from self._checked(file.iter_batches(BATCH, columns=list(columns)))
-
-    def _checked(self, parts: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in parts:
-            if not batch.num_rows:
-                continue
-            labels = batch["label"]
-            if not pa.types.is_integer(labels.type) or labels.null_count or pc.min(labels).as_py() < 0:
-                raise UserError(f"{self}: the column label must hold class numbers from 0 on; run `score` again")
-            yield batch
+            parts = self.source.select(columns).to_batches(BATCH)
+        else:  # a reader per stream: two threads must not share a ParquetFile
+            parts = self._open().iter_batches(BATCH, columns=list(columns))
+        with reading(self.source, "score") if isinstance(self.source, Path) else nullcontext():
+            for batch in filter(len, parts):
+                labels = batch["label"]
+                if not pa.types.is_integer(labels.type) or labels.null_count or pc.min(labels).as_py() < 0:
+                    raise UserError(f"{self}: the column label must hold class numbers from 0 on; run `score` again")
+                yield batch

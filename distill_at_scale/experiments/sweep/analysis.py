@@ -16,8 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std
-from distill_at_scale.experiments.statistics import welch as welch_error
+from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std, welch
 from distill_at_scale.experiments.sweep.table import FIXED
 
 KEEP = ("select.keep", "select.per_class")
@@ -80,7 +79,6 @@ class AccuracyDifference:
     value: float
     low: float
     high: float
-    p: float
     over: str  # the unit of `counts`: distillations, networks
     counts: tuple[int, int]
 
@@ -232,17 +230,9 @@ def difference(ours: Accuracy, theirs: Accuracy) -> AccuracyDifference | None:
         (a, s, n), (b, t, m) = ((one.mean, one.std, one.n) for one in (ours, theirs))
     if s is None or t is None:
         return None
-    return AccuracyDifference(a - b, *welch((a, s, n), (b, t, m)), over, (n, m))
-
-
-def welch(ours: tuple[float, float, int], theirs: tuple[float, float, int]) -> tuple[float, float, float]:
-    """Confidence interval of a difference of means and the two-sided p-value; each side is (mean, std, n)."""
-    (a, s, n), (b, t, m) = ours, theirs
-    error, freedom = welch_error((s**2 / n, n), (t**2 / m, m))
-    if error == 0:
-        return a - b, a - b, 1.0 if a == b else 0.0
+    error, freedom = welch((s**2 / n, n), (t**2 / m, m))
     reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    return a - b - reach, a - b + reach, 2 * float(stats.t.sf(abs(a - b) / error, freedom))
+    return AccuracyDifference(a - b, a - b - reach, a - b + reach, over, (n, m))
 
 
 def pareto(candidates: Sequence[Configuration]) -> list[Configuration]:

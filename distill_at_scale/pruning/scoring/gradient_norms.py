@@ -7,6 +7,7 @@ on an EPYC (Zen 5) core for a ConvNet of width 128 at 32 x 32, 26 instead of 44 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,7 @@ class GradientNorms:
 
     def __call__(self, images: Tensor, labels: Tensor, columns: Sequence[int] | None = None) -> Tensor:
         """`columns` are the logits of the data's classes, None for all."""
-        weights = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
-
-        def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-            logits = functional_call(self.network, weights, (image[None],))
-            return F.cross_entropy(logits if columns is None else logits[:, columns], label[None])
-
-        def norm(image: Tensor, label: Tensor) -> Tensor:
-            gradients = grad(loss)(weights, image, label)
-            return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-
+        norm = partial(self._norm(columns), {name: p.detach() for name, p in self.network.named_parameters()})
         if images.device.type != "cpu" and self.use_vmap:
             try:
                 return self._in_parts(norm, images, labels)
@@ -55,3 +47,16 @@ class GradientNorms:
         targets = torch.cat([labels, labels.new_zeros(missing)])
         pairs = zip(padded.split(size), targets.split(size), strict=True)
         return torch.cat([vmap(norm)(*pair) for pair in pairs])[: len(images)]
+
+    def _norm(self, columns: Sequence[int] | None) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
+        """(weights, image [*shape], label []) -> the norm of the gradient."""
+
+        def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            logits = functional_call(self.network, weights, (image[None],))
+            return F.cross_entropy(logits if columns is None else logits[:, columns], label[None])
+
+        def norm(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            gradients = grad(loss)(weights, image, label)
+            return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+
+        return norm

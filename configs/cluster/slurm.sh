@@ -2,7 +2,7 @@
 # sbatch --nodes=8 configs/cluster/slurm.sh configs/imagenet1k_dm_ipc10.yaml data.path=/shared/imagenet run.dir=/shared/runs/dm
 #
 # From the root of this repository, installed with `.[cluster]` in .venv on a disk that all nodes share. One Ray node on each
-# machine, the command on the first of them; all of Ray ends with the job. A job that was cut off or requeued goes on.
+# machine, the command on the first of them; Ray ends with the job. A job that was cut off or requeued resumes.
 #SBATCH --job-name=distill-at-scale
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16

@@ -25,7 +25,7 @@ class SweepSection(Section):
     samples: int = Field(20, ge=1, description="configurations to draw (random, asha)")
     seeds: int = Field(1, ge=1, description="distillations per configuration")
     concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as the cluster holds")
-    controls: list[Control] = Field(["unpruned", "random"], description="controls to run along")
+    controls: list[Control] = Field(["unpruned", "random"], description="control runs to add")
     grace: int = Field(1, ge=1, description="evaluations before a trial may be stopped (asha)")
     reduction: int = Field(3, ge=2, description="one in this many trials survives each halving (asha)")
 
@@ -35,7 +35,7 @@ class CriticalRatioSection(Section):
 
     tolerance: float = Field(1.0, gt=0, description="accepted drop of accuracy, in std of the unpruned runs")
     lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
-    points: int = Field(8, ge=2, description="most keep rates to try")
+    points: int = Field(8, ge=2, description="largest number of keep rates to try")
 
 
 class StratifiedSection(Section):
@@ -73,9 +73,11 @@ class StabilitySection(Section):
 class AcrossSection(Section):
     """The same keep rates over several data sets."""
 
-    sets: dict[str, dict[str, Any]] = Field({}, description="by name, the dotted keys in which a data set differs")
+    sets: dict[str, dict[str, Any]] = Field(
+        {}, description="data sets by name, each with the dotted keys in which it differs from this configuration"
+    )
     keep: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [0.1, 0.3], min_length=1, description="keep rates to try, besides 1"
+        [0.1, 0.3], min_length=1, description="keep rates to try, in addition to 1"
     )
 
 

@@ -28,14 +28,14 @@ class DCSection(Section):
     )
     real_batch: int = Field(256, ge=1, description="real samples per class and step, at most what is kept of the class")
     network_batch: int = Field(256, ge=1, description="batch size of the inner network's training")
-    init: Init = Field("noise", description="start of the images")
+    init: Init = Field("noise", description="initial images: noise or real samples")
     augment: str = Field("none", description="siamese augmentation: families joined by _, or none")
 
 
 class DSASection(DCSection):
     """Gradient matching with differentiable siamese augmentation (DSA, arXiv 2102.08259)."""
 
-    init: Init = Field("real", description="start of the images")
+    init: Init = Field("real", description="initial images: noise or real samples")
     augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
 
@@ -47,7 +47,7 @@ class DMSection(Section):
     )
     image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
     real_batch: int = Field(256, ge=1, description="real samples per class and step")
-    init: Init = Field("real", description="start of the images")
+    init: Init = Field("real", description="initial images: noise or real samples")
     augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
 
@@ -58,16 +58,16 @@ class IDCSection(Section):
     image_momentum: float = Field(0.5, ge=0, lt=1, description="momentum of the images")
     factor: int = Field(2, ge=1, le=8, description="an image holds factor x factor training images; 3 on ImageNet")
     metric: Literal["mse", "l1"] = Field("mse", description="distance of gradients; l1 on MNIST-like sets and ImageNet")
-    inner: int = Field(100, ge=1, description="image updates per network, each followed by a network update")
+    inner: int = Field(100, ge=1, description="image updates per network, each followed by training of the network")
     real_batch: int = Field(64, ge=1, description="real samples per class and update")
-    synthetic_batch: int = Field(128, ge=1, description="most decoded images per class and update")
+    synthetic_batch: int = Field(128, ge=1, description="largest number of decoded images per class and update")
     network_lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of the network")
     network_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the network")
     network_weight_decay: float = Field(5e-4, ge=0, description="weight decay of the network")
     network_samples: int = Field(2000, ge=1, description="real samples the network trains on per inner iteration")
     network_batch: int = Field(128, ge=1, description="batch size of the network's training")
     network_cutmix: float = Field(1.0, ge=0, le=1, description="share of the network's batches with CutMix")
-    init: Init = Field("real", description="start of the images")
+    init: Init = Field("real", description="initial images: noise or real samples")
     augment: str = Field("color_crop_cutout", description="siamese augmentation: families joined by _, or none")
     student_augment: str = Field(
         "color_crop_flip_scale_rotate", description="augmentation of evaluation networks; no flip for digits"
@@ -93,7 +93,7 @@ class MTTSection(Section):
     expert_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the experts")
     expert_weight_decay: float = Field(0.0, ge=0, description="weight decay of the experts")
     expert_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of expert training")
-    init: Init = Field("real", description="start of the images")
+    init: Init = Field("real", description="initial images: noise or real samples")
     augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
     @model_validator(mode="after")
@@ -115,7 +115,8 @@ class TESLASection(MTTSection):
     learn_labels: bool = Field(True, description="learn soft labels with the images")
     label_lr: float = Field(1.0, ge=0, le=MAX_LR, description="learning rate of the soft labels' logits")
     label_init: Literal["experts", "class"] = Field(
-        "experts", description="start of the logits. experts: their mean logits for real images; class: 5 for its class"
+        "experts",
+        description="initial logits. experts: their mean logits for real images; class: 5 for the image's class",
     )
 
 
@@ -149,7 +150,7 @@ class SRe2LSection(TeacherSection):
     statistics: float = Field(0.01, ge=0, description="weight of matching the batch norm statistics")
     recover_batch: int = Field(100, ge=1, description="synthetic images per forward pass of the teacher")
     recover_scale: float = Field(0.08, gt=0, le=1, description="smallest share of an image in a crop of the recovery")
-    init: Init = Field("noise", description="start of the images")
+    init: Init = Field("noise", description="initial images: noise or real samples")
 
 
 class RDEDSection(TeacherSection):
@@ -157,7 +158,7 @@ class RDEDSection(TeacherSection):
 
     factor: int = Field(2, ge=1, le=8, description="an image shows factor x factor patches")
     crops: int = Field(5, ge=1, description="crops per real image; the most realistic one counts")
-    candidates: int = Field(300, ge=1, description="most real images per class to crop from")
+    candidates: int = Field(300, ge=1, description="largest number of real images per class to crop from")
     crop_scale: float = Field(0.5, gt=0, le=1, description="smallest share of an image that a patch shows")
 
 
@@ -168,20 +169,21 @@ class DistillSection(Section):
     ipc: int = Field(1, ge=1, description="synthetic images per class")
     steps: int | None = Field(None, ge=1, description="outer updates; null: the method's default")
     workers: int | list[int] = execution_key(
-        1, description="data-parallel workers, or [least, most]: as many as fit, and changing with the cluster"
+        1, description="workers, or [fewest, most]: as many as fit, changing with the cluster"
     )
     seed: int | None = Field(None, ge=0, description="seed of the distillation; null: run.seed")
     network: str = Field("convnet", description="network to match with: a name or package.module:Object")
     width: int = Field(128, ge=1, description="channels of that network")
     depth: int | None = Field(None, ge=1, le=8, description="blocks of that network; null: by image size")
     evaluate_every: int = execution_key(
-        0, ge=0, description="steps between two evaluations along the way; 0: none; needed by sweep.search: asha"
+        0, ge=0, description="steps between two evaluations during distillation; 0: none; needed by sweep.search: asha"
     )
     checkpoint_every: int = execution_key(
         50, ge=1, description="steps between two checkpoints; slow steps are saved about once a minute too"
     )
     hold: Literal["auto", "device", "host", "shards"] = execution_key(
-        "auto", description="memory for the kept samples: GPU, host, or read from disk; auto: the fastest that fits"
+        "auto",
+        description="where kept samples are held: device (GPU), host memory, or shards on disk; auto: the fastest that fits",
     )
     dc: DCSection = DCSection()
     dsa: DSASection = DSASection()

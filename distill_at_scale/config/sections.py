@@ -60,7 +60,9 @@ class DataSection(Section):
     )
     image_column: str = Field("image", description="image column of Parquet sources")
     label_column: str = Field("label", description="label column of Parquet sources")
-    max_pixels: int = Field(100_000_000, ge=1, le=170_000_000, description="larger images are rejected before decoding")
+    max_pixels: int = Field(
+        100_000_000, ge=1, le=170_000_000, description="reject images with more pixels before decoding"
+    )
     chunk: int = Field(1024, ge=1, le=2**20, description=f"samples per unit of work; {CLIPS_PER_CHUNK} for clips")
     value_column: str = later_key("values", description="column with the arrays of source: tensors")
     whiten: Literal["none", "zca"] = later_key(
@@ -78,7 +80,9 @@ class DataSection(Section):
     decoder: Literal["auto", "decord", "pyav"] = Field(
         "auto", description="video decoder; auto: decord where it is installed and correct, else PyAV"
     )
-    seek: Literal["exact", "fast"] = Field("exact", description="fast: no loop filter, same frames at 43 dB; PyAV only")
+    seek: Literal["exact", "fast"] = Field(
+        "exact", description="fast: skip the loop filter, same frames with small errors (43 dB); PyAV only"
+    )
     short: Literal["repeat", "reject"] = Field("repeat", description="too few frames: repeat the last one, or reject")
     time_limit: float = Field(
         60.0, gt=0, le=86_400, description="seconds to decode one clip; then it is rejected and its decoder killed"
@@ -93,7 +97,7 @@ class DataSection(Section):
         "none", description="make the training split harder, to study selection; the test split stays the same"
     )
     imbalance: float = later_key(10.0, gt=1, description="size ratio of the largest to the smallest class (long_tail)")
-    copies: int = later_key(5, ge=2, le=100, description="copies per sample, jittered but for one (near_duplicates)")
+    copies: int = later_key(5, ge=2, le=100, description="copies per sample, all but one jittered (near_duplicates)")
     variance_classes: int | None = later_key(
         None, ge=2, description="classes to keep (low_variance, high_variance); null: half of them"
     )
@@ -108,7 +112,7 @@ class DataSection(Section):
 
 
 class MonteCarloSection(Section):
-    """Criterion monte_carlo: a sample's utility is the mean accuracy of its class over the random subsets that hold it."""
+    """Criterion monte_carlo: a sample's utility is the mean accuracy of its class over the random subsets that contain it."""
 
     subsets: int = Field(1000, ge=2, description="random subsets")
     per_class: int = Field(10, ge=1, description="samples per class in a subset")
@@ -118,8 +122,8 @@ class MonteCarloSection(Section):
     steps: int = Field(20, ge=1, description="distillation steps per subset (learn: dc)")
     epochs: int = Field(30, ge=1, description="epochs of training a network on the subset or its distillation")
     networks: int = Field(1, ge=1, description="networks trained per subset")
-    lr: float = Field(0.05, gt=0, le=MAX_LR, description="learning rate of that training (SGD, momentum 0.9)")
-    width: int = Field(32, ge=1, description="channels of these networks")
+    lr: float = Field(0.05, gt=0, le=MAX_LR, description="learning rate of training on a subset (SGD, momentum 0.9)")
+    width: int = Field(32, ge=1, description="channels of the networks trained on subsets")
     validation: int = Field(100, ge=1, description="samples per class outside the subset, to measure accuracy on")
     at_once: int = execution_key(8, ge=1, description="subsets per task; finished subsets are not repeated")
 
@@ -133,9 +137,12 @@ class ScoreSection(Section):
     features: int = later_key(128, ge=2, description="dimensions of projected features (density, herding, k_center)")
     neighbours: int = later_key(10, ge=1, description="nearest neighbours (criterion: density)")
     imported: dict[str, str] = location_key(
-        {}, description="scores made elsewhere, name: file (JSON by position, .npy, .npz, CSV or Parquet by sample_id)"
+        {},
+        description="scores computed elsewhere, name: file (by position: JSON, .npy, .npz; by sample_id: CSV, Parquet)",
     )
-    imported_useful: dict[str, Literal["low", "high"]] = later_key({}, description="useful end, by name; default low")
+    imported_useful: dict[str, Literal["low", "high"]] = later_key(
+        {}, description="useful end of each imported score; default low"
+    )
     monte_carlo: MonteCarloSection = MonteCarloSection()
     trials: int = Field(5, ge=1, description="proxy networks to train, each with its own initialisation")
     epochs: int = Field(5, ge=1, description="epochs per proxy; a checkpoint is scored after each")
@@ -144,7 +151,12 @@ class ScoreSection(Section):
     )
     share: float = Field(1.0, gt=0, le=1, description="share of each class that proxies are trained on")
     workers: int = execution_key(1, ge=1, description="data-parallel workers per proxy; 1: trials run side by side")
-    shards: int = Field(8, ge=1, le=1024, description="logical shards of a proxy's batches, for any number of workers")
+    shards: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="logical shards that proxy batches come from; independent of the number of workers",
+    )
     network: str = Field("convnet", description="proxy network: a name or package.module:Object")
     width: int = Field(128, ge=1, description="channels of the proxy network")
     depth: int | None = Field(None, ge=1, le=8, description="blocks of the proxy network; null: by image size")
@@ -152,8 +164,12 @@ class ScoreSection(Section):
     lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of proxy training (SGD)")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of proxy training")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of proxy training")
-    compile: Literal["auto", "always", "never"] = Field("auto", description="torch.compile; auto: large networks")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs, fp32 on CPUs")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="use torch.compile; auto: for large networks"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="precision of proxies and scoring; auto: bf16 on GPUs, fp32 on CPUs"
+    )
 
     @property
     def criteria(self) -> list[str]:
@@ -194,7 +210,7 @@ class AutoSection(Section):
     evaluations: int = Field(1, ge=1, description="evaluation networks per distillation")
     tolerance: float = Field(1.0, gt=0, description="accepted drop of accuracy, in std of the unpruned runs")
     lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
-    points: int = Field(6, ge=2, description="most keep rates to try")
+    points: int = Field(6, ge=2, description="largest number of keep rates to try")
 
 
 class SelectSection(Section):
@@ -214,12 +230,14 @@ class SelectSection(Section):
         "class", description="class: rank within classes; global: over all; adaptive: Neyman allocation to classes"
     )
     order: Literal["useful", "useless", "low", "high", "stratum"] = Field(
-        "useful", description="end of the ranking to keep; stratum: a window that starts at stratum_start"
+        "useful", description="which end of the ranking to keep; stratum: a window that starts at stratum_start"
     )
     stratum_start: float = Field(
         0.0, ge=0, lt=1, description="start of the kept window, a share of the ranks (order: stratum)"
     )
-    min_per_class: int | None = Field(None, ge=0, description="fewest samples per class; null: max(1, distill.ipc)")
+    min_per_class: int | None = Field(
+        None, ge=0, description="keep at least this many samples per class; null: max(1, distill.ipc)"
+    )
     seed: int | None = Field(None, ge=0, description="seed of the random control; null: run.seed")
 
     @property
@@ -245,7 +263,7 @@ class RuntimeSection(Section):
 class EvaluateSection(Section):
     """Networks trained on the synthetic set and its controls, and tested on the test split."""
 
-    networks: list[str] = Field(["convnet"], min_length=1, description="networks to train")
+    networks: list[str] = Field(["convnet"], min_length=1, description="networks to train and test")
     seeds: int = Field(5, ge=1, description="networks of each kind to train per set")
     epochs: int | None = Field(None, ge=1, description="epochs; null: as the method's protocol says")
     batch: int | None = Field(None, ge=1, description="batch size; null: as the method's protocol says")
@@ -253,9 +271,11 @@ class EvaluateSection(Section):
     momentum: float | None = Field(None, ge=0, lt=1, description="momentum; null: as the method's protocol says")
     weight_decay: float | None = Field(None, ge=0, description="weight decay; null: as the method's protocol says")
     control: Literal["random_real", "none"] = later_key(
-        "random_real", description="random_real: train on random real samples"
+        "random_real", description="random_real: also train on as many random real samples"
     )
-    bounds: list[Literal["kept", "full"]] = Field([], description="also train on the kept samples, on the full split")
+    bounds: list[Literal["kept", "full"]] = Field(
+        [], description="upper bounds: also train on the kept samples, on the full split"
+    )
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
 
     @field_validator("networks", "bounds")
@@ -284,8 +304,8 @@ class WandbSection(Section):
 class TrackSection(Section):
     """Experiment trackers, in addition to TensorBoard; credentials come from the environment, never from here."""
 
-    mlflow: MlflowSection | None = Field(None, description="log to MLflow; null: no")
-    wandb: WandbSection | None = Field(None, description="log to Weights & Biases; null: no")
+    mlflow: MlflowSection | None = Field(None, description="log to MLflow; null: do not")
+    wandb: WandbSection | None = Field(None, description="log to Weights & Biases; null: do not")
 
 
 class ClusterSection(Section):
@@ -296,9 +316,13 @@ class ClusterSection(Section):
         description="null: start Ray on this machine; none: no Ray, all in this process; else a cluster's HOST:PORT",
     )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs per worker, also a fraction; 0: CPUs only")
-    grows: bool = Field(False, description="true: an autoscaler adds nodes, so wait for resources the cluster lacks")
+    grows: bool = Field(
+        False, description="true: an autoscaler adds nodes, so wait for resources that the cluster lacks"
+    )
     actors: int | None = Field(None, ge=1, description="actors of ingest and scoring; null: as many as fit")
-    max_failures: int = Field(3, ge=0, description="losses of workers to recover from before the run fails")
+    max_failures: int = Field(
+        3, ge=0, description="how often lost work is repeated before the run fails"
+    )
     object_store_mb: int | None = Field(
         None, ge=80, description="MiB of Ray's object store; null: 20 % of memory, up to 2,048"
     )

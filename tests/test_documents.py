@@ -142,9 +142,10 @@ def test_modules_that_are_run_exist(page):
         assert importlib.util.find_spec(module), module
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_describes_its_files(room):
-    folder = ROOT / "distill_at_scale" / room
+@pytest.mark.parametrize(
+    "folder", [page.parent for page in PAGES if page.parent.parent.name in ("distill_at_scale", "jobs")], ids=name_of
+)
+def test_a_folder_describes_its_files(folder):
     text = (folder / "README.md").read_text()
     names = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
     names |= {f"{path.name}/" for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"}

@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="CONFIG", help="configurations, and overrides section.key=value")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--price", type=float, default=2.5, help="of a GPU per hour: an assumption")
-    parser.add_argument("--spread", type=float, default=2.0, help="how far off the assumed rates may be, as a factor")
+    parser.add_argument("--spread", type=float, default=2.0, help="uncertainty of the assumed rates, as a factor")
     for constant in fields(Constants):
         parser.add_argument(f"--{constant.name}", type=float, default=constant.default, help=SOURCES[constant.name])
     options = parser.parse_args()

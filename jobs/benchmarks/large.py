@@ -57,7 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("words", nargs="*", help=f"of {', '.join(NAMES)}, and overrides section.key=value")
     parser.add_argument("--width", type=int, default=8, help="of the networks; the configurations have 128")
     parser.add_argument("--each", type=int, default=0, help="training samples of a class, at least")
-    parser.add_argument("--folder", help="where the made-up sets and runs lie meanwhile")
+    parser.add_argument("--folder", help="folder for the synthetic sets and runs")
     parser.add_argument("--ray", action="store_true", help="run on a local Ray, not in this process")
     parser.add_argument("--without-plan", action="store_true")
     options = parser.parse_args()

@@ -84,7 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=16_384, help="scored by one actor; a multiple of 1024")
     parser.add_argument("--steps", type=int, default=40, help="of DM; a fourth of DC, whose steps take longer")
-    parser.add_argument("--folder", help="where sets and results lie meanwhile")
+    parser.add_argument("--folder", help="folder for sets and results")
     return parser.parse_args()
 
 

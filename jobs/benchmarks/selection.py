@@ -65,7 +65,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", help="where the made-up tables are kept and found again")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder for the synthetic tables; reused if present")
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--keep", type=float, default=0.1)

@@ -97,7 +97,7 @@ def _options() -> argparse.Namespace:
         "--decode-rate", type=float, default=2200, help="images/s of a core, 500 x 375 to 64 x 64: decode.py"
     )
     parser.add_argument("--merged", type=int, default=60_000, help="images that go through the merge")
-    parser.add_argument("--folder", help="where pieces and shards lie meanwhile")
+    parser.add_argument("--folder", help="folder for part files and shards")
     return parser.parse_args()
 
 

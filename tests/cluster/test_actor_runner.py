@@ -1,4 +1,4 @@
-"""The runner with warm actors: what it runs, which actors it keeps, what it does about lost processes; points on it."""
+"""ActorRunner: the actors it keeps, lost processes, and points that run on it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture
-def runner(tmp_path):
+@pytest.fixture(scope="module")
+def runner(ray_session, tmp_path_factory):
+    """One runner for all tests: starting its actors takes seconds."""
     from distill_at_scale.cluster.actor_runner import ActorRunner
 
-    runner = ActorRunner(tiny_config(tmp_path, cluster__address=None, cluster__max_failures=1), lambda line: None)
+    config = tiny_config(tmp_path_factory.mktemp("runner"), cluster__address=None, cluster__max_failures=1)
+    runner = ActorRunner(config, lambda line: None)
     yield runner
     runner.close()
     assert ray.is_initialized(), "a Ray that was there before stays"
@@ -110,19 +112,30 @@ def test_actors_make_room_for_the_ordinary_executor_and_come_back(runner, run, t
     assert before.isdisjoint(processes(tmp_path).values())
 
 
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory):
+    """The run folder of the point sets; ingest and scores are computed once."""
+    return tmp_path_factory.mktemp("pooled") / "run"
+
+
 def points() -> list[Point]:
     return [Point({"select.keep": keep}, seed) for keep in (0.3, 1.0) for seed in (0, 1)]
 
 
 @pytest.mark.slow
-def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, tmp_path):
+def test_points_in_actors_equal_those_of_this_process_and_run_once(runner, pooled, tmp_path):
     display = Display(Console(quiet=True))
-    config = tiny_config(tmp_path / "pooled", cluster__address=None)
+    config = tiny_config(pooled, cluster__address=None)
     point_set = PointSet(config, runner, display)
     outcomes = point_set.run([*points(), points()[0]])
     assert [outcome.kept for outcome in outcomes[::2]] == [outcomes[0].kept, outcomes[0].of, outcomes[0].kept]
     assert outcomes[0].kept < outcomes[0].of
-    records = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "pooled" / "points").glob("*/stages/*.json")}
+    for outcome in outcomes:
+        for stage in ("ingest", "score"):
+            record = json.loads((outcome.folder / "stages" / f"{stage}.json").read_text())
+            assert "/shared/" in record["reused_from"]
+        assert (outcome.folder / "prepared").is_symlink()
+    records = {path: path.stat().st_mtime_ns for path in (pooled / "points").glob("*/stages/*.json")}
     again = PointSet(config, runner, display).run(points())
     assert [outcome.accuracy() for outcome in again] == [outcome.accuracy() for outcome in outcomes[:4]]
     assert {path: path.stat().st_mtime_ns for path in records} == records
@@ -131,18 +144,8 @@ def test_points_in_actors_are_those_of_this_process_and_are_tried_once(runner, t
 
 
 @pytest.mark.slow
-def test_points_read_ingest_and_scores_and_do_not_recompute_them(runner, tmp_path):
-    point_set = PointSet(tiny_config(tmp_path / "run", cluster__address=None), runner, Display(Console(quiet=True)))
-    for outcome in point_set.run(points()[:2]):
-        for stage in ("ingest", "score"):
-            record = json.loads((outcome.folder / "stages" / f"{stage}.json").read_text())
-            assert "/shared/" in record["reused_from"]
-        assert (outcome.folder / "prepared").is_symlink()
-
-
-@pytest.mark.slow
-def test_a_point_that_fails_is_named_by_its_overrides(runner, tmp_path):
-    config = tiny_config(tmp_path / "run", cluster__address=None)
+def test_a_point_that_fails_is_named_by_its_overrides(runner, pooled):
+    config = tiny_config(pooled, cluster__address=None)
     point_set = PointSet(config, runner, Display(Console(quiet=True)))
     with pytest.raises(UserError, match=r"the point \[select.keep=0.3 evaluate.lr=1e\+38\], repetition 1: .*diverged"):
         point_set.run([Point({"select.keep": 0.3, "evaluate.lr": 1e38}, 1)])

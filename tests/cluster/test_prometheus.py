@@ -82,8 +82,8 @@ def test_names_are_as_prometheus_wants_them(metrics):
     counters = [*metrics.counters.values(), metrics.busy, metrics.lost, metrics.stages]
     assert all(counter.name.startswith(PREFIX) and counter.name.endswith("_total") for counter in counters)
     assert not any(gauge.name.endswith("_total") for gauge in metrics.gauges.values())
-    every = [metric.name for metric in (*counters, *metrics.gauges.values())]
-    assert len(set(every)) == len(every)
+    names = [metric.name for metric in (*counters, *metrics.gauges.values())]
+    assert len(set(names)) == len(names)
 
 
 SCRAPED = """

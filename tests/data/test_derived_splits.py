@@ -98,12 +98,12 @@ def test_more_than_ten_copies_of_ids_with_equal_prefixes_stay_sorted_for_any_mem
                             "std": [0.25], "chunk": 16}, "synthetic")  # fmt: skip
         return _by_id(derived(folder, transform="near_duplicates", copies=12), "train")
 
-    whole = prepared_of(tmp_path / "whole")
+    expected = prepared_of(tmp_path / "whole")
     monkeypatch.setattr("distill_at_scale.data.ingest.near_duplicates.READ_BYTES", 1)
     parts = prepared_of(tmp_path / "parts")
-    assert len(whole) == 36
-    assert whole.keys() == parts.keys()
-    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    assert len(expected) == 36
+    assert expected.keys() == parts.keys()
+    assert all(np.array_equal(expected[name], parts[name]) for name in expected)
 
 
 def test_a_duplicate_is_near_and_not_the_same_and_a_clip_moves_as_one():

@@ -20,9 +20,9 @@ LABELS = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2]
 
 def write(folder, group=4):
     """Ten samples of three classes, passed in as tables cut at arbitrary rows."""
-    whole = to_table(IDS, LABELS, PIXELS)
+    table = to_table(IDS, LABELS, PIXELS)
     cuts = [(0, 3), (3, 2), (5, 2), (7, 3)]
-    write_shards(folder / "train", (whole.slice(*cut) for cut in cuts), schema(SHAPE), group)
+    write_shards(folder / "train", (table.slice(*cut) for cut in cuts), schema(SHAPE), group)
     write_meta(
         folder,
         {
@@ -129,17 +129,17 @@ def test_labels_that_are_not_as_counted_are_refused_when_they_are_read(prepared,
 
 
 def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
-    whole, shard = to_table(IDS, LABELS, PIXELS), prepared.folder / "train" / "shard-00000.parquet"
+    all_rows, shard = to_table(IDS, LABELS, PIXELS), prepared.folder / "train" / "shard-00000.parquet"
     for table, message in [
-        (whole.slice(0, 8), "lacks rows"),
-        (pa.concat_tables([whole, whole.slice(8)]), "other rows"),
-        (whole.drop_columns(["sample_id"]), "is not a shard"),
-        (whole.set_column(1, "label", pa.array(LABELS, pa.int64())), "is not a shard"),
+        (all_rows.slice(0, 8), "lacks rows"),
+        (pa.concat_tables([all_rows, all_rows.slice(8)]), "other rows"),
+        (all_rows.drop_columns(["sample_id"]), "is not a shard"),
+        (all_rows.set_column(1, "label", pa.array(LABELS, pa.int64())), "is not a shard"),
     ]:
         pq.write_table(table, shard, row_group_size=2)
         with pytest.raises(UserError, match=message):
             PreparedDataset(prepared.folder).groups()
-    pq.write_table(whole, shard, row_group_size=10)  # a group of several classes
+    pq.write_table(all_rows, shard, row_group_size=10)  # a group of several classes
     with pytest.raises(UserError, match="other rows"):
         PreparedDataset(prepared.folder).groups()
 
@@ -152,14 +152,14 @@ def test_a_split_that_is_not_there_is_empty(prepared):
 
 
 def test_large_data_is_cut_into_several_shards(tmp_path, monkeypatch):
-    whole = write(tmp_path / "one")
+    single = write(tmp_path / "one")
     monkeypatch.setattr(shards, "SHARD_BYTES", 90)
     cut = write(tmp_path / "many")
     assert len(list((tmp_path / "many" / "train").glob("shard-*.parquet"))) == 4
-    assert [(g.label, g.rows) for g in cut.groups()] == [(g.label, g.rows) for g in whole.groups()]
+    assert [(g.label, g.rows) for g in cut.groups()] == [(g.label, g.rows) for g in single.groups()]
     assert all(len({c.file}) == 1 for c in cut.chunks())
     assert sum(c.rows for c in cut.chunks()) == 10
-    assert np.array_equal(cut.load("train")[0], whole.load("train")[0])
+    assert np.array_equal(cut.load("train")[0], single.load("train")[0])
     assert np.array_equal(cut.take("train", 1, [0, 1]), PIXELS[6:8])
 
 

@@ -122,12 +122,12 @@ def test_statistics_in_a_footer_hide_no_kept_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "ROWS", 4)
     table = rows(12).set_column(1, "label", pa.array(np.repeat([5, 6, 7], 4), pa.int32()))
     manifest.write(tmp_path / "m", table, {})
-    whole = [(label, ids.to_pylist()) for label, ids in manifest.kept_in_parts(tmp_path / "m", [6])]
+    expected = [(label, ids.to_pylist()) for label, ids in manifest.kept_in_parts(tmp_path / "m", [6])]
     data = (tmp_path / "m").read_bytes()
     size = int.from_bytes(data[-8:-4], "little") + 8
     assert b"\x04\x06\0\0\0" in data[-size:]
     (tmp_path / "m").write_bytes(data[:-size] + data[-size:].replace(b"\x04\x06\0\0\0", b"\x04\x07\0\0\0"))
-    assert [(label, ids.to_pylist()) for label, ids in manifest.kept_in_parts(tmp_path / "m", [6])] == whole != []
+    assert [(label, ids.to_pylist()) for label, ids in manifest.kept_in_parts(tmp_path / "m", [6])] == expected != []
 
 
 def test_nothing_kept_is_an_empty_array_of_strings(tmp_path):

@@ -59,8 +59,8 @@ def test_parallel_orthogonal_and_opposite_gradients():
 @pytest.mark.parametrize("at_once", [1, 3, 7, 100])
 def test_the_gradient_in_parts_is_autograds_on_the_whole_batch(at_once):
     network, batch = SPEC.build(0), images(7)
-    whole = F.cross_entropy(network(batch), torch.full((7,), 1))
-    gradients = torch.autograd.grad(whole, gradient_distance.matched_parameters(network))
+    loss = F.cross_entropy(network(batch), torch.full((7,), 1))
+    gradients = torch.autograd.grad(loss, gradient_distance.matched_parameters(network))
     for actual, expected in zip(gradient_distance.real_gradient(network, batch, 1, at_once), gradients, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-6)
         assert not actual.requires_grad

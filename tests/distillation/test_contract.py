@@ -159,17 +159,17 @@ def test_a_run_from_shards_reads_every_draw_in_advance(places):
 
 @pytest.mark.parametrize("method", NAMES)
 def test_a_state_continues_with_the_same_bytes(method, start):
-    whole, resumed = start(method), start(method)
-    whole.step(0)
-    state = copied(whole.state_dict())
+    uninterrupted, resumed = start(method), start(method)
+    uninterrupted.step(0)
+    state = copied(uninterrupted.state_dict())
     assert all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in state.values())
     resumed.load_state_dict(copied(state))
     again = resumed.state_dict()
     assert sorted(again) == sorted(state)
     assert all(torch.equal(again[key], value) for key, value in state.items())
-    whole.step(1)
+    uninterrupted.step(1)
     resumed.step(1)
-    for a, b in zip(whole.snapshot(), resumed.snapshot(), strict=True):
+    for a, b in zip(uninterrupted.snapshot(), resumed.snapshot(), strict=True):
         assert torch.equal(a, b)
 
 

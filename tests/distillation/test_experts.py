@@ -73,7 +73,7 @@ def test_experts_learn_their_samples(tmp_path):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_killed_expert_resumes_to_the_same_bytes(tmp_path, monkeypatch, momentum):
     options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1}
-    whole, killed = train_experts(tmp_path / "whole", **options), tmp_path / "killed"
+    uninterrupted, killed = train_experts(tmp_path / "whole", **options), tmp_path / "killed"
     epoch_of = ExpertTraining._epoch
 
     def dies(self, epoch):
@@ -89,7 +89,7 @@ def test_a_killed_expert_resumes_to_the_same_bytes(tmp_path, monkeypatch, moment
     train_experts(killed, **options)
     assert done == [2, 3]
     name = "expert-000.safetensors"
-    assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert (uninterrupted / name).read_bytes() == (killed / name).read_bytes()
     assert [path.name for path in killed.iterdir()] == [name]
 
 

@@ -265,15 +265,15 @@ def test_a_class_does_not_depend_on_which_other_classes_a_worker_owns(method):
 def test_a_state_moves_between_backends_with_other_classes(method):
     pool, runtime = make_sampler(), {"rule": "loss", "drop": 0.4, "refresh": 2}
     options = {"outer": 1, "image_momentum": 0.5} if method == "dc" else {"image_momentum": 0.5}
-    whole = make_method(method, pool, runtime=runtime, **options)
-    whole.step(0)
-    state = {key: value.clone() for key, value in whole.state_dict().items()}
+    together = make_method(method, pool, runtime=runtime, **options)
+    together.step(0)
+    state = {key: value.clone() for key, value in together.state_dict().items()}
     part = make_method(method, pool, runtime=runtime, labels=[0, 2], **options)
     part.load_state_dict(state)
-    whole.step(1)
+    together.step(1)
     part.step(1)
-    assert torch.allclose(part.images, whole.images[[0, 2]], atol=1e-4)
-    assert sorted(part.state_dict()) == sorted(key for key in whole.state_dict() if not key.endswith("/1"))
+    assert torch.allclose(part.images, together.images[[0, 2]], atol=1e-4)
+    assert sorted(part.state_dict()) == sorted(key for key in together.state_dict() if not key.endswith("/1"))
 
 
 @pytest.mark.parametrize("method", ["dc", "dm"])
@@ -350,8 +350,8 @@ def test_classes_together_move_as_class_by_class(method, kind, monkeypatch):
     spec = FixedNetwork(SPECS[kind], at_once=7)
     options = {"outer": 1, "augment": SIAMESE_AUGMENT if method == "dsa" else "none"}
     called = []
-    whole = gradient_matching.class_gradients
-    monkeypatch.setattr(gradient_matching, "class_gradients", lambda *a, **k: (called.append(1), whole(*a, **k))[1])
+    original = gradient_matching.class_gradients
+    monkeypatch.setattr(gradient_matching, "class_gradients", lambda *a, **k: (called.append(1), original(*a, **k))[1])
     together = moved(method, spec, **options)
     assert called
     monkeypatch.setattr(gradient_matching, "supports_class_gradients", lambda *_: False)
@@ -371,14 +371,14 @@ def test_unequal_masks_together_are_those_of_each_class(device_few, monkeypatch)
 
 def test_a_class_too_large_for_one_graph_is_matched_in_parts(monkeypatch):
     spec = FixedNetwork(SPECS["images"])
-    whole = moved("dc", spec, outer=1, ipc=5)
+    together = moved("dc", spec, outer=1, ipc=5)
     monkeypatch.setitem(gradient_matching.MEMORY, "cpu", gradient_matching.SECOND_ORDER * spec.activation_bytes(1) * 2)
     in_parts = []
     real = gradient_matching.MatchingMethod._backward_in_parts
     monkeypatch.setattr(
         gradient_matching.MatchingMethod, "_backward_in_parts", lambda *a: (in_parts.append(1), real(*a))[1]
     )
-    assert_close(moved("dc", spec, outer=1, ipc=5), whole)
+    assert_close(moved("dc", spec, outer=1, ipc=5), together)
     assert len(in_parts) == spec.classes
 
 
@@ -386,7 +386,7 @@ def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
     """Small networks match many classes at once, as far as their real batches fit into memory."""
     spec, held, most = SPECS["a hundred classes"], 8, 10
     each = gradient_matching.COPIES * 4 * held * math.prod(spec.shape)
-    whole = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
+    together = moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held))
     sizes = []
     real = gradient_matching.MatchingMethod._real_batches
     monkeypatch.setattr(
@@ -394,15 +394,15 @@ def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
     )
     monkeypatch.setitem(gradient_matching.MEMORY, "cpu", most * each)
     monkeypatch.setattr(gradient_matching, "SECOND_ORDER", 1)
-    assert_close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), whole)
+    assert_close(moved("dc", spec, outer=1, real_batch=held, pool=pool_of(spec, lambda c: held)), together)
     assert sizes == [most] * 10
 
 
 def test_the_number_of_images_in_a_graph_does_not_grow_with_the_classes(monkeypatch):
     sizes = []
-    whole = gradient_matching.class_gradients
+    original = gradient_matching.class_gradients
     monkeypatch.setattr(
-        gradient_matching, "class_gradients", lambda n, x, *a, **k: (sizes.append(len(x)), whole(n, x, *a, **k))[1]
+        gradient_matching, "class_gradients", lambda n, x, *a, **k: (sizes.append(len(x)), original(n, x, *a, **k))[1]
     )
     moved("dc", FixedNetwork(SPECS["a hundred classes"], at_once=7), outer=1)
     assert max(sizes) == 7

@@ -118,13 +118,13 @@ def test_the_loss_falls_where_it_is_optimised(experts):
 @pytest.mark.parametrize("method", ["mtt", "tesla"])
 def test_a_restored_state_continues_to_the_same_bytes(experts, method):
     options = {"image_momentum": 0.5, "augment": "color_crop", "image_lr": 0.1}
-    whole, resumed = make_method(experts, method, **options), make_method(experts, method, **options)
-    whole.step(0)
-    state = {key: value.clone() for key, value in whole.state_dict().items()}
-    whole.step(1)
+    uninterrupted, resumed = make_method(experts, method, **options), make_method(experts, method, **options)
+    uninterrupted.step(0)
+    state = {key: value.clone() for key, value in uninterrupted.state_dict().items()}
+    uninterrupted.step(1)
     resumed.load_state_dict(state)
     resumed.step(1)
-    ours, theirs = whole.state_dict(), resumed.state_dict()
+    ours, theirs = uninterrupted.state_dict(), resumed.state_dict()
     assert sorted(ours) == sorted(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert {"rate", "rate momentum", "images/0", "momentum/2"} <= set(ours)
@@ -223,9 +223,9 @@ def test_in_parts_a_draw_stays_with_its_images():
     draw = Augmentation("color").draw(torch.Generator().manual_seed(0), per_image=5)
     step, synthetic = StudentStep(torch.randperm(5), draw), SyntheticData(images, torch.arange(5) % CLASSES)
     parts = [synthetic.batch(part) for part in step.split(2)]
-    whole = synthetic.batch(step)
-    assert torch.allclose(torch.cat([p[0] for p in parts]), whole[0])
-    assert torch.equal(torch.cat([p[1] for p in parts]), whole[1])
+    together = synthetic.batch(step)
+    assert torch.allclose(torch.cat([p[0] for p in parts]), together[0])
+    assert torch.equal(torch.cat([p[1] for p in parts]), together[1])
 
 
 def work(rank: int, folder: str, experts: str) -> None:

@@ -116,16 +116,16 @@ def test_only_candidates_are_decoded(ranked, monkeypatch):
 
 def test_row_groups_without_a_candidate_are_not_read(ranked, monkeypatch):
     context, places, chunks, candidates = ranked(candidates=1)
-    read, whole = PreparedDataset.read, []
+    read, parts_read = PreparedDataset.read, []
 
     def spy(self, part, split="train", columns=None):
         if columns is None:
-            whole.append(part)
+            parts_read.append(part)
         return read(self, part, split, columns)
 
     monkeypatch.setattr(PreparedDataset, "read", spy)
     table_of(context, places, chunks, candidates)
-    assert len(whole) == CLASSES
+    assert len(parts_read) == CLASSES
 
 
 def test_an_interrupted_pass_resumes_to_the_same_bytes(ranked, monkeypatch):
@@ -133,7 +133,7 @@ def test_an_interrupted_pass_resumes_to_the_same_bytes(ranked, monkeypatch):
     assert len(chunks) > 2
     target = patch_ranking.table_path(places.networks, context.config)
     table_of(context, places, chunks, candidates)
-    whole = target.read_bytes()
+    expected = target.read_bytes()
     pieces = [score_part_path(patch_ranking.parts_folder(places.networks, context.config), chunk) for chunk in chunks]
     before = pieces[0].stat().st_mtime_ns
     for piece in pieces[1:]:
@@ -141,7 +141,7 @@ def test_an_interrupted_pass_resumes_to_the_same_bytes(ranked, monkeypatch):
     ranker = patch_ranking.PatchRanker(context.config, places.prepared, places.networks, torch.device("cpu"))
     assert list(ranker.rank([(chunks[2], pieces[2])])) == [chunks[2].rows]  # another actor, in another order
     table_of(context, places, chunks, candidates)
-    assert target.read_bytes() == whole
+    assert target.read_bytes() == expected
     assert pieces[0].stat().st_mtime_ns == before
 
 
@@ -155,7 +155,7 @@ def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranke
     target, pieces = (
         make(places.networks, context.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
     )
-    whole = target.read_bytes()
+    expected = target.read_bytes()
     units = [Unit(chunk, (score_part_path(pieces, chunk),)) for chunk in chunks]
     for chunk in chunks:
         score_part_path(pieces, chunk).unlink()
@@ -167,7 +167,7 @@ def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranke
         answer = actors[number % 2](pa.table({"number": [number], "units": [pickle.dumps(batch)]}))
         assert not isinstance(pickle.loads(answer["answer"][0].as_py()), Exception)
     patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, 3, target)
-    assert target.read_bytes() == whole
+    assert target.read_bytes() == expected
 
 
 def test_part_files_of_other_candidates_are_refused(ranked):
@@ -246,15 +246,15 @@ def test_with_a_factor_of_one_an_image_is_one_crop(ranked):
 
 
 def test_several_steps_build_the_same_set_and_a_state_resumes(ranked):
-    whole, _ = built(ranked)
-    whole.step(0)
+    together, _ = built(ranked)
+    together.step(0)
     divided, _ = built(ranked, steps=3)
     assert divided.step(0)["classes"] == 1
     resumed, _ = built(ranked, steps=3)
     resumed.load_state_dict(divided.state_dict())
     for i in (1, 2):
         resumed.step(i)
-    assert torch.equal(resumed.snapshot()[0], whole.snapshot()[0])
+    assert torch.equal(resumed.snapshot()[0], together.snapshot()[0])
 
 
 def test_a_class_with_few_images_uses_further_crops_of_them_and_says_so(ranked):

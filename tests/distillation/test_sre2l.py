@@ -96,10 +96,10 @@ def test_batches_are_of_nearly_one_size(recovery, most, sizes):
 
 
 def test_what_is_drawn_for_a_class_does_not_depend_on_who_owns_it(recovery):
-    whole, alone = recovery(), recovery(labels=[2])
-    assert torch.equal(whole.images[2], alone.images[0])
-    assert torch.equal(whole._views(5)[0][4:], alone._views(5)[0])
-    assert not torch.equal(whole._views(5)[0][:2], alone._views(5)[0])
+    together, alone = recovery(), recovery(labels=[2])
+    assert torch.equal(together.images[2], alone.images[0])
+    assert torch.equal(together._views(5)[0][4:], alone._views(5)[0])
+    assert not torch.equal(together._views(5)[0][:2], alone._views(5)[0])
 
 
 def test_views_flip_where_the_teachers_strategy_does(recovery):
@@ -109,9 +109,9 @@ def test_views_flip_where_the_teachers_strategy_does(recovery):
 
 
 def test_resuming_gives_the_same_images(recovery):
-    whole, first = recovery(steps=4), recovery(steps=4)
+    uninterrupted, first = recovery(steps=4), recovery(steps=4)
     for i in range(4):
-        whole.step(i)
+        uninterrupted.step(i)
     for i in range(2):
         first.step(i)
     state = {key: value.clone() for key, value in first.state_dict().items()}
@@ -119,7 +119,7 @@ def test_resuming_gives_the_same_images(recovery):
     second.load_state_dict(state)
     for i in (2, 3):
         second.step(i)
-    assert torch.equal(second.images, whole.images)
+    assert torch.equal(second.images, uninterrupted.images)
     part = recovery(labels=[0, 2], steps=4)
     part.load_state_dict(state)
     assert torch.equal(part.images[1], first.images[2])

@@ -32,7 +32,7 @@ def test_a_teacher_learns_the_kept_samples(tmp_path):
 
 
 def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    whole = make_teacher(make_context(tmp_path / "a"))
+    uninterrupted = make_teacher(make_context(tmp_path / "a"))
     context, epoch = make_context(tmp_path / "b"), teachers.TeacherTraining._epoch
 
     def stop(self, pixels, labels, normalization, number):
@@ -46,7 +46,7 @@ def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypat
     assert not (context.networks / TEACHER).exists()
     seen = []
     monkeypatch.setattr(teachers.TeacherTraining, "_epoch", lambda *a: (seen.append(a[4]), epoch(*a))[1])
-    assert torch.equal(weights(make_teacher(context)), weights(whole))
+    assert torch.equal(weights(make_teacher(context)), weights(uninterrupted))
     assert seen == [2]
     assert [p.name for p in context.networks.iterdir()] == [TEACHER]
 

@@ -244,7 +244,7 @@ def test_a_network_trains_on_the_soft_labels_that_were_saved(experts, tmp_path):
 
 def test_the_pool_is_what_the_images_start_from(experts):
     method, pool = make_method(experts, "tesla"), make_sampler()
-    whole = pool.normalization.apply(pool.pixels[1])
+    images = pool.normalization.apply(pool.pixels[1])
     assert all(
-        float((whole - image).abs().flatten(1).max(1).values.min()) < 1e-6 for image in method.images.detach()[1]
+        float((images - image).abs().flatten(1).max(1).values.min()) < 1e-6 for image in method.images.detach()[1]
     )

@@ -110,7 +110,9 @@ def test_broken_score_tables_are_refused_or_whole(tmp_path: Path):
     path = tmp_path / "scores.parquet"
     columns = {"sample_id": [f"{i:03d}" for i in range(ROWS)], "label": np.arange(ROWS, dtype=np.int32) // 4}
     scores = np.linspace(0, 1, ROWS, dtype=np.float32)
-    whole = pa.table(columns | {"loss": scores, "score": scores}).replace_schema_metadata({"scores": '{"trials": 2}'})
+    all_rows = pa.table(columns | {"loss": scores, "score": scores}).replace_schema_metadata(
+        {"scores": '{"trials": 2}'}
+    )
 
     def attempt(data: bytes) -> bool:
         path.write_bytes(data)
@@ -122,7 +124,7 @@ def test_broken_score_tables_are_refused_or_whole(tmp_path: Path):
         assert isinstance(facts, dict)
         return True
 
-    mutating.run("scores", 0.04, [parquet(whole), parquet(whole, compression="zstd")], attempt, MUTATORS)
+    mutating.run("scores", 0.04, [parquet(all_rows), parquet(all_rows, compression="zstd")], attempt, MUTATORS)
 
 
 def test_broken_shards_are_refused_or_of_the_declared_shape(tmp_path: Path):
@@ -169,9 +171,9 @@ def test_no_single_bit_of_a_footer_ends_the_process_or_changes_what_is_read(
     tmp_path: Path, make: Callable[[Path], tuple[Path, Callable[[], object]]]
 ):
     path, read = make(tmp_path)
-    whole, expected = path.read_bytes(), read()
-    for bit in range(8 * (len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")), 8 * len(whole)):
-        broken = bytearray(whole)
+    table, expected = path.read_bytes(), read()
+    for bit in range(8 * (len(table) - 8 - int.from_bytes(table[-8:-4], "little")), 8 * len(table)):
+        broken = bytearray(table)
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
         with contextlib.suppress(UserError):

@@ -212,7 +212,7 @@ def test_cut_marks():
     assert run_plots.cuts(scores, flags(1, 1, 1, 1)) == []
 
 
-def made_up(folder, classes, shape):
+def noise_run(folder, classes, shape):
     """A run folder of one noise sample per class, without evaluation and log."""
     run = RunDir(folder)
     names, draw = [f"class {i}" for i in range(classes)], np.random.default_rng(0)
@@ -235,7 +235,7 @@ def made_up(folder, classes, shape):
 
 
 def test_a_thousand_classes_stay_small(tmp_path):
-    text = page(made_up(tmp_path / "many", 1000, (3, 64, 64)))
+    text = page(noise_run(tmp_path / "many", 1000, (3, 64, 64)))
     assert len(text) < 5_000_000
     assert "The first 80 of 1000 classes" in text
     assert "The chart shows the first 20 of 1000 classes" in text
@@ -249,7 +249,7 @@ def pictures(text, alt):
 
 
 def test_clips_move_and_are_called_clips(tmp_path):
-    run = made_up(tmp_path / "clips", 12, (4, 3, 16, 16))
+    run = noise_run(tmp_path / "clips", 12, (4, 3, 16, 16))
     text = page(run)
     assert "Do 12 synthetic clips of 4 frames (1 per class), distilled from 100\u00a0% of the training set" in text
     assert "than 12 random real clips?" in text
@@ -268,7 +268,7 @@ def test_clips_move_and_are_called_clips(tmp_path):
 
 
 def test_grey_clips_are_shown_exactly(tmp_path):
-    run = made_up(tmp_path / "clips", 3, (4, 1, 8, 8))
+    run = noise_run(tmp_path / "clips", 3, (4, 1, 8, 8))
     text = page(run)
     assert pictures(text, "kept sample with score") == [("PNG", 4)] * 3
     assert "For this page" not in text
@@ -279,7 +279,7 @@ def test_grey_clips_are_shown_exactly(tmp_path):
 
 
 def test_a_page_that_would_be_too_heavy_shows_less_and_stills_of_real_clips(tmp_path, monkeypatch):
-    run = made_up(tmp_path / "clips", 12, (4, 3, 16, 16))
+    run = noise_run(tmp_path / "clips", 12, (4, 3, 16, 16))
     monkeypatch.setattr(run_report, "CLIP_BYTES", 9_000)
     text = page(run)
     assert 0 < len(pictures(text, "synthetic clip of class")) < 12
@@ -291,7 +291,7 @@ def test_a_page_that_would_be_too_heavy_shows_less_and_stills_of_real_clips(tmp_
 
 
 def test_clips_of_the_size_of_kinetics_stay_within_a_few_megabytes(tmp_path):
-    text = page(made_up(tmp_path / "clips", 60, (8, 3, 64, 64)))
+    text = page(noise_run(tmp_path / "clips", 60, (8, 3, 64, 64)))
     assert len(text) < 4 / 3 * 3 * run_report.CLIP_BYTES + 500_000
     assert re.search(r"The first \d\d of 60 classes", text)
 

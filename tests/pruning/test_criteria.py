@@ -241,10 +241,10 @@ def test_gradient_norms_made_at_once_in_padded_parts_are_the_same(monkeypatch):
 def test_the_gradient_looks_at_the_classes_of_the_data_alone():
     network = replace(SPEC, classes=4).build(0).eval()
     images, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
-    whole = GradientNorms(replace(SPEC, classes=4), network)
+    table = GradientNorms(replace(SPEC, classes=4), network)
     loss = F.cross_entropy(network(images[:1])[:, [3, 1]], labels[:1])
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
-    assert whole(images, labels, [3, 1])[0].item() == pytest.approx(gradient.norm().item(), rel=1e-4)
+    assert table(images, labels, [3, 1])[0].item() == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
 def test_a_projection_keeps_distances_and_leaves_few_dimensions_alone():
@@ -348,9 +348,9 @@ def test_trials_count_alike_in_density_and_side_by_side_in_selectors(points):
 @pytest.mark.parametrize("ends", [[], [1], [3, 7], range(1, 12)])
 def test_rows_are_regrouped_class_by_class(ends):
     labels = pa.array([0, 0, 0, 1, 3, 3, 3, 3, 3, 3, 4, 4], pa.int32())
-    whole = pa.table({"label": labels, "row": list(range(12))})
-    parts = [(Path("p"), whole.slice(a, b - a)) for a, b in itertools.pairwise([0, *ends, 12])]
-    parts_read = [part["row"].to_pylist() for _, part in by_class([(Path("p"), whole.slice(0, 0)), *parts])]
+    table = pa.table({"label": labels, "row": list(range(12))})
+    parts = [(Path("p"), table.slice(a, b - a)) for a, b in itertools.pairwise([0, *ends, 12])]
+    parts_read = [part["row"].to_pylist() for _, part in by_class([(Path("p"), table.slice(0, 0)), *parts])]
     assert parts_read == [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9], [10, 11]]
 
 

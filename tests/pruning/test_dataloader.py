@@ -48,9 +48,9 @@ def test_labels_belong_to_their_images(data):
 
 def test_every_worker_gets_its_own_part_of_the_very_same_batches(data):
     source = ProxyDataLoader(data, 0, 32, 4)
-    whole = epoch(source)
+    expected = epoch(source)
     first, second = epoch(source, own=range(2)), epoch(source, own=range(2, 4))
-    for all_parts, a, b in zip(whole, first, second, strict=True):
+    for all_parts, a, b in zip(expected, first, second, strict=True):
         assert [numbers(images) for images, _ in all_parts] == [numbers(images) for images, _ in [*a, *b]]
 
 

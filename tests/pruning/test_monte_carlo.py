@@ -218,13 +218,13 @@ def test_the_command_says_error_reliability_and_what_is_missing_and_leaves_a_tab
 
 
 def test_an_interrupted_command_resumes_and_more_subsets_reuse_the_finished_ones(tmp_path, prepared):
-    whole, _ = columns(small_config(tmp_path / "whole"), prepared)
+    expected, _ = columns(small_config(tmp_path / "whole"), prepared)
     first = small_config(tmp_path / "run", subsets=10)
     columns(first, prepared)
     executor = Counting()
     again, _ = columns(small_config(tmp_path / "run"), prepared, executor)
     assert executor.advanced == [10, 2]  # the first ten exist already
-    assert again["monte_carlo"].scores.tobytes() == whole["monte_carlo"].scores.tobytes()
+    assert again["monte_carlo"].scores.tobytes() == expected["monte_carlo"].scores.tobytes()
     executor = Counting()
     columns(small_config(tmp_path / "run"), prepared, executor)
     assert executor.advanced == [12]

@@ -23,21 +23,21 @@ def rows(count, values=4, classes=3, seed=0):
     return pa.table({"sample_id": [f"s{k:06d}" for k in range(count)], "label": labels, "loss": lists})
 
 
-def cut(folder, whole, ends):
+def cut(folder, table, ends):
     """The rows as part files that end at `ends`, and the ids that each must hold."""
     folder.mkdir(exist_ok=True)
     pieces, ids = [], []
-    for start, end in zip([0, *ends], [*ends, whole.num_rows], strict=True):
+    for start, end in zip([0, *ends], [*ends, table.num_rows], strict=True):
         pieces.append(folder / f"{start:06d}.parquet")
-        part = whole.slice(start, end - start)
+        part = table.slice(start, end - start)
         pq.write_table(part, pieces[-1])
         ids.append(part["sample_id"].combine_chunks())
     return pieces, ids
 
 
 def piece(path, ids, labels=None):
-    whole = rows(len(ids)).set_column(0, "sample_id", pa.array(ids, pa.string()))
-    pq.write_table(whole if labels is None else whole.set_column(1, "label", pa.array(labels, pa.int32())), path)
+    table = rows(len(ids)).set_column(0, "sample_id", pa.array(ids, pa.string()))
+    pq.write_table(table if labels is None else table.set_column(1, "label", pa.array(labels, pa.int32())), path)
     return path
 
 
@@ -47,14 +47,14 @@ def write(folder, pieces, expected, **overrides):
 
 @pytest.mark.parametrize("ends", [[], [1], [10, 20, 30, 40], [64]])
 def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
-    whole = rows(70)
-    result = write(tmp_path, *cut(tmp_path / "pieces", whole, ends))
+    table = rows(70)
+    result = write(tmp_path, *cut(tmp_path / "pieces", table, ends))
     scores, facts = score_table.read(tmp_path / "scores.parquet")
-    losses = lists_to_matrix(whole["loss"])
+    losses = lists_to_matrix(table["loss"])
     mean = losses.astype(np.float64).mean(1)
     assert scores.column_names == ["sample_id", "label", "loss", "score", "loss_values"]
-    assert scores["sample_id"].to_pylist() == whole["sample_id"].to_pylist()
-    assert scores["label"].to_pylist() == whole["label"].to_pylist()
+    assert scores["sample_id"].to_pylist() == table["sample_id"].to_pylist()
+    assert scores["label"].to_pylist() == table["label"].to_pylist()
     assert scores["loss"].to_numpy().tolist() == scores["score"].to_numpy().tolist() == mean.astype(np.float32).tolist()
     assert np.array_equal(lists_to_matrix(scores["loss_values"]), losses)
     assert result == {"rows": 70, "mean_score": pytest.approx(float(mean.mean()), rel=1e-7)}
@@ -65,9 +65,9 @@ def test_the_table_holds_every_row_in_order_with_its_mean(tmp_path, ends):
 
 def test_the_bytes_do_not_depend_on_the_part_files(tmp_path, monkeypatch):
     monkeypatch.setattr(score_table, "ROWS", 1000)
-    whole, contents = rows(5300), set()
+    table, contents = rows(5300), set()
     for name, ends in {"one": [], "even": range(500, 5300, 500), "odd": [1, 999, 1000, 1001, 4000]}.items():
-        write(tmp_path / name, *cut(tmp_path / name, whole, list(ends)))
+        write(tmp_path / name, *cut(tmp_path / name, table, list(ends)))
         contents.add((tmp_path / name / "scores.parquet").read_bytes())
         groups = pq.read_metadata(tmp_path / name / "scores.parquet")
         assert [groups.row_group(k).num_rows for k in range(groups.num_row_groups)] == [1000] * 5 + [300]
@@ -75,13 +75,13 @@ def test_the_bytes_do_not_depend_on_the_part_files(tmp_path, monkeypatch):
 
 
 def test_two_criteria_have_columns_of_their_own(tmp_path):
-    whole = rows(9)
-    whole = whole.append_column("test_score_table:Last", whole["loss"])
-    write(tmp_path, *cut(tmp_path / "p", whole, [4]), score__criterion=["test_score_table:Last", "loss"])
+    table = rows(9)
+    table = table.append_column("test_score_table:Last", table["loss"])
+    write(tmp_path, *cut(tmp_path / "p", table, [4]), score__criterion=["test_score_table:Last", "loss"])
     scores, facts = score_table.read(tmp_path / "scores.parquet")
     assert facts["useful"] == {"Last": "high", "loss": "low"}
     assert scores["score"].to_pylist() == scores["Last"].to_pylist() != scores["loss"].to_pylist()
-    assert scores["Last"].to_numpy() == pytest.approx(lists_to_matrix(whole["loss"])[:, [1, 3]].mean(1))
+    assert scores["Last"].to_numpy() == pytest.approx(lists_to_matrix(table["loss"])[:, [1, 3]].mean(1))
 
 
 class Last:
@@ -104,14 +104,14 @@ class Total(Last):
 
 
 def test_a_criterion_that_does_not_score_every_sample_is_refused(tmp_path):
-    whole = rows(9).rename_columns(["sample_id", "label", "test_score_table:Total"])
+    table = rows(9).rename_columns(["sample_id", "label", "test_score_table:Total"])
     with pytest.raises(UserError, match=r"Total returns scores of shape .. for 9 samples"):
-        write(tmp_path, *cut(tmp_path / "p", whole, []), score__criterion="test_score_table:Total")
+        write(tmp_path, *cut(tmp_path / "p", table, []), score__criterion="test_score_table:Total")
 
 
 def test_given_weights_are_trials_of_one_epoch(tmp_path):
-    whole = rows(6, values=3)
-    write(tmp_path, *cut(tmp_path / "p", whole, []), score__weights=["a", "b", "c"])
+    table = rows(6, values=3)
+    write(tmp_path, *cut(tmp_path / "p", table, []), score__weights=["a", "b", "c"])
     _, facts = score_table.read(tmp_path / "scores.parquet")
     assert (facts["trials"], facts["epochs"]) == (3, 1)
 
@@ -167,15 +167,15 @@ POOLS = []  # kept to the end: a buffer that outlives its pool crashes the proce
 
 def test_memory_holds_a_small_share_of_many_part_files(tmp_path, monkeypatch):
     monkeypatch.setattr(score_table, "ROWS", 1000)
-    whole, before = rows(100_000), pa.default_memory_pool()
-    pieces, ids = cut(tmp_path, whole, list(range(500, 100_000, 500)))
+    table, before = rows(100_000), pa.default_memory_pool()
+    pieces, ids = cut(tmp_path, table, list(range(500, 100_000, 500)))
     POOLS.append(pa.proxy_memory_pool(before))
     pa.set_memory_pool(POOLS[-1])
     try:
         write(tmp_path, pieces, ids)
     finally:
         pa.set_memory_pool(before)
-    assert POOLS[-1].max_memory() < whole.nbytes / 5
+    assert POOLS[-1].max_memory() < table.nbytes / 5
 
 
 def test_a_file_that_is_not_a_score_table_is_refused(tmp_path):

@@ -188,11 +188,11 @@ def test_a_number_of_workers_that_does_not_divide_the_shards_is_refused(tmp_path
 
 def test_the_sum_of_a_tree_does_not_depend_on_who_adds_which_half():
     values = [torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    whole = proxy.tree_sum(values)
+    expected = proxy.tree_sum(values)
     for workers in (2, 4):
         each = 8 // workers
         halves = [proxy.tree_sum(values[i : i + each]) for i in range(0, 8, each)]
-        assert torch.equal(proxy.tree_sum(halves), whole)
+        assert torch.equal(proxy.tree_sum(halves), expected)
 
 
 def test_divergence_names_trial_epoch_and_rate_and_leaves_no_checkpoint(tmp_path):
@@ -243,8 +243,8 @@ def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_
         expected = [prepared.read(c, columns=["sample_id"])["sample_id"].combine_chunks() for c in chunks]
         score_table.write_scores(tmp_path / f"{name}.parquet", pieces, expected, digits_run.config)
     assert files(tmp_path / "one") == files(tmp_path / "reversed") == files(tmp_path / "three")
-    whole = (digits_run.dir / "scores.parquet").read_bytes()
-    assert {(tmp_path / f"{name}.parquet").read_bytes() for name in ("one", "reversed", "three")} == {whole}
+    expected_bytes = (digits_run.dir / "scores.parquet").read_bytes()
+    assert {(tmp_path / f"{name}.parquet").read_bytes() for name in ("one", "reversed", "three")} == {expected_bytes}
 
 
 def test_a_scored_chunk_is_not_scored_again(digits_run, tmp_path):

@@ -128,6 +128,14 @@ def test_options_of_scripts_exist(page):
 
 
 @pages
+def test_configurations_in_examples_are_accepted(page, tmp_path):
+    for number, text in enumerate(blocks(page.read_text(), "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        load(path)
+
+
+@pages
 def test_imports_of_examples_work(page):
     for code in blocks(page.read_text(), "python"):
         for node in ast.walk(ast.parse(code)):

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,6 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.images import FRAMES_PER_SECOND, png, to_frames
 from distill_at_scale.data.codecs.mp4 import encode_mp4
 
-if TYPE_CHECKING:
-    from distill_at_scale.distillation.synthetic_set import SyntheticSet
-
 ENLARGED = 2  # a pixel becomes 2 x 2: yuv420p keeps one colour for each 2 x 2 block
 ENCODER = {"crf": "6", "preset": "slow", "bf": "0"}  # 43 dB on coloured noise, more on natural scenes; no B frames
 YUV = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]], np.float32) / 255
@@ -28,6 +25,7 @@ YUV_OFFSET = (16, 128, 128)
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 Array = np.ndarray[Any, Any]
+SyntheticSet = Any  # synthetic_set.SyntheticSet; that module imports this one
 
 
 def export_imagefolder(synthetic: SyntheticSet, folder: str | Path) -> None:

@@ -67,7 +67,7 @@ def test_a_user_error_is_one_line_and_exits_with_two(tiny_file, capsys, argument
     assert "started" not in out
 
 
-def test_a_configuration_that_is_not_there_is_named(capsys):
+def test_a_missing_configuration_is_named(capsys):
     assert cli.main(["run", "no/such/file.yaml"]) == 2
     assert "no/such/file.yaml" in output(capsys)[1]
 

@@ -49,7 +49,7 @@ def test_work_is_counted_at_the_node_that_did_it(metrics):
     assert metrics.counters["decode_seconds"].values == [(1.0, "ingest", "node-1")]
 
 
-def test_a_worker_that_stands_in_counts_as_one_restart(metrics):
+def test_a_replacement_worker_counts_as_one_restart(metrics):
     for event in (work(1), work(2, restarted=1), work(2, restarted=1), work(3, restarted=1)):
         metrics(event)
     metrics(Event("lost", "workers", 0.0, 0.0, "driver", 9, {}, "distill"))

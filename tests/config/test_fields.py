@@ -27,7 +27,7 @@ def test_the_keys_that_never_change_results():
     }  # fmt: skip
 
 
-def test_the_keys_whose_content_decides():
+def test_the_keys_whose_file_content_counts():
     assert keys_of(Config, "by content") == {
         "data.path", "data.class_names", "data.val_labels", "data.synsets", "data.annotations", "score.imported",
         "score.weights",

@@ -31,7 +31,7 @@ def display() -> Display:
     return Display(Console(file=io.StringIO(), width=200))
 
 
-def test_units_from_before_are_no_work_of_this_command(clock, display):
+def test_units_of_earlier_commands_are_not_work_of_this_command(clock, display):
     with display.meter("decode", 1000, "samples", before=600) as meter:
         meter.advance(600)
         assert meter.rate == 0

@@ -144,7 +144,7 @@ def test_shards_with_other_rows_or_columns_than_counted_are_refused(prepared):
         PreparedDataset(prepared.folder).groups()
 
 
-def test_a_split_that_is_not_there_is_empty(prepared):
+def test_a_missing_split_is_empty(prepared):
     assert prepared.chunks("test") == []
     assert prepared.counts("test") == [0, 0, 0]
     assert not prepared.has_test()

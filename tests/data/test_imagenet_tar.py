@@ -134,7 +134,7 @@ def test_the_digest_depends_on_the_content_and_not_on_the_path(tmp_path, calls):
     assert va == vb == vc != a
 
 
-def test_hidden_files_and_other_files_are_no_images(tmp_path):
+def test_hidden_and_other_files_are_not_images(tmp_path):
     inner = tar_of({"./n01_1.JPEG": b"1", "._n01_1.JPEG": b"mac", "list.txt": b"text"})
     (tmp_path / TRAIN).write_bytes(tar_of({"._n01.tar": b"mac", "./n01.tar": inner}))
     assert source_of(tmp_path).listing("train")["sample_id"].to_pylist() == ["train/n01/n01_1.JPEG"]

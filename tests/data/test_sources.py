@@ -74,7 +74,7 @@ def test_splits_by_name(name):
 
 
 @pytest.mark.parametrize("name", ["trained", "valley", "tester", "data.parquet", "n01440764", ""])
-def test_other_names_are_no_split(name):
+def test_other_folder_names_are_not_splits(name):
     assert split_word(name) is None
 
 
@@ -151,7 +151,7 @@ def test_parquet_columns_can_be_named(tmp_path):
     assert source.read(source.listing("train"))[1] == png(1)
 
 
-def test_a_missing_column_lists_what_there_is(tmp_path):
+def test_a_missing_column_lists_the_existing_ones(tmp_path):
     write_parquet(tmp_path / "train.parquet", [0], label="fine")
     with pytest.raises(UserError, match=r"no column 'label'; set data\.label_column to one of: image, fine"):
         parquet(tmp_path).listing("train")
@@ -241,7 +241,7 @@ def test_validation_is_a_word_not_a_part_of_one(tmp_path):
     assert parquet(tmp_path).files["test"] == ["retrieval/val/0.parquet"]
 
 
-def test_the_validation_split_is_taken_where_there_is_a_test_split_too():
+def test_the_validation_split_is_preferred_to_a_test_split():
     assert by_split({"a": "test", "b": "val", "c": "validation"}) == {"test": ["b", "c"]}
     assert by_split({"a": "test", "b": "test", "c": None}) == {"test": ["a", "b"], "train": ["c"]}
     assert by_split({}) == {}

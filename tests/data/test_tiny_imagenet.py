@@ -62,7 +62,7 @@ def test_class_folders_under_val_work_too(tmp_path):
     assert source_of(tmp_path).listing("test")["label"].to_pylist() == [0, 1, 2]
 
 
-def test_no_val_is_no_test_split(tmp_path):
+def test_without_val_there_is_no_test_split(tmp_path):
     put(tmp_path, "wnids.txt", "n01")
     put(tmp_path, "train/n01/images/a.JPEG")
     put(tmp_path, "test/images/b.JPEG")

@@ -195,7 +195,7 @@ def test_files_that_are_not_videos_are_rejected_with_a_reason(files):
     assert "moov" in rejection(without_index(files["h264 mp4"]))
 
 
-def test_titles_in_old_encodings_are_no_damage(files):
+def test_titles_in_old_encodings_are_not_damage(files):
     raw = files["h264 mp4"].replace(b"Lavf", b"\xe9\xff\xfef")
     assert raw != files["h264 mp4"]
     assert numbers(decode(pyav_frames, raw, [7])) == [7]

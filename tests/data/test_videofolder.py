@@ -67,7 +67,7 @@ def test_every_ending_of_a_video_is_known(tmp_path, extension):
     assert videos(tmp_path).listing("train").num_rows == 2
 
 
-def test_files_that_are_no_videos_are_set_aside_with_their_class_and_hidden_ones_are_not(tmp_path):
+def test_files_that_are_not_videos_are_set_aside_with_their_class_and_hidden_ones_are_not(tmp_path):
     touch(tmp_path, "train/a/0.mp4", "train/a/clip.mp4.part", "train/b/clip.jpg", "train/b/1.mp4", "train/b/README")
     touch(
         tmp_path,

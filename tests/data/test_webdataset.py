@@ -125,7 +125,7 @@ def test_a_class_name_that_is_not_valid_text_is_escaped(tmp_path):
     assert labels_of(source_of(tmp_path)) == {"a": "x\\ud800"}
 
 
-def test_cls_goes_before_json_and_other_files_are_passed_over(tmp_path):
+def test_cls_takes_precedence_over_json_and_other_files_are_skipped(tmp_path):
     files = [("a.cls", "1"), ("a.jpg", b"image"), ("a.json", b"{broken"), ("a.txt", "text"), ("a.seg.png", b"mask")]
     write(tmp_path, "train-0.tar", *files, ("README", "words"), ("notes.txt", "words"), ("._b.jpg", b"mac"))
     assert labels_of(source_of(tmp_path)) == {"a": "1"}
@@ -167,7 +167,7 @@ def test_the_split_is_a_word_of_the_name_or_of_the_folder(tmp_path, shard, split
     assert "x" in source_of(tmp_path).listing(split)["sample_id"].to_pylist()
 
 
-def test_where_there_are_val_and_test_val_counts(tmp_path):
+def test_val_takes_precedence_over_test(tmp_path):
     for split in ("train", "val", "test"):
         write(tmp_path, f"{split}-0.tar", *sample(split, 0))
     assert source_of(tmp_path).listing("test")["sample_id"].to_pylist() == ["val"]

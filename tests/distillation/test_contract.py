@@ -197,7 +197,7 @@ def test_the_loop_makes_a_set_that_can_be_saved_and_trained_on(method, places, m
     assert isinstance(result.protocol, TrainingProtocol)
 
 
-def test_networks_are_made_with_deterministic_kernels(digits_run, places, monkeypatch):
+def test_networks_train_with_deterministic_kernels(digits_run, places, monkeypatch):
     deterministic = []
     monkeypatch.setattr(
         METHODS["mtt"],

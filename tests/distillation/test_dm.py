@@ -87,7 +87,7 @@ def test_rule_ite_drops_what_has_the_largest_and_the_smallest_effect():
     assert_close(actual, torch.autograd.grad(expected, images)[0])
 
 
-def test_rule_ite_without_a_rate_is_no_pruning_to_the_last_bit():
+def test_rule_ite_without_a_rate_equals_no_pruning_bit_for_bit():
     plain, zero = (
         make_method("dm", make_sampler()),
         make_method("dm", make_sampler(), runtime={"rule": "ite", "drop": 0.0}),

@@ -258,7 +258,7 @@ def test_what_cannot_work_is_refused_before_the_start(places, make_config):
         distill.check_inputs(make_config("x", distill__workers=4), prepared, [5, 5, 5])
 
 
-def test_a_method_of_ones_own(places):
+def test_a_custom_method(places):
     synthetic = start(places, distill__method="test_engine:Frozen", distill__options={"level": 0.25}).run()
     assert torch.equal(synthetic.images, torch.full((3, 1, 8, 8), 0.25))
     assert synthetic.card["method_options"] == {"level": 0.25}

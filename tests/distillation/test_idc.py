@@ -80,7 +80,7 @@ def test_fewer_samples_than_images_are_refused():
         make_method(held=1)
 
 
-def test_noise_lies_in_the_range_of_pixels_and_images_are_put_back_into_it():
+def test_noise_and_images_are_clamped_to_the_pixel_range():
     method = make_method(init="noise")
     assert -1 <= float(method.images.detach().min()) < float(method.images.detach().max()) <= 1
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_runtime_pruning_drops_the_largest_losses():
     assert not torch.allclose(plain.images, pruned.images, atol=1e-4)
 
 
-def test_effects_are_found_by_squares_whatever_the_metric():
+def test_effects_use_squared_distances_for_every_metric():
     """Absolute differences have no second derivative, so effects are computed with squared ones."""
     plain, pruned = (
         make_method(metric="l1"),

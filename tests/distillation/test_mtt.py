@@ -130,7 +130,7 @@ def test_a_restored_state_continues_to_the_same_bytes(experts, method):
     assert {"rate", "rate momentum", "images/0", "momentum/2"} <= set(ours)
 
 
-def test_what_is_learned_goes_into_the_protocol_and_the_card(experts):
+def test_learned_values_are_in_the_protocol_and_the_card(experts):
     method = make_method(experts)
     method.step(0)
     synthetic = method.finalize(*method.snapshot())

@@ -49,7 +49,7 @@ class Pretended:
         return [value]
 
 
-def test_crops_lie_inside_and_their_areas_fill_the_range():
+def test_crops_are_inside_the_image_and_their_areas_fill_the_range():
     boxes = resized_crop_boxes(torch.rand(2000, 4, generator=chance()), 0.25)
     assert float(boxes.min()) >= 0
     assert float((boxes[:, :2] + boxes[:, 2:]).max()) <= 1 + 1e-6

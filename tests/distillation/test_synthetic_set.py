@@ -177,7 +177,7 @@ def test_clips_are_loaded_as_they_were_saved(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_frames_of_clips_lie_in_a_folder_each(tmp_path, channels):
+def test_frames_of_each_clip_are_in_their_own_folder(tmp_path, channels):
     synthetic = a_synthetic_set(channels=channels, frames=4)
     synthetic.export_imagefolder(tmp_path / "out")
     clips = sorted(p for p in (tmp_path / "out").glob("*/*") if p.is_dir())

@@ -91,7 +91,7 @@ def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished)
     assert result["adaptive"]["mean"] - result["fixed"]["mean"] == pytest.approx(0.05)
 
 
-def test_without_a_test_split_there_is_nothing_to_search_by(make_run, tmp_path):
+def test_the_search_needs_a_test_split(make_run, tmp_path):
     run = make_run(tmp_path / "run", select__keep="auto", data__holdout=None).stages("ingest", "score")
     with pytest.raises(UserError, match="no test split"):
         find(run, data__holdout=None)

@@ -190,7 +190,7 @@ def test_a_sweep_copied_to_a_disk_resumes_there(remote, s3, bucket, tmp_path):
     assert again["error"].null_count == 2
 
 
-def test_a_trial_whose_folder_another_command_holds_changes_nothing_there(remote, s3, bucket, monkeypatch):
+def test_a_trial_changes_nothing_in_a_folder_that_another_command_locks(remote, s3, bucket, monkeypatch):
     monkeypatch.setattr(points, "PATIENCE", 0)
     settings = remote(sweep={"space": RATES, "controls": []})
     held = RunDir.of(next(iter(run.plan(settings))).config.run)

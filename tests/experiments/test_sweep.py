@@ -67,7 +67,7 @@ def test_the_unpruned_control_is_tried_once_for_all_that_matters_without_pruning
         assert trial.point.overrides["evaluate.control"] == "random_real"
 
 
-def test_the_unpruned_control_keeps_everything_whatever_the_base_selects():
+def test_the_unpruned_control_keeps_everything_for_any_base_selection():
     base = config(select__keep=0.3, select__order="stratum", select__stratum_start=0.2, controls=["unpruned"])
     base = base.model_copy(update={"select": base.select.model_copy(update={"per_class": 3})})
     trial = next(t for t in space.trials(base) if t.control == "unpruned")
@@ -330,7 +330,7 @@ def test_a_trial_that_the_disk_ended_ends_the_command_and_is_tried_again_by_the_
     assert swept_table["error"].null_count == 2
 
 
-def test_a_trial_whose_end_no_disk_could_take_is_not_forgotten(tmp_path, monkeypatch):
+def test_a_trial_whose_result_could_not_be_stored_is_remembered(tmp_path, monkeypatch):
     """As where a trial's process is lost while the disk is full: nothing of its end is in its folder."""
 
     class Losing(LocalRunner):

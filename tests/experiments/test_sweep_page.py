@@ -23,7 +23,7 @@ def plots(rows):
     return sweep_plots.accuracy_plots(configurations, analysis.recommend(analysis.distilled(configurations)))[0]
 
 
-def test_the_answer_stands_first_with_accuracy_cost_and_both_controls(tmp_path):
+def test_the_answer_comes_first_with_accuracy_cost_and_both_controls(tmp_path):
     answer = re.search(r'<p class="text">(.*?)</p>', written(tmp_path, digits()), re.DOTALL).group(1)
     for part in (
         "Keep 10\u00a0%",
@@ -142,7 +142,7 @@ def test_the_page_of_five_hundred_trials_is_small(tmp_path):
     assert "470 more</summary>" in text
 
 
-def test_random_real_images_are_no_kept_samples():
+def test_random_real_images_are_not_kept_samples():
     contents = page.contents(digits(), validate({}))
     assert {row["kept"] for row in contents["table"] if row["one"].set == "random_real"} == {None}
     assert None not in {row["kept"] for row in contents["table"] if row["one"].set == "distilled"}

@@ -344,7 +344,7 @@ def test_other_networks_of_torchvision_take_their_weights(tmp_path, name):
         load(tmp_path / "w.safetensors", spec)
 
 
-def test_published_weights_that_are_not_here_say_which_file_goes_where(hub):
+def test_missing_published_weights_name_the_file_and_its_folder(hub):
     spec = NetworkSpec("resnet18_bn", (3, 96, 96), 1000)
     for name in (RESNET, RESNET_FILE):
         with pytest.raises(UserError, match=rf"put torchvision's file {RESNET_FILE} at {hub / RESNET_FILE}"):

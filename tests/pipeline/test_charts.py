@@ -89,7 +89,7 @@ def test_labels_are_moved_apart_in_their_order():
     assert result == pytest.approx([0.5, 0.1, 0.55])
 
 
-def test_ticks_of_a_logarithmic_axis_lie_within_it():
+def test_ticks_of_a_logarithmic_axis_are_within_it():
     assert charts.log_ticks(0.9, 11) == [1, 2, 5, 10]
     assert charts.log_ticks(1, 100_000) == [1, 10, 100, 1000, 10_000, 100_000]
     assert charts.log_ticks(0.0004, 1)[0] == 0.001

@@ -129,7 +129,7 @@ def test_a_loss_is_recorded_and_the_log_can_be_replayed(log):
     assert log.lines == ["  samples lie here"] * 2
 
 
-def test_lines_of_an_earlier_command_are_no_work_of_this_one(log):
+def test_lines_of_an_earlier_command_are_not_work_of_this_one(log):
     for line in (hold(0, 50.0, ("a", 1)), step(10), step(20)):
         log(line)
     assert pieces(log) == []

@@ -99,7 +99,7 @@ def with_weights(make_run, digits_run, folder, place):
     return make_run(folder, score__weights=files)
 
 
-def test_ready_made_weights_score_as_the_proxies_they_came_from(make_run, digits_run, tmp_path):
+def test_pretrained_weights_score_like_the_proxies_they_came_from(make_run, digits_run, tmp_path):
     run = with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
     assert "proxies" not in run.text
     ours, theirs = (pq.read_table(folder / "scores.parquet") for folder in (run.dir, digits_run.dir))
@@ -109,7 +109,7 @@ def test_ready_made_weights_score_as_the_proxies_they_came_from(make_run, digits
     assert np.array_equal(scored, trained[:, :2])
 
 
-def test_a_scored_run_needs_its_weights_no_more_wherever_they_lie(make_run, digits_run, tmp_path):
+def test_a_scored_run_no_longer_needs_its_weights(make_run, digits_run, tmp_path):
     with_weights(make_run, digits_run, tmp_path / "run", tmp_path / "weights").stages("ingest", "score", "select")
     os.rename(tmp_path / "weights", tmp_path / "moved")
     files = [str(tmp_path / "moved" / f"{epoch}.safetensors") for epoch in range(2)]

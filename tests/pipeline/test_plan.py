@@ -187,7 +187,7 @@ class Replicated(Method):
         return {}
 
 
-def test_a_method_of_ones_own_with_networks_and_costs_is_planned_without_more():
+def test_a_custom_method_with_networks_and_costs_can_be_planned():
     config = tiny_config("x", distill__method="test_plan:Replicated", cluster__address=None)
     plan = Planner(config, FACTS, layout(config)).distill()
     assert list(plan.parts) == ["train two experts", "label them", "prepare", "steps", "start"]
@@ -285,7 +285,7 @@ def test_tasks_share_the_cores(config, tasks, expected):
     assert layout(tiny_config("x", **config)).tasks(tasks) == expected
 
 
-def test_the_command_prints_the_table_and_ends_with_nought(tmp_path, capsys):
+def test_the_command_prints_the_table_and_exits_with_zero(tmp_path, capsys):
     import yaml
     from conftest import TINY
 

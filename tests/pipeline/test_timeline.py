@@ -41,7 +41,7 @@ def test_a_line_cut_by_a_kill_is_skipped_and_harms_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["[1]", "null", '{"attempt": 1}', '{"attempt": 1, "odd": 2}', "{", "\x00"])
-def test_lines_that_are_no_events_are_skipped(tmp_path, line):
+def test_lines_that_are_not_events_are_skipped(tmp_path, line):
     (tmp_path / NAME).write_text(line + "\n")
     assert read(tmp_path / NAME) == []
 

@@ -99,7 +99,7 @@ def test_forgetting_counts_from_right_to_wrong_and_what_is_never_learnt_most():
     assert make_criterion("forgetting").aggregate(both).tolist() == [1]
 
 
-def test_forgetting_is_refused_where_there_are_no_epochs_to_follow():
+def test_forgetting_is_refused_without_epochs_to_follow():
     with pytest.raises(UserError, match="more than one epoch"):
         make_criterion("forgetting", epochs=1)
     with pytest.raises(UserError, match="pretrained weights"):
@@ -228,7 +228,7 @@ def test_gradient_norms_are_those_of_each_sample_alone():
         assert norms(images, labels).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_gradient_norms_made_at_once_in_padded_parts_are_the_same(monkeypatch):
+def test_gradient_norms_in_padded_parts_are_the_same(monkeypatch):
     network, chance = SPEC.build(0).eval(), torch.Generator().manual_seed(0)
     images, labels = torch.randn(5, 1, 8, 8, generator=chance), torch.arange(5) % 3
     norms = GradientNorms(SPEC, network)
@@ -425,7 +425,7 @@ def scored(folder, target, names, shares=1, step=1, extra=None, **section):
     return target / "scores.parquet"
 
 
-def test_all_criteria_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order(proxies, tmp_path):
+def test_all_criteria_give_the_same_bytes_for_any_number_and_order_of_scorers(proxies, tmp_path):
     ways = {"one": (1, 1), "reversed": (1, -1), "three": (3, 1), "four": (4, -1)}
     contents = {scored(proxies, tmp_path / name, ALL, *way).read_bytes() for name, way in ways.items()}
     assert len(contents) == 1

@@ -183,7 +183,7 @@ def test_degenerate_effects_leave_something_and_nothing_infinite(values):
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.5, 1.0])
-def test_one_sample_stays_whatever_is_dropped(tail):
+def test_at_least_one_sample_is_kept(tail):
     for seed in range(20):
         assert bool(ite(0.99, tail).observe(0, torch.arange(3), 3, effects(3, seed)).any())
 

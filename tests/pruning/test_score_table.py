@@ -197,7 +197,7 @@ def test_chosen_columns_are_read_alone(tmp_path):
         score_table.read(tmp_path / "scores.parquet", ["el2n"])
 
 
-def test_a_matrix_is_made_of_equal_lists_only():
+def test_only_lists_of_equal_length_become_a_matrix():
     lists = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
     for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 2)):
         column = pa.chunked_array([lists[:1], lists[1:]], kind)
@@ -213,7 +213,7 @@ def test_the_facts_are_plain_json(digits_run):
     assert json.loads(metadata[b"scores"])["seed"] == 0
 
 
-def test_a_score_table_whose_ids_are_no_text_is_refused(tmp_path):
+def test_a_score_table_whose_ids_are_not_text_is_refused(tmp_path):
     pq.write_table(pa.table({"sample_id": [b"a"], "label": [0], "score": [0.5]}), tmp_path / "scores.parquet")
     with pytest.raises(UserError, match="binary and int64, not text and numbers; run `score` again"):
         score_table.read(tmp_path / "scores.parquet")

@@ -235,7 +235,7 @@ def score(run, folder, shares, backwards=False):
     return chunks
 
 
-def test_scores_are_the_same_bytes_whatever_the_number_of_scorers_and_the_order_of_chunks(digits_run, tmp_path):
+def test_scores_are_the_same_bytes_for_any_number_of_scorers_and_order_of_chunks(digits_run, tmp_path):
     for name, shares, backwards in (("one", 1, False), ("reversed", 1, True), ("three", 3, False)):
         chunks = score(digits_run, tmp_path / name, shares, backwards)
         pieces = [score_part_path(tmp_path / name, c) for c in chunks]

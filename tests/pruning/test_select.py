@@ -361,7 +361,7 @@ def test_a_score_on_disk_that_is_not_finite_names_its_sample(tmp_path, scope, ba
 
 
 @pytest.mark.parametrize("labels", [[-1, 0], [0, None], [0.0, 1.0], ["x", "y"]])
-def test_labels_that_are_no_class_numbers_are_refused(labels):
+def test_labels_that_are_not_class_numbers_are_refused(labels):
     with pytest.raises(UserError, match="label must hold class numbers from 0 on"):
         choose(pa.table({"sample_id": ["a", "b"], "label": labels, "loss": [1.0, 2.0]}))
 

@@ -91,7 +91,7 @@ def test_a_weighted_criterion_without_scores_is_named():
         choose(skewed(0), criterion=WEIGHTS, low=LOW)
 
 
-def test_a_score_that_is_not_finite_names_its_sample_whichever_criterion_it_is():
+def test_a_non_finite_score_of_any_criterion_names_its_sample():
     columns = {"sample_id": ["a", "b"], "label": [0, 0], "loss": [0.5, 0.7], "el2n": [1.0, float("inf")]}
     with pytest.raises(UserError, match="'b' is not finite"):
         choose(pa.table(columns), criterion=WEIGHTS, low=LOW)

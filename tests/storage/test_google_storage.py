@@ -92,7 +92,7 @@ def test_an_output_that_was_cut_short_is_refused(remote, folder):
         Run(remote("b")).stages("select")
 
 
-def test_a_bucket_that_is_not_there_is_one_error_at_once(server, tmp_path):
+def test_a_missing_bucket_is_one_error_at_once(server, tmp_path):
     config = tiny_config(address(server, "nowhere"), run__scratch=str(tmp_path), run__retry_seconds=60.0)
     run = Run(config)
     with pytest.raises(

@@ -52,7 +52,7 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
     assert StageInputs({"a": 1}, {}).fingerprint != StageInputs({}, {"a": 1}).fingerprint
 
 
-def test_tuples_and_lists_are_no_difference(run):
+def test_tuples_and_lists_are_equal(run):
     (run / "x").write_text("x")
     run.complete("select", StageInputs({"list": (1, 2)}, {}), [run / "x"], 0)
     assert run.valid("select", StageInputs({"list": [1, 2]}, {}))

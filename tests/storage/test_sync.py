@@ -90,7 +90,7 @@ def test_what_was_changed_here_is_not_overwritten(copies):
     assert (b.local / "log").read_text() == "1\n2\n"
 
 
-def test_what_is_gone_there_is_renewed_away_and_what_is_gone_here_is_removed_there(copies):
+def test_sync_removes_files_that_are_gone_on_the_other_side(copies):
     a, b = copies
     write(a, "work/note", "1")
     write(a, "work/state", "1")
@@ -181,7 +181,7 @@ def test_a_refused_request_is_retried_and_logged(copies, monkeypatch):
     assert re.search(r"storing one in \S+ failed \(503 SlowDown\); retrying", lines[0])
 
 
-def test_what_goes_together_is_stored_in_the_order_in_which_it_was_published(copies, monkeypatch):
+def test_outputs_are_stored_in_the_order_of_publication(copies, monkeypatch):
     a, _ = copies
     stored = []
     monkeypatch.setattr(FolderSync, "_store", lambda self, names: stored.extend(names))

@@ -320,9 +320,7 @@ class ClusterSection(Section):
         False, description="true: an autoscaler adds nodes, so wait for resources that the cluster lacks"
     )
     actors: int | None = Field(None, ge=1, description="actors of ingest and scoring; null: as many as fit")
-    max_failures: int = Field(
-        3, ge=0, description="how often lost work is repeated before the run fails"
-    )
+    max_failures: int = Field(3, ge=0, description="how often lost work is repeated before the run fails")
     object_store_mb: int | None = Field(
         None, ge=80, description="MiB of Ray's object store; null: 20 % of memory, up to 2,048"
     )

@@ -130,8 +130,6 @@ def members(handle: Any, start: int = 0, end: int | None = None) -> Iterator[Mem
 
 
 class _Archive:
-    """Walks from header to header."""
-
     def __init__(self, window: Window, start: int, end: int):
         self.window, self.start, self._end = window, start, end
         self.last = ""  # the name of the previous member, for messages
@@ -145,8 +143,16 @@ class _Archive:
 
     def members(self) -> Iterator[Member]:
         offset = self.start
-        while header := self._header(offset):
-            raw_name, raw_size, kind, magic, prefix = header
+        while True:
+            block = self.window.read_at(offset, BLOCK)
+            if len(block) < BLOCK or offset + BLOCK > self.end:
+                raise self._cut(f"there is no header and no end mark at byte {offset:,}")
+            raw_name, raw_size, checksum, kind, magic, prefix = FIELDS.unpack(block)
+            total = sum(block) - sum(checksum) + CHECKSUM_AS_SPACES
+            if total == CHECKSUM_AS_SPACES and not any(block):
+                break  # the end mark
+            if total != self._number(checksum, offset):
+                raise self._no_header(offset, block)
             size, data = self._number(raw_size, offset), offset + BLOCK
             if kind in METADATA:
                 self._read_metadata(kind, data, size)
@@ -165,19 +171,6 @@ class _Archive:
         if len(rest) > MAX_PADDING or rest.strip(b"\0"):
             count = f"more than {len(rest):,}" if self.end == UNKNOWN_LENGTH else f"{self.end - offset:,}"
             raise self._damaged(f"{count} bytes follow its end mark at byte {offset:,}: half-loaded or joined archives")
-
-    def _header(self, offset: int) -> tuple[bytes, bytes, bytes, bytes, bytes] | None:
-        """(name, size, type, magic, prefix) of the header at `offset`, or None at the end mark."""
-        block = self.window.read_at(offset, BLOCK)
-        if len(block) < BLOCK or offset + BLOCK > self.end:
-            raise self._cut(f"there is no header and no end mark at byte {offset:,}")
-        name, size, checksum, kind, magic, prefix = FIELDS.unpack(block)
-        total = sum(block) - sum(checksum) + CHECKSUM_AS_SPACES
-        if total == CHECKSUM_AS_SPACES and not any(block):
-            return None
-        if total != self._number(checksum, offset):
-            raise self._no_header(offset, block)
-        return name, size, kind, magic, prefix
 
     def _number(self, field: bytes, offset: int) -> int:
         """Octal digits, or (GNU) a big-endian number after a byte 0x80."""
@@ -208,8 +201,7 @@ class _Archive:
                 content = content[count:]
 
     def _name_and_size(self, name: bytes, size: int, kind: bytes, prefix: bytes, offset: int) -> tuple[str, int]:
-        """The name and size of a member; pax and long-name fields override the header's."""
-        fields = self.common | self.own if self.common or self.own else self.own
+        fields = self.common | self.own if self.common or self.own else self.own  # these override the header's
         self.own = {}
         path = fields.get("path") or (_text(prefix) + "/" if prefix[:1] > b"\0" else "") + _text(name)
         if kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields):
@@ -297,15 +289,14 @@ def open_or_stop(store: Store, file: str, opener: Callable[[Store, str], R]) -> 
 
 def _spans(ranges: list[ByteRange]) -> list[list[ByteRange]]:
     """Groups ranges in the order of their offsets so that one request fetches close neighbours."""
-    spans: list[list[ByteRange]] = []
-    for wanted in ranges:
-        if spans:
-            first, last = spans[-1][0], spans[-1][-1]
-            gap, length = wanted.offset - (last.offset + last.size), wanted.offset + wanted.size - first.offset
-            if gap <= MAX_GAP and length <= MAX_SPAN:
-                spans[-1].append(wanted)
-                continue
-        spans.append([wanted])
+    spans = [[wanted] for wanted in ranges[:1]]
+    for wanted in ranges[1:]:
+        first, last = spans[-1][0], spans[-1][-1]
+        gap, length = wanted.offset - (last.offset + last.size), wanted.offset + wanted.size - first.offset
+        if gap <= MAX_GAP and length <= MAX_SPAN:
+            spans[-1].append(wanted)
+        else:
+            spans.append([wanted])
     return spans
 
 

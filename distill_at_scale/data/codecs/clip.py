@@ -87,10 +87,8 @@ class ClipDecoder:
 
 def describe_decoders(decoders: tuple[str, ...]) -> str:
     """Such as "decord 0.6.0, or PyAV 18.1.0 where that cannot"; plug-ins have no version."""
-    names = []
-    for decoder in decoders:
-        label, package = PACKAGES.get(decoder, (decoder, None))
-        names.append(label if package is None else f"{label} {importlib.metadata.version(package)}")
+    known = [PACKAGES.get(decoder, (decoder, None)) for decoder in decoders]
+    names = [f"{label} {importlib.metadata.version(package)}" if package else label for label, package in known]
     return names[0] + (f", or {' or '.join(names[1:])} where that cannot" if names[1:] else "")
 
 

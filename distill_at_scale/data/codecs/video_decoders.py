@@ -59,7 +59,16 @@ def _centre(frames: Array, size: int) -> Array:
 
 def decord_frames(video: Video, wanted: Sequence[int], size: int, resize: str, fast: bool) -> Array:
     """Frames at ascending, distinct indices as uint8 [n, size, size, 3], RGB. Raises DecoderFailed. It has no fast mode."""
-    _check_for_decord(video)
+    # on these files decord 0.6.0 silently returned wrong frames or none
+    if video.rotated:
+        raise DecoderSkipped("mixes up the pixels of turned videos")
+    if video.cut:
+        raise DecoderSkipped("does not say which frames of a cut video are there")
+    container, codec = video.stream.container.format.name.split(",")[0], video.stream.codec_context.name
+    if codec not in DECORD_SUPPORTS.get(container, ()):
+        raise DecoderSkipped(f"can return other frames than asked of {codec} in {container} files")
+    if video.times is not None and any(leading for _, _, leading in _groups(video.packets)):
+        raise DecoderSkipped("returns other frames than asked where groups of pictures are open")
     try:
         import decord
     except (ImportError, OSError, RuntimeError) as error:  # its shared libraries do not load
@@ -83,19 +92,6 @@ def decord_frames(video: Video, wanted: Sequence[int], size: int, resize: str, f
         message = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", lines[0])[:200]  # without times and places in decord's source
         raise DecoderFailed(f"said: {message}") from None
     return np.stack(frames)
-
-
-def _check_for_decord(video: Video) -> None:
-    """Raises DecoderSkipped for files on which decord 0.6.0 silently returned wrong frames or none."""
-    if video.rotated:
-        raise DecoderSkipped("mixes up the pixels of turned videos")
-    if video.cut:
-        raise DecoderSkipped("does not say which frames of a cut video are there")
-    container, codec = video.stream.container.format.name.split(",")[0], video.stream.codec_context.name
-    if codec not in DECORD_SUPPORTS.get(container, ()):
-        raise DecoderSkipped(f"can return other frames than asked of {codec} in {container} files")
-    if video.times is not None and any(leading for _, _, leading in _groups(video.packets)):
-        raise DecoderSkipped("returns other frames than asked where groups of pictures are open")
 
 
 def pyav_frames(video: Video, wanted: Sequence[int], size: int, resize: str, fast: bool) -> Array:
@@ -125,33 +121,29 @@ def pyav_frames(video: Video, wanted: Sequence[int], size: int, resize: str, fas
 
 
 def _needed(video: Video, times: set[int]) -> Iterator[Any]:
-    """Decodes as few packets as possible; the frames include all with the wanted times."""
+    """Decodes as few packets as possible; the frames include all with the wanted times.
+
+    Each stretch of packets reaches from a key frame to the last wanted frame before the next key frame. It continues through
+    the next key frame if a wanted frame precedes that in time, as it then needs both.
+    """
+    stretches: list[tuple[int, int]] = []
+    previous = 0  # start of the previous group of pictures
+    for start, stop, leading in _groups(video.packets):
+        if inside := [i for i in range(start, stop) if video.packets[i].pts in times]:
+            begin = previous if leading.intersection(inside) else start
+            if stretches and stretches[-1][1] > begin:
+                begin = stretches.pop()[0]
+            stretches.append((begin, inside[-1] + 1))
+        previous = start
     context = video.stream.codec_context
     skipping = context.name in SKIPPING
-    for start, stop in _stretches(video, times):
+    for start, stop in stretches:
         for packet in video.packets[start:stop]:
             context.skip_frame = "NONREF" if skipping and packet.pts not in times else "DEFAULT"
             yield from _decoded(video, packet)
         yield from _decoded(video, None)
         context.flush_buffers()
     context.skip_frame = "DEFAULT"
-
-
-def _stretches(video: Video, times: set[int]) -> list[tuple[int, int]]:
-    """Ranges of packets, each from a key frame to the last wanted frame before the next key frame. A range continues through
-    the next key frame if a wanted frame precedes that in time, as it then needs both.
-    """
-    stretches: list[tuple[int, int]] = []
-    previous = 0  # start of the previous group of pictures
-    for start, stop, leading in _groups(video.packets):
-        inside = [i for i in range(start, stop) if video.packets[i].pts in times]
-        if inside:
-            begin = previous if leading.intersection(inside) else start
-            if stretches and stretches[-1][1] > begin:
-                begin = stretches.pop()[0]
-            stretches.append((begin, inside[-1] + 1))
-        previous = start
-    return stretches
 
 
 def _groups(packets: list[Any]) -> Iterator[tuple[int, int, set[int]]]:

@@ -50,11 +50,9 @@ class Video:
     @property
     def rotated(self) -> bool:
         """Whether some track of an mp4 is to be shown rotated."""
-        for match in re.finditer(rb"tkhd(?=[\0\1]\0)", self.raw):
-            matrix = match.end() + (52 if self.raw[match.end()] else 40)  # two versions of the header
-            if self.raw[matrix : matrix + 36] != UNROTATED:
-                return True
-        return False
+        ends = (match.end() for match in re.finditer(rb"tkhd(?=[\0\1]\0)", self.raw))
+        matrices = (end + (52 if self.raw[end] else 40) for end in ends)  # two versions of the header
+        return any(self.raw[start : start + 36] != UNROTATED for start in matrices)
 
 
 @contextmanager
@@ -79,30 +77,24 @@ def open_video(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Vide
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > max_pixels:
             raise VideoRejected(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
-        video = _indexed(raw, container, stream, max_seconds)
-        video.settings = {"max_pixels": str(max_pixels)}
-        yield video
-
-
-def _indexed(raw: bytes, container: Any, stream: Any, max_seconds: float) -> Video:
-    own = 0.0 if stream.duration is None else stream.duration * float(stream.time_base)
-    seconds = own or (container.duration or 0) / 1_000_000  # as the header claims; 0 if it does not say
-    _check_length(seconds, max_seconds)
-    packets: list[Any] = []
-    with suppress(av.error.FFmpegError):  # damaged in the middle: keep what was read
-        packets.extend(packet for packet in container.demux(stream) if packet.size)
-    times = [packet.pts for packet in packets if not packet.is_discard]
-    claimed = stream.frames or round(seconds * float(stream.average_rate or 0))
-    cut = len(times) < claimed and _ends_early(raw, container.format.name)
-    frames = claimed if cut else len(times)
-    if not frames:
-        raise VideoRejected("no frames")
-    present = [time for time in times if time is not None]
-    if present:  # checked again, as the header may not say
-        _check_length((max(present) - min(present)) * float(stream.time_base), max_seconds)
-    # an avi says when a packet is decoded, not when its frame is shown
-    known = container.format.name != "avi" and None not in times and len(set(times)) == len(times)
-    return Video(raw, stream, packets, sorted(times) if known else None, frames, cut)
+        own = 0.0 if stream.duration is None else stream.duration * float(stream.time_base)
+        seconds = own or (container.duration or 0) / 1_000_000  # as the header claims; 0 if it does not say
+        _check_length(seconds, max_seconds)
+        packets: list[Any] = []
+        with suppress(av.error.FFmpegError):  # damaged in the middle: keep what was read
+            packets.extend(packet for packet in container.demux(stream) if packet.size)
+        times = [packet.pts for packet in packets if not packet.is_discard]
+        claimed = stream.frames or round(seconds * float(stream.average_rate or 0))
+        cut = len(times) < claimed and _ends_early(raw, container.format.name)
+        frames = claimed if cut else len(times)
+        if not frames:
+            raise VideoRejected("no frames")
+        if present := [time for time in times if time is not None]:  # checked again, as the header may not say
+            _check_length((max(present) - min(present)) * float(stream.time_base), max_seconds)
+        # an avi says when a packet is decoded, not when its frame is shown
+        known = container.format.name != "avi" and None not in times and len(set(times)) == len(times)
+        settings = {"max_pixels": str(max_pixels)}
+        yield Video(raw, stream, packets, sorted(times) if known else None, frames, cut, settings=settings)
 
 
 def _check_length(seconds: float, limit: float) -> None:

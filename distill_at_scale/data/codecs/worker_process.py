@@ -109,9 +109,8 @@ class IsolatedFunction:
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-c", START, json.dumps(sys.path), self.function]
         with theirs:
-            self._process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL
-            )
+            pipe = theirs.fileno()
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         self._end = weakref.finalize(self, _end, self._process, self._socket)
         try:
             ready, _ = self._receive(time.monotonic() + START_SECONDS)
@@ -187,7 +186,13 @@ def serve() -> None:
                 return  # the parent ended in the middle of a message
             request = json.loads(text)
             signal.alarm(math.ceil(request["seconds"]) + GRACE)  # no handler: the kernel ends a child that hangs
-            _limit_memory(request["memory"] + 3 * len(body))
+            if sys.platform == "linux":
+                limit, hard = (
+                    _memory()[0] + request["memory"] + 3 * len(body),
+                    resource.getrlimit(resource.RLIMIT_AS)[1],
+                )
+                limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+                resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
             answer, data = function(request["header"], body)
             signal.alarm(0)
             _write(replies, {"answer": answer, "resident": _memory()[1]}, data)
@@ -202,13 +207,6 @@ def _memory() -> tuple[int, int]:
     with open("/proc/self/statm") as file:
         pages = [int(word) for word in file.read().split()[:2]]
     return pages[0] * mmap.PAGESIZE, pages[1] * mmap.PAGESIZE
-
-
-def _limit_memory(added: int) -> None:
-    if sys.platform == "linux":
-        limit = _memory()[0] + added
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _write(replies: BinaryIO, header: Header, body: bytes) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; the file or folder written there replaces `path` when the block ends.
-
-    If the block raises, `path` stays as it was and the temporary path is removed.
+    """Yield a temporary path next to `path`; the file or folder written there replaces `path` when the block ends. If
+    the block raises, `path` stays as it was and the temporary path is removed.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +44,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def resolve_parent(path: Path) -> Path:
     """An absolute path that is valid on all nodes: links above it are resolved, since they may exist on this node only.
-
     A link at the path itself is kept: run folders link to shared ones.
     """
     return path.parent.resolve() / path.name

@@ -27,10 +27,7 @@ class TrialStopped(BaseException):
 
 
 class DistillationDiverged(UserError):
-    """A loss became NaN or infinite; the last finite state is kept on disk.
-
-    `visit` orders several of these errors within one step.
-    """
+    """A loss became NaN or infinite; the last finite state is on disk. `visit` orders such errors within one step."""
 
     def __init__(self, message: str, visit: int = 0):
         super().__init__(message)

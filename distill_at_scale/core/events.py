@@ -19,11 +19,9 @@ EventKind = Literal["stage", "work", "wait", "lost", "log", "result"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something that took from `began` to `ended` (Unix seconds) in one process.
-
-    Kinds: stage: `name` is started, finished, skipped or failed. work: a unit of work and its counts (samples, rejected,
-    *_seconds). wait: what was waited for. lost: workers were lost. log: a line of the distillation log. result: an
-    evaluation row.
+    """Something that took from `began` to `ended` (Unix seconds) in one process. Kinds: stage: `name` is started,
+    finished, skipped or failed. work: a unit of work and its counts (samples, rejected, *_seconds). wait: what was
+    waited for. lost: workers were lost. log: a line of the distillation log. result: an evaluation row.
     """
 
     what: EventKind

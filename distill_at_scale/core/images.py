@@ -26,9 +26,8 @@ Frames = list[Image.Image]
 
 
 def to_pixels(samples: Array) -> Array:
-    """Float arrays [n, *shape] to uint8 pixels [n, C, H, W] with one scale for all; uint8 arrays are returned unchanged.
-
-    A signal, [L] or [C, L] with few channels, becomes a line plot; anything else a grey image whose rows are the last axis.
+    """Float arrays [n, *shape] to uint8 pixels [n, C, H, W] with one scale for all; uint8 arrays stay as they
+    are. A signal, [L] or [C, L] with few channels, becomes a line plot, others a grey image with the last axis as rows.
     """
     if samples.dtype == np.uint8 or not len(samples):
         return samples
@@ -70,9 +69,8 @@ def to_frames(pixels: Array, limit: int | None = None) -> Frames:
 
 
 def grid(pixels: Array, columns: int, side: int, gap: int = 2) -> Frames:
-    """uint8 [n, C, H, W] -> one RGB image of n tiles, row by row; [n, T, C, H, W] -> T such images.
-
-    Tiles are enlarged by a whole factor, without smoothing, to at least `side` pixels.
+    """uint8 [n, C, H, W] -> one RGB image of n tiles, row by row; [n, T, C, H, W] -> T such images. Tiles are enlarged
+    by a whole factor, without smoothing, to at least `side` pixels.
     """
     factor = max(1, math.ceil(side / pixels.shape[-1]))
     cell = pixels.shape[-1] * factor + gap

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def derive(seed: int, purpose: str, *index: int | str) -> int:
     """A 63-bit seed for one purpose and index."""
-    digest = hashlib.sha256(repr((seed, purpose, *index)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(repr((seed, purpose, *index)).encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, purpose: str, *index: int | str) -> torch.Generator:

@@ -64,10 +64,7 @@ class Pipeline:
         return self.context.executor
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
-        """Run stages in order.
-
-        Raises UserError where an input is missing or the folder holds the output of another configuration.
-        """
+        """Run stages in order. Raises UserError if an input is missing or the folder holds another run's output."""
         with self._working():
             for stage in stages:
                 if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():
@@ -115,10 +112,7 @@ class Pipeline:
             context.observers.emit(Event("stage", outcome, began, time.time()))
 
     def inputs(self, stage: str) -> StageInputs:
-        """The configuration values and contents that decide a stage's output.
-
-        Raises UserError where an earlier stage has not been run, or its output is no longer whole.
-        """
+        """What decides a stage's output. Raises UserError if an earlier stage's output is missing or not whole."""
         return ingest.inputs(self.context) if stage == "ingest" else STAGE_MODULES[stage].inputs(self.config, self.dir)
 
     @cached_property
@@ -139,7 +133,6 @@ class Pipeline:
 
     def validate(self) -> int:
         """Check the configuration and decode each sample of the source; list rejected ones in validation.parquet.
-
         Returns the number of unusable samples. Raises UserError for whatever would stop a run.
         """
         with self._working():
@@ -168,9 +161,8 @@ class Pipeline:
             return unused(listed).num_rows
 
     def forecast(self) -> RunPlan:
-        """Estimate what each stage takes, from a few measured micro-steps; published as plan.json and returned.
-
-        Raises UserError for what no stage could do; what does not fit is among the problems of the plan.
+        """Estimate what each stage takes, from a few measured micro-steps; published as plan.json and returned. Raises
+        UserError for what no stage could do; what does not fit is among the problems of the plan.
         """
         validate.check_names(self.config)
         self.dir.create()

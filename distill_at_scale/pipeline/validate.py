@@ -61,9 +61,8 @@ class PlannedDataset:
 
 
 def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
-    """Where data.transform selects classes by variance, which is not known yet, the largest classes are assumed.
-
-    Raises UserError where data.transform needs more classes than there are.
+    """Where data.transform selects classes by variance, which is not known yet, the largest classes are assumed. Raises
+    UserError where data.transform needs more classes than there are.
     """
     counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
     derived = derived_splits.derived_counts(config.data, counts, config.run.seed)
@@ -78,11 +77,18 @@ def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
 
 
 def check_names(config: Config) -> None:
-    """Resolve all names in the configuration before anything is computed.
-
-    Raises UserError for the first one that is unknown or does not keep its contract.
-    """
-    _check_source(config)
+    """Resolve all names in the configuration. Raises UserError for one that is unknown or breaks its contract."""
+    # a built-in source holds either images or clips; data.frames must agree with it
+    data, source, frames, size = config.data, config.data.source, config.data.frames, config.data.size
+    clips = getattr(resolve("data.source", source, SOURCES, ingest.CONTRACT), "clips", False)
+    if frames:
+        decoders_for(data)
+    if frames and stores_jpeg(data) and frames * size > MAX_JPEG_HEIGHT:
+        raise UserError(f"{frames} frames of {size} pixels do not fit into one JPEG; set data.store=raw, or lower one")
+    if clips and frames is None:
+        raise UserError(f"data.source = {source} holds videos; set data.frames, for example data.frames=8")
+    if frames and not clips and source in SOURCES:
+        raise UserError(f"data.source = {source} holds images, so data.frames = {frames} has no meaning; leave it out")
     sample_types.check(config)
     _check_criteria(config)
     builder("score.network", config.score.network)
@@ -106,24 +112,6 @@ def check_names(config: Config) -> None:
     Augmentation(protocol.augment)
 
 
-def _check_source(config: Config) -> None:
-    """A built-in source holds either images or clips; data.frames must agree with it."""
-    data, name = config.data, config.data.source
-    clips = getattr(resolve("data.source", name, SOURCES, ingest.CONTRACT), "clips", False)
-    if data.frames:
-        decoders_for(data)
-        if stores_jpeg(data) and data.frames * data.size > MAX_JPEG_HEIGHT:
-            raise UserError(
-                f"{data.frames} frames of {data.size} pixels do not fit into one JPEG; set data.store=raw, or lower one"
-            )
-    if clips and data.frames is None:
-        raise UserError(f"data.source = {name} holds videos; set data.frames, for example data.frames=8")
-    if data.frames and not clips and name in SOURCES:
-        raise UserError(
-            f"data.source = {name} holds images, so data.frames = {data.frames} has no meaning; leave it out"
-        )
-
-
 def _check_criteria(config: Config) -> None:
     """Names of criteria, their columns in the score table, and the weights of a sum of several."""
     score, chosen = config.score, config.criterion
@@ -141,21 +129,18 @@ def _check_criteria(config: Config) -> None:
                 "class another name"
             )
     if chosen == {}:
-        raise UserError(
-            "select.criterion = {} weighs nothing; give names with weights, for example {loss: 0.7, el2n: 0.3}"
-        )
+        raise UserError("select.criterion = {} weighs nothing; give names with weights, like {loss: 0.7, el2n: 0.3}")
     if isinstance(chosen, str):
         if ":" not in chosen:
             resolve("select.criterion", chosen, {**known, ranking.RANDOM: None})
         return
     for name, weight in chosen.items():
         if name not in known:
-            raise UserError(
-                f"select.criterion weighs {name!r}, which is not scored; {suggest(name, known)} (score.criterion)"
-            )
+            advice = f"{suggest(name, known)} (score.criterion)"
+            raise UserError(f"select.criterion weighs {name!r}, which is not scored; {advice}")
         if weight <= 0:
             raise UserError(
-                f"select.criterion: the weight of {name!r} is {weight:g}; it must be above 0 (or leave it out)"
+                f"select.criterion: the weight of {name!r} is {weight:g}; give one above 0, or leave it out"
             )
     ranking.build_ranking(chosen, True, config.select.order, 0)
 
@@ -175,10 +160,7 @@ class DataShape(Protocol):
 
 @torch.no_grad()
 def check_networks(config: Config, data: DataShape) -> None:
-    """Build each network of the run for the data's shape, and pass one sample through it.
-
-    Raises UserError for one that does not fit.
-    """
+    """Build each network for the data's shape and pass one sample through it. Raises UserError if one does not fit."""
     score, distill = config.score, config.distill
     networks = [
         ("score.network", score.network, score.width, score.depth),
@@ -215,18 +197,15 @@ def space(config: Config, plan: ingest.IngestPlan, free: int) -> str:
     """A line on the disk space at the end of an ingest, when part files and shards both exist; `free` is in bytes."""
     sample_bytes = math.prod(sample_shape(config.data)) * (4 if sample_types.holds_tensors(config.data) else 1)
     derived = sum(planned(config, plan).counts) if config.data.transform != "none" else 0
-    needed = int((2 * plan.samples + derived) * sample_bytes * (JPEG_RATIO if stores_jpeg(config.data) else 1))
-    unit, name = (1e9, "GB") if max(needed, free) >= 1e9 else (1e6, "MB")
-    line = (
-        f"  ingest needs about {needed / unit:.1f} {name} on the run folder's disk, {free / unit:.1f} {name} are free"
-    )
-    return line + (": NOT ENOUGH, it will stop when the disk is full" if needed > free else "")
+    need = int((2 * plan.samples + derived) * sample_bytes * (JPEG_RATIO if stores_jpeg(config.data) else 1))
+    unit, name = (1e9, "GB") if max(need, free) >= 1e9 else (1e6, "MB")
+    line = f"  ingest needs about {need / unit:.1f} {name} on the run folder's disk, {free / unit:.1f} {name} are free"
+    return line + (": NOT ENOUGH, it will stop when the disk is full" if need > free else "")
 
 
 def summary(plan: ingest.IngestPlan, listed: pa.Table, path: Path) -> list[str]:
-    """Lines on the samples that were rejected or have a remark; `listed` is the table at `path`.
-
-    Raises UserError where a class would lose all its training samples.
+    """Lines on rejected or remarked samples: `listed`, the table at `path`. Raises UserError if a class has no sample
+    left.
     """
     train, bad = plan.listings["train"], unused(listed)
     bad_ids = bad.filter(pc.equal(bad["split"], "train"))["sample_id"].combine_chunks()

@@ -131,12 +131,7 @@ class Store:
         return info.size if info.type == fs.FileType.File else None
 
     def read(self, file: str) -> bytes:
-        """The content of a file.
-
-        Raises:
-            OSError: this file cannot be read (FileNotFoundError if it does not exist).
-            Unreachable: the whole folder is gone, or a remote store fails.
-        """
+        """A file's content. Raises OSError if it cannot be read, Unreachable if the folder or store is gone."""
         with self.open(file) as handle:
             return self.request(file, handle.read)
 
@@ -259,10 +254,7 @@ class Store:
             raise self.unreachable(error) from None
 
     def request(self, file: str, operation: Callable[[], T]) -> T:
-        """The result of an operation on one file, such as a read from a handle that `open` returned.
-
-        Raises OSError if only this file fails, and Unreachable if the store does not answer.
-        """
+        """Operate on one file. Raises OSError if only this file fails, Unreachable if the store does not answer."""
         try:
             return operation()
         except FileNotFoundError:

@@ -40,9 +40,8 @@ def is_remote(path: str | Path) -> bool:
 
 
 class ObjectStore:
-    """The folder `uri`. Names are POSIX paths in it; "" is the folder itself.
-
-    Failing requests are retried for `retry_seconds` and then raise Unreachable with the reason.
+    """The folder `uri`. Names are POSIX paths in it; "" is the folder itself. Failing requests are retried for
+    `retry_seconds` and then raise Unreachable with the reason.
     """
 
     def __init__(self, uri: str, retry_seconds: float, say: Say = lambda text: None):
@@ -75,12 +74,7 @@ class ObjectStore:
             return None
 
     def fetch(self, name: str, target: Path) -> None:
-        """Download a file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            OSError: the local disk cannot store it.
-        """
+        """Download a file. Raises FileNotFoundError if there is none, OSError if the local disk cannot store it."""
 
         def copy() -> None:
             try:
@@ -144,12 +138,8 @@ class ObjectStore:
             )
 
     def _retried(self, what: str, request: Callable[[], T], retry_seconds: float | None = None) -> T:
-        """A request with retries.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            OSError: the local disk failed.
-            Unreachable: the store still fails after `retry_seconds`, or refuses permanently.
+        """Retry a request. Raises OSError if the file is missing or the disk fails, Unreachable if the store keeps
+        failing.
         """
         limit = self.retry_seconds if retry_seconds is None else retry_seconds
         until, pause = time.monotonic() + limit, FIRST_PAUSE
@@ -178,10 +168,9 @@ class ObjectStore:
 
 
 def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:
-    """Store one object completely or not at all.
-
-    pyarrow's stream completes the object on `close`, so all content is written at once, and nothing can fail in between.
-    Raises OSError if the store refuses it or its size is wrong afterwards.
+    """Store one object completely or not at all. pyarrow's stream completes the object on `close`, so all content is
+    written at once, and nothing can fail in between. Raises OSError if the store refuses it or its size is wrong
+    afterwards.
     """
     stream = filesystem.open_output_stream(path)
     stream.write(content)

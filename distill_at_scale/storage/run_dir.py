@@ -66,10 +66,7 @@ class RunDir:
         return f"{self.named}/{name}"
 
     def create(self) -> None:
-        """Create the folder and check that it is writable.
-
-        Raises UserError with the reason if it is not, or if run.reuse is not a run folder.
-        """
+        """Create the folder. Raises UserError if it is not writable, or if run.reuse is not a run folder."""
         if self.reuse:
             self.reuse.fetch()
             if not (self.reuse / "stages").is_dir():
@@ -83,9 +80,8 @@ class RunDir:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            key = "run.scratch" if self.remote else "run.dir"
-            reason = f"{self.path}: {error.strerror}. Choose another {key}."
-            raise UserError(f"cannot write in the run folder {reason}") from None
+            reason = f"{error.strerror}. Choose another {'run.scratch' if self.remote else 'run.dir'}."
+            raise UserError(f"cannot write in the run folder {self.path}: {reason}") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -157,10 +153,8 @@ class RunDir:
             raise UserError(f"{path} is damaged ({error}); remove it to run {stage} again") from None
 
     def valid(self, stage: str, inputs: StageInputs, redo: bool = False) -> bool:
-        """Whether the stage's output for exactly these inputs exists and is complete.
-
-        Raises UserError with the difference if the folder holds the output of another configuration; with `redo` that output is
-        just not valid.
+        """Whether the stage's output for exactly these inputs exists and is complete. Raises UserError with the
+        difference if the folder holds the output of another configuration; with `redo` that output is just not valid.
         """
         record = self.record(stage)
         if record is None:
@@ -230,10 +224,7 @@ class RunDir:
         return True
 
     def adopt(self, other: RunDir, stage: str) -> None:
-        """Use the finished stage of another run: its output is linked, not copied.
-
-        Raises UserError if that run has no complete output of the stage.
-        """
+        """Link (not copy) the finished stage of another run. Raises UserError if its output is not complete."""
         other.content(stage)
         record = other.record(stage)
         assert record is not None
@@ -255,8 +246,7 @@ class RunDir:
         return all((self / name).exists() for name in top_level_names(self.record(stage) or {"outputs": ()}))
 
     def take_over_files(self, folder: str) -> None:
-        """Link files of a folder of the run named in run.reuse that are missing here. The folder's name identifies its content
-        (networks of one fingerprint)."""
+        """Link files missing here from the folder of this name in run.reuse; the name identifies the content."""
         if self.reuse is not None:
             for path in files_in(self.reuse / folder):
                 name = path.relative_to(self.reuse.path).as_posix()

@@ -26,11 +26,8 @@ DEFAULTS = {"connect_timeout": 5.0, "request_timeout": 10.0}  # seconds per atte
 
 
 def connect(uri: str) -> tuple[Any, str]:
-    """The file system and the URI's folder in it.
-
-    Raises:
-        ValueError: an unknown option, a wrong value or credentials that are not escaped.
-        OSError: the bucket's region cannot be determined.
+    """The file system and the URI's folder in it. Raises ValueError for an unknown option, a wrong value or credentials
+    that are not escaped, OSError if the bucket's region cannot be determined.
     """
     parts = urlsplit(uri, allow_fragments=False)
     bucket = parts.netloc.rpartition("@")[2]

@@ -56,10 +56,7 @@ class FolderSync:
         self._guard = threading.RLock()
 
     def create(self) -> None:
-        """Create the local folder, readable by its user only.
-
-        Raises UserError if it belongs to another user.
-        """
+        """Create the local folder, readable by its user only. Raises UserError if it belongs to another user."""
         self.local.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.local.parent.stat().st_uid not in (os.getuid(), 0):
             raise UserError(f"{self.local.parent} belongs to another user; set run.scratch to a folder of your own")
@@ -70,10 +67,9 @@ class FolderSync:
         return bool(self._listed((name,)))
 
     def pull(self, *names: str, outputs: Mapping[str, Mapping[str, Any]] | None = None) -> Mapping[str, Any]:
-        """Fetch files and folders (default: everything) that differ; returns the store's files: name -> pyarrow.fs.FileInfo.
-
-        Local files that changed since the last transfer stay, and so do files that the store does not have. Raises UserError if
-        a file differs from `outputs` (name -> bytes, sha256).
+        """Fetch files and folders (default: everything) that differ; returns the store's files: name ->
+        pyarrow.fs.FileInfo. Local files that changed since the last transfer stay, and so do files that the store does
+        not have. Raises UserError if a file differs from `outputs` (name -> bytes, sha256).
         """
         infos = self._listed(names)
         stale = [name for name, info in infos.items() if not self._is_equal(name, info) and not self._changed(name)]
@@ -94,9 +90,8 @@ class FolderSync:
                 self._known.pop(name, None)
 
     def push(self, *names: str, gone: bool = False) -> None:
-        """Store local files and folders (default: everything) that changed since the last transfer.
-
-        With `gone`, files that were equal in both places and no longer exist here are deleted in the store.
+        """Store local files and folders (default: everything) that changed since the last transfer. With `gone`, files
+        that were equal in both places and no longer exist here are deleted in the store.
         """
         files = self._local_files(names)
         changed = sorted((stat.st_mtime_ns, name) for name, stat in files.items() if self._differs(name, stat))
@@ -132,10 +127,8 @@ class FolderSync:
 
     @contextlib.contextmanager
     def pushing(self, *names: str) -> Iterator[None]:
-        """Push from a background thread inside the block, and once more at its end.
-
-        A failing store does not stop the block; at its end it raises Unreachable. After an error in the block one last push is
-        tried without retries.
+        """Push from a background thread inside the block, and once more at its end. A failing store does not stop the
+        block; at its end it raises Unreachable. After an error in the block one last push is tried without retries.
         """
         with repeated(partial(self.push, *names)):
             try:

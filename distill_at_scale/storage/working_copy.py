@@ -48,7 +48,6 @@ class WorkingCopy:
     @contextlib.contextmanager
     def locked(self, file: TextIO) -> Iterator[None]:
         """Hold the folder against all other commands on any machine. `file` is the open, locked lock file of the copy.
-
         Raises Busy if another command works in the folder, and Unreachable at the end if something could not be stored.
         """
         store = self.sync.store
@@ -85,10 +84,7 @@ class WorkingCopy:
                 self.sync.clear()
 
     def seal(self) -> None:
-        """Store everything published so far, before a stage's record.
-
-        Raises Busy if another command has taken the lock.
-        """
+        """Store everything published so far, before a stage's record. Raises Busy if another command took the lock."""
         self.lock.check()
         self.sync.push(gone=True)
         self.lock.check()
@@ -121,8 +117,7 @@ class WorkingCopy:
         """The copy of the run that a record links to; `link` is relative to the folder that holds `points/` and `shared/`."""
         store = self.sync.store
         uri = child_address(store.uri, f"../../{link}")
-        path = self.path.parent / scratch_of(uri).name
-        return WorkingCopy(FolderSync(uri, path, store.retry_seconds, store.say))
+        return WorkingCopy(FolderSync(uri, self.path.parent / scratch_of(uri).name, store.retry_seconds, store.say))
 
     def link_to(self, other: WorkingCopy) -> str:
         """The link to another copy, for `linked_copy`."""
@@ -130,9 +125,8 @@ class WorkingCopy:
         return posixpath.relpath(target, posixpath.dirname(posixpath.dirname(here)))
 
     def _link(self, record: Mapping[str, Any]) -> None:
-        """Link the output of a shared stage, which this machine fetches once for all runs that use it.
-
-        Only links to a run of lower rank are followed, so that no run waits for itself.
+        """Link the output of a shared stage, which this machine fetches once for all runs that use it. Only links to a
+        run of lower rank are followed, so that no run waits for itself.
         """
         other = self.linked_copy(record[LINKED])
         if other._rank() >= self._rank():

@@ -16,14 +16,7 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.core.events import measured
-from distill_at_scale.data.ingest.chunks import (
-    ingest_chunk,
-    is_finished,
-    part_counts,
-    part_path,
-    recipe_of,
-    rejected_path,
-)
+from distill_at_scale.data.ingest import chunks as ingest_chunks
 from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, map_arrow, open_source
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
@@ -46,33 +39,30 @@ class Ingest(Worker):
     name, event, stages, uses_torch = "ingest", "decode", (), False
 
     def load(self) -> None:
-        self.source, self.recipe = open_source(self.config.data), recipe_of(self.config)
+        self.source, self.recipe = open_source(self.config.data), ingest_chunks.recipe_of(self.config)
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
             start, count, check = unit.work
             rows = map_arrow(unit.inputs[0]).slice(start, count)
-            used, rejected = ingest_chunk(self.source, self.recipe, rows, unit.outputs[-1], self.spent, check)
+            part = unit.outputs[-1]
+            used, rejected = ingest_chunks.ingest_chunk(self.source, self.recipe, rows, part, self.spent, check)
             yield {"samples": used, "rejected": rejected}
 
 
 def ingest(
     executor: Executor, config: Config, plan: IngestPlan, parts: Path, advance: Advance, check: bool = False
 ) -> None:
-    """Decode the chunks of a plan into `parts`, which holds its listings; with `check` only list rejected samples.
-
-    Advances by samples.
-    """
+    """Decode a plan's chunks into `parts`, or with `check` only list rejected samples. Advances by samples."""
     units = []
     for split, index, rows in plan.chunks(config.data.chunk):
-        path = part_path(parts, split, index)
-        if is_finished(path, check):
-            advance(sum(part_counts(path, rows, check)))
+        path = ingest_chunks.part_path(parts, split, index)
+        if ingest_chunks.is_finished(path, check):
+            advance(sum(ingest_chunks.part_counts(path, rows, check)))
         else:
             work = (index * config.data.chunk, rows.num_rows, check)
-            units.append(Unit(work, (rejected_path(path), path), (listing_path(parts, split),)))
-    task = Task(Ingest, config, {}, units, parts)
-    executor.run(task, lambda result: advance(result["samples"] + result["rejected"]))
+            units.append(Unit(work, (ingest_chunks.rejected_path(path), path), (listing_path(parts, split),)))
+    executor.run(Task(Ingest, config, {}, units, parts), lambda result: advance(result["samples"] + result["rejected"]))
 
 
 class TrainProxy(Worker):
@@ -93,7 +83,6 @@ class TrainProxy(Worker):
 def _train_trials(
     config: Config, paths: Mapping[str, Path], device: torch.device, report: Report, trials: Sequence[int]
 ) -> None:
-    """Train proxies together with the other workers of a process group, if there is one."""
     prepared, workers = PreparedDataset(paths["prepared"]), current_workers(device)
     for trial in trials:
         one = proxies.ProxyTrial(prepared, config.score, trial, config.run.seed, paths["checkpoints"], device, workers)
@@ -101,10 +90,7 @@ def _train_trials(
 
 
 def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-    """Train all trials: side by side, or on a cluster one after the other with `score.workers` workers each.
-
-    Advances by epochs.
-    """
+    """Train all trials side by side, or on a cluster one by one with `score.workers` workers. Advances by epochs."""
     done = 0
 
     def poll() -> bool:

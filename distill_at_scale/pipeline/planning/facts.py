@@ -83,10 +83,7 @@ def of_listing(config: Config, listing: IngestPlan) -> Facts:
 
 
 def expected_kept(config: Config, counts: list[int]) -> list[int]:
-    """Samples that selection will keep per class.
-
-    Approximate for scope `global`; all samples if `select.keep` is `auto`.
-    """
+    """Samples that selection keeps per class: approximate for scope `global`, all if `select.keep` is `auto`."""
     select, minimum = config.select, config.min_per_class
     if select.keep == "auto":
         return list(counts)

@@ -42,10 +42,9 @@ Styled = tuple[Series, str, str]  # a series with its colour and marker
 
 
 def draw(plot: Plot) -> str:
-    """Draw a plot as a data URI.
-
-    Values that are not finite are skipped, on a logarithmic axis also values that are not positive. Fractions between 0 and 1
-    are shown in per cent if the axis label names an accuracy, share or rate and no unit.
+    """Draw a plot as a data URI. Values that are not finite are skipped, on a logarithmic axis also values that are not
+    positive. Fractions between 0 and 1 are shown in per cent if the axis label names an accuracy, share or rate and no
+    unit.
     """
     styled = [(series, *style) for series, style in zip(plot.series, styles(plot.series), strict=True)]
     rows = any(series.kind == "bars" or any(isinstance(x, str) for x in series.x) for series in plot.series)
@@ -61,9 +60,7 @@ def picture(plot: Plot) -> dict[str, str]:
 
 def styles(series: Sequence[Series]) -> list[tuple[str, str]]:
     """Colour and marker of each series: the first of a role takes the role's colour, all others take the cycle."""
-    result: list[tuple[str, str]] = []
-    taken: set[str] = set()
-    cycle = 0
+    result, taken, cycle = list[tuple[str, str]](), set[str](), 0
     for place, one in enumerate(series):
         color = ROLES.get(one.role)
         if color is None or color in taken:
@@ -99,7 +96,12 @@ def _plane(plot: Plot, styled: Sequence[Styled]) -> Figure:
     axes.set_ylabel(clean(plot.y_label))
     axes.yaxis.set_major_formatter(formatter(plot.y_label, [y for values in points for _, y, _ in values]))
     _levels(axes, levels)
-    _marks(axes, marks)
+    for row, (name, at) in enumerate(sorted(marks, key=lambda mark: mark[1])):  # each name on a line of its own
+        axes.axvline(at, color=INK, lw=1, ls=(0, (1, 2)), zorder=1)
+        low, high = axes.transAxes.inverted().transform(axes.transData.transform([(at, 0), (at, 1)]))[:, 0]
+        side, above = "left" if (low + high) / 2 < 0.5 else "right", axes.get_xaxis_transform()
+        text = clip(clean(name), MAX_NAME)
+        axes.text(at, 1.015 + LINE_HEIGHT * row, text, transform=above, ha=side, va="bottom", size=8.5)
     frame(axes, "both")
     _legend(axes, styled)
     return figure
@@ -151,17 +153,6 @@ def _levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
 def level_color(name: str) -> str:
     """The colour of the role that a level's name mentions."""
     return next((ROLES[role] for role in ("unpruned", "random") if role in name.lower()), FAINT)
-
-
-def _marks(axes: Axes, marks: Sequence[tuple[str, float]]) -> None:
-    """Vertical lines with their names above the plot, each name on a line of its own."""
-    for row, (name, x) in enumerate(sorted(marks, key=lambda mark: mark[1])):
-        axes.axvline(x, color=INK, lw=1, ls=(0, (1, 2)), zorder=1)
-        low, high = axes.transAxes.inverted().transform(axes.transData.transform([(x, 0), (x, 1)]))[:, 0]
-        side = "left" if (low + high) / 2 < 0.5 else "right"
-        where = axes.get_xaxis_transform()
-        text = clip(clean(name), MAX_NAME)
-        axes.text(x, 1.015 + LINE_HEIGHT * row, text, transform=where, ha=side, va="bottom", size=8.5)
 
 
 def _rows(plot: Plot, styled: Sequence[Styled]) -> Figure:
@@ -232,8 +223,7 @@ def _line(series: Series, color: str, marker: str) -> dict[str, Any]:
 
 def _legend(axes: Axes, styled: Sequence[Styled]) -> None:
     """Names above the plot, as many per line as fit."""
-    handles: list[Any] = []
-    names: list[str] = []
+    handles, names = list[Any](), list[str]()
     for series, color, marker in styled:
         if series.name:
             line = Line2D([], [], lw=1.7, ms=5.5, **_line(series, color, marker))

@@ -21,15 +21,10 @@ from distill_at_scale.storage.redact import public
 def write(path: Path, template: str, contents: Mapping[str, Any]) -> Path:
     """Render a template of this package to a file atomically; returns its path."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    engine = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    engine.filters |= {
-        "accuracy": accuracy,
-        "share": share,
-        "shape": shape,
-        "duration": duration,
-        "comma": "{:,}".format,
-    }
-    text = engine.get_template(template).render(colors=COLORS, **contents)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    pages.filters |= {"accuracy": accuracy, "share": share, "shape": shape, "duration": duration}
+    pages.filters["comma"] = "{:,}".format
+    text = pages.get_template(template).render(colors=COLORS, **contents)
     with publish(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return path

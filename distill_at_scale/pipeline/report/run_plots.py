@@ -12,20 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from distill_at_scale.core.images import Frames, palette_png, png, to_frames, webp
-from distill_at_scale.pipeline.report.style import (
-    COLORS,
-    FAINT,
-    INK,
-    LINE,
-    SET_NAMES,
-    STYLE,
-    WIDTH,
-    data_uri,
-    figure_of,
-    frame,
-    name_rows,
-    svg,
-)
+from distill_at_scale.pipeline.report import style
 
 BINS = 72
 FEW = 20  # up to this many kept samples of a class are drawn one by one
@@ -75,8 +62,8 @@ class Gallery:
 def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
     """Bars by network with standard deviation and every single seed; a dashed line marks `chance` (in per cent)."""
     networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
-    with matplotlib.rc_context(STYLE):
-        figure, axes = figure_of(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
+    with matplotlib.rc_context(style.STYLE):
+        figure, axes = style.figure_of(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
         place, names = -0.95, []
         for network in networks:
             place += 0.95
@@ -84,47 +71,48 @@ def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
             axes.text(-0.006, place + 0.1, network, transform=left, weight="bold", ha="right", va="center")
             for bar in (bar for bar in bars if bar.row["network"] == network):
                 place += 1
-                names.append((place, SET_NAMES[bar.row["set"]]))
-                axes.barh(place, bar.mean, height=0.66, color=COLORS[bar.row["set"]], alpha=0.85)
+                names.append((place, style.SET_NAMES[bar.row["set"]]))
+                axes.barh(place, bar.mean, height=0.66, color=style.COLORS[bar.row["set"]], alpha=0.85)
                 if bar.row["std"] is not None:
-                    axes.errorbar(bar.mean, place, xerr=bar.std, color=INK, lw=1.2, capsize=4, capthick=1.2)
+                    axes.errorbar(bar.mean, place, xerr=bar.std, color=style.INK, lw=1.2, capsize=4, capthick=1.2)
                 spread = np.linspace(-0.18, 0.18, len(bar.seeds)) if len(bar.seeds) > 1 else np.zeros(1)
-                axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=INK, lw=0.7, zorder=3)
+                axes.scatter(bar.seeds, place + spread, s=11, color="white", edgecolor=style.INK, lw=0.7, zorder=3)
                 where: Any = {"xytext": (9, 0), "textcoords": "offset points"}
                 axes.annotate(bar.text, (bar.end, place), **where, va="center", weight="bold")
-        name_rows(axes, names)
+        style.name_rows(axes, names)
         axes.set_ylim(place + 0.65, -0.4)
         axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
-        axes.axvline(chance, color=FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
+        axes.axvline(chance, color=style.FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
         axes.set_xlabel("top-1 accuracy on the test split in %  (dashed: chance)")
-        return svg(figure)
+        return style.svg(figure)
 
 
 def distributions(classes: Sequence[Distribution], label: str) -> str:
     """A histogram of scores per class, kept and dropped samples stacked, with a mark at each cut."""
     scores = np.concatenate([c.scores for c in classes])
     edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), BINS + 1)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = figure_of(0.42 * len(classes) + 0.75)
+    with matplotlib.rc_context(style.STYLE):
+        figure, axes = style.figure_of(0.42 * len(classes) + 0.75)
         for row, one in enumerate(classes):
             counts, _ = np.histogram(one.scores, edges)
             kept, _ = np.histogram(one.scores[one.kept], edges)
             scale = 0.82 / max(1, counts.max())
-            axes.stairs(row - counts * scale, edges, baseline=row, fill=True, color=COLORS["dropped"], zorder=2)
-            axes.stairs(row - kept * scale, edges, baseline=row, fill=True, color=COLORS["kept"], zorder=3)
-            axes.plot(edges[[0, -1]], [row, row], color=LINE, lw=0.8, zorder=1)
+            axes.stairs(row - counts * scale, edges, baseline=row, fill=True, color=style.COLORS["dropped"], zorder=2)
+            axes.stairs(row - kept * scale, edges, baseline=row, fill=True, color=style.COLORS["kept"], zorder=3)
+            axes.plot(edges[[0, -1]], [row, row], color=style.LINE, lw=0.8, zorder=1)
             if one.kept.sum() <= FEW:
-                axes.vlines(one.scores[one.kept], row - 0.5, row, color=COLORS["kept"], lw=1.6, zorder=4)
+                axes.vlines(one.scores[one.kept], row - 0.5, row, color=style.COLORS["kept"], lw=1.6, zorder=4)
             for cut in cuts(one.scores, one.kept):
-                axes.vlines(cut, row - 0.9, row, color=INK, lw=1.1, zorder=5)
+                axes.vlines(cut, row - 0.9, row, color=style.INK, lw=1.1, zorder=5)
             text = f"{int(one.kept.sum()):,} of {len(one.kept):,}"
-            axes.text(1.01, row - 0.05, text, transform=axes.get_yaxis_transform(), va="bottom", color=FAINT, size=8)
-        name_rows(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
+            right = axes.get_yaxis_transform()
+            axes.text(1.01, row - 0.05, text, transform=right, va="bottom", color=style.FAINT, size=8)
+        style.name_rows(axes, [(row - 0.3, one.name) for row, one in enumerate(classes)])
         axes.set_ylim(len(classes) - 0.9, -1.0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel(label)
-        return svg(figure)
+        return style.svg(figure)
 
 
 def cuts(scores: Array, kept: Array) -> list[float]:
@@ -142,10 +130,10 @@ def cuts(scores: Array, kept: Array) -> list[float]:
 
 def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> str:
     """The distillation loss over the steps with a running mean; below it the accuracy, if it was measured."""
-    panels = [(loss, "distillation loss", INK), (top1, "top-1 in % (one network)", COLORS["distilled"])]
+    panels = [(loss, "distillation loss", style.INK), (top1, "top-1 in % (one network)", style.COLORS["distilled"])]
     panels = [panel for panel in panels if panel[0]]  # those with points
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.5 * len(panels) + 0.3), layout="constrained")
+    with matplotlib.rc_context(style.STYLE):
+        figure = Figure(figsize=(style.WIDTH, 2.5 * len(panels) + 0.3), layout="constrained")
         shared: Axes | None = None
         for place, (points, label, color) in enumerate(panels):
             shared = axes = figure.add_subplot(len(panels), 1, place + 1, sharex=shared)
@@ -162,10 +150,10 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
             if values.min() > 0 and values.max() > 30 * values.min():
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter("{x:g}")
-            frame(axes, "both")
+            style.frame(axes, "both")
             axes.set_ylabel(label)
         axes.set_xlabel("step")
-        return svg(figure)
+        return style.svg(figure)
 
 
 def picture(pixels: Array, limit: int) -> str:
@@ -182,7 +170,7 @@ def gallery(samples: Iterable[Array], limit: int, budget: int) -> Gallery:
         return Gallery([_png(frames) for frames in clips], "exact")
     if all(frames[0].mode == "L" for frames in clips) and (pictures := _within(clips, _png, budget)):
         return Gallery(pictures, "exact")
-    if pictures := _within(clips, lambda frames: data_uri("image/webp", webp(frames)), budget):
+    if pictures := _within(clips, lambda frames: style.data_uri("image/webp", webp(frames)), budget):
         return Gallery(pictures, "lossy")
     return Gallery([_png([frames[len(frames) // 2]]) for frames in clips], "still")
 
@@ -199,7 +187,7 @@ def _within(clips: Sequence[Frames], encode: Callable[[Frames], str], budget: in
 
 
 def _png(frames: Frames) -> str:
-    return data_uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
+    return style.data_uri("image/png", palette_png(frames) if len(frames) > 1 else png(frames, optimize=True))
 
 
 def size_of(uri: str) -> int:

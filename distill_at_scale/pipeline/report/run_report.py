@@ -201,11 +201,9 @@ def _searched(run: RunDir) -> dict[str, Any] | None:
     """How select.keep: auto chose its rate: the tried rates, and adaptive rates against one rate for all classes."""
     if not (search := _json(run / "auto.json")):
         return None
-    curve = search["curve"]
-    x, y, error = ([one[key] for one in curve] for key in ("keep", "mean", "std"))
+    x, y, error = ([one[key] for one in search["curve"]] for key in ("keep", "mean", "std"))
     tried = Series("short distillations", x, y, error, role="ours")
-    levels = (("unpruned", search["unpruned"]), ("sufficient", search["least"]))
-    marks = (("chosen", search["rate"]),)
+    levels, marks = (("unpruned", search["unpruned"]), ("sufficient", search["least"])), (("chosen", search["rate"]),)
     plot = Plot("Search for the keep rate", "share kept", "top-1 accuracy", [tried], levels, marks, True)
     against = ""
     if "adaptive" in search:
@@ -216,8 +214,7 @@ def _searched(run: RunDir) -> dict[str, Any] | None:
 
 def _scores(run: RunDir) -> tuple[Array, Array, str] | None:
     """Labels, scores and the criterion's name, in the order of manifest and shards. The per-epoch lists are not read."""
-    path = run / "scores.parquet"
-    if not path.exists():
+    if not (path := run / "scores.parquet").exists():
         return None
     table, facts = score_table.read(path, ["label", "score"])
     name = next(iter(facts.get("criteria") or facts.get("useful", {})), "score")
@@ -264,9 +261,8 @@ def _times(records: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rejected(path: Path) -> dict[str, Any]:
-    """`rejected`: samples that are not used; `remarked`: samples that are used with a remark.
-
-    Up to `REASONS` samples are listed one by one; more are counted by kind of reason, each kind with an example.
+    """`rejected`: samples that are not used; `remarked`: samples that are used with a remark. Up to `REASONS` samples
+    are listed one by one; more are counted by kind of reason, each kind with an example.
     """
     with reading(path, "ingest"):
         listed = pq.ParquetFile(path).read().to_pylist() if path.exists() else []

@@ -44,8 +44,7 @@ class Lane:
 
 def part(entries: Sequence[TimelineEntry]) -> dict[str, Any] | None:
     """The template's values: `chart`, `sentence` and `legend`. None if the timeline is empty."""
-    usage = account(entries)
-    if usage is None:
+    if (usage := account(entries)) is None:
         return None
     stages = {span.stage for span in usage.stages}
     legend = [(name, color) for name, color in COLORS.items() if name in stages]
@@ -118,9 +117,8 @@ def sentence(usage: Utilization) -> str:
         parts.append(f"Ray was starting for {percent(usage.waited)}")
     rest = max(0.0, usage.seconds - usage.busy - usage.waited)
     parts.append(f"for {percent(rest)} workers were starting or only the driver worked")
-    lost = len(usage.losses)
-    times = "once" if lost == 1 else f"{lost} times"
-    losses = f" Workers were lost {times} (crosses); their work was repeated." if lost else ""
+    times = "once" if len(usage.losses) == 1 else f"{len(usage.losses)} times"
+    losses = f" Workers were lost {times} (crosses); their work was repeated." if usage.losses else ""
     return f"Of {duration(usage.seconds)}{commands}, {', '.join(parts[:-1])}, and {parts[-1]}.{losses}"
 
 

@@ -69,9 +69,8 @@ def recipe_of(config: Config) -> Recipe:
     whitening.check(data, shape)
     if holds_tensors(data):
         return Recipe(TensorDecoder(shape), None, data.max_bytes)
-    decoder: ImageDecoder | ClipDecoder = ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
-    if data.frames:
-        decoder = clip_decoder(data, config.run.seed)
+    image_decoder = ImageDecoder(data.size, data.channels, data.resize, data.max_pixels)
+    decoder = clip_decoder(data, config.run.seed) if data.frames else image_decoder
     return Recipe(decoder, data.quality if stores_jpeg(data) else None, data.max_bytes)
 
 
@@ -169,9 +168,7 @@ def _decoded(
 
 
 def _read(source: Source, rows: pa.Table, spent: TimeSpent) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
-    """Raw samples, at most READ_AT_ONCE and READ_BYTES at a time. After an error they are read one by one, to find the
-    sample at fault.
-    """
+    """Raw samples, some at a time; after an error they are read one by one, to find the sample at fault."""
     ends, start = np.cumsum(rows["size"].to_numpy()), 0
     while start < rows.num_rows:
         before = ends[start - 1] if start else 0

@@ -95,12 +95,11 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
 
 def long_tail_counts(data: DataSection, counts: Sequence[int], seed: int) -> list[int]:
     """How many samples of each class [C] a long tail keeps. Raises UserError for a single class."""
-    if len(counts) < 2:
-        raise UserError(
-            f"data.transform = long_tail needs at least 2 classes, the data have {len(counts)}; leave it out"
-        )
-    ranks = rng.numpy_generator(seed, "long tail order").permutation(len(counts))
-    sizes = max(counts) * data.imbalance ** (-ranks / (len(counts) - 1))
+    classes = len(counts)
+    if classes < 2:
+        raise UserError(f"data.transform = long_tail needs at least 2 classes, the data have {classes}; leave it out")
+    ranks = rng.numpy_generator(seed, "long tail order").permutation(classes)
+    sizes = max(counts) * data.imbalance ** (-ranks / (classes - 1))
     return np.maximum(1, np.minimum(counts, np.floor(sizes + 0.5))).astype(int).tolist()
 
 
@@ -133,9 +132,24 @@ def _rows(
 
 
 def _classes_by_variance(prepared: PreparedDataset, data: DataSection, seed: int) -> tuple[list[int], dict[str, Any]]:
-    """The classes of the smallest or largest variance, ascending, and the facts for dataset.json."""
+    """The classes of the smallest or largest variance, ascending, and the facts for dataset.json.
+
+    The variance of a class is that around its mean sample, averaged over pixels (on the scale 0..1; of tensors, in units of
+    the training values' variance), from at most MEASURED samples.
+    """
     wanted = variance_class_count(data, len(prepared.class_names))
-    variances = [_variance(prepared, label, seed) for label in range(len(prepared.class_names))]
+    at_once = max(1, READ_BYTES // (8 * prepared.sample_bytes))
+    scale = np.array(prepared.std).reshape(-1, *(1,) * (len(prepared.shape) - 1)) if prepared.kind == "tensors" else 255
+    variances = []
+    for label, count in enumerate(prepared.counts("train")):
+        places = np.sort(rng.numpy_generator(seed, "class variance", label).permutation(count)[:MEASURED])
+        total, squares = np.zeros(prepared.shape), np.zeros(prepared.shape)
+        for start in range(0, len(places), at_once):
+            samples = prepared.take("train", label, places[start : start + at_once]).astype(np.float64)
+            total += samples.sum(0)
+            squares += (samples * samples).sum(0)
+        variance = np.maximum(squares / len(places) - (total / len(places)) ** 2, 0)
+        variances.append(float((variance / scale**2).mean()))
     sign = 1 if data.transform == "low_variance" else -1
     ranked = sorted(range(len(variances)), key=lambda label: (sign * variances[label], label))
     named = {name: float(f"{v:.6g}") for name, v in zip(prepared.class_names, variances, strict=True)}
@@ -143,24 +157,7 @@ def _classes_by_variance(prepared: PreparedDataset, data: DataSection, seed: int
     return sorted(ranked[:wanted]), facts
 
 
-def _variance(prepared: PreparedDataset, label: int, seed: int) -> float:
-    """The variance of a class around its mean sample, averaged over pixels (on the scale 0..1; of tensors, in units of
-    the training values' variance), from at most MEASURED samples."""
-    count = prepared.counts("train")[label]
-    places = np.sort(rng.numpy_generator(seed, "class variance", label).permutation(count)[:MEASURED])
-    at_once = max(1, READ_BYTES // (8 * prepared.sample_bytes))
-    total, squares = np.zeros(prepared.shape), np.zeros(prepared.shape)
-    for start in range(0, len(places), at_once):
-        samples = prepared.take("train", label, places[start : start + at_once]).astype(np.float64)
-        total += samples.sum(0)
-        squares += (samples * samples).sum(0)
-    variance = np.maximum(squares / len(places) - (total / len(places)) ** 2, 0)
-    scale = np.array(prepared.std).reshape(-1, *(1,) * (len(prepared.shape) - 1)) if prepared.kind == "tensors" else 255
-    return float((variance / scale**2).mean())
-
-
 def _rewrite(prepared: PreparedDataset, split: str, tables: Iterable[pa.Table], data: DataSection) -> None:
-    """Write new shards of a split next to the old ones, then replace these."""
     old, new = prepared.folder / split, prepared.folder / f"{split}.derived"
     if not prepared.groups(split):
         return
@@ -172,7 +169,6 @@ def _rewrite(prepared: PreparedDataset, split: str, tables: Iterable[pa.Table], 
 
 
 def _counts(folder: Path, classes: int) -> list[int]:
-    """Samples per class in the new shards."""
     counts = np.zeros(classes, np.int64)
     for path in sorted(folder.glob("shard-*.parquet")):
         counts += np.bincount(pq.ParquetFile(path).read(["label"])["label"].to_numpy(), minlength=classes)

@@ -82,7 +82,6 @@ def _copied(
             values.append((samples[source] + noise).astype(np.float32).tobytes())
         else:
             jittered = jitter(samples[source], draw)
-            encoded = encode(stack_frames(jittered), data.quality) if column == "jpeg" else jittered.tobytes()
-            values.append(encoded)
+            values.append(encode(stack_frames(jittered), data.quality) if column == "jpeg" else jittered.tobytes())
     columns = [names, pa.array(np.full(len(names), label, np.int32)), pa.array(values, stored.schema[-1].type)]
     return pa.table(columns, schema=stored.schema.remove_metadata())

@@ -43,11 +43,8 @@ class IngestPlan:
 
     def chunks(self, size: int) -> list[tuple[str, int, pa.Table]]:
         """(split, index, rows) of each chunk."""
-        return [
-            (split, i, table.slice(i * size, size))
-            for split, table in self.listings.items()
-            for i in range(-(-table.num_rows // size))
-        ]
+        tables = [(s, table, i) for s, table in self.listings.items() for i in range(-(-table.num_rows // size))]
+        return [(split, i, table.slice(i * size, size)) for split, table, i in tables]
 
     def on_disk(self, folder: Path) -> IngestPlan:
         """The same plan with its listings in files, which processes map instead of receiving copies."""
@@ -99,11 +96,9 @@ def plan(config: Config) -> IngestPlan:
     names = source_names
     if data.classes is not None:
         names = list(class_list(data.classes))
-        for name in names:
-            if name not in source_names:
-                raise UserError(
-                    f"data.classes: {name!r} is not a class of this data set; {suggest(name, source_names)}"
-                )
+        if odd := [name for name in names if name not in source_names]:
+            hint = suggest(odd[0], source_names)
+            raise UserError(f"data.classes: {odd[0]!r} is not a class of this data set; {hint}")
         if len(set(names)) != len(names) or not names:
             raise UserError("data.classes must name at least one class, and each once")
         labels = [names.index(name) if name in names else -1 for name in source_names]
@@ -143,8 +138,7 @@ def _splits(source: Source, data: DataSection) -> dict[str, str]:
     present = source.splits()
     wanted = "train" if data.train_split == "train" else "test"
     if wanted not in present:
-        place = redact_uri(data.path or data.source)
-        keys = {"train": "train", "test": "val"}
+        place, keys = redact_uri(data.path or data.source), {"train": "train", "test": "val"}
         raise UserError(
             f"{place} holds no split {data.train_split!r}, only {', '.join(keys[s] for s in present) or 'none'}; complete it, "
             f"or set data.train_split to the one that is to be distilled (with data.holdout for a test split)"

@@ -55,11 +55,9 @@ def check(config: Config) -> None:
     if method in CROPPING:
         raise UserError(f"{subject}, but distill.method = {method} crops images; use dm, dc or mtt")
     section = getattr(config.distill, method, None)
-    wrong = [
-        f"distill.{method}.{key}={value}" for key, value in NEUTRAL.items() if getattr(section, key, value) != value
-    ]
-    if wrong:
-        raise UserError(f"{subject}; {method}'s image augmentations do not apply to them; set {' '.join(wrong)}")
+    if wrong := {key: value for key, value in NEUTRAL.items() if getattr(section, key, value) != value}:
+        settings = " ".join(f"distill.{method}.{key}={value}" for key, value in wrong.items())
+        raise UserError(f"{subject}; {method}'s image augmentations do not apply to them; set {settings}")
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class TensorDecoder:
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
             raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack numbers")
         if raw.shape != self.shape:
-            expected = list(self.shape)
-            raise SampleRejected(f"its shape is {list(raw.shape)}, that of the first training sample {expected}")
+            raise SampleRejected(f"its shape is {[*raw.shape]}, that of the first training sample {[*self.shape]}")
         with np.errstate(over="ignore"):
             values = raw.astype(np.float32)
         if not np.isfinite(values).all():

@@ -45,9 +45,8 @@ class PreparedDataset:
         try:
             self.meta = _checked(json.loads((self.folder / "dataset.json").read_text()))
         except FileNotFoundError:
-            raise UserError(
-                f"{self.folder} holds no prepared data; run `distill-at-scale ingest CONFIG` first"
-            ) from None
+            hint = "run `distill-at-scale ingest CONFIG` first"
+            raise UserError(f"{self.folder} holds no prepared data; {hint}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.folder}/dataset.json is damaged ({error}); ingest again") from None
         self.class_names: list[str] = self.meta.get("class_names", [])
@@ -111,8 +110,7 @@ class PreparedDataset:
 
     def index(self, split: str = "train") -> tuple[list[str], Array]:
         """All ids and labels of a split, in the order of the shards, without reading pixels."""
-        tables = [self.read(chunk, split, ["sample_id", "label"]) for chunk in self.chunks(split)]
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables(self.read(chunk, split, ["sample_id", "label"]) for chunk in self.chunks(split))
         return table["sample_id"].to_pylist(), table["label"].to_numpy()
 
     def load(
@@ -150,9 +148,8 @@ class PreparedDataset:
     def take(self, split: str, label: int, places: Sequence[int] | Array, threads: int = 1) -> Array:
         """Samples [n, *shape] at ascending positions within a class. Other samples of their row groups are not decoded."""
         tables = self.take_rows(split, label, np.asarray(places, np.int64))
-        return np.concatenate(
-            [np.zeros((0, *self.shape), self.dtype), *(self.pixels(table, threads) for table in tables)]
-        )
+        pixels = [self.pixels(table, threads) for table in tables]
+        return np.concatenate([np.zeros((0, *self.shape), self.dtype), *pixels])
 
     def take_rows(self, split: str, label: int, places: Array) -> Iterator[pa.Table]:
         """Stored rows at ascending positions within a class, some MB of row groups at a time."""
@@ -177,17 +174,13 @@ class PreparedDataset:
 
     @cached_property
     def _by_label(self) -> dict[str, dict[int, list[RowGroup]]]:
-        return {
-            split: {label: list(inside) for label, inside in groupby(groups, lambda group: group.label)}
-            for split, groups in self._groups.items()
-        }
+        grouped = {split: groupby(groups, lambda group: group.label) for split, groups in self._groups.items()}
+        return {split: {label: list(inside) for label, inside in pairs} for split, pairs in grouped.items()}
 
     @cached_property
     def _by_file(self) -> dict[str, dict[str, list[RowGroup]]]:
-        return {
-            split: {file: list(inside) for file, inside in groupby(groups, lambda group: group.file)}
-            for split, groups in self._groups.items()
-        }
+        grouped = {split: groupby(groups, lambda group: group.file) for split, groups in self._groups.items()}
+        return {split: {file: list(inside) for file, inside in pairs} for split, pairs in grouped.items()}
 
     def _scan(self, split: str) -> Iterator[RowGroup]:
         """The row groups according to the footers. Raises UserError if they contradict the counts in dataset.json."""
@@ -225,9 +218,8 @@ class PreparedDataset:
         if not wrong and "label" in table.column_names:
             wrong = not np.array_equal(table["label"].to_numpy(), np.repeat([group.label for group in groups], rows))
         if wrong:
-            raise UserError(
-                f"{path} holds samples of other classes than {self.folder}/dataset.json counts; ingest again"
-            )
+            facts = self.folder / "dataset.json"
+            raise UserError(f"{path} holds samples of other classes than {facts} counts; ingest again")
         return table
 
 

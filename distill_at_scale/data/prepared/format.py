@@ -126,9 +126,8 @@ def _sample_type(field: pa.Field) -> tuple[tuple[int, ...], np.dtype[Any]]:
     except (KeyError, TypeError, ValueError, RecursionError):
         size = None
     if size is None or (field.name != "jpeg" and field.type != pa.binary(size)):
-        raise UserError(
-            f"the column {field.name!r} of a prepared shard has no valid shape in its metadata; ingest again"
-        )
+        column = f"the column {field.name!r} of a prepared shard"
+        raise UserError(f"{column} has no valid shape in its metadata; ingest again")
     return shape, np.dtype(dtype)
 
 
@@ -145,9 +144,7 @@ def group_rows(shape: Sequence[int], jpeg: bool, chunk: int, itemsize: int = 1) 
 
 def scoring_chunk(shape: Sequence[int], chunk: int) -> int:
     """Samples per scoring chunk: `data.chunk`, or more for clips, which are decoded far more slowly than scored."""
-    if len(shape) == 3:
-        return chunk
-    return max(chunk, min(SCORED_CLIPS, SCORED_BYTES // int(np.prod(shape))))
+    return chunk if len(shape) == 3 else max(chunk, min(SCORED_CLIPS, SCORED_BYTES // int(np.prod(shape))))
 
 
 def write_shards(folder: Path, tables: Iterable[pa.Table], kind: pa.Schema, group: int) -> None:
@@ -197,9 +194,8 @@ def row_bytes(table: pa.Table) -> Array:
 
 
 def _writer(folder: Path, number: int, kind: pa.Schema) -> pq.ParquetWriter:
-    compression = "none" if "jpeg" in kind.names else "zstd"
-    name = f"shard-{number:05d}.parquet"
-    return pq.ParquetWriter(folder / name, kind, use_dictionary=["label"], compression=compression)
+    compression, path = "none" if "jpeg" in kind.names else "zstd", folder / f"shard-{number:05d}.parquet"
+    return pq.ParquetWriter(path, kind, use_dictionary=["label"], compression=compression)
 
 
 def _row_groups(tables: Iterable[pa.Table], group: int) -> Iterator[pa.Table]:

@@ -91,9 +91,8 @@ def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa
             if mask.any():
                 ids = parquet.read_group(file, group, ["sample_id"])["sample_id"].combine_chunks()
                 ids, kept_labels = ids.take(pa.array(np.flatnonzero(mask))), labels_here[mask]
-                yield from (
-                    (int(label), ids.filter(pa.array(kept_labels == label))) for label in np.unique(kept_labels)
-                )
+                for label in np.unique(kept_labels):
+                    yield int(label), ids.filter(pa.array(kept_labels == label))
 
 
 def _open(path: Path) -> pq.ParquetFile:

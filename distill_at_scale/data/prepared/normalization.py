@@ -78,9 +78,8 @@ class Normalization:
 
 
 def _are_numbers(values: Any) -> bool:
-    if not isinstance(values, list | tuple) or not values:
-        return False
-    return all(type(value) in (int, float) and abs(value) < LARGEST for value in values)
+    is_list = isinstance(values, list | tuple) and len(values) > 0
+    return is_list and all(type(value) in (int, float) and abs(value) < LARGEST for value in values)
 
 
 def normalization_of(prepared: PreparedDataset, whitened: bool = True) -> Normalization:

@@ -137,29 +137,25 @@ def check_rows(table: pa.Table, path: Path, stage: str) -> None:
     so that ids are unique.
     """
     check_values(table, path, stage)
-    kinds = table.schema.field("sample_id").type, table.schema.field("label").type
-    if not (pa.types.is_string(kinds[0]) and pa.types.is_integer(kinds[1])):
-        raise UserError(
-            f"{path}: sample_id and label are {kinds[0]} and {kinds[1]}, not text and numbers; run `{stage}` again"
-        )
+    id_, label = table.schema.field("sample_id").type, table.schema.field("label").type
+    if not (pa.types.is_string(id_) and pa.types.is_integer(label)):
+        raise UserError(f"{path}: sample_id and label are {id_} and {label}, not text and numbers; run `{stage}` again")
     ids, labels = table["sample_id"].combine_chunks(), table["label"].to_numpy()
     in_class = labels[1:] == labels[:-1]
     rising = pc.less(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(np.where(in_class, ~rising.astype(bool), labels[1:] < labels[:-1]))
     if wrong.size:
-        raise UserError(
-            f"{path}: the sample {ids[int(wrong[0]) + 1].as_py()!r} is there twice or not in its place; run `{stage}` again"
-        )
+        sample = ids[int(wrong[0]) + 1].as_py()
+        raise UserError(f"{path}: the sample {sample!r} is there twice or not in its place; run `{stage}` again")
 
 
 def facts_of(file: pq.ParquetFile, key: str) -> dict[str, Any]:
     """The facts that RowGroupWriter stored under `key`, or {}. Raises UserError if they are not a JSON object."""
+    subject = f"the facts {key!r} in a Parquet file's metadata are"
     try:
         facts = json.loads((file.metadata.metadata or {}).get(key.encode(), b"{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"the facts {key!r} in a Parquet file's metadata are damaged ({error}); make the file again"
-        ) from None
+        raise UserError(f"{subject} damaged ({error}); make the file again") from None
     if not isinstance(facts, dict):
-        raise UserError(f"the facts {key!r} in a Parquet file's metadata are not a JSON object; make the file again")
+        raise UserError(f"{subject} not a JSON object; make the file again")
     return facts

@@ -80,16 +80,14 @@ class HuggingFaceParquet:
         if self._has_text_labels:
             labels = {label for column in columns if _is_text(column.type) for label in pc.unique(column).to_pylist()}
             return sorted(label for label in labels if label and label.strip())
-        count = 0
-        for column, name in zip(columns, self.files["train"], strict=True):
-            largest = pc.max(column)
-            if (largest.as_py() or 0) > MAX_LABEL:
+        largest = [pc.max(column).as_py() or 0 for column in columns]
+        for column, name, label in zip(columns, self.files["train"], largest, strict=True):
+            if label > MAX_LABEL:
                 raise UserError(
-                    f"{self.store.place(name)}, row {pc.index(column, largest).as_py()}: the label {largest} is more than "
+                    f"{self.store.place(name)}, row {pc.index(column, label).as_py()}: the label {label} is more than "
                     f"{MAX_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
                 )
-            count = max(count, (largest.as_py() or 0) + 1, 1)
-        return [str(label) for label in range(count)]
+        return [str(label) for label in range(max(0, *largest) + 1)]
 
     @cached_property
     def _has_text_labels(self) -> bool:
@@ -135,9 +133,8 @@ class HuggingFaceParquet:
         samples: list[bytes | np.ndarray[Any, Any]] = []
         first = 0
         while first < len(names):  # one run of rows in the same row group at a time
-            name = names[first]
+            name, stop = names[first], first
             start, values = self._group_of(name, numbers[first])
-            stop = first
             while stop < len(names) and names[stop] == name and start <= numbers[stop] < start + len(values):
                 stop += 1
             samples += self._to_raw(values.take(pa.array([number - start for number in numbers[first:stop]])))
@@ -165,9 +162,8 @@ class HuggingFaceParquet:
         first = int(ends[group - 1]) if group else 0
         rows, max_bytes = int(ends[group]) - first, MAX_ROW_GROUP * self.config.max_bytes
         table = self._read_columns(name, file, [group], [column], rows, max_bytes)
-        samples = table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
-        self._group = (name, first, samples)
-        return first, samples
+        self._group = name, first, table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
+        return self._group[1:]
 
     def _read_columns(
         self, name: str, file: Any, groups: list[int], columns: Sequence[str | None], rows: int, max_bytes: int
@@ -184,10 +180,9 @@ class HuggingFaceParquet:
                 if size > max_bytes:
                     raise pa.ArrowInvalid(f"it unpacks to more than {max_bytes:,} bytes in one piece")
             table = pa.Table.from_batches(batches, file.schema_arrow if not batches else None)
-        if table.num_rows != rows:
-            raise UserError(
-                f"{self.store.place(name)} holds {table.num_rows:,} rows, not the {rows:,} it claims; download it again"
-            )
+        if (count := table.num_rows) != rows:
+            place = self.store.place(name)
+            raise UserError(f"{place} holds {count:,} rows, not the {rows:,} it claims; download it again")
         return table
 
     def _opened(self, name: str) -> tuple[Any, np.ndarray[Any, Any]]:
@@ -219,10 +214,8 @@ class HuggingFaceParquet:
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and is_access_error(error):
                 raise self.store.unreachable(error) from None
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.store.place(name)} is not a readable Parquet file: {reason}. Download it again"
-            ) from None
+            place, reason = self.store.place(name), " ".join(str(error).split())
+            raise UserError(f"{place} is not a readable Parquet file: {reason}. Download it again") from None
 
     def _map_files(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
         with ThreadPoolExecutor(min(READERS, len(names))) as pool:

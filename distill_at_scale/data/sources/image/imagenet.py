@@ -132,7 +132,17 @@ class ImagenetTar:
     def listing(self, split: str) -> pa.Table:
         """The images in the order of their offsets; cached."""
         if split not in self._listings and split == "train":
-            self._listings[split] = self._list_train()
+            labels_of = {wnid: label for label, wnid in enumerate(self.class_names)}
+
+            def list_class(wnid: str) -> pa.Table:
+                _, start, size = self._classes[wnid]
+                images = self._images(TRAIN, start, start + size, f": {wnid}.tar at byte {start:,}")
+                ids = [f"train/{wnid}/{image.name.removeprefix('./')}" for image in images]
+                return _table(TRAIN, ids, [labels_of[wnid]] * len(images), images)
+
+            # ids cannot repeat between classes, as each begins with the class
+            tables = tar.map_in_threads(list_class, self._classes, 1 if self.store.local else tar.REMOTE_THREADS)
+            self._listings[split] = pa.concat_tables(tables).combine_chunks()
         elif split not in self._listings:
             images = self._images(VAL)
             names = [posixpath.basename(image.name) for image in images]
@@ -163,19 +173,6 @@ class ImagenetTar:
         if not classes:
             raise UserError(f"{self.store.place(TRAIN)} is empty; it must be {TRAIN_LAYOUT}. {tar.DOWNLOAD_AGAIN}.")
         return classes
-
-    def _list_train(self) -> pa.Table:
-        labels = {wnid: label for label, wnid in enumerate(self.class_names)}
-
-        def list_class(wnid: str) -> pa.Table:
-            _, start, size = self._classes[wnid]
-            images = self._images(TRAIN, start, start + size, f": {wnid}.tar at byte {start:,}")
-            ids = [f"train/{wnid}/{image.name.removeprefix('./')}" for image in images]
-            return _table(TRAIN, ids, [labels[wnid]] * len(images), images)
-
-        threads = 1 if self.store.local else tar.REMOTE_THREADS
-        # ids cannot repeat between classes, as each begins with the class
-        return pa.concat_tables(tar.map_in_threads(list_class, self._classes, threads)).combine_chunks()
 
     def _images(self, archive: str, start: int = 0, end: int | None = None, where: str = "") -> list[tar.Member]:
         with tar.open_archive(self.store, archive) as window:

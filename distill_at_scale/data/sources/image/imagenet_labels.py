@@ -68,9 +68,8 @@ def val_labels(
     named = config.val_labels
     file = next(find(store, LISTS), None) if named is None else named_file(store, named, "data.val_labels")
     if file is None:
-        raise UserError(
-            f"the validation images in {store.place()} lie in no class folders and have no list: {GET_LIST}"
-        )
+        subject = f"the validation images in {store.place()}"
+        raise UserError(f"{subject} lie in no class folders and have no list: {GET_LIST}")
     labels = read_labels(file)
     names = [PurePosixPath(name).name for name in file_names]
     if len(set(names)) != len(names):
@@ -87,9 +86,8 @@ def val_labels(
     else:
         keys, wnid_of = [_stem(name) for name in names], dict(zip(labels.stems, wnids, strict=True))
     classes = {wnid: label for label, wnid in enumerate(class_names)}
-    for name, key in zip(names, keys, strict=True):
-        if key not in wnid_of:
-            raise UserError(f"{labels.place} has no label for {name}; give the list that belongs to these images")
+    if unlabelled := [name for name, key in zip(names, keys, strict=True) if key not in wnid_of]:
+        raise UserError(f"{labels.place} has no label for {unlabelled[0]}; give the list that belongs to these images")
     for name, key in zip(names, keys, strict=True):
         if wnid_of[key] not in classes:
             raise UserError(
@@ -125,9 +123,8 @@ def _numbering(labels: LabelList, store: Store, config: DataSection, class_names
         mappings = [read_mapping(named_file(store, config.synsets, "data.synsets"))]
     else:
         mappings = [read_mapping(file) for file in find(store, (*DEVKIT_MAPPINGS, *SORTED_MAPPINGS))]
-    for mapping in mappings:
-        if mapping.is_devkit:
-            return mapping
+    if (devkit := next((mapping for mapping in mappings if mapping.is_devkit), None)) is not None:
+        return devkit
     problem = f"{labels.place} numbers the classes as the devkit does, "
     if not mappings:
         raise UserError(f"{problem}and nothing near {store.place()} says what the numbers mean: {GET_MAPPING}")
@@ -160,7 +157,18 @@ def read_mapping(file: LabelFile) -> Numbering:
     A list that is not sorted by WordNet id is the devkit's. Raises UserError for any other file.
     """
     if file.place.endswith(".mat"):
-        return Numbering(file.place, _read_meta_mat(file), is_devkit=True)
+        from scipy.io import loadmat
+
+        try:
+            synsets: Any = loadmat(io.BytesIO(file.content), squeeze_me=True)["synsets"].reshape(-1)
+            inner = synsets["num_children"] if "num_children" in (synsets.dtype.names or ()) else [0] * len(synsets)
+            columns = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], inner, strict=True)
+            pairs = sorted((int(number), str(wnid)) for number, wnid, children in columns if int(children) == 0)
+        except Exception as error:  # scipy raises many types for a damaged file
+            raise UserError(f"{file.place} is not the devkit's meta.mat ({error}); download the devkit again") from None
+        if [number for number, _ in pairs] != list(range(1, len(pairs) + 1)):
+            raise UserError(f"{file.place}: the classes are not numbered 1..{len(pairs)}; download the devkit again")
+        return Numbering(file.place, [wnid for _, wnid in pairs], is_devkit=True)
     rows = file.rows()
     if rows and all(len(row) > 1 and (row[0].isdecimal() or row[1].isdecimal()) for row in rows):
         pairs = [(int(row[0]), row[1]) if row[0].isdecimal() else (int(row[1]), row[0]) for row in rows]
@@ -170,21 +178,6 @@ def read_mapping(file: LabelFile) -> Numbering:
     if not wnids or len(set(wnids)) != len(wnids):
         raise UserError(f"{file.place} must name every class once, one per line, as n01440764; download it again")
     return Numbering(file.place, wnids, is_devkit=wnids != sorted(wnids))
-
-
-def _read_meta_mat(file: LabelFile) -> list[str]:
-    from scipy.io import loadmat
-
-    try:
-        synsets: Any = loadmat(io.BytesIO(file.content), squeeze_me=True)["synsets"].reshape(-1)
-        inner = synsets["num_children"] if "num_children" in (synsets.dtype.names or ()) else [0] * len(synsets)
-        rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], inner, strict=True)
-        pairs = sorted((int(number), str(wnid)) for number, wnid, children in rows if int(children) == 0)
-    except Exception as error:  # scipy raises many types for a damaged file
-        raise UserError(f"{file.place} is not the devkit's meta.mat ({error}); download the devkit again") from None
-    if [number for number, _ in pairs] != list(range(1, len(pairs) + 1)):
-        raise UserError(f"{file.place}: the classes are not numbered 1..{len(pairs)}; download the devkit again")
-    return [wnid for _, wnid in pairs]
 
 
 def _stem(name: str) -> str:
@@ -203,13 +196,10 @@ def find(store: Store, names: Sequence[str]) -> Iterator[LabelFile]:
         subfolders, files = ([], []) if folder.lower().startswith("train") else store.names(folder)
         places.append((folder, set(files)))
         if not folder.lower().startswith("val"):  # its folders are classes
-            places += [
-                (join_path(folder, name), set(store.names(join_path(folder, name))[1])) for name in subfolders[:20]
-            ]
-    for name in names:
-        for folder, present in places:
-            if name in present:
-                yield LabelFile(store.place(join_path(folder, name)), store.read(join_path(folder, name)))
+            inner = [join_path(folder, name) for name in subfolders[:20]]
+            places += [(path, set(store.names(path)[1])) for path in inner]
+    for path in (join_path(folder, name) for name in names for folder, present in places if name in present):
+        yield LabelFile(store.place(path), store.read(path))
     for folder, present in places:
         for archive in present:
             if "devkit" in archive and archive.endswith((".tar.gz", ".tgz", ".tar")):

@@ -55,7 +55,22 @@ class Layout:
 class TorchvisionSet:
     def __init__(self, config: DataSection) -> None:
         self.store = data_store(config)
-        self.layout, self.folder = _find_set(self.store)
+        root = os.path.abspath(self.store.place()) if self.store.local else self.store.place()
+        sets = []
+        for layout in LAYOUTS:
+            for folder in (f for f in layout.folders if layout.path_part in f"{join_path(root, f)}/"):
+                file = join_path(folder, layout.marker)
+                if any(self.store.size(name) is not None for name in (file, f"{file}.gz")):
+                    sets.append((layout, folder))
+        if not sets:
+            known = ", ".join(f"{layout.name}: {join_path(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
+            place = self.store.place()
+            raise UserError(f"{place} holds none of the sets that torchvision stores ({known}); give their root")
+        if len(sets) > 1:
+            places = ", ".join(f"{layout.name} ({folder or 'here'})" for layout, folder in sets)
+            place = self.store.place()
+            raise UserError(f"{place} holds several sets: {places}; set data.path to the folder of one of them")
+        self.layout, self.folder = sets[0]
         names: Any = self.layout.class_names
         if isinstance(names, PickledNames):
             file, key, number = names
@@ -85,10 +100,8 @@ class TorchvisionSet:
 
     def read(self, rows: pa.Table) -> Sequence[bytes | Array]:
         """uint8 arrays [H, W, 3], or [H, W] for a grey set."""
-        return [
-            self._load(sample_id.partition("/")[0])[0][row]
-            for sample_id, row in zip(rows["sample_id"].to_pylist(), rows["row"].to_pylist(), strict=True)
-        ]
+        samples = zip(rows["sample_id"].to_pylist(), rows["row"].to_pylist(), strict=True)
+        return [self._load(sample_id.partition("/")[0])[0][row] for sample_id, row in samples]
 
     def _load(self, split: str) -> tuple[Array, Array]:
         if split not in self._loaded:
@@ -98,31 +111,11 @@ class TorchvisionSet:
                 raise UserError(f"{place} has {len(images):,} images and {len(labels):,} labels; download it again")
             bad = np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))
             if bad.size:
-                raise UserError(
-                    f"{place}: the label {labels[bad[0]]} of sample {bad[0]} is outside 0..{len(self.class_names) - 1}; "
-                    "download it again"
-                )
+                sample, last = bad[0], len(self.class_names) - 1
+                what = f"the label {labels[sample]} of sample {sample} is outside 0..{last}"
+                raise UserError(f"{place}: {what}; download it again")
             self._loaded[split] = images, labels
         return self._loaded[split]
-
-
-def _find_set(store: Store) -> tuple[Layout, str]:
-    root = os.path.abspath(store.place()) if store.local else store.place()
-    sets = []
-    for layout in LAYOUTS:
-        for folder in layout.folders:
-            file = join_path(folder, layout.marker)
-            if layout.path_part in f"{join_path(root, folder)}/" and any(
-                store.size(name) is not None for name in (file, f"{file}.gz")
-            ):
-                sets.append((layout, folder))
-    if not sets:
-        known = ", ".join(f"{layout.name}: {join_path(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
-        raise UserError(f"{store.place()} holds none of the sets that torchvision stores ({known}); give their root")
-    if len(sets) > 1:
-        places = ", ".join(f"{layout.name} ({folder or 'here'})" for layout, folder in sets)
-        raise UserError(f"{store.place()} holds several sets: {places}; set data.path to the folder of one of them")
-    return sets[0]
 
 
 def _read_file(store: Store, folder: str, name: str, packed: bool = False) -> bytes:

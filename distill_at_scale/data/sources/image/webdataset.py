@@ -38,11 +38,20 @@ INDEX = pa.schema({"key": TEXT, "shard": TEXT, "row": INT64, "size": INT64, "lab
 class WebDataset:
     """Opens no shard before the first listing; the index is cached in memory."""
 
+    named_shards: list[str] | None
+
     def __init__(self, config: DataSection) -> None:
         if config.path is None:
             raise UserError(f"data.path is not set; {config.source!r} needs a folder with shards or their pattern")
-        root, self.named_shards = _parse_path(config.path)
-        self.config, self.store = config, Store(root)
+        self.config, path = config, config.path
+        root, self.named_shards = path, None  # the shards of a pattern or of a single shard's path, below the root
+        base, question, query = path.partition("?") if is_uri(path) else (path, "", "")
+        is_local_folder = not is_uri(path) and Path(path).expanduser().is_dir()
+        if ("{" in base or ARCHIVE.search(base)) and not is_local_folder:
+            cut = base.partition("{")[0].rfind("/") + 1
+            root = base[: cut - 1] if cut > 1 and base[cut - 2] != "/" else base[:cut] or "."
+            root, self.named_shards = root + question + query, list(dict.fromkeys(expand(base[cut:])))
+        self.store = Store(root)
         self.threads = LOCAL_THREADS if self.store.local else tar.REMOTE_THREADS
         self._indices: dict[str, pa.Table] = {}
 
@@ -102,8 +111,7 @@ class WebDataset:
             if not index.num_rows:
                 raise UserError(f"the {split} shards in {self.store.place()} hold no samples; check data.path")
             first = index["is_number"][0]
-            odd = pc.index(index["is_number"], pc.invert(first)).as_py()
-            if odd >= 0:
+            if (odd := pc.index(index["is_number"], pc.invert(first)).as_py()) >= 0:
                 kinds = ("a name", "a number") if first.as_py() else ("a number", "a name")
                 what = f"is {kinds[0]}, but the first one of the split is {kinds[1]}; use one of both"
                 raise self._label_error(index, odd, what)
@@ -201,17 +209,6 @@ def _samples(window: tar.Window) -> Iterator[_Sample]:
         sample.add(extension.lower(), member, window)
     if sample.image or sample.texts:
         yield sample
-
-
-def _parse_path(path: str) -> tuple[str, list[str] | None]:
-    """The root folder and, if the path is a pattern or a single shard, the shards below it."""
-    base, question, query = path.partition("?") if is_uri(path) else (path, "", "")
-    is_folder = "{" not in base and not ARCHIVE.search(base)
-    if is_folder or (not is_uri(path) and Path(path).expanduser().is_dir()):
-        return path, None
-    cut = base.partition("{")[0].rfind("/") + 1
-    root = base[: cut - 1] if cut > 1 and base[cut - 2] != "/" else base[:cut] or "."
-    return root + question + query, list(dict.fromkeys(expand(base[cut:])))
 
 
 def _split_word(shard: str) -> str | None:

@@ -77,9 +77,7 @@ class TuneRunner:
                 _trainable(tasks, body, min(at_once, sum(not task.finished for task in tasks)), registry),
                 param_space={"index": tune.grid_search(list(range(len(tasks))))},
                 tune_config=tune.TuneConfig(
-                    max_concurrent_trials=at_once,
-                    scheduler=scheduler(config, registry),
-                    reuse_actors=True,
+                    max_concurrent_trials=at_once, scheduler=scheduler(config, registry), reuse_actors=True
                 ),
                 run_config=tune.RunConfig(
                     name="trials",

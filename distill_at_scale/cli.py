@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     stages = ("run", "validate", "plan", "sweep", "study", "export", *STAGES)
     parser.add_argument("stage", metavar="STAGE", choices=stages, help="run, or one stage")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
-    parser.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="override a key, for example select.keep=0.1"
-    )
+    override_help = "override a key, for example select.keep=0.1"
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help=override_help)
     for name, content in (("scores", "the scores of all samples"), ("kept", "the kept samples")):
         parser.add_argument(
             f"--{name}", metavar="FILE", type=Path, action="append", default=[],
@@ -141,13 +141,8 @@ def _run(config: Config, stage: str) -> int:
         return 0
     if stage == "plan" and config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
         config = with_keep_rate(config, rate)
-    pipeline = Pipeline(
-        config,
-        lambda: make_executor(config, display),
-        display,
-        lambda run: find_rate(run, display),
-        observers=make_trackers,
-    )
+    executor, rate_of = partial(make_executor, config, display), partial(find_rate, display=display)
+    pipeline = Pipeline(config, executor, display, rate_of, observers=make_trackers)
     if stage == "validate":
         return 1 if pipeline.validate() else 0
     if stage == "plan":

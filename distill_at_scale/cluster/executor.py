@@ -35,12 +35,9 @@ class RayExecutor:
     def run(self, task: Task, done: Callable[[Result], None], poll: Poll = no_poll) -> None:
         if not task.units:
             return
-        task = replace(
-            task,
-            config=absolute(task.config),
-            paths={name: resolve_parent(path) for name, path in task.paths.items()},
-            units=[unit.at(resolve_parent) for unit in task.units],
-        )
+        paths = {name: resolve_parent(path) for name, path in task.paths.items()}
+        units = [unit.at(resolve_parent) for unit in task.units]
+        task = replace(task, config=absolute(task.config), paths=paths, units=units)
         with watched(task.worker.name, self.say) as progressed:
 
             def finished(result: Result) -> None:
@@ -54,13 +51,9 @@ class RayExecutor:
 
     def train(self, group: Group) -> None:
         with watched(group.stage, self.say) as progressed:
-            group = replace(
-                group,
-                config=absolute(group.config),
-                paths={name: resolve_parent(path) for name, path in group.paths.items()},
-                work=resolve_parent(group.work),
-                poll=_watched(group.poll, progressed),
-            )
+            paths = {name: resolve_parent(path) for name, path in group.paths.items()}
+            work, poll = resolve_parent(group.work), _watched(group.poll, progressed)
+            group = replace(group, config=absolute(group.config), paths=paths, work=work, poll=poll)
             train_group.run(group, self.sharing, self.say)
 
     def close(self) -> None:
@@ -85,13 +78,9 @@ def absolute(config: Config) -> Config:
         method = getattr(config.distill, name)
         if method.teacher_weights is not None and Path(method.teacher_weights).expanduser().is_file():
             sections[name] = method.model_copy(update={"teacher_weights": _absolute(method.teacher_weights)})
-    return config.model_copy(
-        update={
-            "data": data.model_copy(update=paths),
-            "score": score.model_copy(update={"weights": files or None}),
-            "distill": config.distill.model_copy(update=sections),
-        }
-    )
+    data, score = data.model_copy(update=paths), score.model_copy(update={"weights": files or None})
+    distill = config.distill.model_copy(update=sections)
+    return config.model_copy(update={"data": data, "score": score, "distill": distill})
 
 
 def _absolute(path: str) -> str:

@@ -26,12 +26,8 @@ def run(task: Task, done: Callable[[Result], None], poll: Poll, sharing: int, em
     bits of a network's weights.
     """
     cpus = cores_each(min(task.total * sharing, cores()))
-    remote = _run.options(
-        num_cpus=cpus,
-        num_gpus=task.gpus or None,
-        max_retries=task.config.cluster.max_failures,
-        scheduling_strategy=ANYWHERE,
-    )
+    retries, gpus = task.config.cluster.max_failures, task.gpus or None
+    remote = _run.options(num_cpus=cpus, num_gpus=gpus, max_retries=retries, scheduling_strategy=ANYWHERE)
     settings, paths = ray.put(pack(task.config)), {name: str(path) for name, path in task.paths.items()}
     running = [remote.remote(settings, task.worker, paths, unit, cpus) for unit in task.units]
     try:

@@ -92,12 +92,9 @@ class Mlflow:
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         self.mlflow = setup_mlflow(
-            parameters(config),
-            tracking_uri=section.tracking_uri,
-            experiment_name=section.experiment,
-            run_name=last_name(config.run.dir),
-            create_experiment_if_not_exists=True,
-        )
+            parameters(config), tracking_uri=section.tracking_uri, experiment_name=section.experiment,
+            run_name=last_name(config.run.dir), create_experiment_if_not_exists=True,
+        )  # fmt: skip
         self.id = self.mlflow.active_run().info.run_id
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
@@ -120,16 +117,11 @@ class Wandb:
         if section.mode == "offline":
             os.environ["WANDB_MODE"] = "offline"  # otherwise Ray's integration requires a key
         os.environ.setdefault("WANDB_SILENT", "true")
-        folder = RunDir.of(config.run).path
+        settings = {"console": "off", "x_disable_meta": True}  # no terminal output and no command line
         self.run = setup_wandb(
-            parameters(config),
-            project=section.project,
-            entity=section.entity,
-            mode=section.mode,
-            name=last_name(config.run.dir),
-            dir=str(folder),
-            settings={"console": "off", "x_disable_meta": True},  # no terminal output and no command line
-        )
+            parameters(config), project=section.project, entity=section.entity, mode=section.mode,
+            name=last_name(config.run.dir), dir=str(RunDir.of(config.run).path), settings=settings,
+        )  # fmt: skip
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
         if step is None:

@@ -54,15 +54,11 @@ def run(group: Group, sharing: int, say: Say) -> None:
 
 def _attempt(group: Group, sharing: int, say: Say) -> None:
     cluster, workers = group.config.cluster, group.workers if isinstance(group.workers, int) else group.workers[0]
-    gpus, have = workers * cluster.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+    share, have, key = cluster.gpus_per_worker, ray.cluster_resources().get("GPU", 0), f"{group.stage}.workers"
     if workers > cores() and not cluster.grows:
-        raise UserError(
-            f"{group.stage}.workers = {workers} needs as many cores, the cluster has {cores()}; lower {group.stage}.workers"
-        )
-    if gpus > have and not cluster.grows:
-        raise UserError(
-            f"{workers} workers with cluster.gpus_per_worker = {cluster.gpus_per_worker:g} do not fit on {have:g} GPUs"
-        )
+        raise UserError(f"{key} = {workers} needs as many cores, the cluster has {cores()}; lower {key}")
+    if workers * share > have and not cluster.grows:
+        raise UserError(f"{workers} workers with cluster.gpus_per_worker = {share:g} do not fit on {have:g} GPUs")
     group.work.mkdir(parents=True, exist_ok=True)
     notes = Notes(group.work, group.config)
     release(notes)
@@ -90,33 +86,25 @@ def _attempt(group: Group, sharing: int, say: Say) -> None:
 def _trainer(group: Group, sharing: int) -> TorchTrainer:
     workers, cluster, folder = group.workers, group.config.cluster, group.work / "ray"
     cpus, gpus = cores_each(workers * sharing) if isinstance(workers, int) else 1, cluster.gpus_per_worker
-    loop = {
-        "packed": pack(group.config),
-        "cpus": cpus,
-        "work": str(group.work),
-        "paths": {name: str(path) for name, path in group.paths.items()},
-        **{key: getattr(group, key) for key in ("body", "stages", "fetches", "renews", "publishes")},
-    }
+    paths = {name: str(path) for name, path in group.paths.items()}
+    loop = {"packed": pack(group.config), "cpus": cpus, "work": str(group.work), "paths": paths}
+    loop |= {key: getattr(group, key) for key in ("body", "stages", "fetches", "renews", "publishes")}
     scaling: dict[str, Any] = {
-        "num_workers": workers if isinstance(workers, int) else tuple(workers),
-        "elastic_resize_monitor_interval_s": RESIZE,
-        "use_gpu": gpus > 0,
+        "num_workers": workers if isinstance(workers, int) else tuple(workers), "use_gpu": gpus > 0,
         "resources_per_worker": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
-    }
+        "elastic_resize_monitor_interval_s": RESIZE,
+    }  # fmt: skip
     storage: dict[str, Any] = {"storage_path": str(folder)}  # a place that all nodes see
     if (remote := RunDir.of(group.config.run).remote) is not None:
         store = remote.sync.store.store
         path = f"{store.root}/{folder.relative_to(remote.path).as_posix()}"
         storage = {"storage_path": path, "storage_filesystem": store.filesystem}
+    torch_config = TorchConfig(backend="nccl" if gpus >= 1 else "gloo")  # NCCL refuses two workers on one GPU
+    failures = FailureConfig(max_failures=cluster.max_failures)
     return TorchTrainer(
-        _worker,
-        train_loop_config=loop,
-        torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),  # NCCL refuses two workers on one GPU
-        scaling_config=ScalingConfig(**scaling),
-        run_config=RunConfig(
-            name=group.stage, failure_config=FailureConfig(max_failures=cluster.max_failures), **storage
-        ),
-    )
+        _worker, train_loop_config=loop, torch_config=torch_config, scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(name=group.stage, failure_config=failures, **storage),
+    )  # fmt: skip
 
 
 def note_of(error: UserError) -> str:

@@ -62,31 +62,25 @@ class TuneRunner:
     def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
         config, at_once = self.config, concurrency(self.config)
         # trials start in other folders, so paths become absolute
-        tasks = [
-            replace(task, config=with_overrides(absolute(task.config), {"run.dir": address_of(task.config.run)}))
-            for task in tasks
-        ]
+        configs = [with_overrides(absolute(one.config), {"run.dir": address_of(one.config.run)}) for one in tasks]
+        tasks = [replace(task, config=one) for task, one in zip(tasks, configs, strict=True)]
         registry = f"stopped-trials-{uuid.uuid4().hex}"
         stopped: Any = None  # the actor lives as long as this reference
         if config.sweep.search == "asha":
             stopped = ray.remote(_StoppedTrials).options(name=registry, num_cpus=0).remote()
-        callback = _DoneCallback(done, [task.config for task in tasks])
+        callback = _DoneCallback(done, configs)
+        trial = _trainable(tasks, body, min(at_once, sum(not task.finished for task in tasks)), registry)
+        tune_config = tune.TuneConfig(
+            max_concurrent_trials=at_once, scheduler=scheduler(config, registry), reuse_actors=True
+        )
+        failures = tune.FailureConfig(max_failures=config.cluster.max_failures)
         # Tune's files stay on this machine: trials store nothing there, and the run's disk may be full
         with tempfile.TemporaryDirectory(prefix="distill_at_scale-", ignore_cleanup_errors=True) as folder:
-            tuner = tune.Tuner(
-                _trainable(tasks, body, min(at_once, sum(not task.finished for task in tasks)), registry),
-                param_space={"index": tune.grid_search(list(range(len(tasks))))},
-                tune_config=tune.TuneConfig(
-                    max_concurrent_trials=at_once, scheduler=scheduler(config, registry), reuse_actors=True
-                ),
-                run_config=tune.RunConfig(
-                    name="trials",
-                    storage_path=folder,
-                    failure_config=tune.FailureConfig(max_failures=config.cluster.max_failures),
-                    callbacks=[callback],
-                    verbose=0,
-                ),
+            run_config = tune.RunConfig(
+                name="trials", storage_path=folder, failure_config=failures, callbacks=[callback], verbose=0
             )
+            param_space = {"index": tune.grid_search(list(range(len(tasks))))}
+            tuner = tune.Tuner(trial, param_space=param_space, tune_config=tune_config, run_config=run_config)
             try:
                 tuner.fit()
             except Exception:
@@ -148,13 +142,8 @@ def scheduler(config: Config, registry: str) -> TrialScheduler:
     if config.sweep.search != "asha":
         return FIFOScheduler()
     most = (step_count(config) - 1) // config.distill.evaluate_every
-    return _Asha(
-        registry,
-        max_t=max(most, config.sweep.grace),
-        grace_period=config.sweep.grace,
-        reduction_factor=config.sweep.reduction,
-        stop_last_trials=False,
-    )
+    grace, factor = config.sweep.grace, config.sweep.reduction
+    return _Asha(registry, max_t=max(most, grace), grace_period=grace, reduction_factor=factor, stop_last_trials=False)
 
 
 def _trainable(tasks: Sequence[PointTask], body: Body, sharing: int, registry: str) -> Any:
@@ -218,8 +207,7 @@ class _DoneCallback(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.count += 1
         result = trial.last_result or {}
-        busy = result.get(BUSY)
-        self.done(trial.config["index"], result.get(STOPPED), Busy(busy) if busy else None)
+        self.done(trial.config["index"], result.get(STOPPED), Busy(result[BUSY]) if result.get(BUSY) else None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.count += 1

@@ -16,19 +16,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from distill_at_scale.config import sections
 from distill_at_scale.config.experiments import StudiesSection, SweepSection
 from distill_at_scale.config.fields import Section, execution_key
 from distill_at_scale.config.methods import DistillSection
-from distill_at_scale.config.sections import (
-    ClusterSection,
-    DataSection,
-    EvaluateSection,
-    RunSection,
-    RuntimeSection,
-    ScoreSection,
-    SelectSection,
-    TrackSection,
-)
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
@@ -39,15 +30,15 @@ UNION_MEMBER = re.compile(r"\[|^constrained-|^str$")  # in a pydantic location: 
 class Config(Section):
     """All sections of a run, and the checks that span several of them."""
 
-    run: RunSection = RunSection()
-    data: DataSection = DataSection()
-    score: ScoreSection = ScoreSection()
-    select: SelectSection = SelectSection()
+    run: sections.RunSection = sections.RunSection()
+    data: sections.DataSection = sections.DataSection()
+    score: sections.ScoreSection = sections.ScoreSection()
+    select: sections.SelectSection = sections.SelectSection()
     distill: DistillSection = DistillSection()
-    runtime: RuntimeSection = RuntimeSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    cluster: ClusterSection = execution_key(ClusterSection())
-    track: TrackSection = execution_key(TrackSection())
+    runtime: sections.RuntimeSection = sections.RuntimeSection()
+    evaluate: sections.EvaluateSection = sections.EvaluateSection()
+    cluster: sections.ClusterSection = execution_key(sections.ClusterSection())
+    track: sections.TrackSection = execution_key(sections.TrackSection())
     sweep: SweepSection = execution_key(SweepSection())
     studies: StudiesSection = execution_key(StudiesSection())
 
@@ -100,10 +91,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := sorted({str(k) for k in keys if keys.count(k) > 1}):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {repeated[0]} is given twice", node.start_mark
-            )
+        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -186,8 +175,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
     if len(text) > MAX_CHARACTERS:
-        size = f"more than {MAX_CHARACTERS:,} characters"
-        raise UserError(f"{path} has {size} and is not a configuration; check the path")
+        raise UserError(
+            f"{path} has more than {MAX_CHARACTERS:,} characters and is not a configuration; check the path"
+        )
     try:
         values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
@@ -208,11 +198,8 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None
 def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
     """One line for a problem that pydantic reports."""
     key = ".".join(str(part) for part in problem["loc"] if not UNION_MEMBER.search(str(part)))
-    where = file
-    for name, place in origin.items():
-        if key and (f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")):
-            where = place
-            break
+    related = (name for name in origin if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."))
+    where = origin.get(next(related, ""), file) if key else file
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key} (in {where}); {suggest(key, _known_keys(Config))}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")

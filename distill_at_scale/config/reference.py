@@ -52,12 +52,8 @@ def _section(model: type[BaseModel], name: str, execution: bool) -> list[str]:
             inner += _section(field.annotation, dotted, never)
             continue
         default = json.dumps(field.get_default(), ensure_ascii=False).strip('"')
-        cells = (
-            f"`{key}`{'°' * never}",
-            _type(field.annotation, field.metadata),
-            f"`{default}`",
-            field.description or "",
-        )
+        kind = _type(field.annotation, field.metadata)
+        cells = (f"`{key}`{'°' * never}", kind, f"`{default}`", field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         for part in typing.get_args(field.annotation):  # sections that a key may hold, for example `track.mlflow`
             if isinstance(part, type) and issubclass(part, BaseModel):
@@ -94,11 +90,11 @@ def _range(limits: typing.Sequence[Any]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments:
+    if arguments:
+        path = Path(arguments[0])
+        path.write_text(update(path.read_text()))
+    else:
         sys.stdout.write(reference())
-        return
-    path = Path(arguments[0])
-    path.write_text(update(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -71,14 +71,10 @@ def search_config(config: Config) -> Config:
     """The configuration of the search's points, in a folder of their own."""
     section = config.select.auto
     overrides = {
-        "run.dir": child_address(address_of(config.run), AUTO),
-        "run.reuse": None,
-        "distill.steps": section.steps or max(1, distill.step_count(config) // QUARTER),
-        "distill.evaluate_every": 0,
-        "studies.seeds": section.seeds,
-        "studies.evaluations": section.evaluations,
-        "studies.steps": None,
-    }
+        "run.dir": child_address(address_of(config.run), AUTO), "run.reuse": None,
+        "distill.steps": section.steps or max(1, distill.step_count(config) // QUARTER), "distill.evaluate_every": 0,
+        "studies.seeds": section.seeds, "studies.evaluations": section.evaluations, "studies.steps": None,
+    }  # fmt: skip
     return with_overrides(config, overrides, "select.keep: auto")
 
 
@@ -119,13 +115,11 @@ def _report(context: StudyContext, result: SearchResult) -> dict[str, Any]:
     """The search as in auto.json; adaptive rates are compared with the same rate for every class."""
     best = result.unbroken
     curve = [
-        {"keep": one.keep, **one.figures, "sufficient": one.sufficient,
-         "confidence": round(one.confidence, 4)}
+        {"keep": one.keep, **one.figures, "sufficient": one.sufficient, "confidence": round(one.confidence, 4)}
         for one in result.rates
-    ]  # fmt: skip
+    ]
     report: dict[str, Any] = {
-        "rate": best.keep, "kept": best.kept, "of": best.of,
-        "kept_per_class": list(best.kept_per_class),
+        "rate": best.keep, "kept": best.kept, "of": best.of, "kept_per_class": list(best.kept_per_class),
         "confidence": round(best.confidence, 4), "unpruned": result.level.mean, "unpruned_std": result.level.std,
         "least": result.level.least, "near_chance": result.near_chance,
         "smallest_sufficient": result.smallest.keep, "curve": curve,

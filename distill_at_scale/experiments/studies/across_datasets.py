@@ -25,13 +25,8 @@ PAPER = (
     "The paper leaves open how the early loss bears long-tailed, imbalanced or strongly correlated data; its known limit is "
     "that sets like MNIST lose beyond 30 % dropped."
 )
-KINDS = {
-    "none": "as it is",
-    "long_tail": "long tail 1:{imbalance:g}",
-    "near_duplicates": "{copies} near-duplicates each",
-    "low_variance": "low variance",
-    "high_variance": "high variance",
-}
+KINDS = {"none": "as it is", "long_tail": "long tail 1:{imbalance:g}", "near_duplicates": "{copies} near-duplicates each",
+         "low_variance": "low variance", "high_variance": "high variance"}  # fmt: skip
 
 Way = tuple[str, float]  # unpruned, ours or random; keep rate
 
@@ -118,16 +113,9 @@ def study(context: StudyContext) -> Finding:
         f"{PAPER} Here, of {len(verdicts)} pairs of set and rate, the selection is clearly better than a random one in "
         f"{verdicts.count(1)} and clearly worse in {verdicts.count(-1)}."
     )
-    return Finding(
-        "across",
-        "Across data sets",
-        _answer(context, results),
-        paper,
-        rows,
-        [_plot(context, results)] if results else [],
-        {"sets": {one.name: one.facts(rates) for one in results}},
-        notes + _notes(context, results),
-    )
+    answer, plots = _answer(context, results), [_plot(context, results)] if results else []
+    facts = {"sets": {one.name: one.facts(rates) for one in results}}
+    return Finding("across", "Across data sets", answer, paper, rows, plots, facts, notes + _notes(context, results))
 
 
 def _plot(context: StudyContext, results: Sequence[StudyDataset]) -> Plot:
@@ -155,9 +143,7 @@ def configured(context: StudyContext, name: str, overrides: Mapping[str, Any]) -
     place = f"studies.across.sets.{name}"
     for key in overrides:
         if "." not in key:
-            raise UserError(
-                f"{place}: {key} is a whole section; give the keys that differ, for example {key}.KEY: VALUE"
-            )
+            raise UserError(f"{place}: {key} is a whole section; give the keys that differ, such as {key}.KEY: VALUE")
         if key.partition(".")[0] in NOT_OF_A_SET:
             raise UserError(f"{place}: {key} cannot differ from set to set; leave it out")
     try:
@@ -223,9 +209,8 @@ def _notes(context: StudyContext, results: Sequence[StudyDataset]) -> list[str]:
         notes.append(
             "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
         )
-    if chance := [
-        one.name for one in results if comparison.near_chance(one.unpruned.mean, len(one.unpruned.kept_per_class))
-    ]:
+    bases = [(one.name, one.unpruned) for one in results]
+    if chance := [name for name, base in bases if comparison.near_chance(base.mean, len(base.kept_per_class))]:
         notes.append(
             f"On {', '.join(chance)} even the unpruned set is near chance, so the comparison says little there; distil longer, "
             "or more images per class."

@@ -51,24 +51,18 @@ def study(context: StudyContext) -> Finding:
     ]
     levels = [("unpruned", level.mean), ("still sufficient", level.least)]
     marks = [("smallest sufficient", best.reached)]
-    plot = Plot(
-        "Accuracy against the share kept", "kept of the training set", "top-1", series, levels, marks, log_x=True
-    )
+    title, x_label = "Accuracy against the share kept", "kept of the training set"
+    plot = Plot(title, x_label, "top-1", series, levels, marks, log_x=True)
     facts = {
-        "critical_keep": best.keep,
-        "critical_kept": best.kept,
-        "critical_kept_per_class": list(best.kept_per_class),
-        "confidence": best.confidence,
-        "unbroken_keep": result.unbroken.keep,
-        "unpruned": level.mean,
-        "unpruned_std": level.std,
-    }
+        "critical_keep": best.keep, "critical_kept": best.kept, "critical_kept_per_class": list(best.kept_per_class),
+        "confidence": best.confidence, "unbroken_keep": result.unbroken.keep,
+        "unpruned": level.mean, "unpruned_std": level.std,
+    }  # fmt: skip
     paper, distill = "", context.config.distill
     names = set(comparison.class_names(context, len(best.kept_per_class)))
     if distill.method == "dc" and distill.ipc == 1 and best.of == 50_000 and names >= CIFAR10:
-        paper = (
-            f"{PAPER}; {'this agrees' if best.reached <= 0.0004 * 1.5 else f'here it takes {percent(best.reached)}'}."
-        )
+        agrees = best.reached <= 0.0004 * 1.5
+        paper = f"{PAPER}; {'this agrees' if agrees else f'here it takes {percent(best.reached)}'}."
     answer, notes = _answer(result, random.accuracies), _notes(context, result)
     return Finding("critical_ratio", "Critical ratio", answer, paper, rows, [plot], facts, notes)
 

@@ -50,16 +50,14 @@ def study(context: StudyContext) -> Finding:
         f"The paper (CIFAR-10, DC): large losses dropped first do no harm or help ({harmless}); small losses dropped first "
         f"hurt ({hurts})."
     )
-    return Finding(
-        "drop",
-        f"Drop {percent(share)}",
-        f"Dropping {percent(share)} by {name}, against {comparison.spread(unpruned.accuracies)} unpruned: {'; '.join(parts)}.",
-        paper if name == "loss" else "",
-        rows,
-        [Plot("Accuracy after a share was dropped", "dropped first", "top-1", series, [("unpruned", unpruned.mean)])],
-        {f"drop_{way.replace(' ', '_')}": gap.mean for way, gap in gaps.items()},
-        [
-            f"{comparison.sample_size(len(unpruned.outcomes), context.config.studies.evaluations)} each; intervals are 95 % "
-            "t-intervals of the difference, paired by repetition."
-        ],
+    base, n = comparison.spread(unpruned.accuracies), len(unpruned.outcomes)
+    answer = f"Dropping {percent(share)} by {name}, against {base} unpruned: {'; '.join(parts)}."
+    levels = [("unpruned", unpruned.mean)]
+    plot = Plot("Accuracy after a share was dropped", "dropped first", "top-1", series, levels)
+    facts = {f"drop_{way.replace(' ', '_')}": gap.mean for way, gap in gaps.items()}
+    note = (
+        f"{comparison.sample_size(n, context.config.studies.evaluations)} each; intervals are 95 % t-intervals of the "
+        "difference, paired by repetition."
     )
+    paper = paper if name == "loss" else ""
+    return Finding("drop", f"Drop {percent(share)}", answer, paper, rows, [plot], facts, [note])

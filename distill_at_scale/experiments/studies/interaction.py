@@ -40,9 +40,7 @@ def study(context: StudyContext) -> Finding:
     level = comparison.Level(unpruned.accuracies, section.tolerance)
     break_drop = _break_point(drops, [group.mean for group in dropped], level.least)
     held = max((share for share in drops if break_drop is None or share < break_drop), default=0.0)
-
     classes = _class_breaks(context, results)
-
     rows = [{"drop": 0.0, **unpruned.figures, "predicted": level.mean, "gap": 0.0, "half_interval": None}]
     x, line, gaps = [0.0, *drops], [level.mean], []
     for share, group, predicted in zip(drops, dropped, _predicted(drops, unpruned, dropped[:FIRST]), strict=True):
@@ -59,19 +57,14 @@ def study(context: StudyContext) -> Finding:
     ]
     bars = [1.0 if share is None else share for share in classes.values()]
     class_series = [Series("break point", list(classes), bars, None, "bars", "ours")]
-    return Finding(
-        "interaction",
-        "Interaction break point",
-        _answer(comparison.criterion_of(context)[0], drops, break_drop, level, gaps),
-        _paper(break_drop, drops),
-        rows,
-        [
-            Plot("Accuracy against the share dropped", x_label, "top-1", series, levels, marks),
-            Plot("Break point per class (1: does not break)", "class", "share dropped", class_series),
-        ],
-        {"break_drop": break_drop, "held_drop": held, "per_class": classes},
-        _notes(context, drops, classes),
-    )
+    plots = [
+        Plot("Accuracy against the share dropped", x_label, "top-1", series, levels, marks),
+        Plot("Break point per class (1: does not break)", "class", "share dropped", class_series),
+    ]
+    answer = _answer(comparison.criterion_of(context)[0], drops, break_drop, level, gaps)
+    facts = {"break_drop": break_drop, "held_drop": held, "per_class": classes}
+    paper, notes = _paper(break_drop, drops), _notes(context, drops, classes)
+    return Finding("interaction", "Interaction break point", answer, paper, rows, plots, facts, notes)
 
 
 def _class_breaks(context: StudyContext, results: Sequence[Repetitions]) -> dict[str, float | None]:
@@ -117,9 +110,8 @@ def _answer(name: str, drops: Sequence[float], break_drop: float | None, level: 
         side = "worse" if gaps[k].mean < 0 else "better"
         gap = comparison.in_points(gaps[k])
         adds = f"effects do not add up: at {percent(drops[k])} it is {side} than predicted by adding, by {gap}"
-    return (
-        f"Dropping the least useful by {name} {where} dropped (unpruned {comparison.spread(level.accuracies)}); {adds}."
-    )
+    unpruned = comparison.spread(level.accuracies)
+    return f"Dropping the least useful by {name} {where} dropped (unpruned {unpruned}); {adds}."
 
 
 def _paper(break_drop: float | None, drops: Sequence[float]) -> str:

@@ -15,11 +15,8 @@ ANSWERS = {
     "reversed": "is reversed on this data: strata that it calls less useful give better sets",
     "nothing": "shows nothing on this data: accuracy does not follow the strata",
 }
-AGREES = {
-    "trustworthy": "this agrees",
-    "reversed": "here it is the other way round",
-    "nothing": "here it does not show",
-}
+AGREES = {"trustworthy": "this agrees", "reversed": "here it is the other way round",
+          "nothing": "here it does not show"}  # fmt: skip
 
 
 def study(context: StudyContext) -> Finding:
@@ -41,25 +38,16 @@ def study(context: StudyContext) -> Finding:
         f"{comparison.spread(strata[-1].accuracies)} from the least; the best is stratum {best})."
     )
     paper = f"The paper: a low loss means a high utility; {AGREES[verdict]}."
-
     notes = [f"{comparison.sample_size(len(strata[0].outcomes), section.evaluations)} per stratum."]
     if best not in (1, count):
         notes.append(f"The best is stratum {best} of {count}, neither end: a rank correlation sees only part of that.")
     if min(strata[0].kept_per_class) <= context.config.min_per_class:
         notes.append("Strata are as small as min_per_class, so neighbouring ones may share samples; take fewer strata.")
-
     rows = [{"set": f"stratum {k + 1}", **group.figures} for k, group in enumerate(strata)]
     rows.append({"set": "unpruned", **unpruned.figures})
     bars = comparison.accuracy_series("stratum", [str(k + 1) for k in range(count)], strata, "bars")
     plot = Plot("Accuracy from one stratum of the scores", "stratum, the most useful first", "top-1", [bars],
                 [("unpruned", unpruned.mean)])  # fmt: skip
-    return Finding(
-        "stratified",
-        "Stratified validation",
-        answer,
-        paper if (name, useful) == ("loss", "low") else "",
-        rows,
-        [plot],
-        {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": best},
-        notes,
-    )
+    facts = {"spearman": rho, "p": p, "verdict": verdict, "best_stratum": best}
+    paper = paper if (name, useful) == ("loss", "low") else ""
+    return Finding("stratified", "Stratified validation", answer, paper, rows, [plot], facts, notes)

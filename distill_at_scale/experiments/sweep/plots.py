@@ -10,16 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill_at_scale.experiments.sweep.analysis import (
-    KEEP,
-    RANKING,
-    SELECTING,
-    Configuration,
-    Recommendation,
-    distilled,
-    pareto,
-    unpruned_of,
-)
+from distill_at_scale.experiments.sweep import analysis
+from distill_at_scale.experiments.sweep.analysis import RANKING, SELECTING, Configuration, Recommendation, distilled
 from distill_at_scale.experiments.sweep.text import accuracy, label, short
 from distill_at_scale.pipeline.report.plot_spec import Kind, Plot, Role, Series
 from distill_at_scale.pipeline.report.text import share
@@ -30,12 +22,7 @@ MOST_SERIES, MOST_CONTROLS = 8, 2
 MOST_BARS = 4 * MOST_SERIES
 MOST_PLOTS = 24
 WIDE = 15  # an axis whose ends differ by this factor is logarithmic
-BARS: Mapping[Any, str] = {
-    "ours": "selected",
-    "random": "random selection",
-    "unpruned": "unpruned",
-    "real": "random real",
-}
+BARS: dict[Any, str] = {"ours": "selected", "random": "random selection", "unpruned": "unpruned", "real": "random real"}
 UNITS = ((5400.0, 3600.0, "hours"), (150.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
@@ -66,7 +53,7 @@ def accuracy_plots(
 def axis_of(configurations: Sequence[Configuration]) -> str | None:
     """The horizontal axis: the keep rate if it is swept, else the first numeric key, else None."""
     keys = varying(configurations)
-    if any(key in KEEP for key in keys):
+    if any(key in analysis.KEEP for key in keys):
         return RATE
     for key in keys:
         values = [one.keys[key] for one in _selections(configurations)]
@@ -87,7 +74,7 @@ def _selections(configurations: Sequence[Configuration]) -> list[Configuration]:
 
 def _split_keys(configurations: Sequence[Configuration], axis: str) -> tuple[list[str], list[str]]:
     """Keys with a plot for each value (those that affect an unpruned run, then others until the series fit), and the rest."""
-    keys = [key for key in varying(configurations) if key != axis and not (axis == RATE and key in KEEP)]
+    keys = [key for key in varying(configurations) if key != axis and not (axis == RATE and key in analysis.KEEP)]
     facets = [key for key in keys if not key.startswith(SELECTING)]
     series = [key for key in keys if key.startswith(SELECTING)]
     tried = [one for one in configurations if one.control is None]
@@ -121,18 +108,17 @@ def _line_plots(title: str, axis: str, keys: Sequence[str], ours: Sequence[Confi
         unpruned = [one for one in controls if one.control == "unpruned" and one.keys.get(axis) is not None]
         drawn += _lines(unpruned, [], x_of, "unpruned", "unpruned")
     levels, marks = [], []
-    if (control := unpruned_of(ours[0], configurations)) and not any(one.role == "unpruned" for one in drawn):
+    if (control := analysis.unpruned_of(ours[0], configurations)) and not any(one.role == "unpruned" for one in drawn):
         levels.append((f"unpruned {accuracy(control.accuracy)}", control.accuracy.mean))
-    if real := unpruned_of(ours[0], configurations, "random_real"):
+    if real := analysis.unpruned_of(ours[0], configurations, "random_real"):
         levels.append((f"random real {accuracy(real.accuracy)}", real.accuracy.mean))
     if axis == RATE and recommended is not None and recommended.chosen in ours:
         marks.append((f"recommended: {share(recommended.chosen.rate)}", recommended.chosen.rate))
     lines, room, plots = _lines(ours, keys, x_of, "ours"), MOST_SERIES - len(drawn), []
-    parts = math.ceil(len(lines) / room)
     x_label = axis if axis == RATE else f"{axis.rpartition('.')[2]} ({axis})"
-    for part in range(parts):
-        series = [*lines[part * room : (part + 1) * room], *drawn]
-        name = f"{title} ({part + 1} of {parts})" if parts > 1 else title
+    for start in range(0, len(lines), room):
+        series = [*lines[start : start + room], *drawn]
+        name = f"{title} ({start // room + 1} of {math.ceil(len(lines) / room)})" if len(lines) > room else title
         log_x = _is_wide([float(x) for one in series for x in one.x])
         plots.append(Plot(name, x_label, TOP1, series, levels, marks, log_x))
     return plots
@@ -141,8 +127,7 @@ def _line_plots(title: str, axis: str, keys: Sequence[str], ours: Sequence[Confi
 def _lines(group: Sequence[Configuration], keys: Sequence[str], x_of: Callable[[Configuration], float], role: Role,
            name: str = "") -> list[Series]:  # fmt: skip
     """A line for each combination of `keys`; only the first has the role "ours"."""
-    groups: dict[str, list[Configuration]] = {}
-    names = short(keys)
+    groups, names = dict[str, list[Configuration]](), short(keys)
     for one in group:
         text = label({key: one.keys.get(key) for key in keys}, names)
         groups.setdefault(", ".join(filter(None, (name, text))), []).append(one)
@@ -176,8 +161,7 @@ def _bar_plots(title: str, ours: Sequence[Configuration], controls: Sequence[Con
     for start in range(0, len(rows), MOST_BARS):
         series = []
         for kind, legend in BARS.items():
-            bars = [(text, bar) for text, bar, of in rows[start : start + MOST_BARS] if of == kind]
-            if bars:
+            if bars := [(text, bar) for text, bar, of in rows[start : start + MOST_BARS] if of == kind]:
                 x, y, error = [text for text, _ in bars], [bar.mean for _, bar in bars], [bar.std for _, bar in bars]
                 series.append(Series(legend, x, y, error, "bars", "other" if kind == "real" else kind))
         plots.append(Plot(title, "", TOP1, series))
@@ -189,7 +173,7 @@ def cost_plot(configurations: Sequence[Configuration]) -> Plot:
     longest = max((one.cost for one in configurations), default=0.0)
     scale, unit = next((scale, unit) for limit, scale, unit in UNITS if longest >= limit)
     by_control = {name: [one for one in configurations if one.control == name] for name in (None, "random", "unpruned")}
-    front = pareto(configurations)
+    front = analysis.pareto(configurations)
     others = [one for one in by_control[None] if one not in front]
     parts: list[tuple[str, list[Configuration], Kind, Role]] = [
         ("Pareto front", front, "line", "ours"),
@@ -197,9 +181,7 @@ def cost_plot(configurations: Sequence[Configuration]) -> Plot:
         ("random selection", by_control["random"], "points", "random"),
         ("unpruned", by_control["unpruned"], "points", "unpruned"),
     ]
-    series = [
-        _series(name, group, lambda one: one.cost / scale, kind, role) for name, group, kind, role in parts if group
-    ]
+    series = [_series(name, group, lambda c: c.cost / scale, kind, role) for name, group, kind, role in parts if group]
     x_label = f"cost of one distillation in {unit}, all of scoring included"
     return Plot("Accuracy and cost", x_label, TOP1, series, log_x=_is_wide([c.cost or 1e-3 for c in configurations]))
 

@@ -196,8 +196,7 @@ def write_stop(run: RunDir, last: LastEvaluation) -> None:
 
 def read_failure(run: RunDir) -> Failure | None:
     """Why the last attempt at a point failed, None if it did not fail; on object storage as of the last fetch."""
-    note = _read_note(run, FAILED)
-    if note is None:
+    if (note := _read_note(run, FAILED)) is None:
         return None
     damaged = f"{run.place(FAILED)} is damaged"
     return Failure(str(note.get("error", damaged)), note.get("passing", "error" not in note) is True)

@@ -139,9 +139,8 @@ def per_class(outcome: Outcome) -> list[float]:
     """
     rows = [row for row in outcome.rows if row["set"] == "distilled"]
     if any("per_class" not in row for row in rows):
-        raise UserError(
-            f"{outcome.folder}/evaluation.json has no accuracy per class; remove {outcome.folder}/stages/evaluate.json"
-        )
+        run = outcome.folder
+        raise UserError(f"{run}/evaluation.json has no accuracy per class; remove {run}/stages/evaluate.json")
     columns = zip(*(row["per_class"] for row in rows), strict=True)
     return [statistics.fmean(c) if None not in c else math.nan for c in columns]
 

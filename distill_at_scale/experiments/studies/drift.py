@@ -75,15 +75,14 @@ def losses_of(config: Config, outcome: Outcome, sample: RankSample, draw: int) -
     seed = rng.derive(config.run.seed, "drift", name, draw)
     protocol = synthetic.protocol.overridden(config.evaluate)
     network = students.train(spec, synthetic.training_set(), protocol, seed, device).eval()
+    normalize = synthetic.normalization.apply
     losses, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.sample_bytes)
     with torch.no_grad():
         for label in np.unique(sample.labels).tolist():
             places = sample.places[sample.labels == label]
             for start in range(0, len(places), size):
                 images = torch.from_numpy(prepared.take("train", label, places[start : start + size])).to(device)
-                logits = in_parts(
-                    lambda part: network(synthetic.normalization.apply(part)), images, spec.microbatch(device)
-                )
+                logits = in_parts(lambda part: network(normalize(part)), images, spec.microbatch(device))
                 targets = torch.full((len(images),), label, device=device)
                 losses.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy())
     return np.concatenate(losses)

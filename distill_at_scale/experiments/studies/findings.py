@@ -56,9 +56,7 @@ def from_json(values: Mapping[str, Any]) -> Finding:
     known = {field.name: values[field.name] for field in dataclasses.fields(Finding) if field.name in values}
     plots = []
     for plot in values["plots"]:
-        series = [
-            Series(**{**s, "x": list(map(_number, s["x"])), "y": list(map(_number, s["y"]))}) for s in plot["series"]
-        ]
+        series = [Series(**s | {axis: list(map(_number, s[axis])) for axis in ("x", "y")}) for s in plot["series"]]
         lines = {name: tuple((label, _number(at)) for label, at in plot[name]) for name in ("levels", "marks")}
         plots.append(Plot(**{**plot, "series": series, **lines}))
     return Finding(**{**known, "plots": plots})

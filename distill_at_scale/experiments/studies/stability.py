@@ -72,9 +72,8 @@ class _Reference:
                  overlaps: Sequence[Array]) -> None:  # fmt: skip
         for pair in pairs:
             first, second = (names[i] for i in pair)
-            self.add_row(
-                compared, first, second, float(mean[pair]), float(std[pair]), [float(m[pair]) for m in overlaps]
-            )
+            overlap = [float(matrix[pair]) for matrix in overlaps]
+            self.add_row(compared, first, second, float(mean[pair]), float(std[pair]), overlap)
 
 
 def check(context: StudyContext) -> None:
@@ -115,16 +114,13 @@ def _trials(base: _Reference) -> None:
     count, wanted = trials.shape[1], config.studies.stability.reliability
     mean, std, overlaps = base.compare(list(trials.T), base.low)
     single, overlap = rankings.off_diagonal(mean), [rankings.off_diagonal(matrix) for matrix in overlaps]
-    halves = [
-        rankings.half_correlation(trials, base.sample.labels, size, config.run.seed)
-        for size in range(1, count // 2 + 1)
-    ]
+    labels, seed, sizes = base.sample.labels, config.run.seed, range(1, count // 2 + 1)
+    halves = [rankings.half_correlation(trials, labels, size, seed) for size in sizes]
     base.add_row("two trials", "a trial", "another", single, rankings.off_diagonal(std), overlap)
     for size, correlation in enumerate(halves[1:], 2):
         base.add_row("means of trials", f"mean of {size}", f"mean of {size} others", correlation, None)
     needed = rankings.trials_needed(single, wanted)
     reliability = spearman_brown(single, count) if single > 0 else 0.0
-
     rate = base.rates[0]
     answer = (
         f"Within class, two trials of {base.column} agree by a rank correlation of {single:.2f} and, at keep "
@@ -137,12 +133,10 @@ def _trials(base: _Reference) -> None:
             f"; the {count} trials together are reliable by {reliability:.2f} and "
             f"{'suffice' if needed <= count else 'do not suffice'}: {wanted:g} takes {needed}."
         )
-
-    facts = {"agreement": single, "trials": count, "trials_needed": needed, "reliability_wanted": wanted,
-             "reliability": reliability,
-             "jaccard_between_trials": dict(zip(map(str, base.rates), overlap, strict=True))}  # fmt: skip
     base.answers.append(answer)
-    base.facts |= facts
+    base.facts |= {"agreement": single, "trials": count, "trials_needed": needed, "reliability_wanted": wanted,
+                   "reliability": reliability,
+                   "jaccard_between_trials": dict(zip(map(str, base.rates), overlap, strict=True))}  # fmt: skip
     base.plots += _trial_plots(base, halves)
 
 
@@ -212,11 +206,10 @@ def _networks(base: _Reference) -> None:
     agreement = {name: float(mean[0, i]) for i, name in enumerate(names, 1)}
     worst = min(agreement, key=lambda name: agreement[name])
     best = f" to {max(agreement.values()):.2f}" if len(names) > 1 else ""
-    base.answers.append(
-        f"Another network ranks as {config.score.network} does by {agreement[worst]:.2f} ({worst}){best}."
-    )
+    ours = config.score.network
+    base.answers.append(f"Another network ranks as {ours} does by {agreement[worst]:.2f} ({worst}){best}.")
     bars = Series("rank correlation", names, list(agreement.values()), [float(s) for s in std[0, 1:]], "bars", "ours")
-    title = f"Scores under other networks than {config.score.network}"
+    title = f"Scores under other networks than {ours}"
     base.plots.append(Plot(title, "network", "rank correlation", [bars]))
     base.facts["network_agreement"] = agreement
 
@@ -237,9 +230,8 @@ def _criteria(base: _Reference) -> None:
     series = [Series(name, names, [float(v) for v in mean[k]], kind="points") for k, name in enumerate(names)]
     title = "Criteria against each other, low or high turned to useful"
     base.plots.append(Plot(title, "criterion", "rank correlation", series))
-    base.facts["criteria_agreement"] = {
-        a: dict(zip(names, map(float, mean[i]), strict=True)) for i, a in enumerate(names)
-    }
+    rows = [dict(zip(names, map(float, row), strict=True)) for row in mean]
+    base.facts["criteria_agreement"] = dict(zip(names, rows, strict=True))
 
 
 def _drift(base: _Reference) -> None:

@@ -141,21 +141,14 @@ def configurations(rows: Sequence[Row], base: Mapping[str, Any] | None = None) -
         group = list(trials.values())
         first = group[0]
         scored = needs_scores(first, base)
-        result.append(
-            Configuration(
-                {key: first.get(key) for key in keys},
-                control_of(first),
-                first["set"],
-                first["network"],
-                pooled(group),
-                round(statistics.fmean(row["kept"] for row in group)),
-                round(statistics.fmean(row["of"] for row in group)),
-                statistics.fmean(row.get("select_seconds") or 0.0 for row in group),
-                statistics.fmean(row.get("distill_seconds") or 0.0 for row in group),
-                statistics.fmean(scoring_seconds(row) for row in group) if scored else 0.0,
-                len(users.get(scoring_seconds(first), [first])) if scored else 1,
-            )
-        )
+        own_keys = {key: first.get(key) for key in keys}
+        kept, of = (round(statistics.fmean(row[name] for row in group)) for name in ("kept", "of"))
+        columns = ("select_seconds", "distill_seconds")
+        select, distill = (statistics.fmean(row.get(name) or 0.0 for row in group) for name in columns)
+        scoring = statistics.fmean(scoring_seconds(row) for row in group) if scored else 0.0
+        sharing = len(users.get(scoring_seconds(first), [first])) if scored else 1
+        result.append(Configuration(own_keys, control_of(first), first["set"], first["network"], pooled(group),
+                                    kept, of, select, distill, scoring, sharing))  # fmt: skip
     return result
 
 
@@ -164,9 +157,8 @@ def pooled(rows: Sequence[Row]) -> Accuracy:
     counts = [max(1, int(row["n"] or 1)) for row in rows]
     total = sum(counts)
     mean = sum(row["mean"] * n for row, n in zip(rows, counts, strict=True)) / total
-    squares = sum(
-        (n - 1) * (row["std"] or 0) ** 2 + n * (row["mean"] - mean) ** 2 for row, n in zip(rows, counts, strict=True)
-    )
+    pairs = zip(rows, counts, strict=True)
+    squares = sum((n - 1) * (row["std"] or 0) ** 2 + n * (row["mean"] - mean) ** 2 for row, n in pairs)
     std = math.sqrt(squares / (total - 1)) if total > 1 else None
     return Accuracy(mean, std, tuple(row["mean"] for row in rows), tuple(counts))
 
@@ -197,11 +189,9 @@ def context(one: Configuration) -> dict[str, Any]:
     return {key: value for key, value in one.keys.items() if not key.startswith(SELECTING)}
 
 
-def unpruned_of(
-    one: Configuration, candidates: Iterable[Configuration], name: str = "distilled"
-) -> Configuration | None:
+def unpruned_of(one: Configuration, others: Iterable[Configuration], name: str = "distilled") -> Configuration | None:
     """The unpruned control of a configuration; with name = random_real the same number of random real images."""
-    same = [c for c in candidates if c.control == "unpruned" and c.set == name and c.network == one.network]
+    same = [c for c in others if c.control == "unpruned" and c.set == name and c.network == one.network]
     return _closest(same, context(one))
 
 
@@ -261,12 +251,10 @@ def recommend(candidates: Sequence[Configuration], shared: bool = False) -> Reco
     return replace(compare(chosen, candidates, best), cheaper_random=cheaper)
 
 
-def compare(
-    one: Configuration, candidates: Sequence[Configuration], best: Configuration | None = None
-) -> Recommendation:
+def compare(one: Configuration, others: Sequence[Configuration], best: Configuration | None = None) -> Recommendation:
     """A configuration with its controls."""
-    unpruned = unpruned_of(one, candidates) if one.control != "unpruned" else one
-    random = random_of(one, candidates) if one.control is None and one.kept < one.of else None
+    unpruned = unpruned_of(one, others) if one.control != "unpruned" else one
+    random = random_of(one, others) if one.control is None and one.kept < one.of else None
     over_random = difference(one.accuracy, random.accuracy) if random else None
     over_unpruned = difference(one.accuracy, unpruned.accuracy) if unpruned and unpruned is not one else None
     return Recommendation(one, best or one, unpruned, random, over_random, over_unpruned)

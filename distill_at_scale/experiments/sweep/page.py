@@ -43,18 +43,17 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
     shown, omitted = plots.accuracy_plots(configurations, best)
     trials, over = len({row["trial"] for row in rows}), f" over {', '.join(keys)}" if keys else ""
     tried = len({repr(sorted(c.keys.items())) + str(c.control) for c in configurations if c.set == "distilled"})
-    workers = config.distill.max_workers
+    workers, networks = config.distill.max_workers, {one.network for one in configurations}
     gpus = workers * config.cluster.gpus_per_worker
+    tried_text = f"{tried:,} {'configuration' if tried == 1 else 'configurations'}"
     return {
         "name": last_name(config.data.path or "") or config.data.source,
-        "detail": f"Sweep{over}: {tried:,} {'configuration' if tried == 1 else 'configurations'} in {trials:,} "
-        f"{'trial' if trials == 1 else 'trials'}",
+        "detail": f"Sweep{over}: {tried_text} in {trials:,} {'trial' if trials == 1 else 'trials'}",
         "answer": text.headline(best, shared) if best else None,
         "reasons": text.reasons(best, shared) if best else [],
         "contexts": _contexts(ours),
-        "network": network if len({one.network for one in configurations}) > 1 else "",
-        "plots": [charts.picture(plot) for plot in shown],
-        "more_plots": omitted,
+        "network": network if len(networks) > 1 else "",
+        "plots": [charts.picture(plot) for plot in shown], "more_plots": omitted,
         "over_keep": plots.axis_of(configurations) == plots.RATE,
         "front": charts.picture(plots.cost_plot(ours)) if ours else None,
         "times": _times(ours),
@@ -62,13 +61,11 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "devices": {"count": gpus, "name": "GPU"} if gpus else {"count": workers, "name": "Worker"},
         "side_by_side": config.sweep.concurrent != 1 and config.cluster.address != "none",
         "parted": any(row.get("score_seconds") is not None for row in rows),
-        "names": text.short(keys),
-        "table": _table(configurations, ours, best, keys),
-        "listed": LISTED,
-        "first_plots": FIRST_PLOTS,
+        "names": text.short(keys), "table": _table(configurations, ours, best, keys),
+        "listed": LISTED, "first_plots": FIRST_PLOTS,
         **_unfinished(rows, keys),
         "settings": pages.as_yaml(config.model_dump()),
-    }
+    }  # fmt: skip
 
 
 def _contexts(ours: Sequence[Configuration]) -> list[dict[str, Any]]:
@@ -102,18 +99,15 @@ def _table(configurations: Sequence[Configuration], ours: Sequence[Configuration
     front = analysis.pareto(ours)
     return [
         {
-            "one": one,
-            "values": [text.value(one.keys.get(key)) for key in keys],
-            "accuracy": text.accuracy(one.accuracy),
-            "n": text.size(one.accuracy),
+            "one": one, "values": [text.value(one.keys.get(key)) for key in keys],
+            "accuracy": text.accuracy(one.accuracy), "n": text.size(one.accuracy),
             "what": (one.control or "") if one.set == "distilled" else one.set.replace("random_real", "random real"),
             "kept": one.kept if one.set == "distilled" else None,
-            "front": one in front,
-            "recommended": best is not None and one is best.chosen,
+            "front": one in front, "recommended": best is not None and one is best.chosen,
             **_comparison(analysis.compare(one, configurations)),
         }
         for one in sorted(configurations, key=lambda one: -one.accuracy.mean)
-    ]
+    ]  # fmt: skip
 
 
 def _comparison(result: Recommendation) -> dict[str, Any]:

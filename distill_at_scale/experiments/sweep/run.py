@@ -31,6 +31,7 @@ from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.sync import AT_ONCE
 
+Connect = Callable[[], PointRunner]
 UNKNOWN = Failure("its folder does not say how it ended", transient=True)
 
 
@@ -47,8 +48,7 @@ class PlannedTrial:
 
     def open(self, retry: bool = True) -> RunDir:
         """Its run folder; without `retry` a failing object store raises at once."""
-        changes = {} if retry else {"retry_seconds": 0.0}
-        return RunDir.of(self.config.run.model_copy(update=changes))
+        return RunDir.of(self.config.run.model_copy(update={} if retry else {"retry_seconds": 0.0}))
 
     def outcome(self, search: str, retry: bool = True) -> Outcome | None:
         """Its outcome, None if it has to run (again)."""
@@ -59,9 +59,7 @@ class PlannedTrial:
         return outcome
 
 
-def run(
-    config: Config, display: Display, connect: Callable[[], PointRunner], observers: MakeObservers = no_observers
-) -> pa.Table:
+def run(config: Config, display: Display, connect: Connect, observers: MakeObservers = no_observers) -> pa.Table:
     """Run a sweep; returns its table, which is also printed and written to sweep.parquet.
 
     Raises UserError for every error that can be detected before a trial starts, where no trial succeeded, and, at the end,
@@ -120,9 +118,8 @@ class Sweep:
             self.ends |= {job.folder: outcome for job, outcome in zip(self.jobs, outcomes, strict=True)}
             todo = [job for job in self.jobs if self.ends[job.folder] is None]
             finished = len(self.jobs) - len(todo)
-            self.display.say(
-                f"sweep: {len(self.jobs)} trials" + (f", {finished} of them finished before" if finished else "")
-            )
+            before = f", {finished} of them finished before" if finished else ""
+            self.display.say(f"sweep: {len(self.jobs)} trials{before}")
             list(pool.map(lambda job: self.points.prepare(job.config), todo))
         if not todo:
             return self._finish()
@@ -161,8 +158,7 @@ class Sweep:
 
     def _table(self) -> pa.Table:
         ended = [(planned, end) for planned in self.planned if (end := self.ends[planned.folder]) is not None]
-        names = [last_name(planned.folder) for planned, _ in ended]
-        keys = list(space.dimensions(self.config))
+        names, keys = [last_name(planned.folder) for planned, _ in ended], list(space.dimensions(self.config))
         return table.make([(planned.trial, end) for planned, end in ended], names, keys)
 
     def _finish(self) -> pa.Table:

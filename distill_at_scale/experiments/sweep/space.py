@@ -53,9 +53,7 @@ def dimensions(config: Config) -> dict[str, Any]:
     """
     space = dict(_flatten(config.sweep.space))
     if not space:
-        raise UserError(
-            "sweep.space is empty; give at least one key, for example sweep.space={select.keep: [0.1, 0.3]}"
-        )
+        raise UserError("sweep.space is empty; give at least one key, such as sweep.space={select.keep: [0.1, 0.3]}")
     for key, values in space.items():
         for name, why in REFUSED.items():
             if f"{key}.".startswith(f"{name}."):
@@ -83,13 +81,9 @@ def trials(config: Config) -> list[SweepTrial]:
             {key: _draw(config.run.seed, number, key, values) for key, values in space.items()}
             for number in range(config.sweep.samples)
         ]
-    distinct = [
-        *_controls(config, combinations),
-        *(SweepTrial(Point(_without_idle(config, keys)), keys) for keys in combinations),
-    ]
-    points: dict[str, Point] = {}
-    result: dict[str, SweepTrial] = {}
-    for trial in distinct:
+    pruned = [SweepTrial(Point(_without_idle(config, keys)), keys) for keys in combinations]
+    points, result = dict[str, Point](), dict[str, SweepTrial]()
+    for trial in (*_controls(config, combinations), *pruned):
         for seed in range(config.sweep.seeds):
             repeated = SweepTrial(Point(trial.point.overrides, seed), trial.keys, trial.control)
             # trials that distil the same share the first point, that of the unpruned control if it is among them
@@ -129,9 +123,8 @@ def _examples(config: Config, key: str, values: Any) -> Sequence[Any]:
         raise UserError(f"{key} (in {ORIGIN}) is a range, and sweep.search = grid needs lists; list values, or set "
                         "sweep.search=random")  # fmt: skip
     types = int if kind == "randint" else int | float
-    if not (
-        isinstance(ends, list) and len(ends) == 2 and all(isinstance(e, types) for e in ends) and ends[0] < ends[1]
-    ):
+    numbers = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, types) for end in ends)
+    if not (numbers and ends[0] < ends[1]):
         raise UserError(f"{key}: {kind} = {ends!r} (in {ORIGIN}) is no range; write {RANGE_FORMS}, the lower end first")
     if kind == "loguniform" and ends[0] <= 0:
         raise UserError(f"{key}: loguniform = {ends!r} (in {ORIGIN}) must begin above 0")
@@ -173,9 +166,7 @@ def _controls(config: Config, combinations: Sequence[Mapping[str, Any]]) -> Iter
 
 def _without_idle(config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides in which each key without effect has one fixed value."""
-    result = dict(overrides)
-    if not _prunes(config, overrides):
-        result |= EVERYTHING
+    result = {**overrides, **({} if _prunes(config, overrides) else EVERYTHING)}
     if _value(config, overrides, "runtime.rule") == "none":
         result = {key: value for key, value in result.items() if key not in OF_RULE}
     return result

@@ -110,13 +110,9 @@ def pooled_rows(table: pa.Table) -> list[dict[str, str]]:
             std = next(row["std"] for row in rows if row["mean"] is not None)
         accuracy = f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}") if means else "failed"
         stops = dict.fromkeys(f"(stopped after {row['stopped']})" for row in rows if row["stopped"] is not None)
-        shown = {
-            "configuration": name,
-            "set": which,
-            "network": network,
-            "accuracy": " ".join([accuracy, *stops]),
-            "n": str(len(means)) if len(rows) > 1 else str(rows[0]["n"] or 0),
-            "seconds": f"{sum(row['seconds'] or 0.0 for row in rows):.1f}",
-        }
+        n = str(len(means)) if len(rows) > 1 else str(rows[0]["n"] or 0)
+        seconds = f"{sum(row['seconds'] or 0.0 for row in rows):.1f}"
+        shown = {"configuration": name, "set": which, "network": network, "accuracy": " ".join([accuracy, *stops]),
+                 "n": n, "seconds": seconds}  # fmt: skip
         result.append(((rows[0]["control"] is None, mean), shown))
     return [shown for _, shown in sorted(result, key=lambda pair: pair[0])]

@@ -54,9 +54,8 @@ def short(keys: Sequence[str]) -> dict[str, str]:
 def label(keys: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Settings in a few words; a criterion or method needs no name."""
     parts = [(key, value(setting)) for key, setting in keys.items() if setting is not None]
-    return ", ".join(
-        text if key in ("select.criterion", "distill.method") else f"{names[key]} {text}" for key, text in parts
-    )
+    plain = ("select.criterion", "distill.method")
+    return ", ".join(text if key in plain else f"{names[key]} {text}" for key, text in parts)
 
 
 def describe(one: Configuration) -> str:

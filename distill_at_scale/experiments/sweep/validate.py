@@ -18,9 +18,8 @@ from distill_at_scale.pruning.selection.quotas import quota
 def check_search(config: Config) -> None:
     """Raises UserError for parallel trials or asha without Ray, and for asha without evaluations during distillation."""
     if config.cluster.address == "none" and (config.sweep.concurrent or 1) > 1:
-        raise UserError(
-            f"sweep.concurrent = {config.sweep.concurrent} needs Ray; cluster.address=none runs one trial after the other"
-        )
+        count = config.sweep.concurrent
+        raise UserError(f"sweep.concurrent = {count} needs Ray; cluster.address=none runs one trial after the other")
     if config.sweep.search != "asha":
         return
     if config.cluster.address == "none":
@@ -52,9 +51,8 @@ def check_trial(name: str, config: Config, data: PreparedDataset) -> None:
         if select.scope == "class":
             wanted = [select.per_class or quota(select.rate, count, 0) for count in counts]
         else:
-            wanted = [select.per_class * len(counts) if select.per_class else quota(select.rate, sum(counts), 1)] * len(
-                counts
-            )
+            together = select.per_class * len(counts) if select.per_class else quota(select.rate, sum(counts), 1)
+            wanted = [together] * len(counts)
         kept_at_most = [min(n, max(number, config.min_per_class)) for number, n in zip(wanted, counts, strict=True)]
         distill.check_inputs(config, data, kept_at_most)
     except UserError as error:

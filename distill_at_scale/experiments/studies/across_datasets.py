@@ -25,8 +25,10 @@ PAPER = (
     "The paper leaves open how the early loss bears long-tailed, imbalanced or strongly correlated data; its known limit is "
     "that sets like MNIST lose beyond 30 % dropped."
 )
-KINDS = {"none": "as it is", "long_tail": "long tail 1:{imbalance:g}", "near_duplicates": "{copies} near-duplicates each",
-         "low_variance": "low variance", "high_variance": "high variance"}  # fmt: skip
+KINDS = {
+    "none": "as it is", "long_tail": "long tail 1:{imbalance:g}", "near_duplicates": "{copies} near-duplicates each",
+    "low_variance": "low variance", "high_variance": "high variance",
+}  # fmt: skip
 
 Way = tuple[str, float]  # unpruned, ours or random; keep rate
 

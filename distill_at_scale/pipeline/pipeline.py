@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from distill_at_scale.config.load import Config
@@ -49,7 +49,7 @@ class Pipeline:
         observers: MakeObservers = no_observers,
     ):
         self.context = RunContext(config, executor, display, watch, observers)
-        self.display, self._find_rate = display, find_rate
+        self.display, self._find_rate, self._environment = display, find_rate, cache(environment)
 
     @property
     def config(self) -> Config:
@@ -115,10 +115,6 @@ class Pipeline:
         """What decides a stage's output. Raises UserError if an earlier stage's output is missing or not whole."""
         return ingest.inputs(self.context) if stage == "ingest" else STAGE_MODULES[stage].inputs(self.config, self.dir)
 
-    @cached_property
-    def _environment(self) -> dict[str, Any]:
-        return environment()
-
     def _write_run_json(self) -> None:
         """The requested configuration without credentials of its paths, the environment, and seconds per stage."""
         values = self.context.requested.model_dump()
@@ -129,7 +125,7 @@ class Pipeline:
         if (mlflow := values["track"]["mlflow"]) and mlflow["tracking_uri"]:
             mlflow["tracking_uri"] = redact_uri(mlflow["tracking_uri"])
         seconds = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
-        write_json(self.dir / "run.json", {"config": values, **self._environment, "seconds": seconds})
+        write_json(self.dir / "run.json", {"config": values, **self._environment(), "seconds": seconds})
 
     def validate(self) -> int:
         """Check the configuration and decode each sample of the source; list rejected ones in validation.parquet.
@@ -167,7 +163,18 @@ class Pipeline:
         validate.check_names(self.config)
         self.dir.create()
         self.dir.fetch()
-        finished = self._finished()
+        finished: dict[str, dict[str, Any]] = {}  # records of stages that a run would skip; the source is not listed
+        for stage in STAGES:
+            if (record := self.dir.record(stage)) is None:
+                break
+            if stage == "ingest":
+                same = record["config"] == json.loads(json.dumps(ingest.config_values(self.config)))
+            else:
+                same = record["fingerprint"] == self.inputs(stage).fingerprint
+            if not same:
+                self.display.say(f"  {self.dir.named} holds the output of {stage} for another configuration")
+                break
+            finished[stage] = record
         if "ingest" in finished:
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
             facts = data_facts.of_prepared(self.config, PreparedDataset(self.dir / "prepared"), chosen)
@@ -179,23 +186,6 @@ class Pipeline:
             plan = forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))
         self.dir.keep(path.name)
         return plan
-
-    def _finished(self) -> dict[str, dict[str, Any]]:
-        """Records of the stages that a run with this configuration would skip; does not list the source."""
-        finished: dict[str, dict[str, Any]] = {}
-        for stage in STAGES:
-            record = self.dir.record(stage)
-            if record is None:
-                break
-            if stage == "ingest":
-                same = record["config"] == json.loads(json.dumps(ingest.config_values(self.config)))
-            else:
-                same = record["fingerprint"] == self.inputs(stage).fingerprint
-            if not same:
-                self.display.say(f"  {self.dir.named} holds the output of {stage} for another configuration")
-                break
-            finished[stage] = record
-        return finished
 
 
 def with_keep_rate(config: Config, rate: float) -> Config:

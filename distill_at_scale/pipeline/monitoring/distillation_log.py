@@ -44,9 +44,8 @@ class DistillationLog:
         elif self.workers and line["step"] > self.meter.done:
             self.meter.advance(line["step"] - self.meter.done, describe(line))
             if line["step"] >= self.step + line["of"] / MAX_EVENTS or line["step"] == line["of"]:
-                now = max(time.time(), self.until)
+                now, values = max(time.time(), self.until), {"steps": line["step"] - self.step}
                 for host, pid in self.workers:
-                    values = {"steps": line["step"] - self.step}
                     self.emit(Event("work", "steps", self.until, now, host, pid, values))
                 self.until, self.step = now, line["step"]
         elif self.workers and "top1" in line:

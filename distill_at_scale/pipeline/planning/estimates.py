@@ -68,8 +68,7 @@ class Planner:
         facts, spread = self.facts, self.layout.actors(gpu=False)
         assert facts.listing is not None
         decoding, writing = micro_benchmarks.decode(self.config, facts.listing), micro_benchmarks.write(facts)
-        units = -(-facts.samples // self.config.data.chunk)
-        side = max(1, min(spread.side_by_side, units))
+        side = max(1, min(spread.side_by_side, -(-facts.samples // self.config.data.chunk)))
         parts = {"decode": decoding.once + facts.samples * decoding.each / side, "sort": facts.samples * writing.each}
         disk = facts.samples * (facts.stored + IDS)
         host = max(memory.of_ingest(self.config, facts), PROCESS)
@@ -149,8 +148,7 @@ class Planner:
             for images, protocol, networks in sets:
                 each = micro_benchmarks.training(spec, protocol, images, device, spread.threads).each
                 seconds += networks * each * images * protocol.epochs
-                size = memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device)
-                sizes.append(size)
+                sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))
             test = micro_benchmarks.testing(spec, facts.tests, device, spread.threads).each
             seconds += len(jobs) / len(section.networks) * test * facts.tests
         parts = {"train and test": seconds / len(jobs) * spread.waves(len(jobs))}

@@ -49,8 +49,7 @@ def make(
         estimates = _with_search(estimates, config, layout)
     for place, estimate in enumerate(estimates):  # Ray starts once per command, in the first stage that needs it
         if not layout.local and estimate.stage not in records and "start" in estimate.parts:
-            parts = {**estimate.parts, "start": estimate.parts["start"] + RAY}
-            estimates[place] = replace(estimate, parts=parts)
+            estimates[place] = replace(estimate, parts={**estimate.parts, "start": estimate.parts["start"] + RAY})
             break
     actual = {stage: record["seconds"] for stage, record in records.items() if not record.get("reused_from")}
     plan = plans.combine(config, layout, estimates, earlier, actual)

@@ -93,8 +93,7 @@ def of_ingest(config: Config, facts: Facts) -> int:
     size = facts.values
     if facts.listing is not None:
         size = int(facts.listing.listings["train"]["size"].to_numpy().mean()) or facts.values
-    raw = min(READ_BYTES, READ_AT_ONCE * size)
-    return PROCESS + 4 * raw + 2 * config.data.chunk * facts.stored
+    return PROCESS + 4 * min(READ_BYTES, READ_AT_ONCE * size) + 2 * config.data.chunk * facts.stored
 
 
 def of_proxy(config: Config, spec: NetworkSpec, facts: Facts, device: torch.device) -> tuple[int, int]:
@@ -131,8 +130,7 @@ def of_distillation(
         pool: bytes of its kept samples, which lie in `held` (device, host or shards).
         step: peak bytes of new tensors in a step.
     """
-    images = 2 * 4 * own * ipc * values
-    on_device = images + int(step * (SCRATCH if device.type == "cpu" else 1))
+    on_device = 2 * 4 * own * ipc * values + int(step * (SCRATCH if device.type == "cpu" else 1))
     host = WITH_TORCH + (pool if held == "host" else 0)
     return _split(host, on_device + (pool if held == "device" else 0), device)
 

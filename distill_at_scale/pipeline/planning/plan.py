@@ -22,6 +22,7 @@ from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine
 
 LONG = 7 * 24 * 3600.0  # seconds; a longer stage gets advice
 USABLE = 0.95  # of the memory
+METHOD_PARTS = ("steps", "start", "prepare")  # of each distillation; what other parts make is used again
 MIB, GIB, GB = 2**20, 2**30, 1e9
 SMALLER = {  # keys to lower if a stage does not fit in memory
     "ingest": "data.chunk or cluster.actors",
@@ -125,9 +126,7 @@ def advice(estimates: list[StageEstimate]) -> list[str]:
         if estimate.seconds > LONG:
             faster = FASTER.get(estimate.stage, "use more machines")
             lines.append(f"{estimate.stage} takes {in_words(estimate.seconds)} here, most of it for: {part}; {faster}")
-        elif (
-            estimate.stage == "distill" and part not in ("steps", "start", "prepare") and 2 * seconds > estimate.seconds
-        ):
+        elif estimate.stage == "distill" and part not in METHOD_PARTS and 2 * seconds > estimate.seconds:
             again = "every run of this folder with the same networks uses the result again"
             lines.append(f"distill: {part} takes {in_words(seconds)}, longer than the steps; {again}")
     return lines

@@ -92,14 +92,18 @@ class StepBenchmark:
         self.prepare: dict[int, float] = {}
         self.sets: dict[int, DummySet] = {}
         self.steps: dict[tuple[int, int, int, bool], Step] = {}
-        self.loops = self._loops()
+        self.loops: dict[str, int] = {}  # real lengths of the loops within a step
+        method = self._start(1, 0, 0, refresh=False).method if self.section is not None else None
+        for name, keys in (("outer", OUTER), ("inner", INNER)):
+            for key in keys:
+                if hasattr(self.section, key):
+                    self.loops[name] = int(getattr(method, key, None) or getattr(self.section, key) or 1)
 
     def measure(self) -> StepTimes:
-        first = self._step(1)
-        affordable = max(1, min(self.own, MAX_SLICE, int(SECONDS / max(first.seconds, 1e-6))))
+        affordable = max(1, min(self.own, MAX_SLICE, int(SECONDS / max(self._step(1).seconds, 1e-6))))
         sizes = sorted({1, affordable, min(self.own, 2)})[-2:]
-        steps = {self._owned(n): self._typical(n) for n in sizes}
-        peaks = {self._owned(n): float(self._peak(n)) for n in sizes}
+        steps = {len(self._labels(n)): self._typical(n) for n in sizes}
+        peaks = {len(self._labels(n)): float(self._peak(n)) for n in sizes}
         loops = {key: length for key, length in self.loops.items() if length > 2}
         step, prepare, memory = (scaled(values, self.own) for values in (steps, self.prepare, peaks))
         prepared = PreparedDataset(self._dummy(sizes[-1]).prepared)
@@ -162,15 +166,14 @@ class StepBenchmark:
             parts = patch_ranking.parts_folder(paths.networks, config)
             parts.mkdir(parents=True)
             candidates = patch_ranking.draw_candidates(paths.manifest, config, parts)
-            units = [
-                (chunk, score_part_path(parts, chunk)) for chunk in PreparedDataset(paths.prepared).chunks("train")
-            ]
+            chunks = PreparedDataset(paths.prepared).chunks("train")
+            units = [(chunk, score_part_path(parts, chunk)) for chunk in chunks]
             list(patch_ranking.PatchRanker(config, paths.prepared, paths.networks, self.device).rank(units))
             patch_ranking.merge([path for _, path in units], candidates, config.distill.rded.crops, table)
         started: list[Distillation] = []
         workers = Slice(self._size(classes) if self.by_class else 1)
         seconds = timed(lambda: started.append(Distillation(config, paths, workers, self.device)), self.device)
-        owned = self._owned(classes)
+        owned = len(self._labels(classes))
         self.prepare[owned] = min(seconds, self.prepare.get(owned, seconds))  # the first start also loads code
         return started[0]
 
@@ -199,21 +202,6 @@ class StepBenchmark:
         """The number of workers with which each owns `classes` classes."""
         return max(1, self.facts.classes // classes)
 
-    def _owned(self, classes: int) -> int:
-        return len(self._labels(classes))
-
-    def _loops(self) -> dict[str, int]:
-        """Real lengths of the loops within a step."""
-        if self.section is None:
-            return {}
-        method = self._start(1, 0, 0, refresh=False).method
-        lengths = {}
-        for name, keys in (("outer", OUTER), ("inner", INNER)):
-            for key in keys:
-                if hasattr(self.section, key):
-                    lengths[name] = int(getattr(method, key, None) or getattr(self.section, key) or 1)
-        return lengths
-
     def _shortened(self, outer: int, inner: int, refresh: bool) -> Config:
         """The configuration with loops of these lengths (0: unchanged), and networks that are quick to make."""
         distill = self.config.distill
@@ -237,5 +225,4 @@ def scaled(values: dict[int, float], own: int) -> float:
     (small, low), (large, high) = min(values.items()), max(values.items())
     if small == large:
         return low * own / small
-    slope = max((high - low) / (large - small), 0.0)
-    return max(low, high + slope * (own - large))
+    return max(low, high + max((high - low) / (large - small), 0.0) * (own - large))

@@ -43,19 +43,14 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
         unused = () if config.runtime.rule == "ite" else ITE_KEYS
         values |= {k: v for k, v in result_values(config.runtime, "runtime.").items() if k not in unused}
     content = {stage: run.content(stage) for stage in ("ingest", "select")}
-    return StageInputs(values, content | _teacher_content(config, run))
-
-
-def _teacher_content(config: Config, run: RunDir) -> dict[str, str]:
-    """The hash of a teacher's ready-made weights; where the file is gone, that of the finished stage."""
-    try:
+    try:  # the hash of a teacher's ready-made weights; where the file is gone, that of the finished stage
         digest = engine.method_class(config).network_options(config).get("teacher_weights")
     except UserError:
         record = run.record("distill")
         if record is None or "teacher weights" not in record["content"]:
             raise
         digest = record["content"]["teacher weights"]
-    return {"teacher weights": digest} if digest else {}
+    return StageInputs(values, content | ({"teacher weights": digest} if digest else {}))
 
 
 def network_inputs(config: Config, run: RunDir) -> StageInputs:

@@ -84,5 +84,4 @@ def describe(context: RunContext) -> None:
     """Say which decoders are used, and how much disk space an ingest takes."""
     if context.config.data.frames:
         context.display.say(f"  clips are decoded by {describe_decoders(decoders_for(context.config.data))}")
-    free = shutil.disk_usage(context.dir.path).free
-    context.display.say(validate.space(context.config, context.plan, free))
+    context.display.say(validate.space(context.config, context.plan, shutil.disk_usage(context.dir.path).free))

@@ -38,20 +38,15 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
         values |= result_values(config.distill.dc, "distill.dc.") if config.score.monte_carlo.learn == "dc" else {}
     if trained or sampled:
         values["run.seed"] = config.run.seed
-    content = {"ingest": run.content("ingest"), **_weights_content(config, run), **imported_content(config, run)}
-    return StageInputs(values, content)
-
-
-def _weights_content(config: Config, run: RunDir) -> dict[str, str]:
-    """Hashes of ready-made checkpoints; where the files are gone, those of the finished stage."""
-    try:
+    content = {"ingest": run.content("ingest")}
+    try:  # hashes of ready-made checkpoints; where the files are gone, those of the finished stage
         digests = pretrained.digests(config.score.weight_names)
+        content |= {f"weights {number}": value for number, value in enumerate(digests.values())}
     except UserError:
-        record = run.record("score")
-        if record is None:
+        if (record := run.record("score")) is None:
             raise
-        return {name: value for name, value in record["content"].items() if name.startswith("weights ")}
-    return {f"weights {number}": value for number, value in enumerate(digests.values())}
+        content |= {name: value for name, value in record["content"].items() if name.startswith("weights ")}
+    return StageInputs(values, content | imported_content(config, run))
 
 
 def imported_content(config: Config, run: RunDir) -> dict[str, str]:

@@ -175,6 +175,5 @@ def put(filesystem: Any, path: str, content: bytes | mmap.mmap) -> None:
     stream = filesystem.open_output_stream(path)
     stream.write(content)
     stream.close()
-    size = filesystem.get_file_info(path).size
-    if size != len(content):
+    if (size := filesystem.get_file_info(path).size) != len(content):
         raise OSError(f"{path} has {size} bytes after {len(content)} were stored")

@@ -156,8 +156,7 @@ class RunDir:
         """Whether the stage's output for exactly these inputs exists and is complete. Raises UserError with the
         difference if the folder holds the output of another configuration; with `redo` that output is just not valid.
         """
-        record = self.record(stage)
-        if record is None:
+        if (record := self.record(stage)) is None:
             return self._reuse(stage, inputs)
         if record["fingerprint"] == inputs.fingerprint:
             self._check_outputs(stage, record)
@@ -194,8 +193,7 @@ class RunDir:
 
     def content(self, stage: str) -> str:
         """The content hash of a completed stage's output. Raises UserError if the stage has not run."""
-        record = self.record(stage)
-        if record is None:
+        if (record := self.record(stage)) is None:
             raise UserError(f"{self.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
         self._check_outputs(stage, record)
         return record["output"]

@@ -101,8 +101,7 @@ class FolderSync:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._store, groups.values()))
         if gone:
-            existing = self._local_files(names)
-            tops = tuple(f"{name}/" for name in names) or ("",)
+            existing, tops = self._local_files(names), tuple(f"{name}/" for name in names) or ("",)
             lost = [name for name in list(self._known) if name not in existing and f"{name}/".startswith(tops)]
             highest = set()  # folders that no longer exist, else files
             for name in lost:

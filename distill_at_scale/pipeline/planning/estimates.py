@@ -160,9 +160,7 @@ class Planner:
 
     def _started(self, parts: dict[str, float], seconds: float) -> dict[str, float]:
         """Add the start of processes, if Ray starts them."""
-        if self.layout.local:
-            return parts
-        return parts | {"start": parts.get("start", 0.0) + seconds}
+        return parts if self.layout.local else parts | {"start": parts.get("start", 0.0) + seconds}
 
     def _spec(self, name: str) -> NetworkSpec:
         wanted = self.config.distill

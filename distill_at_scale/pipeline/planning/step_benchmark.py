@@ -155,7 +155,14 @@ class StepBenchmark:
 
     def _start(self, classes: int, outer: int, inner: int, refresh: bool) -> Distillation:
         """A distillation of dummy data in which this process owns about `classes` classes."""
-        dummy, config = self._dummy(classes), self._shortened(outer, inner, refresh)
+        distill, dummy = self.config.distill, self._dummy(classes)
+        if self.section is not None:  # loops of these lengths (0: unchanged), and networks that are quick to make
+            update: dict[str, Any] = {key: value for key, value in SHORT.items() if hasattr(self.section, key)}
+            for keys, length in ((OUTER, outer), (INNER, inner)):
+                update |= {key: length for key in keys if length and hasattr(self.section, key)}
+            distill = distill.model_copy(update={distill.method: self.section.model_copy(update=update)})
+        runtime = self.config.runtime.model_copy(update={"refresh": 1 if refresh else NEVER})
+        config = self.config.model_copy(update={"distill": distill, "runtime": runtime})
         work, log, networks = (dummy.folder / name for name in ("work", "log", "networks"))
         paths = DistillPaths(dummy.prepared, dummy.manifest, work, log, networks)
         for name in engine.missing_networks(config, paths):
@@ -201,17 +208,6 @@ class StepBenchmark:
     def _size(self, classes: int) -> int:
         """The number of workers with which each owns `classes` classes."""
         return max(1, self.facts.classes // classes)
-
-    def _shortened(self, outer: int, inner: int, refresh: bool) -> Config:
-        """The configuration with loops of these lengths (0: unchanged), and networks that are quick to make."""
-        distill = self.config.distill
-        if self.section is not None:
-            update: dict[str, Any] = {key: value for key, value in SHORT.items() if hasattr(self.section, key)}
-            for keys, length in ((OUTER, outer), (INNER, inner)):
-                update |= {key: length for key in keys if length and hasattr(self.section, key)}
-            distill = distill.model_copy(update={distill.method: self.section.model_copy(update=update)})
-        runtime = self.config.runtime.model_copy(update={"refresh": 1 if refresh else NEVER})
-        return self.config.model_copy(update={"distill": distill, "runtime": runtime})
 
 
 def _run(distillation: Distillation, step: int) -> None:

@@ -207,8 +207,7 @@ def _row_series(axes: Axes, series: Series, color: str, marker: str, rows: dict[
 
 
 def _values_by_name(series: Series) -> Iterator[tuple[str, float, float]]:
-    numbered = Series(series.name, list(range(len(series.x))), series.y, series.error)
-    for place, y, error in _values(numbered, False):
+    for place, y, error in _values(Series(series.name, list(range(len(series.x))), series.y, series.error), False):
         yield _name(series.x[int(place)]), y, error
 
 

@@ -46,8 +46,7 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
     try:  # the hash of a teacher's ready-made weights; where the file is gone, that of the finished stage
         digest = engine.method_class(config).network_options(config).get("teacher_weights")
     except UserError:
-        record = run.record("distill")
-        if record is None or "teacher weights" not in record["content"]:
+        if (record := run.record("distill")) is None or "teacher weights" not in record["content"]:
             raise
         digest = record["content"]["teacher weights"]
     return StageInputs(values, content | ({"teacher weights": digest} if digest else {}))

@@ -106,9 +106,8 @@ def decoders_for(data: DataSection) -> tuple[str, ...]:
     installed = importlib.util.find_spec("decord") is not None
     if data.decoder == "decord":
         if not installed:
-            raise UserError(
-                "data.decoder = decord, which is not installed (it has no build for ARM); set it to auto or pyav"
-            )
+            hint = "set it to auto or pyav"
+            raise UserError(f"data.decoder = decord, which is not installed (it has no build for ARM); {hint}")
         if data.seek == "fast":
             raise UserError("data.seek = fast needs PyAV, as decord has no such mode; set data.decoder to auto or pyav")
         return ("decord",)

@@ -108,10 +108,8 @@ def variance_class_count(data: DataSection, classes: int) -> int:
     wanted = data.variance_classes or max(2, classes // 2)
     if wanted > classes:
         asked = f"data.variance_classes = {wanted}" if data.variance_classes else "at least 2 classes"
-        raise UserError(
-            f"data.transform = {data.transform} is to choose {asked}, but the data have {classes}; ask for fewer, or "
-            "leave the transform out"
-        )
+        problem = f"data.transform = {data.transform} is to choose {asked}, but the data have {classes}"
+        raise UserError(f"{problem}; ask for fewer, or leave the transform out")
     return wanted
 
 

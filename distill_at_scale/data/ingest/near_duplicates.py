@@ -52,10 +52,8 @@ def duplicated(prepared: PreparedDataset, data: DataSection, seed: int) -> Itera
         names = pa.concat_arrays([ids, *(pc.binary_join_element_wise(ids, str(k), "#") for k in range(1, data.copies))])
         order = pc.sort_indices(names).to_numpy()
         if (name := first_duplicate(pa.chunked_array([names]))) is not None:
-            raise UserError(
-                f"data.transform = near_duplicates would name two samples {name!r}; rename the sample of this id, or leave "
-                "the transform out"
-            )
+            problem = f"data.transform = near_duplicates would name two samples {name!r}"
+            raise UserError(f"{problem}; rename the sample of this id, or leave the transform out")
         for start in range(0, len(order), span * data.copies):
             rows = order[start : start + span * data.copies]
             yield _copied(prepared, label, names.take(pa.array(rows)), rows % len(ids), numbers[rows], data, seed)

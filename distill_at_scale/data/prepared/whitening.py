@@ -93,10 +93,8 @@ def whitening_card(prepared: PreparedDataset) -> dict[str, Any] | None:
 def check(data: DataSection, shape: Sequence[int]) -> None:
     """Raises UserError if samples are to be whitened whose covariance is too large."""
     if data.whiten == "zca" and (values := math.prod(shape)) > MAX_VALUES:
-        raise UserError(
-            f"data.whiten = zca needs the covariance of all {values:,} values of a sample, at most {MAX_VALUES:,} can be "
-            "whitened; lower data.size or data.frames, or set data.whiten=none"
-        )
+        what = f"the covariance of all {values:,} values of a sample, at most {MAX_VALUES:,} can be whitened"
+        raise UserError(f"data.whiten = zca needs {what}; lower data.size or data.frames, or set data.whiten=none")
 
 
 def fit(folder: Path, data: DataSection) -> None:

@@ -39,17 +39,14 @@ def kept_places(prepared: PreparedDataset, manifest: Path, labels: Collection[in
     for label, ids in kept_in_parts(manifest, labels):
         mask = pc.is_in(prepared.ids("train", label), ids).to_numpy(zero_copy_only=False)
         if mask.sum() != len(ids):
-            raise UserError(
-                f"{manifest} keeps {len(ids) - mask.sum()} samples of the class {prepared.class_names[label]!r} that "
-                f"{prepared.folder} lacks; it was made from other data: run `select` again"
-            )
+            lost, name = len(ids) - mask.sum(), prepared.class_names[label]
+            problem = f"{manifest} keeps {lost} samples of the class {name!r} that {prepared.folder} lacks"
+            raise UserError(f"{problem}; it was made from other data: run `select` again")
         masks[label] |= mask
     for label, mask in masks.items():
         if not mask.any():
-            raise UserError(
-                f"the manifest keeps no sample of the class {prepared.class_names[label]!r}; raise select.keep or "
-                "select.min_per_class"
-            )
+            problem = f"the manifest keeps no sample of the class {prepared.class_names[label]!r}"
+            raise UserError(f"{problem}; raise select.keep or select.min_per_class")
     return {label: np.flatnonzero(mask).astype(np.int32) for label, mask in masks.items()}
 
 

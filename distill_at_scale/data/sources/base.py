@@ -102,10 +102,8 @@ def listing(
     table = to_table([ids, labels, locations, rows, np.zeros(len(ids), np.int64) if sizes is None else sizes], LISTING)
     if (repeated := first_duplicate(table["sample_id"])) is not None:
         places = table["location"].filter(pc.equal(table["sample_id"], repeated)).to_pylist()[:2]
-        raise UserError(
-            f"the sample id {repeated!r} occurs twice (in {' and '.join(places)}); ids must be unique within a split: "
-            "remove or rename one of the two"
-        )
+        problem = f"the sample id {repeated!r} occurs twice (in {' and '.join(places)})"
+        raise UserError(f"{problem}; ids must be unique within a split: remove or rename one of the two")
     return table
 
 

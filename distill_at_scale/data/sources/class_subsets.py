@@ -46,10 +46,8 @@ def class_list(value: Sequence[str] | str) -> list[str]:
     if (subset := value.lower().replace("-", "").replace("_", "")) in SUBSETS:
         return SUBSETS[subset].split()
     if not Path(value).expanduser().is_file():
-        raise UserError(
-            f"data.classes = {value!r} is neither a known subset ({suggest(value, SUBSETS)}) nor a text file with "
-            "one class per line; write a single class as a list, [name]"
-        )
+        problem = f"data.classes = {value!r} is neither a known subset ({suggest(value, SUBSETS)}) nor a text file"
+        raise UserError(f"{problem} with one class per line; write a single class as a list, [name]")
     return _read_names(value, "data.classes")
 
 
@@ -72,10 +70,8 @@ def explicit_order(source_names: Sequence[str], path: str) -> tuple[list[str], l
         (names, set(known), "names an unknown class:"),
     ):
         if (odd := next((name for name in expected if name not in present), None)) is not None:
-            raise UserError(
-                f"data.class_names = {path!r} {fault} {odd!r}; it must hold every class of the data set "
-                f"({len(known)}) once, in the order of the labels"
-            )
+            hint = f"it must hold every class of the data set ({len(known)}) once, in the order of the labels"
+            raise UserError(f"data.class_names = {path!r} {fault} {odd!r}; {hint}")
     label_of = {name: label for label, name in enumerate(names)}
     return names, [label_of[name] for name in known]
 

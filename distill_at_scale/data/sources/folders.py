@@ -94,10 +94,9 @@ class FolderSource(FileSource):
         if empty:
             more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
             sample = "training sample" if split == "train" else "test sample"
-            raise UserError(
-                f"the class {empty[0]!r} has no {sample}: {self.store.place(join_path(self.folders[split], empty[0]))} is "
-                f"missing or holds no {self.medium.noun}{more}; complete the split, or remove the class everywhere"
-            )
+            place, noun = self.store.place(join_path(self.folders[split], empty[0])), self.medium.noun
+            problem = f"the class {empty[0]!r} has no {sample}: {place} is missing or holds no {noun}{more}"
+            raise UserError(f"{problem}; complete the split, or remove the class everywhere")
         return table
 
     def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
@@ -140,10 +139,8 @@ class FolderSource(FileSource):
         """Raises UserError for a class folder that the training split does not have."""
         folder = self.folders[split]
         if extra := [name for name in self.class_folders(folder) if name not in self.class_names]:
-            raise UserError(
-                f"{self.store.place(folder)}/{extra[0]} is a class that the training split lacks; "
-                f"remove the folder, or add training {self.medium.noun}s of the class"
-            )
+            problem = f"{self.store.place(folder)}/{extra[0]} is a class that the training split lacks"
+            raise UserError(f"{problem}; remove the folder, or add training {self.medium.noun}s of the class")
 
 
 class ImageFolder(FolderSource):
@@ -165,10 +162,8 @@ class ImageFolder(FolderSource):
         if self.store.names(folder)[0]:
             self.refuse_extra_classes(split)
         elif len(self.samples(split)[0]):
-            raise UserError(
-                f"{self.store.place(folder)} holds images but no class folders; sort them into class folders, "
-                "or set data.source to imagenet, which takes a flat val/ with a list of labels"
-            )
+            problem = f"{self.store.place(folder)} holds images but no class folders; sort them into class folders"
+            raise UserError(f"{problem}, or set data.source to imagenet, which takes a flat val/ with a list of labels")
         return self.list_by_class(split)
 
 

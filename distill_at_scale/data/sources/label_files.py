@@ -80,10 +80,8 @@ def find_label_files(
     else:
         address = resolve(store, config.annotations)
         if not is_uri(address) and not os.path.isdir(os.path.expanduser(address)):
-            raise UserError(
-                f"data.annotations = {config.annotations!r}: there is no folder {address}; give the folder of the lists, "
-                f"relative to {store.place()} or absolute"
-            )
+            problem = f"data.annotations = {config.annotations!r}: there is no folder {address}"
+            raise UserError(f"{problem}; give the folder of the lists, relative to {store.place()} or absolute")
         stores = [Store(address, "data.annotations")]
     for place in stores:
         top = place.names()[0]
@@ -94,10 +92,8 @@ def find_label_files(
                     paths[name] = join_path(folder, name)
         if paths:
             return LabelFiles(place, paths)
-    raise UserError(
-        f"{stores[0].place()} holds no list such as {example}, nor does a folder {' or '.join(folders)} in it; "
-        "put the official lists there, or set data.annotations to their folder"
-    )
+    problem = f"{stores[0].place()} holds no list such as {example}, nor does a folder {' or '.join(folders)} in it"
+    raise UserError(f"{problem}; put the official lists there, or set data.annotations to their folder")
 
 
 def resolve(store: Store, path: str) -> str:
@@ -119,7 +115,5 @@ def named_file(store: Store, path: str, key: str) -> LabelFile:
             return LabelFile(path, Path(path).expanduser().read_bytes())
         return LabelFile(store.place(path), store.read(path))
     except OSError as error:
-        raise UserError(
-            f"{key} = {redact_uri(path)!r} cannot be read ({error.strerror or error}); "
-            f"give a path relative to {store.place()}, or an absolute one"
-        ) from None
+        problem = f"{key} = {redact_uri(path)!r} cannot be read ({error.strerror or error})"
+        raise UserError(f"{problem}; give a path relative to {store.place()}, or an absolute one") from None

@@ -43,10 +43,8 @@ class Tensors(HuggingFaceParquet):
                     array = to_array(value)
                     if array.dtype != object and 0 < array.ndim <= MAX_AXES and array.size:
                         return array.shape
-        raise UserError(
-            f"{self.store.place()}: no value of the column {self.column!r} is an array of 1 to {MAX_AXES} axes; "
-            f"set {self.column_key} to the column that holds them"
-        )
+        problem = f"{self.store.place()}: no value of the column {self.column!r} is an array of 1 to {MAX_AXES} axes"
+        raise UserError(f"{problem}; set {self.column_key} to the column that holds them")
 
     def _parquet_column(self, kind: pa.DataType) -> str | None:
         """(Nested) lists of numbers, or tensors of them."""

@@ -83,10 +83,9 @@ class HuggingFaceParquet:
         largest = [pc.max(column).as_py() or 0 for column in columns]
         for column, name, label in zip(columns, self.files["train"], largest, strict=True):
             if label > MAX_LABEL:
-                raise UserError(
-                    f"{self.store.place(name)}, row {pc.index(column, label).as_py()}: the label {label} is more than "
-                    f"{MAX_LABEL:,}, so it numbers no class; set data.label_column to the column with the classes"
-                )
+                place, row = self.store.place(name), pc.index(column, label).as_py()
+                problem = f"{place}, row {row}: the label {label} is more than {MAX_LABEL:,}, so it numbers no class"
+                raise UserError(f"{problem}; set data.label_column to the column with the classes")
         return [str(label) for label in range(max(0, *largest) + 1)]
 
     @cached_property
@@ -236,10 +235,8 @@ class HuggingFaceParquet:
                     raise UserError(f"{place} has no column {column!r}; set {key} to one of: {', '.join(schema.names)}")
             kind = schema.field(sample_column).type
             if self._parquet_column(kind) is None:
-                raise UserError(
-                    f"{place}: column {sample_column!r} must be {self.column_types}, it is {kind}; "
-                    f"set {self.column_key} to the column that holds {self.column_content}"
-                )
+                problem = f"{place}: column {sample_column!r} must be {self.column_types}, it is {kind}"
+                raise UserError(f"{problem}; set {self.column_key} to the column that holds {self.column_content}")
             has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
             columns = [label_column, *([f"{sample_column}.path"] if has_path else [])]
             groups = list(range(file.num_row_groups))
@@ -250,10 +247,8 @@ class HuggingFaceParquet:
         if _is_text(labels.type):
             labels = labels.cast(pa.string())
         elif not pa.types.is_integer(labels.type):
-            raise UserError(
-                f"{place}: column {label_column!r} holds {labels.type}, neither whole numbers nor text; set "
-                "data.label_column to the column with the classes"
-            )
+            problem = f"{place}: column {label_column!r} holds {labels.type}, neither whole numbers nor text"
+            raise UserError(f"{problem}; set data.label_column to the column with the classes")
         paths = {"path": pc.struct_field(table[sample_column], "path").cast(pa.string())} if has_path else {}
         return pa.table({"label": labels, **paths})
 
@@ -268,10 +263,9 @@ class HuggingFaceParquet:
             bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
             expected = "a class of the training split" if is_text else f"one of 0..{len(names) - 1}"
         if bad.size:
-            raise UserError(
-                f"{self.store.place(name)}, row {bad[0]}: the label {column[int(bad[0])].as_py()!r} is not {expected}; "
-                "correct or remove the row or the file, or set data.label_column to the column with the classes"
-            )
+            place, label = self.store.place(name), column[int(bad[0])].as_py()
+            hint = "correct or remove the row or the file, or set data.label_column to the column with the classes"
+            raise UserError(f"{place}, row {bad[0]}: the label {label!r} is not {expected}; {hint}")
         return labels
 
 

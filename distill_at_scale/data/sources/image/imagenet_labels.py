@@ -75,10 +75,9 @@ def val_labels(
     if len(set(names)) != len(names):
         raise UserError(f"two validation images in {store.place()} have the same file name; keep one of them")
     if len(labels.values) != len(names):
-        raise UserError(
-            f"{labels.place} has {len(labels.values):,} labels for {len(names):,} validation images in {store.place()}; "
-            "complete the images, or give the list that belongs to them (data.val_labels)"
-        )
+        counts = f"{len(labels.values):,} labels for {len(names):,} validation images in {store.place()}"
+        hint = "complete the images, or give the list that belongs to them (data.val_labels)"
+        raise UserError(f"{labels.place} has {counts}; {hint}")
     is_numbered = all(value.isdecimal() for value in labels.values)
     wnids = _to_wnids(labels, store, config, class_names) if is_numbered else labels.values
     if labels.stems is None:  # the list speaks of the sorted files
@@ -90,10 +89,9 @@ def val_labels(
         raise UserError(f"{labels.place} has no label for {unlabelled[0]}; give the list that belongs to these images")
     for name, key in zip(names, keys, strict=True):
         if wnid_of[key] not in classes:
-            raise UserError(
-                f"{labels.place}: the class {wnid_of[key]!r} of {name} is not one of the {len(classes)} training classes; "
-                "complete train/, or give the list that belongs to these images"
-            )
+            problem = f"the class {wnid_of[key]!r} of {name} is not one of the {len(classes)} training classes"
+            hint = "complete train/, or give the list that belongs to these images"
+            raise UserError(f"{labels.place}: {problem}; {hint}")
     return [classes[wnid_of[key]] for key in keys]
 
 
@@ -104,10 +102,9 @@ def _to_wnids(labels: LabelList, store: Store, config: DataSection, class_names:
         if not first <= int(value) < first + count:
             counts_images = labels.values == [str(number) for number in range(1, len(labels.values) + 1)]
             hint = " (it seems to number the images, not their classes)" if counts_images else ""
-            raise UserError(
-                f"{labels.place}, label {position}: {value} is outside {first}..{first + count - 1}, the numbers of "
-                f"{numbering.place}{hint}; give the list and the mapping that belong together"
-            )
+            numbers = f"{first}..{first + count - 1}, the numbers of {numbering.place}{hint}"
+            problem = f"{labels.place}, label {position}: {value} is outside {numbers}"
+            raise UserError(f"{problem}; give the list and the mapping that belong together")
     return [numbering.wnids[int(value) - first] for value in labels.values]
 
 
@@ -128,10 +125,8 @@ def _numbering(labels: LabelList, store: Store, config: DataSection, class_names
     problem = f"{labels.place} numbers the classes as the devkit does, "
     if not mappings:
         raise UserError(f"{problem}and nothing near {store.place()} says what the numbers mean: {GET_MAPPING}")
-    raise UserError(
-        f"{problem}but {mappings[0].place} lists them in the order of their WordNet ids, which would give wrong labels: "
-        f"{GET_MAPPING}"
-    )
+    order = f"{mappings[0].place} lists them in the order of their WordNet ids"
+    raise UserError(f"{problem}but {order}, which would give wrong labels: {GET_MAPPING}")
 
 
 def read_labels(file: LabelFile) -> LabelList:
@@ -144,10 +139,9 @@ def read_labels(file: LabelFile) -> LabelList:
     named = len(rows[0]) > 1
     for number, row in enumerate(rows, 1):
         if (len(row) > 1) != named or row[named].isdecimal() != rows[0][named].isdecimal():
-            raise UserError(
-                f"{file.place}, label {number}: {' '.join(row)!r} has another form than the first, "
-                f"{' '.join(rows[0])!r}; correct the list or download it again"
-            )
+            words, first = " ".join(row), " ".join(rows[0])
+            problem = f"{file.place}, label {number}: {words!r} has another form than the first, {first!r}"
+            raise UserError(f"{problem}; correct the list or download it again")
     return LabelList(file.place, [_stem(row[0]) for row in rows] if named else None, [row[named] for row in rows])
 
 

@@ -166,8 +166,7 @@ class ListedVideos(FileSource, ABC):
         if not pc.any(pc.not_equal(joined.used["split"], "")).as_py():
             missing = joined.missing.filter(pc.not_equal(joined.missing["split"], ""))
             first = self.store.place(missing["sample_id"][0].as_py()) if missing.num_rows else "any"
-            raise UserError(
-                f"{self.store.place(self.home)} holds none of the {missing.num_rows:,} clips that the lists name, for example "
-                f"{first}; unpack the videos there, or set data.path to the folder that holds them"
-            )
+            problem = f"{self.store.place(self.home)} holds none of the {missing.num_rows:,} clips that the lists name"
+            hint = "unpack the videos there, or set data.path to the folder that holds them"
+            raise UserError(f"{problem}, for example {first}; {hint}")
         return joined

@@ -42,10 +42,9 @@ class Hmdb51(ListedVideos):
             for number, line in self.lists.lines(name):
                 match = LINE.fullmatch(line)
                 if match is None or not match[1].lower().endswith(VIDEO_EXTENSIONS):
-                    raise UserError(
-                        f"{self.lists.place(name)}, line {number}: {line!r} is not a file name and 1 (training), 2 (test) or 0 "
-                        "(neither), as in 'clip_1.avi 1'; correct the line or download the lists again"
-                    )
+                    what = "a file name and 1 (training), 2 (test) or 0 (neither), as in 'clip_1.avi 1'"
+                    place = f"{self.lists.place(name)}, line {number}"
+                    raise UserError(f"{place}: {line!r} is not {what}; correct the line or download the lists again")
                 yield f"{class_name}/{match[1]}", label, SPLITS[match[2]], f"'{name}' line {number}"
 
     def _list_name(self, class_name: str) -> str:

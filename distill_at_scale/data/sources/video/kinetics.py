@@ -97,28 +97,22 @@ class KineticsTar(Kinetics):
         paths, sizes = self.store.table()
         self._sizes = dict(zip(paths.to_pylist(), sizes.to_pylist(), strict=True))
         threads = (os.cpu_count() or 1) if self.store.local else REMOTE_THREADS
-        parts = list(tar.map_in_threads(self._members, self._archives(), threads))
-        unfinished = pc.match_substring_regex(paths, UNFINISHED)
-        paths, sizes = paths.filter(unfinished), sizes.filter(unfinished)
-        offsets = pa.array([0] * len(paths), pa.int64())
-        parts.append(pa.table([paths, paths, paths, offsets, sizes], schema=FILES))
-        return pa.concat_tables(parts).combine_chunks()
-
-    def _archives(self) -> list[str]:
-        """The archives to index; those of the test split only if val has none, as they would not be used."""
         archives = [path for path in self._sizes if ARCHIVE.search(path)]
         words = {path: match[1].lower()[:3] for path in archives if (match := re.search(SPLIT, f"{path}/"))}
         other = next((p for p in self._sizes if OTHER_ARCHIVE.search(p) and re.search(SPLIT, f"{p}/")), None)
         if other is not None:
-            raise UserError(
-                f"{self.store.place(other)} cannot be read in place, only .tar.gz, .tgz and .tar; unpack it"
-            )
+            place = self.store.place(other)
+            raise UserError(f"{place} cannot be read in place, only .tar.gz, .tgz and .tar; unpack it")
         if not archives:
-            raise UserError(
-                f"{self.store.place()} holds no archives; the layout is train/part_0.tar.gz, …, val/part_0.tar.gz, … with "
-                "the official CSVs beside"
-            )
-        return [path for path in archives if words.get(path) != "tes" or "val" not in words.values()]
+            hint = "the layout is train/part_0.tar.gz, …, val/part_0.tar.gz, … with the official CSVs beside"
+            raise UserError(f"{self.store.place()} holds no archives; {hint}")
+        # those of the test split only if val has none, as they would not be used
+        archives = [path for path in archives if words.get(path) != "tes" or "val" not in words.values()]
+        parts = list(tar.map_in_threads(self._members, archives, threads))
+        unfinished = pc.match_substring_regex(paths, UNFINISHED)
+        paths, sizes = paths.filter(unfinished), sizes.filter(unfinished)
+        parts.append(pa.table([paths, paths, paths, np.zeros(len(paths), np.int64), sizes], schema=FILES))
+        return pa.concat_tables(parts).combine_chunks()
 
     def _members(self, archive: str) -> pa.Table:
         """The members of an archive that may be clips (schema FILES)."""

@@ -65,10 +65,8 @@ def read_annotations(store: Store, named: str | None) -> pa.Table:
         for row in read_list(file):
             first = clips.setdefault((row.word, row.key), row)
             if first.label != row.label:
-                raise UserError(
-                    f"{row.file}, line {row.line}: the clip {row.key} is {row.label!r}, but {first.file}, line {first.line}, "
-                    f"says {first.label!r}; correct one of the two"
-                )
+                where, other = f"{row.file}, line {row.line}", f"{first.file}, line {first.line}, says {first.label!r}"
+                raise UserError(f"{where}: the clip {row.key} is {row.label!r}, but {other}; correct one of the two")
     if not clips:
         raise UserError(f"the lists of clips in {store.place()} hold no clips; download them again, or set {KEY}")
     order = list(dict.fromkeys(WORDS.values()))
@@ -85,10 +83,8 @@ def read_list(file: LabelFile) -> Iterator[Row]:
     default_word = WORDS[name_match["word"].lower()] if name_match else None
     missing = [name for name in COLUMNS if name not in positions and not (name == "label" and default_word == "test")]
     if missing:
-        raise UserError(
-            f"{file.place} has no column {missing[0]!r}; its first line must name the columns "
-            f"label,youtube_id,time_start,time_end,split, but it is {','.join(header)[:200]!r}"
-        )
+        advice = "its first line must name the columns label,youtube_id,time_start,time_end,split"
+        raise UserError(f"{file.place} has no column {missing[0]!r}; {advice}, but it is {','.join(header)[:200]!r}")
     width = len(header)
     columns = [positions.get(name, width) for name in (*COLUMNS, "split")]
     for line, values in lines:
@@ -133,7 +129,10 @@ def _malformed(file: LabelFile, line: int, what: str) -> UserError:
 
 
 def _find_lists(store: Store, named: str | None) -> list[LabelFile]:
-    """The lists of each split from the first folder that has any; else the first list that may hold all splits."""
+    """The lists of each split from the first folder that has any; else the first list that may hold all splits.
+
+    In a folder train.csv comes before k400_train.csv, and .csv before .txt.
+    """
     advice = GET_LISTS
     if named is not None:
         if named.partition("?")[0].lower().endswith((".csv", ".txt")):
@@ -147,8 +146,16 @@ def _find_lists(store: Store, named: str | None) -> list[LabelFile]:
     for_all_splits: list[str] = []
     for folder in folders:
         names = store.names(folder)[1]
-        for word, chosen in _lists_by_word(names).items():
-            lists.setdefault(word, [join_path(folder, name) for name in chosen])
+        ranked: dict[str, list[tuple[tuple[bool, bool], str]]] = {}
+        for name in names:
+            stem, extension = os.path.splitext(name)
+            match = NAME.fullmatch(stem)
+            if match and extension.lower() in (".csv", ".txt"):
+                rank = extension.lower() != ".csv", match["before"] is not None
+                ranked.setdefault(WORDS[match["word"].lower()], []).append((rank, name))
+        for word, chosen in ranked.items():
+            first = min(chosen)[0]
+            lists.setdefault(word, [join_path(folder, name) for rank, name in chosen if rank == first])
         for_all_splits += [join_path(folder, name) for name in names if ALL_SPLITS_NAME.fullmatch(name)]
     paths = [path for word in lists for path in lists[word]] or for_all_splits[:1]
     if not paths:
@@ -160,15 +167,3 @@ def _find_lists(store: Store, named: str | None) -> list[LabelFile]:
         except OSError as error:
             raise UserError(f"{store.place(path)} cannot be read ({error.strerror or error}); check the file") from None
     return files
-
-
-def _lists_by_word(names: list[str]) -> dict[str, list[str]]:
-    """The lists among the files of a folder, by split: train.csv before k400_train.csv, and .csv before .txt."""
-    ranked: dict[str, list[tuple[tuple[bool, bool], str]]] = {}
-    for name in names:
-        stem, extension = os.path.splitext(name)
-        match = NAME.fullmatch(stem)
-        if match and extension.lower() in (".csv", ".txt"):
-            rank = extension.lower() != ".csv", match["before"] is not None
-            ranked.setdefault(WORDS[match["word"].lower()], []).append((rank, name))
-    return {word: [name for rank, name in lists if rank == min(lists)[0]] for word, lists in ranked.items()}

@@ -82,11 +82,9 @@ class Matched:
         if not self.files.num_rows:
             raise UserError(f"{self.place} holds no clips ({', '.join(EXTENSIONS)}); the layout is {LAYOUT}")
         if not (self.row >= 0).any():
-            first = paths[0].as_py()
-            raise UserError(
-                f"none of the {len(paths):,} clips in {self.place} is listed in {self.rows['file'][0].as_py()} or another "
-                f"list; the first is {first!r}, and the layout is {LAYOUT}"
-            )
+            lists = f"{self.rows['file'][0].as_py()} or another list"
+            problem = f"none of the {len(paths):,} clips in {self.place} is listed in {lists}"
+            raise UserError(f"{problem}; the first is {paths[0].as_py()!r}, and the layout is {LAYOUT}")
         if not self.splits:
             raise UserError(f"{self.place} holds only clips of a test split without labels; add train/ or val/")
 
@@ -115,10 +113,8 @@ class Matched:
         is_used = np.isin(self.row_split, list(self.splits.values())) & self._has_label
         if (unknown := np.flatnonzero(is_used & (labels < 0))).size:
             row = self.rows.slice(unknown[0], 1).to_pylist()[0]
-            raise UserError(
-                f"{row['file']}, line {row['line']}: the label {row['label']!r} does not occur in the training list; "
-                "correct it, or complete that list"
-            )
+            where, problem = f"{row['file']}, line {row['line']}", f"the label {row['label']!r} does not occur"
+            raise UserError(f"{where}: {problem} in the training list; correct it, or complete that list")
         return labels
 
     @cached_property
@@ -149,8 +145,20 @@ class Matched:
             columns = [table["place"], pa.array(labels, pa.int32()), table["location"], reasons]
             for split, number in self.splits.items():
                 aside[split].append(pa.table(columns, schema=SET_ASIDE).filter(pa.array(splits == number)))
-        for split, number in self.splits.items():
-            aside[split].append(self._missing(number))
+        for split, number in self.splits.items():  # the rows without a file, under the name that the file would have
+            is_missing = (self.row_split == number) & (self.labels >= 0)
+            is_missing[self.row[self.row >= 0]] = False
+            missing = np.flatnonzero(is_missing)
+            listed = self.rows.take(pa.array(missing))
+            parts = pc.extract_regex(listed["key"], "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
+            start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
+            clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
+            ids = _text(WORDS[number], "/", listed["label"], "/", clips, ".mp4")
+            elsewhere = pc.is_in(listed["key"], self.keys.filter(pa.array(self.finished)))
+            why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
+            lists = pc.replace_substring_regex(listed["file"], f"^{re.escape(self.place)}/", "")
+            reasons = _text("listed in ", self._lines(missing), why)
+            aside[split].append(set_aside_table(ids, self.labels[missing], reasons, lists))
         return {split: pa.concat_tables(tables).combine_chunks() for split, tables in aside.items()}
 
     def _unusable(self) -> Iterator[tuple[Array, Any, Array]]:
@@ -176,21 +184,6 @@ class Matched:
         agrees = ~self._disagrees[others]
         reasons = _text("the same clip as '", paths.take(pa.array(instead[agrees])), "', which is used")
         yield others[agrees], reasons, self.labels[self.row[others[agrees]]]
-
-    def _missing(self, split: int) -> pa.Table:
-        """The rows of a split without a file (schema SET_ASIDE), under the name that the file would have."""
-        is_missing = (self.row_split == split) & (self.labels >= 0)
-        is_missing[self.row[self.row >= 0]] = False
-        missing = np.flatnonzero(is_missing)
-        rows = self.rows.take(pa.array(missing))
-        parts = pc.extract_regex(rows["key"], "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
-        start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
-        clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
-        ids = _text(WORDS[split], "/", rows["label"], "/", clips, ".mp4")
-        elsewhere = pc.is_in(rows["key"], self.keys.filter(pa.array(self.finished)))
-        why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
-        lists = pc.replace_substring_regex(rows["file"], f"^{re.escape(self.place)}/", "")
-        return set_aside_table(ids, self.labels[missing], _text("listed in ", self._lines(missing), why), lists)
 
     @cached_property
     def _disagrees(self) -> Array:
@@ -218,7 +211,6 @@ class Matched:
         return best, ~self._disagrees[best], order[~is_first], instead
 
     def _lines(self, rows: Array) -> Any:
-        """`val.csv line N` for rows."""
         table = self.rows.take(pa.array(rows))
         names = pc.replace_substring_regex(table["file"], "^.*/", "")
         return _text(names, " line ", table["line"].cast(pa.string()))

@@ -52,16 +52,12 @@ class SomethingV2(ListedVideos):
                 place = f"{self.lists.place(name)}, entry {number}"
                 if not isinstance(clip_id, str | int) or (split and not isinstance(template, str)):
                     shown = json.dumps(entry, ensure_ascii=False)[:200]
-                    raise UserError(
-                        f"{place}: {shown} has no id or no template; an entry is "
-                        '{"id": "78687", "template": "Holding [something]", ...}'
-                    )
+                    example = '{"id": "78687", "template": "Holding [something]", ...}'
+                    raise UserError(f"{place}: {shown} has no id or no template; an entry is {example}")
                 class_name = str(template).translate(NO_BRACKETS) if split else ""
                 if split and class_name not in labels:
-                    raise UserError(
-                        f"{place}: {class_name!r} is no class of {self._list_name('labels')} "
-                        f"({suggest(class_name, labels)}); download the lists that belong together"
-                    )
+                    problem = f"no class of {self._list_name('labels')} ({suggest(class_name, labels)})"
+                    raise UserError(f"{place}: {class_name!r} is {problem}; download the lists that belong together")
                 yield f"{clip_id}.webm", labels.get(class_name, -1), split, f"'{name}' entry {number}"
 
     def _list_name(self, kind: str) -> str:

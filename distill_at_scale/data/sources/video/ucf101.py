@@ -32,9 +32,8 @@ class Ucf101(ListedVideos):
         for line_number, line in self.lists.lines(CLASSES):
             number, name = [*line.split(maxsplit=1), "", ""][:2]
             if not number.isdecimal() or not name.strip() or int(number) in numbered:
-                raise UserError(
-                    f"{place}, line {line_number}: {line!r} is not a new number and class as '1 ApplyEyeMakeup'"
-                )
+                where = f"{place}, line {line_number}"
+                raise UserError(f"{where}: {line!r} is not a new number and class as '1 ApplyEyeMakeup'")
             numbered[int(number)] = name.strip()
         names = [numbered[number] for number in sorted(numbered)]
         if sorted(numbered) != list(range(1, len(names) + 1)) or len(set(names)) != len(names) or not names:
@@ -57,9 +56,7 @@ class Ucf101(ListedVideos):
                 if class_name not in labels:
                     close = suggest(class_name, labels)
                     raise UserError(f"{place}: {class_name!r} is no class of {CLASSES} ({close}); correct it")
-                if class_number is not None and int(class_number) != labels[class_name] + 1:
-                    raise UserError(
-                        f"{place}: the number is {class_number}, but {class_name} has {labels[class_name] + 1} in {CLASSES}; "
-                        "correct it"
-                    )
+                if class_number is not None and int(class_number) != (own := labels[class_name] + 1):
+                    numbers = f"the number is {class_number}, but {class_name} has {own} in {CLASSES}"
+                    raise UserError(f"{place}: {numbers}; correct it")
                 yield f"{class_name}/{file}", labels[class_name], split, f"'{name}' line {number}"

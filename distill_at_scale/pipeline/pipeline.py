@@ -64,7 +64,7 @@ class Pipeline:
         return self.context.executor
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
-        """Run stages in order. Raises UserError if an input is missing or the folder holds another run's output."""
+        """Run stages in order. Raises UserError if an input is missing or the output is of another configuration."""
         with self._working():
             for stage in stages:
                 if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():

@@ -129,7 +129,8 @@ def _check_criteria(config: Config) -> None:
                 "class another name"
             )
     if chosen == {}:
-        raise UserError("select.criterion = {} weighs nothing; give names with weights, like {loss: 0.7, el2n: 0.3}")
+        advice = "give names with weights, for example {loss: 0.7, el2n: 0.3}"
+        raise UserError(f"select.criterion = {{}} weighs nothing; {advice}")
     if isinstance(chosen, str):
         if ":" not in chosen:
             resolve("select.criterion", chosen, {**known, ranking.RANDOM: None})

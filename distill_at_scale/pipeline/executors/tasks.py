@@ -53,7 +53,7 @@ class Ingest(Worker):
 def ingest(
     executor: Executor, config: Config, plan: IngestPlan, parts: Path, advance: Advance, check: bool = False
 ) -> None:
-    """Decode a plan's chunks into `parts`, or with `check` only list rejected samples. Advances by samples."""
+    """Decode a plan's chunks into `parts`, next to its listings (`check`: only list rejected). Advances by samples."""
     units = []
     for split, index, rows in plan.chunks(config.data.chunk):
         path = ingest_chunks.part_path(parts, split, index)

@@ -42,8 +42,7 @@ class Timer:
 
 
 def save(path: Path, checkpoint: DistillCheckpoint) -> None:
-    metadata = {"step": str(checkpoint.step), "seconds": f"{checkpoint.seconds:.3f}"}
-    safetensors_io.save(path, checkpoint.state, metadata)
+    safetensors_io.save(path, checkpoint.state, {"step": str(checkpoint.step), "seconds": f"{checkpoint.seconds:.3f}"})
 
 
 def read(path: Path) -> DistillCheckpoint | None:

@@ -26,14 +26,12 @@ def dc_distiller(config: Config, prepared: PreparedDataset, device: torch.device
     section = config.score.monte_carlo
     if section.learn != "dc":
         return None
-    dc_config = with_overrides(
-        config, {"distill.method": "dc", "distill.ipc": 1, "distill.dc.init": "real", "runtime.rule": "none"}
-    )
+    overrides = {"distill.method": "dc", "distill.ipc": 1, "distill.dc.init": "real", "runtime.rule": "none"}
     spec, normalization = spec_of(config, prepared), normalization_of(prepared, whitened=False)
 
     def distil(stored: Mapping[int, Tensor], subset: int) -> tuple[Tensor, Tensor]:
         seed = rng.derive(config.run.seed, "monte carlo dc", subset)
-        seeded, labels = with_overrides(dc_config, {"distill.seed": seed}), list(stored)
+        seeded, labels = with_overrides(config, {**overrides, "distill.seed": seed}), list(stored)
         method = DC(MethodContext(seeded, spec, prepared.class_names, labels, SingleProcess(), device, section.steps))
         pixels = {label: values.to(device) for label, values in stored.items()}
         method.prepare(ClassSampler(pixels, normalization, seed, device))

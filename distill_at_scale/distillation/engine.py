@@ -72,6 +72,7 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
             than classes; or `distill.evaluate_every` is set without a test split.
     """
     names, section, method = prepared.class_names, config.distill, method_class(config)
+    count = len(names)
     for name, kept in zip(names, kept_per_class, strict=True):
         if kept == 0:
             raise UserError(
@@ -81,10 +82,8 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
             raise UserError(too_few_message(name, kept, section.ipc))
     if section.evaluate_every:
         evaluate.require_test_split(prepared)
-    if section.max_workers > len(names) and method.parallel == "classes":
-        raise UserError(
-            f"distill.workers = {section.workers} is more than the {len(names)} classes; lower it to {len(names)}"
-        )
+    if section.max_workers > count and method.parallel == "classes":
+        raise UserError(f"distill.workers = {section.workers} is more than the {count} classes; lower it to {count}")
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,10 @@ class Distillation:
         report: Report = lambda _: None,
     ):  # fmt: skip
         self.config, self.paths, self.workers, self.device, self.report = config, paths, workers, device, report
-        self.prepared = PreparedDataset(paths.prepared)
-        self.context = method_context(config, self.prepared, paths, workers, device)
+        prepared = self.prepared = PreparedDataset(paths.prepared)
+        self.context = method_context(config, prepared, paths, workers, device)
         labels, hold, memory = self.context.labels, config.distill.hold, worker_memory(config, workers, device)
-        self.sampler = ClassSampler.load(
-            self.prepared, paths.manifest, labels, config.distill_seed, device, hold, memory
-        )
+        self.sampler = ClassSampler.load(prepared, paths.manifest, labels, config.distill_seed, device, hold, memory)
         self.normalization = self.sampler.normalization
         self.method = method_class(config)(self.context)
         self.method.prepare(self.sampler)

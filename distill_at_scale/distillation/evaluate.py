@@ -39,8 +39,7 @@ class EvaluationJob:
 
 def jobs(config: Config) -> list[EvaluationJob]:
     section = config.evaluate
-    controls = [] if section.control == "none" else [section.control]
-    sets = ["distilled", *controls, *section.bounds]
+    sets = ["distilled", *([] if section.control == "none" else [section.control]), *section.bounds]
     return [EvaluationJob(s, n, seed) for s in sets for n in section.networks for seed in range(section.seeds)]
 
 
@@ -137,7 +136,6 @@ def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["set"], row["network"]), []).append(row)
-
     summary = []
     for (name, network), members in groups.items():
         line: dict[str, Any] = {"set": name, "network": network, "n": len(members)}

@@ -63,8 +63,7 @@ def export_videofolder(synthetic: SyntheticSet, folder: str | Path) -> None:
     export |= {"frames_per_second": FRAMES_PER_SECOND, "exact_pixels": "export_imagefolder, export_parquet"}
 
     def write(target: Path, clip: Array) -> None:
-        video = encode_mp4(_yuv420(clip), FRAMES_PER_SECOND, ENCODER, "yuv420p")
-        target.with_suffix(".mp4").write_bytes(video)
+        target.with_suffix(".mp4").write_bytes(encode_mp4(_yuv420(clip), FRAMES_PER_SECOND, ENCODER, "yuv420p"))
 
     text = json.dumps({**synthetic.card, "export": export}, indent=1) + "\n"
     _write_by_class(Path(folder), synthetic, write, text)

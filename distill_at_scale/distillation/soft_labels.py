@@ -100,9 +100,8 @@ class ViewPlan:
 
 def merge_last_batch(batches: tuple[Tensor, ...]) -> list[Tensor]:
     """Batches of rows; a last batch of one row is merged into the one before, as batch norm needs two."""
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        return [*batches[:-2], torch.cat(batches[-2:])]
-    return list(batches)
+    is_single = len(batches) > 1 and len(batches[-1]) == 1
+    return [*batches[:-2], torch.cat(batches[-2:])] if is_single else list(batches)
 
 
 def compact(logits: Tensor, top_k: int | None, temperature: float) -> CompactLogits:

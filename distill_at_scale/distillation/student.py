@@ -59,8 +59,7 @@ class TrainingProtocol:
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> TrainingProtocol:
         """Raises UserError for a key that this version does not know, since it would change the result."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(card) - known):
+        if unknown := sorted(set(card) - {f.name for f in fields(cls)}):
             raise UserError(
                 f"the set expects a training with {unknown[0]!r}, which this version does not know; update it"
             )
@@ -107,15 +106,14 @@ def train(
 ) -> nn.Module:
     """Train a network from scratch; the whole set is held on the device."""
     network = spec.build(rng.derive(seed, "network")).to(device).train()
+    parameters = list(network.parameters())
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     if protocol.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(network.parameters(), protocol.lr, weight_decay=protocol.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, protocol.lr, weight_decay=protocol.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.epochs)
     else:
-        optimizer = torch.optim.SGD(
-            network.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay
-        )
+        optimizer = torch.optim.SGD(parameters, protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay)
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1], gamma=0.1)
     soft = {key: value.to(device) for key, value in data.soft.items()}
     data = replace(data, images=data.images.to(device), labels=data.labels.to(device), soft=soft)

@@ -167,7 +167,7 @@ def _read_pickle(file: Path) -> State:
         if compressed:
             raise UserError(f"{file} is a compressed zip archive, which torch does not write; save the weights again")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises almost anything
@@ -177,11 +177,9 @@ def _read_pickle(file: Path) -> State:
             f"{refused}: {reason}; save the weights as safetensors where you trust the file: "
             "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from None
-    while isinstance(content, Mapping) and (
-        keys := [k for k in STATE_DICT_KEYS if isinstance(content.get(k), Mapping)]
-    ):
-        content = content[keys[0]]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    while isinstance(saved, Mapping) and (keys := [k for k in STATE_DICT_KEYS if isinstance(saved.get(k), Mapping)]):
+        saved = saved[keys[0]]
+    tensors = {k: v for k, v in saved.items() if isinstance(v, Tensor)} if isinstance(saved, Mapping) else {}
     if not tensors:
         raise UserError(f"{file} holds no state dict; save it with torch.save(model.state_dict(), ...) or safetensors")
     return {str(key): value for key, value in tensors.items()}
@@ -230,10 +228,10 @@ def _fit(file: Path, state: State, spec: NetworkSpec, published: Published | Non
 
 def _misfits(network: nn.Module, state: State) -> list[str]:
     """Load the tensors into the network, each in the network's dtype; returns what does not fit."""
-    expected = network.state_dict()
+    wanted = network.state_dict()
 
     def fits_slot(key: str) -> bool:
-        ours, theirs = expected[key], state[key]
+        ours, theirs = wanted[key], state[key]
         return ours.shape == theirs.shape and (theirs.is_floating_point() or not ours.is_floating_point())
 
     def first(keys: Sequence[str]) -> str:
@@ -242,18 +240,16 @@ def _misfits(network: nn.Module, state: State) -> list[str]:
     def described(tensor: Tensor) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
-    odd = [key for key in expected if key in state and not fits_slot(key)]
-    cast: Any = OrderedDict(
-        (k, v.to(expected[k].dtype) if k in expected else v) for k, v in state.items() if k not in odd
-    )
-    if cast.keys() == expected.keys():
+    odd = [key for key in wanted if key in state and not fits_slot(key)]
+    cast: Any = OrderedDict((k, v.to(wanted[k].dtype) if k in wanted else v) for k, v in state.items() if k not in odd)
+    if cast.keys() == wanted.keys():
         # without its metadata, torchvision takes the names for those of an older version
-        cast._metadata = getattr(expected, "_metadata", None)
+        cast._metadata = getattr(wanted, "_metadata", None)
     try:
         missing, unexpected = network.load_state_dict(cast, strict=False, assign=True)
     except (RuntimeError, ValueError) as error:  # of a network with its own load_state_dict
         return [str(error)]
-    wrong = [f"{key} is {described(state[key])} where {described(expected[key])} is expected" for key in odd[:1]]
+    wrong = [f"{key} is {described(state[key])} where {described(wanted[key])} is expected" for key in odd[:1]]
     if missing := [key for key in missing if key not in odd]:
         wrong.append(f"it lacks {first(missing)}")
     return wrong + ([f"it has {first(unexpected)}, which the network has not"] if unexpected else [])

@@ -31,7 +31,6 @@ TORCHVISION, FRAME = "torchvision:", "frame:"  # prefixes of names
 MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that return more than logits in training
 COMPILE_FROM = 25 * 10**9  # activation_bytes below which compiling (10-30 s) costs more than it saves
 
-
 Build = Callable[["NetworkSpec"], nn.Module]
 
 
@@ -98,8 +97,7 @@ class NetworkSpec:
 
     def microbatch(self, device: torch.device) -> int:
         """Samples per forward pass: on a CPU as many as keep a layer's activations in the cache (twice as fast as 256)."""
-        limit = CPU_CACHE if device.type == "cpu" else GPU_ACTIVATIONS
-        return max(4, limit // self.activation_bytes(1))
+        return max(4, (CPU_CACHE if device.type == "cpu" else GPU_ACTIVATIONS) // self.activation_bytes(1))
 
     def memory_format(
         self, use: Literal["score", "train", "match"], device: torch.device, compiled: bool
@@ -231,11 +229,9 @@ def will_compile(choice: str, activation_bytes: int) -> bool:
     return choice == "always" or (choice == "auto" and activation_bytes >= COMPILE_FROM)
 
 
-def maybe_compile(
-    network: Callable[[Tensor], Tensor], choice: str, activation_bytes: int
-) -> Callable[[Tensor], Tensor]:
-    """torch.compile if it pays for this much computation; without a working compiler it warns once and runs eagerly."""
-    if not will_compile(choice, activation_bytes):
+def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -> Callable[[Tensor], Tensor]:
+    """torch.compile if it pays for `work` activation bytes; without a working compiler it warns once and runs eagerly."""
+    if not will_compile(choice, work):
         return network
     compiled = torch.compile(network)
     failed = False

@@ -36,10 +36,8 @@ class VideoResNet(EmbeddingNetwork):
             )
         self.net = getattr(video, name)(num_classes=classes)
         if shape[1] != 3:
-            first = self.net.stem[0]
-            self.net.stem[0] = nn.Conv3d(
-                shape[1], first.out_channels, first.kernel_size, first.stride, first.padding, bias=False
-            )
+            stem, conv = self.net.stem, self.net.stem[0]
+            stem[0] = nn.Conv3d(shape[1], conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
         if not batch_norm:
             _replace_batch_norm(self.net)
         self.classifier, self.net.fc = self.net.fc, nn.Identity()

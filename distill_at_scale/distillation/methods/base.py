@@ -301,7 +301,14 @@ class ImageMethod(Method):
             return
         bad = _first_not_finite(torch.stack([loss.detach() for loss in losses]), self.images.grad)
         if bad is None:
-            bad = self._optimizer_step()
+            images = self.images.detach()
+            tensors = [images, self.images.grad, *self.optimizer.state.get(self.images, {}).values()]
+            largest = [max(map(abs, map(float, t.aminmax()))) for t in tensors if t is not None]
+            # without copies if no overflow is possible: they take as much memory as the set
+            if sum(largest) * max(1.0, self.lr) < OVERFLOW_MARGIN:
+                self.optimizer.step()
+            else:
+                bad = self.step_or_undo(lambda: _first_not_finite(images.flatten(1).sum(1), images))
         if bad is not None:
             section, name = self.context.config.distill, self.context.class_names[self.context.labels[bad]]
             trains_network = hasattr(getattr(section, section.method, None), "network_lr")
@@ -318,17 +325,6 @@ class ImageMethod(Method):
         divergence, self.divergence, self.updates = self.divergence, None, 0
         if divergence is not None:
             raise divergence
-
-    def _optimizer_step(self) -> int | None:
-        """One step of the optimiser, undone if images overflow; returns the index of the first such class."""
-        images = self.images.detach()
-        tensors = [images, self.images.grad, *self.optimizer.state.get(self.images, {}).values()]
-        largest = [max(map(abs, map(float, t.aminmax()))) for t in tensors if t is not None]
-        # without copies if no overflow is possible: they take as much memory as the set
-        if sum(largest) * max(1.0, self.lr) < OVERFLOW_MARGIN:
-            self.optimizer.step()
-            return None
-        return self.step_or_undo(lambda: _first_not_finite(images.flatten(1).sum(1), images))
 
     def step_or_undo(self, find_problem: Callable[[], Problem | None]) -> Problem | None:
         """One step of the optimiser, undone if there is a problem afterwards; returns the problem."""
@@ -349,11 +345,9 @@ class ImageMethod(Method):
     def state_dict(self) -> dict[str, Tensor]:
         state = self.pruning.state_dict()
         for name, tensor in self.learned().items():
-            optimizer = {k: v for k, v in self.optimizer.state.get(tensor, {}).items() if v is not None}
-            for key, values in {
-                name: tensor.detach(),
-                **{_state_key(name, k): v for k, v in optimizer.items()},
-            }.items():
+            optimizer = self.optimizer.state.get(tensor, {})
+            moments = {_state_key(name, k): v for k, v in optimizer.items() if v is not None}
+            for key, values in ({name: tensor.detach()} | moments).items():
                 if values.dim():
                     state |= {f"{key}/{c}": values[k].cpu() for k, c in enumerate(self.context.labels)}
                 else:

@@ -57,8 +57,7 @@ class DM(ImageMethod):
 
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper: one random network, loss sum_c |mean embed(real_c) - mean embed(syn_c)|^2."""
-        fresh = self.context.spec.build(derive(self.context.seed, "network", i))
-        self.net.load_state_dict(fresh.state_dict())
+        self.net.load_state_dict(self.context.spec.build(derive(self.context.seed, "network", i)).state_dict())
         self.optimizer.zero_grad()  # frees the old gradient before the new one is allocated
         gradient, losses = torch.empty_like(self.images.detach()), []
         used = drawn = 0

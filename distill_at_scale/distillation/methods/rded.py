@@ -76,11 +76,9 @@ class RDED(TeacherMethod):
         ids = np.array(first["sample_id"].to_pylist())[images].tolist()
         rows = torch.from_numpy(first["row"].to_numpy()[images].astype(np.int64))
         chosen = zip(ids, crops.tolist(), strict=True)
-        boxes = torch.stack(
-            [patch_ranking.crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen]
-        )
+        boxes = [patch_ranking.crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen]
         pixels = self.real.placement.take(label, rows)
-        patches = crop_and_flip(self.real.normalization.apply(pixels).cpu(), boxes)
+        patches = crop_and_flip(self.real.normalization.apply(pixels).cpu(), torch.stack(boxes))
         return assemble_parts(patches, self.options.factor), float(losses[images, crops].mean())
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
@@ -88,9 +86,8 @@ class RDED(TeacherMethod):
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         outputs = super().finalize(images, labels)
-        ranked = zip(
-            self.context.class_names, patch_ranking.images_per_class(self.path, self.options.crops), strict=True
-        )
+        counts = patch_ranking.images_per_class(self.path, self.options.crops)
+        ranked = zip(self.context.class_names, counts, strict=True)
         reused = {name: self.patches - n for name, n in ranked if n < self.patches}
         return replace(outputs, card={**outputs.card, "patches_of_reused_images": reused})
 

@@ -33,5 +33,4 @@ class Forgetting(MeanOfTrials):
 
     def aggregate(self, values: Array) -> Array:
         forgotten = (values[:, :, :-1] > values[:, :, 1:]).sum(2, keepdims=True)
-        never = values.max(2, keepdims=True) == 0
-        return super().aggregate(np.where(never, values.shape[2], forgotten))
+        return super().aggregate(np.where(values.max(2, keepdims=True) == 0, values.shape[2], forgotten))

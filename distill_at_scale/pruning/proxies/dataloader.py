@@ -58,8 +58,7 @@ class ProxyDataLoader:
     @property
     def logical_shards(self) -> int:
         """The largest power of two up to `shards` that fits the batch and leaves each shard MIN_GROUPS row groups."""
-        most = min(self.shards, self.batch, max(1, len(self.groups) // MIN_GROUPS))
-        return 1 << (most.bit_length() - 1)
+        return 1 << (min(self.shards, self.batch, max(1, len(self.groups) // MIN_GROUPS)).bit_length() - 1)
 
     def shard_groups(self, trial: int, epoch: int) -> Shards:
         """The row groups of each logical shard, in reading order: classes spread evenly, rows balanced."""
@@ -95,14 +94,13 @@ class ProxyDataLoader:
         parts = []
         for shard in own:
             draw = rng.generator(self.seed, "proxy order", trial, epoch, shard)
-            parts.append(self._shard_batches(shards[shard], sizes[shard], WINDOW_BYTES // len(shards), draw))
+            parts.append(self._batches(shards[shard], sizes[shard], WINDOW_BYTES // len(shards), draw))
         yield from prefetch([next(part) for part in parts] for _ in range(self.steps(shards)))
 
-    def _shard_batches(
-        self, groups: Sequence[RowGroup], size: int, window_bytes: int, draw: torch.Generator
-    ) -> Iterator[Batch]:
+    def _batches(self, groups: Sequence[RowGroup], size: int, limit: int, draw: torch.Generator) -> Iterator[Batch]:
+        """Batches of one logical shard, shuffled in windows of up to `limit` bytes."""
         rest: pa.Table | None = None
-        for window in _windows(groups, window_bytes, self.prepared):
+        for window in _windows(groups, limit, self.prepared):
             tables = [self.prepared.read(group) for group in window]
             joined = pa.concat_tables(tables if rest is None else [rest, *tables])
             table = joined.combine_chunks()  # a take from a hundred chunks costs ten times one from a single chunk

@@ -55,15 +55,9 @@ class ProxyTrial:
     """One worker's part in the training of one proxy."""
 
     def __init__(
-        self,
-        prepared: PreparedDataset,
-        config: ScoreSection,
-        trial: int,
-        seed: int,
-        folder: Path,
-        device: torch.device,
+        self, prepared: PreparedDataset, config: ScoreSection, trial: int, seed: int, folder: Path, device: torch.device,
         workers: Collectives | None = None,
-    ):
+    ):  # fmt: skip
         self.prepared, self.config, self.trial, self.seed = prepared, config, trial, seed
         self.folder, self.device, self.workers = folder, device, workers or SingleProcess()
         self.spec = network_spec(config, prepared.shape, len(prepared.class_names), prepared.kind)
@@ -72,12 +66,10 @@ class ProxyTrial:
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
         # of all workers, so that all decide alike
         work = self.spec.activation_bytes(self.loader.samples * config.epochs)
-        compiled = will_compile(config.compile, work)
-        self.memory_format = self.spec.memory_format("train", device, compiled)
+        self.memory_format = self.spec.memory_format("train", device, will_compile(config.compile, work))
         self.memory_format.network(self.network)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-        )
+        weights = self.network.parameters()
+        self.optimizer = torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=config.weight_decay)
         self.mixes = mixes_samples(self.network)
         self.forward = maybe_compile(self._logits, config.compile, work)
 

@@ -44,8 +44,7 @@ class GradientNorms:
         size = max(1, BYTES // self.bytes_per_sample)
         missing = -len(images) % size
         padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-        targets = torch.cat([labels, labels.new_zeros(missing)])
-        pairs = zip(padded.split(size), targets.split(size), strict=True)
+        pairs = zip(padded.split(size), torch.cat([labels, labels.new_zeros(missing)]).split(size), strict=True)
         return torch.cat([vmap(norm)(*pair) for pair in pairs])[: len(images)]
 
     def _norm(self, columns: Sequence[int] | None) -> Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]:
@@ -56,7 +55,6 @@ class GradientNorms:
             return F.cross_entropy(logits if columns is None else logits[:, columns], label[None])
 
         def norm(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-            gradients = grad(loss)(weights, image, label)
-            return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+            return torch.stack([g.square().sum() for g in grad(loss)(weights, image, label).values()]).sum().sqrt()
 
         return norm

@@ -134,12 +134,10 @@ class SubsetTrials:
             network = self._train(images, labels, subset, number)
             with torch.no_grad():
                 predicted = in_parts(network, tested, self.spec.microbatch(self.device)).argmax(1).cpu()
-            of_classes = [(own == c).float().mean() for c, own in enumerate(predicted.split(sizes))]
-            accuracies.append(torch.stack(of_classes))
+            accuracies.append(torch.stack([(own == c).float().mean() for c, own in enumerate(predicted.split(sizes))]))
         return torch.stack(accuracies).mean(0)
 
     def _train(self, images: Tensor, labels: Tensor, subset: int, number: int) -> nn.Module:
-        """SGD with momentum for `epochs` epochs."""
         network = self.spec.build(rng.derive(self.seed, "monte carlo network", subset, number)).to(self.device).train()
         parameters: list[Tensor] = list(network.parameters())
         velocities = [torch.zeros_like(parameter) for parameter in parameters]
@@ -149,8 +147,7 @@ class SubsetTrials:
             if count > BATCH:
                 batches = torch.randperm(count, generator=generator).split(BATCH)
             for rows in batches:
-                loss = F.cross_entropy(network(images[rows]), labels[rows])
-                gradients = torch.autograd.grad(loss, parameters)
+                gradients = torch.autograd.grad(F.cross_entropy(network(images[rows]), labels[rows]), parameters)
                 with torch.no_grad():
                     torch._foreach_mul_(velocities, MOMENTUM)
                     torch._foreach_add_(velocities, gradients)
@@ -162,7 +159,6 @@ class SubsetTrials:
         return network.eval()
 
     def _take(self, label: int, positions: Array) -> Tensor:
-        """Stored samples [n, *shape] of a class."""
         if self.pixels is not None:
             return self.pixels[label][torch.from_numpy(positions)]
         return torch.from_numpy(np.array(self.prepared.take("train", label, positions)))

@@ -91,12 +91,9 @@ def _reliability(utility: Array, error: Array, halves: Array, labels: Array, sub
         if first.std() and second.std():
             agreement = float(np.corrcoef(first, second)[0, 1])
             split_half = round(spearman_brown(agreement, 2), 4) if agreement > -1 else -1.0
-    return {
-        "standard_error": round(float(error[known].mean()), 6),
-        "reliability": round(reliability, 4),
-        "split_half": split_half,
-        "more_subsets": None if math.isinf(times) else max(0, math.ceil(subsets * (times - 1))),
-    }
+    more = None if math.isinf(times) else max(0, math.ceil(subsets * (times - 1)))
+    facts = {"standard_error": round(float(error[known].mean()), 6), "reliability": round(reliability, 4)}
+    return {**facts, "split_half": split_half, "more_subsets": more}
 
 
 def _centred(values: Array, labels: Array, which: Array) -> Array:
@@ -127,13 +124,8 @@ def summary(facts: dict[str, Any]) -> list[str]:
 
 def write(path: Path, ids: pa.Array, labels: Array, estimate: UtilityEstimate) -> None:
     """monte_carlo.parquet: sample_id, label, monte_carlo, standard_error and held; the facts under the key monte_carlo."""
-    columns = {
-        "sample_id": ids,
-        "label": labels.astype(np.int32),
-        MONTE_CARLO: estimate.utility,
-        "standard_error": estimate.error,
-        "held": estimate.held,
-    }
+    columns = {"sample_id": ids, "label": labels.astype(np.int32), MONTE_CARLO: estimate.utility}
+    columns |= {"standard_error": estimate.error, "held": estimate.held}
     table = pa.table(columns).replace_schema_metadata({MONTE_CARLO: json.dumps(estimate.facts, sort_keys=True)})
     with publish(path) as temporary:
         pq.write_table(table, temporary)

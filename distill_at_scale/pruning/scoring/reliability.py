@@ -55,8 +55,7 @@ class TrialAgreement:
 
     def facts(self) -> dict[str, Any] | None:
         """`trials`: agreement of single trials; `all`: expected of their mean. None for one trial, or nothing to rank."""
-        classes = [np.concatenate(parts) for parts in self.held.values()]
-        classes = [values for values in classes if len(values) > 2 and values.shape[1] > 1]
+        classes = [v for v in map(np.concatenate, self.held.values()) if len(v) > 2 and v.shape[1] > 1]
         single: list[float] = []
         halves: list[float] = []
         for values in classes:
@@ -72,8 +71,7 @@ class TrialAgreement:
 
 def _mean_correlation(scores: list[Array]) -> list[float]:
     """The mean rank correlation over pairs of scores [n]; empty if one of each pair is constant."""
-    ranks = [rankdata(score) for score in scores]
-    ranks = [rank - rank.mean() for rank in ranks]
+    ranks = [rank - rank.mean() for rank in map(rankdata, scores)]
     lengths = [float(np.sqrt(rank @ rank)) for rank in ranks]
     pairs = [(a, b) for a, b in combinations(range(len(scores)), 2) if lengths[a] and lengths[b]]
     correlations = [float(ranks[a] @ ranks[b]) / (lengths[a] * lengths[b]) for a, b in pairs]

@@ -61,8 +61,7 @@ class ScoringCheckpoint:
 def check(config: Config, prepared: PreparedDataset) -> None:
     """Raises UserError, before training, if a criterion needs features that the network does not have."""
     if any(factory.needs_features(criterion) for criterion in factory.build_criteria(config.score).values()):
-        names = prepared.class_names
-        check_features(proxy.network_spec(config.score, prepared.shape, len(names), prepared.kind))
+        check_features(proxy.network_spec(config.score, prepared.shape, len(prepared.class_names), prepared.kind))
 
 
 def score_part_path(folder: Path, chunk: Chunk) -> Path:
@@ -84,14 +83,12 @@ class Scorer:
         self.epochs = {name: set(factory.epochs_of(criterion, epochs)) for name, criterion in self.criteria.items()}
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
         self.microbatch = self.spec.microbatch(device)
-        needed = factory.needed_epochs(self.criteria.values(), epochs)
-        self.checkpoints = list(self._load(score, checkpoints, needed))
+        self.checkpoints = list(self._load(score, checkpoints, factory.needed_epochs(self.criteria.values(), epochs)))
         work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
         self.memory_format = self.spec.memory_format("score", device, will_compile(score.compile, work))
         self.classifiers: dict[int, CompiledClassifier] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            spec = replace(self.spec, classes=outputs)
-            classifier = Classifier(spec, score.precision, device, self.memory_format)
+            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.memory_format)
             self.classifiers[outputs] = CompiledClassifier(classifier, score.compile, self.microbatch, work)
         # on a GPU its share of the machine's cores; on a CPU a scorer has one core for everything
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0

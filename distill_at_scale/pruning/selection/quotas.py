@@ -78,8 +78,7 @@ class AdaptiveCut(Cut):
     def facts(self) -> dict[str, Any]:
         """Kept share and spread of each class with samples, by label."""
         rates = [round(self.numbers[c] / int(n), 8) for c, n in zip(self.labels, self.counts, strict=True)]
-        spreads = [float(f"{s:.6g}") for s in self.spreads]
-        names = list(map(str, self.labels))
+        names, spreads = list(map(str, self.labels)), [float(f"{s:.6g}") for s in self.spreads]
         return {"rates": dict(zip(names, rates, strict=True)), "spreads": dict(zip(names, spreads, strict=True))}
 
 
@@ -102,8 +101,7 @@ def allocate(budget: int, weights: Array, lowest: Array, highest: Array) -> Arra
     numbers = np.minimum(np.floor(shares + 1e-6).astype(np.int64), highest)
     order = np.argsort(numbers - shares, kind="stable")
     while (missing := budget - int(numbers.sum())) > 0:
-        room = order[numbers[order] < highest[order]][:missing]
-        numbers[room] += 1
+        numbers[order[numbers[order] < highest[order]][:missing]] += 1
     return numbers
 
 

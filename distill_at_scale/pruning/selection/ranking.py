@@ -115,9 +115,7 @@ def build_ranking(
 
 
 def _smallest_first(order: str, low_is_useful: bool) -> bool:
-    if order in ("low", "high"):
-        return order == "low"
-    return low_is_useful == (order != "useless")
+    return order == "low" if order in ("low", "high") else low_is_useful == (order != "useless")
 
 
 def score_columns(criterion: str | Mapping[str, float]) -> str | dict[str, float]:

@@ -31,14 +31,9 @@ class ClassCount(NamedTuple):
 
 
 def select(
-    scores: Path | pa.Table,
-    out: RowGroupWriter | list[pa.Table],
-    config: SelectSection,
-    criterion: str | Mapping[str, float],
-    low_is_useful: bool | Mapping[str, bool],
-    minimum: int,
-    seed: int,
-) -> dict[str, Any]:
+    scores: Path | pa.Table, out: RowGroupWriter | list[pa.Table], config: SelectSection,
+    criterion: str | Mapping[str, float], low_is_useful: bool | Mapping[str, bool], minimum: int, seed: int,
+) -> dict[str, Any]:  # fmt: skip
     """Chooses the samples to keep.
 
     Args:

@@ -24,6 +24,7 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import match
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+Derivatives = tuple[Tensor | None, Tensor]  # in a layer's input, if needed, and in the gradient at its output
 TOLERANCE = 1e-3  # of the largest entry, between `class_gradients` and autograd
 
 
@@ -146,7 +147,7 @@ class Implementation(NamedTuple):
     """How a convolution's weight gradients, and their derivatives in x (if needed, else None) and g, are computed."""
 
     products: Callable[[Tensor, Tensor, int, Conv], Tensor]
-    derivatives: Callable[[Tensor, Tensor, Tensor, int, Conv, bool], tuple[Tensor | None, Tensor]]
+    derivatives: Callable[[Tensor, Tensor, Tensor, int, Conv, bool], Derivatives]
 
 
 def implementation_for(device: torch.device) -> Implementation:
@@ -161,9 +162,7 @@ def _grouped_products(x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor
     return _convolution_backward(x, g, kernels, classes, layer, of_input=False).unflatten(0, (classes, -1))
 
 
-def _grouped_derivatives(
-    x: Tensor, g: Tensor, kernels: Tensor, classes: int, layer: Conv, of_x: bool
-) -> tuple[Tensor | None, Tensor]:
+def _grouped_derivatives(x: Tensor, g: Tensor, kernels: Tensor, classes: int, layer: Conv, of_x: bool) -> Derivatives:
     """The products are bilinear: a convolution for g, and a transposed one for x, with a kernel per class."""
     x, g = _classes_to_channels(x, classes), _classes_to_channels(g, classes)
     kernels = kernels.flatten(0, 1).contiguous()
@@ -177,15 +176,12 @@ def _grouped_derivatives(
 
 
 def _unfolded_products(x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor:
-    """One matrix product per class."""
     rows = unfolded(x, layer).reshape(classes, -1, layer.in_channels * math.prod(layer.kernel_size))
     columns = g.movedim(1, -1).reshape(classes, -1, layer.out_channels)
     return (columns.transpose(1, 2) @ rows).view(classes, layer.out_channels, layer.in_channels, *layer.kernel_size)
 
 
-def _unfolded_derivatives(
-    x: Tensor, g: Tensor, kernels: Tensor, classes: int, layer: Conv, of_x: bool
-) -> tuple[Tensor | None, Tensor]:
+def _unfolded_derivatives(x: Tensor, g: Tensor, kernels: Tensor, classes: int, layer: Conv, of_x: bool) -> Derivatives:
     """Two more matrix products per class; the patches are unfolded again, not kept."""
     x, g = x.detach().requires_grad_(of_x), g.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -199,7 +195,6 @@ UNFOLDED = Implementation(_unfolded_products, _unfolded_derivatives)
 
 
 def _convolution_backward(x: Tensor, g: Tensor, kernels: Tensor, groups: int, layer: Conv, of_input: bool) -> Tensor:
-    """The gradient of a grouped convolution's input, or of its kernels."""
     mask, no_output_padding = [of_input, not of_input, False], [0] * len(layer.kernel_size)
     return torch.ops.aten.convolution_backward(
         g, x, kernels, None, layer.stride, layer.padding, layer.dilation, False, no_output_padding, groups, mask

@@ -35,8 +35,7 @@ def expert_name(number: int) -> str:
 def expert_options(config: Config, section: MTTSection) -> dict[str, Any]:
     """The values that an expert's weights depend on; keys do not name the method, so that methods share experts."""
     own = {key: value for key, value in section.model_dump().items() if key.startswith("expert_")}
-    shared = {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")}
-    return shared | own
+    return {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")} | own
 
 
 def flat(parameters: Sequence[Tensor] | nn.Module) -> Tensor:

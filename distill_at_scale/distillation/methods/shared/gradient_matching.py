@@ -158,9 +158,6 @@ class MatchingMethod(ImageMethod):
             each = sample_losses(net, together, targets.to(together.device), self.at_once).split(counts)
             return dict(zip(rated, each, strict=True))
 
-        def loss(k: int) -> Tensor:
-            return losses()[k]
-
         def effects(k: int) -> Tensor:
             rng, distance = generator(self.context.seed, "probes", *when[:2], labels[k]), self.effect_distance
             return gradient_effects(
@@ -168,7 +165,7 @@ class MatchingMethod(ImageMethod):
             )  # fmt: skip
 
         for k in rated:
-            kept = self.kept_mask(batches[k], partial(loss, k), partial(effects, k))
+            kept = self.kept_mask(batches[k], partial(lambda k: losses()[k], k), partial(effects, k))
             images[k] = images[k][kept.to(images[k].device)]
         self.used += sum(map(len, images))
         self.drawn += sum(len(batch.rows) for batch in batches)

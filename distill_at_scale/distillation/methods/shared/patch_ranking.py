@@ -100,8 +100,7 @@ class PatchRanker:
         for number in range(chunk.first, chunk.first + chunk.groups):
             group = self.groups[chunk.file, number]
             ids = self.prepared.read(group, columns=["sample_id"])["sample_id"]
-            labels = self.candidates["label"].to_numpy()
-            first, last = np.searchsorted(labels, [group.label, group.label + 1])
+            first, last = np.searchsorted(self.candidates["label"].to_numpy(), [group.label, group.label + 1])
             of_class = self.candidates.slice(first, last - first)
             rows = pc.index_in(ids, of_class["sample_id"]).combine_chunks()
             if rows.null_count < len(rows):

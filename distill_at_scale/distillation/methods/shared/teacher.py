@@ -66,8 +66,7 @@ class TeacherMethod(Method):
 
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
-        section = cls.section(config)
-        options = {k: v for k, v in section.model_dump().items() if k.startswith("teacher_")}
+        options = {k: v for k, v in cls.section(config).model_dump().items() if k.startswith("teacher_")}
         options |= {"width": config.distill.width, "depth": config.distill.depth}
         name = options.pop("teacher_weights")
         if not name:
@@ -174,16 +173,14 @@ def _teacher_facts(section: TeacherSection, context: MethodContext) -> TeacherFa
 
 
 def _load_pretrained(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
-    facts = _teacher_facts(section, context)
+    facts, own = _teacher_facts(section, context), real.normalization
     source = list(context.source_class_names) or context.class_names
     with _teacher_keys(context.config):
         weights = pretrained.load(str(section.teacher_weights), facts.spec, context.class_names, source)
     columns = None if weights.classes is None else tuple(weights.classes)
     facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
     if weights.normalization is not None:
-        facts = soft_labels.with_normalization(
-            facts, (real.normalization.mean, real.normalization.std), weights.normalization
-        )
+        facts = soft_labels.with_normalization(facts, (own.mean, own.std), weights.normalization)
     return Teacher.from_state(facts, weights.state, context.device)
 
 

@@ -83,7 +83,7 @@ def feature_effects(
         seen = view(rows)
         moves = view(rows + tangents) - seen
         seen = seen.detach().requires_grad_(True)
-        return _forward_mode([embed(seen)], [seen])([moves])[0]
+        return _jvp([embed(seen)], [seen])([moves])[0]
 
     rows = perturbed.repeat(probes, *[1] * (perturbed.dim() - 1))  # direction by direction
     cotangents = mixtures.repeat_interleave(len(perturbed), 0)
@@ -122,8 +122,8 @@ class _Response:
             loss = F.cross_entropy(network(part), targets, reduction="sum") / len(self.seen)
             parameters = matched_parameters(network)
             self.gradients = torch.autograd.grad(loss, [parameters[k] for k in self.matched], create_graph=True)
-            self.gradients_forward = _forward_mode(self.gradients, [part])
-            self.slopes_forward = _forward_mode(self.slopes, self.mean)
+            self.gradients_forward = _jvp(self.gradients, [part])
+            self.slopes_forward = _jvp(self.slopes, self.mean)
 
     def _moves(self, direction: Tensor) -> Tensor:
         """The change of what the network sees if the perturbed images move by `direction`."""
@@ -142,9 +142,7 @@ class _Response:
         return [by_layer.get(k) for k in range(self.layers)]
 
 
-def _forward_mode(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+def _jvp(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     """The map from changes of the inputs to those of the outputs: the derivative of the backward pass in its weights."""
     weights = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     backwards = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
@@ -184,9 +182,8 @@ def projections(
             weights = torch.ones_like(losses, requires_grad=True)
             gradients = torch.autograd.grad(losses, list(others), weights, create_graph=True)
             columns = zip(*others.values(), strict=True)
-            result = torch.stack(
-                [torch.autograd.grad(gradients, weights, list(c), retain_graph=True)[0] for c in columns], 1
-            )
+            products = [torch.autograd.grad(gradients, weights, list(c), retain_graph=True)[0] for c in columns]
+            result = torch.stack(products, 1)
         outputs = torch.autograd.grad(losses.sum(), [edge for *_, edge in uses])
         for (layer, x, _), g in zip(uses, outputs, strict=True):
             result = result + _layer_products(layer, x.detach(), g, layers[layer])

@@ -29,8 +29,7 @@ class StudentStep:
     def split(self, at_once: int) -> list[StudentStep]:
         """The same step in parts of up to `at_once` images."""
         numbers, rows = self.params.numbers, self.rows.split(at_once)
-        shared = len(numbers) != len(self.rows)
-        parts = [numbers] * len(rows) if shared else numbers.split(at_once)
+        parts = [numbers] * len(rows) if len(numbers) != len(self.rows) else numbers.split(at_once)
         return [StudentStep(r, AugmentParams(self.params.family, n)) for r, n in zip(rows, parts, strict=True)]
 
 

@@ -71,8 +71,7 @@ def cutmix(images: Tensor, generator: torch.Generator) -> CutMixBatch:
     height, width = images.shape[-2:]
     u = torch.rand(3, generator=generator)
     box_side = math.sqrt(1 - float(u[0]))  # as a share of the image's
-    box = torch.zeros(height, width, dtype=torch.bool, device=images.device)
-    spans = []
+    box, spans = torch.zeros(height, width, dtype=torch.bool, device=images.device), []
     for position, size in ((u[1], height), (u[2], width)):
         centre, half = int(position * size), int(box_side * size) // 2
         spans.append(slice(max(0, centre - half), min(size, centre + half)))

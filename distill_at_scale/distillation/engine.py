@@ -152,9 +152,8 @@ class Distillation:
         labels, hold, memory = self.context.labels, config.distill.hold, worker_memory(config, workers, device)
         self.sampler = ClassSampler.load(prepared, paths.manifest, labels, config.distill_seed, device, hold, memory)
         self.normalization = self.sampler.normalization
-        self.method = method_class(config)(self.context)
+        self.method, self.steps = method_class(config)(self.context), self.context.steps
         self.method.prepare(self.sampler)
-        self.steps = self.context.steps
         self.snapshots: dict[int, Tensor] = {}
         self.timer = checkpoint.Timer()
         self.began = 0.0  # of time.perf_counter(), minus the seconds before the last checkpoint

@@ -33,8 +33,7 @@ def export_imagefolder(synthetic: SyntheticSet, folder: str | Path) -> None:
 
     A clip becomes a folder of frames, `<class>/<number>/00000.png` and so on: the "rawframes" of video toolkits.
 
-    Raises:
-        UserError: the folder exists and is not empty, or the set holds tensors.
+    Raises UserError if the folder exists and is not empty, or the set holds tensors.
     """
 
     def write(target: Path, sample: Array) -> None:
@@ -54,8 +53,7 @@ def export_videofolder(synthetic: SyntheticSet, folder: str | Path) -> None:
 
     Lossy (43 dB on coloured noise), and every pixel becomes 2 x 2, as the card says.
 
-    Raises:
-        UserError: the folder exists and is not empty, the set holds no clips, or there is no H.264 encoder.
+    Raises UserError if the folder exists and is not empty, the set holds no clips, or there is no H.264 encoder.
     """
     if synthetic.kind != "tensors" and synthetic.images.dim() != 5:
         raise UserError("the set holds images, not clips; use export_imagefolder, export_parquet or export_pt")
@@ -65,8 +63,7 @@ def export_videofolder(synthetic: SyntheticSet, folder: str | Path) -> None:
     def write(target: Path, clip: Array) -> None:
         target.with_suffix(".mp4").write_bytes(encode_mp4(_yuv420(clip), FRAMES_PER_SECOND, ENCODER, "yuv420p"))
 
-    text = json.dumps({**synthetic.card, "export": export}, indent=1) + "\n"
-    _write_by_class(Path(folder), synthetic, write, text)
+    _write_by_class(Path(folder), synthetic, write, json.dumps({**synthetic.card, "export": export}, indent=1) + "\n")
 
 
 def export_parquet(synthetic: SyntheticSet, path: str | Path) -> None:

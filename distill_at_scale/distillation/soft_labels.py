@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,6 @@ class TeacherFacts:
     def spec(self) -> NetworkSpec:
         return NetworkSpec(self.network, self.shape, self.outputs, self.width, self.depth)
 
-    @property
-    def classes(self) -> int:
-        return self.outputs if self.columns is None else len(self.columns)
-
 
 class Teacher(nn.Module):
     """Normalised images [n, *shape] -> logits float32 [n, classes]."""
@@ -246,7 +242,8 @@ class TeacherLabels:
         return compact(self.teacher.logits(views), self.top_k, self.temperature)
 
     def logits(self, epoch: int, batch: ViewBatch, views: Tensor) -> Tensor:
-        return expand(self.compact_logits(views), self.teacher.facts.classes)
+        facts = self.teacher.facts
+        return expand(self.compact_logits(views), facts.outputs if facts.columns is None else len(facts.columns))
 
 
 def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Collectives) -> dict[str, Tensor]:
@@ -254,8 +251,7 @@ def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Coll
 
     Workers take the epochs in turn and send each one when it is done, so that only rank 0 holds them all.
     """
-    device = labels.teacher.scale.device
-    epochs: list[dict[str, Tensor]] = []
+    device, epochs = labels.teacher.scale.device, list[dict[str, Tensor]]()
     for first in range(0, labels.epochs, workers.size):
         epoch, own = first + workers.rank, None
         if epoch < labels.epochs:
@@ -267,11 +263,3 @@ def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Coll
         if workers.rank == 0:
             epochs += [part for part in gathered if part is not None]
     return {name: torch.stack([part[name] for part in epochs]) for name in (epochs[0] if epochs else ())}
-
-
-def with_normalization(facts: TeacherFacts, own: Any, expected: Any) -> TeacherFacts:
-    """Facts of weights that expect another normalisation (mean, std) per channel than the data's own."""
-    (mean, std), (expected_mean, expected_std) = own, expected
-    scale = tuple(s / t for s, t in zip(std, expected_std, strict=True))
-    shift = tuple((m - n) / t for m, n, t in zip(mean, expected_mean, expected_std, strict=True))
-    return replace(facts, scale=scale, shift=shift)

@@ -67,8 +67,7 @@ class AlexNet(EmbeddingNetwork):
     def __init__(self, shape: Sequence[int], classes: int):
         super().__init__()
         blocks = [(128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)]
-        layers: list[nn.Module] = []
-        channels = shape[0]
+        layers, channels = list[nn.Module](), shape[0]
         for width, kernel, pool in blocks:
             layers += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if pool else []
@@ -84,8 +83,7 @@ class VGG11(EmbeddingNetwork):
 
     def __init__(self, shape: Sequence[int], classes: int):
         super().__init__()
-        layers: list[nn.Module] = []
-        channels, side = shape[0], min(shape[1:])
+        layers, channels, side = list[nn.Module](), shape[0], min(shape[1:])
         for step in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
             if isinstance(step, int):
                 layers += [nn.Conv2d(channels, step, 3, padding=1), instance_norm(step), nn.ReLU()]

@@ -23,5 +23,4 @@ class MLP(EmbeddingNetwork):
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(width, classes)
+        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(width, classes)

@@ -233,8 +233,7 @@ def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -
     """torch.compile if it pays for `work` activation bytes; without a working compiler it warns once and runs eagerly."""
     if not will_compile(choice, work):
         return network
-    compiled = torch.compile(network)
-    failed = False
+    compiled, failed = torch.compile(network), False
 
     def forward(images: Tensor) -> Tensor:
         nonlocal failed

@@ -135,8 +135,7 @@ class Method:
     def protocol(config: Config) -> TrainingProtocol:
         """How networks are to be trained on the set; saved in its card.
 
-        Raises:
-            UserError: the method's configuration is invalid. It is called before anything is computed.
+        Called before anything is computed; raises UserError if the method's configuration is invalid.
         """
         raise NotImplementedError
 
@@ -183,8 +182,7 @@ class Method:
 
         All workers call it for the same `i`, so collectives must be called equally often in each.
 
-        Raises:
-            DistillationDiverged: a loss or a gradient is not finite. The images are as before the failing update.
+        Raises DistillationDiverged if a loss or a gradient is not finite; the images are as before the failing update.
         """
         raise NotImplementedError
 
@@ -230,8 +228,7 @@ class ImageMethod(Method):
     def __init__(self, context: MethodContext, init: str, lr: float, momentum: float) -> None:
         """`init` is "noise" (standard normal) or "real" (distinct kept samples); `lr` and `momentum` are the images'."""
         self.context, self.init, self.lr, self.momentum = context, init, lr, momentum
-        self.ipc = context.config.distill.ipc
-        self.pruning = RuntimePruning(context.config.runtime)
+        self.ipc, self.pruning = context.config.distill.ipc, RuntimePruning(context.config.runtime)
         self.divergence: DistillationDiverged | None = None
         self.updates = 0  # within the current step
 
@@ -255,7 +252,6 @@ class ImageMethod(Method):
         return {"images": self.images}
 
     def _initial_images(self, label: int) -> Tensor:
-        """The images of a class before the first step [ipc, *shape], on the CPU."""
         if self.init == "noise":
             noise = generator(self.context.seed, "noise", label)
             return torch.randn(self.ipc, *self.context.spec.shape, generator=noise)
@@ -339,8 +335,7 @@ class ImageMethod(Method):
         return problem
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
-        labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
-        return self.images.detach().flatten(0, 1).cpu(), labels
+        return self.images.detach().flatten(0, 1).cpu(), torch.tensor(self.context.labels).repeat_interleave(self.ipc)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = self.pruning.state_dict()

@@ -60,8 +60,7 @@ class DC(MatchingMethod):
         size = self.context.spec.classes * self.ipc
         labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
         indices = labels * self.ipc + torch.arange(self.ipc).repeat(len(self.context.labels))  # within the whole set
-        syn = self.images.detach().flatten(0, 1)
-        parameters = list(net.parameters())
+        syn, parameters = self.images.detach().flatten(0, 1), list(net.parameters())
         for epoch in range(self.inner):
             order = torch.randperm(size, generator=generator(self.context.seed, "inner order", step, outer, epoch))
             for number, batch in enumerate(order.split(self.options.network_batch)):

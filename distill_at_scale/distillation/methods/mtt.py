@@ -91,8 +91,7 @@ class MTT(ImageMethod):
         expert = int(torch.randint(options.experts, (1,), generator=rng))
         epoch = int(torch.randint(options.max_start + 1, (1,), generator=rng))
         start, target = self.experts.parameters(expert, epoch, epoch + options.target_epochs)
-        steps: list[unroll.StudentStep] = []
-        batches: list[Tensor] = []
+        steps, batches = list[unroll.StudentStep](), list[Tensor]()
         for _ in range(options.student_steps):
             if not batches:  # all images were used: shuffle again
                 size = options.student_batch or len(self.labels)
@@ -109,10 +108,7 @@ class MTT(ImageMethod):
         return unroll.unrolled(self.student, segment, synthetic, self.student_lr)
 
     def _update_learned(self, step: int, loss: Tensor, gradients: list[Tensor]) -> None:
-        """Move all learned tensors, or none of them if something would not be finite.
-
-        All workers have the same numbers here, so they go on or stop together.
-        """
+        """Move all learned tensors, or none if a value is not finite; workers have equal values, so they stop together."""
         for tensor, gradient in zip(self.learned().values(), gradients, strict=True):
             tensor.grad = gradient.view_as(tensor)
 

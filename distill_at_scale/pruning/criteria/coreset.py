@@ -107,7 +107,6 @@ def _centred(features: Array) -> tuple[Array, Array]:
 
 
 def _inner_products(features: Array) -> Callable[[int], Array]:
-    """Inner products of one sample with all [n]."""
     if len(features) ** 2 > HELD_PRODUCTS:
         return lambda sample: features @ features[sample]
     products = features @ features.T

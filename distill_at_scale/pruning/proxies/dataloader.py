@@ -62,8 +62,7 @@ class ProxyDataLoader:
 
     def shard_groups(self, trial: int, epoch: int) -> Shards:
         """The row groups of each logical shard, in reading order: classes spread evenly, rows balanced."""
-        draw = rng.numpy_generator(self.seed, "proxy deal", trial, epoch)
-        keyed = []
+        draw, keyed = rng.numpy_generator(self.seed, "proxy deal", trial, epoch), []
         for groups in _by_label(self.groups).values():
             places = (np.arange(len(groups)) + draw.random()) / len(groups)
             keyed += [(place, groups[i]) for place, i in zip(places, draw.permutation(len(groups)), strict=True)]
@@ -90,11 +89,9 @@ class ProxyDataLoader:
 
     def batches(self, trial: int, epoch: int, shards: Shards, own: range) -> Iterator[list[Batch]]:
         """Per step, the parts of a worker's `own` logical shards."""
-        sizes = self.batch_sizes(shards)
-        parts = []
-        for shard in own:
-            draw = rng.generator(self.seed, "proxy order", trial, epoch, shard)
-            parts.append(self._batches(shards[shard], sizes[shard], WINDOW_BYTES // len(shards), draw))
+        sizes, limit = self.batch_sizes(shards), WINDOW_BYTES // len(shards)
+        draws = {shard: rng.generator(self.seed, "proxy order", trial, epoch, shard) for shard in own}
+        parts = [self._batches(shards[shard], sizes[shard], limit, draw) for shard, draw in draws.items()]
         yield from prefetch([next(part) for part in parts] for _ in range(self.steps(shards)))
 
     def _batches(self, groups: Sequence[RowGroup], size: int, limit: int, draw: torch.Generator) -> Iterator[Batch]:
@@ -115,8 +112,7 @@ class ProxyDataLoader:
 
 def _windows(groups: Sequence[RowGroup], size: int, prepared: PreparedDataset) -> Iterator[list[RowGroup]]:
     """Consecutive row groups of at most `size` bytes, at least one each."""
-    window: list[RowGroup] = []
-    held = 0
+    window, held = list[RowGroup](), 0
     for group in groups:
         if window and held + group.rows * prepared.stored_bytes > size:
             yield window

@@ -96,8 +96,7 @@ class ProxyTrial:
         shards = self.loader.shard_groups(self.trial, epoch)
         each = len(shards) // self.workers.size
         own = range(self.workers.rank * each, (self.workers.rank + 1) * each)
-        total = sum(self.loader.batch_sizes(shards))
-        parameters = list(self.network.parameters())
+        total, parameters = sum(self.loader.batch_sizes(shards)), list(self.network.parameters())
         for parts in self.loader.batches(self.trial, epoch, shards, own):
             gradient = self._batch_gradient(parts, total).split([p.numel() for p in parameters])
             for parameter, part in zip(parameters, gradient, strict=True):
@@ -114,11 +113,8 @@ class ProxyTrial:
             )
 
     def _batch_gradient(self, parts: Sequence[Batch], total: int) -> Tensor:
-        """The flat gradient of a batch, over all workers.
-
-        On CPUs the gradients of the logical shards are added in one fixed order. On GPUs they are equal up to rounding:
-        one pass over all shards, unless batch norm must see them separately.
-        """
+        """The flat gradient of a batch, over all workers; on CPUs shards are added in one fixed order."""
+        # on a GPU one pass over all shards, unless batch norm must see them separately
         if self.device.type == "cpu" or self.mixes:
             own = tree_sum([self._gradient(images, labels, total) for images, labels in parts])
         else:

@@ -125,8 +125,7 @@ class ScoreColumns:
         if any(factory.is_class_criterion(criterion) for criterion in self.criteria.values()):
             parts = by_class(parts)
         for path, rows in parts:
-            scores: dict[str, Any] = {}
-            lists: dict[str, Any] = {}
+            scores, lists = dict[str, Any](), dict[str, Any]()
             for name, criterion in self.criteria.items():
                 column, values = factory.column_of(name), self._values(path, name, rows)
                 scores[column] = _one_score_each(name, criterion.aggregate(values), rows.num_rows)

@@ -203,7 +203,6 @@ def _numbers(content: Any, key: str) -> Array:
 
 
 def _by_id(table: pa.Table, name: str, key: str) -> ImportedScores:
-    """The column of the name, or `score`."""
     column = name if name in table.column_names else "score"
     if missing := [c for c in ("sample_id", column) if c not in table.column_names]:
         wanted = missing[0] if missing[0] == "sample_id" else f"{name} or score"

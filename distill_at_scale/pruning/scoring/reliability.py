@@ -56,8 +56,7 @@ class TrialAgreement:
     def facts(self) -> dict[str, Any] | None:
         """`trials`: agreement of single trials; `all`: expected of their mean. None for one trial, or nothing to rank."""
         classes = [v for v in map(np.concatenate, self.held.values()) if len(v) > 2 and v.shape[1] > 1]
-        single: list[float] = []
-        halves: list[float] = []
+        single, halves = list[float](), list[float]()
         for values in classes:
             trials = values.shape[1]
             single += _mean_correlation([self.aggregate(values[:, [trial]]) for trial in range(trials)])

@@ -75,10 +75,7 @@ def _read_part(part: Path) -> pa.Table:
 
 
 def _in_order(part: Path, table: pa.Table, expected: pa.Array) -> pa.Table:
-    """The rows of a part in the order of the expected ids.
-
-    Raises UserError unless it holds every expected id exactly once and no other.
-    """
+    """The rows of a part in the order of the expected ids; UserError unless it has each of them once and no other."""
     ids, remedy = table["sample_id"].combine_chunks(), "remove that file and run `score` again"
     if ids.equals(expected):
         return table

@@ -95,11 +95,9 @@ class Scorer:
         self.decoding_threads = max(1, (os.cpu_count() or 1) // gpus) if gpus else 1
 
     def _load(self, score: ScoreSection, folder: Path, epochs: Sequence[int]) -> Iterator[ScoringCheckpoint]:
-        """The pretrained weights, or the checkpoints of the proxies at some epochs."""
         if score.weights:
-            names = self.prepared.class_names, self.prepared.source_class_names
             for file in score.weight_names:
-                loaded = pretrained.load(file, self.spec, *names)
+                loaded = pretrained.load(file, self.spec, self.prepared.class_names, self.prepared.source_class_names)
                 yield self._checkpoint(loaded.state, loaded.outputs, loaded.normalization, loaded.classes, 0)
             return
         for trial, epoch in itertools.product(range(score.trials), epochs):

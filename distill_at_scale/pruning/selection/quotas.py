@@ -129,10 +129,7 @@ class GlobalCut(Cut):
 
 
 class _SmallestKeys:
-    """The first `number` of all rows in the order of (key, position), taken part by part in order of position.
-
-    Reorders `keys`.
-    """
+    """The first `number` rows by (key, position), taken part by part in order of position; reorders `keys`."""
 
     def __init__(self, keys: Array, number: int):
         self.limit, self.ties = keys.dtype.type(0), 0  # the last key included, and how many rows with that key are
@@ -142,8 +139,7 @@ class _SmallestKeys:
             self.ties = number - int(np.count_nonzero(keys[: number - 1] < self.limit))
 
     def take(self, keys: Array) -> Array:
-        inside = keys < self.limit
-        tied = np.flatnonzero(keys == self.limit)[: self.ties]
+        inside, tied = keys < self.limit, np.flatnonzero(keys == self.limit)[: self.ties]
         inside[tied] = True
         self.ties -= len(tied)
         return inside

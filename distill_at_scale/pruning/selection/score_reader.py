@@ -60,8 +60,7 @@ class ScoreReader:
 
         Raises Unsorted if they are not, and UserError for labels that are missing or not class numbers.
         """
-        last = -1
-        batches = self._batches(["label", *columns])
+        last, batches = -1, self._batches(["label", *columns])
         runs = (
             (label, batch.slice(start, end - start))
             for batch in batches

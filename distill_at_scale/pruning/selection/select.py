@@ -81,10 +81,7 @@ def select(
 
 
 def _rank_and_cut(reader: ScoreReader, ranking: Ranking, cut: Cut, counts: dict[int, ClassCount]) -> Iterator[pa.Table]:
-    """The columns of the manifest except the ids, class by class; fills `counts`.
-
-    Raises UserError for a score that is not finite.
-    """
+    """The columns of the manifest except the ids, class by class; fills `counts`."""
     done = 0
     for label, rows in reader.classes(ranking.columns):
         values = ranking.values(label, rows)

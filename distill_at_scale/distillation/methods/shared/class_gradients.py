@@ -165,8 +165,7 @@ def _grouped_products(x: Tensor, g: Tensor, classes: int, layer: Conv) -> Tensor
 def _grouped_derivatives(x: Tensor, g: Tensor, kernels: Tensor, classes: int, layer: Conv, of_x: bool) -> Derivatives:
     """The products are bilinear: a convolution for g, and a transposed one for x, with a kernel per class."""
     x, g = _classes_to_channels(x, classes), _classes_to_channels(g, classes)
-    kernels = kernels.flatten(0, 1).contiguous()
-    convolve = CONVOLVE[len(layer.kernel_size)]
+    kernels, convolve = kernels.flatten(0, 1).contiguous(), CONVOLVE[len(layer.kernel_size)]
     derivatives = [convolve(x, kernels, None, layer.stride, layer.padding, layer.dilation, classes)]
     if of_x:
         derivatives.append(_convolution_backward(x, g, kernels, classes, layer, of_input=True))

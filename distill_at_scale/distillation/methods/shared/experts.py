@@ -59,8 +59,7 @@ class ExpertTraining:
     def __init__(self, number: int, context: MethodContext, section: MTTSection, real: ClassSampler):
         self.number, self.context, self.section = number, context, section
         self.pixels, self.labels = real.all_samples()
-        self.normalization = real.normalization
-        self.augmentation = Augmentation(section.expert_augment)
+        self.normalization, self.augmentation = real.normalization, Augmentation(section.expert_augment)
         network = context.spec.build(derive(context.seed, "expert", number))
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
@@ -74,8 +73,7 @@ class ExpertTraining:
     def run(self, path: Path) -> None:
         """Train the epochs that are missing and publish the file.
 
-        Raises:
-            DistillationDiverged: a parameter is not finite after an epoch.
+        Raises DistillationDiverged if a parameter is not finite after an epoch.
         """
         folder, epochs = path.with_suffix(".partial"), self.section.expert_epochs
         for epoch in range(self._resume(folder), epochs):
@@ -143,8 +141,7 @@ class ExpertFiles:
     def parameters(self, number: int, *epochs: int) -> list[Tensor]:
         """An expert's flat parameters after each of these epochs, float32 [parameters].
 
-        Raises:
-            UserError: the file is damaged or belongs to another network.
+        Raises UserError if the file is damaged or belongs to another network.
         """
         path = self.folder / expert_name(number)
         try:

@@ -55,8 +55,7 @@ def synthetic_gradient(network: nn.Module, images: Tensor, label: int) -> list[T
 
 def real_gradient(network: nn.Module, images: Tensor, label: int, at_once: int) -> list[Tensor]:
     """The same without a graph, `at_once` images at a time."""
-    parameters = matched_parameters(network)
-    total: list[Tensor] = []
+    parameters, total = matched_parameters(network), list[Tensor]()
     for part in images.split(at_once):
         targets = torch.full((len(part),), label, device=part.device)
         loss = F.cross_entropy(network(part), targets, reduction="sum") / len(images)

@@ -67,8 +67,7 @@ class MatchingMethod(ImageMethod):
     ) -> None:  # fmt: skip
         super().__init__(context, init, lr, momentum)
         self.augmentation, self.real_batch, self.distance = Augmentation(augment), real_batch, distance
-        self.effect_distance = distance
-        self.at_once = context.spec.microbatch(context.device)
+        self.effect_distance, self.at_once = distance, context.spec.microbatch(context.device)
         self.on_cpu = context.device.type == "cpu"
         widest, memory = context.spec.activation_bytes(1), MEMORY.get(context.device.type, MEMORY["cuda"])
         self.first_order_images = self.at_once if self.on_cpu else max(1, memory // (FIRST_ORDER * widest))

@@ -79,7 +79,18 @@ class TeacherMethod(Method):
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
         section = cls.section(context.config)
         if section.teacher_weights:
-            teacher = _load_pretrained(section, context, real)
+            facts, own = _teacher_facts(section, context), real.normalization
+            source = list(context.source_class_names) or context.class_names
+            with _teacher_keys(context.config):
+                weights = pretrained.load(str(section.teacher_weights), facts.spec, context.class_names, source)
+            columns = None if weights.classes is None else tuple(weights.classes)
+            facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
+            if weights.normalization is not None:
+                mean, std = weights.normalization
+                scale = tuple(s / t for s, t in zip(own.std, std, strict=True))
+                shift = tuple((m - n) / t for m, n, t in zip(own.mean, mean, std, strict=True))
+                facts = replace(facts, scale=scale, shift=shift)
+            teacher = Teacher.from_state(facts, weights.state, context.device)
         else:
             teacher = TeacherTraining(section, context).run(real)
         if cls.teacher_needs_batch_norm and not mixes_samples(teacher.network):
@@ -172,18 +183,6 @@ def _teacher_facts(section: TeacherSection, context: MethodContext) -> TeacherFa
     return TeacherFacts(section.teacher_network, spec.shape, spec.classes, distill.width, distill.depth, ones, zeros)
 
 
-def _load_pretrained(section: TeacherSection, context: MethodContext, real: ClassSampler) -> Teacher:
-    facts, own = _teacher_facts(section, context), real.normalization
-    source = list(context.source_class_names) or context.class_names
-    with _teacher_keys(context.config):
-        weights = pretrained.load(str(section.teacher_weights), facts.spec, context.class_names, source)
-    columns = None if weights.classes is None else tuple(weights.classes)
-    facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
-    if weights.normalization is not None:
-        facts = soft_labels.with_normalization(facts, (own.mean, own.std), weights.normalization)
-    return Teacher.from_state(facts, weights.state, context.device)
-
-
 class TeacherTraining:
     """SGD on the kept samples of all classes, with a checkpoint after each epoch."""
 
@@ -212,8 +211,7 @@ class TeacherTraining:
         device, draw = self.context.device, rng.generator(self.context.seed, "teacher epoch", epoch)
         lr = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = lr
-        right = 0
-        batches = torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)
+        right, batches = 0, torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)
         for rows in soft_labels.merge_last_batch(batches):
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
             images = self.augmentation.draw(draw, per_image=len(rows)).apply(images)

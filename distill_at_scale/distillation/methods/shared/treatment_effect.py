@@ -95,11 +95,7 @@ def feature_effects(
 
 
 class _Response:
-    """Products with M and M': how the gradient in a few images and the real batch's mean gradient depend on each other.
-
-    Attributes:
-        is_seen: whether the view shows any of the perturbed images.
-    """
+    """Products with M and M': how the gradient in a few images and the real batch's mean gradient depend on each other."""
 
     def __init__(
         self, network: nn.Module, images: Tensor, view: View, label: int, distance: GradientDistance, mean: list[Tensor],
@@ -115,7 +111,7 @@ class _Response:
         self.slopes, self.mean = [slopes[k] for k in self.matched], [real[k] for k in self.matched]
         self.leaf = images[self.perturbed].requires_grad_(True)
         self.rows = self._moves(torch.randn(self.leaf.shape, generator=generator).to(images)).flatten(1).any(1)
-        self.is_seen = bool(self.rows.any())
+        self.is_seen = bool(self.rows.any())  # whether the view shows any of the perturbed images
         if self.is_seen:  # the part of the synthetic gradient that comes from the perturbed images
             part = self.view(self.images.index_copy(0, self.perturbed, self.leaf))[self.rows]
             targets = torch.full((len(part),), label, device=part.device)

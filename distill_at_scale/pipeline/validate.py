@@ -140,9 +140,8 @@ def _check_criteria(config: Config) -> None:
             advice = f"{suggest(name, known)} (score.criterion)"
             raise UserError(f"select.criterion weighs {name!r}, which is not scored; {advice}")
         if weight <= 0:
-            raise UserError(
-                f"select.criterion: the weight of {name!r} is {weight:g}; give one above 0, or leave it out"
-            )
+            advice = "it must be above 0 (or leave it out)"
+            raise UserError(f"select.criterion: the weight of {name!r} is {weight:g}; {advice}")
     ranking.build_ranking(chosen, True, config.select.order, 0)
 
 

@@ -63,7 +63,16 @@ def decode_clip(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], byt
         planes = ((clip @ LUMA + 32768) >> 16).astype(np.uint8)  # [T, H, W]
     else:
         planes = np.ascontiguousarray(clip.transpose(0, 3, 1, 2))
-    return {**facts, "remark": _remark(video, missing, request)}, planes.tobytes()
+    remark = None
+    if video.cut:
+        present = len([packet for packet in video.packets if not packet.is_discard])
+        remark = f"cut: {present} of {video.frames} frames are there, among them all that are wanted"
+    elif video.errors:
+        remark = f"damaged: {video.errors} packets do not decode, and frames that build on them may look wrong"
+    elif missing:
+        count = f"{video.frames} frames, fewer than data.frames = {request.frames}"
+        remark = f"{count}: the last one repeats {missing} times"
+    return {**facts, "remark": remark}, planes.tobytes()
 
 
 def _decode(video: Video, names: Sequence[str], request: ClipRequest) -> tuple[Array, dict[str, Any]]:
@@ -112,14 +121,3 @@ def frame_indices(n: int, request: ClipRequest) -> list[int]:
     stride = min(request.stride, (n - 1) / (count - 1))  # as close to the configured one as the video allows
     start = int(draw.integers(n - int((count - 1) * stride)))
     return [start + int(i * stride) for i in range(count)]
-
-
-def _remark(video: Video, missing: int, request: ClipRequest) -> str | None:
-    if video.cut:
-        present = len([packet for packet in video.packets if not packet.is_discard])
-        return f"cut: {present} of {video.frames} frames are there, among them all that are wanted"
-    if video.errors:
-        return f"damaged: {video.errors} packets do not decode, and frames that build on them may look wrong"
-    if missing:
-        return f"{video.frames} frames, fewer than data.frames = {request.frames}: the last one repeats {missing} times"
-    return None

@@ -187,10 +187,8 @@ def serve() -> None:
             request = json.loads(text)
             signal.alarm(math.ceil(request["seconds"]) + GRACE)  # no handler: the kernel ends a child that hangs
             if sys.platform == "linux":
-                limit, hard = (
-                    _memory()[0] + request["memory"] + 3 * len(body),
-                    resource.getrlimit(resource.RLIMIT_AS)[1],
-                )
+                limit = _memory()[0] + request["memory"] + 3 * len(body)
+                _, hard = resource.getrlimit(resource.RLIMIT_AS)
                 limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
                 resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
             answer, data = function(request["header"], body)

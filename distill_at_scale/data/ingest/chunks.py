@@ -109,10 +109,9 @@ def ingest_chunk(
     sums, samples, before = ChannelSums(shape, tensors), dict[str, Raw](), recipe.tally()
 
     def keep(name: str, pixels: np.ndarray[Any, Any]) -> None:
-        if check:
-            return
-        sums.add(pixels[None])
-        samples[name] = pixels if recipe.quality is None else encode(stack_frames(pixels), recipe.quality)
+        if not check:
+            sums.add(pixels[None])
+            samples[name] = pixels if recipe.quality is None else encode(stack_frames(pixels), recipe.quality)
 
     rejections = list(_decoded(source, recipe, rows, keep, spent))
     with publish(rejected_path(target)) as temporary:

@@ -86,7 +86,11 @@ def derive(folder: Path, data: DataSection, seed: int) -> dict[str, Any]:
         facts = {"copies": data.copies}
     facts = {"name": data.transform, **facts, "seed": seed, "counts_before": before.meta["counts"]}
     mean, std = mean_and_std(sums.sums, sums.tensors)
-    after = {split: _counts(folder / split, len(names)) for split in before.meta["counts"]}
+    after = {}
+    for split in before.meta["counts"]:
+        tables = (pq.ParquetFile(path).read(["label"]) for path in sorted((folder / split).glob("shard-*.parquet")))
+        counted = [np.bincount(table["label"].to_numpy(), minlength=len(names)) for table in tables]
+        after[split] = sum(counted, np.zeros(len(names), np.int64)).tolist()
     meta = {**before.meta, "class_names": names, "counts": after, "mean": mean, "std": std, "transform": facts}
     meta.pop("fingerprint")
     shards.write_meta(folder, meta)
@@ -164,13 +168,6 @@ def _rewrite(prepared: PreparedDataset, split: str, tables: Iterable[pa.Table], 
     shards.write_shards(new, tables, kind, group)
     shutil.rmtree(old)
     os.replace(new, old)
-
-
-def _counts(folder: Path, classes: int) -> list[int]:
-    counts = np.zeros(classes, np.int64)
-    for path in sorted(folder.glob("shard-*.parquet")):
-        counts += np.bincount(pq.ParquetFile(path).read(["label"])["label"].to_numpy(), minlength=classes)
-    return counts.tolist()
 
 
 def describe(meta: Mapping[str, Any]) -> str:

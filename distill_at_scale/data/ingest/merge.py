@@ -172,7 +172,6 @@ def _all_rejected(plan: IngestPlan, label: int, rejected: pa.Table, folder: Path
     lost = listing.filter(pc.equal(listing["label"], label))["sample_id"]
     train = unused(rejected).filter(pc.equal(unused(rejected)["split"], "train"))
     first = train.filter(pc.is_in(train["sample_id"], lost.combine_chunks())).slice(0, 1).to_pylist()[0]
-    return (
-        f"all training samples of the class {plan.class_names[label]!r} were rejected, for example {first['sample_id']!r}: "
-        f"{first['reason']}. Mend or remove the class; all reasons are in {folder / 'rejected.parquet'}."
-    )
+    problem = f"all training samples of the class {plan.class_names[label]!r} were rejected"
+    example, hint = f"{first['sample_id']!r}: {first['reason']}", "Mend or remove the class; all reasons are in"
+    return f"{problem}, for example {example}. {hint} {folder / 'rejected.parquet'}."

@@ -139,10 +139,9 @@ def _splits(source: Source, data: DataSection) -> dict[str, str]:
     wanted = "train" if data.train_split == "train" else "test"
     if wanted not in present:
         place, keys = redact_uri(data.path or data.source), {"train": "train", "test": "val"}
-        raise UserError(
-            f"{place} holds no split {data.train_split!r}, only {', '.join(keys[s] for s in present) or 'none'}; complete it, "
-            f"or set data.train_split to the one that is to be distilled (with data.holdout for a test split)"
-        )
+        problem = f"{place} holds no split {data.train_split!r}, only {', '.join(keys[s] for s in present) or 'none'}"
+        hint = "set data.train_split to the one that is to be distilled (with data.holdout for a test split)"
+        raise UserError(f"{problem}; complete it, or {hint}")
     return {"train": "test"} if wanted == "test" else {split: split for split in present}
 
 

@@ -87,8 +87,7 @@ class PreparedDataset:
 
     def chunks(self, split: str = "train") -> list[Chunk]:
         """The split in units of at most `data.chunk` samples, but at least one row group."""
-        limit = self.meta.get("chunk", 1024)
-        chunks: list[Chunk] = []
+        chunks, limit = list[Chunk](), self.meta.get("chunk", 1024)
         for group in self.groups(split):
             last = chunks[-1] if chunks else None
             if last is not None and last.file == group.file and last.rows + group.rows <= limit:

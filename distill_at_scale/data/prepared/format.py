@@ -59,11 +59,9 @@ class Chunk:
 
 def schema(shape: Sequence[int], jpeg: bool = False, dtype: Any = np.uint8) -> pa.Schema:
     column_type = pa.binary() if jpeg else pa.binary(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    metadata = {"shape": json.dumps(list(shape))}
-    if dtype == np.uint8:
-        column = pa.field("jpeg" if jpeg else "pixels", column_type, metadata=metadata)
-    else:
-        column = pa.field("values", column_type, metadata=metadata | {"dtype": np.dtype(dtype).name})
+    name = "values" if dtype != np.uint8 else "jpeg" if jpeg else "pixels"
+    metadata = {"shape": json.dumps(list(shape))} | ({"dtype": np.dtype(dtype).name} if name == "values" else {})
+    column = pa.field(name, column_type, metadata=metadata)
     return pa.schema([("sample_id", pa.string()), ("label", pa.int32()), column])
 
 

@@ -100,10 +100,8 @@ class ClassSampler:
         """min(n, kept) images of each class, without replacement; (seed, purpose, index, class) alone decide them."""
         request = DrawRequest(tuple(labels), n, purpose, index)
         drawn = self._take(request) if self.lookahead is None else self.lookahead(request)
-        return [
-            RealBatch(label, self.normalization.apply(stored.to(self.device, non_blocking=True)), rows)
-            for label, (stored, rows) in zip(labels, drawn, strict=True)
-        ]
+        pairs = ((self.normalization.apply(stored.to(self.device, non_blocking=True)), rows) for stored, rows in drawn)
+        return [RealBatch(label, images, rows) for label, (images, rows) in zip(labels, pairs, strict=True)]
 
     def _take(self, request: DrawRequest) -> list[tuple[Tensor, Tensor]]:
         drawn = []

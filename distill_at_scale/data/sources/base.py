@@ -92,9 +92,7 @@ class FileSource:
         return self.store.read_many(rows["location"].to_pylist())
 
 
-def listing(
-    ids: Column, labels: Column, locations: Column, rows: Column, sizes: Column | None = None
-) -> pa.Table:  # fmt: skip
+def listing(ids: Column, labels: Column, locations: Column, rows: Column, sizes: Column | None = None) -> pa.Table:
     """Builds a listing from columns of one length; sizes default to 0.
 
     Raises UserError for a repeated id, naming it and its locations.

@@ -59,16 +59,13 @@ def explicit_order(source_names: Sequence[str], path: str) -> tuple[list[str], l
     """
     names, known = _read_names(path, "data.class_names"), list(source_names)
     if known == [str(number) for number in range(len(known))] and set(names) != set(known):
-        if len(names) != len(known):
-            raise UserError(
-                f"data.class_names = {path!r} names {len(names)} classes, the data set has {len(known)}, numbered "
-                f"0..{len(known) - 1}; write one line for each, in the order of the numbers"
-            )
+        if (count := len(known)) != len(names):
+            problem = f"names {len(names)} classes, the data set has {count}, numbered 0..{count - 1}"
+            hint = "write one line for each, in the order of the numbers"
+            raise UserError(f"data.class_names = {path!r} {problem}; {hint}")
         return names, list(range(len(names)))
-    for expected, present, fault in (
-        (known, set(names), "lacks the class"),
-        (names, set(known), "names an unknown class:"),
-    ):
+    faults = ((known, set(names), "lacks the class"), (names, set(known), "names an unknown class:"))
+    for expected, present, fault in faults:
         if (odd := next((name for name in expected if name not in present), None)) is not None:
             hint = f"it must hold every class of the data set ({len(known)}) once, in the order of the labels"
             raise UserError(f"data.class_names = {path!r} {fault} {odd!r}; {hint}")

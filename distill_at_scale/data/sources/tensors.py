@@ -15,11 +15,8 @@ import pyarrow as pa
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared.format import MAX_AXES, Array
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
-
-MAX_AXES = 4
-
-Array = np.ndarray[Any, Any]
 
 
 class Tensors(HuggingFaceParquet):
@@ -48,13 +45,11 @@ class Tensors(HuggingFaceParquet):
 
     def _parquet_column(self, kind: pa.DataType) -> str | None:
         """(Nested) lists of numbers, or tensors of them."""
-        if isinstance(kind, pa.FixedShapeTensorType):
-            kind = kind.value_type
-        elif not _is_list(kind):
+        if not isinstance(kind, pa.FixedShapeTensorType) and not _is_list(kind):
             return None
-        else:
-            while _is_list(kind):
-                kind = kind.value_type
+        kind = kind.value_type
+        while _is_list(kind):
+            kind = kind.value_type
         return self.column if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
 
     def _to_raw(self, values: pa.ChunkedArray) -> list[Any]:

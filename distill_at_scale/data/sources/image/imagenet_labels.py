@@ -56,9 +56,7 @@ class Numbering:
     is_devkit: bool
 
 
-def val_labels(
-    store: Store, config: DataSection, file_names: Sequence[str], class_names: Sequence[str]
-) -> list[int]:  # fmt: skip
+def val_labels(store: Store, config: DataSection, file_names: Sequence[str], class_names: Sequence[str]) -> list[int]:
     """The label of each validation image, as its index in `class_names`, in the order of `file_names`.
 
     Folders in `file_names` are ignored. The list and the numbering are data.val_labels and data.synsets, else the files with

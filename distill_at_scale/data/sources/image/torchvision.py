@@ -55,8 +55,8 @@ class Layout:
 class TorchvisionSet:
     def __init__(self, config: DataSection) -> None:
         self.store = data_store(config)
-        root = os.path.abspath(self.store.place()) if self.store.local else self.store.place()
-        sets = []
+        place, sets = self.store.place(), []
+        root = os.path.abspath(place) if self.store.local else place
         for layout in LAYOUTS:
             for folder in (f for f in layout.folders if layout.path_part in f"{join_path(root, f)}/"):
                 file = join_path(folder, layout.marker)
@@ -64,11 +64,9 @@ class TorchvisionSet:
                     sets.append((layout, folder))
         if not sets:
             known = ", ".join(f"{layout.name}: {join_path(layout.folders[0], layout.marker)}" for layout in LAYOUTS)
-            place = self.store.place()
             raise UserError(f"{place} holds none of the sets that torchvision stores ({known}); give their root")
         if len(sets) > 1:
             places = ", ".join(f"{layout.name} ({folder or 'here'})" for layout, folder in sets)
-            place = self.store.place()
             raise UserError(f"{place} holds several sets: {places}; set data.path to the folder of one of them")
         self.layout, self.folder = sets[0]
         names: Any = self.layout.class_names
@@ -145,9 +143,7 @@ def _read_pickle(store: Store, folder: str, name: str) -> dict[Any, Any]:
     return value
 
 
-def _load_cifar(
-    store: Store, folder: str, split: str, files: dict[str, list[str]], key: str
-) -> tuple[Array, Array]:  # fmt: skip
+def _load_cifar(store: Store, folder: str, split: str, files: dict[str, list[str]], key: str) -> tuple[Array, Array]:
     images, labels = [], []
     for name in files[split]:
         batch, place = _read_pickle(store, folder, name), store.place(join_path(folder, name))

@@ -38,13 +38,12 @@ INDEX = pa.schema({"key": TEXT, "shard": TEXT, "row": INT64, "size": INT64, "lab
 class WebDataset:
     """Opens no shard before the first listing; the index is cached in memory."""
 
-    named_shards: list[str] | None
-
     def __init__(self, config: DataSection) -> None:
         if config.path is None:
             raise UserError(f"data.path is not set; {config.source!r} needs a folder with shards or their pattern")
         self.config, path = config, config.path
-        root, self.named_shards = path, None  # the shards of a pattern or of a single shard's path, below the root
+        root = path
+        self.named_shards: list[str] | None = None  # those of a pattern or of a single shard's path, below the root
         base, question, query = path.partition("?") if is_uri(path) else (path, "", "")
         is_local_folder = not is_uri(path) and Path(path).expanduser().is_dir()
         if ("{" in base or ARCHIVE.search(base)) and not is_local_folder:

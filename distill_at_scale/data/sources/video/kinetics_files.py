@@ -227,7 +227,6 @@ def _indices(values: Any) -> Array:
 
 
 def _extract(texts: Any, pattern: str, group: str) -> Any:
-    """A named group of a pattern in each text, null without a match."""
     return pc.struct_field(pc.extract_regex(texts, pattern), group)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.codecs.image import Array
 from distill_at_scale.data.codecs.mp4 import encode_mp4
 from distill_at_scale.data.sources.folders import VideoFolder
 from distill_at_scale.data.sources.image.digits import load_digits
@@ -29,8 +29,6 @@ SIDE, DIGIT, FRAMES, RATE = 64, 32, 24, 12  # pixels, pixels, frames, frames per
 MIN_SPEED, MAX_SPEED = 2.0, 3.5  # pixels per frame
 ENCODER = {"crf": "12", "preset": "fast"}
 DEFAULT_PATH = "runs/moving_digits_videos"
-
-Array = np.ndarray[Any, Any]
 
 
 class MovingDigits(VideoFolder):

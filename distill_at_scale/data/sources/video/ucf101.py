@@ -48,10 +48,9 @@ class Ucf101(ListedVideos):
                 place = f"{self.lists.place(name)}, line {number}"
                 match = LINE.fullmatch(line)
                 if match is None or not match[2].lower().endswith(VIDEO_EXTENSIONS):
-                    raise UserError(
-                        f"{place}: {line!r} is malformed; a line is ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi, in lists of "
-                        "training clips followed by the number of the class"
-                    )
+                    form = "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi"
+                    ending = "in lists of training clips followed by the number of the class"
+                    raise UserError(f"{place}: {line!r} is malformed; a line is {form}, {ending}")
                 class_name, file, class_number = match.groups()
                 if class_name not in labels:
                     close = suggest(class_name, labels)

@@ -27,8 +27,7 @@ class Ucf101(ListedVideos):
 
     @cached_property
     def class_names(self) -> list[str]:
-        place = self.lists.place(CLASSES)
-        numbered: dict[int, str] = {}
+        place, numbered = self.lists.place(CLASSES), dict[int, str]()
         for line_number, line in self.lists.lines(CLASSES):
             number, name = [*line.split(maxsplit=1), "", ""][:2]
             if not number.isdecimal() or not name.strip() or int(number) in numbered:

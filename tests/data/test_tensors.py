@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -293,6 +294,9 @@ def test_drawing_is_for_what_has_no_pixels():
 
 
 def test_exported_lists_have_the_samples_shape(tmp_path):
-    values = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
-    exports.write_tensor_parquet(tmp_path / "t.parquet", exports.Samples(values, [0, 1], ["a", "b"]))
-    assert np.array_equal(np.array(pq.read_table(tmp_path / "t.parquet")["values"].to_pylist()), values)
+    values = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5)
+    synthetic = SimpleNamespace(
+        kind="tensors", images=values, values=lambda: values, labels=torch.tensor([0, 1]), class_names=["a", "b"]
+    )
+    exports.export_parquet(synthetic, tmp_path / "t.parquet")
+    assert np.array_equal(np.array(pq.read_table(tmp_path / "t.parquet")["values"].to_pylist()), values.numpy())

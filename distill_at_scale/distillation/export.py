@@ -100,11 +100,10 @@ def _image_column(values: Array) -> tuple[pa.Array, dict[str, Any]]:
         names = [f"{i:05d}/{t:05d}.png" for t in range(len(sample))] if is_clips else [f"{i:05d}.png"]
         frames = [{"bytes": png([f]), "path": name} for f, name in zip(to_frames(sample), names, strict=True)]
         rows.append(frames if is_clips else frames[0])
-    feature: dict[str, Any] = {"_type": "Image"}
-    if is_clips:
-        # every release of `datasets` reads "Sequence", the older name of a list
-        feature = {"feature": feature, "_type": "Sequence"}
-    return pa.array(rows, pa.list_(IMAGE) if is_clips else IMAGE), feature
+    if not is_clips:
+        return pa.array(rows, IMAGE), {"_type": "Image"}
+    # every release of `datasets` reads "Sequence", the older name of a list
+    return pa.array(rows, pa.list_(IMAGE)), {"feature": {"_type": "Image"}, "_type": "Sequence"}
 
 
 def _tensor_column(values: Array) -> tuple[pa.Array, dict[str, Any]]:

@@ -85,16 +85,6 @@ class NetworkSpec:
             return self.build(0)
         return self.build(0)
 
-    def embedding(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network's `embed`: samples [n, *shape] -> features [n, d]. Raises UserError for a network without one."""
-        embed = getattr(network, "embed", None)
-        if not callable(embed):
-            raise UserError(
-                f"distill.network: the network {self.name!r} has no method embed(images), which distribution matching "
-                "needs; give it one, or take another network or method"
-            )
-        return embed
-
     def microbatch(self, device: torch.device) -> int:
         """Samples per forward pass: on a CPU as many as keep a layer's activations in the cache (twice as fast as 256)."""
         return max(4, (CPU_CACHE if device.type == "cpu" else GPU_ACTIVATIONS) // self.activation_bytes(1))
@@ -230,7 +220,7 @@ def will_compile(choice: str, activation_bytes: int) -> bool:
 
 
 def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -> Callable[[Tensor], Tensor]:
-    """torch.compile if it pays for `work` activation bytes; without a working compiler it warns once and runs eagerly."""
+    """torch.compile if it pays for `work` activation bytes; if no compiler works, warns once and runs eagerly."""
     if not will_compile(choice, work):
         return network
     compiled, failed = torch.compile(network), False

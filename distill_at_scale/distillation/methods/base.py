@@ -29,12 +29,7 @@ from distill_at_scale.pruning.runtime import RuntimePruning
 
 OVERFLOW_MARGIN = 1e30  # well below the largest float32
 # of an optimiser's state: torch's names, and those in checkpoints
-OPTIMIZER_STATE = {
-    "momentum_buffer": "momentum",
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "step": "adam_steps",
-}
+OPTIMIZER_KEYS = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "adam_steps"}
 
 Problem = TypeVar("Problem")
 
@@ -362,7 +357,7 @@ class ImageMethod(Method):
             assert values is not None, f"the state lacks {name}"
             with torch.no_grad():
                 tensor.copy_(values)
-            for key in OPTIMIZER_STATE:
+            for key in OPTIMIZER_KEYS:
                 if (values := saved(_state_key(name, key))) is not None:
                     # Adam's step counter stays on the CPU
                     self.optimizer.state[tensor][key] = values if key == "step" else values.to(tensor.device)
@@ -371,7 +366,7 @@ class ImageMethod(Method):
 
 def _state_key(name: str, key: str) -> str:
     """The name in checkpoints of an entry of the optimiser's state for the learned tensor `name`."""
-    return OPTIMIZER_STATE[key] if name == "images" else f"{name} {OPTIMIZER_STATE[key]}"
+    return OPTIMIZER_KEYS[key] if name == "images" else f"{name} {OPTIMIZER_KEYS[key]}"
 
 
 def _first_not_finite(values: Tensor, images: Tensor | None) -> int | None:

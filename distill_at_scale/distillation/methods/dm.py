@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
@@ -37,7 +38,12 @@ class DM(ImageMethod):
         self.augmentation, self.real_batch = Augmentation(options.augment), options.real_batch
         self.at_once = spec.microbatch(context.device)
         self.net = spec.build(0).to(context.device).train().requires_grad_(False)
-        self.embed = spec.embedding(self.net)
+        self.embed: Any = getattr(self.net, "embed", None)  # samples [n, *shape] -> features [n, d]
+        if not callable(self.embed):
+            raise UserError(
+                f"distill.network: the network {spec.name!r} has no method embed(images), which distribution matching "
+                "needs; give it one, or take another network or method"
+            )
         real_bytes = self.real_batch * COPIES * 4 * torch.Size(spec.shape).numel()
         memory = GROUP_BYTES.get(context.device.type, GROUP_BYTES["cpu"])
         self.group_size = max(1, memory // (spec.activation_bytes(self.ipc) * KEPT_LAYERS + real_bytes))  # classes

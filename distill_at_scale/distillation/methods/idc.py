@@ -70,9 +70,8 @@ class IDC(MatchingMethod):
             self.darkest, self.brightest = normalization.apply(pixels).to(device)
         self.pixel_range = (self.brightest - self.darkest).nan_to_num(posinf=1.0)
         super().prepare(real)
-        counts = torch.zeros(self.context.spec.classes)
-        counts[self.context.labels] = torch.tensor([float(real.count(c)) for c in self.context.labels])
-        counts = counts.to(device)
+        own_counts = {label: float(real.count(label)) for label in self.context.labels}
+        counts = torch.tensor([own_counts.get(c, 0.0) for c in range(self.context.spec.classes)], device=device)
         self.context.workers.all_reduce_sum([counts])
         self.all_labels = torch.arange(len(counts)).repeat_interleave(counts.long().cpu())  # of all workers' samples
 

@@ -40,7 +40,9 @@ class MTT(ImageMethod):
 
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
-        return experts.expert_options(config, cls.section(config))
+        """Keys do not name the method, so that methods share experts."""
+        own = {key: value for key, value in cls.section(config).model_dump().items() if key.startswith("expert_")}
+        return {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")} | own
 
     @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
@@ -108,7 +110,7 @@ class MTT(ImageMethod):
         return unroll.unrolled(self.student, segment, synthetic, self.student_lr)
 
     def _update_learned(self, step: int, loss: Tensor, gradients: list[Tensor]) -> None:
-        """Move all learned tensors, or none if a value is not finite; workers have equal values, so they stop together."""
+        """Move all learned tensors, or none if a value is not finite; workers have equal values and stop together."""
         for tensor, gradient in zip(self.learned().values(), gradients, strict=True):
             tensor.grad = gradient.view_as(tensor)
 

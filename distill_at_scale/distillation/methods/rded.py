@@ -104,8 +104,7 @@ def best_crops(losses: Array, count: int) -> tuple[Array, Array]:
     The best crop of each image comes first, by loss, then the second best of each, and so on; after the last it starts over.
     """
     order = np.argsort(losses, axis=1, kind="stable")  # images x crops, best first
-    sorted_losses = np.take_along_axis(losses, order, 1)
-    images = np.concatenate([np.argsort(column, kind="stable") for column in sorted_losses.T])
+    images = np.concatenate([np.argsort(c, kind="stable") for c in np.take_along_axis(losses, order, 1).T])
     crops = order[images, np.repeat(np.arange(losses.shape[1]), len(losses))]
     indices = np.arange(count) % len(images)
     return images[indices], crops[indices]

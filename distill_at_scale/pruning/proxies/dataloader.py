@@ -95,7 +95,6 @@ class ProxyDataLoader:
         yield from prefetch([next(part) for part in parts] for _ in range(self.steps(shards)))
 
     def _batches(self, groups: Sequence[RowGroup], size: int, limit: int, draw: torch.Generator) -> Iterator[Batch]:
-        """Batches of one logical shard, shuffled in windows of up to `limit` bytes."""
         rest: pa.Table | None = None
         for window in _windows(groups, limit, self.prepared):
             tables = [self.prepared.read(group) for group in window]

@@ -55,8 +55,8 @@ class ProxyTrial:
     """One worker's part in the training of one proxy."""
 
     def __init__(
-        self, prepared: PreparedDataset, config: ScoreSection, trial: int, seed: int, folder: Path, device: torch.device,
-        workers: Collectives | None = None,
+        self, prepared: PreparedDataset, config: ScoreSection, trial: int, seed: int, folder: Path,
+        device: torch.device, workers: Collectives | None = None,
     ):  # fmt: skip
         self.prepared, self.config, self.trial, self.seed = prepared, config, trial, seed
         self.folder, self.device, self.workers = folder, device, workers or SingleProcess()
@@ -135,7 +135,6 @@ class ProxyTrial:
         return torch.cat([parameter.grad.reshape(-1) for parameter in self.network.parameters()])  # type: ignore[union-attr]
 
     def _resume(self) -> int:
-        """Loads the last checkpoint; returns the number of finished epochs."""
         done = 0
         while done < self.config.epochs and checkpoint_path(self.folder, self.trial, done).exists():
             done += 1

@@ -17,7 +17,6 @@ from distill_at_scale.storage.run_dir import RunDir
 
 TABLE = "monte_carlo.parquet"  # in the run folder: utilities, standard errors and counts
 
-
 # (folder, advance): runs the missing subsets into the folder
 RunSubsets = Callable[[Path, Callable[[int], None]], None]
 

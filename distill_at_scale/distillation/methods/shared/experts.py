@@ -10,14 +10,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import MTTSection
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -30,12 +28,6 @@ from distill_at_scale.models.spec import MemoryFormat, mixes_samples
 
 def expert_name(number: int) -> str:
     return f"expert-{number:03d}.safetensors"
-
-
-def expert_options(config: Config, section: MTTSection) -> dict[str, Any]:
-    """The values that an expert's weights depend on; keys do not name the method, so that methods share experts."""
-    own = {key: value for key, value in section.model_dump().items() if key.startswith("expert_")}
-    return {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")} | own
 
 
 def flat(parameters: Sequence[Tensor] | nn.Module) -> Tensor:

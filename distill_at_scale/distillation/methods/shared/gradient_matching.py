@@ -210,9 +210,8 @@ class MatchingMethod(ImageMethod):
         distances = self.distance(grad_real, [g[None] for g in mean])
         slopes = torch.autograd.grad(distances.sum(), mean, allow_unused=True)
         for part in leaf.split(self.second_order_images):
-            gradient = synthetic_gradient(net, part, label)
-            pairs = [(s, g) for s, g in zip(slopes, gradient, strict=True) if s is not None]
-            pull = torch.stack([(s * g).sum() for s, g in pairs]).sum() * (len(part) / len(leaf))
+            pairs = zip(slopes, synthetic_gradient(net, part, label), strict=True)
+            pull = torch.stack([(s * g).sum() for s, g in pairs if s is not None]).sum() * (len(part) / len(leaf))
             pull.backward(inputs=[leaf])
         return distances
 

@@ -149,5 +149,4 @@ def read_table(path: Path, **options: Any) -> pa.Table:
 
 def images_per_class(table: Path, crops: int) -> list[int]:
     """How many images of each class were ranked, by label."""
-    labels = read_table(table, columns=["label"])["label"].to_numpy()
-    return [int(count) // crops for count in np.bincount(labels)]
+    return [int(n) // crops for n in np.bincount(read_table(table, columns=["label"])["label"].to_numpy())]

@@ -95,7 +95,7 @@ def feature_effects(
 
 
 class _Response:
-    """Products with M and M': how the gradient in a few images and the real batch's mean gradient depend on each other."""
+    """Products with M and M': how the gradient in a few images and the mean real gradient depend on each other."""
 
     def __init__(
         self, network: nn.Module, images: Tensor, view: View, label: int, distance: GradientDistance, mean: list[Tensor],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +263,11 @@ def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Coll
         if workers.rank == 0:
             epochs += [part for part in gathered if part is not None]
     return {name: torch.stack([part[name] for part in epochs]) for name in (epochs[0] if epochs else ())}
+
+
+def with_normalization(facts: TeacherFacts, own: Any, expected: Any) -> TeacherFacts:
+    """Facts of weights that expect another normalisation (mean, std) per channel than the data's own."""
+    (mean, std), (expected_mean, expected_std) = own, expected
+    scale = tuple(s / t for s, t in zip(std, expected_std, strict=True))
+    shift = tuple((m - n) / t for m, n, t in zip(mean, expected_mean, expected_std, strict=True))
+    return replace(facts, scale=scale, shift=shift)

@@ -86,10 +86,7 @@ class TeacherMethod(Method):
             columns = None if weights.classes is None else tuple(weights.classes)
             facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
             if weights.normalization is not None:
-                mean, std = weights.normalization
-                scale = tuple(s / t for s, t in zip(own.std, std, strict=True))
-                shift = tuple((m - n) / t for m, n, t in zip(own.mean, mean, std, strict=True))
-                facts = replace(facts, scale=scale, shift=shift)
+                facts = soft_labels.with_normalization(facts, (own.mean, own.std), weights.normalization)
             teacher = Teacher.from_state(facts, weights.state, context.device)
         else:
             teacher = TeacherTraining(section, context).run(real)

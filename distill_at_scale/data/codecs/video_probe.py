@@ -57,7 +57,7 @@ class Video:
 
 @contextmanager
 def open_video(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Video]:
-    """Raises VideoRejected for a file that is no video, has no frames, or exceeds a limit (pixels per frame; seconds)."""
+    """Raises VideoRejected for a file that is not a video, has no frames, or exceeds a limit (pixels per frame; seconds)."""
     try:
         container = av.open(io.BytesIO(raw), options={"format_whitelist": FORMATS}, **TITLE_OPTIONS)
     except (av.error.FFmpegError, ValueError) as error:

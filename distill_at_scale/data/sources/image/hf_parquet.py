@@ -72,7 +72,7 @@ class HuggingFaceParquet:
     def class_names(self) -> list[str]:
         """The declared names, else the sorted text labels of the training split, else "0".."max" for numeric labels.
 
-        Raises UserError for a number that is no class, naming file and row.
+        Raises UserError for a number that is not a class, naming file and row.
         """
         if self._declared:
             return self._declared

@@ -274,7 +274,9 @@ def test_a_cut_idx_file_is_named(tmp_path, keep):
     mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte (is no idx file|has 1,000 bytes).*download it again"):
+    with pytest.raises(
+        UserError, match=r"train-images-idx3-ubyte (is not an idx file|has 1,000 bytes).*download it again"
+    ):
         torchvision_set(tmp_path).listing("train")
 
 

@@ -187,7 +187,7 @@ def _load_mnist(store: Store, folder: str, split: str) -> tuple[Array, Array]:
         content, place = _read_file(store, folder, name, packed=True), store.place(join_path(folder, name))
         start = 4 + 4 * dimensions
         if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-            raise UserError(f"{place} is no idx file of bytes with {dimensions} dimensions; download it again")
+            raise UserError(f"{place} is not an idx file of bytes with {dimensions} dimensions; download it again")
         shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
         if len(content) != start + math.prod(shape):
             raise UserError(f"{place} has {len(content):,} bytes, not {start + math.prod(shape):,}; download it again")

@@ -268,7 +268,7 @@ def test_broken_rows_are_rejected_with_their_reasons(tmp_path):
             reasons.append(str(error))
     ragged = "no array of numbers: missing, or its lists differ in length or lack numbers"
     finite = "1 of its values are not finite in 32 bits"
-    shape = "its shape is [1, 2], that of the first training sample [2, 2]"
+    shape = "its shape is [1, 2], that of all others [2, 2]"
     assert reasons == ["float32", ragged, ragged, finite, shape, finite, ragged, "float32"]
 
 

@@ -67,7 +67,7 @@ class ImageDecoder:
                 return raw.transpose(2, 0, 1).copy()
         try:
             if isinstance(raw, np.ndarray):
-                image = Image.fromarray(raw)
+                image = Image.fromarray(_checked(raw))
                 image = self._fit(image, self._box(*image.size))
             else:
                 image, box = self._open(raw)
@@ -120,6 +120,18 @@ class ImageDecoder:
         if image.size == (self.size, self.size):
             return image
         return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box, REDUCING_GAP)
+
+
+def _checked(pixels: Array) -> Array:
+    """Pixels as Pillow takes them. Raises SampleRejected for another type or shape."""
+    wide, colors = pixels.dtype == np.uint16 and pixels.ndim == 2, pixels.shape[2:]
+    if (
+        not (wide or (pixels.dtype == np.uint8 and (pixels.ndim == 2 or colors in ((1,), (3,), (4,)))))
+        or not pixels.size
+    ):
+        allowed = "uint8 [H, W], [H, W, 1] or [H, W, 3]"
+        raise SampleRejected(f"an array of {pixels.dtype} {list(pixels.shape)}; the pixels of an image are {allowed}")
+    return pixels[..., 0] if colors == (1,) else pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.codecs.clip import ClipDecoder, clip_decoder
@@ -33,9 +35,12 @@ from distill_at_scale.data.ingest.sample_types import TensorDecoder, holds_tenso
 from distill_at_scale.data.prepared import whitening
 from distill_at_scale.data.prepared.format import stack_frames, to_jpeg_table, to_table
 from distill_at_scale.data.sources.base import Source, rows_to_table
+from distill_at_scale.storage.filesystem import is_access_error
 
 REJECTED = pa.schema({"sample_id": pa.string(), "location": pa.string(), "reason": pa.string(), "used": pa.bool_()})
 SAMPLE_ERRORS = (errno.ENOENT, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)  # concern a single file
+NETWORK_PACKAGES = ("urllib", "urllib3", "requests", "aiohttp", "botocore")  # their OSErrors have no number
+TRIED = 8  # samples of a source of the user's own, before an ingest
 READ_AT_ONCE = 64  # samples; up to four such reads are in memory: one is decoded, two wait, one is being read
 READ_BYTES = 32 * 2**20  # of one read, unless a single sample is larger
 JPEG_FROM = 129  # pixels a side; below, raw pixels compress as well and cost nothing to decode
@@ -155,8 +160,8 @@ def _decoded(
             names = batch["sample_id"].to_pylist()
             for i, raw in enumerate(raws):
                 try:
-                    if isinstance(raw, OSError):
-                        raise SampleRejected(raw.strerror or str(raw))
+                    if isinstance(raw, SampleRejected):
+                        raise raw
                     pixels, remark = recipe.decode(names[i], raw)
                 except SampleRejected as error:
                     yield names[i], batch["location"][i].as_py(), str(error), False
@@ -166,7 +171,9 @@ def _decoded(
                         yield names[i], batch["location"][i].as_py(), remark, True
 
 
-def _read(source: Source, rows: pa.Table, spent: TimeSpent) -> Iterator[tuple[pa.Table, Sequence[Raw | OSError]]]:
+def _read(
+    source: Source, rows: pa.Table, spent: TimeSpent
+) -> Iterator[tuple[pa.Table, Sequence[Raw | SampleRejected]]]:
     """Raw samples, some at a time; after an error they are read one by one, to find the sample at fault."""
     ends, start = np.cumsum(rows["size"].to_numpy()), 0
     while start < rows.num_rows:
@@ -174,19 +181,72 @@ def _read(source: Source, rows: pa.Table, spent: TimeSpent) -> Iterator[tuple[pa
         fit = int(np.searchsorted(ends, before + READ_BYTES, side="right")) - start
         batch = rows.slice(start, max(1, min(READ_AT_ONCE, fit)))
         start += batch.num_rows
-        raws: Sequence[Raw | OSError]
         with spent.on("read"):
             try:
-                raws = source.read(batch)
-            except OSError:
+                raws = _items(source, batch)
+            except (UserError, MemoryError):
+                raise
+            except Exception:  # code of a user's own can raise anything
                 raws = [_read_one(source, batch.slice(i, 1)) for i in range(batch.num_rows)]
         yield batch, raws
 
 
-def _read_one(source: Source, row: pa.Table) -> Raw | OSError:
+def _items(source: Source, rows: pa.Table) -> list[Raw | SampleRejected]:
+    """What `read` returns for these rows; raises SampleRejected for another number of items than rows."""
+    items = list(source.read(rows))
+    if len(items) != rows.num_rows:
+        counts = f"{len(items)} items, not {rows.num_rows}"
+        raise SampleRejected(f"read of {_name(source)} returned {counts}; it must return one item for each row")
+    return [item if isinstance(item, bytes | np.ndarray) else _wrong_type(source, item) for item in items]
+
+
+def _wrong_type(source: Source, item: object) -> SampleRejected:
+    allowed = "bytes (the content of an image or video file) or a numpy array"
+    kind = f"{type(item).__module__}.{type(item).__qualname__}".removeprefix("builtins.")
+    return SampleRejected(f"read of {_name(source)} returned {kind}; it must return {allowed} for each row")
+
+
+def _read_one(source: Source, row: pa.Table) -> Raw | SampleRejected:
+    """A sample, or why it cannot be read. Raises what concerns more than this sample: a failure of the disk, of the
+    network or of memory, and what a source reports as UserError.
+    """
     try:
-        return source.read(row)[0]
-    except OSError as error:
-        if error.errno not in SAMPLE_ERRORS:
-            raise  # the disk or the network failed; pyarrow's network errors have no number
+        return _items(source, row)[0]
+    except SampleRejected as error:
         return error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if isinstance(error, OSError):
+            if error.errno in SAMPLE_ERRORS:
+                return SampleRejected(error.strerror or str(error))
+            from_network = type(error).__module__.partition(".")[0] in NETWORK_PACKAGES
+            if from_network or isinstance(error, ConnectionError | TimeoutError) or is_access_error(error):
+                raise
+        own = [line for frame, line in frames if frame.f_globals.get("__name__") == type(source).__module__]
+        where = f" ({Path(frames[-1][0].f_code.co_filename).name}, line {frames[-1][1]})"
+        if own:
+            where = f" ({type(source).__module__}, line {own[-1]})"
+        said = str(error).partition("\n")[0]
+        return SampleRejected(f"read of {_name(source)} failed: {type(error).__name__}: {said}{where}")
+
+
+def _name(source: Source) -> str:
+    return f"{type(source).__module__}:{type(source).__qualname__}"
+
+
+def check_read(source: Source, recipe: Recipe, rows: pa.Table) -> None:
+    """Read and decode a few rows, evenly spaced, of a source of the user's own.
+
+    Raises UserError if none of them can be used: then `read` itself is wrong, not a sample.
+    """
+    places = np.unique(np.linspace(0, rows.num_rows - 1, TRIED).round().astype(np.int64))
+    rejected = [row for row in _decoded(source, recipe, rows.take(places), lambda *_: None, TimeSpent()) if not row[3]]
+    if len(rejected) == len(places):
+        sample_id, location, reason, _ = rejected[0]
+        raise UserError(
+            f"{_name(source)} gives no usable sample: all {len(places)} that were tried failed, the first of them "
+            f"{sample_id!r} (location {location!r}): {reason}. Correct its read; distill_at_scale/data/README.md has the "
+            "contract and an example"
+        )

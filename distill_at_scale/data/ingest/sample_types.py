@@ -71,7 +71,7 @@ class TensorDecoder:
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
             raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack numbers")
         if raw.shape != self.shape:
-            raise SampleRejected(f"its shape is {[*raw.shape]}, that of the first training sample {[*self.shape]}")
+            raise SampleRejected(f"its shape is {[*raw.shape]}, that of all others {[*self.shape]}")
         with np.errstate(over="ignore"):
             values = raw.astype(np.float32)
         if not np.isfinite(values).all():

@@ -27,9 +27,9 @@ Optional:
   used; label -1 if unknown. These samples are not in the listing; they go to `rejected.parquet` with their reason.
 
 Errors. Raise `UserError` for a layout that cannot be used (what is wrong, then what to do): the command prints it and stops.
-Raise `Unreachable` for storage that does not answer: the read is tried again. From `read`, raise OSError (`FileNotFoundError`)
-for a single sample that is missing or unreadable: that sample is rejected and the run goes on. Return broken bytes as they
-are; the decoder rejects them.
+Raise `Unreachable` for storage that does not answer: the read is tried again. Whatever else `read` raises for a sample rejects
+that sample with the error as its reason, except an OSError of the disk or the network and MemoryError, which stop the run.
+Return broken bytes as they are; the decoder rejects them.
 """
 
 from __future__ import annotations

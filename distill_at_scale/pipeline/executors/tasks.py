@@ -53,7 +53,13 @@ class Ingest(Worker):
 def ingest(
     executor: Executor, config: Config, plan: IngestPlan, parts: Path, advance: Advance, check: bool = False
 ) -> None:
-    """Decode a plan's chunks into `parts`, next to its listings (`check`: only list rejected). Advances by samples."""
+    """Decode a plan's chunks into `parts`, next to its listings (`check`: only list rejected). Advances by samples.
+
+    Raises UserError if a source of the user's own gives no usable sample.
+    """
+    if ":" in config.data.source and plan.samples:
+        source, recipe = open_source(config.data), ingest_chunks.recipe_of(config)
+        ingest_chunks.check_read(source, recipe, plan.listings["train"])
     units = []
     for split, index, rows in plan.chunks(config.data.chunk):
         path = ingest_chunks.part_path(parts, split, index)

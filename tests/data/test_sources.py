@@ -16,7 +16,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.codecs.image import ImageDecoder
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import LISTING, by_split, listing, split_word
+from distill_at_scale.data.sources.base import LISTING, listing
 
 
 def png(level: int, size: int = 8) -> bytes:
@@ -63,19 +63,6 @@ def test_digits_are_the_embedded_set():
     images = np.stack(source.read(table.slice(0, 20)))
     assert (images.shape, images.dtype, images.min(), images.max()) == ((20, 8, 8), np.uint8, 0, 255)
     assert source.digest("train") == SOURCES["digits"](DataSection()).digest("train")
-
-
-@pytest.mark.parametrize(
-    "name", ["train", "train-00000-of-00001.parquet", "Train_1", "test", "val", "valid", "validation-0.parquet"]
-)
-def test_splits_by_name(name):
-    split = "train" if name.lower().startswith("train") else "test"
-    assert by_split({name: split_word(name)}) == {split: [name]}
-
-
-@pytest.mark.parametrize("name", ["trained", "valley", "tester", "data.parquet", "n01440764", ""])
-def test_other_folder_names_are_not_splits(name):
-    assert split_word(name) is None
 
 
 def test_a_repeated_id_is_named():
@@ -239,12 +226,6 @@ def test_validation_is_a_word_not_a_part_of_one(tmp_path):
     for name in ("retrieval/train-0", "retrieval/test-0", "retrieval/val/0"):
         write_parquet(tmp_path / f"{name}.parquet", [0])
     assert parquet(tmp_path).files["test"] == ["retrieval/val/0.parquet"]
-
-
-def test_the_validation_split_is_preferred_to_a_test_split():
-    assert by_split({"a": "test", "b": "val", "c": "validation"}) == {"test": ["b", "c"]}
-    assert by_split({"a": "test", "b": "test", "c": None}) == {"test": ["a", "b"], "train": ["c"]}
-    assert by_split({}) == {}
 
 
 def test_an_unreadable_disk_is_not_taken_for_a_damaged_parquet_file(tmp_path, monkeypatch):

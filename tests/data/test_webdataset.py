@@ -157,14 +157,24 @@ def test_keys_that_repeat_in_another_shard_get_the_shard_before_them(tmp_path):
         ("sets/validation/part/000.tar", "test"),
         ("train/test-pattern.tar", "test"),
         ("test-00.tar", "test"),
-        ("shard-00.tar", "train"),
-        ("latest-contrained-00.tar", "train"),
+        ("eval-00.tar", "test"),
+        ("training-00.tar", "train"),
     ],
 )
 def test_the_split_is_a_word_of_the_name_or_of_the_folder(tmp_path, shard, split):
     write(tmp_path, "train-a.tar", *sample("a", 0))
     write(tmp_path, shard, *sample("x", 0))
     assert "x" in source_of(tmp_path).listing(split)["sample_id"].to_pylist()
+
+
+def test_a_shard_that_names_no_split_is_training_data_unless_others_say_so(tmp_path):
+    write(tmp_path, "latest-contrained-00.tar", *sample("a", 0))
+    write(tmp_path, "test-00.tar", *sample("b", 0))
+    source = source_of(tmp_path)
+    assert [source.listing(split)["sample_id"].to_pylist() for split in source.splits()] == [["a"], ["b"]]
+    write(tmp_path, "train-00.tar", *sample("c", 0))
+    with pytest.raises(UserError, match=r"latest-contrained-00\.tar: the name does not say whether"):
+        source_of(tmp_path).splits()
 
 
 def test_val_takes_precedence_over_test(tmp_path):

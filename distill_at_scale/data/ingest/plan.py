@@ -40,6 +40,7 @@ class IngestPlan:
     source: str  # content hash of the source
     # samples that the source itself rejects (schema SET_ASIDE)
     aside: dict[str, pa.Table] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # lines of the source on its choices
 
     def chunks(self, size: int) -> list[tuple[str, int, pa.Table]]:
         """(split, index, rows) of each chunk."""
@@ -114,7 +115,7 @@ def plan(config: Config) -> IngestPlan:
     hashes = {split: hashlib.sha256(t["label"].to_numpy().tobytes()).hexdigest() for split, t in listings.items()}
     digests = {name: source.digest(split) for name, split in splits.items()}
     content = json.dumps([digests, digest([names, source_names, hashes])])
-    return IngestPlan(names, source_names, listings, content, aside)
+    return IngestPlan(names, source_names, listings, content, aside, tuple(getattr(source, "notes", list)()))
 
 
 def _without_samples(names: list[str], empty: np.ndarray[Any, Any], aside: pa.Table | None, place: str) -> str:

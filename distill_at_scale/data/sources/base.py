@@ -25,6 +25,7 @@ Optional:
 - `tensors = True` and `shape` (tuple of 1 to 4 ints, channels first): samples are other arrays of numbers.
 - `set_aside(split)`: a `pyarrow.Table` with schema SET_ASIDE of listed samples without a file and of files that cannot be
   used; label -1 if unknown. These samples are not in the listing; they go to `rejected.parquet` with their reason.
+- `notes()`: list[str], lines for the user on choices that the source made, such as a split that it does not use.
 
 Errors. Raise `UserError` for a layout that cannot be used (what is wrong, then what to do): the command prints it and stops.
 Raise `Unreachable` for storage that does not answer: the read is tried again. Whatever else `read` raises for a sample rejects
@@ -36,7 +37,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -51,7 +52,23 @@ TEXT, INT32, INT64 = pa.string(), pa.int32(), pa.int64()
 LISTING = pa.schema({"sample_id": TEXT, "label": INT32, "location": TEXT, "row": INT64, "size": INT64})
 SET_ASIDE = pa.schema({"sample_id": TEXT, "label": INT32, "location": TEXT, "reason": TEXT})
 Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+EVALUATION = (
+    "val",
+    "dev",
+    "eval",
+    "test",
+)  # the first that a data set has is its test split: "test" often has no labels
+SPLIT_WORDS = {  # words in the name of a file or folder that name its split
+    "train": ("train", "training", "trainset", "trn", "tr"),
+    "val": ("val", "valid", "validation", "validate", "valset"),
+    "dev": ("dev", "devel", "development", "devset"),
+    "eval": ("eval", "evaluation", "evaluate"),
+    "test": ("test", "testing", "testset", "tst"),
+}
+UNCLEAR_WORDS = (  # words that name a part of a data set, but not one to train or to test on
+    "trainval", "valtrain", "traindev", "minival", "minitrain", "holdout", "heldout", "unlabeled", "unlabelled", "extra",
+    "query", "gallery", "distractor", "distractors", "challenge", "submission",
+)  # fmt: skip
 MAX_LABEL = 10**6  # of numbered classes
 
 
@@ -142,21 +159,48 @@ def data_store(config: DataSection) -> Store:
     return Store(config.path)
 
 
-def split_word(name: str) -> str | None:
-    """The word of SPLIT_NAMES at the start of a folder or file name, such as "val" of `val-0.parquet`."""
-    word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
-    return word if any(word in words for words in SPLIT_NAMES.values()) else None
+def split_word(path: str) -> str | None:
+    """What a path (POSIX, below the root) says about its split: "train", "val", "dev", "eval", "test", "unclear" or None.
 
-
-def by_split(words: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Groups names by split: "train" or "test" -> names.
-
-    `words` is the word of SPLIT_NAMES of each name; a name without one is training data. A validation split wins over "test",
-    which often comes without labels.
+    The file or the last folder decides if its name has a word of SPLIT_WORDS, else the nearest folder above that has one. Case
+    does not matter; words end at anything but letters, and at a capital after a small letter: `parquet_dev`, `my-train`,
+    `train2017`, `TestImages`. A name is unclear if it has words of two splits, or one of UNCLEAR_WORDS and no other.
     """
+    for name in reversed(path.split("/")):
+        words = {word.lower() for word in re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name)}
+        if splits := [split for split, known in SPLIT_WORDS.items() if words.intersection(known)]:
+            return splits[0] if len(splits) == 1 else "unclear"
+        if words.intersection(UNCLEAR_WORDS):
+            return "unclear"
+    return None
+
+
+def by_split(paths: Sequence[str], store: Store) -> dict[str, list[str]]:
+    """Groups the files of a data set by split: "train", "test" and "unused" -> paths, in their order.
+
+    - Without a file that says "train", files that say nothing are training data.
+    - The test split is the first of EVALUATION that has files. The files of the others are unused.
+
+    Raises UserError for a file whose name is unclear, or that says nothing beside files that say "train": it may hold
+    evaluation data.
+    """
+    words = {path: split_word(path) for path in paths}
+    has_train, test = "train" in words.values(), next((s for s in EVALUATION if s in words.values()), "")
+    for path, word in words.items():
+        if word == "unclear" or (word is None and has_train):
+            raise unclear_name(store, path)
     splits: dict[str, list[str]] = {}
-    for name, word in words.items():
-        splits.setdefault("test" if word in SPLIT_NAMES["test"] else "train", []).append(name)
-    if tests := splits.get("test"):
-        splits["test"] = [name for name in tests if words[name] != "test"] or tests
+    for path, word in words.items():
+        splits.setdefault({None: "train", "train": "train", test: "test"}.get(word, "unused"), []).append(path)
     return splits
+
+
+def unclear_name(store: Store, path: str) -> UserError:
+    problem = f"{store.place(path)}: the name does not say whether this is training or test data"
+    return UserError(f"{problem}; rename it (for example to train, val or test), or move it out of {store.place()}")
+
+
+def unused_split(used: str, unused: Sequence[str]) -> str:
+    """A line for `Source.notes` on evaluation splits that are not used: paths of one that is used, and of the others."""
+    names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+    return f"{used} is the test split; not used: {names} (the order of precedence is {', '.join(EVALUATION)})"

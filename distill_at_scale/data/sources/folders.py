@@ -2,6 +2,18 @@
 
 Sample ids are POSIX paths relative to the root. Paths stay Arrow columns, so listing a million files takes seconds. Listing
 opens no file; it skips hidden files and, by extension, files of other media.
+
+What a folder directly below the root is, is decided by its name (`base.split_word`) and by what it and its neighbours hold. A
+folder of samples holds files of the medium and no folders.
+
+If a training folder holds folders, or if the source is no ImageFolder or VideoFolder:
+- a folder whose name names a split holds that split (`train` wins over other training folders, EVALUATION ranks the others);
+- no other folder is used; `notes` says so if it holds samples.
+
+Else the root itself is the training split, and its folders are the classes, except
+- a folder whose name names a split, if it holds folders, or if no folder with an ordinary name is a folder of samples. (A
+  folder of samples beside others is a class, whatever its name; `notes` says so.)
+- A folder whose name is unclear (`holdout`) is an error under the same condition.
 """
 
 from __future__ import annotations
@@ -16,7 +28,17 @@ import pyarrow.compute as pc
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import Column, FileSource, by_split, listing, set_aside_table, split_word
+from distill_at_scale.data.sources.base import (
+    EVALUATION,
+    SPLIT_WORDS,
+    Column,
+    FileSource,
+    listing,
+    set_aside_table,
+    split_word,
+    unclear_name,
+    unused_split,
+)
 from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.storage.filesystem import join_path
 
@@ -46,22 +68,64 @@ class FolderSource(FileSource):
     """A source for `train/<class>/...` and a test split; a layout overrides `find_classes` and `list_split`."""
 
     medium = IMAGES
+    root_classes = False  # whether the root may hold the training classes
 
     def __init__(self, config: DataSection) -> None:
         super().__init__(config)
-        splits = by_split({name: word for name in self.store.names()[0] if (word := split_word(name))})
-        train = splits.get("train", [])
-        if len(train) > 1 and "train" not in train:
-            several = ", ".join(train)
-            raise UserError(f"{self.store.place()} holds several training folders ({several}); merge them into train/")
-        self.folders = {"train": "train" if "train" in train else train[0]} if train else {}  # split -> folder
-        self.folders |= {"test": splits["test"][-1]} if "test" in splits else {}
+        self.split_folders = self.find_split_folders()
+        self.folders = self.choose_splits()
         self.class_names = self.find_classes()
         self._listings: dict[str, pa.Table] = {}
 
     @property
     def layout(self) -> str:
         return f"the layout is train/<class>/<{self.medium.noun}>{self.medium.extensions[0]}"
+
+    def find_split_folders(self) -> dict[str, str]:
+        """Folder of the root -> word, of those whose names say something and that are no classes (see the module's docstring).
+
+        Raises UserError for an unclear one where the root itself is the training split.
+        """
+        names = self.store.names()[0]
+        words = {name: word for name in names if (word := split_word(name))}
+        if self.root_classes and not any(self.store.names(name)[0] for name, word in words.items() if word == "train"):
+            if any(self.holds_only_samples(name) for name in names if name not in words):
+                words = {name: word for name, word in words.items() if not self.holds_only_samples(name)}
+            unclear = next((name for name, word in words.items() if word == "unclear"), None)
+            if unclear is not None and "train" not in words.values():
+                raise unclear_name(self.store, unclear)
+        return words
+
+    def choose_splits(self) -> dict[str, str]:
+        """Split -> folder. Raises UserError for several training folders of which none is `train`."""
+        of = {word: [name for name, own in self.split_folders.items() if own == word] for word in SPLIT_WORDS}
+        training = ["train"] if "train" in of["train"] else of["train"]
+        if len(training) > 1:
+            several = ", ".join(training)
+            raise UserError(f"{self.store.place()} holds several training folders ({several}); merge them into train/")
+        test = next((of[word] for word in EVALUATION if of[word]), [])
+        return {split: names[-1] for split, names in (("train", training), ("test", test)) if names}
+
+    def holds_only_samples(self, folder: str) -> bool:
+        folders, files = self.store.names(folder)
+        return not folders and bool(pc.any(self.medium.mask(pa.array(files, pa.string()))).as_py())
+
+    def notes(self) -> list[str]:
+        """Says which folders of the root are not used, and which folders are classes though they are named like splits."""
+        used, noun, lines = self.folders.values(), self.medium.noun, []
+        evaluation = [
+            f"{name}/" for name, word in self.split_folders.items() if word in EVALUATION and name not in used
+        ]
+        if evaluation and "test" in self.folders:
+            lines.append(unused_split(f"{self.folders['test']}/", evaluation))
+        for name in self.store.names()[0]:
+            if name in used or f"{name}/" in evaluation:
+                continue
+            if "" not in used and (count := pc.sum(self.medium.mask(self.store.table(name)[0])).as_py()):
+                lines.append(f"{name}/ is not used: it lies beside the splits' folders (with {count:,} {noun}s)")
+            elif "" in used and split_word(name):
+                lines.append(f"{name}/ is taken as a class: it holds {noun}s and lies beside class folders")
+        return lines
 
     def find_classes(self) -> list[str]:
         """The sorted folders of the training split; raises UserError if there are none."""
@@ -70,8 +134,8 @@ class FolderSource(FileSource):
         return self.class_folders(self.folders["train"])
 
     def class_folders(self, folder: str) -> list[str]:
-        """The sorted class folders of a split's folder; "" is the root, where the other splits' folders are no classes."""
-        names = [name for name in self.store.names(folder)[0] if folder or name not in self.folders.values()]
+        """The sorted class folders of a split's folder; "" is the root, where folders of splits are no classes."""
+        names = [name for name in self.store.names(folder)[0] if folder or name not in self.split_folders]
         if not names:
             raise UserError(f"{self.store.place(folder)} holds no class folders; {self.layout}")
         return names
@@ -103,8 +167,8 @@ class FolderSource(FileSource):
         """Paths (string) and sizes (int64) of all files below a split's folder, sorted by path."""
         folder = self.folders[split]
         paths, sizes = self.store.table(folder)
-        if not folder and (others := [name for name in self.folders.values() if name]):
-            is_own = pc.invert(pc.is_in(owners_of(paths, ""), pa.array(others, pa.string())))
+        if not folder and self.split_folders:
+            is_own = pc.invert(pc.is_in(owners_of(paths, ""), pa.array(list(self.split_folders), pa.string())))
             paths, sizes = paths.filter(is_own), sizes.filter(is_own)
         return paths, sizes
 
@@ -150,6 +214,8 @@ class ImageFolder(FolderSource):
     training split. A test split may lack a class; it may not have an extra one.
     """
 
+    root_classes = True
+
     def find_classes(self) -> list[str]:
         names = self.class_folders(self.folders.get("train", ""))
         self.folders = {"train": "", **self.folders}
@@ -174,7 +240,7 @@ class VideoFolder(FolderSource):
     without a video extension, and videos outside class folders, are set aside.
     """
 
-    medium, clips = VIDEOS, True
+    medium, clips, root_classes = VIDEOS, True, True
 
     def __init__(self, config: DataSection) -> None:
         self._split_files: dict[str, tuple[pa.Array, pa.Array]] = {}
@@ -183,7 +249,7 @@ class VideoFolder(FolderSource):
     def find_classes(self) -> list[str]:
         """The sorted folders of the training split, or of a test split that is the only one."""
         if "train" not in self.folders:
-            others = [name for name in self.store.names()[0] if name not in self.folders.values()]
+            others = [name for name in self.store.names()[0] if name not in self.split_folders]
             has_videos = (pc.any(VIDEOS.mask(self.store.table(name)[0])).as_py() for name in others)
             if not self.folders or any(has_videos):
                 self.folders = {"train": "", **self.folders}

@@ -81,7 +81,9 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
 
 
 def describe(context: RunContext) -> None:
-    """Say which decoders are used, and how much disk space an ingest takes."""
+    """Say what the source says about its choices, which decoders are used, and how much disk space an ingest takes."""
+    for line in context.plan.notes:
+        context.display.say(f"  {line}")
     if context.config.data.frames:
         context.display.say(f"  clips are decoded by {describe_decoders(decoders_for(context.config.data))}")
     context.display.say(validate.space(context.config, context.plan, shutil.disk_usage(context.dir.path).free))

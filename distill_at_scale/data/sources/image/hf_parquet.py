@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.data.sources.base import MAX_LABEL, by_split, data_store, first_duplicate, listing, split_word
+from distill_at_scale.data.sources.base import MAX_LABEL, by_split, data_store, first_duplicate, listing
 from distill_at_scale.storage.filesystem import is_access_error
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class HuggingFaceParquet:
         self.config, self.store = config, data_store(config)
         self.column = config.image_column
         files = [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]
-        self.files = by_split({file: _split_word(file) for file in files})
+        self.files = by_split(files, self.store)
         if "train" not in self.files:
             raise UserError(f"{self.store.place()} holds no training Parquet files (train-*.parquet)")
         self._declared = self._declared_names()
@@ -267,12 +267,6 @@ class HuggingFaceParquet:
             hint = "correct or remove the row or the file, or set data.label_column to the column with the classes"
             raise UserError(f"{place}, row {bad[0]}: the label {label!r} is not {expected}; {hint}")
         return labels
-
-
-def _split_word(path: str) -> str | None:
-    """The word that names a split in a file's name, else in the first folder that has one."""
-    *folders, file = path.split("/")
-    return next((word for part in (file, *folders) if (word := split_word(part))), None)
 
 
 def _is_text(kind: pa.DataType) -> bool:

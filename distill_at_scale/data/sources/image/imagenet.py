@@ -18,7 +18,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import data_store, listing
+from distill_at_scale.data.sources.base import data_store, listing, split_word
 from distill_at_scale.data.sources.folders import IMAGE_EXTENSIONS, FolderSource
 from distill_at_scale.data.sources.image.imagenet_labels import val_labels
 from distill_at_scale.data.sources.label_files import LabelFile
@@ -39,7 +39,7 @@ class Imagenet(FolderSource):
     def __init__(self, config: DataSection) -> None:
         super().__init__(config)
         folder = self.folders.get("test", "")
-        if folder.lower().startswith("test") and not self.store.names(folder)[0]:
+        if split_word(folder) == "test" and not self.store.names(folder)[0]:
             del self.folders["test"]
 
     def list_split(self, split: str) -> pa.Table:
@@ -66,9 +66,8 @@ class TinyImagenet(FolderSource):
     Not covered: bounding boxes.
     """
 
-    def __init__(self, config: DataSection) -> None:
-        super().__init__(config)
-        self.folders = {"train": "train"} | ({"test": "val"} if "val" in self.store.names()[0] else {})
+    def choose_splits(self) -> dict[str, str]:
+        return {"train": "train"} | ({"test": "val"} if "val" in self.store.names()[0] else {})
 
     def find_classes(self) -> list[str]:
         """The lines of wnids.txt; raises UserError if it is missing or repeats a class, or if there is no train/."""

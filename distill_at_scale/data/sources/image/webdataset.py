@@ -24,7 +24,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, SPLIT_NAMES, TEXT, by_split, rows_to_table
+from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, TEXT, by_split, rows_to_table
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
@@ -70,7 +70,7 @@ class WebDataset:
                 raise UserError(f"{self.store.place(shard)} is compressed, so no sample can be read alone; unpack it")
             if size < 0:
                 raise UserError(f"{self.store.place(shard)} is missing; download it, or correct data.path")
-        splits = by_split({shard: _split_word(shard) for shard in sizes})
+        splits = by_split(list(sizes), self.store)
         if "train" not in splits:
             place = redact_uri(str(self.config.path))
             raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
@@ -208,13 +208,6 @@ def _samples(window: tar.Window) -> Iterator[_Sample]:
         sample.add(extension.lower(), member, window)
     if sample.image or sample.texts:
         yield sample
-
-
-def _split_word(shard: str) -> str | None:
-    """The word in a shard's name, else in its nearest folder, that names a split."""
-    known = {word for words in SPLIT_NAMES.values() for word in words}
-    parts = reversed(shard.lower().split("/"))
-    return next((word for part in parts for word in re.split(r"[^a-z]+", part) if word in known), None)
 
 
 def expand(pattern: str) -> list[str]:

@@ -1,72 +1,229 @@
-"""The command `distill-at-scale STAGE CONFIG [section.key=value ...]`.
+"""The command `distill-at-scale COMMAND ...`: one function per sub-command, which parses and calls.
 
 Functions import what they need, so that `--help` and errors of usage load neither torch nor Ray.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
-import importlib.util
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from distill_at_scale import __version__
 from distill_at_scale.core.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from distill_at_scale.config.load import Config
     from distill_at_scale.core.progress import Display
-    from distill_at_scale.experiments.points import PointSet
-    from distill_at_scale.experiments.runners import PointRunner
-    from distill_at_scale.pipeline.executors.base import Executor
-    from distill_at_scale.pipeline.monitoring.observers import Observer
-    from distill_at_scale.pipeline.pipeline import Pipeline
-    from distill_at_scale.pipeline.planning.plan import RunPlan
-    from distill_at_scale.storage.run_dir import RunDir
 
+NAME = "distill-at-scale"
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
-EPILOG = f"""STAGE is one of:
-  run       all stages in order; a stage with valid output is skipped
-  {", ".join(STAGES)}
-            one stage
-  validate  read every sample before anything is computed, and list the broken ones
-  plan      estimate time, memory, disk and cost of each stage, and refuse what cannot fit;
-            after a run: compare the estimates with what it took
-  sweep     try the configurations of sweep.space on shared ingest and scores, with random and unpruned controls
-  study     answer the questions of studies.run by many short distillations on shared ingest and scores
-  export    write scores and the list of kept samples as *.parquet or *.csv, or as *.json by position
-An interrupted command resumes when it is given again."""
 
 FULL, DENIED = "Free space or choose another place", "Check its permissions or choose another place"
 ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EROFS: DENIED, errno.EPERM: DENIED}
 OTHER_ADVICE = "Check the disk, and that all nodes see it at this path"
 
+CONFIG_HELP = "A YAML file, for example configs/digits.yaml."
+OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; they may stand anywhere behind CONFIG."
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="section.key=value", help=OVERRIDES_HELP, show_default=False)
+]
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """stage, config, overrides, scores and kept; exits with 2 for wrong usage."""
-    parser = argparse.ArgumentParser(
-        "distill-at-scale", description="Prune a data set and distill it.", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    stages = ("run", "validate", "plan", "sweep", "study", "export", *STAGES)
-    parser.add_argument("stage", metavar="STAGE", choices=stages, help="run, or one stage")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/digits.yaml")
-    override_help = "override a key, for example select.keep=0.1"
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help=override_help)
-    for name, content in (("scores", "the scores of all samples"), ("kept", "the kept samples")):
-        parser.add_argument(
-            f"--{name}", metavar="FILE", type=Path, action="append", default=[],
-            help=f"export: where to write {content}; may be given several times",
-        )  # fmt: skip
-    return parser.parse_intermixed_args(arguments)
+app = typer.Typer(
+    name=NAME, rich_markup_mode=None, context_settings={"max_content_width": 110, "help_option_names": ["--help", "-h"]}
+)
+
+
+def examples(*lines: str) -> str:
+    """The text below a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {NAME} {line}" for line in lines)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=f"`{NAME} COMMAND --help` explains a command. An interrupted command resumes when it is given again."
+)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune a data set and distil it into a small synthetic one."""
+
+
+@app.command(epilog=examples(
+    "run configs/digits.yaml",
+    "run configs/digits.yaml distill.ipc=10 select.keep=0.3 run.dir=runs/ten",
+    "run configs/digits.yaml cluster.address=none   # in this process, without Ray",
+))  # fmt: skip
+def run(config: ConfigName, overrides: Overrides = None) -> int:
+    """Run all stages in order.
+
+    A stage whose valid output exists is skipped, and an interrupted one resumes. At the end the command prints the
+    accuracy of the distilled set and the path of the report.
+    """
+    return _work(config, overrides, lambda config, display: _run_stages(config, display, STAGES))
+
+
+def _add_stage(stage: str, summary: str, *lines: str) -> None:
+    @app.command(stage, help=summary, epilog=examples(*lines))
+    def command(config: ConfigName, overrides: Overrides = None) -> int:
+        return _work(config, overrides, lambda config, display: _run_stages(config, display, (stage,)))
+
+
+_add_stage(
+    "ingest",
+    "Decode and resize the data once.\n\nBroken samples are set aside and listed in rejected.parquet.",
+    "ingest configs/digits.yaml",
+    "ingest configs/digits.yaml data.size=32 run.dir=runs/large",
+)
+_add_stage(
+    "score",
+    "Train proxy networks and score every training sample.\n\nReads the output of ingest.",
+    "score configs/digits.yaml",
+    "score configs/digits.yaml score.criterion='[loss,el2n]' run.dir=runs/two run.reuse=runs/digits",
+)
+_add_stage(
+    "select",
+    "Rank the samples of each class and keep the useful ones.\n\nReads the output of score.",
+    "select configs/digits.yaml",
+    "select configs/digits.yaml select.keep=0.1 run.dir=runs/tenth run.reuse=runs/digits",
+)
+_add_stage(
+    "distill",
+    "Distil the kept samples into a synthetic set.\n\nReads the output of ingest and select.",
+    "distill configs/digits.yaml",
+    "distill configs/digits.yaml distill.method=dm run.dir=runs/dm run.reuse=runs/digits",
+)
+_add_stage(
+    "evaluate",
+    "Train networks on the synthetic set and test them.\n\n"
+    "The networks are fresh, and a set of random real samples is tested beside it. Reads the output of distill.",
+    "evaluate configs/digits.yaml",
+    "evaluate configs/digits.yaml evaluate.seeds=3 run.dir=runs/three run.reuse=runs/digits",
+)
+_add_stage(
+    "report",
+    "Write report.html, one page about the run.\n\nReads the output of all stages that have run.",
+    "report configs/digits.yaml",
+    "report configs/digits.yaml run.dir=runs/ten",
+)
+
+
+def _run_stages(config: Config, display: Display, stages: Sequence[str]) -> None:
+    from distill_at_scale import api
+    from distill_at_scale.pipeline.report.show import show_result
+    from distill_at_scale.storage.run_dir import RunDir
+
+    api.make_pipeline(config, display).run(stages)
+    if stages[-1] in ("evaluate", "report"):
+        show_result(RunDir.of(config.run), display.console)
+
+
+@app.command(epilog=examples("validate configs/digits.yaml", "validate configs/imagenette_dm_ipc1.yaml data.path=PATH"))
+def validate(config: ConfigName, overrides: Overrides = None) -> int:
+    """Read every sample first, and list the broken ones.
+
+    Checks names, networks and weights, too. Nothing else is computed. The list is validation.parquet in the run
+    folder. The exit status is 1 if
+    there are samples that cannot be used.
+    """
+
+    def body(config: Config, display: Display) -> int:
+        from distill_at_scale import api
+
+        return 1 if api.make_pipeline(config, display).validate() else 0
+
+    return _work(config, overrides, body)
+
+
+@app.command(epilog=examples("plan configs/digits.yaml", "plan configs/digits.yaml distill.ipc=50 cluster.price=2.0"))
+def plan(config: ConfigName, overrides: Overrides = None) -> int:
+    """Estimate time, memory, disk and cost of each stage.
+
+    It measures a few steps on this machine, and refuses what cannot fit. After a run it compares the estimates with
+    what the run took.
+    """
+
+    def body(config: Config, display: Display) -> None:
+        from distill_at_scale import api
+
+        api.plan_run(config, display)
+
+    return _work(config, overrides, body)
+
+
+@app.command(epilog=examples("sweep configs/sweep_digits.yaml", "sweep configs/sweep_digits.yaml sweep.controls=[]"))
+def sweep(config: ConfigName, overrides: Overrides = None) -> int:
+    """Try many configurations on shared ingest and scores.
+
+    They are the combinations of sweep.space. Random and unpruned controls run beside them. Writes sweep.html and
+    sweep.parquet.
+    """
+
+    def body(config: Config, display: Display) -> None:
+        from distill_at_scale import api
+
+        api.run_sweep(config, display)
+
+    return _work(config, overrides, body)
+
+
+@app.command(
+    epilog=examples("study configs/studies_digits.yaml", "study configs/studies_digits.yaml studies.run='[drop]'")
+)
+def study(config: ConfigName, overrides: Overrides = None) -> int:
+    """Answer questions about pruning on your data.
+
+    The questions of studies.run are answered by many short distillations on shared ingest and scores. Writes
+    studies.html, and a file per study in studies/.
+    """
+
+    def body(config: Config, display: Display) -> None:
+        from distill_at_scale import api
+
+        api.run_studies(config, display)
+
+    return _work(config, overrides, body)
+
+
+@app.command(epilog=examples(
+    "export configs/digits.yaml --scores scores.csv",
+    "export configs/digits.yaml --kept kept.csv --kept kept.json run.dir=runs/ten",
+))  # fmt: skip
+def export(
+    config: ConfigName,
+    overrides: Overrides = None,
+    scores: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Write the scores of all samples.")] = None,
+    kept: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Write the list of kept samples.")] = None,
+) -> int:
+    """Write what a finished run holds to files.
+
+    Files are *.parquet or *.csv by sample id, or *.json by position. Each option may be given several times.
+    """
+
+    def body(config: Config, display: Display) -> None:
+        from distill_at_scale.pipeline.export import export
+
+        export(config, scores or [], kept or [], display)
+
+    return _work(config, overrides, body, ray=False)
+
+
+def commands() -> list[str]:
+    """The names of all sub-commands."""
+    return list(typer.main.get_group(app).commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,30 +232,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if validate found broken samples; 2 for an error that the user can fix; 130 after Ctrl-C.
     """
-    parsed = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return app(arguments, prog_name=NAME, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        named = [word for word in arguments[:1] if word in commands()]
+        command = context.command_path if context else " ".join([NAME, *named])
+        typer.echo(f"error: {error.format_message()}\nTry `{command} --help`.", err=True)
+        return 2
+
+
+def _work(
+    path: str, overrides: Sequence[str] | None, body: Callable[[Config, Display], int | None], ray: bool = True
+) -> int:
+    """Load the configuration, call `body`, and return the exit status; errors that the user can fix become one line.
+
+    With `ray`, work on a running cluster is watched: the loss of its head ends the command with an error.
+    """
     sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
 
     def command() -> int:
         from distill_at_scale.config.load import load
+        from distill_at_scale.core.progress import Display
 
-        config = load(parsed.config, parsed.overrides)
-        if parsed.stage == "export":
-            return export(config, parsed.scores, parsed.kept)
+        config, display = load(path, overrides or ()), Display()
         address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        if address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
-            return _run(config, parsed.stage)
+        if not ray or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
+            return body(config, display) or 0
         from distill_at_scale.cluster import head_watchdog
 
         def connected() -> int:
             with head_watchdog.explained(address):
-                return _run(config, parsed.stage)
+                return body(config, display) or 0
 
-        return head_watchdog.guarded(address, lambda: _report_errors(connected))
+        return head_watchdog.guarded(address, lambda: report_errors(connected))
 
-    return _report_errors(command)
+    return report_errors(command)
 
 
-def _report_errors(body: Callable[[], int]) -> int:
+def report_errors(body: Callable[[], int | None]) -> int:
     """Print an error of `body` that the user can fix as one line, and return the exit status."""
 
     def say(text: str) -> None:
@@ -109,7 +282,7 @@ def _report_errors(body: Callable[[], int]) -> int:
     from distill_at_scale.core.progress import printable
 
     try:
-        return body()
+        return body() or 0
     except UserError as error:
         say(f"error: {printable(str(error))}")
     except KeyboardInterrupt:
@@ -121,182 +294,6 @@ def _report_errors(body: Callable[[], int]) -> int:
         where, advice = printable(str(error.filename or "the run folder")), ADVICE.get(error.errno, OTHER_ADVICE)
         say(f"error: {error.strerror}: {where}. {advice}, and give the same command again; finished work is kept.")
     return 2
-
-
-def _run(config: Config, stage: str) -> int:
-    """Everything but export."""
-    from distill_at_scale.core.progress import Display
-    from distill_at_scale.experiments import auto_keep_rate
-    from distill_at_scale.experiments.sweep import run as sweep
-    from distill_at_scale.pipeline.pipeline import Pipeline, with_keep_rate
-    from distill_at_scale.storage.run_dir import RunDir
-
-    display = Display()
-    if stage == "sweep":
-        make_trackers(config)  # a missing package is reported before anything starts
-        sweep.run(config, display, lambda: make_trial_runner(config, display), make_trackers)
-        return 0
-    if stage == "study":
-        run_studies(config, display)
-        return 0
-    if stage == "plan" and config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
-        config = with_keep_rate(config, rate)
-    executor, rate_of = partial(make_executor, config, display), partial(find_rate, display=display)
-    pipeline = Pipeline(config, executor, display, rate_of, observers=make_trackers)
-    if stage == "validate":
-        return 1 if pipeline.validate() else 0
-    if stage == "plan":
-        show_plan(config, pipeline.forecast(), display)
-        return 0
-    pipeline.run(STAGES if stage == "run" else (stage,))
-    if stage in ("run", "evaluate", "report"):
-        show_result(RunDir.of(config.run), display.console)
-    return 0
-
-
-def export(config: Config, scores: Sequence[Path], kept: Sequence[Path]) -> int:
-    """Write the scores and the list of kept samples of this configuration's run to files.
-
-    Raises:
-        UserError: no file is named, or the run folder lacks the output of this configuration.
-    """
-    from distill_at_scale.core.progress import Display
-    from distill_at_scale.pipeline.stages import score, select
-    from distill_at_scale.pruning import export as exported
-    from distill_at_scale.storage.run_dir import RunDir
-
-    if not scores and not kept:
-        raise UserError("nothing to export; add --scores FILE, --kept FILE or both (*.parquet, *.csv or *.json)")
-    run, display = RunDir.of(config.run), Display()
-    for path in (*scores, *kept):
-        exported.check(path)
-    run.fetch()
-    for stage, paths, inputs in (("score", scores, score.inputs), ("select", kept, select.inputs)):
-        if paths and not (run.record(stage) and run.valid(stage, inputs(config, run))):
-            raise UserError(f"{run.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
-    for path in scores:
-        display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")
-    for path in kept:
-        display.say(f"{path}: {exported.kept(path, run / 'manifest.parquet', config)} kept samples")
-    return 0
-
-
-def make_executor(config: Config, display: Display) -> Executor:
-    """The executor for cluster.address. Raises UserError if Ray is not installed or cannot be reached."""
-    if config.cluster.address == "none":
-        from distill_at_scale.pipeline.executors.local import LocalExecutor
-
-        return LocalExecutor()
-    _need_ray()
-    from distill_at_scale.cluster.executor import RayExecutor
-
-    return RayExecutor(config, display.say)
-
-
-def make_trackers(config: Config) -> Sequence[Observer]:
-    """The trackers of the section `track`. Raises UserError if one is not installed."""
-    if config.track.mlflow is None and config.track.wandb is None:
-        return ()
-    _need_ray("the trackers of the section track use it; install it, or remove that section")
-    from distill_at_scale.cluster.trackers import trackers
-
-    return trackers(config)
-
-
-def make_trial_runner(config: Config, display: Display) -> PointRunner:
-    """The runner for the trials of a sweep: Ray Tune, or this process with cluster.address=none."""
-    if config.cluster.address == "none":
-        from distill_at_scale.experiments.runners import LocalRunner
-
-        return LocalRunner()
-    _need_ray()
-    from distill_at_scale.cluster.tune_runner import TuneRunner
-
-    return TuneRunner(config, display.say)
-
-
-def _need_ray(advice: str = "install it, or set cluster.address=none to run in this process alone") -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise UserError(f"Ray is not installed; {advice}")
-
-
-@contextmanager
-def open_points(config: Config, display: Display) -> Iterator[PointSet]:
-    """The points of studies and of select.keep: auto; they run in warm Ray actors, or here with cluster.address=none.
-
-    Raises UserError if Ray is not installed. Ray starts when a point has to run.
-    """
-    from distill_at_scale.experiments.points import PointSet
-    from distill_at_scale.experiments.runners import LocalRunner
-
-    if config.cluster.address == "none":
-        yield PointSet(config, LocalRunner(), display)
-        return
-    _need_ray()
-    from distill_at_scale.cluster.actor_runner import ActorRunner
-    from distill_at_scale.cluster.executor import absolute
-
-    with closing(ActorRunner(config, display.say)) as runner:
-        yield PointSet(absolute(config), runner, display)
-
-
-def run_studies(config: Config, display: Display) -> None:
-    """Run all studies of studies.run, and print their answers at the end."""
-    from distill_at_scale.experiments.studies import suite
-    from distill_at_scale.pipeline import validate
-    from distill_at_scale.storage.run_dir import RunDir
-
-    validate.check_names(config)
-    run = RunDir.of(config.run, display.say)
-    run.create()
-    with run.lock(), open_points(config, display) as points:
-        findings = suite.run(config, points, display.say)
-    for finding in findings:
-        display.say(f"\n{finding.title}: {finding.answer}" + (f"\n  {finding.paper}" if finding.paper else ""))
-    for label, name in (("page", "studies.html"), ("figures", "studies/studies.parquet")):
-        if (run / name).exists():
-            display.say(f"{label}: {run.place(name) if run.remote else (run / name).resolve()}")
-
-
-def find_rate(pipeline: Pipeline, display: Display) -> float:
-    """The keep rate for select.keep: auto."""
-    from distill_at_scale.experiments import auto_keep_rate
-
-    def points(config: Config) -> AbstractContextManager[PointSet]:
-        _ = pipeline.executor  # starts Ray once, for the search and for the stages after it
-        return open_points(config, display)
-
-    return auto_keep_rate.rate(pipeline.config, points, display.say)
-
-
-def show_plan(config: Config, plan: RunPlan, display: Display) -> None:
-    """Print the plan's table and remarks. Raises UserError for what cannot fit."""
-    from distill_at_scale.pipeline.planning.plan import remarks, table
-
-    display.console.print(table(config, plan))
-    for line in remarks(plan):
-        display.say(line)
-    plan.refuse()
-
-
-def show_result(run: RunDir, console: Console) -> None:
-    """Print the accuracy per set and network, and the path of the report."""
-    from rich.table import Table
-
-    path = run / "evaluation.json"
-    if not path.exists():
-        return
-    table = Table(title="top-1 accuracy on the test split, %")
-    for column in ("set", "network", "mean ± std", "n"):
-        table.add_column(column, justify="left" if column in ("set", "network") else "right")
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["summary"]
-    for row in rows:
-        std = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
-        table.add_row(row["set"], row["network"], f"{100 * row['mean']:.1f}{std}", str(row["n"]))
-    console.print(table)
-    if (run / "report.html").exists():
-        place = run.place("report.html") if run.remote else (run / "report.html").resolve()
-        console.print(f"report: {place}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import ROOT, TINY
+from rich.console import Console
 
+import distill_at_scale
 from distill_at_scale import cli
+from distill_at_scale.config.load import load
 from distill_at_scale.pipeline.pipeline import Pipeline
-from distill_at_scale.storage.run_dir import STAGES
+from distill_at_scale.pipeline.report.show import show_result
+from distill_at_scale.storage.run_dir import STAGES, RunDir
+
+OVERRIDE = re.compile(r"\w+(\.\w+)+=")
 
 
 @pytest.fixture
@@ -77,47 +85,113 @@ def test_a_message_is_not_mistaken_for_markup(tiny_file, capsys):
     assert "'[red]x' is not a class" in output(capsys)[1]
 
 
-@pytest.mark.parametrize("arguments", [["fly", "x.yaml"], [], ["run"]])
-def test_wrong_usage_exits_with_two_and_shows_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main(arguments)
-    assert error.value.code == 2
-    assert "usage: distill-at-scale" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message", "help_of"),
+    [
+        (["fly", "x.yaml"], "No such command 'fly'", ""),
+        (["rum", "x.yaml"], "No such command 'rum'. Did you mean 'run'?", ""),
+        (["inges", "x.yaml"], "No such command 'inges'. Did you mean 'ingest'?", ""),
+        ([], "Missing command", ""),
+        (["run"], "Missing argument 'CONFIG'", "run "),
+        (["run", "x.yaml", "--kept", "kept.csv"], "No such option: --kept", "run "),
+        (
+            ["export", "x.yaml", "--score", "scores.csv"],
+            "No such option: --score (Possible options: --scores)",
+            "export ",
+        ),
+        (["export", "x.yaml", "--scores"], "Option '--scores' requires an argument", "export "),
+    ],
+)
+def test_wrong_usage_is_one_line_and_a_hint_and_exits_with_two(arguments, message, help_of, capsys):
+    assert cli.main(arguments) == 2
+    out, err = output(capsys)
+    lines = err.splitlines()
+    assert out == ""
+    assert lines[0].startswith(f"error: {message}")
+    assert lines[1:] == [f"Try `distill-at-scale {help_of}--help`."]
 
 
-def test_the_help_names_every_stage(capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main(["--help"])
-    assert error.value.code == 0
-    out = capsys.readouterr().out
+def test_the_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = output(capsys)[0]
     assert cli.STAGES == STAGES
-    assert all(stage in out for stage in ("run", "validate", "plan", "sweep", "study", "export", *STAGES))
+    assert {"run", "validate", "plan", "sweep", "study", "export", *STAGES} <= set(cli.commands())
+    for name in cli.commands():
+        assert re.search(rf"^  {name} +\w.*\w\.$", out, re.MULTILINE), f"{name} has no summary of one line"
 
 
-HELP = """
+def examples_of(name: str, out: str) -> list[list[str]]:
+    """The words of each example behind `distill-at-scale NAME`, without comments."""
+    lines = out.partition("Examples:\n")[2].splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith(f"    distill-at-scale {name} ")]
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands()))
+def test_each_command_has_its_own_help_with_examples_that_are_accepted(name, capsys):
+    """Usage, one or two sentences, every argument explained; the configurations and keys of the examples are right."""
+    assert cli.main([name, "--help"]) == 0
+    out = output(capsys)[0]
+    assert f"Usage: distill-at-scale {name} [OPTIONS]" in out
+    examples = examples_of(name, out)
+    assert len(examples) >= 2, out
+    for words in examples:
+        overrides = [word for word in words if OVERRIDE.match(word)]
+        for config in (word for word in words if word.startswith("configs/")):
+            load(ROOT / config, overrides)
+
+
+def test_overrides_are_optional_and_may_stand_between_options(capsys):
+    assert cli.main(["export", "--help"]) == 0
+    assert "{CONFIG} [section.key=value]..." in output(capsys)[0]
+    mixed = ["export", "no.yaml", "run.dir=a", "--kept", "kept.csv", "select.keep=0.1"]
+    assert cli.main(mixed) == 2
+    assert "no.yaml" in output(capsys)[1], "read as the configuration"
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert output(capsys)[0] == f"distill-at-scale {distill_at_scale.__version__}\n"
+
+
+HEAVY = {"torch", "torchvision", "ray", "scipy", "matplotlib", "sklearn"}
+COMMAND = """
 import runpy, sys
-sys.argv = ["distill-at-scale", {argument!r}]
+sys.argv = ["distill-at-scale", *{arguments!r}]
 try:
     runpy.run_module("distill_at_scale", run_name="__main__")
 except SystemExit as exit:
     assert exit.code == {status}, exit.code
-heavy = {{"torch", "torchvision", "ray", "numpy", "pyarrow", "pydantic", "matplotlib"}} & set(sys.modules)
+heavy = {heavy!r} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("fly", 2)])
-def test_the_help_and_usage_errors_import_nothing_heavy(argument, status):
-    code = HELP.format(argument=argument, status=status)
+def in_process(arguments: list[str], status: int, heavy: set[str]) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which must end with `status` and import nothing `heavy`."""
+    code = COMMAND.format(arguments=arguments, status=status, heavy=heavy)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: distill-at-scale" in done.stdout + done.stderr
+    return done
 
 
-def test_the_package_runs_as_a_module():
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--help"], 0), (["run", "-h"], 0), (["fly"], 2), (["--version"], 0)]
+)
+def test_the_help_and_usage_errors_import_nothing_heavy(arguments, status):
+    done = in_process(arguments, status, HEAVY | {"numpy", "pyarrow", "rich"})
+    assert "distill-at-scale" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("override", ["select.kep=1", "select.keep=2", "nonsense", "data=3"])
+def test_errors_of_the_configuration_import_neither_torch_nor_ray(override):
+    done = in_process(["run", str(ROOT / "configs" / "digits.yaml"), override], 2, HEAVY)
+    assert done.stderr.startswith("error: ")
+
+
+def test_the_package_runs_as_a_module_under_the_same_name():
     done = subprocess.run([sys.executable, "-m", "distill_at_scale", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: distill-at-scale" in done.stdout
+    assert "Usage: distill-at-scale" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -147,11 +221,7 @@ def test_a_bug_is_not_hidden(tiny_file, monkeypatch):
 
 
 def test_the_table_at_the_end_has_every_set(digits_run, capsys):
-    from rich.console import Console
-
-    from distill_at_scale.storage.run_dir import RunDir
-
-    cli.show_result(RunDir(digits_run.dir), Console(width=120))
+    show_result(RunDir(digits_run.dir), Console(width=120))
     out = capsys.readouterr().out
     summary = json.loads((digits_run.dir / "evaluation.json").read_text())["summary"]
     for row in summary:

@@ -25,6 +25,7 @@ ROOMS = [  # from the ground up: a module imports from its own room and from the
     "pipeline",
     "experiments",
     "cluster",
+    "api",
     "cli",
     "__main__",
     "jobs",
@@ -70,7 +71,7 @@ def own_imports(module: str) -> set[str]:
 
 def test_the_package_root_holds_only_the_expected_folders():
     names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert names == {"__init__.py", "__main__.py", "cli.py", "py.typed", *ROOMS[:10]}
+    assert names == {"__init__.py", "__main__.py", "api.py", "cli.py", "py.typed", *ROOMS[:10]}
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m != "distill_at_scale"))
@@ -93,7 +94,7 @@ def test_only_the_cluster_folder_imports_ray():
 
 
 def test_core_modules_do_not_import_the_cluster():
-    above = ("distill_at_scale.cluster", "distill_at_scale.cli", "distill_at_scale.pipeline.pipeline", "jobs")
+    above = ("jobs", *(f"distill_at_scale.{name}" for name in ("cluster", "api", "cli", "pipeline.pipeline")))
     for module in MODULES:
         if not module.startswith(above):
             assert not any(name.startswith("distill_at_scale.cluster") for name in own_imports(module)), module

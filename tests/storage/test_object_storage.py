@@ -12,10 +12,11 @@ import pytest
 from conftest import Run, tiny_config
 from storage_cases import artefact_digests, stored_objects
 
-from distill_at_scale.cli import export
 from distill_at_scale.core.errors import Unreachable, UserError
+from distill_at_scale.core.progress import Display
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.export import export
 from distill_at_scale.pipeline.stages import report
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.storage import lock as lease
@@ -147,7 +148,7 @@ def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
     assert finished is not None
     assert {"plan.json", "validation.parquet"} <= set(stored_objects(s3, bucket))
     out = tmp_path / "kept.csv"
-    export(remote_run("d").config, [], [out])
+    export(remote_run("d").config, [], [out], Display.silent())
     assert len(out.read_text().splitlines()) > 3
 
 

@@ -1,0 +1,145 @@
+"""The Python API, and the one place that puts the parts of a run together: executors, trackers, runners of points.
+
+Functions import what they need, so that this module loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from distill_at_scale.core.errors import UserError
+
+if TYPE_CHECKING:
+    from distill_at_scale.config.load import Config
+    from distill_at_scale.core.progress import Display
+    from distill_at_scale.experiments.points import PointSet
+    from distill_at_scale.experiments.runners import PointRunner
+    from distill_at_scale.pipeline.executors.base import Executor
+    from distill_at_scale.pipeline.monitoring.observers import Observer
+    from distill_at_scale.pipeline.pipeline import Pipeline
+
+
+def make_pipeline(config: Config, display: Display) -> Pipeline:
+    """The stages of a configuration, with the executor for cluster.address and the trackers of the section `track`.
+
+    Raises UserError if the package of a tracker is not installed. The executor starts when a stage first needs it.
+    """
+    from distill_at_scale.pipeline.pipeline import Pipeline
+
+    executor, rate_of = partial(make_executor, config, display), partial(find_rate, display=display)
+    return Pipeline(config, executor, display, rate_of, observers=make_trackers)
+
+
+def make_executor(config: Config, display: Display) -> Executor:
+    """The executor for cluster.address. Raises UserError if Ray is not installed or cannot be reached."""
+    if config.cluster.address == "none":
+        from distill_at_scale.pipeline.executors.local import LocalExecutor
+
+        return LocalExecutor()
+    _need_ray()
+    from distill_at_scale.cluster.executor import RayExecutor
+
+    return RayExecutor(config, display.say)
+
+
+def make_trackers(config: Config) -> Sequence[Observer]:
+    """The trackers of the section `track`. Raises UserError if one is not installed."""
+    if config.track.mlflow is None and config.track.wandb is None:
+        return ()
+    _need_ray("the trackers of the section track use it; install it, or remove that section")
+    from distill_at_scale.cluster.trackers import trackers
+
+    return trackers(config)
+
+
+def make_trial_runner(config: Config, display: Display) -> PointRunner:
+    """The runner for the trials of a sweep: Ray Tune, or this process with cluster.address=none."""
+    if config.cluster.address == "none":
+        from distill_at_scale.experiments.runners import LocalRunner
+
+        return LocalRunner()
+    _need_ray()
+    from distill_at_scale.cluster.tune_runner import TuneRunner
+
+    return TuneRunner(config, display.say)
+
+
+def _need_ray(advice: str = "install it, or set cluster.address=none to run in this process alone") -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"Ray is not installed; {advice}")
+
+
+@contextmanager
+def open_points(config: Config, display: Display) -> Iterator[PointSet]:
+    """The points of studies and of select.keep: auto; they run in warm Ray actors, or here with cluster.address=none.
+
+    Raises UserError if Ray is not installed. Ray starts when a point has to run.
+    """
+    from distill_at_scale.experiments.points import PointSet
+    from distill_at_scale.experiments.runners import LocalRunner
+
+    if config.cluster.address == "none":
+        yield PointSet(config, LocalRunner(), display)
+        return
+    _need_ray()
+    from distill_at_scale.cluster.actor_runner import ActorRunner
+    from distill_at_scale.cluster.executor import absolute
+
+    with closing(ActorRunner(config, display.say)) as runner:
+        yield PointSet(absolute(config), runner, display)
+
+
+def find_rate(pipeline: Pipeline, display: Display) -> float:
+    """The keep rate for select.keep: auto."""
+    from distill_at_scale.experiments import auto_keep_rate
+
+    def points(config: Config) -> AbstractContextManager[PointSet]:
+        _ = pipeline.executor  # starts Ray once, for the search and for the stages after it
+        return open_points(config, display)
+
+    return auto_keep_rate.rate(pipeline.config, points, display.say)
+
+
+def run_sweep(config: Config, display: Display) -> None:
+    """Run the trials of a sweep, and write its table and its page."""
+    from distill_at_scale.experiments.sweep import run as sweep
+
+    make_trackers(config)  # a missing package is reported before anything starts
+    sweep.run(config, display, partial(make_trial_runner, config, display), make_trackers)
+
+
+def run_studies(config: Config, display: Display) -> None:
+    """Run all studies of studies.run, and print their answers at the end."""
+    from distill_at_scale.experiments.studies import suite
+    from distill_at_scale.pipeline import validate
+    from distill_at_scale.storage.run_dir import RunDir
+
+    validate.check_names(config)
+    run = RunDir.of(config.run, display.say)
+    run.create()
+    with run.lock(), open_points(config, display) as points:
+        findings = suite.run(config, points, display.say)
+    for finding in findings:
+        display.say(f"\n{finding.title}: {finding.answer}" + (f"\n  {finding.paper}" if finding.paper else ""))
+    for label, name in (("page", "studies.html"), ("figures", "studies/studies.parquet")):
+        if (run / name).exists():
+            display.say(f"{label}: {run.place(name) if run.remote else (run / name).resolve()}")
+
+
+def plan_run(config: Config, display: Display) -> None:
+    """Print what each stage will take on this machine. Raises UserError for what cannot fit."""
+    from distill_at_scale.experiments import auto_keep_rate
+    from distill_at_scale.pipeline.pipeline import with_keep_rate
+    from distill_at_scale.pipeline.planning.plan import remarks, table
+
+    if config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
+        config = with_keep_rate(config, rate)
+    plan = make_pipeline(config, display).forecast()
+    display.console.print(table(config, plan))
+    for line in remarks(plan):
+        display.say(line)
+    plan.refuse()

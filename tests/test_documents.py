@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from distill_at_scale import cli
-from distill_at_scale.config.load import Config, _known_keys, load
+from distill_at_scale.config.keys import sections
+from distill_at_scale.config.load import Config, load
 
 ROOMS = sorted(path.parent.name for path in (ROOT / "distill_at_scale").glob("*/README.md"))
 PAGES = [ROOT / "README.md", *(ROOT / "distill_at_scale" / room / "README.md" for room in ROOMS)]
@@ -100,7 +101,7 @@ def test_overrides_are_accepted(page):
 @texts
 def test_keys_exist(page):
     """Keys named without a value, such as `data.holdout`, and in the form of YAML, such as `data.holdout: 0.2`."""
-    keys = set(_known_keys(Config))
+    keys = {name for section in sections(Config) for name in (section.name, *(key.name for key in section.keys))}
     for key, value in re.findall(rf"`((?:{SECTIONS})(?:\.[a-z_0-9]+)+)(?:: ([^`]+))?`", text_of(page)):
         if Path(key).suffix in (".py", ".json", ".parquet", ".html"):  # a file
             continue

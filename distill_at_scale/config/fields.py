@@ -9,9 +9,9 @@ A key changes results unless its field says otherwise:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 ChangesResults = Literal["always", "never", "by content", "unless default"]
@@ -19,6 +19,15 @@ ChangesResults = Literal["always", "never", "by content", "unless default"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_value_as_list(cls, values: Any) -> Any:
+        """A key that takes a list takes a single value, too."""
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+        return {k: [v] if k in lists and isinstance(v, str | int | float) else v for k, v in values.items()}
 
 
 def execution_key(default: Any, **field: Any) -> Any:

@@ -7,24 +7,21 @@ says what is allowed. Names of interchangeable parts (source, criterion, method,
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
-from distill_at_scale.config import sections
+from distill_at_scale.config import explain, sections, typed_yaml
 from distill_at_scale.config.experiments import StudiesSection, SweepSection
 from distill_at_scale.config.fields import Section, execution_key
+from distill_at_scale.config.keys import annotation_of
 from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
-MAX_VALUES = 20_000  # of a configuration file, with its aliases expanded
-UNION_MEMBER = re.compile(r"\[|^constrained-|^str$")  # in a pydantic location: the member of a union that was tried
 
 
 class Config(Section):
@@ -80,44 +77,6 @@ class Config(Section):
         return max(1, self.distill.ipc) if self.select.min_per_class is None else self.select.min_per_class
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number and refuses repeated keys and aliases that expand to too many values."""
-
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
-        if node is not None:
-            _count_values(node, {})
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _count_values(node: Any, counts: dict[int, int]) -> int:
-    """The number of values below a node with all aliases expanded.
-
-    Raises YAMLError for more than MAX_VALUES, and for an alias inside the node that it names.
-    """
-    if id(node) not in counts:
-        counts[id(node)] = MAX_VALUES + 1  # while counting: an alias inside itself never ends
-        children = [] if isinstance(node, yaml.ScalarNode) else node.value
-        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
-        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in flat)
-    if counts[id(node)] > MAX_VALUES:
-        raise yaml.YAMLError(f"it holds more than {MAX_VALUES:,} values with its aliases expanded")
-    return counts[id(node)]
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
-    list("-+0123456789."),
-)
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate.
 
@@ -129,9 +88,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, sep, value = text.partition("=")
         key = key.strip()
         if not sep or "." not in key:
-            raise UserError(f"cannot read the override {text!r}; write section.key=value, for example select.keep=0.1")
+            meant = " or ".join(f"{name}={value}" for name in explain.keys_named(Config, key)) if sep else ""
+            advice = f"did you mean {meant}?" if meant else "write section.key=value, for example select.keep=0.1"
+            raise UserError(f"cannot read the override {text!r}; {advice}")
+        annotation = annotation_of(Config, key)
         try:
-            parsed = yaml.load(value, Loader=_Loader)
+            parsed = typed_yaml.read_override(value, Config, annotation)
         except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"cannot read the value in the override {text!r}") from None
         _set(values, key.split("."), parsed, text)
@@ -144,8 +106,7 @@ def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, origin or {}, file) for problem in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError("\n".join(explain.problems(Config, error.errors(), values, origin or {}, file))) from None
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "the overrides") -> Config:
@@ -157,13 +118,6 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
     for key, value in overrides.items():
         _set(values, key.split("."), value, f"{key}={value}")
     return validate(values, dict.fromkeys(overrides, origin), origin)
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """'did you mean ...?' with the closest known name, or the list of known names."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -179,7 +133,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path} has more than {MAX_CHARACTERS:,} characters and is not a configuration; check the path"
         )
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = typed_yaml.read(text, Config, Config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
@@ -193,27 +147,3 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None
         if not isinstance(values, dict):
             raise UserError(f"the override {text!r} goes below {key}, which is not a section")
     values[keys[-1]] = value
-
-
-def _explain(problem: Any, origin: dict[str, str], file: str) -> str:
-    """One line for a problem that pydantic reports."""
-    key = ".".join(str(part) for part in problem["loc"] if not UNION_MEMBER.search(str(part)))
-    related = (name for name in origin if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."))
-    where = origin.get(next(related, ""), file) if key else file
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key} (in {where}); {suggest(key, _known_keys(Config))}"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-    if not key:
-        return f"{where}: {message}"
-    if key in ("score.criterion", "score.weights", "data.classes") and "valid" in message:
-        message = "it should be a name or a list of names"
-    return f"{key} = {problem['input']!r} (in {where}) is not allowed: {message}"
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys

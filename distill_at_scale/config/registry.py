@@ -10,8 +10,21 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from distill_at_scale.config.load import suggest
+from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
+
+# words that people use for an entry of a table that has another name
+ALIASES = {
+    "folder": "imagefolder", "image_folder": "imagefolder", "images": "imagefolder", "directory": "imagefolder",
+    "huggingface": "parquet", "hf": "parquet", "datasets": "parquet", "arrow": "parquet",
+    "wds": "webdataset", "tar": "webdataset", "shards": "webdataset",
+    "video": "videofolder", "videos": "videofolder", "clips": "videofolder", "mp4": "videofolder",
+    "npy": "tensors", "numpy": "tensors", "arrays": "tensors", "imagenet1k": "imagenet", "ilsvrc": "imagenet",
+    "ssv2": "something_v2", "k400": "kinetics", "kinetics400": "kinetics", "mnist": "torchvision",
+    "cifar": "torchvision", "cifar10": "torchvision", "cifar100": "torchvision",
+    "gradient_matching": "dc", "distribution_matching": "dm", "trajectory_matching": "mtt",
+    "cross_entropy": "loss", "gradnorm": "grand", "confidence": "margin", "cnn": "convnet", "resnet": "resnet18",
+}  # fmt: skip
 
 
 def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...] = ()) -> Any:
@@ -27,7 +40,9 @@ def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...
     if name in table:
         return table[name]
     if ":" not in name:
-        raise UserError(f"{key} = {name!r} is unknown; {suggest(name, table)} (or package.module:Object)")
+        alias = ALIASES.get(name.lower().replace("-", "_"))
+        advice = f"did you mean {alias}?" if alias in table else suggest(name, table)
+        raise UserError(f"{key} = {name!r} is unknown; {advice} (or package.module:Object)")
     module_name, _, attribute = name.partition(":")
     try:
         resolved = getattr(importlib.import_module(module_name), attribute)

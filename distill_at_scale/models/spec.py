@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_at_scale.config.load import suggest
+from distill_at_scale.config.explain import suggest
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError

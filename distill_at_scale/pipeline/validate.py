@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from distill_at_scale.config.explain import suggest
 from distill_at_scale.config.fields import Section
-from distill_at_scale.config.load import Config, suggest
+from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.clip import decoders_for

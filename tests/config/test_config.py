@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import typing
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from distill_at_scale.config import keys, typed_yaml
 from distill_at_scale.config import load as config
 from distill_at_scale.config.fields import flatten
-from distill_at_scale.config.registry import resolve
+from distill_at_scale.config.registry import ALIASES, resolve
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.models.spec import NETWORKS
 from distill_at_scale.pipeline.validate import check_names
+from distill_at_scale.pruning.criteria import CRITERIA
 
 
 @pytest.fixture
@@ -53,15 +58,52 @@ def test_a_whole_number_is_accepted_for_a_float(load):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("select.kep=1", "unknown key select.kep (in the command line); did you mean select.keep?"),
-        ("distill.dc.outr=1", "unknown key distill.dc.outr (in the command line); did you mean distill.dc.outer?"),
-        ("distil.ipc=1", "unknown key distil (in the command line); did you mean distill?"),
+        (
+            "select.kep=1",
+            "unknown key select.kep (in the command line); did you mean select.keep? Keys of select: crit",
+        ),
+        ("distill.dc.outr=1", "unknown key distill.dc.outr (in the command line); did you mean distill.dc.outer? Keys"),
+        ("distill.keep=1", "unknown key distill.keep (in the command line); did you mean select.keep? Keys of distill"),
+        ("select.seeds=1", "did you mean select.seed or evaluate.seeds or sweep.seeds? Keys of select"),
+        (
+            "distill.dcc.outer=1",
+            "unknown key distill.dcc (in the command line); did you mean distill.dc? Keys of distill",
+        ),
+        (
+            "distil.ipc=1",
+            "unknown section distil (in the command line); did you mean distill? Sections: run, data, score",
+        ),
+        ("zzz.ipc=1", "unknown section zzz (in the command line); sections: run, data, score"),
+        ("track.mlflow.experimentt=1", "did you mean track.mlflow.experiment? Keys of track.mlflow: tracking_uri, exp"),
     ],
 )
-def test_an_unknown_key_names_itself_its_origin_and_the_nearest(load, override, message):
+def test_an_unknown_key_names_itself_its_origin_the_nearest_and_the_keys_of_its_section(load, override, message):
     with pytest.raises(UserError) as error:
         load("", override)
-    assert str(error.value) == message
+    assert message in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("keep=0.1", "select.keep=0.1?"),
+        ("ipc=10", "distill.ipc=10?"),
+        ("seed=1", "run.seed=1 or select.seed=1 or distill.seed=1?"),
+        ("kepp=0.1", "write section.key=value"),
+    ],
+)
+def test_an_override_without_a_section_names_the_sections_that_have_the_key(load, override, meant):
+    with pytest.raises(UserError) as error:
+        load("", override)
+    assert meant in str(error.value)
+    with pytest.raises(UserError, match="unknown section"):
+        load(override.replace("=", ": "))
+
+
+def test_a_key_outside_a_section_of_a_file_names_its_section(load):
+    with pytest.raises(UserError, match=r"unknown section keep \(in .*run\.yaml\); did you mean select\.keep\?"):
+        load("keep: 0.1")
 
 
 def test_an_unknown_key_of_the_file_names_the_file(load):
@@ -72,30 +114,152 @@ def test_an_unknown_key_of_the_file_names_the_file(load):
 @pytest.mark.parametrize(
     ("override", "key", "value", "allowed"),
     [
-        ("select.keep=0", "select.keep", "0", "greater than 0"),
-        ("select.keep=1.5", "select.keep", "1.5", "less than or equal to 1"),
-        ("select.scope=klass", "select.scope", "klass", "'class', 'global' or 'adaptive'"),
-        ("distill.ipc=ten", "distill.ipc", "ten", "integer"),
-        ("distill.ipc=1.5", "distill.ipc", "1.5", "integer"),
+        ("select.keep=0", "select.keep", "0", "a number between 0 (excluded) and 1, or auto"),
+        ("select.keep=1.5", "select.keep", "1.5", "a number between 0 (excluded) and 1, or auto"),
+        ("select.keep=no", "select.keep", "false", "a number between 0 (excluded) and 1, or auto"),
+        ("select.scope=klass", "select.scope", "klass", "class, global or adaptive; did you mean class?"),
+        ("distill.ipc=ten", "distill.ipc", "ten", "an integer of at least 1"),
+        ("distill.ipc=1.5", "distill.ipc", "1.5", "an integer of at least 1"),
         ("data.channels=4", "data.channels", "4", "1 or 3"),
-        ("runtime.drop=1.0", "runtime.drop", "1.0", "less than 1"),
-        ("run.seed='0'", "run.seed", "'0'", "integer"),
-        ("evaluate.networks=[]", "evaluate.networks", "[]", "at least 1"),
-        ("score.lr=.nan", "score.lr", "nan", "finite number"),
+        ("data.size=2000", "data.size", "2000", "an integer between 4 and 1,024"),
+        ("runtime.drop=1.0", "runtime.drop", "1.0", "a number between 0 and 1 (excluded)"),
+        ("run.seed='0'", "run.seed", "'0'", "an integer of at least 0"),
+        ("run.dir=", "run.dir", "null", "text"),
+        ("evaluate.networks=[]", "evaluate.networks", "[]", "a list of text with at least 1"),
+        ("evaluate.bounds=[kept, ful]", "evaluate.bounds", "ful", "a list of kept or full"),
+        ("studies.interaction.drops=0.5", "studies.interaction.drops", "0.5", "a list of numbers with at least 3"),
+        ("score.imported_useful.x=lo", "score.imported_useful", "lo", "a mapping of text to low or high"),
+        (
+            "select.criterion={loss: high}",
+            "select.criterion",
+            "high",
+            "text, or a mapping of text to a number, or null",
+        ),
+        ("score.lr=.nan", "score.lr", "nan", "a finite number above 0"),
+        ("score.lr=1e39", "score.lr", "1e+39", "a number above 0 and at most 3e+38"),
+        ("distill.dc=3", "distill.dc", "3", "a section with keys, such as image_lr"),
+        ("track.mlflow=3", "track.mlflow", "3", "a section with keys, such as tracking_uri"),
         ("score.criterion=[loss, loss]", "score.criterion", "loss", "each once"),
     ],
 )
 def test_a_wrong_value_names_key_value_origin_and_what_is_allowed(load, override, key, value, allowed):
     with pytest.raises(UserError) as error:
         load("", override)
-    for part in (key, value, allowed, "command line"):
+    for part in (f"{key} = ", value, allowed, "command line"):
         assert part in str(error.value)
+    assert "\n" not in str(error.value)  # one line, also for a key that takes several types
 
 
-def test_a_value_of_the_wrong_type_is_named_by_its_own_key(load):
+def test_a_problem_between_two_keys_is_said_without_the_whole_section(load):
     with pytest.raises(UserError) as error:
-        load("", "score.criterion=5")
-    assert "score.criterion = 5 (in the command line)" in str(error.value)
+        load("", "distill.mtt.max_start=99")
+    assert str(error.value).startswith("distill.mtt (in the command line): max_start + target_epochs is 102")
+
+
+ALL_KEYS = [key for section in keys.sections(config.Config) for key in section.keys]
+TEXT_KEYS = [key for key in ALL_KEYS if keys.is_text(key.annotation) and not keys.choices(key.annotation)]
+LOOK_ALIKES = ["exp #7", "12:30", "2024-01-01", "no", "yes", "off", "1e3", "0x10", "5", "a: b", "~", "*x", "&x", "!x y",
+               "%x", "@x", "- a", "a\\b", " a ", "s3://b/x-{0000..0003}.tar?region=us-east-1", "none", "it's"]  # fmt: skip
+
+
+def value_at(loaded, name):
+    for part in name.split("."):
+        loaded = getattr(loaded, part)
+    return loaded
+
+
+def test_the_text_keys_are_those_that_hold_free_text():
+    """A mapping or a list may stand in their place; a number or a date may not."""
+    names = {key.name for key in TEXT_KEYS}
+    assert {"run.dir", "data.path", "data.classes", "score.criterion", "evaluate.networks", "cluster.address",
+            "distill.dsa.augment", "track.mlflow.experiment", "select.criterion"} <= names  # fmt: skip
+    assert not {"select.keep", "distill.ipc", "data.frames", "distill.workers", "score.imported"} & names
+    assert len(names) > 30
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS, ids=lambda key: key.name)
+def test_a_text_key_takes_the_text_of_an_override_as_it_is(key):
+    for text in LOOK_ALIKES:
+        assert typed_yaml.read_override(text, config.Config, key.annotation) == text
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS, ids=lambda key: key.name)
+def test_a_text_key_takes_the_characters_of_a_plain_value_in_a_file(key):
+    section, _, name = key.name.rpartition(".")
+    annotation = keys.annotation_of(config.Config, section)
+    for text in ["12:30", "2024-01-01", "no", "yes", "off", "1e3", "0x10", "5", "1_000"]:
+        assert typed_yaml.read(f"{name}: {text}", config.Config, annotation) == {name: text}
+        if keys.entry_of_list(key.annotation):
+            assert typed_yaml.read(f"{name}: [{text}, a]", config.Config, annotation) == {name: [text, "a"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.path=null", None),
+        ("data.path=", None),
+        ("data.path='null'", "null"),
+        ("data.path='a b'", "a b"),
+        ('data.path="a #b"', "a #b"),
+        ("data.path='a' and 'b'", "'a' and 'b'"),
+        ("run.dir=null", "null"),
+        ("cluster.address=null", None),
+        ("cluster.address=none", "none"),
+        ("data.classes=[no, 8, 2024-01-01]", ["no", "8", "2024-01-01"]),
+        ("data.classes='[8]'", "[8]"),
+        ("data.classes={a}", "{a}"),
+        ("data.path=[a]", "[a]"),
+        ("score.imported={x: 12:30, 1: no}", {"x": "12:30", "1": "no"}),
+        ("score.imported.x=a #b", {"x": "a #b"}),
+        ("select.criterion={loss: 0.5}", {"loss": 0.5}),
+        ("sweep.space={data.path: [2024-01-01, no], select.keep: [0.1]}",
+         {"data.path": ["2024-01-01", "no"], "select.keep": [0.1]}),
+        ("studies.across.sets={a: {data.path: 12:30, data.frames: 8}}", {"a": {"data.path": "12:30", "data.frames": 8}}),
+        ("distill.options={at: 12:30, on: 2024-01-01, n: 010, x: 1e3, y: 0x10, z: 1_000, w: -.inf, 1: yes}",
+         {"at": "12:30", "on": "2024-01-01", "n": "010", "x": 1000.0, "y": 16, "z": 1000, "w": -math.inf, "1": True}),
+        ("cluster.grows=yes", True),
+    ],
+)  # fmt: skip
+def test_the_type_of_a_key_decides_how_an_override_is_read(override, value):
+    name, _, text = override.partition("=")
+    annotation = keys.annotation_of(config.Config, name)
+    read = typed_yaml.read_override(text, config.Config, annotation)
+    assert read == (value[name.rpartition(".")[2]] if name == "score.imported.x" else value)
+
+
+def test_one_anchor_may_serve_a_text_and_a_number(load):
+    loaded = load("data: {path: &x 12, chunk: *x}")
+    assert (loaded.data.path, loaded.data.chunk) == ("12", 12)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("evaluate.networks=resnet18", ["resnet18"]),
+        ("evaluate.networks=12:30", ["12:30"]),
+        ("evaluate.bounds=kept", ["kept"]),
+        ("sweep.controls=random", ["random"]),
+        ("studies.run=drop", ["drop"]),
+        ("studies.stability.networks=mlp", ["mlp"]),
+        ("studies.stability.steps=5", [5]),
+        ("studies.across.keep=0.2", [0.2]),
+    ],
+)
+def test_every_list_takes_a_single_value(load, override, value):
+    name, _, text = override.partition("=")
+    section, _, key = name.rpartition(".")
+    assert value_at(load("", override), name) == value
+    nested = text
+    for part in reversed(name.split(".")):
+        nested = f"{{{part}: {nested}}}"
+    assert value_at(load(nested), name) == value
+    assert key in keys.section_of(keys.annotation_of(config.Config, section)).model_fields
+
+
+def test_all_lists_are_covered_by_the_test_above():
+    lists = {key.name for key in ALL_KEYS if typing.get_origin(key.field.annotation) is list}
+    assert lists == {"evaluate.networks", "evaluate.bounds", "sweep.controls", "studies.run", "studies.stability.networks",
+                     "studies.stability.steps", "studies.across.keep", "studies.interaction.drops"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["score.lr", "evaluate.lr", "distill.dc.image_lr"])
@@ -222,3 +386,30 @@ def test_a_plug_in_that_breaks_the_contract_says_what_it_lacks():
 def test_every_name_is_checked_before_anything_is_computed(make_config, tmp_path, names):
     with pytest.raises(UserError):
         check_names(make_config(tmp_path, **names))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "table", "meant"),
+    [
+        ("data.source", "folder", SOURCES, "did you mean imagefolder?"),
+        ("data.source", "Image-Folder", SOURCES, "did you mean imagefolder?"),
+        ("data.source", "hf", SOURCES, "did you mean parquet?"),
+        ("data.source", "kinetic", SOURCES, "did you mean kinetics or kinetics_tar?"),
+        ("data.source", "something", SOURCES, "did you mean something_v2?"),
+        ("distill.method", "sre2", METHODS, "did you mean sre2l?"),
+        ("distill.method", "trajectory_matching", METHODS, "did you mean mtt?"),
+        ("score.criterion", "early", CRITERIA, "did you mean loss_early?"),
+        ("score.network", "resnet", NETWORKS, "did you mean resnet18?"),
+        ("data.source", "zzzz", SOURCES, "known: digits, hmdb51, imagefolder"),
+    ],
+)
+def test_a_word_for_a_part_of_the_package_leads_to_its_name(key, name, table, meant):
+    with pytest.raises(UserError) as error:
+        resolve(key, name, table)
+    assert meant in str(error.value)
+
+
+def test_every_alias_names_a_part():
+    names = {*SOURCES, *METHODS, *CRITERIA, *NETWORKS}
+    assert set(ALIASES.values()) <= names
+    assert not set(ALIASES) & names

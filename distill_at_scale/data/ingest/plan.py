@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config.load import Config, suggest
+from distill_at_scale.config.explain import suggest
+from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core import rng

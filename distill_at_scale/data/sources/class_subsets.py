@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_at_scale.config.load import suggest
+from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
 
 SUBSETS = {  # WordNet ids

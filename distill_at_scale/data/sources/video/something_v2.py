@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from distill_at_scale.config.load import suggest
+from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.video.base import ListedVideos
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from distill_at_scale.config.load import suggest
+from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.video.base import ListedVideos

@@ -273,12 +273,17 @@ class EvaluateSection(Section):
     control: Literal["random_real", "none"] = later_key(
         "random_real", description="random_real: also train on as many random real samples"
     )
+    controls: list[Literal["unpruned", "random_keep"]] = later_key(
+        [],
+        description="also repeat the distillation: unpruned: from all samples, without runtime pruning; random_keep: "
+        "from as many samples per class, kept at random",
+    )
     bounds: list[Literal["kept", "full"]] = Field(
         [], description="upper bounds: also train on the kept samples, on the full split"
     )
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
 
-    @field_validator("networks", "bounds")
+    @field_validator("networks", "controls", "bounds")
     @classmethod
     def _no_repeats(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value):

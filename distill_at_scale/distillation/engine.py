@@ -56,6 +56,11 @@ def step_count(config: Config) -> int:
     return config.distill.steps or method_class(config).default_steps
 
 
+def prunes(config: Config) -> bool:
+    """Whether runtime pruning is on and applies to the method."""
+    return config.runtime.rule != "none" and not method_class(config).no_runtime
+
+
 def runtime_card(config: Config) -> dict[str, Any]:
     """The card's entry on runtime pruning; a method without real matching batches gives its reason instead."""
     reason = method_class(config).no_runtime

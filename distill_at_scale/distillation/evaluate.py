@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,27 +19,33 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch_interval
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.soft_labels import TeacherLabels
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
+from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
+
+UNPRUNED, RANDOM_KEEP = "unpruned", "random_keep"  # controls that are distilled
+DISTILLED = ("distilled", UNPRUNED, RANDOM_KEEP)  # sets that are distilled; the others are real samples
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
     """One network to train and test, independent of all other jobs."""
 
-    set: str  # distilled | random_real | kept | full
+    set: str  # distilled | unpruned | random_keep | random_real | kept | full
     network: str
     seed: int
 
 
-def jobs(config: Config) -> list[EvaluationJob]:
+def jobs(config: Config, controls: Sequence[str] = ()) -> list[EvaluationJob]:
+    """All jobs; `controls` are the distilled ones that the run has."""
     section = config.evaluate
-    sets = ["distilled", *([] if section.control == "none" else [section.control]), *section.bounds]
+    sets = ["distilled", *controls, *([] if section.control == "none" else [section.control]), *section.bounds]
     return [EvaluationJob(s, n, seed) for s in sets for n in section.networks for seed in range(section.seeds)]
 
 
@@ -54,17 +60,19 @@ class Evaluator:
         pixels, labels = self.prepared.load("test")
         self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
 
-    def run(self, job: EvaluationJob) -> dict[str, Any]:
+    def run(self, job: EvaluationJob, folder: Path | None = None) -> dict[str, Any]:
         """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
 
-        Raises DistillationDiverged, naming the job, if the trained weights are not finite.
+        `folder` holds the set of a control that is distilled. Raises DistillationDiverged, naming the job, if the trained
+        weights are not finite.
         """
         started = time.perf_counter()
         distill, classes = self.config.distill, len(self.prepared.class_names)
         spec = NetworkSpec(job.network, self.prepared.shape, classes, distill.width, distill.depth, self.prepared.kind)
         seed = rng.derive(self.config.run.seed, "evaluation", job.set, job.network, job.seed)
-        protocol = self._protocol(job)
-        network = students.train(spec, self._training_set(job), protocol, seed, self.device)
+        synthetic = self.synthetic if folder is None else synthetic_set.load(folder)
+        protocol = self._protocol(job, synthetic)
+        network = students.train(spec, self._training_set(job, synthetic), protocol, seed, self.device)
         normalization, at_once = self.synthetic.normalization, spec.microbatch(self.device)
         accuracy = students.test(network, *self.test, normalization, self.device, at_once)
         if not all(torch.isfinite(p).all() for p in network.parameters()):
@@ -73,21 +81,23 @@ class Evaluator:
             )
         return {**asdict(job), **asdict(accuracy), "seconds": round(time.perf_counter() - started, 3)}
 
-    def _protocol(self, job: EvaluationJob) -> TrainingProtocol:
-        protocol, section = self.synthetic.protocol, self.config.evaluate
-        if job.set != "distilled" and "student_lr" in self.synthetic.card:  # learned for the synthetic images alone
+    def _protocol(self, job: EvaluationJob, synthetic: SyntheticSet) -> TrainingProtocol:
+        protocol, section = synthetic.protocol, self.config.evaluate
+        if job.set in DISTILLED:
+            return protocol.overridden(section)
+        if "student_lr" in synthetic.card:  # learned for the synthetic images alone
             protocol = replace(protocol, lr=TrainingProtocol(1).lr)
-        if job.set != "distilled" and protocol.labels == "soft":
+        if protocol.labels == "soft":
             protocol = replace(protocol, labels="hard")
-        if job.set not in ("kept", "full"):
+        if job.set == "random_real":
             return protocol.overridden(section)
         if protocol.labels == "views":
             protocol = replace(protocol, labels="hard", cutmix=0.0)
         return replace(protocol.overridden(section), epochs=section.bound_epochs)
 
-    def _training_set(self, job: EvaluationJob) -> TrainingSet:
-        if job.set == "distilled":
-            return self.synthetic.training_set()
+    def _training_set(self, job: EvaluationJob, synthetic: SyntheticSet) -> TrainingSet:
+        if job.set in DISTILLED:
+            return synthetic.training_set()
         if job.set == "random_real":
             pixels, labels = random_real(self.prepared, self.config.distill.ipc, self.config.run.seed, job.seed)
         else:
@@ -132,16 +142,42 @@ def random_real(
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per set and network: mean and sample standard deviation of top-1 and top-5 over n seeds (std None for n = 1)."""
+    """One line per set and network: over n seeds the mean and sample standard deviation (None for n = 1) of top-1 and
+    top-5, the mean top-1 per class (None for a class without test samples) and the mean seconds of a network.
+    """
+    summary = []
+    for (name, network), members in _groups(rows).items():
+        line: dict[str, Any] = {"set": name, "network": network, "n": len(members)}
+        for key, suffix in (("top1", ""), ("top5", "_top5")):
+            line[f"mean{suffix}"], line[f"std{suffix}"] = mean_and_std([member[key] for member in members])
+        if all("per_class" in member for member in members):  # not in rows of early versions
+            columns = zip(*(member["per_class"] for member in members), strict=True)
+            line["per_class"] = [None if None in column else round(statistics.fmean(column), 6) for column in columns]
+        if all("seconds" in member for member in members):
+            line["seconds"] = round(statistics.fmean(member["seconds"] for member in members), 3)
+        summary.append(line)
+    return summary
+
+
+def differences(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Top-1 of the distilled set minus that of each other set, per network, as a fraction: mean, and low and high of the
+    95 % t-interval by Welch over the evaluation networks (None where a set has a single network).
+
+    One distillation stands behind each distilled set, so the interval does not cover what another one would give.
+    """
+    groups, result = _groups(rows), []
+    for (name, network), members in groups.items():
+        if name != "distilled" and (ours := groups.get(("distilled", network))):
+            values = [[member["top1"] for member in group] for group in (ours, members)]
+            a, b = ((*mean_and_std(group), len(group)) for group in values)
+            low, high = welch_interval(a, b) or (None, None)
+            result.append({"network": network, "against": name, "mean": a[0] - b[0], "low": low, "high": high,
+                           "confidence": CONFIDENCE, "n": [a[2], b[2]]})  # fmt: skip
+    return result
+
+
+def _groups(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["set"], row["network"]), []).append(row)
-    summary = []
-    for (name, network), members in groups.items():
-        line: dict[str, Any] = {"set": name, "network": network, "n": len(members)}
-        for key, suffix in (("top1", ""), ("top5", "_top5")):
-            values = [member[key] for member in members]
-            line[f"mean{suffix}"] = statistics.fmean(values)
-            line[f"std{suffix}"] = statistics.stdev(values) if len(values) > 1 else None
-        summary.append(line)
-    return summary
+    return groups

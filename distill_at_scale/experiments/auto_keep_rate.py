@@ -20,11 +20,11 @@ from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
+from distill_at_scale.core.statistics import summary
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.experiments.points import PointSet
-from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.experiments.studies.base import Repetitions, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.experiments.studies.comparison import difference

@@ -66,7 +66,7 @@ class PointSet:
 
         Raises UserError for an override that is not allowed.
         """
-        overrides = {"evaluate.control": "none", **point.overrides}
+        overrides = {"evaluate.control": "none", "evaluate.controls": [], **point.overrides}
         config = with_overrides(self.config, overrides, "a point")
         seeds = {"distill.seed": config.distill_seed + point.seed, "select.seed": config.select_seed + point.seed}
         config = with_overrides(config, seeds)
@@ -74,6 +74,7 @@ class PointSet:
         values: dict[str, Any] = {"distill.evaluate_every": config.distill.evaluate_every}
         for name in POINT_SECTIONS:
             values = result_values(getattr(config, name), f"{name}.", unused=True) | values
+        values.pop("evaluate.controls")  # a point has none, and ids are older than the key
         own = digest(values | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
         return with_overrides(config, {"run.dir": child_address(self.root, f"{POINTS}/{own}"), "run.reuse": None})
 

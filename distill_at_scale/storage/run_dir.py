@@ -131,7 +131,7 @@ class RunDir:
 
     def sweep(self) -> None:
         """Remove unfinished files of a killed command. The caller holds the lock."""
-        folders = ("", "stages/", "networks/*/", "networks/*/*/", "monte_carlo/*/")
+        folders = ("", "stages/", "networks/*/", "networks/*/*/", "monte_carlo/*/", "controls/*/")
         for pattern in (".*.old", *(f"{folder}.*.tmp" for folder in folders)):
             for path in list(self.path.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

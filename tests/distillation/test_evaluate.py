@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
+from scipy.stats import ttest_ind
 from torch import nn
 
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -56,7 +57,7 @@ def test_a_row_has_fractions_and_the_same_job_gives_the_same_row(evaluator):
 def test_each_job_trains_on_its_set(evaluator, digits_run):
     run, built = PreparedDataset(digits_run.dir / "prepared"), evaluator()
     sizes = {
-        name: len(built._training_set(EvaluationJob(name, "convnet", 0)).labels)
+        name: len(built._training_set(EvaluationJob(name, "convnet", 0), built.synthetic).labels)
         for name in ("distilled", "random_real", "kept", "full")
     }
     assert sizes == {
@@ -171,6 +172,28 @@ def test_the_summary_has_mean_deviation_and_count():
     assert (first["mean"], first["std"]) == pytest.approx((0.4, 0.2))
     assert (second["n"], second["mean"], second["std"]) == (1, 0.9, None)
     assert json.loads(json.dumps(second))["std"] is None
+
+
+def test_differences_have_the_interval_of_welchs_test():
+    def rows(name, values):
+        return [{"set": name, "network": "convnet", "seed": k, "top1": v, "top5": 1.0} for k, v in enumerate(values)]
+
+    ours, theirs = (0.5, 0.6, 0.55, 0.58), (0.4, 0.52, 0.45)
+    (line,) = evaluate.differences(rows("distilled", ours) + rows("unpruned", theirs))
+    expected = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert (line["low"], line["high"]) == pytest.approx((expected.low, expected.high))
+    assert line["mean"] == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert (line["against"], line["network"], line["n"]) == ("unpruned", "convnet", [4, 3])
+    (single,) = evaluate.differences(rows("distilled", (0.5,)) + rows("random_real", theirs))
+    assert (single["low"], single["high"]) == (None, None)
+
+
+def test_the_summary_has_the_mean_of_each_class():
+    row = {"set": "distilled", "network": "convnet", "top1": 0.5, "top5": 1.0, "seconds": 2.0}
+    rows = [row | {"seed": 0, "per_class": [0.2, None, 1.0]}, row | {"seed": 1, "per_class": [0.4, None, 0.5]}]
+    (line,) = evaluate.summarize(rows)
+    assert (line["per_class"], line["seconds"]) == ([0.3, None, 0.75], 2.0)
+    assert "per_class" not in evaluate.summarize([row | {"seed": 0}])[0]  # of an early version
 
 
 def test_without_a_test_split_the_message_says_what_to_do(make_run, tmp_path):

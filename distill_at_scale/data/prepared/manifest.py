@@ -49,6 +49,18 @@ def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
         out.facts = facts
 
 
+def write_like(source: Path, target: Path, kept: np.ndarray[Any, Any], facts: dict[str, Any]) -> None:
+    """Writes the rows of a manifest with other kept samples: `kept` is bool [rows]."""
+    file, start, column = _open(source), 0, SCHEMA.get_field_index("kept")
+    with writing(target) as out, parquet.reading(source, "select"):
+        for group in range(file.num_row_groups):
+            table = parquet.read_group(file, group, SCHEMA.names)
+            mask = pa.array(kept[start : start + table.num_rows])
+            out.append(table.set_column(column, SCHEMA.field(column), mask))
+            start += table.num_rows
+        out.facts = facts
+
+
 def read(path: Path, columns: Sequence[str] = SCHEMA.names) -> tuple[pa.Table, dict[str, Any]]:
     """Some columns of all rows, and the facts. Raises UserError if the file is missing or is not a manifest."""
     file = _open(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.statistics import mean_and_std, summary
+from distill_at_scale.core.statistics import mean_and_std, summary
 from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import BY_RATE, RANDOM, UNPRUNED, Finding, Repetitions, StudyContext
 from distill_at_scale.pipeline import validate

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.core.statistics import summary
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.points import PointSet
-from distill_at_scale.experiments.statistics import summary
 from distill_at_scale.pipeline.report.plot_spec import Plot
 
 BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # only select.keep sets the number

@@ -15,8 +15,8 @@ from scipy.stats import spearmanr, t
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch
 from distill_at_scale.experiments.point import Outcome
-from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std, welch
 from distill_at_scale.experiments.studies.base import Repetitions, StudyContext
 from distill_at_scale.pipeline.report.plot_spec import Kind, Role, Series
 from distill_at_scale.pipeline.report.text import NBSP, count, points

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.experiments.statistics import summary
+from distill_at_scale.core.statistics import summary
 from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distill_at_scale.experiments.statistics import summary
+from distill_at_scale.core.statistics import summary
 from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import RANDOM, STATIC, UNPRUNED, Finding, StudyContext
 from distill_at_scale.pipeline.report.plot_spec import Plot, Role

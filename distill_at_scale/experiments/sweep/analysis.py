@@ -14,9 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scipy import stats
-
-from distill_at_scale.experiments.statistics import CONFIDENCE, mean_and_std, welch
+from distill_at_scale.core.statistics import mean_and_std, welch_interval
 from distill_at_scale.experiments.sweep.table import FIXED
 
 KEEP = ("select.keep", "select.per_class")
@@ -218,11 +216,8 @@ def difference(ours: Accuracy, theirs: Accuracy) -> AccuracyDifference | None:
         (a, s, n), (b, t, m) = ((*mean_and_std(one.means), len(one.means)) for one in (ours, theirs))
     else:
         (a, s, n), (b, t, m) = ((one.mean, one.std, one.n) for one in (ours, theirs))
-    if s is None or t is None:
-        return None
-    error, freedom = welch((s**2 / n, n), (t**2 / m, m))
-    reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    return AccuracyDifference(a - b, a - b - reach, a - b + reach, over, (n, m))
+    interval = welch_interval((a, s, n), (b, t, m))
+    return None if interval is None else AccuracyDifference(a - b, *interval, over, (n, m))
 
 
 def pareto(candidates: Sequence[Configuration]) -> list[Configuration]:

@@ -28,6 +28,7 @@ REFUSED = {  # keys that the sweep itself decides
     "sweep": "a sweep cannot sweep over itself",
     "studies": "studies are a command of their own",
     "evaluate.control": "the controls of a sweep are named in sweep.controls",
+    "evaluate.controls": "the controls of a sweep are named in sweep.controls",
 }
 # the values that the keys of a selection take when everything is kept
 EVERYTHING = {"select.criterion": None, "select.order": "useful", "select.stratum_start": 0.0, "select.scope": "class",

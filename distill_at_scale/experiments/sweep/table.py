@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.statistics import mean_and_std
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import OWN, Failure
-from distill_at_scale.experiments.statistics import mean_and_std
 from distill_at_scale.experiments.sweep.space import SweepTrial
 
 BEFORE = [("trial", pa.string()), ("seed", pa.int64())]

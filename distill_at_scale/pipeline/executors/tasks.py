@@ -220,7 +220,7 @@ def run_subsets(executor: Executor, config: Config, prepared: Path, parts: Path,
 class MakeNetwork(Worker):
     """Trains the experts or the teacher of a method; `work` is the name of a network."""
 
-    name, event, stages = "training of networks", "train a network", ("ingest", "select")
+    name, event, stages, fetches = "training of networks", "train a network", ("ingest", "select"), ("manifest",)
     long = resumes = True
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
@@ -260,7 +260,7 @@ def distill(executor: Executor, config: Config, files: DistillPaths, report: Rep
             workers=config.distill.workers,
             work=files.work,
             stages=("ingest", "select"),
-            fetches=("networks",),
+            fetches=("manifest", "networks"),
             publishes=("log", "work"),
             results=(files.log, files.state, files.work / "synthetic"),
             poll=tail.read,
@@ -282,7 +282,7 @@ def _distill(config: Config, paths: Mapping[str, Path], device: torch.device, re
 
 
 class Evaluate(Worker):
-    """Trains fresh networks on a set and tests them; `work` is an evaluation job."""
+    """Trains fresh networks on a set and tests them; `work` is an evaluation job. A control's set is the unit's input."""
 
     name, event, stages = "evaluate", "evaluate", ("ingest", "select", "distill")
     long = True
@@ -293,19 +293,24 @@ class Evaluate(Worker):
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
-            yield self.evaluator.run(unit.work)
+            yield self.evaluator.run(unit.work, *unit.inputs)
 
     def counts(self, result: Result) -> Result:
         return {"set": result["set"], "network": result["network"], "networks": 1}
 
 
 def evaluate(
-    executor: Executor, config: Config, jobs: Sequence[EvaluationJob], folders: tuple[Path, Path, Path], report: Report
+    executor: Executor,
+    config: Config,
+    jobs: Sequence[EvaluationJob],
+    folders: tuple[Path, Path, Path],
+    report: Report,
+    controls: Mapping[str, Path] | None = None,
 ) -> None:
-    """Run evaluation jobs on (prepared, synthetic, manifest) and report each row."""
-    paths = dict(zip(("prepared", "synthetic", "manifest"), folders, strict=True))
-    task = Task(Evaluate, config, paths, [Unit(job) for job in jobs], total=len(evaluation.jobs(config)))
-    executor.run(task, report)
+    """Run evaluation jobs on (prepared, synthetic, manifest) and report each row; `controls`: name -> folder of its set."""
+    paths, controls = dict(zip(("prepared", "synthetic", "manifest"), folders, strict=True)), controls or {}
+    units = [Unit(job, inputs=(controls[job.set],) if job.set in controls else ()) for job in jobs]
+    executor.run(Task(Evaluate, config, paths, units, total=len(evaluation.jobs(config, list(controls)))), report)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,19 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLORS = {"distilled": "#2f5fd0", "random_real": "#8b97a8", "kept": "#12927f", "full": "#d9962b", "dropped": "#d5dae2"}
+COLORS = {
+    "distilled": "#2f5fd0",
+    "unpruned": "#7a5195",
+    "random_keep": "#c2483d",
+    "random_real": "#8b97a8",
+    "kept": "#12927f",
+    "full": "#d9962b",
+    "dropped": "#d5dae2",
+}
 SET_NAMES = {
     "distilled": "Distilled",
+    "unpruned": "Distilled without pruning",
+    "random_keep": "Distilled, kept at random",
     "random_real": "Random real",
     "kept": "All kept samples",
     "full": "Whole training set",

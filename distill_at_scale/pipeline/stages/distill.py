@@ -37,7 +37,7 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
     values |= result_values(section, f"distill.{method}.") if section else {}
     values.pop(f"distill.{method}.teacher_weights", None)  # their location; their content is hashed
     values |= {"distill.steps": engine.step_count(config), "distill.seed": config.distill_seed}
-    if config.runtime.rule == "none" or engine.method_class(config).no_runtime:
+    if not engine.prunes(config):
         values["runtime.rule"] = "none"
     else:
         unused = () if config.runtime.rule == "ite" else ITE_KEYS
@@ -71,14 +71,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     paths = DistillPaths(run_dir / "prepared", run_dir / "manifest.parquet", work, run_dir / "metrics.jsonl", networks)
     if reason := engine.runtime_card(config).get("reason"):
         display.say(f"  runtime pruning is not applicable: {reason}; distilling without")
-    executor = context.executor
-    if missing := engine.missing_networks(config, paths):
-        with display.meter("networks", len(missing), "networks") as meter:
-            tasks.make_networks(executor, config, paths, missing, meter.advance)
-    if engine.method_class(config).ranks_patches:
-        _rank_patches(context, data, paths)
-    if paths.state.exists():
-        display.say("  resuming from the last checkpoint")
+    prepare(context, config, data, paths)
     with display.meter("distill", engine.step_count(config), "steps") as meter:
         log = DistillationLog(context.observers.emit, meter, display.say)
 
@@ -87,7 +80,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
             if context.watch is not None:
                 context.watch(line)
 
-        tasks.distill(executor, config, paths, report)
+        tasks.distill(context.executor, config, paths, report)
     records = {stage: run_dir.record(stage) or {} for stage in ("ingest", "score", "select")}
     earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
     fingerprints = {**earlier, "distill": inputs.fingerprint}
@@ -95,9 +88,20 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     return [run_dir / "synthetic"], {"images": len(synthetic.labels), "steps": engine.step_count(config)}
 
 
-def _rank_patches(context: RunContext, data: PreparedDataset, paths: DistillPaths) -> None:
+def prepare(context: RunContext, config: Config, data: PreparedDataset, paths: DistillPaths) -> None:
+    """Make what the method needs before its first step: experts or a teacher, and ranked patches."""
+    if missing := engine.missing_networks(config, paths):
+        with context.display.meter("networks", len(missing), "networks") as meter:
+            tasks.make_networks(context.executor, config, paths, missing, meter.advance)
+    if engine.method_class(config).ranks_patches:
+        _rank_patches(context, config, data, paths)
+    if paths.state.exists():
+        context.display.say("  resuming from the last checkpoint")
+
+
+def _rank_patches(context: RunContext, config: Config, data: PreparedDataset, paths: DistillPaths) -> None:
     """Publish the table of ranked patches next to the teacher."""
-    config, section = context.config, context.config.distill.rded
+    section = config.distill.rded
     target = patch_ranking.table_path(paths.networks, config)
     if not target.exists():
         parts = patch_ranking.parts_folder(paths.networks, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from distill_at_scale.config.fields import result_values
@@ -14,6 +15,7 @@ from distill_at_scale.distillation import evaluate as evaluation
 from distill_at_scale.distillation.evaluate import EvaluationJob
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
+from distill_at_scale.pipeline.stages import controls
 from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.stage_record import StageInputs
@@ -39,7 +41,10 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
             break  # cut short when the run was interrupted
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    jobs = evaluation.jobs(config)
+    began = time.perf_counter()
+    distilled = {control.name: control for control in controls.distil(context, data)}
+    control_seconds = round(time.perf_counter() - began, 3)
+    jobs = evaluation.jobs(config, list(distilled))
     finished = {_job_of(row) for row in rows}
     missing = [job for job in jobs if job not in finished]
     folders = (run_dir / "prepared", run_dir / "synthetic", run_dir / "manifest.parquet")
@@ -56,11 +61,13 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
             context.observers.emit(instant("result", "network", row))
             meter.advance(1, f"{row['set']} {row['top1']:.3f}")
 
-        tasks.evaluate(executor, config, missing, folders, done)
+        tasks.evaluate(executor, config, missing, folders, done, {c.name: c.folder for c in distilled.values()})
     rows.sort(key=lambda row: jobs.index(_job_of(row)))
     path = run_dir / "evaluation.json"
-    write_json(path, {"rows": rows, "summary": evaluation.summarize(rows), "fingerprint": inputs.fingerprint})
-    return [path], {}
+    results = {"rows": rows, "summary": evaluation.summarize(rows), "differences": evaluation.differences(rows)}
+    facts = {"distillations": 1, "controls": {control.name: control.facts for control in distilled.values()}}
+    write_json(path, {**results, **facts, "fingerprint": inputs.fingerprint})
+    return [path], {"control_seconds": control_seconds} if distilled else {}
 
 
 def _job_of(row: dict[str, Any]) -> EvaluationJob:

@@ -1,4 +1,4 @@
-"""Mean, standard deviation and Welch's t-test, for sweeps and studies alike."""
+"""Mean, standard deviation and Welch's t-interval of a difference, for runs, sweeps and studies alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 CONFIDENCE = 0.95  # level of all confidence intervals
+
+Sample = tuple[float, float | None, int]  # mean, standard deviation, size
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -30,3 +32,18 @@ def welch(*samples: tuple[float, int]) -> tuple[float, float]:
     if total <= 0:
         return 0.0, 1.0
     return math.sqrt(total), total**2 / sum(variance**2 / (size - 1) for variance, size in samples)
+
+
+def welch_interval(ours: Sample, theirs: Sample) -> tuple[float, float] | None:
+    """The confidence interval of mean(ours) - mean(theirs) by Welch's t-test; None if a side has fewer than two values.
+
+    A sample is its mean, its standard deviation (None for one value) and its size.
+    """
+    from scipy.stats import t  # takes a second to import
+
+    (a, s, n), (b, u, m) = ours, theirs
+    if s is None or u is None:
+        return None
+    error, freedom = welch((s**2 / n, n), (u**2 / m, m))
+    reach = error * float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return a - b - reach, a - b + reach

@@ -291,6 +291,7 @@ class Distillation:
             "shape": list(self.prepared.shape),
             "normalization": self.normalization.card(),
             "whitening": whitening_card(self.prepared),
+            **({} if self.prepared.kind == "tensors" else {"resize": config.data.resize}),
             "method": section.method,
             "method_options": section.options if options is None else options.model_dump(exclude={"teacher_weights"}),
             "images_per_class": section.ipc,

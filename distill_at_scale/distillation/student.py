@@ -126,9 +126,9 @@ def train(
         )
     for epoch in range(protocol.epochs):
         if protocol.labels == "views":
-            batches = _view_batches(data, protocol, epoch)
+            batches = view_batches(data, protocol, epoch)
         else:
-            batches = _batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm)
+            batches = epoch_batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm)
         for images, weighted in batches:
             loss = _loss(protocol, network(images), weighted)
             optimizer.zero_grad()
@@ -138,8 +138,8 @@ def train(
     return network
 
 
-def _batches(
-    data: TrainingSet, protocol: TrainingProtocol, generator: torch.Generator, merge: bool
+def epoch_batches(
+    data: TrainingSet, protocol: TrainingProtocol, generator: torch.Generator, merge: bool, shuffle: bool = True
 ) -> Iterator[tuple[Tensor, WeightedTargets]]:
     """An epoch's augmented images with their targets; `merge`: avoid a last batch of one image."""
 
@@ -149,7 +149,8 @@ def _batches(
         return data.labels[rows]
 
     augmentation = Augmentation(protocol.augment)
-    batches = torch.randperm(len(data.labels), generator=generator).split(protocol.batch)
+    order = torch.randperm(len(data.labels), generator=generator) if shuffle else torch.arange(len(data.labels))
+    batches = order.split(protocol.batch)
     for rows in merge_last_batch(batches) if merge else batches:
         rows = rows.to(data.images.device)
         images = augmentation.draw(generator, per_image=len(rows)).apply(data.normalized(rows))
@@ -161,9 +162,7 @@ def _batches(
         yield images, weighted
 
 
-def _view_batches(
-    data: TrainingSet, protocol: TrainingProtocol, epoch: int
-) -> Iterator[tuple[Tensor, WeightedTargets]]:
+def view_batches(data: TrainingSet, protocol: TrainingProtocol, epoch: int) -> Iterator[tuple[Tensor, WeightedTargets]]:
     """An epoch's views with the teacher's labels for exactly these views."""
     assert data.views is not None
     epoch = epoch % data.views.epochs

@@ -6,14 +6,16 @@ The files and the card are described in `distillation/README.md`; the exports ar
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.atomic_files import publish
@@ -25,9 +27,13 @@ from distill_at_scale.distillation import export
 from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.distillation.soft_labels import StoredLabels, Teacher, TeacherFacts, TeacherLabels
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
+from distill_at_scale.distillation.train_loader import TrainLoader
 from distill_at_scale.storage.filesystem import redact_uri
 from distill_at_scale.storage.object_store import is_remote
 from distill_at_scale.storage.sync import fetched
+
+if TYPE_CHECKING:
+    from torchvision.transforms.v2 import Transform
 
 GROUPS = ("labels", "teacher")  # extras named `labels/...` are saved in labels.safetensors, and so on
 SET, CARD = "synthetic", "card.json"  # the folder in a run folder, and a file in it
@@ -38,6 +44,11 @@ PREVIEW_BYTES = 4 * 2**20  # uncompressed, of an animated preview
 @dataclass
 class SyntheticSet:
     """Distilled samples with their labels and their card.
+
+    **The images are normalised already**: give them to a network as they are, and give it real images only through
+    `test_transform()`. A second normalisation ruins the accuracy without an error.
+
+    `len(s)` is the number of stored samples, `s[i]` is (sample, label), and `s[:10]` is a pair of tensors.
 
     Attributes:
         images: float32 [n, C, H, W], clips [n, T, C, H, W] or tensors [n, *shape], normalised as the card says.
@@ -56,6 +67,15 @@ class SyntheticSet:
     extras: dict[str, Tensor] = field(default_factory=dict)
     whitening: Whitening | None = None
     folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Any]:
+        """For an int: (float32 of one sample's shape, int); for a slice or a list of indices: tensors [k, *shape], [k]."""
+        if hasattr(index, "__index__"):
+            return self.images[operator.index(index)], int(self.labels[operator.index(index)])
+        return self.images[index], self.labels[index]
 
     @property
     def normalization(self) -> Normalization:
@@ -80,9 +100,7 @@ class SyntheticSet:
 
         Raises UserError if the set lacks the labels of its views.
         """
-        factor = self.card.get("formation", 1)
-        images, labels = split_parts(self.images, factor), self.labels.repeat_interleave(factor**2)
-        views = None
+        (images, labels), views = self._parts(), None
         if self.protocol.labels == "views":
             tensors = self.group("labels")
             if "values" not in tensors or tensors["values"].shape[1:2] != self.labels.shape:
@@ -92,6 +110,61 @@ class SyntheticSet:
                 )
             views = StoredLabels(tensors["values"], tensors.get("classes"), len(self.class_names))
         return TrainingSet(images, labels, soft=self.small_extras, views=views)
+
+    def as_dataset(self) -> TensorDataset:
+        """A torch dataset of (float32 *shape, label int64 []), normalised already, for a DataLoader with any options.
+
+        Multi-formation images (IDC) are split into their parts, so it may be longer than the set. The labels are hard, also
+        where the set has soft labels; `train_loader` has those.
+        """
+        images, labels = self._parts()
+        return TensorDataset(images, labels)
+
+    def train_loader(
+        self, batch_size: int | None = None, shuffle: bool = True, seed: int = 0, augment: bool = True
+    ) -> TrainLoader:
+        """Batches (images, targets) of the training that the set expects; each iteration is the next epoch.
+
+        Images are float32 [b, *shape], normalised already. With `augment` they have the augmentation of `s.protocol`.
+        Targets are int64 [b], for `F.cross_entropy`. They are probabilities, float32 [b, classes], if the protocol mixes
+        images (CutMix) or has soft labels: per image (tesla) or for the views of each epoch (sre2l, rded), at the
+        temperature `s.protocol.temperature`. `F.cross_entropy` takes both. The protocol also has the epochs, the optimizer
+        and the learning rate.
+
+        Args:
+            batch_size: images per batch; None: as in the protocol. Labels of views exist for the protocol's batches only.
+            shuffle: a new order for each epoch.
+            seed: decides order and augmentation; the global random state is neither read nor changed.
+            augment: False: images as stored. A set with labels of views then has hard labels.
+
+        Raises:
+            UserError: the set has labels of views, and another batch size or order is wanted; or its labels are missing.
+        """
+        return TrainLoader(
+            self.training_set(), self.protocol, len(self.class_names), batch_size, shuffle, seed, augment
+        )
+
+    def test_transform(self, resize: str | None = None) -> Transform:
+        """The transform (torchvision.transforms.v2) of real images for a network that is trained on the set.
+
+        It takes a PIL image or a uint8 tensor [..., C, H, W] of any size, and gives float32 [..., *shape]: resized as by
+        ingest, then normalised (and whitened) as the card says. For clips it takes the frames that are used, uint8 [T, C,
+        H, W]. For other arrays it takes tensors on the scale of the real data, and only normalises.
+
+        Args:
+            resize: "square" or "crop" (`data.resize`), for a set whose card does not say it.
+
+        Raises:
+            UserError: neither the card nor `resize` says how images are resized.
+        """
+        from distill_at_scale.distillation.prepared_transform import prepared_transform  # loads torchvision
+
+        return prepared_transform(self.card, self.images.shape[1:], self.normalization, resize)
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Images and labels to train on; multi-formation images (IDC) are split into their parts."""
+        factor = self.card.get("formation", 1)
+        return split_parts(self.images, factor), self.labels.repeat_interleave(factor**2)
 
     def group(self, name: str) -> dict[str, Tensor]:
         """The tensors of a group of extras, "labels" or "teacher", read from its file if necessary; {} without them.

@@ -62,7 +62,7 @@ def test_every_student_sees_the_same_views():
 def test_the_loss_is_the_divergence_at_the_temperature_times_its_square():
     recorded, data = RecordingLabels(), a_training_set(views=RecordingLabels())
     network = SPEC.build(0)
-    for views, weighted in students._view_batches(data, VIEWS, 0):
+    for views, weighted in students.view_batches(data, VIEWS, 0):
         logits, targets = network(views).detach(), (recorded.logits(0, _Place, views) / 4).softmax(1)
         expected = (targets * (targets.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
         assert float(students._loss(VIEWS, logits, weighted)) == pytest.approx(float(expected), rel=1e-4)

@@ -67,15 +67,8 @@ class ImageDecoder:
                 return raw.transpose(2, 0, 1).copy()
         try:
             if isinstance(raw, np.ndarray):
-                image = Image.fromarray(_checked(raw))
-                image = self._fit(image, self._box(*image.size))
-            else:
-                image, box = self._open(raw)
-                turn = TURNS.get(_orientation(image))
-                image = self._fit(image, box)
-                image = image if turn is None else image.transpose(turn)  # cheaper after the resize
-            pixels = np.asarray(image, np.uint8)
-            return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+                return self.fit(Image.fromarray(_checked(raw)))
+            return self.fit(*self._open(raw))
         except (SampleRejected, MemoryError):
             raise
         except UnidentifiedImageError:
@@ -84,6 +77,17 @@ class ImageDecoder:
             raise SampleRejected(f"decompression bomb: {error}") from None
         except Exception as error:  # a decoder fed with damaged bytes raises almost anything
             raise SampleRejected(f"damaged: {str(error) or type(error).__name__}") from None
+
+    def fit(self, image: Image.Image, box: Box | None = None) -> Array:
+        """A decoded image, or the `box` of it to use -> new uint8 [channels, size, size].
+
+        Raises SampleRejected for floating-point pixels.
+        """
+        turn = TURNS.get(_orientation(image))
+        image = self._fit(image, box or self._box(*image.size))
+        image = image if turn is None else image.transpose(turn)  # cheaper after the resize
+        pixels = np.asarray(image, np.uint8)
+        return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def _open(self, raw: bytes) -> tuple[Image.Image, Box]:
         """The decoded image (a JPEG may be scaled down), and the part of it to use."""

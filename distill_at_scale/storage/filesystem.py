@@ -2,6 +2,7 @@
 
 Files are named by their POSIX path relative to the root. Credentials and endpoints come from the cloud's usual environment
 variables, or from options in the URI (`s3://bucket/folder?endpoint_override=localhost:9000&scheme=http&region=us-east-1`).
+Listings leave out hidden files and what systems add, such as thumbnails and recycle bins (`is_hidden`).
 A missing file raises OSError; a store that does not answer raises Unreachable. Messages show an address only through
 `redact_uri`, which hides credentials.
 """
@@ -33,6 +34,19 @@ SCANNERS = 8  # threads that list local folders, because network disks answer sl
 MIN_SECRET = 4  # letters; shorter parts of credentials could be ordinary text
 SECRET_OPTION = re.compile(r"([?&][^=&]*(?:secret|token|passw|key|sig|credential)[^=&]*=)[^&]*", re.IGNORECASE)
 SERVICE_ERROR = re.compile(r"AWS Error|google::cloud|Azure Error|curl|timed? ?out", re.IGNORECASE)
+
+SYSTEM_NAMES = frozenset({  # files and folders that systems add: macOS, Windows, Linux, network storage, Python; lower case
+    "__macosx", "icon\r", "network trash folder", "temporary items",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
+    "lost+found", "__pycache__",
+    "@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot",
+})  # fmt: skip
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a relative path leads through a name with a leading dot or one of SYSTEM_NAMES; "." and ".." do not count."""
+    names = path.split("/")
+    return any((name[:1] == "." and name not in (".", "..")) or name.lower() in SYSTEM_NAMES for name in names)
 
 
 def join_path(folder: str, name: str) -> str:
@@ -119,7 +133,7 @@ class Store:
         else:
             infos = self._request(lambda: self.filesystem.get_file_info(fs.FileSelector(self._join(folder))))
             pairs = [(info.base_name, info.type == fs.FileType.Directory) for info in infos]
-        visible = [(name, is_folder) for name, is_folder in sorted(pairs) if not name.startswith(".")]
+        visible = [(name, is_folder) for name, is_folder in sorted(pairs) if not is_hidden(name)]
         return [n for n, is_folder in visible if is_folder], [n for n, is_folder in visible if not is_folder]
 
     def size(self, file: str) -> int | None:
@@ -232,11 +246,11 @@ class Store:
 
         def files_of(infos: list[Any]) -> tuple[pa.Array, pa.Array]:
             files = [(info.path[start:], info.size) for info in infos if info.type == fs.FileType.File]
-            return self._arrays([(path, size) for path, size in files if not path.startswith(".") and "/." not in path])
+            return self._arrays([(path, size) for path, size in files if not is_hidden(path)])
 
         infos = listed(self._join(folder), recursive=False)
         yield files_of(infos)
-        folders = [info.path for info in infos if info.type == fs.FileType.Directory and info.base_name[:1] != "."]
+        folders = [info.path for info in infos if info.type == fs.FileType.Directory and not is_hidden(info.base_name)]
         with ThreadPoolExecutor(READERS) as pool:
             yield from pool.map(lambda path: files_of(listed(path)), folders)
 
@@ -284,7 +298,7 @@ def _scan(root: str, folder: str) -> list[tuple[str, int | None]]:
     top = os.path.join(root, folder)
     with os.scandir(top) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "lost+found":
+            if is_hidden(entry.name):
                 continue
             try:
                 is_folder = entry.is_dir()

@@ -136,6 +136,17 @@ def test_only_headers_are_read_of_large_members_and_small_members_are_read_toget
     assert small.reads < 40
 
 
+def test_what_systems_add_is_no_member():
+    contents = {
+        "./a/1.jpg": b"1",
+        "__MACOSX/a/1.jpg": b"x",
+        "a/._1.jpg": b"x",
+        "./@eaDir/1.jpg/T.jpg": b"x",
+        ".git/1.jpg": b"x",
+    }
+    assert contents_of(tar_of(contents)) == {"./a/1.jpg": b"1"}
+
+
 def test_an_empty_archive_has_no_members():
     assert contents_of(tar_of({})) == {}
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.archives import gzip_tar, tar
 from distill_at_scale.data.sources.image.webdataset import index_shard
-from distill_at_scale.storage.filesystem import Store
+from distill_at_scale.storage.filesystem import Store, is_hidden
 
 SUM = slice(148, 156)
 
@@ -65,7 +65,7 @@ def as_tarfile_has_it(data: bytes) -> list[tuple[int, int]] | None:
             files = [member for member in members if member.isreg() and not member.name.endswith("/")]
     except tarfile.ReadError:
         return None
-    return [(member.offset_data, member.size) for member in files]
+    return [(member.offset_data, member.size) for member in files if not is_hidden(member.name)]
 
 
 def test_of_broken_tars_tarfile_finds_the_same():

@@ -12,7 +12,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.storage import filesystem, s3
-from distill_at_scale.storage.filesystem import FileInfo, Store
+from distill_at_scale.storage.filesystem import FileInfo, Store, is_hidden
 
 
 def put(root, *names):
@@ -29,6 +29,28 @@ def test_files_are_sorted_by_path_at_any_depth_without_hidden_ones(tmp_path):
     assert store.files("nowhere") == []
     assert store.names() == (["a", "b", "b-a", "z é"], [])
     assert store.names("a/c/d") == ([], ["3"])
+
+
+SYSTEM_FILES = [
+    "a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/2.png", "__MACOSX/a/._1.png", "__MACOSX/3.png", "a/.AppleDouble/1.png",
+    "lost+found/4.png", "$RECYCLE.BIN/S-1-5/5.png", "System Volume Information/6.png", "#recycle/7.png", "@Recycle/a/8.png",
+    "a/.ipynb_checkpoints/1-checkpoint.png", "a/Thumbs.db", "a/desktop.ini", "a/._1.png", ".Trash-1000/9.png", "A/THUMBS.DB",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["local", "remote"])
+def test_what_systems_add_is_left_out(tmp_path, scheme):
+    put(tmp_path, "a/1.png", "a/recycle/2.png", "a/@home/3.png", "macosx/4.png", *SYSTEM_FILES)
+    store = Store(str(tmp_path))
+    if scheme == "remote":
+        store = Store(tmp_path.as_uri())
+        store.local = False
+    assert [entry.path for entry in store.files()] == ["a/1.png", "a/@home/3.png", "a/recycle/2.png", "macosx/4.png"]
+    assert [entry.path for entry in store.files("a")] == ["a/1.png", "a/@home/3.png", "a/recycle/2.png"]
+    assert store.names()[0] == ["A", "a", "macosx"]
+    assert store.names("a") == (["@home", "recycle"], ["1.png"])
+    assert [path for path in SYSTEM_FILES if not is_hidden(path)] == []
+    assert not is_hidden("./a/../b.png")
 
 
 def test_a_file_uri_is_a_local_folder(tmp_path):

@@ -162,7 +162,7 @@ class ImagenetTar:
         """The archive of each class in the training archive, by WordNet id."""
         classes: dict[str, tar.Member] = {}
         with tar.open_archive(self.store, TRAIN) as window:
-            for member in (member for member in tar.members(window) if not member.is_hidden):
+            for member in tar.members(window):
                 wnid, extension = posixpath.splitext(posixpath.basename(member.name))
                 if extension != ".tar":
                     raise UserError(f"{window.place} holds {member.name!r}; it must be {TRAIN_LAYOUT}")
@@ -175,8 +175,8 @@ class ImagenetTar:
 
     def _images(self, archive: str, start: int = 0, end: int | None = None, where: str = "") -> list[tar.Member]:
         with tar.open_archive(self.store, archive) as window:
-            members = [member for member in tar.members(window, start, end) if not member.is_hidden]
-        images = [member for member in members if member.name.lower().endswith(ARCHIVE_EXTENSIONS)]
+            members = tar.members(window, start, end)
+            images = [member for member in members if member.name.lower().endswith(ARCHIVE_EXTENSIONS)]
         if not images:
             raise UserError(f"{self.store.place(archive)}{where} holds no images. {tar.DOWNLOAD_AGAIN}.")
         return images

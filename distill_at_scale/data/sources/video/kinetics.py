@@ -121,7 +121,7 @@ class KineticsTar(Kinetics):
             for member in tar.members(window):
                 if ARCHIVE.search(member.name) or OTHER_ARCHIVE.search(member.name):
                     raise UserError(f"{window.place} holds the archive {member.name!r}; unpack it beside the others")
-                if not member.is_hidden and (re.search(VIDEO, member.name) or re.search(UNFINISHED, member.name)):
+                if re.search(VIDEO, member.name) or re.search(UNFINISHED, member.name):
                     name = re.sub(r"^(\.?/)+", "", member.name)
                     sample_id = f"{folder}/{name}" if folder else name
                     rows.append((sample_id, f"{archive}/{name}", archive, member.offset, member.size))

@@ -234,17 +234,13 @@ class SyntheticSet:
         return {key: value for key, value in self.extras.items() if "/" not in key}
 
 
-def publish_in_run(source: Path, target: Path, fingerprints: Mapping[str, str | None]) -> SyntheticSet:
-    """Copy the finished set of a distillation to its run folder, atomically, with the run's fingerprints in its card.
-
-    Raises UserError if the set is damaged.
-    """
-    synthetic = load(source)
-    synthetic.card["fingerprints"] = dict(fingerprints)
+def publish_in_run(synthetic: SyntheticSet, target: Path, facts: Mapping[str, Any]) -> None:
+    """Copy a set loaded from its folder to a run folder, atomically, with facts about the run in its card."""
+    assert synthetic.folder is not None
+    synthetic.card |= facts
     with publish(target) as temporary:
-        shutil.copytree(source, temporary, copy_function=shutil.copyfile)
+        shutil.copytree(synthetic.folder, temporary, copy_function=shutil.copyfile)
         (temporary / CARD).write_text(json.dumps(synthetic.card, indent=1) + "\n")
-    return synthetic
 
 
 def load(folder: str | Path) -> SyntheticSet:

@@ -15,7 +15,7 @@ from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.distillation import engine, synthetic_set
+from distill_at_scale.distillation import engine, result_checks, synthetic_set
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.pipeline import validate
@@ -83,9 +83,19 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         tasks.distill(context.executor, config, paths, report)
     records = {stage: run_dir.record(stage) or {} for stage in ("ingest", "score", "select")}
     earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
-    fingerprints = {**earlier, "distill": inputs.fingerprint}
-    synthetic = synthetic_set.publish_in_run(work / "synthetic", run_dir / "synthetic", fingerprints)
-    return [run_dir / "synthetic"], {"images": len(synthetic.labels), "steps": engine.step_count(config)}
+    card: dict[str, Any] = {"fingerprints": {**earlier, "distill": inputs.fingerprint}}
+    synthetic, facts = synthetic_set.load(work / "synthetic"), dict[str, Any](steps=engine.step_count(config))
+    if warnings := result_checks.warnings(config, synthetic, data, paths.manifest, paths.log):
+        card["warnings"] = facts["warnings"] = warnings
+    if engine.prunes(config) and (dropped := result_checks.dropped_share(paths.log)) is not None:
+        facts["dropped_share"] = round(dropped, 4)
+        display.say(
+            f"  runtime pruning left out {dropped:.1%} of the real batches (runtime.drop: {config.runtime.drop:.1%})"
+        )
+    for line in warnings:
+        display.say(f"  warning: {line}")
+    synthetic_set.publish_in_run(synthetic, run_dir / "synthetic", card)
+    return [run_dir / "synthetic"], {"images": len(synthetic.labels), **facts}
 
 
 def prepare(context: RunContext, config: Config, data: PreparedDataset, paths: DistillPaths) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import secrets
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from distill_at_scale.config.load import Config
@@ -23,9 +28,12 @@ import ray
 import ray.data
 import ray.exceptions
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 TOKEN = "if it requires a token, set RAY_AUTH_MODE=token and put it into ~/.ray/auth_token (or the file of RAY_AUTH_TOKEN_PATH)"
 OPEN = "  warning: this Ray requires no token: everyone who reaches its ports can run code; start it with RAY_AUTH_MODE=token"
+SOCKET_BYTES = 103  # in the path of a Unix socket, on every system
+SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest one below Ray's folder
 OBJECT_STORE_BYTES = 2 * 2**30  # enough, because lists of samples travel through it, not pixels
 
 
@@ -35,14 +43,19 @@ class Session:
     def __init__(self, config: ClusterSection, say: Callable[[str], None]):
         self.config, self.say = config, say
         self.started = not ray.is_initialized()
+        self.environment = contextlib.ExitStack()  # what the session adds to the environment, until it ends
         if self.started:
-            self._start()
+            with contextlib.ExitStack() as stack:
+                self.environment = stack
+                self._start()
+                self.environment = stack.pop_all()
         quieten()
 
     def close(self) -> None:
         """Shut Ray down if this session started it."""
         if self.started:
             ray.shutdown()
+            self.environment.close()
             self.started = False
 
     def _start(self) -> None:
@@ -61,11 +74,16 @@ class Session:
             configured = self.config.object_store_mb
             options["include_dashboard"] = False
             options["object_store_memory"] = configured * 2**20 if configured else memory
+            options["_temp_dir"] = ray_folder()
+            self.environment.enter_context(token_in_environment())
         self.say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
         try:
             with _silent_stderr():
                 ray.init(address=address or "local", **options)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            if address is None:
+                advice = "set cluster.address=none to run in this process without Ray"
+                raise UserError(f"Ray cannot start on this machine: {error}; {advice}") from None
             raise UserError(f"cannot reach Ray (cluster.address = {self.config.address!r}): {error}; {TOKEN}") from None
         if not is_token_auth_enabled():
             self.say(OPEN)
@@ -74,6 +92,69 @@ class Session:
         self.say(f"Ray is ready: {cores:g} cores, {gpus:g} GPUs, {len(ray.nodes())} node(s)")
         if gpus and not self.config.gpus_per_worker:
             self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
+
+
+def ray_folder() -> str | None:
+    """The folder for the sockets and logs of a Ray that starts here; None where Ray's own choice is usable.
+
+    Ray's own choice is RAY_TMPDIR, TMPDIR or /tmp. The path of a Unix socket is at most about 100 bytes long.
+
+    Raises:
+        UserError: RAY_TMPDIR is not usable, or no folder is.
+    """
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "the temporary folder")
+    place = os.environ.get(variable, "/tmp")
+    if (problem := _unusable(Path(place, "ray"))) is None:
+        return None
+    if variable != "RAY_TMPDIR":
+        for parent in ("/tmp", "/var/tmp", "/dev/shm"):
+            own = Path(parent, f"ray-{os.getuid()}")  # Ray opens its own folder to everyone, so this one protects it
+            with contextlib.suppress(OSError):
+                own.mkdir(0o700, exist_ok=True)
+                if _is_mine(own) and _unusable(own / "ray") is None:
+                    return str(own / "ray")
+    raise UserError(
+        f"Ray cannot start: {variable} = {place} {problem}; set RAY_TMPDIR to a short folder that you can write in "
+        "(for example RAY_TMPDIR=/tmp), or set cluster.address=none to run without Ray"
+    )
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why Ray cannot keep its sockets and logs in a folder, which is made if it is missing; None if it can keep them."""
+    if not folder.is_absolute():
+        return "is not an absolute path"
+    if len(os.fsencode(folder / SOCKET)) > SOCKET_BYTES:
+        return f"is too long for the path of a socket, by {len(os.fsencode(folder / SOCKET)) - SOCKET_BYTES} bytes"
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            folder.chmod(0o777)  # as Ray does: it may be shared by several users
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"is not writable ({error.strerror})"
+
+
+def _is_mine(folder: Path) -> bool:
+    """Whether nobody else can have placed this folder, or can write in it."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+@contextmanager
+def token_in_environment() -> Iterator[None]:
+    """Give a Ray that starts here a token if the user has none, so that Ray writes none into the home folder."""
+    loader = AuthenticationTokenLoader.instance()
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or loader.has_token(ignore_auth_mode=True):
+        yield
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    loader.reset_cache()
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_TOKEN"]
+        loader.reset_cache()
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from distill_at_scale.config.sections import ClusterSection
@@ -58,3 +61,93 @@ def test_the_ray_that_is_started_here_asks_for_a_token():
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     assert is_token_auth_enabled()
+
+
+@pytest.fixture
+def started_here(monkeypatch):
+    """Starts a session without a cluster: the options of ray.init, and RAY_AUTH_TOKEN at that moment and at the end."""
+    from distill_at_scale.cluster import session
+
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 2})
+    monkeypatch.setattr(session.ray, "nodes", lambda: [{}])
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
+
+    def start(problem: Exception | None = None) -> dict[str, object]:
+        facts: dict[str, object] = {}
+
+        def init(**options):
+            facts.update(options, token=os.environ.get("RAY_AUTH_TOKEN"))
+            if problem:
+                raise problem
+
+        monkeypatch.setattr(session.ray, "init", init)
+        try:
+            session.Session(ClusterSection(), lambda text: None).close()
+        finally:
+            facts["token afterwards"] = os.environ.get("RAY_AUTH_TOKEN")
+        return facts
+
+    return start
+
+
+def test_a_long_TMPDIR_leaves_ray_a_short_folder_that_only_its_user_can_open(started_here, monkeypatch, tmp_path):
+    long = tmp_path / ("scratch_of_a_user_on_the_cluster" * 3)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(long))
+    folder = started_here()["_temp_dir"]
+    assert len(f"{folder}/session_2026-11-29_18-43-46_957446_4194304/sockets/plasma_store") < 104
+    status = Path(folder).parent.stat()
+    assert (status.st_uid, status.st_mode & 0o777) == (os.getuid(), 0o700)
+    assert not long.exists()
+
+
+def test_a_usable_TMPDIR_is_left_to_ray(started_here, monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert started_here()["_temp_dir"] is None
+
+
+@pytest.mark.parametrize(("folder", "problem"), [("/tmp/" + "x" * 90, "too long .* by 60 bytes"), ("/proc", "not writable"),
+                                             ("here", "not an absolute path")])  # fmt: skip
+def test_an_unusable_RAY_TMPDIR_is_one_line_with_the_next_action(started_here, monkeypatch, folder, problem):
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    with pytest.raises(UserError, match=rf"RAY_TMPDIR = {folder} is {problem}.*; set RAY_TMPDIR to .*=none"):
+        started_here()
+
+
+def test_a_folder_of_another_user_is_not_used_for_ray(started_here, monkeypatch):
+    from distill_at_scale.cluster import session
+
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/proc")
+    monkeypatch.setattr(session, "_is_mine", lambda folder: False)
+    with pytest.raises(UserError, match=r"TMPDIR = /proc is not writable"):
+        started_here()
+
+
+def test_ray_gets_a_token_in_the_environment_where_the_home_folder_has_none(started_here, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    session = pytest.importorskip("distill_at_scale.cluster.session")
+    session.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        first, second = started_here(), started_here()
+    finally:
+        monkeypatch.undo()
+        session.AuthenticationTokenLoader.instance().reset_cache()
+    assert len(first["token"]) == 64
+    assert first["token"] != second["token"]
+    assert first["token afterwards"] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_token_of_the_user_is_used(started_here, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    assert started_here()["token"] == started_here()["token afterwards"] == "a" * 64
+
+
+def test_a_ray_that_does_not_start_is_not_explained_by_tokens(started_here):
+    with pytest.raises(UserError, match=r"^Ray cannot start on this machine: no room; set cluster.address=none"):
+        started_here(OSError("no room"))

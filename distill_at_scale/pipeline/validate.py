@@ -65,7 +65,7 @@ def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
     """Where data.transform selects classes by variance, which is not known yet, the largest classes are assumed. Raises
     UserError where data.transform needs more classes than there are.
     """
-    counts = np.bincount(plan.listings["train"]["label"].to_numpy(), minlength=len(plan.class_names)).tolist()
+    counts = plan.counts["train"].tolist()
     derived = derived_splits.derived_counts(config.data, counts, config.run.seed)
     return PlannedDataset(
         sample_shape(config.data),

@@ -431,3 +431,16 @@ def test_the_reason_why_a_class_lost_everything_is_that_of_a_training_sample(tmp
     rejected(tmp_path, "test", ("1.png", "empty"))
     bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
     assert "'1.png': damaged" in merging._all_rejected(plan, 1, bad, tmp_path)
+
+
+def test_what_the_source_holds_is_described_in_one_line(tmp_path):
+    for file in ("train/cat/0", "train/cat/1", "train/dog/2", "train/emu/3", "val/cat/4", "val/dog/5", "val/emu/6"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{file}.png").write_bytes(b"x")
+    plan = ingest.plan(folder_config(tmp_path))
+    assert {split: counts.tolist() for split, counts in plan.counts.items()} == {"train": [2, 1, 1], "test": [1, 1, 1]}
+    assert plan.describe() == (
+        "3 classes, cat to emu; train: 4 samples, 1 (dog) to 2 (cat) per class; test: 3 samples, 1 per class"
+    )
+    alone = ingest.plan(folder_config(tmp_path, classes=["cat"], train_split="val"))
+    assert alone.describe() == "1 class, cat; train: 1 samples, 1 per class"

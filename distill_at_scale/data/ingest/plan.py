@@ -59,6 +59,24 @@ class IngestPlan:
         return replace(self, listings=files)
 
     @property
+    def counts(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Split -> samples per class, int [classes]."""
+        size = len(self.class_names)
+        return {split: np.bincount(table["label"].to_numpy(), minlength=size) for split, table in self.listings.items()}
+
+    def describe(self) -> str:
+        """One line: the number of classes, the first and the last, and per split the samples and the least and most per class."""
+        names = self.class_names
+        parts = [f"{len(names):,} classes, {names[0]} to {names[-1]}" if len(names) > 1 else f"1 class, {names[0]}"]
+        for split, counts in self.counts.items():
+            least, most = int(counts.argmin()), int(counts.argmax())
+            per_class = f"{counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
+            if counts[least] == counts[most]:
+                per_class = f"{counts[least]:,}"
+            parts.append(f"{split}: {counts.sum():,} samples, {per_class} per class")
+        return "; ".join(parts)
+
+    @property
     def samples(self) -> int:
         return sum(table.num_rows for table in self.listings.values())
 

@@ -81,8 +81,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
 
 
 def describe(context: RunContext) -> None:
-    """Say what the source says about its choices, which decoders are used, and how much disk space an ingest takes."""
-    for line in context.plan.notes:
+    """Say which data the source holds, which decoders are used, and how much disk space an ingest takes."""
+    for line in (context.plan.describe(), *context.plan.notes):
         context.display.say(f"  {line}")
     if context.config.data.frames:
         context.display.say(f"  clips are decoded by {describe_decoders(decoders_for(context.config.data))}")

@@ -443,4 +443,4 @@ def test_what_the_source_holds_is_described_in_one_line(tmp_path):
         "3 classes, cat to emu; train: 4 samples, 1 (dog) to 2 (cat) per class; test: 3 samples, 1 per class"
     )
     alone = ingest.plan(folder_config(tmp_path, classes=["cat"], train_split="val"))
-    assert alone.describe() == "1 class, cat; train: 1 samples, 1 per class"
+    assert alone.describe() == "1 class, cat; train: 1 sample, 1 per class"

@@ -65,7 +65,7 @@ class IngestPlan:
         return {split: np.bincount(table["label"].to_numpy(), minlength=size) for split, table in self.listings.items()}
 
     def describe(self) -> str:
-        """One line: the number of classes, the first and the last, and per split the samples and the least and most per class."""
+        """One line: the number of classes, the first and the last; per split the samples, and the least and most per class."""
         names = self.class_names
         parts = [f"{len(names):,} classes, {names[0]} to {names[-1]}" if len(names) > 1 else f"1 class, {names[0]}"]
         for split, counts in self.counts.items():
@@ -73,7 +73,7 @@ class IngestPlan:
             per_class = f"{counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
             if counts[least] == counts[most]:
                 per_class = f"{counts[least]:,}"
-            parts.append(f"{split}: {counts.sum():,} samples, {per_class} per class")
+            parts.append(f"{split}: {counts.sum():,} sample{'s' * (counts.sum() != 1)}, {per_class} per class")
         return "; ".join(parts)
 
     @property

@@ -73,7 +73,8 @@ class IngestPlan:
             per_class = f"{counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
             if counts[least] == counts[most]:
                 per_class = f"{counts[least]:,}"
-            parts.append(f"{split}: {counts.sum():,} sample{'s' * (counts.sum() != 1)}, {per_class} per class")
+            total = int(counts.sum())
+            parts.append(f"{split}: {total:,} sample{'s' if total != 1 else ''}, {per_class} per class")
         return "; ".join(parts)
 
     @property

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +25,7 @@ from distill_at_scale.data.ingest import derived_splits, sample_types
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.ingest.merge import unused
+from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.ingest.sample_types import sample_shape
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import JPEG_RATIO
@@ -231,8 +230,8 @@ def _reasons(rows: pa.Table) -> list[str]:
     lines = [f"  {row['sample_id']}: {row['reason']}" for row in rows.slice(0, 5).to_pylist()]
     if rows.num_rows <= 5:
         return lines
-    kinds = Counter(re.sub(r"(?<![A-Za-z])\d[\d.,:]*|'[^']*'", "…", reason) for reason in rows["reason"].to_pylist())
-    counted = [f"    {count:,} × {kind}" for kind, count in kinds.most_common(MAX_REASONS)]
+    kinds = kinds_of(rows["reason"].to_pylist())
+    counted = [f"    {len(places):,} × {kind}" for kind, places in list(kinds.items())[:MAX_REASONS]]
     if len(kinds) > MAX_REASONS:
         counted.append(f"    and {len(kinds) - MAX_REASONS} more kinds of reason")
     return [*counted, *lines, f"  ... and {rows.num_rows - 5} more"]

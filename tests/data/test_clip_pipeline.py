@@ -160,9 +160,9 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
     assert {name for name, row in listed.items() if row["used"]} == {"train/a/short.mp4"}
     reasons = {
         "train/a/short.mp4": "3 frames, fewer than data.frames = 8: the last one repeats 5 times",
-        "train/a/large.mp4": "20,000 bytes, more than data.max_bytes = 10,000",
-        "train/b/empty.mp4": "empty file",
-        "train/b/text.mp4": "not a video in a known format",
+        "train/a/large.mp4": "20,000 bytes, more than data.max_bytes = 10,000; raise it, or replace the file",
+        "train/b/empty.mp4": "empty file; replace it",
+        "train/b/text.mp4": "not a video but text; replace or remove it",
     }
     assert {name: listed[name]["reason"] for name in reasons} == reasons
     assert listed["train/b/notes.txt"]["used"] is False
@@ -179,7 +179,8 @@ def test_a_pipe_is_set_aside_and_a_folder_that_is_gone_stops_the_job(tmp_path):
     data = {"source": "videofolder", "path": str(folder.parent), "frames": 4, "size": 16}
     run = Run(tiny_config(tmp_path / "run", data=data, **NETWORKS))
     assert run.pipeline.validate() == 1
-    assert pq.read_table(run.dir / "validation.parquet")["reason"].to_pylist() == ["not a regular file"]
+    reasons = pq.read_table(run.dir / "validation.parquet")["reason"].to_pylist()
+    assert reasons == ["not a regular file; restore it as a readable file"]
     run = Run(tiny_config(tmp_path / "other", data=data, **NETWORKS))
     plan = ingest.plan(run.config)
     (folder / "b").rename(tmp_path / "away")

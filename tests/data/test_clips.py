@@ -98,7 +98,7 @@ def test_a_short_video_repeats_its_last_frame_and_says_so(decoder):
 
 
 def test_a_short_video_can_be_left_out_instead(decoder):
-    with pytest.raises(SampleRejected, match=r"3 frames, fewer than data.frames = 5 \(data.short = reject\)"):
+    with pytest.raises(SampleRejected, match=r"3 frames, fewer than data.frames = 5; data.short = repeat would use it"):
         decoder(5, short="reject")("x", write_video(None, numbered(3)))
 
 

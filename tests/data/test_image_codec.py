@@ -111,12 +111,40 @@ def test_sixteen_bits_per_pixel_keep_their_brightness():
     [
         (b"", "empty"),
         (b"this is text, not a picture", "not an image"),
-        (b"\x00" * 100, "not an image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"\x00" * 100, "not an image: it holds only zeros, .*; download it again"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of pixels but an SVG drawing; convert it"),
+        (b"\n<!DOCTYPE html><title>404</title>", "not an image but an HTML page, .*; download it again"),
+        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "not an image but XML text, .*; download it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "a Git LFS pointer to it; fetch .* `git lfs pull`",
+        ),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "^an AVIF image, which cannot be used here; convert it to JPEG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "^a HEIC image, which cannot be used here; convert it to JPEG"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isom", "^an MP4 or MOV video, which cannot be used here"),
+        (b"\xfe\x01" * 50, "^not an image in a known format; convert it to JPEG or PNG, or remove it"),
+        (b"\x89PNG\r\n\x1a\n" + b"\1" * 50, "damaged: .*; replace"),
+        (b"II*\0" + b"\xff" * 50, "damaged: it begins like a TIFF image, .*; replace it"),
         (encoded(picture(64, 64), "JPEG")[:400], "damaged"),
         (encoded(picture(64, 64), "PNG")[:400], "damaged"),
     ],
-    ids=["empty", "text", "zeros", "svg", "half a jpeg", "half a png"],
+    ids=[
+        "empty",
+        "text",
+        "zeros",
+        "svg",
+        "html",
+        "xml",
+        "lfs",
+        "avif",
+        "heic",
+        "mp4",
+        "unknown",
+        "broken png",
+        "broken tiff",
+        "half a jpeg",
+        "half a png",
+    ],
 )
 def test_a_broken_sample_is_rejected_with_its_reason(raw, reason):
     with pytest.raises(SampleRejected, match=reason):
@@ -268,6 +296,71 @@ def test_sixteen_bits_per_colour_keep_their_brightness():
     chunks = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts]
     decoded = ImageDecoder(8)(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).transpose(1, 2, 0)
     assert np.abs(decoded.astype(int) - levels // 257).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("greys", "reason"),
+    [
+        (np.array([[-1000, 0], [400, 1000]], np.int32), "grey levels from -1,000 to 1,000, outside 0..65,535; scale"),
+        (np.array([[0, 65536], [7, 7]], np.int32), "grey levels from 0 to 65,536, outside 0..65,535; scale"),
+        (np.array([[0, 0.5], [1, 1]], np.float32), "floating-point pixels; convert the image to 8 or 16 bits"),
+    ],
+    ids=["signed", "wide", "float"],
+)
+def test_grey_levels_that_do_not_fit_are_rejected_with_their_range(greys, reason):
+    with pytest.raises(SampleRejected, match=reason):
+        ImageDecoder(2)(encoded(Image.fromarray(greys), "TIFF"))
+
+
+def test_unsigned_grey_levels_of_32_bits_are_named_without_a_sign():
+    values = np.array([[0, 4_000_000_000], [5, 6]], np.uint32).tobytes()
+    tags = [(256, 2), (257, 2), (258, 32), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, 16), (339, 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    raw = b"II*\0" + struct.pack("<I", 24) + values + struct.pack("<H", len(tags)) + entries + bytes(4)
+    with pytest.raises(SampleRejected, match="grey levels from 0 to 4,000,000,000, outside"):
+        ImageDecoder(2)(raw)
+
+
+def test_wide_grey_levels_within_sixteen_bits_keep_their_brightness():
+    greys = np.array([[0, 257], [32896, 65535]], np.int32)
+    assert ImageDecoder(2, 1)(encoded(Image.fromarray(greys), "TIFF"))[0].tolist() == [[0, 1], [128, 255]]
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("before_the_pixels", [True, False])
+def test_a_png_with_large_texts_and_a_large_profile_keeps_its_pixels_and_orientation(before_the_pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(photo(), exif=exif)
+    packed = zlib.compress(bytes(3 * 2**20))  # beyond Pillow's limit of 1 MiB
+    texts = (
+        chunk(b"zTXt", b"prompt\0\0" + packed)
+        + chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed)
+        + chunk(b"iCCP", b"wide\0\0" + packed)
+    )
+    cut = 33 if before_the_pixels else plain.index(b"IEND") - 4  # after the header, or before the end
+    raw = plain[:cut] + texts + plain[cut:]
+    if before_the_pixels:
+        with pytest.raises(ValueError, match="MAX_TEXT"):
+            Image.open(io.BytesIO(raw)).load()
+    assert np.array_equal(ImageDecoder(64)(raw), ImageDecoder(64)(plain))
+    with pytest.raises(SampleRejected, match="damaged: "):
+        ImageDecoder(64)(raw[: len(raw) // 2] if not before_the_pixels else raw[:-2000])
+
+
+def test_damaged_metadata_gives_no_warning():
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x0f\x01\x02\0\xff\0\0\0\xff\xff\0\0"
+    raw = encoded(photo(), "JPEG", exif=exif)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Image.open(io.BytesIO(raw)).getexif()
+        assert caught  # Pillow warns
+        caught.clear()
+        ImageDecoder(64)(raw)
+    assert not caught
 
 
 def test_a_png_in_a_file_called_jpeg_is_read_since_only_the_bytes_count(tmp_path):

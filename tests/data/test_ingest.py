@@ -25,6 +25,7 @@ from distill_at_scale.data.ingest import merge as merging
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, part_path, recipe_of
 from distill_at_scale.data.ingest.merge import merge
+from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of
 from distill_at_scale.data.sources import SOURCES
@@ -444,3 +445,13 @@ def test_what_the_source_holds_is_described_in_one_line(tmp_path):
     )
     alone = ingest.plan(folder_config(tmp_path, classes=["cat"], train_split="val"))
     assert alone.describe() == "1 class, cat; train: 1 sample, 1 per class"
+
+
+def test_kinds_of_reasons_keep_the_words_and_numbers_that_all_reasons_share():
+    convert = "floating-point pixels; convert the image to 8 or 16 bits"
+    large = [f"{size},000 bytes, more than data.max_bytes = 1,000; see '{size}.png'" for size in (5, 6, 7)]
+    assert kinds_of([convert, *large, convert, "cut at 3", "cut at 4"]) == {
+        "… bytes, more than data.max_bytes = 1,000; see …": [1, 2, 3],
+        convert: [0, 4],
+        "cut at …": [5, 6],
+    }

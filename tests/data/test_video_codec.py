@@ -188,10 +188,13 @@ def test_files_that_are_not_videos_are_rejected_with_a_reason(files):
     picture = io.BytesIO()
     Image.new("RGB", (64, 48), (200, 30, 30)).save(picture, "JPEG")
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
-    for raw in (b"hello, world\n" * 50, picture.getvalue(), playlist, b"\0" * 1000):
-        assert rejection(raw) == "not a video in a known format"
-    assert rejection(write_audio(None)) == "no video stream"
-    assert rejection(write_without_frames(None)) == "no frames"
+    text = "not a video but text; replace or remove it"
+    assert [rejection(b"hello, world\n" * 50), rejection(playlist)] == [text, text]
+    assert rejection(picture.getvalue()) == "a JPEG image, which cannot be used here; convert it to MP4, or remove it"
+    assert rejection(b"\0" * 1000).startswith("not a video: it holds only zeros, as an interrupted download leaves")
+    assert rejection(b"\xfe\x01" * 500).startswith("not a video in a known format; convert it to MP4")
+    assert rejection(write_audio(None)) == "no video stream, only sound or a cover; replace or remove the file"
+    assert rejection(write_without_frames(None)) == "no frames; replace or remove the file"
     assert "moov" in rejection(without_index(files["h264 mp4"]))
 
 
@@ -211,9 +214,10 @@ def test_a_file_cut_anywhere_yields_the_requested_frames_or_none(files):
 
 
 def test_limits_hold_before_anything_is_decoded(files):
-    assert rejection(files["h264 mp4"], max_pixels=3000) == "64 x 48 pixels, more than data.max_pixels = 3000"
-    assert rejection(files["h264 mp4"], max_seconds=5.0) == "6.0 s, more than data.max_seconds = 5"
-    assert rejection(files["vp8 webm"], max_seconds=5.0) == "6.0 s, more than data.max_seconds = 5"
+    pixels = "64 x 48 pixels, more than data.max_pixels = 3000; raise data.max_pixels, or make the video smaller"
+    seconds = "6.0 s, more than data.max_seconds = 5; raise it, or cut the video"
+    assert rejection(files["h264 mp4"], max_pixels=3000) == pixels
+    assert rejection(files["h264 mp4"], max_seconds=5.0) == rejection(files["vp8 webm"], max_seconds=5.0) == seconds
 
 
 @pytest.mark.parametrize("settings", [{}, {"settings": B_FRAMES}])
@@ -223,7 +227,7 @@ def test_only_the_existing_frames_of_a_cut_file_can_be_used(settings):
         assert video.cut
         assert video.frames == 60
         assert numbers(pyav_frames(video, [2, 11], 24, "square", False)) == [2, 11]
-        with pytest.raises(VideoRejected, match=r"^cut: \d+ of 60 frames decode$"):
+        with pytest.raises(VideoRejected, match=r"^cut: \d+ of 60 frames decode; replace the file$"):
             pyav_frames(video, [2, 11, 58], 24, "square", False)
     with pytest.raises(DecoderFailed, match="cut"):
         decode(decord_frames, raw, [2])
@@ -243,7 +247,7 @@ def test_damage_in_the_middle_never_yields_other_frames(files):
     raw = bytearray(files["h264 mp4"])
     start = raw.index(b"mdat") + 4
     raw[start + 200 : start + (len(raw) - start) // 2] = bytes((len(raw) - start) // 2 - 200)
-    with pytest.raises(VideoRejected, match=r"^damaged: \d+ of 60 frames decode$"):
+    with pytest.raises(VideoRejected, match=r"^damaged: \d+ of 60 frames decode; replace the file$"):
         decode(pyav_frames, bytes(raw), [5, 55])
 
 

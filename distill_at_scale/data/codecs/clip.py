@@ -59,7 +59,7 @@ class ClipDecoder:
         `name` is the sample's id, which seeds random frame choices. Raises SampleRejected for anything wrong with the file.
         """
         if not raw:
-            raise SampleRejected("empty file")
+            raise SampleRejected("empty file; replace it")
         own = [f.name for f in fields(self) if f.name not in ("time_limit", "decoders", "child", "tally")]
         request = {key: getattr(self, key) for key in own} | {"name": name}
         deaths: list[str] = []
@@ -75,7 +75,7 @@ class ClipDecoder:
                     del attempts[0]
                 deaths.append(f"the decoder {death}{' (data.time_limit)' if 'no answer' in str(death) else ''}")
                 if not attempts:
-                    raise SampleRejected(deaths[-1]) from None
+                    raise SampleRejected(f"{deaths[-1]}; replace the file") from None
         if "rejected" in reply:
             raise SampleRejected(reply["rejected"])
         self.tally[reply["decoder"]] += 1

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 # name -> display name, function
 DECODERS = {"decord": ("decord", video_decoders.decord_frames), "pyav": ("PyAV", video_decoders.pyav_frames)}
-TOO_LARGE = "needs too much memory"  # more than `IsolatedFunction` allows
+TOO_LARGE = "needs too much memory; make the video smaller"  # more than `IsolatedFunction` allows
 LUMA = np.array([19595, 38470, 7471], np.uint32)  # of 65536; BT.601, as Pillow's conversion to grey
 
 
@@ -56,7 +56,7 @@ def decode_clip(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], byt
     except MemoryError:
         return {"rejected": TOO_LARGE}, b""
     except Exception as error:  # libraries fed with damaged bytes raise almost anything
-        return {"rejected": f"damaged: {str(error) or type(error).__name__}"}, b""
+        return {"rejected": f"damaged: {str(error) or type(error).__name__}; replace the file"}, b""
     missing = request.frames - len(frames)
     clip = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]) if missing else frames
     if request.channels == 1:
@@ -108,9 +108,9 @@ def frame_indices(n: int, request: ClipRequest) -> list[int]:
     """
     count = request.frames
     if n < 2:
-        raise VideoRejected("a single frame, not a video" if n else "no frames")
+        raise VideoRejected(f"{'a single frame, not a video' if n else 'no frames'}; replace or remove the file")
     if n < count and request.short == "reject":
-        raise VideoRejected(f"{n} frames, fewer than data.frames = {count} (data.short = reject)")
+        raise VideoRejected(f"{n} frames, fewer than data.frames = {count}; data.short = repeat would use it")
     if n <= count:
         return list(range(n))
     if request.sampling == "uniform":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,19 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from distill_at_scale.data.codecs import foreign_files
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+KINDS = tuple(f"a {name} image" for name in ("JPEG", "PNG", "WebP", "BMP", "GIF", "TIFF"))
+MAX_GREY = 65_535  # of 16 bits
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks with texts and colour profiles; the pixels do not need them
 MARGIN = 1.25  # a JPEG is decoded at no less than this many times the target size
 REDUCING_GAP = 3.0  # an image 6 or more times too large is first averaged in whole steps
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each one costs a pass over all pixels
 SCAN = b"\xff\xda"  # cannot occur within the pixels' own bytes
 ORIENTATION = 0x0112  # the EXIF tag
+BITS_PER_SAMPLE, SAMPLE_FORMAT = 258, 339  # tags of TIFF; format 1 is unsigned
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,22 +74,38 @@ class ImageDecoder:
             if raw.shape[2:] == (self.channels,):
                 return raw.transpose(2, 0, 1).copy()
         try:
-            if isinstance(raw, np.ndarray):
-                return self.fit(Image.fromarray(_checked(raw)))
-            return self.fit(*self._open(raw))
+            with warnings.catch_warnings(action="ignore"):  # Pillow warns about damaged metadata, which is not used
+                if isinstance(raw, np.ndarray):
+                    return self.fit(Image.fromarray(_checked(raw)))
+                return self.fit(*(self._open_png(raw) if raw.startswith(PNG_SIGNATURE) else self._open(raw)))
         except (SampleRejected, MemoryError):
             raise
         except UnidentifiedImageError:
-            raise SampleRejected(f"not an image in a known format ({', '.join(FORMATS)})") from None
-        except Image.DecompressionBombError as error:
-            raise SampleRejected(f"decompression bomb: {error}") from None
+            assert isinstance(raw, bytes)
+            raise SampleRejected(foreign_files.describe(raw, "an image", KINDS, "JPEG or PNG")) from None
+        except Image.DecompressionBombError:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            reason = (
+                f"decompression bomb: more than {limit:,} pixels, which Pillow opens at most; make the image smaller"
+            )
+            raise SampleRejected(reason) from None
         except Exception as error:  # a decoder fed with damaged bytes raises almost anything
-            raise SampleRejected(f"damaged: {str(error) or type(error).__name__}") from None
+            words = (str(error) or type(error).__name__).rstrip(".")
+            raise SampleRejected(f"damaged: {words}; replace the file") from None
+
+    def _open_png(self, raw: bytes) -> tuple[Image.Image, Box]:
+        """As `_open`. Pillow refuses texts and colour profiles that unpack to more than 1 MiB; they are cut out then."""
+        try:
+            return self._open(raw)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+            return self._open(_without_texts(raw))
 
     def fit(self, image: Image.Image, box: Box | None = None) -> Array:
         """A decoded image, or the `box` of it to use -> new uint8 [channels, size, size].
 
-        Raises SampleRejected for floating-point pixels.
+        Raises SampleRejected for floating-point pixels and for grey levels that 16 bits do not hold.
         """
         turn = TURNS.get(_orientation(image))
         image = self._fit(image, box or self._box(*image.size))
@@ -92,13 +116,15 @@ class ImageDecoder:
     def _open(self, raw: bytes) -> tuple[Image.Image, Box]:
         """The decoded image (a JPEG may be scaled down), and the part of it to use."""
         if not raw:
-            raise SampleRejected("empty file")
+            raise SampleRejected("empty file; replace it")
         image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
         width, height = image.size
         if width * height > self.max_pixels:
-            raise SampleRejected(f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}")
+            problem = f"{width} x {height} pixels, more than data.max_pixels = {self.max_pixels}"
+            raise SampleRejected(f"{problem}; raise data.max_pixels, or make the image smaller")
         if image.format == "JPEG" and (scans := raw.count(SCAN)) > MAX_SCANS:
-            raise SampleRejected(f"a JPEG of {scans} scans, more than {MAX_SCANS}, which take time without end")
+            problem = f"a JPEG of {scans} scans, more than {MAX_SCANS}, which take time without end"
+            raise SampleRejected(f"{problem}; save it again as a baseline JPEG")
         least = math.ceil(MARGIN * self.size)
         drafted = image.draft("L" if self.channels == 1 else None, (least, least))  # None for other formats
         image.load()
@@ -118,7 +144,14 @@ class ImageDecoder:
         if image.mode == "F":
             raise SampleRejected("floating-point pixels; convert the image to 8 or 16 bits")
         if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits to white
-            image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            greys = np.asarray(image)
+            if greys.dtype == np.int32 and _is_unsigned_tiff(image):
+                greys = greys.view(np.uint32)  # Pillow has no mode for these
+            low, high = int(greys.min()), int(greys.max())
+            if low < 0 or high > MAX_GREY:
+                problem = f"grey levels from {low:,} to {high:,}, outside 0..{MAX_GREY:,}"
+                raise SampleRejected(f"{problem}; scale the image to 8 or 16 bits without a sign")
+            image = Image.fromarray((greys // 257).astype(np.uint8))
         mode = "L" if self.channels == 1 else "RGB"
         image = image if image.mode == mode else image.convert(mode)
         if image.size == (self.size, self.size):
@@ -145,6 +178,22 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # as for pixels: damaged bytes raise almost anything
         return 1
     return orientation if isinstance(orientation, int) else 1
+
+
+def _is_unsigned_tiff(image: Image.Image) -> bool:
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(BITS_PER_SAMPLE) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG without the chunks of PNG_TEXTS; bytes that are no whole chunk stay, for the decoder to judge."""
+    kept, at = [png[:8]], 8
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")  # length, kind, content, checksum
+        if png[at + 4 : at + 8] not in PNG_TEXTS:
+            kept.append(png[at:end])
+        at = end
+    return b"".join([*kept, png[at:]])
 
 
 def encode(pixels: Array, quality: int) -> bytes:

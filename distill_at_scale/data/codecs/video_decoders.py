@@ -168,7 +168,9 @@ def _in_order(video: Video, wanted: set[int], convert: Callable[[Any], Array]) -
     if len(frames) == len(wanted) and identified:
         return frames
     if video.cut or video.errors:
-        raise VideoRejected(f"{'cut' if video.cut else 'damaged'}: {count} of {video.frames} frames decode")
+        raise VideoRejected(
+            f"{'cut' if video.cut else 'damaged'}: {count} of {video.frames} frames decode; replace the file"
+        )
     raise FewerFrames(count)
 
 

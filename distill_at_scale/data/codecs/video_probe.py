@@ -16,6 +16,9 @@ from typing import Any
 
 import av
 
+from distill_at_scale.data.codecs import foreign_files
+
+KINDS = ("an MP4 or MOV video", "a Matroska or WebM video", "an AVI video")
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg,gif,m4v,mpegvideo,h264,hevc,rm,dv,mxf,ivf"
 # the matrix of a track that is not rotated
 UNROTATED = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0" + bytes(12) + b"\x40\0\0\0"
@@ -64,19 +67,20 @@ def open_video(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Vide
         if raw[4:8] == b"ftyp" and b"moov" not in raw:
             reason = "truncated: an mp4 whose index (the moov atom) is missing; download it again"
         elif isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
-            reason = "not a video in a known format"
+            reason = foreign_files.describe(raw, "a video", KINDS, "MP4")
         else:
-            reason = f"truncated or damaged: {getattr(error, 'strerror', None) or error}"
+            reason = f"truncated or damaged: {getattr(error, 'strerror', None) or error}; replace the file"
         raise VideoRejected(reason) from None
     with container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            raise VideoRejected("no video stream")
+            raise VideoRejected("no video stream, only sound or a cover; replace or remove the file")
         if stream.codec_context is None:
-            raise VideoRejected("a video stream of a codec that FFmpeg cannot decode here")
+            raise VideoRejected("a video stream of a codec that FFmpeg cannot decode here; convert it to H.264")
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > max_pixels:
-            raise VideoRejected(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
+            problem = f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}"
+            raise VideoRejected(f"{problem}; raise data.max_pixels, or make the video smaller")
         own = 0.0 if stream.duration is None else stream.duration * float(stream.time_base)
         seconds = own or (container.duration or 0) / 1_000_000  # as the header claims; 0 if it does not say
         _check_length(seconds, max_seconds)
@@ -88,7 +92,7 @@ def open_video(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Vide
         cut = len(times) < claimed and _ends_early(raw, container.format.name)
         frames = claimed if cut else len(times)
         if not frames:
-            raise VideoRejected("no frames")
+            raise VideoRejected("no frames; replace or remove the file")
         if present := [time for time in times if time is not None]:  # checked again, as the header may not say
             _check_length((max(present) - min(present)) * float(stream.time_base), max_seconds)
         # an avi says when a packet is decoded, not when its frame is shown
@@ -99,7 +103,7 @@ def open_video(raw: bytes, max_pixels: int, max_seconds: float) -> Iterator[Vide
 
 def _check_length(seconds: float, limit: float) -> None:
     if seconds > limit:
-        raise VideoRejected(f"{seconds:,.1f} s, more than data.max_seconds = {limit:g}")
+        raise VideoRejected(f"{seconds:,.1f} s, more than data.max_seconds = {limit:g}; raise it, or cut the video")
 
 
 def _ends_early(raw: bytes, kind: str) -> bool:

@@ -153,7 +153,9 @@ def _decoded(
     """Decodes rows in order and calls `keep` for each sample; yields samples that are rejected or used with a remark."""
     small = rows["size"].to_numpy() <= recipe.max_bytes
     for row in rows.filter(pa.array(~small)).to_pylist():
-        reason = f"{row['size']:,} bytes, more than data.max_bytes = {recipe.max_bytes:,}"
+        reason = (
+            f"{row['size']:,} bytes, more than data.max_bytes = {recipe.max_bytes:,}; raise it, or replace the file"
+        )
         yield row["sample_id"], row["location"], reason, False
     for batch, raws in prefetch(_read(source, rows if small.all() else rows.filter(pa.array(small)), spent)):
         with spent.on("decode"):
@@ -220,7 +222,7 @@ def _read_one(source: Source, row: pa.Table) -> Raw | SampleRejected:
         frames = list(traceback.walk_tb(error.__traceback__))
         if isinstance(error, OSError):
             if error.errno in SAMPLE_ERRORS:
-                return SampleRejected(error.strerror or str(error))
+                return SampleRejected(f"{error.strerror or error}; restore it as a readable file")
             from_network = type(error).__module__.partition(".")[0] in NETWORK_PACKAGES
             if from_network or isinstance(error, ConnectionError | TimeoutError) or is_access_error(error):
                 raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -22,6 +21,7 @@ from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.images import to_pixels
 from distill_at_scale.data.ingest import derived_splits
+from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.parquet import reading
@@ -39,7 +39,6 @@ from distill_at_scale.storage.run_dir import STAGES, RunDir
 VERSION = 3  # of the page; raise it when the page changes, so that finished runs write their report again
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
 REASONS, KINDS = 5, 12  # at most REASONS rejected samples are listed one by one; more are grouped into KINDS kinds
-VARYING = re.compile(r"\d[\d,.]*|'[^']*'|\"[^\"]*\"")  # parts that differ between two reasons of one kind
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image per class; else classes, images per class
 IMAGE_BYTES = 1_000_000  # of all synthetic images on the page
 CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show clips
@@ -269,12 +268,10 @@ def _rejected(path: Path) -> dict[str, Any]:
     result = {}
     for name, used in (("rejected", False), ("remarked", True)):
         samples = [row for row in listed if row.get("used", False) is used]
-        kinds: dict[str, list[Mapping[str, Any]]] = {}
-        for row in samples:
-            kinds.setdefault(VARYING.sub("…", row["reason"]), []).append(row)
         grouped = len(samples) > REASONS
-        groups = sorted(kinds.values(), key=len, reverse=True) if grouped else [[row] for row in samples]
-        rows = [{"count": len(group), **group[0]} for group in groups[:KINDS]]
+        kinds = kinds_of([row["reason"] for row in samples])
+        groups = list(kinds.values()) if grouped else [[place] for place in range(len(samples))]
+        rows = [{"count": len(places), **samples[places[0]]} for places in groups[:KINDS]]
         result[name] = {"count": len(samples), "rows": rows, "grouped": grouped, "more": len(groups) - len(rows)}
     return result
 

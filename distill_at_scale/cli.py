@@ -28,7 +28,7 @@ FULL, DENIED = "Free space or choose another place", "Check its permissions or c
 ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EROFS: DENIED, errno.EPERM: DENIED}
 OTHER_ADVICE = "Check the disk, and that all nodes see it at this path"
 
-CONFIG_HELP = "A YAML file, for example configs/digits.yaml."
+CONFIG_HELP = "A YAML file, or the name of a shipped configuration (`distill-at-scale configs` lists them)."
 OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; they may stand anywhere behind CONFIG."
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
 Overrides = Annotated[
@@ -219,6 +219,69 @@ def export(
         export(config, scores or [], kept or [], display)
 
     return _work(config, overrides, body, ray=False)
+
+
+@app.command(epilog=examples("keys", "keys distill.dm", "keys select.keep", "keys --json > schema.json"))
+def keys(
+    name: Annotated[str | None, typer.Argument(metavar="[section|key]", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the JSON schema, which editors read.")] = False,
+) -> int:
+    """Print type, range, default and meaning of keys.
+
+    Without an argument: of all keys.
+    """
+
+    def body() -> None:
+        from distill_at_scale.config import reference
+        from distill_at_scale.core.progress import Display
+
+        console = Display().console
+        if json:
+            typer.echo(reference.json_text(name))
+            return
+        for table in reference.tables(name):
+            console.print(table)
+
+    return report_errors(body)
+
+
+configs_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(
+    configs_app, name="configs", epilog=examples("configs", "configs cp digits", "configs cp digits mine.yaml")
+)
+
+
+@configs_app.callback()
+def configs(context: typer.Context) -> None:
+    """List the shipped configurations, or copy one.
+
+    The list has the purpose of each, the data that it needs and its rough cost. `CONFIG` of every command may be a name
+    of this list.
+    """
+    if context.invoked_subcommand is None:
+        from distill_at_scale.config import shipped
+        from distill_at_scale.core.progress import Display
+
+        Display().console.print(shipped.table())
+
+
+@configs_app.command("cp", epilog=examples("configs cp digits", "configs cp digits mine.yaml"))
+def copy_config(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped configuration.", show_default=False)],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Default: NAME.yaml in the current folder.")
+    ] = None,
+) -> int:
+    """Copy a shipped configuration to a file of your own."""
+
+    def body() -> None:
+        from distill_at_scale.config import shipped
+        from distill_at_scale.core.progress import Display
+
+        target = shipped.copy(name, file)
+        Display().say(f"{target}: a copy of {name}. Next: {shipped.next_command(name, target)}")
+
+    return report_errors(body)
 
 
 def commands() -> list[str]:

@@ -16,7 +16,9 @@ from distill_at_scale import cli
 from distill_at_scale.config.keys import sections
 from distill_at_scale.config.load import Config, load
 
-ROOMS = sorted(path.parent.name for path in (ROOT / "distill_at_scale").glob("*/README.md"))
+ROOMS = sorted(
+    path.parent.name for path in (ROOT / "distill_at_scale").glob("*/README.md") if not path.parent.is_symlink()
+)
 PAGES = [ROOT / "README.md", *(ROOT / "distill_at_scale" / room / "README.md" for room in ROOMS)]
 PAGES += sorted(path for name in (".github", "configs", "jobs") for path in (ROOT / name).rglob("*.md"))
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".sh"))

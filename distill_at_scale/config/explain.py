@@ -33,10 +33,18 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else "known: " + ", ".join(known)
 
 
-def keys_named(model: type[BaseModel], last: str) -> list[str]:
-    """The dotted keys that end with a name, in the outermost sections that have such a key."""
-    names = [key.name for group in sections(model) for key in group.keys if key.name.rpartition(".")[2] == last]
-    return [name for name in names if name.count(".") == min(other.count(".") for other in names)]
+def keys_named(model: type[BaseModel], last: str, cutoff: float = 1.0) -> list[str]:
+    """The dotted keys that end with a name, in the outermost sections that have such a key.
+
+    Args:
+        cutoff: below 1 the nearest name of a key serves, too, if no key has the name.
+    """
+    names: dict[str, list[str]] = {}
+    for key in (key.name for group in sections(model) for key in group.keys):
+        names.setdefault(key.rpartition(".")[2], []).append(key)
+    if last not in names and cutoff < 1:
+        last = next(iter(difflib.get_close_matches(last, names, n=1, cutoff=cutoff)), "")
+    return [key for key in names.get(last, ()) if key.count(".") == min(other.count(".") for other in names[last])]
 
 
 def unknown_key(model: type[BaseModel], name: str) -> tuple[str, str]:
@@ -44,7 +52,7 @@ def unknown_key(model: type[BaseModel], name: str) -> tuple[str, str]:
     top, rest = name.partition(".")[0], name
     if top not in model.model_fields:
         what, known = f"unknown section {top}", f"sections: {', '.join(model.model_fields)}"
-        meant = keys_named(model, name)
+        meant = keys_named(model, name, cutoff=0.7)
         meant = meant or [name.replace(top, section, 1) for section in nearest(top, model.model_fields, 0.6)[:1]]
         meant = [key if annotation_of(model, key) else key.partition(".")[0] for key in meant]
     else:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
-from distill_at_scale.config import explain, sections, typed_yaml
+from distill_at_scale.config import explain, sections, shipped, typed_yaml
 from distill_at_scale.config.experiments import StudiesSection, SweepSection
 from distill_at_scale.config.fields import Section, execution_key
 from distill_at_scale.config.keys import annotation_of
@@ -80,15 +80,21 @@ class Config(Section):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate.
 
+    Args:
+        path: a file, or the name of a shipped configuration.
+
     Raises:
         UserError: names the key, where it was set, and what is allowed.
     """
-    values, origin = _read_yaml(Path(path)), {}
+    path = shipped.file_of(path)
+    values, origin = _read_yaml(path), {}
     for text in overrides:
         key, sep, value = text.partition("=")
         key = key.strip()
         if not sep or "." not in key:
-            meant = " or ".join(f"{name}={value}" for name in explain.keys_named(Config, key)) if sep else ""
+            meant = (
+                " or ".join(f"{name}={value}" for name in explain.keys_named(Config, key, cutoff=0.7)) if sep else ""
+            )
             advice = f"did you mean {meant}?" if meant else "write section.key=value, for example select.keep=0.1"
             raise UserError(f"cannot read the override {text!r}; {advice}")
         annotation = annotation_of(Config, key)
@@ -125,7 +131,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}. Is the path right?") from None
+        hint = shipped.advice(path) if isinstance(error, FileNotFoundError) else "Is the path right?"
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}. {hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
     if len(text) > MAX_CHARACTERS:

@@ -90,7 +90,8 @@ def test_an_unknown_key_names_itself_its_origin_the_nearest_and_the_keys_of_its_
         ("keep=0.1", "select.keep=0.1?"),
         ("ipc=10", "distill.ipc=10?"),
         ("seed=1", "run.seed=1 or select.seed=1 or distill.seed=1?"),
-        ("kepp=0.1", "write section.key=value"),
+        ("kepp=0.1", "select.keep=0.1?"),
+        ("zzz=0.1", "write section.key=value"),
     ],
 )
 def test_an_override_without_a_section_names_the_sections_that_have_the_key(load, override, meant):

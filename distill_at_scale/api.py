@@ -6,11 +6,13 @@ Functions import what they need, so that this module loads neither torch nor Ray
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from distill_at_scale import __version__
 from distill_at_scale.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +23,24 @@ if TYPE_CHECKING:
     from distill_at_scale.pipeline.executors.base import Executor
     from distill_at_scale.pipeline.monitoring.observers import Observer
     from distill_at_scale.pipeline.pipeline import Pipeline
+
+
+def ray_address(config: Config) -> str | None:
+    """The Ray cluster that a configuration runs on; None: a Ray of its own on this machine; "none": no Ray."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def opening(config: Config, work: str) -> str:
+    """The first line of a command: version, what it does, in which folder, and where the work runs."""
+    address, folder = ray_address(config), config.run.dir
+    if "://" in folder:
+        from distill_at_scale.storage.filesystem import redact_uri
+
+        folder = redact_uri(folder)
+    where = {None: "on Ray, on this machine", "none": "in this process"}.get(
+        address, f"on the Ray cluster at {address}"
+    )
+    return f"distill-at-scale {__version__}: {work}, in the run folder {folder}, {where}"
 
 
 def make_pipeline(config: Config, display: Display) -> Pipeline:

@@ -6,16 +6,19 @@ Functions import what they need, so that `--help` and errors of usage load neith
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill_at_scale import __version__
-from distill_at_scale.core.errors import UserError
+from distill_at_scale import __version__, api
+from distill_at_scale.core.errors import RunWarning, UserError
 
 if TYPE_CHECKING:
     from distill_at_scale.config.load import Config
@@ -73,13 +76,13 @@ def run(config: ConfigName, overrides: Overrides = None) -> int:
     A stage whose valid output exists is skipped, and an interrupted one resumes. At the end the command prints the
     accuracy of the distilled set and the path of the report.
     """
-    return _work(config, overrides, lambda config, display: _run_stages(config, display, STAGES))
+    return _work("run", config, overrides, lambda config, display: _run_stages(config, display, STAGES))
 
 
 def _add_stage(stage: str, summary: str, *lines: str) -> None:
     @app.command(stage, help=summary, epilog=examples(*lines))
     def command(config: ConfigName, overrides: Overrides = None) -> int:
-        return _work(config, overrides, lambda config, display: _run_stages(config, display, (stage,)))
+        return _work(stage, config, overrides, lambda config, display: _run_stages(config, display, (stage,)))
 
 
 _add_stage(
@@ -122,7 +125,6 @@ _add_stage(
 
 
 def _run_stages(config: Config, display: Display, stages: Sequence[str]) -> None:
-    from distill_at_scale import api
     from distill_at_scale.pipeline.report.show import show_result
     from distill_at_scale.storage.run_dir import RunDir
 
@@ -141,11 +143,9 @@ def validate(config: ConfigName, overrides: Overrides = None) -> int:
     """
 
     def body(config: Config, display: Display) -> int:
-        from distill_at_scale import api
-
         return 1 if api.make_pipeline(config, display).validate() else 0
 
-    return _work(config, overrides, body)
+    return _work("validate", config, overrides, body)
 
 
 @app.command(epilog=examples("plan configs/digits.yaml", "plan configs/digits.yaml distill.ipc=50 cluster.price=2.0"))
@@ -157,11 +157,9 @@ def plan(config: ConfigName, overrides: Overrides = None) -> int:
     """
 
     def body(config: Config, display: Display) -> None:
-        from distill_at_scale import api
-
         api.plan_run(config, display)
 
-    return _work(config, overrides, body)
+    return _work("plan", config, overrides, body)
 
 
 @app.command(epilog=examples("sweep configs/sweep_digits.yaml", "sweep configs/sweep_digits.yaml sweep.controls=[]"))
@@ -173,11 +171,9 @@ def sweep(config: ConfigName, overrides: Overrides = None) -> int:
     """
 
     def body(config: Config, display: Display) -> None:
-        from distill_at_scale import api
-
         api.run_sweep(config, display)
 
-    return _work(config, overrides, body)
+    return _work("sweep", config, overrides, body)
 
 
 @app.command(
@@ -191,11 +187,9 @@ def study(config: ConfigName, overrides: Overrides = None) -> int:
     """
 
     def body(config: Config, display: Display) -> None:
-        from distill_at_scale import api
-
         api.run_studies(config, display)
 
-    return _work(config, overrides, body)
+    return _work("study", config, overrides, body)
 
 
 @app.command(epilog=examples(
@@ -218,7 +212,7 @@ def export(
 
         export(config, scores or [], kept or [], display)
 
-    return _work(config, overrides, body, ray=False)
+    return _work("export", config, overrides, body, computes=False)
 
 
 @app.command(epilog=examples("keys", "keys distill.dm", "keys select.keep", "keys --json > schema.json"))
@@ -307,11 +301,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(
-    path: str, overrides: Sequence[str] | None, body: Callable[[Config, Display], int | None], ray: bool = True
+    name: str,
+    path: str,
+    overrides: Sequence[str] | None,
+    body: Callable[[Config, Display], int | None],
+    computes: bool = True,
 ) -> int:
     """Load the configuration, call `body`, and return the exit status; errors that the user can fix become one line.
 
-    With `ray`, work on a running cluster is watched: the loss of its head ends the command with an error.
+    A command that `computes` first says what it does, because torch and Ray take seconds to load. Work on a running cluster
+    is watched: the loss of its head ends the command with an error.
     """
     sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
 
@@ -319,9 +318,13 @@ def _work(
         from distill_at_scale.config.load import load
         from distill_at_scale.core.progress import Display
 
+        if "=" in path and not Path(path).exists():
+            raise UserError(f"CONFIG is missing: {path} is an override; write `{NAME} {name} CONFIG {path}`")
         config, display = load(path, overrides or ()), Display()
-        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        if not ray or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
+        if computes:
+            display.say(api.opening(config, f"{name} {path}"))
+        address = api.ray_address(config)
+        if not computes or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
             return body(config, display) or 0
         from distill_at_scale.cluster import head_watchdog
 
@@ -331,31 +334,54 @@ def _work(
 
         return head_watchdog.guarded(address, lambda: report_errors(connected))
 
-    return report_errors(command)
+    with _own_warnings_only():
+        return report_errors(command)
+
+
+def _say_error(text: str) -> None:
+    from rich.console import Console
+
+    from distill_at_scale.core.progress import printable
+
+    Console(stderr=True, highlight=False).print(printable(text), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _own_warnings_only() -> Iterator[None]:
+    """Print our warnings as one line each; hide those of torch, Ray and other libraries, which a user cannot act on.
+
+    With `python -W` or PYTHONWARNINGS, Python prints all of them in its own way.
+    """
+
+    def show(message: Warning | str, category: type[Warning], *rest: object, **options: object) -> None:
+        if issubclass(category, RunWarning):
+            _say_error(f"warning: {message}")
+
+    if sys.warnoptions:
+        yield
+        return
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def report_errors(body: Callable[[], int | None]) -> int:
     """Print an error of `body` that the user can fix as one line, and return the exit status."""
-
-    def say(text: str) -> None:
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
-
-    from distill_at_scale.core.progress import printable
-
     try:
         return body() or 0
     except UserError as error:
-        say(f"error: {printable(str(error))}")
+        _say_error(f"error: {error}")
     except KeyboardInterrupt:
-        say("interrupted; give the same command again to resume")
+        _say_error("interrupted; give the same command again to resume")
         return 130
     except OSError as error:
         if error.errno is None:
             raise
-        where, advice = printable(str(error.filename or "the run folder")), ADVICE.get(error.errno, OTHER_ADVICE)
-        say(f"error: {error.strerror}: {where}. {advice}, and give the same command again; finished work is kept.")
+        where, advice = error.filename or "the run folder", ADVICE.get(error.errno, OTHER_ADVICE)
+        _say_error(
+            f"error: {error.strerror}: {where}. {advice}, and give the same command again; finished work is kept."
+        )
     return 2
 
 

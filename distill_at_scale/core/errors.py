@@ -17,6 +17,10 @@ class Busy(UserError):
     """Another command holds the lock of the run folder."""
 
 
+class RunWarning(UserWarning):
+    """A warning for the user, in a sentence of our own; the command prints it as one line, and hides those of libraries."""
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the cause is a machine, a disk or storage, so that the same work may succeed later."""
     return isinstance(error, OSError | Unreachable | WorkersLost | Busy)

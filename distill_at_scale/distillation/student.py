@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distill_at_scale.config.sections import EvaluateSection
 from distill_at_scale.core import rng
-from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.augment import Augmentation, cutmix
 from distill_at_scale.distillation.soft_labels import StoredLabels, TeacherLabels, ViewPlan, merge_last_batch
@@ -122,6 +122,7 @@ def train(
         warnings.warn(
             f"the network {spec.name} has batch norm, whose statistics over batches of {batch} images are poor (a last batch "
             "of one image is merged into the one before); a network without batch norm is safer",
+            RunWarning,
             stacklevel=2,
         )
     for epoch in range(protocol.epochs):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill_at_scale.config.explain import suggest
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core import rng
-from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.models.image import VGG11, AlexNet, ConvNet, ResNet
 from distill_at_scale.models.mlp import MLP
 from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
@@ -235,7 +235,9 @@ def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -
                     raise
                 failed = True
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                warnings.warn(f"torch.compile does not work here ({reason}); running eagerly, slower", stacklevel=2)
+                warnings.warn(
+                    f"torch.compile does not work here ({reason}); running eagerly, slower", RunWarning, stacklevel=2
+                )
         return network(images)
 
     return forward

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from distill_at_scale.core.errors import RunWarning
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
@@ -80,6 +81,7 @@ class MatchingMethod(ImageMethod):
             warnings.warn(
                 f"distill.network = {context.spec.name!r} has batch norm: a real batch of several classes sets its "
                 "statistics before each matching, which then runs in evaluation mode, so that samples are independent",
+                RunWarning,
                 stacklevel=2,
             )
 

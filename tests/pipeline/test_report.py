@@ -124,13 +124,12 @@ def test_missing_optional_parts_are_left_out(run):
     assert "The synthetic images" in text
 
 
-def test_a_repeated_step_counts_as_done_last(tmp_path, monkeypatch):
+def test_a_repeated_step_counts_as_done_last(tmp_path):
     lines = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0)]
     log = "".join(json.dumps({"stage": "distill", "step": step, "loss": loss}) + "\n" for step, loss in lines)
     path = tmp_path / "metrics.jsonl"
     path.write_text(log + '{"stage": "distill", "step": 2, "top1": 0.5}\n{"stage": "other", "loss": 1}\n{"stage": "dis')
-    monkeypatch.setattr(run_plots, "curve", lambda loss, top1: (loss, top1))
-    assert run_report._curve(path)["chart"] == ([(1, 9.0), (2, 6.0)], [(2, 50.0)])
+    assert run_report.distillation_log(path) == ([(1, 9.0), (2, 6.0)], [(2, 50.0)])
 
 
 def test_rejected_samples_are_counted_and_named(run):

@@ -1,4 +1,4 @@
-"""Plots and pictures of one run as data URIs: charts as SVG, images as PNG, clips as animated PNG or WebP."""
+"""Plots of one run as figures; its pictures as data URIs: images as PNG, clips as animated PNG or WebP."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Gallery:
     shown: str
 
 
-def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
+def accuracies(bars: Sequence[AccuracyBar], chance: float) -> Figure:
     """Bars by network with standard deviation and every single seed; a dashed line marks `chance` (in per cent)."""
     networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
     with matplotlib.rc_context(style.STYLE):
@@ -85,10 +85,10 @@ def accuracies(bars: Sequence[AccuracyBar], chance: float) -> str:
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.axvline(chance, color=style.FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
         axes.set_xlabel("top-1 accuracy on the test split in %  (dashed: chance)")
-        return style.svg(figure)
+        return figure
 
 
-def distributions(classes: Sequence[Distribution], label: str) -> str:
+def distributions(classes: Sequence[Distribution], label: str) -> Figure:
     """A histogram of scores per class, kept and dropped samples stacked, with a mark at each cut."""
     scores = np.concatenate([c.scores for c in classes])
     edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), BINS + 1)
@@ -112,7 +112,7 @@ def distributions(classes: Sequence[Distribution], label: str) -> str:
         axes.set_ylim(len(classes) - 0.9, -1.0)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel(label)
-        return style.svg(figure)
+        return figure
 
 
 def cuts(scores: Array, kept: Array) -> list[float]:
@@ -128,7 +128,7 @@ def cuts(scores: Array, kept: Array) -> list[float]:
     return [float(cut) for cut in result + ([(high + above.min()) / 2] if len(above) else [])]
 
 
-def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> str:
+def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) -> Figure:
     """The distillation loss over the steps with a running mean; below it the accuracy, if it was measured."""
     panels = [(loss, "distillation loss", style.INK), (top1, "top-1 in % (one network)", style.COLORS["distilled"])]
     panels = [panel for panel in panels if panel[0]]  # those with points
@@ -153,7 +153,7 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
             style.frame(axes, "both")
             axes.set_ylabel(label)
         axes.set_xlabel("step")
-        return style.svg(figure)
+        return figure
 
 
 def picture(pixels: Array, limit: int) -> str:

@@ -30,7 +30,7 @@ from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pipeline.monitoring import timeline
 from distill_at_scale.pipeline.report import charts, html, run_plots, text, timeline_chart
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
-from distill_at_scale.pipeline.report.style import SET_NAMES
+from distill_at_scale.pipeline.report.style import SET_NAMES, svg
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.filesystem import last_name
@@ -47,6 +47,7 @@ SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # pixels; larger pictures are reduced
 SCORE_PARTS = {"train_seconds": "score: train the proxies", "score_seconds": "score: score all samples"}
 
 Array = np.ndarray[Any, Any]
+Points = list[tuple[int, float]]
 
 
 def write(run: RunDir, config: Config) -> Path:
@@ -92,20 +93,26 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
 def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] | None:
     if not (summary := evaluation.get("summary")):
         return None
-    networks = list(dict.fromkeys(row["network"] for row in summary))
-    rows = sorted(summary, key=lambda row: networks.index(row["network"]))
-    seeds: dict[tuple[str, str], list[float]] = {(row["set"], row["network"]): [] for row in summary}
-    for row in evaluation["rows"]:
-        seeds[row["set"], row["network"]].append(100 * row["top1"])
-    bars = [run_plots.AccuracyBar(row, seeds[row["set"], row["network"]], text.accuracy(row)) for row in rows]
+    bars, networks = accuracy_bars(evaluation), list(dict.fromkeys(row["network"] for row in summary))
     return {
-        "chart": run_plots.accuracies(bars, 100 / classes),
-        "rows": rows,
+        "chart": svg(run_plots.accuracies(bars, 100 / classes)),
+        "rows": [bar.row for bar in bars],
         "top5": classes > 5,
         "bounds": any(row["set"] in ("kept", "full") for row in summary),
         "controls": [network for network in networks if network.startswith(text.CONTROL)],
         "chance": 1 / classes,
     }
+
+
+def accuracy_bars(evaluation: Mapping[str, Any]) -> list[run_plots.AccuracyBar]:
+    """The bars of the accuracy chart from the content of evaluation.json, networks in the order of their first row."""
+    summary = evaluation["summary"]
+    networks = list(dict.fromkeys(row["network"] for row in summary))
+    seeds: dict[tuple[str, str], list[float]] = {(row["set"], row["network"]): [] for row in summary}
+    for row in evaluation["rows"]:
+        seeds[row["set"], row["network"]].append(100 * row["top1"])
+    rows = sorted(summary, key=lambda row: networks.index(row["network"]))
+    return [run_plots.AccuracyBar(row, seeds[row["set"], row["network"]], text.accuracy(row)) for row in rows]
 
 
 def _synthetic(synthetic: SyntheticSet) -> dict[str, Any]:
@@ -156,7 +163,15 @@ def _snapshots(synthetic: SyntheticSet) -> dict[str, Any] | None:
 
 
 def _curve(path: Path) -> dict[str, Any] | None:
-    """The distillation's log. A step that was repeated after a resume counts once, with its last values."""
+    loss, top1 = distillation_log(path)
+    return {"chart": svg(run_plots.curve(loss, top1)), "top1": bool(top1)} if loss or top1 else None
+
+
+def distillation_log(path: Path) -> tuple[Points, Points]:
+    """(step, loss) and (step, top-1 in per cent) from metrics.jsonl; empty where nothing was logged.
+
+    A step that was repeated after a resume counts once, with its last values.
+    """
     series: dict[str, list[tuple[int, float]]] = {"loss": [], "top1": []}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError):  # an interruption cut the line
@@ -166,34 +181,38 @@ def _curve(path: Path) -> dict[str, Any] | None:
                     while series[key] and series[key][-1][0] >= entry["step"]:
                         series[key].pop()
                     series[key].append((entry["step"], entry[key]))
-    top1 = [(step, 100 * value) for step, value in series["top1"]]
-    if not series["loss"] and not top1:
-        return None
-    return {"chart": run_plots.curve(series["loss"], top1), "top1": bool(top1)}
+    return series["loss"], [(step, 100 * value) for step, value in series["top1"]]
 
 
 def _selection(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     """What the selection asked for and reached, and the distribution of the scores per class."""
     if not (run / "manifest.parquet").exists():
         return None
-    table, facts = manifest.read(run / "manifest.parquet")
-    labels, scores, kept = (table[name].to_numpy() for name in ("label", "score", "kept"))
-    label, control = facts.get("criterion", "score"), facts.get("criterion") == RANDOM
-    if control and (columns := _scores(run)):
-        _, scores, label = columns  # the random numbers mean nothing: show the scores of dropped and kept samples
-    classes = np.unique(labels)[:HISTOGRAMS]
-    parts = [run_plots.Distribution(prepared.class_names[c], scores[labels == c], kept[labels == c]) for c in classes]
+    facts, (parts, label) = manifest.facts(run / "manifest.parquet"), score_distributions(run, prepared)
+    kept = manifest.read(run / "manifest.parquet", ["kept"])[0]["kept"].to_numpy()
     return {
-        "chart": run_plots.distributions(parts, f"{label}, one value per training sample"),
+        "chart": svg(run_plots.distributions(parts, f"{label}, one value per training sample")),
         "facts": facts,
-        "control": control,
+        "control": facts.get("criterion") == RANDOM,
         "label": label,
         "searched": _searched(run) if facts.get("asked", {}).get("keep") == "auto" else None,
         "kept": int(kept.sum()),
         "of": len(kept),
         "share": float(kept.mean()),
-        "shown": len(classes),
+        "shown": len(parts),
     }
+
+
+def score_distributions(run: RunDir, prepared: PreparedDataset) -> tuple[list[run_plots.Distribution], str]:
+    """The scores of the first classes with what is kept of them, and the name of the scores."""
+    table, facts = manifest.read(run / "manifest.parquet")
+    labels, scores, kept = (table[name].to_numpy() for name in ("label", "score", "kept"))
+    label = facts.get("criterion", "score")
+    if label == RANDOM and (columns := _scores(run)):
+        _, scores, label = columns  # the random numbers mean nothing: show the scores of dropped and kept samples
+    classes = np.unique(labels)[:HISTOGRAMS]
+    names = prepared.class_names
+    return [run_plots.Distribution(names[c], scores[labels == c], kept[labels == c]) for c in classes], label
 
 
 def _searched(run: RunDir) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -76,7 +77,7 @@ def clip(name: str, longest: int = 26) -> str:
 def svg(figure: Figure) -> str:
     """A figure as a data URI."""
     buffer = io.StringIO()
-    with warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the reader's font has the glyph
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return data_uri("image/svg+xml", re.sub(r"'DejaVu Sans'[^;\"]*", FONT, buffer.getvalue()).encode())

@@ -193,24 +193,40 @@ def study(config: ConfigName, overrides: Overrides = None) -> int:
 
 
 @app.command(epilog=examples(
+    "export configs/digits.yaml --imagefolder out/digits --pt out/digits.pt",
+    "export runs/digits --parquet out/digits   # of a run folder, for datasets.load_dataset",
     "export configs/digits.yaml --scores scores.csv",
     "export configs/digits.yaml --kept kept.csv --kept kept.json run.dir=runs/ten",
 ))  # fmt: skip
 def export(
     config: ConfigName,
     overrides: Overrides = None,
-    scores: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Write the scores of all samples.")] = None,
-    kept: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Write the list of kept samples.")] = None,
+    imagefolder: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="The synthetic set as PNG files in class folders.")
+    ] = None,
+    videofolder: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Synthetic clips as mp4 files in class folders.")
+    ] = None,
+    parquet: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR|FILE", help="The synthetic set for Hugging Face's datasets.")
+    ] = None,
+    pt: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="The synthetic set, normalised, for torch.load.")
+    ] = None,
+    scores: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="The scores of all samples.")] = None,
+    kept: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="The list of kept samples.")] = None,
 ) -> int:
     """Write what a finished run holds to files.
 
-    Files are *.parquet or *.csv by sample id, or *.json by position. Each option may be given several times.
+    CONFIG is a YAML file or a run folder. --scores and --kept write *.parquet or *.csv by sample id, or *.json by
+    position. Each option may be given several times.
     """
 
     def body(config: Config, display: Display) -> None:
         from distill_at_scale.pipeline.export import export
 
-        export(config, scores or [], kept or [], display)
+        sets = {"imagefolder": imagefolder, "videofolder": videofolder, "parquet": parquet, "pt": pt}
+        export(config, scores or [], kept or [], {kind: paths or [] for kind, paths in sets.items()}, display)
 
     return _work("export", config, overrides, body, computes=False)
 

@@ -7,6 +7,7 @@ says what is allowed. Names of interchangeable parts (source, criterion, method,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate.
 
     Args:
-        path: a file, or the name of a shipped configuration.
+        path: a file, the name of a shipped configuration, or a run folder: run.json has its configuration.
 
     Raises:
         UserError: names the key, where it was set, and what is allowed.
     """
     path = shipped.file_of(path)
-    values, origin = _read_yaml(path), {}
+    values, origin = _of_run(path) if path.is_dir() else _read_yaml(path), {}
     for text in overrides:
         key, sep, value = text.partition("=")
         key = key.strip()
@@ -124,6 +125,18 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
     for key, value in overrides.items():
         _set(values, key.split("."), value, f"{key}={value}")
     return validate(values, dict.fromkeys(overrides, origin), origin)
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in a folder. Credentials of its paths are not stored."""
+    try:
+        values: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} is a folder without a run.json; give a YAML file or a run folder") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'run.json'} is damaged ({error}); give the YAML file of the run") from None
+    values["run"]["dir"] = str(folder)
+    return values
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

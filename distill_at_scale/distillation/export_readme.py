@@ -9,70 +9,65 @@ Format = Literal["imagefolder", "videofolder", "parquet folder", "parquet file",
 
 FRONT_MATTER = """\
 ---
+license: other
+license_name: as-the-source-data
+{}---
+
+"""  # read by `datasets` and the Hugging Face Hub
+DATA_FILES = """\
 configs:
 - config_name: default
   data_files:
   - split: train
     path: train-*.parquet
----
-
-"""  # for `datasets.load_dataset` of the folder
+"""
 CLASS_FOLDERS = (
-    "Folders sort in the order of the labels: label i is the i-th folder, and its name is line i of `classes.txt`."
+    "Folders sort in the order of the labels: label i is the i-th folder, and its class is line i of `classes.txt`."
 )
 
 
 def readme(synthetic: SyntheticSet, kind: Format, name: str) -> str:
     """Markdown for the export of this kind to a folder or file called `name`."""
-    card, count, of_tensors = synthetic.card, len(synthetic.labels), synthetic.kind == "tensors"
-    facts, normalization = (
-        card["normalization"],
-        f"mean {card['normalization']['mean']}, std {card['normalization']['std']}",
-    )
-    unit = "x" if facts.get("scale", 255) == 1 else "x / 255"
-    how = [
-        f"a method of its own ({card['method']})"
-        if ":" in card.get("method", "")
-        else f"`{card.get('method', 'unknown')}`"
-    ]
+    card, of_tensors, classes = synthetic.card, synthetic.kind == "tensors", len(synthetic.class_names)
+    how = [f"`{card.get('method', 'unknown')}`"]
     how += [
         f"{card[key]} {text}" for key, text in (("images_per_class", "per class"), ("steps", "steps")) if key in card
     ]
-    lines = [f"- Made by distill_at_scale with the method {', '.join(how)}; `card` has all settings."]
+    shape = list(synthetic.images.shape[1:])
+    lines = [
+        f"{len(synthetic)} {synthetic.kind} of shape {shape} in {classes} classes.",
+        f"Made by distill_at_scale with the method {', '.join(how)}. The card has all settings.",
+    ]
     if fingerprint := (card.get("fingerprints") or {}).get("distill"):
         run = f"`{synthetic.folder.parent.name}`, " if synthetic.folder is not None else ""
-        lines.append(f"- From the run {run}fingerprint of its distillation {fingerprint[:16]}.")
-    lines.append(
-        f"- {count} {synthetic.kind} of shape {list(synthetic.images.shape[1:])} in {len(synthetic.class_names)} classes."
-    )
+        lines.append(f"From the run {run}fingerprint of its distillation {fingerprint[:16]}.")
     if kind in ("imagefolder", "videofolder"):
-        lines.append(f"- {CLASS_FOLDERS}")
+        lines.append(CLASS_FOLDERS)
+    facts = card["normalization"]
+    formula = f"({'x' if of_tensors else 'x / 255'} - mean) / std with mean {facts['mean']}, std {facts['std']}"
     if kind == "pt":
-        lines.append(
-            f"- **The images are normalised already**: ({unit} - mean) / std with {normalization}. Do not do it again."
-        )
+        lines.append(f"**Normalised already**: {formula}. Do not normalise again.")
     else:
         stored = "Values are on the scale of the real data" if of_tensors else "Pixels are stored as 0..255"
-        lines.append(
-            f"- {stored}. Networks expect ({unit} - mean) / std with {normalization}; the lines below do this."
-        )
+        lines.append(f"{stored}. Networks expect {formula}. The lines below do this.")
     if card.get("whitening"):
-        lines.append(
-            "- Networks also expect ZCA whitening after it: (flat values - mean) @ matrix; both tensors are in this export."
-        )
+        where = {
+            "pt": "done already, with whitening_mean and whitening_matrix",
+            "parquet file": "this file lacks both tensors, an export to a folder has them",
+        }.get(kind, "the lines below leave it out, whitening.safetensors has both tensors")
+        lines.append(f"After that comes ZCA whitening, (flat values - mean) @ matrix: {where}.")
     if (factor := card.get("formation", 1)) > 1:
-        lines.append(
-            f"- Each image holds {factor} x {factor} training images: cut it and enlarge the parts, or use `as_dataset()`."
-        )
+        parts = "cut it and enlarge the parts, as `as_dataset()` of distill_at_scale does"
+        lines.append(f"Each image holds {factor} x {factor} training images: {parts}.")
     labels = card.get("protocol", {}).get("labels", "hard")
     if labels == "views" or (labels == "soft" and kind != "pt"):
         lines.append(
-            "- The set was made for soft labels, which this export lacks; distill_at_scale's `train_loader()` has them."
+            "The set was made with soft labels, which are not here; `train_loader()` of distill_at_scale has them."
         )
-    lines.append("- License: that of the source data. Check it before you share this set.")
-    title = f"# Synthetic set of {len(synthetic.class_names)} classes\n\n"
-    text = title + "\n".join(lines) + f"\n\n```python\n{loading(synthetic, kind, name)}```\n"
-    return FRONT_MATTER + text if kind == "parquet folder" else text
+    lines.append("License: that of the source data. Check it before you share this set.")
+    facts_of_set = "\n".join(f"- {line}" for line in lines)
+    text = f"# Synthetic set of {classes} classes\n\n{facts_of_set}\n\n```python\n{loading(synthetic, kind, name)}```\n"
+    return FRONT_MATTER.format(DATA_FILES if kind == "parquet folder" else "") + text
 
 
 def loading(synthetic: SyntheticSet, kind: Format, name: str) -> str:

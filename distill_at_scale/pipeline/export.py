@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
-from distill_at_scale.pipeline.stages import score, select
+from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.pipeline.stages import distill, score, select
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.storage.run_dir import RunDir
 
+# how the synthetic set in each format is used
+USES = {
+    "imagefolder": "torchvision.datasets.ImageFolder({path!r}); {path}/README.md has the normalisation and an example",
+    "videofolder": "{path}/README.md has the normalisation and an example",
+    "parquet": "datasets.load_dataset({path!r}, split='train'); {path}/README.md has the normalisation and an example",
+    "parquet file": "datasets.load_dataset('parquet', data_files={path!r}, split='train')",
+    "pt": "torch.load({path!r}, weights_only=True); its images are normalised already",
+}
 
-def export(config: Config, scores: Sequence[Path], kept: Sequence[Path], display: Display) -> None:
-    """Write the scores and the list of kept samples of this configuration's run to files.
+
+def export(
+    config: Config, scores: Sequence[Path], kept: Sequence[Path], sets: Mapping[str, Sequence[Path]], display: Display
+) -> None:
+    """Write what this configuration's run holds to files: scores, the list of kept samples, and the synthetic set.
+
+    `sets` maps formats of `USES` to the folders or files to write.
 
     Raises:
-        UserError: no file is named, or the run folder lacks the output of this configuration.
+        UserError: no file is named, a target cannot be written, or the run folder lacks the output of this configuration.
     """
-    if not scores and not kept:
-        raise UserError("nothing to export; add --scores FILE, --kept FILE or both (*.parquet, *.csv or *.json)")
+    distilled = [(kind, path) for kind, paths in sets.items() for path in paths]
+    if not scores and not kept and not distilled:
+        raise UserError(
+            "nothing to export; add --imagefolder DIR, --videofolder DIR, --parquet DIR, --pt FILE, --scores FILE or "
+            "--kept FILE"
+        )
     run = RunDir.of(config.run)
     for path in (*scores, *kept):
         exported.check(path)
     run.fetch()
-    for stage, paths, inputs in (("score", scores, score.inputs), ("select", kept, select.inputs)):
+    wanted = (("score", scores, score.inputs), ("select", kept, select.inputs), ("distill", distilled, distill.inputs))
+    for stage, paths, inputs in wanted:
         if paths and not (run.record(stage) and run.valid(stage, inputs(config, run))):
             raise UserError(f"{run.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
     for path in scores:
         display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")
     for path in kept:
         display.say(f"{path}: {exported.kept(path, run / 'manifest.parquet', config)} kept samples")
+    synthetic = synthetic_set.load(run.path) if distilled else None
+    for kind, path in distilled:
+        getattr(synthetic, f"export_{kind}")(path)
+        use = USES["parquet file" if kind == "parquet" and path.suffix.lower() == ".parquet" else kind]
+        assert synthetic is not None
+        what = f"{len(synthetic)} {synthetic.kind} of {len(synthetic.class_names)} classes"
+        display.say(f"{path}: {what}\n  use: {use.format(path=str(path))}")

@@ -5,9 +5,8 @@ The control and the bounds are explained in `distillation/README.md`, "Evaluatio
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch_interval
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import student as students
@@ -139,45 +137,3 @@ def random_real(
         pixels.append(prepared.take("train", label, sorted(places.tolist())))
         labels.append(np.full(len(places), label, np.int64))
     return np.concatenate(pixels), np.concatenate(labels)
-
-
-def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per set and network: over n seeds the mean and sample standard deviation (None for n = 1) of top-1 and
-    top-5, the mean top-1 per class (None for a class without test samples) and the mean seconds of a network.
-    """
-    summary = []
-    for (name, network), members in _groups(rows).items():
-        line: dict[str, Any] = {"set": name, "network": network, "n": len(members)}
-        for key, suffix in (("top1", ""), ("top5", "_top5")):
-            line[f"mean{suffix}"], line[f"std{suffix}"] = mean_and_std([member[key] for member in members])
-        if all("per_class" in member for member in members):  # not in rows of early versions
-            columns = zip(*(member["per_class"] for member in members), strict=True)
-            line["per_class"] = [None if None in column else round(statistics.fmean(column), 6) for column in columns]
-        if all("seconds" in member for member in members):
-            line["seconds"] = round(statistics.fmean(member["seconds"] for member in members), 3)
-        summary.append(line)
-    return summary
-
-
-def differences(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Top-1 of the distilled set minus that of each other set, per network, as a fraction: mean, and low and high of the
-    95 % t-interval by Welch over the evaluation networks (None where a set has a single network).
-
-    One distillation stands behind each distilled set, so the interval does not cover what another one would give.
-    """
-    groups, result = _groups(rows), []
-    for (name, network), members in groups.items():
-        if name != "distilled" and (ours := groups.get(("distilled", network))):
-            values = [[member["top1"] for member in group] for group in (ours, members)]
-            a, b = ((*mean_and_std(group), len(group)) for group in values)
-            low, high = welch_interval(a, b) or (None, None)
-            result.append({"network": network, "against": name, "mean": a[0] - b[0], "low": low, "high": high,
-                           "confidence": CONFIDENCE, "n": [a[2], b[2]]})  # fmt: skip
-    return result
-
-
-def _groups(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["set"], row["network"]), []).append(row)
-    return groups

@@ -17,6 +17,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
+from distill_at_scale.distillation.summary import summarize
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import no_poll
 from distill_at_scale.pipeline.executors.local import LocalExecutor
@@ -170,7 +171,7 @@ def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
     evaluation = json.loads((digits_run.dir / "evaluation.json").read_text())
     jobs = [evaluate.EvaluationJob(row["set"], row["network"], row["seed"]) for row in evaluation["rows"]]
     assert jobs == evaluate.jobs(digits_run.config)
-    assert evaluation["summary"] == evaluate.summarize(evaluation["rows"])
+    assert evaluation["summary"] == summarize(evaluation["rows"])
     assert all({"top1", "top5", "seconds"} <= set(row) for row in evaluation["rows"])
 
 

@@ -6,6 +6,7 @@ One tiny run on the digits is shared; the tests change copies of its artefacts.
 from __future__ import annotations
 
 import base64
+import html as html_text
 import io
 import json
 import re
@@ -22,8 +23,10 @@ from rich.console import Console
 from distill_at_scale.config.load import validate
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared import format as shards
+from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.summary import summarize
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.report import html as pages
@@ -86,13 +89,65 @@ def test_opens_offline(run):
 
 def test_has_every_part(run):
     text = page(run)
-    parts = ("Accuracy", "The synthetic images", "During distillation", "Distillation", "Kept training samples",
-             "The easiest and the hardest", "Where the time went", "Data", "How to repeat it")  # fmt: skip
-    assert all(f"<h2>{part}" in text for part in parts)
+    parts = ("Accuracy", "What pruning changed", "Accuracy per class", "The synthetic images", "Use this set",
+             "Where the time went", "During distillation", "Distillation", "Kept training samples",
+             "The easiest and the hardest", "Data", "How to repeat it")  # fmt: skip
+    assert re.findall("<h2>([^<]*)</h2>", text) == [*parts[:9], "The easiest and the hardest real samples", *parts[10:]]
     assert "Do 10 synthetic images (1 per class), distilled from 50.1\u00a0% of the training set, train" in text
     assert "All kept samples" in text
     assert "score: train the proxies" in text
     assert "min_per_class: 1\n" in text  # resolved, where the configuration leaves it open
+
+
+def test_the_controls_and_their_differences_are_shown(run):
+    assert "Not measured. With <code>evaluate.controls" in page(run)
+    row = {"network": "convnet", "top5": 1.0, "per_class": [0.5] * 10, "seconds": 2.0}
+
+    def add_controls(evaluation):
+        for name, values in {"distilled": (0.6, 0.62), "unpruned": (0.4, 0.43), "random_keep": (0.6, 0.61)}.items():
+            evaluation["rows"] = [line for line in evaluation["rows"] if line["set"] != name]
+            evaluation["rows"] += [row | {"set": name, "seed": k, "top1": value} for k, value in enumerate(values)]
+        evaluation["summary"] = summarize(evaluation["rows"])
+        evaluation["controls"] = {name: {"kept": 500, "of": 1346, "steps": 3, "seconds": 4.0} for name in
+                                  ("unpruned", "random_keep")}  # fmt: skip
+
+    edit(run / "evaluation.json", add_controls)
+    text = page(run)
+    assert "Not measured" not in text
+    assert text.index("Pruning changed top-1 by +19.5 points") < text.index("<h2>Accuracy per class")
+    assert text.count("Distilled without pruning</td>") == 1
+    assert "all samples, no runtime pruning" in text
+    assert text.count("One distillation only") == 2
+
+
+def test_a_run_that_prunes_nothing_says_so(run):
+    table, facts = manifest.read(run / "manifest.parquet")
+    everything = table.set_column(4, "kept", pa.array([True] * len(table)))
+    manifest.write(run / "manifest.parquet", everything, facts)
+    assert "The run prunes nothing" in page(run)
+
+
+def test_many_classes_show_the_worst_and_the_best():
+    values = [label / 100 for label in range(50)]
+    line = {"network": "convnet", "n": 2, "per_class": values, "set": "distilled"}
+    shown = run_report._per_class([line], [f"c{label}" for label in range(50)])
+    assert (shown["ends"][0][0], shown["ends"][1][0], shown["all"], shown["classes"]) == ("c0", "c49", False, 50)
+    names = re.findall(">(c[0-9]+)<", base64.b64decode(shown["chart"].partition(",")[2]).decode())
+    assert names == [f"c{label}" for label in (*range(10), *range(40, 50))]
+
+
+def test_warnings_of_the_set_are_shown(run):
+    edit(run / "synthetic" / "card.json", lambda card: card.update(warnings=["the loss was <0> at every logged step"]))
+    assert '<p class="warning">The loss was &lt;0&gt; at every logged step.</p>' in page(run)
+
+
+def test_the_script_of_the_page_runs(run):
+    script = html_text.unescape(re.search(r"<h2>Use this set</h2>.*?<pre>(.*?)</pre>", page(run), re.DOTALL)[1])
+    assert f"das.load({str(run.path)!r})" in script
+    names: dict = {}
+    exec(script, names)
+    assert names["network"](names["s"].images).shape == (10, 10)
+    assert float(names["loss"].detach()) < 0.5  # it has learned the ten images
 
 
 def test_same_run_same_bytes(run):

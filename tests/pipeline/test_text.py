@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from distill_at_scale.pipeline.report import text as wording
@@ -18,12 +20,18 @@ def says(ours, real):
 
 def test_sentence_yes():
     verdict, text = says((0.834, 0.006), (0.686, 0.028))
-    assert (verdict, text) == ("yes", "Yes: 83.4 ± 0.6 % against 68.6 ± 2.8 % top-1 (n = 5), 14.8 points more")
+    assert (verdict, text) == (
+        "yes",
+        "Yes: 83.4 ± 0.6 % against 68.6 ± 2.8 % top-1 (n = 5), +14.8 points (95 % interval +11.4 to +18.2)",
+    )
 
 
 def test_sentence_no():
     verdict, text = says((0.5, 0.01), (0.6, 0.01, 3))
-    assert (verdict, text) == ("no", "No: 50.0 ± 1.0 % against 60.0 ± 1.0 % top-1 (n = 5 and 3), 10.0 points less")
+    assert (verdict, text) == (
+        "no",
+        "No: 50.0 ± 1.0 % against 60.0 ± 1.0 % top-1 (n = 5 and 3), −10.0 points (95 % interval −11.8 to −8.2)",
+    )
 
 
 @pytest.mark.parametrize("ours", [0.60, 0.63, 0.57])
@@ -31,12 +39,35 @@ def test_sentence_indistinguishable(ours):
     verdict, text = says((ours, 0.03), (0.6, 0.04))
     assert verdict == "unclear"
     assert text.startswith("Not distinguishable: ")
-    assert text.endswith("points is within the combined deviation of 5.0")
+    low, high = re.search(r"95 % interval (\S+) to (\S+)\)$", text).groups()
+    assert low.startswith("−")
+    assert high.startswith("+")
 
 
-def test_combined_deviation_is_the_border():
-    assert wording.verdict(row("distilled", 0.66, 0.03), row("random_real", 0.6, 0.04)) == "yes"
-    assert wording.verdict(row("distilled", 0.64, 0.03), row("random_real", 0.6, 0.04)) == "unclear"
+def test_the_interval_decides():
+    def verdict(*samples):
+        ours, real = (row(name, *sample) for name, sample in zip(("distilled", "random_real"), samples, strict=True))
+        return wording.answer([ours, real])["verdict"]
+
+    assert verdict((0.66, 0.03), (0.6, 0.04)) == "yes"
+    assert verdict((0.64, 0.03), (0.6, 0.04)) == "unclear"
+    assert verdict((0.66, 0.03, 2), (0.6, 0.04, 2)) == "unclear"  # two networks say less than five
+
+
+def test_what_pruning_changed_is_said_with_interval_and_time():
+    summary = [row("distilled", 0.60, 0.01), row("unpruned", 0.50, 0.01), row("random_keep", 0.595, 0.01),
+               row("random_real", 0.4, 0.01), row("distilled", 0.1, 0.01, network="vgg11"),
+               row("unpruned", 0.9, 0.01, network="vgg11")]  # fmt: skip
+    controls = {"unpruned": {"seconds": 40.0}, "random_keep": {"seconds": 10.0}}
+    first, second = (line.replace("\u00a0", " ") for line in wording.pruning(summary, 10.0, controls))
+    assert first == (
+        "Pruning changed top-1 by +10.0 points (95 % interval +8.5 to +11.5); the distillation took 10.0 s instead of 40.0 s."
+    )
+    assert second.startswith(
+        "The choice of the kept samples, instead of a random one, changed top-1 by +0.5 points (95 %"
+    )
+    assert second.endswith("which is not distinguishable from no change.")
+    assert wording.pruning(summary, 10.0, {}) == []
 
 
 @pytest.mark.parametrize(("ours", "word"), [(0.7, "Yes"), (0.5, "No"), (0.6, "No difference")])
@@ -90,10 +121,17 @@ CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
          "gave a soft label to each of their views in 300 epochs; the labels take 6,000 bytes per image"),
         ({"student_lr": {"learned": 0.0982}}, "0.0982, was learned"),
         ({"runtime": {"rule": "not applicable", "reason": "no batch"}}, "not applicable: no batch."),
-        ({"runtime": {"rule": "ite", "drop": 0.3}}, "by rule ite dropped 30"),
+        ({"runtime": {"rule": "ite", "drop": 0.3}}, "left out a share that was not measured of the real batches"),
     ],
 )  # fmt: skip
 def test_special_facts_of_a_method_are_reported(more, lines):
     (fact,) = wording.method_facts(CARD | more, "images")
     assert lines in fact
     assert wording.method_facts(CARD, "images") == []
+
+
+def test_the_share_that_runtime_pruning_dropped_is_the_measured_one():
+    (fact,) = wording.method_facts(CARD | {"runtime": {"rule": "loss", "drop": 0.3}}, "images", 0.25)
+    assert fact.replace("\u00a0", " ") == (
+        "Runtime pruning by rule loss left out 25 % (measured) of the real batches; configured: 30 %."
+    )

@@ -24,8 +24,8 @@ from matplotlib.transforms import ScaledTranslation
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
 from distill_at_scale.pipeline.report.style import COLORS, FAINT, INK, STYLE, WIDTH, clip, frame, svg
 
-ROLES = {"ours": COLORS["distilled"], "random": COLORS["random_real"], "unpruned": COLORS["full"]}
-TEXT = {COLORS["full"]: "#96650f", COLORS["random_real"]: FAINT}  # readable text colours for pale line colours
+ROLES = {"ours": COLORS["distilled"], "random": COLORS["random_real"], "unpruned": COLORS["unpruned"]}
+TEXT = {COLORS["unpruned"]: "#96650f", COLORS["random_real"]: FAINT}  # readable text colours for pale line colours
 CYCLE = ("#12927f", "#c2483d", "#7a5195", "#0f8ec7", "#8a6d1f", "#cc79a7", "#1c2430")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MAX_NAME = 40  # characters of a name in the legend

@@ -26,17 +26,19 @@ from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.parquet import reading
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.result_checks import dropped_share
+from distill_at_scale.distillation.summary import differences
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pipeline.monitoring import timeline
 from distill_at_scale.pipeline.report import charts, html, run_plots, text, timeline_chart
-from distill_at_scale.pipeline.report.plot_spec import Plot, Series
+from distill_at_scale.pipeline.report.plot_spec import Plot, Role, Series
 from distill_at_scale.pipeline.report.style import SET_NAMES, svg
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
-VERSION = 3  # of the page; raise it when the page changes, so that finished runs write their report again
+VERSION = 4  # of the page; raise it when the page changes, so that finished runs write their report again
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
 REASONS, KINDS = 5, 12  # at most REASONS rejected samples are listed one by one; more are grouped into KINDS kinds
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image per class; else classes, images per class
@@ -45,6 +47,7 @@ CLIP_BYTES = 1_800_000  # of clips in each of the three parts that show clips
 CLIP_COLUMNS = 5
 SYNTHETIC_SIDE, SMALL_SIDE = 112, 64  # pixels; larger pictures are reduced
 SCORE_PARTS = {"train_seconds": "score: train the proxies", "score_seconds": "score: score all samples"}
+CLASSES_IN_FULL, CLASSES_AT_AN_END = 20, 10  # of the accuracy per class; of more classes the worst and the best
 
 Array = np.ndarray[Any, Any]
 Points = list[tuple[int, float]]
@@ -70,9 +73,13 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "set_names": SET_NAMES,
         "words": words,
         "question": text.question(words, len(synthetic.labels), ipc, prepared.counts("train"), kept),
-        "method_facts": text.method_facts(synthetic.card, words["many"]),
+        "method_facts": text.method_facts(synthetic.card, words["many"], dropped_share(run / "metrics.jsonl")),
         "answer": text.answer(evaluation.get("summary", [])),
+        "one_distillation": text.ONE_DISTILLATION,
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
+        "pruning": _pruning(evaluation, records, selection, synthetic.card),
+        "per_class": _per_class(evaluation.get("summary", []), prepared.class_names),
+        "usage": text.usage(synthetic.card, words, run.named),
         "synthetic": _synthetic(synthetic),
         "snapshots": _snapshots(synthetic),
         "curve": _curve(run / "metrics.jsonl"),
@@ -94,10 +101,12 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
     if not (summary := evaluation.get("summary")):
         return None
     bars, networks = accuracy_bars(evaluation), list(dict.fromkeys(row["network"] for row in summary))
+    gaps = {(gap["against"], gap["network"]): gap for gap in differences(summary)}
     return {
         "chart": svg(run_plots.accuracies(bars, 100 / classes)),
-        "rows": [bar.row for bar in bars],
+        "rows": [{**bar.row, "gap": _gap(gaps.get((bar.row["set"], bar.row["network"])))} for bar in bars],
         "top5": classes > 5,
+        "timed": any("seconds" in row for row in summary),
         "bounds": any(row["set"] in ("kept", "full") for row in summary),
         "controls": [network for network in networks if network.startswith(text.CONTROL)],
         "chance": 1 / classes,
@@ -113,6 +122,71 @@ def accuracy_bars(evaluation: Mapping[str, Any]) -> list[run_plots.AccuracyBar]:
         seeds[row["set"], row["network"]].append(100 * row["top1"])
     rows = sorted(summary, key=lambda row: networks.index(row["network"]))
     return [run_plots.AccuracyBar(row, seeds[row["set"], row["network"]], text.accuracy(row)) for row in rows]
+
+
+def _gap(gap: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """A difference as cells of a table: value, interval, and the class for its colour."""
+    if gap is None:
+        return None
+    interval = "" if gap["low"] is None else f"{text.points(gap['low'])} to {text.points(gap['high'])}"
+    verdict = text.verdict(gap) if interval else "unclear"
+    return {"value": text.points(gap["mean"]), "interval": interval,
+            "verdict": {"yes": "better", "no": "worse", "unclear": ""}[verdict]}  # fmt: skip
+
+
+def _pruning(
+    evaluation: Mapping[str, Any],
+    records: Mapping[str, Any],
+    selection: Mapping[str, Any] | None,
+    card: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """The run beside its controls, for the first network; `rows` is empty where no control was distilled."""
+    summary, controls = evaluation.get("summary", []), evaluation.get("controls", {})
+    if selection is None or not summary:
+        return None
+    network, gaps = summary[0]["network"], {gap["against"]: gap for gap in differences(summary)}
+    drops = card.get("runtime", {}).get("rule", "none") not in ("none", "not applicable")
+    seconds = records.get("distill", {}).get("seconds")
+    sizes = {"distilled": {"kept": selection["kept"], "seconds": seconds}, **controls}
+    lines = [row for row in summary if row["network"] == network and row["set"] in sizes] if controls else []
+    return {
+        "prunes": drops or selection["kept"] < selection["of"],
+        "network": network,
+        "rows": [{**line, **sizes[line["set"]], "gap": _gap(gaps.get(line["set"]))} for line in lines],
+        "sentences": text.pruning(summary, seconds, controls),
+    }
+
+
+def _per_class(summary: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
+    """Top-1 of each class for the first network: distilled, unpruned and random real; of many classes the worst and best."""
+    lines = [row for row in summary if row["network"] == summary[0]["network"] and "per_class" in row]
+    by_set = {row["set"]: row["per_class"] for row in lines}
+    if len(by_set.get("distilled", ())) != len(names):
+        return None
+    tested = [label for label, value in enumerate(by_set["distilled"]) if value is not None]
+    worst_first = sorted(tested, key=lambda label: by_set["distilled"][label])
+    shown = tested
+    if len(tested) > CLASSES_IN_FULL:
+        shown = worst_first[:CLASSES_AT_AN_END] + worst_first[-CLASSES_AT_AN_END:]
+    if not shown:
+        return None
+    labels = [f"{names[label]}" if names.count(names[label]) == 1 else f"{names[label]} ({label})" for label in shown]
+    roles: dict[str, Role] = {"distilled": "ours", "unpruned": "unpruned", "random_real": "random"}
+    series = [
+        Series(SET_NAMES[name], labels, [by_set[name][label] for label in shown], kind="points", role=role)
+        for name, role in roles.items()
+        if name in by_set
+    ]
+    worst, best = worst_first[0], worst_first[-1]
+    return {
+        "chart": charts.draw(Plot("", "", "top-1 accuracy of the class", series)),
+        "network": summary[0]["network"],
+        "n": lines[0]["n"],
+        "ends": [(names[label], text.share(by_set["distilled"][label])) for label in (worst, best)],
+        "all": len(shown) == len(tested),
+        "classes": len(tested),
+        "shown": CLASSES_AT_AN_END,
+    }
 
 
 def _synthetic(synthetic: SyntheticSet) -> dict[str, Any]:
@@ -268,10 +342,15 @@ def _extremes(scores: Array, kept: Array) -> dict[str, Any]:
 
 
 def _times(records: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds per stage, scoring in its two parts. A stage taken over from another run does not count in the total."""
+    """Seconds per stage, scoring and an evaluation with controls in two parts each. A stage taken over from another run does
+    not count in the total.
+    """
     rows = []
     for stage, record in records.items():
         parts = [(name, record[key]) for key, name in SCORE_PARTS.items() if key in record]
+        if (seconds := record.get("control_seconds")) is not None:
+            rest = max(0.0, record["seconds"] - seconds)
+            parts = [("evaluate: distil the controls", seconds), ("evaluate: train and test networks", rest)]
         for name, seconds in parts or [(stage, record["seconds"])]:
             rows.append({"name": name, "seconds": seconds, "reused": record.get("reused_from")})
     total = sum(row["seconds"] for row in rows if not row["reused"])

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 
 COLORS = {
     "distilled": "#2f5fd0",
-    "unpruned": "#7a5195",
-    "random_keep": "#c2483d",
+    "unpruned": "#d9962b",
+    "random_keep": "#0f8ec7",
     "random_real": "#8b97a8",
     "kept": "#12927f",
-    "full": "#d9962b",
+    "full": "#7a5195",
     "dropped": "#d5dae2",
 }
 SET_NAMES = {

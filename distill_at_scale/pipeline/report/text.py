@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_at_scale.core.images import FRAMES_PER_SECOND
+from distill_at_scale.distillation.summary import differences
 from distill_at_scale.models.spec import FRAME
 
 CONTROL = FRAME  # prefix of networks that see one frame of a clip
 NBSP = "\u00a0"
+ONE_DISTILLATION = "One distillation only: deviations and intervals (Welch) cover networks, not other distillations."
 
 Summary = Mapping[str, Any]
 
@@ -34,8 +35,11 @@ def question(noun: Mapping[str, Any], samples: int, ipc: int, counts: Sequence[i
     return f"Do {synthetic}, train a better network than {real:,} random real {many}?"
 
 
-def method_facts(card: Mapping[str, Any], many: str) -> list[str]:
-    """Sentences about the set that its pictures do not show: formation, labels, learned rate, runtime pruning."""
+def method_facts(card: Mapping[str, Any], many: str, dropped: float | None = None) -> list[str]:
+    """Sentences about the set that its pictures do not show: formation, labels, learned rate, runtime pruning.
+
+    `dropped` is the measured share of the real batches that runtime pruning left out.
+    """
     protocol, runtime = card.get("protocol", {}), card.get("runtime", {"rule": "none"})
     facts: list[str] = []
     if (factor := card.get("formation", 1)) > 1:
@@ -52,47 +56,110 @@ def method_facts(card: Mapping[str, Any], many: str) -> list[str]:
     if runtime["rule"] == "not applicable":
         facts.append(f"Runtime pruning is not applicable: {runtime['reason']}.")
     elif runtime["rule"] != "none":
-        facts.append(f"Runtime pruning by rule {runtime['rule']} dropped {share(runtime['drop'])} of each real batch.")
+        measured = "a share that was not measured" if dropped is None else f"{share(dropped)} (measured)"
+        asked = f"configured: {share(runtime['drop'])}"
+        facts.append(f"Runtime pruning by rule {runtime['rule']} left out {measured} of the real batches; {asked}.")
     return facts
 
 
 def answer(summary: Sequence[Summary]) -> dict[str, str]:
     """The verdict for the first network as a word and a sentence; `others` summarises the other networks."""
     sets = {(row["set"], row["network"]): row for row in summary}
-    networks = [network for name, network in sets if name == "distilled" and ("random_real", network) in sets]
+    gaps = {gap["network"]: gap for gap in differences(summary) if gap["against"] == "random_real"}
     # one-frame controls count only if there is nothing else
-    networks = [network for network in networks if not network.startswith(CONTROL)] or networks
-    pairs = {network: (sets["distilled", network], sets["random_real", network]) for network in networks}
-    if not pairs:
+    networks = [network for network in gaps if not network.startswith(CONTROL)] or list(gaps)
+    if not networks:
         return {"verdict": "open", "word": "Not evaluated", "text": "the run has no test on real data", "others": ""}
-    network, (ours, real) = next(iter(pairs.items()))
-    kind, points = verdict(ours, real), 100 * (ours["mean"] - real["mean"])
+    network, gap = networks[0], gaps[networks[0]]
+    ours, real = sets["distilled", network], sets["random_real", network]
     seeds = f"n = {ours['n']}" if ours["n"] == real["n"] else f"n = {ours['n']} and {real['n']}"
-    text = f"{accuracy(ours)} against {accuracy(real)} top-1 ({seeds}{f', {network}' if len(pairs) > 1 else ''})"
-    word = {"yes": "Yes", "no": "No", "unclear": "Not distinguishable"}[kind]
-    if kind != "unclear":
-        text += f", {abs(points):.1f} points {'more' if points > 0 else 'less'}"
-    if ours["std"] is None or real["std"] is None:
-        word = f"{'No difference' if kind == 'unclear' else word}, on a single seed"
-        text += "; with one seed the spread is unknown, so chance cannot be ruled out"
-    elif kind == "unclear":
-        spread = 100 * math.hypot(ours["std"], real["std"])
-        text += f"; the difference of {abs(points):.1f} points is within the combined deviation of {spread:.1f}"
+    word = {"yes": "Yes", "no": "No", "unclear": "Not distinguishable"}[verdict(gap)]
+    text = f"{accuracy(ours)} against {accuracy(real)} top-1 ({seeds}{f', {network}' if len(networks) > 1 else ''})"
+    if gap["low"] is None:
+        word = f"{'No difference' if word == 'Not distinguishable' else word}, on a single seed"
+        text += f", {points(gap['mean'])} points; with one seed the spread is unknown, so chance cannot be ruled out"
+    else:
+        text += f", {points(gap['mean'])} points ({interval(gap)})"
     others: dict[str, list[str]] = {}
-    for name, pair in pairs.items():
-        others.setdefault(verdict(*pair), []).append(name)
+    for name in networks:
+        others.setdefault(verdict(gaps[name]), []).append(name)
     phrases = {"yes": "better with", "no": "worse with", "unclear": "not distinguishable with"}
     parts = "; ".join(f"{phrases[key]} {', '.join(names)}" for key, names in others.items())
-    sentence = f"Over {len(pairs)} networks, the distilled set is {parts}." if len(pairs) > 1 else ""
-    return {"verdict": kind, "word": word, "text": text, "others": sentence}
+    sentence = f"Over {len(networks)} networks, the distilled set is {parts}." if len(networks) > 1 else ""
+    return {"verdict": verdict(gap), "word": word, "text": text, "others": sentence}
 
 
-def verdict(ours: Summary, real: Summary) -> str:
-    """ "yes", "no", or "unclear" if the means differ by at most the root of the summed variances."""
-    difference = ours["mean"] - real["mean"]
-    if abs(difference) <= math.hypot(ours["std"] or 0, real["std"] or 0):
-        return "unclear"
-    return "yes" if difference > 0 else "no"
+def pruning(summary: Sequence[Summary], seconds: float | None, controls: Mapping[str, Any]) -> list[str]:
+    """Sentences on what pruning changed, for the first network: against the unpruned and the random_keep control.
+
+    `seconds` is the time of the run's distillation, `controls` has that of each control.
+    """
+    sentences = []
+    for gap in differences(summary):
+        name = gap["against"]
+        if gap["network"] != summary[0]["network"] or name not in controls:
+            continue
+        what = "Pruning" if name == "unpruned" else "The choice of the kept samples, instead of a random one,"
+        change = f"{what} changed top-1 by {points(gap['mean'])} points"
+        change += f" ({interval(gap)})" if gap["low"] is not None else " (one seed: the spread is unknown)"
+        if verdict(gap) == "unclear" or gap["low"] is None:
+            change += ", which is not distinguishable from no change"
+        if name == "unpruned" and seconds is not None:
+            change += f"; the distillation took {duration(seconds)} instead of {duration(controls[name]['seconds'])}"
+        sentences.append(f"{change}.")
+    return sentences
+
+
+def usage(card: Mapping[str, Any], noun: Mapping[str, Any], place: str) -> str:
+    """A Python script that trains a network on the set; it runs as it stands. `place` is the run folder."""
+    protocol, many = card.get("protocol", {}), noun["many"]
+    optimizer = "SGD(network.parameters(), p.lr, p.momentum, weight_decay=p.weight_decay)"
+    scheduler = "MultiStepLR(optimizer, [p.epochs // 2 + 1], gamma=0.1)"
+    if protocol.get("optimizer") == "adamw":
+        optimizer = "AdamW(network.parameters(), p.lr, weight_decay=p.weight_decay)"
+        scheduler = "CosineAnnealingLR(optimizer, p.epochs)"
+    loss = f"loss = F.cross_entropy(network({many}), targets)"
+    if protocol.get("temperature", 1.0) != 1:
+        logits = f"(network({many}) / p.temperature).log_softmax(1)"
+        loss = f'loss = F.kl_div({logits}, targets, reduction="batchmean") * p.temperature**2'
+    return f"""\
+import torch
+import torch.nn.functional as F
+
+import distill_at_scale as das
+
+s = das.load({place!r})  # {len(card["class_names"])} classes, {many} of {shape(card.get("shape", ()))}
+p = s.protocol
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear({len(card["class_names"])}))  # put yours here
+network(s.images[:2])
+optimizer = torch.optim.{optimizer}
+scheduler = torch.optim.lr_scheduler.{scheduler}
+loader = s.train_loader()
+for epoch in range(p.epochs):
+    for {many}, targets in loader:
+        {loss}
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scheduler.step()
+
+dataset = s.as_dataset()  # ({noun["one"]}, label), for a DataLoader of your own
+transform = s.test_transform()  # apply it to real test {many}
+"""
+
+
+def verdict(gap: Summary) -> str:
+    """ "yes" if a difference is above zero, "no" if it is below, "unclear" if its interval contains zero.
+
+    Without an interval (a single seed) the sign decides.
+    """
+    low, high = (gap["mean"], gap["mean"]) if gap["low"] is None else (gap["low"], gap["high"])
+    return "yes" if low > 0 else "no" if high < 0 else "unclear"
+
+
+def interval(gap: Summary) -> str:
+    """The confidence interval of a difference in points."""
+    return f"{100 * gap['confidence']:.0f}{NBSP}% interval {points(gap['low'])} to {points(gap['high'])}"
 
 
 def accuracy(row: Summary, suffix: str = "") -> str:

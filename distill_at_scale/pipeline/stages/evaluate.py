@@ -13,6 +13,7 @@ from distill_at_scale.core.events import instant
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import evaluate as evaluation
 from distill_at_scale.distillation.evaluate import EvaluationJob
+from distill_at_scale.distillation.summary import differences, summarize
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.stages import controls
@@ -64,7 +65,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         tasks.evaluate(executor, config, missing, folders, done, {c.name: c.folder for c in distilled.values()})
     rows.sort(key=lambda row: jobs.index(_job_of(row)))
     path = run_dir / "evaluation.json"
-    results = {"rows": rows, "summary": evaluation.summarize(rows), "differences": evaluation.differences(rows)}
+    summary = summarize(rows)
+    results = {"rows": rows, "summary": summary, "differences": differences(summary)}
     facts = {"distillations": 1, "controls": {control.name: control.facts for control in distilled.values()}}
     write_json(path, {**results, **facts, "fingerprint": inputs.fingerprint})
     return [path], {"control_seconds": control_seconds} if distilled else {}

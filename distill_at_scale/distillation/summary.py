@@ -1,0 +1,47 @@
+"""From the rows of an evaluation to its summary and to differences between the distilled set and the others. Loads no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch_interval
+
+
+def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per set and network: over n seeds the mean and sample standard deviation (None for n = 1) of top-1 and
+    top-5, the mean top-1 per class (None for a class without test samples) and the mean seconds of a network.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["set"], row["network"]), []).append(row)
+    summary = []
+    for (name, network), members in groups.items():
+        line: dict[str, Any] = {"set": name, "network": network, "n": len(members)}
+        for key, suffix in (("top1", ""), ("top5", "_top5")):
+            line[f"mean{suffix}"], line[f"std{suffix}"] = mean_and_std([member[key] for member in members])
+        if all("per_class" in member for member in members):  # not in rows of early versions
+            columns = zip(*(member["per_class"] for member in members), strict=True)
+            line["per_class"] = [None if None in column else round(statistics.fmean(column), 6) for column in columns]
+        if all("seconds" in member for member in members):
+            line["seconds"] = round(statistics.fmean(member["seconds"] for member in members), 3)
+        summary.append(line)
+    return summary
+
+
+def differences(summary: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Top-1 of the distilled set minus that of each other set, per network, as a fraction: mean, and low and high of the
+    95 % t-interval by Welch over the evaluation networks (None where a set has a single network).
+
+    One distillation stands behind each distilled set, so the interval does not cover what another one would give.
+    """
+    lines, result = list(summary), []
+    ours = {line["network"]: line for line in lines if line["set"] == "distilled"}
+    for theirs in lines:
+        if theirs["set"] != "distilled" and (own := ours.get(theirs["network"])):
+            samples = [(line["mean"], line["std"], line["n"]) for line in (own, theirs)]
+            low, high = welch_interval(*samples) or (None, None)
+            result.append({"network": own["network"], "against": theirs["set"], "mean": own["mean"] - theirs["mean"],
+                           "low": low, "high": high, "confidence": CONFIDENCE})  # fmt: skip
+    return result

@@ -30,7 +30,7 @@ def test_sentence_no():
     verdict, text = says((0.5, 0.01), (0.6, 0.01, 3))
     assert (verdict, text) == (
         "no",
-        "No: 50.0 ± 1.0 % against 60.0 ± 1.0 % top-1 (n = 5 and 3), −10.0 points (95 % interval −11.8 to −8.2)",
+        "No: 50.0 ± 1.0 % against 60.0 ± 1.0 % top-1 (n = 5 and 3), −10.0 points (95 % interval −12.0 to −8.0)",
     )
 
 

@@ -223,12 +223,13 @@ def test_an_extra_class_folder_in_val_is_named(tmp_path):
         labels(tmp_path)
 
 
-def test_images_next_to_class_folders_in_val_are_named(tmp_path):
+def test_images_next_to_class_folders_in_val_are_set_aside(tmp_path):
     flat(tmp_path, ["stray.JPEG"])
     for wnid in WNIDS:
         put(tmp_path, f"val/{wnid}/a.JPEG")
-    with pytest.raises(UserError, match=r"val/stray\.JPEG lies beside class folders"):
-        labels(tmp_path)
+    aside = imagenet(tmp_path).set_aside("test")
+    assert aside["sample_id"].to_pylist() == ["val/stray.JPEG"]
+    assert aside["reason"].to_pylist() == ["an image in no class folder; move it into one"]
 
 
 def test_the_official_test_folder_is_not_a_split(tmp_path):

@@ -146,7 +146,10 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
             0,
             "the same clip as 'UCF-101/Typing/v_Typing_g08_c01.avi', which is used",
         ),
-        "UCF-101/Typing/v_Typing_g99_c02.avi.part": (0, "no video by its name, which ends in '.part'"),
+        "UCF-101/Typing/v_Typing_g99_c02.avi.part": (
+            0,
+            "a download that was not finished; finish it, or remove the file",
+        ),
         "UCF-101/Juggling/v_Juggling_g01_c01.avi": (-1, "in no list of fold 1"),
     }
     assert aside(source, "test") == {

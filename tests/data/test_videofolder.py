@@ -11,7 +11,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import LISTING, SET_ASIDE
-from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.media import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.video.base import FILES, ROWS, join_rows
 
 
@@ -68,25 +68,22 @@ def test_every_ending_of_a_video_is_known(tmp_path, extension):
 
 
 def test_files_that_are_not_videos_are_set_aside_with_their_class_and_hidden_ones_are_not(tmp_path):
-    touch(tmp_path, "train/a/0.mp4", "train/a/clip.mp4.part", "train/b/clip.jpg", "train/b/1.mp4", "train/b/README")
+    touch(tmp_path, "train/a/0.mp4", "train/a/clip.mp4.part", "train/b/clip.jpg", "train/b/1.mp4", "train/b/clip")
     touch(
-        tmp_path,
-        "train/b/.hidden.txt",
-        "train/.cache/x.txt",
-        "train/labels.csv",
-        "train/loose.mp4",
-        "val/a/2.gif",
-        "val/a/2.ts",
+        tmp_path, "train/b/.hidden.txt", "train/.cache/x.txt", "train/labels.csv", "train/b/README", "train/loose.mp4"
     )
+    touch(tmp_path, "val/a/2.gif", "val/a/2.ts")
     source = videos(tmp_path)
     assert ids(source.listing("train")) == ["train/a/0.mp4", "train/b/1.mp4"]
     assert aside(source, "train") == {
-        "train/a/clip.mp4.part": (0, "no video by its name, which ends in '.part'"),
-        "train/b/clip.jpg": (1, "no video by its name, which ends in '.jpg'"),
-        "train/b/README": (1, "no video by its name, which has no ending"),
-        "train/loose.mp4": (-1, "a video in no class folder"),
+        "train/a/clip.mp4.part": (0, "a download that was not finished; finish it, or remove the file"),
+        "train/b/clip.jpg": (1, "no video by its name, which ends in '.jpg'; rename or remove the file"),
+        "train/b/clip": (1, "no video by its name, which has no ending; rename or remove the file"),
+        "train/loose.mp4": (-1, "a video in no class folder; move it into one"),
     }
-    assert aside(source, "test") == {"val/a/2.gif": (0, "no video by its name, which ends in '.gif'")}
+    assert aside(source, "test") == {
+        "val/a/2.gif": (0, "no video by its name, which ends in '.gif'; rename or remove the file")
+    }
     result = plan(tmp_path, classes=["a"])
     assert ids(result.aside["train"]) == ["train/a/clip.mp4.part", "train/loose.mp4"]
     assert result.known == 2 + 3
@@ -101,17 +98,17 @@ def test_an_empty_video_stays_in_the_listing(tmp_path):
 
 
 def test_class_folders_right_below_the_root_are_training_data(tmp_path):
-    touch(tmp_path, "a/0.mp4", "b/1.mp4", "b/x.txt", "test/a/2.mp4", "test/a/y.txt", "labels.csv", "loose.mp4")
+    touch(tmp_path, "a/0.mp4", "b/1.mp4", "b/x.dat", "test/a/2.mp4", "test/a/y.dat", "labels.csv", "loose.mp4")
     source = videos(tmp_path)
     assert source.class_names == ["a", "b"]
     assert source.splits() == ["train", "test"]
     assert ids(source.listing("train")) == ["a/0.mp4", "b/1.mp4"]
-    assert list(aside(source, "train")) == ["b/x.txt", "loose.mp4"]
-    assert list(aside(source, "test")) == ["test/a/y.txt"]
+    assert list(aside(source, "train")) == ["b/x.dat", "loose.mp4"]
+    assert list(aside(source, "test")) == ["test/a/y.dat"]
 
 
 def test_a_validation_split_alone_can_be_chosen(tmp_path):
-    touch(tmp_path, "val/a/0.mp4", "val/b/1.mp4", "val/b/1.txt", "val.csv", "annotations/x.csv")
+    touch(tmp_path, "val/a/0.mp4", "val/b/1.mp4", "val/b/1.mp4.part", "val/b/1.txt", "val.csv", "annotations/x.csv")
     source = videos(tmp_path)
     assert source.splits() == ["test"]
     assert source.class_names == ["a", "b"]
@@ -119,7 +116,7 @@ def test_a_validation_split_alone_can_be_chosen(tmp_path):
         plan(tmp_path)
     result = plan(tmp_path, train_split="val", class_names=None)
     assert ids(result.listings["train"]) == ["val/a/0.mp4", "val/b/1.mp4"]
-    assert ids(result.aside["train"]) == ["val/b/1.txt"]
+    assert ids(result.aside["train"]) == ["val/b/1.mp4.part"]
 
 
 def test_subsets_orders_and_a_held_out_part_work(tmp_path):
@@ -148,8 +145,11 @@ def test_the_digest_covers_ids_labels_and_sizes_and_not_the_place(tmp_path):
     ("names", "message"),
     [
         (["train/notes.txt"], "train holds no class folders; the layout is train/<class>/<video>.mp4"),
-        (["train/a/notes.txt"], "holds no videos in class folders (.mp4, "),
-        (["train/a/0.mp4", "train/b/x.jpg"], "train/b is missing or holds no video; complete the split, or remove"),
+        (["train/a/notes.txt"], "holds no videos in class folders; the layout is "),
+        (
+            ["train/a/0.mp4", "train/b/x.jpg"],
+            "train/b is missing or holds no video (train/b/x.jpg: no video by its name, which ends in '.jpg'; rename",
+        ),
         (["train/a/0.mp4", "val/b/0.mp4"], "val/b is a class that the training split lacks"),
         (["train/a/0.mp4", "val/0.mp4"], "val holds no class folders"),
         (["train.X1/a/0.mp4", "train.X2/a/0.mp4"], "several training folders"),
@@ -173,7 +173,7 @@ def test_an_empty_root_and_a_missing_one_are_errors(tmp_path):
 
 
 def test_a_set_on_s3_is_the_set_on_disk(s3, tmp_path):
-    touch(tmp_path, "a b/0.mp4", "a b/x.txt", "c/1.mp4", "val/c/2.mp4", "val/c/3.mp4.part", "c/.hidden.txt")
+    touch(tmp_path, "a b/0.mp4", "a b/x.dat", "c/1.mp4", "val/c/2.mp4", "val/c/3.mp4.part", "c/.hidden.txt")
     s3.upload(tmp_path, "videofolder-set", "deep/set/")
     here, there = videos(tmp_path), videos(s3("videofolder-set/deep/set"))
     assert there.class_names == here.class_names

@@ -1,7 +1,7 @@
 """Samples in one folder per class: ImageFolder, VideoFolder, and the base of ImageNet and Tiny-ImageNet.
 
 Sample ids are POSIX paths relative to the root. Paths stay Arrow columns, so listing a million files takes seconds. Listing
-opens no file; it skips hidden files and, by extension, files of other media.
+opens no file: names decide what is a sample (`media.py`). What looks like a sample and is not used is set aside.
 
 What a folder directly below the root is, is decided by its name (`base.split_word`) and by what it and its neighbours hold. A
 folder of samples holds files of the medium and no folders.
@@ -18,9 +18,7 @@ Else the root itself is the training split, and its folders are the classes, exc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -31,37 +29,15 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import (
     EVALUATION,
     SPLIT_WORDS,
-    Column,
     FileSource,
     listing,
-    set_aside_table,
     split_word,
     unclear_name,
     unused_split,
 )
 from distill_at_scale.data.sources.class_subsets import class_list
+from distill_at_scale.data.sources.media import IMAGES, VIDEOS
 from distill_at_scale.storage.filesystem import join_path
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
-    ".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Medium:
-    """What the files of a folder hold: a noun for messages, and file extensions (lower case, with the dot)."""
-
-    noun: str
-    extensions: tuple[str, ...]
-
-    def mask(self, paths: pa.Array) -> pa.Array:
-        """Which paths (string) have one of the extensions; the case does not matter."""
-        pattern = f"(?:{'|'.join(re.escape(extension) for extension in self.extensions)})$"
-        return pc.match_substring_regex(paths, pattern, ignore_case=True)
-
-
-IMAGES, VIDEOS = Medium("image", IMAGE_EXTENSIONS), Medium("video", VIDEO_EXTENSIONS)
 
 
 class FolderSource(FileSource):
@@ -74,8 +50,9 @@ class FolderSource(FileSource):
         super().__init__(config)
         self.split_folders = self.find_split_folders()
         self.folders = self.choose_splits()
-        self.class_names = self.find_classes()
+        self._files: dict[str, tuple[pa.Array, pa.Array]] = {}
         self._listings: dict[str, pa.Table] = {}
+        self.class_names = self.find_classes()
 
     @property
     def layout(self) -> str:
@@ -125,20 +102,35 @@ class FolderSource(FileSource):
                 lines.append(f"{name}/ is not used: it lies beside the splits' folders (with {count:,} {noun}s)")
             elif "" in used and split_word(name):
                 lines.append(f"{name}/ is taken as a class: it holds {noun}s and lies beside class folders")
+        loose = pc.sum(self.medium.mask(pa.array(self.store.names()[1], pa.string()))).as_py()
+        if loose and "" not in used:
+            lines.append(f"{loose:,} {noun}{'s' if loose > 1 else ''} beside the splits' folders: not used")
+        if are_numbers(self.class_names) and self.class_names != sorted(self.class_names):
+            first, text = (", ".join(names[:4]) for names in (self.class_names, sorted(self.class_names)))
+            order = f"labels follow the numbers ({first}, ...), not text order as torchvision's ({text}, ...)"
+            lines.append(f"class folders are whole numbers: {order}; data.class_names sets another order")
         return lines
 
     def find_classes(self) -> list[str]:
-        """The sorted folders of the training split; raises UserError if there are none."""
+        """The class folders of the training split; raises UserError if there are none."""
         if "train" not in self.folders:
-            raise UserError(f"{self.store.place()} has no folder train/; {self.layout}")
+            below = (name for name in self.store.names()[0] if "train" in map(split_word, self.store.names(name)[0]))
+            hint = f". Did you mean data.path={self.store.place(name)}?" if (name := next(below, None)) else ""
+            raise UserError(f"{self.store.place()} has no folder train/; {self.layout}{hint}")
         return self.class_folders(self.folders["train"])
 
     def class_folders(self, folder: str) -> list[str]:
-        """The sorted class folders of a split's folder; "" is the root, where folders of splits are no classes."""
-        names = [name for name in self.store.names(folder)[0] if folder or name not in self.split_folders]
+        """The class folders of a split's folder, sorted by name, or by value if all names are whole numbers.
+
+        "" is the root, where folders of splits are no classes.
+        """
+        folders, files = self.store.names(folder)
+        names = [name for name in folders if folder or name not in self.split_folders]
         if not names:
-            raise UserError(f"{self.store.place(folder)} holds no class folders; {self.layout}")
-        return names
+            is_class = pc.any(self.medium.mask(pa.array(files, pa.string()))).as_py()
+            hint = f"; it holds {self.medium.noun}s itself: did you mean the folder above it?" if is_class else ""
+            raise UserError(f"{self.store.place(folder)} holds no class folders; {self.layout}{hint}")
+        return sorted(names, key=lambda name: (int(name), name)) if are_numbers(names) else names
 
     def splits(self) -> list[str]:
         return [split for split in ("train", "test") if split in self.folders]
@@ -154,50 +146,87 @@ class FolderSource(FileSource):
         table, names, classes = self.list_by_class(split), self.class_names, self.config.classes
         wanted = set(names if classes is None else class_list(classes))
         counts = np.bincount(table["label"].to_numpy(), minlength=len(names))
-        empty = [name for name, count in zip(names, counts, strict=True) if count == 0 and name in wanted]
+        empty = [label for label, name in enumerate(names) if counts[label] == 0 and name in wanted]
         if empty:
+            name, noun = names[empty[0]], self.medium.noun
             more = f" (and {len(empty) - 1} more classes)" if len(empty) > 1 else ""
+            aside = self.unused_files(split, table["location"])
+            why = _example(aside.filter(pc.equal(aside["label"], empty[0])))
             sample = "training sample" if split == "train" else "test sample"
-            place, noun = self.store.place(join_path(self.folders[split], empty[0])), self.medium.noun
-            problem = f"the class {empty[0]!r} has no {sample}: {place} is missing or holds no {noun}{more}"
+            place = self.store.place(join_path(self.folders[split], name))
+            problem = f"the class {name!r} has no {sample}: {place} is missing or holds no {noun}{why}{more}"
             raise UserError(f"{problem}; complete the split, or remove the class everywhere")
         return table
 
     def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
-        """Paths (string) and sizes (int64) of all files below a split's folder, sorted by path."""
-        folder = self.folders[split]
-        paths, sizes = self.store.table(folder)
-        if not folder and self.split_folders:
-            is_own = pc.invert(pc.is_in(owners_of(paths, ""), pa.array(list(self.split_folders), pa.string())))
-            paths, sizes = paths.filter(is_own), sizes.filter(is_own)
-        return paths, sizes
+        """Paths (string) and sizes (int64) of all files below a split's folder, sorted by path; cached."""
+        if split not in self._files:
+            folder = self.folders[split]
+            paths, sizes = self.store.table(folder)
+            if not folder and self.split_folders:
+                is_own = pc.invert(pc.is_in(owners_of(paths, ""), pa.array(list(self.split_folders), pa.string())))
+                paths, sizes = paths.filter(is_own), sizes.filter(is_own)
+            self._files[split] = paths, sizes
+        return self._files[split]
 
     def samples(self, split: str) -> tuple[pa.Array, pa.Array]:
-        """As `split_files`, with files of the source's medium only."""
+        """As `split_files`, with files of the source's medium only (by their endings)."""
         paths, sizes = self.split_files(split)
         mask = self.medium.mask(paths)
         return paths.filter(mask), sizes.filter(mask)
 
-    def list_by_class(self, split: str) -> pa.Table:
-        """The samples in class folders, sorted by label and path; skips files outside class folders.
+    def set_aside(self, split: str) -> pa.Table:
+        """The files of a split that look like samples and are not listed."""
+        return self.unused_files(split, self.listing(split)["location"])
 
-        Raises UserError for a folder with samples that is not a class, and for a split without samples.
+    def unused_files(self, split: str, used: pa.ChunkedArray) -> pa.Table:
+        paths, folder = self.split_files(split)[0], self.folders[split]
+        rest = paths.filter(pc.invert(pc.is_in(paths, used.combine_chunks())))
+        owners = owners_of(rest, folder)
+        return self.medium.unused(rest, labels_of(owners, self.class_names), pc.is_valid(owners))
+
+    def list_by_class(self, split: str) -> pa.Table:
+        """The samples in class folders, sorted by label and path.
+
+        Raises UserError for a folder with samples that is not a class, for a split without samples, and where the class folders
+        seem to be a level above the classes.
         """
-        folder, (paths, sizes) = self.folders[split], self.samples(split)
+        folder, (paths, sizes) = self.folders[split], self.split_files(split)
         owners = owners_of(paths, folder)
-        inside = pc.is_valid(owners)
-        paths, sizes, owners = paths.filter(inside), sizes.filter(inside), owners.filter(inside)
+        mask = pc.and_(pc.is_valid(owners), self.medium.samples(paths))
+        paths, sizes, owners = paths.filter(mask), sizes.filter(mask), owners.filter(mask)
         labels = pc.index_in(owners, pa.array(self.class_names, pa.string()))
         if labels.null_count:
             extra = owners[pc.index(pc.is_null(labels), True).as_py()].as_py()
             place = self.store.place(join_path(folder, extra))
             raise UserError(f"{place} is a class that the training split lacks; remove it or complete train/")
         if not len(paths):
-            extensions = ", ".join(self.medium.extensions)
-            raise UserError(f"{self.store.place(folder)} holds no {self.medium.noun}s in class folders ({extensions})")
+            why = _example(self.unused_files(split, pa.chunked_array([], pa.string()))) or f"; {self.layout}"
+            raise UserError(f"{self.store.place(folder)} holds no {self.medium.noun}s in class folders{why}")
+        self.check_level(folder, paths)
         order = pa.array(np.argsort(labels.to_numpy(zero_copy_only=False), kind="stable"))  # paths are sorted already
         paths = paths.take(order)
         return listing(paths, labels.take(order), paths, np.zeros(len(paths), np.int64), sizes.take(order))
+
+    def check_level(self, folder: str, paths: pa.Array) -> None:
+        """Checks the only class, and the classes of the root; `paths` are the samples in the split's folder.
+
+        Raises UserError if a class folder holds folders of splits, or if the only class folder holds only folders: the root is
+        too high, or the classes come before the splits.
+        """
+        if folder and len(self.class_names) > 1:
+            return
+        parts = pc.extract_regex(below(paths, folder), "^(?P<owner>[^/]+)/(?:(?P<inner>[^/]+)/)?")
+        pairs = pa.table({name: pc.struct_field(parts, name) for name in ("owner", "inner")})
+        for row in pairs.group_by("owner").aggregate([("inner", "distinct")]).sort_by("owner").to_pylist():
+            inner, place = sorted(row["inner_distinct"]), self.store.place(join_path(folder, row["owner"]))
+            words = {split_word(name) for name in inner if name}
+            if (len(self.class_names) == 1 and "" not in inner) or (
+                "train" in words and words.intersection(EVALUATION)
+            ):
+                names = ", ".join(inner[:3]) + (f" and {len(inner) - 3} more" if len(inner) > 3 else "")
+                problem = f"{place} would be a class, but holds the folders {names}"
+                raise UserError(f"{problem}: did you mean data.path={place}? Otherwise {self.layout}")
 
     def refuse_extra_classes(self, split: str) -> None:
         """Raises UserError for a class folder that the training split does not have."""
@@ -236,15 +265,10 @@ class ImageFolder(FolderSource):
 class VideoFolder(FolderSource):
     """Videos, laid out as for ImageFolder.
 
-    If only a `val/` or `test/` holds videos, it is the only split, and data.train_split selects it. Files in class folders
-    without a video extension, and videos outside class folders, are set aside.
+    If only a `val/` or `test/` holds videos, it is the only split, and data.train_split selects it.
     """
 
     medium, clips, root_classes = VIDEOS, True, True
-
-    def __init__(self, config: DataSection) -> None:
-        self._split_files: dict[str, tuple[pa.Array, pa.Array]] = {}
-        super().__init__(config)
 
     def find_classes(self) -> list[str]:
         """The sorted folders of the training split, or of a test split that is the only one."""
@@ -260,20 +284,9 @@ class VideoFolder(FolderSource):
             self.refuse_extra_classes(split)
         return super().list_split(split) if split == self.splits()[0] else self.list_by_class(split)
 
-    def set_aside(self, split: str) -> pa.Table:
-        paths, folder = self.split_files(split)[0], self.folders[split]
-        is_video, inside = VIDEOS.mask(paths), pc.match_substring(below(paths, folder), "/")
-        others = paths.filter(pc.and_(inside, pc.invert(is_video)))
-        loose = paths.filter(pc.and_not(is_video, inside))
-        labels = labels_of(owners_of(others, folder), self.class_names)
-        reasons = pa.repeat("a video in no class folder", len(loose))
-        tables = [no_videos(others, labels), set_aside_table(loose, [-1] * len(loose), reasons)]
-        return pa.concat_tables(tables).sort_by("sample_id")
 
-    def split_files(self, split: str) -> tuple[pa.Array, pa.Array]:
-        if split not in self._split_files:
-            self._split_files[split] = super().split_files(split)
-        return self._split_files[split]
+def _example(aside: pa.Table) -> str:
+    return "".join(f" ({row['sample_id']}: {row['reason']})" for row in aside.slice(0, 1).to_pylist())
 
 
 def below(paths: pa.Array, folder: str) -> pa.Array:
@@ -286,13 +299,11 @@ def owners_of(paths: pa.Array, folder: str) -> pa.Array:
     return pc.struct_field(pc.extract_regex(below(paths, folder), "^(?P<owner>[^/]+)/"), "owner")
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether all names are whole numbers, such as "7" and "007"."""
+    return all(name.isascii() and name.isdecimal() for name in names)
+
+
 def labels_of(names: pa.Array, class_names: Sequence[str]) -> pa.Array:
     """The label (int32) of each name (string or null), -1 for one that is not a class."""
     return pc.fill_null(pc.index_in(names, pa.array(class_names, pa.string())), -1)
-
-
-def no_videos(paths: pa.Array, labels: Column) -> pa.Table:
-    """Sets aside files (paths, string) that have no video extension."""
-    endings = pc.struct_field(pc.extract_regex(paths, r"(?P<ending>\.[^./]*)$"), "ending")
-    reasons = pc.binary_join_element_wise("no video by its name, which ends in '", endings, "'", "")
-    return set_aside_table(paths, labels, pc.fill_null(reasons, "no video by its name, which has no ending"))

@@ -19,7 +19,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.sources.base import data_store, listing, split_word
-from distill_at_scale.data.sources.folders import IMAGE_EXTENSIONS, FolderSource
+from distill_at_scale.data.sources.folders import FolderSource
 from distill_at_scale.data.sources.image.imagenet_labels import val_labels
 from distill_at_scale.data.sources.label_files import LabelFile
 
@@ -46,11 +46,7 @@ class Imagenet(FolderSource):
         folder = self.folders[split]
         if split == "train":
             return super().list_split(split)
-        class_folders, files = self.store.names(folder)
-        if class_folders:
-            if stray := next((name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)), None):
-                place = self.store.place(f"{folder}/{stray}")
-                raise UserError(f"{place} lies beside class folders; sort it into its folder or remove it")
+        if self.store.names(folder)[0]:
             return super().list_split(split)
         paths, sizes = self.samples(split)
         if not len(paths):

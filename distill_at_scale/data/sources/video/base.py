@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import INT32, INT64, TEXT, FileSource, listing, rows_to_table, set_aside_table
-from distill_at_scale.data.sources.folders import VIDEOS, below, labels_of, no_videos, owners_of
+from distill_at_scale.data.sources.folders import below, labels_of, owners_of
 from distill_at_scale.data.sources.label_files import LabelFiles, find_label_files
+from distill_at_scale.data.sources.media import VIDEOS
 from distill_at_scale.storage.filesystem import join_path
 
 # Rows of lists: `key` identifies the clip in rows and files, `split` is "train", "test" or "" for a clip in neither,
@@ -125,7 +126,7 @@ class ListedVideos(FileSource, ABC):
             parts += [
                 set_aside_table(unlisted, self._labels(unlisted), pa.repeat(self.unlisted_reason, len(unlisted))),
                 set_aside_table(spare["path"], spare["label"], reasons),
-                no_videos(others, self._labels(others)),
+                VIDEOS.unused(others, self._labels(others), pa.array([True] * len(others), pa.bool_())),
             ]
         return pa.concat_tables(parts).sort_by("sample_id")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.media import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.video.base import ListedVideos
 
 LIST = re.compile(r"(?P<owner>.+)_test_split(?P<fold>[123])\.txt")

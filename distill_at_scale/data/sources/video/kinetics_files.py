@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing, set_aside_table
-from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.media import VIDEO_EXTENSIONS
 
 Array = np.ndarray[Any, Any]
 

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.folders import VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.media import VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.video.base import ListedVideos
 
 CLASSES = "classInd.txt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch_interval
@@ -30,7 +30,7 @@ def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def differences(summary: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def differences(summary: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Top-1 of the distilled set minus that of each other set, per network, as a fraction: mean, and low and high of the
     95 % t-interval by Welch over the evaluation networks (None where a set has a single network).
 

@@ -268,11 +268,66 @@ def test_an_image_column_may_be_plain_bytes(tmp_path, kind):
     assert source.read(rows.slice(1, 3)) == [png(1), png(2), png(3)]
 
 
-def test_a_null_image_is_read_as_nothing(tmp_path):
+def test_a_null_image_is_rejected(tmp_path):
     images = pa.array([{"bytes": png(0)}, None, {"bytes": None}], pa.struct([("bytes", pa.binary())]))
     pq.write_table(pa.table({"image": images, "label": [0, 0, 0]}), tmp_path / "train.parquet")
     source = parquet(tmp_path)
-    assert source.read(source.listing("train")) == [png(0), b"", b""]
+    first, *others = source.read(source.listing("train"))
+    assert first == png(0)
+    assert [str(item) for item in others] == ["the row holds no image: its bytes are null; remove the row"] * 2
+
+
+def write_paths(path, paths, images):
+    """A file of rows with a path, and an image or null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"bytes": image, "path": name} for image, name in zip(images, paths, strict=True)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(rows, kind), "label": [0] * len(rows)}), path)
+
+
+def test_an_image_that_a_row_only_names_is_read_from_its_file(tmp_path):
+    touch(tmp_path / "set", "data/near.png", "data/deep/near.png", "root.png", "data/root/file.png")
+    touch(tmp_path, "outside.png")
+    absolute = str(tmp_path / "set" / "root.png")
+    names = ["near.png", "deep/near.png", "root.png", "../root.png", absolute, "inside.png"]
+    lost = ["none.png", "../../outside.png", str(tmp_path / "outside.png"), "a\0b", "", None]
+    images = [*[None] * 5, png(7), *[None] * len(lost)]
+    write_paths(tmp_path / "set" / "data" / "train.parquet", [*names, *lost], images)
+    source = parquet(tmp_path / "set")
+    items = source.read(source.listing("train"))
+    assert items[: len(names)] == [png(0), png(1), png(2), png(2), png(2), png(7)]
+    for name, item in zip(lost, items[len(names) :], strict=True):
+        reason = f"the row holds a path, not an image: {name!r} is missing in {tmp_path}/set; put the file there"
+        assert str(item).startswith(reason if name else "the row holds no image: its bytes are null")
+
+
+def test_a_named_file_that_is_too_large_is_rejected(tmp_path):
+    touch(tmp_path, "a.png")
+    write_paths(tmp_path / "train.parquet", ["a.png"], [None])
+    source = parquet(tmp_path, max_bytes=10)
+    (item,) = source.read(source.listing("train"))
+    assert "'a.png', which is larger than data.max_bytes = 10; raise it" in str(item)
+
+
+def test_two_versions_of_a_parquet_set_and_a_missing_part_are_errors(tmp_path):
+    for folder in ("snapshots/aaa/data", "snapshots/bbb/data"):
+        write_parquet(tmp_path / folder / "train-00000-of-00001.parquet", [0, 1])
+    with pytest.raises(UserError, match=r"aaa/data/train-00000-of-00001\.parquet and .*bbb/data/train-00000-of-00001"):
+        parquet(tmp_path)
+    assert parquet(tmp_path / "snapshots" / "aaa").splits() == ["train"]
+    write_parquet(tmp_path / "cut" / "train-00000-of-00002.parquet", [0, 1])
+    with pytest.raises(UserError, match=r"cut: train-00001-of-00002\.parquet is missing"):
+        parquet(tmp_path / "cut")
+
+
+def test_a_parquet_split_that_is_not_used_is_noted(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [0, 1])
+    (line,) = parquet(tmp_path).notes()
+    assert line.startswith("validation-00000-of-00001.parquet is the test split; not used: test-00000-of-00001.parquet")
+    write_parquet(tmp_path / "unlabeled-00000-of-00001.parquet", [0, 1])
+    with pytest.raises(UserError, match=r"unlabeled-00000-of-00001\.parquet: the name does not say"):
+        parquet(tmp_path)
 
 
 def test_many_files_read_in_any_order_give_the_requested_rows(tmp_path):

@@ -291,34 +291,115 @@ GOOD = sample("good", 1)
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("bad.jpg", b"1")], "'bad' has no label"),
-        ([("bad.cls", "1")], "'bad' has no image"),
-        ([("bad.json", {"label": 1})], "'bad' has no image"),
-        ([("bad.bmp", b"1"), ("bad.cls", "1")], "'bad' has no image"),
-        ([("bad.jpg", b"1"), ("bad.png", b"1"), ("bad.cls", "1")], "'bad' has a second file 'bad.png'"),
-        ([*sample("bad", 1), *sample("other", 1), *sample("bad", 1)], "'bad' occurs twice"),
-        ([*sample("bad", 1), *sample("bad", 1)], "'bad' has a second file 'bad.jpg'"),
-        ([("bad.jpg", b"1"), ("bad.cls", "1"), ("bad.cls", "1")], "'bad' has a second file 'bad.cls'"),
-        (sample("bad", -1), "'bad' has the label -1, outside"),
-        (sample("bad", 10**7), "'bad' has the label 10000000, outside"),
-        (sample("bad", ""), "'bad' has the label '', which is neither"),
-        (sample("bad", "dog"), "sample 'bad': the label 'dog' is a name, but the first one"),
-        ([("bad.jpg", b"1"), ("bad.cls", b"\xff\xfe")], "'bad' has a cls file that is not UTF-8 text"),
-        ([("bad.jpg", b"1"), ("bad.json", b"{broken")], "'bad' has a json file that cannot be read"),
-        ([("bad.jpg", b"1"), ("bad.json", b"[" * 100_000)], "'bad' has a json file that cannot be read"),
-        ([("bad.jpg", b"1"), ("bad.json", {"kind": 1})], "'bad' has a json file without 'label' or 'cls'"),
-        ([("bad.jpg", b"1"), ("bad.json", [1])], "'bad' has a json file without 'label'"),
-        ([("bad.jpg", b"1"), ("bad.json", {"label": 1.5})], "'bad' has the label 1.5, which is neither"),
-        ([("bad.jpg", b"1"), ("bad.json", {"label": True})], "'bad' has the label True, which is neither"),
-        ([("bad.jpg", b"1"), ("bad.json", {"label": None})], "'bad' has the label None, which is neither"),
-        ([("bad.jpg", b"1"), ("bad.json", {"label": [1]})], "'bad' has the label"),
+        ([("bad.jpg", b"1")], "has no label"),
+        ([("bad.cls", "1")], "has no image"),
+        ([("bad.json", {"label": 1})], "has no image"),
+        ([("bad.cls", "1"), ("bad.heic", b"1")], "images of the kind of 'bad.heic' are not read; convert it to JPEG"),
+        ([("bad.avif", b"1")], "images of the kind of 'bad.avif' are not read; convert it to JPEG"),
+        ([("bad.jpg", b"1"), ("bad.png", b"1"), ("bad.cls", "1")], "has a second file 'bad.png'"),
+        ([*sample("bad", 1), *sample("bad", 1)], "has a second file 'bad.cls'"),
+        ([("bad.jpg", b"1"), ("bad.cls", "1"), ("bad.cls", "1")], "has a second file 'bad.cls'"),
+        (sample("bad", -1), "has the label -1, outside"),
+        (sample("bad", 10**7), "has the label 10000000, outside"),
+        (sample("bad", ""), "has the label '', which is neither"),
+        ([("bad.jpg", b"1"), ("bad.cls", b"\xff\xfe")], "has a cls file that is not UTF-8 text"),
+        ([("bad.jpg", b"1"), ("bad.json", b"{broken")], "has a json file that cannot be read"),
+        ([("bad.jpg", b"1"), ("bad.json", b"[" * 100_000)], "has a json file that cannot be read"),
+        (
+            [("bad.jpg", b"1"), ("bad.json", {"kind": 1})],
+            "has a json file without 'label' or 'cls'; set data.label_col",
+        ),
+        ([("bad.jpg", b"1"), ("bad.json", [1])], "has a json file without 'label'"),
+        ([("bad.jpg", b"1"), ("bad.json", {"label": 1.5})], "has the label 1.5, which is neither"),
+        ([("bad.jpg", b"1"), ("bad.json", {"label": True})], "has the label True, which is neither"),
+        ([("bad.jpg", b"1"), ("bad.json", {"label": None})], "has the label None, which is neither"),
+        ([("bad.jpg", b"1"), ("bad.json", {"label": [1]})], "has the label"),
     ],
 )
-def test_a_faulty_sample_is_named_with_its_shard(tmp_path, members, message):
+def test_a_faulty_sample_is_set_aside_and_all_others_are_used(tmp_path, members, message):
     write(tmp_path, "train-0.tar", *GOOD)
     write(tmp_path, "train-1.tar", *sample("fine", 0), *members)
-    with pytest.raises(UserError, match=rf"train-1\.tar.* {message}"):
+    source = source_of(tmp_path)
+    assert labels_of(source) == {"good": "1", "fine": "0"}
+    (row,) = source.set_aside("train").to_pylist()
+    assert (row["sample_id"], row["label"], row["location"]) == (f"train-1.tar:{members[0][0]}", -1, "train-1.tar")
+    assert row["reason"].startswith("the sample 'bad' cannot be used: ")
+    assert message in row["reason"]
+    write(tmp_path, "train-0.tar")
+    write(tmp_path, "train-1.tar", *members)
+    with pytest.raises(
+        UserError, match=rf"hold no samples that can be used; the first one is train-1\.tar:bad.*{message}"
+    ):
         source_of(tmp_path).listing("train")
+
+
+def test_a_sample_whose_files_do_not_follow_each_other_is_used_once(tmp_path):
+    write(tmp_path, "train-0.tar", *sample("a", 1), *sample("other", 0), *sample("a", 0))
+    source = source_of(tmp_path)
+    assert labels_of(source) == {"a": "1", "other": "0"}
+    assert "occurs twice, or its files do not follow each other" in source.set_aside("train")["reason"][0].as_py()
+
+
+@pytest.mark.parametrize("extension", ["bmp", "tif", "gif", "ppm"])
+def test_other_images_that_the_decoder_reads_are_taken_unless_the_sample_has_a_usual_one(tmp_path, extension):
+    write(tmp_path, "train-0.tar", (f"a.{extension}", b"image"), *sample("b", 1, b"usual"), (f"b.{extension}", b"other"),
+          ("a.cls", "0"))  # fmt: skip
+    write(tmp_path, "train-1.tar", (f"c.{extension}", b"image"), ("c.cls", "0"))
+    source = source_of(tmp_path)
+    images = dict(
+        zip(source.listing("train")["sample_id"].to_pylist(), source.read(source.listing("train")), strict=True)
+    )
+    assert images == {"b": b"usual", "c": b"image"}
+    assert "has no label" in source.set_aside("train")["reason"][0].as_py()  # its files do not follow each other
+
+
+def test_images_whose_names_have_further_dots_are_set_aside_with_the_rule(tmp_path):
+    mask = ("d.seg.png", b"mask")  # another file of the sample d, not a sample of its own
+    write(tmp_path, "train-0.tar", *sample("x/a.v2", 1), *sample("b", 0), *sample("c", 0), *sample("c.v2", 1), *sample("d", 1),
+          mask, ("e.v2.jpg", b"1"), ("e.cls", "1"))  # fmt: skip
+    source = source_of(tmp_path)
+    assert labels_of(source) == {"b": "0", "c": "0", "d": "1"}
+    aside = dict(zip(*(source.set_aside("train")[name].to_pylist() for name in ("sample_id", "reason")), strict=True))
+    assert list(aside) == ["train-0.tar:x/a.v2.jpg", "train-0.tar:c.v2.jpg", "train-0.tar:e.v2.jpg"]
+    assert "its key ends at the first dot, which is WebDataset's rule; rename it to 'x/a_v2.jpg'" in next(
+        iter(aside.values())
+    )
+
+
+def test_where_all_names_have_dots_the_error_says_so(tmp_path):
+    write(tmp_path, "train-0.tar", *sample("photo.0001", 0), *sample("photo.0002", 1))
+    with pytest.raises(
+        UserError, match=r"photo\.0001\.jpg: its key ends at the first dot.*rename it to 'photo_0001\.jpg'"
+    ):
+        source_of(tmp_path).listing("train")
+
+
+def test_a_val_label_whose_training_samples_were_set_aside_names_one_of_them(tmp_path):
+    write(tmp_path, "train-0.tar", *sample("a", 0), *sample("b.v2", 1))
+    write(tmp_path, "val-0.tar", *sample("c", 1))
+    with pytest.raises(
+        UserError, match=r"'1' is not in the training split.* \(1 of its samples cannot be used: .*b\.v2\.jpg"
+    ):
+        source_of(tmp_path).listing("test")
+
+
+def test_unused_splits_are_noted(tmp_path):
+    for split in ("train", "val", "test"):
+        write(tmp_path, f"{split}-0.tar", *sample(split, 0))
+    (line,) = source_of(tmp_path).notes()
+    assert line.startswith("val-0.tar is the test split; not used: test-0.tar")
+
+
+def test_numbered_shards_are_complete_and_occur_once_unless_a_pattern_chooses_some(tmp_path):
+    write(tmp_path, "train-00000-of-00002.tar", *sample("a", 0))
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.tar is missing"):
+        source_of(tmp_path).splits()
+    assert labels_of(source_of(tmp_path / "train-{00000..00000}-of-00002.tar")) == {"a": "0"}
+    write(tmp_path, "more/train-00000-of-00002.tar", *sample("b", 0))
+    with pytest.raises(
+        UserError, match=r"more/train-00000-of-00002\.tar and .*/train-00000-of-00002\.tar are parts of two"
+    ):
+        source_of(tmp_path).splits()
 
 
 def test_a_name_among_numbers_and_a_number_among_names_are_distinguished(tmp_path):

@@ -199,7 +199,8 @@ def _items(source: Source, rows: pa.Table) -> list[Raw | SampleRejected]:
     if len(items) != rows.num_rows:
         counts = f"{len(items)} items, not {rows.num_rows}"
         raise SampleRejected(f"read of {_name(source)} returned {counts}; it must return one item for each row")
-    return [item if isinstance(item, bytes | np.ndarray) else _wrong_type(source, item) for item in items]
+    allowed = bytes | np.ndarray | SampleRejected
+    return [item if isinstance(item, allowed) else _wrong_type(source, item) for item in items]
 
 
 def _wrong_type(source: Source, item: object) -> SampleRejected:

@@ -31,6 +31,7 @@ Errors. Raise `UserError` for a layout that cannot be used (what is wrong, then 
 Raise `Unreachable` for storage that does not answer: the read is tried again. Whatever else `read` raises for a sample rejects
 that sample with the error as its reason, except an OSError of the disk or the network and MemoryError, which stop the run.
 Return broken bytes as they are; the decoder rejects them.
+An item may also be a `SampleRejected` (data/codecs/image.py) with the reason.
 """
 
 from __future__ import annotations

@@ -43,16 +43,16 @@ class Tensors(HuggingFaceParquet):
         problem = f"{self.store.place()}: no value of the column {self.column!r} is an array of 1 to {MAX_AXES} axes"
         raise UserError(f"{problem}; set {self.column_key} to the column that holds them")
 
-    def _parquet_column(self, kind: pa.DataType) -> str | None:
+    def _parquet_columns(self, kind: pa.DataType) -> list[str]:
         """(Nested) lists of numbers, or tensors of them."""
         if not isinstance(kind, pa.FixedShapeTensorType) and not _is_list(kind):
-            return None
+            return []
         kind = kind.value_type
         while _is_list(kind):
             kind = kind.value_type
-        return self.column if pa.types.is_integer(kind) or pa.types.is_floating(kind) else None
+        return [self.column] if pa.types.is_integer(kind) or pa.types.is_floating(kind) else []
 
-    def _to_raw(self, values: pa.ChunkedArray) -> list[Any]:
+    def _to_raw(self, values: pa.ChunkedArray, name: str) -> list[Any]:
         return [to_array(value) for value in values]
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +26,16 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.data.sources.base import MAX_LABEL, by_split, data_store, first_duplicate, listing
+from distill_at_scale.data.codecs.image import SampleRejected
+from distill_at_scale.data.sources.base import (
+    MAX_LABEL,
+    by_split,
+    data_store,
+    first_duplicate,
+    listing,
+    unused_split,
+)  # fmt: skip
+from distill_at_scale.data.sources.numbered_files import check_numbered
 from distill_at_scale.storage.filesystem import is_access_error
 
 T = TypeVar("T")
@@ -49,6 +60,8 @@ class HuggingFaceParquet:
         self.column = config.image_column
         files = [entry.path for entry in self.store.files() if entry.path.endswith(".parquet")]
         self.files = by_split(files, self.store)
+        for split in set(self.files) - {"unused"}:
+            check_numbered(self.files[split], self.store)
         if "train" not in self.files:
             raise UserError(f"{self.store.place()} holds no training Parquet files (train-*.parquet)")
         self._declared = self._declared_names()
@@ -95,6 +108,10 @@ class HuggingFaceParquet:
     def splits(self) -> list[str]:
         return [split for split in ("train", "test") if split in self.files]
 
+    def notes(self) -> list[str]:
+        unused = self.files.get("unused", [])
+        return [unused_split(self.files["test"][0], unused)] if unused else []
+
     def listing(self, split: str) -> pa.Table:
         files, tables = self.files[split], self._tables(split)
         counts = [table.num_rows for table in tables]
@@ -123,31 +140,63 @@ class HuggingFaceParquet:
 
         return digest(self._map_files(footer, self.files[split]))
 
-    def read(self, rows: pa.Table) -> Sequence[bytes | np.ndarray[Any, Any]]:
+    def read(self, rows: pa.Table) -> Sequence[Any]:
         """Reads each row group once when rows come in file order; the last one stays open between calls.
 
-        Raises UserError for a damaged file, which affects all of its rows.
+        An item is a SampleRejected for a row that holds neither an image nor the path of one. Raises UserError for a damaged
+        file, which affects all of its rows.
         """
         names, numbers = rows["location"].to_pylist(), rows["row"].to_pylist()
-        samples: list[bytes | np.ndarray[Any, Any]] = []
+        samples: list[Any] = []
         first = 0
         while first < len(names):  # one run of rows in the same row group at a time
             name, stop = names[first], first
             start, values = self._group_of(name, numbers[first])
             while stop < len(names) and names[stop] == name and start <= numbers[stop] < start + len(values):
                 stop += 1
-            samples += self._to_raw(values.take(pa.array([number - start for number in numbers[first:stop]])))
+            samples += self._to_raw(values.take(pa.array([number - start for number in numbers[first:stop]])), name)
             first = stop
         return samples
 
-    def _parquet_column(self, kind: pa.DataType) -> str | None:
-        """The Parquet column with the samples, for a sample column of this type; None for a type without samples."""
+    def _parquet_columns(self, kind: pa.DataType) -> list[str]:
+        """The Parquet columns with the samples, for a sample column of this type; none for a type without samples."""
         if pa.types.is_struct(kind):
-            return f"{self.column}.bytes" if kind.get_field_index("bytes") >= 0 else None
-        return self.column if any(is_kind(kind) for is_kind in BINARY) else None
+            fields = [field for field in ("bytes", "path") if kind.get_field_index(field) >= 0]
+            return [f"{self.column}.{field}" for field in fields] if "bytes" in fields else []
+        return [self.column] if any(is_kind(kind) for is_kind in BINARY) else []
 
-    def _to_raw(self, values: pa.ChunkedArray) -> list[Any]:
-        return [raw or b"" for raw in values.to_pylist()]
+    def _to_raw(self, values: pa.ChunkedArray, name: str) -> list[Any]:
+        """The samples of some rows (binary, or a struct of bytes and path) of a file."""
+        rows = values.to_pylist()
+        if not pa.types.is_struct(values.type):
+            rows = [{"bytes": row} for row in rows]
+        return [self._image(name, row or {}) for row in rows]
+
+    def _image(self, name: str, row: dict[str, Any]) -> bytes | SampleRejected:
+        """The bytes in a row, else the file that its path names, relative to the Parquet file's folder or to the root.
+
+        Files outside data.path are not read.
+        """
+        if row.get("bytes") is not None:
+            return row["bytes"]
+        path = row.get("path")
+        if not path:
+            return SampleRejected("the row holds no image: its bytes are null; remove the row")
+        problem = f"the row holds a path, not an image: {path!r}"
+        root = f"{os.path.abspath(self.store.root)}/"
+        if self.store.local and path.startswith(root):
+            files = [path.removeprefix(root)]
+        else:
+            files = [posixpath.join(folder, path) for folder in dict.fromkeys((posixpath.dirname(name), ""))]
+        for file in map(posixpath.normpath, files):
+            if file.startswith(("/", "../")) or "\0" in file or (size := self.store.size(file)) is None:
+                continue
+            if size > self.config.max_bytes:
+                return SampleRejected(
+                    f"{problem}, which is larger than data.max_bytes = {self.config.max_bytes:,}; raise it"
+                )
+            return self.store.read(file)
+        return SampleRejected(f"{problem} is missing in {self.store.place()}; put the file there, or embed the images")
 
     def _group_of(self, name: str, row: int) -> tuple[int, pa.ChunkedArray]:
         """The first row of the row group that holds a row, and the group's samples; the last group is cached."""
@@ -157,15 +206,17 @@ class HuggingFaceParquet:
         group = int(np.searchsorted(ends, row, side="right"))
         if not 0 <= row < (ends[-1] if len(ends) else 0):
             raise UserError(f"{self.store.place(name)} has no row {row}; did the file change after it was listed?")
-        column = self._parquet_column(file.schema_arrow.field(self.column).type)
+        columns = self._parquet_columns(file.schema_arrow.field(self.column).type)
         first = int(ends[group - 1]) if group else 0
         rows, max_bytes = int(ends[group]) - first, MAX_ROW_GROUP * self.config.max_bytes
-        table = self._read_columns(name, file, [group], [column], rows, max_bytes)
-        self._group = name, first, table.flatten()[0] if pa.types.is_struct(table.schema[0].type) else table[0]
+        values = self._read_columns(name, file, [group], columns, rows, max_bytes)[0]
+        if pa.types.is_struct(values.type) and not (own := pc.struct_field(values, "bytes")).null_count:
+            values = own
+        self._group = name, first, values
         return self._group[1:]
 
     def _read_columns(
-        self, name: str, file: Any, groups: list[int], columns: Sequence[str | None], rows: int, max_bytes: int
+        self, name: str, file: Any, groups: list[int], columns: Sequence[str], rows: int, max_bytes: int
     ) -> pa.Table:
         """Columns of row groups, read batch by batch, because a few bytes can encode a value repeated without end.
 
@@ -234,7 +285,7 @@ class HuggingFaceParquet:
                 if column not in schema.names:
                     raise UserError(f"{place} has no column {column!r}; set {key} to one of: {', '.join(schema.names)}")
             kind = schema.field(sample_column).type
-            if self._parquet_column(kind) is None:
+            if not self._parquet_columns(kind):
                 problem = f"{place}: column {sample_column!r} must be {self.column_types}, it is {kind}"
                 raise UserError(f"{problem}; set {self.column_key} to the column that holds {self.column_content}")
             has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0

@@ -4,7 +4,9 @@ data.path is a folder with shards, or a pattern such as `folder/train-{000..999}
 else in its folder (`imagenet1k-train-0000.tar`, `val/00.tar`), else train. A sample has one image (jpg, jpeg, png, webp) and a
 label: `cls` (a number or a class name), else `json` with the key data.label_column or "cls"; its other files are ignored. Its
 id is the shared name if that is unique within the split, else `<shard>:<name>`. Numbered classes are called "0" to the largest
-number of the training split, others are sorted by name. Not covered: compressed shards.
+number of the training split, others are sorted by name. A sample without an image or a label is set aside, and so is an image
+whose name has further dots (`0002.v2.jpg`), unless it belongs to a sample with an image (`0002.jpg`) and has no label of its
+own. Not covered: compressed shards.
 """
 
 from __future__ import annotations
@@ -24,10 +26,26 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import INT64, LISTING, MAX_LABEL, TEXT, by_split, rows_to_table
+from distill_at_scale.data.codecs.image import SampleRejected
+from distill_at_scale.data.sources.base import (
+    INT64,
+    LISTING,
+    MAX_LABEL,
+    SET_ASIDE,
+    TEXT,
+    by_split,
+    rows_to_table,
+    unused_split,
+)  # fmt: skip
+from distill_at_scale.data.sources.folders import IMAGE_EXTENSIONS
+from distill_at_scale.data.sources.numbered_files import check_numbered
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
+OTHER_IMAGES = tuple(
+    extension[1:] for extension in IMAGE_EXTENSIONS if extension[1:] not in IMAGES
+)  # if none of IMAGES
+UNREAD_IMAGES = ("avif", "heic", "heif", "jxl", "jp2", "svg", "psd", "dng", "cr2", "nef")
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 MAX_LABEL_FILE = 2**24  # bytes of a cls or json file
 MAX_SHARDS = 10**6
@@ -53,6 +71,7 @@ class WebDataset:
         self.store = Store(root)
         self.threads = LOCAL_THREADS if self.store.local else tar.REMOTE_THREADS
         self._indices: dict[str, pa.Table] = {}
+        self._set_aside: dict[str, pa.Table] = {}
 
     def splits(self) -> list[str]:
         return [split for split in ("train", "test") if split in self.shards]
@@ -71,6 +90,8 @@ class WebDataset:
             if size < 0:
                 raise UserError(f"{self.store.place(shard)} is missing; download it, or correct data.path")
         splits = by_split(list(sizes), self.store)
+        for split in set(splits) - {"unused"}:
+            check_numbered(splits[split], self.store, complete=self.named_shards is None)
         if "train" not in splits:
             place = redact_uri(str(self.config.path))
             raise UserError(f"{place} holds no training shards (train-000000.tar); check data.path")
@@ -92,9 +113,22 @@ class WebDataset:
         ids = keys if is_unique else pc.binary_join_element_wise(shards, keys, ":")
         in_train = pc.is_in(index["label"], pc.unique(self._index("train")["label"]))
         if (unknown := pc.index(in_train, False).as_py()) >= 0:
-            raise self._label_error(index, unknown, "is not in the training split; correct it, or complete that split")
+            what = "is not in the training split; correct it, or complete that split"
+            if (aside := self.set_aside("train")).num_rows:
+                what += (
+                    f" ({aside.num_rows} of its samples cannot be used: {aside['sample_id'][0]}: {aside['reason'][0]})"
+                )
+            raise self._label_error(index, unknown, what)
         labels = pc.index_in(index["label"], pa.array(self.class_names, pa.string()))
         return pa.table([ids, labels, shards, index["row"], index["size"]], schema=LISTING)
+
+    def set_aside(self, split: str) -> pa.Table:
+        self._index(split)
+        return self._set_aside[split]
+
+    def notes(self) -> list[str]:
+        unused = list(self.shards.get("unused", {}))
+        return [unused_split(next(iter(self.shards["test"])), unused)] if unused else []
 
     def digest(self, split: str) -> str:
         """A hash of names and sizes of the shards and of names, labels, offsets and sizes of all samples."""
@@ -106,9 +140,14 @@ class WebDataset:
     def _index(self, split: str) -> pa.Table:
         if split not in self._indices:
             function = partial(index_shard, self.store, label_keys=(self.config.label_column, "cls"))
-            index = pa.concat_tables(tar.map_in_threads(function, sorted(self.shards[split]), self.threads))
+            tables = list(tar.map_in_threads(function, sorted(self.shards[split]), self.threads))
+            index, aside = (pa.concat_tables(parts) for parts in zip(*tables, strict=True))
             if not index.num_rows:
-                raise UserError(f"the {split} shards in {self.store.place()} hold no samples; check data.path")
+                problem = f"the {split} shards in {self.store.place()} hold no samples"
+                if aside.num_rows:
+                    problem += f" that can be used; the first one is {aside['sample_id'][0]}: {aside['reason'][0]}"
+                raise UserError(f"{problem}; {'correct the shards' if aside.num_rows else 'check data.path'}")
+            self._set_aside[split] = aside
             first = index["is_number"][0]
             if (odd := pc.index(index["is_number"], pc.invert(first)).as_py()) >= 0:
                 kinds = ("a name", "a number") if first.as_py() else ("a number", "a name")
@@ -123,91 +162,149 @@ class WebDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops the index, which an actor that only reads does not need."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("shards", "class_names")} | {"_indices": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("shards", "class_names")} | {
+            "_indices": {},
+            "_set_aside": {},
+        }
 
 
 @dataclass
 class _Sample:
     """The files of a sample: its image, and the content of those that may hold its label."""
 
-    place: str  # of the shard
     key: str
     image: tar.Member | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
-
-    def error(self, what: str) -> UserError:
-        return UserError(f"{self.place}: the sample {self.key!r} {what}. Write the shard again without this fault.")
+    dotted: list[str] = field(default_factory=list)  # other images and labels: names with dots before the extension
+    names: list[str] = field(default_factory=list)  # of the images and labels
+    fault: str = ""
 
     def add(self, extension: str, member: tar.Member, window: tar.Window) -> None:
-        if (extension in IMAGES and self.image) or extension in self.texts:
-            raise self.error(f"has a second file {member.name!r}: it has two images, or its name occurs twice")
-        if extension in IMAGES:
+        *dots, last = extension.split(".")
+        if last not in (*IMAGES, *OTHER_IMAGES, *UNREAD_IMAGES, *LABELS):
+            return
+        if dots:
+            self.dotted.append(member.name)
+            return
+        self.names.append(member.name)
+        image = _extension(self.image.name) if self.image else ""
+        both_images = any(last in kinds and image in kinds for kinds in (IMAGES, OTHER_IMAGES))
+        if both_images or last in self.texts:
+            self.fault = f"it has a second file {member.name!r}: two images, or one name twice; keep one of them"
+        elif last in IMAGES or (last in OTHER_IMAGES and not image):
             self.image = member
-        elif extension in LABELS:
-            if member.size > MAX_LABEL_FILE:
-                raise self.error(f"has {member.size:,} bytes of {extension}, more than a label needs")
-            self.texts[extension] = window.read_at(member.offset, member.size)
+        elif last in LABELS and member.size > MAX_LABEL_FILE:
+            self.fault = f"it has {member.size:,} bytes of {last}, more than a label needs; correct it"
+        elif last in LABELS:
+            self.texts[last] = window.read_at(member.offset, member.size)
+
+    def lost_images(self) -> Iterator[str]:
+        """The names of images that look like samples of their own, but are none, as a key ends at the first dot."""
+        labelled = {name.rpartition(".")[0] for name in self.dotted if _extension(name) in LABELS}
+        for name in self.dotted:
+            if _extension(name) not in LABELS and (self.image is None or name.rpartition(".")[0] in labelled):
+                yield name
 
     def label(self, json_keys: Sequence[str]) -> int | str:
+        """Raises SampleRejected for a missing or wrong label."""
         extension = next((extension for extension in LABELS if extension in self.texts), None)
         if extension is None:
-            raise self.error("has no label (cls or json)")
+            raise SampleRejected("it has no label (cls or json); add one")
         try:
             value: Any = self.texts[extension].decode("utf-8-sig").strip()
         except UnicodeDecodeError:
-            raise self.error(f"has a {extension} file that is not UTF-8 text") from None
+            raise SampleRejected(f"it has a {extension} file that is not UTF-8 text; correct it") from None
         if extension == "json":
             try:
                 values = json.loads(value)
             except (ValueError, RecursionError) as error:
-                raise self.error(f"has a json file that cannot be read ({error})") from None
+                raise SampleRejected(f"it has a json file that cannot be read ({error}); correct it") from None
             key = next((k for k in json_keys if isinstance(values, dict) and k in values), None)
             if key is None:
-                raise self.error(f"has a json file without {' or '.join(map(repr, json_keys))} (data.label_column)")
+                keys = " or ".join(map(repr, json_keys))
+                raise SampleRejected(
+                    f"it has a json file without {keys}; set data.label_column to the key of the label"
+                )
             value = values[key]
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
             value = int(value)
         if isinstance(value, str) and value.strip():
             return value.strip().encode("utf-8", "backslashreplace").decode()
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(f"has the label {value!r:.100}, which is neither an integer nor a class name")
+            problem = f"it has the label {value!r:.100}, which is neither an integer nor a class name"
+            raise SampleRejected(f"{problem}; correct it")
         if not 0 <= value <= MAX_LABEL:
-            raise self.error(f"has the label {value}, outside 0..{MAX_LABEL:,}")
+            raise SampleRejected(f"it has the label {value}, outside 0..{MAX_LABEL:,}; correct it")
         return value
 
 
-def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> pa.Table:
-    """The samples of one shard (schema INDEX); `label_keys` are the keys of a json file that may hold the label."""
+def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> tuple[pa.Table, pa.Table]:
+    """The samples of one shard (schema INDEX) and what cannot be used (schema SET_ASIDE).
+
+    `label_keys` are the keys of a json file that may hold the label.
+    """
     keys: set[str] = set()
     rows: list[tuple[str, str, int, int, str, bool]] = []
+    aside: list[tuple[str, int, str, str]] = []
     with tar.open_archive(store, shard) as window:
         for sample in _samples(window):
-            if sample.key in keys:
-                raise sample.error("occurs twice")
-            if sample.image is None:
-                raise sample.error(f"has no image ({', '.join(IMAGES)})")
-            keys.add(sample.key)
-            label, (_, offset, size) = sample.label(label_keys), sample.image
-            rows.append((sample.key, shard, offset, size, str(label), isinstance(label, int)))
-    return rows_to_table(rows, INDEX)
+            lost = list(sample.lost_images())
+            aside += [(f"{shard}:{name}", -1, shard, _key_ends_early(name)) for name in lost]
+            if not sample.names or (lost and sample.image is None):
+                continue
+            try:
+                if sample.fault:
+                    raise SampleRejected(sample.fault)
+                if sample.key in keys:
+                    raise SampleRejected(
+                        "it occurs twice, or its files do not follow each other; sort the shard by name"
+                    )
+                keys.add(sample.key)
+                if sample.image is None:
+                    raise SampleRejected(_no_image(sample.names))
+                label, (_, offset, size) = sample.label(label_keys), sample.image
+            except SampleRejected as reason:
+                aside.append(
+                    (f"{shard}:{sample.names[0]}", -1, shard, f"the sample {sample.key!r} cannot be used: {reason}")
+                )
+            else:
+                rows.append((sample.key, shard, offset, size, str(label), isinstance(label, int)))
+    return rows_to_table(rows, INDEX), rows_to_table(aside, SET_ASIDE)
 
 
 def _samples(window: tar.Window) -> Iterator[_Sample]:
-    """Consecutive members with the same name up to the first dot, if they have an image or a label."""
-    sample = _Sample(window.place, "")
+    """Consecutive members with the same name up to the first dot, if images or labels are among them."""
+    sample = _Sample("")
     for member in tar.members(window):
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = name.partition(".")
         key = folder + slash + stem
-        if not stem:
-            continue  # hidden files, such as macOS adds
         if key != sample.key:
-            if sample.image or sample.texts:
+            if sample.names or sample.dotted:
                 yield sample
-            sample = _Sample(window.place, key)
+            sample = _Sample(key)
         sample.add(extension.lower(), member, window)
-    if sample.image or sample.texts:
+    if sample.names or sample.dotted:
         yield sample
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _key_ends_early(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.rpartition(".")
+    renamed = f"{folder}{slash}{stem.replace('.', '_')}.{extension}"
+    return (
+        f"its key ends at the first dot, which is WebDataset's rule; rename it to {renamed!r}, and its label likewise"
+    )
+
+
+def _no_image(names: Sequence[str]) -> str:
+    if unread := [name for name in names if _extension(name) in UNREAD_IMAGES]:
+        return f"images of the kind of {unread[0]!r} are not read; convert it to JPEG or PNG"
+    return f"it has no image ({', '.join(IMAGES)}); add one"
 
 
 def expand(pattern: str) -> list[str]:

@@ -340,13 +340,21 @@ def _work(
         if computes:
             display.say(api.opening(config, f"{name} {path}"))
         address = api.ray_address(config)
-        if not computes or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
+
+        def work() -> int:
+            if computes:
+                from distill_at_scale.pipeline import warnings
+
+                warnings.warn(config, display, overrides or ())
             return body(config, display) or 0
+
+        if not computes or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
+            return work()
         from distill_at_scale.cluster import head_watchdog
 
         def connected() -> int:
             with head_watchdog.explained(address):
-                return body(config, display) or 0
+                return work()
 
         return head_watchdog.guarded(address, lambda: report_errors(connected))
 

@@ -88,6 +88,16 @@ def result_values(
     return values
 
 
+def explicit_keys(section: BaseModel, prefix: str = "") -> list[str]:
+    """The dotted keys that were set, in a file, on the command line or in Python; not those with their default."""
+    keys = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name in section.model_fields_set:
+            keys += explicit_keys(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [f"{prefix}{name}"]
+    return keys
+
+
 def flatten(section: BaseModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and plain values of a (nested) section."""
     items = section.model_dump() if isinstance(section, BaseModel) else section

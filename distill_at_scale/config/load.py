@@ -121,7 +121,11 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
 
     Raises UserError for an unknown key or a value that is not allowed; the message names `origin`.
     """
-    values = config.model_dump()
+    values = config.model_dump(exclude_unset=True)  # the result knows, too, which keys were set
+    values["data"] = {
+        "chunk": config.data.chunk,
+        **values.get("data", {}),
+    }  # its default must not follow a new data.frames
     for key, value in overrides.items():
         _set(values, key.split("."), value, f"{key}={value}")
     return validate(values, dict.fromkeys(overrides, origin), origin)

@@ -123,7 +123,9 @@ class PointSet:
         run = self._run(scores)
         if scores not in self.ready:
             _adopt(run, self.ingested(config), "ingest")
-            self._pipeline(config, scores).run(("score",))
+            pipeline = self._pipeline(config, scores)
+            pipeline.context.warned = True  # by ingest
+            pipeline.run(("score",))
             self.ready.add(scores)
         return run
 

@@ -67,8 +67,11 @@ class Pipeline:
         """Run stages in order. Raises UserError if an input is missing or the output is of another configuration."""
         with self._working():
             for stage in stages:
+                if stage in ("score", "select", "distill") and self.dir.record("ingest"):
+                    prepared = PreparedDataset(self.dir / "prepared")
+                    self.context.warn_of_data(prepared.class_names, prepared.counts(), prepared.has_test())
                 if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():
-                    self.display.say("evaluate: skipped, the data set has no test split (data.holdout makes one)")
+                    self.display.say("evaluate: skipped, the data set has no test split")
                     continue
                 if stage == "select" and self.config.select.keep == "auto":
                     assert self._find_rate is not None, "select.keep: auto needs find_rate"
@@ -150,8 +153,6 @@ class Pipeline:
                 tasks.ingest(executor, config, plan, work, meter.advance, check=True)
             listed = write_rejected(plan, work, self.dir / "validation.parquet", config.data.chunk)
             shutil.rmtree(work)
-            if "test" not in plan.listings:
-                say("  there is no test split, so nothing will be evaluated (data.holdout makes one)")
             for line in validate.summary(plan, listed, self.dir / "validation.parquet"):
                 say(line)
             return unused(listed).num_rows
@@ -181,6 +182,7 @@ class Pipeline:
         else:
             facts = data_facts.of_listing(self.config, ingest_plan.plan(self.config))
         validate.check_networks(self.config, facts)
+        self.context.warn_of_data(facts.class_names, facts.counts, facts.has_test())
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
             path, machine = self.dir / "plan.json", here(self.dir.path)
             plan = forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))

@@ -125,7 +125,10 @@ def plan(config: Config) -> IngestPlan:
         labels = [names.index(name) if name in names else -1 for name in source_names]
         listings, aside = _relabel(listings, labels), _relabel(aside, labels)
     listings = _without_empty(listings)
-    if "test" not in listings and data.holdout:
+    notes = list(getattr(source, "notes", list)())
+    if "test" in listings and data.holdout:
+        notes.append(f"warning: data.holdout = {data.holdout:g} has no effect: the data have a test split of their own")
+    elif data.holdout:
         listings["train"], listings["test"] = _hold_out(listings["train"], data.holdout, config.run.seed)
     listings = _without_empty(listings)
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
@@ -135,7 +138,7 @@ def plan(config: Config) -> IngestPlan:
     hashes = {split: hashlib.sha256(t["label"].to_numpy().tobytes()).hexdigest() for split, t in listings.items()}
     digests = {name: source.digest(split) for name, split in splits.items()}
     content = json.dumps([digests, digest([names, source_names, hashes])])
-    return IngestPlan(names, source_names, listings, content, aside, tuple(getattr(source, "notes", list)()))
+    return IngestPlan(names, source_names, listings, content, aside, tuple(notes))
 
 
 def _without_samples(names: list[str], empty: np.ndarray[Any, Any], aside: pa.Table | None, place: str) -> str:

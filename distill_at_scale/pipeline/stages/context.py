@@ -10,6 +10,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.events import measured
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest.plan import IngestPlan
+from distill_at_scale.pipeline import warnings
 from distill_at_scale.pipeline.executors.base import Executor, Report
 from distill_at_scale.pipeline.executors.synced import SyncedExecutor
 from distill_at_scale.pipeline.monitoring.observers import Observer, Observers
@@ -43,7 +44,14 @@ class RunContext:
         defaults = (Timeline(self.dir.path), TensorBoard(self.dir.path))
         self.observers = Observers(display.say, [*defaults, *observers(config)])
         self.plan: IngestPlan  # the listing of the source, set by `stages.ingest.inputs`
+        self.warned = False  # whether `pipeline.warnings.of_data` was said
         self._executor: Executor | None = None
+
+    def warn_of_data(self, class_names: Sequence[str], counts: Sequence[int], tested: bool) -> None:
+        """Say the warnings of `pipeline.warnings.of_data` once."""
+        for line in () if self.warned else warnings.of_data(self.config, class_names, counts, tested):
+            self.display.say(f"warning: {line}")
+        self.warned = True
 
     @property
     def executor(self) -> Executor:

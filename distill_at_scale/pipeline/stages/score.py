@@ -24,14 +24,12 @@ from distill_at_scale.pruning.scoring.scorer import score_part_path
 from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
-PROXY_KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
-
 
 def inputs(config: Config, run: RunDir) -> StageInputs:
     """Leaves out the keys of proxies and of Monte Carlo subsets where there are none."""
     trained = config.score.weights is None and bool(build_criteria(config.score))
     sampled = MONTE_CARLO in config.score.criteria
-    unused = {"monte_carlo", *(() if trained else PROXY_KEYS)}
+    unused = {"monte_carlo", *(() if trained else proxies.KEYS)}
     values = {k: v for k, v in result_values(config.score, "score.").items() if k.split(".")[1] not in unused}
     if sampled:
         values |= result_values(config.score.monte_carlo, "score.monte_carlo.")

@@ -26,6 +26,9 @@ from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 # called with the number of epochs finished, also of those that have a checkpoint already
 Advance = Callable[[int], None]
 
+# of the section score: what only the training of proxies reads
+KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
+
 
 def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kind: str | None = None) -> NetworkSpec:
     return NetworkSpec(config.network, shape, classes, config.width, config.depth, kind)

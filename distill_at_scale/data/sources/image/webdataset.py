@@ -37,7 +37,7 @@ from distill_at_scale.data.sources.base import (
     rows_to_table,
     unused_split,
 )  # fmt: skip
-from distill_at_scale.data.sources.folders import IMAGE_EXTENSIONS
+from distill_at_scale.data.sources.media import IMAGE_EXTENSIONS
 from distill_at_scale.data.sources.numbered_files import check_numbered
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 

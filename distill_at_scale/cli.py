@@ -19,6 +19,7 @@ import typer
 
 from distill_at_scale import __version__, api
 from distill_at_scale.core.errors import RunWarning, UserError
+from distill_at_scale.core.terminal import replace_unknown_characters
 
 if TYPE_CHECKING:
     from distill_at_scale.config.load import Config
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if validate found broken samples; 2 for an error that the user can fix; 130 after Ctrl-C.
     """
+    replace_unknown_characters()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return app(arguments, prog_name=NAME, standalone_mode=False) or 0

@@ -168,3 +168,51 @@ def test_cluster_modules_import_without_optional_packages():
     code = IMPORT_BLOCKED.format(blocked=OPTIONAL, modules=CLUSTER)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def texts_without_encoding(tree: ast.AST) -> list[int]:
+    """Lines of calls that read or write text in the encoding of the locale."""
+
+    def mode(call: ast.Call, position: int) -> str:
+        named = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+        value = [*call.args[position : position + 1], *named, ast.Constant("r")][0]
+        return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else "b"
+
+    lines = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        is_function = isinstance(call.func, ast.Name)
+        text = (
+            name in ("read_text", "write_text")
+            or (name in ("open", "fdopen") and (is_function or name == "fdopen") and "b" not in mode(call, 1))
+            or (name == "open" and not is_function and bool(call.args) and set(mode(call, 0)) <= set("rwax+t"))
+            or (name in ("NamedTemporaryFile", "TemporaryFile") and set(mode(call, 0)) & set("wax") != set()
+                and "b" not in mode(call, 0))
+        )  # fmt: skip
+        if text and not {"encoding", None} & {keyword.arg for keyword in call.keywords}:
+            lines.append(call.lineno)
+    return lines
+
+
+def test_text_files_are_read_and_written_as_utf_8():
+    """Else a locale such as GBK or KOI8-R decides."""
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in (PACKAGE, ROOT / "jobs", ROOT / "tests")
+        for path in folder.rglob("*.py")
+        for line in texts_without_encoding(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("path.read_text()", 1), ("path.read_text(encoding='utf-8')", 0), ("path.write_text(x)", 1), ("open(p)", 1),
+        ("open(p, 'w')", 1), ("open(p, 'rb')", 0), ("open(p, mode='wb')", 0), ("path.open('w')", 1), ("path.open('rb')", 0),
+        ("store.open(file)", 0), ("Image.open(p)", 0), ("os.fdopen(n, 'w')", 1), ("NamedTemporaryFile('w')", 1),
+        ("NamedTemporaryFile()", 0), ("open(p, 'a', encoding='utf-8')", 0),
+    ],
+)  # fmt: skip
+def test_the_rule_on_encodings_sees_each_way_to_open_a_text(code, count):
+    assert len(texts_without_encoding(ast.parse(code))) == count

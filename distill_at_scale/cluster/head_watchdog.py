@@ -96,7 +96,8 @@ def _child(body: Callable[[], int], status_out: int, native: IO[bytes]) -> int:
     """Runs in the child. Terminal output of native code goes to `native`; the parent shows it only if it ended the child."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    encoding, errors = getattr(sys.stderr, "encoding", None), getattr(sys.stderr, "errors", None)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=encoding, errors=errors)
     os.dup2(native.fileno(), 2)
     threading.Thread(target=_end_with_node, daemon=True).start()
     try:

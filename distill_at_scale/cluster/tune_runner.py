@@ -161,7 +161,7 @@ def _trainable(tasks: Sequence[PointTask], body: Body, sharing: int, registry: s
                 run = RunDir.of(config.run)
                 run.fetch()
                 log = run / "metrics.jsonl"
-                for line in log.read_text().splitlines() if log.exists() else ():
+                for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
                     with contextlib.suppress(ValueError):
                         reporter(json.loads(line))
             if not finished[index]:

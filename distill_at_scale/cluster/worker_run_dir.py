@@ -28,7 +28,9 @@ class WorkerRunDir:
         if marker:
             run = RunDir.of(self.config.run)
             self.moved, lock = (Path(marker["root"]), run.path), run.path / LOCK
-            if run.remote and not (lock.exists() and lock.read_text() == marker["token"]):  # not the driver's machine
+            if run.remote and not (
+                lock.exists() and lock.read_text(encoding="utf-8") == marker["token"]
+            ):  # not the driver's machine
                 self.remote = run.remote
                 with self.remote.exclusive():
                     self.remote.claim(marker["identity"])
@@ -80,14 +82,14 @@ class Notes:
         if self.remote:
             content = self.remote.sync.store.read(self._name(name), retry_seconds)
             return None if content is None else content.decode()
-        return (self.work / name).read_text() if (self.work / name).exists() else None
+        return (self.work / name).read_text(encoding="utf-8") if (self.work / name).exists() else None
 
     def write(self, name: str, text: str) -> None:
         if self.remote:
             self.remote.sync.store.write(self._name(name), text.encode())
         else:
             with publish(self.work / name) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
 
     def remove(self, *names: str) -> None:
         for name in names:

@@ -39,7 +39,7 @@ def publish(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     with publish(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n", encoding="utf-8")
 
 
 def resolve_parent(path: Path) -> Path:

@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     cpu = platform.processor() or "unknown"
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from distill_at_scale.core.terminal import replace_unknown_characters
+
 LOG_INTERVAL = 5.0  # seconds between two lines of a log
 # control characters except tab and newline, directional overrides, and surrogates (bytes that are not UTF-8)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -73,6 +75,7 @@ class Display:
     """Prints messages and progress to one console."""
 
     def __init__(self, console: Console | None = None):
+        replace_unknown_characters()
         self.console = console or Console(highlight=False)
         self.bars: Progress | None = None
         self.task: Any = None

@@ -63,9 +63,9 @@ def trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = ""
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         line: dict[str, Any] = json.loads(text) if text.endswith("}") else {"stage": "distill", "step": math.inf}
         if line.get("stage") != "distill" or line.get("step", 0) <= step:
             kept += text + "\n"
     with publish(path) as temporary:
-        temporary.write_text(kept)
+        temporary.write_text(kept, encoding="utf-8")

@@ -276,7 +276,7 @@ class Distillation:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.workers.rank == 0:
-            with open(self.paths.log, "a") as log:
+            with open(self.paths.log, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"stage": "distill", **line}) + "\n")
             self.report(line)
 

@@ -222,7 +222,7 @@ class SyntheticSet:
                 safetensors_io.write(temporary / "snapshots.safetensors", snapshots)
             if self.whitening is not None:
                 self.whitening.save(temporary)
-            (temporary / CARD).write_text(json.dumps(self.card, indent=1) + "\n")
+            (temporary / CARD).write_text(json.dumps(self.card, indent=1) + "\n", encoding="utf-8")
             (temporary / "preview.png").write_bytes(png(preview(self)))
 
     export_imagefolder, export_videofolder = export.export_imagefolder, export.export_videofolder
@@ -240,7 +240,7 @@ def publish_in_run(synthetic: SyntheticSet, target: Path, facts: Mapping[str, An
     synthetic.card |= facts
     with publish(target) as temporary:
         shutil.copytree(synthetic.folder, temporary, copy_function=shutil.copyfile)
-        (temporary / CARD).write_text(json.dumps(synthetic.card, indent=1) + "\n")
+        (temporary / CARD).write_text(json.dumps(synthetic.card, indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path) -> SyntheticSet:
@@ -258,7 +258,7 @@ def load(folder: str | Path) -> SyntheticSet:
         folder = folder / SET
     try:
         tensors = safetensors_io.load(folder / "synthetic.safetensors")
-        card = json.loads((folder / CARD).read_text())
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         whitening = Whitening.load(folder) if card.get("whitening") else None
         path = folder / "snapshots.safetensors"
         snapshots = safetensors_io.load(path) if path.exists() else {}

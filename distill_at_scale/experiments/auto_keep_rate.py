@@ -84,7 +84,7 @@ def read(run: RunDir) -> dict[str, Any] | None:
     Raises UserError where it is damaged.
     """
     try:
-        report = json.loads((run / NAME).read_text())
+        report = json.loads((run / NAME).read_text(encoding="utf-8"))
         return report if report["rate"] and report["made_with"] else None
     except FileNotFoundError:
         return None

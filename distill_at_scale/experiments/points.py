@@ -223,7 +223,7 @@ def read_outcome(point: Point, run: RunDir, all_files: bool = False) -> Outcome 
         shared = run.output_run(stage)
         if shared.record(stage) is not None and _differs(run, shared, stage):
             return None
-    return _outcome(point, run, json.loads((run / "evaluation.json").read_text())["rows"])
+    return _outcome(point, run, json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["rows"])
 
 
 def read_outcomes(points: Sequence[Point], configs: Sequence[Config], all_files: bool = False) -> list[Outcome | None]:
@@ -242,7 +242,7 @@ def _outcome(point: Point, run: RunDir, rows: Sequence[Mapping[str, Any]], stopp
 def _read_note(run: RunDir, name: str) -> dict[str, Any] | None:
     """The contents of a note: None if there is none, empty if it is damaged."""
     try:
-        note = json.loads((run / name).read_text())
+        note = json.loads((run / name).read_text(encoding="utf-8"))
         return note if isinstance(note, dict) else {}
     except FileNotFoundError:
         return None

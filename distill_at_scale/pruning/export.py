@@ -97,4 +97,4 @@ def _write_table(path: Path, table: pa.Table, facts: Mapping[str, Any]) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     with publish(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")

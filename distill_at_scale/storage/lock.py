@@ -125,7 +125,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
 def machine() -> str:
     """An identifier of this machine's boot and process namespace: equal host names or containers do not share it."""
     try:
-        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{started} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return f"{socket.gethostname()} {uuid.getnode():x}"

@@ -86,7 +86,7 @@ class RunDir:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one command; raises Busy for a second one."""
-        with open(self.path / LOCK, "a") as handle:
+        with open(self.path / LOCK, "a", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -145,7 +145,7 @@ class RunDir:
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a completed stage, or None. Raises UserError if it is damaged."""
         try:
-            return checked(json.loads((self.path / "stages" / f"{stage}.json").read_text()))
+            return checked(json.loads((self.path / "stages" / f"{stage}.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:

@@ -76,7 +76,7 @@ class WorkingCopy:
             begin: create the folder in the store if it does not exist.
         """
         self.sync.create()
-        with open(self.path / LOCK, "a") as lock, contextlib.suppress(BlockingIOError):
+        with open(self.path / LOCK, "a", encoding="utf-8") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if identity := self._identity(create=begin):
                 self._update(identity, names)
@@ -92,9 +92,9 @@ class WorkingCopy:
     def claim(self, identity: str) -> None:
         """Clear the copy if it belongs to another folder that had the same address."""
         own = self.path / IDENTITY
-        if not own.exists() or own.read_text() != identity:
+        if not own.exists() or own.read_text(encoding="utf-8") != identity:
             self.sync.clear()
-            own.write_text(identity)
+            own.write_text(identity, encoding="utf-8")
 
     def complete(self, stage: str) -> None:
         """Fetch the output of a finished stage."""
@@ -109,7 +109,7 @@ class WorkingCopy:
     def exclusive(self) -> Iterator[None]:
         """Let one process of this machine at a time fetch into the copy."""
         self.sync.create()
-        with open(self.path / ".fetching", "a") as handle:
+        with open(self.path / ".fetching", "a", encoding="utf-8") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
@@ -148,7 +148,10 @@ class WorkingCopy:
 
     def marker(self) -> dict[str, str]:
         """Values by which a worker decides whether it sees this same copy."""
-        token, identity = (self.path / LOCK).read_text(), (self.path / IDENTITY).read_text()
+        token, identity = (
+            (self.path / LOCK).read_text(encoding="utf-8"),
+            (self.path / IDENTITY).read_text(encoding="utf-8"),
+        )
         return {"root": str(self.path.resolve()), "token": token, "identity": identity}
 
     def _rank(self) -> int:
@@ -207,7 +210,7 @@ def link(here: Path, there: Path, names: Sequence[str]) -> None:
 def _record(path: Path) -> dict[str, Any]:
     """A stage record; empty if it is damaged (`RunDir.record` raises for that) or belongs to another stage."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         ours = checked(record)["stage"] == path.stem and DIGEST.fullmatch(record["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

@@ -132,7 +132,7 @@ def make_clips(root: Path, classes: int, each: int) -> None:
                 name = f"{split[:1]}{label:05d}{k:05d}"  # eleven letters, as identifiers have
                 lines.append(f"class {label:03d},{name},0,10,{split}")
                 (folder / f"{name}_000000_000010.mp4").write_bytes(files[(label + k) % DISTINCT])
-        (root / f"{split}.csv").write_text("\n".join(lines) + "\n")
+        (root / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _jpeg(seed: int) -> bytes:

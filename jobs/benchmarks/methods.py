@@ -65,9 +65,12 @@ def _run(config: Config, stages: tuple[str, ...]) -> None:
 def _table(out: Path) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for path in sorted(out.glob("*/evaluation.json")):
-        built = {row["set"]: row for row in json.loads(path.read_text())["summary"]}
-        record = {s: json.loads((path.parent / "stages" / f"{s}.json").read_text()) for s in ("select", "distill")}
-        card = json.loads((path.parent / "synthetic" / "card.json").read_text())
+        built = {row["set"]: row for row in json.loads(path.read_text(encoding="utf-8"))["summary"]}
+        record = {
+            s: json.loads((path.parent / "stages" / f"{s}.json").read_text(encoding="utf-8"))
+            for s in ("select", "distill")
+        }
+        card = json.loads((path.parent / "synthetic" / "card.json").read_text(encoding="utf-8"))
         runtime = card["runtime"]
         rule = (
             runtime["rule"]

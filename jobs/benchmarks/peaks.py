@@ -50,7 +50,7 @@ def _watch(root: int, end: Any, results: Any) -> None:
 def _memory(pid: int) -> float | None:
     """Megabytes that a process holds for itself: without mapped files, which the kernel drops when it needs the room."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
@@ -61,7 +61,7 @@ def family(root: int) -> set[int]:
     children: dict[int, list[int]] = defaultdict(list)
     for entry in os.listdir("/proc"):
         try:
-            stat = Path(f"/proc/{entry}/stat").read_text() if entry.isdigit() else ""
+            stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8") if entry.isdigit() else ""
         except OSError:
             continue
         if stat:

@@ -39,7 +39,7 @@ def main() -> None:
     began = time.perf_counter()
     seconds, peaks = _run(config)
     total = time.perf_counter() - began
-    records = {stage: json.loads((folder / "stages" / f"{stage}.json").read_text()) for stage in STAGES}
+    records = {stage: json.loads((folder / "stages" / f"{stage}.json").read_text(encoding="utf-8")) for stage in STAGES}
     _print(seconds, total, peaks)
     about = environment()
     facts = {"samples": records["select"]["of"], "kept": records["select"]["kept"], "seconds": seconds, "total": total,

@@ -122,7 +122,7 @@ def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict
 
 
 def _check_memory(actors: int) -> None:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = sum(int(line.split()[1]) // 1024 for line in lines if line.startswith(("MemAvailable", "SwapFree")))
     if actors * ACTOR_MB + SPARE_MB > free:
         raise SystemExit(
@@ -176,7 +176,7 @@ def _cpu_seconds() -> Counter[str]:
     result, ticks = Counter[str](), os.sysconf("SC_CLK_TCK")
     for pid in family(os.getpid()):
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue
         result[kind_of(pid, os.getpid())] += (int(fields[11]) + int(fields[12])) / ticks

@@ -39,7 +39,7 @@ class Bench:
         self.switch = Switch(folder / "disk", DISK_MIB)
         token = folder / "token"
         token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        token.write_text(secrets.token_hex(32), encoding="utf-8")
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

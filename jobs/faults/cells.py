@@ -78,7 +78,7 @@ def _files(*patterns: str) -> Callable[[Path], Mapping[str, str]]:
 
 
 def _rows(run: Path) -> dict[str, str]:
-    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    rows = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     return {str(number): json.dumps({**row, "seconds": 0}) for number, row in enumerate(rows)}
 
 
@@ -137,7 +137,7 @@ class Watch:
                 about = path.stat()
                 self.made.setdefault(path, set()).add((about.st_ino, about.st_mtime_ns))
         for log in self.run.glob("**/metrics.jsonl"):
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             step = json.loads(lines[-1])["step"] if lines else 0
             self.back += max(0, self.steps.get(log, 0) - step)
             self.steps[log] = step
@@ -186,7 +186,7 @@ class Cells:
         except Exception as error:
             result.blame(f"the bench: {type(error).__name__}: {error}")
         shutil.rmtree(self._seen(name), ignore_errors=True)
-        (self.bench.folder / f"{name}.json").write_text(json.dumps(asdict(result), indent=1))
+        (self.bench.folder / f"{name}.json").write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
         return result
 
     def _struck(self, stage: str, fault: Fault, name: str, result: Result) -> None:
@@ -195,7 +195,7 @@ class Cells:
         command = self.bench.command(self.asked(stage, name), log.name)
         try:
             until = time.monotonic() + LIMIT
-            while not STAGES[stage].begun(self._seen(name), log.read_text(errors="replace")):
+            while not STAGES[stage].begun(self._seen(name), log.read_text(errors="replace", encoding="utf-8")):
                 if command.ended() is not None or time.monotonic() > until:
                     raise RuntimeError("no unit was finished before the command ended; see its log")
                 time.sleep(0.01)
@@ -209,7 +209,7 @@ class Cells:
         finally:
             if command.ended() is None:
                 command.kill()
-        self._look_at_end(log.read_text(errors="replace"), fault, result)
+        self._look_at_end(log.read_text(errors="replace", encoding="utf-8"), fault, result)
 
     def _look_at_end(self, messages: str, fault: Fault, result: Result) -> None:
         lines = messages.strip().splitlines()
@@ -232,7 +232,7 @@ class Cells:
         result.again = self.end(self.bench.command(self.asked(stage, name), log.name), LIMIT)
         result.again_seconds = round(time.monotonic() - began, 1)
         if result.again != 0:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            last = log.read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
             result.blame(f"given again it ended with {result.again}: {' '.join(last)}")
 
     def _check(self, stage: str, name: str, result: Result) -> None:
@@ -269,7 +269,7 @@ class Cells:
         run, whole = self._seen(name), self._seen("undisturbed")
         (run / "stages").mkdir(parents=True)
         for need in STAGES[stage].needs if stage != "sweep" else ():
-            record = json.loads((whole / "stages" / f"{need}.json").read_text())
+            record = json.loads((whole / "stages" / f"{need}.json").read_text(encoding="utf-8"))
             for file in (f"stages/{need}.json", *record["outputs"]):
                 (run / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(whole / file, run / file)

@@ -59,7 +59,9 @@ class Host:
         own = folder / name
         for part in ("ray", "logs"):
             (own / part).mkdir(parents=True, exist_ok=True)
-        (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in names.items()))
+        (own / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in names.items()), encoding="utf-8"
+        )
         prepare = (
             f"hostname {name} && mkdir -p /tmp/ray && mount --bind {own}/ray /tmp/ray && mount -t tmpfs shm /dev/shm && "
             f"mount --bind {own}/hosts /etc/hosts && ip link set lo up"
@@ -126,7 +128,7 @@ class Command:
         result = [self.process.pid]
         for pid in result:
             with contextlib.suppress(OSError):
-                result += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+                result += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split())
         return result
 
     def kill(self) -> None:
@@ -153,7 +155,7 @@ def _namespaces(command: Sequence[str], prepare: str) -> tuple[subprocess.Popen[
     assert process.stdout is not None
     if (messages := process.stdout.readline()) != b"ready\n":
         raise RuntimeError(f"no namespaces: {messages.decode().strip()} ({' '.join(command)})")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     return process, int(children[0])
 
 

@@ -58,7 +58,10 @@ def main() -> int:
 
 
 def write(path: Path, results: Sequence[Result]) -> None:
-    path.write_text(json.dumps({**environment(), "cells": [asdict(result) for result in results]}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({**environment(), "cells": [asdict(result) for result in results]}, indent=1) + "\n",
+        encoding="utf-8",
+    )
 
 
 def table(results: Sequence[Result]) -> Table:

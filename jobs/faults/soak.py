@@ -71,7 +71,7 @@ class Soak:
             if self.cells.end(command, self.random.uniform(*PAUSE), kill=False) is None:
                 killed |= self._strike(command, result)
         result.statuses.append(status := self.cells.end(command, LIMIT))
-        messages = (self.bench.folder / log).read_text(errors="replace")
+        messages = (self.bench.folder / log).read_text(errors="replace", encoding="utf-8")
         if not killed and (status not in (0, 2) or UGLY.search(messages)):
             result.problems.append(f"{log}: status {status}" + (" and a stack trace" if UGLY.search(messages) else ""))
 
@@ -108,7 +108,8 @@ def main() -> int:
     problems = [problem for one in rounds for problem in one.problems]
     faults = sum((one.faults for one in rounds), Counter())
     (options.out or folder / "soak.json").write_text(
-        json.dumps({**environment(), "seed": options.seed, "rounds": [vars(one) for one in rounds]}, indent=1) + "\n"
+        json.dumps({**environment(), "seed": options.seed, "rounds": [vars(one) for one in rounds]}, indent=1) + "\n",
+        encoding="utf-8",
     )
     say(f"{len(rounds)} runs, {sum(faults.values())} faults ({_counted(faults)}): {len(problems)} problems")
     for problem in problems:

@@ -202,7 +202,7 @@ def _memory() -> tuple[int, int]:
     """Bytes of address space and of resident memory of this process; 0 outside Linux."""
     if sys.platform != "linux":
         return 0, 0
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         pages = [int(word) for word in file.read().split()[:2]]
     return pages[0] * mmap.PAGESIZE, pages[1] * mmap.PAGESIZE
 

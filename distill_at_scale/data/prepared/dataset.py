@@ -43,7 +43,7 @@ class PreparedDataset:
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
         self._reading = Lock()  # batches are prefetched in a thread, and pyarrow's open files are not thread-safe
         try:
-            self.meta = _checked(json.loads((self.folder / "dataset.json").read_text()))
+            self.meta = _checked(json.loads((self.folder / "dataset.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             hint = "run `distill-at-scale ingest CONFIG` first"
             raise UserError(f"{self.folder} holds no prepared data; {hint}") from None

@@ -221,4 +221,6 @@ def write_meta(folder: Path, meta: dict[str, Any], content: Any = None) -> None:
         files = file_digests(sorted(folder.rglob("*.parquet")))
         content = {path.relative_to(folder).as_posix(): entry["sha256"] for path, entry in files.items()}
     with publish(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps({**meta, "fingerprint": digest([meta, content])}, indent=1) + "\n")
+        temporary.write_text(
+            json.dumps({**meta, "fingerprint": digest([meta, content])}, indent=1) + "\n", encoding="utf-8"
+        )

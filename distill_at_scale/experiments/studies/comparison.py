@@ -128,7 +128,7 @@ def criterion_name(config: Config) -> str:
 def class_names(context: StudyContext, count: int) -> list[str]:
     """The class names of the shared data; numbers where it does not have `count` classes."""
     path = context.points.shared({}) / "prepared" / "dataset.json"
-    names = json.loads(path.read_text())["class_names"] if path.exists() else []
+    names = json.loads(path.read_text(encoding="utf-8"))["class_names"] if path.exists() else []
     return names if len(names) == count else [str(label) for label in range(count)]
 
 

@@ -34,7 +34,7 @@ def read(path: Path, named: str | None = None, made_with: str | None = None) -> 
     """
     named = named or str(path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         finding = from_json(values)
         return finding if values.get(MADE_WITH) == made_with else None
     except FileNotFoundError:

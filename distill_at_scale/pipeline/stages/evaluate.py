@@ -35,12 +35,12 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     validate.check_networks(config, data)
     log = run_dir.work("evaluate", inputs) / "rows.jsonl"
     rows: list[dict[str, Any]] = []  # the finished ones, which are kept in the log as they come
-    for line in log.read_text().splitlines() if log.exists() else ():
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
             break  # cut short when the run was interrupted
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     began = time.perf_counter()
     distilled = {control.name: control for control in controls.distil(context, data)}
@@ -57,7 +57,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
 
         def done(row: dict[str, Any]) -> None:
             rows.append(row)
-            with open(log, "a") as file:
+            with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             context.observers.emit(instant("result", "network", row))
             meter.advance(1, f"{row['set']} {row['top1']:.3f}")

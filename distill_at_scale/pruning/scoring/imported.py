@@ -152,7 +152,7 @@ def read(name: str, file: str) -> ImportedScores:
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, dict):  # by position, "0" .. "n - 1"
                 if missing := [i for i in map(str, range(len(content))) if i not in content]:
                     raise UserError(

@@ -70,7 +70,7 @@ def measured_break_point(folders: Iterable[Path]) -> BreakPoint | None:
     """The break point from the first run folder that has the interaction study, or None."""
     for folder in folders:
         try:
-            study = json.loads((folder / "studies" / "interaction.json").read_text())
+            study = json.loads((folder / "studies" / "interaction.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         facts = study.get("facts") if isinstance(study, dict) else None

@@ -46,5 +46,5 @@ def stop_before(distillation: Distillation, step: int) -> None:
 
 
 def lines(places: DistillPaths) -> list[dict]:
-    written = [json.loads(line) for line in places.log.read_text().splitlines()]
+    written = [json.loads(line) for line in places.log.read_text(encoding="utf-8").splitlines()]
     return [line for line in written if line["stage"] == "distill"]

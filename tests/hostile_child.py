@@ -8,7 +8,7 @@ from typing import Any
 
 def tries_to_write(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
     """Tries to write a file; reports the outcome and whether the process can gain privileges."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     try:
         Path(header["path"]).write_bytes(b"x")
         outcome = "written"

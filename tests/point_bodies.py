@@ -12,11 +12,11 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 
 def process(config, executor, watch):
     """The process that runs it."""
-    Path(f"{config.run.dir}.pid").write_text(str(os.getpid()))
+    Path(f"{config.run.dir}.pid").write_text(str(os.getpid()), encoding="utf-8")
 
 
 def threads(config, executor, watch):
-    Path(f"{config.run.dir}.threads").write_text(str(torch.get_num_threads()))
+    Path(f"{config.run.dir}.threads").write_text(str(torch.get_num_threads()), encoding="utf-8")
 
 
 def dies_once(config, executor, watch):

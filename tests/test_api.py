@@ -26,7 +26,7 @@ def test_the_names_of_the_api_are_those_of_the_package():
 
 
 def test_the_version_is_that_of_the_project():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert distill_at_scale.__version__ == project["version"]
 
 

@@ -27,7 +27,7 @@ OVERRIDE = re.compile(r"\w+(\.\w+)+=")
 @pytest.fixture
 def tiny_file(tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}), encoding="utf-8")
     return str(path)
 
 
@@ -47,7 +47,9 @@ def test_one_stage_runs_and_a_second_time_is_skipped(tiny_file, tmp_path, capsys
 
 def test_overrides_reach_the_run(tiny_file, tmp_path):
     assert cli.main(["ingest", tiny_file, "data.classes=['8', '9']", f"run.dir={tmp_path / 'other'}"]) == 0
-    assert json.loads((tmp_path / "other" / "prepared" / "dataset.json").read_text())["class_names"] == ["8", "9"]
+    assert json.loads((tmp_path / "other" / "prepared" / "dataset.json").read_text(encoding="utf-8"))[
+        "class_names"
+    ] == ["8", "9"]
 
 
 def test_validate_reports_usable_samples_and_exits_with_zero(tiny_file, tmp_path, capsys):
@@ -223,7 +225,7 @@ def test_a_bug_is_not_hidden(tiny_file, monkeypatch):
 def test_the_table_at_the_end_has_every_set(digits_run, capsys):
     show_result(RunDir(digits_run.dir), Console(width=120))
     out = capsys.readouterr().out
-    summary = json.loads((digits_run.dir / "evaluation.json").read_text())["summary"]
+    summary = json.loads((digits_run.dir / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     for row in summary:
         assert row["set"] in out
         assert f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}" in out
@@ -235,7 +237,7 @@ def test_the_studies_end_with_their_answers_and_a_second_call_reads_them(tiny_fi
     assert cli.main(["study", tiny_file, *keys]) == 0
     assert "Dropping 10\N{NO-BREAK SPACE}% by loss, against" in output(capsys)[0]
     assert (tmp_path / "run" / "studies" / "studies.parquet").is_file()
-    assert json.loads((tmp_path / "run" / "studies" / "drop.json").read_text())["study"] == "drop"
+    assert json.loads((tmp_path / "run" / "studies" / "drop.json").read_text(encoding="utf-8"))["study"] == "drop"
     assert cli.main(["study", tiny_file, *keys]) == 0
     out = output(capsys)[0]
     assert "study drop: already done" in out

@@ -44,8 +44,10 @@ def name_of(path: Path) -> str:
 def text_of(path: Path) -> str:
     """A document's text; of a recipe its comments."""
     if path.suffix == ".md":
-        return path.read_text()
-    return "\n".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+        return path.read_text(encoding="utf-8")
+    return "\n".join(
+        line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+    )
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -54,7 +56,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 def anchors(page: Path) -> set[str]:
     """The names of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -63,12 +67,12 @@ texts = pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=name_of)
 
 
 def test_the_readme_stays_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
 
 
 @pages
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
@@ -124,23 +128,23 @@ def test_whole_commands_are_accepted(page):
 
 @pages
 def test_options_of_scripts_exist(page):
-    for script, rest in re.findall(r"python (jobs/[\w/]+\.py)([^`\n#]*)", page.read_text()):
-        source = (ROOT / script).read_text()
+    for script, rest in re.findall(r"python (jobs/[\w/]+\.py)([^`\n#]*)", page.read_text(encoding="utf-8")):
+        source = (ROOT / script).read_text(encoding="utf-8")
         for option in re.findall(r"(?<!\S)--[a-z-]+", rest):
             assert f'"{option}"' in source, f"{script} {option}"
 
 
 @pages
 def test_configurations_in_examples_are_accepted(page, tmp_path):
-    for number, text in enumerate(blocks(page.read_text(), "yaml")):
+    for number, text in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         load(path)
 
 
 @pages
 def test_imports_of_examples_work(page):
-    for code in blocks(page.read_text(), "python"):
+    for code in blocks(page.read_text(encoding="utf-8"), "python"):
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distill_at_scale"):
                 module = importlib.import_module(node.module)
@@ -149,7 +153,7 @@ def test_imports_of_examples_work(page):
 
 @pages
 def test_modules_that_are_run_exist(page):
-    for module in re.findall(r"python -m (distill_at_scale[\w.]*)", page.read_text()):
+    for module in re.findall(r"python -m (distill_at_scale[\w.]*)", page.read_text(encoding="utf-8")):
         assert importlib.util.find_spec(module), module
 
 
@@ -157,7 +161,7 @@ def test_modules_that_are_run_exist(page):
     "folder", [page.parent for page in PAGES if page.parent.parent.name in ("distill_at_scale", "jobs")], ids=name_of
 )
 def test_a_folder_describes_its_files(folder):
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     names = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
     names |= {f"{path.name}/" for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert not [name for name in sorted(names) if f"`{name}`" not in text]

@@ -29,7 +29,7 @@ def keys(method: str, **more):
 def test_every_stage_runs_on_the_gpu(tmp_path, make_run, method):
     run = make_run(tmp_path / "run", **keys(method, runtime__rule="loss")).stages(*STAGES)
     assert (run.dir / "report.html").exists()
-    steps = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any(line.get("gpu_peak_bytes", 0) > 0 for line in steps)
 
 

@@ -81,7 +81,7 @@ LAUGHS = [f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name
     ],
 )
 def test_bombs_of_yaml_are_refused(tmp_path, text, message):
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         configuration.load(tmp_path / "c.yaml")
 
@@ -152,11 +152,11 @@ def test_a_prepared_shard_of_another_shape_or_type_is_refused(tmp_path):
         pq.write_table(whole.cast(pa.schema([*list(whole.schema)[:2], field])), shard)
         with pytest.raises(UserError, match="ingest again"):
             PreparedDataset(tmp_path).load("train")
-    meta = json.loads((tmp_path / "dataset.json").read_text())
+    meta = json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))
     for wrong in ({"shape": [10**9, 10**9]}, {"shape": ["1"]}, {"class_names": [1]}, {"counts": []},
                   {"counts": {"train": [4, 0]}}, {"counts": {"train": [-4]}}, {"counts": {"train": ["4"]}},
                   {"chunk": 0}, {"chunk": 2**40}, {"mean": ["0"]}, {"std": [float("nan")]}):  # fmt: skip
-        (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong))
+        (tmp_path / "dataset.json").write_text(json.dumps(meta | wrong), encoding="utf-8")
         with pytest.raises(UserError, match="damaged"):
             PreparedDataset(tmp_path)
     assert prepared.shape == (1, 2, 2)
@@ -187,7 +187,7 @@ def test_scores_that_are_bombs_or_pickles_are_refused(tmp_path, monkeypatch, kin
         monkeypatch.setattr(imported, "MAX_UNPACKED", 10**5)
         np.savez_compressed(path, np.zeros(10**6))
     elif kind == "json":
-        path.write_text("[" * 10**5)
+        path.write_text("[" * 10**5, encoding="utf-8")
     else:
         np.save(path, np.array([print], object), allow_pickle=True)
     with pytest.raises(UserError, match=r"unpacks to|cannot be read"):
@@ -198,16 +198,16 @@ def test_scores_that_are_bombs_or_pickles_are_refused(tmp_path, monkeypatch, kin
 def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
     inputs, other = StageInputs({"a": 1}, {}), RunDir(tmp_path / "other")
     other.create()
-    (other / "a").write_text("1")
+    (other / "a").write_text("1", encoding="utf-8")
     other.complete("ingest", inputs, [other / "a"], 1.0)
     path = other / "stages" / "ingest.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"outputs": {name: record["outputs"]["a"]}}))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(record | {"outputs": {name: record["outputs"]["a"]}}), encoding="utf-8")
     run = RunDir(tmp_path / "run", reuse=other.path)
     run.create()
     with pytest.raises(UserError, match="outside its folder or not an artefact"):
         run.valid("ingest", inputs)
-    path.write_text('{"fingerprint": 3}')
+    path.write_text('{"fingerprint": 3}', encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):
         run.valid("ingest", inputs)
 
@@ -215,14 +215,14 @@ def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
 def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
     inputs, other = StageInputs({"a": 1}, {}), RunDir(tmp_path / "other")
     other.create()
-    (tmp_path / "elsewhere").write_text("1")
+    (tmp_path / "elsewhere").write_text("1", encoding="utf-8")
     (other / "a").symlink_to(tmp_path / "elsewhere")
     other.complete("ingest", inputs, [other / "a"], 1.0)
     run = RunDir(tmp_path / "run", reuse=other.path)
     run.create()
     assert run.valid("ingest", inputs)
     assert not os.path.islink(run / "a")
-    assert (run / "a").read_text() == "1"
+    assert (run / "a").read_text(encoding="utf-8") == "1"
 
 
 def test_what_steers_a_terminal_is_written_out():
@@ -245,9 +245,9 @@ def test_a_synthetic_set_whose_parts_disagree_is_refused(tmp_path, wrong, messag
     safetensors_io.write(
         tmp_path / "synthetic.safetensors", {"images": torch.zeros(2, 1, 2, 2), "labels": torch.tensor([0, 1])}
     )
-    (tmp_path / "card.json").write_text(json.dumps(card))
+    (tmp_path / "card.json").write_text(json.dumps(card), encoding="utf-8")
     synthetic_set.load(tmp_path)
-    (tmp_path / "card.json").write_text(json.dumps(card | wrong))
+    (tmp_path / "card.json").write_text(json.dumps(card | wrong), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         synthetic_set.load(tmp_path)
 

@@ -47,7 +47,7 @@ MODULES = modules()
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports, also inside functions; `from x import y` is x.y if that is a module."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -104,7 +104,7 @@ def test_core_modules_never_print():
     for module, path in MODULES.items():
         if module.startswith("jobs") or module in ("distill_at_scale.cli", "distill_at_scale.core.progress"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = node.func if isinstance(node, ast.Call) else None
             assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path}:{node.lineno} prints"
 
@@ -113,13 +113,17 @@ def test_core_modules_read_no_environment():
     for module, path in MODULES.items():
         if module.startswith(("jobs", "distill_at_scale.cluster", "distill_at_scale.cli")):
             continue
-        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute)
+        }
         assert not names & {"environ", "getenv"}, module
 
 
 def test_every_module_has_a_docstring():
     for path in MODULES.values():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert not text.strip() or ast.get_docstring(ast.parse(text)), path
 
 
@@ -127,7 +131,7 @@ def test_init_files_are_empty_except_tables_and_the_api():
     allowed = {"", "distillation.methods", "data.sources", "pruning.criteria", "experiments.studies"}  # "": the API
     for module, path in MODULES.items():
         if path.name == "__init__.py" and module.startswith("distill_at_scale"):
-            assert module.partition(".")[2] in allowed or path.read_text() == "", module
+            assert module.partition(".")[2] in allowed or path.read_text(encoding="utf-8") == "", module
 
 
 # installed by an extra or only on some platforms, or (torchvision) slow to import and used only by some networks
@@ -155,7 +159,7 @@ sys.exit(main(["run", {config!r}]))
 def test_the_core_works_without_ray_and_optional_packages(tmp_path):
     """Every core module imports, and the whole command runs a tiny configuration."""
     config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    config.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}), encoding="utf-8")
     code = (IMPORT_BLOCKED + RUN).format(blocked=("ray", *OPTIONAL), modules=CORE, config=str(config))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)

@@ -48,7 +48,7 @@ def run(runner, tmp_path):
 
 
 def processes(folder) -> dict[str, str]:
-    return {path.stem: path.read_text() for path in Path(folder).glob("*.pid")}
+    return {path.stem: path.read_text(encoding="utf-8") for path in Path(folder).glob("*.pid")}
 
 
 def test_points_run_in_as_many_processes_as_there_are_cores_and_these_stay(run, tmp_path):
@@ -63,7 +63,7 @@ def test_points_run_in_as_many_processes_as_there_are_cores_and_these_stay(run, 
 
 def test_an_actor_has_one_thread(run, tmp_path):
     run(point_bodies.threads)
-    assert (tmp_path / "0.threads").read_text() == "1"
+    assert (tmp_path / "0.threads").read_text(encoding="utf-8") == "1"
 
 
 def test_finished_points_do_not_run(run, tmp_path):
@@ -132,7 +132,7 @@ def test_points_in_actors_equal_those_of_this_process_and_run_once(runner, poole
     assert outcomes[0].kept < outcomes[0].of
     for outcome in outcomes:
         for stage in ("ingest", "score"):
-            record = json.loads((outcome.folder / "stages" / f"{stage}.json").read_text())
+            record = json.loads((outcome.folder / "stages" / f"{stage}.json").read_text(encoding="utf-8"))
             assert "/shared/" in record["reused_from"]
         assert (outcome.folder / "prepared").is_symlink()
     records = {path: path.stat().st_mtime_ns for path in (pooled / "points").glob("*/stages/*.json")}

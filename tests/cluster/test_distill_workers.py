@@ -80,7 +80,7 @@ def work(rank: int, folder: str, places: DistillPaths) -> None:
         "highest": [group.all_reduce_max(2 * rank), group.all_reduce_max(0)],
         "first": group.smallest("second" if rank == 1 else None),
     }
-    (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts))
+    (Path(folder) / f"facts-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
     leave_group()
 
 
@@ -104,7 +104,7 @@ def pair(digits_run, tmp_path_factory) -> Path:
 
 
 def facts(pair: Path) -> list[dict]:
-    return [json.loads((pair / f"facts-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((pair / f"facts-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -51,7 +51,11 @@ def held(log: Path) -> list[int]:
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+    return (
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        if log.exists()
+        else []
+    )
 
 
 def images(work: Path) -> torch.Tensor:
@@ -123,7 +127,7 @@ def test_a_group_shrinks_with_a_lost_node_and_grows_with_a_new_one(cluster, digi
     section = {"method": "fault_plugins:WaitingBackend", "workers": [1, 2], "options": {"waits": WAITS}, **STEPS}
     values = {**TINY, "distill": {**TINY["distill"], **section}, "cluster": {"address": cluster.address}}
     values["run"] = {"dir": str(run), "reuse": str(digits_run.dir)}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     call = (
         "import sys; from distill_at_scale.cluster import train_group; train_group.RESIZE = 2.0; "
         "from distill_at_scale.cli import main; sys.exit(main(sys.argv[1:]))"

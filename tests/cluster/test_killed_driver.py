@@ -21,7 +21,7 @@ def command(folder: Path, stage: str, run: str, *overrides: str) -> list[str]:
     path = folder / "config.yaml"
     if not path.exists():
         values = {**TINY, "score": {**TINY["score"], "criterion": "fault_plugins:KillingLoss"}}
-        path.write_text(yaml.safe_dump(values))
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
     call = "import sys, torch; torch.set_num_threads(1); from distill_at_scale.cli import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-c", call, stage, str(path), f"run.dir={folder / run}", *overrides]
 

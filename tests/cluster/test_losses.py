@@ -151,19 +151,19 @@ def test_lines_that_replace_dropped_ones_are_all_reported(tmp_path):
     """Workers that resume from step 1 drop the line of step 2 and write a longer one before the next read."""
     path, lines = tmp_path / "metrics.jsonl", []
     old = '{"step": 0, "held": "before"}\n{"step": 1, "loss": 1.0}\n'
-    path.write_text(old)
+    path.write_text(old, encoding="utf-8")
     tail = LogTail(path, lines.append)
-    path.write_text(old + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    path.write_text(old + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo', encoding="utf-8")
     tail.read()
     assert [line["step"] for line in lines] == [2], "earlier lines and incomplete lines are not reported"
     hold = '{"step": 1, "held": "a line that is longer than what it replaces"}\n'
-    path.write_text(old + hold)
+    path.write_text(old + hold, encoding="utf-8")
     tail.read()
     assert [line["step"] for line in lines] == [2, 0, 1, 1]
-    path.write_text(old + hold + '{"step": 2, "loss": 1.0}\n')
+    path.write_text(old + hold + '{"step": 2, "loss": 1.0}\n', encoding="utf-8")
     tail.read()
     assert [line["step"] for line in lines] == [2, 0, 1, 1, 2]
-    path.write_text(old)
+    path.write_text(old, encoding="utf-8")
     tail.read()
     assert [line["step"] for line in lines] == [2, 0, 1, 1, 2, 0, 1], "the log is shorter than before"
 

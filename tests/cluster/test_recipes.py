@@ -72,11 +72,11 @@ RAY_JOB = shape(
 
 
 def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def rayjob() -> tuple[dict[str, Any], dict[str, Any]]:
-    job, policy = yaml.safe_load_all((FOLDER / "kuberay_rayjob.yaml").read_text())
+    job, policy = yaml.safe_load_all((FOLDER / "kuberay_rayjob.yaml").read_text(encoding="utf-8"))
     return job, policy
 
 
@@ -135,7 +135,7 @@ def test_the_script_for_slurm_is_valid_bash():
 
 
 def test_the_script_for_slurm_keeps_its_token_to_itself_and_ends_what_it_started():
-    text = (FOLDER / "slurm.sh").read_text()
+    text = (FOLDER / "slurm.sh").read_text(encoding="utf-8")
     assert text.index("umask 077") < text.index("mktemp")
     assert re.search(r"trap '.*kill .*rm -f \"\$token\"' EXIT", text)
     assert "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=" in text
@@ -145,7 +145,7 @@ def test_the_script_for_slurm_keeps_its_token_to_itself_and_ends_what_it_started
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_open_with_their_command_and_hold_no_secret(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     first = next(line for line in text.splitlines() if not line.startswith("#!"))
     assert first.startswith("# ")
     assert f"configs/cluster/{path.name}" in first
@@ -153,7 +153,7 @@ def test_recipes_open_with_their_command_and_hold_no_secret(path):
 
 
 def test_the_commands_in_the_recipes_are_ones_that_the_program_takes():
-    commands = [match for path in RECIPES for match in COMMAND.finditer(path.read_text())]
+    commands = [match for path in RECIPES for match in COMMAND.finditer(path.read_text(encoding="utf-8"))]
     assert len(commands) == 3
     for match in commands:
         overrides = re.sub(r"[\\#]", " ", match[2]).split()

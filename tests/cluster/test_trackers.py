@@ -21,7 +21,7 @@ from distill_at_scale.cluster import trackers
 @pytest.fixture
 def events(tmp_path):
     """A folder with a report, and everything that happens to a run, as events."""
-    (tmp_path / "report.html").write_text("a report")
+    (tmp_path / "report.html").write_text("a report", encoding="utf-8")
     row = {"set": "distilled", "network": "convnet", "seed": 0, "top1": 0.5, "top5": 0.75}
     lines = [{"held": "here", "step": 0, "of": 2, "at": 1.0, "workers": []}, {"step": 1, "of": 2, "loss": 0.5}]
     return [
@@ -151,4 +151,4 @@ def test_wandb_takes_it_offline(tmp_path, events, monkeypatch):
     assert b"do-not-tell" not in content
     for word in (b"distilled/convnet/top1", b"report.html", b"distill.steps"):
         assert word in content
-    assert Path(next(tmp_path.glob("wandb/offline-run-*/files/report.html"))).read_text() == "a report"
+    assert Path(next(tmp_path.glob("wandb/offline-run-*/files/report.html"))).read_text(encoding="utf-8") == "a report"

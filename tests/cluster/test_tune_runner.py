@@ -87,7 +87,7 @@ def test_trials_of_two_workers_on_two_cores_end_and_a_failing_one_does_not_end_t
     assert ray.is_initialized()
     for folder in (tmp_path / "run" / "points").iterdir():
         assert (folder / "prepared").is_symlink()
-        assert "shared" in json.loads((folder / "stages" / "score.json").read_text())["reused_from"]
+        assert "shared" in json.loads((folder / "stages" / "score.json").read_text(encoding="utf-8"))["reused_from"]
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {".lock", "points", "shared", "stages", "sweep.html", "sweep.parquet"}, "Tune left something"
 
@@ -97,7 +97,7 @@ def test_kill_9_of_a_sweep_and_the_same_command_again_does_no_finished_trial_aga
     path, root = tmp_path / "sweep.yaml", tmp_path / "run"
     values = {**TINY, "run": {"dir": str(root)}, "runtime": {"rule": "none"}, "cluster": {"address": None},
               "sweep": {"space": {"select.keep": [0.1, 0.2, 0.4, 0.8]}, "controls": []}}  # fmt: skip
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "distill_at_scale.cli", "sweep", str(path)]
     driver = subprocess.Popen(command, cwd=tmp_path, env=environment)
@@ -125,5 +125,5 @@ def records(root: Path) -> dict[Path, int]:
 def test_the_notes_of_a_trial_are_known_to_the_points(tmp_path):
     points.write_stop(RunDir(tmp_path), {"step": 3, "top1": 0.5})
     points.write_failure(RunDir(tmp_path), points.Failure("its process was lost", transient=True))
-    assert json.loads((tmp_path / points.STOPPED).read_text()) == {"step": 3, "top1": 0.5}
+    assert json.loads((tmp_path / points.STOPPED).read_text(encoding="utf-8")) == {"step": 3, "top1": 0.5}
     assert points.read_failure(RunDir(tmp_path)) == points.Failure("its process was lost", transient=True)

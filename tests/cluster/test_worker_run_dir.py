@@ -125,6 +125,8 @@ def test_notes_reach_the_other_side(apart, tmp_path, remote):
     if not remote:
         (work / "as it was").hardlink_to(work / "refused.txt")
         notes.write("refused.txt", "something else")
-        assert (work / "as it was").read_text() == "why", "who reads meanwhile sees the one or the other"
+        assert (work / "as it was").read_text(encoding="utf-8") == "why", (
+            "who reads meanwhile sees the one or the other"
+        )
     notes.remove("refused.txt", "never.txt")
     assert Notes(work, config).read("refused.txt") is None

@@ -25,7 +25,7 @@ from distill_at_scale.pruning.criteria import CRITERIA
 def load(tmp_path: Path):
     def write_and_load(text: str, *overrides: str) -> config.Config:
         path = tmp_path / "run.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return config.load(path, overrides)
 
     return write_and_load

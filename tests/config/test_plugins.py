@@ -106,7 +106,7 @@ def package(tmp_path, monkeypatch):
     """A package in its own folder, the command's working directory."""
     (tmp_path / "mine").mkdir()
     for name, text in (("__init__", ""), ("method", METHOD), ("network", NETWORK), ("source", SOURCE)):
-        (tmp_path / "mine" / f"{name}.py").write_text(text)
+        (tmp_path / "mine" / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -116,7 +116,7 @@ def package(tmp_path, monkeypatch):
 
 def run(package, *overrides) -> int:
     path = package / "mine.yaml"
-    path.write_text(json.dumps(CONFIG | {"run": {"dir": "out"}}))
+    path.write_text(json.dumps(CONFIG | {"run": {"dir": "out"}}), encoding="utf-8")
     return main(["run", str(path), *overrides])
 
 
@@ -129,7 +129,7 @@ def test_a_users_method_network_and_source_run_through_the_command(package):
     left, right = synthetic.pixels().float()
     assert float(left[0, :, :4].mean()) > float(left[0, :, 4:].mean()) + 60
     assert float(right[0, :, 4:].mean()) > float(right[0, :, :4].mean()) + 60
-    rows = json.loads((package / "out" / "evaluation.json").read_text())["rows"]
+    rows = json.loads((package / "out" / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert next(row["top1"] for row in rows if row["set"] == "distilled") > 0.9
 
 
@@ -158,7 +158,8 @@ def test_a_wrong_plugin_is_named_with_its_key(package, capsys, key, value, messa
 def test_a_method_with_a_wrong_protocol_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "odd_protocol.py").write_text(
         "from distill_at_scale.distillation.methods.dm import *\n\n\n"
-        "class Odd(DM):\n    protocol = staticmethod(lambda config: {'epochs': 3})\n"
+        "class Odd(DM):\n    protocol = staticmethod(lambda config: {'epochs': 3})\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = configuration.validate({"distill": {"method": "odd_protocol:Odd"}})

@@ -33,7 +33,7 @@ def test_subsets_keep_the_order_of_the_literature():
 
 
 def test_a_text_file_names_classes_with_comments(tmp_path):
-    (tmp_path / "list.txt").write_text("# mine\nn02\n\n  n01 # tench\nc#\n")
+    (tmp_path / "list.txt").write_text("# mine\nn02\n\n  n01 # tench\nc#\n", encoding="utf-8")
     assert class_list(str(tmp_path / "list.txt")) == ["n02", "n01", "c#"]
 
 
@@ -53,17 +53,17 @@ def test_an_unknown_subset_names_the_nearest():
 
 
 def test_an_explicit_order_moves_labels(tmp_path):
-    (tmp_path / "order.txt").write_text("c\na\nb\n")
+    (tmp_path / "order.txt").write_text("c\na\nb\n", encoding="utf-8")
     assert explicit_order(["a", "b", "c"], str(tmp_path / "order.txt")) == (["c", "a", "b"], [1, 2, 0])
 
 
 def test_numbered_classes_are_named(tmp_path):
-    (tmp_path / "order.txt").write_text("cat\ndog\n")
+    (tmp_path / "order.txt").write_text("cat\ndog\n", encoding="utf-8")
     assert explicit_order(["0", "1"], str(tmp_path / "order.txt")) == (["cat", "dog"], [0, 1])
 
 
 def test_numbered_classes_can_be_reordered_by_their_numbers(tmp_path):
-    (tmp_path / "order.txt").write_text("1\n0\n")
+    (tmp_path / "order.txt").write_text("1\n0\n", encoding="utf-8")
     assert explicit_order(["0", "1"], str(tmp_path / "order.txt")) == (["1", "0"], [1, 0])
 
 
@@ -76,7 +76,7 @@ def test_numbered_classes_can_be_reordered_by_their_numbers(tmp_path):
     ],
 )
 def test_an_order_of_other_classes_is_one_error(tmp_path, text, names, message):
-    (tmp_path / "order.txt").write_text(text)
+    (tmp_path / "order.txt").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         explicit_order(names, str(tmp_path / "order.txt"))
 

@@ -70,13 +70,13 @@ def test_every_stage_works_on_clips(clip_run):
     assert pq.read_table(clip_run.dir / "manifest.parquet")["kept"].to_numpy().sum() == 13 * 3
     synthetic = synthetic_set.load(clip_run.dir)
     assert synthetic.images.shape == (6, 4, 1, 8, 8)
-    rows = json.loads((clip_run.dir / "evaluation.json").read_text())["summary"]
+    rows = json.loads((clip_run.dir / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     assert {(row["set"], row["network"], row["n"]) for row in rows} == {
         (name, network, 2) for name in ("distilled", "random_real") for network in ("convnet3d", "frame:convnet")
     }
     with Image.open(clip_run.dir / "synthetic" / "preview.png") as picture:
         assert picture.n_frames == 4
-    assert "clips of 4 frames" in (clip_run.dir / "report.html").read_text()
+    assert "clips of 4 frames" in (clip_run.dir / "report.html").read_text(encoding="utf-8")
     assert "decoded" in clip_run.text
 
 
@@ -148,8 +148,8 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
     folder = two_classes(tmp_path)
     write_video(folder / "a" / "short.mp4", numbered(3))
     (folder / "b" / "empty.mp4").write_bytes(b"")
-    (folder / "b" / "text.mp4").write_text("no video")
-    (folder / "b" / "notes.txt").write_text("no video either")
+    (folder / "b" / "text.mp4").write_text("no video", encoding="utf-8")
+    (folder / "b" / "notes.txt").write_text("no video either", encoding="utf-8")
     data = {"source": "videofolder", "path": str(folder.parent), "frames": 8, "size": 16, "max_bytes": 10_000}
     (folder / "a" / "large.mp4").write_bytes(bytes(20_000))
     run = Run(tiny_config(tmp_path / "run", data=data, **NETWORKS))
@@ -193,7 +193,7 @@ def test_classes_without_clips_are_counted_with_a_reason_and_the_next_action(tmp
     write_video(tmp_path / "train" / "a" / "x_1_2.mp4", numbered(5))
     rows = [f"{label},{label}{i},1,2,train" for label in ("c", "d") for i in range(2)]
     (tmp_path / "train.csv").write_text(
-        "\n".join(["label,youtube_id,time_start,time_end,split", *rows, "a,x,1,2,train"])
+        "\n".join(["label,youtube_id,time_start,time_end,split", *rows, "a,x,1,2,train"]), encoding="utf-8"
     )
     data = {"source": "kinetics", "path": str(tmp_path), "frames": 4, "size": 16}
     with pytest.raises(

@@ -190,7 +190,7 @@ def test_a_whole_run_on_a_derived_set_of_either_store(tmp_path, make_run, store,
     run.stages("ingest", "score", "select", "distill", "evaluate", "report")
     prepared = PreparedDataset(run.dir / "prepared")
     assert pq.read_metadata(run.dir / "scores.parquet").num_rows == sum(prepared.counts("train"))
-    assert "training split was changed on purpose" in (run.dir / "report.html").read_text()
+    assert "training split was changed on purpose" in (run.dir / "report.html").read_text(encoding="utf-8")
     assert prepared.groups("train")[0].rows <= 64
     if transform == "near_duplicates" and store == "jpeg":
         plain = make_run(tmp_path / "plain", data__store="jpeg").stages("ingest")

@@ -295,6 +295,6 @@ def test_a_list_at_an_address_is_named_without_its_credentials(tmp_path, monkeyp
     address = "s3://KEYID:sec/ret@bucket/list.txt?region=x"
     with pytest.raises(UserError, match=r"data\.val_labels = 's3://bucket/list\.txt\?region=x' cannot be read"):
         label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
-    (tmp_path / "list.txt").write_text("1")
+    (tmp_path / "list.txt").write_text("1", encoding="utf-8")
     result = label_files.named_file(Store(str(tmp_path)), address, "data.val_labels")
     assert result == label_files.LabelFile("s3://bucket/list.txt", b"1")

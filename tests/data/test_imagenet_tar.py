@@ -102,7 +102,9 @@ def test_the_lists_that_go_with_the_folders_label_the_archive_too(tmp_path):
     (tmp_path / TRAIN).write_bytes(train_tar({wnid: {f"{wnid}_1.JPEG": b"x"} for wnid in wnids}))
     (tmp_path / VAL).write_bytes(tar_of(VALIDATION))
     rows = [f"{name.removesuffix('.JPEG')},{wnids[i % 2]} 1 2 3 4" for i, name in enumerate(VALIDATION)]
-    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
+    (tmp_path / "LOC_val_solution.csv").write_text(
+        "\n".join(["ImageId,PredictionString", *reversed(rows)]), encoding="utf-8"
+    )
     assert source_of(tmp_path).listing("test")["label"].to_pylist() == [0, 1, 0]
     (tmp_path / "LOC_val_solution.csv").unlink()
     with pytest.raises(UserError, match="no list"):

@@ -345,7 +345,7 @@ def test_large_images_are_kept_as_jpegs(tmp_path, monkeypatch):
 
 
 def test_the_metadata_is_plain_json(prepared):
-    meta = json.loads((prepared.folder / "dataset.json").read_text())
+    meta = json.loads((prepared.folder / "dataset.json").read_text(encoding="utf-8"))
     assert set(meta) >= {"class_names", "shape", "counts", "mean", "std", "rejected", "fingerprint"}
 
 

@@ -152,7 +152,7 @@ def test_chosen_columns_are_read_alone(tmp_path):
 def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, read):
     with pytest.raises(UserError, match="distill-at-scale select"):
         read(tmp_path / "none.parquet")
-    (tmp_path / "text").write_text("text")
+    (tmp_path / "text").write_text("text", encoding="utf-8")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         read(tmp_path / "text")
     pq.write_table(pa.table({"sample_id": ["a"]}), tmp_path / "other.parquet")

@@ -82,10 +82,10 @@ def test_the_files_are_real_videos_that_look_like_their_frames():
 
 
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path, make_config):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match=r"holds no moving digits; name a new folder in data\.path"):
         ingest.plan(make_config(tmp_path / "r", data={"source": "moving_digits", "path": str(tmp_path), "frames": 8}))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_uri_is_refused(tmp_path, make_config):

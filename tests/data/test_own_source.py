@@ -58,7 +58,7 @@ def test_the_documented_source_sets_a_broken_file_aside_with_its_reason(example,
     (example / "photos/train/cat/3.npy").write_bytes(b"")
     np.save(example / "photos/train/dog/4.npy", np.zeros((3, 8, 8), np.float32))
     assert main([command, "mine.yaml"]) == (1 if command == "validate" else 0)
-    line = 1 + (example / "mine/source.py").read_text().splitlines().index(
+    line = 1 + (example / "mine/source.py").read_text(encoding="utf-8").splitlines().index(
         "        return [np.load(io.BytesIO(raw)) for raw in super().read(rows)]"
     )
     assert broken(example / "out" / f"{table}.parquet") == {
@@ -69,8 +69,8 @@ def test_the_documented_source_sets_a_broken_file_aside_with_its_reason(example,
 
 @pytest.mark.parametrize("command", ["validate", "ingest"])
 def test_a_source_that_fails_for_every_sample_stops_the_command_with_the_line_of_its_code(example, command, capsys):
-    code = (example / "mine/source.py").read_text().replace("np.load(io", "np.laod(io")
-    (example / "mine/source.py").write_text(code)
+    code = (example / "mine/source.py").read_text(encoding="utf-8").replace("np.load(io", "np.laod(io")
+    (example / "mine/source.py").write_text(code, encoding="utf-8")
     assert main([command, "mine.yaml"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "mine.source:Arrays gives no usable sample: all 8 that were tried failed" in message

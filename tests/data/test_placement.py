@@ -149,11 +149,11 @@ def test_workers_of_one_machine_share_its_memory(monkeypatch, make_config, tmp_p
 
 def test_memory_within_a_container_counts(monkeypatch, tmp_path):
     limit, used = tmp_path / "max", tmp_path / "current"
-    limit.write_text("5000\n")
-    used.write_text("2000\n")
+    limit.write_text("5000\n", encoding="utf-8")
+    used.write_text("2000\n", encoding="utf-8")
     monkeypatch.setattr(placement, "CGROUPS", [(limit, used)])
     assert placement.free_memory() == 3000
-    limit.write_text("max\n")
+    limit.write_text("max\n", encoding="utf-8")
     assert placement.free_memory() > 3000
 
 

@@ -93,7 +93,7 @@ def config_of(folder, data, **distill):
 
 
 def run(path, values, *overrides) -> int:
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     return main(["run", str(path), *overrides])
 
 
@@ -110,7 +110,7 @@ def finished(waves, tmp_path_factory):
 
 
 def test_signals_are_distilled_and_beat_random_ones(finished):
-    summary = json.loads((finished / "evaluation.json").read_text())["summary"]
+    summary = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))["summary"]
     means = {row["set"]: row["mean"] for row in summary}
     assert means["distilled"] > means["random_real"] + 0.03
     assert means["distilled"] > 0.5
@@ -174,7 +174,7 @@ def test_exports_of_signals(finished, tmp_path):
 
 
 def test_the_report_draws_signals(finished):
-    page = (finished / "report.html").read_text()
+    page = (finished / "report.html").read_text(encoding="utf-8")
     assert "synthetic signals" in page
     assert "1 × 64 values each" in page
     with Image.open(finished / "synthetic" / "preview.png") as preview:

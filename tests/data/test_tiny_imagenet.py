@@ -13,7 +13,7 @@ WNIDS = ["n02", "n01", "n03"]  # not sorted, as in wnids.txt
 
 def put(root, name, content=""):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text(content)
+    (root / name).write_text(content, encoding="utf-8")
 
 
 def tiny(root, annotated=(("a.JPEG", "n01"), ("b.JPEG", "n02"))):

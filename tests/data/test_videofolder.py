@@ -121,7 +121,7 @@ def test_a_validation_split_alone_can_be_chosen(tmp_path):
 
 def test_subsets_orders_and_a_held_out_part_work(tmp_path):
     touch(tmp_path, *(f"train/{name}/{i}.mp4" for name in "abc" for i in range(10)))
-    (tmp_path / "order.txt").write_text("c\na\nb\n")
+    (tmp_path / "order.txt").write_text("c\na\nb\n", encoding="utf-8")
     result = plan(tmp_path, classes=["a", "c"], class_names=str(tmp_path / "order.txt"), holdout=0.2)
     assert result.class_names == ["a", "c"]
     assert result.source_class_names == ["c", "a", "b"]

@@ -89,7 +89,7 @@ def test_scores_do_not_see_the_whitening(whitened, digits_run):
 
 
 def test_a_plain_set_stays_as_it_was(digits_run):
-    meta = json.loads((digits_run.dir / "prepared" / "dataset.json").read_text())
+    meta = json.loads((digits_run.dir / "prepared" / "dataset.json").read_text(encoding="utf-8"))
     assert not {"whiten", "kind"} & set(meta)
     assert not (digits_run.dir / "prepared" / whitening.FILE).exists()
     assert synthetic_set.load(digits_run.dir).card["whitening"] is None

@@ -165,7 +165,7 @@ def test_the_placement_of_kept_samples_is_logged_once(places):
     placements = [line["held"] for line in reported if "held" in line]
     assert len(placements) == 1
     assert "stay on disk" in placements[0]
-    assert json.loads(places.log.read_text().splitlines()[0])["held"] == placements[0]
+    assert json.loads(places.log.read_text(encoding="utf-8").splitlines()[0])["held"] == placements[0]
 
 
 def test_the_kept_samples_do_matter(places, tmp_path):

@@ -109,7 +109,9 @@ def work(rank: int, folder: str, places: DistillPaths) -> None:
                 spy = Spy(size, members)
                 result = begin(places, method, rule, spy).run()
                 facts = {"sums": spy.sums, "gathered": spy.gathered}
-                (Path(folder) / f"{name_of(method, rule, size)}.{rank}.json").write_text(json.dumps(facts))
+                (Path(folder) / f"{name_of(method, rule, size)}.{rank}.json").write_text(
+                    json.dumps(facts), encoding="utf-8"
+                )
                 if result is not None:
                     result.save(Path(folder) / name_of(method, rule, size))
         dist.barrier()
@@ -138,7 +140,10 @@ def alone(five_classes) -> dict[tuple[str, str], synthetic_set.SyntheticSet]:
 
 
 def asked(group: Path, method: str, rule: str, size: int) -> list[dict[str, Any]]:
-    return [json.loads((group / f"{name_of(method, rule, size)}.{rank}.json").read_text()) for rank in range(size)]
+    return [
+        json.loads((group / f"{name_of(method, rule, size)}.{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(size)
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 4])

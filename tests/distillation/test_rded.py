@@ -299,7 +299,7 @@ def test_the_whole_path_ends_in_a_set_that_loads_and_trains(whole_run):
         "card.json", "labels.safetensors", "preview.png", "snapshots.safetensors", "synthetic.safetensors",
         "teacher.safetensors"]  # fmt: skip
     assert synthetic.training_set().views.epochs == 2
-    rows = json.loads((whole_run.dir / "evaluation.json").read_text())["rows"]
+    rows = json.loads((whole_run.dir / "evaluation.json").read_text(encoding="utf-8"))["rows"]
     assert [row["set"] for row in rows] == ["distilled", "random_real", "kept"]
 
 
@@ -354,7 +354,7 @@ def test_pretrained_weights_are_identified_by_content_not_path(make_run, tmp_pat
     run = make_run(tmp_path / "run", **RUN | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(first)}})
     run.stages("ingest", "score", "select", "distill")
     before = run.dir.joinpath("stages", "distill.json").read_bytes()
-    assert str(tmp_path) not in (run.dir / "synthetic" / "card.json").read_text()
+    assert str(tmp_path) not in (run.dir / "synthetic" / "card.json").read_text(encoding="utf-8")
     first.rename(second)
     there = RUN | {"distill__rded": QUICK | OPTIONS | {"teacher_weights": str(second)}}
     make_run(tmp_path / "run", **there).stages("distill")

@@ -17,7 +17,9 @@ def log_of(folder, losses, shares=()):
     lines = [{"stage": "distill", "step": i, "loss": loss} for i, loss in enumerate(losses)]
     lines += [{"stage": "distill", "step": i, "loss": 1.0 + i, "real_share": share} for i, share in enumerate(shares)]
     path = folder / "metrics.jsonl"
-    path.write_text("\n".join(map(json.dumps, [{"stage": "distill", "held": "x"}, *lines])) + '\n{"stage": "dis')
+    path.write_text(
+        "\n".join(map(json.dumps, [{"stage": "distill", "held": "x"}, *lines])) + '\n{"stage": "dis', encoding="utf-8"
+    )
     return path
 
 
@@ -59,7 +61,7 @@ def test_classes_that_keep_no_more_than_ipc_are_flagged_in_log_card_and_record(m
     )
     run.stages("ingest", "score", "select", "distill")
     warnings = synthetic_set.load(run.dir).card["warnings"]
-    assert warnings == json.loads((run.dir / "stages" / "distill.json").read_text())["warnings"]
+    assert warnings == json.loads((run.dir / "stages" / "distill.json").read_text(encoding="utf-8"))["warnings"]
     assert warnings[-1] == (
         "6 of 6 distilled samples equal a kept real sample of their class: 3 classes keep no more samples than distill.ipc = "
         "2; raise select.keep"
@@ -93,5 +95,5 @@ def test_a_batch_too_small_for_the_configured_share_drops_less(make_run, tmp_pat
     """Of three samples, 30 % are none."""
     run = make_run(tmp_path / "run", runtime__rule="loss", runtime__drop=0.3, distill__dc__real_batch=3)
     run.stages("ingest", "score", "select", "distill")
-    assert json.loads((run.dir / "stages" / "distill.json").read_text())["dropped_share"] == 0.0
+    assert json.loads((run.dir / "stages" / "distill.json").read_text(encoding="utf-8"))["dropped_share"] == 0.0
     assert "left out 0.0% of the real batches (runtime.drop: 30.0%)" in run.text

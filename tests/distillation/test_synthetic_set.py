@@ -217,7 +217,7 @@ def test_exported_videos_hold_every_frame_and_every_pixels_own_colour(tmp_path, 
 def test_the_card_of_exported_videos_says_that_they_are_lossy(tmp_path):
     synthetic = a_synthetic_set(frames=3)
     synthetic.export_videofolder(tmp_path / "out")
-    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    card = json.loads((tmp_path / "out" / "card.json").read_text(encoding="utf-8"))
     assert card["class_names"] == NAMES
     assert (card["export"]["lossy"], card["export"]["enlarged"], card["export"]["frames_per_second"]) == (True, 2, 8)
     with pytest.raises(UserError, match="not empty; export to a new folder"):

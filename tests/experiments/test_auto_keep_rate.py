@@ -60,7 +60,7 @@ def test_the_rate_is_found_published_and_read_again(finished):
     assert 0.1 <= rate < 0.2
     assert point_sets[0].stood_on == finished.dir
     assert {config.distill.steps for config in point_sets[0].tried} == {2}, "a quarter of the run's"
-    result = json.loads((finished.dir / "auto.json").read_text())
+    result = json.loads((finished.dir / "auto.json").read_text(encoding="utf-8"))
     assert result["rate"] == rate
     assert [one["keep"] for one in result["curve"]] == sorted(one["keep"] for one in result["curve"])
     assert result["unpruned"] == pytest.approx(0.6)
@@ -78,7 +78,7 @@ def test_another_method_is_searched_again(finished):
 def test_the_rate_above_which_all_tried_ones_suffice_is_taken(finished):
     rate, _ = find(finished, lambda config, share: 0.3 if 0.01 < share < 0.6 else 0.6, select__auto__points=10)
     assert 0.59 < rate < 0.7
-    assert json.loads((finished.dir / "auto.json").read_text())["smallest_sufficient"] < 0.01
+    assert json.loads((finished.dir / "auto.json").read_text(encoding="utf-8"))["smallest_sufficient"] < 0.01
 
 
 def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished):
@@ -86,7 +86,7 @@ def test_adaptive_rates_are_held_against_the_same_rate_for_all_classes(finished)
         return (0.6 if share >= 0.1 else 0.3) + (0.05 if config.select.scope == "adaptive" and share < 1 else 0.0)
 
     find(finished, accuracy, select__scope="adaptive")
-    result = json.loads((finished.dir / "auto.json").read_text())
+    result = json.loads((finished.dir / "auto.json").read_text(encoding="utf-8"))
     assert result["adaptive_less_fixed"]["mean"] == pytest.approx(0.05)
     assert result["adaptive"]["mean"] - result["fixed"]["mean"] == pytest.approx(0.05)
 
@@ -111,7 +111,7 @@ def test_keys_that_do_not_go_with_auto_are_refused(keys, message):
 
 def test_a_damaged_file_is_named(finished):
     find(finished)
-    (finished.dir / "auto.json").write_text("{}")
+    (finished.dir / "auto.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"auto\.json is damaged .* remove it"):
         find(finished)
 
@@ -121,7 +121,7 @@ def tiny_file(tmp_path):
     values = {**TINY, "run": {"dir": str(tmp_path / "run")}}
     values["select"] = {"keep": "auto", "auto": {"points": 2, "lowest": 0.05, "steps": 1}}
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return str(path)
 
 
@@ -135,13 +135,16 @@ def test_a_plan_says_that_the_rate_has_to_be_found(tiny_file, capsys):
 def test_a_whole_run_finds_the_rate_and_uses_it(tiny_file, tmp_path, capsys):
     assert cli.main(["run", tiny_file]) == 0
     run = tmp_path / "run"
-    rate = json.loads((run / "auto.json").read_text())["rate"]
+    rate = json.loads((run / "auto.json").read_text(encoding="utf-8"))["rate"]
     facts = manifest.facts(run / "manifest.parquet")
     assert facts["asked"] == {"keep": "auto", "found": rate}
-    assert "The rate was searched" in (run / "report.html").read_text()
-    assert json.loads((run / "stages" / "select.json").read_text())["config"]["select.keep"] == rate
-    assert json.loads((run / "run.json").read_text())["config"]["select"]["keep"] == "auto"
-    records = [json.loads(path.read_text()) for path in (run / "auto" / "shared").glob("scores-*/stages/*.json")]
+    assert "The rate was searched" in (run / "report.html").read_text(encoding="utf-8")
+    assert json.loads((run / "stages" / "select.json").read_text(encoding="utf-8"))["config"]["select.keep"] == rate
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]["select"]["keep"] == "auto"
+    records = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (run / "auto" / "shared").glob("scores-*/stages/*.json")
+    ]
     assert {record["reused_from"] for record in records} == {str(run)}
     capsys.readouterr()
     assert cli.main(["run", tiny_file]) == 0

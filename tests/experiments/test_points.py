@@ -33,7 +33,7 @@ def test_points_share_ingest_and_scores_by_links(tmp_path):
     for outcome in outcomes:
         assert (outcome.folder / "prepared").is_symlink()
         assert (outcome.folder / "scores.parquet").is_symlink()
-        assert "reused_from" in json.loads((outcome.folder / "stages" / "score.json").read_text())
+        assert "reused_from" in json.loads((outcome.folder / "stages" / "score.json").read_text(encoding="utf-8"))
     assert outcomes[0].kept < outcomes[1].kept
 
 
@@ -66,11 +66,11 @@ def test_a_points_folder_ignores_workers_and_clusters_and_knows_every_other_key(
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"error": 3, "passing": "no"}'])
 def test_a_damaged_note_is_a_failure_of_the_disk(tmp_path, text):
-    (tmp_path / points.FAILED).write_text(text)
+    (tmp_path / points.FAILED).write_text(text, encoding="utf-8")
     result = points.read_failure(RunDir(tmp_path))
     assert isinstance(result.message, str)
     assert result.transient is ("error" not in text)
-    (tmp_path / points.STOPPED).write_text(text)
+    (tmp_path / points.STOPPED).write_text(text, encoding="utf-8")
     assert points.read_stopped(Point(), RunDir(tmp_path), "convnet") is None
 
 
@@ -78,7 +78,7 @@ def test_what_points_share_is_taken_over_from_another_run(tmp_path):
     Run(tiny_config(tmp_path / "earlier")).stages("ingest", "score")
     config = tiny_config(tmp_path / "sweep", run={"dir": str(tmp_path / "sweep"), "reuse": str(tmp_path / "earlier")})
     shared = PointSet(config, LocalRunner(), Display.silent()).run([Point()])[0].folder / "scores.parquet"
-    record = json.loads((shared.resolve().parent / "stages" / "score.json").read_text())
+    record = json.loads((shared.resolve().parent / "stages" / "score.json").read_text(encoding="utf-8"))
     assert record["reused_from"] == str(tmp_path / "earlier")
     assert not list(Path(tmp_path / "sweep").rglob("proxies"))
 

@@ -226,15 +226,15 @@ def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
     """Somebody else may write to the bucket."""
     stood = prepared(remote())
     path = stood / "stages" / "score.json"
-    expected = path.read_text()
+    expected = path.read_text(encoding="utf-8")
     for link in ("../../other-bucket", "shared/data-../../x", "/etc", 3, "points/0123456789abcdef"):
-        path.write_text(json.dumps(json.loads(expected) | {"linked_to": link}))
+        path.write_text(json.dumps(json.loads(expected) | {"linked_to": link}), encoding="utf-8")
         with pytest.raises(UserError, match=r"score\.json is damaged \(linked_to = .* leads elsewhere\)"):
             stood.record("score")
-    path.write_text(expected)
+    path.write_text(expected, encoding="utf-8")
     link = stood.record("score")["linked_to"]
     shared = stood.remote.linked_copy(link)
-    record = json.loads((shared.path / "stages" / "score.json").read_text())
+    record = json.loads((shared.path / "stages" / "score.json").read_text(encoding="utf-8"))
     shared.sync.store.write("stages/score.json", json.dumps(record | {"linked_to": link}).encode())
     elsewhere = RunDir.of(remote("b").run.model_copy(update={"dir": stood.remote.sync.store.uri}))
     for action in (elsewhere.fetch, lambda: elsewhere.remote.complete("score"), lambda: shared.complete("score")):

@@ -235,7 +235,7 @@ def point_set(tmp_path):
 def test_a_suite_leaves_findings_and_one_table(tmp_path, point_set):
     findings_by_name = suite.run(point_set.config, point_set, lambda line: None)
     assert [finding.study for finding in findings_by_name] == ["drop", "interaction"]
-    written = json.loads((tmp_path / "run" / "studies" / "interaction.json").read_text())
+    written = json.loads((tmp_path / "run" / "studies" / "interaction.json").read_text(encoding="utf-8"))
     assert written["facts"]["break_drop"] == findings_by_name[1].facts["break_drop"]
     table = pq.read_table(tmp_path / "run" / "studies" / "studies.parquet").to_pylist()
     assert [row["study"] for row in table] == ["drop"] * 4 + ["interaction"] * 8
@@ -305,7 +305,7 @@ def test_trackers_and_workers_leave_findings_valid(tmp_path, point_set):
 
 def test_a_damaged_finding_is_named(tmp_path, point_set):
     suite.run(point_set.config, point_set, lambda line: None)
-    (tmp_path / "run" / "studies" / "drop.json").write_text("{")
+    (tmp_path / "run" / "studies" / "drop.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"drop\.json is no finding"):
         suite.run(point_set.config, point_set, lambda line: None)
 

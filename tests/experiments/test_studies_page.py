@@ -58,7 +58,7 @@ def test_a_finding_is_the_same_after_a_round_trip(tmp_path):
 
 def test_what_is_not_finite_is_null_in_the_file(tmp_path):
     findings.write(tmp_path / "drop.json", FINDING)
-    text = (tmp_path / "drop.json").read_text()
+    text = (tmp_path / "drop.json").read_text(encoding="utf-8")
     assert "NaN" not in text
     assert "Infinity" not in text
     assert json.loads(text)["rows"] == [{"dropped": "random", "mean": 0.5, "std": None, "n": 3, "broken": False}]
@@ -73,7 +73,7 @@ def test_a_value_that_json_cannot_hold_is_named(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plots": [], "other": 1}'])
 def test_a_file_that_is_not_a_finding_is_named(tmp_path, text):
     path = tmp_path / "drop.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"drop\.json is no finding"):
         findings.read(path)
 

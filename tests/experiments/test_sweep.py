@@ -220,7 +220,9 @@ def test_ingest_and_scores_are_computed_once_and_shared_by_all_trials(swept):
         assert (folder / "prepared").is_symlink()
         assert (folder / "scores.parquet").is_symlink()
         for stage in ("ingest", "score"):
-            assert "shared" in json.loads((folder / "stages" / f"{stage}.json").read_text())["reused_from"]
+            assert (
+                "shared" in json.loads((folder / "stages" / f"{stage}.json").read_text(encoding="utf-8"))["reused_from"]
+            )
 
 
 def test_the_table_has_every_trial_its_controls_and_what_they_took(swept):

@@ -26,7 +26,7 @@ def with_controls(make_run, tmp_path_factory):
 
 
 def evaluation(run):
-    return json.loads((run.dir / "evaluation.json").read_text())
+    return json.loads((run.dir / "evaluation.json").read_text(encoding="utf-8"))
 
 
 def test_a_run_has_the_controls_that_differ_from_it():

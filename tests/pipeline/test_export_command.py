@@ -66,6 +66,6 @@ def test_a_folder_without_a_run_and_a_run_without_a_set_say_what_to_do(make_run,
     assert "no output of distill yet; run `distill-at-scale distill CONFIG` first" in " ".join(
         capsys.readouterr().err.split()
     )
-    (run.dir / "run.json").write_text("{}")
+    (run.dir / "run.json").write_text("{}", encoding="utf-8")
     assert main(["export", str(run.dir), "--pt", str(tmp_path / "x.pt")]) == 2
     assert "is damaged ('config'); give the YAML file of the run" in " ".join(capsys.readouterr().err.split())

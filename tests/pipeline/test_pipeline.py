@@ -149,7 +149,7 @@ def test_validate_lists_what_is_broken_and_changes_nothing(make_run, tmp_path):
 
 
 def test_the_run_file_records_configuration_and_surroundings(digits_run):
-    facts = json.loads((digits_run.dir / "run.json").read_text())
+    facts = json.loads((digits_run.dir / "run.json").read_text(encoding="utf-8"))
     assert facts["config"]["distill"]["width"] == 8
     assert facts["versions"]["torch"]
     assert facts["hardware"]["cores"] >= 1
@@ -168,7 +168,7 @@ def test_the_manifest_holds_the_selection_and_where_it_comes_from(digits_run):
 
 
 def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
-    evaluation = json.loads((digits_run.dir / "evaluation.json").read_text())
+    evaluation = json.loads((digits_run.dir / "evaluation.json").read_text(encoding="utf-8"))
     jobs = [evaluate.EvaluationJob(row["set"], row["network"], row["seed"]) for row in evaluation["rows"]]
     assert jobs == evaluate.jobs(digits_run.config)
     assert evaluation["summary"] == summarize(evaluation["rows"])
@@ -323,7 +323,10 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(make_run, digits_run, tmp
     second = make_run(tmp_path / "run").stages(*CORE)
     assert outputs(second.dir) == outputs(digits_run.dir)
     rows = [
-        [{k: r[k] for k in r if k != "seconds"} for r in json.loads((d / "evaluation.json").read_text())["rows"]]
+        [
+            {k: r[k] for k in r if k != "seconds"}
+            for r in json.loads((d / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+        ]
         for d in (second.dir, digits_run.dir)
     ]
     assert rows[0] == rows[1]
@@ -337,7 +340,7 @@ def test_finished_rows_of_an_evaluation_are_not_recomputed(make_run, digits_run,
     with pytest.raises(KeyboardInterrupt):
         first.stages("evaluate")
     rows = next((tmp_path / "run" / ".work").rglob("rows.jsonl"))
-    rows.write_text(rows.read_text() + '{"set": "distil')  # a line that was cut short
+    rows.write_text(rows.read_text(encoding="utf-8") + '{"set": "distil', encoding="utf-8")  # a line that was cut short
     trained, run_job = [], evaluate.Evaluator.run
     monkeypatch.setattr(evaluate.Evaluator, "run", lambda self, job: trained.append(job) or run_job(self, job))
     make_run(tmp_path / "run").stages("evaluate")

@@ -54,7 +54,7 @@ def test_a_plan_has_every_stage_and_is_published(tmp_path, make_run):
     plan = run.pipeline.forecast()
     assert [row.estimate.stage for row in plan.rows] == EVERY
     assert all(row.estimate.seconds > 0 and row.estimate.host > 0 and row.actual is None for row in plan.rows)
-    written = json.loads((tmp_path / "run" / "plan.json").read_text())
+    written = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
     assert list(written["stages"]) == EVERY
     assert written["total"]["seconds"] == pytest.approx(plan.seconds, abs=0.01)
     assert not (tmp_path / "run" / "prepared").exists()
@@ -66,7 +66,7 @@ def test_after_a_run_predictions_are_shown_next_to_measured_times(tmp_path, make
     run.stages("ingest", "score", "select")
     after = make_run(tmp_path / "run").pipeline.forecast()
     for row in after.rows[:3]:
-        record = json.loads((tmp_path / "run" / "stages" / f"{row.estimate.stage}.json").read_text())
+        record = json.loads((tmp_path / "run" / "stages" / f"{row.estimate.stage}.json").read_text(encoding="utf-8"))
         assert row.actual == record["seconds"]
         assert row.before
         assert row.estimate.seconds == pytest.approx(before[row.estimate.stage])
@@ -80,7 +80,7 @@ def test_a_prediction_made_after_the_run_is_marked(digits_run, tmp_path):
     shutil.copytree(digits_run.dir, tmp_path / "run")
     config = tiny_config(tmp_path / "run")
     (tmp_path / "run" / "plan.json").unlink(missing_ok=True)
-    records = {"select": json.loads((tmp_path / "run" / "stages" / "select.json").read_text())}
+    records = {"select": json.loads((tmp_path / "run" / "stages" / "select.json").read_text(encoding="utf-8"))}
     plan = forecast.make(config, FACTS, MACHINE, tmp_path / "run" / "plan.json", records, lambda stage: None)
     assert {row.estimate.stage: row.before for row in plan.rows}["select"] is False
 
@@ -290,7 +290,7 @@ def test_the_command_prints_the_table_and_exits_with_zero(tmp_path, capsys):
     from conftest import TINY
 
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}), encoding="utf-8")
     assert cli.main(["plan", str(path), "cluster.price=2.0"]) == 0
     out = capsys.readouterr().out
     assert all(stage in out for stage in EVERY)
@@ -303,10 +303,10 @@ def test_the_command_refuses_what_does_not_fit_with_two(tmp_path, capsys, monkey
 
     monkeypatch.setattr("distill_at_scale.pipeline.pipeline.here", lambda folder: replace(MACHINE, memory=2**20))
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}))
+    path.write_text(yaml.safe_dump({**TINY, "run": {"dir": str(tmp_path / "run")}}), encoding="utf-8")
     assert cli.main(["plan", str(path)]) == 2
     assert "this run does not fit here" in capsys.readouterr().err
-    assert json.loads(Path(tmp_path / "run" / "plan.json").read_text())["problems"]
+    assert json.loads(Path(tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["problems"]
 
 
 @pytest.mark.parametrize("shape", [(32,), (2, 32), (1, 8, 8), (2, 1, 4, 4)])

@@ -65,9 +65,9 @@ def page(run):
 
 
 def edit(path, change):
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def set_aside(run, rows):
@@ -183,7 +183,10 @@ def test_a_repeated_step_counts_as_done_last(tmp_path):
     lines = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0)]
     log = "".join(json.dumps({"stage": "distill", "step": step, "loss": loss}) + "\n" for step, loss in lines)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(log + '{"stage": "distill", "step": 2, "top1": 0.5}\n{"stage": "other", "loss": 1}\n{"stage": "dis')
+    path.write_text(
+        log + '{"stage": "distill", "step": 2, "top1": 0.5}\n{"stage": "other", "loss": 1}\n{"stage": "dis',
+        encoding="utf-8",
+    )
     assert run_report.distillation_log(path) == ([(1, 9.0), (2, 6.0)], [(2, 50.0)])
 
 

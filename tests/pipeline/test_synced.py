@@ -39,9 +39,9 @@ def test_workers_on_the_drivers_machine_resume_from_a_state_written_elsewhere(fo
         def train(self, group):
             state = elsewhere.local / places.state.relative_to(folder.path)
             state.parent.mkdir(parents=True)
-            state.write_text("of step 2")
+            state.write_text("of step 2", encoding="utf-8")
             elsewhere.push()
             shutil.rmtree(elsewhere.local)
 
     tasks.distill(SyncedExecutor(LostOnTheWay(), folder.remote), tiny_config("unused"), places, lambda line: None)
-    assert places.state.read_text() == "of step 2"
+    assert places.state.read_text(encoding="utf-8") == "of step 2"

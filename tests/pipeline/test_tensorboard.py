@@ -77,7 +77,7 @@ def test_stages_have_their_seconds_and_non_finite_values_are_skipped(tmp_path):
 
 
 def test_a_folder_that_cannot_be_created_ends_nothing(tmp_path):
-    (tmp_path / FOLDER).write_text("in the way")
+    (tmp_path / FOLDER).write_text("in the way", encoding="utf-8")
     lines: list[str] = []
     observers = Observers(lines.append, [TensorBoard(tmp_path)])
     observers.emit(instant("stage", "finished", stage="score"))

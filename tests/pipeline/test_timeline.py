@@ -32,7 +32,7 @@ def test_a_line_cut_by_a_kill_is_skipped_and_harms_no_other(tmp_path):
     timeline = Timeline(tmp_path)
     timeline(work(1, 2))
     timeline.close()
-    with open(tmp_path / NAME, "a") as file:
+    with open(tmp_path / NAME, "a", encoding="utf-8") as file:
         file.write('{"attempt": 1, "what": "wo')
     again = Timeline(tmp_path)
     again(work(3, 4))
@@ -42,7 +42,7 @@ def test_a_line_cut_by_a_kill_is_skipped_and_harms_no_other(tmp_path):
 
 @pytest.mark.parametrize("line", ["[1]", "null", '{"attempt": 1}', '{"attempt": 1, "odd": 2}', "{", "\x00"])
 def test_lines_that_are_not_events_are_skipped(tmp_path, line):
-    (tmp_path / NAME).write_text(line + "\n")
+    (tmp_path / NAME).write_text(line + "\n", encoding="utf-8")
     assert read(tmp_path / NAME) == []
 
 

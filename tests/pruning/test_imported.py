@@ -47,7 +47,7 @@ def with_file(tmp_path, name, **more):
 def by_position(tmp_path, name, values):
     path = tmp_path / name
     if path.suffix == ".json":
-        path.write_text(json.dumps(values))
+        path.write_text(json.dumps(values), encoding="utf-8")
     else:
         (np.savez if path.suffix == ".npz" else np.save)(path, np.array(values))
     return path
@@ -90,9 +90,9 @@ def test_tables_are_joined_by_id(tmp_path, ids, name, column):
 
 
 def test_ids_that_look_like_numbers_or_like_nothing_stay_as_they_are(tmp_path):
-    (tmp_path / "mine.csv").write_text('"sample_id","mine"\n"0001",1\n"0010",2\n')
+    (tmp_path / "mine.csv").write_text('"sample_id","mine"\n"0001",1\n"0010",2\n', encoding="utf-8")
     assert imported.read("mine", str(tmp_path / "mine.csv")).ids.to_pylist() == ["0001", "0010"]
-    (tmp_path / "mine.csv").write_text("sample_id,mine\n0001,1\nNA,\n")
+    (tmp_path / "mine.csv").write_text("sample_id,mine\n0001,1\nNA,\n", encoding="utf-8")
     assert imported.read("mine", str(tmp_path / "mine.csv")).ids.to_pylist() == ["0001", "NA"]
 
 
@@ -177,7 +177,7 @@ def test_a_score_that_is_not_finite_names_sample_and_position(tmp_path, ids, lis
     ],
 )
 def test_a_file_that_is_not_a_list_of_numbers_is_refused_with_a_reason(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message) as error:
         imported.read("a", str(tmp_path / name))
     assert str(tmp_path / name) in str(error.value)
@@ -298,7 +298,7 @@ def test_the_kept_list_is_exported_by_id_and_by_position(tmp_path, digits_run, l
         assert exported.kept(tmp_path / name, manifest, digits_run.config) == len(kept)
     assert pyarrow.csv.read_csv(tmp_path / "kept.csv")["sample_id"].to_pylist() == kept
     assert pq.read_table(tmp_path / "kept.parquet").column_names == ["sample_id", "label", "score", "rank"]
-    assert {listed[k] for k in json.loads((tmp_path / "kept.json").read_text())} == set(kept)
+    assert {listed[k] for k in json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))} == set(kept)
 
 
 def test_scores_by_position_need_one_criterion(tmp_path, digits_run):
@@ -310,7 +310,9 @@ def test_scores_by_position_need_one_criterion(tmp_path, digits_run):
 @pytest.fixture
 def config_file(tmp_path, digits_run):
     path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps(digits_run.config.model_dump(exclude={"sweep", "studies"})))  # JSON is YAML
+    path.write_text(
+        json.dumps(digits_run.config.model_dump(exclude={"sweep", "studies"})), encoding="utf-8"
+    )  # JSON is YAML
     return str(path)
 
 
@@ -321,7 +323,7 @@ def test_the_command_exports_scores_and_kept_samples(tmp_path, config_file, caps
     assert cli.main(arguments) == 0
     assert (tmp_path / "c.parquet").is_file()
     assert "scores" in capsys.readouterr().out
-    assert json.loads((tmp_path / "b.json").read_text())
+    assert json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_noisy_utilities_are_warned_about_at_select(tmp_path):
     run = Run(tiny_config(tmp_path / "run", select__keep=0.5)).stages("ingest", "score")
     folder = tmp_path / "run" / "studies"
     folder.mkdir()
-    (folder / "interaction.json").write_text(json.dumps({"facts": {"break_drop": 0.3}}))
+    (folder / "interaction.json").write_text(json.dumps({"facts": {"break_drop": 0.3}}), encoding="utf-8")
     run.stages("select")
     facts = json.loads(pq.read_schema(tmp_path / "run" / "manifest.parquet").metadata.get(b"selection", b"{}") or b"{}")
     facts = facts or json.loads(pq.ParquetFile(tmp_path / "run" / "manifest.parquet").metadata.metadata[b"selection"])

@@ -181,7 +181,7 @@ def test_memory_holds_a_small_share_of_many_part_files(tmp_path, monkeypatch):
 def test_a_file_that_is_not_a_score_table_is_refused(tmp_path):
     with pytest.raises(UserError, match="distill-at-scale score"):
         score_table.read(tmp_path / "none")
-    (tmp_path / "text").write_text("text")
+    (tmp_path / "text").write_text("text", encoding="utf-8")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         score_table.read(tmp_path / "text")
     with pytest.raises(UserError, match="lacks the columns score"):

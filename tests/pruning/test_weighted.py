@@ -199,7 +199,9 @@ def test_a_rate_beyond_the_break_point_is_warned_about():
 def test_the_break_point_is_read_from_the_first_folder_that_has_the_study(tmp_path):
     second = tmp_path / "second" / "studies"
     second.mkdir(parents=True)
-    (second / "interaction.json").write_text(json.dumps({"facts": {"break_drop": 0.4, "held_drop": 0.3}}))
+    (second / "interaction.json").write_text(
+        json.dumps({"facts": {"break_drop": 0.4, "held_drop": 0.3}}), encoding="utf-8"
+    )
     assert checks.measured_break_point([tmp_path / "first", tmp_path / "second"]) == checks.BreakPoint(0.4, 0.3)
     assert checks.measured_break_point([tmp_path / "first"]) is None
 

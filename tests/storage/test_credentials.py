@@ -28,7 +28,7 @@ def png(value: int) -> bytes:
 def configuration(folder: Path, path: str) -> Path:
     data = {"source": "parquet", "path": path, "size": 8, "channels": 1, "chunk": 32}
     values = {**TINY, "data": data, "run": {"dir": str(folder / "run")}}
-    (folder / "secret.yaml").write_text(yaml.safe_dump(values))
+    (folder / "secret.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder / "secret.yaml"
 
 

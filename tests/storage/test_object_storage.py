@@ -149,7 +149,7 @@ def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
     assert {"plan.json", "validation.parquet"} <= set(stored_objects(s3, bucket))
     out = tmp_path / "kept.csv"
     export(remote_run("d").config, [], [out], Display.silent())
-    assert len(out.read_text().splitlines()) > 3
+    assert len(out.read_text(encoding="utf-8").splitlines()) > 3
 
 
 def test_a_stage_without_a_record_is_not_trusted(remote_run, s3, bucket):
@@ -231,8 +231,8 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
     folder.create()
     with contextlib.ExitStack() as stack:
         stack.enter_context(folder.lock())
-        (folder / "scores.parquet").write_text("of this one")
-        (folder / "manifest.parquet").write_text("of this one")
+        (folder / "scores.parquet").write_text("of this one", encoding="utf-8")
+        (folder / "manifest.parquet").write_text("of this one", encoding="utf-8")
         folder.keep()
         s3.client.put_object(Bucket=bucket, Key="run/scores.parquet", Body=b"of the other one")
         other = {"host": "another host", "pid": 1, "token": "x", "beat": 1}
@@ -242,7 +242,7 @@ def test_a_command_that_was_taken_over_changes_nothing_any_more(remote_run, s3, 
             s3.client.put_object(Bucket=bucket, Key=f"run/{lease.NAME}", Body=json.dumps(other).encode())
         with pytest.raises(UserError, match="It took the lock while this command sent no heartbeat"):
             folder.remote.lock.check()
-        (folder / "scores.parquet").write_text("later, of this one")
+        (folder / "scores.parquet").write_text("later, of this one", encoding="utf-8")
         (folder / "manifest.parquet").unlink()
         with pytest.raises(UserError, match="another command has taken the lock"):
             stack.close()
@@ -256,11 +256,11 @@ def test_an_output_being_recomputed_has_no_record(remote_run, s3, bucket, monkey
     folder = remote_run("a").pipeline.dir
     folder.create()
     with folder.lock():
-        (folder / "report.html").write_text("old")
+        (folder / "report.html").write_text("old", encoding="utf-8")
         folder.complete("report", StageInputs({}, {}), [folder / "report.html"], 0.0)
 
     def interrupted(context, inputs):
-        (run.pipeline.dir / "report.html").write_text("new, by another version")
+        (run.pipeline.dir / "report.html").write_text("new, by another version", encoding="utf-8")
         raise KeyboardInterrupt
 
     run = remote_run("b")
@@ -274,7 +274,7 @@ def test_an_output_being_recomputed_has_no_record(remote_run, s3, bucket, monkey
     other = remote_run("c").pipeline.dir
     other.create()
     with other.lock():
-        assert (other / "report.html").read_text() == "new, by another version"
+        assert (other / "report.html").read_text(encoding="utf-8") == "new, by another version"
 
 
 def test_who_only_reads_removes_nothing(remote_run, s3, bucket):

@@ -53,7 +53,7 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
 
 
 def test_tuples_and_lists_are_equal(run):
-    (run / "x").write_text("x")
+    (run / "x").write_text("x", encoding="utf-8")
     run.complete("select", StageInputs({"list": (1, 2)}, {}), [run / "x"], 0)
     assert run.valid("select", StageInputs({"list": [1, 2]}, {}))
 
@@ -71,7 +71,7 @@ def test_a_truncated_output_is_an_error(run):
 
 
 def test_a_damaged_record_is_an_error(run):
-    (run / "stages" / "score.json").write_text('{"stage": "sc')
+    (run / "stages" / "score.json").write_text('{"stage": "sc', encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):
         run.valid("score", INPUTS)
 
@@ -92,8 +92,8 @@ def test_the_content_of_a_stage_that_never_ran_says_what_to_do(run):
 
 def test_folders_are_recorded_file_by_file(run):
     (run / "prepared" / "train").mkdir(parents=True)
-    (run / "prepared" / "train" / "a").write_text("a")
-    (run / "prepared" / "b").write_text("b")
+    (run / "prepared" / "train" / "a").write_text("a", encoding="utf-8")
+    (run / "prepared" / "b").write_text("b", encoding="utf-8")
     run.complete("ingest", INPUTS, [run / "prepared"], 0)
     assert sorted(run.record("ingest")["outputs"]) == ["prepared/b", "prepared/train/a"]
 
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
 
 
 def test_a_run_folder_below_a_file_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write.*run\.dir"):
         RunDir(tmp_path / "file" / "run").create()
 
@@ -150,18 +150,18 @@ def test_a_run_folder_below_a_file_is_an_error(tmp_path):
 def test_publish_replaces_a_file_in_one_step(tmp_path):
     target = tmp_path / "a" / "x"
     with publish(target) as temporary:
-        temporary.write_text("new")
+        temporary.write_text("new", encoding="utf-8")
         assert not target.exists()
-    assert target.read_text() == "new"
+    assert target.read_text(encoding="utf-8") == "new"
     assert os.listdir(tmp_path / "a") == ["x"]
 
 
 def test_publish_replaces_a_whole_folder(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "old").write_text("")
+    (tmp_path / "x" / "old").write_text("", encoding="utf-8")
     with publish(tmp_path / "x") as temporary:
         temporary.mkdir()
-        (temporary / "new").write_text("")
+        (temporary / "new").write_text("", encoding="utf-8")
     assert os.listdir(tmp_path / "x") == ["new"]
     assert os.listdir(tmp_path) == ["x"]
 
@@ -173,7 +173,7 @@ def test_an_error_inside_publish_leaves_nothing(tmp_path, folder):
             if folder:
                 temporary.mkdir()
                 temporary = temporary / "part"
-            temporary.write_text("half")
+            temporary.write_text("half", encoding="utf-8")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -182,16 +182,16 @@ def test_an_error_inside_publish_leaves_nothing(tmp_path, folder):
 
 
 def test_an_error_inside_publish_keeps_what_was_there(tmp_path):
-    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").write_text("old", encoding="utf-8")
 
     def half_written():
         with publish(tmp_path / "x") as temporary:
-            temporary.write_text("half")
+            temporary.write_text("half", encoding="utf-8")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         half_written()
-    assert (tmp_path / "x").read_text() == "old"
+    assert (tmp_path / "x").read_text(encoding="utf-8") == "old"
 
 
 def test_unfinished_work_belongs_to_one_fingerprint(run):
@@ -208,25 +208,25 @@ def test_files_of_another_run_are_linked_where_they_are_missing(tmp_path):
     other = tmp_path / "other"
     (other / "stages").mkdir(parents=True)
     (other / "networks" / "abc").mkdir(parents=True)
-    (other / "networks" / "abc" / "expert").write_text("theirs")
-    (other / "networks" / "abc" / ".expert.partial").write_text("half")
+    (other / "networks" / "abc" / "expert").write_text("theirs", encoding="utf-8")
+    (other / "networks" / "abc" / ".expert.partial").write_text("half", encoding="utf-8")
     run = RunDir(tmp_path / "run", other)
     run.create()
     run.take_over_files("networks/abc")
     run.take_over_files("networks/unknown")
     assert [p.name for p in (run / "networks" / "abc").iterdir()] == ["expert"]
     (run / "networks" / "abc" / "expert").unlink()
-    (run / "networks" / "abc" / "expert").write_text("mine")
+    (run / "networks" / "abc" / "expert").write_text("mine", encoding="utf-8")
     run.take_over_files("networks/abc")
-    assert (run / "networks" / "abc" / "expert").read_text() == "mine"
+    assert (run / "networks" / "abc" / "expert").read_text(encoding="utf-8") == "mine"
 
 
 def test_half_written_networks_of_a_killed_command_are_swept(run):
     folder = run / "networks" / "abc" / "expert.partial"
     folder.mkdir(parents=True)
     for place in (folder, folder.parent):
-        (place / ".epoch.1234.tmp").write_text("half")
-        (place / "whole").write_text("whole")
+        (place / ".epoch.1234.tmp").write_text("half", encoding="utf-8")
+        (place / "whole").write_text("whole", encoding="utf-8")
     run.sweep()
     assert sorted(p.name for p in (run / "networks").rglob("*") if p.is_file()) == ["whole", "whole"]
 
@@ -236,7 +236,7 @@ def test_files_that_another_run_removes_meanwhile_are_skipped(tmp_path, monkeypa
     other.mkdir(parents=True)
     (tmp_path / "other" / "stages").mkdir()
     gone, kept = other / "gone", other / "kept"
-    kept.write_text("kept")
+    kept.write_text("kept", encoding="utf-8")
     monkeypatch.setattr(rundir, "files_in", lambda path: [gone, kept])
     run = RunDir(tmp_path / "run", tmp_path / "other")
     run.create()

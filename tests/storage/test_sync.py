@@ -41,7 +41,7 @@ def copies(place, tmp_path):
 def write(mirror, name, text):
     path = mirror.local / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def test_what_one_machine_stores_another_fetches(copies):
@@ -56,7 +56,7 @@ def test_what_one_machine_stores_another_fetches(copies):
         "prepared/train/0.parquet",
         ".work/score-1/pieces/0.parquet",
     }
-    assert (b.local / "prepared/train/0.parquet").read_text() == "pixels"
+    assert (b.local / "prepared/train/0.parquet").read_text(encoding="utf-8") == "pixels"
 
 
 def test_only_what_differs_travels(copies, monkeypatch):
@@ -87,7 +87,7 @@ def test_what_was_changed_here_is_not_overwritten(copies):
     write(a, "log", "1\nother\n")
     a.push()
     b.pull()
-    assert (b.local / "log").read_text() == "1\n2\n"
+    assert (b.local / "log").read_text(encoding="utf-8") == "1\n2\n"
 
 
 def test_sync_removes_files_that_are_gone_on_the_other_side(copies):
@@ -253,7 +253,7 @@ def test_neither_records_nor_names_lead_out_of_the_copy(place, s3, tmp_path, sta
     victim = tmp_path / "copies" / f"victim-{fingerprint[:16]}" if stage != "score" else tmp_path / "copies" / "victim"
     victim.mkdir(parents=True)
     (tmp_path / "copies" / "b" / ".work" / "score-").mkdir(parents=True)
-    (tmp_path / "copies" / "b" / working_copy.IDENTITY).write_text("id")
+    (tmp_path / "copies" / "b" / working_copy.IDENTITY).write_text("id", encoding="utf-8")
     bucket_name = place.removeprefix("s3://").partition("/")[0]
     record = {"stage": stage, "fingerprint": fingerprint, "outputs": {"../../out.txt": {"bytes": 1, "sha256": ""}}}
     for key, body in (("stages/score.json", json.dumps(record)), ("../../out.txt", "x")):

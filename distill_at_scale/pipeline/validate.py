@@ -198,8 +198,8 @@ def space(config: Config, plan: ingest.IngestPlan, free: int) -> str:
     sample_bytes = math.prod(sample_shape(config.data)) * (4 if sample_types.holds_tensors(config.data) else 1)
     derived = sum(planned(config, plan).counts) if config.data.transform != "none" else 0
     need = int((2 * plan.samples + derived) * sample_bytes * (JPEG_RATIO if stores_jpeg(config.data) else 1))
-    unit, name = (1e9, "GB") if max(need, free) >= 1e9 else (1e6, "MB")
-    line = f"  ingest needs about {need / unit:.1f} {name} on the run folder's disk, {free / unit:.1f} {name} are free"
+    needed, there = (f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB" for size in (need, free))
+    line = f"  ingest needs about {needed} on the run folder's disk, {there} are free"
     return line + (": NOT ENOUGH, it will stop when the disk is full" if need > free else "")
 
 

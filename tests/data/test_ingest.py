@@ -441,10 +441,13 @@ def test_what_the_source_holds_is_described_in_one_line(tmp_path):
     plan = ingest.plan(folder_config(tmp_path))
     assert {split: counts.tolist() for split, counts in plan.counts.items()} == {"train": [2, 1, 1], "test": [1, 1, 1]}
     assert plan.describe() == (
-        "3 classes, cat to emu; train: 4 samples, 1 (dog) to 2 (cat) per class; test: 3 samples, 1 per class"
+        "3 classes (cat, dog, emu); train: 4 samples, 1 (dog) to 2 (cat) per class; test: 3 samples, 1 per class"
     )
+    held_out = ingest.plan(digits_config(holdout=0.25, classes=None)).describe()
+    assert held_out.startswith("10 classes (0, 1, ..., 9); train: ")
+    assert "; test (held out): " in held_out
     alone = ingest.plan(folder_config(tmp_path, classes=["cat"], train_split="val"))
-    assert alone.describe() == "1 class, cat; train: 1 sample, 1 per class"
+    assert alone.describe() == "1 class (cat); train (the val split): 1 sample, 1 per class"
 
 
 def test_kinds_of_reasons_keep_the_words_and_numbers_that_all_reasons_share():

@@ -127,7 +127,7 @@ BROKEN = {
     HEADER + "a,x,1.5,2,train,0\n": "line 2: the times are '1.5' and '2'; write whole seconds",
     HEADER + "a, b,x,1,2,train,0\n": "line 2: it has more columns than the first line; quote",
     HEADER + "a,#NAME?,1,2,train,0\n": "line 2: youtube_id is '#NAME\\?'",
-    HEADER + "a,x,1,2,holdout,0\n": "line 2: split is 'holdout'; it must be one of train, val",
+    HEADER + "a,x,1,2,holdout,0\n": "line 2: split is 'holdout'; it must be train, val or test",
     HEADER + ",x,1,2,train,0\n": "line 2: it has no label",
     HEADER + "a,x\n": "line 2: the times are '' and ''",
     HEADER + 'a,x,1,2,train,0\n"b,y,1,2,train,0\nc,z,1,2,train,0\n': "line 3: .*close every quotation mark",
@@ -226,7 +226,28 @@ def test_other_layouts_give_the_same_labels(tmp_path, flat):
     assert aside(source) == [MISSING]
 
 
-@pytest.mark.parametrize("folder", ["validate", "validation", "Valid", "VAL_256"])
+@pytest.mark.parametrize("folder", ["training dog", "training_dog"])
+def test_a_folder_named_like_a_label_is_no_split(tmp_path, folder):
+    lists = {
+        "train.csv": HEADER + "training dog,ttttttttttt,0,10,train,0\n",
+        "val.csv": HEADER + "training dog,vvvvvvvvvvv,0,10,val,0\n",
+    }
+    source = kinetics(put(tmp_path, {f"{folder}/{c * 11}_0_10.mp4": b"x" for c in "tv"} | lists))
+    assert [list(labels(source, split)) for split in source.splits()] == [
+        [f"{folder}/ttttttttttt_0_10.mp4"], [f"{folder}/vvvvvvvvvvv_0_10.mp4"]
+    ]  # fmt: skip
+    assert aside(source) == aside(source, "test") == []
+
+
+def test_a_test_split_beside_val_is_said_to_be_unused(k400):
+    assert kinetics(k400).notes() == []
+    put(k400, {"test/lllllllllll_000000_000010.mp4": b"x", "test/mmmmmmmmmmm_000000_000010.mp4": b"x"})
+    source = kinetics(k400)
+    assert list(labels(source, "test")) == ["val/abseiling/vvvvvvvvvvv_000003_000013.mp4"]
+    assert "not used: test (2 clips)" in source.notes()[0]
+
+
+@pytest.mark.parametrize("folder", ["validate", "validation", "Valid", "VAL_256", "k400_val", "dev", "Evaluation"])
 def test_the_folder_of_val_has_many_names(k400, folder):
     (k400 / "val").rename(k400 / folder)
     source = kinetics(k400)
@@ -234,7 +255,7 @@ def test_the_folder_of_val_has_many_names(k400, folder):
     (k400 / folder / "abseiling").rename(k400 / folder / "arm wrestling")
     put(k400, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
     reasons = [reason for *_, reason in aside(kinetics(k400), "test")]
-    assert f"lies in {folder[:10].partition('_')[0]}/, but train.csv line 3 lists it" in reasons
+    assert f"lies in {folder}/, but train.csv line 3 lists it" in reasons
 
 
 def test_names_without_padding_are_the_same_clips(k400):

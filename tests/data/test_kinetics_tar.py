@@ -75,6 +75,7 @@ def numbers(table):
 def test_clips_come_in_the_order_of_the_archives_with_the_labels_of_the_lists(cvdf):
     here = source(cvdf)
     assert here.splits() == ["train", "test"]
+    assert "val is the test split; not used: test/part_0.tar.gz (" in here.notes()[0]
     assert here.class_names == ["a", "b"]
     table = here.listing("train")
     assert numbers(table) == [5, 3, 0, 1, 2, 4]

@@ -42,6 +42,7 @@ class IngestPlan:
     # samples that the source itself rejects (schema SET_ASIDE)
     aside: dict[str, pa.Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # lines of the source on its choices
+    origins: dict[str, str] = field(default_factory=dict)  # where a split comes from, if not from the one of its name
 
     def chunks(self, size: int) -> list[tuple[str, int, pa.Table]]:
         """(split, index, rows) of each chunk."""
@@ -67,14 +68,16 @@ class IngestPlan:
     def describe(self) -> str:
         """One line: the number of classes, the first and the last; per split the samples, and the least and most per class."""
         names = self.class_names
-        parts = [f"{len(names):,} classes, {names[0]} to {names[-1]}" if len(names) > 1 else f"1 class, {names[0]}"]
+        shown = ", ".join(names if len(names) < 5 else [*names[:2], "...", names[-1]])
+        parts = [f"{len(names):,} class{'es' if len(names) > 1 else ''} ({shown})"]
         for split, counts in self.counts.items():
             least, most = int(counts.argmin()), int(counts.argmax())
             per_class = f"{counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
             if counts[least] == counts[most]:
                 per_class = f"{counts[least]:,}"
             total = int(counts.sum())
-            parts.append(f"{split}: {total:,} sample{'s' if total != 1 else ''}, {per_class} per class")
+            name = f"{split} ({self.origins[split]})" if split in self.origins else split
+            parts.append(f"{name}: {total:,} sample{'s' if total != 1 else ''}, {per_class} per class")
         return "; ".join(parts)
 
     @property
@@ -110,6 +113,7 @@ def plan(config: Config) -> IngestPlan:
     splits = _splits(source, data)
     listings = {name: source.listing(split) for name, split in splits.items()}
     aside = {name: set_aside(source, split) for name, split in splits.items()}
+    origins = {"train": "the val split"} if splits["train"] == "test" else {}
     source_names = list(source.class_names)
     if data.class_names is not None:
         source_names, labels = explicit_order(source_names, data.class_names)
@@ -130,6 +134,7 @@ def plan(config: Config) -> IngestPlan:
         notes.append(f"warning: data.holdout = {data.holdout:g} has no effect: the data have a test split of their own")
     elif data.holdout:
         listings["train"], listings["test"] = _hold_out(listings["train"], data.holdout, config.run.seed)
+        origins["test"] = "held out"
     listings = _without_empty(listings)
     counts = np.bincount(listings["train"]["label"].to_numpy(), minlength=len(names))
     if (empty := np.flatnonzero(counts == 0)).size:
@@ -138,7 +143,7 @@ def plan(config: Config) -> IngestPlan:
     hashes = {split: hashlib.sha256(t["label"].to_numpy().tobytes()).hexdigest() for split, t in listings.items()}
     digests = {name: source.digest(split) for name, split in splits.items()}
     content = json.dumps([digests, digest([names, source_names, hashes])])
-    return IngestPlan(names, source_names, listings, content, aside, tuple(notes))
+    return IngestPlan(names, source_names, listings, content, aside, tuple(notes), origins)
 
 
 def _without_samples(names: list[str], empty: np.ndarray[Any, Any], aside: pa.Table | None, place: str) -> str:

@@ -22,8 +22,8 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import gzip_tar, tar
-from distill_at_scale.data.sources.base import SET_ASIDE, FileSource, rows_to_table
-from distill_at_scale.data.sources.video.kinetics_csv import read_annotations
+from distill_at_scale.data.sources.base import SET_ASIDE, FileSource, rows_to_table, unused_split
+from distill_at_scale.data.sources.video.kinetics_csv import WORDS, read_annotations
 from distill_at_scale.data.sources.video.kinetics_files import FILES, SPLIT, UNFINISHED, VIDEO, Matched
 
 ARCHIVE = re.compile(r"\.(tar\.gz|tgz|tar)$", re.IGNORECASE)
@@ -60,6 +60,10 @@ class Kinetics(FileSource):
         """Listed clips without a file, and files that are unlisted, in the wrong split, duplicate or unfinished."""
         return self.matched.set_aside.get(split, SET_ASIDE.empty_table())
 
+    def notes(self) -> list[str]:
+        clips = self.matched.unused
+        return [unused_split("val", [f"test ({clips:,} clips)"])] if clips else []
+
     def files(self) -> pa.Table:
         """All files below the root (schema FILES)."""
         paths, sizes = self.store.table()
@@ -67,7 +71,7 @@ class Kinetics(FileSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops lists and files, which an actor that only reads does not need."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("matched", "_sizes")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("matched", "_sizes", "_unused")}
 
 
 class KineticsTar(Kinetics):
@@ -92,13 +96,16 @@ class KineticsTar(Kinetics):
     def read(self, rows: pa.Table) -> Sequence[bytes]:
         return self._reader.read(rows)
 
+    def notes(self) -> list[str]:
+        return [unused_split("val", self._unused)] if self.splits() and self._unused else []
+
     def files(self) -> pa.Table:
         """All members of all archives (schema FILES) in archive order, then unfinished downloads of archives."""
         paths, sizes = self.store.table()
         self._sizes = dict(zip(paths.to_pylist(), sizes.to_pylist(), strict=True))
         threads = (os.cpu_count() or 1) if self.store.local else REMOTE_THREADS
         archives = [path for path in self._sizes if ARCHIVE.search(path)]
-        words = {path: match[1].lower()[:3] for path in archives if (match := re.search(SPLIT, f"{path}/"))}
+        words = {path: WORDS[match["word"].lower()] for path in archives if (match := re.search(SPLIT, f"{path}/"))}
         other = next((p for p in self._sizes if OTHER_ARCHIVE.search(p) and re.search(SPLIT, f"{p}/")), None)
         if other is not None:
             place = self.store.place(other)
@@ -107,7 +114,8 @@ class KineticsTar(Kinetics):
             hint = "the layout is train/part_0.tar.gz, …, val/part_0.tar.gz, … with the official CSVs beside"
             raise UserError(f"{self.store.place()} holds no archives; {hint}")
         # those of the test split only if val has none, as they would not be used
-        archives = [path for path in archives if words.get(path) != "tes" or "val" not in words.values()]
+        self._unused = [path for path in archives if words.get(path) == "test" and "val" in words.values()]
+        archives = [path for path in archives if path not in self._unused]
         parts = list(tar.map_in_threads(self._members, archives, threads))
         unfinished = pc.match_substring_regex(paths, UNFINISHED)
         paths, sizes = paths.filter(unfinished), sizes.filter(unfinished)

@@ -18,15 +18,17 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources.base import INT32, TEXT, rows_to_table
+from distill_at_scale.data.sources.base import INT32, SPLIT_WORDS, TEXT, rows_to_table
 from distill_at_scale.data.sources.label_files import LabelFile, named_file, resolve
 from distill_at_scale.storage.filesystem import Store, join_path
 
 ROWS = pa.schema({"word": TEXT, "key": TEXT, "label": TEXT, "file": TEXT, "line": INT32})
-WORDS = {"train": "train", "val": "val", "valid": "val", "validate": "val", "validation": "val", "test": "test"}
+WORDS = {  # a word that names a split -> train, val or test
+    word: "val" if split in ("dev", "eval") else split for split, words in SPLIT_WORDS.items() for word in words
+}
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 KEY = "data.annotations"
-NAME = re.compile(r"(?:(?P<before>.*)[-_. ])?(?P<word>train|val|valid|validate|validation|test)", re.IGNORECASE)
+NAME = re.compile(rf"(?:(?P<before>.*)[-_. ])?(?P<word>{'|'.join(WORDS)})", re.IGNORECASE)
 ALL_SPLITS_NAME = re.compile(r"(annotations?|labels|k(inetics)?[-_]?[4-7]00([-_]?2020)?)\.csv", re.IGNORECASE)
 FOLDER = re.compile(r"annot|label|csv|kinetics|k[-_]?[4-7]00|deepmind", re.IGNORECASE)
 LEVELS = 3  # of such folders
@@ -98,7 +100,7 @@ def read_list(file: LabelFile) -> Iterator[Row]:
                 raise _malformed(file, line, f"youtube_id is {clip_id!r}; it has letters, digits, - and _ only")
             raise _malformed(file, line, f"the times are {start!r} and {end!r}; write whole seconds")
         if word is None:
-            raise _malformed(file, line, f"split is {split!r}; it must be one of {', '.join(WORDS)}")
+            raise _malformed(file, line, f"split is {split!r}; it must be train, val or test")
         if not label and word != "test":
             raise _malformed(file, line, "it has no label")
         yield Row(word, key, label or None, file.place, line)

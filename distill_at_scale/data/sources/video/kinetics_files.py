@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import INT64, LISTING, SET_ASIDE, TEXT, listing, set_aside_table
 from distill_at_scale.data.sources.media import VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.video.kinetics_csv import WORDS
 
 Array = np.ndarray[Any, Any]
 
@@ -32,10 +33,12 @@ UNFINISHED = (  # yt-dlp, aria2, wget, browsers; x.temp.mp4 and x.f137.mp4 are p
     rf"|\.(temp|part|f[0-9]+)\.({'|'.join(EXTENSIONS)}|m4a)$"
 )
 CLIP = r"(?i)^(?:.*/)?(?P<id>[^/]+)_0*(?P<start>[0-9]{1,9})_0*(?P<end>[0-9]{1,9})\.[a-z0-9]+$"
-SPLIT = r"(?i)(?:^|/)(?P<word>train|validate|validation|valid|val|test)(?:[^a-z/][^/]*)?/"
+SPLIT = (  # the outermost folder with a word that names a split
+    rf"(?i)(?:^|/)(?P<folder>(?:[^/]*[^a-z/])?(?P<word>{'|'.join(sorted(WORDS, key=len, reverse=True))})(?:[^a-z/][^/]*)?)/"
+)
 REPLACEMENT = r"(?i)(?:^|/)replacement[^/]*/"
 FOLDER = r"(?:^|/)(?P<folder>[^/]+)/[^/]+$"
-WORDS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 LAYOUT = "train/<label>/<id>_<start>_<end>.mp4, or flat"
 
 
@@ -43,7 +46,7 @@ LAYOUT = "train/<label>/<id>_<start>_<end>.mp4, or flat"
 class Matched:
     """The outcome for each listed clip and each file.
 
-    Splits are numbers here: indices in WORDS, -1 for none. Raises UserError if no file is a clip or no clip is listed, and
+    Splits are numbers here: indices in SPLITS, -1 for none. Raises UserError if no file is a clip or no clip is listed, and
     for a label that the training list lacks.
 
     Args:
@@ -65,16 +68,18 @@ class Matched:
         parts = pc.extract_regex(self.files["place"], CLIP)
         self.keys = pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("id", "start", "end")), "_")
         self._has_label = _mask(pc.is_valid(self.rows["label"]))
-        self.row_split = pc.index_in(self.rows["word"], pa.array(WORDS)).to_numpy().astype(np.int64)
+        self.row_split = pc.index_in(self.rows["word"], pa.array(SPLITS)).to_numpy().astype(np.int64)
         paths = self.files["place"]
-        words = _extract(paths, SPLIT, "word")
-        short = pc.utf8_lower(pc.replace_substring_regex(words, "(?i)^val.*", "val"))
+        words = pc.index_in(pc.utf8_lower(_extract(paths, SPLIT, "word")), pa.array(list(WORDS)))
+        splits = np.append([SPLITS.index(split) for split in WORDS.values()], -1)[_indices(words)]
+        labels = pc.unique(_alphanumeric(self.rows["label"]).drop_null())  # "training dog" names no split
+        is_label = _mask(pc.is_in(_alphanumeric(_extract(paths, SPLIT, "folder")), labels, skip_nulls=True))
         self.is_replacement = _mask(self._match(REPLACEMENT))
-        self.file_split = np.where(self.is_replacement, -1, _indices(pc.index_in(short, pa.array(WORDS))))
+        self.file_split = np.where(self.is_replacement | is_label, -1, splits)
         self.finished = ~_mask(self._match(UNFINISHED))
         # `row` is the row that lists each finished file, -1 for none; in a split's folder only rows of that split count
         self.row_anywhere = _indices(pc.index_in(self.keys, self.rows["key"], skip_nulls=True))
-        words = pa.array([None if split < 0 else WORDS[split] for split in self.file_split.tolist()], pa.string())
+        words = pa.array([None if split < 0 else SPLITS[split] for split in self.file_split.tolist()], pa.string())
         file_keys = pc.binary_join_element_wise(words, self.keys, "/")
         row_keys = pc.binary_join_element_wise(self.rows["word"], self.rows["key"], "/")
         in_split = _indices(pc.index_in(file_keys, row_keys, skip_nulls=True))
@@ -93,12 +98,19 @@ class Matched:
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """Split with files -> index in WORDS; val wins over a labelled test."""
+        """Split with files -> index in SPLITS; val wins over a labelled test."""
         listed = self.row[self.row >= 0]
         present = set(self.row_split[listed[self._has_label[listed]]].tolist())
         val = 1 in present or (2 not in present and (self.file_split == 1).any())  # no list may have the clips of val
         train = {"train": 0} if 0 in present or (self.file_split == 0).any() else {}
         return train | ({"test": 1} if val else {"test": 2} if 2 in present else {})
+
+    @cached_property
+    def unused(self) -> int:
+        """The number of clips in a test split that is not used."""
+        of_row = np.where(self.row >= 0, self.row_split[self.row], -1)
+        is_test = np.where(self.file_split >= 0, self.file_split, of_row) == SPLITS.index("test")
+        return 0 if SPLITS.index("test") in self.splits.values() else int(is_test.sum())
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -153,7 +165,7 @@ class Matched:
             parts = pc.extract_regex(listed["key"], "^(?P<id>.*)_(?P<start>[0-9]+)_(?P<end>[0-9]+)$")
             start, end = (pc.utf8_lpad(pc.struct_field(parts, name), 6, "0") for name in ("start", "end"))
             clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
-            ids = _text(WORDS[number], "/", listed["label"], "/", clips, ".mp4")
+            ids = _text(SPLITS[number], "/", listed["label"], "/", clips, ".mp4")
             elsewhere = pc.is_in(listed["key"], self.keys.filter(pa.array(self.finished)))
             why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
             lists = pc.replace_substring_regex(listed["file"], f"^{re.escape(self.place)}/", "")
@@ -173,7 +185,7 @@ class Matched:
             files = np.flatnonzero(mask)
             yield files, pa.repeat(reason, len(files)), np.full(len(files), -1)
         files, paths = np.flatnonzero(without_row & is_listed), self.files["place"]
-        rows, folders = self.row_anywhere[files], _extract(paths.take(pa.array(files)), SPLIT, "word")
+        rows, folders = self.row_anywhere[files], _extract(paths.take(pa.array(files)), SPLIT, "folder")
         yield files, _text("lies in ", folders, "/, but ", self._lines(rows), " lists it"), self.labels[rows]
         best, agrees, others, instead = self._best
         files = np.concatenate([best[~agrees], others[self._disagrees[others]]])

@@ -134,6 +134,30 @@ def _run_stages(config: Config, display: Display, stages: Sequence[str]) -> None
         show_result(RunDir.of(config.run), display.console)
 
 
+@app.command(epilog=examples("show runs/digits", "show runs/digits --json", "show s3://bucket/runs/digits"))
+def show(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder: a path or a URI.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+) -> int:
+    """Print what a run folder holds, and the next step.
+
+    That is: its configuration, stages, results, warnings and report. The run may be unfinished. Of a sweep or a study it
+    prints where the page is.
+    """
+
+    def body() -> None:
+        from distill_at_scale.core.progress import Display
+        from distill_at_scale.pipeline.report import show
+
+        described = show.describe(folder)
+        if json:
+            typer.echo(show.as_json(described))
+        else:
+            show.print_folder(described, Display().console)
+
+    return report_errors(body)
+
+
 @app.command(epilog=examples("validate configs/digits.yaml", "validate configs/imagenette_dm_ipc1.yaml data.path=PATH"))
 def validate(config: ConfigName, overrides: Overrides = None) -> int:
     """Read every sample first, and list the broken ones.

@@ -13,6 +13,7 @@ from typing import Any
 from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
 
+FRAME = "frame:"  # prefix of the name of a network that sees the middle frame of a clip only
 # words that people use for an entry of a table that has another name
 ALIASES = {
     "folder": "imagefolder", "image_folder": "imagefolder", "images": "imagefolder", "directory": "imagefolder",

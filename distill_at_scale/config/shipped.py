@@ -48,7 +48,7 @@ def file_of(config: str | Path) -> Path:
     Raises UserError if there is neither; the message says so if a shipped configuration has the name of the file.
     """
     given = Path(config)
-    if given.exists() or str(config) not in names():
+    if given.is_file() or (given / "run.json").is_file() or str(config) not in names():
         return given
     return path(str(config))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_at_scale.config.explain import suggest
-from distill_at_scale.config.registry import resolve
+from distill_at_scale.config.registry import FRAME, resolve
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.models.image import VGG11, AlexNet, ConvNet, ResNet
@@ -27,7 +27,7 @@ from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
 
 # bytes of one layer's activations per forward pass: a CPU core's cache; more on a GPU costs memory and saves no time
 CPU_CACHE, GPU_ACTIVATIONS = 8 * 2**20, 512 * 2**20
-TORCHVISION, FRAME = "torchvision:", "frame:"  # prefixes of names
+TORCHVISION = "torchvision:"  # prefix of names
 MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that return more than logits in training
 COMPILE_FROM = 25 * 10**9  # activation_bytes below which compiling (10-30 s) costs more than it saves
 

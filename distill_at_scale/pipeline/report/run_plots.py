@@ -10,11 +10,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from distill_at_scale.core.images import Frames, palette_png, png, to_frames, webp
 from distill_at_scale.pipeline.report import style
 
 BINS = 72
+COLUMNS = 10  # pictures side by side
 FEW = 20  # up to this many kept samples of a class are drawn one by one
 
 Array = np.ndarray[Any, Any]
@@ -133,7 +135,7 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
     panels = [(loss, "distillation loss", style.INK), (top1, "top-1 in % (one network)", style.COLORS["distilled"])]
     panels = [panel for panel in panels if panel[0]]  # those with points
     with matplotlib.rc_context(style.STYLE):
-        figure = Figure(figsize=(style.WIDTH, 2.5 * len(panels) + 0.3), layout="constrained")
+        figure = style.PlotFigure(figsize=(style.WIDTH, 2.5 * len(panels) + 0.3), layout="constrained")
         shared: Axes | None = None
         for place, (points, label, color) in enumerate(panels):
             shared = axes = figure.add_subplot(len(panels), 1, place + 1, sharex=shared)
@@ -153,6 +155,29 @@ def curve(loss: Sequence[tuple[int, float]], top1: Sequence[tuple[int, float]]) 
             style.frame(axes, "both")
             axes.set_ylabel(label)
         axes.set_xlabel("step")
+        return figure
+
+
+def pictures(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Figure:
+    """Named rows of pictures; where each has a single picture, they are put side by side under their names."""
+    single = all(len(images) == 1 for _, images in rows)
+    lines = [rows[i : i + COLUMNS] for i in range(0, len(rows), COLUMNS)] if single else [[row] for row in rows]
+    columns = max(len(line) if single else len(line[0][1]) for line in lines)
+    with matplotlib.rc_context(style.STYLE):
+        size = (0.9 * columns + (0 if single else 1.2), (1.1 if single else 0.9) * len(lines))
+        figure = style.PlotFigure(figsize=size, layout="constrained")
+        places = figure.subplots(len(lines), columns, squeeze=False)
+        for axes in places.flat:
+            axes.set_axis_off()
+        for line, own in zip(lines, places, strict=True):
+            images = [images[0] for _, images in line] if single else line[0][1]
+            for axes, image in zip(own, images, strict=False):
+                axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
+            for axes, (name, _) in zip(own, line, strict=False):
+                if single:
+                    axes.set_title(style.clip(name, 12))
+                else:
+                    axes.text(-0.1, 0.5, style.clip(name), transform=axes.transAxes, ha="right", va="center")
         return figure
 
 

@@ -1,37 +1,245 @@
-"""What the terminal shows of a run: the accuracy of each set and the path of the report."""
+"""What a folder holds, for the command `show`: as plain values (`describe`), and as tables on the terminal (`print_folder`).
+
+Folders of sweeps and studies are named with their page. Loads neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distill_at_scale.distillation.summary import differences
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import format_seconds, printable
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.pipeline import run_reader
 from distill_at_scale.pipeline.report.text import ONE_DISTILLATION, points
+from distill_at_scale.pipeline.run_reader import Result, Run, StageState
 from distill_at_scale.storage.run_dir import RunDir
 
+SETTINGS = (  # keys that a summary shows, in lines
+    ("data", ("data.source", "data.path", "data.size", "data.frames", "data.classes")),
+    ("score", ("score.criterion", "score.trials", "score.epochs", "score.weights")),
+    ("select", ("select.keep", "select.per_class", "select.criterion", "select.order")),
+    ("distill", ("distill.method", "distill.ipc", "distill.steps", "distill.network")),
+    ("runtime", ("runtime.rule", "runtime.drop")),
+    ("run", ("run.seed", "run.reuse")),
+)
+REASONS = 3  # rejected samples that are named
 
-def show_result(run: RunDir, console: Console) -> None:
-    """Print the accuracy per set and network, and the path of the report."""
-    path = run / "evaluation.json"
-    if not path.exists():
+
+def describe(address: str | Path) -> dict[str, Any]:
+    """What a folder holds, as values for JSON.
+
+    Always: kind (run, sweep or study), folder, next (a command or None). Of a run: configuration, data, stages, results,
+    warnings, rejected, report; a part that is not there is None or empty. Of a sweep or study: page, table, points.
+
+    Raises:
+        UserError: there is no such folder, or it is not one of this package.
+    """
+    folder = run_reader.open_folder(address)
+    kind = run_reader.kind_of(folder)
+    described = {"kind": kind, "folder": folder.named}
+    if kind != "run":
+        described |= _experiment(folder, kind)
+    if run_reader.is_run(folder):
+        described |= _run(Run(folder))
+    return described
+
+
+def _run(run: Run) -> dict[str, Any]:
+    stages, left = run.stages, run.open_stages
+    report = "report.html" if stages["report"].done else None
+    return {
+        "configuration": _settings(run),
+        "data": _data(run),
+        "stages": [_stage(name, state) for name, state in stages.items()],
+        "results": [_result(result) for result in run.results] if stages["evaluate"].done else [],
+        "warnings": run.warnings,
+        "rejected": _rejected(run),
+        "report": _place(run, report) if report else None,
+        "next": run.command("run") if left else _export(run),
+    }
+
+
+def _export(run: Run) -> str:
+    """The command that writes the finished set in the usual form of its kind."""
+    kind = (_data(run) or {"kind": "images"})["kind"]
+    option = {"clips": "--videofolder out", "tensors": "--pt out/set.pt"}.get(kind, "--imagefolder out")
+    return f"{run.command('export')} {option}"
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The keys of SETTINGS; of a configuration of another version as far as they are there."""
+    try:
+        values: dict[str, Any] = run.config.model_dump(mode="json")
+    except UserError as error:
+        return {"problem": str(error)}
+    flat = {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
+    names = (key for _, keys in SETTINGS for key in keys)
+    return {key: flat[key] for key in names if flat.get(key) is not None}
+
+
+def _data(run: Run) -> dict[str, Any] | None:
+    if not run.stages["ingest"].done or not (run.path / "prepared" / "dataset.json").exists():
+        return None
+    data = PreparedDataset(run.path / "prepared")
+    counts = {split: sum(data.counts(split)) for split in data.meta["counts"]}
+    return {"kind": data.kind, "shape": list(data.shape), "classes": len(data.class_names), "samples": counts}
+
+
+def _stage(name: str, state: StageState) -> dict[str, Any]:
+    at = state.at.isoformat(timespec="seconds") if state.at else None
+    facts = {"state": state.state, "seconds": state.seconds, "at": at, "reused_from": state.reused_from}
+    return {"stage": name, **facts, "facts": {key: value for key, value in state.facts.items() if key != "warnings"}}
+
+
+def _result(result: Result) -> dict[str, Any]:
+    return {name: value for name, value in asdict(result).items() if name != "values"}
+
+
+def _rejected(run: Run) -> dict[str, Any] | None:
+    if not run.stages["ingest"].done or not (run.path / "rejected.parquet").exists():
+        return None
+    listed = [row for row in run.rejected.to_pylist() if not row.get("used", False)]
+    first = [{"sample": row["sample_id"], "reason": row["reason"]} for row in listed[:REASONS]]
+    return {"count": len(listed), "first": first, "list": _place(run, "rejected.parquet")}
+
+
+def _experiment(folder: RunDir, kind: str) -> dict[str, Any]:
+    names = {"sweep": ("sweep.html", "sweep.parquet"), "study": ("studies.html", "studies/studies.parquet")}[kind]
+    page, table = (folder.place(name) if (folder / name).exists() else None for name in names)
+    points = None if folder.remote else len(list(folder.path.glob("points/*/stages/evaluate.json")))
+    return {
+        "page": page,
+        "table": table,
+        "points": points,
+        "next": f"distill-at-scale {kind} CONFIG" if not page else None,
+    }
+
+
+def _place(run: Run, name: str) -> str:
+    return f"{run.address}/{name}" if "://" in run.address else str((run.path / name).resolve())
+
+
+def as_json(described: dict[str, Any]) -> str:
+    return json.dumps(described, indent=1, ensure_ascii=False)
+
+
+def print_folder(described: dict[str, Any], console: Console) -> None:
+    """Print what `describe` returned."""
+
+    def say(text: str) -> None:
+        console.print(printable(text), markup=False, soft_wrap=True)
+
+    say(f"{described['kind']} {described['folder']}")
+    if described["kind"] != "run":
+        say(f"page: {described['page'] or 'not written yet'}")
+        if described["table"]:
+            say(f"table: {described['table']}")
+        if described["points"]:
+            say(f"finished distillations: {described['points']}")
+    if "stages" not in described:
+        _say_next(described, say)
         return
+    for section, text in _lines(described):
+        say(f"  {section:<9}{text}")
+    console.print(stage_table(described["stages"]))
+    if described["results"]:
+        _print_results(described["results"], console)
+    for line in described["warnings"]:
+        say(f"warning: {line}")
+    if (rejected := described["rejected"]) and rejected["count"]:
+        say(f"rejected samples: {rejected['count']}, listed in {rejected['list']}")
+        for row in rejected["first"]:
+            say(f"  {row['sample']}: {row['reason']}")
+    if described["report"]:
+        say(f"report: {described['report']}")
+    _say_next(described, say)
+
+
+def _say_next(described: dict[str, Any], say: Any) -> None:
+    if described["next"]:
+        say(f"next: {described['next']}")
+
+
+def _lines(described: dict[str, Any]) -> list[tuple[str, str]]:
+    """The configuration and the data in a line per section."""
+    values = described["configuration"]
+    if "problem" in values:
+        return [("config", f"cannot be read by this version: {values['problem']}")]
+    lines = []
+    for section, keys in SETTINGS:
+        named = [(key.partition(".")[2], values[key]) for key in keys if key in values]
+        if section != "runtime" or values.get("runtime.rule") != "none":
+            lines.append((section, ", ".join(f"{name} {_text(value)}" for name, value in named)))
+    if data := described["data"]:
+        counts = ", ".join(f"{count:,} {split}" for split, count in data["samples"].items())
+        shape = " × ".join(map(str, data["shape"]))
+        lines.insert(1, ("samples", f"{data['kind']} {shape} of {data['classes']:,} classes: {counts}"))
+    return [(section, text) for section, text in lines if text]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return " + ".join(f"{part} {name}" for name, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def stage_table(stages: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("stage", "state", "time", "when", "remark"):
+        table.add_column(column, justify="right" if column == "time" else "left")
+    for row in stages:
+        took = "" if row["seconds"] is None else format_seconds(row["seconds"])
+        when = (row["at"] or "")[:16].replace("T", " ")
+        table.add_row(row["stage"], row["state"], took, when, printable(_remark(row)))
+    return table
+
+
+def _remark(row: dict[str, Any]) -> str:
+    """What a stage is known by: what it was taken from, and its main figures."""
+    facts, parts = row["facts"], []
+    if row["reused_from"]:
+        parts.append(f"from {row['reused_from']}")
+    if "samples" in facts:
+        parts.append(
+            f"{facts['samples']:,} samples" + (f", {facts['rejected']:,} rejected" if facts.get("rejected") else "")
+        )
+    if "kept" in facts:
+        parts.append(f"kept {facts['kept']:,} of {facts['of']:,}")
+    if "images" in facts:
+        parts.append(f"{facts['images']:,} synthetic samples, {facts['steps']:,} steps")
+    return "; ".join(parts)
+
+
+def _print_results(results: list[dict[str, Any]], console: Console) -> None:
+    console.print(result_table(results))
+    console.print(ONE_DISTILLATION, soft_wrap=True)
+
+
+def result_table(results: list[dict[str, Any]]) -> Table:
+    """The accuracy of each set and network in per cent."""
     table = Table(title="top-1 accuracy on the test split, %")
     for column in ("set", "network", "mean ± std", "n", "distilled − this", "95 % interval"):
         table.add_column(column, justify="left" if column in ("set", "network") else "right")
-    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    summary = evaluation["summary"]
-    gaps = {(gap["against"], gap["network"]): gap for gap in evaluation.get("differences") or differences(summary)}
-    for row in summary:
-        std, gap = "" if row["std"] is None else f" ± {100 * row['std']:.1f}", gaps.get((row["set"], row["network"]))
-        cells = [points(gap["mean"])] if gap else []
-        if gap and gap["low"] is not None:
-            cells.append(f"{points(gap['low'])} to {points(gap['high'])}")
+    for row in results:
+        std = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
+        cells = [] if row["difference"] is None else [points(row["difference"])]
+        if row["interval"]:
+            cells.append(" to ".join(map(points, row["interval"])))
         table.add_row(row["set"], row["network"], f"{100 * row['mean']:.1f}{std}", str(row["n"]), *cells)
-    console.print(table)
-    console.print(ONE_DISTILLATION, soft_wrap=True)
+    return table
+
+
+def show_result(run: RunDir, console: Console) -> None:
+    """Print the accuracy of each set and network, and the path of the report: what a run ends with."""
+    if (run / "evaluation.json").exists():
+        _print_results([_result(result) for result in Run(run).results], console)
     if (run / "report.html").exists():
-        place = run.place("report.html") if run.remote else (run / "report.html").resolve()
-        console.print(f"report: {place}", markup=False, soft_wrap=True)
+        console.print(f"report: {_place(Run(run), 'report.html')}", markup=False, soft_wrap=True)

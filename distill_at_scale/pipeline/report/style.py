@@ -49,9 +49,18 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class PlotFigure(Figure):
+    """A figure that a notebook shows, also where pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def figure_of(height: float) -> tuple[Figure, Axes]:
     """A figure of full width; `height` in inches."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = PlotFigure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 

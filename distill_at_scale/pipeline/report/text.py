@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill_at_scale.config.registry import FRAME
 from distill_at_scale.core.images import FRAMES_PER_SECOND
 from distill_at_scale.distillation.summary import differences
-from distill_at_scale.models.spec import FRAME
 
 CONTROL = FRAME  # prefix of networks that see one frame of a clip
 NBSP = "\u00a0"

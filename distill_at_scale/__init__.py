@@ -1,8 +1,9 @@
 """Dataset distillation with bi-level pruning, on Ray. This is the public Python API; attributes are imported on first use.
 
-from distill_at_scale import synthetic
+import distill_at_scale as das
 
-images = synthetic.load("runs/digits").images
+run = das.run("digits")  # or das.open_run("runs/digits")
+run.results, run.scores.to_pandas(), run.synthetic.images
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distill_at_scale.api import load_config, open_run, run
     from distill_at_scale.config.load import Config
-    from distill_at_scale.config.load import load as load_config
     from distill_at_scale.core.errors import UserError
     from distill_at_scale.distillation import synthetic_set as synthetic
     from distill_at_scale.distillation.synthetic_set import SyntheticSet, load
+    from distill_at_scale.pipeline.run_reader import Run
 
 __version__ = "0.1.0"
-__all__ = ["Config", "SyntheticSet", "UserError", "__version__", "load", "load_config", "synthetic"]
+__all__ = [
+    "Config", "Run", "SyntheticSet", "UserError", "__version__", "load", "load_config", "open_run", "run", "synthetic",
+]  # fmt: skip
 
 _SOURCES = {  # module and its attribute; None: the module itself
     "Config": ("config.load", "Config"),
-    "load_config": ("config.load", "load"),
+    "Run": ("pipeline.run_reader", "Run"),
+    "run": ("api", "run"),
+    "open_run": ("api", "open_run"),
+    "load_config": ("api", "load_config"),
     "UserError": ("core.errors", "UserError"),
     "synthetic": ("distillation.synthetic_set", None),
     "SyntheticSet": ("distillation.synthetic_set", "SyntheticSet"),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distill_at_scale import __version__
 from distill_at_scale.core.errors import UserError
@@ -23,6 +24,80 @@ if TYPE_CHECKING:
     from distill_at_scale.pipeline.executors.base import Executor
     from distill_at_scale.pipeline.monitoring.observers import Observer
     from distill_at_scale.pipeline.pipeline import Pipeline
+    from distill_at_scale.pipeline.run_reader import Run
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), **values: Any) -> Config:
+    """A configuration, checked: an unknown key or a value that is not allowed is an error.
+
+        >>> das.load_config("digits", select={"keep": 0.1}, run={"dir": "runs/tenth"})
+        >>> das.load_config("mine.yaml", ["distill.ipc=10"], **{"cluster.address": "none"})
+        >>> das.load_config({"data": {"source": "imagefolder", "path": "photos"}, "distill": {"method": "dm"}})
+
+    Args:
+        source: a YAML file, the name of a shipped configuration, a run folder, or the values by section.
+        overrides: keys as the command line takes them, `section.key=value`.
+        values: more values, by section or by dotted key; they win over `overrides`.
+
+    Raises:
+        UserError: names the key, where it was set, and what is allowed.
+    """
+    from distill_at_scale.config.load import load
+
+    return load(source, overrides, values)
+
+
+def run(
+    config: Config | str | Path | Mapping[str, Any], stages: str | Sequence[str] | None = None, progress: bool = True
+) -> Run:
+    """Run the stages of a configuration in this process, or from it on Ray, as the command `run` does.
+
+    Finished stages are skipped, and an interrupted run continues. In a notebook the progress appears below the cell.
+
+        >>> run = das.run("digits")
+        >>> run = das.run(das.load_config("digits", **{"cluster.address": "none"}), stages=["ingest", "score"])
+        >>> run.results
+
+    Args:
+        config: a configuration, or anything that `load_config` takes.
+        stages: names of stages; None: all. They run in the order of the pipeline.
+        progress: print what the run does.
+
+    Raises:
+        UserError: an error that the user can fix; the message says how. What is finished is kept.
+    """
+    from distill_at_scale.config.explain import suggest
+    from distill_at_scale.config.load import Config
+    from distill_at_scale.core.progress import Display
+    from distill_at_scale.pipeline.run_reader import Run
+    from distill_at_scale.storage.run_dir import STAGES, RunDir
+
+    config = config if isinstance(config, Config) else load_config(config)
+    wanted = STAGES if stages is None else (stages,) if isinstance(stages, str) else tuple(stages)
+    for name in wanted:
+        if name not in STAGES:
+            raise UserError(f"there is no stage {name!r}; {suggest(name, STAGES)}")
+    display = Display() if progress else Display.silent()
+    display.say(opening(config, "all stages" if stages is None else ", ".join(wanted)))
+    make_pipeline(config, display).run([stage for stage in STAGES if stage in wanted])
+    return Run(RunDir.of(config.run))
+
+
+def open_run(address: str | Path) -> Run:
+    """A finished or partial run by its folder. Loads neither torch nor Ray.
+
+        >>> run = das.open_run("runs/digits")
+        >>> run.results, run.scores.to_pandas()
+
+    Args:
+        address: a path, or a URI such as s3://bucket/runs/x.
+
+    Raises:
+        UserError: there is no run at the address, or it is the folder of a sweep or study.
+    """
+    from distill_at_scale.pipeline import run_reader
+
+    return run_reader.open_run(address)
 
 
 def ray_address(config: Config) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from rich.console import Console
 import distill_at_scale
 from distill_at_scale import cli
 from distill_at_scale.config.load import load
+from distill_at_scale.core.errors import RunWarning
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.report.show import show_result
 from distill_at_scale.storage.run_dir import STAGES, RunDir
@@ -75,6 +78,66 @@ def test_a_user_error_is_one_line_and_exits_with_two(tiny_file, capsys, argument
     assert message in err
     assert err.startswith("error: ")
     assert "started" not in out
+
+
+def test_a_forgotten_configuration_is_not_taken_for_a_file(capsys):
+    assert cli.main(["run", "select.keep=0.1"]) == 2
+    assert "CONFIG is missing: select.keep=0.1 is an override; write `distill-at-scale run CONFIG" in output(capsys)[1]
+
+
+FIRST_LINE = """
+import sys
+for name in ("torch", "ray", "scipy", "matplotlib"):
+    sys.modules[name] = None
+from distill_at_scale.cli import main
+main(["run", {config!r}, *{overrides!r}])
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        ([], "in this process"),
+        (["cluster.address=null"], "on Ray, on this machine"),
+        (["cluster.address=10.0.0.1:6379"], "on the Ray cluster at 10.0.0.1:6379"),
+        (["run.dir=s3://key:secret@bucket/x?region=a"], "in the run folder s3://bucket/x?region=a, in this process"),
+    ],
+)
+def test_the_first_line_comes_before_torch_and_ray_are_loaded(tiny_file, overrides, where):
+    """Both take seconds; here they cannot be imported at all."""
+    code = FIRST_LINE.format(config=tiny_file, overrides=overrides)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    line = done.stdout.splitlines()[0]
+    assert line.startswith(f"distill-at-scale {distill_at_scale.__version__}: run {tiny_file}, in the run folder ")
+    assert line.endswith(where)
+
+
+def test_a_warning_of_ours_is_one_line_and_one_of_a_library_is_not_shown(tiny_file, capsys, monkeypatch):
+    def warn(*arguments):
+        warnings.warn("the batch is small; enlarge it", RunWarning, stacklevel=1)
+        warnings.warn("Tip: in future versions of Ray ...", FutureWarning, stacklevel=1)
+        warnings.warn("Converting a tensor", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    monkeypatch.setattr(Pipeline, "run", warn)
+    assert cli.main(["run", tiny_file]) == 0
+    assert output(capsys)[1] == "warning: the batch is small; enlarge it\n"
+
+
+NO_CUDA = """
+from distill_at_scale import cli
+with cli._own_warnings_only():
+    import torch.utils.cpp_extension
+"""
+
+
+def test_torch_does_not_say_that_it_finds_no_cuda_runtime(tmp_path):
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", NO_CUDA], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
 
 
 def test_a_missing_configuration_is_named(capsys):

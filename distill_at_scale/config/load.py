@@ -18,7 +18,7 @@ from pydantic import ValidationError, model_validator
 from distill_at_scale.config import explain, sections, shipped, typed_yaml
 from distill_at_scale.config.experiments import StudiesSection, SweepSection
 from distill_at_scale.config.fields import Section, execution_key
-from distill_at_scale.config.keys import annotation_of
+from distill_at_scale.config.keys import annotation_of, section_of
 from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.core.errors import UserError
 
@@ -78,17 +78,27 @@ class Config(Section):
         return max(1, self.distill.ipc) if self.select.min_per_class is None else self.select.min_per_class
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, and validate.
+def load(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None
+) -> Config:
+    """Read a configuration, apply `section.key=value` overrides and then `keys`, and validate.
 
     Args:
-        path: a file, the name of a shipped configuration, or a run folder: run.json has its configuration.
+        source: a YAML file, the name of a shipped configuration, a run folder (run.json has its configuration), or the
+            values themselves, in the form of `keys`.
+        keys: values by section, `{"select": {"keep": 0.1}}`, or by dotted key, `{"select.keep": 0.1}`.
 
     Raises:
         UserError: names the key, where it was set, and what is allowed.
     """
-    path = shipped.file_of(path)
-    values, origin = _of_run(path) if path.is_dir() else _read_yaml(path), {}
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if isinstance(source, Mapping):
+        file = "the values"
+        _set_all(values, source)
+    else:
+        path = shipped.file_of(source)
+        values, file = _of_run(path) if path.is_dir() else _read_yaml(path), str(path)
     for text in overrides:
         key, sep, value = text.partition("=")
         key = key.strip()
@@ -105,7 +115,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"cannot read the value in the override {text!r}") from None
         _set(values, key.split("."), parsed, text)
         origin[key] = "the command line"
-    return validate(values, origin, str(path))
+    return validate(values, origin | dict.fromkeys(_set_all(values, keys or {}), "the keywords"), file)
 
 
 def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file: str = "the configuration") -> Config:
@@ -163,6 +173,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold sections (run, data, score, ...), not a {type(values).__name__}")
     return {key: {} if value is None else value for key, value in (values or {}).items()}
+
+
+def _set_all(values: dict[str, Any], keys: Mapping[str, Any], above: str = "") -> list[str]:
+    """Set keys given by section or by dotted name; returns the dotted names."""
+    names = []
+    for key, value in keys.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and section_of(annotation_of(Config, name)):
+            names += _set_all(values, value, f"{name}.")
+        else:
+            _set(values, name.split("."), str(value) if isinstance(value, Path) else value, f"{name}={value}")
+            names.append(name)
+    return names
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:

@@ -6,6 +6,7 @@ total, not of the speed.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import time
 from collections.abc import Iterator
@@ -90,9 +91,10 @@ class Display:
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str, before: int = 0) -> Iterator[Meter]:
-        """A progress bar on a terminal, or lines of a log, for one task."""
+        """A progress bar on a terminal or in a notebook, or lines of a log, for one task."""
         meter = Meter(self, name, total, unit, before)
-        if self.console.is_terminal:
+        widgets = self.console.is_jupyter and importlib.util.find_spec("ipywidgets")  # else bars cannot move there
+        if self.console.is_terminal or widgets:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
                        TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))  # fmt: skip
             with Progress(*columns, console=self.console, transient=True) as self.bars:

@@ -159,7 +159,13 @@ def show(
 
 
 @app.command(epilog=examples("validate configs/digits.yaml", "validate configs/imagenette_dm_ipc1.yaml data.path=PATH"))
-def validate(config: ConfigName, overrides: Overrides = None) -> int:
+def validate(
+    config: ConfigName,
+    overrides: Overrides = None,
+    contents: Annotated[
+        bool, typer.Option("--contents", help="Also compare every sample with what the run folder ingested.")
+    ] = False,
+) -> int:
     """Read every sample first, and list the broken ones.
 
     Checks names, networks and weights, too. Nothing else is computed. The list is validation.parquet in the run
@@ -168,7 +174,7 @@ def validate(config: ConfigName, overrides: Overrides = None) -> int:
     """
 
     def body(config: Config, display: Display) -> int:
-        return 1 if api.make_pipeline(config, display).validate() else 0
+        return 1 if api.make_pipeline(config, display).validate(contents) else 0
 
     return _work("validate", config, overrides, body)
 

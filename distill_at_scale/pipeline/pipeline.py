@@ -94,7 +94,10 @@ class Pipeline:
         context, say = self.context, self.display.say
         inputs = self.inputs(stage)
         if self.dir.valid(stage, inputs, redo=stage == "report"):
+            remark = ingest.compare_contents(context) if stage == "ingest" else ""
             say(f"{stage}: already done for this configuration, skipped ({self.dir.named})")
+            if remark:
+                say(f"  {remark}")
             context.observers.emit(instant("stage", "skipped", stage=stage))
             return
         began, clock, outcome = time.time(), time.perf_counter(), "failed"
@@ -130,9 +133,10 @@ class Pipeline:
         seconds = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
         write_json(self.dir / "run.json", {"config": values, **self._environment(), "seconds": seconds})
 
-    def validate(self) -> int:
+    def validate(self, compare: bool = False) -> int:
         """Check the configuration and decode each sample of the source; list rejected ones in validation.parquet.
-        Returns the number of unusable samples. Raises UserError for whatever would stop a run.
+        Returns the number of unusable samples. Raises UserError for whatever would stop a run, and with `compare` if the
+        content of a sample is not what this run folder ingested.
         """
         with self._working():
             context, config, say = self.context, self.config, self.display.say
@@ -144,13 +148,17 @@ class Pipeline:
             imported.check(config, plan)
             engine.check_inputs(config, planned, planned.counts)
             work = self.dir.work("validate", StageInputs(ingest.config_values(config), {"source": plan.source}))
+            before = ingest.recorded_hashes(context) if compare else None
             ingest.describe(context)
             if config.data.transform != "none":
                 samples = f"about {sum(planned.counts)} training samples of {len(planned.counts)} classes"
                 say(f"  data.transform = {config.data.transform} will turn them into {samples}")
             plan, executor = plan.on_disk(work), context.executor
+            ingest.drop_outdated(context, work, check=True)
             with self.display.meter("decode", plan.samples, "samples") as meter:
                 tasks.ingest(executor, config, plan, work, meter.advance, check=True)
+            if before is not None:
+                say(f"  {ingest.compare_all(context, before, work)}")
             listed = write_rejected(plan, work, self.dir / "validation.parquet", config.data.chunk)
             shutil.rmtree(work)
             for line in validate.summary(plan, listed, self.dir / "validation.parquet"):

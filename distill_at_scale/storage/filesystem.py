@@ -144,6 +144,13 @@ class Store:
         info = self._request(lambda: self.filesystem.get_file_info(self._join(file)))
         return info.size if info.type == fs.FileType.File else None
 
+    def modified(self, files: Sequence[str]) -> list[int]:
+        """When local files were last modified, in nanoseconds since 1970; -1 for one that does not exist.
+
+        The time of a folder is that of its last modified file.
+        """
+        return [_modified(os.path.join(self._root, file)) for file in files]
+
     def read(self, file: str) -> bytes:
         """A file's content. Raises OSError if it cannot be read, Unreachable if the folder or store is gone."""
         with self.open(file) as handle:
@@ -290,6 +297,16 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_located"}
+
+
+def _modified(path: str) -> int:
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            return max((entry.stat().st_mtime_ns for entry in os.scandir(path) if entry.is_file()), default=-1)
+    except OSError:
+        return -1
+    return status.st_mtime_ns
 
 
 def _scan(root: str, folder: str) -> list[tuple[str, int | None]]:

@@ -29,6 +29,9 @@ from distill_at_scale.storage.stage_record import LINKED, StageInputs, checked, 
 from distill_at_scale.storage.sync import FolderSync, scratch_of
 from distill_at_scale.storage.working_copy import LOCK, WorkingCopy, link, top_level_names, work_folder
 
+CONTENTS = (
+    "contents.parquet"  # of ingest: times and hashes of the source's files. Copies of one data set differ in the times
+)
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
 
@@ -174,7 +177,11 @@ class RunDir:
         digests = file_digests([p for path in outputs for p in files_in(path)])
         files = {path.relative_to(self.path).as_posix(): entry for path, entry in digests.items()}
         read = {"config": dict(inputs.config), "content": dict(inputs.content)}
-        written = {"outputs": files, "output": digest(files), "seconds": round(seconds, 3)}
+        written = {
+            "outputs": files,
+            "output": digest({name: files[name] for name in files if name != CONTENTS}),
+            "seconds": round(seconds, 3),
+        }
         self._publish(stage, {"stage": stage, "fingerprint": inputs.fingerprint, **read, **written, **facts})
 
     def _publish(self, stage: str, record: Mapping[str, Any]) -> None:

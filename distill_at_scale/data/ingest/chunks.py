@@ -2,12 +2,14 @@
 
 A part file is an Arrow file of the prepared schema, sorted by class and id, next to a list of rejected samples (and of samples
 that are used with a remark, such as short clips). An existing part file is finished, so an interrupted ingest resumes. Its
-metadata holds the exact sums behind the channel statistics, and how many clips each decoder decoded.
+metadata holds the exact sums behind the channel statistics, and how many clips each decoder decoded; the metadata of the list
+holds a hash of each sample's bytes.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import traceback
 from collections import Counter
@@ -43,6 +45,7 @@ NETWORK_PACKAGES = ("urllib", "urllib3", "requests", "aiohttp", "botocore")  # t
 TRIED = 8  # samples of a source of the user's own, before an ingest
 READ_AT_ONCE = 64  # samples; up to four such reads are in memory: one is decoded, two wait, one is being read
 READ_BYTES = 32 * 2**20  # of one read, unless a single sample is larger
+UNREADABLE = bytes(8)  # in place of a hash
 JPEG_FROM = 129  # pixels a side; below, raw pixels compress as well and cost nothing to decode
 
 Raw = bytes | np.ndarray[Any, Any]
@@ -118,9 +121,12 @@ def ingest_chunk(
             sums.add(pixels[None])
             samples[name] = pixels if recipe.quality is None else encode(stack_frames(pixels), recipe.quality)
 
-    rejections = list(_decoded(source, recipe, rows, keep, spent))
+    hashes: dict[str, bytes] = {}
+    rejections = list(_decoded(source, recipe, rows, keep, spent, hashes))
+    found = [hashes[name].hex() if name in hashes else None for name in rows["sample_id"].to_pylist()]
     with publish(rejected_path(target)) as temporary:
-        pq.write_table(rows_to_table(rejections, REJECTED), temporary)
+        table = rows_to_table(rejections, REJECTED).replace_schema_metadata({"hashes": json.dumps(found)})
+        pq.write_table(table, temporary)
     if check:
         return part_counts(target, rows, check)
     with spent.on("write"):
@@ -148,9 +154,17 @@ def part_counts(part: Path, rows: pa.Table, check: bool) -> tuple[int, int]:
 
 
 def _decoded(
-    source: Source, recipe: Recipe, rows: pa.Table, keep: Callable[[str, Any], None], spent: TimeSpent
+    source: Source,
+    recipe: Recipe,
+    rows: pa.Table,
+    keep: Callable[[str, Any], None],
+    spent: TimeSpent,
+    hashes: dict[str, bytes] | None = None,
 ) -> Iterator[Rejection]:
-    """Decodes rows in order and calls `keep` for each sample; yields samples that are rejected or used with a remark."""
+    """Decodes rows in order and calls `keep` for each sample; yields samples that are rejected or used with a remark.
+
+    `hashes` takes the hash of the bytes of each sample that is read.
+    """
     small = rows["size"].to_numpy() <= recipe.max_bytes
     for row in rows.filter(pa.array(~small)).to_pylist():
         reason = (
@@ -161,6 +175,8 @@ def _decoded(
         with spent.on("decode"):
             names = batch["sample_id"].to_pylist()
             for i, raw in enumerate(raws):
+                if hashes is not None:
+                    hashes[names[i]] = content_hash(raw)
                 try:
                     if isinstance(raw, SampleRejected):
                         raise raw
@@ -191,6 +207,18 @@ def _read(
             except Exception:  # code of a user's own can raise anything
                 raws = [_read_one(source, batch.slice(i, 1)) for i in range(batch.num_rows)]
         yield batch, raws
+
+
+def content_hash(raw: Raw | SampleRejected) -> bytes:
+    """BLAKE2b of a sample, 8 bytes; UNREADABLE for one that cannot be read."""
+    if isinstance(raw, SampleRejected) or (isinstance(raw, np.ndarray) and raw.dtype.hasobject):
+        return UNREADABLE
+    return hashlib.blake2b(raw if isinstance(raw, bytes) else raw.tobytes(), digest_size=8).digest()
+
+
+def read_hashes(source: Source, rows: pa.Table) -> list[bytes]:
+    """The hashes of rows of a listing as they are now."""
+    return [content_hash(raw) for _, raws in _read(source, rows, TimeSpent()) for raw in raws]
 
 
 def _items(source: Source, rows: pa.Table) -> list[Raw | SampleRejected]:

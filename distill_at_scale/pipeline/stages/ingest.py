@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.errors import Unreachable
+from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.codecs.clip import decoders_for, describe_decoders
-from distill_at_scale.data.ingest import derived_splits
+from distill_at_scale.data.ingest import contents, derived_splits
 from distill_at_scale.data.ingest import plan as ingest_plan
-from distill_at_scale.data.ingest.chunks import is_finished, part_path
+from distill_at_scale.data.ingest.chunks import is_finished, part_path, rejected_path
 from distill_at_scale.data.ingest.merge import merge
 from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
 from distill_at_scale.pruning.scoring import imported
+from distill_at_scale.storage.run_dir import CONTENTS, RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
 TRANSFORM_KEYS = ("imbalance", "copies", "variance_classes")  # of no effect without data.transform
@@ -61,6 +67,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     parts.mkdir(exist_ok=True)
     describe(context)
     plan = context.plan.on_disk(parts)
+    times = drop_outdated(context, parts)
     finished = sum(
         rows.num_rows
         for split, index, rows in plan.chunks(config.data.chunk)
@@ -69,6 +76,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     executor = context.executor
     with context.display.meter("decode", plan.samples, "samples", finished) as meter:
         tasks.ingest(executor, config, plan, parts, meter.advance)
+    contents.write(run_dir / CONTENTS, plan, times, parts, config.data.chunk)
     meta = merge(plan, parts, run_dir / "prepared", config.data, config.run.seed)
     if "transform" in meta:
         say(f"  {derived_splits.describe(meta)}")
@@ -77,7 +85,77 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     if rejected := meta["rejected"]:
         say(f"  {rejected} of {plan.known} samples were rejected; see {run_dir.place('rejected.parquet')}")
     samples = sum(map(sum, meta["counts"].values()))
-    return [run_dir / "prepared", run_dir / "rejected.parquet"], {"samples": samples, "rejected": rejected}
+    outputs = [run_dir / "prepared", run_dir / "rejected.parquet", run_dir / CONTENTS]
+    return outputs, {"samples": samples, "rejected": rejected}
+
+
+def drop_outdated(context: RunContext, parts: Path, check: bool = False) -> contents.Array:
+    """Removes parts of interrupted work whose files changed since; returns the times of all files, int64 [samples]."""
+    plan, chunk, source = context.plan, context.config.data.chunk, ingest_plan.open_source(context.config.data)
+    times = contents.modified_times(source, contents.all_rows(plan))
+    outdated = contents.outdated(source, plan, times, parts, chunk, check)
+    for part in outdated:
+        for path in (part, rejected_path(part)):
+            context.dir.drop(path.relative_to(context.dir.path).as_posix())
+    if outdated:
+        context.display.say(f"  files changed since this was interrupted; chunks to read again: {len(outdated)}")
+    return times
+
+
+def compare_contents(context: RunContext) -> str:
+    """What an earlier ingest read against the files as they are now, by their times; a line for the user, or "".
+
+    Raises UserError if a file has another content.
+    """
+    path, run_dir = context.dir / CONTENTS, context.dir
+    if not hasattr(context, "plan"):
+        return ""  # the source cannot be read now
+    if not path.exists():
+        return "contents were not compared: this ingest is of an earlier version, which kept no hashes"
+    source, rows = ingest_plan.open_source(context.config.data), contents.all_rows(context.plan)
+    recorded = pq.read_table(path)
+    touched = np.flatnonzero(recorded["modified"].to_numpy() != contents.modified_times(source, rows))
+    if not len(touched):
+        return ""
+    compared, changed = contents.changed(source, rows, recorded["hash"], touched)
+    if changed.num_rows:
+        raise changed_data(run_dir, contents.place(source, changed), changed.num_rows, compared)
+    return f"{len(touched):,} samples lie in files with another time of change; {compared:,} were compared: unchanged"
+
+
+def recorded_hashes(context: RunContext) -> pa.ChunkedArray:
+    """The hashes of all samples when they were ingested into this run folder, binary [samples].
+
+    Raises UserError if it holds no ingest of this configuration and data.
+    """
+    record, path = context.dir.record("ingest"), context.dir / CONTENTS
+    inputs = StageInputs(config_values(context.config), {"source": context.plan.source})
+    if record is None or record["fingerprint"] != inputs.fingerprint or not path.exists():
+        problem = (
+            f"--contents compares the data with an ingest, but {context.dir.named} holds none of this configuration"
+        )
+        raise UserError(f"{problem} and data with hashes; run `distill-at-scale ingest CONFIG` first, or leave it out")
+    return pq.read_table(path, columns=["hash"])["hash"]
+
+
+def compare_all(context: RunContext, before: pa.ChunkedArray, parts: Path) -> str:
+    """A line for the user that all contents are as they were; raises UserError with the first one that is not."""
+    numbered = context.plan.chunks(context.config.data.chunk)
+    hashes = [contents.hashes_of(part_path(parts, split, i), rows.num_rows) for split, i, rows in numbered]
+    different = contents.differing(before, pa.chunked_array(hashes, before.type))
+    if len(different):
+        first = contents.all_rows(context.plan).slice(int(different[0]), 1)
+        place = contents.place(ingest_plan.open_source(context.config.data), first)
+        raise changed_data(context.dir, place, len(different), len(before))
+    return f"the contents of all {len(before):,} samples are those that were ingested"
+
+
+def changed_data(run_dir: RunDir, place: str, count: int, compared: int) -> UserError:
+    return UserError(
+        f"{run_dir.named} holds the output of ingest for other data: {place} has another content than when it was ingested, "
+        f"though name and size are the same ({count:,} of {compared:,} compared samples differ). Nothing was changed. Choose "
+        f"another run.dir, or remove {run_dir.place('stages/ingest.json')} to redo ingest here."
+    )
 
 
 def describe(context: RunContext) -> None:

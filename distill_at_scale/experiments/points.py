@@ -236,6 +236,7 @@ def read_outcomes(points: Sequence[Point], configs: Sequence[Config], all_files:
 def _outcome(point: Point, run: RunDir, rows: Sequence[Mapping[str, Any]], stopped: int | None = None) -> Outcome:
     facts = manifest.facts(run / "manifest.parquet")
     seconds = {stage: record["seconds"] for stage in ("ingest", "score", *OWN) if (record := run.record(stage))}
+    seconds["start"] = (run.record("distill") or {}).get("start_seconds", 0.0)
     return Outcome(point, rows, facts["kept"], facts["of"], facts["kept_per_class"], seconds, run.path, stopped)
 
 

@@ -69,6 +69,13 @@ def test_scoring_is_charged_to_selections_only_in_full_and_shared():
     assert only(configurations, control="random", select__keep=0.1).cost == 2.0
 
 
+def test_the_start_of_workers_is_no_part_of_a_cost():
+    rows = [row(0.8, 0.1, "loss", distill=10.0, start_seconds=7.0), row(0.8, 1.0, None, "unpruned", distill=12.0)]
+    ours, unpruned = analysis.configurations(rows)
+    assert (ours.distill_seconds, ours.start_seconds, ours.cost) == (3.0, 7.0, 9.0)  # 6 of scoring
+    assert (unpruned.start_seconds, unpruned.cost) == (0.0, 12.0)  # of an early version
+
+
 def test_ingest_is_not_charged_where_the_table_parts_it_from_scoring():
     (one,) = analysis.configurations([row(0.5, 0.1, "loss", shared=6.0, score_seconds=4.0)])
     assert one.scoring_seconds == 4.0

@@ -82,17 +82,28 @@ def test_random_samples_are_tried_at_every_keep_rate_once():
     assert {keys["select.order"] for keys in random} == {None}
 
 
-def test_keeping_everything_is_the_unpruned_control_and_not_tried_again():
+def test_keeping_everything_is_the_unpruned_control_and_listed_once():
     trials = space.trials(config(space={"select.keep": [0.1, 1.0], "select.order": ["useful", "high"]}))
-    points_ = {id(t.point) for t in trials if t.keys["select.keep"] == 1.0}
-    assert sum(t.keys["select.keep"] == 1.0 for t in trials) == 3
-    assert len(points_) == 1
+    assert [t.control for t in trials if t.keys["select.keep"] == 1.0] == ["unpruned"]
+    alone = space.trials(config(space={"select.keep": [0.1, 1.0], "select.order": ["useful", "high"]}, controls=[]))
+    assert [t.keys for t in alone if t.keys["select.keep"] == 1.0] == [{"select.keep": 1.0, "select.order": "useful"}]
+
+
+def test_keeping_everything_with_runtime_pruning_is_not_the_unpruned_control():
+    trials = space.trials(config(space={"select.keep": [0.1, 1.0]}, runtime__rule="loss"))
+    assert [t.control for t in trials if t.keys["select.keep"] == 1.0] == ["unpruned", None]
+
+
+def test_random_as_a_criterion_is_listed_once():
+    trials = space.trials(config(space={"select.keep": [0.1], "select.criterion": ["loss", "random"]}))
+    assert [t.control for t in trials] == ["unpruned", "random", None]
+    assert tried(trials) == [{"select.keep": 0.1, "select.criterion": "loss"}]
 
 
 def test_a_drop_rate_without_a_rule_makes_no_new_point():
     trials = space.trials(config(space={"runtime.rule": ["none", "loss"], "runtime.drop": [0.1, 0.5]}, controls=[]))
-    assert len(trials) == 4
-    assert len({id(trial.point) for trial in trials}) == 3
+    drops = [(t.keys["runtime.rule"], t.keys["runtime.drop"]) for t in trials]
+    assert drops == [("none", None), ("loss", 0.1), ("loss", 0.5)]
 
 
 def test_draws_are_in_their_ranges_and_more_samples_extend_fewer():
@@ -241,6 +252,7 @@ def test_the_table_has_every_trial_its_controls_and_what_they_took(swept):
         assert row["n"] == settings.evaluate.seeds
         assert row["seconds"] == pytest.approx(row["select_seconds"] + row["distill_seconds"] + row["evaluate_seconds"])
         assert row["shared_seconds"] > 0
+        assert 0 < row["start_seconds"] < row["distill_seconds"]
         assert row["error"] is row["stopped"] is None
     assert {row["kept"] for row in rows if row["control"] == "unpruned"} == {rows[0]["of"]}
     assert {row["distill.ipc"] for row in rows} == {1, 2}

@@ -1,9 +1,9 @@
 """The statistics of a sweep: pure functions on the rows of its table.
 
 A row is the accuracy (a fraction) of one trial on one set with one kind of network; rows that differ only in the seed are
-repetitions of one configuration. A cost is the seconds of one distillation: selecting, distilling, and scoring where a
-selection needs scores. Ingest, which every trial needs, does not count, except where a table without `score_seconds` does
-not separate it from scoring.
+repetitions of one configuration. A cost is the seconds of one distillation: selecting, distilling without the start of
+workers, and scoring where a selection needs scores. Ingest, which every trial needs, does not count, except where a table
+without `score_seconds` does not separate it from scoring.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Configuration:
     kept: int
     of: int
     select_seconds: float  # means over the repetitions
-    distill_seconds: float
+    distill_seconds: float  # without start_seconds
+    start_seconds: float  # of the workers: the same for any selection
     scoring_seconds: float  # the full cost; 0 where no scores are needed
     sharing: int  # trials of this sweep that use the same scores
 
@@ -141,12 +142,12 @@ def configurations(rows: Sequence[Row], base: Mapping[str, Any] | None = None) -
         scored = needs_scores(first, base)
         own_keys = {key: first.get(key) for key in keys}
         kept, of = (round(statistics.fmean(row[name] for row in group)) for name in ("kept", "of"))
-        columns = ("select_seconds", "distill_seconds")
-        select, distill = (statistics.fmean(row.get(name) or 0.0 for row in group) for name in columns)
+        columns = ("select_seconds", "distill_seconds", "start_seconds")
+        select, distill, start = (statistics.fmean(row.get(name) or 0.0 for row in group) for name in columns)
         scoring = statistics.fmean(scoring_seconds(row) for row in group) if scored else 0.0
         sharing = len(users.get(scoring_seconds(first), [first])) if scored else 1
         result.append(Configuration(own_keys, control_of(first), first["set"], first["network"], pooled(group),
-                                    kept, of, select, distill, scoring, sharing))  # fmt: skip
+                                    kept, of, select, distill - start, start, scoring, sharing))  # fmt: skip
     return result
 
 

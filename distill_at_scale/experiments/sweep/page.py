@@ -17,7 +17,7 @@ from distill_at_scale.experiments.sweep import analysis, plots, text
 from distill_at_scale.experiments.sweep.analysis import Configuration, Recommendation, Row
 from distill_at_scale.pipeline.report import charts
 from distill_at_scale.pipeline.report import html as pages
-from distill_at_scale.pipeline.report.text import points
+from distill_at_scale.pipeline.report.text import ONE_DISTILLATION, points
 from distill_at_scale.storage.filesystem import last_name
 
 LISTED = 30  # configurations in the open table; the others are folded
@@ -62,6 +62,7 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "side_by_side": config.sweep.concurrent != 1 and config.cluster.address != "none",
         "parted": any(row.get("score_seconds") is not None for row in rows),
         "names": text.short(keys), "table": _table(configurations, ours, best, keys),
+        "single": ONE_DISTILLATION if max((len(one.accuracy.means) for one in ours), default=0) == 1 else "",
         "listed": LISTED, "first_plots": FIRST_PLOTS,
         **_unfinished(rows, keys),
         "settings": pages.as_yaml(config.model_dump()),

@@ -69,7 +69,7 @@ def dimensions(config: Config) -> dict[str, Any]:
 
 
 def trials(config: Config) -> list[SweepTrial]:
-    """All trials, controls first; trials that distil the same share one point object.
+    """All trials, controls first. A distillation is tried and listed once: keeping everything is the unpruned control.
 
     Raises UserError where a combination of values is not allowed.
     """
@@ -82,15 +82,17 @@ def trials(config: Config) -> list[SweepTrial]:
             {key: _draw(config.run.seed, number, key, values) for key, values in space.items()}
             for number in range(config.sweep.samples)
         ]
-    pruned = [SweepTrial(Point(_without_idle(config, keys)), keys) for keys in combinations]
+    pruned = [_selected(config, keys) for keys in combinations]
     points, result = dict[str, Point](), dict[str, SweepTrial]()
     for trial in (*_controls(config, combinations), *pruned):
         for seed in range(config.sweep.seeds):
             repeated = SweepTrial(Point(trial.point.overrides, seed), trial.keys, trial.control)
-            # trials that distil the same share the first point, that of the unpruned control if it is among them
             overrides = {key: value for key, value in trial.point.overrides.items() if key != "evaluate.control"}
             complete = with_overrides(config, overrides, f"{ORIGIN}: {trial_name(repeated)}")
-            point = points.setdefault(digest([complete.model_dump(exclude={"sweep", "studies"}), seed]), repeated.point)
+            distillation = digest([complete.model_dump(exclude={"sweep", "studies"}), seed])
+            if trial.control is None and distillation in points:
+                continue  # it is in the table already: keeping everything is the unpruned control
+            point = points.setdefault(distillation, repeated.point)
             result.setdefault(digest([dict(trial.keys), trial.control, seed]), replace(repeated, point=point))
     return list(result.values())
 
@@ -163,6 +165,14 @@ def _controls(config: Config, combinations: Sequence[Mapping[str, Any]]) -> Iter
         if _prunes(config, overrides):
             shown = {k: None if k in idle or k.startswith("score.") else v for k, v in {**keys, **RANDOM}.items()}
             yield SweepTrial(Point(_without_idle(config, overrides)), {k: shown[k] for k in keys}, "random")
+
+
+def _selected(config: Config, keys: Mapping[str, Any]) -> SweepTrial:
+    """The trial of a combination of values; keys without effect are None in the table."""
+    overrides = _without_idle(config, keys)
+    return SweepTrial(
+        Point(overrides), {k: v if k in overrides and overrides[k] == v else None for k, v in keys.items()}
+    )
 
 
 def _without_idle(config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:

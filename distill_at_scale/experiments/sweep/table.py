@@ -1,12 +1,13 @@
 """The table of a sweep: outcomes of trials -> rows of sweep.parquet, one for each trial, set and network.
 
     trial  seed  <one column per swept key>  control  set  network  mean  std  n  kept  of
-    select_seconds  distill_seconds  evaluate_seconds  ingest_seconds  score_seconds  shared_seconds  seconds
-    stopped  error
+    select_seconds  distill_seconds  start_seconds  evaluate_seconds  ingest_seconds  score_seconds  shared_seconds
+    seconds  stopped  error
 
 mean and std are top-1 fractions over n evaluation networks; std is null for n = 1. `stopped` is the step after which a
 scheduler stopped the trial; its mean is then its last evaluation. `error` says why a trial failed; its mean is then null.
-shared_seconds is the time of ingest and scores, which trials share. `show` prints the table with repetitions pooled.
+start_seconds, a part of distill_seconds, is the start of workers and the loading of samples. shared_seconds is the time of
+ingest and scores, which trials share. `show` prints the table with repetitions pooled.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from distill_at_scale.core.statistics import mean_and_std
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import OWN, Failure
 from distill_at_scale.experiments.sweep.space import SweepTrial
+from distill_at_scale.pipeline.report.text import ONE_DISTILLATION
 
 BEFORE = [("trial", pa.string()), ("seed", pa.int64())]
 AFTER = [
     ("control", pa.string()), ("set", pa.string()), ("network", pa.string()), ("mean", pa.float64()),
     ("std", pa.float64()), ("n", pa.int64()), ("kept", pa.int64()), ("of", pa.int64()),
-    ("select_seconds", pa.float64()), ("distill_seconds", pa.float64()), ("evaluate_seconds", pa.float64()),
-    ("ingest_seconds", pa.float64()), ("score_seconds", pa.float64()), ("shared_seconds", pa.float64()),
-    ("seconds", pa.float64()), ("stopped", pa.int64()), ("error", pa.string()),
+    ("select_seconds", pa.float64()), ("distill_seconds", pa.float64()), ("start_seconds", pa.float64()),
+    ("evaluate_seconds", pa.float64()), ("ingest_seconds", pa.float64()), ("score_seconds", pa.float64()),
+    ("shared_seconds", pa.float64()), ("seconds", pa.float64()), ("stopped", pa.int64()), ("error", pa.string()),
 ]  # fmt: skip
 FIXED = {name for name, _ in (*BEFORE, *AFTER)}
 TEXT_COLUMNS = ("configuration", "set", "network")
@@ -60,7 +62,7 @@ def _rows(trial: SweepTrial, end: Outcome | Failure, name: str) -> Iterator[dict
         yield {**row, "set": "distilled", "error": end.message}
         return
     row |= {"kept": end.kept, "of": end.of, "stopped": end.stopped}
-    row |= {f"{stage}_seconds": end.seconds.get(stage) for stage in (*OWN, "ingest", "score")}
+    row |= {f"{stage}_seconds": end.seconds.get(stage) for stage in (*OWN, "start", "ingest", "score")}
     row["shared_seconds"] = end.seconds.get("ingest", 0.0) + end.seconds.get("score", 0.0)
     row["seconds"] = sum(end.seconds.get(stage, 0.0) for stage in OWN)
     for (which, network), evaluations in groupby(end.rows, lambda row: (row["set"], row["network"])):
@@ -89,6 +91,8 @@ def show(table: pa.Table, console: Console) -> None:
     for row in pooled_rows(table):
         shown.add_row(*(row[name] for name in (*TEXT_COLUMNS, "accuracy", "n", "seconds")))
     console.print(shown)
+    if len({row["seed"] for row in table.to_pylist()}) == 1:
+        console.print(ONE_DISTILLATION, soft_wrap=True)
 
 
 def pooled_rows(table: pa.Table) -> list[dict[str, str]]:

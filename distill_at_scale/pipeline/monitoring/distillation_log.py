@@ -27,6 +27,7 @@ class DistillationLog:
         self.opened = time.time()
         self.workers: list[tuple[str, int]] = []  # host and process of the current group
         self.since = 0.0  # when the group began, Unix seconds
+        self.start_seconds = 0.0  # until the first group began: processes started, samples loaded
         self.until, self.step = 0.0, 0  # where the next work event begins
 
     def __call__(self, line: Mapping[str, Any]) -> None:
@@ -36,6 +37,8 @@ class DistillationLog:
                 return
             if self.workers:
                 self.emit(instant("lost", "workers of the distillation", {"step": self.meter.done}))
+            else:
+                self.start_seconds = round(line["at"] - self.opened, 3)
             self.say(f"  {line['held']}")
             self.workers = [(host, pid) for host, pid in line["workers"]]
             self.since = self.until = line["at"]

@@ -85,6 +85,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     earlier = {stage: record.get("fingerprint") for stage, record in records.items()}
     card: dict[str, Any] = {"fingerprints": {**earlier, "distill": inputs.fingerprint}}
     synthetic, facts = synthetic_set.load(work / "synthetic"), dict[str, Any](steps=engine.step_count(config))
+    facts["start_seconds"] = log.start_seconds
     if warnings := result_checks.warnings(config, synthetic, data, paths.manifest, paths.log):
         card["warnings"] = facts["warnings"] = warnings
     if engine.prunes(config) and (dropped := result_checks.dropped_share(paths.log)) is not None:

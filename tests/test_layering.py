@@ -187,7 +187,8 @@ def texts_without_encoding(tree: ast.AST) -> list[int]:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         is_function = isinstance(call.func, ast.Name)
         text = (
-            name in ("read_text", "write_text")
+            (name == "read_text" and not call.args)
+            or (name == "write_text" and len(call.args) < 2)
             or (name in ("open", "fdopen") and (is_function or name == "fdopen") and "b" not in mode(call, 1))
             or (name == "open" and not is_function and bool(call.args) and set(mode(call, 0)) <= set("rwax+t"))
             or (name in ("NamedTemporaryFile", "TemporaryFile") and set(mode(call, 0)) & set("wax") != set()
@@ -212,7 +213,8 @@ def test_text_files_are_read_and_written_as_utf_8():
 @pytest.mark.parametrize(
     ("code", "count"),
     [
-        ("path.read_text()", 1), ("path.read_text(encoding='utf-8')", 0), ("path.write_text(x)", 1), ("open(p)", 1),
+        ("path.read_text()", 1), ("path.read_text('utf-8')", 0), ("path.read_text(encoding='utf-8')", 0),
+        ("path.write_text(x)", 1), ("open(p)", 1),
         ("open(p, 'w')", 1), ("open(p, 'rb')", 0), ("open(p, mode='wb')", 0), ("path.open('w')", 1), ("path.open('rb')", 0),
         ("store.open(file)", 0), ("Image.open(p)", 0), ("os.fdopen(n, 'w')", 1), ("NamedTemporaryFile('w')", 1),
         ("NamedTemporaryFile()", 0), ("open(p, 'a', encoding='utf-8')", 0),

@@ -239,6 +239,7 @@ def test_one_anchor_may_serve_a_text_and_a_number(load):
         ("evaluate.networks=resnet18", ["resnet18"]),
         ("evaluate.networks=12:30", ["12:30"]),
         ("evaluate.bounds=kept", ["kept"]),
+        ("evaluate.controls=unpruned", ["unpruned"]),
         ("sweep.controls=random", ["random"]),
         ("studies.run=drop", ["drop"]),
         ("studies.stability.networks=mlp", ["mlp"]),
@@ -259,7 +260,8 @@ def test_every_list_takes_a_single_value(load, override, value):
 
 def test_all_lists_are_covered_by_the_test_above():
     lists = {key.name for key in ALL_KEYS if typing.get_origin(key.field.annotation) is list}
-    assert lists == {"evaluate.networks", "evaluate.bounds", "sweep.controls", "studies.run", "studies.stability.networks",
+    assert lists == {"evaluate.networks", "evaluate.bounds", "evaluate.controls", "sweep.controls", "studies.run",
+                     "studies.stability.networks",
                      "studies.stability.steps", "studies.across.keep", "studies.interaction.drops"}  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_a_synthetic_set_loads_as_the_readme_says(digits_run):
 
 def test_a_configuration_takes_a_file_a_name_or_values_and_keywords_by_section_or_dotted_key(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(TINY))
+    file.write_text(yaml.safe_dump(TINY), encoding="utf-8")
     keywords = {
         "select": {"keep": 0.1},
         "distill": {"dc": {"inner": 2}},
@@ -145,7 +145,7 @@ assert "ray" not in sys.modules
 
 def test_a_notebook_runs_the_stages_and_looks_at_what_they_wrote(tmp_path):
     script, folder = tmp_path / "notebook.py", tmp_path / "run"
-    script.write_text(NOTEBOOK.format(values=TINY, folder=str(folder)))
+    script.write_text(NOTEBOOK.format(values=TINY, folder=str(folder)), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error::UserWarning", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)

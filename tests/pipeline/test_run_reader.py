@@ -76,7 +76,7 @@ def test_the_states_of_stages(partial, digits_run, tmp_path):
     assert open_run(partial.dir).stages["score"].reused_from == str(digits_run.dir)
     copy = tmp_path / "run"
     shutil.copytree(digits_run.dir, copy)
-    (copy / "stages" / "score.json").write_text("{")
+    (copy / "stages" / "score.json").write_text("{", encoding="utf-8")
     shutil.rmtree(copy / "synthetic")
     (copy / ".work" / "report-0123456789abcdef").mkdir(parents=True)
     run = open_run(copy)
@@ -90,8 +90,10 @@ def test_warnings_are_those_of_all_stages(digits_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(digits_run.dir, copy)
     before = open_run(copy).warnings
-    record = json.loads((copy / "stages" / "distill.json").read_text())
-    (copy / "stages" / "distill.json").write_text(json.dumps({**record, "warnings": ["images equal real ones"]}))
+    record = json.loads((copy / "stages" / "distill.json").read_text(encoding="utf-8"))
+    (copy / "stages" / "distill.json").write_text(
+        json.dumps({**record, "warnings": ["images equal real ones"]}), encoding="utf-8"
+    )
     assert open_run(copy).warnings == [*before, "images equal real ones"]
 
 
@@ -125,7 +127,7 @@ def test_another_folder_is_one_error(tmp_path, files, message):
     folder = tmp_path / "x"
     for name in files or []:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("")
+        (folder / name).write_text("", encoding="utf-8")
     if files == []:
         folder.mkdir()
     with pytest.raises(UserError, match=message):
@@ -158,8 +160,10 @@ def test_show_prints_what_was_rejected_and_warned_of(digits_run, tmp_path):
     schema = pq.read_schema(copy / "rejected.parquet")
     row = dict.fromkeys(schema.names) | {"sample_id": "a/[b].png", "reason": "it is empty", "used": False}
     pq.write_table(pa.Table.from_pylist([row], schema), copy / "rejected.parquet")
-    record = json.loads((copy / "stages" / "distill.json").read_text())
-    (copy / "stages" / "distill.json").write_text(json.dumps({**record, "warnings": ["images equal [real] ones"]}))
+    record = json.loads((copy / "stages" / "distill.json").read_text(encoding="utf-8"))
+    (copy / "stages" / "distill.json").write_text(
+        json.dumps({**record, "warnings": ["images equal [real] ones"]}), encoding="utf-8"
+    )
     text = shown(copy)
     assert f"rejected samples: 1, listed in {copy / 'rejected.parquet'}" in text
     assert "a/[b].png: it is empty" in text
@@ -181,7 +185,7 @@ def test_show_names_the_page_of_a_sweep_and_of_a_study(tmp_path):
     for path in (sweep / "sweep.html", sweep / "sweep.parquet", sweep / "points" / "a" / "stages" / "evaluate.json",
                  study / "studies" / "drop.json"):  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        path.write_text("{}", encoding="utf-8")
     assert f"sweep {sweep}\npage: {sweep}/sweep.html" in shown(sweep)
     assert "finished distillations: 1" in shown(sweep)
     assert "page: not written yet" in shown(study)
@@ -191,9 +195,9 @@ def test_show_names_the_page_of_a_sweep_and_of_a_study(tmp_path):
 def test_show_of_a_configuration_of_another_version_shows_the_rest(digits_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(digits_run.dir, copy)
-    facts = json.loads((copy / "run.json").read_text())
+    facts = json.loads((copy / "run.json").read_text(encoding="utf-8"))
     facts["config"]["select"]["later"] = 1
-    (copy / "run.json").write_text(json.dumps(facts))
+    (copy / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     text = shown(copy)
     assert "cannot be read by this version: unknown key select.later" in text
     assert "distilled" in text

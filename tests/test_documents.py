@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import distill_at_scale
 from distill_at_scale import cli
 from distill_at_scale.config.keys import sections
 from distill_at_scale.config.load import Config, load
@@ -149,6 +150,13 @@ def test_imports_of_examples_work(page):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distill_at_scale"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pages
+def test_names_of_the_api_in_examples_exist(page):
+    """Names of `import distill_at_scale as das`, in blocks and in running text."""
+    for name in re.findall(r"(?<![\w.])das\.(\w+)", page.read_text(encoding="utf-8")):
+        assert name in distill_at_scale.__all__, name
 
 
 @pages

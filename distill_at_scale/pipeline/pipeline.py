@@ -188,7 +188,10 @@ class Pipeline:
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
             facts = data_facts.of_prepared(self.config, PreparedDataset(self.dir / "prepared"), chosen)
         else:
-            facts = data_facts.of_listing(self.config, ingest_plan.plan(self.config))
+            listing = ingest_plan.plan(self.config)
+            for line in (listing.describe(), *listing.notes):
+                self.display.say(f"  {line}")
+            facts = data_facts.of_listing(self.config, listing)
         validate.check_networks(self.config, facts)
         self.context.warn_of_data(facts.class_names, facts.counts, facts.has_test())
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:

@@ -82,6 +82,7 @@ def folder(root, files):
         ("train/a/0.png dev/a/1.png test/2.png", "train/a/0.png", "dev/a/1.png", "a", "dev/ is the test .*used: test/"),
         ("train/a/0.png b/1.png b/2.png", "train/a/0.png", "", "a", "b/ is not used: .* 2 images"),
         ("train/a/0.png unlabeled/x/1.png docs/x.txt", "train/a/0.png", "", "a", "unlabeled/ is not used: .* 1 image"),
+        ("train/a/0.png test/1.png", "train/a/0.png", "", "a", "test/ holds no class folders, so its images have no labels"),
         ("train/a/0.png train_big/a/1.png", "train/a/0.png", "", "a", "train_big/ is not used: "),
     ],
 )  # fmt: skip

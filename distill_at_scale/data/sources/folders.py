@@ -74,12 +74,16 @@ class FolderSource(FileSource):
         return words
 
     def choose_splits(self) -> dict[str, str]:
-        """Split -> folder. Raises UserError for several training folders of which none is `train`."""
+        """Split -> folder. A `test` folder without class folders has no labels and is no split.
+
+        Raises UserError for several training folders of which none is `train`.
+        """
         of = {word: [name for name, own in self.split_folders.items() if own == word] for word in SPLIT_WORDS}
         training = ["train"] if "train" in of["train"] else of["train"]
         if len(training) > 1:
             several = ", ".join(training)
             raise UserError(f"{self.store.place()} holds several training folders ({several}); merge them into train/")
+        of["test"] = [name for name in of["test"] if self.store.names(name)[0]]
         test = next((of[word] for word in EVALUATION if of[word]), [])
         return {split: names[-1] for split, names in (("train", training), ("test", test)) if names}
 
@@ -95,6 +99,8 @@ class FolderSource(FileSource):
         ]
         if evaluation and "test" in self.folders:
             lines.append(unused_split(f"{self.folders['test']}/", evaluation))
+        elif evaluation:
+            lines.append(f"{', '.join(evaluation)} holds no class folders, so its {noun}s have no labels: not used")
         for name in self.store.names()[0]:
             if name in used or f"{name}/" in evaluation:
                 continue

@@ -18,14 +18,14 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
-from distill_at_scale.data.sources.base import data_store, listing, split_word
+from distill_at_scale.data.sources.base import data_store, listing
 from distill_at_scale.data.sources.folders import FolderSource
 from distill_at_scale.data.sources.image.imagenet_labels import val_labels
 from distill_at_scale.data.sources.label_files import LabelFile
+from distill_at_scale.data.sources.media import IMAGE_EXTENSIONS
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 ARCHIVES = {"train": TRAIN, "test": VAL}
-ARCHIVE_EXTENSIONS = (".jpeg", ".jpg", ".png")
 TRAIN_LAYOUT = "a tar of one tar of images per class (n01440764.tar, …)"
 CLASS_ORDER, ANNOTATIONS = "wnids.txt", "val_annotations.txt"
 
@@ -33,14 +33,8 @@ CLASS_ORDER, ANNOTATIONS = "wnids.txt", "val_annotations.txt"
 class Imagenet(FolderSource):
     """ImageNet: `train/<wnid>/*.JPEG`, and `val/` in class folders or flat with a list of labels (`imagenet_labels.py`).
 
-    Classes are the sorted WordNet ids of the training folders. A `test/` without class folders is not a split.
+    Classes are the sorted WordNet ids of the training folders.
     """
-
-    def __init__(self, config: DataSection) -> None:
-        super().__init__(config)
-        folder = self.folders.get("test", "")
-        if split_word(folder) == "test" and not self.store.names(folder)[0]:
-            del self.folders["test"]
 
     def list_split(self, split: str) -> pa.Table:
         folder = self.folders[split]
@@ -172,7 +166,7 @@ class ImagenetTar:
     def _images(self, archive: str, start: int = 0, end: int | None = None, where: str = "") -> list[tar.Member]:
         with tar.open_archive(self.store, archive) as window:
             members = tar.members(window, start, end)
-            images = [member for member in members if member.name.lower().endswith(ARCHIVE_EXTENSIONS)]
+            images = [member for member in members if member.name.lower().endswith(IMAGE_EXTENSIONS)]
         if not images:
             raise UserError(f"{self.store.place(archive)}{where} holds no images. {tar.DOWNLOAD_AGAIN}.")
         return images

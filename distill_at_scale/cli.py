@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_at_scale import __version__, api
+from distill_at_scale.core import command_line
 from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.core.terminal import replace_unknown_characters
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from distill_at_scale.config.load import Config
     from distill_at_scale.core.progress import Display
 
-NAME = "distill-at-scale"
+NAME = command_line.NAME
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
 FULL, DENIED = "Free space or choose another place", "Check its permissions or choose another place"
@@ -338,8 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     replace_unknown_characters()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # threads that wait for others sleep: spinning costs more beside other processes. torch's OpenMP reads this once
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return app(arguments, prog_name=NAME, standalone_mode=False) or 0
+        with command_line.remembered(*arguments[:1]):
+            return app(arguments, prog_name=NAME, standalone_mode=False) or 0
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         named = [word for word in arguments[:1] if word in commands()]
@@ -361,6 +365,8 @@ def _work(
     is watched: the loss of its head ends the command with an error.
     """
     sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
+
+    command_line.configured_by(path, overrides or ())
 
     def command() -> int:
         from distill_at_scale.config.load import load

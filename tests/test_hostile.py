@@ -206,10 +206,10 @@ def test_a_record_of_another_run_brings_in_artefacts_alone(tmp_path, name):
     run = RunDir(tmp_path / "run", reuse=other.path)
     run.create()
     with pytest.raises(UserError, match="outside its folder or not an artefact"):
-        run.valid("ingest", inputs)
+        run.take_over("ingest", inputs)
     path.write_text('{"fingerprint": 3}', encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):
-        run.valid("ingest", inputs)
+        run.take_over("ingest", inputs)
 
 
 def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
@@ -220,7 +220,7 @@ def test_a_link_of_another_run_is_not_taken_over_as_a_link(tmp_path):
     other.complete("ingest", inputs, [other / "a"], 1.0)
     run = RunDir(tmp_path / "run", reuse=other.path)
     run.create()
-    assert run.valid("ingest", inputs)
+    assert run.take_over("ingest", inputs)
     assert not os.path.islink(run / "a")
     assert (run / "a").read_text(encoding="utf-8") == "1"
 

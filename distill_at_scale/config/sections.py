@@ -26,6 +26,11 @@ class RunSection(Section):
         None,
         description="another run folder; stages with the same fingerprint are copied from it instead of recomputed",
     )
+    redo: Literal["ingest", "score", "select", "distill", "evaluate", "report"] | None = execution_key(
+        None,
+        description="from this stage on, output that is damaged or of another configuration is moved to replaced/ and "
+        "computed again; null: it is an error",
+    )
 
 
 class DataSection(Section):

@@ -1,5 +1,7 @@
 """Errors that a user reads: what is wrong, where, and what to do next."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input or an impossible request; the command prints the message without a traceback and exits with 2."""
@@ -11,6 +13,28 @@ class Unreachable(UserError):
 
 class WorkersLost(UserError):
     """Processes of a cluster were lost more often than `cluster.max_failures` allows."""
+
+
+class OtherConfiguration(UserError):
+    """A run folder holds a stage's output of another configuration; `difference` has a line per key that differs."""
+
+    def __init__(self, message: str, difference: Sequence[str]):
+        super().__init__(message)
+        self.difference = difference
+
+    def __reduce__(self) -> tuple[type, tuple[str, Sequence[str]]]:
+        return type(self), (str(self), self.difference)
+
+
+class Damaged(UserError):
+    """A stage's record or output in a run folder is not what was written."""
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason, self.advice = reason, advice
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, self.advice)
 
 
 class Busy(UserError):

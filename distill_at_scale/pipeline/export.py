@@ -9,9 +9,11 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.pipeline.executors.local import LocalExecutor
+from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.stages import distill, score, select
 from distill_at_scale.pruning import export as exported
-from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.redact import next_command
 
 # how the synthetic set in each format is used
 USES = {
@@ -39,14 +41,16 @@ def export(
             "nothing to export; add --imagefolder DIR, --videofolder DIR, --parquet DIR, --pt FILE, --scores FILE or "
             "--kept FILE"
         )
-    run = RunDir.of(config.run)
+    pipeline = Pipeline(config, LocalExecutor, display)
+    run = pipeline.dir
     for path in (*scores, *kept):
         exported.check(path)
+    pipeline.take_over("evaluate")
     run.fetch()
     wanted = (("score", scores, score.inputs), ("select", kept, select.inputs), ("distill", distilled, distill.inputs))
     for stage, paths, inputs in wanted:
         if paths and not (run.record(stage) and run.valid(stage, inputs(config, run))):
-            raise UserError(f"{run.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+            raise UserError(f"{run.named} has no output of {stage} yet; run this first:\n  {next_command(stage)}")
     for path in scores:
         display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")
     for path in kept:

@@ -6,13 +6,15 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import write_json
+from distill_at_scale.core.command_line import runs_points
 from distill_at_scale.core.environment import environment
+from distill_at_scale.core.errors import Damaged, OtherConfiguration, UserError
 from distill_at_scale.core.events import Event, instant
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest import plan as ingest_plan
@@ -30,7 +32,8 @@ from distill_at_scale.pipeline.stages import distill, evaluate, ingest, report, 
 from distill_at_scale.pipeline.stages.context import MakeObservers, RunContext, no_observers
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.storage.filesystem import redact_uri
-from distill_at_scale.storage.run_dir import STAGES, RunDir
+from distill_at_scale.storage.redact import next_command
+from distill_at_scale.storage.run_dir import REPLACED, STAGES, RunDir, next_folder
 from distill_at_scale.storage.stage_record import StageInputs
 
 STAGE_MODULES: dict[str, Any] = dict(zip(STAGES, (ingest, score, select, distill, evaluate, report), strict=True))
@@ -64,8 +67,11 @@ class Pipeline:
         return self.context.executor
 
     def run(self, stages: Sequence[str] = STAGES) -> None:
-        """Run stages in order. Raises UserError if an input is missing or the output is of another configuration."""
+        """Run stages in order, after taking over earlier ones from run.reuse. Raises UserError if an input is missing or
+        the output is of another configuration.
+        """
         with self._working():
+            self._take_over_before(stages[0])
             for stage in stages:
                 if stage in ("score", "select", "distill") and self.dir.record("ingest"):
                     prepared = PreparedDataset(self.dir / "prepared")
@@ -92,11 +98,14 @@ class Pipeline:
 
     def _run_stage(self, stage: str) -> None:
         context, say = self.context, self.display.say
+        if self.dir.redoes(stage):
+            try:
+                self.dir.record(stage)
+            except Damaged as error:
+                say(f"{stage}: {error.reason}; the output here was moved to {self.dir.set_aside(stage)}")
         inputs = self.inputs(stage)
-        if self.dir.valid(stage, inputs, redo=stage == "report"):
-            remark = ingest.compare_contents(context) if stage == "ingest" else ""
-            say(f"{stage}: already done for this configuration, skipped ({self.dir.named})")
-            if remark:
+        if self._is_done(stage, inputs) or self._take_over(stage, inputs):
+            if stage == "ingest" and (remark := ingest.compare_contents(context)):
                 say(f"  {remark}")
             context.observers.emit(instant("stage", "skipped", stage=stage))
             return
@@ -117,6 +126,72 @@ class Pipeline:
         finally:
             context.observers.emit(Event("stage", outcome, began, time.time()))
 
+    def _is_done(self, stage: str, inputs: StageInputs) -> bool:
+        """Whether the stage's valid output is in the run folder; what run.redo allows to replace is moved aside."""
+        try:
+            if done := self.dir.valid(stage, inputs):
+                self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.named})")
+            return done
+        except OtherConfiguration as error:
+            if stage == "report":  # always written again
+                return False
+            if not self.dir.redoes(stage):
+                raise OtherConfiguration(self._explained(stage, str(error)), error.difference) from None
+            reason = "is of another configuration"
+        except Damaged as error:
+            if stage == "report":
+                return False
+            if not self.dir.redoes(stage):
+                raise
+            reason = f"is damaged ({error.reason})"
+        self.display.say(f"{stage}: the output here {reason} and was moved to {self.dir.set_aside(stage)}")
+        return False
+
+    def _explained(self, stage: str, problem: str) -> str:
+        """The error for output of another configuration: what can be kept, and the command that keeps it."""
+        place, lines = STAGES.index(stage), [problem, "Nothing was changed."]
+        if not runs_points():
+            kept, old = (
+                [earlier for earlier in STAGES[:place] if self._agrees(earlier)],
+                redact_uri(self.config.run.dir),
+            )
+            reused = f"reuses {', '.join(kept)} and " if kept else ""
+            lines.append(f"In a new folder this command {reused}computes {', '.join(STAGES[place:])}:")
+            lines.append(f"  {next_command(dir=next_folder(old), reuse=old)}")
+        lines.append(f"In this folder, after moving the present output of {stage} to {REPLACED}/:")
+        return "\n".join([*lines, f"  {next_command(redo=stage)}"])
+
+    def _agrees(self, stage: str) -> bool:
+        """Whether the run folder has the output of a stage for this configuration."""
+        try:
+            return self.dir.valid(stage, self.inputs(stage))
+        except UserError:
+            return False
+
+    def _take_over(self, stage: str, inputs: StageInputs) -> bool:
+        """Link the stage's output from run.reuse, and say so or why not."""
+        if (other := self.dir.reuse) is None or stage == "report":
+            return False
+        try:
+            if taken := self.dir.take_over(stage, inputs):
+                self.display.say(f"{stage}: taken over from {other.named}")
+            return taken
+        except UserError as error:
+            self.display.say(f"{stage}: not taken over from {other.named}: {error}")
+            return False
+
+    def take_over(self, before: str) -> None:
+        """Take over from run.reuse, if it is set, the stages before this one that the run folder lacks."""
+        if self.dir.reuse:
+            self.dir.create()
+            with self.dir.lock():
+                self._take_over_before(before)
+
+    def _take_over_before(self, stage: str) -> None:
+        for earlier in STAGES[: STAGES.index(stage)] if self.dir.reuse else ():
+            if self.dir.record(earlier) is None and not self._take_over(earlier, self.inputs(earlier)):
+                return
+
     def inputs(self, stage: str) -> StageInputs:
         """What decides a stage's output. Raises UserError if an earlier stage's output is missing or not whole."""
         return ingest.inputs(self.context) if stage == "ingest" else STAGE_MODULES[stage].inputs(self.config, self.dir)
@@ -130,7 +205,11 @@ class Pipeline:
                     values[section][key] = redact_uri(values[section][key])
         if (mlflow := values["track"]["mlflow"]) and mlflow["tracking_uri"]:
             mlflow["tracking_uri"] = redact_uri(mlflow["tracking_uri"])
-        seconds = {stage: record["seconds"] for stage in STAGES if (record := self.dir.record(stage))}
+        seconds = {}
+        for stage in STAGES:
+            with suppress(Damaged):  # of a later stage
+                if record := self.dir.record(stage):
+                    seconds[stage] = record["seconds"]
         write_json(self.dir / "run.json", {"config": values, **self._environment(), "seconds": seconds})
 
     def validate(self, compare: bool = False) -> int:
@@ -171,6 +250,7 @@ class Pipeline:
         """
         validate.check_names(self.config)
         self.dir.create()
+        self.take_over("report")
         self.dir.fetch()
         finished: dict[str, dict[str, Any]] = {}  # records of stages that a run would skip; the source is not listed
         for stage in STAGES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distill_at_scale.core import command_line
 from distill_at_scale.storage.filesystem import redact_uri
 
 
@@ -15,3 +16,8 @@ def public(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [public(inner) for inner in value]
     return redact_uri(value) if isinstance(value, str) and "://" in value else value
+
+
+def next_command(stage: str | None = None, **run: str) -> str:
+    """`core.command_line.next_command` without credentials in URIs."""
+    return " ".join(public(command_line.next_command(stage, **run).split(" ")))

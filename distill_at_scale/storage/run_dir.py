@@ -22,9 +22,10 @@ from typing import Any
 
 from distill_at_scale.config.sections import RunSection
 from distill_at_scale.core.atomic_files import file_digests, files_in, publish, write_json
-from distill_at_scale.core.errors import Busy, UserError
+from distill_at_scale.core.errors import Busy, Damaged, OtherConfiguration, UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage.object_store import Say, is_remote
+from distill_at_scale.storage.redact import next_command
 from distill_at_scale.storage.stage_record import LINKED, StageInputs, checked, is_artefact
 from distill_at_scale.storage.sync import FolderSync, scratch_of
 from distill_at_scale.storage.working_copy import LOCK, WorkingCopy, link, top_level_names, work_folder
@@ -33,6 +34,15 @@ CONTENTS = (
     "contents.parquet"  # of ingest: times and hashes of the source's files. Copies of one data set differ in the times
 )
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
+OUTPUTS = {  # top-level names that a stage may write
+    "ingest": ("prepared", "rejected.parquet"),
+    "score": ("scores.parquet", "proxies"),
+    "select": ("manifest.parquet",),
+    "distill": ("synthetic", "metrics.jsonl"),
+    "evaluate": ("evaluation.json",),
+    "report": ("report.html",),
+}
+REPLACED = "replaced"  # folder of outputs that run.redo moved aside
 
 
 def address_of(run: RunSection) -> str:
@@ -40,21 +50,46 @@ def address_of(run: RunSection) -> str:
     return run.dir if is_remote(run.dir) else str(Path(run.dir.removeprefix("file://")).expanduser().resolve())
 
 
+def next_folder(address: str) -> str:
+    """The address of a new run folder next to one: runs/x-2 for runs/x, then runs/x-3, ..."""
+    path, query, options = address.rstrip("/").partition("?")
+    base, _, number = path.rpartition("-")
+    if not (base and number.isdecimal()):
+        base, number = path, "1"
+    n = int(number) + 1
+    while not is_remote(address) and Path(f"{base}-{n}".removeprefix("file://")).expanduser().exists():
+        n += 1
+    return f"{base}-{n}{query}{options}"
+
+
+def again(stage: str) -> str:
+    """The next action where the output of a stage is damaged."""
+    return f"to move it to {REPLACED}/ and compute {stage} again:\n  {next_command(stage, redo=stage)}"
+
+
 class RunDir:
     """Paths, locking and stage records of one run."""
 
-    def __init__(self, path: str | Path, reuse: RunDir | str | Path | None = None, remote: WorkingCopy | None = None):
-        self.path, self.remote = Path(path).expanduser(), remote
+    def __init__(
+        self,
+        path: str | Path,
+        reuse: RunDir | str | Path | None = None,
+        remote: WorkingCopy | None = None,
+        redo: str | None = None,
+    ):
+        """`redo`: the first stage whose damaged or differing output `valid` moves aside."""
+        self.path, self.remote, self.redo = Path(path).expanduser(), remote, redo
         self.reuse = RunDir(reuse) if isinstance(reuse, str | Path) else reuse
 
     @classmethod
     def of(cls, run: RunSection, say: Say = lambda text: None) -> RunDir:
         """The folder that a configuration names, local or in an object store; `say` logs waiting times."""
-        reuse = cls.of(run.model_copy(update={"dir": run.reuse, "reuse": None}), say) if run.reuse else None
+        other = {"dir": run.reuse, "reuse": None, "redo": None}
+        reuse = cls.of(run.model_copy(update=other), say) if run.reuse else None
         if not is_remote(run.dir):
-            return cls(run.dir.removeprefix("file://"), reuse)
+            return cls(run.dir.removeprefix("file://"), reuse, redo=run.redo)
         path = scratch_of(run.dir, run.scratch)
-        return cls(path, reuse, WorkingCopy(FolderSync(run.dir, path, run.retry_seconds, say)))
+        return cls(path, reuse, WorkingCopy(FolderSync(run.dir, path, run.retry_seconds, say)), run.redo)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -146,31 +181,54 @@ class RunDir:
         return folder
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """The record of a completed stage, or None. Raises UserError if it is damaged."""
+        """The record of a completed stage, or None. Raises Damaged if it cannot be read."""
         try:
             return checked(json.loads((self.path / "stages" / f"{stage}.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
             path = self.place(f"stages/{stage}.json")
-            raise UserError(f"{path} is damaged ({error}); remove it to run {stage} again") from None
+            raise Damaged(f"{path} is damaged ({error})", again(stage)) from None
 
-    def valid(self, stage: str, inputs: StageInputs, redo: bool = False) -> bool:
-        """Whether the stage's output for exactly these inputs exists and is complete. Raises UserError with the
-        difference if the folder holds the output of another configuration; with `redo` that output is just not valid.
+    def valid(self, stage: str, inputs: StageInputs) -> bool:
+        """Whether the stage's output for exactly these inputs exists and is complete.
+
+        Raises:
+            OtherConfiguration: the folder holds the output of another configuration.
+            Damaged: the record or a file is not what was written.
         """
         if (record := self.record(stage)) is None:
-            return self._reuse(stage, inputs)
+            return False
         if record["fingerprint"] == inputs.fingerprint:
             self._check_outputs(stage, record)
             return True
-        if redo:
-            return False
-        difference = "\n  ".join(inputs.difference(record))
-        raise UserError(
-            f"{self.named} holds the output of {stage} for another configuration:\n  {difference}\nNothing was changed. "
-            f"Choose another run.dir, or remove {self.named}/stages/{stage}.json to redo {stage} here."
+        difference = inputs.difference(record)
+        lines = "\n  ".join(difference)
+        raise OtherConfiguration(
+            f"{self.named} holds the output of {stage} for another configuration:\n  {lines}", difference
         )
+
+    def redoes(self, stage: str) -> bool:
+        """Whether run.redo allows to compute a stage again."""
+        return self.redo is not None and STAGES.index(stage) >= STAGES.index(self.redo)
+
+    def set_aside(self, stage: str) -> str:
+        """Move the record and the output of a stage to `replaced/`; returns the address of the new folder there."""
+        record = f"stages/{stage}.json"
+        names = set(OUTPUTS[stage])
+        with contextlib.suppress(UserError):
+            names |= set(top_level_names(self.record(stage) or {"outputs": ()}))
+        folder = f"{REPLACED}/{stage}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+        (self.path / folder).mkdir(parents=True)
+        os.replace(self.path / record, self.path / folder / f"{stage}.json")
+        if self.remote:
+            self.remote.sync.push("stages", gone=True)
+        for name in sorted(names):
+            if (self.path / name).is_symlink():  # of a shared output, which stays where it is
+                (self.path / name).unlink()
+            elif (self.path / name).exists():
+                os.replace(self.path / name, self.path / folder / name)
+        return self.place(folder)
 
     def complete(self, stage: str, inputs: StageInputs, outputs: Sequence[Path], seconds: float, **facts: Any) -> None:
         """Publish the record of a stage; all its `outputs` exist."""
@@ -201,7 +259,8 @@ class RunDir:
     def content(self, stage: str) -> str:
         """The content hash of a completed stage's output. Raises UserError if the stage has not run."""
         if (record := self.record(stage)) is None:
-            raise UserError(f"{self.named} has no output of {stage} yet; run `distill-at-scale {stage} CONFIG` first")
+            first = next(earlier for earlier in STAGES if not (self.path / "stages" / f"{earlier}.json").exists())
+            raise UserError(f"{self.named} has no output of {stage} yet; run this first:\n  {next_command(first)}")
         self._check_outputs(stage, record)
         return record["output"]
 
@@ -210,18 +269,23 @@ class RunDir:
             path = self.path / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 state = "missing" if not path.is_file() else "not what was written"
-                where = self.place(f"stages/{stage}.json")
-                raise UserError(f"{self.place(name)} is {state}; remove {where} to run {stage} again")
+                raise Damaged(f"{self.place(name)} is {state}", again(stage))
 
-    def _reuse(self, stage: str, inputs: StageInputs) -> bool:
-        """Link the same output from the run named in run.reuse, if that run has it."""
-        record = self.reuse.record(stage) if self.reuse else None
-        if record is None or self.reuse is None or record["fingerprint"] != inputs.fingerprint:
-            return False
-        if outside := [name for name in record["outputs"] if not is_artefact(name)]:
-            reason = f"names {outside[0]!r}, which is outside its folder or not an artefact; it is not reused"
-            raise UserError(f"{self.reuse.named}/stages/{stage}.json {reason}")
-        self.reuse._check_outputs(stage, record)
+    def take_over(self, stage: str, inputs: StageInputs) -> bool:
+        """Link the same output from the run named in run.reuse; False if that run has none of this stage.
+
+        Raises UserError, whose message is the reason, if that run's output is damaged or of another configuration.
+        """
+        try:
+            if self.reuse is None or (record := self.reuse.record(stage)) is None:
+                return False
+            if outside := [name for name in record["outputs"] if not is_artefact(name)]:
+                raise UserError(f"its record names {outside[0]!r}, which is outside its folder or not an artefact")
+            self.reuse.valid(stage, inputs)
+        except Damaged as error:
+            raise UserError(error.reason) from None
+        except OtherConfiguration as error:
+            raise UserError(f"another configuration: {', '.join(error.difference)}") from None
         for name in record["outputs"]:
             self._link(self.reuse.path, name)
         own = {key: value for key, value in record.items() if key != LINKED}

@@ -36,7 +36,9 @@ class StageInputs:
             before = recorded[part]
             for key in sorted(set(before) | set(now)):
                 values = before.get(key, "absent"), json.loads(json.dumps(now.get(key, "absent")))
-                if values[0] != values[1]:
+                if values[0] != values[1] and part == "content" and key in before and key in now:
+                    lines.append(f"{key}: other content ({values[0][:8]} -> {values[1][:8]})")
+                elif values[0] != values[1]:
                     old, new = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(json.dumps, values))
                     lines.append(f"{key}: {old} -> {new}")
         return lines

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from distill_at_scale.core.errors import UserError
+from distill_at_scale.core import command_line
+from distill_at_scale.core.errors import Unreachable, UserError
+from distill_at_scale.data.ingest import plan as ingest_plan
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
@@ -253,7 +255,7 @@ def test_a_damaged_input_is_an_error(make_run, copied):
 
 
 def test_a_stage_before_its_input_says_what_to_run(make_run, tmp_path):
-    with pytest.raises(UserError, match="distill-at-scale ingest"):
+    with pytest.raises(UserError, match="distill-at-scale ingest CONFIG"):
         make_run(tmp_path / "run").stages("score")
 
 
@@ -276,6 +278,71 @@ def test_scores_are_shared_by_runs(make_run, digits_run, tmp_path):
         int(0.5 * n + 0.5) for n in np.bincount(pq.read_table(run.dir / "manifest.parquet")["label"])
     )
     assert run.stages("distill").dir.joinpath("synthetic/card.json").exists()
+
+
+def test_a_stage_command_takes_earlier_stages_over(make_run, digits_run, tmp_path):
+    run = make_run(tmp_path / "second", run__reuse=str(digits_run.dir), evaluate__epochs=2).stages("evaluate")
+    lines = [f"{stage}: taken over from {digits_run.dir}" for stage in ("ingest", "score", "select", "distill")]
+    assert [line for line in run.text.splitlines() if "taken over" in line][:4] == lines
+    assert f"evaluate: not taken over from {digits_run.dir}: another configuration: evaluate.epochs: 3 -> 2" in run.text
+    assert (run.dir / "evaluation.json").exists()
+
+
+def test_a_stage_that_cannot_be_taken_over_is_explained(make_run, digits_run, tmp_path):
+    run = make_run(tmp_path / "second", run__reuse=str(digits_run.dir), score__lr=0.5)
+    with pytest.raises(UserError, match="no output of select yet; run this first:\n  distill-at-scale score CONFIG"):
+        run.stages("distill")
+    assert f"ingest: taken over from {digits_run.dir}" in run.text
+    assert f"score: not taken over from {digits_run.dir}: another configuration: score.lr: 0.01 -> 0.5" in run.text
+
+
+def test_a_source_that_is_gone_does_not_prevent_taking_over(make_run, tmp_path, monkeypatch):
+    first = make_run(tmp_path / "first").stages("ingest")
+
+    def unreachable(config):
+        raise Unreachable("the bucket is gone")
+
+    monkeypatch.setattr(ingest_plan, "plan", unreachable)
+    run = make_run(tmp_path / "second", run__reuse=str(first.dir)).stages("ingest")
+    assert f"ingest: taken over from {first.dir}" in run.text
+
+
+def test_the_command_for_another_configuration_keeps_what_can_be_kept(make_run, copied):
+    with command_line.remembered("run"):
+        command_line.configured_by("digits.yaml", ["select.keep=0.5", f"run.dir={copied}"])
+        with pytest.raises(UserError) as error:
+            make_run(copied, select__keep=0.5).stages(*CORE)
+    text, new = str(error.value), f"{copied}-2"
+    assert "reuses ingest, score and computes select, distill, evaluate, report:" in text
+    assert f"\n  distill-at-scale run digits.yaml select.keep=0.5 run.dir={new} run.reuse={copied}\n" in text
+    run = make_run(new, select__keep=0.5, run__reuse=str(copied)).stages(*CORE)
+    assert run.text.count("taken over from") - run.text.count("not taken over from") == 2
+
+
+def test_redo_moves_another_configuration_aside_and_nothing_else(make_run, copied):
+    before = (copied / "manifest.parquet").read_bytes()
+    run = make_run(copied, select__keep=0.5, run__redo="select").stages(*CORE)
+    assert run.text.count("skipped") == 2
+    (old,) = copied.glob("replaced/select-*")
+    assert (old / "manifest.parquet").read_bytes() == before != (copied / "manifest.parquet").read_bytes()
+    assert sorted(path.name.partition("-")[0] for path in copied.glob("replaced/*")) == [
+        "distill",
+        "evaluate",
+        "select",
+    ]
+    again = make_run(copied, select__keep=0.5, run__redo="select").stages(*CORE)
+    assert again.text.count("skipped") == len(CORE)
+
+
+@pytest.mark.parametrize("damage", ["record", "output", "missing"])
+def test_redo_computes_a_damaged_stage_again(make_run, copied, damage):
+    before, path = outputs(copied), copied / ("stages/score.json" if damage == "record" else "scores.parquet")
+    path.unlink() if damage == "missing" else path.write_bytes(b"{")
+    with pytest.raises(UserError, match=r"run\.redo=score"):
+        make_run(copied).stages(*CORE)
+    run = make_run(copied, run__redo="score").stages(*CORE)
+    assert outputs(copied) == before
+    assert run.text.count("skipped") == len(CORE) - 1
 
 
 def test_a_run_to_reuse_that_does_not_exist_is_an_error(make_run, tmp_path):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+from distill_at_scale.core import command_line
 from distill_at_scale.core.atomic_files import publish, resolve_parent
-from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.errors import Damaged, UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage import run_dir as rundir
-from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.run_dir import STAGES, RunDir, next_folder
 from distill_at_scale.storage.stage_record import StageInputs
 
 INPUTS = StageInputs({"score.lr": 0.1, "run.seed": 0}, {"ingest": "abc"})
@@ -40,7 +42,7 @@ def test_another_configuration_is_refused_with_the_difference(run):
     other = StageInputs({"score.lr": 0.2, "run.seed": 0, "score.new": 1}, {"ingest": "xyz"})
     with pytest.raises(UserError) as error:
         run.valid("score", other)
-    for line in ("score.lr: 0.1 -> 0.2", 'score.new: "absent" -> 1', 'ingest: "abc" -> "xyz"', "Nothing was changed"):
+    for line in ("score.lr: 0.1 -> 0.2", 'score.new: "absent" -> 1', "ingest: other content (abc -> xyz)"):
         assert line in str(error.value)
     assert "run.seed" not in str(error.value)
     assert (run / "scores.parquet").read_bytes() == b"scores"
@@ -86,7 +88,7 @@ def test_the_content_of_a_stage_follows_its_output(run):
 
 
 def test_the_content_of_a_stage_that_never_ran_says_what_to_do(run):
-    with pytest.raises(UserError, match="distill-at-scale select"):
+    with pytest.raises(UserError, match="no output of select yet; run this first:\n  distill-at-scale ingest CONFIG"):
         run.content("select")
 
 
@@ -101,6 +103,7 @@ def test_folders_are_recorded_file_by_file(run):
 def test_an_output_is_taken_over_from_another_run(run, tmp_path):
     second = RunDir(tmp_path / "second", reuse=run.path)
     second.create()
+    assert second.take_over("score", INPUTS)
     assert second.valid("score", INPUTS)
     assert (second / "scores.parquet").read_bytes() == b"scores"
     assert second.content("score") == run.content("score")
@@ -110,7 +113,9 @@ def test_an_output_is_taken_over_from_another_run(run, tmp_path):
 def test_an_output_of_another_configuration_is_not_taken_over(run, tmp_path):
     second = RunDir(tmp_path / "second", reuse=run.path)
     second.create()
-    assert not second.valid("score", StageInputs({"score.lr": 0.2}, {}))
+    with pytest.raises(UserError, match=r"^another configuration: .*score\.lr: 0\.1 -> 0\.2"):
+        second.take_over("score", StageInputs({"score.lr": 0.2}, {}))
+    assert not second.take_over("select", INPUTS)
     assert not (second / "scores.parquet").exists()
 
 
@@ -121,8 +126,60 @@ def test_a_damaged_output_is_not_taken_over(run, tmp_path, content):
         (run / "scores.parquet").write_bytes(content)
     second = RunDir(tmp_path / "second", reuse=run.path)
     second.create()
-    with pytest.raises(UserError, match=r"scores\.parquet"):
-        second.valid("score", INPUTS)
+    with pytest.raises(UserError, match=r"scores\.parquet is (missing|not what was written)$"):
+        second.take_over("score", INPUTS)
+    assert second.record("score") is None
+
+
+def test_a_damaged_output_names_the_command_that_computes_it_again(run):
+    (run / "scores.parquet").unlink()
+    with command_line.remembered("run"):
+        command_line.configured_by("my config.yaml", ["run.redo=ingest", "score.lr=0.2"])
+        with pytest.raises(Damaged) as error:
+            run.valid("score", INPUTS)
+    assert str(error.value).endswith("\n  distill-at-scale run 'my config.yaml' score.lr=0.2 run.redo=score")
+    with (
+        command_line.remembered("select"),
+        pytest.raises(Damaged, match=r"distill-at-scale score CONFIG run\.redo=score$"),
+    ):
+        run.valid("score", INPUTS)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_set_aside_is_moved_as_a_whole(run, damaged):
+    (run / "proxies").mkdir()
+    (run / "proxies" / "0").write_text("proxy")
+    if damaged:
+        (run / "stages" / "score.json").write_text("{")
+    folder = Path(run.set_aside("score"))
+    assert folder.parent == run / "replaced"
+    assert sorted(path.name for path in folder.iterdir()) == ["proxies", "score.json", "scores.parquet"]
+    assert (folder / "scores.parquet").read_bytes() == b"scores"
+    assert run.record("score") is None
+    assert not (run / "scores.parquet").exists()
+
+
+def test_setting_a_linked_output_aside_leaves_the_other_run_as_it_is(run, tmp_path):
+    second = RunDir(tmp_path / "second")
+    second.create()
+    second.adopt(run, "score")
+    second.set_aside("score")
+    assert not (second / "scores.parquet").is_symlink()
+    assert (run / "scores.parquet").read_bytes() == b"scores"
+
+
+def test_redo_covers_a_stage_and_those_after_it(tmp_path):
+    run = RunDir(tmp_path, redo="select")
+    assert [stage for stage in STAGES if run.redoes(stage)] == ["select", "distill", "evaluate", "report"]
+    assert not any(RunDir(tmp_path).redoes(stage) for stage in STAGES)
+
+
+def test_the_next_folder_is_one_that_does_not_exist(tmp_path):
+    assert next_folder(f"{tmp_path}/x") == f"{tmp_path}/x-2"
+    (tmp_path / "x-2").mkdir()
+    (tmp_path / "x-3").mkdir()
+    assert next_folder(f"{tmp_path}/x/") == next_folder(f"{tmp_path}/x-2") == f"{tmp_path}/x-4"
+    assert next_folder("s3://bucket/runs/x?scheme=http") == "s3://bucket/runs/x-2?scheme=http"
 
 
 def test_a_second_holder_of_the_lock_is_refused(run):

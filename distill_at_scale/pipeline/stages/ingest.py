@@ -51,7 +51,8 @@ def inputs(context: RunContext) -> StageInputs:
     try:
         context.plan = ingest_plan.plan(context.config)
     except Unreachable as error:
-        record = context.dir.record("ingest")
+        reuse = context.dir.reuse
+        record = context.dir.record("ingest") or (reuse.record("ingest") if reuse else None)
         if record is None or record["config"] != json.loads(json.dumps(values)):
             raise
         context.display.say(f"ingest: the source cannot be read now ({error}); using what was ingested before")

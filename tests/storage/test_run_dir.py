@@ -148,9 +148,9 @@ def test_a_damaged_output_names_the_command_that_computes_it_again(run):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_what_is_set_aside_is_moved_as_a_whole(run, damaged):
     (run / "proxies").mkdir()
-    (run / "proxies" / "0").write_text("proxy")
+    (run / "proxies" / "0").write_text("proxy", encoding="utf-8")
     if damaged:
-        (run / "stages" / "score.json").write_text("{")
+        (run / "stages" / "score.json").write_text("{", encoding="utf-8")
     folder = Path(run.set_aside("score"))
     assert folder.parent == run / "replaced"
     assert sorted(path.name for path in folder.iterdir()) == ["proxies", "score.json", "scores.parquet"]

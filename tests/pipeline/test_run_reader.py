@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +101,7 @@ def test_warnings_are_those_of_all_stages(digits_run, tmp_path):
 def test_opening_a_run_and_its_tables_load_neither_torch_nor_ray(digits_run):
     code = f"""
 import sys
+import tempfile
 import distill_at_scale as das
 run = das.open_run({str(digits_run.dir)!r})
 assert run.scores.num_rows and run.manifest.num_rows and run.results and run.config and run.stages and run.rejected is not None
@@ -208,3 +210,21 @@ def test_show_of_no_run_folder_exits_with_two(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert "is not a run folder" in err
+
+
+def test_a_run_in_an_object_store_is_opened_without_fetching_all_of_it(digits_run, s3, monkeypatch, tmp_path):
+    s3.upload(digits_run.dir, "opened", "run/")
+    s3.client.put_object(Bucket="opened", Key="run/.run", Body=b"0123456789abcdef")  # as a command leaves it
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = open_run(s3("opened/run"))
+    assert run.address == "s3://opened/run"
+    assert run.results == open_run(digits_run.dir).results
+    assert not (run.path / "scores.parquet").exists()
+    assert run.scores.equals(open_run(digits_run.dir).scores)
+    assert not list(run.path.glob("prepared/*/*.parquet")), "the samples stay in the store"
+    assert len(run.synthetic.labels) == len(open_run(digits_run.dir).synthetic.labels)
+    assert {state.state for stage, state in run.stages.items() if stage != "report"} == {"finished"}
+    text = shown(s3("opened/run"))
+    assert "next: distill-at-scale run CONFIG run.dir=s3://opened/run" in text
+    with pytest.raises(UserError, match="s3://opened/elsewhere is not a run folder"):
+        open_run(s3("opened/elsewhere"))

@@ -68,6 +68,36 @@ def options(
 
 
 @app.command(epilog=examples(
+    "init --data photos",
+    "init --data s3://bucket/photos --budget 1h --out photos.yaml",
+    "init --data shards/train-{000..127}.tar --method dc --ipc 10",
+))  # fmt: skip
+def init(
+    data: Annotated[str, typer.Option("--data", metavar="PATH", help="Folder, file, pattern of shards or URI.")],
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="Layout, if it is not recognized.")] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help="Distillation method.")] = "dm",
+    ipc: Annotated[int, typer.Option(metavar="N", help="Synthetic samples per class.")] = 1,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Time for the first run: 90s, 10min, 2h.")] = "10min",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write; default: named by the data.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> int:
+    """Look at your data and write a configuration for it.
+
+    Says which layout the data have, their splits and classes, and what a look at 100 samples shows. Measures this
+    machine for some seconds, and chooses settings whose first run fits the budget. Published settings and their time
+    stand beside smaller ones as comments.
+    """
+
+    def body() -> None:
+        from distill_at_scale.core.progress import Display
+        from distill_at_scale.pipeline.planning import starter_file
+
+        starter_file.init(data, Display(), source=source, method=method, ipc=ipc, budget=budget, out=out, force=force)
+
+    return report_errors(body)
+
+
+@app.command(epilog=examples(
     "run configs/digits.yaml",
     "run configs/digits.yaml distill.ipc=10 select.keep=0.3 run.dir=runs/ten",
     "run configs/digits.yaml cluster.address=none   # in this process, without Ray",

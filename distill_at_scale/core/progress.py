@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distill_at_scale.core.terminal import replace_unknown_characters
 
 LOG_INTERVAL = 5.0  # seconds between two lines of a log
+STATUS_AFTER = 2.0  # seconds between two lines of a status in a log
 # control characters except tab and newline, directional overrides, and surrogates (bytes that are not UTF-8)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -88,6 +89,26 @@ class Display:
 
     def say(self, text: str) -> None:
         self.console.print(printable(text), markup=False, soft_wrap=True)
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Show what a short task does: one changing line on a terminal; in a log a line, if it takes over STATUS_AFTER.
+
+        Yields a function that replaces the text.
+        """
+        if self.console.is_terminal:
+            with self.console.status(f"{text} …") as spinner:
+                yield lambda now: spinner.update(f"{printable(now)} …")
+            return
+        began = time.monotonic()
+
+        def show(now: str) -> None:
+            nonlocal began
+            if time.monotonic() - began >= STATUS_AFTER:
+                began = time.monotonic()
+                self.say(f"  {now} …")
+
+        yield show
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str, before: int = 0) -> Iterator[Meter]:

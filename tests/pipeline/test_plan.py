@@ -37,8 +37,7 @@ EVERY = ["ingest", "score", "select", "distill", "evaluate", "report"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Measurements of a few milliseconds: these tests do not look at how good they are."""
-    for module in ("micro_benchmarks", "step_benchmark"):
-        monkeypatch.setattr(f"distill_at_scale.pipeline.planning.{module}.SECONDS", 0.01)
+    monkeypatch.setattr("distill_at_scale.pipeline.planning.micro_benchmarks.SECONDS", 0.01)
 
 
 def estimate(stage: str = "distill", **fields) -> StageEstimate:

@@ -121,3 +121,19 @@ def frame_indices(n: int, request: ClipRequest) -> list[int]:
     stride = min(request.stride, (n - 1) / (count - 1))  # as close to the configured one as the video allows
     start = int(draw.integers(n - int((count - 1) * stride)))
     return [start + int(i * stride) for i in range(count)]
+
+
+def probe_clip(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """Called through `IsolatedFunction` with the limits of `open_video`: codec, size, length and number of frames of a
+    video, without decoding it; {"rejected": reason} for a file that is none.
+    """
+    try:
+        with open_video(raw, header["max_pixels"], header["max_seconds"]) as video:
+            width, height = video.size
+            rate = float(video.stream.average_rate or 0)
+            facts = {"width": width, "height": height, "frames": video.frames, "codec": video.stream.codec_context.name}
+            return {**facts, "seconds": video.frames / rate if rate else 0.0}, b""
+    except VideoRejected as error:
+        return {"rejected": str(error)}, b""
+    except Exception as error:  # libraries fed with damaged bytes raise almost anything
+        return {"rejected": f"damaged: {str(error) or type(error).__name__}"}, b""

@@ -7,8 +7,10 @@ has fixed figures. Not covered: other load on the machine, and cores that are sl
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.sampling import placement
@@ -20,11 +22,12 @@ from distill_at_scale.pipeline.planning import memory, micro_benchmarks
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
-from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark
+from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, StepTimes
 from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
+T = TypeVar("T")
 RAY, POOL, TASKS, TRAIN = 12.0, 4.0, 5.0, 12.0  # seconds: Ray's start, an actor pool's, a first task's, a Train group's
 SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sample, select, report
 
@@ -54,11 +57,16 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Planner:
-    """Estimates of the stages of one configuration."""
+    """Estimates of the stages of one configuration.
+
+    Planners of configurations that differ in counts only (trials, epochs, steps, seeds) may share `measured`, so that each
+    kind of work is measured once.
+    """
 
     config: Config
     facts: Facts
     layout: ClusterLayout
+    measured: dict[tuple[object, ...], Any] | None = None
 
     @property
     def method(self) -> type[Method]:
@@ -67,7 +75,9 @@ class Planner:
     def ingest(self) -> StageEstimate:
         facts, spread = self.facts, self.layout.actors(gpu=False)
         assert facts.listing is not None
-        decoding, writing = micro_benchmarks.decode(self.config, facts.listing), micro_benchmarks.write(facts)
+        listing, size = facts.listing, (facts.shape, self.config.data.resize)
+        decoding = self._once(("decode", size), lambda: micro_benchmarks.decode(self.config, listing))
+        writing = self._once(("write", size), lambda: micro_benchmarks.write(facts))
         side = max(1, min(spread.side_by_side, -(-facts.samples // self.config.data.chunk)))
         parts = {"decode": decoding.once + facts.samples * decoding.each / side, "sort": facts.samples * writing.each}
         disk = facts.samples * (facts.stored + IDS)
@@ -89,12 +99,13 @@ class Planner:
         if score.weights is None:
             spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
             waves = trials if score.workers > 1 else spread.waves(trials)
-            each = micro_benchmarks.proxy_training(self.config, facts, device, spread.threads)
+            key = "proxy", str(spec), score.batch, spread.threads
+            each = self._once(key, lambda: micro_benchmarks.proxy_training(self.config, facts, device, spread.threads))
             share = score.share / (spread.side_by_side if score.workers > 1 else 1)
             parts["train"] = waves * (each.once + epochs * facts.train * share * each.each)
             parts |= self._started({}, TRAIN if score.workers > 1 else TASKS)
             sizes.append((memory.of_proxy(self.config, spec, facts, device), spread.side_by_side))
-        one = micro_benchmarks.scoring(self.config, facts, device)
+        one = self._once(("scoring", str(spec)), lambda: micro_benchmarks.scoring(self.config, facts, device))
         side = max(1, min(self.layout.actors().side_by_side, -(-facts.train // self.config.data.chunk)))
         parts["score"] = one.once + facts.train * checkpoints * one.each / side
         sizes.append((memory.of_scorer(self.config, spec, facts, device), side))
@@ -114,9 +125,14 @@ class Planner:
     def distill(self) -> StageEstimate:
         facts, wanted, device = self.facts, self.config.distill, self.layout.device
         spread = self.layout.elastic_workers(wanted.min_workers, wanted.max_workers)
-        with tempfile.TemporaryDirectory() as folder:
-            workers = spread.side_by_side
-            measured = StepBenchmark(self.config, facts, device, workers, Path(folder)).measure()
+        workers = spread.side_by_side
+
+        def measure() -> StepTimes:
+            with tempfile.TemporaryDirectory() as folder:
+                return StepBenchmark(self.config, facts, device, workers, Path(folder)).measure()
+
+        per_step = wanted.model_copy(update={"steps": None, "checkpoint_every": 1, "evaluate_every": 0})
+        measured = self._once(("distill", str(per_step), str(self.config.runtime), tuple(facts.kept), workers), measure)
         parts = {cost.what: self._seconds(cost) for cost in self.method.costs(self.config)}
         # samples that the dummy classes did not hold are read besides
         unread = sum(max(0, kept - measured.held) for kept in facts.kept) * measured.own / facts.classes
@@ -146,10 +162,10 @@ class Planner:
         for name in section.networks:
             spec = self._spec(name)
             for images, protocol, networks in sets:
-                each = micro_benchmarks.training(spec, protocol, images, device, spread.threads).each
+                each = self._training(spec, protocol, images, spread.threads)
                 seconds += networks * each * images * protocol.epochs
                 sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))
-            test = micro_benchmarks.testing(spec, facts.tests, device, spread.threads).each
+            test = self._testing(spec, facts.tests, spread.threads)
             seconds += len(jobs) / len(section.networks) * test * facts.tests
         parts = {"train and test": seconds / len(jobs) * spread.waves(len(jobs))}
         return StageEstimate("evaluate", self._started(parts, TASKS), spread.side_by_side, *max(sizes), 0, 0,
@@ -171,12 +187,30 @@ class Planner:
         count = sum(self.facts.kept) if cost.images == "kept" else self.facts.classes * self.config.distill.ipc
         names = self.method.networks(self.config)
         spread = self.layout.tasks(len(names)) if cost.backward and names else self.layout.workers(1)
-        device, spec = self.layout.device, self._spec(cost.network)
+        spec = self._spec(cost.network)
         if not cost.backward:
-            return cost.passes * count * micro_benchmarks.testing(spec, count, device, spread.threads).each
-        each = micro_benchmarks.training(spec, TrainingProtocol(1, batch=128), count, device, spread.threads).each
+            return cost.passes * count * self._testing(spec, count, spread.threads)
+        each = self._training(spec, TrainingProtocol(1, batch=128), count, spread.threads)
         waves = spread.waves(len(names)) / len(names) if names else 1.0  # tasks run side by side
         return cost.passes * count * each * waves
+
+    def _training(self, spec: NetworkSpec, protocol: TrainingProtocol, count: int, cores: int) -> float:
+        """Seconds of one image of an epoch of training on `count` images."""
+        key = "training", str(spec), str(replace(protocol, epochs=1)), count, cores
+        return self._once(key, lambda: micro_benchmarks.training(spec, protocol, count, self.layout.device, cores)).each
+
+    def _testing(self, spec: NetworkSpec, count: int, cores: int) -> float:
+        """Seconds of one image of a test."""
+        key = "testing", str(spec), cores
+        return self._once(key, lambda: micro_benchmarks.testing(spec, count, self.layout.device, cores)).each
+
+    def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
+        """A measurement; repeated only if no planner that shares `measured` has made it."""
+        if self.measured is None:
+            return measure()
+        if key not in self.measured:
+            self.measured[key] = measure()
+        return self.measured[key]
 
     def _pool(self, own: int) -> int:
         """Bytes of the kept samples of a worker's `own` largest classes."""

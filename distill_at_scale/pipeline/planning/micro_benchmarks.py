@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -49,6 +50,17 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@contextmanager
+def shorter(seconds: float) -> Iterator[None]:
+    """Measurements of `seconds` each meanwhile: faster and less exact."""
+    global SECONDS
+    before, SECONDS = SECONDS, seconds
+    try:
+        yield
+    finally:
+        SECONDS = before
+
+
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call."""
     began = now(device)
@@ -56,10 +68,10 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return now(device) - began
 
 
-def repeated(work: Callable[[], object], device: torch.device, seconds: float = SECONDS, most: int = 50) -> float:
+def repeated(work: Callable[[], object], device: torch.device, seconds: float | None = None, most: int = 50) -> float:
     """Seconds of the fastest of as many calls as fit `seconds`: other load only slows a call down."""
     first = timed(work, device)
-    count = max(0, min(most, int(seconds / max(first, 1e-6)) - 1))
+    count = max(0, min(most, int((seconds or SECONDS) / max(first, 1e-6)) - 1))
     return min([first, *(timed(work, device) for _ in range(count))])
 
 
@@ -93,7 +105,7 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
     samples = int(facts.train * config.score.share)
     compiled = will_compile(config.score.compile, spec.activation_bytes(samples * config.score.epochs))
     with tempfile.TemporaryDirectory() as name, threads(cores):
-        affordable = int(SECONDS / _step(spec, device))
+        affordable = int(SECONDS / image_seconds(spec, device))
         batch = max(1, min(config.score.batch, samples, max(LEAST, affordable)))
         groups = sum(-(-count // facts.group) for count in facts.counts)
         shards = max(1, min(config.score.shards, batch, groups // 4 or 1))
@@ -116,7 +128,7 @@ def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
     compiled = will_compile(config.score.compile, spec.activation_bytes(facts.train * trials * epochs))
     with tempfile.TemporaryDirectory() as name, threads(1):
         checkpoints = min(4, trials * epochs)
-        count = max(LEAST, min(1024, facts.train, int(SECONDS / checkpoints / _step(spec, device))))
+        count = max(LEAST, min(1024, facts.train, int(SECONDS / checkpoints / image_seconds(spec, device))))
         dummy = dummy_data.write(Path(name), facts, [0], count)
         dummy_data.write_checkpoints(Path(name) / "proxies", spec, checkpoints)
         update = {"trials": 1, "epochs": checkpoints, "weights": None, "compile": "always" if compiled else "never"}
@@ -135,7 +147,7 @@ def scoring(config: Config, facts: Facts, device: torch.device) -> Throughput:
 def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: torch.device, cores: int) -> Throughput:
     """One image of an epoch of student training on `count` images."""
     with threads(cores):
-        few = max(1, min(count, max(LEAST, int(2 * SECONDS / _step(spec, device)))))
+        few = max(1, min(count, max(LEAST, int(2 * SECONDS / image_seconds(spec, device)))))
         images = TrainingSet(dummy_data.training_images(spec.shape, few), torch.arange(few) % spec.classes)
         fast = replace(protocol, epochs=1, labels="hard", batch=min(protocol.batch, few))
         students.train(spec, images, fast, 0, device)
@@ -147,7 +159,7 @@ def training(spec: NetworkSpec, protocol: TrainingProtocol, count: int, device: 
 def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> Throughput:
     """One image of a test: a forward pass."""
     with threads(cores):
-        few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / _step(spec, device)))))
+        few = max(1, min(count, 1024, max(LEAST, int(3 * SECONDS / image_seconds(spec, device)))))
         pixels, labels = torch.from_numpy(dummy_data.images(spec.shape, few)), torch.zeros(few, dtype=torch.int64)
         channels, *inner = spec.channel_shape
         normal = Normalization((0.5,) * channels, (0.25,) * channels, 1 if spec.tensors else 255, len(inner))
@@ -157,7 +169,7 @@ def testing(spec: NetworkSpec, count: int, device: torch.device, cores: int) -> 
     return Throughput(took / few)
 
 
-def _step(spec: NetworkSpec, device: torch.device) -> float:
+def image_seconds(spec: NetworkSpec, device: torch.device) -> float:
     """Approximate seconds of one image forward and backward, to choose how many images to measure."""
     network = spec.build(0).to(device).train()
     images = dummy_data.training_images(spec.shape, 4).to(device)

@@ -23,11 +23,11 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.distillation.methods.shared import patch_ranking
-from distill_at_scale.pipeline.planning import dummy_data
+from distill_at_scale.pipeline.planning import dummy_data, micro_benchmarks
 from distill_at_scale.pipeline.planning.dummy_data import DummySet
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.memory import peak
-from distill_at_scale.pipeline.planning.micro_benchmarks import SECONDS, repeated, timed
+from distill_at_scale.pipeline.planning.micro_benchmarks import repeated, timed
 from distill_at_scale.pruning.scoring.scorer import score_part_path
 
 SHORT = {"experts": 1, "expert_epochs": 1, "max_start": 0, "target_epochs": 1, "teacher_epochs": 1, "label_epochs": 1}
@@ -100,7 +100,7 @@ class StepBenchmark:
                     self.loops[name] = int(getattr(method, key, None) or getattr(self.section, key) or 1)
 
     def measure(self) -> StepTimes:
-        affordable = max(1, min(self.own, MAX_SLICE, int(SECONDS / max(self._step(1).seconds, 1e-6))))
+        affordable = max(1, min(self.own, MAX_SLICE, int(micro_benchmarks.SECONDS / max(self._step(1).seconds, 1e-6))))
         sizes = sorted({1, affordable, min(self.own, 2)})[-2:]
         steps = {len(self._labels(n)): self._typical(n) for n in sizes}
         peaks = {len(self._labels(n)): float(self._peak(n)) for n in sizes}
@@ -144,7 +144,7 @@ class StepBenchmark:
             calls, sent = workers.calls, workers.bytes
             _run(distillation, 2)
             calls, sent = workers.calls - calls, workers.bytes - sent
-            seconds = repeated(lambda: _run(distillation, 3), self.device, SECONDS / 4, most=8)
+            seconds = repeated(lambda: _run(distillation, 3), self.device, micro_benchmarks.SECONDS / 4, most=8)
             self.steps[key] = Step(seconds, calls, sent)
         return self.steps[key]
 

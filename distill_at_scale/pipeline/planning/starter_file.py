@@ -1,0 +1,252 @@
+"""The body of the command `init`: looks at the data, chooses settings that fit the budget, and writes a commented file."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill_at_scale.config.fields import flatten
+from distill_at_scale.config.load import Config
+from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.data.inspection.inspect import inspect
+from distill_at_scale.distillation import engine
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.pipeline.planning.plan import in_words
+from distill_at_scale.pipeline.planning.starter_config import (
+    IPC,
+    METHOD,
+    Starter,
+    check_method,
+    choose,
+    parse_budget,
+)  # fmt: skip
+from distill_at_scale.storage.filesystem import is_uri, last_name, redact_uri
+
+COLUMN = 40  # of the comments
+ALWAYS = (  # keys that a newcomer wants to see, in this order, also with their default
+    "run.dir", "run.seed", "data.source", "data.path", "data.size", "score.criterion", "score.trials", "score.epochs",
+    "score.width", "select.keep", "distill.method", "distill.ipc", "distill.steps", "distill.width", "runtime.rule",
+    "evaluate.networks", "evaluate.seeds", "evaluate.epochs", "cluster.address",
+)  # fmt: skip
+STAGE = {"score": "score", "distill": "distill", "evaluate": "evaluate"}  # section -> stage that its keys cost time in
+
+
+def init(
+    path: str,
+    display: Display,
+    *,
+    source: str | None = None,
+    method: str = METHOD,
+    ipc: int = IPC,
+    budget: str = "10min",
+    out: Path | None = None,
+    force: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Look at the data, say what they are, and write a configuration whose first run fits the budget.
+
+    Args:
+        path: a folder, a Parquet file, a pattern of shards, or a URI.
+        source: a source's name or package.module:Object; None takes the one that fits.
+        out: the file to write; None names it after the data, the method and ipc.
+        force: overwrite an existing file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: the data cannot be read, an option is wrong, or the file exists.
+    """
+    seconds = parse_budget(budget)
+    check_method(method, ipc)
+    if redact_uri(path) != path:
+        raise UserError("--data holds credentials, which a configuration must not; set them in the environment instead")
+    name = "_".join([_file_name(path), _file_name(method), f"ipc{ipc}"])
+    file = out or Path(f"{name}.yaml")
+    if file.exists() and not force:
+        raise UserError(f"{file} exists; choose another file with --out, or overwrite it with --force")
+    if not file.parent.is_dir():
+        raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or choose another file")
+    place = path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+    with display.status("looking at the data"):
+        inspection = inspect(place, source, seed, lambda count: None)
+    for line in inspection.lines():
+        display.say(line)
+    with display.status("measuring this machine") as show:
+        starter = choose(inspection, method, ipc, seconds, name, file.parent, lambda text: show(f"measuring: {text}"))
+    with publish(file) as temporary:
+        temporary.write_text(render(starter, path, file, budget), encoding="utf-8")
+    for line in summary(starter, file):
+        display.say(line)
+    return file
+
+
+def _file_name(text: str) -> str:
+    """The last part of a path, URI, pattern or object's name, as part of a file name."""
+    name = last_name(text.rstrip("/")) if "/" in text else text
+    name = re.sub(
+        r"\{.*|\.(parquet|tar|tgz|tar\.gz)$", "", os.path.basename(os.path.abspath(name)) if name == "." else name
+    )
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "data"
+
+
+def summary(starter: Starter, file: Path) -> list[str]:
+    """What was written, what it will take, and the next commands."""
+    config, here = starter.config, f"{starter.cores} cores, {f'{starter.gpus} GPUs' if starter.gpus else 'no GPU'}"
+    lines = [
+        f"wrote {file}: {config.distill.method}, {config.distill.ipc} per class, about {in_words(starter.seconds)} here "
+        f"({here}, otherwise idle); published settings: about {in_words(_published_seconds(starter))}"
+    ]
+    if not starter.fits:
+        lines.append(
+            f"this does not fit the budget of {in_words(starter.budget)}: the smallest settings take "
+            f"{in_words(starter.seconds)} ({_stages(starter)}); use a larger --budget, fewer classes (data.classes) or a GPU"
+        )
+    elif config.data.classes is not None:
+        lines.append(
+            f"only {len(config.data.classes)} of {starter.classes} classes fit the budget; for all of them remove "
+            "data.classes from the file, and see `plan` for the time"
+        )
+    lines += starter.problems
+    name = shlex.quote(str(file))
+    lines.append("next:")
+    for command, meaning in (("validate", "read every sample, list the broken ones"), ("plan", "time and memory of each stage"),
+                             ("run", "distil; repeat it to resume")):  # fmt: skip
+        lines.append(f"  distill-at-scale {command} {name}".ljust(60) + f"# {meaning}")
+    return lines
+
+
+def render(starter: Starter, path: str, file: Path, budget: str) -> str:
+    """The YAML text."""
+    config, inspection = starter.config, starter.inspection
+    values = {**flatten(config), **{key: flatten(config).get(key) for key in ALWAYS}}
+    defaults = flatten(Config())
+    wanted = [key for key in ALWAYS if values[key] is not None or key in ("cluster.address",)]
+    if config.criterion == "random":
+        wanted = [key for key in wanted if key not in ("score.trials", "score.epochs", "score.width")]
+    if values["distill.steps"] == 1:  # of a method without steps
+        wanted.remove("distill.steps")
+    changed = [key for key in values if values[key] != defaults.get(key) and key not in wanted]
+    own = f"distill.{config.distill.method}"
+    changed = [key for key in changed if key not in ("data.chunk",) and not key.startswith("data.classes.")]
+    order = {key: place for place, key in enumerate([*ALWAYS, *values])}
+    keys = sorted([*wanted, *changed], key=lambda key: order[key])
+    header = [
+        schema_line(file),
+        f"# Written by: distill-at-scale init --data {shlex.quote(path)} --budget {budget}",
+        *(f"# {line.strip()}" for line in inspection.lines()),
+        f"# Expected on this machine ({starter.cores} cores, {starter.gpus} GPUs, otherwise idle): {_stages(starter)};",
+        f"# in all {in_words(starter.seconds)}. With the published settings, which stand beside smaller ones: "
+        f"{in_words(_published_seconds(starter))}.",
+    ]
+    notes, lines = _notes(starter), list[str]()
+    for section in dict.fromkeys(key.partition(".")[0] for key in keys):
+        lines.append(f"{section}:")
+        nested: list[str] = []
+        for key in (key for key in keys if key.startswith(f"{section}.")):
+            name = key.removeprefix(f"{section}.")
+            target, indent = (nested, "    ") if key.startswith(f"{own}.") else (lines, "  ")
+            text = f"{indent}{name.rpartition('.')[2] if target is nested else name}: {_scalar(values[key])}"
+            comment = notes.get(key, "")
+            target.append(f"{text.ljust(COLUMN)}   # {comment}" if comment else text)
+        if nested:
+            lines += [f"  {config.distill.method}:", *nested]
+    return "\n".join([*header, "", *lines, ""])
+
+
+def schema_line(file: Path) -> str:
+    """The line by which editors complete and check the keys."""
+    return "# yaml-language-server: $schema=distill_at_scale/config/schema.json"
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
+    return text.strip().removesuffix("...").strip()
+
+
+def _stages(starter: Starter) -> str:
+    shown = [one for one in starter.estimates if one.stage not in ("select", "report")]
+    return ", ".join(f"{one.stage} {in_words(one.seconds)}" for one in shown)
+
+
+def _published_seconds(starter: Starter) -> float:
+    return sum(one.seconds for one in starter.published_estimates)
+
+
+def _notes(starter: Starter) -> dict[str, str]:
+    """The comment beside each key."""
+    config, published = starter.config, starter.published
+    kept = min(starter.inspection.counts)
+    methods = ", ".join(name for name in METHODS if name != config.distill.method)
+    notes = {
+        "run.dir": "all output of the run; give another folder for other settings",
+        "run.seed": "of every random draw",
+        "data.source": "the layout of the data",
+        "data.size": "side in pixels; a larger one needs more time and memory",
+        "data.resize": "crop: the middle square; square: stretch",
+        "data.channels": "1: grey; 3: colour",
+        "data.frames": "frames per clip",
+        "data.holdout": "share of each class for the test split, which the data lack",
+        "data.train_split": "the only split that the data have",
+        "data.classes": f"so that the first run fits; without this line: all {starter.classes:,}",
+        "data.image_column": "the column with the encoded images",
+        "data.label_column": "the column with the classes",
+        "data.value_column": "the column with the arrays",
+        "score.criterion": "also el2n, grand, margin, density, …, or a list; random trains no proxies",
+        "score.trials": "proxy networks behind the scores",
+        "score.epochs": "epochs of each; little training gives good scores",
+        "score.width": "channels of the proxies",
+        "score.batch": "batch size of the proxies",
+        "score.share": "share of each class that proxies are trained on",
+        "score.network": "the proxies; a name or package.module:Object",
+        "score.compile": "auto: torch.compile where networks are large; it starts slowly",
+        "select.keep": _keep_note(starter, kept),
+        "distill.method": f"also {methods}",
+        "distill.ipc": "synthetic samples per class",
+        "distill.steps": "more steps, better samples",
+        "distill.width": "channels of the network to match and to evaluate with",
+        "distill.network": "a name or package.module:Object",
+        "distill.workers": "processes that share the classes",
+        "runtime.rule": "loss: drop samples from each real batch (runtime.drop: 0.3); faster, of dm up to 2 points worse",
+        "evaluate.networks": "networks to train on the set and test; several test how it transfers",
+        "evaluate.seeds": "networks of each kind",
+        "evaluate.epochs": "epochs of each",
+        "cluster.address": "none: this process alone; null: Ray on this machine; HOST:PORT: a cluster",
+        "cluster.gpus_per_worker": "GPUs per worker",
+    }
+    for key, value in flatten(published).items():
+        own = flatten(config).get(key)
+        if value is None:
+            value = _default(published, key)
+        if own is None or own == value or key.startswith(("data.", "cluster.", "run.")) or value is None:
+            continue
+        section = STAGE.get(key.partition(".")[0], "")
+        seconds = next((one.seconds for one in starter.published_estimates if one.stage == section), None)
+        price = f" ({section} about {in_words(seconds)})" if seconds is not None else ""
+        text = f"{value:,}" if isinstance(value, int) else _scalar(value)
+        notes[key] = "; ".join(filter(None, [notes.get(key, ""), f"published: {text}{price}"]))
+    return notes
+
+
+def _default(published: Config, key: str) -> Any:
+    """What null stands for in a published protocol."""
+    if key == "distill.steps":
+        return engine.step_count(published)
+    if key == "evaluate.epochs":
+        return engine.method_class(published).protocol(published).epochs
+    return None
+
+
+def _keep_note(starter: Starter, least: int) -> str:
+    config = starter.config
+    if config.select.rate == 1:
+        return "all: from ten per class on, and in small classes, keeping a part by loss costs accuracy"
+    number = max(1, round(config.select.rate * least))
+    return f"about {number:,} per class, those of the lowest loss; 1.0: all; auto: search"

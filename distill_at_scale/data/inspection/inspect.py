@@ -167,8 +167,10 @@ def _refuse_other_roots(survey: Survey, candidates: list[Layout]) -> None:
     ]
     roots = [f for f in roots if not any(f.startswith(f"{other}/") for other in roots)]
     roots = [f for f in roots if any(survey.count(kind, f) for kind in MEDIA) and f.count("/") < 4]
+    tables = {path.partition("/")[0] for path in survey.others if path.endswith(".parquet") and "/" in path}
+    other = sorted(tables - {root.partition("/")[0] for root in roots})
     marked = bool(candidates) and candidates[0].source not in ("imagefolder", "videofolder", "audiofolder")
-    if not roots or (marked and len(roots) == 1):
+    if not roots or (marked and len([*roots, *other]) == 1):
         return  # of a layout with lists or tables the only split folders may lie deeper, as in videos/train/
     place, inner = survey.store.place(), survey.split_folders(roots[0])
     if all(not survey.folders[join_path(root, name)] for root in roots for name in survey.split_folders(root)):
@@ -177,8 +179,7 @@ def _refuse_other_roots(survey: Survey, candidates: list[Layout]) -> None:
             problem = f"{place} holds splits without class folders ({roots[0]}/{inner[0]}/), as sets for detection do"
             raise UserError(f"{problem}; sort the pictures into one folder per class: {inner[0]}/<class>/…")
         raise UserError(f"{problem}; turn the order around: {inner[0]}/{roots[0].rpartition('/')[2]}/…")
-    tables = {path.partition("/")[0] for path in survey.others if path.endswith(".parquet") and "/" in path}
-    roots += sorted(tables - {root.partition("/")[0] for root in roots})
+    roots += other
     places = [survey.store.place(root) for root in roots[:5]]
     more = f" (and {len(roots) - 5} more)" if len(roots) > 5 else ""
     what = "holds several data sets" if len(roots) > 1 else "is above the root of the data"

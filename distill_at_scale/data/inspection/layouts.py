@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import split_word
-from distill_at_scale.data.sources.folders import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.image import torchvision
 from distill_at_scale.data.sources.image.imagenet import CLASS_ORDER, TRAIN
+from distill_at_scale.data.sources.media import IMAGE_EXTENSIONS, OTHER_IMAGES, VIDEO_EXTENSIONS
 from distill_at_scale.data.sources.video import something_v2, ucf101
 from distill_at_scale.storage.filesystem import Store, is_uri, join_path
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff")
-PICTURES = (*IMAGE_EXTENSIONS, ".jfif", ".jpe", ".avif", ".heic")
+PICTURES = (*IMAGE_EXTENSIONS, *OTHER_IMAGES)
 MEDIA = {"image": PICTURES, "video": VIDEO_EXTENSIONS, "sound": SOUNDS}
 TARS = (".tar", ".tar.gz", ".tgz")
 MAX_OTHERS = 10_000  # paths of files that are no media

@@ -156,16 +156,19 @@ class Estimator:
         return estimates
 
     def published(self, config: Config, listing: ingest.IngestPlan) -> list[StageEstimate]:
-        """The estimates of published settings: of networks that are slow here measured at a smaller width and scaled."""
+        """The estimates of published settings: measured with few steps, and at a smaller width if
+        the network is slow here, and scaled up.
+        """
         known = facts.of_listing(config, listing)
         batch = min(max(known.kept), 256)
         width = next((w for w in WIDTHS if batch * self.image(config, listing, w) <= AFFORDABLE), WIDTHS[-1])
-        narrow = with_overrides(config, _widths(width, config.score.criterion != "random"))
+        steps = min(engine.step_count(config), ENOUGH.get(config.distill.method, FEW))
+        smaller = _widths(width, config.score.criterion != "random") | {"distill.steps": steps}
         ratio = self.image(config, listing, config.distill.width) / self.image(config, listing, width)
-        ratios = {"score": ratio, "distill": ratio, "evaluate": ratio}
+        factors = {"steps": ratio * engine.step_count(config) / steps, "decode": 1.0, "sort": 1.0, "start": 1.0}
         return [
-            replace(one, parts={part: seconds * ratios.get(one.stage, 1) for part, seconds in one.parts.items()})
-            for one in self(narrow, listing)
+            replace(one, parts={part: seconds * factors.get(part, ratio) for part, seconds in one.parts.items()})
+            for one in self(with_overrides(config, smaller), listing)
         ]
 
     def least(self, config: Config, listing: ingest.IngestPlan, steps: int) -> float:
@@ -187,7 +190,8 @@ class Estimator:
         spec = NetworkSpec(distill.network, known.shape, known.classes, width, distill.depth, known.kind)
         key = "image", spec.name, spec.shape, width
         if key not in self.measured:
-            self.measured[key] = micro_benchmarks.image_seconds(spec, machine.ClusterLayout(config, self.here).device)
+            device = machine.ClusterLayout(config, self.here).device
+            self.measured[key] = min(micro_benchmarks.image_seconds(spec, device) for _ in range(4))
         return self.measured[key]
 
 

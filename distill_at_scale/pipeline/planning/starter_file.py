@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.load import Config
+from distill_at_scale.config.shipped import FOLDER, SCHEMA_LINE
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
@@ -35,7 +37,6 @@ ALWAYS = (  # keys that a newcomer wants to see, in this order, also with their 
     "score.width", "select.keep", "distill.method", "distill.ipc", "distill.steps", "distill.width", "runtime.rule",
     "evaluate.networks", "evaluate.seeds", "evaluate.epochs", "cluster.address",
 )  # fmt: skip
-STAGE = {"score": "score", "distill": "distill", "evaluate": "evaluate"}  # section -> stage that its keys cost time in
 
 
 def init(
@@ -82,7 +83,7 @@ def init(
     with display.status("measuring this machine") as show:
         starter = choose(inspection, method, ipc, seconds, name, file.parent, lambda text: show(f"measuring: {text}"))
     with publish(file) as temporary:
-        temporary.write_text(render(starter, path, file, budget), encoding="utf-8")
+        temporary.write_text(render(starter, path, budget), encoding="utf-8")
     for line in summary(starter, file):
         display.say(line)
     return file
@@ -123,7 +124,7 @@ def summary(starter: Starter, file: Path) -> list[str]:
     return lines
 
 
-def render(starter: Starter, path: str, file: Path, budget: str) -> str:
+def render(starter: Starter, path: str, budget: str) -> str:
     """The YAML text."""
     config, inspection = starter.config, starter.inspection
     values = {**flatten(config), **{key: flatten(config).get(key) for key in ALWAYS}}
@@ -136,10 +137,9 @@ def render(starter: Starter, path: str, file: Path, budget: str) -> str:
     changed = [key for key in values if values[key] != defaults.get(key) and key not in wanted]
     own = f"distill.{config.distill.method}"
     changed = [key for key in changed if key not in ("data.chunk",) and not key.startswith("data.classes.")]
-    order = {key: place for place, key in enumerate([*ALWAYS, *values])}
-    keys = sorted([*wanted, *changed], key=lambda key: order[key])
+    keys = _order([*wanted, *changed])
     header = [
-        schema_line(file),
+        f"{SCHEMA_LINE}{FOLDER / 'schema.json'}",
         f"# Written by: distill-at-scale init --data {shlex.quote(path)} --budget {budget}",
         *(f"# {line.strip()}" for line in inspection.lines()),
         f"# Expected on this machine ({starter.cores} cores, {starter.gpus} GPUs, otherwise idle): {_stages(starter)};",
@@ -159,11 +159,6 @@ def render(starter: Starter, path: str, file: Path, budget: str) -> str:
         if nested:
             lines += [f"  {config.distill.method}:", *nested]
     return "\n".join([*header, "", *lines, ""])
-
-
-def schema_line(file: Path) -> str:
-    """The line by which editors complete and check the keys."""
-    return "# yaml-language-server: $schema=distill_at_scale/config/schema.json"
 
 
 def _scalar(value: Any) -> str:
@@ -214,6 +209,7 @@ def _notes(starter: Starter) -> dict[str, str]:
         "distill.width": "channels of the network to match and to evaluate with",
         "distill.network": "a name or package.module:Object",
         "distill.workers": "processes that share the classes",
+        f"distill.{config.distill.method}.real_batch": "real samples per class and step",
         "runtime.rule": "loss: drop samples from each real batch (runtime.drop: 0.3); faster, of dm up to 2 points worse",
         "evaluate.networks": "networks to train on the set and test; several test how it transfers",
         "evaluate.seeds": "networks of each kind",
@@ -221,18 +217,22 @@ def _notes(starter: Starter) -> dict[str, str]:
         "cluster.address": "none: this process alone; null: Ray on this machine; HOST:PORT: a cluster",
         "cluster.gpus_per_worker": "GPUs per worker",
     }
-    for key, value in flatten(published).items():
-        own = flatten(config).get(key)
-        if value is None:
-            value = _default(published, key)
-        if own is None or own == value or key.startswith(("data.", "cluster.", "run.")) or value is None:
+    prices = {one.stage: f" ({one.stage} about {in_words(one.seconds)})" for one in starter.published_estimates}
+    for key in _order(flatten(config)):
+        value = flatten(published).get(key)
+        value = _default(published, key) if value is None else value
+        if value in (None, flatten(config)[key]) or key.startswith(("data.", "cluster.", "run.")):
             continue
-        section = STAGE.get(key.partition(".")[0], "")
-        seconds = next((one.seconds for one in starter.published_estimates if one.stage == section), None)
-        price = f" ({section} about {in_words(seconds)})" if seconds is not None else ""
+        price = prices.pop(key.partition(".")[0], "")  # beside the first key of its stage
         text = f"{value:,}" if isinstance(value, int) else _scalar(value)
         notes[key] = "; ".join(filter(None, [notes.get(key, ""), f"published: {text}{price}"]))
     return notes
+
+
+def _order(keys: Iterable[str]) -> list[str]:
+    """Keys in the order of the file."""
+    places = {key: place for place, key in enumerate(ALWAYS)}
+    return sorted(keys, key=lambda key: places.get(key, len(places)))
 
 
 def _default(published: Config, key: str) -> Any:

@@ -1,0 +1,309 @@
+"""The command init: which layout data have, and a configuration whose forecast fits a budget."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+from videos import write_video
+
+from distill_at_scale import cli
+from distill_at_scale.config.load import load
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.progress import Display
+from distill_at_scale.data.inspection.inspect import Inspection, inspect
+from distill_at_scale.pipeline.planning import starter_config, starter_file
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (20, 12), mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def folders(root: Path, splits=("train", "val"), classes=("cat", "dog"), count: int = 6, **image) -> Path:
+    for split in splits:
+        for label, name in enumerate(classes):
+            for k in range(count):
+                path = root / split / name / f"{name}{k}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(jpeg(10 * label + k, **image))
+    return root
+
+
+def table(root: Path, columns: dict, name: str = "train-00000-of-00001.parquet") -> Path:
+    root.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), root / name)
+    return root
+
+
+def shard(path: Path, count: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for k in range(count):
+            for ending, content in (("jpg", jpeg(k)), ("cls", str(k % 2).encode())):
+                info = tarfile.TarInfo(f"{k:03d}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def inspected(path: Path, source: str | None = None) -> Inspection:
+    return inspect(str(path), source, 0, lambda count: None)
+
+
+def refused(path: Path, source: str | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        inspected(path, source)
+    return str(error.value)
+
+
+def test_class_folders(tmp_path):
+    found = inspected(folders(tmp_path))
+    assert found.data["source"] == "imagefolder"
+    assert not found.held_out
+    assert found.counts == [6, 6]
+    assert found.look.count == 24
+    assert set(found.look.sizes) == {(20, 12)}
+    assert not found.look.square
+    assert "JPEG, 20 × 12 pixels, colour, none broken" in found.lines()[-1]
+
+
+def test_a_test_split_is_held_out_where_there_is_none(tmp_path):
+    found = inspected(folders(tmp_path, splits=("",), count=5))
+    assert found.held_out
+    assert found.data["holdout"] == 0.2
+    assert found.counts == [4, 4]
+
+
+def test_the_training_folder_alone_names_the_folder_above(tmp_path):
+    lines = inspected(folders(tmp_path) / "train").lines()
+    assert any(f"{tmp_path} also holds val/" in line for line in lines)
+
+
+def test_broken_and_grey_samples_are_counted(tmp_path):
+    folders(tmp_path, mode="L")
+    (tmp_path / "train" / "cat" / "cat0.jpg").write_bytes(b"no image")
+    found = inspected(tmp_path)
+    assert found.look.all_grey
+    assert [name for name, _ in found.look.broken] == ["train/cat/cat0.jpg"]
+    assert "1 broken (train/cat/cat0.jpg: " in found.lines()[-1]
+
+
+def test_wordnet_folders_with_a_flat_val_are_imagenet(tmp_path):
+    folders(tmp_path, splits=("train",), classes=("n01440764", "n02102040"))
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg())
+    (tmp_path / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n02102040 1 2 3 4\n", encoding="utf-8"
+    )
+    found = inspected(tmp_path)
+    assert found.data["source"] == "imagenet"
+    assert "imagefolder" in found.others
+    assert found.plan.listings["test"]["label"].to_pylist() == [1]
+
+
+def test_parquet_columns_with_other_names(tmp_path):
+    rows = [{"bytes": jpeg(k), "path": None} for k in range(12)]
+    table(tmp_path / "set", {"img": rows, "fine_label": [k % 3 for k in range(12)]})
+    found = inspected(tmp_path / "set")
+    assert found.data["source"] == "parquet"
+    assert (found.data["image_column"], found.data["label_column"]) == ("img", "fine_label")
+    file = tmp_path / "set" / "train-00000-of-00001.parquet"
+    assert inspected(file).data["path"] == str(tmp_path / "set")
+
+
+def test_arrays_in_parquet(tmp_path):
+    values = [np.full((1, 8), k, np.float32).tolist() for k in range(10)]
+    found = inspected(table(tmp_path / "set", {"values": values, "label": [k % 2 for k in range(10)]}))
+    assert found.data["source"] == "tensors"
+    assert found.kind == "tensors"
+    assert found.look.shape == (1, 8)
+
+
+def test_shards_as_a_folder_and_as_a_pattern(tmp_path):
+    shard(tmp_path / "train-0.tar")
+    shard(tmp_path / "test-0.tar")
+    found = inspected(tmp_path)
+    assert found.data["source"] == "webdataset"
+    assert found.plan.samples == 16
+    assert inspected(tmp_path / "train-{0..0}.tar").plan.samples == 8
+
+
+def test_video_folders(tmp_path):
+    for name in ("run", "walk"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            write_video(tmp_path / name / f"{k}.mp4", np.full((12, 16, 16, 3), 40 * k, np.uint8))
+    found = inspected(tmp_path)
+    assert found.data["source"] == "videofolder"
+    assert found.kind == "clips"
+    assert found.data["frames"] == 8
+    assert found.look.frames == [12] * 6
+    assert not found.look.broken
+
+
+def test_what_is_no_data_set_is_said(tmp_path):
+    folders(tmp_path / "a" / "pets")
+    table(tmp_path / "a" / "tables", {"image": [jpeg()], "label": [0]})
+    both = refused(tmp_path / "a")
+    assert "several data sets" in both
+    assert f"did you mean {tmp_path}/a/pets or {tmp_path}/a/tables?" in both
+    above = refused(folders(tmp_path / "deep" / "ILSVRC" / "Data").parents[1])
+    assert "is above the root" in above
+    assert f"did you mean {tmp_path}/deep/ILSVRC/Data?" in above
+    flat = refused(folders(tmp_path / "flat") / "train" / "cat")
+    assert "6 .jpg" in flat
+    assert "in no class folders" in flat
+    assert f"did you mean {tmp_path}/flat?" in refused(tmp_path / "flatt")
+    for name, content in (
+        ("x.zip", "Unpack the archives"),
+        ("x.npy", "columns values (list<float32>"),
+        ("x.doc", "source of your own"),
+    ):
+        (tmp_path / name[2:]).mkdir()
+        (tmp_path / name[2:] / name).write_bytes(b"x")
+        assert content in refused(tmp_path / name[2:])
+    (tmp_path / "empty").mkdir()
+    assert "holds no files" in refused(tmp_path / "empty")
+
+
+def test_splits_within_classes_are_to_be_turned_around(tmp_path):
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            (tmp_path / name / split).mkdir(parents=True)
+            (tmp_path / name / split / "0.jpg").write_bytes(jpeg())
+    assert "turn the order around: test/cat/…" in refused(tmp_path)
+
+
+def test_sound_is_not_read_or_read_by_its_source(tmp_path):
+    from distill_at_scale.data.sources import SOURCES
+
+    for k in range(3):
+        (tmp_path / f"{k}_speaker_0.wav").write_bytes(b"RIFF")
+    if "audiofolder" not in SOURCES:
+        message = refused(tmp_path)
+        assert "3 sound files (.wav), which are not read" in message
+        assert "columns values (list<float32>" in message
+
+
+def test_a_source_by_name(tmp_path):
+    folders(tmp_path)
+    assert "did you mean imagefolder?" in refused(tmp_path, "imagefoldr")
+    assert inspected(tmp_path, "imagefolder").why == "as --source says"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("90s", 90), ("1h30min", 5400), ("1.5 h", 5400)])
+def test_budgets(text, seconds):
+    assert starter_config.parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10", "fast", "5s", "10min later", ""])
+def test_budgets_that_are_none(text):
+    with pytest.raises(UserError, match="--budget"):
+        starter_config.parse_budget(text)
+
+
+def test_keep_rates():
+    assert starter_config.keep_rate("images", 1, [5000] * 10) == 0.02
+    assert starter_config.keep_rate("images", 1, [200] * 10) == 0.05  # ten samples per class
+    assert starter_config.keep_rate("images", 10, [5000] * 10) == 1.0  # pruning by loss costs accuracy there
+    assert starter_config.keep_rate("images", 1, [8, 5000]) == 1.0
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(starter_config, "MEASURE", 0.01)
+    monkeypatch.setattr(starter_config, "WIDTHS", (16,))
+    monkeypatch.setattr(starter_config, "AFFORDABLE", 0.0)
+    every = starter_config.rungs
+    monkeypatch.setattr(starter_config, "rungs", lambda *arguments: [[*every(*arguments)][place] for place in (0, -1)])
+
+
+@pytest.fixture
+def said():
+    lines = io.StringIO()
+    return lines, Display(Console(file=lines, width=300, highlight=False))
+
+
+def test_the_configuration_loads_and_fits_the_budget(tmp_path, quick, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders(tmp_path / "pets", size=(48, 32))
+    lines, display = said
+    file = starter_file.init(str(tmp_path / "pets"), display, budget="60s")
+    config, text = load(file), file.read_text(encoding="utf-8")
+    assert (config.data.source, config.data.path) == ("imagefolder", str(tmp_path / "pets"))
+    assert (config.data.size, config.data.resize, config.distill.method, config.distill.ipc) == (32, "crop", "dm", 1)
+    assert text.startswith("# yaml-language-server: $schema=")
+    assert "published: 20,000 (distill about" in text
+    assert all(f"distill-at-scale {command} {file}" in lines.getvalue() for command in ("validate", "plan", "run"))
+    inspection = inspected(tmp_path / "pets")
+    estimate = starter_config.Estimator(starter_config.machine.here(tmp_path))
+    assert (
+        sum(one.seconds for one in estimate(config, inspection.plan)) < 3 * 60
+    )  # measured again, in tests very shortly
+
+
+def test_a_budget_that_is_too_small_is_said_and_the_file_written(tmp_path, quick, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders(tmp_path / "pets", classes=tuple("abcdef"))
+    monkeypatch.setattr(starter_config, "FEWER_CLASSES", (2,))
+    monkeypatch.setattr(starter_config.Estimator, "least", lambda *_: 1e9)
+    lines, display = said
+    monkeypatch.setattr(starter_config, "USED", 1e-9)
+    file = starter_file.init(str(tmp_path / "pets"), display, budget="10s")
+    config = load(file)
+    assert config.data.classes == ["a", "b"]
+    assert config.distill.width == 16
+    assert "only 2 of 6 classes" in lines.getvalue() or "does not fit the budget" in lines.getvalue()
+
+
+@pytest.mark.parametrize("method", ["dc", "mtt", "rded"])
+def test_other_methods_have_settings_that_load(tmp_path, method):
+    folders(tmp_path, size=(16, 16))
+    inspection = inspected(tmp_path)
+    base = starter_config._base(inspection, method, 1, "x", starter_config.machine.here(tmp_path))
+    smallest = list(starter_config.rungs(base, "images", 6))[-1]
+    config = starter_config.with_overrides(base, smallest.values)
+    assert config.distill.width == 16
+    assert config.evaluate.seeds == 2
+
+
+def test_the_rendered_text_says_what_was_chosen(tmp_path):
+    folders(tmp_path, size=(16, 16))
+    inspection = inspected(tmp_path)
+    base = starter_config._base(inspection, "dc", 10, "x #1: y", starter_config.machine.here(tmp_path))
+    small = starter_config.with_overrides(base, {"distill.steps": 50, "distill.dc.real_batch": 64})
+    starter = starter_config.Starter(small, inspection, 600, [], base, [], 2, 0, 2)
+    text = starter_file.render(starter, str(tmp_path), "10min")
+    values = yaml.safe_load(text)
+    assert values["distill"]["dc"] == {"real_batch": 64}
+    assert values["distill"]["steps"] == 50
+    assert values["run"]["dir"] == "runs/x #1: y"
+    assert values["score"]["criterion"] == "random"
+    assert max(len(line) for line in text.splitlines() if not line.startswith("#")) <= 200
+
+
+def test_wrong_options_and_existing_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders(tmp_path / "pets")
+    (tmp_path / "pets_dm_ipc1.yaml").write_text("mine", encoding="utf-8")
+    for options, message in (
+        ([], "pets_dm_ipc1.yaml exists; choose another file with --out, or overwrite it with --force"),
+        (["--method", "dmm"], "there is no such method; did you mean dm?"),
+        (["--ipc", "0"], "give 1 or more"),
+        (["--budget", "10"], "write a time such as 10min"),
+        (["--out", "nowhere/x.yaml"], "there is no folder nowhere"),
+    ):
+        assert cli.main(["init", "--data", "pets", *options]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "pets_dm_ipc1.yaml").read_text(encoding="utf-8") == "mine"

@@ -132,7 +132,7 @@ def test_many_classes_show_the_worst_and_the_best():
     line = {"network": "convnet", "n": 2, "per_class": values, "set": "distilled"}
     shown = run_report._per_class([line], [f"c{label}" for label in range(50)])
     assert (shown["ends"][0][0], shown["ends"][1][0], shown["all"], shown["classes"]) == ("c0", "c49", False, 50)
-    names = re.findall(">(c[0-9]+)<", base64.b64decode(shown["chart"].partition(",")[2]).decode())
+    names = re.findall(">(c[0-9]+)<", base64.b64decode(shown["chart"]["wide"].partition(",")[2]).decode())
     assert names == [f"c{label}" for label in (*range(10), *range(40, 50))]
 
 

@@ -66,7 +66,7 @@ def test_losses_and_further_commands_are_reported_and_drawn():
     assert part is not None
     assert "in 2 commands" in part["sentence"].replace(NBSP, " ")
     assert "Workers were lost 2 times" in part["sentence"]
-    assert "another command resumes" in svg(part["chart"])
+    assert "another command resumes" in svg(part["chart"]["narrow"])
 
 
 def test_without_a_timeline_there_is_no_chart():

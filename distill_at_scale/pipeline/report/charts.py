@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from matplotlib.transforms import ScaledTranslation
 
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
-from distill_at_scale.pipeline.report.style import COLORS, FAINT, INK, STYLE, WIDTH, clip, frame, svg
+from distill_at_scale.pipeline.report.style import COLORS, FAINT, INK, NARROW, STYLE, WIDTH, clip, frame, svg
 
 ROLES = {"ours": COLORS["distilled"], "random": COLORS["random_real"], "unpruned": COLORS["unpruned"]}
 TEXT = {COLORS["unpruned"]: "#96650f", COLORS["random_real"]: FAINT}  # readable text colours for pale line colours
@@ -33,6 +33,7 @@ HEIGHT, ROW = 3.5, 0.27  # inches: of a plot, and of a bar
 DODGE = 2.5  # points between the error bars of two series at the same x
 LINE_HEIGHT = 0.052  # of a label beside the plot, as a fraction of the plot's height
 FAR = 0.6  # a level farther from the series than this fraction of their height is named at the edge
+LEGEND_CHARACTERS = 11.25  # per inch of a legend
 LOG_STEPS = (1, 2, 5)  # ticks per decade
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # not allowed in XML
 HAS_UNIT = re.compile(r"%|per cent|percent|points|seconds|difference|correlation", re.IGNORECASE)
@@ -41,21 +42,26 @@ IS_SHARE = re.compile(r"\b(accuracy|top-1|share|rate|keep|kept|drop|dropped)\b",
 Styled = tuple[Series, str, str]  # a series with its colour and marker
 
 
-def draw(plot: Plot) -> str:
-    """Draw a plot as a data URI. Values that are not finite are skipped, on a logarithmic axis also values that are not
-    positive. Fractions between 0 and 1 are shown in per cent if the axis label names an accuracy, share or rate and no
-    unit.
+def draw(plot: Plot, width: float = WIDTH) -> str:
+    """Draw a plot of a width in inches as a data URI. Values that are not finite are skipped, on a logarithmic axis also
+    values that are not positive. Fractions between 0 and 1 are shown in per cent if the axis label names an accuracy, share
+    or rate and no unit.
     """
     styled = [(series, *style) for series, style in zip(plot.series, styles(plot.series), strict=True)]
     rows = any(series.kind == "bars" or any(isinstance(x, str) for x in series.x) for series in plot.series)
     with matplotlib.rc_context(STYLE):
-        return svg(_rows(plot, styled) if rows else _plane(plot, styled))
+        return svg((_rows if rows else _plane)(plot, styled, width))
 
 
-def picture(plot: Plot) -> dict[str, str]:
+def both_widths(plot: Plot) -> dict[str, str]:
+    """A plot as data URIs, `wide` and `narrow`, for the macro `chart` of the templates."""
+    return {"wide": draw(plot), "narrow": draw(plot, NARROW)}
+
+
+def picture(plot: Plot) -> dict[str, Any]:
     """The variables of the template's macro `picture`: title, drawn chart and alternative text."""
     names = ", ".join(series.name for series in plot.series if series.name)
-    return {"title": plot.title, "chart": draw(plot), "alt": f"{plot.y_label} over {plot.x_label}: {names}"}
+    return {"title": plot.title, "chart": both_widths(plot), "alt": f"{plot.y_label} over {plot.x_label}: {names}"}
 
 
 def styles(series: Sequence[Series]) -> list[tuple[str, str]]:
@@ -70,8 +76,8 @@ def styles(series: Sequence[Series]) -> list[tuple[str, str]]:
     return result
 
 
-def _plane(plot: Plot, styled: Sequence[Styled]) -> Figure:
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+def _plane(plot: Plot, styled: Sequence[Styled], width: float) -> Figure:
+    figure = Figure(figsize=(width, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     log = plot.log_x and any(True for series, *_ in styled for _ in _values(series, True))
     points = [sorted(_values(series, log)) for series, *_ in styled]
@@ -155,13 +161,13 @@ def level_color(name: str) -> str:
     return next((ROLES[role] for role in ("unpruned", "random") if role in name.lower()), FAINT)
 
 
-def _rows(plot: Plot, styled: Sequence[Styled]) -> Figure:
+def _rows(plot: Plot, styled: Sequence[Styled], width: float) -> Figure:
     """One row per name with a bar or a mark per series; values lie on the horizontal axis."""
     names = list(dict.fromkeys(_name(x) for series, *_ in styled for x in series.x))
     disjoint = len(names) == sum(len(series.x) for series, *_ in styled)  # each name is in one series only
     per_row = 1 if disjoint else len(styled)
     height = max(1.0, ROW * per_row + 0.16)
-    figure = Figure(figsize=(WIDTH, min(40.0, 0.36 * height * len(names) + 1.1)), layout="constrained")
+    figure = Figure(figsize=(width, min(40.0, 0.36 * height * len(names) + 1.1)), layout="constrained")
     axes = figure.add_subplot()
     for place, (series, color, marker) in enumerate(styled):
         offset = (place - (per_row - 1) / 2) * 0.82 / per_row if per_row > 1 else 0.0
@@ -229,7 +235,8 @@ def _legend(axes: Axes, styled: Sequence[Styled]) -> None:
             handles.append(Patch(color=color, alpha=0.85) if series.kind == "bars" else line)
             names.append(clip(clean(series.name), MAX_NAME))
     if names:
-        columns = max(1, min(len(names), int(108 / (max(map(len, names)) + 7))))
+        characters = LEGEND_CHARACTERS * axes.figure.get_figwidth()
+        columns = max(1, min(len(names), int(characters / (max(map(len, names)) + 7))))
         where: Any = {"loc": "outside upper left", "ncols": columns, "borderaxespad": 0.2}
         axes.figure.legend(handles, names, **where, frameon=False, fontsize=9)
 

@@ -32,7 +32,7 @@ from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pipeline.monitoring import timeline
 from distill_at_scale.pipeline.report import charts, html, run_plots, text, timeline_chart
 from distill_at_scale.pipeline.report.plot_spec import Plot, Role, Series
-from distill_at_scale.pipeline.report.style import SET_NAMES, svg
+from distill_at_scale.pipeline.report.style import SET_NAMES, both_widths
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.filesystem import last_name
@@ -103,7 +103,7 @@ def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] |
     bars, networks = accuracy_bars(evaluation), list(dict.fromkeys(row["network"] for row in summary))
     gaps = {(gap["against"], gap["network"]): gap for gap in differences(summary)}
     return {
-        "chart": svg(run_plots.accuracies(bars, 100 / classes)),
+        "chart": both_widths(run_plots.accuracies(bars, 100 / classes)),
         "rows": [{**bar.row, "gap": _gap(gaps.get((bar.row["set"], bar.row["network"])))} for bar in bars],
         "top5": classes > 5,
         "timed": any("seconds" in row for row in summary),
@@ -179,7 +179,7 @@ def _per_class(summary: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
     ]
     worst, best = worst_first[0], worst_first[-1]
     return {
-        "chart": charts.draw(Plot("", "", "top-1 accuracy of the class", series)),
+        "chart": charts.both_widths(Plot("", "", "top-1 accuracy of the class", series)),
         "network": summary[0]["network"],
         "n": lines[0]["n"],
         "ends": [(names[label], text.share(by_set["distilled"][label])) for label in (worst, best)],
@@ -238,7 +238,7 @@ def _snapshots(synthetic: SyntheticSet) -> dict[str, Any] | None:
 
 def _curve(path: Path) -> dict[str, Any] | None:
     loss, top1 = distillation_log(path)
-    return {"chart": svg(run_plots.curve(loss, top1)), "top1": bool(top1)} if loss or top1 else None
+    return {"chart": both_widths(run_plots.curve(loss, top1)), "top1": bool(top1)} if loss or top1 else None
 
 
 def distillation_log(path: Path) -> tuple[Points, Points]:
@@ -265,7 +265,7 @@ def _selection(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
     facts, (parts, label) = manifest.facts(run / "manifest.parquet"), score_distributions(run, prepared)
     kept = manifest.read(run / "manifest.parquet", ["kept"])[0]["kept"].to_numpy()
     return {
-        "chart": svg(run_plots.distributions(parts, f"{label}, one value per training sample")),
+        "chart": both_widths(run_plots.distributions(parts, f"{label}, one value per training sample")),
         "facts": facts,
         "control": facts.get("criterion") == RANDOM,
         "label": label,
@@ -301,7 +301,7 @@ def _searched(run: RunDir) -> dict[str, Any] | None:
     if "adaptive" in search:
         adaptive, fixed = (text.accuracy(search[name]) for name in ("adaptive", "fixed"))
         against = f"With rates adapted to the classes it reached {adaptive}, with one rate for all classes {fixed}."
-    return {**search, "chart": charts.draw(plot), "against": against}
+    return {**search, "chart": charts.both_widths(plot), "against": against}
 
 
 def _scores(run: RunDir) -> tuple[Array, Array, str] | None:

@@ -35,7 +35,7 @@ SET_NAMES = {
 }
 INK, FAINT, LINE = "#1c2430", "#66717f", "#dfe3e8"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-WIDTH = 9.6  # inches
+WIDTH, NARROW = 9.6, 4.8  # inches: of a plot, and of its variant for a telephone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -58,9 +58,9 @@ class PlotFigure(Figure):
         return buffer.getvalue()
 
 
-def figure_of(height: float) -> tuple[Figure, Axes]:
-    """A figure of full width; `height` in inches."""
-    figure = PlotFigure(figsize=(WIDTH, height), layout="constrained")
+def figure_of(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure of a height and width in inches."""
+    figure = PlotFigure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -81,6 +81,15 @@ def name_rows(axes: Axes, names: Sequence[tuple[float, str]]) -> None:
 def clip(name: str, longest: int = 26) -> str:
     """Cut a name to `longest` characters, with an ellipsis."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def both_widths(figure: Figure) -> dict[str, str]:
+    """A figure as data URIs, `wide` and `narrow`, for the macro `chart` of the templates."""
+    wide, (width, height) = svg(figure), figure.get_size_inches()
+    figure.set_size_inches(NARROW, height)
+    narrow = svg(figure)
+    figure.set_size_inches(width, height)
+    return {"wide": wide, "narrow": narrow}
 
 
 def svg(figure: Figure) -> str:

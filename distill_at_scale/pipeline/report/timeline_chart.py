@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from distill_at_scale.pipeline.monitoring.timeline import TimelineEntry
 from distill_at_scale.pipeline.monitoring.utilization import Utilization, WorkerUtilization, WorkSpan, account
-from distill_at_scale.pipeline.report.style import INK, LINE, STYLE, figure_of, name_rows, svg
+from distill_at_scale.pipeline.report.style import INK, LINE, NARROW, STYLE, WIDTH, figure_of, name_rows, svg
 from distill_at_scale.pipeline.report.text import NBSP, duration
 
 COLORS = {
@@ -50,7 +50,11 @@ def part(entries: Sequence[TimelineEntry]) -> dict[str, Any] | None:
     legend = [(name, color) for name, color in COLORS.items() if name in stages]
     if usage.waited >= MIN_SHARE * usage.seconds:
         legend.append(("starting Ray", WAITING))
-    return {"chart": chart(usage), "sentence": sentence(usage), "legend": legend}
+    return {
+        "chart": {"wide": chart(usage), "narrow": chart(usage, NARROW)},
+        "sentence": sentence(usage),
+        "legend": legend,
+    }
 
 
 def lanes(workers: Sequence[WorkerUtilization]) -> list[Lane]:
@@ -69,11 +73,11 @@ def lanes(workers: Sequence[WorkerUtilization]) -> list[Lane]:
     return result
 
 
-def chart(usage: Utilization) -> str:
-    """The same utilization gives the same bytes."""
+def chart(usage: Utilization, width: float = WIDTH) -> str:
+    """A data URI; the same utilization gives the same bytes."""
     rows = lanes(usage.workers)
     with matplotlib.rc_context(STYLE):
-        figure, axes = figure_of(LANE * (1 + len(rows)) + EDGES)
+        figure, axes = figure_of(LANE * (1 + len(rows)) + EDGES, width)
         for span in usage.stages:
             _spans(axes, 0, [span], COLORS.get(span.stage, OTHER), 0.45)
         _spans(axes, 0, usage.waits, WAITING)

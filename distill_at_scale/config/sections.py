@@ -154,6 +154,10 @@ class ScoreSection(Section):
     weights: str | list[str] | None = location_key(
         None, description="pretrained checkpoints instead of proxies: files or torchvision's weight names"
     )
+    check_weights: bool = execution_key(
+        True,
+        description="stop if pretrained weights (also of a teacher) do worse than guessing on a sample of the data",
+    )
     share: float = Field(1.0, gt=0, le=1, description="share of each class that proxies are trained on")
     workers: int = execution_key(1, ge=1, description="data-parallel workers per proxy; 1: trials run side by side")
     shards: int = Field(

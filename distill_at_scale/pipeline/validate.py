@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,15 +29,17 @@ from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.ingest.sample_types import sample_shape
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import JPEG_RATIO
+from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.shared import teacher
 from distill_at_scale.distillation.student import TrainingProtocol
-from distill_at_scale.models import pretrained
-from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
+from distill_at_scale.models import pretrained, weight_check
+from distill_at_scale.models.spec import NetworkSpec, builder, in_parts, mixes_samples
 from distill_at_scale.pruning.criteria import CRITERIA
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, column_of
+from distill_at_scale.pruning.proxies.train import network_spec
 from distill_at_scale.pruning.scoring import imported
 from distill_at_scale.pruning.selection import ranking
 
@@ -191,6 +193,35 @@ def check_weights(config: Config, data: PreparedDataset | PlannedDataset) -> Non
     """Load each ready-made checkpoint. Raises UserError for one that does not fit."""
     for check in (pretrained.check, teacher.check_weights):
         check(config, data.shape, data.class_names, data.source_class_names)
+
+
+@torch.no_grad()
+def check_weights_on_data(config: Config, data: PreparedDataset, teacher_only: bool = False) -> list[str]:
+    """Test each ready-made checkpoint on a sample of the training split; returns a line for each.
+
+    Raises UserError for one that is clearly worse than guessing, unless score.check_weights is false.
+    """
+    names = [] if teacher_only else config.score.weight_names
+    section = getattr(config.distill, config.distill.method, None)
+    if not config.score.check_weights or not (names or getattr(section, "teacher_weights", None)):
+        return []
+    pixels, labels = map(torch.from_numpy, data.sample("train", weight_check.SAMPLES, config.run.seed))
+    spec, lines = network_spec(config.score, data.shape, len(data.class_names), data.kind), []
+    for name in names:
+        loaded = pretrained.load(name, spec, data.class_names, data.source_class_names)
+        network = replace(spec, classes=loaded.outputs).build(0).eval()
+        network.load_state_dict(loaded.state)
+        normalization = normalization_of(data, whitened=False)
+        if loaded.normalization is not None:
+            mean, std = loaded.normalization
+            normalization = replace(normalization, mean=mean, std=std)
+        logits = in_parts(network, normalization.apply(pixels), spec.microbatch(torch.device("cpu")))
+        logits = logits if loaded.classes is None else logits[:, loaded.classes]
+        check = weight_check.check_on_sample(f"score.weights = {name!r}", logits, labels, data.class_names)
+        lines.append(f"  score.weights = {name}: {check.line()}")
+    if (teachers := teacher.check_on_sample(config, data, pixels, labels)) is not None:
+        lines.append(f"  teacher_weights: {teachers.line()}")
+    return lines
 
 
 def space(config: Config, plan: ingest.IngestPlan, free: int) -> str:

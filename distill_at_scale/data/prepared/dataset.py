@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.format import JPEG_RATIO, MAX_AXES, MAX_VALUES, Array, Chunk, RowGroup, pixels_of
 from distill_at_scale.data.prepared.parquet import reading
@@ -149,6 +150,21 @@ class PreparedDataset:
         tables = self.take_rows(split, label, np.asarray(places, np.int64))
         pixels = [self.pixels(table, threads) for table in tables]
         return np.concatenate([np.zeros((0, *self.shape), self.dtype), *pixels])
+
+    def sample(self, split: str, size: int, seed: int) -> tuple[Array, Array]:
+        """About `size` random samples, spread evenly over the classes, in a random order: [n, *shape] and labels int64 [n]."""
+        draw, counts = rng.numpy_generator(seed, "sample of the data", split), self.counts(split)
+        labels = draw.permutation(np.flatnonzero(counts))[:size]
+        each, pixels, targets = (
+            max(1, size // max(1, len(labels))),
+            [np.zeros((0, *self.shape), self.dtype)],
+            list[int](),
+        )
+        for label in labels.tolist():
+            pixels.append(self.take(split, label, np.sort(draw.permutation(counts[label])[:each])))
+            targets += [label] * len(pixels[-1])
+        order = draw.permutation(len(targets))
+        return np.concatenate(pixels)[order], np.array(targets, np.int64)[order]
 
     def take_rows(self, split: str, label: int, places: Array) -> Iterator[pa.Table]:
         """Stored rows at ascending positions within a class, some MB of row groups at a time."""

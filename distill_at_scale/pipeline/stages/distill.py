@@ -102,6 +102,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
 def prepare(context: RunContext, config: Config, data: PreparedDataset, paths: DistillPaths) -> None:
     """Make what the method needs before its first step: experts or a teacher, and ranked patches."""
     if missing := engine.missing_networks(config, paths):
+        for line in validate.check_weights_on_data(config, data, teacher_only=True):
+            context.display.say(line)
         with context.display.meter("networks", len(missing), "networks") as meter:
             tasks.make_networks(context.executor, config, paths, missing, meter.advance)
     if engine.method_class(config).ranks_patches:

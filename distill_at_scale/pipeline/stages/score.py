@@ -66,6 +66,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     data, table = PreparedDataset(run_dir / "prepared"), run_dir / "scores.parquet"
     validate.check_networks(config, data)
     validate.check_weights(config, data)
+    for line in validate.check_weights_on_data(config, data):
+        display.say(line)
     scorer.check(config, data)
     distill.check_inputs(config, data, data.counts("train"))  # what no selection can repair
     extra_columns.check(config, data)

@@ -23,15 +23,17 @@ from distill_at_scale.config.methods import TeacherSection
 from distill_at_scale.core import rng, safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.ingest.chunks import sample_shape
-from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.normalization import Normalization, normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import soft_labels
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, Method, MethodContext
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, TeacherFacts
 from distill_at_scale.distillation.student import TrainingProtocol
-from distill_at_scale.models import pretrained
+from distill_at_scale.models import pretrained, weight_check
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
+from distill_at_scale.models.weight_check import WeightCheck
 
 STUDENT_WEIGHT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # of the official code
 
@@ -79,15 +81,9 @@ class TeacherMethod(Method):
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
         section = cls.section(context.config)
         if section.teacher_weights:
-            facts, own = _teacher_facts(section, context), real.normalization
             source = list(context.source_class_names) or context.class_names
-            with _teacher_keys(context.config):
-                weights = pretrained.load(str(section.teacher_weights), facts.spec, context.class_names, source)
-            columns = None if weights.classes is None else tuple(weights.classes)
-            facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
-            if weights.normalization is not None:
-                facts = soft_labels.with_normalization(facts, (own.mean, own.std), weights.normalization)
-            teacher = Teacher.from_state(facts, weights.state, context.device)
+            facts, own = _teacher_facts(context.config, context.spec), real.normalization
+            teacher = pretrained_teacher(context.config, facts, own, context.class_names, source, context.device)
         else:
             teacher = TeacherTraining(section, context).run(real)
         if cls.teacher_needs_batch_norm and not mixes_samples(teacher.network):
@@ -174,8 +170,39 @@ def check_weights(config: Config, shape: tuple[int, ...], class_names: list[str]
             pretrained.load(section.teacher_weights, spec, class_names, source)
 
 
-def _teacher_facts(section: TeacherSection, context: MethodContext) -> TeacherFacts:
-    distill, spec = context.config.distill, context.spec
+def check_on_sample(config: Config, prepared: PreparedDataset, pixels: Tensor, labels: Tensor) -> WeightCheck | None:
+    """Test the method's pretrained teacher, if it has one, on stored samples [n, *shape] with their labels int64 [n].
+
+    Raises UserError if it is clearly worse than guessing.
+    """
+    distill, names = config.distill, prepared.class_names
+    section = getattr(distill, distill.method, None)
+    if not isinstance(section, TeacherSection) or section.teacher_weights is None:
+        return None
+    spec, own = NetworkSpec(distill.network, prepared.shape, len(names)), normalization_of(prepared)
+    facts, source = _teacher_facts(config, spec), prepared.source_class_names
+    teacher = pretrained_teacher(config, facts, own, names, source, torch.device("cpu"))
+    key = f"distill.{distill.method}.teacher_weights = {section.teacher_weights!r}"
+    return weight_check.check_on_sample(key, teacher.logits(own.apply(pixels)), labels, names)
+
+
+def pretrained_teacher(
+    config: Config, facts: TeacherFacts, own: Normalization, names: list[str], source: list[str], device: torch.device
+) -> Teacher:
+    """The teacher of `teacher_weights`, for images with the normalisation `own`. Raises UserError if it does not fit."""
+    section: TeacherSection = getattr(config.distill, config.distill.method)
+    with _teacher_keys(config):
+        weights = pretrained.load(str(section.teacher_weights), facts.spec, names, source)
+    columns = None if weights.classes is None else tuple(weights.classes)
+    facts = replace(facts, outputs=weights.outputs, columns=columns, origin=f"sha256 {weights.sha256}")
+    if weights.normalization is not None:
+        facts = soft_labels.with_normalization(facts, (own.mean, own.std), weights.normalization)
+    return Teacher.from_state(facts, weights.state, device)
+
+
+def _teacher_facts(config: Config, spec: NetworkSpec) -> TeacherFacts:
+    distill = config.distill
+    section: TeacherSection = getattr(distill, distill.method)
     ones, zeros = (1.0,) * spec.shape[-3], (0.0,) * spec.shape[-3]  # the data's own normalisation
     return TeacherFacts(section.teacher_network, spec.shape, spec.classes, distill.width, distill.depth, ones, zeros)
 
@@ -184,7 +211,7 @@ class TeacherTraining:
     """SGD on the kept samples of all classes, with a checkpoint after each epoch."""
 
     def __init__(self, section: TeacherSection, context: MethodContext):
-        self.section, self.context, self.facts = section, context, _teacher_facts(section, context)
+        self.section, self.context, self.facts = section, context, _teacher_facts(context.config, context.spec)
         self.path = _checkpoint_path(context.networks)
         self.network = self.facts.spec.build(rng.derive(context.seed, "teacher")).to(context.device).train()
         self.optimizer = torch.optim.SGD(

@@ -195,6 +195,26 @@ def test_an_array_of_objects_is_never_unpickled(tmp_path):
         imported.read("a", str(tmp_path / "a.npy"))
 
 
+def test_one_score_for_all_samples_ranks_nothing(tmp_path, ids, listed):
+    by_position(tmp_path, "mine.npy", [0.25] * len(listed))
+    with pytest.raises(UserError, match=rf"all {len(ids)} training samples have the score 0\.25, which ranks nothing"):
+        read(with_file(tmp_path, "mine.npy"), ids)
+
+
+@pytest.mark.parametrize(("sign", "useful", "against"), [(1, {}, False), (-1, {}, True), (-1, {"mine": "high"}, False)])
+def test_a_score_that_ranks_against_the_loss_is_remarked_on(tmp_path, digits_run, sign, useful, against):
+    table, _ = score_table.read(digits_run.dir / "scores.parquet", ["sample_id", "label", "loss"])
+    mine = sign * table["loss"].to_numpy() ** 2
+    facts = {"scores": json.dumps({"useful": {"loss": "low", "mine": useful.get("mine", "low")}})}
+    table = table.append_column("mine", pa.array(mine)).append_column("score", table["loss"])
+    pq.write_table(table.replace_schema_metadata(facts), tmp_path / "scores.parquet")
+    lines = imported.remarks(with_file(tmp_path, "x.npy", score__imported_useful=useful), tmp_path / "scores.parquet")
+    assert bool(lines) == against
+    if against:
+        assert "ranks samples against loss (rank correlation -1.00)" in lines[0]
+        assert "set score.imported_useful: {mine: high}" in lines[0]
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"score.imported.a = 'no/such.json' does not exist"):
         imported.read("a", "no/such.json")
@@ -329,7 +349,7 @@ def test_the_command_exports_scores_and_kept_samples(tmp_path, config_file, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "add --scores FILE"),
+        ([], "--scores FILE or --kept FILE"),
         (["--scores", "a.txt"], "a.txt has an unknown file type"),
         (["select.keep=0.9", "--kept", "a.csv"], "select.keep: 0.2 -> 0.9"),
         (["run.dir=nowhere", "--kept", "a.csv"], "no output of select yet"),

@@ -98,6 +98,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     columns = extra_columns.load(config, run_dir, data, run_subsets, display)
     sample_ids = (data.read(chunk, columns=["sample_id"])["sample_id"].combine_chunks() for chunk in chunks)
     written = score_table.write_scores(table, paths, sample_ids, config, columns)
+    for line in imported.remarks(config, table):
+        display.say(line)
     if checkpoints.exists():
         if (run_dir / "proxies").exists():
             shutil.rmtree(run_dir / "proxies")  # left by a score stage whose record the user removed

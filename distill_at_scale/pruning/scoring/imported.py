@@ -20,18 +20,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from scipy.stats import spearmanr
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.scoring.columns import ExtraColumn
 
 Array = np.ndarray[Any, Any]
 SUFFIXES = (".json", ".npy", ".npz", ".csv", ".parquet")
 RESERVED = ("sample_id", "label", "score", "random", "kept", "rank")  # other columns of the tables
 MAX_UNPACKED = 2**32  # bytes of an .npz: five trials of a hundred million samples
+AGAINST = -0.3  # rank correlation below which an imported score is remarked on
+MAX_COMPARED = 10**6  # samples
 NAME = re.compile(r"[A-Za-z]\w*")
 AS_TEXT = pyarrow.csv.ConvertOptions(column_types={"sample_id": pa.string()})  # 0001 stays text, and NA is an id
 
@@ -142,8 +146,33 @@ def columns(config: Config, ids: pa.Array) -> dict[str, ExtraColumn]:
                 f"{key}: the score of sample {ids[first].as_py()!r} (position {rows[first].as_py()}) is not a finite 32-bit "
                 f"number, {len(bad)} in all; provide a finite score for every training sample"
             )
+        if len(numbers) > 1 and numbers.min() == numbers.max():
+            raise UserError(
+                f"{key}: all {len(numbers)} training samples have the score {numbers[0]:g}, which ranks nothing; check the file"
+            )
         extra[name] = ExtraColumn(useful.get(name, "low"), ids, numbers, {"imported": True})
     return extra
+
+
+def remarks(config: Config, table: Path) -> list[str]:
+    """A line for each imported score that ranks samples against the first computed criterion of the score table."""
+    facts = score_table.facts(table)
+    useful = facts["useful"]
+    computed = [name for name in useful if name not in config.score.imported]
+    if not config.score.imported or not computed or pq.read_metadata(table).num_rows > MAX_COMPARED:
+        return []
+    scores, _ = score_table.read(table, [computed[0], *config.score.imported])
+    lines = []
+    for name in config.score.imported:
+        agreement = float(spearmanr(scores[computed[0]].to_numpy(), scores[name].to_numpy()).statistic)
+        agreement *= 1 if useful[name] == useful[computed[0]] else -1
+        if agreement < AGAINST:
+            other = {"low": "high", "high": "low"}[useful[name]]
+            lines.append(
+                f"  score.imported.{name} ranks samples against {computed[0]} (rank correlation {agreement:.2f}); if its "
+                f"useful end is {other}, set score.imported_useful: {{{name}: {other}}}"
+            )
+    return lines
 
 
 def read(name: str, file: str) -> ImportedScores:

@@ -149,11 +149,11 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
     write_video(folder / "a" / "short.mp4", numbered(3))
     (folder / "b" / "empty.mp4").write_bytes(b"")
     (folder / "b" / "text.mp4").write_text("no video", encoding="utf-8")
-    (folder / "b" / "notes.txt").write_text("no video either", encoding="utf-8")
+    (folder / "b" / "notes.txt").write_text("no sample", encoding="utf-8")
     data = {"source": "videofolder", "path": str(folder.parent), "frames": 8, "size": 16, "max_bytes": 10_000}
     (folder / "a" / "large.mp4").write_bytes(bytes(20_000))
     run = Run(tiny_config(tmp_path / "run", data=data, **NETWORKS))
-    assert run.pipeline.validate() == 4
+    assert run.pipeline.validate() == 3
     run.stages("ingest")
     listed = {row["sample_id"]: row for row in pq.read_table(run.dir / "rejected.parquet").to_pylist()}
     assert pq.read_table(run.dir / "validation.parquet").to_pylist() == list(listed.values())
@@ -165,10 +165,10 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
         "train/b/text.mp4": "not a video but text; replace or remove it",
     }
     assert {name: listed[name]["reason"] for name in reasons} == reasons
-    assert listed["train/b/notes.txt"]["used"] is False
+    assert "train/b/notes.txt" not in listed
     meta = PreparedDataset(run.dir / "prepared").meta
     assert meta["counts"]["train"] == [4, 3]
-    assert meta["rejected"] == 4
+    assert meta["rejected"] == 3
     pixels, _ = PreparedDataset(run.dir / "prepared").load("train", only=["train/a/short.mp4"])
     assert all(np.array_equal(pixels[0, 2], pixels[0, frame]) for frame in range(3, 8))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +25,7 @@ from distill_at_scale.data.prepared.normalization import Normalization, normaliz
 from distill_at_scale.data.sources.tensors import Tensors
 from distill_at_scale.distillation import export as exports
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import MemoryFormat, NetworkSpec
 
 UNCUT = {"augment": "none", "student_augment": "none", "factor": 1, "network_cutmix": 0.0, "student_cutmix": 0.0}
@@ -295,8 +295,8 @@ def test_drawing_is_for_what_has_no_pixels():
 
 def test_exported_lists_have_the_samples_shape(tmp_path):
     values = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5)
-    synthetic = SimpleNamespace(
-        kind="tensors", images=values, values=lambda: values, labels=torch.tensor([0, 1]), class_names=["a", "b"]
-    )
+    normalization = {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1, "inner": 2}
+    card = {"kind": "tensors", "class_names": ["a", "b"], "normalization": normalization}
+    synthetic = SyntheticSet(values, torch.tensor([0, 1]), card)
     exports.export_parquet(synthetic, tmp_path / "t.parquet")
     assert np.array_equal(np.array(pq.read_table(tmp_path / "t.parquet")["values"].to_pylist()), values.numpy())

@@ -111,11 +111,15 @@ def compare_contents(context: RunContext) -> str:
     path, run_dir = context.dir / CONTENTS, context.dir
     if not hasattr(context, "plan"):
         return ""  # the source cannot be read now
-    if not path.exists():
-        return "contents were not compared: this ingest is of an earlier version, which kept no hashes"
     source, rows = ingest_plan.open_source(context.config.data), contents.all_rows(context.plan)
+    times = contents.modified_times(source, rows)
+    if not path.exists():
+        unknown = bool((times == contents.UNKNOWN).all())
+        return (
+            "" if unknown else "contents were not compared: this ingest is of an earlier version, which kept no hashes"
+        )
     recorded = pq.read_table(path)
-    touched = np.flatnonzero(recorded["modified"].to_numpy() != contents.modified_times(source, rows))
+    touched = np.flatnonzero(recorded["modified"].to_numpy() != times)
     if not len(touched):
         return ""
     compared, changed = contents.changed(source, rows, recorded["hash"], touched)

@@ -69,6 +69,7 @@ def run(
     from distill_at_scale.config.explain import suggest
     from distill_at_scale.config.load import Config
     from distill_at_scale.core.progress import Display
+    from distill_at_scale.pipeline import warnings
     from distill_at_scale.pipeline.run_reader import Run
     from distill_at_scale.storage.run_dir import STAGES, RunDir
 
@@ -79,6 +80,7 @@ def run(
             raise UserError(f"there is no stage {name!r}; {suggest(name, STAGES)}")
     display = Display() if progress else Display.silent()
     display.say(opening(config, "all stages" if stages is None else ", ".join(wanted)))
+    warnings.warn(config, display)
     make_pipeline(config, display).run([stage for stage in STAGES if stage in wanted])
     return Run(RunDir.of(config.run))
 

@@ -149,7 +149,11 @@ def _of_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a folder without a run.json; give a YAML file or a run folder") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'run.json'} is damaged ({error}); give the YAML file of the run") from None
-    values["run"]["dir"] = str(folder)
+    config = validate(values, {}, str(folder / "run.json"))
+    values = config.model_dump(exclude_defaults=True)  # it holds all keys, but only the others were set
+    _set_all(
+        values, {"data.chunk": config.data.chunk, "run.dir": str(folder)}
+    )  # chunk: its default follows data.frames
     return values
 
 

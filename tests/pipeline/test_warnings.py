@@ -187,3 +187,10 @@ def test_a_warning_is_said_through_the_display():
     console = Console(file=io.StringIO(), width=200)
     warnings.warn(validate({"runtime": {"drop": 0.5}}), Display(console))
     assert console.file.getvalue().startswith("warning: runtime.drop has no effect: runtime.rule is none")
+
+
+def test_the_keys_of_a_run_folder_that_have_their_default_count_as_not_set(digits_run):
+    config = load(digits_run.dir)
+    assert config == digits_run.config.model_copy(update={"run": config.run})
+    assert "runtime.drop" not in explicit_keys(config)
+    assert warnings.of_keys(config) == []

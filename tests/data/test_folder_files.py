@@ -99,6 +99,7 @@ def test_an_image_in_an_unread_format_explains_an_empty_class(tmp_path):
     [
         ("nette/train/a/0.jpg nette/train/b/1.jpg", "", "nette would be a class, .* data.path=.*/nette?"),
         ("nette/train/a/0.jpg nette/val/a/1.jpg other/x/2.jpg", "", "nette would be a class, .* train, val: did you mean"),
+        ("up/nette/train/a/0.jpg up/nette/val/a/1.jpg", "", "up would be a class, .* data.path=.*/up/nette?"),
         ("cats/a/0.jpg cats/b/1.jpg", "", r"cats would be a class, but holds the folders a, b: did you mean .*/cats\?"),
         ("a/train/0.jpg a/test/1.jpg b/train/2.jpg b/test/3.jpg", "", r"a would be .* Otherwise the layout is train/<class>"),
         ("train/train/a/0.jpg train/train/b/1.jpg", "", "train/train would be a class"),
@@ -117,6 +118,8 @@ def test_a_root_at_another_level_is_an_error(tmp_path, files, path, message):
 def test_imagenet_names_the_folder_that_holds_train(tmp_path):
     with pytest.raises(UserError, match=r"has no folder train/; .* Did you mean data\.path=.*/nette\?"):
         folder(tmp_path, "nette/train/n01/0.JPEG", "zoo/readme.txt", source="imagenet")
+    with pytest.raises(UserError, match=r"Did you mean data\.path=.*/ILSVRC/Data/CLS-LOC\?"):
+        folder(tmp_path / "b", "ILSVRC/Data/CLS-LOC/train/n01/0.JPEG", "ILSVRC/Annotations/x.xml", source="imagenet")
 
 
 def test_one_class_with_folders_and_samples_is_a_class(tmp_path):

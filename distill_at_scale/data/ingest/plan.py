@@ -130,6 +130,8 @@ def plan(config: Config) -> IngestPlan:
         listings, aside = _relabel(listings, labels), _relabel(aside, labels)
     listings = _without_empty(listings)
     notes = list(getattr(source, "notes", list)())
+    if len(source_names) == 1:
+        notes.append("warning: the data have a single class, which nothing can learn to tell apart; check data.path")
     if "test" in listings and data.holdout:
         notes.append(f"warning: data.holdout = {data.holdout:g} has no effect: the data have a test split of their own")
     elif data.holdout:

@@ -39,6 +39,8 @@ from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.data.sources.media import IMAGES, VIDEOS
 from distill_at_scale.storage.filesystem import join_path
 
+LEVELS, FOLDERS = 3, 50  # where a training folder is looked for, if the root has none
+
 
 class FolderSource(FileSource):
     """A source for `train/<class>/...` and a test split; a layout overrides `find_classes` and `list_split`."""
@@ -105,12 +107,12 @@ class FolderSource(FileSource):
             if name in used or f"{name}/" in evaluation:
                 continue
             if "" not in used and (count := pc.sum(self.medium.mask(self.store.table(name)[0])).as_py()):
-                lines.append(f"{name}/ is not used: it lies beside the splits' folders (with {count:,} {noun}s)")
+                lines.append(f"{name}/ lies beside the splits' folders: not used ({noun}s: {count:,})")
             elif "" in used and split_word(name):
                 lines.append(f"{name}/ is taken as a class: it holds {noun}s and lies beside class folders")
         loose = pc.sum(self.medium.mask(pa.array(self.store.names()[1], pa.string()))).as_py()
         if loose and "" not in used:
-            lines.append(f"{loose:,} {noun}{'s' if loose > 1 else ''} beside the splits' folders: not used")
+            lines.append(f"files beside the splits' folders: not used ({noun}s: {loose:,})")
         if are_numbers(self.class_names) and self.class_names != sorted(self.class_names):
             first, text = (", ".join(names[:4]) for names in (self.class_names, sorted(self.class_names)))
             order = f"labels follow the numbers ({first}, ...), not text order as torchvision's ({text}, ...)"
@@ -120,10 +122,19 @@ class FolderSource(FileSource):
     def find_classes(self) -> list[str]:
         """The class folders of the training split; raises UserError if there are none."""
         if "train" not in self.folders:
-            below = (name for name in self.store.names()[0] if "train" in map(split_word, self.store.names(name)[0]))
-            hint = f". Did you mean data.path={self.store.place(name)}?" if (name := next(below, None)) else ""
+            hint = "" if (name := self.find_root()) is None else f". Did you mean data.path={self.store.place(name)}?"
             raise UserError(f"{self.store.place()} has no folder train/; {self.layout}{hint}")
         return self.class_folders(self.folders["train"])
+
+    def find_root(self) -> str | None:
+        """The first folder that holds a training folder, at most LEVELS below the root; looks into FOLDERS a level."""
+        level = [""]
+        for _ in range(LEVELS):
+            level = [join_path(folder, name) for folder in level for name in self.store.names(folder)[0]][:FOLDERS]
+            for folder in level:
+                if "train" in map(split_word, self.store.names(folder)[0]):
+                    return folder
+        return None
 
     def class_folders(self, folder: str) -> list[str]:
         """The class folders of a split's folder, sorted by name, or by value if all names are whole numbers.
@@ -225,14 +236,15 @@ class FolderSource(FileSource):
         parts = pc.extract_regex(below(paths, folder), "^(?P<owner>[^/]+)/(?:(?P<inner>[^/]+)/)?")
         pairs = pa.table({name: pc.struct_field(parts, name) for name in ("owner", "inner")})
         for row in pairs.group_by("owner").aggregate([("inner", "distinct")]).sort_by("owner").to_pylist():
-            inner, place = sorted(row["inner_distinct"]), self.store.place(join_path(folder, row["owner"]))
+            inner, owner = sorted(row["inner_distinct"]), join_path(folder, row["owner"])
             words = {split_word(name) for name in inner if name}
             if (len(self.class_names) == 1 and "" not in inner) or (
                 "train" in words and words.intersection(EVALUATION)
             ):
                 names = ", ".join(inner[:3]) + (f" and {len(inner) - 3} more" if len(inner) > 3 else "")
-                problem = f"{place} would be a class, but holds the folders {names}"
-                raise UserError(f"{problem}: did you mean data.path={place}? Otherwise {self.layout}")
+                problem = f"{self.store.place(owner)} would be a class, but holds the folders {names}"
+                hint = f"did you mean data.path={self.store.place((not folder and self.find_root()) or owner)}?"
+                raise UserError(f"{problem}: {hint} Otherwise {self.layout}")
 
     def refuse_extra_classes(self, split: str) -> None:
         """Raises UserError for a class folder that the training split does not have."""

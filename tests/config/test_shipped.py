@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,16 @@ def test_the_package_holds_the_files_of_configs():
     assert shipped.names() == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     assert "digits" in shipped.names()
     assert (shipped.FOLDER / "schema.json").is_file()
+
+
+def test_a_wheel_holds_every_shipped_file():
+    """The package data of pyproject.toml name them; the link makes them files of the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["distill_at_scale"]
+    package = ROOT / "distill_at_scale"
+    assert (package / "configs").resolve() == ROOT / "configs"
+    packed = {path.name for pattern in patterns for path in package.glob(pattern)}
+    assert {*(f"{name}.yaml" for name in shipped.names()), "schema.json"} <= packed
 
 
 @pytest.mark.parametrize("name", shipped.names())

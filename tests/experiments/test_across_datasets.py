@@ -176,5 +176,5 @@ def test_the_configuration_for_digits_is_valid_with_all_of_its_sets(tmp_path):
     assert {"digits", "long_tail_10", "long_tail_100", "near_duplicates", "moving_digits"} <= set(sets)
     for name, overrides in sets.items():
         across_datasets.configured(StudyContext(config, point_set, print), name, overrides)
-    assert "study " + str(path.relative_to(ROOT)) in path.read_text(encoding="utf-8").splitlines()[0]
+    assert f"# Run: distill-at-scale study {path.relative_to(ROOT)}\n" in path.read_text(encoding="utf-8")
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["studies"]["run"] == ["across"]

@@ -59,6 +59,15 @@ def test_a_plan_has_every_stage_and_is_published(tmp_path, make_run):
     assert not (tmp_path / "run" / "prepared").exists()
 
 
+def test_a_control_costs_a_distillation_of_its_own(tmp_path, make_run):
+    both = make_run(tmp_path / "run", evaluate__controls=["unpruned", "random_keep"]).pipeline.forecast()
+    (row,) = (row for row in both.rows if row.estimate.stage == "evaluate")
+    assert list(row.estimate.parts) == ["train and test", "distil unpruned", "distil random_keep"]
+    assert all(seconds > 0 for seconds in row.estimate.parts.values())
+    alone = make_run(tmp_path / "alone", select__keep=1.0, evaluate__controls=["unpruned"]).pipeline.forecast()
+    assert list(alone.rows[4].estimate.parts) == ["train and test"]
+
+
 def test_after_a_run_predictions_are_shown_next_to_measured_times(tmp_path, make_run):
     run = make_run(tmp_path / "run")
     before = {row.estimate.stage: row.estimate.seconds for row in run.pipeline.forecast().rows}

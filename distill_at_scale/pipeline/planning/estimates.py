@@ -23,6 +23,7 @@ from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
 from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, StepTimes
+from distill_at_scale.pipeline.stages import controls
 from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
@@ -152,11 +153,15 @@ class Planner:
 
     def evaluate(self) -> StageEstimate:
         facts, section, device = self.facts, self.config.evaluate, self.layout.device
-        jobs = evaluate.jobs(self.config)
+        distilled = controls.applicable(self.config, sum(facts.kept), facts.train)
+        jobs = evaluate.jobs(self.config, distilled)
         spread = self.layout.tasks(len(jobs))
         protocol = self.method.protocol(self.config).overridden(section)
         long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
-        sets = [(facts.classes * self.config.distill.ipc, protocol, 2 * section.seeds)]  # images, protocol, networks
+        small = 1 + len(distilled) + (section.control != "none")  # sets as large as the distilled one
+        sets = [
+            (facts.classes * self.config.distill.ipc, protocol, small * section.seeds)
+        ]  # images, protocol, networks
         sets += [(sum(facts.kept) if one == "kept" else facts.train, long, section.seeds) for one in section.bounds]
         seconds, sizes = 0.0, [(0, 0)]
         for name in section.networks:
@@ -168,6 +173,11 @@ class Planner:
             test = self._testing(spec, facts.tests, spread.threads)
             seconds += len(jobs) / len(section.networks) * test * facts.tests
         parts = {"train and test": seconds / len(jobs) * spread.waves(len(jobs))}
+        for name in distilled:
+            kept = replace(facts, kept=facts.counts) if name == evaluate.UNPRUNED else facts
+            control = replace(self, config=controls.control_config(self.config, name), facts=kept).distill()
+            parts[f"distil {name}"] = control.seconds
+            sizes.append((control.host, control.device))
         return StageEstimate("evaluate", self._started(parts, TASKS), spread.side_by_side, *max(sizes), 0, 0,
                         self.layout.machines(spread.side_by_side))  # fmt: skip
 

@@ -15,6 +15,7 @@ from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEsti
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine
 from distill_at_scale.pipeline.planning.plan import RunPlan
+from distill_at_scale.pipeline.stages import controls
 
 
 def make(
@@ -46,7 +47,7 @@ def make(
         advance(stage)
     if config.select.keep == "auto":
         require_test_split(facts)
-        estimates = _with_search(estimates, config, layout)
+        estimates = _with_search(estimates, config, facts, layout)
     for place, estimate in enumerate(estimates):  # Ray starts once per command, in the first stage that needs it
         if not layout.local and estimate.stage not in records and "start" in estimate.parts:
             estimates[place] = replace(estimate, parts={**estimate.parts, "start": estimate.parts["start"] + RAY})
@@ -57,13 +58,16 @@ def make(
     return plan
 
 
-def _with_search(estimates: list[StageEstimate], config: Config, layout: ClusterLayout) -> list[StageEstimate]:
+def _with_search(
+    estimates: list[StageEstimate], config: Config, facts: Facts, layout: ClusterLayout
+) -> list[StageEstimate]:
     """Add the short distillations of select.keep: auto, one actor each, to the selection; all samples count as kept."""
     auto, by_stage = config.select.auto, {estimate.stage: estimate for estimate in estimates}
     distill, evaluate, steps = by_stage["distill"], by_stage["evaluate"], engine.step_count(config)
     short = (auto.steps or max(1, steps // 4)) / steps
     seconds = distill.processes * (distill.parts["steps"] * short + distill.parts["prepare"])
-    seconds += auto.evaluations * evaluate.processes * evaluate.parts["train and test"] / len(jobs(config))
+    networks = len(jobs(config, controls.applicable(config, sum(facts.kept), facts.train)))
+    seconds += auto.evaluations * evaluate.processes * evaluate.parts["train and test"] / networks
     count = max(3, auto.seeds) + auto.points * auto.seeds
     select = by_stage["select"]
     note = f"select.keep: auto tries up to {count} short distillations; later stages are planned as if all samples were kept"

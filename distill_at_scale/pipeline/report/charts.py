@@ -109,7 +109,7 @@ def _plane(plot: Plot, styled: Sequence[Styled], width: float) -> Figure:
         text = clip(clean(name), MAX_NAME)
         axes.text(at, 1.015 + LINE_HEIGHT * row, text, transform=above, ha=side, va="bottom", size=8.5)
     frame(axes, "both")
-    _legend(axes, styled)
+    _legend(axes, styled, width)
     return figure
 
 
@@ -194,7 +194,7 @@ def _rows(plot: Plot, styled: Sequence[Styled], width: float) -> Figure:
             color=TEXT.get(color, color), size=8.5,
         )  # fmt: skip
     frame(axes, "x")
-    _legend(axes, styled)
+    _legend(axes, styled, width)
     return figure
 
 
@@ -226,7 +226,7 @@ def _line(series: Series, color: str, marker: str) -> dict[str, Any]:
     return {"ls": dash, "color": color, "marker": marker, "mec": "white", "mew": 0.7}
 
 
-def _legend(axes: Axes, styled: Sequence[Styled]) -> None:
+def _legend(axes: Axes, styled: Sequence[Styled], width: float) -> None:
     """Names above the plot, as many per line as fit."""
     handles, names = list[Any](), list[str]()
     for series, color, marker in styled:
@@ -235,7 +235,7 @@ def _legend(axes: Axes, styled: Sequence[Styled]) -> None:
             handles.append(Patch(color=color, alpha=0.85) if series.kind == "bars" else line)
             names.append(clip(clean(series.name), MAX_NAME))
     if names:
-        characters = LEGEND_CHARACTERS * axes.figure.get_figwidth()
+        characters = LEGEND_CHARACTERS * width
         columns = max(1, min(len(names), int(characters / (max(map(len, names)) + 7))))
         where: Any = {"loc": "outside upper left", "ncols": columns, "borderaxespad": 0.2}
         axes.figure.legend(handles, names, **where, frameon=False, fontsize=9)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,6 @@ def run(
     from distill_at_scale.config.explain import suggest
     from distill_at_scale.config.load import Config
     from distill_at_scale.core.progress import Display
-    from distill_at_scale.pipeline import warnings
-    from distill_at_scale.pipeline.run_reader import Run
     from distill_at_scale.storage.run_dir import STAGES, RunDir
 
     config = config if isinstance(config, Config) else load_config(config)
@@ -80,8 +78,12 @@ def run(
             raise UserError(f"there is no stage {name!r}; {suggest(name, STAGES)}")
     display = Display() if progress else Display.silent()
     display.say(opening(config, "all stages" if stages is None else ", ".join(wanted)))
-    warnings.warn(config, display)
-    make_pipeline(config, display).run([stage for stage in STAGES if stage in wanted])
+    from distill_at_scale.pipeline import warnings
+    from distill_at_scale.pipeline.run_reader import Run
+
+    with explained(config):
+        warnings.warn(config, display)
+        make_pipeline(config, display).run([stage for stage in STAGES if stage in wanted])
     return Run(RunDir.of(config.run))
 
 
@@ -105,6 +107,16 @@ def open_run(address: str | Path) -> Run:
 def ray_address(config: Config) -> str | None:
     """The Ray cluster that a configuration runs on; None: a Ray of its own on this machine; "none": no Ray."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def explained(config: Config) -> AbstractContextManager[None]:
+    """An error inside the block becomes a UserError about the lost cluster if the head of a named cluster is gone."""
+    address = ray_address(config)
+    if address in (None, "none"):
+        return nullcontext()
+    from distill_at_scale.cluster import head_watchdog
+
+    return head_watchdog.explained(address)
 
 
 def opening(config: Config, work: str) -> str:

@@ -33,7 +33,7 @@ FULL, DENIED = "Free space or choose another place", "Check its permissions or c
 ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EROFS: DENIED, errno.EPERM: DENIED}
 OTHER_ADVICE = "Check the disk, and that all nodes see it at this path"
 
-CONFIG_HELP = "A YAML file, or the name of a shipped configuration (`distill-at-scale configs` lists them)."
+CONFIG_HELP = "A YAML file, the name of a shipped configuration (`distill-at-scale configs`), or a run folder."
 OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; they may stand anywhere behind CONFIG."
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
 Overrides = Annotated[
@@ -98,9 +98,9 @@ def init(
 
 
 @app.command(epilog=examples(
-    "run configs/digits.yaml",
-    "run configs/digits.yaml distill.ipc=10 select.keep=0.3 run.dir=runs/ten",
-    "run configs/digits.yaml cluster.address=none   # in this process, without Ray",
+    "run digits",
+    "run digits distill.ipc=10 select.keep=0.3 run.dir=runs/ten",
+    "run digits cluster.address=none   # in this process, without Ray",
 ))  # fmt: skip
 def run(config: ConfigName, overrides: Overrides = None) -> int:
     """Run all stages in order.
@@ -120,39 +120,39 @@ def _add_stage(stage: str, summary: str, *lines: str) -> None:
 _add_stage(
     "ingest",
     "Decode and resize the data once.\n\nBroken samples are set aside and listed in rejected.parquet.",
-    "ingest configs/digits.yaml",
-    "ingest configs/digits.yaml data.size=32 run.dir=runs/large",
+    "ingest digits",
+    "ingest digits data.size=32 run.dir=runs/large",
 )
 _add_stage(
     "score",
     "Train proxy networks and score every training sample.\n\nReads the output of ingest.",
-    "score configs/digits.yaml",
-    "score configs/digits.yaml score.criterion='[loss,el2n]' run.dir=runs/two run.reuse=runs/digits",
+    "score digits",
+    "score digits score.criterion='[loss,el2n]' run.dir=runs/two run.reuse=runs/digits",
 )
 _add_stage(
     "select",
     "Rank the samples of each class and keep the useful ones.\n\nReads the output of score.",
-    "select configs/digits.yaml",
-    "select configs/digits.yaml select.keep=0.1 run.dir=runs/tenth run.reuse=runs/digits",
+    "select digits",
+    "select digits select.keep=0.1 run.dir=runs/tenth run.reuse=runs/digits",
 )
 _add_stage(
     "distill",
     "Distil the kept samples into a synthetic set.\n\nReads the output of ingest and select.",
-    "distill configs/digits.yaml",
-    "distill configs/digits.yaml distill.method=dm run.dir=runs/dm run.reuse=runs/digits",
+    "distill digits",
+    "distill digits distill.method=dm run.dir=runs/dm run.reuse=runs/digits",
 )
 _add_stage(
     "evaluate",
     "Train networks on the synthetic set and test them.\n\n"
     "The networks are fresh, and a set of random real samples is tested beside it. Reads the output of distill.",
-    "evaluate configs/digits.yaml",
-    "evaluate configs/digits.yaml evaluate.seeds=3 run.dir=runs/three run.reuse=runs/digits",
+    "evaluate digits",
+    "evaluate digits evaluate.seeds=3 run.dir=runs/three run.reuse=runs/digits",
 )
 _add_stage(
     "report",
     "Write report.html, one page about the run.\n\nReads the output of all stages that have run.",
-    "report configs/digits.yaml",
-    "report configs/digits.yaml run.dir=runs/ten",
+    "report digits",
+    "report digits run.dir=runs/ten",
 )
 
 
@@ -189,7 +189,7 @@ def show(
     return report_errors(body)
 
 
-@app.command(epilog=examples("validate configs/digits.yaml", "validate configs/imagenette_dm_ipc1.yaml data.path=PATH"))
+@app.command(epilog=examples("validate digits", "validate imagenette_dm_ipc1 data.path=PATH"))
 def validate(
     config: ConfigName,
     overrides: Overrides = None,
@@ -200,8 +200,7 @@ def validate(
     """Read every sample first, and list the broken ones.
 
     Checks names, networks and weights, too. Nothing else is computed. The list is validation.parquet in the run
-    folder. The exit status is 1 if
-    there are samples that cannot be used.
+    folder. The exit status is 1 if there are samples that cannot be used.
     """
 
     def body(config: Config, display: Display) -> int:
@@ -210,55 +209,41 @@ def validate(
     return _work("validate", config, overrides, body)
 
 
-@app.command(epilog=examples("plan configs/digits.yaml", "plan configs/digits.yaml distill.ipc=50 cluster.price=2.0"))
+@app.command(epilog=examples("plan digits", "plan digits distill.ipc=50 cluster.price=2.0"))
 def plan(config: ConfigName, overrides: Overrides = None) -> int:
     """Estimate time, memory, disk and cost of each stage.
 
     It measures a few steps on this machine, and refuses what cannot fit. After a run it compares the estimates with
     what the run took.
     """
-
-    def body(config: Config, display: Display) -> None:
-        api.plan_run(config, display)
-
-    return _work("plan", config, overrides, body)
+    return _work("plan", config, overrides, api.plan_run)
 
 
-@app.command(epilog=examples("sweep configs/sweep_digits.yaml", "sweep configs/sweep_digits.yaml sweep.controls=[]"))
+@app.command(epilog=examples("sweep sweep_digits", "sweep sweep_digits sweep.controls=[]"))
 def sweep(config: ConfigName, overrides: Overrides = None) -> int:
     """Try many configurations on shared ingest and scores.
 
     They are the combinations of sweep.space. Random and unpruned controls run beside them. Writes sweep.html and
     sweep.parquet.
     """
-
-    def body(config: Config, display: Display) -> None:
-        api.run_sweep(config, display)
-
-    return _work("sweep", config, overrides, body)
+    return _work("sweep", config, overrides, api.run_sweep)
 
 
-@app.command(
-    epilog=examples("study configs/studies_digits.yaml", "study configs/studies_digits.yaml studies.run='[drop]'")
-)
+@app.command(epilog=examples("study studies_digits", "study studies_digits studies.run='[drop]'"))
 def study(config: ConfigName, overrides: Overrides = None) -> int:
     """Answer questions about pruning on your data.
 
     The questions of studies.run are answered by many short distillations on shared ingest and scores. Writes
     studies.html, and a file per study in studies/.
     """
-
-    def body(config: Config, display: Display) -> None:
-        api.run_studies(config, display)
-
-    return _work("study", config, overrides, body)
+    return _work("study", config, overrides, api.run_studies)
 
 
 @app.command(epilog=examples(
-    "export configs/digits.yaml --imagefolder out/digits --pt out/digits.pt",
+    "export digits --imagefolder out/digits --pt out/digits.pt",
     "export runs/digits --parquet out/digits   # of a run folder, for datasets.load_dataset",
-    "export configs/digits.yaml --scores scores.csv",
-    "export configs/digits.yaml --kept kept.csv --kept kept.json run.dir=runs/ten",
+    "export digits --scores scores.csv",
+    "export digits --kept kept.csv --kept kept.json run.dir=runs/ten",
 ))  # fmt: skip
 def export(
     config: ConfigName,
@@ -395,7 +380,6 @@ def _work(
     is watched: the loss of its head ends the command with an error.
     """
     sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
-
     command_line.configured_by(path, overrides or ())
 
     def command() -> int:
@@ -421,7 +405,7 @@ def _work(
         from distill_at_scale.cluster import head_watchdog
 
         def connected() -> int:
-            with head_watchdog.explained(address):
+            with api.explained(config):
                 return work()
 
         return head_watchdog.guarded(address, lambda: report_errors(connected))

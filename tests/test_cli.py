@@ -80,6 +80,15 @@ def test_a_user_error_is_one_line_and_exits_with_two(tiny_file, capsys, argument
     assert "started" not in out
 
 
+def test_a_run_folder_as_the_configuration_warns_of_nothing_that_nobody_set(tiny_file, tmp_path, capsys):
+    assert cli.main(["ingest", tiny_file, "data.frames=null"]) == 0
+    assert "no effect" not in output(capsys)[0]
+    assert cli.main(["ingest", str(tmp_path / "run")]) == 0
+    out = output(capsys)[0]
+    assert "no effect" not in out
+    assert "already done" in out
+
+
 def test_a_forgotten_configuration_is_not_taken_for_a_file(capsys):
     assert cli.main(["run", "select.keep=0.1"]) == 2
     assert "CONFIG is missing: select.keep=0.1 is an override; write `distill-at-scale run CONFIG" in output(capsys)[1]
@@ -201,8 +210,8 @@ def test_each_command_has_its_own_help_with_examples_that_are_accepted(name, cap
     assert len(examples) >= 2, out
     for words in examples:
         overrides = [word for word in words if OVERRIDE.match(word)]
-        for config in (word for word in words if word.startswith("configs/")):
-            load(ROOT / config, overrides)
+        if "{CONFIG}" in out and not words[0].startswith("runs/"):
+            load(words[0], overrides)
 
 
 def test_overrides_are_optional_and_may_stand_between_options(capsys):

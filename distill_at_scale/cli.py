@@ -90,11 +90,16 @@ def init(
 
     def body() -> None:
         from distill_at_scale.core.progress import Display
-        from distill_at_scale.pipeline.planning import starter_file
+        from distill_at_scale.pipeline.planning import starter
+        from distill_at_scale.storage.filesystem import redact_uri
 
-        starter_file.init(data, Display(), source=source, method=method, ipc=ipc, budget=budget, out=out, force=force)
+        display = Display()
+        display.say(f"looking at {redact_uri(data)}")
+        starter.init(data, display, source=source, method=method, ipc=ipc, budget=budget, out=out, force=force)
 
-    return report_errors(body)
+    sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
+    with _own_warnings_only():
+        return report_errors(body)
 
 
 @app.command(epilog=examples(

@@ -20,7 +20,8 @@ from distill_at_scale.config.load import load
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.inspection.inspect import Inspection, inspect
-from distill_at_scale.pipeline.planning import starter_config, starter_file
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.pipeline.planning import starter, starter_config, starter_file
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (20, 12), mode: str = "RGB") -> bytes:
@@ -204,13 +205,17 @@ def test_a_source_by_name(tmp_path):
 
 @pytest.mark.parametrize(("text", "seconds"), [("10min", 600), ("90s", 90), ("1h30min", 5400), ("1.5 h", 5400)])
 def test_budgets(text, seconds):
-    assert starter_config.parse_budget(text) == seconds
+    assert starter.parse_budget(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["10", "fast", "5s", "10min later", ""])
 def test_budgets_that_are_none(text):
     with pytest.raises(UserError, match="--budget"):
-        starter_config.parse_budget(text)
+        starter.parse_budget(text)
+
+
+def test_the_methods_are_those_of_the_registry():
+    assert starter.known_methods() == list(METHODS)
 
 
 def test_keep_rates():
@@ -239,7 +244,7 @@ def test_the_configuration_loads_and_fits_the_budget(tmp_path, quick, said, monk
     monkeypatch.chdir(tmp_path)
     folders(tmp_path / "pets", size=(48, 32))
     lines, display = said
-    file = starter_file.init(str(tmp_path / "pets"), display, budget="60s")
+    file = starter.init(str(tmp_path / "pets"), display, budget="60s")
     config, text = load(file), file.read_text(encoding="utf-8")
     assert (config.data.source, config.data.path) == ("imagefolder", str(tmp_path / "pets"))
     assert (config.data.size, config.data.resize, config.distill.method, config.distill.ipc) == (32, "crop", "dm", 1)
@@ -260,7 +265,7 @@ def test_a_budget_that_is_too_small_is_said_and_the_file_written(tmp_path, quick
     monkeypatch.setattr(starter_config.Estimator, "least", lambda *_: 1e9)
     lines, display = said
     monkeypatch.setattr(starter_config, "USED", 1e-9)
-    file = starter_file.init(str(tmp_path / "pets"), display, budget="10s")
+    file = starter.init(str(tmp_path / "pets"), display, budget="10s")
     config = load(file)
     assert config.data.classes == ["a", "b"]
     assert config.distill.width == 16
@@ -283,8 +288,8 @@ def test_the_rendered_text_says_what_was_chosen(tmp_path):
     inspection = inspected(tmp_path)
     base = starter_config._base(inspection, "dc", 10, "x #1: y", starter_config.machine.here(tmp_path))
     small = starter_config.with_overrides(base, {"distill.steps": 50, "distill.dc.real_batch": 64})
-    starter = starter_config.Starter(small, inspection, 600, [], base, [], 2, 0, 2)
-    text = starter_file.render(starter, str(tmp_path), "10min")
+    chosen = starter_config.Starter(small, inspection, 600, [], base, [], 2, 0, 2)
+    text = starter_file.render(chosen, str(tmp_path), "10min")
     values = yaml.safe_load(text)
     assert values["distill"]["dc"] == {"real_batch": 64}
     assert values["distill"]["steps"] == 50

@@ -8,26 +8,22 @@ the result as a commented file.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill_at_scale.config.explain import suggest
 from distill_at_scale.config.load import Config, validate, with_overrides
-from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.inspection.inspect import Inspection
 from distill_at_scale.distillation import engine
-from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline import validate as checks
 from distill_at_scale.pipeline.planning import facts, machine, micro_benchmarks, plan
 from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
 
-METHOD, IPC, SIZE = "dm", 1, 64
+SIZE = 64  # largest side of an image or frame, in pixels
 MANY = 10  # images per class from which pruning by loss costs accuracy (README: Limits)
 LEAST_KEPT = 10  # samples per class and synthetic image
 KEEP = {"images": 0.02, "clips": 0.4, "tensors": 0.5}  # at one sample per class
@@ -40,7 +36,6 @@ WIDTHS = (128, 64, 32, 16)
 AFFORDABLE = 0.25  # seconds of a batch in a measurement
 BATCH_GAIN = 4  # at most: how much faster a sample is in a batch than alone
 FEWER_CLASSES = (10, 5, 2)
-UNIT_SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -73,25 +68,6 @@ class Starter:
     @property
     def fits(self) -> bool:
         return self.seconds <= self.budget
-
-
-def parse_budget(text: str) -> float:
-    """Seconds of `10min`, `90s`, `1.5h` or `1h30min`. Raises UserError for anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(sec|min|[smhd])", text.strip().lower())
-    if not parts or "".join(number + unit for number, unit in parts) != re.sub(r"\s", "", text.lower()):
-        raise UserError(f"--budget {text}: write a time such as 10min, 90s or 2h")
-    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
-    if seconds < 10:
-        raise UserError(f"--budget {text}: a run takes at least 10 s; give more")
-    return seconds
-
-
-def check_method(method: str, ipc: int) -> None:
-    """Raises UserError for a method that does not exist, and for ipc < 1."""
-    if ":" not in method and method not in METHODS:
-        raise UserError(f"--method {method}: there is no such method; {suggest(method, METHODS)}")
-    if ipc < 1:
-        raise UserError(f"--ipc {ipc}: give 1 or more synthetic samples per class")
 
 
 def choose(

@@ -1,9 +1,7 @@
-"""The body of the command `init`: looks at the data, chooses settings that fit the budget, and writes a commented file."""
+"""The file that `init` writes: the chosen settings as commented YAML, and what the command says about them."""
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,22 +12,10 @@ import yaml
 from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.shipped import FOLDER, SCHEMA_LINE
-from distill_at_scale.core.atomic_files import publish
-from distill_at_scale.core.errors import UserError
-from distill_at_scale.core.progress import Display
-from distill_at_scale.data.inspection.inspect import inspect
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.pipeline.planning.plan import in_words
-from distill_at_scale.pipeline.planning.starter_config import (
-    IPC,
-    METHOD,
-    Starter,
-    check_method,
-    choose,
-    parse_budget,
-)  # fmt: skip
-from distill_at_scale.storage.filesystem import is_uri, last_name, redact_uri
+from distill_at_scale.pipeline.planning.starter_config import Starter
 
 COLUMN = 40  # of the comments
 ALWAYS = (  # keys that a newcomer wants to see, in this order, also with their default
@@ -37,65 +23,6 @@ ALWAYS = (  # keys that a newcomer wants to see, in this order, also with their 
     "score.width", "select.keep", "distill.method", "distill.ipc", "distill.steps", "distill.width", "runtime.rule",
     "evaluate.networks", "evaluate.seeds", "evaluate.epochs", "cluster.address",
 )  # fmt: skip
-
-
-def init(
-    path: str,
-    display: Display,
-    *,
-    source: str | None = None,
-    method: str = METHOD,
-    ipc: int = IPC,
-    budget: str = "10min",
-    out: Path | None = None,
-    force: bool = False,
-    seed: int = 0,
-) -> Path:
-    """Look at the data, say what they are, and write a configuration whose first run fits the budget.
-
-    Args:
-        path: a folder, a Parquet file, a pattern of shards, or a URI.
-        source: a source's name or package.module:Object; None takes the one that fits.
-        out: the file to write; None names it after the data, the method and ipc.
-        force: overwrite an existing file.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        UserError: the data cannot be read, an option is wrong, or the file exists.
-    """
-    seconds = parse_budget(budget)
-    check_method(method, ipc)
-    if redact_uri(path) != path:
-        raise UserError("--data holds credentials, which a configuration must not; set them in the environment instead")
-    name = "_".join([_file_name(path), _file_name(method), f"ipc{ipc}"])
-    file = out or Path(f"{name}.yaml")
-    if file.exists() and not force:
-        raise UserError(f"{file} exists; choose another file with --out, or overwrite it with --force")
-    if not file.parent.is_dir():
-        raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or choose another file")
-    place = path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
-    with display.status("looking at the data"):
-        inspection = inspect(place, source, seed, lambda count: None)
-    for line in inspection.lines():
-        display.say(line)
-    with display.status("measuring this machine") as show:
-        starter = choose(inspection, method, ipc, seconds, name, file.parent, lambda text: show(f"measuring: {text}"))
-    with publish(file) as temporary:
-        temporary.write_text(render(starter, path, budget), encoding="utf-8")
-    for line in summary(starter, file):
-        display.say(line)
-    return file
-
-
-def _file_name(text: str) -> str:
-    """The last part of a path, URI, pattern or object's name, as part of a file name."""
-    name = last_name(text.rstrip("/")) if "/" in text else text
-    name = re.sub(
-        r"\{.*|\.(parquet|tar|tgz|tar\.gz)$", "", os.path.basename(os.path.abspath(name)) if name == "." else name
-    )
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "data"
 
 
 def summary(starter: Starter, file: Path) -> list[str]:

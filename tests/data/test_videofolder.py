@@ -154,6 +154,7 @@ def test_the_digest_covers_ids_labels_and_sizes_and_not_the_place(tmp_path):
         (["train/a/0.mp4", "val/0.mp4"], "val holds no class folders"),
         (["train.X1/a/0.mp4", "train.X2/a/0.mp4"], "several training folders"),
         (["val/a/0.txt"], "holds no videos in class folders"),
+        (["train/a/0.jpg"], "train holds no videos in class folders, but images; set data.source to imagefolder"),
     ],
 )
 def test_damage_is_one_error(tmp_path, names, message):

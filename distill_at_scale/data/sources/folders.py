@@ -219,6 +219,8 @@ class FolderSource(FileSource):
             raise UserError(f"{place} is a class that the training split lacks; remove it or complete train/")
         if not len(paths):
             why = _example(self.unused_files(split, pa.chunked_array([], pa.string()))) or f"; {self.layout}"
+            if self.medium is VIDEOS and pc.any(IMAGES.mask(self.split_files(split)[0])).as_py():
+                why = ", but images; set data.source to imagefolder to use images"
             raise UserError(f"{self.store.place(folder)} holds no {self.medium.noun}s in class folders{why}")
         self.check_level(folder, paths)
         order = pa.array(np.argsort(labels.to_numpy(zero_copy_only=False), kind="stable"))  # paths are sorted already

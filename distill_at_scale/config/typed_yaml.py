@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from distill_at_scale.config.keys import annotation_of, entry_of_list, is_text, members, section_of, value_of_mapping
 
 MAX_VALUES = 20_000  # of a configuration file, with its aliases expanded
-NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
+TEXT = "tag:yaml.org,2002:str"
+LOOK_ALIKES = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "value", "merge"))
 
 
 def read(text: str, root: type[BaseModel], annotation: Any) -> Any:
@@ -55,7 +56,7 @@ def read_override(text: str, root: type[BaseModel], annotation: Any) -> Any:
 def _typed(node: Any, root: type[BaseModel], annotation: Any) -> Any:
     """A copy of a node in which plain scalars of text keys are text; an alias may stand for keys of different types."""
     if isinstance(node, yaml.ScalarNode):
-        if node.tag == NULL or annotation is None or not is_text(annotation):
+        if node.tag not in LOOK_ALIKES or annotation is None or not is_text(annotation):
             return node
         return yaml.ScalarNode(TEXT, node.value, node.start_mark, node.end_mark, node.style)
     if isinstance(node, yaml.SequenceNode):
@@ -68,7 +69,8 @@ def _typed(node: Any, root: type[BaseModel], annotation: Any) -> Any:
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             return node  # a list or a mapping as a key: no schema has that
-        name = yaml.ScalarNode(TEXT, key.value, key.start_mark, key.end_mark)
+        plain = key.tag in (*LOOK_ALIKES, "tag:yaml.org,2002:null")
+        name = yaml.ScalarNode(TEXT, key.value, key.start_mark, key.end_mark) if plain else key
         pairs.append((name, _typed(value, root, _below(root, annotation, key.value))))
     return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
 

@@ -228,6 +228,14 @@ def test_the_type_of_a_key_decides_how_an_override_is_read(override, value):
     assert read == (value[name.rpartition(".")[2]] if name == "score.imported.x" else value)
 
 
+@pytest.mark.parametrize(
+    "text", ["data: {path: !!python/object:os.system x}", "data: {path: !mine x}", "data: {!mine path: x}"]
+)
+def test_a_tag_that_safe_yaml_refuses_is_refused_for_a_text_too(load, text):
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(text)
+
+
 def test_one_anchor_may_serve_a_text_and_a_number(load):
     loaded = load("data: {path: &x 12, chunk: *x}")
     assert (loaded.data.path, loaded.data.chunk) == ("12", 12)

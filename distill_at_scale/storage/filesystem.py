@@ -14,6 +14,7 @@ import os
 import posixpath
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -265,7 +266,11 @@ class Store:
         try:
             return pa.array([path for path, _ in files], pa.string()), pa.array([size for _, size in files], pa.int64())
         except UnicodeEncodeError as error:
-            raise UserError(f"{self.place()}: the file name {error.object!r} is not UTF-8; rename the file") from None
+            locale = sys.getfilesystemencoding()
+            problem = "is not UTF-8; rename the file"
+            if locale != "utf-8":
+                problem = f"cannot be read in the encoding of the locale, {locale}; set PYTHONUTF8=1 if it is UTF-8"
+            raise UserError(f"{self.place()}: the file name {error.object!r} {problem}") from None
 
     def _request(self, operation: Callable[[], T]) -> T:
         """Raises Unreachable if the store does not answer: no such bucket, no permission, no network."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import sys
 
 import pytest
 
@@ -115,12 +116,15 @@ def test_an_unreadable_folder_is_one_error(tmp_path, monkeypatch):
         source.listing("train")
 
 
-def test_a_name_that_is_not_utf8_is_one_error(tmp_path):
+def test_a_name_that_is_not_utf8_is_one_error(tmp_path, monkeypatch):
     try:
         (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     with pytest.raises(UserError, match="is not UTF-8; rename the file"):
+        Store(str(tmp_path)).files()
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "gbk")
+    with pytest.raises(UserError, match="encoding of the locale, gbk; set PYTHONUTF8=1"):
         Store(str(tmp_path)).files()
 
 

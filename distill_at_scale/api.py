@@ -148,7 +148,7 @@ def make_executor(config: Config, display: Display) -> Executor:
     if config.cluster.address == "none":
         from distill_at_scale.pipeline.executors.local import LocalExecutor
 
-        return LocalExecutor()
+        return LocalExecutor(say=display.say)
     _need_ray()
     from distill_at_scale.cluster.executor import RayExecutor
 

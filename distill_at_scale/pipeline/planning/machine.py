@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.core.environment import usable_cores
+from distill_at_scale.pipeline.executors.local import threads_each
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,10 @@ def here(folder: Path) -> Machine:
     """This machine; `folder` exists and lies on the run folder's disk."""
     gpus = torch.cuda.device_count()
     gpu_memory = torch.cuda.get_device_properties(0).total_memory if gpus else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # a container may have less
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return Machine(cores, memory, gpus, gpu_memory, shutil.disk_usage(folder).free)
+    return Machine(usable_cores(), memory, gpus, gpu_memory, shutil.disk_usage(folder).free)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,12 @@ class ClusterLayout:
         return Spread(self.config.cluster.actors or self._places(gpu), 1)
 
     def tasks(self, count: int) -> Spread:
-        """Tasks that share the machine's cores (trials, experts, evaluations)."""
-        if self.local:
+        """Tasks that share the machine's cores (trials, experts, evaluations); without Ray, if the cores are free."""
+        if self.local and self.device.type == "cuda":
             return Spread(1, torch.get_num_threads())
+        if self.local:
+            cores = min(torch.get_num_threads(), self.machine.cores)
+            return Spread(max(1, min(count, cores)), threads_each(count, cores))
         side_by_side = max(1, min(count, self._places(gpu=True)))
         return Spread(side_by_side, max(1, self.machine.cores // side_by_side))
 

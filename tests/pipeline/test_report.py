@@ -148,6 +148,8 @@ def test_the_script_of_the_page_runs(run):
     exec(script, names)
     assert names["network"](names["s"].images).shape == (10, 10)
     assert float(names["loss"].detach()) < 0.5  # it has learned the ten images
+    edit(run / "synthetic" / "card.json", lambda card: card.pop("resize"))  # of an early version
+    assert "s.test_transform(resize=&#39;square&#39;)" in page(run)
 
 
 def test_same_run_same_bytes(run):

@@ -79,7 +79,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
         "pruning": _pruning(evaluation, records, selection, synthetic.card),
         "per_class": _per_class(evaluation.get("summary", []), prepared.class_names),
-        "usage": text.usage(synthetic.card, words, run.named),
+        "usage": text.usage(synthetic.card, words, run.named, source.get("resize", "square")),
         "synthetic": _synthetic(synthetic),
         "snapshots": _snapshots(synthetic),
         "curve": _curve(run / "metrics.jsonl"),

@@ -112,14 +112,18 @@ def pruning(summary: Sequence[Summary], seconds: float | None, controls: Mapping
     return sentences
 
 
-def usage(card: Mapping[str, Any], noun: Mapping[str, Any], place: str) -> str:
-    """A Python script that trains a network on the set; it runs as it stands. `place` is the run folder."""
+def usage(card: Mapping[str, Any], noun: Mapping[str, Any], place: str, resize: str = "square") -> str:
+    """A Python script that trains a network on the set; it runs as it stands. `place` is the run folder.
+
+    `resize` is data.resize of the run, for a set of an early version, whose card does not have it.
+    """
     protocol, many = card.get("protocol", {}), noun["many"]
     optimizer = "SGD(network.parameters(), p.lr, p.momentum, weight_decay=p.weight_decay)"
     scheduler = "MultiStepLR(optimizer, [p.epochs // 2 + 1], gamma=0.1)"
     if protocol.get("optimizer") == "adamw":
         optimizer = "AdamW(network.parameters(), p.lr, weight_decay=p.weight_decay)"
         scheduler = "CosineAnnealingLR(optimizer, p.epochs)"
+    argument = "" if "resize" in card or card.get("kind") == "tensors" else f"resize={resize!r}"
     loss = f"loss = F.cross_entropy(network({many}), targets)"
     if protocol.get("temperature", 1.0) != 1:
         logits = f"(network({many}) / p.temperature).log_softmax(1)"
@@ -146,7 +150,7 @@ for epoch in range(p.epochs):
     scheduler.step()
 
 dataset = s.as_dataset()  # ({noun["one"]}, label), for a DataLoader of your own
-transform = s.test_transform()  # apply it to real test {many}
+transform = s.test_transform({argument})  # apply it to real test {many}
 """
 
 

@@ -250,13 +250,13 @@ def summary(plan: ingest.IngestPlan, listed: pa.Table, path: Path) -> list[str]:
     remarks = listed.filter(listed["used"])
     lines = [f"  all {plan.samples} samples can be used"]
     if bad.num_rows:
-        lines = [f"  {bad.num_rows} of {plan.known} samples cannot be used; all are listed in {path}", *_reasons(bad)]
+        lines = [f"  {bad.num_rows} of {plan.known} samples cannot be used; all are listed in {path}", *reasons(bad)]
     if remarks.num_rows:
-        lines += [f"  {remarks.num_rows} samples can be used, with a remark, listed there too", *_reasons(remarks)]
+        lines += [f"  {remarks.num_rows} samples can be used, with a remark, listed there too", *reasons(remarks)]
     return lines
 
 
-def _reasons(rows: pa.Table) -> list[str]:
+def reasons(rows: pa.Table) -> list[str]:
     """How often each kind of reason occurs, and the first samples."""
     lines = [f"  {row['sample_id']}: {row['reason']}" for row in rows.slice(0, 5).to_pylist()]
     if rows.num_rows <= 5:

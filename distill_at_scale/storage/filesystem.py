@@ -32,6 +32,7 @@ from distill_at_scale.storage import s3
 T = TypeVar("T")
 READERS = 16  # threads that read many small remote files
 SCANNERS = 8  # threads that list local folders, because network disks answer slowly
+BLOCK = 1024  # files whose times one of these threads reads at once
 MIN_SECRET = 4  # letters; shorter parts of credentials could be ordinary text
 SECRET_OPTION = re.compile(r"([?&][^=&]*(?:secret|token|passw|key|sig|credential)[^=&]*=)[^&]*", re.IGNORECASE)
 SERVICE_ERROR = re.compile(r"AWS Error|google::cloud|Azure Error|curl|timed? ?out", re.IGNORECASE)
@@ -150,7 +151,10 @@ class Store:
 
         The time of a folder is that of its last modified file.
         """
-        return [_modified(os.path.join(self._root, file)) for file in files]
+        blocks = [files[start : start + BLOCK] for start in range(0, len(files), BLOCK)]
+        with ThreadPoolExecutor(SCANNERS) as pool:
+            times = pool.map(lambda block: [_modified(os.path.join(self._root, file)) for file in block], blocks)
+            return [time for block in times for time in block]
 
     def read(self, file: str) -> bytes:
         """A file's content. Raises OSError if it cannot be read, Unreachable if the folder or store is gone."""

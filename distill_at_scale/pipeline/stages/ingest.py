@@ -18,7 +18,7 @@ from distill_at_scale.data.codecs.clip import decoders_for, describe_decoders
 from distill_at_scale.data.ingest import contents, derived_splits
 from distill_at_scale.data.ingest import plan as ingest_plan
 from distill_at_scale.data.ingest.chunks import is_finished, part_path, rejected_path
-from distill_at_scale.data.ingest.merge import merge
+from distill_at_scale.data.ingest.merge import merge, unused
 from distill_at_scale.data.sources.class_subsets import class_list
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
@@ -85,6 +85,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         say("  " + ", ".join(f"{name} decoded {count} clips" for name, count in meta["decoders"].items()))
     if rejected := meta["rejected"]:
         say(f"  {rejected} of {plan.known} samples were rejected; see {run_dir.place('rejected.parquet')}")
+        for line in validate.reasons(unused(pq.read_table(run_dir / "rejected.parquet"))):
+            say(line)
     samples = sum(map(sum, meta["counts"].values()))
     outputs = [run_dir / "prepared", run_dir / "rejected.parquet", run_dir / CONTENTS]
     return outputs, {"samples": samples, "rejected": rejected}

@@ -27,6 +27,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.archives import tar
 from distill_at_scale.data.codecs.image import SampleRejected
+from distill_at_scale.data.sources import media
 from distill_at_scale.data.sources.base import (
     INT64,
     LISTING,
@@ -37,15 +38,15 @@ from distill_at_scale.data.sources.base import (
     rows_to_table,
     unused_split,
 )  # fmt: skip
-from distill_at_scale.data.sources.media import IMAGE_EXTENSIONS
 from distill_at_scale.data.sources.numbered_files import check_numbered
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
 OTHER_IMAGES = tuple(
-    extension[1:] for extension in IMAGE_EXTENSIONS if extension[1:] not in IMAGES
-)  # if none of IMAGES
-UNREAD_IMAGES = ("avif", "heic", "heif", "jxl", "jp2", "svg", "psd", "dng", "cr2", "nef")
+    ending[1:] for ending in media.IMAGE_EXTENSIONS if ending[1:] not in IMAGES
+)  # if it has none of IMAGES
+UNREAD_IMAGES = tuple(ending[1:] for ending in (*media.OTHER_IMAGES, *media.CAMERA_IMAGES))
+OWN_FILES = frozenset((*IMAGES, *OTHER_IMAGES, *UNREAD_IMAGES, *LABELS))  # all others are ignored
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 MAX_LABEL_FILE = 2**24  # bytes of a cls or json file
 MAX_SHARDS = 10**6
@@ -181,7 +182,7 @@ class _Sample:
 
     def add(self, extension: str, member: tar.Member, window: tar.Window) -> None:
         *dots, last = extension.split(".")
-        if last not in (*IMAGES, *OTHER_IMAGES, *UNREAD_IMAGES, *LABELS):
+        if last not in OWN_FILES:
             return
         if dots:
             self.dotted.append(member.name)
@@ -303,7 +304,7 @@ def _key_ends_early(name: str) -> str:
 
 def _no_image(names: Sequence[str]) -> str:
     if unread := [name for name in names if _extension(name) in UNREAD_IMAGES]:
-        return f"images of the kind of {unread[0]!r} are not read; convert it to JPEG or PNG"
+        return f"{unread[0]}: {media.IMAGES.others[f'.{_extension(unread[0])}']}"
     return f"it has no image ({', '.join(IMAGES)}); add one"
 
 

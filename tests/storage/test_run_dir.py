@@ -48,6 +48,13 @@ def test_another_configuration_is_refused_with_the_difference(run):
     assert (run / "scores.parquet").read_bytes() == b"scores"
 
 
+def test_other_data_are_refused_in_words(run):
+    (run / "x").write_text("x", encoding="utf-8")
+    run.complete("ingest", StageInputs({}, {"source": "abc"}), [run / "x"], 0)
+    with pytest.raises(UserError, match="source: other files, sizes, labels or another order of classes than when"):
+        run.valid("ingest", StageInputs({}, {"source": "xyz"}))
+
+
 def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
     assert StageInputs({"a": 1, "b": 2}, {}).fingerprint == StageInputs({"b": 2, "a": 1}, {}).fingerprint
     assert StageInputs({"a": 1}, {}).fingerprint != StageInputs({"a": 2}, {}).fingerprint

@@ -94,7 +94,9 @@ def test_a_smaller_rate_that_suffices_below_one_that_does_not_is_reported(tmp_pa
 def test_where_no_rate_suffices_everything_is_kept(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.6 if share == 1 else 0.2)
     assert search(point_set).smallest.keep == 1.0
-    assert "No keep rate" in critical_ratio.study(point_set.context).answer
+    finding = critical_ratio.study(point_set.context)
+    assert "No keep rate" in finding.answer
+    assert "random" not in {row["set"] for row in finding.rows}  # as many at random are all of them
 
 
 # --- critical ratio ---

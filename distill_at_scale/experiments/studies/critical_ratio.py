@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.statistics import summary
 from distill_at_scale.experiments.studies import comparison
-from distill_at_scale.experiments.studies.base import RANDOM, Finding, StudyContext
+from distill_at_scale.experiments.studies.base import RANDOM, Finding, Repetitions, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
 from distill_at_scale.pipeline.report.plot_spec import Plot
 from distill_at_scale.pipeline.report.text import count
@@ -35,20 +35,19 @@ def study(context: StudyContext) -> Finding:
     result = Search(context, section.tolerance, section.lowest, section.points, context.config.studies.seeds).run()
     best, level = result.smallest, result.level
     overrides = {**RANDOM, "select.order": "useful", "select.scope": "class", "select.per_class": None}
-    (random,) = context.run([{**overrides, "select.keep": best.keep}])
+    # keeping everything at random is the unpruned set again
+    randoms = context.run([{**overrides, "select.keep": best.keep}] if best.keep < 1 else [])
 
     rows = [
         {"set": name, "keep": keep, "kept": group.kept, "of": group.of, **summary(group.accuracies),
          "sufficient": sufficient, "confidence": level.confidence(group.accuracies)}
         for name, keep, group, sufficient in (
             *(("unpruned" if rate.keep == 1 else "ours", rate.keep, rate, rate.sufficient) for rate in result.rates),
-            ("random", best.keep, random, random.mean >= level.least),
+            *(("random", best.keep, random, random.mean >= level.least) for random in randoms),
         )
     ]  # fmt: skip
-    series = [
-        comparison.accuracy_series("selected", [rate.reached for rate in result.rates], result.rates),
-        comparison.accuracy_series("random", [random.reached], [random], "points", "random"),
-    ]
+    series = [comparison.accuracy_series("selected", [rate.reached for rate in result.rates], result.rates)]
+    series += [comparison.accuracy_series("random", [one.reached], [one], "points", "random") for one in randoms]
     levels = [("unpruned", level.mean), ("still sufficient", level.least)]
     marks = [("smallest sufficient", best.reached)]
     title, x_label = "Accuracy against the share kept", "kept of the training set"
@@ -63,11 +62,11 @@ def study(context: StudyContext) -> Finding:
     if distill.method == "dc" and distill.ipc == 1 and best.of == 50_000 and names >= CIFAR10:
         agrees = best.reached <= 0.0004 * 1.5
         paper = f"{PAPER}; {'this agrees' if agrees else f'here it takes {percent(best.reached)}'}."
-    answer, notes = _answer(result, random.accuracies), _notes(context, result)
+    answer, notes = _answer(result, randoms), _notes(context, result)
     return Finding("critical_ratio", "Critical ratio", answer, paper, rows, [plot], facts, notes)
 
 
-def _answer(result: SearchResult, at_random: Sequence[float]) -> str:
+def _answer(result: SearchResult, randoms: Sequence[Repetitions]) -> str:
     best, level = result.smallest, result.level
     unpruned = comparison.spread(level.accuracies)
     if best.keep == 1:
@@ -75,6 +74,7 @@ def _answer(result: SearchResult, at_random: Sequence[float]) -> str:
             f"No keep rate that was tried (from {percent(result.rates[0].keep)} on) is as good as the unpruned set, "
             f"{unpruned}, within {count(level.tolerance, 'standard deviation')}."
         )
+    (at_random,) = (random.accuracies for random in randoms)
     low, high = min(best.kept_per_class), max(best.kept_per_class)
     gap = comparison.difference(best.accuracies, at_random)
     side = {1: "better than", -1: "worse than", 0: "not clearly different from"}[gap.sign]

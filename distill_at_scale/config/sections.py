@@ -107,6 +107,8 @@ class DataSection(Section):
         None, ge=2, description="classes to keep (low_variance, high_variance); null: half of them"
     )
 
+    options: dict[str, Any] = later_key({}, description="options of your own source (package.module:Object)")
+
     @model_validator(mode="before")
     @classmethod
     def _fewer_clips_per_chunk(cls, values: Any) -> Any:

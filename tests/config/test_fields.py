@@ -38,7 +38,8 @@ def test_the_keys_whose_file_content_counts():
 def test_the_keys_that_were_added_later():
     assert keys_of(Config, "unless default") == {
         "data.value_column", "data.whiten", "data.train_split", "data.max_bytes", "data.transform", "data.imbalance",
-        "data.copies", "data.variance_classes", "score.early", "score.late", "score.features", "score.neighbours",
+        "data.copies", "data.variance_classes", "data.options",
+        "score.early", "score.late", "score.features", "score.neighbours",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.codecs.image import ImageDecoder
 from distill_at_scale.data.ingest.chunks import Recipe, check_read, ingest_chunk, rejected_path
 from distill_at_scale.data.ingest.sample_types import TensorDecoder
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.base import listing
 
 README = Path(__file__).parents[2] / "distill_at_scale" / "data" / "README.md"
@@ -76,6 +77,19 @@ def test_a_source_that_fails_for_every_sample_stops_the_command_with_the_line_of
     assert "mine.source:Arrays gives no usable sample: all 8 that were tried failed" in message
     assert "AttributeError: module 'numpy' has no attribute 'laod'" in message
     assert f"(mine.source, line {1 + code[: code.index('laod')].count(chr(10))})" in message
+
+
+def test_a_source_has_its_own_settings_and_they_decide_what_is_ingested(example, capsys):
+    code = (example / "mine/source.py").read_text(encoding="utf-8")
+    code = code.replace("[np.load(io.BytesIO(raw))", "[np.load(io.BytesIO(raw)) // self.by")
+    code = code.replace("        self.files =", "        self.by = data.options['by']\n        self.files =")
+    (example / "mine/source.py").write_text(code, encoding="utf-8")
+    assert main(["ingest", "mine.yaml", "data.options={by: 4}"]) == 0
+    pixels, _ = PreparedDataset(example / "out" / "prepared").load("train")
+    assert pixels.max() < 64
+    assert main(["ingest", "mine.yaml", "data.options={by: 4}"]) == 0
+    assert "already done" in capsys.readouterr().out
+    assert main(["ingest", "mine.yaml", "data.options={by: 2}"]) == 2
 
 
 class Reading:

@@ -2,7 +2,8 @@
 
 A source says which samples exist and reads the raw bytes of some of them. It decodes nothing. `data.source` names one of the
 table in `__init__.py`, or an object of your own as `package.module:Object`: a class, or anything else that returns a source
-when called with the `DataSection` of the configuration. Sources run in many processes at once and must be picklable.
+when called with the section `data` of the configuration (`DataSection`); its `options` are your own settings. Sources run in
+many processes at once and must be picklable.
 
 Required (see `Source` for the types):
 - `class_names`: list[str], the class of label i at place i.
@@ -78,7 +79,7 @@ class Source(Protocol):
 
     class_names: list[str]
 
-    def __init__(self, config: DataSection) -> None: ...
+    def __init__(self, data: DataSection) -> None: ...
 
     def splits(self) -> list[str]: ...
 
@@ -92,8 +93,8 @@ class Source(Protocol):
 class FileSource:
     """Base of sources whose samples are single files; a subclass lists them."""
 
-    def __init__(self, config: DataSection) -> None:
-        self.config, self.store = config, data_store(config)
+    def __init__(self, data: DataSection) -> None:
+        self.config, self.store = data, data_store(data)
 
     def listing(self, split: str) -> pa.Table:
         raise NotImplementedError

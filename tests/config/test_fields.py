@@ -21,8 +21,8 @@ def keys_of(model, wanted, prefix="") -> set[str]:
 def test_the_keys_that_never_change_results():
     """A change of this list changes the fingerprints of run folders."""
     assert keys_of(Config, "never") == {
-        "run.dir", "run.scratch", "run.retry_seconds", "run.reuse", "score.monte_carlo.at_once", "score.workers",
-            "score.check_weights",
+        "run.dir", "run.scratch", "run.retry_seconds", "run.reuse", "run.redo", "score.monte_carlo.at_once",
+        "score.workers", "score.check_weights",
         "select.auto", "distill.workers", "distill.evaluate_every", "distill.checkpoint_every", "distill.hold",
         "cluster", "track", "sweep", "studies",
     }  # fmt: skip

@@ -185,6 +185,7 @@ def show(
         from distill_at_scale.core.progress import Display
         from distill_at_scale.pipeline.report import show
 
+        command_line.configured_by(folder if "://" not in folder else "CONFIG", ())
         described = show.describe(folder)
         if json:
             typer.echo(show.as_json(described))
@@ -362,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # threads that wait for others sleep: spinning costs more beside other processes. torch's OpenMP reads this once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with command_line.remembered(*arguments[:1]):
+        with _own_warnings_only(), command_line.remembered(*arguments[:1]):
             return app(arguments, prog_name=NAME, standalone_mode=False) or 0
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
@@ -415,8 +416,7 @@ def _work(
 
         return head_watchdog.guarded(address, lambda: report_errors(connected))
 
-    with _own_warnings_only():
-        return report_errors(command)
+    return report_errors(command)
 
 
 def _say_error(text: str) -> None:

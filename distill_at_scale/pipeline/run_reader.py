@@ -49,6 +49,7 @@ class StageState:
         at: when its record was written, in local time.
         reused_from: the run folder that it was taken from.
         facts: what the stage recorded beside its output, such as `kept` and `of` of select.
+        problem: of a damaged stage: what is not whole, and what to do.
     """
 
     state: Literal["finished", "reused", "unfinished", "damaged", "missing"]
@@ -56,6 +57,7 @@ class StageState:
     at: datetime | None = None
     reused_from: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
 
     @property
     def done(self) -> bool:
@@ -249,7 +251,10 @@ class Run:
         stages = self.stages
         yield "stages: " + ", ".join(f"{stage} {state.state}" for stage, state in stages.items())
         if stages["evaluate"].done:
-            yield from map(str, self.results)
+            try:
+                yield from map(str, self.results)
+            except UserError as error:  # a summary never fails
+                yield str(error)
         if count := len(self.warnings):
             yield f"{count} warning{'s' if count > 1 else ''}: .warnings"
         if stages["report"].done:
@@ -258,8 +263,10 @@ class Run:
     def _state(self, stage: str) -> StageState:
         try:
             record = self._folder.record(stage)
-        except UserError:
-            return StageState("damaged")
+            if record and not self._folder.remote:  # of a run in an object store only some files are here
+                self._folder.content(stage)
+        except UserError as error:
+            return StageState("damaged", problem=str(error))
         if record is None:
             return StageState("unfinished" if any(self.path.glob(f".work/{stage}-*")) else "missing")
         known = {
@@ -275,8 +282,6 @@ class Run:
         }
         facts = {key: value for key, value in record.items() if key not in known}
         at = datetime.fromtimestamp((self.path / "stages" / f"{stage}.json").stat().st_mtime).astimezone()
-        if not self._folder.remote and not self._folder.has(stage):
-            return StageState("damaged", record["seconds"], at, record.get("reused_from"), facts)
         state: Any = "reused" if "reused_from" in record else "finished"
         return StageState(state, record["seconds"], at, record.get("reused_from"), facts)
 
@@ -326,11 +331,13 @@ def is_run(folder: RunDir) -> bool:
     return (folder / "run.json").is_file() or any((folder / "stages").glob("*.json"))
 
 
-def kind_of(folder: RunDir) -> Literal["sweep", "study", "run"]:
-    """What a folder belongs to."""
+def kind_of(folder: RunDir) -> Literal["sweep", "study", "sweep or study", "run"]:
+    """What a folder belongs to; which of sweep and study is known when the first has written something."""
     if any((folder / name).exists() for name in SWEEP):
         return "sweep"
-    return "study" if any((folder / name).exists() for name in STUDY) else "run"
+    if any((folder / name).exists() for name in STUDY):
+        return "study"
+    return "sweep or study" if (folder / "points").is_dir() and not is_run(folder) else "run"
 
 
 def open_run(address: str | Path) -> Run:

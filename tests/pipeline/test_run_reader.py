@@ -162,10 +162,11 @@ def test_show_prints_what_was_rejected_and_warned_of(digits_run, tmp_path):
     schema = pq.read_schema(copy / "rejected.parquet")
     row = dict.fromkeys(schema.names) | {"sample_id": "a/[b].png", "reason": "it is empty", "used": False}
     pq.write_table(pa.Table.from_pylist([row], schema), copy / "rejected.parquet")
-    record = json.loads((copy / "stages" / "distill.json").read_text(encoding="utf-8"))
-    (copy / "stages" / "distill.json").write_text(
-        json.dumps({**record, "warnings": ["images equal [real] ones"]}), encoding="utf-8"
-    )
+    ingest = json.loads((copy / "stages" / "ingest.json").read_text(encoding="utf-8"))
+    ingest["outputs"]["rejected.parquet"]["bytes"] = (copy / "rejected.parquet").stat().st_size
+    distill = json.loads((copy / "stages" / "distill.json").read_text(encoding="utf-8"))
+    for record in (ingest, {**distill, "warnings": ["images equal [real] ones"]}):
+        (copy / "stages" / f"{record['stage']}.json").write_text(json.dumps(record), encoding="utf-8")
     text = shown(copy)
     assert f"rejected samples: 1, listed in {copy / 'rejected.parquet'}" in text
     assert "a/[b].png: it is empty" in text
@@ -194,6 +195,28 @@ def test_show_names_the_page_of_a_sweep_and_of_a_study(tmp_path):
     assert "next: distill-at-scale study CONFIG" in shown(study)
 
 
+def test_show_of_a_sweep_or_study_that_has_written_no_page(tmp_path):
+    (tmp_path / "points" / "a" / "stages").mkdir(parents=True)
+    assert shown(tmp_path).startswith(f"sweep or study {tmp_path}\npage: not written yet")
+    with pytest.raises(UserError, match="is the folder of a sweep or study, not of a run"):
+        open_run(tmp_path)
+
+
+def test_show_of_a_damaged_stage_says_what_to_do(digits_run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(digits_run.dir, copy)
+    (copy / "evaluation.json").write_text("{", encoding="utf-8")
+    (copy / "rejected.parquet").write_bytes(b"x" * (copy / "rejected.parquet").stat().st_size)
+    shutil.rmtree(copy / "synthetic")
+    text = shown(copy)
+    assert f"problem: {copy}/evaluation.json is not what was written" in text
+    assert f"problem: {copy}/synthetic/card.json is missing" in text
+    assert cli.main(["show", str(copy)]) == 0
+    assert f"distill-at-scale distill {copy} run.redo=distill" in capsys.readouterr().out
+    assert "rejected.parquet is not a readable Parquet file" in text
+    assert "evaluate damaged" in repr(open_run(copy))
+
+
 def test_show_of_a_configuration_of_another_version_shows_the_rest(digits_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(digits_run.dir, copy)
@@ -201,7 +224,7 @@ def test_show_of_a_configuration_of_another_version_shows_the_rest(digits_run, t
     facts["config"]["select"]["later"] = 1
     (copy / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     text = shown(copy)
-    assert "cannot be read by this version: unknown key select.later" in text
+    assert "problem: unknown key select.later" in text
     assert "distilled" in text
 
 

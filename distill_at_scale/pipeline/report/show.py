@@ -37,7 +37,8 @@ def describe(address: str | Path) -> dict[str, Any]:
     """What a folder holds, as values for JSON.
 
     Always: kind (run, sweep or study), folder, next (a command or None). Of a run: configuration, data, stages, results,
-    warnings, rejected, report; a part that is not there is None or empty. Of a sweep or study: page, table, points.
+    warnings, rejected, report; a part that is not there is None. What cannot be read is explained in problems. Of a sweep or
+    study: page, table, points.
 
     Raises:
         UserError: there is no such folder, or it is not one of this package.
@@ -53,18 +54,24 @@ def describe(address: str | Path) -> dict[str, Any]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    stages, left = run.stages, run.open_stages
-    report = "report.html" if stages["report"].done else None
-    return {
-        "configuration": _settings(run),
-        "data": _data(run),
-        "stages": [_stage(name, state) for name, state in stages.items()],
-        "results": [_result(result) for result in run.results] if stages["evaluate"].done else [],
-        "warnings": run.warnings,
-        "rejected": _rejected(run),
-        "report": _place(run, report) if report else None,
-        "next": run.command("run") if left else _export(run),
+    stages, problems = run.stages, []
+    described: dict[str, Any] = {"stages": [_stage(name, state) for name, state in stages.items()]}
+    parts = {
+        "configuration": _settings,
+        "data": _data,
+        "results": lambda run: [_result(result) for result in run.results] if stages["evaluate"].done else None,
+        "warnings": lambda run: run.warnings,
+        "rejected": _rejected,
+        "next": lambda run: run.command("run") if run.open_stages else _export(run),
     }
+    for name, part in parts.items():
+        try:
+            described[name] = part(run)
+        except UserError as error:  # the other parts are shown
+            described[name] = None
+            problems.append(str(error))
+    described["report"] = _place(run, "report.html") if stages["report"].done else None
+    return described | {"problems": [*(state.problem for state in stages.values() if state.problem), *problems]}
 
 
 def _export(run: Run) -> str:
@@ -75,11 +82,8 @@ def _export(run: Run) -> str:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The keys of SETTINGS; of a configuration of another version as far as they are there."""
-    try:
-        values: dict[str, Any] = run.config.model_dump(mode="json")
-    except UserError as error:
-        return {"problem": str(error)}
+    """The keys of SETTINGS."""
+    values: dict[str, Any] = run.config.model_dump(mode="json")
     flat = {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
     names = (key for _, keys in SETTINGS for key in keys)
     return {key: flat[key] for key in names if flat.get(key) is not None}
@@ -112,14 +116,15 @@ def _rejected(run: Run) -> dict[str, Any] | None:
 
 
 def _experiment(folder: RunDir, kind: str) -> dict[str, Any]:
-    names = {"sweep": ("sweep.html", "sweep.parquet"), "study": ("studies.html", "studies/studies.parquet")}[kind]
+    study = kind == "study"
+    names = ("studies.html", "studies/studies.parquet") if study else ("sweep.html", "sweep.parquet")
     page, table = (folder.place(name) if (folder / name).exists() else None for name in names)
     points = None if folder.remote else len(list(folder.path.glob("points/*/stages/evaluate.json")))
     return {
         "page": page,
         "table": table,
         "points": points,
-        "next": f"distill-at-scale {kind} CONFIG" if not page else None,
+        "next": None if page else f"distill-at-scale {kind.replace(' or ', '|')} CONFIG",
     }
 
 
@@ -152,7 +157,9 @@ def print_folder(described: dict[str, Any], console: Console) -> None:
     console.print(stage_table(described["stages"]))
     if described["results"]:
         _print_results(described["results"], console)
-    for line in described["warnings"]:
+    for line in described["problems"]:
+        say(f"problem: {line}")
+    for line in described["warnings"] or ():
         say(f"warning: {line}")
     if (rejected := described["rejected"]) and rejected["count"]:
         say(f"rejected samples: {rejected['count']}, listed in {rejected['list']}")
@@ -170,10 +177,7 @@ def _say_next(described: dict[str, Any], say: Any) -> None:
 
 def _lines(described: dict[str, Any]) -> list[tuple[str, str]]:
     """The configuration and the data in a line per section."""
-    values = described["configuration"]
-    if "problem" in values:
-        return [("config", f"cannot be read by this version: {values['problem']}")]
-    lines = []
+    values, lines = described["configuration"] or {}, []
     for section, keys in SETTINGS:
         named = [(key.partition(".")[2], values[key]) for key in keys if key in values]
         if section != "runtime" or values.get("runtime.rule") != "none":
@@ -181,7 +185,9 @@ def _lines(described: dict[str, Any]) -> list[tuple[str, str]]:
     if data := described["data"]:
         counts = ", ".join(f"{count:,} {split}" for split, count in data["samples"].items())
         shape = " × ".join(map(str, data["shape"]))
-        lines.insert(1, ("samples", f"{data['kind']} {shape} of {data['classes']:,} classes: {counts}"))
+        lines.insert(
+            min(1, len(lines)), ("samples", f"{data['kind']} {shape} of {data['classes']:,} classes: {counts}")
+        )
     return [(section, text) for section, text in lines if text]
 
 

@@ -197,7 +197,7 @@ def test_classes_without_clips_are_counted_with_a_reason_and_the_next_action(tmp
     )
     data = {"source": "kinetics", "path": str(tmp_path), "frames": 4, "size": 16}
     with pytest.raises(
-        UserError, match=r"2 of 3 classes have no training sample in .*'c' \(.*no file\).*data\.classes"
+        UserError, match=r"2 of 3 classes have no training sample in .*'c' \(.*no file; download it\).*data\.classes"
     ):
         Run(tiny_config(tmp_path / "run", data=data, **NETWORKS)).stages("ingest")
 

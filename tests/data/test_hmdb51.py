@@ -105,10 +105,10 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
     put(tmp_path, "hmdb51_org/walk.rar")
     source = source_of(tmp_path)
     assert aside(source, "train") == {
-        f"hmdb51_org/brush_hair/{ODD[0]}": (0, "listed in 'brush_hair_test_split1.txt' line 1, no file"),
-        "hmdb51_org/clap/clap_9.avi": (1, "in no list of fold 1"),
+        f"hmdb51_org/brush_hair/{ODD[0]}": (0, "listed in 'brush_hair_test_split1.txt' line 1, no file; download it"),
+        "hmdb51_org/clap/clap_9.avi": (1, "in no list of fold 1; data.fold chooses another one"),
         "hmdb51_org/clap/clap_9.tif": (1, "no video by its name, which ends in '.tif'; rename or remove the file"),
-        "hmdb51_org/walk/walk_0.avi": (-1, "in no list of fold 1"),
+        "hmdb51_org/walk/walk_0.avi": (-1, "in no list of fold 1; data.fold chooses another one"),
     }
     assert aside(source, "test") == {}
     assert plan(tmp_path).known == plan(tmp_path).samples + 4

@@ -35,7 +35,7 @@ LABELS = {
     "train/arm wrestling/-3B32lodo2M_000028_000038.mp4": 1,
     "train/petting animal (not cat)/aaaaaaaaaaa_000007_000017.mkv": 2,
 }
-MISSING = ("train/abseiling/gonegonegon_000100_000110.mp4", 0, "listed in train.csv line 5, no file")
+MISSING = ("train/abseiling/gonegonegon_000100_000110.mp4", 0, "listed in train.csv line 5, no file; download it")
 
 
 def kinetics(root, **keys):
@@ -255,7 +255,7 @@ def test_the_folder_of_val_has_many_names(k400, folder):
     (k400 / folder / "abseiling").rename(k400 / folder / "arm wrestling")
     put(k400, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
     reasons = [reason for *_, reason in aside(kinetics(k400), "test")]
-    assert f"lies in {folder}/, but train.csv line 3 lists it" in reasons
+    assert f"lies in {folder}/, but train.csv line 3 lists it; move the file" in reasons
 
 
 def test_names_without_padding_are_the_same_clips(k400):
@@ -269,7 +269,7 @@ def test_a_folder_that_disagrees_with_the_list_sets_the_clip_aside(k400):
         k400 / "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
     )
     name = "val/arm wrestling/vvvvvvvvvvv_000003_000013.mp4"
-    reason = "the folder says 'arm wrestling', val.csv line 2 says 'abseiling'"
+    reason = "the folder says 'arm wrestling', val.csv line 2 says 'abseiling'; move the file, or correct the list"
     assert aside(kinetics(k400), "test") == [(name, 0, reason)]
     put(k400, {"val/abseiling/vvvvvvvvvvv_000003_000013.mp4": b"right"})
     source = kinetics(k400)
@@ -289,19 +289,35 @@ def test_files_that_no_list_has_are_set_aside_with_their_reasons(k400):
     source = kinetics(k400)
     assert labels(source) == LABELS
     assert aside(source) == [
-        ("train/abseiling/gonegonegon_000100_000110.f137.mp4", -1, "a download that was not finished"),
+        (
+            "train/abseiling/gonegonegon_000100_000110.f137.mp4",
+            -1,
+            "a download that was not finished; finish it, or remove the file",
+        ),
         MISSING,
-        ("train/abseiling/gonegonegon_000100_000110.mp4.part", -1, "a download that was not finished"),
-        ("train/abseiling/holiday.avi", -1, "its name is not <id>_<start>_<end>, so no CSV can list it"),
-        ("train/abseiling/unlistedxxx_000001_000011.mp4", -1, "not listed in any CSV"),
+        (
+            "train/abseiling/gonegonegon_000100_000110.mp4.part",
+            -1,
+            "a download that was not finished; finish it, or remove the file",
+        ),
+        ("train/abseiling/holiday.avi", -1, "its name is not <id>_<start>_<end>, so no CSV can list it; rename it"),
+        (
+            "train/abseiling/unlistedxxx_000001_000011.mp4",
+            -1,
+            "not listed in any CSV; complete the CSV, or remove the file",
+        ),
     ]
-    lies = ("val/abseiling/_dbcJuKJQNs_000000_000010.mp4", 0, "lies in val/, but train.csv line 3 lists it")
+    lies = (
+        "val/abseiling/_dbcJuKJQNs_000000_000010.mp4",
+        0,
+        "lies in val/, but train.csv line 3 lists it; move the file",
+    )
     assert aside(source, "test") == [lies]
     (k400 / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").unlink()
     moved = (
         "train/abseiling/_dbcJuKJQNs_000000_000010.mp4",
         0,
-        "listed in train.csv line 3, its file is in another split",
+        "listed in train.csv line 3, its file is in another split; move it",
     )
     assert moved in aside(kinetics(k400))
 
@@ -317,9 +333,9 @@ def test_replacements_win_over_and_complete_other_files(k400):
     assert sorted(contents.values()) == [b"", b"cat", b"found", b"mended"]
     used = "replacement/replacement_for_corrupted_k400/-3B32lodo2M_000028_000038.mp4"
     original = "train/arm wrestling/-3B32lodo2M_000028_000038.mp4"
-    assert aside(source) == [(original, 1, f"the same clip as '{used}', which is used")]
+    assert aside(source) == [(original, 1, f"the same clip as '{used}', which is used; remove one of the two")]
     put(k400, {used: b""})
-    assert aside(kinetics(k400)) == [(used, 1, f"the same clip as '{original}', which is used")]
+    assert aside(kinetics(k400)) == [(used, 1, f"the same clip as '{original}', which is used; remove one of the two")]
 
 
 def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(k400):
@@ -329,7 +345,9 @@ def test_of_two_files_of_a_clip_the_one_with_bytes_is_used(k400):
     )
     source = kinetics(k400)
     assert "train/abseiling/_dbcJuKJQNs_000000_000010.mp4" in labels(source)
-    assert [name for name, _, reason in aside(source) if reason.endswith("10.mp4', which is used")] == [
+    assert [
+        name for name, _, reason in aside(source) if reason.endswith("10.mp4', which is used; remove one of the two")
+    ] == [
         "train/abseiling/_dbcJuKJQNs_000000_000010.avi",
         "train/abseiling/_dbcJuKJQNs_000000_000010.webm",
     ]
@@ -369,7 +387,13 @@ def test_a_folder_without_a_list_is_set_aside(k400):
     (k400 / "val.csv").unlink()
     source = kinetics(k400)
     assert (labels(source), labels(source, "test")) == (LABELS, {})
-    assert aside(source, "test") == [("val/abseiling/vvvvvvvvvvv_000003_000013.mp4", -1, "not listed in any CSV")]
+    assert aside(source, "test") == [
+        (
+            "val/abseiling/vvvvvvvvvvv_000003_000013.mp4",
+            -1,
+            "not listed in any CSV; complete the CSV, or remove the file",
+        )
+    ]
 
 
 def test_a_label_that_training_lacks_is_one_error(k400):
@@ -444,4 +468,4 @@ def test_a_plan_keeps_what_was_set_aside_and_subsets_it(k400, tmp_path):
     }
     plan = ingest.plan(configuration.validate({"run": {"dir": str(tmp_path / "run")}, "data": data}))
     assert plan.listings["train"]["label"].to_pylist() == [0, 1]
-    assert plan.aside["train"]["reason"].to_pylist() == ["not listed in any CSV"]
+    assert plan.aside["train"]["reason"].to_pylist() == ["not listed in any CSV; complete the CSV, or remove the file"]

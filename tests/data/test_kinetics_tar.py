@@ -84,9 +84,9 @@ def test_clips_come_in_the_order_of_the_archives_with_the_labels_of_the_lists(cv
     assert here.read(table) == [clip(i) for i in (5, 3, 0, 1, 2, 4)]
     assert here.read(here.listing("test")) == [b"", b"v"]
     assert aside(here) == [
-        ("train/a/train000006_000006_000016.mp4", 0, "listed in train.csv line 8, no file"),
+        ("train/a/train000006_000006_000016.mp4", 0, "listed in train.csv line 8, no file; download it"),
         ("train/part_1.tgz/" + name(5), 1, "the same clip as 'replacement/replacement_for_corrupted_k400.tgz/"
-         f"replacement_for_corrupted_k400/{name(5)}', which is used"),
+         f"replacement_for_corrupted_k400/{name(5)}', which is used; remove one of the two"),
     ]  # fmt: skip
 
 
@@ -238,15 +238,19 @@ def test_a_root_without_archives_is_one_error(tmp_path):
 def test_unfinished_downloads_are_set_aside_and_a_damaged_member_name_is_text(cvdf):
     put(cvdf, {"train/part_9.tar.gz.part": b"x", "train/part_4.tar.gz": zipped(("../../" + name(6) + ".part", b"x"))})
     listed = aside(source(cvdf))
-    assert ("train/part_9.tar.gz.part", -1, "a download that was not finished") in listed
-    assert (f"train/part_4.tar.gz/../../{name(6)}.part", -1, "a download that was not finished") in listed
+    assert ("train/part_9.tar.gz.part", -1, "a download that was not finished; finish it, or remove the file") in listed
+    assert (
+        f"train/part_4.tar.gz/../../{name(6)}.part",
+        -1,
+        "a download that was not finished; finish it, or remove the file",
+    ) in listed
 
 
 def test_a_clip_in_two_parts_is_used_once(cvdf):
     put(cvdf, {"train/part_4.tar.gz": zipped((name(0), b"another"), (name(1), clip(1)))})
     here = source(cvdf)
     assert here.read(here.listing("train"))[2] == clip(0)
-    used = f"the same clip as 'train/part_0.tar.gz/{name(0)}', which is used"
+    used = f"the same clip as 'train/part_0.tar.gz/{name(0)}', which is used; remove one of the two"
     assert (f"train/part_4.tar.gz/{name(0)}", 0, used) in aside(here)
     assert len(aside(here)) == 4
 

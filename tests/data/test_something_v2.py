@@ -107,13 +107,13 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
         put(tmp_path, f"{HOME}/{name}")
     source = source_of(tmp_path)
     assert aside(source, "train") == {
-        f"{HOME}/100.webm": (1, "listed in 'something-something-v2-train.json' entry 1, no file"),
-        f"{HOME}/999.webm": (-1, "in no list (training, validation or test)"),
-        f"{HOME}/11.webm": (0, f"the same clip as '{HOME}/11.mkv', which is used"),
+        f"{HOME}/100.webm": (1, "listed in 'something-something-v2-train.json' entry 1, no file; download it"),
+        f"{HOME}/999.webm": (-1, "in no list (training, validation or test); complete the lists, or remove the file"),
+        f"{HOME}/11.webm": (0, f"the same clip as '{HOME}/11.mkv', which is used; remove one of the two"),
         f"{HOME}/12.webm.part": (-1, "a download that was not finished; finish it, or remove the file"),
     }
     assert aside(source, "test") == {
-        f"{HOME}/31.webm": (1, "listed in 'something-something-v2-validation.json' entry 2, no file")
+        f"{HOME}/31.webm": (1, "listed in 'something-something-v2-validation.json' entry 2, no file; download it")
     }
     assert plan(tmp_path).known == plan(tmp_path).samples + 5 == 4 + 5
 

@@ -75,7 +75,7 @@ def test_the_fold_picks_the_lists(tmp_path):
     source = ucf(tmp_path, fold=2)
     assert source.listing("train").num_rows == 3
     assert ids(source.listing("test")) == [f"UCF-101/{TEST[0]}", "UCF-101/Typing/v_Typing_g08_c02.avi"]
-    assert aside(source, "train") == {f"UCF-101/{TEST[1]}": (1, "in no list of fold 2")}
+    assert aside(source, "train") == {f"UCF-101/{TEST[1]}": (1, "in no list of fold 2; data.fold chooses another one")}
     assert aside(source, "test") == {}
     assert source.digest("train") != ucf(tmp_path).digest("train")
 
@@ -140,20 +140,23 @@ def test_what_has_no_partner_is_set_aside(tmp_path):
     source = ucf(tmp_path)
     assert ids(source.listing("train")) == [f"UCF-101/{TRAIN[i].split()[0]}" for i in (0, 1, 2)]
     assert aside(source, "train") == {
-        "UCF-101/Typing/v_Typing_g08_c02.avi": (0, "listed in 'trainlist01.txt' line 4, no file"),
-        "UCF-101/Typing/v_Typing_g99_c01.avi": (0, "in no list of fold 1"),
+        "UCF-101/Typing/v_Typing_g08_c02.avi": (0, "listed in 'trainlist01.txt' line 4, no file; download it"),
+        "UCF-101/Typing/v_Typing_g99_c01.avi": (0, "in no list of fold 1; data.fold chooses another one"),
         "UCF-101/Typing/v_Typing_g08_c01.mp4": (
             0,
-            "the same clip as 'UCF-101/Typing/v_Typing_g08_c01.avi', which is used",
+            "the same clip as 'UCF-101/Typing/v_Typing_g08_c01.avi', which is used; remove one of the two",
         ),
         "UCF-101/Typing/v_Typing_g99_c02.avi.part": (
             0,
             "a download that was not finished; finish it, or remove the file",
         ),
-        "UCF-101/Juggling/v_Juggling_g01_c01.avi": (-1, "in no list of fold 1"),
+        "UCF-101/Juggling/v_Juggling_g01_c01.avi": (-1, "in no list of fold 1; data.fold chooses another one"),
     }
     assert aside(source, "test") == {
-        "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi": (1, "listed in 'testlist01.txt' line 2, no file")
+        "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi": (
+            1,
+            "listed in 'testlist01.txt' line 2, no file; download it",
+        )
     }
     result = plan(tmp_path)
     assert result.known == result.samples + 6 == 4 + 6

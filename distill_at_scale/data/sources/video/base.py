@@ -93,7 +93,7 @@ class ListedVideos(FileSource, ABC):
     @property
     def unlisted_reason(self) -> str:
         """The reason for setting aside a file that no list names."""
-        return f"in no list of fold {self.config.fold}"
+        return f"in no list of fold {self.config.fold}; data.fold chooses another one"
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, int, str, str]]:
@@ -118,11 +118,13 @@ class ListedVideos(FileSource, ABC):
     def set_aside(self, split: str) -> pa.Table:
         """Rows of a split without a file. The split that is distilled also gets the files without a row."""
         missing = self._joined.missing.filter(pc.equal(self._joined.missing["split"], split))
-        reasons = pc.binary_join_element_wise("listed in ", missing["place"], ", no file", "")
+        reasons = pc.binary_join_element_wise("listed in ", missing["place"], ", no file; download it", "")
         parts = [set_aside_table(missing["sample_id"], missing["label"], reasons)]
         if (split == "train") == (self.config.train_split == "train"):
             unlisted, spare, others = self._joined.unlisted["path"], self._joined.spare, self._files[1]
-            reasons = pc.binary_join_element_wise("the same clip as '", spare["instead"], "', which is used", "")
+            reasons = pc.binary_join_element_wise(
+                "the same clip as '", spare["instead"], "', which is used; remove one of the two", ""
+            )
             parts += [
                 set_aside_table(unlisted, self._labels(unlisted), pa.repeat(self.unlisted_reason, len(unlisted))),
                 set_aside_table(spare["path"], spare["label"], reasons),

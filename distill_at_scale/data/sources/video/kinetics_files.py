@@ -167,7 +167,7 @@ class Matched:
             clips = pc.binary_join_element_wise(pc.struct_field(parts, "id"), start, end, "_")
             ids = _text(SPLITS[number], "/", listed["label"], "/", clips, ".mp4")
             elsewhere = pc.is_in(listed["key"], self.keys.filter(pa.array(self.finished)))
-            why = pc.if_else(elsewhere, ", its file is in another split", ", no file")
+            why = pc.if_else(elsewhere, ", its file is in another split; move it", ", no file; download it")
             lists = pc.replace_substring_regex(listed["file"], f"^{re.escape(self.place)}/", "")
             reasons = _text("listed in ", self._lines(missing), why)
             aside[split].append(set_aside_table(ids, self.labels[missing], reasons, lists))
@@ -178,23 +178,40 @@ class Matched:
         is_listed, is_named = self.row_anywhere >= 0, _mask(pc.is_valid(self.keys))
         without_row = self.finished & (self.row < 0)
         for mask, reason in (
-            (~self.finished, "a download that was not finished"),
-            (without_row & ~is_listed & is_named, "not listed in any CSV"),
-            (without_row & ~is_listed & ~is_named, "its name is not <id>_<start>_<end>, so no CSV can list it"),
+            (~self.finished, "a download that was not finished; finish it, or remove the file"),
+            (without_row & ~is_listed & is_named, "not listed in any CSV; complete the CSV, or remove the file"),
+            (
+                without_row & ~is_listed & ~is_named,
+                "its name is not <id>_<start>_<end>, so no CSV can list it; rename it",
+            ),
         ):
             files = np.flatnonzero(mask)
             yield files, pa.repeat(reason, len(files)), np.full(len(files), -1)
         files, paths = np.flatnonzero(without_row & is_listed), self.files["place"]
         rows, folders = self.row_anywhere[files], _extract(paths.take(pa.array(files)), SPLIT, "folder")
-        yield files, _text("lies in ", folders, "/, but ", self._lines(rows), " lists it"), self.labels[rows]
+        yield (
+            files,
+            _text("lies in ", folders, "/, but ", self._lines(rows), " lists it; move the file"),
+            self.labels[rows],
+        )
         best, agrees, others, instead = self._best
         files = np.concatenate([best[~agrees], others[self._disagrees[others]]])
         rows, folders = self.row[files], _extract(paths.take(pa.array(files)), FOLDER, "folder")
         labels = self.rows["label"].take(pa.array(rows))
-        reasons = _text("the folder says '", folders, "', ", self._lines(rows), " says '", labels, "'")
+        reasons = _text(
+            "the folder says '",
+            folders,
+            "', ",
+            self._lines(rows),
+            " says '",
+            labels,
+            "'; move the file, or correct the list",
+        )
         yield files, reasons, self.labels[rows]
         agrees = ~self._disagrees[others]
-        reasons = _text("the same clip as '", paths.take(pa.array(instead[agrees])), "', which is used")
+        reasons = _text(
+            "the same clip as '", paths.take(pa.array(instead[agrees])), "', which is used; remove one of the two"
+        )
         yield others[agrees], reasons, self.labels[self.row[others[agrees]]]
 
     @cached_property

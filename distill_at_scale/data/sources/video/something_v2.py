@@ -27,7 +27,7 @@ class SomethingV2(ListedVideos):
     flat = True
     list_pattern = rf"(?:{PREFIX})?(?:train|validation|test|labels)\.json"
     list_example, list_folders = f"{PREFIX}train.json", ("labels", "annotations")
-    unlisted_reason = "in no list (training, validation or test)"
+    unlisted_reason = "in no list (training, validation or test); complete the lists, or remove the file"
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ COLUMN = 40  # of the comments
 ALWAYS = (  # keys that a newcomer wants to see, in this order, also with their default
     "run.dir", "run.seed", "data.source", "data.path", "data.size", "score.criterion", "score.trials", "score.epochs",
     "score.width", "select.keep", "distill.method", "distill.ipc", "distill.steps", "distill.width", "runtime.rule",
-    "evaluate.networks", "evaluate.seeds", "evaluate.epochs", "cluster.address",
+    "evaluate.networks", "evaluate.seeds", "evaluate.epochs", "evaluate.controls", "cluster.address",
 )  # fmt: skip
 
 
@@ -42,6 +43,10 @@ def summary(starter: Starter, file: Path) -> list[str]:
             f"only {len(config.data.classes)} of {starter.classes} classes fit the budget; for all of them remove "
             "data.classes from the file, and see `plan` for the time"
         )
+    if (load := os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0) > starter.cores:
+        lines.append(
+            f"other processes use this machine (load {load:.0f} on {starter.cores} cores), so times may be too high"
+        )
     lines += starter.problems
     name = shlex.quote(str(file))
     lines.append("next:")
@@ -57,8 +62,12 @@ def render(starter: Starter, path: str, budget: str) -> str:
     values = {**flatten(config), **{key: flatten(config).get(key) for key in ALWAYS}}
     defaults = flatten(Config())
     wanted = [key for key in ALWAYS if values[key] is not None or key in ("cluster.address",)]
+    if inspection.kind == "tensors":
+        wanted.remove("data.size")
     if config.criterion == "random":
-        wanted = [key for key in wanted if key not in ("score.trials", "score.epochs", "score.width")]
+        wanted = [
+            key for key in wanted if key not in ("score.trials", "score.epochs", "score.width", "evaluate.controls")
+        ]
     if values["distill.steps"] == 1:  # of a method without steps
         wanted.remove("distill.steps")
     changed = [key for key in values if values[key] != defaults.get(key) and key not in wanted]
@@ -137,10 +146,14 @@ def _notes(starter: Starter) -> dict[str, str]:
         "distill.network": "a name or package.module:Object",
         "distill.workers": "processes that share the classes",
         f"distill.{config.distill.method}.real_batch": "real samples per class and step",
-        "runtime.rule": "loss: drop samples from each real batch (runtime.drop: 0.3); faster, of dm up to 2 points worse",
+        "runtime.rule": "loss: drop the largest losses of each real batch (runtime.drop: 0.3); faster, dm loses accuracy"
+        if config.runtime.rule == "none"
+        else "drops the largest losses of each real batch (runtime.drop: 0.3); none: uses all",
         "evaluate.networks": "networks to train on the set and test; several test how it transfers",
         "evaluate.seeds": "networks of each kind",
         "evaluate.epochs": "epochs of each",
+        "evaluate.controls": "[unpruned]: distil again without pruning, to see what pruning changes",
+        "distill.dm.augment": "arrays are not augmented",
         "cluster.address": "none: this process alone; null: Ray on this machine; HOST:PORT: a cluster",
         "cluster.gpus_per_worker": "GPUs per worker",
     }

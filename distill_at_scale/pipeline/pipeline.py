@@ -105,8 +105,6 @@ class Pipeline:
                 say(f"{stage}: {error.reason}; the output here was moved to {self.dir.set_aside(stage)}")
         inputs = self.inputs(stage)
         if self._is_done(stage, inputs) or self._take_over(stage, inputs):
-            if stage == "ingest" and (remark := ingest.compare_contents(context)):
-                say(f"  {remark}")
             context.observers.emit(instant("stage", "skipped", stage=stage))
             return
         began, clock, outcome = time.time(), time.perf_counter(), "failed"
@@ -130,14 +128,17 @@ class Pipeline:
         """Whether the stage's valid output is in the run folder; what run.redo allows to replace is moved aside."""
         try:
             if done := self.dir.valid(stage, inputs):
+                remark = ingest.compare_contents(self.context, self.dir, inputs) if stage == "ingest" else ""
                 self.display.say(f"{stage}: already done for this configuration, skipped ({self.dir.named})")
+                if remark:
+                    self.display.say(f"  {remark}")
             return done
         except OtherConfiguration as error:
             if stage == "report":  # always written again
                 return False
             if not self.dir.redoes(stage):
                 raise OtherConfiguration(self._explained(stage, str(error)), error.difference) from None
-            reason = "is of another configuration"
+            reason = "is of another configuration or other data"
         except Damaged as error:
             if stage == "report":
                 return False
@@ -173,8 +174,9 @@ class Pipeline:
         if (other := self.dir.reuse) is None or stage == "report":
             return False
         try:
+            remark = ingest.compare_contents(self.context, other, inputs) if stage == "ingest" else ""
             if taken := self.dir.take_over(stage, inputs):
-                self.display.say(f"{stage}: taken over from {other.named}")
+                self.display.say(f"{stage}: taken over from {other.named}{f' ({remark})' if remark else ''}")
             return taken
         except UserError as error:
             self.display.say(f"{stage}: not taken over from {other.named}: {error}")

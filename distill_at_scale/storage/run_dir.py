@@ -35,7 +35,7 @@ CONTENTS = (
 )
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 OUTPUTS = {  # top-level names that a stage may write
-    "ingest": ("prepared", "rejected.parquet"),
+    "ingest": ("prepared", "rejected.parquet", CONTENTS),
     "score": ("scores.parquet", "proxies"),
     "select": ("manifest.parquet",),
     "distill": ("synthetic", "metrics.jsonl"),

@@ -79,11 +79,14 @@ def test_changed_contents_under_the_same_names_and_sizes_are_an_error(tmp_path, 
     set_times(
         WRITERS[source](data, [*range(4), 99, *range(5, 8)]), 1_000_000_000
     )  # older than the ingest, as after rsync -t
-    with pytest.raises(UserError, match=rf"{CHANGED} \(1 of 8 compared samples differ\). Nothing was changed. Choose"):
+    with pytest.raises(UserError, match=rf"(?s){CHANGED} \(1 of 8 compared samples differ\)\..Nothing was changed"):
         run_of(tmp_path, data, source).stages("ingest")
     assert (tmp_path / "run" / "prepared" / "train" / "shard-00000.parquet").read_bytes() == shards
-    (tmp_path / "run" / "stages" / "ingest.json").unlink()  # what the message advises
-    assert "ingest: finished" in run_of(tmp_path, data, source).stages("ingest").text
+    redo = run_of(tmp_path, data, source)
+    redo.pipeline.dir.redo = "ingest"  # what the message advises
+    text = redo.stages("ingest").text
+    assert "ingest: the output here is of another configuration or other data and was moved to" in text
+    assert "ingest: finished" in text
     assert (tmp_path / "run" / "prepared" / "train" / "shard-00000.parquet").read_bytes() != shards
 
 
@@ -144,14 +147,18 @@ def test_a_run_folder_of_an_earlier_version_says_that_nothing_was_compared(tmp_p
     assert "contents were not compared: this ingest is of an earlier version" in text
 
 
-def test_a_reused_ingest_is_compared_too(tmp_path):
+def test_an_ingest_of_other_data_is_not_taken_over(tmp_path):
     data = write_folder(tmp_path / "data")
     run_of(tmp_path, data).stages("ingest")
-    write_folder(data, range(100, 108))
     config = tiny_config(tmp_path / "second", data={"source": "imagefolder", "path": str(data), "size": 8, "chunk": 3})
     reusing = config.model_copy(update={"run": config.run.model_copy(update={"reuse": str(tmp_path / "run")})})
-    with pytest.raises(UserError, match=CHANGED):
-        Run(reusing).stages("ingest")
+    assert "ingest: taken over from" in Run(reusing).stages("ingest").text
+    (tmp_path / "second" / "stages" / "ingest.json").unlink()
+    write_folder(data, range(100, 108))
+    text = Run(reusing).stages("ingest").text
+    assert "ingest: not taken over from" in text
+    assert CHANGED in " ".join(text.split())
+    assert "ingest: finished" in text
 
 
 @pytest.mark.parametrize("check", [False, True])

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.errors import Unreachable, UserError
+from distill_at_scale.core.errors import OtherConfiguration, Unreachable, UserError
 from distill_at_scale.data.codecs.clip import decoders_for, describe_decoders
 from distill_at_scale.data.ingest import contents, derived_splits
 from distill_at_scale.data.ingest import plan as ingest_plan
@@ -105,14 +105,14 @@ def drop_outdated(context: RunContext, parts: Path, check: bool = False) -> cont
     return times
 
 
-def compare_contents(context: RunContext) -> str:
-    """What an earlier ingest read against the files as they are now, by their times; a line for the user, or "".
+def compare_contents(context: RunContext, run_dir: RunDir, inputs: StageInputs) -> str:
+    """What a run folder ingested against the files as they are now, by their times; a line for the user, or "".
 
-    Raises UserError if a file has another content.
+    Raises OtherConfiguration if a file has another content.
     """
-    path, run_dir = context.dir / CONTENTS, context.dir
-    if not hasattr(context, "plan"):
-        return ""  # the source cannot be read now
+    record, path = run_dir.record("ingest"), run_dir / CONTENTS
+    if not hasattr(context, "plan") or record is None or record["fingerprint"] != inputs.fingerprint:
+        return ""  # the source cannot be read now, or there is nothing to compare
     source, rows = ingest_plan.open_source(context.config.data), contents.all_rows(context.plan)
     times = contents.modified_times(source, rows)
     if not path.exists():
@@ -153,15 +153,16 @@ def compare_all(context: RunContext, before: pa.ChunkedArray, parts: Path) -> st
     if len(different):
         first = contents.all_rows(context.plan).slice(int(different[0]), 1)
         place = contents.place(ingest_plan.open_source(context.config.data), first)
-        raise changed_data(context.dir, place, len(different), len(before))
+        problem = changed_data(context.dir, place, len(different), len(before))
+        raise UserError(f"{problem} `distill-at-scale ingest CONFIG run.redo=ingest` ingests the data as it is now.")
     return f"the contents of all {len(before):,} samples are those that were ingested"
 
 
-def changed_data(run_dir: RunDir, place: str, count: int, compared: int) -> UserError:
-    return UserError(
-        f"{run_dir.named} holds the output of ingest for other data: {place} has another content than when it was ingested, "
-        f"though name and size are the same ({count:,} of {compared:,} compared samples differ). Nothing was changed. Choose "
-        f"another run.dir, or remove {run_dir.place('stages/ingest.json')} to redo ingest here."
+def changed_data(run_dir: RunDir, place: str, count: int, compared: int) -> OtherConfiguration:
+    difference = f"{place} has another content than when it was ingested, though name and size are the same"
+    share = f"{count:,} of {compared:,} compared samples differ"
+    return OtherConfiguration(
+        f"{run_dir.named} holds the output of ingest for other data: {difference} ({share}).", [difference]
     )
 
 

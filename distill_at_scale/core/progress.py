@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,15 +101,22 @@ class Display:
             with self.console.status(f"{text} …") as spinner:
                 yield lambda now: spinner.update(f"{printable(now)} …")
             return
-        began = time.monotonic()
+        shown, current = time.monotonic(), text
 
         def show(now: str) -> None:
-            nonlocal began
-            if time.monotonic() - began >= STATUS_AFTER:
-                began = time.monotonic()
+            nonlocal shown, current
+            current = now
+            if time.monotonic() - shown >= STATUS_AFTER:
+                shown = time.monotonic()
                 self.say(f"  {now} …")
 
-        yield show
+        first = threading.Timer(STATUS_AFTER, lambda: show(current))
+        first.daemon = True
+        first.start()
+        try:
+            yield show
+        finally:
+            first.cancel()
 
     @contextmanager
     def meter(self, name: str, total: int, unit: str, before: int = 0) -> Iterator[Meter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -99,3 +100,16 @@ def test_a_terminal_shows_what_is_left(clock):
 )
 def test_durations_are_formatted_for_readers(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_status_in_a_log_says_what_takes_long(monkeypatch):
+    monkeypatch.setattr(progress, "STATUS_AFTER", 0.05)
+    lines = io.StringIO()
+    with Display(Console(file=lines)).status("looking") as show:
+        show("measuring")  # too soon for a line
+        time.sleep(0.2)
+    assert lines.getvalue() == "  measuring …\n"
+    with Display(Console(file=lines)).status("looking"):
+        pass
+    time.sleep(0.1)
+    assert lines.getvalue() == "  measuring …\n"

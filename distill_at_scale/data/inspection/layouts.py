@@ -242,9 +242,15 @@ def _folders(source: str, kind: str) -> Callable[[Survey], Layout | None]:
     return fits
 
 
+def _audiofolder(survey: Survey) -> Layout | None:
+    count = survey.count("sound")
+    most = count and count >= max(survey.count("image"), survey.count("video"))
+    return Layout("audiofolder", f"it holds {count:,} sound files") if most else None
+
+
 LAYOUTS: tuple[Callable[[Survey], Layout | None], ...] = (
     _torchvision, _imagenet_tar, _kinetics, _something_v2, _ucf101, _hmdb51, _tiny_imagenet, _parquet, _webdataset,
-    _folders("imagefolder", "image"), _imagenet, _folders("videofolder", "video"), _folders("audiofolder", "sound"),
+    _folders("imagefolder", "image"), _imagenet, _folders("videofolder", "video"), _audiofolder,
 )  # fmt: skip
 
 

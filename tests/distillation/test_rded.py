@@ -334,7 +334,10 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
 
     folders = [whole_run.dir / name for name in ("prepared", "synthetic", "manifest.parquet")]
     evaluator = Evaluator(whole_run.config, *folders, torch.device("cpu"))
-    control, synthetic = (evaluator._training_set(EvaluationJob(s, "convnet", 0)) for s in ("random_real", "distilled"))
+    control, synthetic = (
+        evaluator._training_set(EvaluationJob(name, "convnet", 0), evaluator.synthetic)
+        for name in ("random_real", "distilled")
+    )
     assert (control.views.epochs, control.views.temperature) == (synthetic.views.epochs, 20.0)
     assert asdict(control.views.teacher.facts) == asdict(evaluator.synthetic.teacher(torch.device("cpu")).facts)
     for batch in evaluator.synthetic.protocol.plan.batches(
@@ -343,8 +346,8 @@ def test_the_random_control_is_labelled_by_the_same_teacher_under_the_same_proto
         views = batch.apply(synthetic.images[batch.rows])
         assert torch.allclose(control.views.logits(0, batch, views), synthetic.views.logits(0, batch, views), atol=2e-2)
     kept = EvaluationJob("kept", "convnet", 0)
-    assert evaluator._training_set(kept).views is None
-    assert evaluator._protocol(kept).labels == "hard"
+    assert evaluator._training_set(kept, evaluator.synthetic).views is None
+    assert evaluator._protocol(kept, evaluator.synthetic).labels == "hard"
 
 
 def test_pretrained_weights_are_identified_by_content_not_path(make_run, tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import Run, tiny_config
@@ -56,6 +57,19 @@ def test_a_run_on_object_storage_leaves_the_bytes_of_one_on_a_disk(remote_run, s
     assert "started" not in again.text
     loaded = synthetic_set.load(s3(f"{bucket}/run"))
     assert len(loaded.labels) == 3
+
+
+def test_a_control_that_one_machine_distilled_is_used_on_another(remote_run, s3, bucket, monkeypatch):
+    stages = ("ingest", "score", "select", "distill", "evaluate")
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remote_run("a", evaluate__controls=["unpruned"]).stages(*stages)
+    other = remote_run("b", evaluate__controls=["unpruned"]).stages(*stages)
+    assert "control unpruned: already distilled" in other.text
+    names = {name.rpartition("/")[2] for name in stored_objects(s3, bucket) if name.startswith("controls/unpruned-")}
+    assert {"control.json", "metrics.jsonl", "synthetic.safetensors", "card.json"} <= names
+    assert not {"manifest.parquet", "state.safetensors"} & names  # of the unfinished control
 
 
 @pytest.fixture

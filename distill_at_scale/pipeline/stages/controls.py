@@ -96,8 +96,9 @@ def _control(context: RunContext, data: PreparedDataset, name: str) -> Control:
 
         tasks.distill(context.executor, config, paths, DistillationLog(emit, meter, display.say))
     (paths.work / synthetic_set.SET).replace(folder / synthetic_set.SET)
+    for path in (paths.manifest, paths.state):
+        run_dir.drop(path.relative_to(run_dir.path).as_posix())
     shutil.rmtree(paths.work)
-    paths.manifest.unlink()
     facts |= {"steps": engine.step_count(config), "seconds": round(time.perf_counter() - clock, 3)}
     write_json(folder / FACTS, facts)
     return Control(name, folder / synthetic_set.SET, facts)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distill_at_scale.pipeline.run_reader import Run
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), **values: Any) -> Config:
+def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), **values: Any) -> Config:
     """A configuration, checked: an unknown key or a value that is not allowed is an error.
 
         >>> das.load_config("digits", select={"keep": 0.1}, run={"dir": "runs/tenth"})
@@ -35,7 +35,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         >>> das.load_config({"data": {"source": "imagefolder", "path": "photos"}, "distill": {"method": "dm"}})
 
     Args:
-        source: a YAML file, the name of a shipped configuration, a run folder, or the values by section.
+        path: a YAML file, the name of a shipped configuration, a run folder, or the values by section.
         overrides: keys as the command line takes them, `section.key=value`.
         values: more values, by section or by dotted key; they win over `overrides`.
 
@@ -44,7 +44,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     from distill_at_scale.config.load import load
 
-    return load(source, overrides, values)
+    return load(path, overrides, values)
 
 
 def run(

@@ -78,7 +78,7 @@ def test_a_configuration_takes_a_file_a_name_or_values_and_keywords_by_section_o
         assert (made.select.keep, made.distill.ipc, made.distill.dc.inner, made.data.size) == (0.1, 3, 2, 16)
         assert made.data.classes == TINY["data"]["classes"], "the other keys of a section stay"
         assert made.run.dir == str(tmp_path / "x")
-    assert das.load_config("digits", **{"select.keep": 0.25}).select.keep == 0.25
+    assert das.load_config(path="digits", overrides=(), **{"select.keep": 0.25}).select.keep == 0.25
     assert das.load_config({"data.frames": 4}).data.chunk == das.load_config({"data": {"frames": 4}}).data.chunk == 64
     assert TINY["select"] == {"keep": 0.2}, "the values given are not changed"
 

@@ -40,6 +40,8 @@ from distill_at_scale.storage.working_copy import NOTES
 OWN = ("select", "distill", "evaluate")  # the stages of a point
 # sections that an id does not cover, or covers only in part
 POINT_SECTIONS = ("select", "distill", "runtime", "evaluate")
+# keys that are newer than the ids of existing folders and never change what a point computes (it has no controls of its own)
+NOT_IN_IDS = ("evaluate.controls", "score.check_weights")
 STOPPED, FAILED = NOTES  # notes in a point's folder: stopped by a scheduler, or ended by an error
 OF_OUTCOMES = ("manifest.parquet", "evaluation.json")  # the files of an outcome
 PATIENCE = 20  # seconds until the process of a killed sweep releases a point's folder
@@ -74,7 +76,7 @@ class PointSet:
         values: dict[str, Any] = {"distill.evaluate_every": config.distill.evaluate_every}
         for name in POINT_SECTIONS:
             values = result_values(getattr(config, name), f"{name}.", unused=True) | values
-        values.pop("evaluate.controls")  # a point has none, and ids are older than the key
+        values = {key: value for key, value in values.items() if key not in NOT_IN_IDS}
         own = digest(values | {"shared": self._shared_names(config)[1].rpartition("/")[2]})[:16]
         return with_overrides(config, {"run.dir": child_address(self.root, f"{POINTS}/{own}"), "run.reuse": None})
 
@@ -151,6 +153,7 @@ class PointSet:
         elsewhere = {f"at data.{n}": getattr(ours, n) for n in names if getattr(ours, n) != getattr(base, n)}
         data = digest(ingest.config_values(config) | elsewhere)
         score = result_values(config.score, "score.", locations=True, neutral=True)
+        score = {key: value for key, value in score.items() if key not in NOT_IN_IDS}
         scores = digest({"data": data, **score, "seed": config.run.seed})
         return f"{SHARED}/data-{data[:16]}", f"{SHARED}/scores-{scores[:16]}"
 

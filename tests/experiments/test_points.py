@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Run, tiny_config
 
-from distill_at_scale.config.load import with_overrides
+from distill_at_scale.config.load import validate, with_overrides
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import points
@@ -24,6 +24,15 @@ class Refusing(LocalRunner):
 
     def run(self, tasks, body, done):
         pytest.fail("nothing is run")
+
+
+def test_folders_of_earlier_versions_are_found():
+    """If this fails, a key was added since: add it to NOT_IN_IDS if its default changes nothing."""
+    config = validate({"data": {"source": "digits"}, "run": {"dir": "/nowhere"}})
+    point_set = PointSet(config, LocalRunner(), Display.silent())
+    shared = point_set._shared_names(config)
+    assert shared == ("shared/data-1fd1d87aaa0ffd70", "shared/scores-90b8030132b9211f")
+    assert point_set.configured(Point({"select.keep": 0.5}, 1)).run.dir == "/nowhere/points/92c949295e62a307"
 
 
 def test_points_share_ingest_and_scores_by_links(tmp_path):

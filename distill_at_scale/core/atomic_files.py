@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+DAMAGED = ".damaged"  # end of the names that `set_aside` gives
+
 
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
@@ -35,6 +37,15 @@ def publish(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> str:
+    """Rename a damaged file or folder that can be computed again; returns the end of an error's sentence."""
+    new = path.with_name(f"{path.name}{DAMAGED}")
+    with contextlib.suppress(FileNotFoundError, OSError):  # another process was faster, or somebody else's folder
+        shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
+        os.replace(path, new)
+    return f"it was renamed to {new.name}; give the same command again to compute it again"
 
 
 def write_json(path: Path, value: Any) -> None:

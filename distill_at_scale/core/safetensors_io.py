@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.atomic_files import publish, set_aside
 from distill_at_scale.core.errors import UserError
 
 
@@ -33,15 +33,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | Non
         raise
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    """Raises UserError if the file is damaged."""
+def load(path: Path, again: bool = False) -> dict[str, Tensor]:
+    """Raises UserError if the file is damaged; `again`: it is renamed, so that the same command computes it again."""
     try:
         return load_file(path)
     except OSError:
         raise
     except Exception as error:  # SafetensorError, or torch's for an impossible shape
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is damaged ({reason}); remove it and give the command again") from None
+        raise UserError(f"{path} is damaged ({reason})" + (f"; {set_aside(path)}" if again else "")) from None
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -50,7 +50,7 @@ def read(path: Path) -> DistillCheckpoint | None:
     if not path.exists():
         return None
     metadata = safetensors_io.metadata(path)
-    return DistillCheckpoint(safetensors_io.load(path), int(metadata["step"]), float(metadata["seconds"]))
+    return DistillCheckpoint(safetensors_io.load(path, again=True), int(metadata["step"]), float(metadata["seconds"]))
 
 
 def checkpoint_step(path: Path) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale.core import rng, safetensors_io
+from distill_at_scale.core.atomic_files import set_aside
 from distill_at_scale.core.collectives import Collectives
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation.augment import cutmix
@@ -210,11 +211,19 @@ class Teacher(nn.Module):
     @classmethod
     def load(cls, path: Path, device: torch.device, network: str | None = None) -> Teacher:
         """Raises UserError if the file is damaged or names untrusted code; `network` as in `TeacherFacts.trusted`."""
+
+        def damaged(error: Exception) -> UserError:
+            return UserError(f"the teacher {path} cannot be read ({error}); {set_aside(path)}")
+
         try:
             facts = TeacherFacts.from_card(json.loads(safetensors_io.metadata(path)["teacher"]))
-            return cls.from_state(facts.trusted(network), safetensors_io.load(path), device)
         except Exception as error:
-            raise UserError(f"the teacher {path} cannot be read ({error}); remove it to train it again") from None
+            raise damaged(error) from None
+        facts.trusted(network)
+        try:
+            return cls.from_state(facts, safetensors_io.load(path), device)
+        except Exception as error:
+            raise damaged(error) from None
 
     def save(self, path: Path) -> None:
         safetensors_io.save(path, self.network.state_dict(), {"teacher": json.dumps(asdict(self.facts))})

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill_at_scale.config.fields import flatten, result_values
 from distill_at_scale.config.load import Config, with_overrides
-from distill_at_scale.core.atomic_files import write_json
+from distill_at_scale.core.atomic_files import set_aside, write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.statistics import summary
@@ -89,7 +89,7 @@ def read(run: RunDir) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.place(NAME)} is damaged ({error}); remove it to look for the rate again") from None
+        raise UserError(f"{run.place(NAME)} is damaged ({error}); {set_aside(run / NAME)}") from None
 
 
 def known_rate(config: Config) -> float | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.config.sections import RunSection
-from distill_at_scale.core.atomic_files import file_digests, files_in, publish, write_json
+from distill_at_scale.core.atomic_files import DAMAGED, file_digests, files_in, publish, write_json
 from distill_at_scale.core.errors import Busy, Damaged, OtherConfiguration, UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage.object_store import Say, is_remote
@@ -319,7 +319,8 @@ class RunDir:
         if self.reuse is not None:
             for path in files_in(self.reuse / folder):
                 name = path.relative_to(self.reuse.path).as_posix()
-                if not (self.path / name).exists() and not path.name.startswith("."):
+                known = any((self.path / n).exists() for n in (name, f"{name}{DAMAGED}"))  # not the same damage again
+                if not known and not path.name.startswith(".") and path.suffix != DAMAGED:
                     with contextlib.suppress(FileNotFoundError):  # a command in the other run removes files
                         self._link(self.reuse.path, name)
 

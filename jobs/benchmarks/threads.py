@@ -26,7 +26,7 @@ STAGES = ("ingest", "score", "select", "distill", "evaluate")
 
 def run(checkout: Path, stage: str, folder: Path, overrides: list[str], **environment: str) -> float:
     """Run one stage in a run folder with a checkout of the package; returns its seconds without imports."""
-    command = [sys.executable, "-m", "distill_at_scale", stage, str(ROOT / "configs" / "digits.yaml")]
+    command = [sys.executable, "-m", "distill_at_scale", stage, str(checkout / "configs" / "digits.yaml")]
     settings = ["cluster.address=none", f"run.dir={folder}", *overrides]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     subprocess.run(
@@ -80,6 +80,7 @@ def main() -> None:
                     with busy(count):
                         seconds[name].append(run(checkout, options.stage, folder, options.overrides, **environment))
                     shutil.rmtree(folder)
+                    print(f"{name}: {seconds[name][-1]:.1f} s, load {loads[name][-1]:.1f}", file=sys.stderr, flush=True)
             for name, values in seconds.items():
                 ratios = [value / one for value, one in zip(values, seconds["one thread"], strict=True)]
                 cells = [", ".join(f"{value:.1f}" for value in values), described(ratios), described(loads[name])]

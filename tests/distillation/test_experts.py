@@ -147,5 +147,8 @@ def test_a_damaged_epoch_of_an_unfinished_expert_is_named(tmp_path):
     partial = tmp_path / "expert-000.partial"
     partial.mkdir()
     (partial / "epoch-000.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match=r"epoch-000.safetensors is damaged .*; remove it"):
+    with pytest.raises(
+        UserError, match=r"epoch-000.safetensors is damaged .* renamed to epoch-000.safetensors.damaged"
+    ):
         train_experts(tmp_path, experts=1)
+    train_experts(tmp_path, experts=1)

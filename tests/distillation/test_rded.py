@@ -233,7 +233,9 @@ def test_a_damaged_table_is_named(ranked):
     method, _ = built(ranked)
     method.path.write_bytes(method.path.read_bytes()[:100])
     for use in (lambda: method.step(0), lambda: patch_ranking.images_per_class(method.path, 3)):
-        with pytest.raises(UserError, match=r"patches-.*parquet cannot be read .*; remove it to rank them again"):
+        with pytest.raises(
+            UserError, match=r"patches-.*parquet cannot be read .*; it was renamed to patches-.*damaged"
+        ):
             use()
 
 

@@ -188,7 +188,7 @@ def test_a_teacher_is_loaded_as_it_was_saved(tmp_path):
 def test_a_damaged_teacher_is_named(tmp_path):
     a_teacher().save(tmp_path / "t.safetensors")
     (tmp_path / "t.safetensors").write_bytes((tmp_path / "t.safetensors").read_bytes()[:50])
-    with pytest.raises(UserError, match=r"teacher .*t\.safetensors cannot be read.*remove it"):
+    with pytest.raises(UserError, match=r"teacher .*t\.safetensors cannot be read.*renamed to t\.safetensors\.damaged"):
         Teacher.load(tmp_path / "t.safetensors", CPU)
 
 

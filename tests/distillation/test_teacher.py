@@ -166,5 +166,5 @@ def test_the_costs_name_training_labelling_and_ranking():
 def test_a_damaged_unfinished_teacher_is_named(tmp_path):
     context = make_context(tmp_path)
     teachers._checkpoint_path(context.networks).write_bytes(b"no tensors")
-    with pytest.raises(UserError, match=r"partial is damaged .*; remove it"):
+    with pytest.raises(UserError, match=r"partial is damaged .* renamed to .*partial\.damaged; give the same"):
         make_teacher(context)

@@ -112,7 +112,7 @@ def test_keys_that_do_not_go_with_auto_are_refused(keys, message):
 def test_a_damaged_file_is_named(finished):
     find(finished)
     (finished.dir / "auto.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"auto\.json is damaged .* remove it"):
+    with pytest.raises(UserError, match=r"auto\.json is damaged .* it was renamed to auto\.json\.damaged"):
         find(finished)
 
 

@@ -220,7 +220,7 @@ def test_an_evaluation_without_figures_per_class_says_what_to_do(tmp_path):
     point_set = FakePointSet(tmp_path, lambda config, share: 0.5)
     outcome = point_set.run(point_set.context.repetitions({"select.keep": 1.0}, 1))[0]
     del outcome.rows[0]["per_class"]
-    with pytest.raises(UserError, match=r"no accuracy per class; remove .*evaluate\.json"):
+    with pytest.raises(UserError, match=r"no accuracy per class.*renamed to evaluate\.json\.damaged"):
         comparison.per_class(outcome)
 
 
@@ -308,8 +308,9 @@ def test_trackers_and_workers_leave_findings_valid(tmp_path, point_set):
 def test_a_damaged_finding_is_named(tmp_path, point_set):
     suite.run(point_set.config, point_set, lambda line: None)
     (tmp_path / "run" / "studies" / "drop.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"drop\.json is no finding"):
+    with pytest.raises(UserError, match=r"drop\.json is no finding .* renamed to drop\.json\.damaged; give the same"):
         suite.run(point_set.config, point_set, lambda line: None)
+    assert [finding.study for finding in suite.run(point_set.config, point_set, lambda line: None)]
 
 
 def test_all_studies_share_their_unpruned_points(tmp_path):

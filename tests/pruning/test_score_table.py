@@ -117,7 +117,7 @@ def test_given_weights_are_trials_of_one_epoch(tmp_path):
 
 
 def test_values_of_another_number_of_checkpoints_are_an_error(tmp_path):
-    with pytest.raises(UserError, match="holds 3 values of loss per sample, not 4; remove the score work folder"):
+    with pytest.raises(UserError, match=r"holds 3 values of loss per sample, not 4; it was renamed to .*damaged"):
         write(tmp_path, *cut(tmp_path / "p", rows(6, values=3), []))
 
 

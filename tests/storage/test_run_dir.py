@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distill_at_scale.core import command_line
-from distill_at_scale.core.atomic_files import publish, resolve_parent
+from distill_at_scale.core.atomic_files import publish, resolve_parent, set_aside
 from distill_at_scale.core.errors import Damaged, UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.storage import run_dir as rundir
@@ -283,6 +283,18 @@ def test_files_of_another_run_are_linked_where_they_are_missing(tmp_path):
     (run / "networks" / "abc" / "expert").write_text("mine", encoding="utf-8")
     run.take_over_files("networks/abc")
     assert (run / "networks" / "abc" / "expert").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_that_was_set_aside_is_not_taken_over_again(tmp_path):
+    for folder in (tmp_path / "other" / "stages", tmp_path / "other" / "networks" / "abc"):
+        folder.mkdir(parents=True)
+    (tmp_path / "other" / "networks" / "abc" / "expert").write_text("damaged", encoding="utf-8")
+    run = RunDir(tmp_path / "run", tmp_path / "other")
+    run.create()
+    run.take_over_files("networks/abc")
+    assert "renamed to expert.damaged" in set_aside(run / "networks" / "abc" / "expert")
+    run.take_over_files("networks/abc")
+    assert [path.name for path in (run / "networks" / "abc").iterdir()] == ["expert.damaged"]
 
 
 def test_half_written_networks_of_a_killed_command_are_swept(run):

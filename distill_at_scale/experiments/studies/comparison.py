@@ -10,10 +10,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from scipy.stats import spearmanr, t
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.core.atomic_files import set_aside
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch
 from distill_at_scale.experiments.point import Outcome
@@ -139,8 +141,8 @@ def per_class(outcome: Outcome) -> list[float]:
     """
     rows = [row for row in outcome.rows if row["set"] == "distilled"]
     if any("per_class" not in row for row in rows):
-        run = outcome.folder
-        raise UserError(f"{run}/evaluation.json has no accuracy per class; remove {run}/stages/evaluate.json")
+        record = Path(outcome.folder, "stages", "evaluate.json")
+        raise UserError(f"{outcome.folder}/evaluation.json has no accuracy per class. Its record: {set_aside(record)}")
     columns = zip(*(row["per_class"] for row in rows), strict=True)
     return [statistics.fmean(c) if None not in c else math.nan for c in columns]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_at_scale.core.atomic_files import write_json
+from distill_at_scale.core.atomic_files import set_aside, write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.studies.base import Finding
 from distill_at_scale.pipeline.report.plot_spec import Plot, Series
@@ -40,7 +40,7 @@ def read(path: Path, named: str | None = None, made_with: str | None = None) -> 
     except FileNotFoundError:
         raise UserError(f"{named} is missing; run the study first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{named} is no finding of a study ({error}); delete it and run the study again") from None
+        raise UserError(f"{named} is no finding of a study ({error}); {set_aside(path)}") from None
 
 
 def to_json(finding: Finding) -> dict[str, Any]:

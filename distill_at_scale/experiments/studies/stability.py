@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_at_scale.core.atomic_files import set_aside
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.experiments.studies import drift, rankings
 from distill_at_scale.experiments.studies.base import Finding, StudyContext
@@ -194,7 +195,7 @@ def _networks(base: _Reference) -> None:
         overrides = {"score.network": name} | ({"score.criterion": criterion} if criterion else {})
         other = Scores(base.context.points.shared(overrides) / "scores.parquet")
         if base.column not in other.columns or other.file.metadata.num_rows != base.sample.of:
-            raise UserError(f"{other.path} has not the scores of the same samples; remove its folder and run again")
+            raise UserError(f"{other.path} has not the scores of the same samples; {set_aside(other.path.parent)}")
         names.append(name)
         scores.append(other.read(base.column, base.sample.rows))
     if not names:

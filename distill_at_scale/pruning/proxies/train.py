@@ -143,7 +143,7 @@ class ProxyTrial:
             done += 1
         done = self.workers.broadcast(done)
         if 0 < done < self.config.epochs:
-            saved = safetensors_io.load(checkpoint_path(self.folder, self.trial, done - 1))
+            saved = safetensors_io.load(checkpoint_path(self.folder, self.trial, done - 1), again=True)
             self.network.load_state_dict(weights_of(saved))
             for i, parameter in enumerate(self.network.parameters()):
                 if f"momentum.{i}" in saved:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.core.atomic_files import set_aside
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pruning.criteria import factory
@@ -145,8 +146,8 @@ class ScoreColumns:
             values = lists_to_matrix(rows[name])
             if values.shape[1:] != (math.prod(shape),):
                 raise UserError(
-                    f"{path} holds {values.shape[1]} values of {name} per sample, not {math.prod(shape)}; remove the score "
-                    "work folder and run `score` again"
+                    f"{path} holds {values.shape[1]} values of {name} per sample, not {math.prod(shape)}; "
+                    f"{set_aside(path)}"
                 )
             return values.reshape(-1, *shape)
         features = lists_to_matrix(rows[FEATURES])

@@ -101,7 +101,7 @@ class Scorer:
                 yield self._checkpoint(loaded.state, loaded.outputs, loaded.normalization, loaded.classes, 0)
             return
         for trial, epoch in itertools.product(range(score.trials), epochs):
-            state = proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, trial, epoch)))
+            state = proxy.weights_of(safetensors_io.load(proxy.checkpoint_path(folder, trial, epoch), again=True))
             yield self._checkpoint(state, self.spec.classes, None, None, epoch)
 
     def _checkpoint(

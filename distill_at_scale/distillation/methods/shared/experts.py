@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill_at_scale.config.methods import MTTSection
 from distill_at_scale.core import safetensors_io
+from distill_at_scale.core.atomic_files import set_aside
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -71,7 +72,9 @@ class ExpertTraining:
         for epoch in range(self._resume(folder), epochs):
             self._epoch(epoch)
             self._save(folder, epoch + 1)
-        rows = [safetensors_io.load(_epoch_path(folder, epoch))["parameters"] for epoch in range(epochs + 1)]
+        rows = [
+            safetensors_io.load(_epoch_path(folder, epoch), again=True)["parameters"] for epoch in range(epochs + 1)
+        ]
         safetensors_io.save(path, {"parameters": torch.stack(rows)})
         shutil.rmtree(folder)
 
@@ -107,7 +110,10 @@ class ExpertTraining:
         finished = 0
         while _epoch_path(folder, finished + 1).exists():
             finished += 1
-        saved, parameters = safetensors_io.load(_epoch_path(folder, finished)), list(self.network.parameters())
+        saved, parameters = (
+            safetensors_io.load(_epoch_path(folder, finished), again=True),
+            list(self.network.parameters()),
+        )
         sizes = [p.numel() for p in parameters]
         with torch.no_grad():
             for parameter, values in zip(parameters, saved["parameters"].split(sizes), strict=True):
@@ -142,7 +148,7 @@ class ExpertFiles:
                 if list(rows.get_shape()) == self.shape:
                     return [rows[epoch].to(self.device) for epoch in epochs]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"the expert {path} cannot be read ({error}); delete it to train it again") from None
+            raise UserError(f"the expert {path} cannot be read ({error}); {set_aside(path)}") from None
         raise UserError(
-            f"the expert {path} does not hold {self.shape[0]} x {self.shape[1]} parameters; delete it to train it again"
+            f"the expert {path} does not hold {self.shape[0]} x {self.shape[1]} parameters; {set_aside(path)}"
         )

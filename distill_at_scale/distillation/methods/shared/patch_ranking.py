@@ -23,7 +23,7 @@ from torch import Tensor
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import RDEDSection
 from distill_at_scale.core import rng
-from distill_at_scale.core.atomic_files import publish
+from distill_at_scale.core.atomic_files import publish, set_aside
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.prefetch import prefetch
@@ -133,7 +133,7 @@ def merge(parts: Sequence[Path], candidates: pa.Table, crops: int, target: Path)
     if not table["sample_id"].combine_chunks().equals(expected):
         raise UserError(
             f"the ranked patches are not those of the candidates ({table.num_rows} rows of {len(expected)}): the prepared "
-            f"data and the manifest do not belong together; remove {parts[0].parent} and run the command again"
+            f"data and the manifest do not belong together; {set_aside(parts[0].parent)}"
         )
     with publish(target) as temporary:
         pq.write_table(table, temporary)
@@ -144,7 +144,7 @@ def read_table(path: Path, **options: Any) -> pa.Table:
     try:
         return pq.read_table(path, **options)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"the ranked patches {path} cannot be read ({error}); remove it to rank them again") from None
+        raise UserError(f"the ranked patches {path} cannot be read ({error}); {set_aside(path)}") from None
 
 
 def images_per_class(table: Path, crops: int) -> list[int]:

@@ -262,7 +262,7 @@ class TeacherTraining:
         """Load the checkpoint, if any; returns the finished epochs and the accuracy in the last of them."""
         if not self.path.exists():
             return 0, 0.0
-        saved, facts = safetensors_io.load(self.path), safetensors_io.metadata(self.path)
+        saved, facts = safetensors_io.load(self.path, again=True), safetensors_io.metadata(self.path)
         weights = {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
         self.network.load_state_dict(weights)
         for i, parameter in enumerate(self.network.parameters()):

@@ -206,6 +206,9 @@ def test_hashes_are_of_what_was_read(tmp_path):
     hashes = pq.read_table(run.dir / "contents.parquet")["hash"].to_pylist()
     assert hashes == [content_hash(bmp(0)), content_hash(b"BM but no picture"), content_hash(bmp(1)), None]
     assert content_hash(np.arange(3)) != content_hash(np.arange(3) + 1)
+    assert "2 of 4 samples were rejected" in run.text  # the reasons follow
+    assert "train/a/2.bmp: damaged: " in run.text
+    assert "more than data.max_bytes = 2,000; raise it" in run.text
 
 
 def test_the_time_of_a_set_in_a_folder_is_that_of_its_last_modified_file(tmp_path):

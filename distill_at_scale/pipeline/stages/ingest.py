@@ -141,7 +141,9 @@ def recorded_hashes(context: RunContext) -> pa.ChunkedArray:
         problem = (
             f"--contents compares the data with an ingest, but {context.dir.named} holds none of this configuration"
         )
-        raise UserError(f"{problem} and data with hashes; run `distill-at-scale ingest CONFIG` first, or leave it out")
+        raise UserError(
+            f"{problem} and data with hashes; run `distill-at-scale ingest CONFIG` first, or leave --contents out"
+        )
     return pq.read_table(path, columns=["hash"])["hash"]
 
 

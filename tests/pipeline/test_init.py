@@ -258,18 +258,20 @@ def test_the_configuration_loads_and_fits_the_budget(tmp_path, quick, said, monk
     )  # measured again, in tests very shortly
 
 
-def test_a_budget_that_is_too_small_is_said_and_the_file_written(tmp_path, quick, said, monkeypatch):
+@pytest.mark.parametrize("most", [2, 6])
+def test_a_budget_that_is_too_small_is_said_and_the_file_written(tmp_path, quick, said, monkeypatch, most):
     monkeypatch.chdir(tmp_path)
     folders(tmp_path / "pets", classes=tuple("abcdef"))
-    monkeypatch.setattr(starter_config, "FEWER_CLASSES", (2,))
+    monkeypatch.setattr(starter_config, "FEWER_CLASSES", (most,))
     monkeypatch.setattr(starter_config.Estimator, "least", lambda *_: 1e9)
-    lines, display = said
     monkeypatch.setattr(starter_config, "USED", 1e-9)
-    file = starter.init(str(tmp_path / "pets"), display, budget="10s")
-    config = load(file)
-    assert config.data.classes == ["a", "b"]
+    lines, display = said
+    config = load(starter.init(str(tmp_path / "pets"), display, budget="10s"))
+    assert config.data.classes == (["a", "b"] if most == 2 else None)  # only fewer classes than there are
     assert config.distill.width == 16
-    assert "only 2 of 6 classes" in lines.getvalue() or "does not fit the budget" in lines.getvalue()
+    monkeypatch.setattr(starter_config.Starter, "fits", False)
+    starter.init(str(tmp_path / "pets"), display, budget="10s", force=True)
+    assert "does not fit the budget of 10.0 s: the smallest settings take" in lines.getvalue()
 
 
 @pytest.mark.parametrize("method", ["dc", "mtt", "rded"])

@@ -66,10 +66,13 @@ class FolderSync:
         """Whether the store has a file or folder of this name."""
         return bool(self._listed((name,)))
 
-    def pull(self, *names: str, outputs: Mapping[str, Mapping[str, Any]] | None = None) -> Mapping[str, Any]:
+    def pull(
+        self, *names: str, outputs: Mapping[str, Mapping[str, Any]] | None = None, skip: bool = False
+    ) -> Mapping[str, Any]:
         """Fetch files and folders (default: everything) that differ; returns the store's files: name ->
         pyarrow.fs.FileInfo. Local files that changed since the last transfer stay, and so do files that the store does
-        not have. Raises UserError if a file differs from `outputs` (name -> bytes, sha256).
+        not have. Raises UserError if a file differs from `outputs` (name -> bytes, sha256); with
+        `skip` such a file is left out instead, so that it is missing here.
         """
         infos = self._listed(names)
         stale = [name for name, info in infos.items() if not self._is_equal(name, info) and not self._changed(name)]
@@ -77,8 +80,10 @@ class FolderSync:
             for name in pool.map(lambda name: self._fetch(name, infos[name]), stale):
                 expected = (outputs or {}).get(name)
                 if expected and file_digest(self.local / name)["sha256"] != expected["sha256"]:
-                    where = self.store.place(name)
-                    raise UserError(f"{where} is not what was written; remove the record of its stage in stages/")
+                    if not skip:
+                        raise UserError(f"{self.store.place(name)} is not what was written")
+                    self.store.say(f"{self.store.place(name)} is not what was written; it is not used")
+                    (self.local / name).unlink()
         return infos
 
     def mirror(self, *names: str) -> None:

@@ -185,7 +185,7 @@ class WorkingCopy:
                 outputs |= record.get("outputs", {})
             if record and owner:  # a killed command may have left the stage's unfinished work
                 self.sync.remove(work_folder(record["stage"], record["fingerprint"]))
-        self.sync.pull(outputs=outputs)
+        self.sync.pull(outputs=outputs, skip=True)
 
 
 def work_folder(stage: str, fingerprint: str) -> str:

@@ -88,7 +88,7 @@ def test_an_output_that_was_cut_short_is_refused(remote, folder):
     expected = system.open_input_stream(path).read()
     with system.open_output_stream(path) as out:
         out.write(expected[:-1])
-    with pytest.raises(UserError, match=r"/run/scores\.parquet is not what was written"):
+    with pytest.raises(UserError, match=r"/run/scores\.parquet is missing; to move it to replaced/"):
         Run(remote("b")).stages("select")
 
 

@@ -178,8 +178,14 @@ def test_an_output_that_was_cut_short_is_refused(remote_run, s3, bucket):
     key = "run/scores.parquet"
     expected = s3.client.get_object(Bucket=bucket, Key=key)["Body"].read()
     s3.client.put_object(Bucket=bucket, Key=key, Body=expected[:-1])
-    with pytest.raises(UserError, match=r"bucket-\w+/run/scores\.parquet is not what was written"):
+    with pytest.raises(UserError, match=r"bucket-\w+/run/scores\.parquet is missing; to move it to replaced/"):
         remote_run("b").stages("select")
+    run = remote_run("b")
+    run.pipeline.dir.redo = "score"  # what the message advises
+    text = run.stages("score", "select").text
+    assert "scores.parquet is not what was written; it is not used" in text
+    assert "score: finished" in text
+    assert s3.client.get_object(Bucket=bucket, Key=key)["Body"].read() == expected
 
 
 def test_a_new_run_at_an_old_address_takes_nothing_from_the_old_copy(remote_run, s3, bucket):

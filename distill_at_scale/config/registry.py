@@ -20,6 +20,7 @@ ALIASES = {
     "huggingface": "parquet", "hf": "parquet", "datasets": "parquet", "arrow": "parquet",
     "wds": "webdataset", "tar": "webdataset", "shards": "webdataset",
     "video": "videofolder", "videos": "videofolder", "clips": "videofolder", "mp4": "videofolder",
+    "audio": "audiofolder", "sound": "audiofolder", "sounds": "audiofolder", "wav": "audiofolder",
     "npy": "tensors", "numpy": "tensors", "arrays": "tensors", "imagenet1k": "imagenet", "ilsvrc": "imagenet",
     "ssv2": "something_v2", "k400": "kinetics", "kinetics400": "kinetics", "mnist": "torchvision",
     "cifar": "torchvision", "cifar10": "torchvision", "cifar100": "torchvision",

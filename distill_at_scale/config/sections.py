@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from distill_at_scale.config.fields import Section, execution_key, later_key, location_key
 
@@ -70,6 +71,23 @@ class DataSection(Section):
     )
     chunk: int = Field(1024, ge=1, le=2**20, description=f"samples per unit of work; {CLIPS_PER_CHUNK} for clips")
     value_column: str = later_key("values", description="column with the arrays of source: tensors")
+    label_pattern: str | None = later_key(
+        None,
+        description="audiofolder: regular expression whose group named label finds the class in a file's path; null: class "
+        "folders",
+    )
+    test_pattern: str | None = later_key(
+        None,
+        description="audiofolder with label_pattern: files whose path this regular expression finds are the test split",
+    )
+    rate: int = later_key(16_000, ge=4_000, le=96_000, description="audiofolder: samples per second after resampling")
+    seconds: float = later_key(
+        1.0,
+        ge=0.1,
+        le=60,
+        description="audiofolder: length used; longer sounds are cut, shorter ones padded with silence",
+    )
+    bands: int = later_key(64, ge=4, le=128, description="audiofolder: mel bands of the spectrograms")
     whiten: Literal["none", "zca"] = later_key(
         "none",
         description="zca: whiten what distillation and evaluation read (small images only); scores are unaffected",
@@ -92,7 +110,7 @@ class DataSection(Section):
     time_limit: float = Field(
         60.0, gt=0, le=86_400, description="seconds to decode one clip; then it is rejected and its decoder killed"
     )
-    max_seconds: float = Field(600.0, gt=0, description="reject longer videos")
+    max_seconds: float = Field(600.0, gt=0, description="reject longer videos and sounds")
     max_bytes: int = later_key(2**28, ge=1, description="reject larger files without reading them")
     annotations: str | None = location_key(
         None, description="label list of a video set, or its folder; null: look for the usual file names"
@@ -108,6 +126,17 @@ class DataSection(Section):
     )
 
     options: dict[str, Any] = later_key({}, description="options of your own source (package.module:Object)")
+
+    @field_validator("label_pattern", "test_pattern")
+    @classmethod
+    def _regular_expressions(cls, value: str | None, info: ValidationInfo) -> str | None:
+        try:
+            groups = re.compile(value or "").groupindex
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if value is not None and info.field_name == "label_pattern" and "label" not in groups:
+            raise ValueError(r"name the part that is the class, for example '(?P<label>\d+)_'")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from distill_at_scale.pipeline.planning.facts import expected_kept
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.proxies import train as proxies
 
-CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short", "time_limit", "max_seconds")
+CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short", "time_limit")
 IMAGE_KEYS = ("size", "resize", "channels", "store", "quality", "max_pixels")
 TEACHER_KEYS = ("epochs", "batch", "lr", "momentum", "weight_decay", "augment")
 CLUSTER_KEYS = ("gpus_per_worker", "grows", "actors", "max_failures", "object_store_mb")
@@ -35,6 +35,7 @@ KEYS_OF_SOURCES = {  # keys that only some sources read
     "image_column": {"parquet"},
     "label_column": {"parquet", "tensors", "webdataset"},
     "value_column": {"tensors"},
+    **{key: {"audiofolder"} for key in ("label_pattern", "test_pattern", "rate", "seconds", "bands")},
 }
 MAX_NAMED = 3  # classes in a warning
 
@@ -90,6 +91,9 @@ NO_EFFECT = (
              "distill.method is {distill.method}, which has no real batches to prune; set runtime.rule=none"),
     *map(_of_source, KEYS_OF_SOURCES),
     NoEffect("data", CLIP_KEYS, "data.frames", lambda c: c.data.frames is None and not c.data.source.count(":"),
+             "data.frames is not set, so samples are images"),
+    NoEffect("data", ("max_seconds",), "data.frames",
+             lambda c: c.data.frames is None and c.data.source != "audiofolder" and not c.data.source.count(":"),
              "data.frames is not set, so samples are images"),
     NoEffect("data", ("stride",), "data.sampling", lambda c: bool(c.data.frames) and c.data.sampling != "dense",
              "data.sampling is {data.sampling}; only dense reads it"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 HEAD = 4096  # bytes that are looked at
 ISO_BRANDS = {  # the brand after "ftyp" in the ISO base media format
     b"avif": "an AVIF image", b"avis": "an AVIF image", b"heic": "a HEIC image", b"heix": "a HEIC image",
-    b"hevc": "a HEIC image", b"mif1": "a HEIC image", b"msf1": "a HEIC image", b"crx ": "a raw photo",
+    b"M4A ": "an M4A sound", b"hevc": "a HEIC image", b"mif1": "a HEIC image", b"msf1": "a HEIC image", b"crx ": "a raw photo",
 }  # fmt: skip
 SIGNATURES = (  # the first bytes of a file -> its kind
     (b"\xff\x0a", "a JPEG XL image"),
@@ -17,6 +17,10 @@ SIGNATURES = (  # the first bytes of a file -> its kind
     (b"8BPS", "a Photoshop file"),
     (b"\0\0\x01\0", "an icon"),
     (b"DDS ", "a DDS texture"),
+    (b"fLaC", "a FLAC sound"),
+    (b"OggS", "an Ogg file"),
+    (b"ID3", "an MP3 sound"),
+    (b"FORM", "an AIFF sound"),
     (b"%PDF", "a PDF document"),
     (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
     (b"\x1f\x8b", "a gzip archive"),
@@ -36,7 +40,7 @@ def describe(raw: bytes, noun: str, kinds: Sequence[str], advice: str) -> str:
     """The reason for bytes that no decoder reads.
 
     Args:
-        noun: what the bytes should be: "an image" or "a video".
+        noun: what the bytes should be: "an image", "a video" or "a sound".
         kinds: kinds of SIGNATURES and ISO_BRANDS that the decoder reads if they are whole.
         advice: the formats to convert to, such as "JPEG or PNG".
     """

@@ -1,5 +1,6 @@
 """The built-in sources by their names in `data.source`; `base.py` describes the contract of one of your own."""
 
+from distill_at_scale.data.sources.audio import AudioFolder
 from distill_at_scale.data.sources.folders import ImageFolder, VideoFolder
 from distill_at_scale.data.sources.image.digits import Digits
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
@@ -24,6 +25,7 @@ SOURCES = {
     "webdataset": WebDataset,
     "moving_digits": MovingDigits,
     "videofolder": VideoFolder,
+    "audiofolder": AudioFolder,
     "kinetics": Kinetics,
     "kinetics_tar": KineticsTar,
     "ucf101": Ucf101,

@@ -294,8 +294,8 @@ class VideoFolder(FolderSource):
         """The sorted folders of the training split, or of a test split that is the only one."""
         if "train" not in self.folders:
             others = [name for name in self.store.names()[0] if name not in self.split_folders]
-            has_videos = (pc.any(VIDEOS.mask(self.store.table(name)[0])).as_py() for name in others)
-            if not self.folders or any(has_videos):
+            has_samples = (pc.any(self.medium.mask(self.store.table(name)[0])).as_py() for name in others)
+            if not self.folders or any(has_samples):
                 self.folders = {"train": "", **self.folders}
         return self.class_folders(self.folders.get("train", self.folders.get("test", "")))
 

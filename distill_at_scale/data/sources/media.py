@@ -17,6 +17,10 @@ IMAGE_EXTENSIONS = (
 VIDEO_EXTENSIONS = (  # no .gif: in a folder of videos it is a preview
     ".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts",
 )  # fmt: skip
+SOUND_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aif", ".aiff", ".au")
+OTHER_SOUNDS = {  # formats that the decoder does not accept
+    ".m4a": "M4A", ".aac": "AAC", ".wma": "WMA", ".amr": "AMR", ".ape": "APE", ".sph": "SPHERE", ".mid": "MIDI",
+}  # fmt: skip
 OTHER_IMAGES = {  # formats that the decoder does not accept, by their endings
     ".avif": "AVIF", ".heic": "HEIC", ".heif": "HEIF", ".hif": "HEIF", ".jxl": "JPEG XL",
     ".jp2": "JPEG 2000", ".j2k": "JPEG 2000", ".jpx": "JPEG 2000", ".svg": "SVG", ".svgz": "SVG", ".psd": "PSD", ".xcf": "XCF",
@@ -103,3 +107,8 @@ IMAGES = Medium(
     without_ending=True,
 )
 VIDEOS = Medium("video", VIDEO_EXTENSIONS)
+SOUNDS = Medium(
+    "sound",
+    SOUND_EXTENSIONS,
+    {ending: f"{name} is not read; convert it to WAV or FLAC" for ending, name in OTHER_SOUNDS.items()},
+)

@@ -22,7 +22,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import TeacherSection
 from distill_at_scale.core import rng, safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
-from distill_at_scale.data.ingest.chunks import sample_shape
+from distill_at_scale.data.ingest.sample_types import holds_tensors, sample_shape
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization, normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -122,8 +122,8 @@ def _check(config: Config, section: TeacherSection, needs_batch_norm: bool) -> N
     Augmentation(section.teacher_augment)
     if config.data.whiten != "none":
         raise UserError(f"{key} works on pixels, not on whitened data; set data.whiten=none")
-    if config.data.source == "tensors":
-        raise UserError(f"{key} crops images, and data.source = tensors has none; choose another method")
+    if holds_tensors(config.data):
+        raise UserError(f"{key} crops images, and data.source = {config.data.source} has none; choose another method")
     shape = sample_shape(config.data)
     has_batch_norm = _has_batch_norm(section.teacher_network, shape, config.distill.width, config.distill.depth)
     if isinstance(has_batch_norm, str):

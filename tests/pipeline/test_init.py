@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import yaml
 from PIL import Image
 from rich.console import Console
@@ -186,15 +187,43 @@ def test_splits_within_classes_are_to_be_turned_around(tmp_path):
     assert "turn the order around: test/cat/…" in refused(tmp_path)
 
 
-def test_sound_is_not_read_or_read_by_its_source(tmp_path):
-    from distill_at_scale.data.sources import SOURCES
+def sounds(root: Path, names, seconds: float = 0.4) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(root / name, np.sin(np.arange(round(8000 * seconds)) / 3), 8000)
+    return root
 
-    for k in range(3):
-        (tmp_path / f"{k}_speaker_0.wav").write_bytes(b"RIFF")
-    if "audiofolder" not in SOURCES:
-        message = refused(tmp_path)
-        assert "3 sound files (.wav), which are not read" in message
-        assert "columns values (list<float32>" in message
+
+def test_class_folders_of_sounds(tmp_path):
+    sounds(tmp_path, [f"train/{name}/{k}.wav" for name in ("cat", "dog") for k in range(6)])
+    inspection = inspected(tmp_path)
+    assert inspection.why == "train/ has 2 folders with sounds"
+    found = {key: inspection.data[key] for key in ("source", "rate", "seconds", "bands")}
+    assert found == {"source": "audiofolder", "rate": 8000, "seconds": 0.4, "bands": 32}
+    config = starter_config._base(inspection, "dm", 1, "x", starter_config.machine.here(tmp_path))
+    assert (config.distill.network, config.distill.dm.augment) == ("convnet", "none")
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "why"),
+    [
+        ([f"recordings/{d}_{who}_{k}.wav" for d in range(3) for who in ("ann", "bo") for k in range(4)], list("012"),
+         "part 1 has 3 values (0, 1, 2, …); part 2 has 2 values (ann, bo, …); part 3 has 4 values (0, 1, 2, …)"),
+        ([f"03-01-{feeling}-{k}.wav" for feeling in ("05", "06") for k in range(4)], ["05", "06"], "part 3 has 2 values"),
+        ([f"{k:03d}_{name}.wav" for k, name in enumerate(["cat", "dog"] * 4)], ["cat", "dog"], "part 2 has 2 values"),
+    ],
+)  # fmt: skip
+def test_sounds_with_the_class_in_their_names(tmp_path, names, classes, why):
+    inspection = inspected(sounds(tmp_path, names))
+    assert inspection.plan.class_names == classes
+    assert why in inspection.why
+    assert inspection.plan.samples == len(names)
+
+
+def test_sounds_without_classes(tmp_path):
+    message = refused(sounds(tmp_path, [f"take {k}.wav" for k in range(4)]))
+    assert "The sounds lie in no class folders" in message
+    assert "data.label_pattern" in message
 
 
 def test_a_source_by_name(tmp_path):

@@ -18,7 +18,7 @@ from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.inspection import layouts, samples
-from distill_at_scale.data.inspection.layouts import MEDIA, SOUNDS, TARS, Layout, Survey
+from distill_at_scale.data.inspection.layouts import MEDIA, TARS, Layout, Survey
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.data.sources.base import EVALUATION, Source, split_word
 from distill_at_scale.storage.filesystem import is_uri, join_path
@@ -26,7 +26,7 @@ from distill_at_scale.storage.filesystem import is_uri, join_path
 HOLDOUT = 0.2
 FRAMES = 8
 READ = (
-    "class folders of images or videos (train/<class>/…, val/<class>/…), ImageNet and Tiny-ImageNet as unpacked or as "
+    "class folders of images, videos or sounds (train/<class>/…, val/<class>/…), ImageNet and Tiny-ImageNet as unpacked or as "
     "official tars, Hugging Face's Parquet files, WebDataset tars, torchvision's stored sets, Kinetics, UCF-101, HMDB-51, "
     "Something-Something V2, arrays in Parquet files"
 )
@@ -92,7 +92,7 @@ def inspect(path: str, source: str | None, seed: int, advance: Callable[[int], N
     survey = None
     if source is not None:
         candidates = [Layout(source, "as --source says")]
-        if source in ("parquet", "tensors"):  # its columns
+        if source in ("parquet", "tensors", "audiofolder"):  # their columns or pattern
             survey = Survey.of(store)
             candidates = [layout for layout in layouts.fitting(survey) if layout.source == source] or candidates
     elif named is not None:
@@ -105,8 +105,6 @@ def inspect(path: str, source: str | None, seed: int, advance: Callable[[int], N
             raise UserError(_misfit(survey))
     errors: list[str] = []
     for layout in candidates:
-        if layout.source == "audiofolder" and layout.source not in SOURCES:
-            raise UserError(_sound(store.place(), survey))
         try:
             opened, config, plan, held_out = _list(layout, path, seed)
         except Unreachable:
@@ -132,6 +130,9 @@ def _list(layout: Layout, path: str, seed: int) -> tuple[Source, Config, ingest.
     opened = ingest.open_source(validate({"data": data}).data)
     if getattr(opened, "clips", False):
         data["frames"] = FRAMES
+    if layout.source == "audiofolder":
+        data |= samples.sound_settings(opened, seed)
+        opened = ingest.open_source(validate({"data": data}).data)
     if "train" not in opened.splits():
         data["train_split"] = "val"
     config = validate({"run": {"seed": seed}, "data": data})
@@ -202,11 +203,10 @@ def _misfit(survey: Survey) -> str:
     )
     if flat:
         kind = max(flat, key=lambda name: flat[name])
-        if kind == "sound":
-            return _sound(place, survey)
         listed = next((path for path in survey.others if path.endswith(".csv")), None)
         advice = f"The {kind}s lie in no class folders, so their classes are unknown: sort them into <class>/ folders"
         advice += f" as {listed} says" if listed else ""
+        advice += ", or set data.label_pattern to find them in the names (data/README.md, Sound)" * (kind == "sound")
         advice += (
             ", or write Parquet files with the columns image (the files' bytes) and label" if kind == "image" else ""
         )
@@ -223,12 +223,3 @@ def _misfit(survey: Survey) -> str:
     else:
         advice = "Give the folder that holds the data, or write a source of your own (data/README.md)"
     return f"{seen} {advice}. Layouts that are read: {READ}."
-
-
-def _sound(place: str, survey: Survey | None) -> str:
-    count = survey.count("sound") if survey else 0
-    endings = ", ".join(ending for ending in SOUNDS if survey and survey.endings[ending])
-    return (
-        f"{place} holds {count:,} sound files ({endings}), which are not read. Convert them to arrays of one length, for "
-        f"example spectrograms [1, bands, frames], and give them as {ARRAYS}"
-    )

@@ -23,11 +23,17 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import split_word
 from distill_at_scale.data.sources.image import torchvision
 from distill_at_scale.data.sources.image.imagenet import CLASS_ORDER, TRAIN
-from distill_at_scale.data.sources.media import IMAGE_EXTENSIONS, OTHER_IMAGES, VIDEO_EXTENSIONS
+from distill_at_scale.data.sources.media import (
+    IMAGE_EXTENSIONS,
+    OTHER_IMAGES,
+    OTHER_SOUNDS,
+    SOUND_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+)
 from distill_at_scale.data.sources.video import something_v2, ucf101
 from distill_at_scale.storage.filesystem import Store, is_uri, join_path
 
-SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff")
+SOUNDS = (*SOUND_EXTENSIONS, *OTHER_SOUNDS)
 PICTURES = (*IMAGE_EXTENSIONS, *OTHER_IMAGES)
 MEDIA = {"image": PICTURES, "video": VIDEO_EXTENSIONS, "sound": SOUNDS}
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -243,9 +249,36 @@ def _folders(source: str, kind: str) -> Callable[[Survey], Layout | None]:
 
 
 def _audiofolder(survey: Survey) -> Layout | None:
-    count = survey.count("sound")
-    most = count and count >= max(survey.count("image"), survey.count("video"))
-    return Layout("audiofolder", f"it holds {count:,} sound files") if most else None
+    """Class folders; or names of one form, such as 7_anna_12.wav, of which a part may be the class."""
+    folders = _folders("audiofolder", "sound")(survey)
+    places = sorted({place for place, ending in survey.counts if ending in SOUNDS})
+    if folders is not None and len({place.rpartition("/")[2] for place in places}) > 1:
+        return folders
+    if survey.count("sound") < max(survey.count("image"), survey.count("video")):
+        return folders
+    names = [name for place in places for name in survey.store.names(place)[1] if name.lower().endswith(SOUNDS)]
+    return _label_in_names(names) or folders
+
+
+def _label_in_names(names: list[str]) -> Layout | None:
+    """The first part, between `_` or `-`, that all names have and that repeats like a class: two files or more of each."""
+    for mark in "_-":
+        parts = [name.rpartition(".")[0].split(mark) for name in names]
+        if len({len(own) for own in parts}) != 1 or len(parts[0]) < 2:
+            continue
+        counted = [Counter(values) for values in zip(*parts, strict=True)]
+        fitting = [place for place, values in enumerate(counted) if len(values) > 1 and min(values.values()) > 1]
+        if fitting:
+            first = fitting[0]
+            shown = "; ".join(
+                f"part {place + 1} has {len(counted[place])} values ({', '.join(sorted(counted[place])[:3])}, …)"
+                for place in fitting[:3]
+            )
+            before = f"(?:[^{mark}/]*{mark}){{{first}}}" if first else ""
+            after = r"\.\w+$" if first == len(counted) - 1 else f"{mark}[^/]*$"
+            why = f"in names such as {names[0]}, {shown}: part {first + 1} is taken as the class by data.label_pattern"
+            return Layout("audiofolder", why, {"label_pattern": f"(?:^|/){before}(?P<label>[^{mark}/]+){after}"})
+    return None
 
 
 LAYOUTS: tuple[Callable[[Survey], Layout | None], ...] = (

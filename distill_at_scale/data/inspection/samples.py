@@ -27,6 +27,7 @@ from distill_at_scale.data.sources.base import Source
 
 MOST = 100  # samples
 RUN = 10  # samples that are read together from archives and tables, whose parts are read whole
+MOST_SECONDS = 4.0  # of sounds, in a first run
 SECONDS = 6.0  # after which the look ends
 SIDE = 64  # to which pictures are decoded
 PROBE = "distill_at_scale.data.codecs.clip_worker:probe_clip"
@@ -104,6 +105,28 @@ def look(source: Source, data: DataSection, rows: pa.Table, seed: int, advance: 
         if time.monotonic() - began > SECONDS:
             break
     return seen
+
+
+def sound_settings(source: Source, seed: int) -> dict[str, Any]:
+    """Keys of the section `data` for sounds like those of `source`: their rate, and a length that nearly all have.
+
+    A first run has 32 bands and at most MOST_SECONDS, so that it is fast. Empty if none of the files can be read.
+    """
+    import soundfile
+
+    seconds, rates = list[float](), Counter[int]()
+    for part in _draw(source.listing(source.splits()[0]), seed)[: MOST // 2]:
+        try:
+            for raw in source.files.read(part):  # type: ignore[attr-defined]
+                header = soundfile.info(io.BytesIO(raw))
+                seconds.append(header.duration)
+                rates[header.samplerate] += 1
+        except (soundfile.SoundFileError, OSError):
+            continue
+    if not seconds:
+        return {}
+    length = round(float(np.clip(np.quantile(seconds, 0.95), 0.2, MOST_SECONDS)), 1)
+    return {"rate": min(16_000, max(4_000, rates.most_common(1)[0][0])), "seconds": length, "bands": 32}
 
 
 def _draw(rows: pa.Table, seed: int) -> list[pa.Table]:

@@ -221,7 +221,7 @@ def _base(inspection: Inspection, method: str, ipc: int, name: str, here: machin
         data["size"] = max(8, min(SIZE, look.side or SIZE))
         data["resize"] = "square" if look.square else "crop"
         data["channels"] = 1 if look.all_grey else 3
-    network = NETWORK[kind]
+    network = "convnet" if data["source"] == "audiofolder" else NETWORK[kind]
     keep = keep_rate(kind, ipc, counts)
     score: dict[str, Any] = {"criterion": "random", "network": network}  # nothing is scored where everything is kept
     if keep < 1:

@@ -12,6 +12,7 @@ from distill_at_scale.config.keys import annotation_of, choices, section_of, sec
 from distill_at_scale.config.sections import MAX_LR
 
 MAX_SHOWN = 100  # characters of a wrong value
+MAX_PROBLEMS = 20  # lines of one message
 MAX_NEAREST = 3  # names that an error suggests
 
 
@@ -51,7 +52,7 @@ def unknown_key(model: type[BaseModel], name: str) -> tuple[str, str]:
     """What is wrong with a dotted key that the schema lacks, and which keys may be meant."""
     top, rest = name.partition(".")[0], name
     if top not in model.model_fields:
-        what, known = f"unknown section {top}", f"sections: {', '.join(model.model_fields)}"
+        what, known = f"unknown section {top or 'without a name'}", f"sections: {', '.join(model.model_fields)}"
         meant = keys_named(model, name, cutoff=0.7)
         meant = meant or [name.replace(top, section, 1) for section in nearest(top, model.model_fields, 0.6)[:1]]
         meant = [key if annotation_of(model, key) else key.partition(".")[0] for key in meant]
@@ -94,8 +95,11 @@ def problems(
         elif own or key not in lines:
             shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
             shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]} ..."
-            lines[key] = f"{key} = {shown} (in {where}) is not allowed: {own or _allowed(annotation, error, value)}"
-    return list(lines.values())
+            lines[key] = (
+                f"{key or 'the content'} = {shown} (in {where}) is not allowed: {own or _allowed(annotation, error, value)}"
+            )
+    shown, left = list(lines.values())[:MAX_PROBLEMS], len(lines) - MAX_PROBLEMS
+    return [*shown, f"and {left:,} more problems"] if left > 0 else shown
 
 
 def _key_and_value(model: type[BaseModel], error: Mapping[str, Any], value: Any) -> tuple[str, Any]:

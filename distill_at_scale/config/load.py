@@ -97,17 +97,17 @@ def load(
         file = "the values"
         _set_all(values, source)
     else:
+        if not str(source) or "\0" in str(source):
+            raise UserError(
+                f"CONFIG is {str(source)!r}; give a YAML file, the name of a shipped configuration or a run folder"
+            )
         path = shipped.file_of(source)
         values, file = _of_run(path) if path.is_dir() else _read_yaml(path), str(path)
     for text in overrides:
         key, sep, value = text.partition("=")
         key = key.strip()
-        if not sep or "." not in key:
-            meant = (
-                " or ".join(f"{name}={value}" for name in explain.keys_named(Config, key, cutoff=0.7)) if sep else ""
-            )
-            advice = f"did you mean {meant}?" if meant else "write section.key=value, for example select.keep=0.1"
-            raise UserError(f"cannot read the override {text!r}; {advice}")
+        if not sep or "." not in key or not all(part.isprintable() and part for part in key.split(".")):
+            raise UserError(f"cannot read the override {text!r}; {_override_advice(key, value if sep else None)}")
         annotation = annotation_of(Config, key)
         try:
             parsed = typed_yaml.read_override(value, Config, annotation)
@@ -141,6 +141,16 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
     return validate(values, dict.fromkeys(overrides, origin), origin)
 
 
+def _override_advice(key: str, value: str | None) -> str:
+    """What to write instead of an override whose name is not section.key."""
+    if section := section_of(annotation_of(Config, key)):
+        example = f"{key}.{next(iter(section.model_fields))}"
+        return f"{key} is a section; write {key}.key=value, for example {example}={value or '...'}"
+    names = [] if value is None else explain.keys_named(Config, key, cutoff=0.7)
+    meant = " or ".join(f"{name}={value}" for name in names)
+    return f"did you mean {meant}?" if meant else "write section.key=value, for example select.keep=0.1"
+
+
 def _of_run(folder: Path) -> dict[str, Any]:
     """The configuration of the run in a folder. Credentials of its paths are not stored."""
     try:
@@ -149,7 +159,10 @@ def _of_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a folder without a run.json; give a YAML file or a run folder") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'run.json'} is damaged ({error}); give the YAML file of the run") from None
-    config = validate(values, {}, str(folder / "run.json"))
+    try:
+        config = validate(values, {}, str(folder / "run.json"))
+    except UserError as error:
+        raise UserError(f"{error}\n{folder} may be of another version of distill_at_scale; use that one") from None
     values = config.model_dump(exclude_defaults=True)  # it holds all keys, but only the others were set
     _set_all(
         values, {"data.chunk": config.data.chunk, "run.dir": str(folder)}

@@ -74,7 +74,7 @@ def tables(name: str | None = None) -> list[Table]:
         named = {name, *explain.keys_named(Config, name)}
         only = [SectionKeys(g.name, g.purpose, [k for k in g.keys if k.name in named]) for g in groups]
         groups = inside or [group for group in only if group.keys]
-    if name and not groups:
+    if name is not None and not groups:
         what, advice = explain.unknown_key(Config, name)
         raise UserError(f"{what}; {advice}")
     result = []
@@ -91,6 +91,8 @@ def tables(name: str | None = None) -> list[Table]:
 
 def json_schema(name: str | None = None) -> dict[str, Any]:
     """The JSON schema of a configuration file, or of one section or key. Raises UserError for an unknown name."""
+    if name is not None and annotation_of(Config, name) is None and len(same := explain.keys_named(Config, name)) == 1:
+        name = same[0]
     annotation = Config if name is None else annotation_of(Config, name)
     if annotation is None:
         what, advice = explain.unknown_key(Config, str(name))

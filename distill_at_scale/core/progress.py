@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distill_at_scale.core.terminal import replace_unknown_characters
 
+MIN_WIDTH = 60  # of tables: in fewer columns their cells would be cut to nothing; the terminal wraps them
 LOG_INTERVAL = 5.0  # seconds between two lines of a log
 STATUS_AFTER = 2.0  # seconds between two lines of a status in a log
 # control characters except tab and newline, directional overrides, and surrogates (bytes that are not UTF-8)
@@ -80,6 +81,7 @@ class Display:
     def __init__(self, console: Console | None = None):
         replace_unknown_characters()
         self.console = console or Console(highlight=False)
+        self.console.width = max(self.console.width, MIN_WIDTH)
         self.bars: Progress | None = None
         self.task: Any = None
 

@@ -74,6 +74,7 @@ class Pipeline:
             self._take_over_before(stages[0])
             for stage in stages:
                 if stage in ("score", "select", "distill") and self.dir.record("ingest"):
+                    self.dir.content("ingest")
                     prepared = PreparedDataset(self.dir / "prepared")
                     self.context.warn_of_data(prepared.class_names, prepared.counts(), prepared.has_test())
                 if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():

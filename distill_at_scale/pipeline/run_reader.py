@@ -199,9 +199,17 @@ class Run:
 
     def command(self, name: str) -> str:
         """The command line of a sub-command for this run, for example of "run"."""
-        if self._folder.remote or not (self.path / "run.json").is_file():
+        if self._folder.remote or not self._configured:
             return f"distill-at-scale {name} CONFIG run.dir={shlex.quote(self.address)}"
         return f"distill-at-scale {name} {shlex.quote(self.address)}"
+
+    @cached_property
+    def _configured(self) -> bool:
+        """Whether run.json holds a configuration that this version can read."""
+        try:
+            return bool(configuration.load(self.path))
+        except UserError:
+            return False
 
     def plot_loss(self) -> Figure:
         """The distillation's loss over its steps, and the accuracy where it was measured."""
@@ -318,7 +326,8 @@ def open_folder(address: str | Path) -> RunDir:
     if folder.remote:
         folder.fetch(*SMALL, *SWEEP[:1], *STUDY[:1])
     elif not folder.path.is_dir():
-        raise UserError(f"there is no folder {folder.path}; give the run.dir of a run")
+        missing = f"{folder.path} is a file" if folder.path.exists() else f"there is no folder {folder.path}"
+        raise UserError(f"{missing}; give the run.dir of a run")
     if not (is_run(folder) or kind_of(folder) != "run"):
         raise UserError(
             f"{folder.named} is not a run folder: it has neither stages/ nor run.json; give the run.dir of a run"

@@ -102,6 +102,21 @@ def test_an_override_without_a_section_names_the_sections_that_have_the_key(load
         load(override.replace("=", ": "))
 
 
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("run=3", "run is a section; write run.key=value, for example run.dir=3"),
+        ("distill.=3", "write section.key=value"),
+        (".keep=3", "write section.key=value"),
+        ("se\udcfflect.keep=3", "write section.key=value"),
+    ],
+)
+def test_an_override_of_no_key_says_what_to_write(load, override, advice):
+    with pytest.raises(UserError, match="cannot read the override") as error:
+        load("", override)
+    assert advice in str(error.value)
+
+
 def test_a_key_outside_a_section_of_a_file_names_its_section(load):
     with pytest.raises(UserError, match=r"unknown section keep \(in .*run\.yaml\); did you mean select\.keep\?"):
         load("keep: 0.1")
@@ -312,6 +327,26 @@ def test_a_repeated_key_is_an_error(load):
 def test_a_file_that_is_not_a_configuration_is_refused(load, text):
     with pytest.raises(UserError, match=r"run\.yaml"):
         load(text)
+
+
+def test_many_problems_are_cut(load):
+    with pytest.raises(UserError, match=r"unknown section a19 .*\nand 30 more problems$"):
+        load("\n".join(f"a{i}: 1" for i in range(50)))
+
+
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_an_empty_or_impossible_name_is_refused(name):
+    with pytest.raises(UserError, match=r"CONFIG is .*give a YAML file"):
+        config.load(name)
+
+
+def test_a_run_folder_of_another_version_says_so(tmp_path):
+    (tmp_path / "run.json").write_text('{"config": {"later": {}}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"unknown section later .*\n.* of another version"):
+        config.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": []}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"^the content = \[\] \(in .*run\.json\) is not allowed"):
+        config.load(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -135,6 +135,16 @@ def test_keys_prints_type_range_default_and_meaning():
     assert all(key.name in printed(width=250) for section in sections(Config) for key in section.keys)
 
 
+def test_the_last_name_of_a_key_has_its_json_schema_too():
+    assert reference.json_schema("keep") == reference.json_schema("select.keep")
+
+
+@pytest.mark.parametrize("show", [reference.tables, reference.json_schema])
+def test_keys_of_an_empty_name_are_no_keys(show):
+    with pytest.raises(UserError, match="unknown section"):
+        show("")
+
+
 @pytest.mark.parametrize("name", ["select.kep", "selct", "kep"])
 @pytest.mark.parametrize("show", [reference.tables, reference.json_schema])
 def test_keys_names_the_nearest_of_an_unknown_name(show, name):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from distill_at_scale.core import progress
 from distill_at_scale.core.progress import Display, format_seconds
@@ -100,6 +101,13 @@ def test_a_terminal_shows_what_is_left(clock):
 )
 def test_durations_are_formatted_for_readers(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_narrow_terminal_cuts_no_cell_of_a_table():
+    display, table = Display(Console(width=20, file=io.StringIO())), Table("stage", "state", "time", "when", "remark")
+    table.add_row("evaluate", "finished", "2 h 5 min", "2026-01-01 10:00", "4 samples")
+    display.console.print(table)
+    assert "evaluate │ finished │ 2 h 5 min" in shown(display)
 
 
 def test_a_status_in_a_log_says_what_takes_long(monkeypatch):

@@ -254,6 +254,15 @@ def test_a_damaged_input_is_an_error(make_run, copied):
         make_run(copied).stages("distill")
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_damaged_prepared_data_names_the_command_that_mends_it(make_run, copied, content):
+    (copied / "prepared" / "dataset.json").unlink()
+    if content is not None:
+        (copied / "prepared" / "dataset.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"dataset\.json is (missing|not what was written)[^\n]*\n.*run\.redo=ingest"):
+        make_run(copied).stages("score")
+
+
 def test_a_stage_before_its_input_says_what_to_run(make_run, tmp_path):
     with pytest.raises(UserError, match="distill-at-scale ingest CONFIG"):
         make_run(tmp_path / "run").stages("score")

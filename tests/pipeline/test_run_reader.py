@@ -225,6 +225,7 @@ def test_show_of_a_configuration_of_another_version_shows_the_rest(digits_run, t
     (copy / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     text = shown(copy)
     assert "problem: unknown key select.later" in text
+    assert f"CONFIG run.dir={copy}\n" in text  # the folder cannot stand for CONFIG
     assert "distilled" in text
 
 
@@ -233,6 +234,9 @@ def test_show_of_no_run_folder_exits_with_two(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert "is not a run folder" in err
+    (tmp_path / "run.yaml").touch()
+    assert cli.main(["show", str(tmp_path / "run.yaml")]) == 2
+    assert "run.yaml is a file; give the run.dir" in capsys.readouterr().err
 
 
 def test_a_run_in_an_object_store_is_opened_without_fetching_all_of_it(digits_run, s3, monkeypatch, tmp_path):

@@ -77,7 +77,7 @@ class PreparedDataset:
         return self.meta["fingerprint"]
 
     def counts(self, split: str = "train") -> list[int]:
-        return self.meta["counts"].get(split) or [0] * len(self.class_names)
+        return self.meta.get("counts", {}).get(split) or [0] * len(self.class_names)
 
     def has_test(self) -> bool:
         return sum(self.counts("test")) > 0

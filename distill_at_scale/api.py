@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distill_at_scale.pipeline.run_reader import Run
 
 
-def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), **values: Any) -> Config:
+def load_config(path: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), **values: Any) -> Config:
     """A configuration, checked: an unknown key or a value that is not allowed is an error.
 
         >>> das.load_config("digits", select={"keep": 0.1}, run={"dir": "runs/tenth"})
@@ -35,7 +35,7 @@ def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] =
         >>> das.load_config({"data": {"source": "imagefolder", "path": "photos"}, "distill": {"method": "dm"}})
 
     Args:
-        path: a YAML file, the name of a shipped configuration, a run folder, or the values by section.
+        path: a YAML file, the name of a shipped configuration, a run folder, a configuration, or the values by section.
         overrides: keys as the command line takes them, `section.key=value`.
         values: more values, by section or by dotted key; they win over `overrides`.
 
@@ -72,10 +72,12 @@ def run(
     from distill_at_scale.storage.run_dir import STAGES, RunDir
 
     config = config if isinstance(config, Config) else load_config(config)
+    if stages is not None and (not stages or not isinstance(stages, str | Iterable)):
+        raise UserError(f"stages = {stages!r} names no stage; give None for all, or some of {', '.join(STAGES)}")
     wanted = STAGES if stages is None else (stages,) if isinstance(stages, str) else tuple(stages)
     for name in wanted:
         if name not in STAGES:
-            raise UserError(f"there is no stage {name!r}; {suggest(name, STAGES)}")
+            raise UserError(f"there is no stage {name!r}; {suggest(str(name), STAGES)}")
     display = Display() if progress else Display.silent()
     display.say(opening(config, "all stages" if stages is None else ", ".join(wanted)))
     from distill_at_scale.pipeline import warnings

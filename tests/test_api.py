@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY
@@ -81,6 +83,30 @@ def test_a_configuration_takes_a_file_a_name_or_values_and_keywords_by_section_o
     assert das.load_config(path="digits", overrides=(), **{"select.keep": 0.25}).select.keep == 0.25
     assert das.load_config({"data.frames": 4}).data.chunk == das.load_config({"data": {"frames": 4}}).data.chunk == 64
     assert TINY["select"] == {"keep": 0.2}, "the values given are not changed"
+
+
+def test_values_of_python_are_taken_as_yaml_would_hold_them():
+    values = {"evaluate.networks": ("convnet",), "distill.ipc": np.int64(3), "select.keep": np.float64(0.5)}
+    config = das.load_config(values, score={"weights": [Path("a.pt"), Path("b.pt")]})
+    assert (config.evaluate.networks, config.distill.ipc, config.select.keep) == (["convnet"], 3, 0.5)
+    assert config.score.weights == ["a.pt", "b.pt"]
+
+
+def test_a_configuration_and_a_single_override_are_taken_too():
+    config = das.load_config(das.load_config("digits"), "select.keep=0.2")
+    assert config == das.load_config("digits", ["select.keep=0.2"])
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["digits"], b"digits"])
+def test_what_is_no_configuration_is_a_user_error(wrong):
+    with pytest.raises(das.UserError, match="is no configuration; give a path"):
+        das.load_config(wrong)
+
+
+@pytest.mark.parametrize("stages", [[], "", 3, [None]])
+def test_stages_that_name_nothing_are_a_user_error(stages):
+    with pytest.raises(das.UserError, match=r"names no stage; give None for all|there is no stage None"):
+        das.run("digits", stages=stages)
 
 
 def test_a_value_that_is_a_mapping_is_replaced_and_not_merged():

@@ -95,11 +95,10 @@ def problems(
         elif own or key not in lines:
             shown = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
             shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]} ..."
-            lines[key] = (
-                f"{key or 'the content'} = {shown} (in {where}) is not allowed: {own or _allowed(annotation, error, value)}"
-            )
-    shown, left = list(lines.values())[:MAX_PROBLEMS], len(lines) - MAX_PROBLEMS
-    return [*shown, f"and {left:,} more problems"] if left > 0 else shown
+            allowed = own or _allowed(annotation, error, value)
+            lines[key] = f"{key or 'the content'} = {shown} (in {where}) is not allowed: {allowed}"
+    said, left = list(lines.values())[:MAX_PROBLEMS], len(lines) - MAX_PROBLEMS
+    return [*said, f"and {left:,} more problems"] if left > 0 else said
 
 
 def _key_and_value(model: type[BaseModel], error: Mapping[str, Any], value: Any) -> tuple[str, Any]:

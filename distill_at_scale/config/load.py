@@ -79,13 +79,15 @@ class Config(Section):
 
 
 def load(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    keys: Mapping[str, Any] | None = None,
 ) -> Config:
     """Read a configuration, apply `section.key=value` overrides and then `keys`, and validate.
 
     Args:
-        source: a YAML file, the name of a shipped configuration, a run folder (run.json has its configuration), or the
-            values themselves, in the form of `keys`.
+        source: a YAML file, the name of a shipped configuration, a run folder (run.json has its configuration), a
+            configuration, or the values themselves, in the form of `keys`.
         keys: values by section, `{"select": {"keep": 0.1}}`, or by dotted key, `{"select.keep": 0.1}`.
 
     Raises:
@@ -93,9 +95,13 @@ def load(
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    if isinstance(source, Mapping):
+    if isinstance(source, Config):
+        values, file = source.model_dump(exclude_unset=True), "the configuration"
+    elif isinstance(source, Mapping):
         file = "the values"
         _set_all(values, source)
+    elif not isinstance(source, str | Path):
+        raise UserError(f"{type(source).__name__} is no configuration; give a path, a name or a dict")
     else:
         if not str(source) or "\0" in str(source):
             raise UserError(
@@ -103,7 +109,7 @@ def load(
             )
         path = shipped.file_of(source)
         values, file = _of_run(path) if path.is_dir() else _read_yaml(path), str(path)
-    for text in overrides:
+    for text in [overrides] if isinstance(overrides, str) else map(str, overrides):
         key, sep, value = text.partition("=")
         key = key.strip()
         if not sep or "." not in key or not all(part.isprintable() and part for part in key.split(".")):
@@ -200,9 +206,20 @@ def _set_all(values: dict[str, Any], keys: Mapping[str, Any], above: str = "") -
         if isinstance(value, Mapping) and section_of(annotation_of(Config, name)):
             names += _set_all(values, value, f"{name}.")
         else:
-            _set(values, name.split("."), str(value) if isinstance(value, Path) else value, f"{name}={value}")
+            _set(values, name.split("."), _plain(value), f"{name}={value}")
             names.append(name)
     return names
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python as YAML would hold it: paths are text, tuples are lists, and NumPy's numbers are numbers."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:

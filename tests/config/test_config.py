@@ -107,7 +107,7 @@ def test_an_override_without_a_section_names_the_sections_that_have_the_key(load
     [
         ("run=3", "run is a section; write run.key=value, for example run.dir=3"),
         ("distill.=3", "write section.key=value"),
-        (".keep=3", "write section.key=value"),
+        (".keep=3", "did you mean select.keep=3?"),
         ("se\udcfflect.keep=3", "write section.key=value"),
     ],
 )

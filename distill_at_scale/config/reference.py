@@ -80,8 +80,9 @@ def tables(name: str | None = None) -> list[Table]:
     result = []
     for group in groups:
         table = Table(title=f"{group.name}: {group.purpose}", title_justify="left", box=box.SIMPLE_HEAD, expand=True)
-        for column, ratio in (("key", 3), ("type and range", 3), ("default", 2), ("meaning", 5)):
-            table.add_column(column, ratio=ratio, overflow="fold")
+        table.add_column("key", no_wrap=True)
+        for column, ratio in (("type and range", 3), ("default", 2), ("meaning", 5)):
+            table.add_column(column, ratio=ratio, overflow="fold", min_width=8)
         for key in group.keys:
             type_words = words(key.annotation).replace("`", "")
             table.add_row(key.name, type_words, key.default, key.field.description)

@@ -108,7 +108,10 @@ class DataSection(Section):
     )
     short: Literal["repeat", "reject"] = Field("repeat", description="too few frames: repeat the last one, or reject")
     time_limit: float = Field(
-        60.0, gt=0, le=86_400, description="seconds to decode one clip; then it is rejected and its decoder killed"
+        60.0,
+        gt=0,
+        le=86_400,
+        description="seconds to decode one clip or sound; then it is rejected and its decoder killed",
     )
     max_seconds: float = Field(600.0, gt=0, description="reject longer videos and sounds")
     max_bytes: int = later_key(2**28, ge=1, description="reject larger files without reading them")

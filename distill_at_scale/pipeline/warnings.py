@@ -22,7 +22,7 @@ from distill_at_scale.pipeline.planning.facts import expected_kept
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.proxies import train as proxies
 
-CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short", "time_limit")
+CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short")
 IMAGE_KEYS = ("size", "resize", "channels", "store", "quality", "max_pixels")
 TEACHER_KEYS = ("epochs", "batch", "lr", "momentum", "weight_decay", "augment")
 CLUSTER_KEYS = ("gpus_per_worker", "grows", "actors", "max_failures", "object_store_mb")
@@ -92,7 +92,7 @@ NO_EFFECT = (
     *map(_of_source, KEYS_OF_SOURCES),
     NoEffect("data", CLIP_KEYS, "data.frames", lambda c: c.data.frames is None and not c.data.source.count(":"),
              "data.frames is not set, so samples are images"),
-    NoEffect("data", ("max_seconds",), "data.frames",
+    NoEffect("data", ("max_seconds", "time_limit"), "data.frames",
              lambda c: c.data.frames is None and c.data.source != "audiofolder" and not c.data.source.count(":"),
              "data.frames is not set, so samples are images"),
     NoEffect("data", ("stride",), "data.sampling", lambda c: bool(c.data.frames) and c.data.sampling != "dense",

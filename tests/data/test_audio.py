@@ -113,7 +113,7 @@ def test_reasons():
     assert why_not(bytes(100)).startswith("not a sound: it holds only zeros")
     assert "Git LFS" in why_not(b"version https://git-lfs.github.com/spec/v1\n")
     assert why_not(wav[:-1000]) == "cut: 1,000 bytes are missing at its end; copy or download it again"
-    assert why_not(flac[: len(flac) // 2]).startswith("cut or damaged: its 1.0 s cannot be decoded")
+    assert why_not(flac[: len(flac) // 2]).startswith("cut or damaged: it cannot be decoded to its end")
     assert why_not(flac[: len(flac) // 2], seconds=0.1).startswith("cut or damaged")  # after the part that is used
     assert why_not(wav[:20]).startswith("damaged: it begins like a sound")
     assert why_not(encoded(np.zeros((0, 1)))).startswith("it holds no samples")
@@ -133,11 +133,33 @@ def test_a_header_that_promises_hours_is_not_decoded(monkeypatch):
     assert "more than data.max_seconds = 600" in why_not(bytes(flac))
 
 
-def test_a_stream_of_unknown_length_is_read():
+def test_a_stream_of_unknown_length_is_read_from_wav():
     wav = bytearray(encoded(sine(440)))
     place = wav.index(b"data") + 4
     wav[place : place + 4] = b"\xff\xff\xff\xff"
     np.testing.assert_array_equal(decoder()(bytes(wav)), decoder()(encoded(sine(440))))
+
+    flac = bytearray(encoded(sine(440), kind="FLAC"))
+    flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])  # STREAMINFO's number of samples
+    assert why_not(bytes(flac)).startswith("its header does not say its length")
+
+
+def test_decoding_ends_no_process_and_writes_nothing_to_the_terminal(tmp_path, capfd):
+    """Damaged MP3 files make libsndfile's decoder write to stderr; a child process decodes them."""
+    mp3 = encoded(np.random.default_rng(0).normal(size=RATE) / 9, kind="MP3")
+    for name in "ab":
+        for i in range(20):
+            damaged = bytearray(mp3)
+            for place in np.random.default_rng(i).integers(100, len(mp3), 30):
+                damaged[place] ^= 0xFF
+            write(tmp_path / name / f"{i}.mp3", bytes(damaged))
+    source = source_of(tmp_path)
+    capfd.readouterr()
+    items = source.read(source.listing("train"))
+    assert capfd.readouterr() == ("", "")
+    assert all(isinstance(item, SampleRejected) or np.isfinite(item).all() for item in items)
+    with pytest.raises(SampleRejected, match=r"the decoder gave no answer within 0\.0001 s"):
+        raise source_of(tmp_path, time_limit=1e-4).read(source.listing("train").slice(0, 1))[0]
 
 
 def test_class_folders(tmp_path):

@@ -3,6 +3,9 @@
 The channels are averaged, the sound is resampled to `rate`, and its first `seconds` are used; a shorter sound is followed by
 silence. Windows of 32 ms (Hann) start every 16 ms. The power spectrum of each, divided so that a sine of amplitude 1 has a peak
 of 0.25, is summed in triangular mel bands (`mel_filters`). A value is ln(band + FLOOR).
+
+`decode_sound` runs in a child process (`worker_process.py`): libraries that read damaged files may crash, hang or write to the
+terminal.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ WINDOW = 0.032  # seconds; windows overlap by half
 PADDING = 4  # the Fourier transform is so many times as long as a window, so that each mel band holds a frequency
 FLOOR = 1e-6
 RATES, MAX_CHANNELS = (1_000, 384_000), 32  # of a file; they bound memory and time
+UNKNOWN = 2**62  # from this length on, a FLAC header does not say it
+CHILD = "distill_at_scale.data.codecs.sound:decode_sound"
 BLOCK = 65_536  # samples of all channels that are decoded together
 KINDS = ("a sound", "a FLAC sound", "an Ogg file", "an MP3 sound", "an AIFF sound")
-STREAMED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # lengths in the header of a WAV file whose program did not know the length
+STREAMED = (0x7FFFFFFF, 0xFFFFFFFF)  # lengths in the header of a WAV file whose program did not know the length
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class SoundDecoder:
                 facts = f"{rate:,} samples per second in {file.channels} channels"
                 limit = f"{RATES[0]:,} to {RATES[1]:,} in at most {MAX_CHANNELS}"
                 raise SampleRejected(f"its header says {facts}; {limit} are read: convert it")
+            if length >= UNKNOWN:
+                raise SampleRejected("its header does not say its length, as in a stream; write the file again")
             if length > self.max_seconds * rate:
                 limit = f"more than data.max_seconds = {self.max_seconds:g}"
                 raise SampleRejected(f"{length / rate:,.1f} s long, {limit}; raise it, or cut the sound")
@@ -94,18 +101,32 @@ class SoundDecoder:
                 while wanted > 0 and len(block := file.read(min(wanted, BLOCK // file.channels), always_2d=True)):
                     parts.append(block.mean(axis=1))
                     wanted -= len(block)
-                if file.format == "FLAC" and length:  # its header says the length, and seeking to the end is fast
+                complete = True
+                if file.format == "FLAC" and length:  # a look at its end is fast
                     file.seek(length - 1)
                     complete = len(file.read(1)) == 1
-                else:
-                    complete = True
             except soundfile.SoundFileError:
                 complete = False
         if not complete:
-            raise SampleRejected(f"cut or damaged: its {length / rate:,.1f} s cannot be decoded; copy it again")
+            raise SampleRejected("cut or damaged: it cannot be decoded to its end; copy or download it again")
         if not parts:
             raise SampleRejected("it holds no samples, only a header; replace or remove it")
         return np.concatenate(parts), rate
+
+
+def decode_sound(header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """Called through `IsolatedFunction` with the fields of a SoundDecoder and a sound file.
+
+    Returns {} and the spectrogram's bytes, or {"rejected": reason} and no bytes.
+    """
+    try:
+        return {}, SoundDecoder(**header)(raw).tobytes()
+    except SampleRejected as error:
+        return {"rejected": str(error)}, b""
+    except MemoryError:
+        return {"rejected": "needs too much memory; cut the sound"}, b""
+    except Exception as error:  # a library fed with damaged bytes raises almost anything
+        return {"rejected": f"damaged: {str(error) or type(error).__name__}; replace the file"}, b""
 
 
 def missing_bytes(raw: bytes) -> int:

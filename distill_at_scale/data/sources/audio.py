@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ import pyarrow.compute as pc
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.image import Array, SampleRejected
-from distill_at_scale.data.codecs.sound import SoundDecoder
+from distill_at_scale.data.codecs.sound import CHILD, SoundDecoder
+from distill_at_scale.data.codecs.worker_process import IsolatedFunction, WorkerDied
 from distill_at_scale.data.sources.base import FileSource, by_split, listing, set_aside_table, unused_split
 from distill_at_scale.data.sources.folders import VideoFolder, are_numbers, labels_of
 from distill_at_scale.data.sources.media import SOUNDS
@@ -113,6 +115,7 @@ class AudioFolder(FileSource):
         self.files = SoundFolders(config) if config.label_pattern is None else SoundsByName(config)
         self.class_names = self.files.class_names
         self.decoder = SoundDecoder(config.rate, config.seconds, config.bands, config.max_seconds)
+        self.child = IsolatedFunction(CHILD)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -136,6 +139,9 @@ class AudioFolder(FileSource):
 
     def _spectrogram(self, raw: Any) -> Array | SampleRejected:
         try:
-            return self.decoder(raw)
-        except SampleRejected as reason:
-            return reason
+            reply, values = self.child.call(asdict(self.decoder), raw, self.config.time_limit)
+        except WorkerDied as death:
+            return SampleRejected(f"the decoder {death}; replace the file")
+        if "rejected" in reply:
+            return SampleRejected(reply["rejected"])
+        return np.frombuffer(values, np.float32).reshape(self.shape)

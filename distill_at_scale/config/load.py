@@ -158,7 +158,10 @@ def _override_advice(key: str, value: str | None) -> str:
 
 
 def _of_run(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in a folder. Credentials of its paths are not stored."""
+    """The configuration of the run in a folder. Credentials of its paths are not stored.
+
+    run.redo was for one command only. A run.reuse that is gone is left out: what was taken from it is in the folder.
+    """
     try:
         values: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
     except FileNotFoundError:
@@ -170,6 +173,10 @@ def _of_run(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{error}\n{folder} may be of another version of distill_at_scale; use that one") from None
     values = config.model_dump(exclude_defaults=True)  # it holds all keys, but only the others were set
+    run = values.get("run", {})
+    run.pop("redo", None)
+    if "://" not in (reuse := run.get("reuse", "")) and not Path(reuse).exists():
+        run.pop("reuse", None)
     _set_all(
         values, {"data.chunk": config.data.chunk, "run.dir": str(folder)}
     )  # chunk: its default follows data.frames

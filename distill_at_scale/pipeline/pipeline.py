@@ -53,6 +53,7 @@ class Pipeline:
     ):
         self.context = RunContext(config, executor, display, watch, observers)
         self.display, self._find_rate, self._environment = display, find_rate, cache(environment)
+        self._wanted: Sequence[str] = STAGES
 
     @property
     def config(self) -> Config:
@@ -70,6 +71,7 @@ class Pipeline:
         """Run stages in order, after taking over earlier ones from run.reuse. Raises UserError if an input is missing or
         the output is of another configuration.
         """
+        self._wanted = stages
         with self._working():
             self._take_over_before(stages[0])
             for stage in stages:
@@ -158,8 +160,10 @@ class Pipeline:
                 redact_uri(self.config.run.dir),
             )
             reused = f"reuses {', '.join(kept)} and " if kept else ""
-            lines.append(f"In a new folder this command {reused}computes {', '.join(STAGES[place:])}:")
-            lines.append(f"  {next_command(dir=next_folder(old), reuse=old)}")
+            computed = [later for later in STAGES[place:] if later in self._wanted]
+            lines.append(f"In a new folder this command {reused}computes {', '.join(computed)}:")
+            reuse = {"reuse": old} if kept else {}
+            lines.append(f"  {next_command(dir=next_folder(old), **reuse)}")
         lines.append(f"In this folder, after moving the present output of {stage} to {REPLACED}/:")
         return "\n".join([*lines, f"  {next_command(redo=stage)}"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import typing
 from pathlib import Path
@@ -349,6 +350,15 @@ def test_a_run_folder_of_another_version_says_so(tmp_path):
         config.load(tmp_path)
 
 
+def test_a_run_folder_gives_neither_its_redo_nor_a_run_to_reuse_that_is_gone(tmp_path):
+    """run.redo would move results of later commands aside, and a run that is gone would refuse every command."""
+    written = {"run": {"redo": "select", "reuse": str(tmp_path / "other")}, "select": {"keep": 0.5}}
+    (tmp_path / "run.json").write_text(json.dumps({"config": written}), encoding="utf-8")
+    assert config.load(tmp_path) == config.load({"select.keep": 0.5, "run.dir": tmp_path})
+    (tmp_path / "other").mkdir()
+    assert config.load(tmp_path).run.reuse == str(tmp_path / "other")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml"):
         config.load(tmp_path / "none.yaml")
@@ -446,7 +456,7 @@ def test_every_name_is_checked_before_anything_is_computed(make_config, tmp_path
         ("distill.method", "trajectory_matching", METHODS, "did you mean mtt?"),
         ("score.criterion", "early", CRITERIA, "did you mean loss_early?"),
         ("score.network", "resnet", NETWORKS, "did you mean resnet18?"),
-        ("data.source", "zzzz", SOURCES, "known: digits, hmdb51, imagefolder"),
+        ("data.source", "zzzz", SOURCES, "known: audiofolder, digits"),
     ],
 )
 def test_a_word_for_a_part_of_the_package_leads_to_its_name(key, name, table, meant):

@@ -12,12 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill_at_scale.api import load_config, open_run, run
+    from distill_at_scale.api import load_config, run
     from distill_at_scale.config.load import Config
     from distill_at_scale.core.errors import UserError
     from distill_at_scale.distillation import synthetic_set as synthetic
     from distill_at_scale.distillation.synthetic_set import SyntheticSet, load
-    from distill_at_scale.pipeline.run_reader import Run
+    from distill_at_scale.pipeline.run_reader import Run, open_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ _SOURCES = {  # module and its attribute; None: the module itself
     "Config": ("config.load", "Config"),
     "Run": ("pipeline.run_reader", "Run"),
     "run": ("api", "run"),
-    "open_run": ("api", "open_run"),
+    "open_run": ("pipeline.run_reader", "open_run"),
     "load_config": ("api", "load_config"),
     "UserError": ("core.errors", "UserError"),
     "synthetic": ("distillation.synthetic_set", None),

@@ -75,6 +75,8 @@ def run(
     if stages is not None and (not stages or not isinstance(stages, str | Iterable)):
         raise UserError(f"stages = {stages!r} names no stage; give None for all, or some of {', '.join(STAGES)}")
     wanted = STAGES if stages is None else (stages,) if isinstance(stages, str) else tuple(stages)
+    if not wanted:
+        raise UserError(f"stages is empty; name one or more of {', '.join(STAGES)}")
     for name in wanted:
         if name not in STAGES:
             raise UserError(f"there is no stage {name!r}; {suggest(str(name), STAGES)}")
@@ -87,23 +89,6 @@ def run(
         warnings.warn(config, display)
         make_pipeline(config, display).run([stage for stage in STAGES if stage in wanted])
     return Run(RunDir.of(config.run))
-
-
-def open_run(address: str | Path) -> Run:
-    """A finished or partial run by its folder. Loads neither torch nor Ray.
-
-        >>> run = das.open_run("runs/digits")
-        >>> run.results, run.scores.to_pandas()
-
-    Args:
-        address: a path, or a URI such as s3://bucket/runs/x.
-
-    Raises:
-        UserError: there is no run at the address, or it is the folder of a sweep or study.
-    """
-    from distill_at_scale.pipeline import run_reader
-
-    return run_reader.open_run(address)
 
 
 def ray_address(config: Config) -> str | None:
@@ -128,9 +113,8 @@ def opening(config: Config, work: str) -> str:
         from distill_at_scale.storage.filesystem import redact_uri
 
         folder = redact_uri(folder)
-    where = {None: "on Ray, on this machine", "none": "in this process"}.get(
-        address, f"on the Ray cluster at {address}"
-    )
+    names = {None: "on Ray, on this machine", "none": "in this process"}
+    where = names.get(address, f"on the Ray cluster at {address}")
     return f"distill-at-scale {__version__}: {work}, in the run folder {folder}, {where}"
 
 

@@ -84,8 +84,8 @@ def init(
     """Look at your data and write a configuration for it.
 
     Says which layout the data have, their splits and classes, and what a look at 100 samples shows. Measures this
-    machine for some seconds, and chooses settings whose first run fits the budget. Published settings and their time
-    stand beside smaller ones as comments.
+    machine for some seconds, and chooses settings whose first run fits the budget. The file shows
+    published settings and their time in comments.
     """
 
     def body() -> None:
@@ -149,7 +149,7 @@ _add_stage(
 _add_stage(
     "evaluate",
     "Train networks on the synthetic set and test them.\n\n"
-    "The networks are fresh, and a set of random real samples is tested beside it. Reads the output of distill.",
+    "The networks are fresh, and a set of random real samples is tested, too. Reads the output of distill.",
     "evaluate digits",
     "evaluate digits evaluate.seeds=3 run.dir=runs/three run.reuse=runs/digits",
 )
@@ -229,7 +229,7 @@ def plan(config: ConfigName, overrides: Overrides = None) -> int:
 def sweep(config: ConfigName, overrides: Overrides = None) -> int:
     """Try many configurations on shared ingest and scores.
 
-    They are the combinations of sweep.space. Random and unpruned controls run beside them. Writes sweep.html and
+    They are the combinations of sweep.space. Random and unpruned controls run, too. Writes sweep.html and
     sweep.parquet.
     """
     return _work("sweep", config, overrides, api.run_sweep)
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     replace_unknown_characters()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # threads that wait for others sleep: spinning costs more beside other processes. torch's OpenMP reads this once
+    # threads that wait for others sleep: spinning slows other processes down. torch's OpenMP reads this once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _own_warnings_only(), command_line.remembered(*arguments[:1]):
@@ -460,9 +460,7 @@ def report_errors(body: Callable[[], int | None]) -> int:
         if error.errno is None:
             raise
         where, advice = error.filename or "the run folder", ADVICE.get(error.errno, OTHER_ADVICE)
-        _say_error(
-            f"error: {error.strerror}: {where}. {advice}, and give the same command again; finished work is kept."
-        )
+        _say_error(f"error: {error.strerror}: {where}. {advice}, and repeat the command; finished work is kept.")
     return 2
 
 

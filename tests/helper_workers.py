@@ -13,6 +13,13 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.pipeline.executors.base import Result, Unit, Worker
 
 
+class Unreadable:
+    """Raises ValueError when it is unpickled."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
 class Helped(Worker):
     """Long units; `work` is (number, what happens to the unit in a helper). With a fate, the driver waits for a helper."""
 
@@ -27,6 +34,9 @@ class Helped(Worker):
                 started.touch()
                 if fate == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if fate == "unreadable":
+                    yield {"answer": Unreadable()}
+                    continue
                 if fate == "error":
                     raise UserError(f"unit {number} cannot be done")
             until = time.monotonic() + 60

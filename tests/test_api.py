@@ -19,13 +19,14 @@ from distill_at_scale import api
 from distill_at_scale.config import load as config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.pipeline import run_reader
 
 
 def test_the_names_of_the_api_are_those_of_the_package():
     assert distill_at_scale.Config is config.Config
     assert distill_at_scale.load_config is api.load_config
     assert distill_at_scale.run is api.run
-    assert distill_at_scale.open_run is api.open_run
+    assert distill_at_scale.open_run is run_reader.open_run
     assert distill_at_scale.UserError is UserError
     assert distill_at_scale.synthetic is synthetic_set
     assert distill_at_scale.SyntheticSet is synthetic_set.SyntheticSet

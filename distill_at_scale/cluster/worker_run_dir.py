@@ -28,9 +28,8 @@ class WorkerRunDir:
         if marker:
             run = RunDir.of(self.config.run)
             self.moved, lock = (Path(marker["root"]), run.path), run.path / LOCK
-            if run.remote and not (
-                lock.exists() and lock.read_text(encoding="utf-8") == marker["token"]
-            ):  # not the driver's machine
+            token = lock.read_text(encoding="utf-8") if lock.exists() else None
+            if run.remote and token != marker["token"]:  # not the driver's machine
                 self.remote = run.remote
                 with self.remote.exclusive():
                     self.remote.claim(marker["identity"])

@@ -165,9 +165,8 @@ def words(annotation: Any, limits: Sequence[Any] = (), *, sentence: bool = False
 
 def _range(limits: Sequence[Any], sentence: bool) -> str:
     values = {name: getattr(limit, name) for limit in limits for name in BOUNDS if hasattr(limit, name)}
-    bounds = {
-        name: f"{value:,}".replace(",", "," if sentence else " ") for name, value in values.items() if value != MAX_LR
-    }
+    comma = "," if sentence else " "
+    bounds = {name: f"{value:,}".replace(",", comma) for name, value in values.items() if value != MAX_LR}
     if not sentence or "min_length" in bounds:
         text = " and ".join(f"{BOUNDS[name]} {value}" for name, value in bounds.items())
         return text and f" {text}"

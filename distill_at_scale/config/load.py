@@ -46,7 +46,7 @@ class Config(Section):
         if select.keep == "auto":
             if select.per_class:
                 raise ValueError(
-                    "select.keep: auto searches for a rate, which select.per_class would replace; give one of them"
+                    "select.keep: auto searches for a rate, and select.per_class replaces it; give one of them"
                 )
             if select.order == "stratum":
                 raise ValueError(
@@ -118,7 +118,7 @@ def load(
         try:
             parsed = typed_yaml.read_override(value, Config, annotation)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise UserError(f"cannot read the value in the override {text!r}") from None
+            raise UserError(f"the value in {text!r} is not valid YAML; check its brackets and quotes") from None
         _set(values, key.split("."), parsed, text)
         origin[key] = "the command line"
     return validate(values, origin | dict.fromkeys(_set_all(values, keys or {}), "the keywords"), file)
@@ -138,10 +138,8 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
     Raises UserError for an unknown key or a value that is not allowed; the message names `origin`.
     """
     values = config.model_dump(exclude_unset=True)  # the result knows, too, which keys were set
-    values["data"] = {
-        "chunk": config.data.chunk,
-        **values.get("data", {}),
-    }  # its default must not follow a new data.frames
+    # the default of data.chunk must not follow a new data.frames
+    values["data"] = {"chunk": config.data.chunk, **values.get("data", {})}
     for key, value in overrides.items():
         _set(values, key.split("."), value, f"{key}={value}")
     return validate(values, dict.fromkeys(overrides, origin), origin)
@@ -177,9 +175,8 @@ def _of_run(folder: Path) -> dict[str, Any]:
     run.pop("redo", None)
     if "://" not in (reuse := run.get("reuse", "")) and not Path(reuse).exists():
         run.pop("reuse", None)
-    _set_all(
-        values, {"data.chunk": config.data.chunk, "run.dir": str(folder)}
-    )  # chunk: its default follows data.frames
+    # the default of data.chunk follows data.frames
+    _set_all(values, {"data.chunk": config.data.chunk, "run.dir": str(folder)})
     return values
 
 
@@ -193,9 +190,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a configuration is a YAML file in UTF-8") from None
     if len(text) > MAX_CHARACTERS:
-        raise UserError(
-            f"{path} has more than {MAX_CHARACTERS:,} characters and is not a configuration; check the path"
-        )
+        raise UserError(f"{path} has more than {MAX_CHARACTERS:,} characters: no configuration; check the path")
     try:
         values = typed_yaml.read(text, Config, Config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number

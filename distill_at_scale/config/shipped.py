@@ -100,9 +100,8 @@ def copy(name: str, target: Path | None = None) -> Path:
     """
     source, target = path(name), Path(f"{name}.yaml") if target is None else target
     target = target / f"{name}.yaml" if target.is_dir() else target
-    text = source.read_text(encoding="utf-8").replace(
-        f"{SCHEMA_LINE}schema.json", f"{SCHEMA_LINE}{FOLDER / 'schema.json'}", 1
-    )
+    text = source.read_text(encoding="utf-8")
+    text = text.replace(f"{SCHEMA_LINE}schema.json", f"{SCHEMA_LINE}{FOLDER / 'schema.json'}", 1)
     text = text.replace(f"configs/{name}.yaml", str(target))
     try:
         with open(target, "x", encoding="utf-8") as file:

@@ -42,9 +42,13 @@ def publish(path: Path) -> Iterator[Path]:
 def set_aside(path: Path) -> str:
     """Rename a damaged file or folder that can be computed again; returns the end of an error's sentence."""
     new = path.with_name(f"{path.name}{DAMAGED}")
-    with contextlib.suppress(FileNotFoundError, OSError):  # another process was faster, or somebody else's folder
+    try:
         shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
         os.replace(path, new)
+    except FileNotFoundError:  # another process was faster
+        pass
+    except OSError as error:
+        return f"it could not be renamed ({error.strerror}); remove it and give the same command again"
     return f"it was renamed to {new.name}; give the same command again to compute it again"
 
 

@@ -51,6 +51,5 @@ def next_command(stage: str | None = None, **run: str) -> str:
     """
     name = _given.name if stage is None or _given.name in MANY else stage
     kept = [text for text in _given.overrides if text.partition("=")[0].strip().removeprefix("run.") not in run]
-    return shlex.join(
-        [NAME, name or "run", _given.config, *kept, *(f"run.{key}={value}" for key, value in run.items())]
-    )
+    changed = [f"run.{key}={value}" for key, value in run.items()]
+    return shlex.join([NAME, name or "run", _given.config, *kept, *changed])

@@ -193,12 +193,13 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 
     An unusable or repeated name becomes `class-<label>`. If the names do not sort in label order, all get their label in front.
     """
-    names: list[str] = []
+    names, taken = list[str](), set[str]()
     for label, name in enumerate(class_names):
         safe = "".join("_" if c in (os.sep, "/", "\\", "\0") else c for c in name).strip()
-        usable = safe not in ("", ".", "..") and safe.casefold() not in {other.casefold() for other in names}
+        usable = safe not in ("", ".", "..") and safe.casefold() not in taken
         names.append(safe if usable else f"class-{label}")
-    if names == sorted(names):
+        taken.add(safe.casefold())
+    if names == sorted(set(names)):  # a class may be called class-1 itself
         return names
     digits = len(str(len(names) - 1))
     return [f"{label:0{digits}d}_{name}" for label, name in enumerate(names)]

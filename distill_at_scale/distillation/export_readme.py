@@ -21,18 +21,15 @@ configs:
   - split: train
     path: train-*.parquet
 """
-CLASS_FOLDERS = (
-    "Folders sort in the order of the labels: label i is the i-th folder, and its class is line i of `classes.txt`."
-)
+CLASS_FOLDERS = "Folders sort in the order of the labels: label i is the i-th folder and line i of `classes.txt`."
 
 
 def readme(synthetic: SyntheticSet, kind: Format, name: str) -> str:
     """Markdown for the export of this kind to a folder or file called `name`."""
     card, of_tensors, classes = synthetic.card, synthetic.kind == "tensors", len(synthetic.class_names)
     how = [f"`{card.get('method', 'unknown')}`"]
-    how += [
-        f"{card[key]} {text}" for key, text in (("images_per_class", "per class"), ("steps", "steps")) if key in card
-    ]
+    units = {"images_per_class": "per class", "steps": "steps"}
+    how += [f"{card[key]} {unit}" for key, unit in units.items() if key in card]
     shape = list(synthetic.images.shape[1:])
     lines = [
         f"{len(synthetic)} {synthetic.kind} of shape {shape} in {classes} classes.",
@@ -61,9 +58,7 @@ def readme(synthetic: SyntheticSet, kind: Format, name: str) -> str:
         lines.append(f"Each image holds {factor} x {factor} training images: {parts}.")
     labels = card.get("protocol", {}).get("labels", "hard")
     if labels == "views" or (labels == "soft" and kind != "pt"):
-        lines.append(
-            "The set was made with soft labels, which are not here; `train_loader()` of distill_at_scale has them."
-        )
+        lines.append("The set has soft labels, which are not here; `train_loader()` of distill_at_scale has them.")
     lines.append("License: that of the source data. Check it before you share this set.")
     facts_of_set = "\n".join(f"- {line}" for line in lines)
     text = f"# Synthetic set of {classes} classes\n\n{facts_of_set}\n\n```python\n{loading(synthetic, kind, name)}```\n"

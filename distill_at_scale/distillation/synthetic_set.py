@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("labels", "teacher")  # extras named `labels/...` are saved in labels.safetensors, and so on
 SET, CARD = "synthetic", "card.json"  # the folder in a run folder, and a file in it
+AGAIN = "restore it from a copy, or distil again with run.redo=distill"
 PREVIEW_CLASSES, PREVIEW_COLUMNS, PREVIEW_SIDE = 100, 10, 64
 PREVIEW_BYTES = 4 * 2**20  # uncompressed, of an animated preview
 
@@ -140,9 +141,8 @@ class SyntheticSet:
         Raises:
             UserError: the set has labels of views, and another batch size or order is wanted; or its labels are missing.
         """
-        return TrainLoader(
-            self.training_set(), self.protocol, len(self.class_names), batch_size, shuffle, seed, augment
-        )
+        classes = len(self.class_names)
+        return TrainLoader(self.training_set(), self.protocol, classes, batch_size, shuffle, seed, augment)
 
     def test_transform(self, resize: str | None = None) -> Transform:
         """The transform (torchvision.transforms.v2) of real images for a network that is trained on the set.
@@ -196,9 +196,7 @@ class SyntheticSet:
     def pixels(self) -> Tensor:
         """uint8 [n, C, H, W] or [n, T, C, H, W], clipped to 0..255. Raises UserError for a set of tensors."""
         if self.kind == "tensors":
-            raise UserError(
-                "the set holds arrays, which have no pixels; values() has them on the scale of the real data"
-            )
+            raise UserError("the set holds arrays, which have no pixels; values() has them on their own scale")
         return self.values()
 
     def values(self) -> Tensor:
@@ -265,9 +263,9 @@ def load(folder: str | Path) -> SyntheticSet:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{name} holds no synthetic set; run `distill-at-scale distill CONFIG` first") from None
     except Exception as error:
-        raise UserError(f"the synthetic set in {name} is damaged: {error}") from None
+        raise UserError(f"the synthetic set in {name} is damaged: {error}; {AGAIN}") from None
     if problem := _problem(tensors, card):
-        raise UserError(f"the synthetic set in {name} is damaged: {problem}")
+        raise UserError(f"the synthetic set in {name} is damaged: {problem}; {AGAIN}")
     Normalization.of_card(card["normalization"])
     images, labels = tensors.pop("images"), tensors.pop("labels")
     by_step = {int(k): v for k, v in sorted(snapshots.items()) if k.isdecimal()}

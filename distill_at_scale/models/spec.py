@@ -235,9 +235,8 @@ def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -
                     raise
                 failed = True
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                warnings.warn(
-                    f"torch.compile does not work here ({reason}); running eagerly, slower", RunWarning, stacklevel=2
-                )
+                problem = f"torch.compile does not work here ({reason})"
+                warnings.warn(f"{problem}; running eagerly, slower", RunWarning, stacklevel=2)
         return network(images)
 
     return forward

@@ -72,8 +72,8 @@ def check_on_sample(key: str, logits: Tensor, labels: Tensor, class_names: Seque
     elif least > guess[0] + MARGIN and near_guessing:
         reason = (
             f"Perhaps the weights have another order of the classes.{_text_order(class_names)} List them in the weights' order "
-            "in data.class_names. Or they were trained with another normalisation, size or resize; set data.size, "
-            "data.channels and data.resize as then"
+            "in data.class_names. Or they were trained with another normalisation, size or resize; give their "
+            "data.size, data.channels and data.resize"
         )
     else:
         return result
@@ -85,9 +85,8 @@ def _accuracy_with_other_classes(predicted: Tensor, labels: Tensor, classes: int
     first, second = slice(0, None, 2), slice(1, None, 2)
     right = 0
     for fit, use in ((first, second), (second, first)):
-        counts = torch.zeros(classes, classes).index_put_(
-            (predicted[fit], labels[fit]), torch.tensor(1.0), accumulate=True
-        )
+        pairs = predicted[fit], labels[fit]
+        counts = torch.zeros(classes, classes).index_put_(pairs, torch.tensor(1.0), accumulate=True)
         meaning = torch.where(counts.sum(1) > 0, counts.argmax(1), -1)
         right += int((meaning[predicted[use]] == labels[use]).sum())
     return right / len(labels)

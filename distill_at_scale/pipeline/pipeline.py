@@ -155,10 +155,7 @@ class Pipeline:
         """The error for output of another configuration: what can be kept, and the command that keeps it."""
         place, lines = STAGES.index(stage), [problem, "Nothing was changed."]
         if not runs_points():
-            kept, old = (
-                [earlier for earlier in STAGES[:place] if self._agrees(earlier)],
-                redact_uri(self.config.run.dir),
-            )
+            kept, old = list(filter(self._agrees, STAGES[:place])), redact_uri(self.config.run.dir)
             reused = f"reuses {', '.join(kept)} and " if kept else ""
             computed = [later for later in STAGES[place:] if later in self._wanted]
             lines.append(f"In a new folder this command {reused}computes {', '.join(computed)}:")

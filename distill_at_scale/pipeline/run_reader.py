@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 SMALL = ("run.json", "evaluation.json", "prepared/dataset.json", "rejected.parquet")  # files that a summary reads
 SWEEP, STUDY = ("sweep.parquet", "sweep.html"), ("studies.html", "studies")
+RECORD_KEYS = (  # of every stage record; the others are facts of its stage
+    "stage", "fingerprint", "config", "content", "outputs", "output", "seconds", "reused_from", "linked_to",
+)  # fmt: skip
 PICTURE_CLASSES, PICTURE_COLUMNS = 20, 10
 
 
@@ -48,8 +51,8 @@ class StageState:
         seconds: that it took, without interruptions; None if it did not finish.
         at: when its record was written, in local time.
         reused_from: the run folder that it was taken from.
-        facts: what the stage recorded beside its output, such as `kept` and `of` of select.
-        problem: of a damaged stage: what is not whole, and what to do.
+        facts: what else the stage recorded, such as `kept` and `of` of select.
+        problem: of a damaged stage: what is damaged, and what to do.
     """
 
     state: Literal["finished", "reused", "unfinished", "damaged", "missing"]
@@ -277,18 +280,7 @@ class Run:
             return StageState("damaged", problem=str(error))
         if record is None:
             return StageState("unfinished" if any(self.path.glob(f".work/{stage}-*")) else "missing")
-        known = {
-            "stage",
-            "fingerprint",
-            "config",
-            "content",
-            "outputs",
-            "output",
-            "seconds",
-            "reused_from",
-            "linked_to",
-        }
-        facts = {key: value for key, value in record.items() if key not in known}
+        facts = {key: value for key, value in record.items() if key not in RECORD_KEYS}
         at = datetime.fromtimestamp((self.path / "stages" / f"{stage}.json").stat().st_mtime).astimezone()
         state: Any = "reused" if "reused_from" in record else "finished"
         return StageState(state, record["seconds"], at, record.get("reused_from"), facts)
@@ -329,9 +321,7 @@ def open_folder(address: str | Path) -> RunDir:
         missing = f"{folder.path} is a file" if folder.path.exists() else f"there is no folder {folder.path}"
         raise UserError(f"{missing}; give the run.dir of a run")
     if not (is_run(folder) or kind_of(folder) != "run"):
-        raise UserError(
-            f"{folder.named} is not a run folder: it has neither stages/ nor run.json; give the run.dir of a run"
-        )
+        raise UserError(f"{folder.named} is not a run folder (no stages/, no run.json); give the run.dir of a run")
     return folder
 
 
@@ -350,7 +340,10 @@ def kind_of(folder: RunDir) -> Literal["sweep", "study", "sweep or study", "run"
 
 
 def open_run(address: str | Path) -> Run:
-    """A finished or partial run by its folder.
+    """A finished or partial run by its folder. Loads neither torch nor Ray.
+
+        >>> run = das.open_run("runs/digits")
+        >>> run.results, run.scores.to_pandas()
 
     Args:
         address: a path, or a URI such as s3://bucket/runs/x.

@@ -56,7 +56,7 @@ def _criteria(config: Config) -> set[str]:
 
 
 def _lacks(*criteria: str) -> Callable[[Config], bool]:
-    """Whether none of the criteria is computed; a criterion of one's own may read any key."""
+    """Whether none of the criteria is computed; code of your own may read any key."""
     return lambda c: not _criteria(c) & set(criteria) and not any(":" in name for name in _criteria(c))
 
 
@@ -194,9 +194,8 @@ def of_data(config: Config, class_names: Sequence[str], counts: Sequence[int], t
     kept, ipc = expected_kept(config, list(counts)), config.distill.ipc
     few = [name for name, number in zip(class_names, kept, strict=True) if number <= ipc]
     if few and config.select.scope == "class":
-        names = ", ".join(map(repr, few[:MAX_NAMED])) + (
-            f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""
-        )
+        more = f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""
+        names = ", ".join(map(repr, few[:MAX_NAMED])) + more
         yield (
             f"of {len(few)} of {len(kept)} classes ({names}) at most distill.ipc = {ipc} samples are kept, so the distilled "
             "samples can be no more than these real ones; raise select.keep, or lower distill.ipc"

@@ -30,9 +30,7 @@ from distill_at_scale.storage.stage_record import LINKED, StageInputs, checked, 
 from distill_at_scale.storage.sync import FolderSync, scratch_of
 from distill_at_scale.storage.working_copy import LOCK, WorkingCopy, link, top_level_names, work_folder
 
-CONTENTS = (
-    "contents.parquet"  # of ingest: times and hashes of the source's files. Copies of one data set differ in the times
-)
+CONTENTS = "contents.parquet"  # of ingest: times and hashes of the source's files; not part of the output's hash
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 OUTPUTS = {  # top-level names that a stage may write
     "ingest": ("prepared", "rejected.parquet", CONTENTS),
@@ -71,12 +69,9 @@ class RunDir:
     """Paths, locking and stage records of one run."""
 
     def __init__(
-        self,
-        path: str | Path,
-        reuse: RunDir | str | Path | None = None,
-        remote: WorkingCopy | None = None,
-        redo: str | None = None,
-    ):
+        self, path: str | Path, reuse: RunDir | str | Path | None = None,
+        remote: WorkingCopy | None = None, redo: str | None = None,
+    ):  # fmt: skip
         """`redo`: the first stage whose damaged or differing output `valid` moves aside."""
         self.path, self.remote, self.redo = Path(path).expanduser(), remote, redo
         self.reuse = RunDir(reuse) if isinstance(reuse, str | Path) else reuse
@@ -204,9 +199,8 @@ class RunDir:
             return True
         difference = inputs.difference(record)
         lines = "\n  ".join(difference)
-        raise OtherConfiguration(
-            f"{self.named} holds the output of {stage} for another configuration:\n  {lines}", difference
-        )
+        problem = f"{self.named} holds the output of {stage} for another configuration:\n  {lines}"
+        raise OtherConfiguration(problem, difference)
 
     def redoes(self, stage: str) -> bool:
         """Whether run.redo allows to compute a stage again."""
@@ -235,11 +229,8 @@ class RunDir:
         digests = file_digests([p for path in outputs for p in files_in(path)])
         files = {path.relative_to(self.path).as_posix(): entry for path, entry in digests.items()}
         read = {"config": dict(inputs.config), "content": dict(inputs.content)}
-        written = {
-            "outputs": files,
-            "output": digest({name: files[name] for name in files if name != CONTENTS}),
-            "seconds": round(seconds, 3),
-        }
+        output = digest({name: files[name] for name in files if name != CONTENTS})
+        written = {"outputs": files, "output": output, "seconds": round(seconds, 3)}
         self._publish(stage, {"stage": stage, "fingerprint": inputs.fingerprint, **read, **written, **facts})
 
     def _publish(self, stage: str, record: Mapping[str, Any]) -> None:

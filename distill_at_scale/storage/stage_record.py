@@ -39,9 +39,7 @@ class StageInputs:
                 if values[0] != values[1] and part == "content" and key in before and key in now:
                     change = f"other content ({values[0][:8]} -> {values[1][:8]})"
                     if key == "source":
-                        change = (
-                            "other files, sizes, labels or another order of classes than when the data were ingested"
-                        )
+                        change = "other files, sizes, labels or order of classes than when the data were ingested"
                     lines.append(f"{key}: {change}")
                 elif values[0] != values[1]:
                     old, new = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(json.dumps, values))

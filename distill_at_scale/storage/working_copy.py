@@ -148,10 +148,7 @@ class WorkingCopy:
 
     def marker(self) -> dict[str, str]:
         """Values by which a worker decides whether it sees this same copy."""
-        token, identity = (
-            (self.path / LOCK).read_text(encoding="utf-8"),
-            (self.path / IDENTITY).read_text(encoding="utf-8"),
-        )
+        token, identity = ((self.path / name).read_text(encoding="utf-8") for name in (LOCK, IDENTITY))
         return {"root": str(self.path.resolve()), "token": token, "identity": identity}
 
     def _rank(self) -> int:

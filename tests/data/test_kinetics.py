@@ -255,7 +255,7 @@ def test_the_folder_of_val_has_many_names(k400, folder):
     (k400 / folder / "abseiling").rename(k400 / folder / "arm wrestling")
     put(k400, {f"{folder}/_dbcJuKJQNs_000000_000010.mp4": b"x"})
     reasons = [reason for *_, reason in aside(kinetics(k400), "test")]
-    assert f"lies in {folder}/, but train.csv line 3 lists it; move the file" in reasons
+    assert f"in {folder}/, but train.csv line 3 lists it; move the file" in reasons
 
 
 def test_names_without_padding_are_the_same_clips(k400):
@@ -300,7 +300,7 @@ def test_files_that_no_list_has_are_set_aside_with_their_reasons(k400):
             -1,
             "a download that was not finished; finish it, or remove the file",
         ),
-        ("train/abseiling/holiday.avi", -1, "its name is not <id>_<start>_<end>, so no CSV can list it; rename it"),
+        ("train/abseiling/holiday.avi", -1, "no CSV can list a name that is not <id>_<start>_<end>; rename it"),
         (
             "train/abseiling/unlistedxxx_000001_000011.mp4",
             -1,
@@ -310,7 +310,7 @@ def test_files_that_no_list_has_are_set_aside_with_their_reasons(k400):
     lies = (
         "val/abseiling/_dbcJuKJQNs_000000_000010.mp4",
         0,
-        "lies in val/, but train.csv line 3 lists it; move the file",
+        "in val/, but train.csv line 3 lists it; move the file",
     )
     assert aside(source, "test") == [lies]
     (k400 / "train/abseiling/_dbcJuKJQNs_000000_000010.webm").unlink()

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.data.prepared.whitening import Whitening
 from distill_at_scale.data.sources import SOURCES
+from distill_at_scale.distillation.export import folder_names
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 
 TWELVE = [str(k) for k in range(12)]
@@ -178,3 +179,7 @@ def test_a_readme_says_that_soft_labels_are_missing(tmp_path, labels):
 def test_unusual_class_names_stay_one_line_each(tmp_path):
     a_set(["a\nb", "ä", "c"]).export_imagefolder(tmp_path / "out")
     assert (tmp_path / "out" / "classes.txt").read_bytes().decode("utf-8").split("\n") == ["a b", "ä", "c", ""]
+
+
+def test_a_class_may_be_called_like_the_folder_of_an_unusable_name():
+    assert folder_names(["class-1", ".."]) == ["0_class-1", "1_class-1"]

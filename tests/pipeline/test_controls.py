@@ -101,6 +101,6 @@ def test_an_interrupted_control_resumes_and_finished_ones_are_not_repeated(make_
 
 def test_a_control_that_would_repeat_the_run_is_left_out_with_the_reason(make_run, tmp_path):
     run = make_run(tmp_path / "run", select__keep=1.0, evaluate__controls=BOTH, evaluate__seeds=1).stages(*STAGES)
-    assert "unpruned, random_keep would repeat this run, because the run keeps all training samples" in run.text
+    assert "unpruned, random_keep left out, because the run keeps all training samples" in run.text
     assert {row["set"] for row in evaluation(run)["rows"]} == {"distilled", "random_real"}
     assert evaluation(run)["controls"] == {}

@@ -63,8 +63,9 @@ def test_a_single_unit_gets_no_helper(work):
     assert (results[0]["threads"], results[0]["pid"], lines) == (2, os.getpid(), [])
 
 
-def test_the_unit_of_a_lost_helper_is_done_here(work):
-    results, lines = work(["killed"] * 4)
+@pytest.mark.parametrize("fate", ["killed", "unreadable"])
+def test_the_unit_of_a_lost_helper_is_done_here(work, fate):
+    results, lines = work([fate] * 4)
     assert [result["number"] for result in results] == list(range(4))
     assert any("exit code -9; its work is done again in this process" in line for line in lines)
 

@@ -60,7 +60,7 @@ def shard(path: Path, count: int = 8) -> Path:
 
 
 def inspected(path: Path, source: str | None = None) -> Inspection:
-    return inspect(str(path), source, 0, lambda count: None)
+    return inspect(str(path), source, 0)
 
 
 def refused(path: Path, source: str | None = None) -> str:

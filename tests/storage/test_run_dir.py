@@ -51,7 +51,7 @@ def test_another_configuration_is_refused_with_the_difference(run):
 def test_other_data_are_refused_in_words(run):
     (run / "x").write_text("x", encoding="utf-8")
     run.complete("ingest", StageInputs({}, {"source": "abc"}), [run / "x"], 0)
-    with pytest.raises(UserError, match="source: other files, sizes, labels or another order of classes than when"):
+    with pytest.raises(UserError, match="source: other files, sizes, labels or order of classes than when"):
         run.valid("ingest", StageInputs({}, {"source": "xyz"}))
 
 

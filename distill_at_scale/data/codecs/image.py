@@ -85,9 +85,7 @@ class ImageDecoder:
             raise SampleRejected(foreign_files.describe(raw, "an image", KINDS, "JPEG or PNG")) from None
         except Image.DecompressionBombError:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-            reason = (
-                f"decompression bomb: more than {limit:,} pixels, which Pillow opens at most; make the image smaller"
-            )
+            reason = f"decompression bomb: more than {limit:,} pixels, Pillow's limit; make the image smaller"
             raise SampleRejected(reason) from None
         except Exception as error:  # a decoder fed with damaged bytes raises almost anything
             words = (str(error) or type(error).__name__).rstrip(".")
@@ -161,11 +159,9 @@ class ImageDecoder:
 
 def _checked(pixels: Array) -> Array:
     """Pixels as Pillow takes them. Raises SampleRejected for another type or shape."""
-    wide, colors = pixels.dtype == np.uint16 and pixels.ndim == 2, pixels.shape[2:]
-    if (
-        not (wide or (pixels.dtype == np.uint8 and (pixels.ndim == 2 or colors in ((1,), (3,), (4,)))))
-        or not pixels.size
-    ):
+    wide, grey = pixels.dtype == np.uint16, pixels.ndim == 2
+    colors = pixels.dtype == np.uint8 and (grey or pixels.shape[2:] in ((1,), (3,), (4,)))
+    if not ((wide and grey) or colors) or not pixels.size:
         allowed = "uint8 [H, W], [H, W, 1] or [H, W, 3]"
         raise SampleRejected(f"an array of {pixels.dtype} {list(pixels.shape)}; the pixels of an image are {allowed}")
     return pixels[..., 0] if colors == (1,) else pixels

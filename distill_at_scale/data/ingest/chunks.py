@@ -167,9 +167,7 @@ def _decoded(
     """
     small = rows["size"].to_numpy() <= recipe.max_bytes
     for row in rows.filter(pa.array(~small)).to_pylist():
-        reason = (
-            f"{row['size']:,} bytes, more than data.max_bytes = {recipe.max_bytes:,}; raise it, or replace the file"
-        )
+        reason = f"{row['size']:,} bytes, more than data.max_bytes = {recipe.max_bytes:,}; raise it or replace the file"
         yield row["sample_id"], row["location"], reason, False
     for batch, raws in prefetch(_read(source, rows if small.all() else rows.filter(pa.array(small)), spent)):
         with spent.on("decode"):
@@ -259,8 +257,8 @@ def _read_one(source: Source, row: pa.Table) -> Raw | SampleRejected:
         where = f" ({Path(frames[-1][0].f_code.co_filename).name}, line {frames[-1][1]})"
         if own:
             where = f" ({type(source).__module__}, line {own[-1]})"
-        said = str(error).partition("\n")[0]
-        return SampleRejected(f"read of {_name(source)} failed: {type(error).__name__}: {said}{where}")
+        message = str(error).partition("\n")[0]
+        return SampleRejected(f"read of {_name(source)} failed: {type(error).__name__}: {message}{where}")
 
 
 def _name(source: Source) -> str:

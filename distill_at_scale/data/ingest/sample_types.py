@@ -69,15 +69,13 @@ class TensorDecoder:
     def __call__(self, raw: bytes | Array) -> Array:
         """-> a new float32 array. Raises SampleRejected for another shape and for values that are not finite numbers."""
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
-            raise SampleRejected(
-                "no array of numbers: missing, or its lists differ in length or lack numbers; correct it"
-            )
+            raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack values; fix it")
         if raw.shape != self.shape:
             raise SampleRejected(f"its shape is {[*raw.shape]}, that of all others {[*self.shape]}")
         with np.errstate(over="ignore"):
             values = raw.astype(np.float32)
         if not np.isfinite(values).all():
             raise SampleRejected(
-                f"{int((~np.isfinite(values)).sum())} of its values are not finite in 32 bits; correct them"
+                f"{int((~np.isfinite(values)).sum())} of its values are not finite in 32 bits; fix them"
             )
         return values

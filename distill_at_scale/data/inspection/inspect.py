@@ -6,7 +6,6 @@ The sources themselves list the samples. Each layout with evidence is tried; the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from distill_at_scale.storage.filesystem import is_uri, join_path
 
 HOLDOUT = 0.2
 FRAMES = 8
+ARRAY_FILES = (".npy", ".npz", ".h5", ".hdf5", ".mat", ".pt", ".pkl", ".csv", ".tfrecord")
 READ = (
     "class folders of images, videos or sounds (train/<class>/…, val/<class>/…), ImageNet and Tiny-ImageNet as unpacked or as "
     "official tars, Hugging Face's Parquet files, WebDataset tars, torchvision's stored sets, Kinetics, UCF-101, HMDB-51, "
@@ -59,13 +59,11 @@ class Inspection:
         others = f"; also possible: {', '.join(f'--source {name}' for name in self.others)}" if self.others else ""
         lines = [f"layout: {self.data['source']} ({self.why}){others}", self.plan.describe()]
         if self.data.get("train_split"):
-            lines.append(
-                f"there is no training split, so the {self.data['train_split']} split is distilled (data.train_split)"
-            )
+            split = self.data["train_split"]
+            lines.append(f"there is no training split, so the {split} split is distilled (data.train_split)")
         if self.held_out:
-            lines.append(
-                f"there is no test split, so {self.data['holdout']:.0%} of each class become one (data.holdout)"
-            )
+            share = f"{self.data['holdout']:.0%} of each class"
+            lines.append(f"there is no test split, so {share} become one (data.holdout)")
         if aside := sum(table.num_rows for table in self.plan.aside.values()):
             lines.append(f"{aside:,} more samples cannot be used; validate lists them with their reasons")
         if len(self.plan.class_names) == 1:
@@ -73,12 +71,11 @@ class Inspection:
         return [*lines, *self.plan.notes[:3], *self.remarks, f"{self.kind}: {self.look.line()}"]
 
 
-def inspect(path: str, source: str | None, seed: int, advance: Callable[[int], None]) -> Inspection:
+def inspect(path: str, source: str | None, seed: int) -> Inspection:
     """Find the source that reads `path` (a folder, a file or a URI), list the data, and look at some samples.
 
     Args:
         source: the name of a source, or package.module:Object, to use instead of the one that fits best.
-        advance: called with the number of samples after each part of the look.
 
     Raises:
         UserError: no source reads the data; the message says what the folder holds.
@@ -110,17 +107,15 @@ def inspect(path: str, source: str | None, seed: int, advance: Callable[[int], N
         except Unreachable:
             raise
         except UserError as error:
-            errors.append(
-                f"it looks like {layout.source} ({layout.why}), but: {error}" if source is None else str(error)
-            )
+            guess = "" if source else f"it looks like {layout.source} ({layout.why}), but: "
+            errors.append(f"{guess}{error}")
             continue
         rows = pa.concat_tables(plan.listings.values())
-        seen = samples.look(opened, config.data, rows, seed, advance)
+        seen = samples.look(opened, config.data, rows, seed)
         kind = "tensors" if seen.shape else "clips" if getattr(opened, "clips", False) else "images"
         others = [other.source for other in candidates if other.source != layout.source]
-        return Inspection(
-            _values(config.data), layout.why, others, plan, seen, kind, held_out, _neighbours(path, held_out)
-        )
+        values, remarks = _values(config.data), _neighbours(path, held_out)
+        return Inspection(values, layout.why, others, plan, seen, kind, held_out, remarks)
     raise UserError(errors[0])
 
 
@@ -163,9 +158,8 @@ def _refuse_other_roots(survey: Survey, candidates: list[Layout]) -> None:
     """Raises UserError if the folder holds data sets in subfolders, and for splits within classes."""
     if survey.split_folders():
         return
-    roots = [
-        f for f in sorted(survey.folders) if f and survey.split_folders(f) and not any(map(split_word, f.split("/")))
-    ]
+    roots = [f for f in sorted(survey.folders) if f and survey.split_folders(f)]
+    roots = [f for f in roots if not any(map(split_word, f.split("/")))]
     roots = [f for f in roots if not any(f.startswith(f"{other}/") for other in roots)]
     roots = [f for f in roots if any(survey.count(kind, f) for kind in MEDIA) and f.count("/") < 4]
     tables = {path.partition("/")[0] for path in survey.others if path.endswith(".parquet") and "/" in path}
@@ -198,28 +192,22 @@ def _misfit(survey: Survey) -> str:
     seen = f"{place} fits no layout. It holds {sum(endings.values()):,} files ({counted}){folders}."
     flat = {kind: survey.count(kind) for kind in MEDIA if survey.count(kind)}
     archives = sum(endings[ending] for ending in (".zip", ".7z", ".rar", *TARS))
-    arrays = sum(
-        endings[ending] for ending in (".npy", ".npz", ".h5", ".hdf5", ".mat", ".pt", ".pkl", ".csv", ".tfrecord")
-    )
+    arrays = sum(endings[ending] for ending in ARRAY_FILES)
     if flat:
         kind = max(flat, key=lambda name: flat[name])
         listed = next((path for path in survey.others if path.endswith(".csv")), None)
         advice = f"The {kind}s lie in no class folders, so their classes are unknown: sort them into <class>/ folders"
         advice += f" as {listed} says" if listed else ""
-        advice += ", or set data.label_pattern to find them in the names (data/README.md, Sound)" * (kind == "sound")
-        advice += (
-            ", or write Parquet files with the columns image (the files' bytes) and label" if kind == "image" else ""
-        )
+        if kind == "sound":
+            advice += ", or set data.label_pattern to find them in the names (data/README.md, Sound)"
+        if kind == "image":
+            advice += ", or write Parquet files with the columns image (the files' bytes) and label"
     elif archives:
-        advice = (
-            "Unpack the archives first; tars are read in place only as WebDataset or as ImageNet's and Kinetics' own"
-        )
+        advice = "Unpack the archives; tars are read in place only as WebDataset or as ImageNet's and Kinetics' own"
     elif arrays:
         advice = f"Arrays can be given as {ARRAYS}"
     elif endings[".parquet"]:
-        advice = (
-            f"Its Parquet files have no column with encoded images (binary, or struct<bytes, path>); arrays: {ARRAYS}"
-        )
+        advice = f"Its Parquet files have no column with images (binary, or struct<bytes, path>); arrays: {ARRAYS}"
     else:
         advice = "Give the folder that holds the data, or write a source of your own (data/README.md)"
     return f"{seen} {advice}. Layouts that are read: {READ}."

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from distill_at_scale.config.explain import nearest
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sources.base import split_word
 from distill_at_scale.data.sources.image import torchvision
@@ -176,11 +177,10 @@ def _parquet(survey: Survey) -> Layout | None:
     label = label or next((name for name in LABEL_NAMES if name in schema.names), None)
     keys = {} if label in (None, "label") else {"label_column": label}
     is_sound = {name for name in schema.names if features.get(name) == "Audio" or name in ("audio", "sound")}
-    columns = {
-        "parquet": ("image_column", "image", _holds_bytes),
-        "tensors": ("value_column", "values", _holds_numbers),
-    }
-    for source, (key, default, holds) in columns.items():
+    for source, key, default, holds in (
+        ("parquet", "image_column", "image", _holds_bytes),
+        ("tensors", "value_column", "values", _holds_numbers),
+    ):
         names = [name for name in schema.names if holds(schema.field(name).type) and name not in is_sound]
         if names:
             name = default if default in names else names[0]
@@ -194,9 +194,7 @@ def _features(schema: pa.Schema) -> dict[str, str]:
     """Column -> type, as Hugging Face's `datasets` writes them into the schema; empty without them."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {
-            name: value["_type"] for name, value in features.items() if isinstance(value, dict) and "_type" in value
-        }
+        return {name: one["_type"] for name, one in features.items() if isinstance(one, dict) and "_type" in one}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -297,13 +295,9 @@ def fitting(survey: Survey) -> list[Layout]:
     marked = [layout for layout in layouts if layout.source not in kinds]
     plain = [layout for layout in layouts if layout.source in kinds]
     plain.sort(key=lambda layout: (-survey.count(kinds[layout.source]), not layout.why.endswith("flat")))
-    if (
-        marked
-        and marked[0].source == "webdataset"
-        and plain
-        and survey.count(kinds[plain[0].source]) > survey.endings[".tar"]
-    ):
-        return plain + marked  # archives that were unpacked beside themselves
+    shards = bool(marked) and marked[0].source == "webdataset"
+    if shards and plain and survey.count(kinds[plain[0].source]) > survey.endings[".tar"]:
+        return plain + marked  # the folder holds archives and what was unpacked from them
     return marked + plain
 
 
@@ -321,18 +315,10 @@ def open_store(path: str) -> tuple[Store, Layout | None]:
     if local and os.path.isfile(os.path.expanduser(path)):
         if name.lower().endswith(".parquet"):
             return Store(path.rpartition("/")[0] or "."), None
-        raise UserError(
-            f"{path} is a file; give the folder that holds the data (an archive such as a zip: unpack it first)"
-        )
+        raise UserError(f"{path} is a file; give the folder that holds the data (unpack an archive first)")
     if local and not os.path.isdir(os.path.expanduser(path)):
         parent = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
-        near = closest(name, os.listdir(parent)) if os.path.isdir(parent) else None
-        hint = f"did you mean {os.path.join(parent, near)}?" if near else "check the path"
+        near = nearest(name, os.listdir(parent) if os.path.isdir(parent) else (), 0.6)
+        hint = f"did you mean {os.path.join(parent, near[0])}?" if near else "check the path"
         raise UserError(f"there is no folder {path}; {hint}")
     return Store(path), None
-
-
-def closest(name: str, names: Iterable[str]) -> str | None:
-    import difflib
-
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)

@@ -84,7 +84,7 @@ def _span(values: list[int] | list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def look(source: Source, data: DataSection, rows: pa.Table, seed: int, advance: Callable[[int], None]) -> Look:
+def look(source: Source, data: DataSection, rows: pa.Table, seed: int) -> Look:
     """Read and check at most MOST samples of a listing, for at most about SECONDS."""
     seen, began = Look(), time.monotonic()
     check = _checker(source, data, seen)
@@ -101,7 +101,6 @@ def look(source: Source, data: DataSection, rows: pa.Table, seed: int, advance: 
                 check(sample)
             except SampleRejected as error:
                 seen.broken.append((sample_id, str(error)))
-        advance(part.num_rows)
         if time.monotonic() - began > SECONDS:
             break
     return seen

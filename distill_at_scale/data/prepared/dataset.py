@@ -155,11 +155,8 @@ class PreparedDataset:
         """About `size` random samples, spread evenly over the classes, in a random order: [n, *shape] and labels int64 [n]."""
         draw, counts = rng.numpy_generator(seed, "sample of the data", split), self.counts(split)
         labels = draw.permutation(np.flatnonzero(counts))[:size]
-        each, pixels, targets = (
-            max(1, size // max(1, len(labels))),
-            [np.zeros((0, *self.shape), self.dtype)],
-            list[int](),
-        )
+        each, targets = max(1, size // max(1, len(labels))), list[int]()
+        pixels = [np.zeros((0, *self.shape), self.dtype)]
         for label in labels.tolist():
             pixels.append(self.take(split, label, np.sort(draw.permutation(counts[label])[:each])))
             targets += [label] * len(pixels[-1])

@@ -221,6 +221,5 @@ def write_meta(folder: Path, meta: dict[str, Any], content: Any = None) -> None:
         files = file_digests(sorted(folder.rglob("*.parquet")))
         content = {path.relative_to(folder).as_posix(): entry["sha256"] for path, entry in files.items()}
     with publish(folder / "dataset.json") as temporary:
-        temporary.write_text(
-            json.dumps({**meta, "fingerprint": digest([meta, content])}, indent=1) + "\n", encoding="utf-8"
-        )
+        text = json.dumps({**meta, "fingerprint": digest([meta, content])}, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -54,12 +54,8 @@ TEXT, INT32, INT64 = pa.string(), pa.int32(), pa.int64()
 LISTING = pa.schema({"sample_id": TEXT, "label": INT32, "location": TEXT, "row": INT64, "size": INT64})
 SET_ASIDE = pa.schema({"sample_id": TEXT, "label": INT32, "location": TEXT, "reason": TEXT})
 Column: TypeAlias = Any  # a sequence, or a numpy or Arrow array
-EVALUATION = (
-    "val",
-    "dev",
-    "eval",
-    "test",
-)  # the first that a data set has is its test split: "test" often has no labels
+# the first that a data set has is its test split: "test" often has no labels
+EVALUATION = ("val", "dev", "eval", "test")
 SPLIT_WORDS = {  # words in the name of a file or folder that name its split
     "train": ("train", "training", "trainset", "trn", "tr"),
     "val": ("val", "valid", "validation", "validate", "valset"),

@@ -96,9 +96,8 @@ class FolderSource(FileSource):
     def notes(self) -> list[str]:
         """Says which folders of the root are not used, and which folders are classes though they are named like splits."""
         used, noun, lines = self.folders.values(), self.medium.noun, []
-        evaluation = [
-            f"{name}/" for name, word in self.split_folders.items() if word in EVALUATION and name not in used
-        ]
+        rest = {name: word for name, word in self.split_folders.items() if name not in used}
+        evaluation = [f"{name}/" for name, word in rest.items() if word in EVALUATION]
         if evaluation and "test" in self.folders:
             lines.append(unused_split(f"{self.folders['test']}/", evaluation))
         elif evaluation:
@@ -107,12 +106,12 @@ class FolderSource(FileSource):
             if name in used or f"{name}/" in evaluation:
                 continue
             if "" not in used and (count := pc.sum(self.medium.mask(self.store.table(name)[0])).as_py()):
-                lines.append(f"{name}/ lies beside the splits' folders: not used ({noun}s: {count:,})")
+                lines.append(f"{name}/ is next to the splits' folders: not used ({noun}s: {count:,})")
             elif "" in used and split_word(name):
-                lines.append(f"{name}/ is taken as a class: it holds {noun}s and lies beside class folders")
+                lines.append(f"{name}/ is taken as a class: it holds {noun}s and is next to class folders")
         loose = pc.sum(self.medium.mask(pa.array(self.store.names()[1], pa.string()))).as_py()
         if loose and "" not in used:
-            lines.append(f"files beside the splits' folders: not used ({noun}s: {loose:,})")
+            lines.append(f"files next to the splits' folders: not used ({noun}s: {loose:,})")
         if are_numbers(self.class_names) and self.class_names != sorted(self.class_names):
             first, text = (", ".join(names[:4]) for names in (self.class_names, sorted(self.class_names)))
             order = f"labels follow the numbers ({first}, ...), not text order as torchvision's ({text}, ...)"
@@ -240,9 +239,8 @@ class FolderSource(FileSource):
         for row in pairs.group_by("owner").aggregate([("inner", "distinct")]).sort_by("owner").to_pylist():
             inner, owner = sorted(row["inner_distinct"]), join_path(folder, row["owner"])
             words = {split_word(name) for name in inner if name}
-            if (len(self.class_names) == 1 and "" not in inner) or (
-                "train" in words and words.intersection(EVALUATION)
-            ):
+            only_folders = len(self.class_names) == 1 and "" not in inner
+            if only_folders or ("train" in words and words.intersection(EVALUATION)):
                 names = ", ".join(inner[:3]) + (f" and {len(inner) - 3} more" if len(inner) > 3 else "")
                 problem = f"{self.store.place(owner)} would be a class, but holds the folders {names}"
                 hint = f"did you mean data.path={self.store.place((not folder and self.find_root()) or owner)}?"

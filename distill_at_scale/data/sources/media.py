@@ -47,9 +47,7 @@ class Medium:
 
     noun: str
     extensions: tuple[str, ...]
-    others: dict[str, str] = field(
-        default_factory=dict
-    )  # ending -> why such a file is not used, of what looks like a sample
+    others: dict[str, str] = field(default_factory=dict)  # ending of what looks like a sample -> why it is not used
     without_ending: bool = False  # whether the content of files without an ending decides
 
     def mask(self, paths: pa.Array) -> pa.Array:

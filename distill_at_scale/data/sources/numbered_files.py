@@ -25,17 +25,12 @@ def check_numbered(paths: Sequence[str], store: Store, complete: bool = True) ->
         match = NUMBERED.fullmatch(path.rpartition("/")[2])
         if match is None:
             continue
-        key, number, total = (
-            (split_word(path), match["set"], match["ending"]),
-            int(match["number"]),
-            int(match["total"]),
-        )
+        key, number = (split_word(path), match["set"], match["ending"]), int(match["number"])
+        total = int(match["total"])
         first_total, other = totals.setdefault(key, (total, path))
         other = sets.setdefault(key, {}).setdefault(number, path) if total == first_total else other
         if other != path:
-            problem = (
-                f"{store.place(other)} and {store.place(path)} are parts of two versions of one set, or of two sets"
-            )
+            problem = f"{store.place(other)} and {store.place(path)} are parts of two versions or configurations"
             raise UserError(f"{problem}; give the folder of one of them in data.path, or remove the other")
     for key, files in sets.items() if complete else ():
         total, path = totals[key]

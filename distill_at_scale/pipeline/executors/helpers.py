@@ -106,10 +106,11 @@ class Helpers:
                 self._results.put(pickle.load(process.stdout))
                 self._release()
                 unit = self._next()
-        except (OSError, EOFError, pickle.UnpicklingError):
+        except Exception:  # the helper ended, or its answer cannot be unpickled here
+            process.kill()
+            code = process.wait()
             if not self._ended.is_set() and unit is not None:
                 self.pending.append(unit)
-                code = process.wait()
                 self._results.put(f"a process ended with exit code {code}; its work is done again in this process")
                 self._release()
 

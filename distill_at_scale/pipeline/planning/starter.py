@@ -59,15 +59,13 @@ def init(
         raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or choose another file")
     place = path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
     with display.status("looking at the data"):
-        inspection = inspect(place, source, seed, lambda count: None)
+        inspection = inspect(place, source, seed)
     for line in inspection.lines():
         display.say(line)
     from distill_at_scale.pipeline.planning import starter_config, starter_file  # torch
 
     with display.status("measuring this machine") as show:
-        starter = starter_config.choose(
-            inspection, method, ipc, seconds, name, file.parent, lambda text: show(f"measuring: {text}")
-        )
+        starter = starter_config.choose(inspection, method, ipc, seconds, name, file.parent, show)
     with publish(file) as temporary:
         temporary.write_text(starter_file.render(starter, path, budget), encoding="utf-8")
     for line in starter_file.summary(starter, file):
@@ -78,9 +76,8 @@ def init(
 def _file_name(text: str) -> str:
     """The last part of a path, URI, pattern or object's name, as part of a file name."""
     name = last_name(text.rstrip("/")) if "/" in text else text
-    name = re.sub(
-        r"\{.*|\.(parquet|tar|tgz|tar\.gz)$", "", os.path.basename(os.path.abspath(name)) if name == "." else name
-    )
+    name = os.path.basename(os.path.abspath(name)) if name == "." else name
+    name = re.sub(r"\{.*|\.(parquet|tar|tgz|tar\.gz)$", "", name)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "data"
 
 
@@ -105,7 +102,5 @@ def check_method(method: str, ipc: int) -> None:
 
 def known_methods() -> list[str]:
     """The built-in methods: each has a section of its name in `distill`."""
-    fields = DistillSection.model_fields.items()
-    return [
-        name for name, field in fields if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    ]
+    types = {name: field.annotation for name, field in DistillSection.model_fields.items()}
+    return [name for name, one in types.items() if isinstance(one, type) and issubclass(one, Section)]

@@ -98,21 +98,20 @@ def choose(
     checks.check_networks(base, known)
     estimate = Estimator(here)
     with micro_benchmarks.shorter(MEASURE):
-        advance("published settings")
+        advance("measuring: published settings")
         published = estimate.published(base, inspection.plan)
         for config, listing, rung, last in _candidates(base, inspection, max(known.kept)):
             if not last and estimate.least(config, listing, rung.steps) > budget:
                 continue
             classes = f", {len(listing.class_names)} classes" if config.data.classes is not None else ""
-            advance(f"networks of {config.distill.width} channels{classes}")
+            advance(f"measuring: networks of {config.distill.width} channels{classes}")
             config, estimates = _with_steps(config, rung, budget, partial(estimate, listing=listing))
             if last or sum(one.seconds for one in estimates) <= USED * budget:
                 break
     problems = plan.problems(config, machine.ClusterLayout(config, here), estimates)
     classes_in_all = len(inspection.plan.class_names)
-    return Starter(
-        config, inspection, budget, estimates, base, published, here.cores, here.gpus, classes_in_all, problems
-    )
+    cores, gpus = here.cores, here.gpus
+    return Starter(config, inspection, budget, estimates, base, published, cores, gpus, classes_in_all, problems)
 
 
 @dataclass
@@ -292,11 +291,8 @@ def _method_keys(base: Config, most: int, small: bool) -> dict[str, Any]:
     experts = {"experts": 4, "expert_epochs": 20, "max_start": 8, "target_epochs": 2, "student_steps": 10}
     if small:
         experts |= {"experts": 2, "expert_epochs": 10, "max_start": 4}
-    teacher = {
-        "teacher_network": _batch_norm(base),
-        "teacher_epochs": 5 if small else 20,
-        "label_epochs": 30 if small else 100,
-    }
+    epochs, labels = (5, 30) if small else (20, 100)
+    teacher = {"teacher_network": _batch_norm(base), "teacher_epochs": epochs, "label_epochs": labels}
     batch = {"real_batch": 64 if small else 128}
     if most <= batch["real_batch"]:
         batch = {}  # a batch holds at most what is kept

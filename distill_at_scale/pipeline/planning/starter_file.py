@@ -44,9 +44,8 @@ def summary(starter: Starter, file: Path) -> list[str]:
             "data.classes from the file, and see `plan` for the time"
         )
     if (load := os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0) > starter.cores:
-        lines.append(
-            f"other processes use this machine (load {load:.0f} on {starter.cores} cores), so times may be too high"
-        )
+        used = f"load {load:.0f} on {starter.cores} cores"
+        lines.append(f"other processes use this machine ({used}), so times may be too high")
     lines += starter.problems
     name = shlex.quote(str(file))
     lines.append("next:")
@@ -65,9 +64,8 @@ def render(starter: Starter, path: str, budget: str) -> str:
     if inspection.kind == "tensors":
         wanted.remove("data.size")
     if config.criterion == "random":
-        wanted = [
-            key for key in wanted if key not in ("score.trials", "score.epochs", "score.width", "evaluate.controls")
-        ]
+        unused = ("score.trials", "score.epochs", "score.width", "evaluate.controls")
+        wanted = [key for key in wanted if key not in unused]
     if values["distill.steps"] == 1:  # of a method without steps
         wanted.remove("distill.steps")
     changed = [key for key in values if values[key] != defaults.get(key) and key not in wanted]
@@ -79,7 +77,7 @@ def render(starter: Starter, path: str, budget: str) -> str:
         f"# Written by: distill-at-scale init --data {shlex.quote(path)} --budget {budget}",
         *(f"# {line.strip()}" for line in inspection.lines()),
         f"# Expected on this machine ({starter.cores} cores, {starter.gpus} GPUs, otherwise idle): {_stages(starter)};",
-        f"# in all {in_words(starter.seconds)}. With the published settings, which stand beside smaller ones: "
+        f"# in all {in_words(starter.seconds)}. With the published settings, in the comments: "
         f"{in_words(_published_seconds(starter))}.",
     ]
     notes, lines = _notes(starter), list[str]()
@@ -112,7 +110,7 @@ def _published_seconds(starter: Starter) -> float:
 
 
 def _notes(starter: Starter) -> dict[str, str]:
-    """The comment beside each key."""
+    """The comment of each key."""
     config, published = starter.config, starter.published
     kept = min(starter.inspection.counts)
     methods = ", ".join(name for name in METHODS if name != config.distill.method)
@@ -167,7 +165,7 @@ def _notes(starter: Starter) -> dict[str, str]:
         value = _default(published, key) if value is None else value
         if value in (None, flatten(config)[key]) or key.startswith(("data.", "cluster.", "run.")):
             continue
-        price = prices.pop(key.partition(".")[0], "")  # beside the first key of its stage
+        price = prices.pop(key.partition(".")[0], "")  # at the first key of its stage
         text = f"{value:,}" if isinstance(value, int) else _scalar(value)
         notes[key] = "; ".join(filter(None, [notes.get(key, ""), f"published: {text}{price}"]))
     return notes

@@ -51,6 +51,7 @@ CLASSES_IN_FULL, CLASSES_AT_AN_END = 20, 10  # of the accuracy per class; of mor
 
 Array = np.ndarray[Any, Any]
 Points = list[tuple[int, float]]
+Facts = Mapping[str, Any]
 
 
 def write(run: RunDir, config: Config) -> Path:
@@ -134,13 +135,8 @@ def _gap(gap: Mapping[str, Any] | None) -> dict[str, str] | None:
             "verdict": {"yes": "better", "no": "worse", "unclear": ""}[verdict]}  # fmt: skip
 
 
-def _pruning(
-    evaluation: Mapping[str, Any],
-    records: Mapping[str, Any],
-    selection: Mapping[str, Any] | None,
-    card: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """The run beside its controls, for the first network; `rows` is empty where no control was distilled."""
+def _pruning(evaluation: Facts, records: Facts, selection: Facts | None, card: Facts) -> dict[str, Any] | None:
+    """The run and its controls, for the first network; `rows` is empty if no control was distilled."""
     summary, controls = evaluation.get("summary", []), evaluation.get("controls", {})
     if selection is None or not summary:
         return None
@@ -172,11 +168,8 @@ def _per_class(summary: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
         return None
     labels = [f"{names[label]}" if names.count(names[label]) == 1 else f"{names[label]} ({label})" for label in shown]
     roles: dict[str, Role] = {"distilled": "ours", "unpruned": "unpruned", "random_real": "random"}
-    series = [
-        Series(SET_NAMES[name], labels, [by_set[name][label] for label in shown], kind="points", role=role)
-        for name, role in roles.items()
-        if name in by_set
-    ]
+    values = {name: [by_set[name][label] for label in shown] for name in roles if name in by_set}
+    series = [Series(SET_NAMES[name], labels, row, kind="points", role=roles[name]) for name, row in values.items()]
     worst, best = worst_first[0], worst_first[-1]
     return {
         "chart": charts.both_widths(Plot("", "", "top-1 accuracy of the class", series)),

@@ -120,12 +120,8 @@ def _experiment(folder: RunDir, kind: str) -> dict[str, Any]:
     names = ("studies.html", "studies/studies.parquet") if study else ("sweep.html", "sweep.parquet")
     page, table = (folder.place(name) if (folder / name).exists() else None for name in names)
     points = None if folder.remote else len(list(folder.path.glob("points/*/stages/evaluate.json")))
-    return {
-        "page": page,
-        "table": table,
-        "points": points,
-        "next": None if page else f"distill-at-scale {kind.replace(' or ', '|')} CONFIG",
-    }
+    command = None if page else f"distill-at-scale {kind.replace(' or ', '|')} CONFIG"
+    return {"page": page, "table": table, "points": points, "next": command}
 
 
 def _place(run: Run, name: str) -> str:
@@ -185,9 +181,8 @@ def _lines(described: dict[str, Any]) -> list[tuple[str, str]]:
     if data := described["data"]:
         counts = ", ".join(f"{count:,} {split}" for split, count in data["samples"].items())
         shape = " × ".join(map(str, data["shape"]))
-        lines.insert(
-            min(1, len(lines)), ("samples", f"{data['kind']} {shape} of {data['classes']:,} classes: {counts}")
-        )
+        text = f"{data['kind']} {shape} of {data['classes']:,} classes: {counts}"
+        lines.insert(min(1, len(lines)), ("samples", text))
     return [(section, text) for section, text in lines if text]
 
 
@@ -214,9 +209,8 @@ def _remark(row: dict[str, Any]) -> str:
     if row["reused_from"]:
         parts.append(f"from {row['reused_from']}")
     if "samples" in facts:
-        parts.append(
-            f"{facts['samples']:,} samples" + (f", {facts['rejected']:,} rejected" if facts.get("rejected") else "")
-        )
+        rejected = f", {facts['rejected']:,} rejected" if facts.get("rejected") else ""
+        parts.append(f"{facts['samples']:,} samples{rejected}")
     if "kept" in facts:
         parts.append(f"kept {facts['kept']:,} of {facts['of']:,}")
     if "images" in facts:

@@ -17,14 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = {
-    "distilled": "#2f5fd0",
-    "unpruned": "#d9962b",
-    "random_keep": "#0f8ec7",
-    "random_real": "#8b97a8",
-    "kept": "#12927f",
-    "full": "#7a5195",
-    "dropped": "#d5dae2",
-}
+    "distilled": "#2f5fd0", "unpruned": "#d9962b", "random_keep": "#0f8ec7", "random_real": "#8b97a8",
+    "kept": "#12927f", "full": "#7a5195", "dropped": "#d5dae2",
+}  # fmt: skip
 SET_NAMES = {
     "distilled": "Distilled",
     "unpruned": "Distilled without pruning",

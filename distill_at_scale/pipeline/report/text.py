@@ -11,9 +11,7 @@ from distill_at_scale.distillation.summary import differences
 
 CONTROL = FRAME  # prefix of networks that see one frame of a clip
 NBSP = "\u00a0"
-ONE_DISTILLATION = (
-    "One distillation only: deviations and intervals (Welch) cover evaluation networks, not distillations."
-)
+ONE_DISTILLATION = "One distillation only: deviations and intervals (Welch) cover networks, not distillations."
 
 Summary = Mapping[str, Any]
 

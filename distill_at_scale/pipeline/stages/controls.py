@@ -56,9 +56,7 @@ def distil(context: RunContext, data: PreparedDataset) -> list[Control]:
     names = applicable(context.config, kept, of)
     if left_out := [name for name in context.config.evaluate.controls if name not in names]:
         why = "the run keeps all training samples" if kept == of else "the run prunes nothing"
-        context.display.say(
-            f"  evaluate.controls: {', '.join(left_out)} would repeat this run, because {why}; left out"
-        )
+        context.display.say(f"  evaluate.controls: {', '.join(left_out)} left out, because {why}")
     return [_control(context, data, name) for name in names]
 
 
@@ -80,9 +78,8 @@ def _control(context: RunContext, data: PreparedDataset, name: str) -> Control:
         return Control(name, folder / synthetic_set.SET, json.loads((folder / FACTS).read_text(encoding="utf-8")))
     clock, network_values = time.perf_counter(), distill.network_inputs(config, run_dir).config
     networks = run_dir / "networks" / StageInputs(network_values, content).fingerprint[:16]
-    paths = DistillPaths(
-        run_dir / "prepared", folder / "manifest.parquet", folder / "work", folder / "metrics.jsonl", networks
-    )
+    files = folder / "manifest.parquet", folder / "work", folder / "metrics.jsonl"
+    paths = DistillPaths(run_dir / "prepared", *files, networks)
     for path in (paths.work, networks):
         path.mkdir(parents=True, exist_ok=True)
     facts = write_manifest(run_dir / "manifest.parquet", paths.manifest, data, name, context.config.select_seed)

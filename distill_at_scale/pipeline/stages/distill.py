@@ -90,9 +90,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         card["warnings"] = facts["warnings"] = warnings
     if engine.prunes(config) and (dropped := result_checks.dropped_share(paths.log)) is not None:
         facts["dropped_share"] = round(dropped, 4)
-        display.say(
-            f"  runtime pruning left out {dropped:.1%} of the real batches (runtime.drop: {config.runtime.drop:.1%})"
-        )
+        asked = f"runtime.drop: {config.runtime.drop:.1%}"
+        display.say(f"  runtime pruning left out {dropped:.1%} of the real batches ({asked})")
     for line in warnings:
         display.say(f"  warning: {line}")
     synthetic_set.publish_in_run(synthetic, run_dir / "synthetic", card)

@@ -117,9 +117,7 @@ def compare_contents(context: RunContext, run_dir: RunDir, inputs: StageInputs) 
     times = contents.modified_times(source, rows)
     if not path.exists():
         unknown = bool((times == contents.UNKNOWN).all())
-        return (
-            "" if unknown else "contents were not compared: this ingest is of an earlier version, which kept no hashes"
-        )
+        return "" if unknown else "contents were not compared: this ingest is of an earlier version without hashes"
     recorded = pq.read_table(path)
     touched = np.flatnonzero(recorded["modified"].to_numpy() != times)
     if not len(touched):
@@ -138,12 +136,8 @@ def recorded_hashes(context: RunContext) -> pa.ChunkedArray:
     record, path = context.dir.record("ingest"), context.dir / CONTENTS
     inputs = StageInputs(config_values(context.config), {"source": context.plan.source})
     if record is None or record["fingerprint"] != inputs.fingerprint or not path.exists():
-        problem = (
-            f"--contents compares the data with an ingest, but {context.dir.named} holds none of this configuration"
-        )
-        raise UserError(
-            f"{problem} and data with hashes; run `distill-at-scale ingest CONFIG` first, or leave --contents out"
-        )
+        problem = f"{context.dir.named} holds no ingest of this configuration and data, with which --contents compares"
+        raise UserError(f"{problem}; run `distill-at-scale ingest CONFIG` first, or leave --contents out")
     return pq.read_table(path, columns=["hash"])["hash"]
 
 
@@ -163,9 +157,8 @@ def compare_all(context: RunContext, before: pa.ChunkedArray, parts: Path) -> st
 def changed_data(run_dir: RunDir, place: str, count: int, compared: int) -> OtherConfiguration:
     difference = f"{place} has another content than when it was ingested, though name and size are the same"
     share = f"{count:,} of {compared:,} compared samples differ"
-    return OtherConfiguration(
-        f"{run_dir.named} holds the output of ingest for other data: {difference} ({share}).", [difference]
-    )
+    problem = f"{run_dir.named} holds the output of ingest for other data: {difference} ({share})."
+    return OtherConfiguration(problem, [difference])
 
 
 def describe(context: RunContext) -> None:

@@ -192,9 +192,7 @@ class HuggingFaceParquet:
             if file.startswith(("/", "../")) or "\0" in file or (size := self.store.size(file)) is None:
                 continue
             if size > self.config.max_bytes:
-                return SampleRejected(
-                    f"{problem}, which is larger than data.max_bytes = {self.config.max_bytes:,}; raise it"
-                )
+                return SampleRejected(f"{problem}, larger than data.max_bytes = {self.config.max_bytes:,}; raise it")
             return self.store.read(file)
         return SampleRejected(f"{problem} is missing in {self.store.place()}; put the file there, or embed the images")
 

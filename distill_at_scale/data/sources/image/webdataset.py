@@ -42,9 +42,8 @@ from distill_at_scale.data.sources.numbered_files import check_numbered
 from distill_at_scale.storage.filesystem import Store, is_uri, redact_uri
 
 IMAGES, LABELS = ("jpg", "jpeg", "png", "webp"), ("cls", "json")
-OTHER_IMAGES = tuple(
-    ending[1:] for ending in media.IMAGE_EXTENSIONS if ending[1:] not in IMAGES
-)  # if it has none of IMAGES
+# read for a sample that has none of IMAGES
+OTHER_IMAGES = tuple(ending[1:] for ending in media.IMAGE_EXTENSIONS if ending[1:] not in IMAGES)
 UNREAD_IMAGES = tuple(ending[1:] for ending in (*media.OTHER_IMAGES, *media.CAMERA_IMAGES))
 OWN_FILES = frozenset((*IMAGES, *OTHER_IMAGES, *UNREAD_IMAGES, *LABELS))  # all others are ignored
 ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
@@ -116,9 +115,8 @@ class WebDataset:
         if (unknown := pc.index(in_train, False).as_py()) >= 0:
             what = "is not in the training split; correct it, or complete that split"
             if (aside := self.set_aside("train")).num_rows:
-                what += (
-                    f" ({aside.num_rows} of its samples cannot be used: {aside['sample_id'][0]}: {aside['reason'][0]})"
-                )
+                first = f"{aside['sample_id'][0]}: {aside['reason'][0]}"
+                what += f" ({aside.num_rows} of its samples cannot be used: {first})"
             raise self._label_error(index, unknown, what)
         labels = pc.index_in(index["label"], pa.array(self.class_names, pa.string()))
         return pa.table([ids, labels, shards, index["row"], index["size"]], schema=LISTING)
@@ -163,10 +161,8 @@ class WebDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Drops the index, which an actor that only reads does not need."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("shards", "class_names")} | {
-            "_indices": {},
-            "_set_aside": {},
-        }
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("shards", "class_names")}
+        return {**kept, "_indices": {}, "_set_aside": {}}
 
 
 @dataclass
@@ -223,9 +219,7 @@ class _Sample:
             key = next((k for k in json_keys if isinstance(values, dict) and k in values), None)
             if key is None:
                 keys = " or ".join(map(repr, json_keys))
-                raise SampleRejected(
-                    f"it has a json file without {keys}; set data.label_column to the key of the label"
-                )
+                raise SampleRejected(f"it has a json file without {keys}; set data.label_column to the label's key")
             value = values[key]
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
             value = int(value)
@@ -257,17 +251,14 @@ def index_shard(store: Store, shard: str, label_keys: Sequence[str]) -> tuple[pa
                 if sample.fault:
                     raise SampleRejected(sample.fault)
                 if sample.key in keys:
-                    raise SampleRejected(
-                        "it occurs twice, or its files do not follow each other; sort the shard by name"
-                    )
+                    raise SampleRejected("it occurs twice, or its files are not in sequence; sort the shard by name")
                 keys.add(sample.key)
                 if sample.image is None:
                     raise SampleRejected(_no_image(sample.names))
                 label, (_, offset, size) = sample.label(label_keys), sample.image
             except SampleRejected as reason:
-                aside.append(
-                    (f"{shard}:{sample.names[0]}", -1, shard, f"the sample {sample.key!r} cannot be used: {reason}")
-                )
+                why = f"the sample {sample.key!r} cannot be used: {reason}"
+                aside.append((f"{shard}:{sample.names[0]}", -1, shard, why))
             else:
                 rows.append((sample.key, shard, offset, size, str(label), isinstance(label, int)))
     return rows_to_table(rows, INDEX), rows_to_table(aside, SET_ASIDE)
@@ -297,9 +288,7 @@ def _key_ends_early(name: str) -> str:
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.rpartition(".")
     renamed = f"{folder}{slash}{stem.replace('.', '_')}.{extension}"
-    return (
-        f"its key ends at the first dot, which is WebDataset's rule; rename it to {renamed!r}, and its label likewise"
-    )
+    return f"its key ends at the first dot (WebDataset's rule); rename it to {renamed!r}, and its label likewise"
 
 
 def _no_image(names: Sequence[str]) -> str:

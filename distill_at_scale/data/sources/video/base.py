@@ -122,9 +122,8 @@ class ListedVideos(FileSource, ABC):
         parts = [set_aside_table(missing["sample_id"], missing["label"], reasons)]
         if (split == "train") == (self.config.train_split == "train"):
             unlisted, spare, others = self._joined.unlisted["path"], self._joined.spare, self._files[1]
-            reasons = pc.binary_join_element_wise(
-                "the same clip as '", spare["instead"], "', which is used; remove one of the two", ""
-            )
+            end = "', which is used; remove one of the two"
+            reasons = pc.binary_join_element_wise("the same clip as '", spare["instead"], end, "")
             parts += [
                 set_aside_table(unlisted, self._labels(unlisted), pa.repeat(self.unlisted_reason, len(unlisted))),
                 set_aside_table(spare["path"], spare["label"], reasons),

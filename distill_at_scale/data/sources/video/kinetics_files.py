@@ -180,38 +180,24 @@ class Matched:
         for mask, reason in (
             (~self.finished, "a download that was not finished; finish it, or remove the file"),
             (without_row & ~is_listed & is_named, "not listed in any CSV; complete the CSV, or remove the file"),
-            (
-                without_row & ~is_listed & ~is_named,
-                "its name is not <id>_<start>_<end>, so no CSV can list it; rename it",
-            ),
+            (without_row & ~is_listed & ~is_named, "no CSV can list a name that is not <id>_<start>_<end>; rename it"),
         ):
             files = np.flatnonzero(mask)
             yield files, pa.repeat(reason, len(files)), np.full(len(files), -1)
         files, paths = np.flatnonzero(without_row & is_listed), self.files["place"]
         rows, folders = self.row_anywhere[files], _extract(paths.take(pa.array(files)), SPLIT, "folder")
-        yield (
-            files,
-            _text("lies in ", folders, "/, but ", self._lines(rows), " lists it; move the file"),
-            self.labels[rows],
-        )
+        reasons = _text("in ", folders, "/, but ", self._lines(rows), " lists it; move the file")
+        yield files, reasons, self.labels[rows]
         best, agrees, others, instead = self._best
         files = np.concatenate([best[~agrees], others[self._disagrees[others]]])
         rows, folders = self.row[files], _extract(paths.take(pa.array(files)), FOLDER, "folder")
         labels = self.rows["label"].take(pa.array(rows))
-        reasons = _text(
-            "the folder says '",
-            folders,
-            "', ",
-            self._lines(rows),
-            " says '",
-            labels,
-            "'; move the file, or correct the list",
-        )
+        parts = ("the folder says '", folders, "', ", self._lines(rows), " says '", labels)
+        reasons = _text(*parts, "'; move the file, or correct the list")
         yield files, reasons, self.labels[rows]
         agrees = ~self._disagrees[others]
-        reasons = _text(
-            "the same clip as '", paths.take(pa.array(instead[agrees])), "', which is used; remove one of the two"
-        )
+        used = paths.take(pa.array(instead[agrees]))
+        reasons = _text("the same clip as '", used, "', which is used; remove one of the two")
         yield others[agrees], reasons, self.labels[self.row[others[agrees]]]
 
     @cached_property

@@ -72,9 +72,8 @@ class ExpertTraining:
         for epoch in range(self._resume(folder), epochs):
             self._epoch(epoch)
             self._save(folder, epoch + 1)
-        rows = [
-            safetensors_io.load(_epoch_path(folder, epoch), again=True)["parameters"] for epoch in range(epochs + 1)
-        ]
+        files = (_epoch_path(folder, epoch) for epoch in range(epochs + 1))
+        rows = [safetensors_io.load(file, again=True)["parameters"] for file in files]
         safetensors_io.save(path, {"parameters": torch.stack(rows)})
         shutil.rmtree(folder)
 
@@ -110,10 +109,8 @@ class ExpertTraining:
         finished = 0
         while _epoch_path(folder, finished + 1).exists():
             finished += 1
-        saved, parameters = (
-            safetensors_io.load(_epoch_path(folder, finished), again=True),
-            list(self.network.parameters()),
-        )
+        saved = safetensors_io.load(_epoch_path(folder, finished), again=True)
+        parameters = list(self.network.parameters())
         sizes = [p.numel() for p in parameters]
         with torch.no_grad():
             for parameter, values in zip(parameters, saved["parameters"].split(sizes), strict=True):

@@ -23,7 +23,7 @@ _given = _Command()
 
 @contextmanager
 def remembered(name: str = "") -> Iterator[None]:
-    """Meanwhile `next_command` returns variants of this sub-command."""
+    """Within the block `next_command` returns variants of this sub-command."""
     global _given
     before, _given = _given, _Command(name)
     try:
@@ -47,7 +47,7 @@ def next_command(stage: str | None = None, **run: str) -> str:
     """The given command line for a shell, with other keys of the section `run`. It may hold credentials of URIs.
 
     Args:
-        stage: what is to run next; a command that runs this stage among others stays.
+        stage: what to run next; run, sweep and study stay, because they run it, too.
     """
     name = _given.name if stage is None or _given.name in MANY else stage
     kept = [text for text in _given.overrides if text.partition("=")[0].strip().removeprefix("run.") not in run]

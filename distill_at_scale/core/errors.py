@@ -42,7 +42,7 @@ class Busy(UserError):
 
 
 class RunWarning(UserWarning):
-    """A warning for the user, in a sentence of our own; the command prints it as one line, and hides those of libraries."""
+    """A warning that the command prints as one line; it hides the warnings of libraries."""
 
 
 def is_transient(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Says what a file is that no decoder reads, and what to do about it: the reason that goes to rejected.parquet."""
+"""Reasons in rejected.parquet for files that no decoder reads: what such a file is, and the next action."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _list(layout: Layout, path: str, seed: int) -> tuple[Source, Config, ingest.
 
 
 def _neighbours(path: str, held_out: bool) -> list[str]:
-    """A remark on a local folder that is itself one split of a data set, as in PATH/train beside PATH/val."""
+    """A remark on a local folder that is itself one split of a data set, as in PATH/train next to PATH/val."""
     if not held_out or is_uri(path) or split_word(os.path.basename(os.path.abspath(path))) != "train":
         return []
     parent, name = os.path.split(os.path.abspath(path))

@@ -31,8 +31,8 @@ Optional:
 Errors. Raise `UserError` for a layout that cannot be used (what is wrong, then what to do): the command prints it and stops.
 Raise `Unreachable` for storage that does not answer: the read is tried again. Whatever else `read` raises for a sample rejects
 that sample with the error as its reason, except an OSError of the disk or the network and MemoryError, which stop the run.
-Return broken bytes as they are; the decoder rejects them.
-An item may also be a `SampleRejected` (data/codecs/image.py) with the reason.
+Return broken bytes as they are; the decoder rejects them. An item may also be a `SampleRejected` (data/codecs/image.py) with
+the reason.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def by_split(paths: Sequence[str], store: Store) -> dict[str, list[str]]:
     - Without a file that says "train", files that say nothing are training data.
     - The test split is the first of EVALUATION that has files. The files of the others are unused.
 
-    Raises UserError for a file whose name is unclear, or that says nothing beside files that say "train": it may hold
+    Raises UserError for a file whose name is unclear, or that says nothing next to files that say "train": it may hold
     evaluation data.
     """
     words = {path: split_word(path) for path in paths}

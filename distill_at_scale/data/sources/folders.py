@@ -12,7 +12,7 @@ If a training folder holds folders, or if the source is no ImageFolder or VideoF
 
 Else the root itself is the training split, and its folders are the classes, except
 - a folder whose name names a split, if it holds folders, or if no folder with an ordinary name is a folder of samples. (A
-  folder of samples beside others is a class, whatever its name; `notes` says so.)
+  folder of samples next to others is a class, whatever its name; `notes` says so.)
 - A folder whose name is unclear (`holdout`) is an error under the same condition.
 """
 

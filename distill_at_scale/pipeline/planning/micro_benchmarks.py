@@ -52,7 +52,7 @@ def now(device: torch.device) -> float:
 
 @contextmanager
 def shorter(seconds: float) -> Iterator[None]:
-    """Measurements of `seconds` each meanwhile: faster and less exact."""
+    """Within the block a measurement takes `seconds`: faster and less exact."""
     global SECONDS
     before, SECONDS = SECONDS, seconds
     try:

@@ -131,9 +131,7 @@ class Estimator:
         return estimates
 
     def published(self, config: Config, listing: ingest.IngestPlan) -> list[StageEstimate]:
-        """The estimates of published settings: measured with few steps, and at a smaller width if
-        the network is slow here, and scaled up.
-        """
+        """The estimates of published settings, scaled up from few steps, and from a smaller width if the network is slow."""
         known = facts.of_listing(config, listing)
         batch = min(max(known.kept), 256)
         width = next((w for w in WIDTHS if batch * self.image(config, listing, w) <= AFFORDABLE), WIDTHS[-1])

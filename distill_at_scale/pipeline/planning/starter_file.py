@@ -178,7 +178,7 @@ def _order(keys: Iterable[str]) -> list[str]:
 
 
 def _default(published: Config, key: str) -> Any:
-    """What null stands for in a published protocol."""
+    """The value of a key that is null in the published settings."""
     if key == "distill.steps":
         return engine.step_count(published)
     if key == "evaluate.epochs":

@@ -204,7 +204,7 @@ def stage_table(stages: list[dict[str, Any]]) -> Table:
 
 
 def _remark(row: dict[str, Any]) -> str:
-    """What a stage is known by: what it was taken from, and its main figures."""
+    """The run that a stage was taken from, and its main figures."""
     facts, parts = row["facts"], []
     if row["reused_from"]:
         parts.append(f"from {row['reused_from']}")

@@ -44,7 +44,7 @@ class RunContext:
         defaults = (Timeline(self.dir.path), TensorBoard(self.dir.path))
         self.observers = Observers(display.say, [*defaults, *observers(config)])
         self.plan: IngestPlan  # the listing of the source, set by `stages.ingest.inputs`
-        self.warned = False  # whether `pipeline.warnings.of_data` was said
+        self.warned = False  # whether the warnings of `pipeline.warnings.of_data` were printed
         self._executor: Executor | None = None
 
     def warn_of_data(self, class_names: Sequence[str], counts: Sequence[int], tested: bool) -> None:

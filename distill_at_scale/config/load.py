@@ -45,9 +45,7 @@ class Config(Section):
         select = self.select
         if select.keep == "auto":
             if select.per_class:
-                raise ValueError(
-                    "select.keep: auto searches for a rate, and select.per_class replaces it; give one of them"
-                )
+                raise ValueError("select.keep: auto searches for a rate, which select.per_class sets; give one")
             if select.order == "stratum":
                 raise ValueError(
                     "select.keep: auto searches for the smallest rate of an order that starts at one end; "

@@ -60,9 +60,7 @@ class TrainingProtocol:
     def from_card(cls, card: Mapping[str, Any]) -> TrainingProtocol:
         """Raises UserError for a key that this version does not know, since it would change the result."""
         if unknown := sorted(set(card) - {f.name for f in fields(cls)}):
-            raise UserError(
-                f"the set expects a training with {unknown[0]!r}, which this version does not know; update it"
-            )
+            raise UserError(f"the set is trained with {unknown[0]!r}, which this version does not know; update it")
         return cls(**card)
 
     def overridden(self, section: EvaluateSection) -> TrainingProtocol:

@@ -30,9 +30,7 @@ class Outcome:
     kept: int
     of: int
     kept_per_class: Sequence[int]
-    seconds: Mapping[
-        str, float
-    ]  # by stage: select, distill (start: of its workers), evaluate, the shared ingest, score
+    seconds: Mapping[str, float]  # by stage: select, distill (of it start), evaluate, the shared ingest and score
     folder: Path  # of its run
     stopped: int | None = None  # the step after which a scheduler stopped it; `rows` then has its last evaluation
 

@@ -267,7 +267,7 @@ def test_broken_rows_are_rejected_with_their_reasons(tmp_path):
         except SampleRejected as error:
             reasons.append(str(error))
     ragged = "no array of numbers: missing, or its lists differ in length or lack numbers; correct it"
-    finite = "1 of its values are not finite in 32 bits; fix them"
+    finite = "1 of its values are not finite in 32 bits; correct them"
     shape = "its shape is [1, 2], that of all others [2, 2]"
     assert reasons == ["float32", ragged, ragged, finite, shape, finite, ragged, "float32"]
 

@@ -100,7 +100,7 @@ def test_the_search_needs_a_test_split(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"per_class": 3}, "select.per_class replaces it"),
+        ({"per_class": 3}, "which select.per_class sets"),
         ({"order": "stratum"}, "select.order: stratum give a rate"),
     ],
 )

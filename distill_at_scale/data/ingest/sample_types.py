@@ -75,7 +75,6 @@ class TensorDecoder:
         with np.errstate(over="ignore"):
             values = raw.astype(np.float32)
         if not np.isfinite(values).all():
-            raise SampleRejected(
-                f"{int((~np.isfinite(values)).sum())} of its values are not finite in 32 bits; fix them"
-            )
+            count = int((~np.isfinite(values)).sum())
+            raise SampleRejected(f"{count} of its values are not finite in 32 bits; correct them")
         return values

@@ -67,10 +67,10 @@ class SoundsByName(FileSource):
             splits = np.array(["test" if is_test(path) else "train" for path in paths])
             if len({*splits}) == 1:
                 which = "every" if splits[0] == "test" else "no"
-                problem = (
-                    f"data.test_pattern = {self.config.test_pattern!r} finds {which} sound of {self.store.place()}"
+                problem = f"data.test_pattern = {self.config.test_pattern!r} finds {which} sound"
+                raise UserError(
+                    f"{problem} of {self.store.place()}, such as {paths[0]!r}; correct or remove data.test_pattern"
                 )
-                raise UserError(f"{problem}, such as {paths[0]!r}; correct or remove data.test_pattern")
             return splits
         folders = [path.rpartition("/")[0] for path in paths]
         self.folders = by_split(sorted({*folders}), self.store)

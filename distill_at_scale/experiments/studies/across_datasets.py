@@ -99,9 +99,7 @@ def study(context: StudyContext) -> Finding:
         if len(cells) == len(ways[name]):
             results.append(StudyDataset(name, configs[name], cells))
         else:
-            notes.append(
-                f"The set {name} is left out: nothing was evaluated on it; has it a test split (data.holdout)?"
-            )
+            notes.append(f"The set {name} is left out: it was not evaluated. Does it have a test split?")
 
     rows = []
     for one in results:
@@ -208,9 +206,7 @@ def _notes(context: StudyContext, results: Sequence[StudyDataset]) -> list[str]:
         "leaves zero out."
     ]
     if any(one.config.data.transform in ("low_variance", "high_variance") for one in results):
-        notes.append(
-            "Sets chosen by variance have fewer classes, in the test split too; compare them relative to themselves."
-        )
+        notes.append("Sets chosen by variance have fewer classes, also in the test split; compare within a set.")
     bases = [(one.name, one.unpruned) for one in results]
     if chance := [name for name, base in bases if comparison.near_chance(base.mean, len(base.kept_per_class))]:
         notes.append(

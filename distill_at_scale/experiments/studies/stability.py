@@ -95,9 +95,7 @@ def study(context: StudyContext) -> Finding:
     for compare in (_trials, _epochs, _networks, _criteria, _drift):
         compare(base)
     if len(base.sample.rows) < base.sample.of:
-        base.notes.append(
-            f"{len(base.sample.rows):,} of {base.sample.of:,} samples were looked at, a seeded draw class by class."
-        )
+        base.notes.append(f"{len(base.sample.rows):,} of {base.sample.of:,} samples were compared, drawn by class.")
     title, answer = "Stability of scores and selections", " ".join(base.answers)
     return Finding("stability", title, answer, PAPER, base.results, base.plots, base.facts, base.notes)
 
@@ -240,9 +238,7 @@ def _drift(base: _Reference) -> None:
     base.context.say("stability: how utility drifts while a set is distilled")
     result = drift.measure(base.context, base.sample)
     if result is None:
-        base.notes.append(
-            "Drift was not measured: there are not two stages, or no test split (data.holdout makes one)."
-        )
+        base.notes.append("Drift was not measured: it needs two stages and a test split (data.holdout makes one).")
         return
     steps, last = result.steps, len(result.steps)
     vectors = [base.score * (1 if base.low else -1), *result.losses.T, result.again]

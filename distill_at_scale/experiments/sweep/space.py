@@ -170,9 +170,8 @@ def _controls(config: Config, combinations: Sequence[Mapping[str, Any]]) -> Iter
 def _selected(config: Config, keys: Mapping[str, Any]) -> SweepTrial:
     """The trial of a combination of values; keys without effect are None in the table."""
     overrides = _without_idle(config, keys)
-    return SweepTrial(
-        Point(overrides), {k: v if k in overrides and overrides[k] == v else None for k, v in keys.items()}
-    )
+    used = {k: v if k in overrides and overrides[k] == v else None for k, v in keys.items()}
+    return SweepTrial(Point(overrides), used)
 
 
 def _without_idle(config: Config, overrides: Mapping[str, Any]) -> dict[str, Any]:

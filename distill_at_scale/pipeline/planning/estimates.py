@@ -67,7 +67,7 @@ class Planner:
     config: Config
     facts: Facts
     layout: ClusterLayout
-    measured: dict[tuple[object, ...], Any] | None = None
+    measured: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     @property
     def method(self) -> type[Method]:
@@ -159,9 +159,8 @@ class Planner:
         protocol = self.method.protocol(self.config).overridden(section)
         long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
         small = 1 + len(distilled) + (section.control != "none")  # sets as large as the distilled one
-        sets = [
-            (facts.classes * self.config.distill.ipc, protocol, small * section.seeds)
-        ]  # images, protocol, networks
+        # images, protocol, networks
+        sets = [(facts.classes * self.config.distill.ipc, protocol, small * section.seeds)]
         sets += [(sum(facts.kept) if one == "kept" else facts.train, long, section.seeds) for one in section.bounds]
         seconds, sizes = 0.0, [(0, 0)]
         for name in section.networks:
@@ -215,9 +214,7 @@ class Planner:
         return self._once(key, lambda: micro_benchmarks.testing(spec, count, self.layout.device, cores)).each
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
-        """A measurement; repeated only if no planner that shares `measured` has made it."""
-        if self.measured is None:
-            return measure()
+        """A measurement, made once by all planners that share `measured`."""
         if key not in self.measured:
             self.measured[key] = measure()
         return self.measured[key]

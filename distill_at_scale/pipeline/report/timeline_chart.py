@@ -50,11 +50,8 @@ def part(entries: Sequence[TimelineEntry]) -> dict[str, Any] | None:
     legend = [(name, color) for name, color in COLORS.items() if name in stages]
     if usage.waited >= MIN_SHARE * usage.seconds:
         legend.append(("starting Ray", WAITING))
-    return {
-        "chart": {"wide": chart(usage), "narrow": chart(usage, NARROW)},
-        "sentence": sentence(usage),
-        "legend": legend,
-    }
+    charts = {"wide": chart(usage), "narrow": chart(usage, NARROW)}
+    return {"chart": charts, "sentence": sentence(usage), "legend": legend}
 
 
 def lanes(workers: Sequence[WorkerUtilization]) -> list[Lane]:

@@ -81,7 +81,7 @@ def folder(root, files):
         ("a/0.png val/a/1.png test/a/2.png", "a/0.png", "val/a/1.png", "a", "val/ is the test .*used: test/"),
         ("train/a/0.png dev/a/1.png test/2.png", "train/a/0.png", "dev/a/1.png", "a", "dev/ is the test .*used: test/"),
         ("train/a/0.png b/1.png b/2.png", "train/a/0.png", "", "a", r"b/ is next to .* not used \(images: 2\)"),
-        ("train/a/0.png unlabeled/x/1.png docs/x.txt", "train/a/0.png", "", "a", r"unlabeled/ lies .* \(images: 1\)"),
+        ("train/a/0.png unlabeled/x/1.png docs/x.txt", "train/a/0.png", "", "a", r"unlabeled/ is next .* \(images: 1\)"),
         ("train/a/0.png test/1.png", "train/a/0.png", "", "a", "test/ holds no class folders, so its images have no labels"),
         ("train/a/0.png train_big/a/1.png", "train/a/0.png", "", "a", "train_big/ is next to the splits' folders: not used"),
     ],

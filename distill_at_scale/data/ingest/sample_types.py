@@ -69,7 +69,9 @@ class TensorDecoder:
     def __call__(self, raw: bytes | Array) -> Array:
         """-> a new float32 array. Raises SampleRejected for another shape and for values that are not finite numbers."""
         if not isinstance(raw, np.ndarray) or raw.dtype.kind not in "fiub":
-            raise SampleRejected("no array of numbers: missing, or its lists differ in length or lack values; fix it")
+            raise SampleRejected(
+                "no array of numbers: missing, or its lists differ in length or lack numbers; correct it"
+            )
         if raw.shape != self.shape:
             raise SampleRejected(f"its shape is {[*raw.shape]}, that of all others {[*self.shape]}")
         with np.errstate(over="ignore"):

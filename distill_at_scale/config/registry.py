@@ -46,9 +46,11 @@ def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...
         advice = f"did you mean {alias}?" if alias in table else suggest(name, table)
         raise UserError(f"{key} = {name!r} is unknown; {advice} (or package.module:Object)")
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"{key} = {name!r} cannot be imported; write package.module:Object, without a path or .py")
     try:
         resolved = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SystemExit) as error:
         raise UserError(f"{key} = {name!r} cannot be imported: {error}") from None
     if missing := [need for need in needs if not hasattr(resolved, need)]:
         raise UserError(f"{key} = {name!r} does not keep the contract: it lacks {', '.join(missing)}")

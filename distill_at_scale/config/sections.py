@@ -33,6 +33,13 @@ class RunSection(Section):
         "computed again; null: it is an error",
     )
 
+    @field_validator("dir", "scratch")
+    @classmethod
+    def _writable_names(cls, value: str | None) -> str | None:
+        if value is not None and ("\0" in value or value != value.encode(errors="ignore").decode()):
+            raise ValueError("it holds a null character or bytes that are not UTF-8; name another folder")
+        return value
+
 
 class DataSection(Section):
     """The data set, and how ingest turns it into prepared samples."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,9 @@ class Distillation:
             metrics = self.method.step(i)
         except DistillationDiverged as raised:
             error = raised
+        if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
+            kind = type(self.method).__name__
+            raise UserError(f"step of the method {kind} must return a dict of numbers by name, not {metrics!r:.80}")
         late = self.workers.rank == 0 and self.timer.is_due  # rank 0 writes the file and knows how long that takes
         signal = self.workers.all_reduce_max(DIVERGED if error else LATE if late else 0)
         if signal == DIVERGED:

@@ -188,6 +188,9 @@ def _yuv420(clip: Array) -> Array:
     return np.concatenate(planes, 1).reshape(len(clip), -1, large.shape[2])
 
 
+MAX_NAME_BYTES = 200  # of a folder; file systems allow 255, and a label stands in front
+
+
 def folder_names(class_names: Sequence[str]) -> list[str]:
     """Class names as safe folder names that sort in the order of the labels.
 
@@ -196,6 +199,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     names, taken = list[str](), set[str]()
     for label, name in enumerate(class_names):
         safe = "".join("_" if c in (os.sep, "/", "\\", "\0") else c for c in name).strip()
+        safe = safe.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip()
         usable = safe not in ("", ".", "..") and safe.casefold() not in taken
         names.append(safe if usable else f"class-{label}")
         taken.add(safe.casefold())

@@ -14,6 +14,9 @@ from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.stages import distill, score, select
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.storage.redact import next_command
+from distill_at_scale.storage.run_dir import OUTPUTS
+
+OWN = {"run.json", "stages", "networks", "timeline.jsonl", *(name for names in OUTPUTS.values() for name in names)}
 
 # how the synthetic set in each format is used
 USES = {
@@ -45,6 +48,11 @@ def export(
     run = pipeline.dir
     for path in (*scores, *kept):
         exported.check(path)
+    for path in (*scores, *kept, *(path for kind, path in distilled if kind == "pt")):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file to write")
+    for path in (*scores, *kept, *(path for _, path in distilled)):
+        _check_target(path, run.path)
     pipeline.take_over("evaluate")
     run.fetch()
     wanted = (("score", scores, score.inputs), ("select", kept, select.inputs), ("distill", distilled, distill.inputs))
@@ -62,3 +70,10 @@ def export(
         assert synthetic is not None
         what = f"{len(synthetic)} {synthetic.kind} of {len(synthetic.class_names)} classes"
         display.say(f"{path}: {what}\n  use: {use.format(path=str(path))}")
+
+
+def _check_target(path: Path, run: Path) -> None:
+    """Raise UserError for a target that would replace the run's own files."""
+    place, folder = path.resolve(), run.resolve()
+    if folder.is_relative_to(place) or (place.is_relative_to(folder) and place.relative_to(folder).parts[0] in OWN):
+        raise UserError(f"{path} belongs to the run folder {run}; export to another place")

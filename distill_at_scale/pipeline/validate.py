@@ -182,7 +182,10 @@ def check_networks(config: Config, data: DataShape) -> None:
                     f"{key} = {name!r} has batch norm, under which the samples of a batch are not independent, as "
                     "matching needs; take a network with instance norm (convnet, resnet18; of clips convnet3d, r3d_18)"
                 )
-            network.eval()(torch.zeros(1, *spec.shape))
+            logits = network.eval()(torch.zeros(1, *spec.shape))
+            given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            if given != (1, spec.classes):
+                raise UserError(f"{key} = {name!r} returns {given} for one sample; it must return (1, {spec.classes})")
         except UserError:
             raise
         except Exception as error:

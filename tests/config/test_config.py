@@ -377,6 +377,12 @@ def test_an_override_that_cannot_be_read_is_quoted(load, override):
     assert override in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\udcff"])
+def test_a_run_folder_that_cannot_be_written_is_refused(name):
+    with pytest.raises(UserError, match=r"run\.dir = .* name another folder"):
+        config.load({"run.dir": name})
+
+
 def test_an_override_below_a_value_is_refused(load):
     with pytest.raises(UserError, match=r"select\.keep\.x=1"):
         load("select: {keep: 0.5}", "select.keep.x=1")
@@ -414,7 +420,7 @@ def test_a_plug_in_is_imported_from_its_module():
     )
 
 
-@pytest.mark.parametrize("name", ["no_such_module_here:Thing", "json:NoSuchThing", ":x", "json:"])
+@pytest.mark.parametrize("name", ["no_such_module_here:Thing", "json:NoSuchThing", ":x", "json:", "../json:x", "a b:x"])
 def test_a_plug_in_that_does_not_import_is_named(name):
     with pytest.raises(UserError, match="cannot be imported") as error:
         resolve("distill.method", name, {})

@@ -155,6 +155,23 @@ def test_a_wrong_plugin_is_named_with_its_key(package, capsys, key, value, messa
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("method", 'return {"loss":', "return {}, {'':", "step of the method Means must return a dict of numbers"),
+        ("network", "spec.classes)", "spec.classes + 1)", "returns (1, 3) for one sample; it must return (1, 2)"),
+        ("network", "return self.map(images)", "return None", "returns NoneType for one sample"),
+    ],
+)
+def test_what_a_plugin_returns_is_compared_with_the_contract(package, capsys, file, old, new, message):
+    path = package / "mine" / f"{file}.py"
+    code = path.read_text(encoding="utf-8")
+    assert old in code
+    path.write_text(code.replace(old, new), encoding="utf-8")
+    assert run(package) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_method_with_a_wrong_protocol_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "odd_protocol.py").write_text(
         "from distill_at_scale.distillation.methods.dm import *\n\n\n"

@@ -13,9 +13,11 @@ import pytest
 import yaml
 
 from distill_at_scale.cli import main
+from distill_at_scale.config import load as config
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.data.codecs.image import ImageDecoder
 from distill_at_scale.data.ingest.chunks import Recipe, check_read, ingest_chunk, rejected_path
+from distill_at_scale.data.ingest.plan import plan
 from distill_at_scale.data.ingest.sample_types import TensorDecoder
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.base import listing
@@ -194,3 +196,38 @@ def test_a_few_readable_samples_are_enough_to_start(tmp_path):
         UserError, match=r"all 8 that were tried failed, the first of them '0' \(location '0'\): its shape"
     ):
         check_read(Reading(each(lambda i: GOOD[:2])), recipe, rows)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("def __init__(self): pass", "cannot be called with the section `data`"),
+        ("class_names = None", "class_names of own:Own must be a list of texts"),
+        ("class_names = [0, 1]", "class_names of own:Own must be a list of texts"),
+        ("def splits(self): return None", "splits of own:Own must return"),
+        ("def splits(self): return ['train', 'val']", "splits of own:Own must return"),
+        ("def listing(self, split): return None", "listing of own:Own must return"),
+        (
+            "def listing(self, split): return listing(['x'], [2], ['x'], [0])",
+            "has the label 2, but class_names has 2 classes",
+        ),
+    ],
+)
+def test_what_breaks_the_contract_is_named(tmp_path, monkeypatch, member, message):
+    code = f"""
+from distill_at_scale.data.sources.base import listing
+class Own:
+    class_names = ["a", "b"]
+    def __init__(self, data): pass
+    def splits(self): return ["train"]
+    def listing(self, split): return listing(["x", "y"], [0, 1], ["x", "y"], [0, 0])
+    def digest(self, split): return ""
+    def read(self, rows): return [np.zeros((8, 8, 3), np.uint8) for _ in range(rows.num_rows)]
+    {member}
+"""
+    (tmp_path / "own.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(config.load({"data.source": "own:Own"}))
+    monkeypatch.delitem(sys.modules, "own", raising=False)

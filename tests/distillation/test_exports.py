@@ -58,6 +58,7 @@ def variables_of_the_readme(text: str) -> dict:
         (["owl", "cat", "dog"], ["0_owl", "1_cat", "2_dog"]),
         (TWELVE, [f"{k:02d}_{k}" for k in range(12)]),
         (["b/c", "b", "B"], ["0_b_c", "1_b", "2_class-2"]),
+        (["a" * 300, "b" * 300], ["a" * 200, "b" * 200]),
         (["Zebra", "ant"], ["Zebra", "ant"]),  # as torchvision sorts: capitals first
     ],
 )

@@ -57,6 +57,28 @@ def test_what_cannot_be_written_is_one_error(named, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "target", "message"),
+    [
+        ("--pt", "scores.parquet", "belongs to the run folder"),
+        ("--kept", "manifest.parquet", "belongs to the run folder"),
+        ("--imagefolder", "synthetic/new", "belongs to the run folder"),
+        ("--imagefolder", ".", "belongs to the run folder"),
+        ("--pt", "tensorboard", "is a folder; name a file"),
+    ],
+)
+def test_an_export_never_replaces_the_runs_own_files(digits_run, capsys, option, target, message):
+    before = {path: path.stat().st_mtime_ns for path in digits_run.dir.rglob("*")}
+    assert main(["export", str(digits_run.dir), option, str(digits_run.dir / target)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert {path: path.stat().st_mtime_ns for path in digits_run.dir.rglob("*")} == before
+
+
+def test_an_empty_target_is_one_error(digits_run, capsys):
+    assert main(["export", str(digits_run.dir), "--pt", ""]) == 2
+    assert ". is a folder; name a file to write" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_and_a_run_without_a_set_say_what_to_do(make_run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["export", str(tmp_path / "empty"), "--pt", str(tmp_path / "x.pt")]) == 2

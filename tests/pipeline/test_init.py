@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -99,6 +100,23 @@ def test_broken_and_grey_samples_are_counted(tmp_path):
     assert found.look.all_grey
     assert [name for name, _ in found.look.broken] == ["train/cat/cat0.jpg"]
     assert "1 broken (train/cat/cat0.jpg: " in found.lines()[-1]
+
+
+def test_data_of_which_no_sample_can_be_used_get_no_configuration(tmp_path, monkeypatch, capsys):
+    folders(tmp_path / "photos")
+    for path in (tmp_path / "photos").rglob("*.jpg"):
+        path.write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "--data", "photos"]) == 2
+    assert re.search(r"none of 24 samples can be used, for example .*: empty file", capsys.readouterr().err)
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_name_that_is_not_utf8_is_an_error(tmp_path, monkeypatch, capsys):
+    folders(tmp_path / "a\udcff")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "--data", "a\udcff"]) == 2
+    assert "the name is not UTF-8" in capsys.readouterr().err
 
 
 def test_wordnet_folders_with_a_flat_val_are_imagenet(tmp_path):

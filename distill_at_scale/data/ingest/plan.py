@@ -7,7 +7,9 @@ the number of workers, so neither do the shards.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import SET_ASIDE, Source
+from distill_at_scale.data.sources.base import LISTING, SET_ASIDE, Source
 from distill_at_scale.data.sources.class_subsets import class_list, explicit_order
 from distill_at_scale.storage.filesystem import redact_uri
 
@@ -100,7 +102,39 @@ def map_arrow(path: Path) -> pa.Table:
 
 
 def open_source(data: DataSection) -> Source:
-    return resolve("data.source", data.source, SOURCES, CONTRACT)(data)
+    """Raises UserError if a source of the user's own does not keep the contract."""
+    kind = resolve("data.source", data.source, SOURCES, CONTRACT)
+    if ":" not in data.source:
+        return kind(data)
+    try:
+        inspect.signature(kind).bind(data)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data.source = {data.source!r} cannot be called with the section `data`: {error}") from None
+    source: Source = kind(data)
+    _check(source, data.source)
+    return source
+
+
+def _check(source: Source, name: str) -> None:
+    """Compare what a source of the user's own returns with the contract, except `read`."""
+    names, splits = source.class_names, source.splits()
+    if not isinstance(names, Sequence) or not names or not all(isinstance(entry, str) for entry in names):
+        raise UserError(f"class_names of {name} must be a list of texts, not {names!r:.80}")
+    if not isinstance(splits, Sequence) or not splits or not set(splits) <= {"train", "test"}:
+        raise UserError(f"splits of {name} must return ['train'] or ['train', 'test'], not {splits!r:.80}")
+
+
+def _listing(source: Source, split: str, name: str) -> pa.Table:
+    """The listing of a split. Raises UserError if that of a user's own source is no listing, or a label is no class."""
+    table, classes = source.listing(split), len(source.class_names)
+    if ":" not in name:
+        return table
+    if not isinstance(table, pa.Table) or not set(LISTING.names) <= set(table.column_names):
+        raise UserError(f"listing of {name} must return what `listing(...)` of data/sources/base.py builds")
+    labels = table["label"].to_numpy()
+    if (wrong := labels[(labels < 0) | (labels >= classes)]).size:
+        raise UserError(f"listing of {name} has the label {wrong[0]}, but class_names has {classes} classes")
+    return table
 
 
 def plan(config: Config) -> IngestPlan:
@@ -111,7 +145,7 @@ def plan(config: Config) -> IngestPlan:
     data = config.data
     source = open_source(data)
     splits = _splits(source, data)
-    listings = {name: source.listing(split) for name, split in splits.items()}
+    listings = {name: _listing(source, split, data.source) for name, split in splits.items()}
     aside = {name: set_aside(source, split) for name, split in splits.items()}
     origins = {"train": "the val split"} if splits["train"] == "test" else {}
     source_names = list(source.class_names)

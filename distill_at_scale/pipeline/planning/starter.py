@@ -51,6 +51,8 @@ def init(
     check_method(method, ipc)
     if redact_uri(path) != path:
         raise UserError("--data holds credentials, which a configuration must not; set them in the environment instead")
+    if path != path.encode(errors="ignore").decode():
+        raise UserError(f"--data {path}: the name is not UTF-8, which a configuration must be; rename the folder")
     name = "_".join([_file_name(path), _file_name(method), f"ipc{ipc}"])
     file = out or Path(f"{name}.yaml")
     if file.exists() and not force:
@@ -62,6 +64,10 @@ def init(
         inspection = inspect(place, source, seed)
     for line in inspection.lines():
         display.say(line)
+    look = inspection.look
+    if look.count and len(look.broken) == look.count:
+        sample, reason = look.broken[0]
+        raise UserError(f"none of {look.count} samples can be used, for example {sample}: {reason}")
     from distill_at_scale.pipeline.planning import starter_config, starter_file  # torch
 
     with display.status("measuring this machine") as show:

@@ -77,7 +77,7 @@ LAUGHS = [f"{name}: &{name} [{', '.join(['*' + before] * 10)}]" for before, name
         ("run: &a {dir: *a}", "values with its aliases"),
         ("[" * 5000, "not valid YAML"),
         ("run: {seed: " + "9" * 5000 + "}", "not valid YAML"),
-        ("# " + "x" * 2**20, "not a configuration"),
+        ("# " + "x" * 2**20, "no configuration"),
     ],
 )
 def test_bombs_of_yaml_are_refused(tmp_path, text, message):

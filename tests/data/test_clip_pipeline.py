@@ -160,7 +160,7 @@ def test_short_clips_are_used_and_listed_and_broken_ones_are_not_used(tmp_path):
     assert {name for name, row in listed.items() if row["used"]} == {"train/a/short.mp4"}
     reasons = {
         "train/a/short.mp4": "3 frames, fewer than data.frames = 8: the last one repeats 5 times",
-        "train/a/large.mp4": "20,000 bytes, more than data.max_bytes = 10,000; raise it, or replace the file",
+        "train/a/large.mp4": "20,000 bytes, more than data.max_bytes = 10,000; raise it or replace the file",
         "train/b/empty.mp4": "empty file; replace it",
         "train/b/text.mp4": "not a video but text; replace or remove it",
     }

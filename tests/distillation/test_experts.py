@@ -134,7 +134,7 @@ def test_an_expert_file_that_does_not_fit_is_named(experts, tmp_path):
         method.step(0)
     for number in range(2):
         safetensors_io.save(tmp_path / f"expert-{number:03d}.safetensors", {"parameters": torch.zeros(5, 3)})
-    with pytest.raises(UserError, match=r"expert-00\d.safetensors does not hold 5 x \d+ parameters; delete it"):
+    with pytest.raises(UserError, match=r"expert-00\d.safetensors does not hold 5 x \d+ parameters; it was renamed"):
         method.step(0)
 
 

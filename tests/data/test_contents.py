@@ -120,7 +120,9 @@ def test_a_single_changed_file_among_many_is_found_by_its_time(tmp_path, monkeyp
 
 def test_validate_compares_all_contents_where_asked(tmp_path):
     data = write_folder(tmp_path / "data")
-    with pytest.raises(UserError, match=r"run holds no ingest of this configuration and data, with which --contents compares"):
+    with pytest.raises(
+        UserError, match=r"run holds no ingest of this configuration and data, with which --contents compares"
+    ):
         run_of(tmp_path, data).pipeline.validate(compare=True)
     run_of(tmp_path, data).stages("ingest")
     run = run_of(tmp_path, data)

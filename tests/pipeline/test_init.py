@@ -112,6 +112,13 @@ def test_data_of_which_no_sample_can_be_used_get_no_configuration(tmp_path, monk
     assert not list(tmp_path.glob("*.yaml"))
 
 
+def test_a_run_folder_is_no_data_and_a_folder_no_file_to_write(digits_run, tmp_path, capsys):
+    assert cli.main(["init", "--data", str(digits_run.dir), "--out", str(tmp_path / "x.yaml")]) == 2
+    assert "is a run folder, not data" in capsys.readouterr().err
+    assert cli.main(["init", "--data", str(tmp_path), "--out", str(tmp_path), "--force"]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+
+
 def test_a_name_that_is_not_utf8_is_an_error(tmp_path, monkeypatch, capsys):
     folders(tmp_path / "a\udcff")
     monkeypatch.chdir(tmp_path)

@@ -55,11 +55,15 @@ def init(
         raise UserError(f"--data {path}: the name is not UTF-8, which a configuration must be; rename the folder")
     name = "_".join([_file_name(path), _file_name(method), f"ipc{ipc}"])
     file = out or Path(f"{name}.yaml")
+    if file.is_dir():
+        raise UserError(f"--out {file} is a folder; name a file in it")
     if file.exists() and not force:
         raise UserError(f"{file} exists; choose another file with --out, or overwrite it with --force")
     if not file.parent.is_dir():
         raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or choose another file")
     place = path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+    if not is_uri(place) and (Path(place) / "run.json").is_file() and (Path(place) / "stages").is_dir():
+        raise UserError(f"{place} is a run folder, not data; `distill-at-scale show {path}` says what it holds")
     with display.status("looking at the data"):
         inspection = inspect(place, source, seed)
     for line in inspection.lines():

@@ -322,7 +322,7 @@ def test_the_command_for_another_configuration_keeps_what_can_be_kept(make_run, 
         with pytest.raises(UserError) as error:
             make_run(copied, select__keep=0.5).stages(*CORE)
     text, new = str(error.value), f"{copied}-2"
-    assert "reuses ingest, score and computes select, distill, evaluate, report:" in text
+    assert "reuses ingest, score and computes select, distill, evaluate:" in text
     assert f"\n  distill-at-scale run digits.yaml select.keep=0.5 run.dir={new} run.reuse={copied}\n" in text
     run = make_run(new, select__keep=0.5, run__reuse=str(copied)).stages(*CORE)
     assert run.text.count("taken over from") - run.text.count("not taken over from") == 2

@@ -79,11 +79,10 @@ def table() -> Table:
     """All shipped configurations with purpose, data and rough cost; first those that need no data."""
     result = Table(box=box.SIMPLE_HEAD, expand=True)
     result.add_column("name", no_wrap=True)
-    for column, ratio in (("purpose", 3), ("data", 2), ("cost", 2)):
-        result.add_column(column, overflow="fold", ratio=ratio, min_width=14)
+    result.add_column("purpose; data; cost", overflow="fold", ratio=1)
     heads = {name: head(name) for name in names()}
     for name, of in sorted(heads.items(), key=lambda pair: (not pair[1].data.startswith("none"), pair[0])):
-        result.add_row(name, of.purpose, of.data, of.cost)
+        result.add_row(name, f"{of.purpose}; data: {of.data}; {of.cost}")
     return result
 
 

@@ -70,7 +70,9 @@ class Meter:
         parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}"]
         if earlier := self.done - self.done_here:
             parts += [f"{earlier:,} of them before"] if earlier > 0 else [f"{-earlier:,} done again"]
-        parts += [f"{self.rate:,.1f} {self.unit}/s"] if self.done_here else []
+        if self.done_here:
+            slow = self.rate < 0.1
+            parts.append(f"{1 / self.rate:,.0f} s each" if slow else f"{self.rate:,.1f} {self.unit}/s")
         parts += [f"{format_seconds(self.seconds_left)} left"] if self.seconds_left and not ended else []
         return ", ".join([*parts, *([self.note] if self.note else [])])
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch_interval
 
+FEW_TESTED = 50  # below, one test sample is more than two points of top-1
+
 
 def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line per set and network: over n seeds the mean and sample standard deviation (None for n = 1) of top-1 and
@@ -28,6 +30,16 @@ def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             line["seconds"] = round(statistics.fmean(member["seconds"] for member in members), 3)
         summary.append(line)
     return summary
+
+
+def few_tested(samples: int) -> str | None:
+    """A sentence for a test split that is too small for a verdict, else None."""
+    if samples >= FEW_TESTED:
+        return None
+    return (
+        f"the test split has only {samples} samples, and each is {100 / samples:.0f} points of top-1, so accuracies say "
+        "little; add test samples, or raise data.holdout"
+    )
 
 
 def differences(summary: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ class Pipeline:
                 if stage in ("score", "select", "distill") and self.dir.record("ingest"):
                     self.dir.content("ingest")
                     prepared = PreparedDataset(self.dir / "prepared")
-                    self.context.warn_of_data(prepared.class_names, prepared.counts(), prepared.has_test())
+                    self.context.warn_of_data(prepared.class_names, prepared.counts(), sum(prepared.counts("test")))
                 if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():
                     self.display.say("evaluate: skipped, the data set has no test split")
                     continue
@@ -277,7 +277,7 @@ class Pipeline:
                 self.display.say(f"  {line}")
             facts = data_facts.of_listing(self.config, listing)
         validate.check_networks(self.config, facts)
-        self.context.warn_of_data(facts.class_names, facts.counts, facts.has_test())
+        self.context.warn_of_data(facts.class_names, facts.counts, facts.tests)
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
             path, machine = self.dir / "plan.json", here(self.dir.path)
             plan = forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))

@@ -55,11 +55,11 @@ class PlannedDataset:
     class_names: list[str]
     source_class_names: list[str]
     counts: list[int]  # training samples per class
-    tested: bool
+    tests: int  # test samples
     kind: str | None = None
 
     def has_test(self) -> bool:
-        return self.tested
+        return self.tests > 0
 
 
 def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
@@ -73,7 +73,7 @@ def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
         [plan.class_names[label] for label in derived.classes],
         plan.source_class_names,
         derived.counts,
-        "test" in plan.listings,
+        plan.listings["test"].num_rows if "test" in plan.listings else 0,
         "tensors" if sample_types.holds_tensors(config.data) else None,
     )
 

@@ -18,6 +18,7 @@ from distill_at_scale.data.ingest.sample_types import holds_tensors
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.distillation.summary import few_tested
 from distill_at_scale.pipeline.planning.facts import expected_kept
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.proxies import train as proxies
@@ -182,15 +183,17 @@ def of_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
     return lines
 
 
-def of_data(config: Config, class_names: Sequence[str], counts: Sequence[int], tested: bool) -> Iterator[str]:
-    """Sentences on the data: no test split, and classes of which selection keeps no more samples than are distilled.
+def of_data(config: Config, class_names: Sequence[str], counts: Sequence[int], tested: int) -> Iterator[str]:
+    """Sentences on the data: no or a small test split, and classes of which selection keeps no more samples than are distilled.
 
     Args:
         counts: training samples per class.
-        tested: whether there is a test split.
+        tested: samples of the test split, 0 without one.
     """
     if not tested:
         yield "there is no test split, so nothing will be evaluated; data.holdout=0.2 makes one"
+    elif note := few_tested(tested):
+        yield note
     kept, ipc = expected_kept(config, list(counts)), config.distill.ipc
     few = [name for name, number in zip(class_names, kept, strict=True) if number <= ipc]
     if few and config.select.scope == "class":

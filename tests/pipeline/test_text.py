@@ -135,3 +135,12 @@ def test_the_share_that_runtime_pruning_dropped_is_the_measured_one():
     assert fact.replace("\u00a0", " ") == (
         "Runtime pruning by rule loss left out 25 % (measured) of the real batches; configured: 30 %."
     )
+
+
+def test_a_small_test_split_allows_no_verdict():
+    sets = [row("distilled", 1.0, 0.0, 5), row("random_real", 0.5, 0.0, 5)]
+    assert wording.answer(sets, 600)["word"] == "Yes"
+    few = wording.answer(sets, 2)
+    assert few["word"] == "Too few test samples"
+    assert few["verdict"] == "unclear"
+    assert "the test split has only 2 samples, and each is 50 points of top-1" in few["text"]

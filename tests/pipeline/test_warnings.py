@@ -150,15 +150,17 @@ def test_a_key_of_another_method_on_the_command_line_is_said(tmp_path, overrides
 )
 def test_classes_that_keep_no_more_than_is_distilled_are_named(select, ipc, names):
     config = validate({"select": select, "distill": {"ipc": ipc}})
-    lines = list(warnings.of_data(config, ["a", "b", "c"], [50, 500, 5000], True))
+    lines = list(warnings.of_data(config, ["a", "b", "c"], [50, 500, 5000], 1000))
     assert len(lines) == bool(names)
     assert all(name in lines[0] for name in names)
     assert sum(f"'{name}'" in " ".join(lines) for name in "abc") == len(names)
 
 
 def test_a_missing_test_split_is_said_with_the_key_that_makes_one():
-    assert list(warnings.of_data(Config(), ["a"], [500], True)) == []
-    (line,) = warnings.of_data(Config(), ["a"], [500], False)
+    assert list(warnings.of_data(Config(), ["a"], [500], 1000)) == []
+    (line,) = warnings.of_data(Config(), ["a"], [500], 2)
+    assert "only 2 samples, and each is 50 points" in line
+    (line,) = warnings.of_data(Config(), ["a"], [500], 0)
     assert "nothing will be evaluated; data.holdout=0.2 makes one" in line
 
 

@@ -45,7 +45,7 @@ def summary(starter: Starter, file: Path) -> list[str]:
         )
     if (load := os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0) > starter.cores:
         used = f"load {load:.0f} on {starter.cores} cores"
-        lines.append(f"other processes use this machine ({used}), so times may be too high")
+        lines.append(f"other processes use this machine ({used}), so times are uncertain")
     lines += starter.problems
     name = shlex.quote(str(file))
     lines.append("next:")

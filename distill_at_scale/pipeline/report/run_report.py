@@ -75,7 +75,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "words": words,
         "question": text.question(words, len(synthetic.labels), ipc, prepared.counts("train"), kept),
         "method_facts": text.method_facts(synthetic.card, words["many"], dropped_share(run / "metrics.jsonl")),
-        "answer": text.answer(evaluation.get("summary", [])),
+        "answer": text.answer(evaluation.get("summary", []), sum(prepared.counts("test"))),
         "one_distillation": text.ONE_DISTILLATION,
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
         "pruning": _pruning(evaluation, records, selection, synthetic.card),

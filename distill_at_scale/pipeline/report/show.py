@@ -17,6 +17,7 @@ from rich.table import Table
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import format_seconds, printable
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.distillation.summary import few_tested
 from distill_at_scale.pipeline import run_reader
 from distill_at_scale.pipeline.report.text import ONE_DISTILLATION, points
 from distill_at_scale.pipeline.run_reader import Result, Run, StageState
@@ -152,7 +153,7 @@ def print_folder(described: dict[str, Any], console: Console) -> None:
         say(f"  {section:<9}{text}")
     console.print(stage_table(described["stages"]))
     if described["results"]:
-        _print_results(described["results"], console)
+        _print_results(described["results"], (described["data"] or {}).get("samples", {}).get("test", 0), console)
     for line in described["problems"]:
         say(f"problem: {line}")
     for line in described["warnings"] or ():
@@ -218,9 +219,11 @@ def _remark(row: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _print_results(results: list[dict[str, Any]], console: Console) -> None:
+def _print_results(results: list[dict[str, Any]], tested: int, console: Console) -> None:
     console.print(result_table(results))
     console.print(ONE_DISTILLATION, soft_wrap=True)
+    if tested and (note := few_tested(tested)):
+        console.print(f"warning: {note}", soft_wrap=True)
 
 
 def result_table(results: list[dict[str, Any]]) -> Table:
@@ -240,6 +243,7 @@ def result_table(results: list[dict[str, Any]]) -> Table:
 def show_result(run: RunDir, console: Console) -> None:
     """Print the accuracy of each set and network, and the path of the report: what a run ends with."""
     if (run / "evaluation.json").exists():
-        _print_results([_result(result) for result in Run(run).results], console)
+        tested = (_data(Run(run)) or {}).get("samples", {}).get("test", 0)
+        _print_results([_result(result) for result in Run(run).results], tested, console)
     if (run / "report.html").exists():
         console.print(f"report: {_place(Run(run), 'report.html')}", markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_at_scale.config.registry import FRAME
 from distill_at_scale.core.images import FRAMES_PER_SECOND
-from distill_at_scale.distillation.summary import differences
+from distill_at_scale.distillation.summary import differences, few_tested
 
 CONTROL = FRAME  # prefix of networks that see one frame of a clip
 NBSP = "\u00a0"
@@ -62,8 +62,11 @@ def method_facts(card: Mapping[str, Any], many: str, dropped: float | None = Non
     return facts
 
 
-def answer(summary: Sequence[Summary]) -> dict[str, str]:
-    """The verdict for the first network as a word and a sentence; `others` summarises the other networks."""
+def answer(summary: Sequence[Summary], tested: int = 0) -> dict[str, str]:
+    """The verdict for the first network as a word and a sentence; `others` summarises the other networks.
+
+    `tested` is the number of test samples, 0 if unknown; a few of them allow no verdict.
+    """
     sets = {(row["set"], row["network"]): row for row in summary}
     gaps = {gap["network"]: gap for gap in differences(summary) if gap["against"] == "random_real"}
     # one-frame controls count only if there is nothing else
@@ -80,6 +83,8 @@ def answer(summary: Sequence[Summary]) -> dict[str, str]:
         text += f", {points(gap['mean'])} points; with one seed the spread is unknown, so chance cannot be ruled out"
     else:
         text += f", {points(gap['mean'])} points ({interval(gap)})"
+    if tested and (note := few_tested(tested)):
+        return {"verdict": "unclear", "word": "Too few test samples", "text": f"{text}; {note}", "others": ""}
     others: dict[str, list[str]] = {}
     for name in networks:
         others.setdefault(verdict(gaps[name]), []).append(name)

@@ -47,7 +47,7 @@ class RunContext:
         self.warned = False  # whether the warnings of `pipeline.warnings.of_data` were printed
         self._executor: Executor | None = None
 
-    def warn_of_data(self, class_names: Sequence[str], counts: Sequence[int], tested: bool) -> None:
+    def warn_of_data(self, class_names: Sequence[str], counts: Sequence[int], tested: int) -> None:
         """Say the warnings of `pipeline.warnings.of_data` once."""
         for line in () if self.warned else warnings.of_data(self.config, class_names, counts, tested):
             self.display.say(f"warning: {line}")

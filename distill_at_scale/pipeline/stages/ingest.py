@@ -168,5 +168,5 @@ def describe(context: RunContext) -> None:
     if context.config.data.frames:
         context.display.say(f"  clips are decoded by {describe_decoders(decoders_for(context.config.data))}")
     planned = validate.planned(context.config, context.plan)
-    context.warn_of_data(planned.class_names, planned.counts, planned.has_test())
+    context.warn_of_data(planned.class_names, planned.counts, planned.tests)
     context.display.say(validate.space(context.config, context.plan, shutil.disk_usage(context.dir.path).free))

@@ -390,11 +390,13 @@ def _work(
 
     def command() -> int:
         from distill_at_scale.config.load import load
+        from distill_at_scale.config.registry import check_built_in
         from distill_at_scale.core.progress import Display
 
         if "=" in path and not Path(path).exists():
             raise UserError(f"CONFIG is missing: {path} is an override; write `{NAME} {name} CONFIG {path}`")
         config, display = load(path, overrides or ()), Display()
+        check_built_in(config)
         if computes:
             display.say(api.opening(config, f"{name} {path}"))
         address = api.ray_address(config)

@@ -256,7 +256,9 @@ def test_the_help_and_usage_errors_import_nothing_heavy(arguments, status):
     assert "distill-at-scale" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("override", ["select.kep=1", "select.keep=2", "nonsense", "data=3"])
+@pytest.mark.parametrize(
+    "override", ["select.kep=1", "select.keep=2", "nonsense", "data=3", "data.source=folder", "evaluate.networks=x"]
+)
 def test_errors_of_the_configuration_import_neither_torch_nor_ray(override):
     done = in_process(["run", str(ROOT / "configs" / "digits.yaml"), override], 2, HEAVY)
     assert done.stderr.startswith("error: ")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_at_scale.config.explain import suggest
 from distill_at_scale.core.errors import UserError
+
+if TYPE_CHECKING:
+    from distill_at_scale.config.load import Config
 
 FRAME = "frame:"  # prefix of the name of a network that sees the middle frame of a clip only
 # words that people use for an entry of a table that has another name
@@ -27,6 +30,31 @@ ALIASES = {
     "gradient_matching": "dc", "distribution_matching": "dm", "trajectory_matching": "mtt",
     "cross_entropy": "loss", "gradnorm": "grand", "confidence": "margin", "cnn": "convnet", "resnet": "resnet18",
 }  # fmt: skip
+
+# the names of the tables, repeated here so that a wrong one is an error before torch is loaded
+BUILT_IN = {
+    "source": (
+        "digits", "parquet", "imagefolder", "imagenet", "imagenet_tar", "tiny_imagenet", "torchvision", "webdataset",
+        "moving_digits", "videofolder", "audiofolder", "kinetics", "kinetics_tar", "ucf101", "hmdb51", "something_v2",
+        "tensors",
+    ),
+    "method": ("dc", "dsa", "dm", "idc", "mtt", "tesla", "sre2l", "rded"),
+    "network": (
+        "mlp", "convnet", "convnet_bn", "alexnet", "vgg11", "resnet18", "resnet18_bn", "resnet50", "resnet50_bn",
+        "convnet3d", "r3d_18", "r3d_18_bn", "r2plus1d_18", "r2plus1d_18_bn",
+    ),
+}  # fmt: skip
+
+
+def check_built_in(config: Config) -> None:
+    """Raise UserError for an unknown source, method or network; names with a colon are checked where they are resolved."""
+    networks = [("score.network", config.score.network), ("distill.network", config.distill.network)]
+    networks += [("evaluate.networks", name) for name in config.evaluate.networks]
+    names = [("data.source", config.data.source, "source"), ("distill.method", config.distill.method, "method")]
+    names += [(key, name.removeprefix(FRAME), "network") for key, name in networks]
+    for key, name, table in names:
+        if ":" not in name:
+            resolve(key, name, dict.fromkeys(BUILT_IN[table]))
 
 
 def resolve(key: str, name: str, table: Mapping[str, Any], needs: tuple[str, ...] = ()) -> Any:

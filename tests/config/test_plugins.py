@@ -9,8 +9,12 @@ import pytest
 
 from distill_at_scale.cli import main
 from distill_at_scale.config import load as configuration
+from distill_at_scale.config import registry
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.models.spec import NETWORKS
 from distill_at_scale.pipeline import validate
 
 METHOD = '''
@@ -184,3 +188,8 @@ def test_a_method_with_a_wrong_protocol_is_refused_by_name(tmp_path, monkeypatch
         UserError, match=r"'odd_protocol:Odd' does not keep the contract: its protocol\(config\) gives dict"
     ):
         validate.check_names(config)
+
+
+def test_the_names_that_are_checked_first_are_those_of_the_tables():
+    tables = {"source": SOURCES, "method": METHODS, "network": NETWORKS}
+    assert {table: tuple(names) for table, names in tables.items()} == registry.BUILT_IN

@@ -34,7 +34,7 @@ ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.ER
 OTHER_ADVICE = "Check the disk, and that all nodes see it at this path"
 
 CONFIG_HELP = "A YAML file, the name of a shipped configuration (`distill-at-scale configs`), or a run folder."
-OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; they may stand anywhere behind CONFIG."
+OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; in any place after CONFIG."
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="section.key=value", help=OVERRIDES_HELP, show_default=False)

@@ -25,7 +25,7 @@ INTRODUCTION = """
 ## Shipped configurations
 
 `distill-at-scale configs` prints this table, and `distill-at-scale configs cp digits` copies a file of it.
-A name may stand in place of the file: `distill-at-scale run digits`.
+The name of a shipped configuration works like its file: `distill-at-scale run digits`.
 
 | name | purpose | data | cost |
 |---|---|---|---|

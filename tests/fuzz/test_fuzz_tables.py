@@ -20,6 +20,7 @@ from conftest import write_prepared
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.codecs.image import SampleRejected
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.sources.image.hf_parquet import HuggingFaceParquet
@@ -198,7 +199,7 @@ def test_broken_data_sets_are_refused_or_list_what_can_be_read(tmp_path: Path, k
         except UserError:
             return False
         check_rows(rows)
-        assert all(isinstance(one, bytes) for one in values)
+        assert all(isinstance(one, bytes | SampleRejected) for one in values)
         assert len(values) == rows.num_rows
         labels = rows["label"].to_numpy()
         assert 0 <= labels.min() <= labels.max() < len(source.class_names)

@@ -90,7 +90,7 @@ def test_no_broken_record_reads_files_outside_its_run(tmp_path: Path):
         run.create()
         (other / "stages" / "ingest.json").write_bytes(data)
         try:
-            taken = run.valid("ingest", inputs)
+            taken = run.take_over("ingest", inputs)
         except UserError:
             taken = False
         there = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}

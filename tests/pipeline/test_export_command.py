@@ -85,9 +85,8 @@ def test_a_folder_without_a_run_and_a_run_without_a_set_say_what_to_do(make_run,
     assert "a folder without a run.json; give a YAML file or a run folder" in " ".join(capsys.readouterr().err.split())
     run = make_run(tmp_path / "run").stages("ingest")
     assert main(["export", str(run.dir), "--pt", str(tmp_path / "x.pt")]) == 2
-    assert "no output of distill yet; run `distill-at-scale distill CONFIG` first" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"no output of distill yet; run this first: distill-at-scale distill {run.dir}" in told
     (run.dir / "run.json").write_text("{}", encoding="utf-8")
     assert main(["export", str(run.dir), "--pt", str(tmp_path / "x.pt")]) == 2
     assert "is damaged ('config'); give the YAML file of the run" in " ".join(capsys.readouterr().err.split())

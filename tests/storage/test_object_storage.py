@@ -162,7 +162,7 @@ def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
     assert finished is not None
     assert {"plan.json", "validation.parquet"} <= set(stored_objects(s3, bucket))
     out = tmp_path / "kept.csv"
-    export(remote_run("d").config, [], [out], Display.silent())
+    export(remote_run("d").config, [], [out], {}, Display.silent())
     assert len(out.read_text(encoding="utf-8").splitlines()) > 3
 
 

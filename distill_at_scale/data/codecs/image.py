@@ -164,7 +164,7 @@ def _checked(pixels: Array) -> Array:
     if not ((wide and grey) or colors) or not pixels.size:
         allowed = "uint8 [H, W], [H, W, 1] or [H, W, 3]"
         raise SampleRejected(f"an array of {pixels.dtype} {list(pixels.shape)}; the pixels of an image are {allowed}")
-    return pixels[..., 0] if colors == (1,) else pixels
+    return pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,21 +5,18 @@ Functions import what they need, so that `--help` and errors of usage load neith
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill_at_scale import __version__, api
+import distill_at_scale as das
 from distill_at_scale.core import command_line
-from distill_at_scale.core.errors import RunWarning, UserError
+from distill_at_scale.core.error_messages import own_warnings_only, report_errors
+from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.terminal import replace_unknown_characters
 
 if TYPE_CHECKING:
@@ -28,10 +25,6 @@ if TYPE_CHECKING:
 
 NAME = command_line.NAME
 STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
-
-FULL, DENIED = "Free space or choose another place", "Check its permissions or choose another place"
-ADVICE = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EROFS: DENIED, errno.EPERM: DENIED}
-OTHER_ADVICE = "Check the disk, and that all nodes see it at this path"
 
 CONFIG_HELP = "A YAML file, the name of a shipped configuration (`distill-at-scale configs`), or a run folder."
 OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; in any place after CONFIG."
@@ -52,7 +45,7 @@ def examples(*lines: str) -> str:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"{NAME} {__version__}")
+        typer.echo(f"{NAME} {das.__version__}")
         raise typer.Exit
 
 
@@ -98,7 +91,7 @@ def init(
         starter.init(data, display, source=source, method=method, ipc=ipc, budget=budget, out=out, force=force)
 
     sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
-    with _own_warnings_only():
+    with own_warnings_only():
         return report_errors(body)
 
 
@@ -165,7 +158,7 @@ def _run_stages(config: Config, display: Display, stages: Sequence[str]) -> None
     from distill_at_scale.pipeline.report.show import show_result
     from distill_at_scale.storage.run_dir import RunDir
 
-    api.make_pipeline(config, display).run(stages)
+    das.make_pipeline(config, display).run(stages)
     if stages[-1] in ("evaluate", "report"):
         show_result(RunDir.of(config.run), display.console)
 
@@ -210,7 +203,7 @@ def validate(
     """
 
     def body(config: Config, display: Display) -> int:
-        return 1 if api.make_pipeline(config, display).validate(contents) else 0
+        return 1 if das.make_pipeline(config, display).validate(contents) else 0
 
     return _work("validate", config, overrides, body)
 
@@ -222,7 +215,7 @@ def plan(config: ConfigName, overrides: Overrides = None) -> int:
     It measures a few steps on this machine, and refuses what cannot fit. After a run it compares the estimates with
     what the run took.
     """
-    return _work("plan", config, overrides, api.plan_run)
+    return _work("plan", config, overrides, das.plan_run)
 
 
 @app.command(epilog=examples("sweep sweep_digits", "sweep sweep_digits sweep.controls=[]"))
@@ -232,7 +225,7 @@ def sweep(config: ConfigName, overrides: Overrides = None) -> int:
     They are the combinations of sweep.space. Random and unpruned controls run, too. Writes sweep.html and
     sweep.parquet.
     """
-    return _work("sweep", config, overrides, api.run_sweep)
+    return _work("sweep", config, overrides, das.run_sweep)
 
 
 @app.command(epilog=examples("study studies_digits", "study studies_digits studies.run='[drop]'"))
@@ -242,7 +235,7 @@ def study(config: ConfigName, overrides: Overrides = None) -> int:
     The questions of studies.run are answered by many short distillations on shared ingest and scores. Writes
     studies.html, and a file per study in studies/.
     """
-    return _work("study", config, overrides, api.run_studies)
+    return _work("study", config, overrides, das.run_studies)
 
 
 @app.command(epilog=examples(
@@ -363,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # threads that wait for others sleep: spinning slows other processes down. torch's OpenMP reads this once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with _own_warnings_only(), command_line.remembered(*arguments[:1]):
+        with own_warnings_only(), command_line.remembered(*arguments[:1]):
             return app(arguments, prog_name=NAME, standalone_mode=False) or 0
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
@@ -398,8 +391,8 @@ def _work(
         config, display = load(path, overrides or ()), Display()
         check_built_in(config)
         if computes:
-            display.say(api.opening(config, f"{name} {path}"))
-        address = api.ray_address(config)
+            display.say(das.opening(config, f"{name} {path}"))
+        address = das.ray_address(config)
 
         def work() -> int:
             if computes:
@@ -413,57 +406,12 @@ def _work(
         from distill_at_scale.cluster import head_watchdog
 
         def connected() -> int:
-            with api.explained(config):
+            with das.explained(config):
                 return work()
 
         return head_watchdog.guarded(address, lambda: report_errors(connected))
 
     return report_errors(command)
-
-
-def _say_error(text: str) -> None:
-    from rich.console import Console
-
-    from distill_at_scale.core.progress import printable
-
-    Console(stderr=True, highlight=False).print(printable(text), markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _own_warnings_only() -> Iterator[None]:
-    """Print our warnings as one line each; hide those of torch, Ray and other libraries, which a user cannot act on.
-
-    With `python -W` or PYTHONWARNINGS, Python prints all of them in its own way.
-    """
-
-    def show(message: Warning | str, category: type[Warning], *rest: object, **options: object) -> None:
-        if issubclass(category, RunWarning):
-            _say_error(f"warning: {message}")
-
-    if sys.warnoptions:
-        yield
-        return
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
-
-
-def report_errors(body: Callable[[], int | None]) -> int:
-    """Print an error of `body` that the user can fix as one line, and return the exit status."""
-    try:
-        return body() or 0
-    except UserError as error:
-        _say_error(f"error: {error}")
-    except KeyboardInterrupt:
-        _say_error("interrupted; give the same command again to resume")
-        return 130
-    except OSError as error:
-        if error.errno is None:
-            raise
-        where, advice = error.filename or "the run folder", ADVICE.get(error.errno, OTHER_ADVICE)
-        _say_error(f"error: {error.strerror}: {where}. {advice}, and repeat the command; finished work is kept.")
-    return 2
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def test_a_warning_of_ours_is_one_line_and_one_of_a_library_is_not_shown(tiny_fi
 
 
 NO_CUDA = """
-from distill_at_scale import cli
-with cli._own_warnings_only():
+from distill_at_scale.core import error_messages
+with error_messages.own_warnings_only():
     import torch.utils.cpp_extension
 """
 

@@ -25,7 +25,6 @@ ROOMS = [  # from the ground up: a module imports from its own room and from the
     "pipeline",
     "experiments",
     "cluster",
-    "api",
     "cli",
     "__main__",
     "jobs",
@@ -71,12 +70,24 @@ def own_imports(module: str) -> set[str]:
 
 def test_the_package_root_holds_only_the_expected_folders():
     names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert names == {"__init__.py", "__main__.py", "api.py", "cli.py", "configs", "py.typed", *ROOMS[:10]}
+    assert names == {"__init__.py", "__main__.py", "cli.py", "configs", "py.typed", *ROOMS[:10]}
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m != "distill_at_scale"))
 def test_imports_go_down_only(module):
     assert {name for name in own_imports(module) if layer(name) > layer(module)} == set()
+
+
+def test_rooms_import_only_the_version_from_the_package_root():
+    for module, path in MODULES.items():
+        if module.startswith(("jobs", "distill_at_scale.cli")):  # they call the API
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert "distill_at_scale" not in {alias.name for alias in node.names}, module
+            elif isinstance(node, ast.ImportFrom) and node.module == "distill_at_scale":
+                names = {alias.name for alias in node.names if alias.name not in ROOMS}
+                assert names <= {"__version__"}, f"{module} imports {names} from the package root"
 
 
 def test_there_are_no_import_cycles():
@@ -94,9 +105,9 @@ def test_only_the_cluster_folder_imports_ray():
 
 
 def test_core_modules_do_not_import_the_cluster():
-    above = ("jobs", *(f"distill_at_scale.{name}" for name in ("cluster", "api", "cli", "pipeline.pipeline")))
+    above = ("jobs", *(f"distill_at_scale.{name}" for name in ("cluster", "cli", "pipeline.pipeline")))
     for module in MODULES:
-        if not module.startswith(above):
+        if not module.startswith(above) and module != "distill_at_scale":
             assert not any(name.startswith("distill_at_scale.cluster") for name in own_imports(module)), module
 
 
@@ -111,7 +122,10 @@ def test_core_modules_never_print():
 
 def test_core_modules_read_no_environment():
     for module, path in MODULES.items():
-        if module.startswith(("jobs", "distill_at_scale.cluster", "distill_at_scale.api", "distill_at_scale.cli")):
+        if (
+            module.startswith(("jobs", "distill_at_scale.cluster", "distill_at_scale.cli"))
+            or module == "distill_at_scale"
+        ):
             continue
         names = {
             node.attr

@@ -136,7 +136,7 @@ def _unusable(folder: Path) -> str | None:
 
 
 def _is_mine(folder: Path) -> bool:
-    """Whether nobody else can have placed this folder, or can write in it."""
+    """Whether this user owns the folder and nobody else may write to it."""
     status = folder.lstat()
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 

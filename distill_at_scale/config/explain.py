@@ -97,8 +97,8 @@ def problems(
             shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]} ..."
             allowed = own or _allowed(annotation, error, value)
             lines[key] = f"{key or 'the content'} = {shown} (in {where}) is not allowed: {allowed}"
-    said, left = list(lines.values())[:MAX_PROBLEMS], len(lines) - MAX_PROBLEMS
-    return [*said, f"and {left:,} more problems"] if left > 0 else said
+    first, left = list(lines.values())[:MAX_PROBLEMS], len(lines) - MAX_PROBLEMS
+    return [*first, f"and {left:,} more problems"] if left > 0 else first
 
 
 def _key_and_value(model: type[BaseModel], error: Mapping[str, Any], value: Any) -> tuple[str, Any]:

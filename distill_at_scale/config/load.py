@@ -99,7 +99,7 @@ def load(
         file = "the values"
         _set_all(values, source)
     elif not isinstance(source, str | Path):
-        raise UserError(f"{type(source).__name__} is no configuration; give a path, a name or a dict")
+        raise UserError(f"{type(source).__name__} cannot be a configuration; give a path, a name or a dict")
     else:
         if not str(source) or "\0" in str(source):
             raise UserError(
@@ -156,7 +156,7 @@ def _override_advice(key: str, value: str | None) -> str:
 def _of_run(folder: Path) -> dict[str, Any]:
     """The configuration of the run in a folder. Credentials of its paths are not stored.
 
-    run.redo was for one command only. A run.reuse that is gone is left out: what was taken from it is in the folder.
+    It omits run.redo, which belongs to one command, and a run.reuse that no longer exists; the folder holds what was reused.
     """
     try:
         values: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]

@@ -66,7 +66,7 @@ def tables(name: str | None = None) -> list[Table]:
         name: a dotted section or key; or the last name of keys, such as keep.
 
     Raises:
-        UserError: there is no such section or key; the message names the nearest ones.
+        UserError: the section or key is unknown; the message names the nearest ones.
     """
     groups = list(sections(Config))
     if name is not None:

@@ -38,7 +38,7 @@ def names() -> list[str]:
 def path(name: str) -> Path:
     """The file of a shipped configuration. Raises UserError for an unknown name."""
     if name not in names():
-        raise UserError(f"there is no shipped configuration {name!r}; {suggest(name, names())}")
+        raise UserError(f"the shipped configuration {name!r} does not exist; {suggest(name, names())}")
     return FOLDER / f"{name}.yaml"
 
 
@@ -108,7 +108,7 @@ def copy(name: str, target: Path | None = None) -> Path:
     except FileExistsError:
         raise UserError(f"{target} exists and is not overwritten; name another file") from None
     except FileNotFoundError:
-        raise UserError(f"there is no folder {target.parent}; create it, or name another file") from None
+        raise UserError(f"the folder {target.parent} does not exist; create it, or name another file") from None
     return target
 
 

@@ -318,7 +318,7 @@ def open_folder(address: str | Path) -> RunDir:
     if folder.remote:
         folder.fetch(*SMALL, *SWEEP[:1], *STUDY[:1])
     elif not folder.path.is_dir():
-        missing = f"{folder.path} is a file" if folder.path.exists() else f"there is no folder {folder.path}"
+        missing = f"{folder.path} is a file" if folder.path.exists() else f"the folder {folder.path} does not exist"
         raise UserError(f"{missing}; give the run.dir of a run")
     if not (is_run(folder) or kind_of(folder) != "run"):
         raise UserError(f"{folder.named} is not a run folder (no stages/, no run.json); give the run.dir of a run")

@@ -29,7 +29,7 @@ import numpy as np
 from peaks import Watch, show_peaks
 from PIL import Image
 
-from distill_at_scale.api import make_executor
+from distill_at_scale import make_executor
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.environment import environment

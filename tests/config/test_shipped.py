@@ -109,8 +109,8 @@ def test_a_copy_loads_alike_finds_its_schema_and_says_the_next_command(tmp_path,
     ("arguments", "message"),
     [
         (["digits", "there.yaml"], "there.yaml exists and is not overwritten"),
-        (["digits", "no/such/x.yaml"], "there is no folder no/such"),
-        (["digit"], "there is no shipped configuration 'digit'; did you mean digits"),
+        (["digits", "no/such/x.yaml"], "the folder no/such does not exist"),
+        (["digit"], "the shipped configuration 'digit' does not exist; did you mean digits"),
     ],
 )
 def test_a_copy_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):

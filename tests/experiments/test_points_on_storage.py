@@ -12,7 +12,7 @@ from conftest import Run, tiny_config
 from rich.console import Console
 from storage_cases import stored_objects
 
-from distill_at_scale import api
+import distill_at_scale as das
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.experiments import auto_keep_rate, points
@@ -246,7 +246,7 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
     keys = {"select__keep": "auto", "select__auto": {"points": 2, "seeds": 2, "steps": 1, "evaluations": 1}}
     config = remote(**keys)
     result = Run(config)
-    result.pipeline._find_rate = lambda pipeline: api.find_rate(pipeline, result.pipeline.display)
+    result.pipeline._find_rate = lambda pipeline: das.find_rate(pipeline, result.pipeline.display)
     result.stages("ingest", "score", "select")
     there = stored_objects(s3, bucket)
     assert "auto.json" in there
@@ -255,7 +255,7 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
     rate = json.loads(there["auto.json"])["rate"]
     assert auto_keep_rate.known_rate(remote("b", **keys)) == rate
     other = Run(remote("b", **keys))
-    other.pipeline._find_rate = lambda pipeline: api.find_rate(pipeline, other.pipeline.display)
+    other.pipeline._find_rate = lambda pipeline: das.find_rate(pipeline, other.pipeline.display)
     other.stages("select")
     assert f"keep {rate:.4g} was found before" in other.text
 
@@ -263,14 +263,14 @@ def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(r
 @pytest.mark.slow
 def test_a_study_on_object_storage_leaves_its_page_and_finding_there(remote, s3, bucket):
     settings = {"run": ["drop"], "seeds": 2, "evaluations": 1, "steps": 1}
-    api.run_studies(remote(studies=settings), Display.silent())
+    das.run_studies(remote(studies=settings), Display.silent())
     assert {"studies.html", "studies/drop.json", "studies/studies.parquet"} <= set(stored_objects(s3, bucket))
     log = io.StringIO()
-    api.run_studies(remote("b", studies=settings), Display(Console(file=log, width=300)))
+    das.run_studies(remote("b", studies=settings), Display(Console(file=log, width=300)))
     assert "study drop: already done" in log.getvalue()
     s3.client.put_object(Bucket=bucket, Key="run/studies/drop.json", Body=b"{}")
     with pytest.raises(UserError, match=rf"^s3://{bucket}/run/studies/drop\.json is no finding"):
-        api.run_studies(remote("c", studies=settings), Display.silent())
+        das.run_studies(remote("c", studies=settings), Display.silent())
 
 
 def test_the_folders_own_run_does_not_touch_the_runs_inside(remote, s3, bucket, tmp_path):

@@ -360,10 +360,10 @@ def test_wrong_options_and_existing_files(tmp_path, monkeypatch, capsys):
     (tmp_path / "pets_dm_ipc1.yaml").write_text("mine", encoding="utf-8")
     for options, message in (
         ([], "pets_dm_ipc1.yaml exists; choose another file with --out, or overwrite it with --force"),
-        (["--method", "dmm"], "there is no such method; did you mean dm?"),
+        (["--method", "dmm"], "the method is unknown; did you mean dm?"),
         (["--ipc", "0"], "give 1 or more"),
         (["--budget", "10"], "write a time such as 10min"),
-        (["--out", "nowhere/x.yaml"], "there is no folder nowhere"),
+        (["--out", "nowhere/x.yaml"], "the folder nowhere does not exist"),
     ):
         assert cli.main(["init", "--data", "pets", *options]) == 2
         assert message in capsys.readouterr().err

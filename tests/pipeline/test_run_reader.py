@@ -118,7 +118,7 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "there is no folder"),
+        (None, "does not exist"),
         ([], "is not a run folder"),
         (["stages/readme.txt"], "is not a run folder"),
         (["sweep.parquet", "sweep.html"], "is the folder of a sweep, not of a run"),

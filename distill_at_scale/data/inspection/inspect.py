@@ -82,7 +82,7 @@ def inspect(path: str, source: str | None, seed: int) -> Inspection:
         Unreachable: the folder cannot be read.
     """
     if source is not None and ":" not in source and source not in SOURCES:
-        raise UserError(f"--source {source}: there is no such layout; {suggest(source, SOURCES)}")
+        raise UserError(f"--source {source}: the layout is unknown; {suggest(source, SOURCES)}")
     store, named = layouts.open_store(path)
     if named is None:
         path = store.path

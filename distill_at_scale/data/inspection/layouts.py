@@ -320,5 +320,5 @@ def open_store(path: str) -> tuple[Store, Layout | None]:
         parent = os.path.dirname(os.path.abspath(os.path.expanduser(path)))
         near = nearest(name, os.listdir(parent) if os.path.isdir(parent) else (), 0.6)
         hint = f"did you mean {os.path.join(parent, near[0])}?" if near else "check the path"
-        raise UserError(f"there is no folder {path}; {hint}")
+        raise UserError(f"{path} does not exist; {hint}")
     return Store(path), None

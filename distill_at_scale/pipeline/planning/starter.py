@@ -60,7 +60,7 @@ def init(
     if file.exists() and not force:
         raise UserError(f"{file} exists; choose another file with --out, or overwrite it with --force")
     if not file.parent.is_dir():
-        raise UserError(f"--out {file}: there is no folder {file.parent}; make it, or choose another file")
+        raise UserError(f"--out {file}: the folder {file.parent} does not exist; create it, or choose another file")
     place = path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
     if not is_uri(place) and (Path(place) / "run.json").is_file() and (Path(place) / "stages").is_dir():
         raise UserError(f"{place} is a run folder, not data; `distill-at-scale show {path}` says what it holds")
@@ -105,7 +105,7 @@ def parse_budget(text: str) -> float:
 def check_method(method: str, ipc: int) -> None:
     """Raises UserError for a method that does not exist, and for ipc < 1."""
     if ":" not in method and method not in known_methods():
-        raise UserError(f"--method {method}: there is no such method; {suggest(method, known_methods())}")
+        raise UserError(f"--method {method}: the method is unknown; {suggest(method, known_methods())}")
     if ipc < 1:
         raise UserError(f"--ipc {ipc}: give 1 or more synthetic samples per class")
 

@@ -42,7 +42,7 @@ def describe(address: str | Path) -> dict[str, Any]:
     study: page, table, points.
 
     Raises:
-        UserError: there is no such folder, or it is not one of this package.
+        UserError: the folder does not exist, or this package did not write it.
     """
     folder = run_reader.open_folder(address)
     kind = run_reader.kind_of(folder)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill_at_scale.config.fields import Section, execution_key
+from distill_at_scale.config.fields import Section, execution_key, later_key
 from distill_at_scale.config.sections import MAX_LR
 
 SIAMESE_AUGMENT = "color_crop_cutout_flip_scale_rotate"
@@ -175,6 +175,9 @@ class DistillSection(Section):
     network: str = Field("convnet", description="network to match with: a name or package.module:Object")
     width: int = Field(128, ge=1, description="channels of that network")
     depth: int | None = Field(None, ge=1, le=8, description="blocks of that network; null: by image size")
+    precision: Literal["auto", "fp32", "bf16"] = later_key(
+        "auto", description="precision of teachers, experts and forward passes of real data; auto: as score.precision"
+    )
     evaluate_every: int = execution_key(
         0, ge=0, description="steps between two evaluations during distillation; 0: none; needed by sweep.search: asha"
     )

@@ -218,7 +218,8 @@ class ScoreSection(Section):
         "auto", description="use torch.compile; auto: for large networks"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="precision of proxies and scoring; auto: bf16 on GPUs, fp32 on CPUs"
+        "auto",
+        description="precision of proxies and scoring; auto: bf16 on GPUs and on CPUs with bf16 units, else fp32",
     )
 
     @property
@@ -332,6 +333,9 @@ class EvaluateSection(Section):
         [], description="upper bounds: also train on the kept samples, on the full split"
     )
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
+    precision: Literal["auto", "fp32", "bf16"] = later_key(
+        "auto", description="precision of training and testing networks; auto: as score.precision"
+    )
 
     @field_validator("networks", "controls", "bounds")
     @classmethod

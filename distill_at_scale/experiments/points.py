@@ -28,6 +28,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.runners import LastEvaluation, PointRunner, PointTask, Watch
+from distill_at_scale.models.precision import resolved
 from distill_at_scale.pipeline.executors.base import Executor
 from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.pipeline.stages import ingest
@@ -59,7 +60,7 @@ class PointSet:
     """The points of one base configuration: their folders, what they share, and their outcomes."""
 
     def __init__(self, config: Config, runner: PointRunner, display: Display):
-        self.config, self.runner, self.display = config, runner, display
+        self.config, self.runner, self.display = resolved(config), runner, display
         self.root = address_of(config.run)
         self.ready: set[str] = set()  # shared folders that this command has completed or verified
 

@@ -34,8 +34,9 @@ from distill_at_scale.data.prepared.format import (
     write_meta,
     write_shards,
 )
+from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, maybe_compile
-from distill_at_scale.pruning.proxies.train import autocast, checkpoint_path
+from distill_at_scale.pruning.proxies.train import checkpoint_path
 from distill_at_scale.pruning.scoring.scorer import Scorer
 
 MANY, CLASSES, CHUNK = 10, 10, 1024

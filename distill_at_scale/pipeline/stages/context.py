@@ -10,6 +10,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.events import measured
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest.plan import IngestPlan
+from distill_at_scale.models import precision
 from distill_at_scale.pipeline import warnings
 from distill_at_scale.pipeline.executors.base import Executor, Report
 from distill_at_scale.pipeline.executors.synced import SyncedExecutor
@@ -37,7 +38,8 @@ class RunContext:
         watch: Report | None = None,
         observers: MakeObservers = no_observers,
     ):
-        self.config = self.requested = config  # `requested` may have select.keep: auto where `config` has its result
+        # as configured, and with the results of `precision: auto` and `select.keep: auto`
+        self.requested, self.config = config, precision.resolved(config)
         self.make_executor, self.display = make_executor, display
         self.watch = watch  # called with each line of the distillation's log
         self.dir = RunDir.of(config.run, display.say)

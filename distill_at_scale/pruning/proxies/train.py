@@ -20,6 +20,7 @@ from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
+from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, maybe_compile, mixes_samples, will_compile
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
@@ -173,9 +174,3 @@ def tree_sum(values: Sequence[Tensor]) -> Tensor:
     while len(values) > 1:
         values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 if configured, or by default on a GPU."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

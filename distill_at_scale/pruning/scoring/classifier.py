@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, maybe_compile
-from distill_at_scale.pruning.proxies.train import autocast
 from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
 
 

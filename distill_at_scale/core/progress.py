@@ -12,16 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.terminal import replace_unknown_characters
 
 MIN_WIDTH = 60  # of tables: in fewer columns their cells would be cut to nothing; the terminal wraps them
 LOG_INTERVAL = 5.0  # seconds between two lines of a log
 STATUS_AFTER = 2.0  # seconds between two lines of a status in a log
+NOTE_INTERVAL = 1.0  # seconds between two notes of a worker's progress
+Progressed = Callable[
+    [int], None
+]  # takes what is done so far of a long unit of work (samples, ...), as often as convenient
 # control characters except tab and newline, directional overrides, and surrogates (bytes that are not UTF-8)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -29,6 +35,34 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 def printable(text: str) -> str:
     """The text with control characters escaped: names of files and classes may hold anything."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class ProgressNote:
+    """Tells the driver, in whichever process, how much of a long unit of work is done: a file that is written at most once
+    per NOTE_INTERVAL. A `Progressed`.
+    """
+
+    def __init__(self, path: Path, then: Callable[[], object] = lambda: None):
+        """`then` is called after each note."""
+        self.path, self.then, self.written = path, then, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self.written >= NOTE_INTERVAL:
+            with publish(self.path) as temporary:
+                temporary.write_text(str(done), encoding="utf-8")
+            self.written = time.monotonic()
+            self.then()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def noted(path: Path) -> int:
+    """What a ProgressNote says; 0 if there is none."""
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
 
 
 class Meter:

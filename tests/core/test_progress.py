@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_at_scale.core import progress
-from distill_at_scale.core.progress import Display, format_seconds
+from distill_at_scale.core.progress import NOTE_INTERVAL, Display, ProgressNote, format_seconds, noted
 
 
 @pytest.fixture
@@ -121,3 +121,20 @@ def test_a_status_in_a_log_says_what_takes_long(monkeypatch):
         pass
     time.sleep(0.1)
     assert lines.getvalue() == "  measuring …\n"
+
+
+def test_a_worker_notes_its_progress_now_and_then(clock, tmp_path):
+    path, told = tmp_path / "folder" / "note", []
+    note = ProgressNote(path, lambda: told.append(noted(path)))
+    note(1)
+    assert noted(path) == 0
+    clock.now += NOTE_INTERVAL
+    note(2)
+    note(3)
+    assert told == [2]
+    assert noted(path) == 2
+    path.write_bytes(b"")
+    assert noted(path) == 0
+    note.remove()
+    note.remove()
+    assert not path.exists()

@@ -13,7 +13,7 @@ from torch import nn
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.models import spec as networks
-from distill_at_scale.models.image import ConvNet, default_depth
+from distill_at_scale.models.image import AvgPool2d, ConvNet, default_depth
 from distill_at_scale.models.spec import OF_IMAGES, MemoryFormat, NetworkSpec, in_parts, maybe_compile, mixes_samples
 
 RESNETS = ["resnet18", "resnet18_bn", "resnet50", "resnet50_bn"]
@@ -49,6 +49,22 @@ def test_the_convnet_is_the_standard_one():
         "Flatten"
     ]
     assert all(m.num_groups == m.num_channels and m.affine for m in network.modules() if isinstance(m, nn.GroupNorm))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 3, 7, 7), (1, 4, 2, 2)])
+def test_pooling_is_that_of_torch_in_the_values_and_their_gradients(shape):
+    images = torch.randn(shape, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    pooled, expected = AvgPool2d(2)(images), torch.nn.functional.avg_pool2d(images, 2)
+    assert torch.allclose(pooled, expected)
+    weights = torch.rand_like(expected)
+    both = [torch.autograd.grad((each * weights).square().sum(), images)[0] for each in (pooled, expected)]
+    assert torch.allclose(*both)
+    assert torch.autograd.gradgradcheck(AvgPool2d(2), (images,))
+
+
+def test_pooling_rounds_bfloat16_once():
+    images = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(AvgPool2d(2)(images), torch.nn.functional.avg_pool2d(images, 2))
 
 
 def test_the_convnet_pads_mnist_to_32():

@@ -271,11 +271,11 @@ class Distillation:
             return
         evaluate.require_test_split(self.prepared)
         spec, protocol = self.context.spec, synthetic.protocol.overridden(self.config.evaluate)
-        seed = derive(self.config.distill_seed, "evaluation on the way")
-        network = students.train(spec, synthetic.training_set(), protocol, seed, self.device)
+        seed, precision = derive(self.config.distill_seed, "evaluation on the way"), self.config.evaluate.precision
+        network = students.train(spec, synthetic.training_set(), protocol, seed, self.device, precision)
         pixels, targets = (torch.from_numpy(a) for a in self.prepared.load("test"))
         at_once = spec.microbatch(self.device)
-        accuracy = students.test(network, pixels, targets, self.normalization, self.device, at_once)
+        accuracy = students.test(network, pixels, targets, self.normalization, self.device, at_once, precision)
         self._write({"step": step, "of": self.steps, "top1": accuracy.top1, "top5": accuracy.top5})
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -70,9 +70,10 @@ class Evaluator:
         seed = rng.derive(self.config.run.seed, "evaluation", job.set, job.network, job.seed)
         synthetic = self.synthetic if folder is None else synthetic_set.load(folder)
         protocol = self._protocol(job, synthetic)
-        network = students.train(spec, self._training_set(job, synthetic), protocol, seed, self.device)
+        data, precision = self._training_set(job, synthetic), self.config.evaluate.precision
+        network = students.train(spec, data, protocol, seed, self.device, precision)
         normalization, at_once = self.synthetic.normalization, spec.microbatch(self.device)
-        accuracy = students.test(network, *self.test, normalization, self.device, at_once)
+        accuracy = students.test(network, *self.test, normalization, self.device, at_once, precision)
         if not all(torch.isfinite(p).all() for p in network.parameters()):
             raise DistillationDiverged(
                 f"evaluation diverged for {job}, at a learning rate of {protocol.lr:g}; lower evaluate.lr"

@@ -21,6 +21,7 @@ from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.augment import Augmentation, cutmix
 from distill_at_scale.distillation.soft_labels import StoredLabels, TeacherLabels, ViewPlan, merge_last_batch
+from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, mixes_samples
 
 SMALL_BATCH = 16  # images below which the statistics of batch norm are poor
@@ -100,18 +101,21 @@ class TrainingSet:
 
 
 def train(
-    spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, device: torch.device
-) -> nn.Module:
-    """Train a network from scratch; the whole set is held on the device."""
+    spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, device: torch.device,
+    precision: str = "fp32",
+) -> nn.Module:  # fmt: skip
+    """Train a network from scratch; the whole set is held on the device, the weights are float32 in any `precision`."""
     network = spec.build(rng.derive(seed, "network")).to(device).train()
     parameters = list(network.parameters())
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     if protocol.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, protocol.lr, weight_decay=protocol.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, protocol.lr, weight_decay=protocol.weight_decay, fused=True)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.epochs)
     else:
-        optimizer = torch.optim.SGD(parameters, protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay)
+        optimizer = torch.optim.SGD(
+            parameters, protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay, fused=True
+        )
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1], gamma=0.1)
     soft = {key: value.to(device) for key, value in data.soft.items()}
     data = replace(data, images=data.images.to(device), labels=data.labels.to(device), soft=soft)
@@ -123,15 +127,18 @@ def train(
             RunWarning,
             stacklevel=2,
         )
+    at_once = len(data.labels) if has_batch_norm else spec.microbatch(device)
     for epoch in range(protocol.epochs):
         if protocol.labels == "views":
             batches = view_batches(data, protocol, epoch)
         else:
             batches = epoch_batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm)
         for images, weighted in batches:
-            loss = _loss(protocol, network(images), weighted)
             optimizer.zero_grad()
-            loss.backward()
+            for part, targets in _parts(images, weighted, at_once):
+                with autocast(precision, device):
+                    logits = network(part)
+                (_loss(protocol, logits.float(), targets) * (len(part) / len(images))).backward()
             optimizer.step()
         scheduler.step()
     return network
@@ -170,6 +177,16 @@ def view_batches(data: TrainingSet, protocol: TrainingProtocol, epoch: int) -> I
         yield views, [(1.0, (data.views.logits(epoch, batch, views) / protocol.temperature).log_softmax(1))]
 
 
+def _parts(images: Tensor, weighted: WeightedTargets, at_once: int) -> Iterator[tuple[Tensor, WeightedTargets]]:
+    """A batch in parts of at most `at_once` images and of at most two sizes."""
+    count = -(-len(images) // at_once)
+    shares, targets = zip(*weighted, strict=True)
+    for part, *its_targets in zip(
+        images.tensor_split(count), *(each.tensor_split(count) for each in targets), strict=True
+    ):
+        yield part, list(zip(shares, its_targets, strict=True))
+
+
 def _loss(protocol: TrainingProtocol, logits: Tensor, weighted: WeightedTargets) -> Tensor:
     if protocol.labels == "views":
         log_probabilities = (logits / protocol.temperature).log_softmax(1)
@@ -189,13 +206,15 @@ class TopKAccuracy:
 
 @torch.no_grad()
 def test(
-    network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int
-) -> TopKAccuracy:
+    network: nn.Module, pixels: Tensor, labels: Tensor, normalization: Normalization, device: torch.device, at_once: int,
+    precision: str = "fp32",  # noqa: PT028
+) -> TopKAccuracy:  # fmt: skip
     """Accuracy on stored pixels [n, *shape], `at_once` images per forward pass."""
     network.eval()
     classes, top5_hits, hits = 0, 0, torch.zeros(len(labels), dtype=torch.bool)
     for first in range(0, len(labels), at_once):
-        logits = network(normalization.apply(pixels[first : first + at_once].to(device)))
+        with autocast(precision, device):
+            logits = network(normalization.apply(pixels[first : first + at_once].to(device)))
         targets = labels[first : first + at_once].to(device)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits[first : first + at_once] = (best[:, 0] == targets).cpu()

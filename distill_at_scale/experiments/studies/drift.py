@@ -74,7 +74,7 @@ def losses_of(config: Config, outcome: Outcome, sample: RankSample, draw: int) -
     spec = NetworkSpec(name, prepared.shape, classes, distill.width, distill.depth, prepared.kind)
     seed = rng.derive(config.run.seed, "drift", name, draw)
     protocol = synthetic.protocol.overridden(config.evaluate)
-    network = students.train(spec, synthetic.training_set(), protocol, seed, device).eval()
+    network = students.train(spec, synthetic.training_set(), protocol, seed, device, config.evaluate.precision).eval()
     normalize = synthetic.normalization.apply
     losses, size = [np.zeros(0, np.float32)], max(1, READ_BYTES // prepared.sample_bytes)
     with torch.no_grad():

@@ -117,13 +117,37 @@ def run(
             raise UserError(f"the stage {name!r} is unknown; {suggest(str(name), STAGES)}")
     display = Display() if progress else Display.silent()
     display.say(opening(config, "all stages" if stages is None else ", ".join(wanted)))
-    from distill_at_scale.pipeline import warnings
-    from distill_at_scale.pipeline.run_reader import Run
+    with explained(config), started_early(config, display, wanted):
+        from distill_at_scale.pipeline import warnings
+        from distill_at_scale.pipeline.run_reader import Run
 
-    with explained(config):
         warnings.warn(config, display)
         make_pipeline(config, display).run([stage for stage in STAGES if stage in wanted])
     return Run(RunDir.of(config.run))
+
+
+@contextmanager
+def started_early(config: Config, display: Display, stages: Sequence[str]) -> Iterator[None]:
+    """Start Ray before torch is imported, so that both take their seconds at the same time.
+
+    Only where a stage has work for a Ray of this machine, as far as that can be seen at once.
+    """
+    from distill_at_scale.storage.filesystem import is_uri
+
+    data, folder = config.data.path, config.run.dir
+    here = ray_address(config) is None and not is_uri(folder) and importlib.util.find_spec("ray") is not None
+    readable = data is None or is_uri(data) or Path(data).expanduser().exists()
+    done = all(Path(folder).expanduser().joinpath("stages", f"{stage}.json").exists() for stage in stages)
+    if not here or done or not readable or not set(stages) - {"select", "report"}:
+        yield
+        return
+    from distill_at_scale.cluster import session
+
+    session.start_early(config.cluster, display.say)
+    try:
+        yield
+    finally:
+        session.close_early()
 
 
 def ray_address(config: Config) -> str | None:
@@ -228,7 +252,7 @@ def find_rate(pipeline: Pipeline, display: Display) -> float:
     from distill_at_scale.experiments import auto_keep_rate
 
     def points(config: Config) -> AbstractContextManager[PointSet]:
-        _ = pipeline.executor  # starts Ray once, for the search and for the stages after it
+        pipeline.executor.release()  # Ray starts once, for the search and for the stages after it
         return open_points(config, display)
 
     return auto_keep_rate.rate(pipeline.config, points, display.say)

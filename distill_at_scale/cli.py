@@ -395,11 +395,13 @@ def _work(
         address = das.ray_address(config)
 
         def work() -> int:
-            if computes:
-                from distill_at_scale.pipeline import warnings
+            stages = STAGES if name == "run" else (name,) if name in STAGES else ()
+            with das.started_early(config, display, stages):
+                if computes:
+                    from distill_at_scale.pipeline import warnings
 
-                warnings.warn(config, display, overrides or ())
-            return body(config, display) or 0
+                    warnings.warn(config, display, overrides or ())
+                return body(config, display) or 0
 
         if not computes or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
             return work()

@@ -1,19 +1,24 @@
-"""Short units of work through a Ray Data actor pool, and how many actors and cores the cluster has for it."""
+"""Units of work through Ray actors that stay, and how many actors and cores the cluster has for it.
+
+Each call of an actor takes as many units as last about CALL_SECONDS, fewer towards the end, so that one driver bears many
+actors and all of them end together. The driver learns of finished calls by callbacks: its work does not grow with the actors.
+"""
 
 from __future__ import annotations
 
-import pickle
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import queue
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import ray
-import ray.data
 import ray.exceptions
-from ray.data import ActorPoolStrategy
 
 from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
@@ -21,9 +26,12 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ClusterSection
 from distill_at_scale.core.errors import UserError, WorkersLost
 from distill_at_scale.core.events import Emit, Event, TimeSpent, instant, measured
-from distill_at_scale.pipeline.executors.base import Result, Task, Unit, Worker
+from distill_at_scale.pipeline.executors.base import Poll, Result, Task, Unit, Worker, no_poll
 
-UNITS_AT_ONCE, CALLS_EACH = 8, 8  # units in one call of an actor at most, and calls that an actor gets at least
+CALLS = 2  # short calls that an actor has at a time, so that it never waits for the driver
+CALL_SECONDS, MOST_UNITS = 4.0, 256  # of one call, at most
+POLL, GROW = 0.5, 5.0  # seconds between two polls, and between two looks for room for more actors
+ANYWHERE = "SPREAD"  # scheduling strategy: not within the placement group of a sweep's trial
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)  # fmt: skip
 
@@ -31,115 +39,219 @@ if TYPE_CHECKING:
     import torch  # imported where it is used: ingest needs none
 
 Say = Callable[[str], None]
-Batch = Sequence[Unit]
+Batch = list[Unit]
 
 
 def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, say: Say) -> None:
-    """Run all units, several in each call of an actor, which reads ahead within them.
+    """Run all units on actors of this task alone; their number follows the cluster, if it grows or shrinks."""
+    pool = ActorPool(task.gpus)
+    try:
+        pool.run(task, lambda: actor_count(task.config, task.gpus, sharing), done, emit, say)
+    finally:
+        pool.close()
 
-    A killed actor is restarted and its call repeated; where a whole node is lost, the batches without a result are sent
-    again, `cluster.max_failures` times each. Every unit is counted once. Raises WorkersLost after more losses.
-    """
-    waiting, repeated = dict(enumerate(grouped(task.units, actor_count(task.config, task.gpus, sharing)))), 0
-    for failures in range(task.config.cluster.max_failures + 1):
+
+def units_per_call(waiting: int, actors: int, seconds: float | None) -> int:
+    """Units of the next call, if `waiting` units are left and one takes `seconds`; None: not known yet."""
+    if not seconds:
+        return 1
+    return max(1, min(MOST_UNITS, waiting // (CALLS * actors), int(CALL_SECONDS / seconds)))
+
+
+@dataclass(eq=False)
+class Actor:
+    handle: Any
+    ready: bool = False
+    job: Any = None  # what it works on
+    calls: deque[Batch] = field(default_factory=deque)  # in the order in which it works on them
+
+
+class ActorPool:
+    """Actors with one core, and `gpus` GPUs, each. They join the work when they are ready, and stay until `close`."""
+
+    def __init__(self, gpus: float = 0.0):
+        self.gpus = gpus
+        self._actors: dict[Actor, None] = {}
+        self._ended: queue.SimpleQueue[tuple[Actor, Batch | None, Future[Any]]] = queue.SimpleQueue()
+
+    def grow(self, count: int) -> None:
+        """Start actors until there are `count`."""
+        while len(self._actors) < count:
+            actor = Actor(self.start())
+            self._actors[actor] = None
+            self._watch(actor, None, actor.handle.ready.remote())
+
+    def start(self) -> Any:
+        """Start one actor, which this pool replaces if it is lost, not Ray, so that the pool can count the losses."""
+        remote: Any = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)(PoolActor)
+        return remote.options(scheduling_strategy=ANYWHERE).remote([entry or os.getcwd() for entry in sys.path])
+
+    def ready(self, count: int) -> list[Actor]:
+        """`count` actors, once they are ready. Raises what ended one before."""
+        self.grow(count)
+        actors = list(self._actors)[:count]
+        ray.get([actor.handle.ready.remote() for actor in actors])
+        return actors
+
+    def drop(self, actor: Actor) -> None:
+        self._actors.pop(actor, None)
+        ray.kill(actor.handle)
+
+    def close(self) -> None:
+        for actor in list(self._actors):
+            self.drop(actor)
+
+    def run(
+        self, task: Task, size: Callable[[], int], done: Callable[[Result], None], emit: Emit, say: Say,
+        poll: Poll = no_poll, threads: int = 1,
+    ) -> None:  # fmt: skip
+        """Run all units on `size()` actors with `threads` threads each. Every unit is counted once.
+
+        The units of an actor that is lost are repeated one by one, `cluster.max_failures` times each. Raises WorkersLost
+        after more losses, and what a unit raised.
+        """
+        cluster, job, long = task.config.cluster, _job(task, threads), task.worker.long
+        waiting, left, seconds = deque(task.units), len(task.units), None
+        busy, alone, losses, repeated = set[Actor](), set[int](), Counter[int](), 0
+        count, looked = size(), time.monotonic()
+
+        def feed(actor: Actor) -> None:
+            while waiting and actor.ready and (actor.calls or len(busy) < count):
+                if actor.calls and (long or len(actor.calls) == CALLS or len(waiting) < count):
+                    return
+                many = 1 if long or id(waiting[0]) in alone else units_per_call(len(waiting), count, seconds)
+                busy.add(actor)
+                self._send(actor, job, [waiting.popleft() for _ in range(many)])
+
         try:
-            for number, results, event in _stream(waiting, task, sharing):
-                repeated += event.values.get("restarted", 0)
-                if waiting.pop(number, None) is None:
-                    continue  # Ray repeats a finished call whose result was lost with its node
+            while left:
+                if time.monotonic() - looked > GROW:
+                    looked, count = time.monotonic(), size()
+                # an autoscaler adds nodes for actors that find no room
+                self.grow(min(left, 2 * count if cluster.grows and not cluster.actors else count))
+                if waiting and len(busy) < count:
+                    for idle in [one for one in self._actors if not one.calls]:
+                        feed(idle)
+                poll()
+                try:
+                    actor, batch, answer = self._ended.get(timeout=POLL)
+                except queue.Empty:
+                    continue
+                if actor not in self._actors or (batch is not None and batch not in actor.calls):
+                    continue  # given up before
+                try:
+                    with plain_errors():
+                        result = answer.result()
+                except LOST as error:
+                    self.drop(actor)
+                    busy.discard(actor)
+                    lost = actor.calls[0] if actor.calls else []
+                    first = id(lost[0]) if lost else 0  # 0: it was lost before its first call
+                    losses[first] += 1
+                    repeated += len(lost)
+                    emit(instant("lost", "workers of the pool", {"units": len(lost)}))
+                    if losses[first] > cluster.max_failures:
+                        unit = [*lost, *waiting, *task.units][0]
+                        raise WorkersLost(_lost_for_good(losses[first], error, left, unit)) from None
+                    alone.update(map(id, lost))
+                    waiting.extendleft(unit for call in reversed(actor.calls) for unit in reversed(call))
+                    continue
+                if batch is None:
+                    actor.ready = True
+                    continue
+                actor.calls.remove(batch)
+                results, event = result
+                left, seconds = left - len(batch), event.seconds / len(batch)
+                if not actor.calls:
+                    busy.discard(actor)
+                feed(actor)
                 emit(event)
-                for result in results:
-                    done(result)
-            break
-        except LOST as error:
-            if not waiting:  # actors were lost after their last call
-                break
-            emit(instant("lost", "workers of the pool", {"units": len(waiting)}))
-            if failures == task.config.cluster.max_failures:
-                first = next(iter(waiting.values()))[0].outputs[-1]
-                raise WorkersLost(
-                    f"workers were lost {failures + 1} times ({str(error).splitlines()[0]}); {len(waiting)} batches of work "
-                    f"are left, the first one makes {first}. Finished work is kept. Run the same command again, with fewer "
-                    "cluster.actors if the workers ran out of memory. If it fails here again, a sample of that batch kills its "
-                    "process: `validate` finds such samples"
-                ) from None
-            say(f"  workers were lost; sending the {len(waiting)} unfinished batches of work again")
-    if repeated:
-        what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
-        say(f"  {what} repeated after losses, and counted once")
+                for one in results:
+                    done(one)
+        finally:
+            for actor in [actor for actor in self._actors if actor.calls]:
+                self.drop(actor)
+        if repeated:
+            what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
+            say(f"  {what} repeated after losses, and counted once")
+
+    def _send(self, actor: Actor, job: Any, batch: Batch) -> None:
+        if actor.job is not job:
+            actor.handle.begin.remote(job)
+            actor.job = job
+        actor.calls.append(batch)
+        self._watch(actor, batch, actor.handle.run.remote(batch))
+
+    def _watch(self, actor: Actor, batch: Batch | None, answer: Any) -> None:
+        answer.future().add_done_callback(lambda future: self._ended.put((actor, batch, future)))
 
 
-def grouped(units: Sequence[Unit], actors: int) -> list[Batch]:
-    """Batches of several units: few enough for Ray, enough for all actors."""
-    size = max(1, min(UNITS_AT_ONCE, len(units) // (CALLS_EACH * actors)))
-    return [units[i : i + size] for i in range(0, len(units), size)]
+def _job(task: Task, threads: int) -> Any:
+    """What an actor needs once for a task, in Ray's object store."""
+    return ray.put((pack(task.config), task.worker, {name: str(path) for name, path in task.paths.items()}, threads))
 
 
-def _stream(waiting: Mapping[int, Batch], task: Task, sharing: int) -> Iterator[tuple[int, list[Result], Event]]:
-    """Send batches through a pool of actors; yields (number, results, event) of each as it is finished."""
-    cluster, size = task.config.cluster, min(actor_count(task.config, task.gpus, sharing), len(waiting))
-    most = size if cluster.actors or sharing > 1 else len(waiting)  # an unlimited pool grows with the cluster
-    paths = {name: str(path) for name, path in task.paths.items()}
-    arguments = {"packed": pack(task.config), "kind": task.worker, "paths": paths}
-    tables = [pa.table({"number": [number], "units": [pickle.dumps(batch)]}) for number, batch in waiting.items()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray 2.60 announces new names for ray_remote_args_fn, and has none yet
-        data = ray.data.from_arrow(tables).map_batches(
-            PoolActor, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(min_size=size, max_size=most),
-            fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=task.gpus or None,
-            ray_remote_args_fn=lambda: {"max_restarts": cluster.max_failures, "max_task_retries": cluster.max_failures},
-        )  # fmt: skip
-    with plain_errors():
-        for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            assert isinstance(table, pa.Table)
-            for row in table.to_pylist():
-                answer = pickle.loads(row["answer"])
-                if isinstance(answer, Exception):
-                    raise answer
-                yield row["number"], *answer
+def _lost_for_good(times: int, error: Exception, left: int, unit: Unit) -> str:
+    first = unit.outputs[-1] if unit.outputs else unit.work
+    return (
+        f"workers were lost {times} times ({str(error).splitlines()[0]}); {left} units of work are left, the first one makes "
+        f"{first}. Finished work is kept. Run the same command again, with fewer cluster.actors if the workers ran out of "
+        "memory. If it fails here again, a sample of that unit kills its process: `validate` finds such samples"
+    )
 
 
 class PoolActor:
-    """One worker of a pool, on one core or a GPU (or a share of one). It loads what it needs in its first call."""
+    """A process of a pool, for one task after the other. It loads what a task needs in its first call."""
 
-    def __init__(self, packed: dict[str, Any], kind: type[Worker], paths: dict[str, str]):
-        self.space, self.kind, self.paths, self.spent = WorkerRunDir(packed), kind, paths, TimeSpent()
-        self.called = False
+    def __init__(self, path: list[str]):
+        """`path` is the driver's sys.path; it is searched after the worker's own."""
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        self.spent = TimeSpent()
+
+    def ready(self) -> None:
+        """Import what the work needs."""
+        import distill_at_scale.pipeline.executors.tasks  # noqa: F401
+
+    def begin(self, job: tuple[dict[str, Any], type[Worker], dict[str, str], int]) -> None:
+        self._forget()
+        self.packed, self.kind, self.paths, self.threads = job
+
+    def _forget(self) -> None:
+        """Release what the task before has loaded."""
+        for name in ("space", "worker"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def space(self) -> WorkerRunDir:
+        return WorkerRunDir(self.packed)
 
     @cached_property
     def worker(self) -> Worker:
         if self.kind.uses_torch:
             import torch
 
-            torch.set_num_threads(1)
+            torch.set_num_threads(self.threads)
         return load(self.space, self.kind, self.paths, self.spent)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Takes one row with a `number` and pickled `units`; answers with that number and the pickled results and event.
-
-        Ray Data keeps only the text of exceptions, so errors that a user can act on are the answer instead.
-        """
-        answer: Any
-        try:
-            answer = self._run(pickle.loads(batch["units"][0].as_py()))
-        except (UserError, OSError) as error:
-            answer = error
-        return pa.table({"number": batch["number"], "answer": [pickle.dumps(answer)]})
-
-    def _run(self, units: Batch) -> tuple[list[Result], Event]:
+    def run(self, units: Batch) -> tuple[list[Result], Event]:
+        """The result of each unit, and an event of all of them."""
         events: list[Event] = []
         with measured(self.kind.event, events.append, self.spent) as counts:
-            restarted = False
-            if not self.called and ray.is_initialized():  # without a cluster, asking would start one
-                context = ray.get_runtime_context()
-                # this is the call in which the predecessor of a restarted actor was lost
-                restarted = context.get_actor_id() is not None and context.was_current_actor_reconstructed
-            self.called = True
             results, total = run_units(self.space, self.worker, units), Counter[str]()
-            for result in results:
-                total.update(self.worker.counts(result))
-            counts |= {"units": 1, **total, **({"restarted": 1} if restarted else {})}
+            if self.kind.long:
+                counts |= self.worker.counts(results[0])
+            else:
+                for result in results:
+                    total.update(self.worker.counts(result))
+                counts |= {"units": len(units), **total}
         return results, events[0]
+
+    def join(self, parts: dict[str, Any], store: str, rank: int, size: int) -> None:
+        """Be one process of a group."""
+        from distill_at_scale.cluster import warm_group
+
+        self._forget()
+        warm_group.join(parts, store, rank, size)
 
 
 def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spent: TimeSpent) -> Worker:
@@ -151,7 +263,7 @@ def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spen
     return kind(space.config, here, device(space.config) if kind.uses_torch else None, spent)  # type: ignore[arg-type]
 
 
-def run_units(space: WorkerRunDir, worker: Worker, units: Batch) -> list[Result]:
+def run_units(space: WorkerRunDir, worker: Worker, units: Sequence[Unit]) -> list[Result]:
     """Run units, with their files fetched before and stored as they are published."""
     units = [unit.at(space) for unit in units]
     outputs = [path for unit in units for path in unit.outputs]
@@ -182,8 +294,12 @@ def actor_count(config: Config, gpus: float, sharing: int = 1) -> int:
     """cluster.actors, else one actor per core, or per `gpus` of a GPU, divided among `sharing` executors."""
     if config.cluster.actors:
         return config.cluster.actors
-    room = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else cores()
-    return max(1, room // sharing)
+    return max(1, places(gpus) // sharing)
+
+
+def places(gpus: float) -> int:
+    """Workers with `gpus` GPUs each, or one core each, that the cluster holds."""
+    return int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else cores()
 
 
 def cores() -> int:

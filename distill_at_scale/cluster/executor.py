@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from distill_at_scale.cluster import actor_pool, tasks, train_group
+from distill_at_scale.cluster import actor_pool, tasks, warm_group
+from distill_at_scale.cluster.actor_pool import ActorPool
 from distill_at_scale.cluster.pending_resources import watched
 from distill_at_scale.cluster.prometheus import PrometheusMetrics
-from distill_at_scale.cluster.session import Session
+from distill_at_scale.cluster.session import connected
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import resolve_parent
 from distill_at_scale.core.events import Emit, discard
@@ -25,9 +26,10 @@ class RayExecutor:
 
         Raises UserError where it cannot be reached, or where no node has the GPUs of one worker.
         """
-        self.session, self.say, self.sharing = Session(config.cluster, say), say, sharing
+        self.session, self.say, self.sharing = connected(config.cluster, say), say, sharing
         actor_pool.check_gpus(config.cluster)
         self.emit: Emit = discard
+        self._warm = ActorPool()  # on a Ray that this executor alone uses, the actors stay from one stage to the next
 
     def observers(self, config: Config) -> list[Observer]:
         return [PrometheusMetrics(last_name(config.run.dir))]
@@ -44,19 +46,44 @@ class RayExecutor:
                 progressed()
                 done(result)
 
-            if task.worker.long:
+            if self.session.local:
+                self._run_warm(task, finished, _watched(poll, progressed))
+            elif task.worker.long:
                 tasks.run(task, finished, _watched(poll, progressed), self.sharing, self.emit)
             else:
                 actor_pool.run(task, finished, self.sharing, self.emit, self.say)
+
+    def _run_warm(self, task: Task, done: Callable[[Result], None], poll: Poll) -> None:
+        """Run units on the actors that stay; a long one takes the place of as many actors as it has threads."""
+        if self._warm.gpus != task.gpus:
+            self.release()
+            self._warm = ActorPool(task.gpus)
+        most, threads = actor_pool.actor_count(task.config, task.gpus), 1
+        if task.worker.long:
+            threads = actor_pool.cores_each(min(task.total, actor_pool.cores()))
+            most = min(actor_pool.places(task.gpus), actor_pool.cores() // threads)
+        self._warm.run(task, lambda: most, done, self.emit, self.say, poll, threads)
 
     def train(self, group: Group) -> None:
         with watched(group.stage, self.say) as progressed:
             paths = {name: resolve_parent(path) for name, path in group.paths.items()}
             work, poll = resolve_parent(group.work), _watched(group.poll, progressed)
             group = replace(group, config=absolute(group.config), paths=paths, work=work, poll=poll)
+            workers, on_cpus = group.workers, not group.config.cluster.gpus_per_worker
+            if self.session.local and on_cpus and isinstance(workers, int) and workers <= actor_pool.cores():
+                warm_group.run(group, self._warm, actor_pool.cores_each(workers), self.say)
+                return
+            from distill_at_scale.cluster import train_group  # takes seconds
+
+            self.release()
             train_group.run(group, self.sharing, self.say)
 
+    def release(self) -> None:
+        """End the actors that stay, so that others find room."""
+        self._warm.close()
+
     def close(self) -> None:
+        self.release()
         self.session.close()
 
 

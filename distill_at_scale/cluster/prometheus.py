@@ -49,7 +49,6 @@ class PrometheusMetrics:
         self.lost = _make(Counter, "restarts_total", "Restarts after lost workers")
         self.stages = _make(Counter, "stage_seconds_total", "Seconds of finished stages")
         self.gauges = {key: _make(Gauge, *names) for key, names in SHOWN.items()}
-        self.seen: set[tuple[str, int]] = set()  # workers that replaced lost ones
 
     def __call__(self, event: Event) -> None:
         tags = {"run": self.run, "stage": event.stage, "node": event.host}
@@ -57,9 +56,6 @@ class PrometheusMetrics:
             _add(self.busy, event.seconds, tags)
             for key in self.counters.keys() & event.values.keys():
                 _add(self.counters[key], event.values[key], tags)
-            if "restarted" in event.values and (event.host, event.pid) not in self.seen:
-                self.seen.add((event.host, event.pid))
-                self.lost.inc(1, tags)
         elif event.what == "lost":
             self.lost.inc(1, tags)
         elif event.what == "log":

@@ -17,6 +17,7 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ClusterSection
+from distill_at_scale.core.environment import usable_cores
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.run_dir import RunDir
 
@@ -25,7 +26,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core bypasses Python's stderr; its log files keep all
 
 import ray
-import ray.data
 import ray.exceptions
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -37,12 +37,19 @@ SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # th
 OBJECT_STORE_BYTES = 2 * 2**30  # enough, because lists of samples travel through it, not pixels
 
 
+PRELOADED = ["distill_at_scale.pipeline.executors.tasks"]  # modules that workers import while the driver starts
+PRELOADING_CORES = (
+    16  # Ray starts a process per core at once; on larger machines, those that get work import the modules
+)
+
+
 class Session:
     """Ray for the duration of one command."""
 
     def __init__(self, config: ClusterSection, say: Callable[[str], None]):
         self.config, self.say = config, say
         self.started = not ray.is_initialized()
+        self.local = False  # whether it started a Ray of its own on this machine
         self.environment = contextlib.ExitStack()  # what the session adds to the environment, until it ends
         if self.started:
             with contextlib.ExitStack() as stack:
@@ -75,8 +82,11 @@ class Session:
             options["include_dashboard"] = False
             options["object_store_memory"] = configured * 2**20 if configured else memory
             options["_temp_dir"] = ray_folder()
+            if usable_cores() <= PRELOADING_CORES:
+                options["_system_config"] = {"preload_python_modules": PRELOADED}
             self.environment.enter_context(token_in_environment())
-        self.say("starting Ray on this machine" if address is None else f"connecting to Ray at {address}")
+        self.local = address is None
+        self.say("starting Ray on this machine" if self.local else f"connecting to Ray at {address}")
         try:
             with _silent_stderr():
                 ray.init(address=address or "local", **options)
@@ -92,6 +102,26 @@ class Session:
         self.say(f"Ray is ready: {cores:g} cores, {gpus:g} GPUs, {len(ray.nodes())} node(s)")
         if gpus and not self.config.gpus_per_worker:
             self.say("the GPUs are not used; set cluster.gpus_per_worker=1 to use them")
+
+
+_early: list[Session] = []  # at most one
+
+
+def start_early(config: ClusterSection, say: Callable[[str], None]) -> None:
+    """Start Ray on this machine for the next `connected` of this process, which imports torch meanwhile."""
+    if not ray.is_initialized():
+        _early.append(Session(config, say))
+
+
+def connected(config: ClusterSection, say: Callable[[str], None]) -> Session:
+    """The session that was started early, else a new one."""
+    return _early.pop() if _early else Session(config, say)
+
+
+def close_early() -> None:
+    """Shut down what was started early and not used."""
+    while _early:
+        _early.pop().close()
 
 
 def ray_folder() -> str | None:
@@ -185,10 +215,7 @@ def unpack(packed: dict[str, Any]) -> Config:
 
 
 def quieten() -> None:
-    """Switch off Ray's progress bars and logs; the command has its own."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    """Switch off Ray's logs; the command has its own."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised in the driver, once
     # messages about lost nodes and tasks, which log_to_driver=False does not suppress

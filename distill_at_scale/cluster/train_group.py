@@ -15,8 +15,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
+from distill_at_scale.cluster import warm_group
 from distill_at_scale.cluster.actor_pool import LOST, Say, cores, cores_each, lost_too_often
-from distill_at_scale.cluster.session import pack, plain_errors
+from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.cluster.worker_run_dir import Notes, WorkerRunDir
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import DistillationDiverged, TrialStopped, Unreachable, UserError, WorkersLost
@@ -86,9 +87,7 @@ def _attempt(group: Group, sharing: int, say: Say) -> None:
 def _trainer(group: Group, sharing: int) -> TorchTrainer:
     workers, cluster, folder = group.workers, group.config.cluster, group.work / "ray"
     cpus, gpus = cores_each(workers * sharing) if isinstance(workers, int) else 1, cluster.gpus_per_worker
-    paths = {name: str(path) for name, path in group.paths.items()}
-    loop = {"packed": pack(group.config), "cpus": cpus, "work": str(group.work), "paths": paths}
-    loop |= {key: getattr(group, key) for key in ("body", "stages", "fetches", "renews", "publishes")}
+    loop = warm_group.settings(group) | {"cpus": cpus, "work": str(group.work)}
     scaling: dict[str, Any] = {
         "num_workers": workers if isinstance(workers, int) else tuple(workers), "use_gpu": gpus > 0,
         "resources_per_worker": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
@@ -139,14 +138,7 @@ def _worker(loop: dict[str, Any]) -> None:
     if notes.read(REFUSED) is not None:
         return
     try:
-        paths = {name: space(path) for name, path in loop["paths"].items()}
-        fetches, renews, publishes = ([paths[name] for name in loop[key]] for key in ("fetches", "renews", "publishes"))
-        space.need(*loop["stages"])
-        space.fetch(*fetches)
-        if first and renews:
-            space.renew(*renews)
-        with space.keeping(*publishes) if first else contextlib.nullcontext():
-            loop["body"](space.config, paths, ray.train.torch.get_device(), lambda line: None)
+        warm_group.work(space, loop, first, ray.train.torch.get_device())
     except DistillationDiverged as error:
         if first:
             notes.write(DIVERGED, str(error))

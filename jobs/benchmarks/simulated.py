@@ -1,29 +1,32 @@
 """What saturates first on a large cluster: simulated actors behind the real driver, and the work that is done once.
 
-    python jobs/benchmarks/simulated.py [--actors 8 64 256] [--parts actors,hand-out,once] [--rate 30000] [--merged 60000]
+    python jobs/benchmarks/simulated.py [--actors 8 64] [--many 1000] [--parts actors,many,hand-out,once] [--rate 30000]
 
-actors: scoring of ImageNet-1K with 25 checkpoints through the product's own actor pool (`cluster/actor_pool.py`), by actors
-that sleep as long as a GPU would take (`--rate`, images/s per checkpoint, an assumption) and then publish a real part file of
-scores. Steady state, with the CPU time of the driver and of Ray's services per unit of work: a part saturates where it fills
-a core, independent of the other cores' load. hand-out: the same with actors that do nothing, so only the driver works. once:
-`driver_parts.py`. The last table has, per part, the images per second it can handle, and the number of GPUs (scoring) or
-cores (decoding) that reach this limit.
+All parts score ImageNet-1K with 25 checkpoints through the product's own actor pool (`cluster/actor_pool.py`). actors: real
+processes that sleep as long as a GPU would take (`--rate`, images/s per checkpoint, an assumption) and then publish a real
+part file of scores. many: more actors than fit this machine: each is a lock in one of HOSTS real Ray actors, which sleeps
+alike and publishes nothing, so the driver and Ray do all they do for as many processes. hand-out: actors that do nothing, and
+calls of one chunk, so only the driver works. In steady state, with the CPU time of the driver and of Ray's services per call:
+a part saturates where it fills a core, independent of the other cores' load. once: `driver_parts.py`. The last table has, per
+part, the images per second it can handle, and the number of GPUs (scoring) or cores (decoding) that reach this limit.
 
-A simulated actor is a real process without torch (about 0.15 GB; on two cores it starts in some seconds, two at a time). The
-script refuses to start more than fit free memory and swap. Prints tables and one JSON object.
+A simulated actor of the part `actors` is a process without torch (about 0.15 GB; on two cores it starts in some seconds, two
+at a time). The script refuses to start more than fit free memory and swap. Prints tables and one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
@@ -37,7 +40,7 @@ from peaks import family, kind_of
 from side_by_side import columns
 
 from distill_at_scale.cluster import actor_pool
-from distill_at_scale.cluster.actor_pool import UNITS_AT_ONCE
+from distill_at_scale.cluster.actor_pool import ActorPool
 from distill_at_scale.cluster.session import quieten
 from distill_at_scale.config.load import Config, validate
 from distill_at_scale.core.atomic_files import publish
@@ -47,9 +50,9 @@ from distill_at_scale.pipeline.executors.base import Task, Unit, Worker
 
 # of ImageNet-1K at 64 x 64: samples of a chunk, chunks of all, proxies' epochs
 CHUNK, CHUNKS, CHECKPOINTS = 1024, 1310, 25
-EACH = 16  # chunks that every simulated actor gets at most
+EACH, EACH_OF_MANY = 16, 40  # chunks that every simulated actor gets at most
 ACTOR_MB, SPARE_MB, STORE_MB = 180, 2048, 200
-IDLE_ACTORS = 4  # of hand-out
+IDLE_ACTORS, HOSTS = 4, 4  # of hand-out; processes of many
 
 
 class Sleeper(Worker):
@@ -73,11 +76,47 @@ class Sleeper(Worker):
             yield {"samples": CHUNK}
 
 
+class Host:
+    """A process that holds many simulated actors; each works on one call at a time."""
+
+    def __init__(self) -> None:
+        self.locks = defaultdict[int, asyncio.Lock](asyncio.Lock)
+
+    async def call(self, number: int, units: list[Unit]) -> tuple[list[dict[str, int]], Event]:
+        async with self.locks[number]:
+            began = time.time()
+            await asyncio.sleep(sum(unit.work[0] for unit in units))
+        values = {"units": len(units), "samples": CHUNK * len(units)}
+        return [{"samples": CHUNK} for _ in units], Event("work", "score", began, time.time(), values=values)
+
+
+class Lodger:
+    """The handle of one of the actors in a `Host`."""
+
+    def __init__(self, host: Any, number: int):
+        self.run = SimpleNamespace(remote=lambda units: host.call.remote(number, units))
+        self.ready = SimpleNamespace(remote=lambda: host.call.remote(number, []))
+        self.begin = SimpleNamespace(remote=lambda job: None)
+
+
+class ManyActors(ActorPool):
+    def __init__(self, hosts: list[Any]):
+        super().__init__()
+        self.hosts = hosts
+
+    def start(self) -> Any:
+        return Lodger(self.hosts[len(self._actors) % len(self.hosts)], len(self._actors))
+
+    def close(self) -> None:
+        for host in self.hosts:
+            ray.kill(host)
+
+
 def main() -> None:
     options = _options()
     parts, result = options.parts.split(","), {}
     with tempfile.TemporaryDirectory(prefix="simulated-", dir=options.folder) as folder:
-        if {"actors", "hand-out"} & set(parts):
+        if {"actors", "many", "hand-out"} & set(parts):
             result = _on_ray(options, parts, Path(folder))
         if "once" in parts:
             result["once"] = driver_parts.measure(Path(folder), options.merged)
@@ -89,7 +128,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--actors", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--parts", default="actors,hand-out,once")
+    parser.add_argument("--many", type=int, nargs="+", default=[1000])
+    parser.add_argument("--parts", default="actors,many,hand-out,once")
     parser.add_argument(
         "--rate", type=float, default=30_000, help="images/s of a GPU under one checkpoint: an assumption"
     )
@@ -103,19 +143,20 @@ def _options() -> argparse.Namespace:
 
 def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict[str, Any]:
     """The passes with actors, one after the other on one Ray."""
-    passes = [(count, options.rate) for count in sorted(options.actors) if "actors" in parts]
-    passes += [(IDLE_ACTORS, None)] if "hand-out" in parts else []
-    most = max(count for count, _ in passes)
+    passes = [("actors", count, options.rate) for count in sorted(options.actors) if "actors" in parts]
+    passes += [("many", count, options.rate) for count in sorted(options.many) if "many" in parts]
+    passes += [("hand-out", IDLE_ACTORS, None)] if "hand-out" in parts else []
+    most = max([HOSTS, *(count for part, count, _ in passes if part != "many")])
     _check_memory(most)
     ray.init(address="local", num_cpus=most + 1, include_dashboard=False, log_to_driver=False,
              object_store_memory=STORE_MB * 2**20, _system_config={"enable_worker_prestart": False})  # fmt: skip
     quieten()
-    result: dict[str, Any] = {"actors": [], "hand-out": []}
+    result: dict[str, Any] = {"actors": [], "many": [], "hand-out": []}
     try:
-        for count, rate in passes:
-            row = _measured(count, rate, folder / f"pieces-{count}-{rate}")
-            result["actors" if rate else "hand-out"].append(row)
-            print(columns("sleeping actors" if rate else "actors that do nothing", [row]), flush=True)
+        for part, count, rate in passes:
+            row = _measured(part, count, rate, folder / f"pieces-{part}-{count}")
+            result[part].append(row)
+            print(columns(part, [row]), flush=True)
     finally:
         ray.shutdown()
     return result
@@ -130,45 +171,43 @@ def _check_memory(actors: int) -> None:
         )
 
 
-def _measured(actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
+def _measured(part: str, actors: int, rate: float | None, folder: Path) -> dict[str, Any]:
     folder.mkdir()
-    seconds = CHUNK * CHECKPOINTS / rate if rate else 0.0
+    seconds, each = CHUNK * CHECKPOINTS / rate if rate else 0.0, EACH_OF_MANY if part == "many" else EACH
     config: Config = validate({"cluster": {"actors": actors}})
-    chunks = [
-        Unit((seconds, bool(rate)), (folder / f"chunk-{i:06d}.parquet",))
-        for i in range(min(CHUNKS, EACH * actors) if rate else CHUNKS)
-    ]
-    actor_pool.UNITS_AT_ONCE = UNITS_AT_ONCE if rate else 1
-    units = actor_pool.grouped(chunks, actors)
-    began, warm, done, rows, store = time.perf_counter(), 2 * actors, 0, 0, 0.0
-    marks: list[tuple[float, int, Counter[str]]] = []
+    total = each * actors if part == "many" else min(CHUNKS, each * actors) if rate else CHUNKS
+    chunks = [Unit((seconds, part == "actors"), (folder / f"chunk-{i:06d}.parquet",)) for i in range(total)]
+    most, actor_pool.MOST_UNITS = actor_pool.MOST_UNITS, actor_pool.MOST_UNITS if rate else 1
+    pool = ActorPool()
+    if part == "many":
+        host = ray.remote(num_cpus=1, max_concurrency=2 * actors)(Host)
+        pool = ManyActors([host.remote() for _ in range(HOSTS)])
+    began, calls, units = time.perf_counter(), 0, 0
+    marks: list[tuple[float, int, int, Counter[str]]] = []  # at the first call, in steady state, and before the end
 
     def note(event: Event) -> None:
-        nonlocal done, rows, store
-        done, rows = done + 1, rows + event.values["samples"]
-        if done in (1, warm, len(units)):
-            marks.append((time.perf_counter(), rows, _cpu_seconds()))
-            store = max(store, _store_used())
+        nonlocal calls, units
+        calls, units = calls + 1, units + event.values["units"]
+        if calls == 1 or (len(marks) == 1 and units >= total / 4) or (len(marks) == 2 and units >= 0.75 * total):
+            marks.append((time.perf_counter(), calls, units, _cpu_seconds()))
 
-    actor_pool.run(Task(Sleeper, config, {}, chunks), lambda result: None, 1, note, print)
-    (first, *_), (start, before, used), (end, after, spent) = marks
-    per = (len(units) - warm) / 1000  # of CPU seconds, milliseconds a unit
-    busy = {kind: round(value / per, 2) for kind, value in (spent - used).items()}
-    results = {
-        "actors": actors,
-        "units": len(units),
-        "chunks": len(chunks),
-        "images/s": round((after - before) / (end - start)),
-    }
-    if rate:
-        whole = end - began - (first - began)
-        results |= {"of ideal": round(results["images/s"] / (actors * rate / CHECKPOINTS), 3), "pass s": round(whole, 1),
-                  "ideal s": round(len(chunks) * seconds / actors, 1)}  # fmt: skip
-    else:
-        results |= {"units/s": round((len(units) - warm) / (end - start))}
+    try:
+        pool.run(Task(Sleeper, config, {}, chunks), lambda: actors, lambda result: None, note, print)
+    finally:
+        pool.close()
+        actor_pool.MOST_UNITS = most
+    ended, (first, *_), (start, before, some, used), (end, after, more, spent) = time.perf_counter(), *marks
+    busy = {kind: value / (after - before) * 1000 for kind, value in (spent - used).items()}  # ms a call
     services = sum(busy.get(kind, 0) for kind in ("raylet", "gcs server"))
-    return results | {"start s": round(first - began, 1), "driver ms/unit": busy.get("driver", 0.0),
-                    "services ms/unit": round(services, 2), "store MB": round(store, 1)}  # fmt: skip
+    row = {"actors": actors, "chunks": total, "calls": calls, "images/s": round(CHUNK * (more - some) / (end - start)),
+           "calls/s": round((after - before) / (end - start), 1)}  # fmt: skip
+    if rate:
+        row |= {"of ideal": round(row["images/s"] / (actors * rate / CHECKPOINTS), 3), "pass s": round(ended - first, 1),
+                "ideal s": round(total * seconds / actors, 1)}  # fmt: skip
+    driver = busy.get("driver", 0.0)
+    return row | {"start s": round(first - began, 1), "driver ms/call": round(driver, 2),
+                  "driver's core": round(driver * (after - before) / (end - start) / 1000, 3),
+                  "services ms/call": round(services, 2), "store MB": round(_store_used(), 1)}  # fmt: skip
 
 
 def _cpu_seconds() -> Counter[str]:
@@ -191,12 +230,14 @@ def _store_used() -> float:
 def limits(result: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The parts by the images per second that they bear; a GPU scores rate / 25 of them, a core decodes `decode_rate`."""
     rates = dict(result.get("once", {}))
-    for row in [*result.get("hand-out", []), *result.get("actors", [])[-1:]]:
-        each = CHUNK * row["chunks"] / row["units"]
-        for part in ("driver", "services"):
-            if row[f"{part} ms/unit"]:
-                what = "idle actors" if "units/s" in row else f"{row['actors']} sleeping actors"
-                rates[f"{part}, {each:.0f} images a unit, {what}"] = 1000 * each / row[f"{part} ms/unit"]
+    for part in ("actors", "many", "hand-out"):
+        for row in result.get(part, [])[-1:]:
+            each = CHUNK * row["chunks"] / row["calls"]
+            for what in ("driver", "services"):
+                if row[f"{what} ms/call"]:
+                    rates[f"{what}, {each:.0f} images a call, {part} {row['actors']}"] = (
+                        1000 * each / row[f"{what} ms/call"]
+                    )
     ordered = sorted(rates.items(), key=lambda item: item[1])
     return [{"part": part, "images/s": round(rate), "GPUs scoring": round(rate * CHECKPOINTS / options.rate),
              "cores decoding": round(rate / options.decode_rate), "s for ImageNet-1K": round(1_281_167 / rate, 1)}

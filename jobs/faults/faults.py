@@ -15,7 +15,7 @@ from jobs.faults.bench import Bench
 from jobs.faults.hosts import LIMIT, Command, kill
 
 WORKING = re.compile(
-    r"ray::(MapWorker|RayTrainWorker|ImplicitFunc|_)"
+    r"ray::(PoolActor|RayTrainWorker|ImplicitFunc|_)"
 )  # actors and tasks of ours; not Ray's own agents
 BLOCKS = (2**20, 2**12)  # bytes; the ballast is laid in large blocks, and the rest in small ones
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import fault_plugins
@@ -50,10 +52,30 @@ def settings(tmp_path: Path, **sections) -> Config:
     return validate(values)
 
 
+WARM: list[bool] = [False]  # whether executors behave as on a Ray of their own
+STARTED: list = []
+
+
 def executor(config: Config, say=lambda text: None):
     from distill_at_scale.cluster.executor import RayExecutor
 
-    return RayExecutor(config, say)
+    STARTED.append(RayExecutor(config, say))
+    STARTED[-1].session.local = WARM[0]
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def released():
+    """Actors that stay must not hold the cores of the next test."""
+    yield
+    while STARTED:
+        STARTED.pop().release()
+
+
+@pytest.fixture(params=["cluster", "own Ray"])
+def both_kinds(request, monkeypatch):
+    """On a cluster, where each stage starts its processes, and on a Ray of the command's own, where actors stay."""
+    monkeypatch.setattr(sys.modules[__name__], "WARM", [request.param == "own Ray"])
 
 
 def quiet() -> Display:
@@ -81,7 +103,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, finished):
+def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, finished, both_kinds):
     config = settings(tmp_path)
     lines: list[str] = []
     display = quiet()
@@ -99,6 +121,9 @@ def test_every_stage_runs_on_ray_and_ingest_equals_the_one_without(tmp_path, fin
         assert (run / name).exists(), name
     assert PreparedDataset(run / "prepared").fingerprint == PreparedDataset(finished / "prepared").fingerprint
     assert any(line.startswith("  distill: 8 of 8 steps") for line in lines)
+    events = map(json.loads, (run / "timeline.jsonl").read_text(encoding="utf-8").splitlines())
+    workers = {event["pid"] for event in events if event["what"] == "work"}
+    assert len(workers) == 2 if WARM[0] else len(workers) > 2
 
 
 @pytest.mark.slow
@@ -116,7 +141,7 @@ def test_scores_are_the_same_bytes_for_any_number_of_actors_and_without_ray(tmp_
 
 
 @pytest.mark.slow
-def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
+def test_two_workers_give_the_set_of_one_process(tmp_path, finished, both_kinds):
     config = settings(tmp_path)
     places = distill.DistillPaths(finished / "prepared", finished / "manifest.parquet", tmp_path, tmp_path / "log")
     tasks.distill(LocalExecutor(), config, places, lambda line: None)
@@ -127,7 +152,7 @@ def test_two_ray_train_workers_give_the_set_of_one_process(tmp_path, finished):
 
 
 @pytest.mark.slow
-def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path, finished):
+def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path, finished, both_kinds):
     def plugged(marker: Path) -> Config:
         return settings(
             tmp_path, distill={"method": "fault_plugins:KillingBackend", "options": {"marker": str(marker)}}
@@ -144,14 +169,14 @@ def test_a_killed_training_worker_resumes_and_ends_with_the_same_bytes(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished):
+def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished, both_kinds):
     marker = tmp_path / "killed"
     config = settings(
         tmp_path, data={"source": "fault_plugins:KillingSource", "path": str(marker)}, cluster={"actors": 1}
     )
     lines: list[str] = []
     Pipeline(config, lambda: executor(config, lines.append), quiet()).run(("ingest",))
-    assert "  1 unit of work was repeated after losses, and counted once" in lines
+    assert any(line.endswith("of work were repeated after losses, and counted once") for line in lines)
     assert marker.exists(), "nothing was killed, so nothing was tested"
     assert (
         PreparedDataset(Path(config.run.dir) / "prepared").fingerprint
@@ -190,7 +215,7 @@ def test_two_workers_of_a_proxy_end_with_the_weights_of_one(tmp_path, finished):
 
 
 @pytest.mark.slow
-def test_a_divergence_names_class_and_step_and_keeps_the_last_good_state(tmp_path, finished):
+def test_a_divergence_names_class_and_step_and_keeps_the_last_good_state(tmp_path, finished, both_kinds):
     config = settings(tmp_path, distill={"dm": {"image_lr": 1e30, "augment": "none"}, "checkpoint_every": 1000})
     work = tmp_path / "work"
     with pytest.raises(DistillationDiverged, match=r"class '\d' .* at step \d+, image learning rate 1e\+30"):
@@ -235,7 +260,7 @@ EXPERTS = {"experts": 4, "expert_epochs": 2, "expert_batch": 64, "max_start": 1,
 TEACHER = {"teacher_network": "convnet_bn", "teacher_epochs": 1, "label_epochs": 2, "factor": 1, "crops": 2}
 
 
-def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_missing(tmp_path, finished):
+def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_missing(tmp_path, finished, both_kinds):
     marker = tmp_path / "killed"
     own = {"method": "fault_plugins:KillingExperts", "mtt": EXPERTS, "width": 32, "options": {"marker": str(marker)}}
     config = settings(tmp_path, distill=own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale.core.errors import Unreachable, UserError, WorkersLost
-from distill_at_scale.core.events import TimeSpent, instant
+from distill_at_scale.core.events import Event, TimeSpent
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Task, Unit, Worker, no_poll
@@ -108,35 +109,96 @@ def test_progress_resets_the_failure_count(monkeypatch):
     assert train_group.run(SimpleNamespace(saved=lambda: 0), 1, lines.append) is None
 
 
+class Answer:
+    """What a call of an actor returns: the result, or a loss, at once."""
+
+    def __init__(self, value):
+        self.ended = Future()
+        if isinstance(value, Exception):
+            self.ended.set_exception(value)
+        else:
+            self.ended.set_result(value)
+
+    def future(self):
+        return self.ended
+
+
 @pytest.fixture
-def passes(monkeypatch):
-    """passes(left): a pool whose actors are lost on each pass, with `left` units remaining."""
+def pool(monkeypatch):
+    """pool(killing, units): the results of a pool of two actors, each lost in the calls that hold the unit `killing`."""
+    killed = []
 
-    def make(left):
-        def once(waiting, task, sharing):
-            for number in list(waiting)[: len(waiting) - left]:
-                yield number, [number], instant("work", "x")
-            raise LOST
+    def make(killing, units):
+        class Handle:
+            lost = False
 
-        monkeypatch.setattr(actor_pool, "_stream", once)
-        monkeypatch.setattr(actor_pool, "actor_count", lambda config, gpus, sharing: 1)
-        units = [Unit(number, (Path(f"piece {number}"),)) for number in range(3)]
-        done = []
-        actor_pool.run(
-            Task(Worker, tiny_config("unused"), {}, units), done.append, 1, lambda event: None, lambda text: None
+            def __getattr__(self, name):
+                return SimpleNamespace(remote=lambda *arguments: Answer(self.answer(name, *arguments)))
+
+            def answer(self, name, *arguments):
+                if name != "run":
+                    return None
+                (batch,) = arguments
+                self.lost = self.lost or killing(batch)
+                event = Event("work", "x", 0.0, 0.01)
+                return LOST() if self.lost else ([{"unit": unit.work} for unit in batch], event)
+
+        remote = SimpleNamespace(options=lambda **o: SimpleNamespace(remote=lambda path: Handle()))
+        fake = SimpleNamespace(remote=lambda **o: lambda kind: remote, put=lambda job: job, kill=killed.append)
+        monkeypatch.setattr(actor_pool, "ray", fake)
+        done, events, lines = [], [], []
+        task = Task(
+            Worker, tiny_config("unused"), {}, [Unit(number, (Path(f"piece {number}"),)) for number in range(units)]
         )
-        return done
+        actor_pool.ActorPool().run(task, lambda: 2, lambda r: done.append(r["unit"]), events.append, lines.append)
+        return sorted(done), events, lines
 
     return make
 
 
-def test_actors_that_are_lost_after_their_last_unit_cost_nothing(passes):
-    assert passes(0) == [0, 1, 2]
+def test_many_units_are_few_calls_and_all_are_done_once(pool):
+    done, events, _ = pool(lambda batch: False, 1000)
+    assert done == list(range(1000))
+    assert len(events) < 100
 
 
-def test_units_that_are_lost_too_often_are_named(passes):
-    with pytest.raises(WorkersLost, match=r"lost 4 times .*; 1 batches of work are left, the first one makes piece 2"):
-        passes(1)
+def test_the_units_of_a_lost_actor_are_repeated_one_by_one_and_counted_once(pool):
+    losses = []
+
+    def killing(batch):
+        units = [unit.work for unit in batch]
+        if 500 in units and len(losses) < 3:
+            losses.append(units)
+            return True
+        return False
+
+    done, events, lines = pool(killing, 1000)
+    assert done == list(range(1000))
+    assert len(losses[0]) > 1
+    assert losses[1:] == [[500]] * 2
+    assert sum(event.what == "lost" for event in events) == 3
+    assert lines == [f"  {len(losses[0]) + 2} units of work were repeated after losses, and counted once"]
+
+
+def test_units_that_are_lost_too_often_are_named(pool):
+    with pytest.raises(WorkersLost, match=r"lost 4 times .*; the first one makes piece 7\.") as error:
+        pool(lambda batch: any(unit.work == 7 for unit in batch), 40)
+    assert "validate" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "actors", "seconds", "units"),
+    [
+        (1000, 2, None, 1),
+        (1000, 2, 0.01, 250),
+        (1000, 2, 0.5, 8),
+        (1000, 2, 60, 1),
+        (3, 2, 0.01, 1),
+        (10**6, 1000, 0.85, 4),
+    ],
+)
+def test_a_call_has_as_many_units_as_take_seconds_and_leave_work_for_all_actors(waiting, actors, seconds, units):
+    assert actor_pool.units_per_call(waiting, actors, seconds) == units
 
 
 def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(ray_tasks_alone):

@@ -151,3 +151,38 @@ def test_a_token_of_the_user_is_used(started_here, monkeypatch):
 def test_a_ray_that_does_not_start_is_not_explained_by_tokens(started_here):
     with pytest.raises(UserError, match=r"^Ray cannot start on this machine: no room; set cluster.address=none"):
         started_here(OSError("no room"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "stages", "finished", "starts"),
+    [
+        ({}, ("ingest", "score"), (), True),
+        ({}, ("ingest", "score"), ("ingest",), True),
+        ({}, ("ingest", "score"), ("ingest", "score"), False),
+        ({}, ("select", "report"), (), False),
+        ({}, (), (), False),
+        ({"cluster": {"address": "none"}}, ("ingest",), (), False),
+        ({"cluster": {"address": "head:6379"}}, ("ingest",), (), False),
+        ({"data": {"source": "imagefolder", "path": "no/such/folder"}}, ("ingest",), (), False),
+        ({"run": {"dir": "s3://bucket/run"}}, ("ingest",), (), False),
+    ],
+)
+def test_ray_starts_before_torch_where_a_stage_has_work_for_it(
+    tmp_path, monkeypatch, sections, stages, finished, starts
+):
+    import distill_at_scale as das
+    from distill_at_scale.cluster import session
+    from distill_at_scale.config.load import validate
+    from distill_at_scale.core.progress import Display
+
+    calls = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session, "start_early", lambda config, say: calls.append("start"))
+    monkeypatch.setattr(session, "close_early", lambda: calls.append("close"))
+    config = validate({"run": {"dir": str(tmp_path)}} | sections)
+    (tmp_path / "stages").mkdir()
+    for stage in finished:
+        (tmp_path / "stages" / f"{stage}.json").touch()
+    with das.started_early(config, Display.silent(), stages):
+        assert calls == (["start"] if starts else [])
+    assert calls == (["start", "close"] if starts else [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -147,7 +146,7 @@ def test_an_interrupted_pass_resumes_to_the_same_bytes(ranked, monkeypatch):
 
 def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranked):
     """The actor's own code without a cluster: units alternate between two actors, one of which is replaced."""
-    from distill_at_scale.cluster.actor_pool import PoolActor, grouped
+    from distill_at_scale.cluster.actor_pool import PoolActor
     from distill_at_scale.cluster.session import pack
 
     context, places, chunks, candidates = ranked()
@@ -156,16 +155,23 @@ def test_actors_of_a_cluster_make_the_same_bytes_for_any_split_of_the_work(ranke
         make(places.networks, context.config) for make in (patch_ranking.table_path, patch_ranking.parts_folder)
     )
     expected = target.read_bytes()
-    units = [Unit(chunk, (score_part_path(pieces, chunk),)) for chunk in chunks]
+    units = [Unit(chunk, (score_part_path(pieces, chunk),), size=chunk.rows) for chunk in chunks]
     for chunk in chunks:
         score_part_path(pieces, chunk).unlink()
     paths = {"prepared": str(places.prepared), "networks": str(places.networks)}
-    actors = [PoolActor(pack(context.config), tasks.RankPatches, paths) for _ in range(2)]
-    for number, batch in enumerate(reversed(grouped(units, 2))):
+
+    def started() -> PoolActor:
+        actor = PoolActor([])
+        actor.begin((pack(context.config), tasks.RankPatches, paths, 1))
+        return actor
+
+    actors = [started(), started()]
+    for number, unit in enumerate(reversed(units)):
         if number == 2:
-            actors[0] = PoolActor(pack(context.config), tasks.RankPatches, paths)
-        answer = actors[number % 2](pa.table({"number": [number], "units": [pickle.dumps(batch)]}))
-        assert not isinstance(pickle.loads(answer["answer"][0].as_py()), Exception)
+            actors[0] = started()
+        results, event = actors[number % 2].run([unit])
+        assert results == [{"samples": unit.size}]
+        assert event.values["samples"] == unit.size
     patch_ranking.merge([score_part_path(pieces, chunk) for chunk in chunks], candidates, 3, target)
     assert target.read_bytes() == expected
 

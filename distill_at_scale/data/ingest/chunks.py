@@ -117,9 +117,11 @@ def ingest_chunk(
     sums, samples, before = ChannelSums(shape, tensors), dict[str, Raw](), recipe.tally()
 
     def keep(name: str, pixels: np.ndarray[Any, Any]) -> None:
-        if not check:
+        if check:
+            return
+        if tensors or recipe.quality is not None:
             sums.add(pixels[None])
-            samples[name] = pixels if recipe.quality is None else encode(stack_frames(pixels), recipe.quality)
+        samples[name] = pixels if recipe.quality is None else encode(stack_frames(pixels), recipe.quality)
 
     hashes: dict[str, bytes] = {}
     rejections = list(_decoded(source, recipe, rows, keep, spent, hashes))
@@ -138,7 +140,11 @@ def ingest_chunk(
             table = to_jpeg_table(ids, labels[used], stored, shape)  # type: ignore[arg-type]
         else:
             empty = np.zeros((0, *shape), np.float32 if tensors else np.uint8)
-            table = to_table(ids, labels[used], np.stack(stored) if stored else empty)
+            pixels = np.stack(stored) if stored else empty
+            if not tensors:  # integer sums do not depend on the order
+                for start in range(0, len(pixels), READ_AT_ONCE):
+                    sums.add(pixels[start : start + READ_AT_ONCE])
+            table = to_table(ids, labels[used], pixels)
         metadata = {"sums": json.dumps(sums.sums.tolist()), "decoders": json.dumps(recipe.tally() - before)}
         table = table.replace_schema_metadata(metadata)
         with publish(target) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:

@@ -124,5 +124,8 @@ class Executor(Protocol):
     def train(self, group: Group) -> None:
         """Run the processes of a group to their end."""
 
+    def release(self) -> None:
+        """End processes that wait for more work."""
+
     def close(self) -> None:
         """Release what the executor holds."""

@@ -93,6 +93,9 @@ class LocalExecutor:
         with threads(local_cores()):
             group.body(group.config, group.paths, self.device, group.report or (lambda line: None))
 
+    def release(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -34,6 +34,9 @@ class SyncedExecutor:
         with self._exchanged(*group.results):
             self.executor.train(group)
 
+    def release(self) -> None:
+        self.executor.release()
+
     def close(self) -> None:
         self.executor.close()
 

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from scipy.stats import spearmanr
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ScoreSection
@@ -161,6 +160,8 @@ def remarks(config: Config, table: Path) -> list[str]:
     computed = [name for name in useful if name not in config.score.imported]
     if not config.score.imported or not computed or pq.read_metadata(table).num_rows > MAX_COMPARED:
         return []
+    from scipy.stats import spearmanr  # takes a second to import
+
     scores, _ = score_table.read(table, [computed[0], *config.score.imported])
     lines = []
     for name in config.score.imported:

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from distill_at_scale.pruning.selection.score_reader import label_runs
 
@@ -70,6 +69,8 @@ class TrialAgreement:
 
 def _mean_correlation(scores: list[Array]) -> list[float]:
     """The mean rank correlation over pairs of scores [n]; empty if one of each pair is constant."""
+    from scipy.stats import rankdata  # takes a second to import
+
     ranks = [rank - rank.mean() for rank in map(rankdata, scores)]
     lengths = [float(np.sqrt(rank @ rank)) for rank in ranks]
     pairs = [(a, b) for a, b in combinations(range(len(scores)), 2) if lengths[a] and lengths[b]]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import rankdata
 
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
@@ -58,6 +57,8 @@ class Ranking:
             return rng.numpy_generator(self.seed, "random selection", label).random(rows.num_rows, np.float32)
         if self.weights is None or self.low_is_useful is None:
             return rows[self.columns[0]].to_numpy()
+        from scipy.stats import rankdata  # takes a second to import
+
         total = np.zeros(rows.num_rows)
         for name, weight in self.weights.items():
             scores = rows[name].to_numpy()

@@ -181,7 +181,7 @@ def test_the_units_of_a_lost_actor_are_repeated_one_by_one_and_counted_once(pool
 
 
 def test_units_that_are_lost_too_often_are_named(pool):
-    with pytest.raises(WorkersLost, match=r"lost 4 times .*; the first one makes piece 7\.") as error:
+    with pytest.raises(WorkersLost, match=r"lost 4 times .*, the first one makes piece 7\.") as error:
         pool(lambda batch: any(unit.work == 7 for unit in batch), 40)
     assert "validate" in str(error.value)
 

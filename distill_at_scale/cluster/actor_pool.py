@@ -246,12 +246,10 @@ class PoolActor:
                 counts |= {"units": len(units), **total}
         return results, events[0]
 
-    def join(self, parts: dict[str, Any], store: str, rank: int, size: int) -> None:
-        """Be one process of a group."""
-        from distill_at_scale.cluster import warm_group
-
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Do something else than a task."""
         self._forget()
-        warm_group.join(parts, store, rank, size)
+        function(*arguments)
 
 
 def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spent: TimeSpent) -> Worker:

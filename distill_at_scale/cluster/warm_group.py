@@ -59,7 +59,8 @@ def _attempt(group: Group, pool: ActorPool, threads: int) -> Exception | None:
         except LOST as error:
             pool.close()
             return error
-        running = {a.handle.join.remote(parts, store, rank, len(actors)): rank for rank, a in enumerate(actors)}
+        size = len(actors)
+        running = {a.handle.call.remote(join, parts, store, rank, size): rank for rank, a in enumerate(actors)}
         try:
             while running and time.monotonic() < deadline:
                 for answer in ray.wait(list(running), timeout=POLL)[0]:

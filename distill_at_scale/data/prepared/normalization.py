@@ -46,7 +46,9 @@ class Normalization:
 
     def _mean_and_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *(1,) * self.inner)
-        mean, std = (torch.tensor(values, device=like.device).view(shape) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values).view(shape).to(like.device, non_blocking=True) for values in (self.mean, self.std)
+        )
         return mean, std
 
     def stored(self, images: Tensor) -> Tensor:

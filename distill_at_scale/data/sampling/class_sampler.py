@@ -41,11 +41,11 @@ class ClassSampler:
     def __init__(self, pixels: dict[int, Tensor] | Placement, normalization: Normalization, seed: int,
                  device: torch.device | None = None):  # fmt: skip
         """`pixels`: label -> stored values [n, *shape], or a placement. Draws go to `device` (default: that of `pixels`)."""
-        self.placement: Placement = InMemory(pixels) if isinstance(pixels, dict) else pixels
+        if isinstance(pixels, dict):
+            pixels = InMemory(torch.cat(list(pixels.values())), {label: len(own) for label, own in pixels.items()})
+        self.placement = pixels
         self.normalization, self.seed = normalization, seed
-        self.device = device or (
-            next(iter(pixels.values())).device if isinstance(pixels, dict) else torch.device("cpu")
-        )
+        self.device = device or (pixels.stored.device if isinstance(pixels, InMemory) else torch.device("cpu"))
         where = self.placement.where
         slow = where == "shards" or (where == "host" and self.device.type != "cpu")
         self.lookahead = Lookahead(self._take) if slow else None
@@ -81,6 +81,8 @@ class ClassSampler:
         """All samples in memory: stored values [n, *shape], sorted by label, and labels int64 [n]."""
         counts = self.placement.counts
         labels = torch.cat([torch.full((count,), label) for label, count in counts.items()])
+        if isinstance(self.placement, InMemory):
+            return self.placement.stored, labels
         first = self.placement.of_class(next(iter(counts)))
         stored, start = first.new_empty(sum(counts.values()), *first.shape[1:]), 0
         for label, count in counts.items():
@@ -99,16 +101,16 @@ class ClassSampler:
     def draw(self, labels: Sequence[int], n: int, purpose: str, *index: int) -> list[RealBatch]:
         """min(n, kept) images of each class, without replacement; (seed, purpose, index, class) alone decide them."""
         request = DrawRequest(tuple(labels), n, purpose, index)
-        drawn = self._take(request) if self.lookahead is None else self.lookahead(request)
-        pairs = ((self.normalization.apply(stored.to(self.device, non_blocking=True)), rows) for stored, rows in drawn)
-        return [RealBatch(label, images, rows) for label, (images, rows) in zip(labels, pairs, strict=True)]
+        stored, rows = self._take(request) if self.lookahead is None else self.lookahead(request)
+        images = self.normalization.apply(stored.to(self.device, non_blocking=True)).split([len(own) for own in rows])
+        return [RealBatch(*batch) for batch in zip(labels, images, rows, strict=True)]
 
-    def _take(self, request: DrawRequest) -> list[tuple[Tensor, Tensor]]:
-        drawn = []
+    def _take(self, request: DrawRequest) -> tuple[Tensor, list[Tensor]]:
+        rows = []
         for label in request.labels:
             generator = rng.generator(self.seed, request.purpose, *request.index, label)
-            rows = torch.randperm(self.count(label), generator=generator)[: request.n]
-            stored = self.placement.take(label, rows)
-            pin = self.device.type == "cuda" and stored.device.type == "cpu"
-            drawn.append((stored.pin_memory() if pin else stored, rows))
-        return drawn
+            order = torch.randperm(self.count(label), generator=generator).numpy()
+            rows.append(torch.from_numpy(order[: request.n]))
+        stored = self.placement.take_all(request.labels, rows)
+        pin = self.device.type == "cuda" and stored.device.type == "cpu"
+        return stored.pin_memory() if pin else stored, rows

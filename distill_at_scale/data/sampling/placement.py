@@ -6,7 +6,7 @@ bytes. Pruned samples are identified by id, class by class, and never decoded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,22 +51,32 @@ def kept_places(prepared: PreparedDataset, manifest: Path, labels: Collection[in
 
 
 class InMemory:
-    """Kept samples in memory: label -> stored values [n, *shape], all on one device, "device" or "host"."""
+    """Kept samples in memory, on one device, "device" or "host": one tensor, `pixels` are its parts, label -> [n, *shape]."""
 
-    def __init__(self, pixels: dict[int, Tensor]):
-        self.pixels = pixels
-        self.counts = {label: len(stored) for label, stored in pixels.items()}  # per class, labels ascending
-        on_device = any(stored.device.type != "cpu" for stored in pixels.values())
-        self.where = "device" if on_device else "host"
+    def __init__(self, stored: Tensor, counts: dict[int, int]):
+        """`stored` [sum of counts, *shape] holds one class after the other, in the order of `counts` (labels ascending)."""
+        self.stored, self.counts = stored, counts
+        self.pixels = dict(zip(counts, stored.split(list(counts.values())), strict=True))
+        self.first = dict(zip(counts, np.cumsum([0, *counts.values()]).tolist(), strict=False))  # rows in `stored`
+        self.where = "host" if stored.device.type == "cpu" else "device"
 
     @classmethod
     def load(cls, prepared: PreparedDataset, places: Places, device: torch.device) -> InMemory:
-        return cls({label: _loaded(prepared, label, inside).to(device) for label, inside in places.items()})
+        counts = {label: len(inside) for label, inside in places.items()}
+        kind = torch.from_numpy(np.empty(0, prepared.dtype)).dtype
+        held = cls(torch.empty(sum(counts.values()), *prepared.shape, dtype=kind, device=device), counts)
+        for label, inside in places.items():
+            held.pixels[label].copy_(_loaded(prepared, label, inside))
+        return held
 
     def take(self, label: int, rows: Tensor) -> Tensor:
         """The kept samples of a class at some rows [n], in that order."""
-        stored = self.pixels[label]
-        return stored[rows.to(stored.device)]
+        return self.take_all([label], [rows])
+
+    def take_all(self, labels: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
+        """The kept samples of several classes, class by class [sum of rows, *shape]: one read for all."""
+        index = np.concatenate([own.numpy() + self.first[label] for label, own in zip(labels, rows, strict=True)])
+        return self.stored[torch.from_numpy(index).to(self.stored.device, non_blocking=True)]
 
     def of_class(self, label: int) -> Tensor:
         """All kept samples of a class."""
@@ -88,6 +98,9 @@ class InShards:
         stored = np.empty_like(ascending)
         stored[order] = ascending
         return torch.from_numpy(stored)
+
+    def take_all(self, labels: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self.take(label, own) for label, own in zip(labels, rows, strict=True)])
 
     def of_class(self, label: int) -> Tensor:
         return _loaded(self.prepared, label, self.places[label])

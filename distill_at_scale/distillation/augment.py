@@ -7,9 +7,11 @@ of a class, with gradients; training of students draws parameters per image.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,8 @@ class AugmentParams:
         if images.dim() == 5:
             per_frame = self.numbers.expand(len(images), -1).repeat_interleave(images.shape[1], 0)
             return AugmentParams(self.family, per_frame).apply(images.flatten(0, 1)).view(images.shape)
-        return FAMILIES[self.family](images, self.numbers.to(images.device).expand(len(images), -1))
+        numbers = self.numbers.to(images.device, non_blocking=True)
+        return FAMILIES[self.family](images, numbers.expand(len(images), -1))
 
 
 class Augmentation:
@@ -55,6 +58,35 @@ class Augmentation:
             return AugmentParams(None, torch.zeros(1, 4))
         family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
         return AugmentParams(family, torch.rand(per_image or 1, 4, generator=generator))
+
+    def draw_each(self, generator: torch.Generator, n: int) -> list[AugmentParams]:
+        """n draws, each for a whole batch."""
+        if not self.families:
+            return [AugmentParams(None, torch.zeros(1, 4))] * n
+        families = torch.randint(len(self.families), (n,), generator=generator).tolist()
+        numbers = torch.rand(n, 4, generator=generator).split(1)
+        return [AugmentParams(self.families[k], own) for k, own in zip(families, numbers, strict=True)]
+
+
+def apply_each(params: Sequence[AugmentParams], images: Tensor, counts: Sequence[int]) -> Tensor:
+    """Augment batches of counts[k] images by params[k], draws for whole batches; [sum of counts, *shape] in and out.
+
+    One call per family, not per batch.
+    """
+    families = list(dict.fromkeys(p.family for p in params))
+    owner = np.repeat(np.arange(len(params)), counts)
+    numbers = torch.cat([p.numbers for p in params])
+    family_of = np.array([families.index(p.family) for p in params])[owner]
+    rows = [np.flatnonzero(family_of == k) for k in range(len(families))]
+    own = [AugmentParams(name, numbers[torch.from_numpy(owner[r])]) for name, r in zip(families, rows, strict=True)]
+    if len(families) == 1:
+        return own[0].apply(images)
+    parts = [p.apply(images[_index(r, images.device)]) for p, r in zip(own, rows, strict=True)]
+    return torch.cat(parts)[_index(np.argsort(np.concatenate(rows)), images.device)]
+
+
+def _index(rows: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,14 @@ class NetworkSpec:
     ) -> MemoryFormat:
         """The memory format of weights and samples for scoring, training or matching.
 
-        Images: channels last for scoring, and for training on a GPU. Clips: channels last on a GPU and in compiled code;
-        eager code on a CPU is slower with it. The other cases keep the order of torch, and with it their published numbers.
+        Images: channels last for scoring, for training on a GPU, and for compiled matching. Clips: channels last on a GPU and
+        in compiled code; eager code on a CPU is slower with it. The other cases keep the order of torch, and with it their
+        published numbers.
         """
         if self.clips:
             return MemoryFormat(self, compiled or device.type == "cuda")
-        return MemoryFormat(self, use == "score" or (use == "train" and device.type == "cuda"))
+        trained_on_gpu = use == "train" and device.type == "cuda"
+        return MemoryFormat(self, use == "score" or trained_on_gpu or (use == "match" and compiled))
 
     def activation_bytes(self, samples: int) -> int:
         """Bytes of the widest layer's output for this many samples: a measure of the computation."""

@@ -10,7 +10,7 @@ import torch
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation import augment
-from distill_at_scale.distillation.augment import FAMILIES, Augmentation, AugmentParams
+from distill_at_scale.distillation.augment import FAMILIES, Augmentation, AugmentParams, apply_each
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NUMBERS = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
@@ -192,3 +192,16 @@ def test_all_frames_of_a_clip_change_alike(family):
     assert changed.shape == clips.shape
     for frame in range(4):
         torch.testing.assert_close(changed[:, frame], draw.apply(image[:, 0]))
+
+
+@pytest.mark.parametrize("strategy", [SIAMESE_AUGMENT, "rotate", "none"])
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 2, 8, 8)])
+def test_batches_augmented_in_one_call_equal_each_on_its_own(strategy, shape):
+    params = Augmentation(strategy).draw_each(torch.Generator().manual_seed(1), 9)
+    counts = [2, 1, 3, 2, 0, 2, 1, 2, 4]
+    images = torch.randn(sum(counts), *shape, requires_grad=True)
+    together = apply_each(params, images, counts)
+    alone = torch.cat([p.apply(own) for p, own in zip(params, images.split(counts), strict=True) if len(own)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    gradients = [torch.autograd.grad(x.square().sum(), images)[0] for x in (together, alone)]
+    assert torch.allclose(*gradients, atol=1e-5)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from matching_cases import CLASSES, all_images_of, assert_close, image_gradient, make_method, make_sampler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -19,11 +22,20 @@ CPU = torch.device("cpu")
 RULES = {"none": {}, "loss": {"rule": "loss", "drop": 0.4}, "ite": {"rule": "ite", "drop": 0.4, "probes": 4}}
 
 
-def many_classes(classes: int, ipc: int, shape=(3, 64, 64), runtime: dict | None = None, network="convnet", **options):
+def many_classes(
+    classes: int,
+    ipc: int,
+    shape=(3, 64, 64),
+    runtime: dict | None = None,
+    network="convnet",
+    precision="auto",
+    **options,
+):
     """DM on `classes` classes with four samples each."""
     rng = torch.Generator().manual_seed(0)
     pixels = {c: torch.randint(256, (4, *shape), dtype=torch.uint8, generator=rng) for c in range(classes)}
-    config = configuration.validate({"distill": {"method": "dm", "ipc": ipc, "dm": options}, "runtime": runtime or {}})
+    distill = {"method": "dm", "ipc": ipc, "precision": precision, "dm": options}
+    config = configuration.validate({"distill": distill, "runtime": runtime or {}})
     spec = NetworkSpec(network, shape, classes, width=4)
     context = MethodContext(
         config, spec, [str(c) for c in range(classes)], list(range(classes)), SingleProcess(), CPU, 1
@@ -59,8 +71,8 @@ def test_groups_are_as_large_as_the_stated_memory_allows(monkeypatch):
 def test_no_forward_pass_sees_more_than_a_group(monkeypatch):
     method = many_classes(7, ipc=2, shape=(1, 8, 8), init="noise", augment="none")
     method.group_size, seen = 2, []
-    embed = method.embed
-    method.embed = lambda images: (seen.append(len(images)), embed(images))[1]
+    embed = method.embed_syn
+    method.embed_syn = lambda images: (seen.append(len(images)), embed(images))[1]
     method.step(0)
     assert seen == [4, 4, 4, 2]
 
@@ -123,3 +135,44 @@ def test_clips_are_matched_under_every_rule(rule):
         method.step(step)
     assert torch.isfinite(method.images).all()
     assert not torch.equal(before, method.images.detach())
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_calls_as_many_operators_for_100_classes_as_for_10_and_reads_numbers_once(monkeypatch):
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (reads.append(tensor), tolist(tensor))[1])
+    counts = []
+    for classes in (10, 100):
+        method = many_classes(classes, ipc=2, shape=(1, 8, 8), init="noise", augment="color_crop", real_batch=3)
+        reads.clear()
+        with Calls() as calls:
+            method.step(0)
+        assert calls.counts.pop("randperm") == classes  # rows of the real batches, drawn on the host
+        del calls.counts["lift_fresh"], calls.counts["detach"]  # NumPy's arrays as tensors and back, on the host too
+        assert "_local_scalar_dense" not in calls.counts  # float(x), bool(x): a GPU would be waited for
+        assert len([t for t in reads if t.is_floating_point()]) == 1
+        counts.append(calls.counts)
+    assert counts[0] == counts[1]
+
+
+def test_bf16_changes_the_real_side_of_a_step_by_little(monkeypatch):
+    monkeypatch.setattr(dm, "will_compile", lambda choice, work: True)  # eager bf16 is slower on a CPU and not used
+    monkeypatch.setattr(dm, "maybe_compile", lambda function, choice, work: function)
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        method = many_classes(2, ipc=1, shape=(1, 16, 16), init="noise", augment="none", precision=precision)
+        method.step(0)
+        gradients.append(method.images.grad)
+    assert not torch.equal(*gradients)
+    assert float((gradients[0] - gradients[1]).norm()) < 0.03 * float(gradients[0].norm())

@@ -22,7 +22,7 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
 from distill_at_scale.data.sampling.lookahead import DrawRequest
-from distill_at_scale.distillation.augment import AugmentParams
+from distill_at_scale.distillation.augment import AugmentParams, apply_each
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
@@ -267,11 +267,13 @@ class ImageMethod(Method):
         images [n, *shape] of each batch, and the indices of batches that are whole and to be rated by `kept_mask`.
         """
         masks = [self.pruning.remembered_mask(b.label, b.rows, self.real.count(b.label), update) for b in batches]
-        images = [
-            p.apply(batch.images if mask is None else batch.images[mask.to(batch.images.device)])
-            for p, batch, mask in zip(params, batches, masks, strict=True)
-        ]
-        return images, [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.drop_count(len(b.rows))]
+        counts = [len(b.rows) if mask is None else int(mask.sum()) for b, mask in zip(batches, masks, strict=True)]
+        images = torch.cat([b.images for b in batches])
+        if any(mask is not None for mask in masks):
+            kept = [torch.ones(len(b.rows)) if m is None else m for b, m in zip(batches, masks, strict=True)]
+            images = images[torch.cat(kept).nonzero()[:, 0].to(images.device, non_blocking=True)]
+        together = list(apply_each(params, images, counts).split(counts))
+        return together, [k for k, b in enumerate(batches) if masks[k] is None and self.pruning.drop_count(len(b.rows))]
 
     def kept_mask(self, batch: RealBatch, loss: Callable[[], Tensor], ite: Callable[[], Tensor]) -> Tensor:
         """Rate a whole batch by `runtime.rule`; True for the samples that are kept [n].
@@ -281,20 +283,25 @@ class ImageMethod(Method):
         values = self.pruning.values(loss=loss, ite=ite)
         return self.pruning.observe(batch.label, batch.rows, self.real.count(batch.label), values)
 
-    def update(self, losses: list[Tensor], step: int) -> None:
+    def update(self, losses: Sequence[Tensor], step: int) -> list[float]:
         """Move the images along `self.images.grad`, unless something is not finite.
 
         `losses` are one scalar per own class. A failure is only recorded, and the images stay as they are until
-        `raise_if_diverged`: workers that train a network together must all reach the end of the step.
+        `raise_if_diverged`: workers that train a network together must all reach the end of the step. Returns the losses as
+        numbers; a GPU is waited for once.
         """
         self.updates += 1
+        classes = len(losses)
+        values, images = torch.stack(list(losses)).detach(), self.images.detach()
+        tensors = [images, self.images.grad, *self.optimizer.state.get(self.images, {}).values()]
+        extremes = torch.stack([x for t in tensors if t is not None for x in t.aminmax()]).abs()
+        # read from the device at one time, since each reading waits for it
+        numbers = torch.cat([values, _finite(values, self.images.grad).to(values.dtype), extremes]).tolist()
+        numbers, finite, largest = numbers[:classes], numbers[classes : 2 * classes], numbers[2 * classes :]
         if self.divergence is not None:
-            return
-        bad = _first_not_finite(torch.stack([loss.detach() for loss in losses]), self.images.grad)
+            return numbers
+        bad = None if all(finite) else finite.index(0)
         if bad is None:
-            images = self.images.detach()
-            tensors = [images, self.images.grad, *self.optimizer.state.get(self.images, {}).values()]
-            largest = [max(map(abs, map(float, t.aminmax()))) for t in tensors if t is not None]
             # without copies if no overflow is possible: they take as much memory as the set
             if sum(largest) * max(1.0, self.lr) < OVERFLOW_MARGIN:
                 self.optimizer.step()
@@ -310,6 +317,7 @@ class ImageMethod(Method):
                 f"lower {rates}. The last good state is kept.",
                 self.updates,
             )
+        return numbers
 
     def raise_if_diverged(self) -> None:
         """End a step: raises DistillationDiverged if one of its updates failed."""
@@ -371,10 +379,16 @@ def _state_key(name: str, key: str) -> str:
 
 def _first_not_finite(values: Tensor, images: Tensor | None) -> int | None:
     """The first class whose value [classes] or whose part of `images` [classes, ...] is not finite."""
+    finite = _finite(values, images).tolist()
+    return None if all(finite) else finite.index(False)
+
+
+def _finite(values: Tensor, images: Tensor | None) -> Tensor:
+    """Whether the value and the part of `images` are finite, per class; bool [classes]."""
     finite = torch.isfinite(values)
     if images is not None:  # the extremes suffice and need no mask of the size of the images
         finite = finite & torch.isfinite(torch.stack(images.flatten(1).aminmax(dim=1))).all(0)
-    return None if bool(finite.all()) else int((~finite).nonzero()[0])
+    return finite
 
 
 def too_few_message(name: str, kept: int, ipc: int) -> str:

@@ -7,9 +7,10 @@ memory does not grow with the number of classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +18,15 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
-from distill_at_scale.distillation.augment import Augmentation, AugmentParams
+from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
+from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import in_parts, maybe_compile, will_compile
 
 GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # of a group's images and activations
 KEPT_LAYERS = 5  # activations kept for the backward pass, in outputs of the widest layer
+TRAINED = 3  # passes of a synthetic image: forward, and backward as much as two
 COPIES = 4  # of a real batch at one time: drawn, normalised, augmented, concatenated with those of the other classes
 
 
@@ -50,11 +53,24 @@ class DM(ImageMethod):
 
     def prepare(self, real: ClassSampler) -> None:
         super().prepare(real)
-        # all classes count, so that any number of workers compiles, or none does
-        work = self.context.spec.activation_bytes(self.real_batch * self.context.spec.classes * self.context.steps)
-        self.embed_real = maybe_compile(self.embed, "auto", work)
-        self.layout = self.context.spec.memory_format("match", self.context.device, will_compile("auto", work))
+        context, spec = self.context, self.context.spec
+        most = max(min(self.real_batch, real.count(label)) for label in context.labels)
+        most = context.workers.all_reduce_max(most)  # so that any number of workers compiles, or none does
+        work = spec.activation_bytes((most + TRAINED * self.ipc) * spec.classes * context.steps)
+        compiled = will_compile("auto", work)
+        group = min(self.group_size, len(context.labels))
+        self.real_part, self.syn_part = (_even_parts(group * n, self.at_once) for n in (most, self.ipc))
+        self.layout = spec.memory_format("match", context.device, compiled)
         self.layout.network(self.net)
+        eager_on_cpu = context.device.type == "cpu" and not compiled  # slower in bf16 (0.8 of fp32 on an AMD EPYC)
+        precision = "fp32" if eager_on_cpu else context.config.distill.precision
+
+        def embed_real(images: Tensor) -> Tensor:
+            with autocast(precision, context.device):
+                return self.embed(images).float()
+
+        self.embed_real = maybe_compile(embed_real, "auto", work)
+        self.embed_syn = maybe_compile(self.embed, "auto", work)
 
     def draws(self, step: int) -> Iterator[DrawRequest]:
         for first in range(0, len(self.context.labels), self.group_size):
@@ -63,25 +79,33 @@ class DM(ImageMethod):
 
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper: one random network, loss sum_c |mean embed(real_c) - mean embed(syn_c)|^2."""
-        self.net.load_state_dict(self.context.spec.build(derive(self.context.seed, "network", i)).state_dict())
+        self._new_network(i)
         self.optimizer.zero_grad()  # frees the old gradient before the new one is allocated
         gradient, losses = torch.empty_like(self.images.detach()), []
+        chance = generator(self.context.seed, "siamese", i)
+        of_class = self.augmentation.draw_each(chance, self.context.spec.classes)
         used = drawn = 0
         for first in range(0, len(self.context.labels), self.group_size):
             labels = self.context.labels[first : first + self.group_size]
-            params = [self.augmentation.draw(generator(self.context.seed, "siamese", i, c)) for c in labels]
+            params = [of_class[c] for c in labels]
             syn = self.images.detach()[first : first + self.group_size].requires_grad_(True)
-            seen = torch.cat([p.apply(own) for p, own in zip(params, syn.unbind(), strict=True)])
-            mean_syn = self.embed(seen).view(len(labels), self.ipc, -1).mean(1)  # classes x features
+            seen = apply_each(params, syn.flatten(0, 1), [self.ipc] * len(labels))
+            features = in_parts(self.embed_syn, self.layout.images(seen), self.syn_part)
+            mean_syn = features.view(len(labels), self.ipc, -1).mean(1)  # classes x features
             mean_real, counts = self._real_means(syn.detach(), mean_syn.detach(), labels, params, i)
             group_losses = (mean_real - mean_syn).square().sum(1)
             gradient[first : first + self.group_size] = torch.autograd.grad(group_losses.sum(), syn)[0]
             losses.append(group_losses.detach())
             used, drawn = used + counts[0], drawn + counts[1]
         self.images.grad = gradient
-        self.update(list(torch.cat(losses)), i)
+        numbers = self.update(torch.cat(losses).unbind(), i)
         self.raise_if_diverged()
-        return {"loss": float(torch.cat(losses).mean()), "real_share": used / drawn}
+        return {"loss": sum(numbers) / len(numbers), "real_share": used / drawn}
+
+    def _new_network(self, step: int) -> None:
+        own = self.net.state_dict()
+        for name, values in self.context.spec.build(derive(self.context.seed, "network", step)).state_dict().items():
+            own[name].copy_(values, non_blocking=True)
 
     def _real_means(
         self, syn: Tensor, mean_syn: Tensor, labels: list[int], params: list[AugmentParams], step: int
@@ -93,17 +117,30 @@ class DM(ImageMethod):
         batches = self.real.draw(labels, self.real_batch, "real batch", step)
         drawn = sum(len(batch.rows) for batch in batches)
         real, rated = self.augmented_batches(batches, params, step)
+        counts = [len(x) for x in real]
         with torch.no_grad():
-            together = in_parts(self.embed_real, self.layout.images(torch.cat(real)), self.at_once)
-        features = list(together.split([len(x) for x in real]))
+            features = in_parts(self.embed_real, self.layout.images(torch.cat(real)), self.real_part)
+        owner = np.repeat(np.arange(len(labels)), counts)
 
-        def distances(k: int) -> Tensor:
-            return (features[k] - mean_syn[k]).square().sum(1)
+        @cache
+        def distances() -> tuple[Tensor, ...]:  # read from the device at one time
+            others = mean_syn[torch.from_numpy(owner).to(features.device, non_blocking=True)]
+            return (features - others).square().sum(1).cpu().split(counts)
 
         def effects(k: int) -> Tensor:
             rng, at_once = generator(self.context.seed, "effects", step, labels[k]), max(self.at_once // 2, 1)
-            return feature_effects(self.embed, features[k], syn[k], params[k].apply, self.pruning.probes, rng, at_once)
+            mine = features.split(counts)[k]
+            return feature_effects(self.embed, mine, syn[k], params[k].apply, self.pruning.probes, rng, at_once)
 
+        kept = [np.ones(count) for count in counts]
         for k in rated:
-            features[k] = features[k][self.kept_mask(batches[k], partial(distances, k), partial(effects, k))]
-        return torch.stack([x.mean(0) for x in features]), (sum(len(x) for x in real), drawn)
+            mask = self.kept_mask(batches[k], partial(lambda k: distances()[k], k), partial(effects, k))
+            kept[k][:] = mask.cpu().numpy()
+        weights = np.zeros((len(labels), len(features)), np.float32)
+        weights[owner, np.arange(len(owner))] = np.concatenate([own / own.sum() for own in kept])
+        return torch.from_numpy(weights).to(features.device, non_blocking=True) @ features, (sum(counts), drawn)
+
+
+def _even_parts(n: int, most: int) -> int:
+    """The size of the fewest parts of n samples with at most `most` each, so that padding the last one wastes little."""
+    return -(-n // -(-n // most))

@@ -37,11 +37,13 @@ from jobs.benchmarks import textbook
 METHODS = tuple(textbook.LOSSES)
 RULES = {
     "ours": {"rule": "none"},
+    "ours, bf16": {"rule": "none"},
     "ours, loss, every batch looked at": {"rule": "loss", "drop": 0.3, "refresh": 1},
     "ours, loss, refresh 10": {"rule": "loss", "drop": 0.3, "refresh": 10},
     "ours, ite, every batch looked at": {"rule": "ite", "drop": 0.3, "refresh": 1},
     "ours, ite, refresh 10": {"rule": "ite", "drop": 0.3, "refresh": 10},
 }
+ROWS = ["textbook", "textbook, loss", *RULES]
 Row = Callable[[int], torch.Tensor]  # a step -> the gradient of the images
 
 
@@ -52,6 +54,7 @@ def main() -> None:
     tables = {}
     for method in options.method:
         for ipc in options.ipc:
+            torch.compiler.reset()  # so that the rows of all tables do not count as recompilations of one function
             rows = rows_of(options, method, ipc, device)
             tables[name := f"{method}, ipc {ipc}"] = _summary(*_measure(rows, options.repeats, device))
             print(
@@ -74,23 +77,26 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--real", type=int, default=256, help="real images per class and step")
     parser.add_argument("--held", type=int, default=500, help="real images per class in the pool")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="all rows, unless named")
+    parser.add_argument("--precision", default="fp32", help="distill.precision of the rows that do not name theirs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
 def rows_of(options: argparse.Namespace, method: str, ipc: int, device: torch.device) -> dict[str, Row]:
-    pool, start = _pool(options, device), _backend(options, method, ipc, device, RULES["ours"])
+    pool, start = _pool(options, device), _backend(options, method, ipc, device, "ours")
     start.prepare(pool)
     images = start.images.detach().clone()
     rows = {
         "textbook": _textbook(options, method, pool, images, 0.0),
         "textbook, loss": _textbook(options, method, pool, images, 0.3),
     }
-    for name, runtime in RULES.items():
-        backend = _backend(options, method, ipc, device, runtime)
-        backend.prepare(pool)
-        rows[name] = _ours(backend, images)
-    return rows
+    for name in RULES:
+        if name in options.rows:
+            backend = _backend(options, method, ipc, device, name)
+            backend.prepare(pool)
+            rows[name] = _ours(backend, images)
+    return {name: row for name, row in rows.items() if name in options.rows}
 
 
 def _shape(options: argparse.Namespace) -> tuple[int, ...]:
@@ -109,13 +115,13 @@ def _pool(options: argparse.Namespace, device: torch.device) -> ClassSampler:
     return ClassSampler(pixels, Normalization((0.5,) * 3, (1.0,) * 3), seed=0)  # so that IDC's rate needs no scale
 
 
-def _backend(
-    options: argparse.Namespace, method: str, ipc: int, device: torch.device, runtime: dict[str, object]
-) -> ImageMethod:
+def _backend(options: argparse.Namespace, method: str, ipc: int, device: torch.device, row: str) -> ImageMethod:
     loops: dict[str, dict[str, object]] = {"dc": {"outer": 1}, "dsa": {"outer": 1}, "idc": {"inner": 1}, "dm": {}}
     section = {"real_batch": options.real, "augment": "none", "image_lr": 1e-30, "init": "noise", **loops[method]}
     section |= {"synthetic_batch": 10_000} if method == "idc" else {}
-    config = validate({"distill": {"method": method, "ipc": ipc, method: section}, "runtime": runtime})
+    precision = "bf16" if "bf16" in row else options.precision
+    distill = {"method": method, "ipc": ipc, "precision": precision, method: section}
+    config = validate({"distill": distill, "runtime": RULES[row]})
     classes = list(range(options.classes))
     setting = MethodContext(config, _spec(options), [str(c) for c in classes], classes, SingleProcess(), device, 1000)
     built = method_class(config)(setting)
@@ -138,7 +144,7 @@ def _textbook(options: argparse.Namespace, method: str, pool: ClassSampler, imag
     spec = _spec(options)
 
     def step(i: int) -> torch.Tensor:
-        network = spec.build(derive(0, "network", i)).to(images.device)
+        network = textbook.plain(spec.build(derive(0, "network", i))).to(images.device)
         index = (i,) if method == "dm" else (i, 0)
         real = [pool.draw([c], options.real, "real batch", *index)[0].images for c in range(options.classes)]
         return textbook.image_gradient(method, network, real, images, drop)
@@ -168,7 +174,10 @@ def _measure(rows: dict[str, Row], repeats: int, device: torch.device) -> tuple[
                 seconds[name].append(time.perf_counter() - began)
             else:
                 gradients[name] = gradient.clone()
-    for name, twin in {"ours": "textbook", "ours, loss, every batch looked at": "textbook, loss"}.items():
+    twins = {"ours": "textbook", "ours, bf16": "textbook", "ours, loss, every batch looked at": "textbook, loss"}
+    for name, twin in twins.items():
+        if name not in gradients or twin not in gradients:
+            continue
         off = float((gradients[name] - gradients[twin]).abs().max() / gradients[twin].abs().max())
         notes[name] = f"gradients differ from the textbook's by {off:.1e} of the largest"
     return seconds, notes

@@ -17,6 +17,14 @@ from distill_at_scale.distillation.multi_formation import split_parts
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
+def plain(network: nn.Module) -> nn.Module:
+    """The network with torch's own poolings, in place; returns it."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.AvgPool2d):
+            network.set_submodule(name, nn.AvgPool2d(module.kernel_size, module.stride))
+    return network
+
+
 def image_gradient(method: str, network: nn.Module, real: list[Tensor], images: Tensor, drop: float) -> Tensor:
     """The gradient of the summed distances in the synthetic images [classes, ipc, *shape]."""
     images = images.detach().clone().requires_grad_(True)

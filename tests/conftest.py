@@ -32,12 +32,19 @@ from distill_at_scale.storage import lock, object_store
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# in float32, so that tests compare with exact values on every machine
 TINY: dict[str, Any] = {
     "data": {"size": 8, "channels": 1, "holdout": 0.25, "chunk": 32, "classes": ["0", "1", "2"]},
-    "score": {"trials": 2, "epochs": 2, "width": 8, "batch": 64},
+    "score": {"trials": 2, "epochs": 2, "width": 8, "batch": 64, "precision": "fp32"},
     "select": {"keep": 0.2},
-    "distill": {"steps": 3, "width": 8, "checkpoint_every": 2, "dm": {"augment": "color_crop_cutout_scale_rotate"}},
-    "evaluate": {"seeds": 2, "epochs": 3},
+    "distill": {
+        "steps": 3,
+        "width": 8,
+        "checkpoint_every": 2,
+        "dm": {"augment": "color_crop_cutout_scale_rotate"},
+        "precision": "fp32",
+    },
+    "evaluate": {"seeds": 2, "epochs": 3, "precision": "fp32"},
     "cluster": {"address": "none"},
 }
 

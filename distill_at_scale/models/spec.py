@@ -29,7 +29,9 @@ from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
 CPU_CACHE, GPU_ACTIVATIONS = 8 * 2**20, 512 * 2**20
 TORCHVISION = "torchvision:"  # prefix of names
 MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that return more than logits in training
-COMPILE_FROM = 25 * 10**9  # activation_bytes below which compiling (10-30 s) costs more than it saves
+# activation_bytes of forward passes below which compiling costs more (10 to 30 s) than it saves: about 1.5 s per 10**9, also
+# of training, where a step counts as three passes
+COMPILE_FROM = 10 * 10**9
 
 Build = Callable[["NetworkSpec"], nn.Module]
 
@@ -94,14 +96,13 @@ class NetworkSpec:
     ) -> MemoryFormat:
         """The memory format of weights and samples for scoring, training or matching.
 
-        Images: channels last for scoring, for training on a GPU, and for compiled matching. Clips: channels last on a GPU and
-        in compiled code; eager code on a CPU is slower with it. The other cases keep the order of torch, and with it their
-        published numbers.
+        Channels last on a GPU (not for matching of images), in compiled code, and for scoring of images; other eager code on a
+        CPU is slower with it.
         """
+        fast = compiled or device.type == "cuda"
         if self.clips:
-            return MemoryFormat(self, compiled or device.type == "cuda")
-        trained_on_gpu = use == "train" and device.type == "cuda"
-        return MemoryFormat(self, use == "score" or trained_on_gpu or (use == "match" and compiled))
+            return MemoryFormat(self, fast)
+        return MemoryFormat(self, use == "score" or compiled or (use == "train" and fast))
 
     def activation_bytes(self, samples: int) -> int:
         """Bytes of the widest layer's output for this many samples: a measure of the computation."""
@@ -219,6 +220,13 @@ def _build_torchvision(name: str, spec: NetworkSpec) -> nn.Module:
 
 def will_compile(choice: str, activation_bytes: int) -> bool:
     return choice == "always" or (choice == "auto" and activation_bytes >= COMPILE_FROM)
+
+
+def compile_note(choice: str, activation_bytes: int) -> str:
+    """What `will_compile` decides, for the user."""
+    if will_compile(choice, activation_bytes):
+        return "compiled, which takes 10 to 30 s, or a few where torch's cache has the code"
+    return "not compiled" if choice == "never" else "not compiled, as that takes longer than it saves here"
 
 
 def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,6 @@ from distill_at_scale.core.progress import Display
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
-from distill_at_scale.pipeline.stages import distill, score, select
 from distill_at_scale.pruning import export as exported
 from distill_at_scale.storage.redact import next_command
 from distill_at_scale.storage.run_dir import OUTPUTS
@@ -55,9 +54,8 @@ def export(
         _check_target(path, run.path)
     pipeline.take_over("evaluate")
     run.fetch()
-    wanted = (("score", scores, score.inputs), ("select", kept, select.inputs), ("distill", distilled, distill.inputs))
-    for stage, paths, inputs in wanted:
-        if paths and not (run.record(stage) and run.valid(stage, inputs(config, run))):
+    for stage, paths in (("score", scores), ("select", kept), ("distill", distilled)):
+        if paths and not (run.record(stage) and run.valid(stage, pipeline.inputs(stage))):
             raise UserError(f"{run.named} has no output of {stage} yet; run this first:\n  {next_command(stage)}")
     for path in scores:
         display.say(f"{path}: {exported.scores(path, run / 'scores.parquet', config)} scores")

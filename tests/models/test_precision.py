@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from distill_at_scale.core.errors import OtherConfiguration
+from distill_at_scale.core.progress import Display
 from distill_at_scale.models import precision
-from distill_at_scale.models.precision import autocast, resolve, resolved
+from distill_at_scale.models.precision import autocast, resolve, resolved, used
+from distill_at_scale.pipeline.export import export
 
 
 def on_cpu_with(monkeypatch, bf16):
@@ -42,6 +44,12 @@ def test_units_of_the_cpu_with_an_older_torch(monkeypatch, supported):
     assert precision.cpu_has_bf16.__wrapped__() is supported
 
 
+def test_eager_code_on_a_cpu_stays_in_float32(monkeypatch):
+    on_cpu_with(monkeypatch, True)
+    assert used("auto", on_gpu=False, compiled=False) == used("bf16", on_gpu=False, compiled=False) == "fp32"
+    assert used("auto", on_gpu=False, compiled=True) == used("auto", on_gpu=True, compiled=False) == "bf16"
+
+
 def test_weights_and_gradients_stay_in_float32():
     layer, device = nn.Linear(3, 2), torch.device("cpu")
     with autocast("bf16", device):
@@ -55,20 +63,23 @@ def test_weights_and_gradients_stay_in_float32():
 
 def test_a_run_resolves_auto_once_and_records_what_it_used(monkeypatch, make_config, make_run, tmp_path):
     on_cpu_with(monkeypatch, True)
-    config = resolved(make_config(tmp_path))
+    auto = {f"{section}__precision": "auto" for section in precision.SECTIONS}
+    config = resolved(make_config(tmp_path, **auto))
     assert (config.score.precision, config.distill.precision, config.evaluate.precision) == ("bf16",) * 3
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", **auto)
     assert run.pipeline.config.score.precision == "bf16"  # what executors get
     assert run.pipeline.context.requested.score.precision == "auto"
     run.stages("ingest", "score", "select", "distill", "evaluate")
     assert json.loads((run.dir / "run.json").read_text(encoding="utf-8"))["config"]["score"]["precision"] == "auto"
     used = {"score": "score.precision", "distill": "distill.precision", "evaluate": "evaluate.precision"}
+    export(run.config, [tmp_path / "scores.csv"], [], {}, Display.silent())  # accepts what auto made
+    assert (tmp_path / "scores.csv").exists()
     before = {stage: run.pipeline.inputs(stage).fingerprint for stage in used}
     for stage, key in used.items():
         assert run.pipeline.dir.record(stage)["config"][key] == "bf16"
 
     on_cpu_with(monkeypatch, False)  # the same folder on a machine without bf16 units
-    elsewhere = make_run(tmp_path / "run").pipeline
+    elsewhere = make_run(tmp_path / "run", **auto).pipeline
     for stage in used:
         assert elsewhere.inputs(stage).fingerprint != before[stage]
     with pytest.raises(OtherConfiguration, match=r"score\.precision"):

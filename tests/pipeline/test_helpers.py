@@ -85,9 +85,9 @@ def test_proxies_of_helpers_have_the_same_bytes(make_run, digits_run, tmp_path, 
     monkeypatch.setattr(helpers, "busy_seconds", lambda: None)
     train = ProxyTrial.run
 
-    def slow(trial, report):
+    def slow(trial, *callbacks):
         time.sleep(1)  # for the helper to start
-        train(trial, report)
+        train(trial, *callbacks)
 
     monkeypatch.setattr(ProxyTrial, "run", slow)
     run = make_run(tmp_path / "run", score__trials=2)

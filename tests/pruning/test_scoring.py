@@ -36,15 +36,15 @@ def samples(count=40):
 
 def trial_of(folder, trial=1, seed=0, workers=None, data=None, **section):
     """A trial on the samples; the prepared data are next to its folder."""
-    section = {"epochs": 3, "batch": 16, "lr": 0.1, "width": 4, **section}
+    section = {"epochs": 3, "batch": 16, "lr": 0.1, "width": 4, "precision": "fp32", **section}
     beside = folder.parent / f"{folder.name}-data"
     if not beside.exists():
         write_prepared(beside, *(tensor.numpy() for tensor in data or samples()))
     return proxy.ProxyTrial(PreparedDataset(beside), ScoreSection(**section), trial, seed, folder, CPU, workers)
 
 
-def train(folder, advance=lambda epochs: None, **keys):
-    trial_of(folder, **keys).run(advance)
+def train(folder, progressed=lambda samples: None, saved=lambda: None, **keys):
+    trial_of(folder, **keys).run(progressed, saved)
 
 
 def start_from(monkeypatch, spec):
@@ -57,10 +57,11 @@ def files(folder):
 
 
 def test_a_trial_leaves_one_checkpoint_per_epoch(tmp_path):
-    finished = []
-    train(tmp_path, advance=finished.append)
+    seen, finished = [], []
+    train(tmp_path, progressed=seen.append, saved=lambda: finished.append(len(files(tmp_path))))
     assert sorted(files(tmp_path)) == [f"trial-01/epoch-{e:03d}.safetensors" for e in range(3)]
-    assert sum(finished) == 3
+    assert finished == [1, 2, 3]
+    assert seen == [20, 40, 60, 80, 100, 120]  # two batches per epoch of 40 samples
 
 
 @pytest.mark.parametrize("section", [{}, {"momentum": 0.9, "weight_decay": 0.01}], ids=["plain", "momentum"])
@@ -84,14 +85,14 @@ def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, monkeypatch, sec
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_after):
-    def stop(epochs, left=[stop_after + 1]):  # noqa: B006
-        left[0] -= 1  # the first call reports the epochs that exist already
+    def stop(left=[stop_after]):  # noqa: B006
+        left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
 
     train(tmp_path / "whole", momentum=momentum)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts", momentum=momentum, advance=stop)
+        train(tmp_path / "parts", momentum=momentum, saved=stop)
     assert len(files(tmp_path / "parts")) == stop_after
     train(tmp_path / "parts", momentum=momentum)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
@@ -99,10 +100,21 @@ def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_
 
 def test_a_finished_trial_is_left_alone(tmp_path):
     train(tmp_path)
-    before, advances = files(tmp_path), []
-    train(tmp_path, advance=advances.append)
+    before, calls = files(tmp_path), []
+    train(tmp_path, progressed=calls.append, saved=lambda: calls.append("saved"))
     assert files(tmp_path) == before
-    assert advances == [3]
+    assert calls == []
+
+
+def test_progress_counts_saved_epochs_and_the_notes_of_the_present_one(tmp_path):
+    section = ScoreSection(trials=2, epochs=3)
+    assert proxy.finished_samples(section, tmp_path, 40) == 0
+    train(tmp_path, epochs=2)
+    assert proxy.finished_samples(section, tmp_path, 40) == 80
+    for trial, done in ((0, 13), (1, 95)):
+        proxy.note_path(tmp_path, trial).parent.mkdir(exist_ok=True)
+        proxy.note_path(tmp_path, trial).write_text(str(done), encoding="utf-8")
+    assert proxy.finished_samples(section, tmp_path, 40) == 13 + 95
 
 
 def test_trials_and_seeds_have_weights_of_their_own(tmp_path):
@@ -170,6 +182,35 @@ def test_two_workers_end_with_the_bytes_of_one(tmp_path, momentum):
     train_in_pairs(tmp_path / "two", shards=4, momentum=momentum, batch=10)
     assert len(files(tmp_path / "one")) == 3
     assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_threads_take_whole_shards_and_end_with_the_same_bytes(tmp_path):
+    for count in (1, 2, 3):
+        with threads(count):
+            train(tmp_path / str(count), shards=4, batch=10, momentum=0.9)
+    assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "3")
+
+
+def test_compiled_code_gets_batches_of_one_shape(tmp_path, monkeypatch):
+    shapes = set()
+
+    def record(forward, choice, work):
+        def recorded(images):
+            shapes.add(tuple(images.shape))
+            return forward(images)
+
+        return recorded
+
+    keys = {"shards": 2, "batch": 9, "epochs": 1, "momentum": 0.9}  # five and four samples
+    train(tmp_path / "eager", **keys)
+    monkeypatch.setattr(proxy, "maybe_compile", record)
+    train(tmp_path / "compiled", compile="always", **keys)
+    assert shapes == {(5, 1, 8, 8)}
+    plain, padded = (
+        proxy.load_proxy(SPEC, proxy.checkpoint_path(tmp_path / name, 1, 0), CPU).state_dict()
+        for name in ("eager", "compiled")
+    )
+    assert all(torch.allclose(padded[name], value, atol=1e-5) for name, value in plain.items())
 
 
 def test_two_workers_resume_together(tmp_path):

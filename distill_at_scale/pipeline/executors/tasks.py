@@ -16,6 +16,7 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.core.events import measured
+from distill_at_scale.core.progress import ProgressNote
 from distill_at_scale.data.ingest import chunks as ingest_chunks
 from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, map_arrow, open_source
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -92,16 +93,20 @@ def _train_trials(
     prepared, workers = PreparedDataset(paths["prepared"]), current_workers(device)
     for trial in trials:
         one = proxies.ProxyTrial(prepared, config.score, trial, config.run.seed, paths["checkpoints"], device, workers)
-        one.run(lambda epochs: report({"epochs": epochs}))
+        note = ProgressNote(proxies.note_path(paths["checkpoints"], trial), lambda: report({}))
+        one.run(note if workers.rank == 0 else (lambda samples: None), lambda: report({}))
+        if workers.rank == 0:
+            note.remove()
 
 
 def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoints: Path, advance: Advance) -> None:
-    """Train all trials side by side, or on a cluster one by one with `score.workers` workers. Advances by epochs."""
-    done = 0
+    """Train all trials side by side, or on a cluster one by one with `score.workers` workers. Advances by samples of all
+    epochs."""
+    done, samples = 0, proxies.loader(PreparedDataset(prepared), config.score, config.run.seed).samples
 
     def poll() -> bool:
         nonlocal done
-        before, done = done, proxies.finished_epochs(config.score, checkpoints)
+        before, done = done, max(done, proxies.finished_samples(config.score, checkpoints, samples))
         if done > before:
             advance(done - before)
         return done > before

@@ -105,7 +105,7 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
     """One sample of an epoch of one proxy; the fastest of a few epochs after the first."""
     spec = proxy.network_spec(config.score, facts.shape, facts.classes, facts.kind)
     samples = int(facts.train * config.score.share)
-    compiled = will_compile(config.score.compile, spec.activation_bytes(samples * config.score.epochs))
+    compiled = will_compile(config.score.compile, proxy.training_work(spec, config.score, samples))
     with tempfile.TemporaryDirectory() as name, threads(cores):
         affordable = int(SECONDS / image_seconds(spec, device))
         batch = max(1, min(config.score.batch, samples, max(LEAST, affordable)))
@@ -116,8 +116,8 @@ def proxy_training(config: Config, facts: Facts, device: torch.device, cores: in
         update = {"batch": batch, "epochs": EPOCHS, "trials": 1, "share": 1.0, "weights": None, "shards": shards}
         score = config.score.model_copy(update=update | {"compile": "always" if compiled else "never"})
         trial = proxy.ProxyTrial(PreparedDataset(dummy.prepared), score, 0, 0, Path(name) / "proxies", device)
-        times: list[float] = []
-        trial.run(lambda done: times.append(now(device)))
+        times = [now(device)]
+        trial.run(saved=lambda: times.append(now(device)))
         steps = max(1, trial.loader.steps(trial.loader.shard_groups(0, 1)))  # per epoch
     first, *others = [b - a for a, b in pairwise(times)]
     return Throughput(min(others) / (steps * batch), max(0.0, first - min(others)))

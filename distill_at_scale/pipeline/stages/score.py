@@ -112,6 +112,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
 def _train_proxies(context: RunContext, data: PreparedDataset, checkpoints: Path) -> None:
     config, score = context.config, context.config.score
     proxies.check_workers(data, score, config.run.seed)
-    finished, executor = proxies.finished_epochs(score, checkpoints), context.executor
-    with context.display.meter("proxies", score.trials * score.epochs, "epochs", finished) as meter:
+    context.display.say(f"  {proxies.describe(data, config)}")
+    samples, executor = proxies.loader(data, score, config.run.seed).samples, context.executor
+    finished = proxies.finished_samples(score, checkpoints, samples)
+    with context.display.meter("proxies", samples * score.trials * score.epochs, "samples", finished) as meter:
         tasks.train_proxies(executor, config, data.folder, checkpoints, meter.advance)

@@ -8,31 +8,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core import rng, safetensors_io
 from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.progress import Progressed, noted
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
-from distill_at_scale.models.precision import autocast
-from distill_at_scale.models.spec import NetworkSpec, maybe_compile, mixes_samples, will_compile
+from distill_at_scale.models import precision
+from distill_at_scale.models.spec import NetworkSpec, compile_note, maybe_compile, mixes_samples, will_compile
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
-
-# called with the number of epochs finished, also of those that have a checkpoint already
-Advance = Callable[[int], None]
 
 # of the section score: what only the training of proxies reads
 KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
 
 
+NO_LABEL = -100  # of padding
+
+
 def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kind: str | None = None) -> NetworkSpec:
     return NetworkSpec(config.network, shape, classes, config.width, config.depth, kind)
+
+
+def training_work(spec: NetworkSpec, config: ScoreSection, samples: int) -> int:
+    """The computation of one proxy, in activation bytes of forward passes: a training step is about three of them."""
+    return 3 * spec.activation_bytes(samples * config.epochs)
+
+
+def describe(prepared: PreparedDataset, config: Config) -> str:
+    """How proxies are trained, for the user."""
+    score = config.score
+    spec = network_spec(score, prepared.shape, len(prepared.class_names), prepared.kind)
+    work = training_work(spec, score, loader(prepared, score, config.run.seed).samples)
+    used = precision.used(score.precision, precision.on_gpu(config), will_compile(score.compile, work))
+    return f"proxies: {used}, {compile_note(score.compile, work)}"
 
 
 def finished_epochs(config: ScoreSection, folder: Path) -> int:
@@ -41,18 +58,61 @@ def finished_epochs(config: ScoreSection, folder: Path) -> int:
     return sum(checkpoint_path(folder, t, e).exists() for t in range(trials) for e in range(epochs))
 
 
+def finished_samples(config: ScoreSection, folder: Path, samples: int) -> int:
+    """Samples that proxies were trained on, over all trials and epochs of `samples` each, also within unfinished epochs."""
+    trials, epochs = config.checkpoint_counts
+    done = 0
+    for trial in range(trials):
+        saved = sum(checkpoint_path(folder, trial, epoch).exists() for epoch in range(epochs))
+        done += max(saved * samples, noted(note_path(folder, trial)))
+    return done
+
+
+def note_path(folder: Path, trial: int) -> Path:
+    """Where the worker of a trial notes the samples that it is done with."""
+    return folder / f"trial-{trial:02d}" / "samples.txt"
+
+
 def checkpoint_path(folder: Path, trial: int, epoch: int) -> Path:
     return folder / f"trial-{trial:02d}" / f"epoch-{epoch:03d}.safetensors"
 
 
+def loader(prepared: PreparedDataset, config: ScoreSection, seed: int) -> ProxyDataLoader:
+    return ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share)
+
+
 def check_workers(prepared: PreparedDataset, config: ScoreSection, seed: int) -> None:
     """Raises UserError if the workers of a proxy cannot share its logical shards evenly."""
-    shards = ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share).logical_shards
+    shards = loader(prepared, config, seed).logical_shards
     if shards % config.workers:
         raise UserError(
             f"score.workers = {config.workers} cannot share {shards} logical shards evenly; use a power of two up to "
             f"{shards}, or raise score.shards (now {config.shards})"
         )
+
+
+class ShardThreads:
+    """A context with threads that run whole shards, each with one thread of torch; in this thread if there is one."""
+
+    def __init__(self, count: int):
+        self.pool = ThreadPoolExecutor(count, "shard", torch.set_num_threads, (1,)) if count > 1 else None
+        self.first = True
+
+    def map(self, function: Callable[[Batch], Tensor], parts: Sequence[Batch]) -> list[Tensor]:
+        """The results in the order of the parts."""
+        if self.pool is None:
+            return [function(part) for part in parts]
+        if self.first:  # one after the other, as it compiles
+            self.first = False
+            return [self.pool.submit(function, part).result() for part in parts]
+        return list(self.pool.map(function, parts))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *problem: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
 
 
 class ProxyTrial:
@@ -66,77 +126,92 @@ class ProxyTrial:
         self.folder, self.device, self.workers = folder, device, workers or SingleProcess()
         self.spec = network_spec(config, prepared.shape, len(prepared.class_names), prepared.kind)
         self.normalization = normalization_of(prepared, whitened=False)
-        self.loader = ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share)
+        self.loader = loader(prepared, config, seed)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
-        # of all workers, so that all decide alike
-        work = self.spec.activation_bytes(self.loader.samples * config.epochs)
-        self.memory_format = self.spec.memory_format("train", device, will_compile(config.compile, work))
+        work = training_work(self.spec, config, self.loader.samples)
+        self.compiled = will_compile(config.compile, work)
+        self.precision = precision.used(config.precision, device.type == "cuda", self.compiled)
+        self.memory_format = self.spec.memory_format("train", device, self.compiled)
         self.memory_format.network(self.network)
-        weights = self.network.parameters()
-        self.optimizer = torch.optim.SGD(weights, config.lr, config.momentum, weight_decay=config.weight_decay)
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.SGD(self.parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
         self.mixes = mixes_samples(self.network)
         self.forward = maybe_compile(self._logits, config.compile, work)
+        # Each thread takes whole shards, as operations of one shard are too short to share; with batch norm they follow one
+        # another in this thread.
+        self.threads = ShardThreads(1 if device.type == "cuda" or self.mixes else torch.get_num_threads())
 
-    def run(self, advance: Advance = lambda epochs: None) -> None:
-        """Trains all epochs that have no checkpoint yet.
+    def run(self, progressed: Progressed = lambda samples: None, saved: Callable[[], object] = lambda: None) -> None:
+        """Trains all epochs that have no checkpoint yet. `progressed` gets the samples of all epochs so far, after each batch;
+        `saved` is called after each epoch.
 
         Raises DistillationDiverged with trial, epoch and learning rate if a weight is not finite.
         """
-        start = self._resume()
-        advance(start)
-        for epoch in range(start, self.config.epochs):
-            self._epoch(epoch)
-            if self.workers.rank == 0:
-                tensors = {f"weight.{k}": v for k, v in self.network.state_dict().items()}
-                for i, parameter in enumerate(self.network.parameters()):
-                    if (buffer := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
-                        tensors[f"momentum.{i}"] = buffer
-                facts = {"class_names": json.dumps(self.prepared.class_names)}
-                safetensors_io.save(checkpoint_path(self.folder, self.trial, epoch), tensors, facts)
-            self.workers.all_reduce_max(0)  # a barrier: all workers wait for the checkpoint
-            advance(1)
+        with self.threads:
+            for epoch in range(self._resume(), self.config.epochs):
+                self._epoch(epoch, progressed)
+                if self.workers.rank == 0:
+                    self._save(epoch)
+                self.workers.all_reduce_max(0)  # a barrier: all workers wait for the checkpoint
+                saved()
 
-    def _epoch(self, epoch: int) -> None:
+    def _save(self, epoch: int) -> None:
+        tensors = {f"weight.{k}": v for k, v in self.network.state_dict().items()}
+        for i, parameter in enumerate(self.parameters):
+            if (buffer := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
+                tensors[f"momentum.{i}"] = buffer
+        facts = {"class_names": json.dumps(self.prepared.class_names)}
+        safetensors_io.save(checkpoint_path(self.folder, self.trial, epoch), tensors, facts)
+
+    def _epoch(self, epoch: int, progressed: Progressed) -> None:
         shards = self.loader.shard_groups(self.trial, epoch)
         each = len(shards) // self.workers.size
         own = range(self.workers.rank * each, (self.workers.rank + 1) * each)
-        total, parameters = sum(self.loader.batch_sizes(shards)), list(self.network.parameters())
-        for parts in self.loader.batches(self.trial, epoch, shards, own):
-            gradient = self._batch_gradient(parts, total).split([p.numel() for p in parameters])
-            for parameter, part in zip(parameters, gradient, strict=True):
+        sizes = self.loader.batch_sizes(shards)
+        done, steps = epoch * self.loader.samples, self.loader.steps(shards)
+        for step, parts in enumerate(self.loader.batches(self.trial, epoch, shards, own), 1):
+            gradient = self._batch_gradient(parts, sizes).split([p.numel() for p in self.parameters])
+            for parameter, part in zip(self.parameters, gradient, strict=True):
                 parameter.grad = part.view_as(parameter)
             self.optimizer.step()
+            progressed(done + self.loader.samples * step // steps)
         statistics = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         if self.workers.size > 1 and statistics:
             self.workers.all_reduce_sum(statistics)
             for buffer in statistics:
                 buffer.div_(self.workers.size)
-        if not all(torch.isfinite(p).all() for p in parameters):
+        if not all(torch.isfinite(p).all() for p in self.parameters):
             raise DistillationDiverged(
                 f"proxy training diverged in trial {self.trial}, epoch {epoch}, at score.lr = {self.config.lr}; lower score.lr"
             )
 
-    def _batch_gradient(self, parts: Sequence[Batch], total: int) -> Tensor:
+    def _batch_gradient(self, parts: Sequence[Batch], sizes: Sequence[int]) -> Tensor:
         """The flat gradient of a batch, over all workers; on CPUs shards are added in one fixed order."""
         # on a GPU one pass over all shards, unless batch norm must see them separately
-        if self.device.type == "cpu" or self.mixes:
-            own = tree_sum([self._gradient(images, labels, total) for images, labels in parts])
-        else:
+        if self.device.type == "cuda" and not self.mixes:
             images, labels = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
-            own = self._gradient(images, labels, total)
+            own = self._gradient((images, labels), sum(sizes), len(images))
+        else:
+            own = tree_sum(self.threads.map(lambda part: self._gradient(part, sum(sizes), max(sizes)), parts))
         if self.device.type == "cpu":
             return tree_sum(self.workers.all_gather(own))
         self.workers.all_reduce_sum([own])
         return own
 
-    def _gradient(self, images: Tensor, labels: Tensor, total: int) -> Tensor:
-        """The flat gradient of (sum of losses) / total, summed over microbatches that fit the cache."""
-        self.optimizer.zero_grad()
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        microbatch = len(images) if self.mixes else min(len(images), self.spec.microbatch(self.device))
-        for part, targets in zip(images.split(microbatch), labels.split(microbatch), strict=True):
-            (F.cross_entropy(self.forward(part), targets, reduction="sum") / total).backward()
-        return torch.cat([parameter.grad.reshape(-1) for parameter in self.network.parameters()])  # type: ignore[union-attr]
+    def _gradient(self, batch: Batch, total: int, largest: int) -> Tensor:
+        """The flat gradient of (sum of losses) / total, summed over microbatches that fit the cache; compiled code gets
+        padded ones of one size, which follows from the `largest` batch."""
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        size = len(images) if self.mixes else min(largest, self.spec.microbatch(self.device))
+        if self.compiled and (missing := -len(images) % size):
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+            labels = F.pad(labels, (0, missing), value=NO_LABEL)
+        gradients = []
+        for part, targets in zip(images.split(size), labels.split(size), strict=True):
+            loss = F.cross_entropy(self.forward(part), targets, ignore_index=NO_LABEL, reduction="sum") / total
+            parts = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+            gradients.append(torch.cat([part.reshape(-1) for part in parts]))
+        return sum(gradients[1:], gradients[0])
 
     def _resume(self) -> int:
         done = 0
@@ -146,14 +221,14 @@ class ProxyTrial:
         if 0 < done < self.config.epochs:
             saved = safetensors_io.load(checkpoint_path(self.folder, self.trial, done - 1), again=True)
             self.network.load_state_dict(weights_of(saved))
-            for i, parameter in enumerate(self.network.parameters()):
+            for i, parameter in enumerate(self.parameters):
                 if f"momentum.{i}" in saved:
                     self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
         return done
 
     def _logits(self, pixels: Tensor) -> Tensor:
         images = self.memory_format.images(self.normalization.apply(pixels))
-        with autocast(self.config.precision, self.device):
+        with precision.autocast(self.precision, self.device):
             return self.network(images).float()
 
 

@@ -29,7 +29,7 @@ from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
-from distill_at_scale.models import pretrained
+from distill_at_scale.models import precision, pretrained
 from distill_at_scale.models.spec import will_compile
 from distill_at_scale.pruning.criteria import factory
 from distill_at_scale.pruning.proxies import train as proxy
@@ -85,10 +85,12 @@ class Scorer:
         self.microbatch = self.spec.microbatch(device)
         self.checkpoints = list(self._load(score, checkpoints, factory.needed_epochs(self.criteria.values(), epochs)))
         work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
-        self.memory_format = self.spec.memory_format("score", device, will_compile(score.compile, work))
+        compiled = will_compile(score.compile, work)
+        self.memory_format = self.spec.memory_format("score", device, compiled)
+        used = precision.used(score.precision, device.type == "cuda", compiled)
         self.classifiers: dict[int, CompiledClassifier] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            classifier = Classifier(replace(self.spec, classes=outputs), score.precision, device, self.memory_format)
+            classifier = Classifier(replace(self.spec, classes=outputs), used, device, self.memory_format)
             self.classifiers[outputs] = CompiledClassifier(classifier, score.compile, self.microbatch, work)
         # on a GPU its share of the machine's cores; on a CPU a scorer has one core for everything
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0

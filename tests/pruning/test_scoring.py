@@ -16,7 +16,7 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.executors.tasks import threads
+from distill_at_scale.pipeline.executors.tasks import threads, train_proxies
 from distill_at_scale.pruning.criteria.factory import build_criteria
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring import score_table
@@ -115,6 +115,22 @@ def test_progress_counts_saved_epochs_and_the_notes_of_the_present_one(tmp_path)
         proxy.note_path(tmp_path, trial).parent.mkdir(exist_ok=True)
         proxy.note_path(tmp_path, trial).write_text(str(done), encoding="utf-8")
     assert proxy.finished_samples(section, tmp_path, 40) == 13 + 95
+
+
+def test_the_driver_counts_samples_within_an_epoch(tmp_path, digits_run):
+    class Busy:
+        """An executor whose worker is in its first epoch."""
+
+        def run(self, task, done, poll):
+            proxy.note_path(tmp_path, 1).parent.mkdir()
+            for seen in (7, 12):
+                proxy.note_path(tmp_path, 1).write_text(str(seen), encoding="utf-8")
+                assert poll()
+            assert not poll()
+
+    advanced = []
+    train_proxies(Busy(), digits_run.config, digits_run.dir / "prepared", tmp_path, advanced.append)
+    assert advanced == [7, 5]
 
 
 def test_trials_and_seeds_have_weights_of_their_own(tmp_path):

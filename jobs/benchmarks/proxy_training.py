@@ -1,0 +1,89 @@
+"""Images per second of proxy training and of the scoring pass, and the share of the compiled network's own rate.
+
+python jobs/benchmarks/proxy_training.py RUN [--width W] [--threads N] [--share S] [--epochs E]
+
+RUN is a run folder whose ingest is finished. The rate of the network is that of forward and backward passes of one
+microbatch, again and again, in one thread. Prints one JSON object per row, the fastest of E epochs or passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_at_scale.config.load import load
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.pipeline.executors.tasks import threads
+from distill_at_scale.pruning.proxies.train import ProxyTrial
+from distill_at_scale.pruning.scoring.scorer import Scorer, score_part_path
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--share", type=float, default=0.2)
+    parser.add_argument("--epochs", type=int, default=3)
+    options = parser.parse_args()
+    data = PreparedDataset(options.run / "prepared")
+    for choice, precision in (("never", "fp32"), ("always", "fp32"), ("always", "bf16")):
+        keys = {"compile": choice, "precision": precision, "trials": 1, "criterion": "loss"}
+        keys |= {name: getattr(options, name) for name in ("width", "share", "epochs")}
+        config = load({}, keys={"score": keys})
+        row: dict[str, Any] = {"width": options.width, "compile": choice, "precision": precision}
+        with tempfile.TemporaryDirectory() as name:
+            with threads(options.threads):
+                trial, times = ProxyTrial(data, config.score, 0, 0, Path(name), CPU), [time.perf_counter()]
+                trial.run(saved=lambda times=times: times.append(time.perf_counter()))  # type: ignore[misc]
+            seconds = [end - begin for begin, end in pairwise(times)]
+            row["train"] = round(trial.loader.samples / min(seconds))
+            row["first_epoch_s"], row["best_epoch_s"] = round(seconds[0], 2), round(min(seconds), 2)
+            with threads(1):
+                row["network_train"] = round(_rate(trial))
+                row["pass"] = round(_pass_rate(Scorer(config, data.folder, Path(name), CPU), data, Path(name)))
+        row["share_of_network"] = round(row["train"] / row["network_train"] / options.threads, 2)
+        print(json.dumps(row), flush=True)
+
+
+def _rate(trial: ProxyTrial) -> float:
+    """Images per second of the gradient of one shard, without data."""
+    size = trial.config.batch // trial.loader.logical_shards
+    images = torch.randint(256, (size, *trial.spec.shape), dtype=torch.uint8)
+    labels = torch.arange(size) % trial.spec.classes
+    return size / _fastest(lambda: trial._gradient((images, labels), size, size), 50)
+
+
+def _pass_rate(scorer: Scorer, data: PreparedDataset, folder: Path) -> float:
+    """Images per second and checkpoint, from disk to disk."""
+    chunks, numbers = data.chunks("train")[:2], iter(range(99))
+
+    def score() -> None:
+        place = folder / f"scores-{next(numbers)}"
+        place.mkdir()
+        list(scorer.score([(chunk, score_part_path(place, chunk)) for chunk in chunks]))
+
+    return sum(chunk.rows for chunk in chunks) * len(scorer.checkpoints) / _fastest(score, 2)
+
+
+def _fastest(work: Callable[[], object], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()

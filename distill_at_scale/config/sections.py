@@ -11,6 +11,10 @@ from distill_at_scale.config.fields import Section, execution_key, later_key, lo
 
 MAX_LR = 3e38  # the largest 32-bit float
 CLIPS_PER_CHUNK = 64
+# score.preset -> the keys of `score` that it sets; measured in jobs/benchmarks/README.md, "How little scoring is enough?"
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"trials": 1, "epochs": 1, "share": 0.5, "width": 32, "lr": 0.028},
+}
 
 
 class RunSection(Section):
@@ -177,6 +181,11 @@ class MonteCarloSection(Section):
 class ScoreSection(Section):
     """Proxy networks and the criteria that score every training sample with them."""
 
+    preset: Literal["fast"] | None = later_key(
+        None,
+        description="sets trials, epochs, share, width and lr, as far as they are not given; fast: one narrow proxy that is "
+        "trained on half of the data once (about 50,000 samples)",
+    )
     criterion: str | list[str] = Field("loss", description="criteria to compute: a name or a list")
     early: int = later_key(5, ge=1, description="first epochs that loss_early, el2n and grand average")
     late: int = later_key(5, ge=1, description="last epochs that loss_converged averages")
@@ -221,6 +230,13 @@ class ScoreSection(Section):
         "auto",
         description="precision of proxies and scoring; auto: bf16 on GPUs and on CPUs with bf16 units, else fp32",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        """The keys of the preset become keys of the configuration; those that are given win."""
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
     @property
     def criteria(self) -> list[str]:

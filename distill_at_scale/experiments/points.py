@@ -42,7 +42,7 @@ OWN = ("select", "distill", "evaluate")  # the stages of a point
 # sections that an id does not cover, or covers only in part
 POINT_SECTIONS = ("select", "distill", "runtime", "evaluate")
 # keys that are newer than the ids of existing folders and never change what a point computes (it has no controls of its own)
-NOT_IN_IDS = ("evaluate.controls", "score.check_weights")
+NOT_IN_IDS = ("evaluate.controls", "score.check_weights", "score.preset")
 STOPPED, FAILED = NOTES  # notes in a point's folder: stopped by a scheduler, or ended by an error
 OF_OUTCOMES = ("manifest.parquet", "evaluation.json")  # the files of an outcome
 PATIENCE = 20  # seconds until the process of a killed sweep releases a point's folder

@@ -307,6 +307,17 @@ def test_keep_accepts_the_whole_interval(load, keep):
     assert load("", f"select.keep={keep}").select.keep == keep
 
 
+def test_a_preset_sets_the_keys_that_are_not_given(load):
+    fast = config.sections.PRESETS["fast"]
+    loaded = load("score: {preset: fast, width: 8}", "score.lr=0.5").score
+    assert (loaded.width, loaded.lr, loaded.share) == (8, 0.5, fast["share"])
+    assert load("", "score.preset=fast").score == load("score: {preset: fast}").score
+    changed = config.with_overrides(load("score: {preset: fast}"), {"score.trials": 3}).score
+    assert (changed.trials, changed.width) == (3, fast["width"])
+    with pytest.raises(UserError, match="'fats'"):
+        load("score: {preset: fats}")
+
+
 def test_a_stratum_must_end_at_or_before_one(load):
     assert load("select: {order: stratum, stratum_start: 0.5, keep: 0.5}").select.stratum_start == 0.5
     with pytest.raises(UserError, match="stratum"):

@@ -40,7 +40,7 @@ def test_the_keys_that_were_added_later():
         "data.value_column", "data.whiten", "data.train_split", "data.max_bytes", "data.transform", "data.imbalance",
         "data.copies", "data.variance_classes", "data.options",
         "data.label_pattern", "data.test_pattern", "data.rate", "data.seconds", "data.bands",
-        "score.early", "score.late", "score.features", "score.neighbours",
+        "score.preset", "score.early", "score.late", "score.features", "score.neighbours",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision",
     }  # fmt: skip

@@ -28,7 +28,7 @@ from distill_at_scale.models.spec import NetworkSpec, compile_note, maybe_compil
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 # of the section score: what only the training of proxies reads
-KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
+KEYS = ("preset", "trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
 
 
 NO_LABEL = -100  # of padding

@@ -31,7 +31,8 @@ def make_sampler() -> ClassSampler:
 
 
 def make_config(method: str = "mtt", ipc: int = 2, network: str = "convnet", **options) -> Config:
-    section = {"method": method, "ipc": ipc, "width": 6, "network": network, method: {**SMALL, **options}}
+    own = {**SMALL, **options}
+    section = {"method": method, "ipc": ipc, "width": 6, "network": network, "precision": "fp32", method: own}
     return configuration.validate({"distill": section})
 
 

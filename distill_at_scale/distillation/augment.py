@@ -134,7 +134,8 @@ def crop(images: Tensor, u: Tensor) -> Tensor:
     rows = top[:, None] + torch.arange(height, device=images.device)  # n x H
     columns = left[:, None] + torch.arange(width, device=images.device)  # n x W
     image = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    shifted = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return shifted.contiguous()  # channels last would go through a whole network, slower on a CPU
 
 
 def cutout(images: Tensor, u: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from distill_at_scale.config.registry import resolve
 from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.environment import gpu_memory
 from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.progress import Progressed
 from distill_at_scale.core.rng import derive
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.whitening import whitening_card
@@ -126,12 +127,14 @@ def missing_networks(config: Config, paths: DistillPaths) -> list[str]:
 
 
 def make_network(
-    config: Config, paths: DistillPaths, name: str, device: torch.device, labels: Sequence[int] | None = None
-) -> None:
+    config: Config, paths: DistillPaths, name: str, device: torch.device, labels: Sequence[int] | None = None,
+    progressed: Progressed = lambda samples: None,
+) -> None:  # fmt: skip
     """Make one such network from the kept samples of all classes, or of `labels`."""
     prepared = PreparedDataset(paths.prepared)
     owned = list(range(len(prepared.class_names)) if labels is None else labels)
-    context = replace(method_context(config, prepared, paths, SingleProcess(), device), labels=owned)
+    context = method_context(config, prepared, paths, SingleProcess(), device)
+    context = replace(context, labels=owned, progressed=progressed)
     pool = ClassSampler.load(prepared, paths.manifest, owned, config.distill_seed, device, config.distill.hold)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         method_class(config).make_network(name, context, pool)

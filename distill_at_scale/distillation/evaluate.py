@@ -18,6 +18,7 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.progress import Progressed
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.distillation import student as students
@@ -39,6 +40,9 @@ class EvaluationJob:
     network: str
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.set} {self.network} {self.seed}"
+
 
 def jobs(config: Config, controls: Sequence[str] = ()) -> list[EvaluationJob]:
     """All jobs; `controls` are the distilled ones that the run has."""
@@ -58,11 +62,13 @@ class Evaluator:
         pixels, labels = self.prepared.load("test")
         self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
 
-    def run(self, job: EvaluationJob, folder: Path | None = None) -> dict[str, Any]:
+    def run(
+        self, job: EvaluationJob, folder: Path | None = None, progressed: Progressed = lambda percent: None
+    ) -> dict[str, Any]:
         """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
 
-        `folder` holds the set of a control that is distilled. Raises DistillationDiverged, naming the job, if the trained
-        weights are not finite.
+        `folder` holds the set of a control that is distilled; `progressed` takes per cent of the training. Raises
+        DistillationDiverged, naming the job, if the trained weights are not finite.
         """
         started = time.perf_counter()
         distill, classes = self.config.distill, len(self.prepared.class_names)
@@ -71,7 +77,7 @@ class Evaluator:
         synthetic = self.synthetic if folder is None else synthetic_set.load(folder)
         protocol = self._protocol(job, synthetic)
         data, precision = self._training_set(job, synthetic), self.config.evaluate.precision
-        network = students.train(spec, data, protocol, seed, self.device, precision)
+        network = students.train(spec, data, protocol, seed, self.device, precision, progressed)
         normalization, at_once = self.synthetic.normalization, spec.microbatch(self.device)
         accuracy = students.test(network, *self.test, normalization, self.device, at_once, precision)
         if not all(torch.isfinite(p).all() for p in network.parameters()):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill_at_scale.config.sections import EvaluateSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import RunWarning, UserError
+from distill_at_scale.core.progress import Progressed
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation.augment import Augmentation, cutmix
 from distill_at_scale.distillation.soft_labels import StoredLabels, TeacherLabels, ViewPlan, merge_last_batch
@@ -102,9 +103,12 @@ class TrainingSet:
 
 def train(
     spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, device: torch.device,
-    precision: str = "fp32",
+    precision: str = "fp32", progressed: Progressed = lambda percent: None,
 ) -> nn.Module:  # fmt: skip
-    """Train a network from scratch; the whole set is held on the device, the weights are float32 in any `precision`."""
+    """Train a network from scratch; the whole set is held on the device, the weights are float32 in any `precision`.
+
+    `progressed` takes per cent.
+    """
     network = spec.build(rng.derive(seed, "network")).to(device).train()
     parameters = list(network.parameters())
     optimizer: torch.optim.Optimizer
@@ -128,6 +132,7 @@ def train(
             stacklevel=2,
         )
     at_once = len(data.labels) if has_batch_norm else spec.microbatch(device)
+    seen, total = 0, protocol.epochs * len(data.labels)
     for epoch in range(protocol.epochs):
         if protocol.labels == "views":
             batches = view_batches(data, protocol, epoch)
@@ -140,6 +145,8 @@ def train(
                     logits = network(part)
                 (_loss(protocol, logits.float(), targets) * (len(part) / len(images))).backward()
             optimizer.step()
+            seen += len(images)
+            progressed(100 * seen // total)
         scheduler.step()
     return network
 

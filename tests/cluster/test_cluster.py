@@ -272,11 +272,11 @@ def test_experts_are_the_same_bytes_after_a_killed_task_and_where_only_one_is_mi
             finished / "prepared", finished / "manifest.parquet", folder, folder / "log", folder
         )
         names = distill.missing_networks(config, places)
-        tasks.make_networks(by, config, places, names, lambda count: None)
+        tasks.make_networks(by, config, places, names, 0, lambda count: None)
         assert marker.exists(), "nothing was killed, so nothing was tested"
         if name == "ray":
             (folder / names[2]).unlink()
-            tasks.make_networks(by, config, places, names[2:3], lambda count: None)
+            tasks.make_networks(by, config, places, names[2:3], 0, lambda count: None)
         weights.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(weights[0]) == 4
     assert weights[0] == weights[1]

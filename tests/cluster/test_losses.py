@@ -21,7 +21,7 @@ from distill_at_scale.cluster import actor_pool, train_group  # noqa: E402
 from distill_at_scale.cluster import tasks as ray_tasks  # noqa: E402
 
 LOST = ray.exceptions.WorkerCrashedError
-FOLDERS = (Path("prepared"), Path("synthetic"), Path("manifest.parquet"))
+FOLDERS = (Path("prepared"), Path("synthetic"), Path("manifest.parquet"), Path("notes"))
 
 
 @pytest.fixture

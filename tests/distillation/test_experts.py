@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from distill_at_scale.distillation.augment import FAMILIES
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.experts import ExpertFiles, ExpertTraining, flat
 from distill_at_scale.distillation.methods.shared.unroll import FlatNetwork
+from distill_at_scale.models.precision import cpu_has_bf16
 from distill_at_scale.pipeline.stages.distill import network_inputs
 
 
@@ -52,6 +55,25 @@ def test_an_epoch_is_plain_sgd_over_shuffled_batches(experts):
         F.cross_entropy(network(pool.normalization.apply(pixels[rows])), labels[rows]).backward()
         optimizer.step()
     assert_close(flat(network) - held[1], held[2] - held[1])
+
+
+def test_an_expert_reports_the_samples_that_it_has_seen(tmp_path):
+    seen, config = list[int](), make_config()
+    context = replace(make_context(config, tmp_path), progressed=seen.append)
+    METHODS["mtt"].make_network("expert-000.safetensors", context, make_sampler())
+    assert seen == [27 * epoch + batch for epoch in range(4) for batch in (8, 16, 24, 27)]
+    assert METHODS["mtt"].network_epochs(config) == 4
+
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="bf16 is emulated here")
+def test_an_expert_in_bf16_has_float32_weights_close_to_those_in_fp32(experts, tmp_path):
+    config = make_config()
+    config = config.model_copy(update={"distill": config.distill.model_copy(update={"precision": "bf16"})})
+    METHODS["mtt"].make_network("expert-000.safetensors", make_context(config, tmp_path), make_sampler())
+    exact, rounded = (safetensors_io.load(f / "expert-000.safetensors")["parameters"] for f in (experts, tmp_path))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert_close(rounded[-1] - rounded[0], exact[-1] - exact[0], 0.3)
 
 
 def test_experts_learn_their_samples(tmp_path):

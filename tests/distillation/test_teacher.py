@@ -31,6 +31,13 @@ def test_a_teacher_learns_the_kept_samples(tmp_path):
     assert "right in the last one" in teacher.facts.origin
 
 
+def test_a_teacher_reports_the_samples_that_it_has_seen(tmp_path):
+    seen, context = list[int](), make_context(tmp_path, teacher_epochs=2)
+    make_teacher(replace(context, progressed=seen.append))
+    assert seen == [16, 32, 48, 60, 76, 92, 108, 120]
+    assert METHODS["rded"].network_epochs(context.config) == 2
+
+
 def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     uninterrupted = make_teacher(make_context(tmp_path / "a"))
     context, epoch = make_context(tmp_path / "b"), teachers.TeacherTraining._epoch

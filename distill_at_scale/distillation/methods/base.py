@@ -19,6 +19,7 @@ from torch import Tensor
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import Collectives
 from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.progress import Progressed
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
 from distill_at_scale.data.sampling.lookahead import DrawRequest
@@ -49,6 +50,7 @@ class MethodContext:
         steps: how many steps the run has in total.
         networks: the folder with the files that `make_network` wrote; for a method that needs none it is not there.
         source_class_names: all classes of the source, also if only some of them are distilled.
+        progressed: to call in `make_network` with the samples seen so far, over all epochs.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class MethodContext:
     steps: int
     networks: Path = Path()
     source_class_names: tuple[str, ...] = ()
+    progressed: Progressed = lambda samples: None
 
     @property
     def seed(self) -> int:
@@ -143,6 +146,11 @@ class Method:
     def network_options(config: Config) -> dict[str, Any]:
         """The configuration values that these networks depend on, part of their fingerprint; JSON values."""
         return {}
+
+    @staticmethod
+    def network_epochs(config: Config) -> int:
+        """The epochs over the kept samples that `make_network` reports the progress of; 0: it reports none."""
+        return 0
 
     @staticmethod
     def make_network(name: str, context: MethodContext, real: ClassSampler) -> None:

@@ -45,6 +45,10 @@ class MTT(ImageMethod):
         return {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")} | own
 
     @classmethod
+    def network_epochs(cls, config: Config) -> int:
+        return cls.section(config).expert_epochs
+
+    @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
         number = cls.networks(context.config).index(name)
         experts.ExpertTraining(number, context, cls.section(context.config), real).run(context.networks / name)

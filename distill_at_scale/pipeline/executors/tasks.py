@@ -6,7 +6,7 @@ Each kind is a `Worker` followed by the function that runs its unfinished units 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import current_workers
 from distill_at_scale.core.events import measured
-from distill_at_scale.core.progress import ProgressNote
+from distill_at_scale.core.progress import ProgressNote, noted
 from distill_at_scale.data.ingest import chunks as ingest_chunks
 from distill_at_scale.data.ingest.plan import IngestPlan, listing_path, map_arrow, open_source
 from distill_at_scale.data.prepared.dataset import PreparedDataset
@@ -230,14 +230,32 @@ class MakeNetwork(Worker):
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
-            make_network(self.config, DistillPaths(**self.paths), unit.work, self.device)
+            note = ProgressNote(_note_path(self.paths["networks"], unit.work), self.poll)
+            make_network(self.config, DistillPaths(**self.paths), unit.work, self.device, progressed=note)
+            note.remove()
             yield {"network": unit.work}
 
 
+def _note_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.progress"
+
+
 def make_networks(
-    executor: Executor, config: Config, files: DistillPaths, names: Sequence[str], advance: Advance
+    executor: Executor, config: Config, files: DistillPaths, names: Sequence[str], samples: int, advance: Advance
 ) -> None:
-    """Train the networks that a method needs, side by side. Advances by networks."""
+    """Train the networks that a method needs, side by side. Advances by the samples that they see, `samples` for each one,
+    or by networks, where that is 0.
+    """
+    seen = dict.fromkeys(names, 0)
+
+    def move(name: str, done: int) -> int:
+        moved, seen[name] = max(0, done - seen[name]), max(done, seen[name])
+        if moved:
+            advance(moved)
+        return moved
+
+    def poll() -> bool:
+        return samples > 0 and sum(move(name, noted(_note_path(files.networks, name))) for name in names) > 0
 
     def unit(name: str) -> Unit:  # the network, and the files that an interrupted training resumes from
         path = files.networks / name
@@ -245,7 +263,8 @@ def make_networks(
 
     total = len(method_class(config).networks(config))
     task = Task(MakeNetwork, config, vars(files), [unit(name) for name in names], files.networks, total)
-    executor.run(task, lambda result: advance(1))
+    poll()  # what an interrupted training had seen
+    executor.run(task, lambda result: move(result["network"], samples or 1), poll)
 
 
 def distill(executor: Executor, config: Config, files: DistillPaths, report: Report) -> None:
@@ -298,7 +317,10 @@ class Evaluate(Worker):
 
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
-            yield self.evaluator.run(unit.work, *unit.inputs)
+            note = ProgressNote(_note_path(self.paths["notes"], str(unit.work)), self.poll)
+            row = self.evaluator.run(unit.work, *unit.inputs, progressed=note)
+            note.remove()
+            yield row
 
     def counts(self, result: Result) -> Result:
         return {"set": result["set"], "network": result["network"], "networks": 1}
@@ -308,14 +330,31 @@ def evaluate(
     executor: Executor,
     config: Config,
     jobs: Sequence[EvaluationJob],
-    folders: tuple[Path, Path, Path],
+    folders: tuple[Path, Path, Path, Path],
     report: Report,
     controls: Mapping[str, Path] | None = None,
+    working: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Run evaluation jobs on (prepared, synthetic, manifest) and report each row; `controls`: name -> folder of its set."""
-    paths, controls = dict(zip(("prepared", "synthetic", "manifest"), folders, strict=True)), controls or {}
+    """Run evaluation jobs on (prepared, synthetic, manifest, notes) and report each row; `controls`: name -> folder of its
+    set. `working` is told how far the unfinished jobs are.
+    """
+    paths, controls = dict(zip(("prepared", "synthetic", "manifest", "notes"), folders, strict=True)), controls or {}
+    for note in paths["notes"].glob("*.progress"):  # of an interrupted command
+        note.unlink()
+    told = ""
+
+    def poll() -> bool:
+        nonlocal told
+        shares = {job: noted(_note_path(paths["notes"], str(job))) for job in jobs}
+        text = ", ".join(f"{job} at {share} %" for job, share in shares.items() if share)
+        before, told = told, text or told
+        if told != before:
+            working(told)
+        return told != before
+
     units = [Unit(job, inputs=(controls[job.set],) if job.set in controls else ()) for job in jobs]
-    executor.run(Task(Evaluate, config, paths, units, total=len(evaluation.jobs(config, list(controls)))), report)
+    task = Task(Evaluate, config, paths, units, total=len(evaluation.jobs(config, list(controls))))
+    executor.run(task, report, poll)
 
 
 @contextlib.contextmanager

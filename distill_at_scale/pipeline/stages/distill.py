@@ -105,8 +105,10 @@ def prepare(context: RunContext, config: Config, data: PreparedDataset, paths: D
     if missing := engine.missing_networks(config, paths):
         for line in validate.check_weights_on_data(config, data, teacher_only=True):
             context.display.say(line)
-        with context.display.meter("networks", len(missing), "networks") as meter:
-            tasks.make_networks(context.executor, config, paths, missing, meter.advance)
+        samples = engine.method_class(config).network_epochs(config) * manifest.facts(paths.manifest)["kept"]
+        unit = "samples" if samples else "networks"
+        with context.display.meter(f"{len(missing)} networks", len(missing) * (samples or 1), unit) as meter:
+            tasks.make_networks(context.executor, config, paths, missing, samples, meter.advance)
     if engine.method_class(config).ranks_patches:
         _rank_patches(context, config, data, paths)
     if paths.state.exists():

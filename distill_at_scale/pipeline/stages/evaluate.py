@@ -33,7 +33,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     data = PreparedDataset(run_dir / "prepared")
     evaluation.require_test_split(data)
     validate.check_networks(config, data)
-    log = run_dir.work("evaluate", inputs) / "rows.jsonl"
+    work = run_dir.work("evaluate", inputs)
+    log = work / "rows.jsonl"
     rows: list[dict[str, Any]] = []  # the finished ones, which are kept in the log as they come
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         try:
@@ -48,7 +49,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     jobs = evaluation.jobs(config, list(distilled))
     finished = {_job_of(row) for row in rows}
     missing = [job for job in jobs if job not in finished]
-    folders = (run_dir / "prepared", run_dir / "synthetic", run_dir / "manifest.parquet")
+    folders = (run_dir / "prepared", run_dir / "synthetic", run_dir / "manifest.parquet", work)
     executor = context.executor
     with context.display.meter("evaluate", len(rows) + len(missing), "networks", len(rows)) as meter:
         meter.advance(len(rows))
@@ -62,7 +63,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
             context.observers.emit(instant("result", "network", row))
             meter.advance(1, f"{row['set']} {row['top1']:.3f}")
 
-        tasks.evaluate(executor, config, missing, folders, done, {c.name: c.folder for c in distilled.values()})
+        sets = {control.name: control.folder for control in distilled.values()}
+        tasks.evaluate(executor, config, missing, folders, done, sets, lambda text: meter.advance(0, text))
     rows.sort(key=lambda row: jobs.index(_job_of(row)))
     path = run_dir / "evaluation.json"
     summary = summarize(rows)

@@ -24,7 +24,8 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.models.spec import MemoryFormat, mixes_samples
+from distill_at_scale.models.precision import autocast
+from distill_at_scale.models.spec import mixes_samples
 
 
 def expert_name(number: int) -> str:
@@ -56,11 +57,11 @@ class ExpertTraining:
         network = context.spec.build(derive(context.seed, "expert", number))
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
-        # clips would gain from channels last in compiled code only
-        self.layout = MemoryFormat(context.spec, channels_last=not context.spec.clips)
+        self.layout = context.spec.memory_format("train", context.device, compiled=False)
         self.layout.network(self.network)
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(), section.expert_lr, section.expert_momentum, weight_decay=section.expert_weight_decay
+            self.network.parameters(), section.expert_lr, section.expert_momentum,
+            weight_decay=section.expert_weight_decay, fused=True,
         )  # fmt: skip
 
     def run(self, path: Path) -> None:
@@ -79,15 +80,19 @@ class ExpertTraining:
 
     def _epoch(self, epoch: int) -> None:
         device, at_once = self.context.device, self.context.spec.microbatch(self.context.device)
-        rng = generator(self.context.seed, "expert epoch", self.number, epoch)
+        rng, seen = generator(self.context.seed, "expert epoch", self.number, epoch), epoch * len(self.labels)
         for rows in torch.randperm(len(self.labels), generator=rng).split(self.section.expert_batch):
             images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(device))
             images = self.layout.images(self.augmentation.draw(rng, per_image=len(rows)).apply(images))
             targets = self.labels[rows].to(device)
             self.optimizer.zero_grad()
             for part, part_targets in zip(images.split(at_once), targets.split(at_once), strict=True):
-                (F.cross_entropy(self.network(part), part_targets, reduction="sum") / len(rows)).backward()
+                with autocast(self.context.config.distill.precision, device):
+                    logits = self.network(part)
+                (F.cross_entropy(logits.float(), part_targets, reduction="sum") / len(rows)).backward()
             self.optimizer.step()
+            seen += len(rows)
+            self.context.progressed(seen)
         if not bool(torch.isfinite(flat(self.network)).all()):
             raise DistillationDiverged(
                 f"expert {self.number} diverged in epoch {epoch} at learning rate {self.section.expert_lr:g}; "

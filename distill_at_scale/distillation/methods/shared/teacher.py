@@ -32,6 +32,7 @@ from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, Metho
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, TeacherFacts
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained, weight_check
+from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 from distill_at_scale.models.weight_check import WeightCheck
 
@@ -76,6 +77,11 @@ class TeacherMethod(Method):
         with _teacher_keys(config):
             digest = pretrained.digests([name])[name]
         return {k: options[k] for k in ("teacher_network", "width", "depth")} | {"teacher_weights": digest}
+
+    @classmethod
+    def network_epochs(cls, config: Config) -> int:
+        section = cls.section(config)
+        return 0 if section.teacher_weights else section.teacher_epochs
 
     @classmethod
     def make_network(cls, name: str, context: MethodContext, real: ClassSampler) -> None:
@@ -214,8 +220,11 @@ class TeacherTraining:
         self.section, self.context, self.facts = section, context, _teacher_facts(context.config, context.spec)
         self.path = _checkpoint_path(context.networks)
         self.network = self.facts.spec.build(rng.derive(context.seed, "teacher")).to(context.device).train()
+        self.layout = self.facts.spec.memory_format("train", context.device, compiled=False)
+        self.layout.network(self.network)
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(), section.teacher_lr, section.teacher_momentum, weight_decay=section.teacher_weight_decay
+            self.network.parameters(), section.teacher_lr, section.teacher_momentum,
+            weight_decay=section.teacher_weight_decay, fused=True,
         )  # fmt: skip
         self.augmentation = Augmentation(section.teacher_augment)
 
@@ -235,21 +244,26 @@ class TeacherTraining:
         device, draw = self.context.device, rng.generator(self.context.seed, "teacher epoch", epoch)
         lr = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = lr
-        right, batches = 0, torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)
+        right, seen = torch.zeros((), dtype=torch.long, device=device), epoch * len(labels)
+        batches = torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)
         for rows in soft_labels.merge_last_batch(batches):
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
-            images = self.augmentation.draw(draw, per_image=len(rows)).apply(images)
-            targets, logits = labels[rows].to(device), self.network(images)
+            images = self.layout.images(self.augmentation.draw(draw, per_image=len(rows)).apply(images))
+            with autocast(self.context.config.distill.precision, device):
+                logits = self.network(images)
+            targets = labels[rows].to(device)
             self.optimizer.zero_grad()
-            F.cross_entropy(logits, targets).backward()
+            F.cross_entropy(logits.float(), targets).backward()
             self.optimizer.step()
-            right += int((logits.argmax(1) == targets).sum())
+            right += (logits.argmax(1) == targets).sum()
+            seen += len(rows)
+            self.context.progressed(seen)
         if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
             raise DistillationDiverged(
                 f"the teacher diverged in epoch {epoch} at learning rate {lr:g}; lower "
                 f"distill.{self.context.config.distill.method}.teacher_lr"
             )
-        return right / len(labels)
+        return int(right) / len(labels)
 
     def _save(self, epochs: int, accuracy: float) -> None:
         tensors = {f"weight.{key}": value for key, value in self.network.state_dict().items()}

@@ -249,7 +249,7 @@ class Pipeline:
             return unused(listed).num_rows
 
     def forecast(self) -> RunPlan:
-        """Estimate what each stage takes, from a few measured micro-steps; published as plan.json and returned. Raises
+        """Estimate what each stage takes, from a dry run of a few units; published as plan.json and returned. Raises
         UserError for what no stage could do; what does not fit is among the problems of the plan.
         """
         validate.check_names(self.config)
@@ -268,9 +268,11 @@ class Pipeline:
                 self.display.say(f"  {self.dir.named} holds the output of {stage} for another configuration")
                 break
             finished[stage] = record
+        prepared = None
         if "ingest" in finished:
+            prepared = PreparedDataset(self.dir / "prepared")
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
-            facts = data_facts.of_prepared(self.config, PreparedDataset(self.dir / "prepared"), chosen)
+            facts = data_facts.of_prepared(self.config, prepared, chosen)
         else:
             listing = ingest_plan.plan(self.config)
             for line in (listing.describe(), *listing.notes):
@@ -280,7 +282,9 @@ class Pipeline:
         self.context.warn_of_data(facts.class_names, facts.counts, facts.tests)
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
             path, machine = self.dir / "plan.json", here(self.dir.path)
-            plan = forecast.make(self.config, facts, machine, path, finished, lambda name: meter.advance(1, name))
+            plan = forecast.make(
+                self.config, facts, machine, path, finished, lambda name: meter.advance(1, name), prepared
+            )
         self.dir.keep(path.name)
         return plan
 

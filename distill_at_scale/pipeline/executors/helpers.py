@@ -88,18 +88,15 @@ class Helpers:
 
     def _serve(self) -> None:
         """Start one helper, and give it units until none is pending."""
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {COMMAND}"]
         with self._lock:
             if self._ended.is_set():
                 return
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            process = start(self.task, self.threads)
             self._processes.append(process)
         assert process.stdin is not None
         assert process.stdout is not None
-        task, unit = self.task, self._next()
+        unit = self._next()
         try:
-            pickle.dump((task.config.model_dump(), task.worker, dict(task.paths), self.threads), process.stdin)
             while unit is not None:
                 pickle.dump(unit, process.stdin)
                 process.stdin.flush()
@@ -124,6 +121,18 @@ class Helpers:
     def _release(self) -> None:
         with self._lock:
             self._busy -= 1
+
+
+def start(task: Task, threads: int) -> subprocess.Popen[bytes]:
+    """A process that works on units of a task: it takes pickled units on its input, and answers (result, event) or an
+    exception for each.
+    """
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {COMMAND}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
+    pickle.dump((task.config.model_dump(), task.worker, dict(task.paths), threads), process.stdin)
+    process.stdin.flush()
+    return process
 
 
 def serve() -> None:

@@ -1,36 +1,38 @@
-"""Expected wall time, memory and disk of every stage, from the measurements of `micro_benchmarks.py` and `step_benchmark.py`.
+"""Expected wall time, memory and disk of every stage: the rates of a dry run, scaled up by counts.
 
 Counts come from `facts.py`, the spread over cores, GPUs and workers from `machine.py`. The start of Ray and its processes
-has fixed figures. Not covered: other load on the machine, and cores that are slower when all of them work.
+has fixed figures. Not covered: the exchange between the workers of a distillation, and the network.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+import heapq
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.distillation import engine, evaluate
-from distill_at_scale.distillation.methods.base import Cost, Method
-from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.distillation.methods.base import Method
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.planning import memory, micro_benchmarks
+from distill_at_scale.pipeline.executors.helpers import START
+from distill_at_scale.pipeline.planning import memory
+from distill_at_scale.pipeline.planning.dry_run import Rate
 from distill_at_scale.pipeline.planning.facts import Facts
-from distill_at_scale.pipeline.planning.machine import ClusterLayout
+from distill_at_scale.pipeline.planning.machine import ClusterLayout, Spread
+from distill_at_scale.pipeline.planning.measurements import Measurements
 from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
-from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, StepTimes
 from distill_at_scale.pipeline.stages import controls
 from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
-T = TypeVar("T")
 RAY, POOL, TASKS, TRAIN = 12.0, 4.0, 5.0, 12.0  # seconds: Ray's start, an actor pool's, a first task's, a Train group's
 SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sample, select, report
+UNSURE = 0.1  # of an estimate, besides the spread of its measurements
+Part = tuple[str, float, Rate]  # its name, units, and the seconds of a unit
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class StageEstimate:
 
     stage: str
     parts: dict[str, float]  # seconds by part
+    low: float = 0.0  # seconds of the stage, from the spread of the measurements
+    high: float = 0.0
     processes: int = 1  # of the largest kind, side by side
     host: int = 0  # bytes of one of these processes
     device: int = 0  # bytes of GPU memory of one of these processes
@@ -56,18 +60,30 @@ class StageEstimate:
         return None if price is None else self.seconds / 3600 * price * self.machines
 
 
+def later(estimate: StageEstimate, seconds: float, part: str = "start") -> StageEstimate:
+    """An estimate with more seconds of a part."""
+    parts = {**estimate.parts, part: estimate.parts.get(part, 0.0) + seconds}
+    return replace(estimate, parts=parts, low=estimate.low + seconds, high=estimate.high + seconds)
+
+
+def finish(units: Sequence[float], starts: Sequence[float]) -> float:
+    """Seconds until processes that begin at `starts` have worked through units, each taking the next one."""
+    free, end = sorted(starts), 0.0
+    for seconds in units:
+        end = max(end, free[0] + seconds)
+        heapq.heapreplace(free, free[0] + seconds)
+    return end
+
+
 @dataclass(frozen=True)
 class Planner:
-    """Estimates of the stages of one configuration.
-
-    Planners of configurations that differ in counts only (trials, epochs, steps, seeds) may share `measured`, so that each
-    kind of work is measured once.
-    """
+    """Estimates of the stages of one configuration, without the load of other programs on `without` cores."""
 
     config: Config
     facts: Facts
     layout: ClusterLayout
-    measured: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    measured: Measurements
+    without: float = 0.0
 
     @property
     def method(self) -> type[Method]:
@@ -75,150 +91,147 @@ class Planner:
 
     def ingest(self) -> StageEstimate:
         facts, spread = self.facts, self.layout.actors(gpu=False)
-        assert facts.listing is not None
-        listing, size = facts.listing, (facts.shape, self.config.data.resize)
-        decoding = self._once(("decode", size), lambda: micro_benchmarks.decode(self.config, listing))
-        writing = self._once(("write", size), lambda: micro_benchmarks.write(facts))
+        decode, sort, once = self.measured.ingest()
         side = max(1, min(spread.side_by_side, -(-facts.samples // self.config.data.chunk)))
-        parts = {"decode": decoding.once + facts.samples * decoding.each / side, "sort": facts.samples * writing.each}
+        alone = Spread(1, 1)
+        parts = [("decode", facts.samples / side, self._now(decode, spread)), ("sort", facts.samples, self._now(sort, alone)),
+                 ("open", 1, self._now(Rate.fixed(once), alone)), *self._start(POOL)]  # fmt: skip
         disk = facts.samples * (facts.stored + IDS)
         host = max(memory.of_ingest(self.config, facts), PROCESS)
-        return StageEstimate("ingest", self._started(parts, POOL), side, host, disk=disk, at_peak=disk,
+        whitened = ["whitening is not included"] if self.config.data.whiten != "none" else []
+        return self._stage("ingest", parts, processes=side, host=host, disk=disk, at_peak=disk, notes=whitened,
                         machines=self.layout.machines(side))  # fmt: skip
 
     def score(self) -> StageEstimate:
         facts, score, device = self.facts, self.config.score, self.layout.device
         spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
-        trials, epochs = score.checkpoint_counts
-        parts, sizes = dict[str, float](), []
-        criteria = build_criteria(score)
+        (trials, epochs), criteria, parts, sizes = score.checkpoint_counts, build_criteria(score), list[Part](), []
         if not criteria:
             notes = ["the cost of scores without proxies is not estimated"] if set(score.criteria) != {RANDOM} else []
-            parts = {"write": facts.train * SELECT_EACH}
-            return StageEstimate("score", parts, host=WITH_TORCH, disk=facts.train * IDS, notes=notes)
-        checkpoints = trials * len(needed_epochs(criteria.values(), epochs))  # that the pass uses
+            parts = [("write", facts.train, Rate.fixed(SELECT_EACH))]
+            return self._stage("score", parts, host=WITH_TORCH, disk=facts.train * IDS, notes=notes)
         if score.weights is None:
             spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
-            waves = trials if score.workers > 1 else spread.waves(trials)
-            key = "proxy", str(spec), score.batch, spread.threads
-            each = self._once(key, lambda: micro_benchmarks.proxy_training(self.config, facts, device, spread.threads))
-            share = score.share / (spread.side_by_side if score.workers > 1 else 1)
-            parts["train"] = waves * (each.once + epochs * facts.train * share * each.each)
-            parts |= self._started({}, TRAIN if score.workers > 1 else TASKS)
-            sizes.append((memory.of_proxy(self.config, spec, facts, device), spread.side_by_side))
-        one = self._once(("scoring", str(spec)), lambda: micro_benchmarks.scoring(self.config, facts, device))
-        side = max(1, min(self.layout.actors().side_by_side, -(-facts.train // self.config.data.chunk)))
-        parts["score"] = one.once + facts.train * checkpoints * one.each / side
-        sizes.append((memory.of_scorer(self.config, spec, facts, device), side))
-        (host, on_device), side = max(sizes, key=lambda size: sum(size[0]) * size[1])
-        kept = 0 if score.weights else trials * epochs * memory.parameters(spec) * (2 if score.momentum else 1)
-        disk = facts.train * (IDS + 4 * len(criteria) * (1 + checkpoints)) + kept
+            samples, workers = int(facts.train * score.share), spread.side_by_side if score.workers > 1 else 1
+            batch = self._rate("proxies", spread, samples=samples)
+            epoch = max(1, samples // score.batch) * score.batch / self.measured.batch / workers
+            parts += self._units("proxies", [(epochs * epoch, batch)] * trials, Spread(1, 1) if workers > 1 else spread)
+            sizes.append((spread.side_by_side, *memory.of_proxy(self.config, spec, facts, device)))
+        spread = self.layout.actors()
+        checkpoints = trials * len(needed_epochs(criteria.values(), epochs))  # that the pass uses
+        rate = self._rate("score", spread, samples=facts.train)
+        parts += [("score", facts.train * checkpoints / spread.side_by_side, rate), ("score", 1, Rate.fixed(rate.once))]
+        sizes.append((spread.side_by_side, *memory.of_scorer(self.config, spec, facts, device)))
+        side, host, on_device = max(sizes, key=lambda size: size[0] * (size[1] + size[2]))
+        kept = facts.train * IDS + trials * epochs * memory.parameters(spec)
         notes = []
         if others := [name for name in score.criteria if name not in ("loss", RANDOM)]:
             notes.append(f"estimated for the criterion loss; the extra cost of {', '.join(others)} is not included")
-        return StageEstimate("score", self._started(parts, POOL), side, host, on_device, disk, disk - kept,
-                        self.layout.machines(side), notes)  # fmt: skip
+        return self._stage("score", [*parts, *self._start(POOL)], processes=side, host=host, device=on_device,
+                        disk=kept + facts.train * (4 * checkpoints + IDS), at_peak=facts.train * (4 * checkpoints + IDS),
+                        machines=self.layout.machines(side), notes=notes)  # fmt: skip
 
     def select(self) -> StageEstimate:
-        parts = {"select": SELECT_ONCE + self.facts.train * SELECT_EACH}
-        return StageEstimate("select", parts, host=WITH_TORCH + 2 * self.facts.train * 8, disk=self.facts.train * IDS)
+        parts = [("select", 1, Rate.fixed(SELECT_ONCE + self.facts.train * SELECT_EACH))]
+        host, disk = WITH_TORCH + 2 * self.facts.train * 8, self.facts.train * IDS
+        return self._stage("select", parts, host=host, disk=disk)
 
     def distill(self) -> StageEstimate:
-        facts, wanted, device = self.facts, self.config.distill, self.layout.device
+        facts, wanted, device, measured = self.facts, self.config.distill, self.layout.device, self.measured
         spread = self.layout.elastic_workers(wanted.min_workers, wanted.max_workers)
-        workers = spread.side_by_side
-
-        def measure() -> StepTimes:
-            with tempfile.TemporaryDirectory() as folder:
-                return StepBenchmark(self.config, facts, device, workers, Path(folder)).measure()
-
-        per_step = wanted.model_copy(update={"steps": None, "checkpoint_every": 1, "evaluate_every": 0})
-        measured = self._once(("distill", str(per_step), str(self.config.runtime), tuple(facts.kept), workers), measure)
-        parts = {cost.what: self._seconds(cost) for cost in self.method.costs(self.config)}
-        # samples that the dummy classes did not hold are read besides
-        unread = sum(max(0, kept - measured.held) for kept in facts.kept) * measured.own / facts.classes
-        parts["prepare"] = measured.prepare + unread * measured.read
-        parts["steps"] = engine.step_count(self.config) * measured.step
-        pool = self._pool(measured.own)
-        held, _ = placement.choose(wanted.hold, pool, device, placement.memory_budget(device, spread.side_by_side))
-        size = memory.of_distillation(measured.own, wanted.ipc, facts.values, pool, measured.activations, device, held)
+        workers, by_class = spread.side_by_side, self.method.parallel == "classes"
+        own = -(-facts.classes // workers) if by_class else facts.classes
+        held = -(-measured.classes // workers) if by_class else measured.classes
+        prune = engine.prunes(self.config)
+        step = self._now(measured.steps(facts, spread, workers, prune), spread).times(max(1.0, own / held))
+        parts = list[Part]()
+        for cost in self.method.costs(self.config):
+            count = sum(facts.kept) if cost.images == "kept" else facts.classes * wanted.ipc
+            names = self.method.networks(self.config)
+            side = self.layout.tasks(len(names)) if cost.backward and names else self.layout.workers(1)
+            rate = measured.made("networks") if cost.backward else self._rate("test", side, network=cost.network)
+            waves = side.waves(len(names)) / len(names) if cost.backward and names else 1.0  # tasks run side by side
+            parts.append((cost.what, cost.passes * count * waves, self._now(rate, side)))
+        parts += [("prepare", 1, Rate.fixed(step.once)), ("steps", engine.step_count(self.config), step)]
+        pool = sum(sorted(facts.kept, reverse=True)[:own]) * facts.held
+        place, _ = placement.choose(wanted.hold, pool, device, placement.memory_budget(device, workers))
+        peak = measured.made("synthetic").each * own / measured.classes
+        size = memory.of_distillation(own, wanted.ipc, facts.values, pool, peak, device, place)
         images = 4 * facts.classes * wanted.ipc * facts.values
         section = getattr(wanted, wanted.method, None)
         weights = memory.parameters(self._spec(getattr(section, "teacher_network", wanted.network)))
         states = 1 + getattr(section, "expert_epochs", 0)  # an expert has one state per epoch
-        networks = len(self.method.networks(self.config)) * states * weights
-        notes = [f"kept samples in {held}, {pool / 2**20:,.0f} MB per worker", *measured.notes()]
-        return StageEstimate("distill", self._started(parts, TRAIN), workers, *size, images + networks, 5 * images,
-                        self.layout.machines(workers), notes)  # fmt: skip
+        disk = images + len(self.method.networks(self.config)) * states * weights
+        notes = [f"kept samples in {place}, {pool / 2**20:,.0f} MB per worker"]
+        if held < own:
+            notes.append(f"measured on {held} of a worker's {own} classes and scaled up")
+        return self._stage("distill", [*parts, *self._start(TRAIN)], processes=workers, host=size[0], device=size[1],
+                        disk=disk, at_peak=5 * images, machines=self.layout.machines(workers), notes=notes)  # fmt: skip
 
     def evaluate(self) -> StageEstimate:
-        facts, section, device = self.facts, self.config.evaluate, self.layout.device
+        facts, section, device, measured = self.facts, self.config.evaluate, self.layout.device, self.measured
         distilled = controls.applicable(self.config, sum(facts.kept), facts.train)
         jobs = evaluate.jobs(self.config, distilled)
         spread = self.layout.tasks(len(jobs))
-        protocol = self.method.protocol(self.config).overridden(section)
-        long = protocol.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
-        small = 1 + len(distilled) + (section.control != "none")  # sets as large as the distilled one
-        # images, protocol, networks
-        sets = [(facts.classes * self.config.distill.ipc, protocol, small * section.seeds)]
-        sets += [(sum(facts.kept) if one == "kept" else facts.train, long, section.seeds) for one in section.bounds]
-        seconds, sizes = 0.0, [(0, 0)]
-        for name in section.networks:
-            spec = self._spec(name)
-            for images, protocol, networks in sets:
-                each = self._training(spec, protocol, images, spread.threads)
-                seconds += networks * each * images * protocol.epochs
-                sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))
-            test = self._testing(spec, facts.tests, spread.threads)
-            seconds += len(jobs) / len(section.networks) * test * facts.tests
-        parts = {"train and test": seconds / len(jobs) * spread.waves(len(jobs))}
+        short = self.method.protocol(self.config).overridden(section)
+        long = short.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
+        sizes, units, tests = [(0, 0)], list[tuple[float, Rate]](), list[Part]()
+        for job in jobs:
+            bound, spec = job.set in section.bounds, self._spec(job.network)
+            kept = sum(facts.kept) if job.set == "kept" else facts.train
+            images, protocol = (kept, long) if bound else (facts.classes * self.config.distill.ipc, short)
+            dry = {"kept": measured.kept_of(facts), "full": measured.each}.get(job.set, self.config.distill.ipc)
+            dry *= measured.classes
+            of = job.set if bound else "distilled"
+            step = self._rate("train", spread, network=job.network, of=of, scale=images / dry if bound else 1.0)
+            batches = math.ceil(images / protocol.batch) / math.ceil(dry / protocol.batch)
+            per_epoch = math.ceil(dry / protocol.batch) * max(batches, min(images, protocol.batch) / min(dry, protocol.batch))
+            test = self._rate("test", spread, network=job.network)
+            units.append((protocol.epochs * per_epoch, replace(step, once=step.once + facts.tests * test.each)))
+            sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))
+        parts = [*self._units("train and test", units, spread), *tests, *self._start(TASKS)]
         for name in distilled:
-            kept = replace(facts, kept=facts.counts) if name == evaluate.UNPRUNED else facts
-            control = replace(self, config=controls.control_config(self.config, name), facts=kept).distill()
-            parts[f"distil {name}"] = control.seconds
+            kept_facts = replace(facts, kept=facts.counts) if name == evaluate.UNPRUNED else facts
+            control = replace(self, config=controls.control_config(self.config, name), facts=kept_facts).distill()
+            spreading = (control.seconds, control.low / (1 - UNSURE), control.high / (1 + UNSURE))
+            parts.append((f"distil {name}", 1, Rate(*spreading)))
             sizes.append((control.host, control.device))
-        return StageEstimate("evaluate", self._started(parts, TASKS), spread.side_by_side, *max(sizes), 0, 0,
-                        self.layout.machines(spread.side_by_side))  # fmt: skip
+        host, on_device = max(sizes)
+        return self._stage("evaluate", parts, processes=spread.side_by_side, host=host, device=on_device,
+                        machines=self.layout.machines(spread.side_by_side))  # fmt: skip
 
     def report(self) -> StageEstimate:
-        return StageEstimate("report", {"report": REPORT}, host=WITH_TORCH, disk=2 * 2**20)
+        return self._stage("report", [("report", 1, Rate.fixed(REPORT))], host=WITH_TORCH, disk=2 * 2**20)
 
-    def _started(self, parts: dict[str, float], seconds: float) -> dict[str, float]:
-        """Add the start of processes, if Ray starts them."""
-        return parts if self.layout.local else parts | {"start": parts.get("start", 0.0) + seconds}
+    def _stage(self, stage: str, work: Sequence[Part], **values: Any) -> StageEstimate:
+        parts = dict[str, float]()
+        for name, units, rate in work:
+            parts[name] = parts.get(name, 0.0) + units * rate.each
+        low = (1 - UNSURE) * sum(units * rate.low for _, units, rate in work)
+        high = (1 + UNSURE) * sum(units * rate.high for _, units, rate in work) + max(rate.cold for *_, rate in work)
+        return StageEstimate(stage, parts, low, high, **values)
+
+    def _start(self, seconds: float) -> list[Part]:
+        """The start of processes, if Ray starts them."""
+        return [] if self.layout.local else [("start", 1, Rate.fixed(seconds))]
+
+    def _units(self, name: str, units: Sequence[tuple[float, Rate]], spread: Spread) -> list[Part]:
+        """Long units side by side; without Ray the other processes start later, if the work lasts long enough."""
+        seconds = [count * rate.each + rate.once for count, rate in units]
+        begin = 0.0 if not self.layout.local else START + self.measured.crew.start_seconds
+        late = spread.side_by_side - 1 if self.layout.local is False or sum(seconds[1:]) > 2 * START else 0
+        share = finish(seconds, [0.0, *[begin] * late]) / sum(seconds)
+        return [(name, share, Rate(sum(seconds), *(sum(count * getattr(rate, end) + rate.once for count, rate in units)
+                 for end in ("low", "high")), cold=max(rate.cold for _, rate in units)))]  # fmt: skip
+
+    def _rate(self, name: str, spread: Spread, **arguments: Any) -> Rate:
+        return self._now(self.measured.rate(name, spread, **arguments), spread)
+
+    def _now(self, rate: Rate, spread: Spread) -> Rate:
+        """A rate under the present load, or what it would be without."""
+        slower = self.layout.slower(spread, self.without)
+        return replace(rate.times(1 / slower), once=rate.once / slower)
 
     def _spec(self, name: str) -> NetworkSpec:
         wanted = self.config.distill
         return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth, self.facts.kind)
-
-    def _seconds(self, cost: Cost) -> float:
-        """Seconds of work outside the method's steps."""
-        count = sum(self.facts.kept) if cost.images == "kept" else self.facts.classes * self.config.distill.ipc
-        names = self.method.networks(self.config)
-        spread = self.layout.tasks(len(names)) if cost.backward and names else self.layout.workers(1)
-        spec = self._spec(cost.network)
-        if not cost.backward:
-            return cost.passes * count * self._testing(spec, count, spread.threads)
-        each = self._training(spec, TrainingProtocol(1, batch=128), count, spread.threads)
-        waves = spread.waves(len(names)) / len(names) if names else 1.0  # tasks run side by side
-        return cost.passes * count * each * waves
-
-    def _training(self, spec: NetworkSpec, protocol: TrainingProtocol, count: int, cores: int) -> float:
-        """Seconds of one image of an epoch of training on `count` images."""
-        key = "training", str(spec), str(replace(protocol, epochs=1)), count, cores
-        return self._once(key, lambda: micro_benchmarks.training(spec, protocol, count, self.layout.device, cores)).each
-
-    def _testing(self, spec: NetworkSpec, count: int, cores: int) -> float:
-        """Seconds of one image of a test."""
-        key = "testing", str(spec), cores
-        return self._once(key, lambda: micro_benchmarks.testing(spec, count, self.layout.device, cores)).each
-
-    def _once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
-        """A measurement, made once by all planners that share `measured`."""
-        if key not in self.measured:
-            self.measured[key] = measure()
-        return self.measured[key]
-
-    def _pool(self, own: int) -> int:
-        """Bytes of the kept samples of a worker's `own` largest classes."""
-        return sum(sorted(self.facts.kept, reverse=True)[:own]) * self.facts.held

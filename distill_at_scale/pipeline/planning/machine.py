@@ -1,6 +1,6 @@
 """The machine that a plan is made on, and how the stages spread their work over it.
 
-A plan for a running cluster (cluster.address) assumes machines like this one. Not covered: other load, and the network.
+A plan for a running cluster (cluster.address) assumes machines like this one. Not covered: the network.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.environment import usable_cores
+from distill_at_scale.core.environment import busy_seconds, usable_cores
 from distill_at_scale.pipeline.executors.local import threads_each
 
 
@@ -37,6 +38,21 @@ def here(folder: Path) -> Machine:
     return Machine(usable_cores(), memory, gpus, gpu_memory, shutil.disk_usage(folder).free)
 
 
+class Load:
+    """Cores that other programs use, from the creation to a look."""
+
+    def __init__(self) -> None:
+        self.began, self.busy, self.own = time.monotonic(), busy_seconds(), sum(os.times()[:4])
+
+    @property
+    def others(self) -> float:
+        """0 where it is unknown; the processes of this one count when they have ended."""
+        seconds, busy = time.monotonic() - self.began, busy_seconds()
+        if busy is None or self.busy is None or seconds < 0.2:
+            return 0.0
+        return max(0.0, (busy - self.busy - sum(os.times()[:4]) + self.own) / seconds)
+
+
 @dataclass(frozen=True)
 class Spread:
     """Units of work side by side, and CPU threads per unit."""
@@ -55,6 +71,7 @@ class ClusterLayout:
 
     config: Config
     machine: Machine
+    others: float = 0.0  # cores that other programs use
 
     @property
     def local(self) -> bool:
@@ -83,7 +100,8 @@ class ClusterLayout:
             return Spread(1, torch.get_num_threads())
         if self.local:
             cores = min(torch.get_num_threads(), self.machine.cores)
-            return Spread(max(1, min(count, cores)), threads_each(count, cores))
+            each = threads_each(count, cores)
+            return Spread(max(1, min(count, int((cores - self.others + 0.3) / each))), each)
         side_by_side = max(1, min(count, self._places(gpu=True)))
         return Spread(side_by_side, max(1, self.machine.cores // side_by_side))
 
@@ -103,6 +121,16 @@ class ClusterLayout:
     def machines(self, workers: int) -> int:
         """Machines to pay for: this one, or on a cluster one per worker."""
         return workers if self.remote else 1
+
+    @property
+    def most(self) -> int:
+        """Processes side by side, at most."""
+        return self.tasks(self.machine.cores).side_by_side if self.local else self._places(gpu=True)
+
+    def slower(self, spread: Spread, others: float) -> float:
+        """How much longer work takes beside programs that use `others` cores than alone."""
+        wanted = min(spread.side_by_side * spread.threads, self.machine.cores)
+        return max(1.0, (wanted + others) / self.machine.cores)
 
     def _places(self, gpu: bool) -> int:
         if gpu and self.device.type == "cuda":

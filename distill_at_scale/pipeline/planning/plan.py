@@ -59,6 +59,7 @@ class RunPlan:
     rows: list[PlanRow]
     problems: list[str]
     advice: list[str]
+    load: str = ""  # what other programs use, and the time without them
 
     @property
     def seconds(self) -> float:
@@ -138,6 +139,7 @@ def combine(
     estimates: list[StageEstimate],
     earlier: Mapping[str, Any],
     actual: Mapping[str, float],
+    load: str = "",
 ) -> RunPlan:
     """Predictions beside the seconds of finished stages; `earlier` is a plan of the same configuration, or empty."""
     rows = []
@@ -149,7 +151,7 @@ def combine(
             estimate = StageEstimate(**stored["estimate"])
         rows.append(PlanRow(estimate, estimate.cost(config.cluster.price), seconds, before))
     pending = [row.estimate for row in rows if row.actual is None]
-    return RunPlan(rows, problems(config, layout, pending), advice(pending))
+    return RunPlan(rows, problems(config, layout, pending), advice(pending), load)
 
 
 def identity(config: Config) -> str:
@@ -174,6 +176,7 @@ def write(path: Path, config: Config, machine: Machine, plan: RunPlan) -> None:
         row.estimate.stage: {
             "estimate": asdict(row.estimate),
             "seconds": round(row.estimate.seconds, 3),
+            "range": [round(row.estimate.low, 3), round(row.estimate.high, 3)],
             "cost": row.cost,
             "actual_seconds": row.actual,
             "off": None if row.off is None else round(row.off, 3),
@@ -188,6 +191,7 @@ def write(path: Path, config: Config, machine: Machine, plan: RunPlan) -> None:
         "total": {"seconds": round(plan.seconds, 3), "cost": plan.cost},
         "problems": plan.problems,
         "advice": plan.advice,
+        "load": plan.load,
     }
     write_json(path, values)
 
@@ -201,7 +205,7 @@ def table(config: Config, plan: RunPlan) -> Table:
         result.add_column(name, justify="left" if name == "stage" else "right")
     for row in plan.rows:
         estimate = row.estimate
-        cells = [estimate.stage, in_words(estimate.seconds)]
+        cells = [estimate.stage, f"{in_words(estimate.seconds)} ({in_words(estimate.low)} – {in_words(estimate.high)})"]
         if done:
             off = "" if row.off is None else f"{row.off:+.0%}" if row.before else f"({row.off:+.0%})"
             cells += ["" if row.actual is None else in_words(row.actual), off]
@@ -219,6 +223,8 @@ def remarks(plan: RunPlan) -> list[str]:
     for row in plan.rows:
         parts = ", ".join(f"{part} {in_words(seconds)}" for part, seconds in row.estimate.parts.items())
         lines.append(f"  {row.estimate.stage}: {'; '.join([parts, *row.estimate.notes])}")
+    if plan.load:
+        lines.insert(0, f"  {plan.load}")
     return lines + [f"  advice: {line}" for line in plan.advice]
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
+import dummy_data
 import ray
 import torch
 from side_by_side import Clock, columns, roof
@@ -37,7 +38,6 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.planning import dummy_data
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pruning.scoring.scorer import Scorer
 

@@ -7,25 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
 
 from distill_at_scale import cli
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.events import TimeSpent
 from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.data.prepared import format as shards
+from distill_at_scale.data.prepared import manifest
+from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import Cost, Method
 from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.planning import dry_data, forecast, memory
 from distill_at_scale.pipeline.planning import facts as known
-from distill_at_scale.pipeline.planning import forecast, memory
 from distill_at_scale.pipeline.planning import plan as plans
-from distill_at_scale.pipeline.planning.estimates import Planner, StageEstimate
+from distill_at_scale.pipeline.planning.dry_run import DryRun, Rate, rate
+from distill_at_scale.pipeline.planning.estimates import Planner, StageEstimate, finish
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine, Spread
-from distill_at_scale.pipeline.planning.step_benchmark import StepBenchmark, scaled
+from distill_at_scale.pipeline.planning.measurements import Measurements
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -36,12 +42,45 @@ EVERY = ["ingest", "score", "select", "distill", "evaluate", "report"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Measurements of a few milliseconds: these tests do not look at how good they are."""
-    monkeypatch.setattr("distill_at_scale.pipeline.planning.micro_benchmarks.SECONDS", 0.01)
+    """Measurements of a few milliseconds in one process: these tests do not look at how good they are."""
+    monkeypatch.setattr("distill_at_scale.pipeline.planning.dry_run.SECONDS", 0.01)
+    monkeypatch.setattr("distill_at_scale.pipeline.planning.measurements.OTHERS", 0)
 
 
 def estimate(stage: str = "distill", **fields) -> StageEstimate:
     return StageEstimate(**{"stage": stage, "parts": {"steps": 60.0}, **fields})
+
+
+@pytest.fixture
+def planner(tmp_path):
+    """Planners of configurations, on prepared data of made-up samples in the shape of their facts."""
+    made = []
+
+    def make(config, facts: Facts = FACTS) -> Planner:
+        folder = tmp_path / f"data{len(made)}"
+        write_samples(folder, facts)
+        measured = Measurements(config, facts, layout(config), PreparedDataset(folder))
+        made.append(measured)
+        return Planner(config, facts, layout(config), measured)
+
+    yield make
+    for measured in made:
+        measured.close()
+
+
+def write_samples(folder: Path, facts: Facts) -> None:
+    tensors, each = facts.kind == "tensors", 8
+    pixels = np.random.default_rng(0).integers(0, 255, (each * facts.classes, *facts.shape), np.uint8)
+    pixels = pixels.astype(np.float32) if tensors else pixels
+    labels = np.repeat(np.arange(facts.classes), each)
+    table = shards.to_table([f"{k:06d}" for k in range(len(labels))], labels, pixels)
+    for split in ("train", "test"):
+        shards.write_shards(folder / split, [table], table.schema, 4)
+    channels = NetworkSpec("", facts.shape, 2, kind=facts.kind).channel_shape[0]
+    counts = {split: [each] * facts.classes for split in ("train", "test")}
+    meta = {"class_names": facts.class_names, "shape": list(facts.shape), "counts": counts, "kind": facts.kind,
+            "mean": [0.5] * channels, "std": [0.25] * channels, "chunk": 16}  # fmt: skip
+    shards.write_meta(folder, meta, "made up")
 
 
 def layout(config=None, machine: Machine = MACHINE) -> ClusterLayout:
@@ -89,7 +128,9 @@ def test_a_prediction_made_after_the_run_is_marked(digits_run, tmp_path):
     config = tiny_config(tmp_path / "run")
     (tmp_path / "run" / "plan.json").unlink(missing_ok=True)
     records = {"select": json.loads((tmp_path / "run" / "stages" / "select.json").read_text(encoding="utf-8"))}
-    plan = forecast.make(config, FACTS, MACHINE, tmp_path / "run" / "plan.json", records, lambda stage: None)
+    data = PreparedDataset(tmp_path / "run" / "prepared")
+    facts = known.of_prepared(config, data, tmp_path / "run" / "manifest.parquet")
+    plan = forecast.make(config, facts, MACHINE, tmp_path / "run" / "plan.json", records, lambda stage: None, data)
     assert {row.estimate.stage: row.before for row in plan.rows}["select"] is False
 
 
@@ -104,21 +145,22 @@ def test_output_of_another_configuration_is_not_taken_for_this_one(digits_run, m
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_can_be_planned(method):
+def test_every_method_can_be_planned(method, planner):
     teacher = {"teacher_network": "convnet_bn"}  # of 8 x 8 pixels
     config = tiny_config(
         "x", distill__method=method, runtime__rule="loss", distill__sre2l=teacher, distill__rded=teacher
     )
-    plan = Planner(config, FACTS, layout(config)).distill()
-    assert plan.parts["steps"] > 0
+    made = planner(config)
+    assert made.distill().parts["steps"] > 0
+    assert made.evaluate().seconds > 0
 
 
-def test_clips_can_be_planned():
+def test_clips_can_be_planned(planner):
     facts = replace(FACTS, shape=(4, 3, 8, 8), kind="clips")
     config = tiny_config("x", distill__method="dm", distill__network="convnet3d", score__network="convnet3d",
                          evaluate__networks=["convnet3d"], data__frames=4)  # fmt: skip
-    planner = Planner(config, facts, layout(config))
-    assert all(plan.seconds > 0 for plan in (planner.score(), planner.distill(), planner.evaluate()))
+    made = planner(config, facts)
+    assert all(0 < plan.low < plan.seconds < plan.high for plan in (made.score(), made.distill(), made.evaluate()))
 
 
 def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digits_run):
@@ -137,12 +179,20 @@ def test_what_is_kept_has_at_least_the_images_of_a_class():
     assert known.expected_kept(tiny_config("x", select__per_class=7, distill__ipc=2), [100, 5]) == [7, 5]
 
 
+def test_the_first_units_and_those_that_compile_are_kept_apart():
+    times = [0.0, 9.0, 10.0, 11.0, 12.0, 14.0, 24.0, 25.0]  # 1 s each, but for 9 s at first, 2 s and 10 s later
+    seen = rate(times)
+    assert seen.each == pytest.approx(5 / 4)
+    assert (seen.low, seen.high) == (1.0, 2.0)
+    assert seen.once == pytest.approx(25 - 7 * 5 / 4)
+
+
 @pytest.mark.parametrize(
-    ("plan", "own", "expected"),
-    [({1: 2.0}, 10, 20.0), ({1: 3.0, 5: 11.0}, 10, 21.0), ({1: 5.0, 4: 4.0}, 9, 5.0), ({2: 4.0, 4: 6.0}, 4, 6.0)],
+    ("units", "starts", "expected"),
+    [([2.0, 2.0, 2.0], [0.0], 6.0), ([2.0, 2.0, 2.0], [0.0, 0.0], 4.0), ([2.0, 2.0, 2.0], [0.0, 3.0], 5.0)],
 )
-def test_slices_are_scaled_along_a_line_and_never_downwards(plan, own, expected):
-    assert scaled(plan, own) == pytest.approx(expected)
+def test_each_process_takes_the_next_unit(units, starts, expected):
+    assert finish(units, starts) == expected
 
 
 class Counting(DC):
@@ -155,22 +205,47 @@ class Counting(DC):
         return {}
 
 
-def test_long_loops_are_measured_short_and_own_classes_are_a_slice(tmp_path, monkeypatch):
+def test_long_loops_are_measured_short_and_a_worker_has_its_own_classes(planner, monkeypatch):
     monkeypatch.setitem(METHODS, "dc", Counting)
     Counting.seen.clear()
-    config = tiny_config("x", distill__ipc=10, select__keep=0.5)
-    watch = StepBenchmark(config, FACTS, CPU, 2, tmp_path)
-    assert (watch.loops, watch.own) == ({"outer": 10, "inner": 50}, 10)
-    watch.measure()
-    assert max(outer for _, outer, _ in Counting.seen) == 2
-    assert max(inner for _, _, inner in Counting.seen) == 2
-    assert max(labels for labels, _, _ in Counting.seen) <= 10
+    config = tiny_config("x", distill__ipc=6, distill__dc__outer=10, distill__dc__inner=50, distill__workers=2,
+                         cluster__address=None)  # fmt: skip
+    planner(config).distill()
+    assert {(outer, inner) for _, outer, inner in Counting.seen} == {(1, 1), (2, 1), (2, 2)}
+    assert max(labels for labels, _, _ in Counting.seen[1:]) == 1  # of two measured classes, for two workers
 
 
-def test_loops_add_up_as_they_nest(tmp_path, monkeypatch):
-    watch = StepBenchmark(tiny_config("x", distill__ipc=10), FACTS, CPU, 1, tmp_path)
-    monkeypatch.setattr(watch, "_cost", lambda classes, outer, inner: 1 + 2 * outer + (outer - 1) * 3 * inner)
-    assert watch._looped(1) == pytest.approx(1 + 2 * 10 + 9 * 3 * 50)
+def test_loops_add_up_as_they_nest(monkeypatch, tmp_path):
+    config = tiny_config("x", distill__ipc=10, distill__dc__outer=10, distill__dc__inner=50)
+    write_samples(tmp_path / "source", FACTS)
+    dry_data.write(tmp_path, PreparedDataset(tmp_path / "source"), 2, 12, 12, 4)
+    run = DryRun(config, {"folder": tmp_path}, CPU, TimeSpent())
+    run.seconds = 0.01
+
+    def cost(config, workers, seconds):
+        loops = config.distill.dc
+        return Rate.fixed(1 + 2 * loops.outer + (loops.outer - 1) * 3 * loops.inner)
+
+    monkeypatch.setattr(run, "_steps", cost)
+    assert run.steps(1, True, 12).each == pytest.approx(1 + 2 * 10 + 9 * 3 * 50)
+
+
+def test_the_dry_set_has_full_classes_of_a_few_samples(tmp_path):
+    write_samples(tmp_path / "source", FACTS)
+    dry_data.write(tmp_path / "dry", PreparedDataset(tmp_path / "source"), 3, each=20, kept=5, tests=4)
+    data = PreparedDataset(tmp_path / "dry" / "prepared")
+    assert (data.counts("train"), data.counts("test")) == ([20] * 3, [2] * 3)
+    pixels, labels = data.load("train")
+    assert len(np.unique(pixels[labels == 1], axis=0)) == 8
+    assert manifest.facts(tmp_path / "dry" / "manifest.parquet")["kept_per_class"] == [5] * 3
+
+
+def test_other_programs_are_named_and_an_idle_machine_is_forecast(tmp_path, make_run, monkeypatch):
+    monkeypatch.setattr("distill_at_scale.pipeline.planning.machine.Load.others", 1.3)
+    plan = make_run(tmp_path / "run").pipeline.forecast()
+    assert "other programs use 1.3 of" in plan.load
+    assert "on an idle machine about" in plan.load
+    assert plan.load in "\n".join(plans.remarks(plan))
 
 
 class Replicated(Method):
@@ -183,7 +258,11 @@ class Replicated(Method):
     costs = staticmethod(lambda config: [Cost("train two experts", "convnet", "kept", 20, True),
                                          Cost("label them", "convnet", "synthetic", 30, False)])  # fmt: skip
     make_network = staticmethod(lambda name, setting, real: (setting.networks / name).touch())
-    state_dict = snapshot = load_state_dict = None
+    load_state_dict = None
+    state_dict = lambda self: {}  # noqa: E731
+
+    def snapshot(self):
+        return torch.zeros(len(self.setting.labels), *self.setting.spec.shape), torch.tensor(self.setting.labels)
 
     def __init__(self, setting):
         self.setting = setting
@@ -195,9 +274,9 @@ class Replicated(Method):
         return {}
 
 
-def test_a_custom_method_with_networks_and_costs_can_be_planned():
+def test_a_custom_method_with_networks_and_costs_can_be_planned(planner):
     config = tiny_config("x", distill__method="test_plan:Replicated", cluster__address=None)
-    plan = Planner(config, FACTS, layout(config)).distill()
+    plan = planner(config).distill()
     assert list(plan.parts) == ["train two experts", "label them", "prepare", "steps", "start"]
     assert all(seconds >= 0 for seconds in plan.parts.values())
 
@@ -286,7 +365,7 @@ def test_a_stage_of_weeks_gets_a_warning():
     [
         ({"cluster__address": None}, 2, Spread(2, 2)),
         ({"cluster__address": None}, 9, Spread(4, 1)),
-        ({"cluster__address": "none"}, 9, Spread(1, 1)),
+        ({"cluster__address": "none"}, 9, Spread(1, 1)),  # tests have one thread
     ],
 )
 def test_tasks_share_the_cores(config, tasks, expected):
@@ -318,10 +397,10 @@ def test_the_command_refuses_what_does_not_fit_with_two(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("shape", [(32,), (2, 32), (1, 8, 8), (2, 1, 4, 4)])
-def test_tensors_can_be_planned(shape):
+def test_tensors_can_be_planned(shape, planner):
     facts = replace(FACTS, shape=shape, kind="tensors")
     config = tiny_config("x", distill__method="dm", distill__dm__augment="none", distill__network="mlp",
                          score__network="mlp", evaluate__networks=["mlp"], data__source="tensors")  # fmt: skip
-    planner = Planner(config, facts, layout(config))
-    assert all(plan.seconds > 0 for plan in (planner.score(), planner.distill(), planner.evaluate()))
-    assert planner._pool(1) == 6 * 4 * facts.values  # float32
+    made = planner(config, facts)
+    assert all(plan.seconds > 0 for plan in (made.score(), made.distill(), made.evaluate()))
+    assert facts.held == 4 * facts.values  # float32

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,21 +84,27 @@ def rate(stamps: Sequence[float], first: int = 2) -> Rate:
     return Rate(each, min(parts), max(parts), max(0.0, sum(units) - each * len(units)))
 
 
-def ticking(times: list[float], seconds: float) -> Callable[..., None]:
-    """A callback for the end of a unit, which raises Enough when `seconds` of steady state were seen; at 0 after two units."""
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ticking(times: list[float], seconds: float | None) -> Callable[..., None]:
+    """A callback for the end of a unit: raises Enough after `seconds` of steady state; 0: after two units; None: never."""
 
     def tick(*_: object) -> None:
-        times.append(time.perf_counter())
+        times.append(now())
         steady, least = len(times) - 3, LEAST if seconds else 0
-        if steady >= MOST or (steady >= least and times[-1] - times[2] >= seconds):
+        if seconds is not None and (steady >= MOST or (steady >= least and times[-1] - times[2] >= seconds)):
             raise Enough
 
     return tick
 
 
-def optimizer_steps(body: Callable[[], object], seconds: float) -> list[float]:
+def optimizer_steps(body: Callable[[], object], seconds: float | None) -> list[float]:
     """The times of the start of a call, and of each step of an optimizer in it."""
-    times = [time.perf_counter()]
+    times = [now()]
     hook = register_optimizer_step_post_hook(ticking(times, seconds))
     try:
         with contextlib.suppress(Enough):
@@ -166,7 +173,7 @@ class DryRun(Worker):
                 safetensors_io.save(proxy.checkpoint_path(self.work / "proxies", 0, epoch), weights, {})
             update["trials"] = 1
         config = self.config.model_copy(update={"score": score.model_copy(update=update)})
-        times, chunks = [time.perf_counter()], data.chunks()
+        times, chunks = [now()], data.chunks()
         scorer = Scorer(config, self.prepared, self.work / "proxies", self.device)
         parts = [Path(tempfile.mkdtemp(dir=self.work)) for _ in range(MOST * 2 // len(chunks) + 1)]
         tick = ticking(times, self.seconds)
@@ -182,12 +189,7 @@ class DryRun(Worker):
         images = sum(manifest.facts(paths.manifest)["kept_per_class"])
         paths.networks.mkdir(exist_ok=True)
         for name in engine.missing_networks(config, paths):
-            times = [time.perf_counter()]
-            hook = register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))  # noqa: B023
-            try:
-                engine.make_network(config, paths, name, self.device)
-            finally:
-                hook.remove()
+            times = optimizer_steps(partial(engine.make_network, config, paths, name, self.device), None)
             if len(times) > 2:
                 seen = rate(times).times((len(times) - 1) / images)
         table = patch_ranking.table_path(paths.networks, config)
@@ -232,7 +234,7 @@ class DryRun(Worker):
         return replace(first.times((first.each + added) / first.each), cold=first.cold)
 
     def _steps(self, config: Config, workers: int, seconds: float) -> Rate:
-        times = [time.perf_counter()]
+        times = [now()]
         distillation = self._start(config, workers)
         tick, step = ticking(times, seconds), distillation.method.step
 
@@ -273,13 +275,8 @@ class DryRun(Worker):
         section = self.config.evaluate.model_copy(update={"epochs": 1})
         evaluator, seen = self._evaluator(self.config.model_copy(update={"evaluate": section})), []
         for seed in range(3):
-            times = [time.perf_counter()]
-            hook = register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))  # noqa: B023
-            try:
-                evaluator.run(EvaluationJob("distilled", network, seed))
-            finally:
-                hook.remove()
-            seen.append(time.perf_counter() - times[-1])
+            job = EvaluationJob("distilled", network, seed)
+            seen.append(-optimizer_steps(partial(evaluator.run, job), None)[-1] + now())
         count = len(evaluator.test[1])
         return Rate(statistics.fmean(seen[1:]) / count, min(seen) / count, max(seen[1:]) / count)
 
@@ -314,11 +311,19 @@ def image_seconds(spec: NetworkSpec, device: torch.device) -> float:
     network, images = spec.build(0).to(device).train(), torch.zeros(4, *spec.shape, device=device)
     targets, took = torch.zeros(4, dtype=torch.int64, device=device), 0.0
     for _ in range(2):
-        began = time.perf_counter()
-        float(F.cross_entropy(network(images), targets))
+        began = now()
         F.cross_entropy(network(images), targets).backward()
-        took = time.perf_counter() - began
+        took = now() - began
     return max(1e-7, took / 4)
+
+
+def first_step() -> float:
+    """Seconds of the first step of an optimizer in this process, for which torch loads parts of itself."""
+    began, weight = time.perf_counter(), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight])
+    weight.sum().backward()
+    optimizer.step()
+    return time.perf_counter() - began
 
 
 class Crew:

@@ -185,7 +185,9 @@ class Planner:
             of = job.set if bound else "distilled"
             step = self._rate("train", spread, network=job.network, of=of, scale=images / dry if bound else 1.0)
             batches = math.ceil(images / protocol.batch) / math.ceil(dry / protocol.batch)
-            per_epoch = math.ceil(dry / protocol.batch) * max(batches, min(images, protocol.batch) / min(dry, protocol.batch))
+            per_epoch = math.ceil(dry / protocol.batch) * max(
+                batches, min(images, protocol.batch) / min(dry, protocol.batch)
+            )
             test = self._rate("test", spread, network=job.network)
             units.append((protocol.epochs * per_epoch, replace(step, once=step.once + facts.tests * test.each)))
             sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))

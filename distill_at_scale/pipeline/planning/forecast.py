@@ -13,6 +13,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.evaluate import jobs, require_test_split
 from distill_at_scale.pipeline.planning import plan as plans
+from distill_at_scale.pipeline.planning.dry_run import first_step
 from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate, later
 from distill_at_scale.pipeline.planning.facts import Facts
 from distill_at_scale.pipeline.planning.machine import ClusterLayout, Load, Machine
@@ -48,6 +49,7 @@ def make(
     time.sleep(LOOK)
     busy = load.others if load.others > QUIET else 0.0
     layout = ClusterLayout(config, machine, busy)
+    loading = first_step()
     planner = Planner(config, facts, layout, Measurements(config, facts, layout, prepared))
     alone = replace(planner, layout=ClusterLayout(config, machine), without=busy)
     estimates, without = list[StageEstimate](), list[StageEstimate]()
@@ -65,9 +67,11 @@ def make(
     if config.select.keep == "auto":
         require_test_split(facts)
         estimates = _with_search(estimates, config, facts, layout)
-    for place, estimate in enumerate(estimates):  # Ray starts once per command, in the first stage that needs it
-        if not layout.local and estimate.stage not in records and "start" in estimate.parts:
-            estimates[place] = later(estimate, RAY)
+    # once per command: Ray's start, or in this process the loading of torch
+    first = {"start": RAY} if not layout.local else {"proxies": loading, "steps": loading}
+    for place, estimate in enumerate(estimates):
+        if estimate.stage not in records and (part := next(iter(first.keys() & estimate.parts.keys()), None)):
+            estimates[place] = later(estimate, first[part], part)
             break
     actual = {stage: record["seconds"] for stage, record in records.items() if not record.get("reused_from")}
     used = f"other programs use {busy:.1f} of {machine.cores} cores now"
@@ -91,5 +95,7 @@ def _with_search(
     count = max(3, auto.seeds) + auto.points * auto.seeds
     select = by_stage["select"]
     note = f"select.keep: auto tries up to {count} short distillations; later stages are planned as if all samples were kept"
-    longer = replace(later(select, count * seconds / layout.actors().side_by_side, "search"), notes=[*select.notes, note])
+    longer = replace(
+        later(select, count * seconds / layout.actors().side_by_side, "search"), notes=[*select.notes, note]
+    )
     return [longer if estimate is select else estimate for estimate in estimates]

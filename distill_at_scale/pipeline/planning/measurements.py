@@ -27,13 +27,13 @@ class Measurements:
 
     def __init__(
         self, config: Config, facts: Facts, layout: ClusterLayout, prepared: PreparedDataset | None = None,
-        seconds: float | None = None, others: int = OTHERS,
+        seconds: float | None = None, others: int | None = None,
     ):  # fmt: skip
         self.seconds = dry_run.SECONDS if seconds is None else seconds
         self.config, self.facts, self.layout, self.prepared = config, facts, layout, prepared
         self._rates, self._temporary, self._ingest = dict[Any, Rate](), tempfile.TemporaryDirectory(), None
         self.folder, self._crew, device = Path(self._temporary.name), None, layout.device
-        self.others = 0 if device.type == "cuda" else min(layout.most - 1, others)
+        self.others = 0 if device.type == "cuda" else min(layout.most - 1, OTHERS if others is None else others)
         wanted, score, short = config.distill, config.score, self.seconds / 3
         proxies = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
         matched = NetworkSpec(wanted.network, facts.shape, facts.classes, wanted.width, wanted.depth, facts.kind)
@@ -73,6 +73,10 @@ class Measurements:
             once = max(0.0, long - many * each) + max(0.0, cold - seen[1][1])
             self._ingest = Rate.fixed(min(each, decode)), Rate.fixed(max(0.0, each - decode)), once
         return self._ingest
+
+    def take_samples(self, other: Measurements) -> None:
+        """The samples, and the rates of their ingest, of a dry run of the same data."""
+        self.prepared, self._ingest = other.prepared, other._ingest
 
     def rate(self, name: str, spread: Spread, **arguments: Any) -> Rate:
         """A method of `dry_run.DryRun` by processes side by side; each is measured once."""

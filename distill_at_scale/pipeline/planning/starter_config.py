@@ -20,8 +20,9 @@ from distill_at_scale.data.inspection.inspect import Inspection
 from distill_at_scale.distillation import engine
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline import validate as checks
-from distill_at_scale.pipeline.planning import facts, machine, micro_benchmarks, plan
-from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
+from distill_at_scale.pipeline.planning import dry_run, facts, machine, plan
+from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate, later
+from distill_at_scale.pipeline.planning.measurements import Measurements
 
 SIZE = 64  # largest side of an image or frame, in pixels
 MANY = 10  # images per class from which pruning by loss costs accuracy (README: Limits)
@@ -96,8 +97,7 @@ def choose(
     known = facts.of_listing(base, inspection.plan)
     engine.check_inputs(base, known, known.kept)
     checks.check_networks(base, known)
-    estimate = Estimator(here)
-    with micro_benchmarks.shorter(MEASURE):
+    with Estimator(here) as estimate:
         advance("measuring: published settings")
         published = estimate.published(base, inspection.plan)
         for config, listing, rung, last in _candidates(base, inspection, max(known.kept)):
@@ -119,16 +119,31 @@ class Estimator:
     """Estimates of all stages; what configurations share is measured once."""
 
     here: machine.Machine
-    measured: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    measured: dict[str, Measurements] = field(default_factory=dict)
+    images: dict[tuple[object, ...], float] = field(default_factory=dict)
+
+    def __enter__(self) -> Estimator:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for measured in self.measured.values():
+            measured.close()
 
     def __call__(self, config: Config, listing: ingest.IngestPlan) -> list[StageEstimate]:
-        known, layout = facts.of_listing(config, listing), machine.ClusterLayout(config, self.here)
-        planner, tested = Planner(config, known, layout, self.measured), known.has_test()
-        stages = ["ingest", "score", "select", "distill", *(["evaluate"] if tested else []), "report"]
+        planner = self.planner(config, listing)
+        stages = ["ingest", "score", "select", "distill", *(["evaluate"] if planner.facts.has_test() else []), "report"]
         estimates: list[StageEstimate] = [getattr(planner, stage)() for stage in stages]
-        if not layout.local:
-            estimates[0].parts["start"] += RAY
-        return estimates
+        return estimates if planner.layout.local else [later(estimates[0], RAY), *estimates[1:]]
+
+    def planner(self, config: Config, listing: ingest.IngestPlan) -> Planner:
+        known, layout = facts.of_listing(config, listing), machine.ClusterLayout(config, self.here)
+        any_steps = config.model_copy(update={"distill": config.distill.model_copy(update={"steps": None})})
+        key = any_steps.model_dump_json()
+        if key not in self.measured:
+            self.measured[key] = Measurements(config, known, layout, seconds=MEASURE, others=0)
+            if same := [one for one in self.measured.values() if one.config.data == config.data and one.prepared]:
+                self.measured[key].take_samples(same[0])
+        return Planner(config, known, layout, self.measured[key])
 
     def published(self, config: Config, listing: ingest.IngestPlan) -> list[StageEstimate]:
         """The estimates of published settings, scaled up from few steps, and from a smaller width if the network is slow."""
@@ -138,7 +153,13 @@ class Estimator:
         steps = min(engine.step_count(config), ENOUGH.get(config.distill.method, FEW))
         smaller = _widths(width, config.score.criterion != "random") | {"distill.steps": steps}
         ratio = self.image(config, listing, config.distill.width) / self.image(config, listing, width)
-        factors = {"steps": ratio * engine.step_count(config) / steps, "decode": 1.0, "sort": 1.0, "start": 1.0}
+        factors = {
+            "steps": ratio * engine.step_count(config) / steps,
+            "decode": 1.0,
+            "sort": 1.0,
+            "open": 1.0,
+            "start": 1.0,
+        }
         return [
             replace(one, parts={part: seconds * factors.get(part, ratio) for part, seconds in one.parts.items()})
             for one in self(with_overrides(config, smaller), listing)
@@ -154,7 +175,7 @@ class Estimator:
         if config.distill.method == "dm":
             images += steps * sum(min(kept, config.distill.dm.real_batch) for kept in known.kept) // 3
         side = self.here.cores if not layout.local else 1
-        ingested = Planner(config, known, layout, self.measured).ingest().seconds
+        ingested = self.planner(config, listing).ingest().seconds
         return ingested + images * self.image(config, listing, config.distill.width) / BATCH_GAIN / side
 
     def image(self, config: Config, listing: ingest.IngestPlan, width: int) -> float:
@@ -162,10 +183,10 @@ class Estimator:
         known, distill = facts.of_listing(config, listing), config.distill
         spec = NetworkSpec(distill.network, known.shape, known.classes, width, distill.depth, known.kind)
         key = "image", spec.name, spec.shape, width
-        if key not in self.measured:
+        if key not in self.images:
             device = machine.ClusterLayout(config, self.here).device
-            self.measured[key] = min(micro_benchmarks.image_seconds(spec, device) for _ in range(4))
-        return self.measured[key]
+            self.images[key] = min(dry_run.image_seconds(spec, device) for _ in range(4))
+        return self.images[key]
 
 
 def _candidates(

@@ -175,7 +175,7 @@ class Planner:
         spread = self.layout.tasks(len(jobs))
         short = self.method.protocol(self.config).overridden(section)
         long = short.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
-        sizes, units, tests = [(0, 0)], list[tuple[float, Rate]](), list[Part]()
+        sizes, units = [(0, 0)], list[tuple[float, Rate]]()
         for job in jobs:
             bound, spec = job.set in section.bounds, self._spec(job.network)
             kept = sum(facts.kept) if job.set == "kept" else facts.train
@@ -191,7 +191,7 @@ class Planner:
             test = self._rate("test", spread, network=job.network)
             units.append((protocol.epochs * per_epoch, replace(step, once=step.once + facts.tests * test.each)))
             sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))
-        parts = [*self._units("train and test", units, spread), *tests, *self._start(TASKS)]
+        parts = [*self._units("train and test", units, spread), *self._start(TASKS)]
         for name in distilled:
             kept_facts = replace(facts, kept=facts.counts) if name == evaluate.UNPRUNED else facts
             control = replace(self, config=controls.control_config(self.config, name), facts=kept_facts).distill()

@@ -278,7 +278,7 @@ class Replicated(Method):
 def test_a_custom_method_with_networks_and_costs_can_be_planned(planner):
     config = tiny_config("x", distill__method="test_plan:Replicated", cluster__address=None)
     plan = planner(config).distill()
-    assert list(plan.parts) == ["train two experts", "label them", "prepare", "steps", "start"]
+    assert list(plan.parts) == ["train two experts", "label them", "prepare", "steps"]
     assert all(seconds >= 0 for seconds in plan.parts.values())
 
 

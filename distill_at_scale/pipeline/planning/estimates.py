@@ -29,7 +29,8 @@ from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epo
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.selection.ranking import RANDOM
 
-RAY, POOL, TASKS, TRAIN = 12.0, 4.0, 5.0, 12.0  # seconds: Ray's start, an actor pool's, a first task's, a Train group's
+RAY = 12.0  # seconds: the start of Ray and of its processes
+POOL, TASKS, TRAIN = 4.0, 5.0, 12.0  # seconds, on a running cluster: an actor pool's start, a first task's, a group's
 SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sample, select, report
 UNSURE = 0.1  # of an estimate, besides the spread of its measurements
 Part = tuple[str, float, Rate]  # its name, units, and the seconds of a unit
@@ -63,7 +64,7 @@ class StageEstimate:
 def later(estimate: StageEstimate, seconds: float, part: str = "start") -> StageEstimate:
     """An estimate with more seconds of a part."""
     parts = {**estimate.parts, part: estimate.parts.get(part, 0.0) + seconds}
-    return replace(estimate, parts=parts, low=estimate.low + seconds, high=estimate.high + seconds)
+    return replace(estimate, parts=parts, low=estimate.low + seconds / 1.5, high=estimate.high + 1.5 * seconds)
 
 
 def finish(units: Sequence[float], starts: Sequence[float]) -> float:
@@ -214,8 +215,8 @@ class Planner:
         return StageEstimate(stage, parts, low, high, **values)
 
     def _start(self, seconds: float) -> list[Part]:
-        """The start of processes, if Ray starts them."""
-        return [] if self.layout.local else [("start", 1, Rate.fixed(seconds))]
+        """The start of processes: on a running cluster in each stage; on a Ray of its own those of the first stage stay."""
+        return [] if self.layout.local or self.layout.stays else [("start", 1, Rate.fixed(seconds))]
 
     def _units(self, name: str, units: Sequence[tuple[float, Rate]], spread: Spread) -> list[Part]:
         """Long units side by side; without Ray the other processes start later, if the work lasts long enough."""

@@ -67,11 +67,11 @@ def make(
     if config.select.keep == "auto":
         require_test_split(facts)
         estimates = _with_search(estimates, config, facts, layout)
-    # once per command: Ray's start, or in this process the loading of torch
-    first = {"start": RAY} if not layout.local else {"proxies": loading, "steps": loading}
+    # once per command, in the first stage that needs it: Ray's start, or in this process the loading of torch
+    part, seconds, having = ("start", RAY, "") if not layout.local else ("load", loading, "proxies steps")
     for place, estimate in enumerate(estimates):
-        if estimate.stage not in records and (part := next(iter(first.keys() & estimate.parts.keys()), None)):
-            estimates[place] = later(estimate, first[part], part)
+        if estimate.stage not in records and (not having or estimate.parts.keys() & set(having.split())):
+            estimates[place] = later(estimate, seconds, part)
             break
     actual = {stage: record["seconds"] for stage, record in records.items() if not record.get("reused_from")}
     used = f"other programs use {busy:.1f} of {machine.cores} cores now"

@@ -84,6 +84,11 @@ class ClusterLayout:
         return self.config.cluster.address not in (None, "none")
 
     @property
+    def stays(self) -> bool:
+        """Whether the processes that Ray starts serve all stages."""
+        return not self.local and not self.remote and not self.config.cluster.gpus_per_worker
+
+    @property
     def device(self) -> torch.device:
         used = self.machine.gpus > 0 and (self.local or self.config.cluster.gpus_per_worker > 0)
         return torch.device("cuda" if used else "cpu")

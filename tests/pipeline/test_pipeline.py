@@ -418,7 +418,9 @@ def test_finished_rows_of_an_evaluation_are_not_recomputed(make_run, digits_run,
     rows = next((tmp_path / "run" / ".work").rglob("rows.jsonl"))
     rows.write_text(rows.read_text(encoding="utf-8") + '{"set": "distil', encoding="utf-8")  # a line that was cut short
     trained, run_job = [], evaluate.Evaluator.run
-    monkeypatch.setattr(evaluate.Evaluator, "run", lambda self, job: trained.append(job) or run_job(self, job))
+    monkeypatch.setattr(
+        evaluate.Evaluator, "run", lambda self, job, **more: trained.append(job) or run_job(self, job, **more)
+    )
     make_run(tmp_path / "run").stages("evaluate")
     assert trained == evaluate.jobs(first.config)[2:]
 

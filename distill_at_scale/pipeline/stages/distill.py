@@ -107,7 +107,8 @@ def prepare(context: RunContext, config: Config, data: PreparedDataset, paths: D
             context.display.say(line)
         samples = engine.method_class(config).network_epochs(config) * manifest.facts(paths.manifest)["kept"]
         unit = "samples" if samples else "networks"
-        with context.display.meter(f"{len(missing)} networks", len(missing) * (samples or 1), unit) as meter:
+        name = "1 network" if len(missing) == 1 else f"{len(missing)} networks"
+        with context.display.meter(name, len(missing) * (samples or 1), unit) as meter:
             tasks.make_networks(context.executor, config, paths, missing, samples, meter.advance)
     if engine.method_class(config).ranks_patches:
         _rank_patches(context, config, data, paths)

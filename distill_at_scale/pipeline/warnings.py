@@ -85,8 +85,11 @@ def _of_study(study: str) -> NoEffect:
 NO_EFFECT = (
     NoEffect("runtime", ("drop", "tail", "probes", "decay", "refresh"), "runtime.rule", lambda c: c.runtime.rule == "none",
              "runtime.rule is none, so no sample of a batch is dropped; set runtime.rule=loss"),
-    NoEffect("runtime", ("tail", "probes", "decay"), "runtime.rule", lambda c: c.runtime.rule == "loss",
+    NoEffect("runtime", ("probes", "decay"), "runtime.rule", lambda c: c.runtime.rule == "loss",
              "runtime.rule is loss; only the rule ite reads it"),
+    NoEffect("runtime", ("tail",), "runtime.rule",
+             lambda c: c.runtime.rule == "loss" and not engine.method_class(c).both_tails,
+             "runtime.rule is loss; only the rule ite and the method dm read it"),
     NoEffect("runtime", ("rule", "drop", "tail", "probes", "decay", "refresh"), "distill.method",
              lambda c: c.runtime.rule != "none" and not engine.prunes(c),
              "distill.method is {distill.method}, which has no real batches to prune; set runtime.rule=none"),

@@ -1,6 +1,7 @@
 """Level 2, runtime pruning: which samples of a class's real batch count in this step (arXiv 2305.18381, section 3).
 
-Rule `loss` drops the samples with the largest loss, or with the largest distance to the synthetic mean (DM). Rule `ite` drops
+Rule `loss` drops the samples with the largest loss; for DM, which has none, those whose features are farthest from the mean
+of the real batch and those that are nearest to it. Rule `ite` drops
 the samples with the largest and the smallest effect on the synthetic gradient, beyond two thresholds: it takes the
 logarithms of the effects as normal around the mean of the batch, with a running variance per class. A running mean, as in
 the paper, does not work: each step's network scales all effects of a batch alike (on CIFAR-10 at drop 0.3 it drops 0.15 to
@@ -28,8 +29,9 @@ class RuntimePruning:
     In all methods `rows` [n] are the positions of a batch in the class's pool of `pool_size` samples.
     """
 
-    def __init__(self, config: RuntimeSection):
-        self.rule = config.rule
+    def __init__(self, config: RuntimeSection, both_tails: bool = False):
+        """`both_tails`: rule `loss` drops the smallest values too, all but the share `tail` of the dropped samples."""
+        self.rule, self.tail = config.rule, config.tail if both_tails else 1.0
         self.drop = config.drop if config.rule != "none" else 0.0
         self.refresh, self.probes, self.decay = config.refresh, config.probes, config.decay
         self.memory: dict[int, Tensor] = {}  # label -> standardized value of each sample of the pool, 0 if unknown
@@ -46,15 +48,17 @@ class RuntimePruning:
     def mask(self, values: Tensor) -> Tensor:
         """Values [n], standardized for rule `ite` -> bool [n], False for dropped samples.
 
-        Rule `loss` drops the drop_count(n) largest; among equal values, later samples first.
+        Rule `loss` drops the drop_count(n) largest, or a part of them among the smallest; later samples count as larger than
+        equal ones.
         """
         if self.rule == "ite":
             keep = (values >= self.low) & (values <= self.high)
             keep[values.abs().argmin()] |= ~keep.any()
             return keep
-        n = len(values)
+        n, dropped = len(values), self.drop_count(len(values))
+        largest = math.floor(dropped * self.tail + 0.5)
         keep = torch.zeros(n, dtype=torch.bool, device=values.device)
-        keep[torch.argsort(values, stable=True)[: n - self.drop_count(n)]] = True
+        keep[torch.argsort(values, stable=True)[dropped - largest : n - largest]] = True
         return keep
 
     def remembered_mask(self, label: int, rows: Tensor, pool_size: int, step: int) -> Tensor | None:

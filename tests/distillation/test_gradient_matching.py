@@ -157,7 +157,7 @@ def test_a_dm_step_matches_the_reference():
 
 
 @pytest.mark.parametrize("drop", [0.3, 0.99])
-def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
+def test_dm_drops_the_samples_farthest_from_the_real_mean_and_nearest_to_it(drop):
     pool = make_sampler()
     method = make_method("dm", pool, runtime={"rule": "loss", "drop": drop})
     before, actual = image_gradient(method)
@@ -165,8 +165,10 @@ def test_dm_drops_the_samples_farthest_from_the_synthetic_mean(drop):
     loss = torch.zeros(())
     for label in range(CLASSES):
         features, mine = embed(all_images_of(pool, label)).detach(), embed(images[label]).mean(0)
-        order = sorted(range(HELD), key=lambda k: (features[k] - mine).square().sum().item())
-        loss = loss + (features[order[: max(1, HELD - math.floor(drop * HELD))]].mean(0) - mine).square().sum()
+        order = sorted(range(HELD), key=lambda k: (features[k] - features.mean(0)).square().sum().item())
+        dropped = min(math.floor(drop * HELD), HELD - 1)
+        kept = order[dropped // 2 : HELD - dropped + dropped // 2]
+        loss = loss + (features[kept].mean(0) - mine).square().sum()
     assert_close(actual, torch.autograd.grad(loss, images)[0])
 
 

@@ -216,3 +216,9 @@ def test_each_rule_needs_only_its_own_values():
 
     assert ite().values(loss=never, ite=lambda: 1) == 1
     assert pruning().values(loss=lambda: 2, ite=never) == 2
+
+
+@pytest.mark.parametrize(("tail", "dropped"), [(0.0, {0, 1, 2}), (0.5, {0, 8, 9}), (1.0, {7, 8, 9})])
+def test_rule_loss_drops_both_tails_where_the_method_asks_for_it(tail, dropped):
+    rule = RuntimePruning(RuntimeSection(rule="loss", drop=0.3, tail=tail), both_tails=True)
+    assert {k for k, kept in enumerate(rule.mask(torch.arange(10.0)).tolist()) if not kept} == dropped

@@ -106,6 +106,7 @@ class Method:
             and must keep them identical, for example by summing gradients with `workers.all_reduce_sum`.
         default_steps: steps of a run if `distill.steps` is not set.
         no_runtime: why runtime pruning does not apply; empty for a method that prunes its real batches.
+        both_tails: whether the runtime rule `loss` drops the smallest values too (`runtime.tail`).
         batch_norm: whether `distill.network` may have batch norm: "any" or "refused".
         ranks_patches: whether the pipeline ranks patches of real images before the first step (RDED).
         section_name: for methods of the package: the name of their section in `distill`.
@@ -114,6 +115,7 @@ class Method:
     parallel: ClassVar[str] = "classes"
     default_steps: ClassVar[int]
     no_runtime: ClassVar[str] = ""
+    both_tails: ClassVar[bool] = False
     batch_norm: ClassVar[str] = "refused"
     ranks_patches: ClassVar[bool] = False
     section_name: ClassVar[str]
@@ -231,7 +233,7 @@ class ImageMethod(Method):
     def __init__(self, context: MethodContext, init: str, lr: float, momentum: float) -> None:
         """`init` is "noise" (standard normal) or "real" (distinct kept samples); `lr` and `momentum` are the images'."""
         self.context, self.init, self.lr, self.momentum = context, init, lr, momentum
-        self.ipc, self.pruning = context.config.distill.ipc, RuntimePruning(context.config.runtime)
+        self.ipc, self.pruning = context.config.distill.ipc, RuntimePruning(context.config.runtime, self.both_tails)
         self.divergence: DistillationDiverged | None = None
         self.updates = 0  # within the current step
 

@@ -33,6 +33,7 @@ COPIES = 4  # of a real batch at one time: drawn, normalised, augmented, concate
 class DM(ImageMethod):
     default_steps: ClassVar[int] = 20_000
     section_name: ClassVar[str] = "dm"
+    both_tails: ClassVar[bool] = True
 
     def __init__(self, context: MethodContext) -> None:
         options, spec = context.config.distill.dm, context.spec
@@ -92,7 +93,7 @@ class DM(ImageMethod):
             seen = apply_each(params, syn.flatten(0, 1), [self.ipc] * len(labels))
             features = in_parts(self.embed_syn, self.layout.images(seen), self.syn_part)
             mean_syn = features.view(len(labels), self.ipc, -1).mean(1)  # classes x features
-            mean_real, counts = self._real_means(syn.detach(), mean_syn.detach(), labels, params, i)
+            mean_real, counts = self._real_means(syn.detach(), labels, params, i)
             group_losses = (mean_real - mean_syn).square().sum(1)
             gradient[first : first + self.group_size] = torch.autograd.grad(group_losses.sum(), syn)[0]
             losses.append(group_losses.detach())
@@ -108,11 +109,11 @@ class DM(ImageMethod):
             own[name].copy_(values, non_blocking=True)
 
     def _real_means(
-        self, syn: Tensor, mean_syn: Tensor, labels: list[int], params: list[AugmentParams], step: int
+        self, syn: Tensor, labels: list[int], params: list[AugmentParams], step: int
     ) -> tuple[Tensor, tuple[int, int]]:
         """Mean features of the real batches after runtime pruning [classes, features]; samples embedded, samples drawn.
 
-        Rule `loss` rates a sample by its squared distance from the mean synthetic feature `mean_syn` [classes, features].
+        Rule `loss` rates a sample by the squared distance of its feature from the mean of the whole real batch.
         """
         batches = self.real.draw(labels, self.real_batch, "real batch", step)
         drawn = sum(len(batch.rows) for batch in batches)
@@ -122,10 +123,17 @@ class DM(ImageMethod):
             features = in_parts(self.embed_real, self.layout.images(torch.cat(real)), self.real_part)
         owner = np.repeat(np.arange(len(labels)), counts)
 
+        def means(shares: list[np.ndarray[Any, Any]]) -> Tensor:
+            weights = np.zeros((len(labels), len(features)), np.float32)
+            weights[owner, np.arange(len(owner))] = np.concatenate([own / own.sum() for own in shares])
+            return torch.from_numpy(weights).to(features.device, non_blocking=True) @ features
+
         @cache
         def distances() -> tuple[Tensor, ...]:  # read from the device at one time
-            others = mean_syn[torch.from_numpy(owner).to(features.device, non_blocking=True)]
-            return (features - others).square().sum(1).cpu().split(counts)
+            centres = means([np.ones(count) for count in counts])[
+                torch.from_numpy(owner).to(features.device, non_blocking=True)
+            ]
+            return (features - centres).square().sum(1).cpu().split(counts)
 
         def effects(k: int) -> Tensor:
             rng, at_once = generator(self.context.seed, "effects", step, labels[k]), max(self.at_once // 2, 1)
@@ -136,9 +144,7 @@ class DM(ImageMethod):
         for k in rated:
             mask = self.kept_mask(batches[k], partial(lambda k: distances()[k], k), partial(effects, k))
             kept[k][:] = mask.cpu().numpy()
-        weights = np.zeros((len(labels), len(features)), np.float32)
-        weights[owner, np.arange(len(owner))] = np.concatenate([own / own.sum() for own in kept])
-        return torch.from_numpy(weights).to(features.device, non_blocking=True) @ features, (sum(counts), drawn)
+        return means(kept), (sum(counts), drawn)
 
 
 def _even_parts(n: int, most: int) -> int:

@@ -8,7 +8,7 @@ says what is allowed. Names of interchangeable parts (source, criterion, method,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def load(
             )
         path = shipped.file_of(source)
         values, file = _of_run(path) if path.is_dir() else _read_yaml(path), str(path)
-    for text in [overrides] if isinstance(overrides, str) else map(str, overrides):
+    for text in _presets_first([overrides] if isinstance(overrides, str) else map(str, overrides)):
         key, sep, value = text.partition("=")
         key = key.strip()
         if not sep or "." not in key or not all(part.isprintable() and part for part in key.split(".")):
@@ -138,8 +138,8 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], origin: str = "
     values = config.model_dump(exclude_unset=True)  # the result knows, too, which keys were set
     # the default of data.chunk must not follow a new data.frames
     values["data"] = {"chunk": config.data.chunk, **values.get("data", {})}
-    for key, value in overrides.items():
-        _set(values, key.split("."), value, f"{key}={value}")
+    for key in _presets_first(overrides):
+        _set(values, key.split("."), overrides[key], f"{key}={overrides[key]}")
     return validate(values, dict.fromkeys(overrides, origin), origin)
 
 
@@ -201,8 +201,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _set_all(values: dict[str, Any], keys: Mapping[str, Any], above: str = "") -> list[str]:
     """Set keys given by section or by dotted name; returns the dotted names."""
     names = []
-    for key, value in keys.items():
-        name = f"{above}{key}"
+    for key in _presets_first(keys):
+        value, name = keys[key], f"{above}{key}"
         if isinstance(value, Mapping) and section_of(annotation_of(Config, name)):
             names += _set_all(values, value, f"{name}.")
         else:
@@ -222,7 +222,17 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
+def _presets_first(names: Iterable[str]) -> list[str]:
+    """Keys, or overrides, in their order, but presets before the keys that win over them."""
+    return sorted(names, key=lambda name: name.partition("=")[0].strip() not in ("preset", "score.preset"))
+
+
 def _set(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+    if keys == ["score", "preset"] and isinstance(score := values.get("score"), dict):
+        # what was set before, in a file, makes way for the preset; what an earlier preset had filled in goes, too
+        earlier, preset = (sections.PRESETS.get(str(name), {}) for name in (score.get("preset"), value))
+        for key in [k for k in score if k in preset or (k in earlier and score[k] == earlier[k])]:
+            del score[key]
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):

@@ -183,8 +183,8 @@ class ScoreSection(Section):
 
     preset: Literal["fast"] | None = later_key(
         None,
-        description="sets trials, epochs, share, width and lr, as far as they are not given; fast: one narrow proxy that is "
-        "trained on half of the data once (about 50,000 samples)",
+        description="sets trials, epochs, share, width and lr, unless they are given beside it or after it; fast: one narrow "
+        "proxy, trained once on half of about 50,000 samples",
     )
     criterion: str | list[str] = Field("loss", description="criteria to compute: a name or a list")
     early: int = later_key(5, ge=1, description="first epochs that loss_early, el2n and grand average")

@@ -90,14 +90,12 @@ class Seen:
     """The losses that training computes anyway: of each sample when it was visited in an epoch."""
 
     def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.logits: list[Tensor] = []
+        self.batches: list[tuple[Tensor, Tensor]] = []  # keys and logits
 
     def recording(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def recorded(pixels: Tensor) -> Tensor:
             logits = forward(pixels)
-            self.keys.append(self.key(pixels))
-            self.logits.append(logits.detach())
+            self.batches.append((self.key(pixels), logits.detach()))
             return logits
 
         return recorded
@@ -112,14 +110,13 @@ class Seen:
         """float32 [n, epochs]; NaN for a sample that an epoch left out."""
         known, rows = torch.cat([self.key(part) for part in pixels.split(1000)]).sort()
         result = np.full((len(labels), epochs), np.nan, np.float32)
-        visits, each = torch.cat(self.keys), sum(map(len, self.keys)) // epochs
-        where = rows[torch.searchsorted(known, visits)]
-        losses = torch.nn.functional.cross_entropy(
-            torch.cat(self.logits), torch.from_numpy(labels)[where], reduction="none"
-        )
+        visits, logits = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        places, each = torch.searchsorted(known, visits).clamp(max=len(known) - 1), len(visits) // epochs
+        where, padding = rows[places], known[places] != visits
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)[where], reduction="none")
         for epoch in range(epochs):
             part = slice(epoch * each, (epoch + 1) * each)
-            result[where[part], epoch] = losses[part]
+            result[where[part][~padding[part]], epoch] = losses[part][~padding[part]]
         return result
 
 
@@ -281,7 +278,7 @@ class Budget:
         split, distilled = self.options.split, self.distilled(setting, repeat)
 
         def make() -> dict[str, Any]:
-            spec, protocol = self._spec(self.base), DC.protocol(self.base)
+            spec, protocol = self._spec(self.base), DC.protocol(self.base).overridden(self.base.evaluate)
             data = student.TrainingSet(torch.from_numpy(distilled["images"]), torch.from_numpy(distilled["labels"]))
             seed = derive(repeat, "evaluation", network)
             trained = student.train(spec, data, protocol, seed, CPU)

@@ -312,10 +312,19 @@ def test_a_preset_sets_the_keys_that_are_not_given(load):
     loaded = load("score: {preset: fast, width: 8}", "score.lr=0.5").score
     assert (loaded.width, loaded.lr, loaded.share) == (8, 0.5, fast["share"])
     assert load("", "score.preset=fast").score == load("score: {preset: fast}").score
-    changed = config.with_overrides(load("score: {preset: fast}"), {"score.trials": 3}).score
-    assert (changed.trials, changed.width) == (3, fast["width"])
     with pytest.raises(UserError, match="'fats'"):
         load("score: {preset: fats}")
+
+
+def test_a_preset_replaces_what_was_set_before_and_goes_with_all_its_keys(load):
+    fast = config.sections.PRESETS["fast"]
+    given = load("score: {trials: 7, width: 9, batch: 64}", "score.width=8", "score.preset=fast").score
+    assert (given.trials, given.width, given.batch) == (fast["trials"], 8, 64)
+    chosen = load("score: {preset: fast}")
+    assert config.with_overrides(chosen, {"score.trials": 3}).score.width == fast["width"]
+    assert config.with_overrides(load("score: {width: 9}"), {"score.preset": "fast"}).score == chosen.score
+    assert config.with_overrides(chosen, {"score.preset": None}).score == load("").score
+    assert config.load({"score": {"width": 8, "preset": "fast"}}).score.width == 8
 
 
 def test_a_stratum_must_end_at_or_before_one(load):

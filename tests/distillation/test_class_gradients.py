@@ -109,6 +109,27 @@ def test_gradients_of_several_classes_at_once_equal_those_of_each_class(kind, wa
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_under_autocast_gradients_are_rounded_and_float32(way, monkeypatch):
+    monkeypatch.setattr(classwise, "implementation_for", lambda device: WAYS[way])
+    spec = KINDS["images"]
+    network, images = spec.build(0), torch.randn(6, *spec.shape, generator=torch.Generator().manual_seed(0))
+    exact = classwise.class_gradients(network, images, [1, 3], torch.full((6,), 1 / 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = classwise.class_gradients(network, images, [1, 3], torch.full((6,), 1 / 3))
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert not a.requires_grad
+        assert not torch.equal(a, b)
+        assert float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.99
+
+
+def test_parameters_stay_trainable():
+    network = KINDS["images"].build(0)
+    classwise.class_gradients(network, torch.zeros(2, 3, 8, 8), [0, 1], torch.ones(2), differentiable=True)
+    assert all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2)])
 def test_signals_with_any_stride_and_padding(stride, padding, way):
     layer = torch.nn.Conv1d(2, 5, 4, stride, padding)

@@ -77,7 +77,7 @@ def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     """Three batches of two of six images: at a rate near zero, their gradients add up to three times the mean's."""
     pool = make_sampler()
     method = make_method("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
-    network = method.context.spec.build(0)
+    network = method.new_network(0)
     before = [p.detach().clone() for p in network.parameters()]
     images, labels = method.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
     expected = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
@@ -322,7 +322,10 @@ def test_finish_gives_images_and_labels_in_class_order():
 def moved(method: str, spec, runtime=None, pool=None, labels=None, **options) -> torch.Tensor:
     pool = pool or pool_of(spec)
     options = {"image_lr": 1.0, "image_momentum": 0.0, "augment": "none", **options}
-    values = {"method": method, "ipc": options.pop("ipc", 1), method: options}
+    values = {k: options.pop(k, v) for k, v in {"ipc": 1, "precision": "auto"}.items()} | {
+        "method": method,
+        method: options,
+    }
     config = configuration.validate({"distill": values, "runtime": runtime or {}})
     labels = list(range(spec.classes)) if labels is None else labels
     matcher = METHODS[method](
@@ -410,6 +413,33 @@ def test_the_number_of_images_in_a_graph_does_not_grow_with_the_classes(monkeypa
     )
     moved("dc", FixedNetwork(SPECS["a hundred classes"], at_once=7), outer=1)
     assert max(sizes) == 7
+
+
+@pytest.mark.parametrize("held", [2, 9])
+def test_compiled_code_sees_one_shape_and_changes_nothing(held, monkeypatch):
+    """Batches of all sizes, after runtime pruning, and the training of the network: parts of one size."""
+    spec, options = FixedNetwork(SPECS["images"], at_once=4), {"outer": 2, "inner": 1, "ipc": 3}
+    pool = pool_of(spec, held=lambda c: held - c // 3)
+    runtime = {"rule": "loss", "drop": 0.3, "refresh": 1}
+    expected = moved("dc", spec, runtime, pool, **options)
+    shapes = set()
+
+    def compiled(network, choice, work):
+        return lambda images: (shapes.add(len(images)), network(images))[1]
+
+    monkeypatch.setattr(gradient_matching, "will_compile", lambda *_: True)
+    monkeypatch.setattr(gradient_matching, "maybe_compile", compiled)
+    assert_close(moved("dc", spec, runtime, pool, precision="fp32", **options), expected, 1e-5)
+    assert shapes == {2 if held == 2 else 3}  # 9 samples in three parts
+    rounded = moved("dc", spec, runtime, pool, precision="bf16", **options)
+    assert not torch.equal(rounded, expected)
+    assert float(F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0)) > 0.9
+
+
+def test_code_that_is_not_compiled_stays_in_float32():
+    """On a CPU; eager code is slower in bf16."""
+    spec = FixedNetwork(SPECS["images"])
+    assert torch.equal(moved("dc", spec, outer=1, precision="bf16"), moved("dc", spec, outer=1, precision="fp32"))
 
 
 BATCH_NORM = NetworkSpec("resnet18_bn", (3, 16, 16), 3)

@@ -100,7 +100,7 @@ def test_no_more_decoded_images_than_asked_are_matched_and_they_change():
 
 def test_the_network_is_trained_on_real_samples_of_all_classes():
     method = make_method(network_samples=100, network_cutmix=0.0, network_lr=0.1, network_batch=100)
-    network = method.context.spec.build(0)
+    network = method.new_network(0)
     twin = method.context.spec.build(0)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
     method._train_network(network, optimizers[0], 0, 0)

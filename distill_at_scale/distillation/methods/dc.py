@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from distill_at_scale.config.methods import DCSection
-from distill_at_scale.core.rng import derive, generator
+from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.methods.base import MethodContext
-from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
+from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance, gradient_in_parts
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 
 # ipc -> outer, inner loops of the official code
@@ -39,13 +38,17 @@ class DC(MatchingMethod):
         outer, inner = default_loops(self.ipc)
         self.outer, self.inner = options.outer or outer, options.inner or inner
 
+    def first_order_samples(self, real_batch: int) -> int:
+        classes = self.context.spec.classes
+        return classes * (self.outer * real_batch + (self.outer - 1) * self.inner * self.ipc)
+
     def draws(self, step: int) -> Iterator[DrawRequest]:
         for outer in range(self.outer):
             yield from self.matching_draws(step, outer)
 
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper for one random network."""
-        net = self.context.spec.build(derive(self.context.seed, "network", i)).to(self.context.device).train()
+        net = self.new_network(i)
         total = 0.0
         for outer in range(self.outer):
             self.set_batch_norm_statistics(net, i, outer)
@@ -71,9 +74,8 @@ class DC(MatchingMethod):
                     params = self.augmentation.draw(rng, per_image=size)
                     if params.family:  # of the parameters of all images, those of the own ones
                         params = type(params)(params.family, params.numbers[indices[own]])
-                    logits = net(params.apply(syn[own.to(syn.device)]))
-                    loss = F.cross_entropy(logits, labels[own].to(syn.device), reduction="sum") / len(batch)
-                    gradients = list(torch.autograd.grad(loss, parameters))
+                    seen, targets = params.apply(syn[own.to(syn.device)]), labels[own].to(syn.device)
+                    gradients = gradient_in_parts(self.forward, parameters, seen, targets, len(batch), self.part)
                 self.context.workers.all_reduce_sum(gradients)
                 with torch.no_grad():
                     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.rng import derive, generator
+from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, cutmix
 from distill_at_scale.distillation.methods.base import FinalOutputs, MethodContext
-from distill_at_scale.distillation.methods.shared.gradient_distance import absolute_distance, squared_distance
+from distill_at_scale.distillation.methods.shared.gradient_distance import (
+    absolute_distance,
+    gradient_in_parts,
+    squared_distance,
+)
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod, View, repeated_draw
 from distill_at_scale.distillation.multi_formation import assemble_parts, split_parts
 from distill_at_scale.distillation.student import TrainingProtocol
@@ -60,6 +64,10 @@ class IDC(MatchingMethod):
         chosen = torch.randperm(self.ipc * self.formation, generator=rng)[: self.images_shown].sort().values
         return lambda images: params.apply(split_parts(images, self.options.factor)[chosen.to(images.device)])
 
+    def first_order_samples(self, real_batch: int) -> int:
+        inner = self.options.inner
+        return inner * self.context.spec.classes * real_batch + (inner - 1) * self.options.network_samples
+
     def prepare(self, real: ClassSampler) -> None:
         # the normalised values of pixels 0 and 255 [channels, 1, 1]; no bounds if the values are not pixels
         normalization, device = real.normalization, self.context.device
@@ -95,7 +103,7 @@ class IDC(MatchingMethod):
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper for one random network."""
         options = self.options
-        net = self.context.spec.build(derive(self.context.seed, "network", i)).to(self.context.device).train()
+        net = self.new_network(i)
         optimizer = torch.optim.SGD(
             net.parameters(), options.network_lr, options.network_momentum, weight_decay=options.network_weight_decay
         )
@@ -125,11 +133,10 @@ class IDC(MatchingMethod):
             seen, targets = self._augmented(images[rows.to(images.device)], labels[rows], rng)
             own = slice(workers.rank, None, workers.size)
             gradients = [torch.zeros_like(p) for p in parameters]
+            if len(seen[own]):
+                gradients = gradient_in_parts(self.forward, parameters, seen[own], targets[own], len(rows), self.part)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            parts = zip(seen[own].split(self.at_once), targets[own].split(self.at_once), strict=True)
-            for part, part_targets in parts if len(seen[own]) else ():
-                (F.cross_entropy(net(part), part_targets, reduction="sum") / len(rows)).backward()
             workers.all_reduce_sum(gradients)
             optimizer.step()
 

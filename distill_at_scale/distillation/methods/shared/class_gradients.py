@@ -38,15 +38,19 @@ def class_gradients(
     """Per matched parameter the gradient of each class's weighted cross-entropy [classes, *parameter].
 
     The images [classes * m, *shape] are class by class in the order of `labels`; `weights` [classes * m] are 1 / m for the
-    mean. With `differentiable` the result can be differentiated in the images.
+    mean. With `differentiable` the result can be differentiated in the images. Under autocast layers and products compute in
+    its precision; the result is float32.
 
     Raises:
         UnsupportedNetwork: a matched parameter is not the weight of a plain layer, or the layer is not used exactly once.
     """
-    targets = torch.tensor(labels, device=images.device).repeat_interleave(len(images) // len(labels))
+    targets = torch.tensor(labels).repeat_interleave(len(images) // len(labels)).to(images.device, non_blocking=True)
     layers = matched_layers(network)
-    with recorded(layers) as uses:
-        loss = (F.cross_entropy(network(images), targets, reduction="none") * weights).sum()
+    if not images.requires_grad:
+        images = images.detach().requires_grad_(True)
+    # autograd differentiates in the outputs of the layers only; it would compute gradients of weights in second derivatives
+    with frozen(network), recorded(layers) as uses:
+        loss = (F.cross_entropy(network(images).float(), targets, reduction="none") * weights).sum()
     by_layer = {layer: (x, edge) for layer, x, edge in uses}
     if len(uses) != len(layers) or len(by_layer) != len(layers):
         raise UnsupportedNetwork("a matched layer was not used exactly once")
@@ -54,12 +58,12 @@ def class_gradients(
     gradients = []
     with torch.set_grad_enabled(differentiable):
         for layer, g in zip(layers, outputs, strict=True):
-            x = by_layer[layer][0]
+            x = by_layer[layer][0].to(g.dtype)
             if isinstance(layer, nn.Linear):
                 x, g = (t.reshape(len(labels), -1, t.shape[-1]) for t in (x, g))  # classes x samples x features
-                gradients.append(g.transpose(1, 2) @ x)
+                gradients.append((g.transpose(1, 2) @ x).float())
             else:
-                gradients.append(ConvolutionGradient.apply(x, g, len(labels), layer))
+                gradients.append(ConvolutionGradient.apply(x, g, len(labels), layer).float())
     return gradients
 
 
@@ -80,6 +84,19 @@ def supports_class_gradients(network: nn.Module, shape: Sequence[int], classes: 
             if not float((a[k] - b).abs().max()) <= TOLERANCE * float(b.abs().max()):
                 return False
     return True
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within the block no parameter requires a gradient."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 # gradients of real and of synthetic images, per matched parameter [classes, *parameter] -> distances [classes]
 GradientDistance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+Forward = Callable[[Tensor], Tensor]  # images [n, *shape] -> logits [n, classes]
 
 
 def matched_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -53,12 +54,24 @@ def synthetic_gradient(network: nn.Module, images: Tensor, label: int) -> list[T
     return list(torch.autograd.grad(loss, matched_parameters(network), create_graph=True))
 
 
-def real_gradient(network: nn.Module, images: Tensor, label: int, at_once: int) -> list[Tensor]:
-    """The same without a graph, `at_once` images at a time."""
-    parameters, total = matched_parameters(network), list[Tensor]()
-    for part in images.split(at_once):
-        targets = torch.full((len(part),), label, device=part.device)
-        loss = F.cross_entropy(network(part), targets, reduction="sum") / len(images)
+def real_gradient(
+    network: nn.Module, images: Tensor, label: int, at_once: int, forward: Forward | None = None
+) -> list[Tensor]:
+    """The same without a graph, `at_once` images at a time; `forward` is faster code for the network."""
+    targets = torch.full((len(images),), label, device=images.device)
+    return gradient_in_parts(forward or network, matched_parameters(network), images, targets, len(images), at_once)
+
+
+def gradient_in_parts(
+    forward: Forward, parameters: Sequence[nn.Parameter], images: Tensor, targets: Tensor, count: int, at_once: int
+) -> list[Tensor]:
+    """The gradient of the summed cross-entropy of images [n, *shape], n >= 1, divided by `count`.
+
+    `targets` are classes [n] or shares [n, classes].
+    """
+    total = list[Tensor]()
+    for part, own in zip(images.split(at_once), targets.split(at_once), strict=True):
+        loss = F.cross_entropy(forward(part), own, reduction="sum") / count
         gradient = torch.autograd.grad(loss, parameters)
         total = [a + b for a, b in zip(total, gradient, strict=True)] if total else list(gradient)
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from matching_cases import (
     reference_distance,
     reference_gradient,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -31,6 +33,7 @@ from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import FAMILIES
 from distill_at_scale.distillation.methods import METHODS, dc
 from distill_at_scale.distillation.methods.base import MethodContext
+from distill_at_scale.distillation.methods.shared import class_gradients as classwise
 from distill_at_scale.distillation.methods.shared import gradient_matching
 from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
 from distill_at_scale.distillation.student import TrainingProtocol
@@ -304,7 +307,7 @@ def test_a_step_that_overflows_is_not_taken(method, monkeypatch):
 
     def steeper(losses, step):
         matcher.images.grad.mul_(1e6)
-        update(losses, step)
+        return update(losses, step)
 
     monkeypatch.setattr(matcher, "update", steeper)
     with pytest.raises(DistillationDiverged):
@@ -442,6 +445,44 @@ def test_code_that_is_not_compiled_stays_in_float32():
     assert torch.equal(moved("dc", spec, outer=1, precision="bf16"), moved("dc", spec, outer=1, precision="fp32"))
 
 
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa", "idc"])
+def test_a_step_on_a_gpu_calls_as_many_operators_for_100_classes_as_for_10(method, monkeypatch):
+    """The code for a GPU, run on the CPU; it reads numbers from the device once, with `tolist`."""
+    monkeypatch.setattr(classwise, "implementation_for", lambda device: classwise.UNFOLDED)
+    counts = []
+    for classes in (10, 100):
+        spec = NetworkSpec("convnet", (1, 8, 8), classes, width=4)
+        loops = {"inner": 1} if method == "idc" else {"outer": 1}
+        section = {**loops, "augment": "none" if method == "dc" else "color_crop"}
+        config = configuration.validate({"distill": {"method": method, "ipc": 2, method: section}})
+        names = [str(c) for c in range(classes)]
+        matcher = METHODS[method](MethodContext(config, spec, names, list(range(classes)), SingleProcess(), CPU, 1))
+        monkeypatch.setattr(matcher, "on_cpu", False)
+        matcher.second_order_images = matcher.first_order_images = 1000
+        matcher.prepare(pool_of(spec, lambda c: 8))
+        with Calls() as calls:
+            matcher.step(0)
+        assert calls.counts.pop("randperm") == classes  # rows of the real batches, drawn on the host
+        # NumPy's arrays as tensors and back, and the number of each class's loss, on the host too
+        for name in ("lift_fresh", "detach"):
+            calls.counts.pop(name, None)
+        assert "_local_scalar_dense" not in calls.counts  # float(x), bool(x): a GPU would be waited for
+        counts.append(calls.counts)
+    assert counts[0] == counts[1]
+
+
 BATCH_NORM = NetworkSpec("resnet18_bn", (3, 16, 16), 3)
 
 
@@ -465,7 +506,7 @@ def test_samples_are_independent_under_settled_batch_norm():
         asked.append(DrawRequest(tuple(labels), n, purpose, index)), real_draw(labels, n, purpose, *index))[1]  # fmt: skip
     method.step(3)
     assert asked == list(method.draws(3))
-    assert len(asked) == 2 * spec.classes
+    assert len(asked) == spec.classes + 1  # the real batches of all classes at one time
     network = spec.build(0).train()
     method.set_batch_norm_statistics(network, 0, 0)
     images = method._norm_batch(0, 0)

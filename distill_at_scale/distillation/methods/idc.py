@@ -7,7 +7,7 @@ draw, which CutMix mixes across classes, and sum the gradients of their parts of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
-from distill_at_scale.distillation.augment import Augmentation, AugmentParams, cutmix
+from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each, cutmix
 from distill_at_scale.distillation.methods.base import FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     absolute_distance,
@@ -60,9 +60,22 @@ class IDC(MatchingMethod):
         return min(self.ipc * self.formation, self.options.synthetic_batch)
 
     def view(self, params: AugmentParams, step: int, outer: int, label: int) -> View:
-        rng = generator(self.context.seed, "synthetic batch", step, outer, label)
-        chosen = torch.randperm(self.ipc * self.formation, generator=rng)[: self.images_shown].sort().values
+        chosen = self._chosen(step, outer, label)
         return lambda images: params.apply(split_parts(images, self.options.factor)[chosen.to(images.device)])
+
+    def shown(
+        self, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams], step: int, outer: int
+    ) -> Tensor:
+        parts, size = split_parts(syn.flatten(0, 1), self.options.factor), self.ipc * self.formation
+        if self.images_shown < size:
+            rows = torch.cat([k * size + self._chosen(step, outer, label) for k, label in enumerate(labels)])
+            parts = parts[rows.to(parts.device, non_blocking=True)]
+        return apply_each(params, parts, [self.images_shown] * len(labels))
+
+    def _chosen(self, step: int, outer: int, label: int) -> Tensor:
+        """Which of a class's training images are shown, ascending."""
+        rng = generator(self.context.seed, "synthetic batch", step, outer, label)
+        return torch.randperm(self.ipc * self.formation, generator=rng)[: self.images_shown].sort().values
 
     def first_order_samples(self, real_batch: int) -> int:
         inner = self.options.inner
@@ -118,11 +131,11 @@ class IDC(MatchingMethod):
         self.raise_if_diverged()
         return self.metrics(total, options.inner)
 
-    def update(self, losses: list[Tensor], step: int) -> None:
+    def update(self, losses: Sequence[Tensor], step: int) -> list[float]:
         """The published rate belongs to pixels in [0, 1]: scales the gradient to them and the step back from them."""
         assert self.images.grad is not None
         self.images.grad.mul_(self.pixel_range.square())
-        super().update(losses, step)
+        return super().update(losses, step)
 
     def _train_network(self, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, inner: int) -> None:
         """Train the network on `network_samples` real samples of all classes, each worker on its part of each batch."""

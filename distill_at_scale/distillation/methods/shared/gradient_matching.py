@@ -26,7 +26,7 @@ from distill_at_scale.core.errors import RunWarning
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
-from distill_at_scale.distillation.augment import Augmentation, AugmentParams
+from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, supports_class_gradients
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
@@ -83,7 +83,6 @@ class MatchingMethod(ImageMethod):
         self.second_order_images = max(1, memory // (SECOND_ORDER * widest))
         self.real_batches_in_memory = max(1, memory // (COPIES * 4 * real_batch * math.prod(context.spec.shape)))
         self.used = self.drawn = 0  # real samples since the last step: after and before runtime pruning
-        self.joint: bool | None = None  # whether classes may share a pass; decided with the first network
         self.mixes = mixes_samples(context.spec.skeleton())
         if self.mixes:
             warnings.warn(
@@ -108,6 +107,10 @@ class MatchingMethod(ImageMethod):
         if self.compiled:
             self.part = -(-largest // -(-largest // self.part))  # the fewest parts, of one size
         self.net = spec.build(0).to(context.device).train()  # one module for all steps, so that it is compiled once
+        for norm in batch_norms(self.net):
+            norm.eval()
+        # whether classes may share a pass
+        self.joint = supports_class_gradients(self.net, spec.shape, spec.classes, context.device)
         slow = self.on_cpu and not self.compiled  # in bf16
         self.precision = resolve("fp32" if slow else context.config.distill.precision, on_gpu=not self.on_cpu)
         self.logits = maybe_compile(self._logits, choice, work)
@@ -138,6 +141,12 @@ class MatchingMethod(ImageMethod):
         """What the network sees of the stored images of a class in this update; it must be affine in the images."""
         return params.apply
 
+    def shown(
+        self, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams], step: int, outer: int
+    ) -> Tensor:
+        """The views of several classes [classes, ipc, *shape], one after the other, in one call."""
+        return apply_each(params, syn.flatten(0, 1), [self.ipc] * len(labels))
+
     def matching_draws(self, step: int, outer: int) -> Iterator[DrawRequest]:
         """The draws of `set_batch_norm_statistics` followed by `match`."""
         if self.mixes:
@@ -145,8 +154,15 @@ class MatchingMethod(ImageMethod):
             for label in labels:
                 if label in self.context.labels:
                     yield DrawRequest((label,), per_class, "norm batch", (step, outer))
-        for label in self.context.labels:
-            yield DrawRequest((label,), self.real_batch, "real batch", (step, outer))
+        for first in range(0, len(self.context.labels), self.group_size):
+            group = tuple(self.context.labels[first : first + self.group_size])
+            yield DrawRequest(group, self.real_batch, "real batch", (step, outer))
+
+    @property
+    def group_size(self) -> int:
+        """How many classes are matched together."""
+        limit = min(self.second_order_images, self.first_order_images) if self.on_cpu else self.second_order_images
+        return min(self.real_batches_in_memory, self._classes_per_pass(self.images_shown, limit))
 
     def match(self, net: nn.Module, step: int, outer: int, update: int) -> float:
         """One update of the images along the gradient of sum_c D(g_real_c, g_syn_c) (DC, Algorithm 1).
@@ -155,25 +171,21 @@ class MatchingMethod(ImageMethod):
         pruning. Returns the sum of the distances of the own classes.
         """
         spec, seed = self.context.spec, self.context.seed
-        if self.joint is None:
-            self.joint = supports_class_gradients(net, spec.shape, spec.classes, self.context.device)
         self.images.grad = torch.zeros_like(self.images)
         distances: list[Tensor] = []
-        limit = min(self.second_order_images, self.first_order_images) if self.on_cpu else self.second_order_images
-        size = min(self.real_batches_in_memory, self._classes_per_pass(self.images_shown, limit))
+        of_class = self.augmentation.draw_each(generator(seed, "siamese", step, outer), spec.classes)
+        size = self.group_size
         for first in range(0, len(self.images), size):
             labels = self.context.labels[first : first + size]
-            params = [self.augmentation.draw(generator(seed, "siamese", step, outer, label)) for label in labels]
-            views = [self.view(p, step, outer, label) for p, label in zip(params, labels, strict=True)]
+            params = [of_class[label] for label in labels]
             syn = self.images.detach()[first : first + size].requires_grad_(True)
-            batch_real = self._real_batches(net, syn.detach(), labels, params, views, (step, outer, update))
+            batch_real = self._real_batches(net, syn.detach(), labels, params, (step, outer, update))
             grad_real = self._real_gradients(net, batch_real, labels)
-            seen = torch.cat([view(images) for view, images in zip(views, syn.unbind(), strict=True)])
+            seen = self.shown(syn, labels, params, step, outer)
             group_distances, grad_seen = self._distances(net, seen, labels, grad_real)
             self.images.grad[first : first + size] = torch.autograd.grad(seen, syn, grad_seen)[0]
             distances += group_distances
-        self.update(distances, step)
-        return float(torch.stack(distances).sum())
+        return sum(self.update(distances, step))
 
     def metrics(self, total: float, updates: int) -> dict[str, float]:
         """The metrics of a step: mean distance per class and update, and the share of real samples left by pruning."""
@@ -187,12 +199,12 @@ class MatchingMethod(ImageMethod):
         return max(1, limit // images_per_class)
 
     def _real_batches(
-        self, net: nn.Module, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams], views: Sequence[View],
+        self, net: nn.Module, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams],
         when: tuple[int, int, int],
     ) -> list[Tensor]:  # fmt: skip
         """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images."""
         step, outer, update = when
-        batches = [self.real.draw([label], self.real_batch, "real batch", step, outer)[0] for label in labels]
+        batches = self.real.draw(labels, self.real_batch, "real batch", step, outer)
         images, rated = self.augmented_batches(batches, params, update)
 
         @cache
@@ -205,8 +217,9 @@ class MatchingMethod(ImageMethod):
 
         def effects(k: int) -> Tensor:
             rng, distance = generator(self.context.seed, "probes", *when[:2], labels[k]), self.effect_distance
+            view = self.view(params[k], step, outer, labels[k])
             return gradient_effects(
-                net, images[k], syn[k], views[k], labels[k], of_single_class(distance), self.pruning.probes, rng, self.at_once
+                net, images[k], syn[k], view, labels[k], of_single_class(distance), self.pruning.probes, rng, self.at_once
             )  # fmt: skip
 
         for k in rated:
@@ -228,11 +241,12 @@ class MatchingMethod(ImageMethod):
                 parts.append([g[None] for g in real_gradient(net, some[0], own[0], self.part, self.forward)])
                 continue
             # batches of any size, padded to the largest with copies of weight zero
-            counts, places = torch.tensor([len(x) for x in some])[:, None], torch.arange(max(map(len, some)))
+            sizes = list(map(len, some))
+            counts, places = torch.tensor(sizes)[:, None], torch.arange(max(sizes))
             inside = places < counts
-            rows = counts.cumsum(0) - counts + places * inside
-            weights, padded = (inside / counts).flatten(), torch.cat(some)
-            if not bool(inside.all()):
+            weights, padded = (inside / counts).flatten(), torch.cat(list(some))
+            if min(sizes) < max(sizes):
+                rows = counts.cumsum(0) - counts + places * inside
                 padded = padded[rows.flatten().to(padded.device, non_blocking=True)]
             weights = weights.to(padded.device, non_blocking=True)
             with autocast(self.precision, self.context.device):
@@ -272,7 +286,7 @@ class MatchingMethod(ImageMethod):
         """Set batch norm's statistics from a real batch, equal in all workers, and switch it to evaluation mode."""
         if not self.mixes:
             return
-        norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = batch_norms(net)
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.train()
@@ -299,6 +313,10 @@ class MatchingMethod(ImageMethod):
                 batch[k] = repeated_draw(self.real, label, per_class, "norm batch", step, outer)
         self.context.workers.all_reduce_sum([batch])
         return batch.flatten(0, 1)
+
+
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def repeated_draw(real: ClassSampler, label: int, n: int, purpose: str, *index: int) -> Tensor:

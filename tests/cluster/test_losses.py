@@ -34,7 +34,7 @@ def ray_tasks_alone(monkeypatch):
         monkeypatch.setattr(ray_tasks, "_run", SimpleNamespace(options=lambda **resources: remote))
         monkeypatch.setattr(ray_tasks, "cores", lambda: 64)
         monkeypatch.setattr(ray_tasks, "cores_each", lambda tasks: counts.append(tasks) or 1)
-        run = lambda task, done: ray_tasks.run(task, done, no_poll, 1, lambda event: None)  # noqa: E731
+        run = lambda task, done, poll=no_poll: ray_tasks.run(task, done, poll, 1, lambda event: None)  # noqa: E731
         return SimpleNamespace(run=run), counts
 
     return make

@@ -35,7 +35,7 @@ from distill_at_scale.distillation.methods import METHODS, dc
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.distillation.methods.shared import class_gradients as classwise
 from distill_at_scale.distillation.methods.shared import gradient_matching
-from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance
+from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance, real_gradient
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -56,6 +56,17 @@ def test_a_dc_step_matches_the_reference():
     before, actual = image_gradient(method)
     real = [all_images_of(pool, label) for label in range(CLASSES)]
     assert_close(actual, reference_dc_gradient(method.context.spec.network, real, before))
+
+
+@pytest.mark.parametrize("kept", [-1, 2, 1])
+def test_the_gradient_of_the_kept_samples_follows_from_that_of_all(kept):
+    """All but one, few and one of them are kept."""
+    pool = make_sampler()
+    method, images = make_method("dc", pool), all_images_of(pool, 1)
+    network, mask = method.context.spec.network, torch.arange(len(images)) < kept % len(images)
+    actual = method._gradient_of_kept(network, images, 1, mask, real_gradient(network, images, 1, 100))
+    for own, expected in zip(actual, real_gradient(network, images[mask], 1, 100), strict=True):
+        assert_close(own, expected)
 
 
 def test_the_inner_loop_trains_the_network_on_the_synthetic_set():

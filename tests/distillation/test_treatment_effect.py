@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import nn
 
 from distill_at_scale.distillation.augment import Augmentation
+from distill_at_scale.distillation.methods.shared import treatment_effect
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     cosine_distance,
-    matched_parameters,
     of_single_class,
     real_gradient,
-    sample_losses,
+    squared_distance,
     synthetic_gradient,
 )
-from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects, gradient_effects, projections
+from distill_at_scale.distillation.methods.shared.treatment_effect import (
+    SampleGradients,
+    feature_effects,
+    gradient_effects,
+)
 from distill_at_scale.distillation.multi_formation import split_parts
 from distill_at_scale.models.spec import NetworkSpec
 
 SHAPE, LABEL = (1, 8, 8), 1
-class_distance = of_single_class(cosine_distance)
 MANY = 200  # directions: more than there are, so nothing is estimated
 
 
-def squares(real, synthetic):
-    """IDC's distance: without the last layer."""
-    return sum((a - b).square().sum() for a, b in zip(real[:-1], synthetic[:-1], strict=True))
-
-
-DISTANCES = {"cosine": class_distance, "squares": squares}
+DISTANCES = {"cosine": cosine_distance, "squares": squared_distance}
 ROTATED = Augmentation("rotate").draw(torch.Generator().manual_seed(3))
 VIEWS = {"as it is": lambda x: x, "rotated": ROTATED.apply, "in parts": lambda x: split_parts(x, 2)}
 
@@ -51,12 +48,24 @@ def samples(n=60, shape=SHAPE, seed=1):
     return common + 2 * spread * torch.randn(n, *shape, generator=rng)
 
 
+def effects_of(network, real, images, view, distance, probes, rng, at_once, joint=True):
+    samples = SampleGradients(network, LABEL, at_once, joint)
+    return gradient_effects(samples, real, images, view, distance, probes, rng)[0]
+
+
+@pytest.fixture
+def all_images(monkeypatch):
+    """All images are considered, so nothing is estimated from a few of them."""
+    monkeypatch.setattr(treatment_effect, "PERTURBED", 100)
+
+
 def rank(a, b):
     return float(spearmanr(a, b)[0])
 
 
 def gradient_cases(network, real, images, view, metric):
     """Sizes by leaving a sample out, and to first order by one product per sample."""
+    metric = of_single_class(metric)
     each = [real_gradient(network, x[None], LABEL, 1) for x in real]
     n, mean = len(real), [torch.stack(layer).mean(0) for layer in zip(*each, strict=True)]
     leaf = images.clone().requires_grad_(True)
@@ -108,11 +117,10 @@ def test_the_first_order_is_leaving_one_out_under_feature_matching():
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", DISTANCES)
-def test_with_all_directions_the_size_is_that_of_the_first_order(name, view):
-    """With two images all of them are perturbed, so nothing is estimated."""
+def test_with_all_directions_the_size_is_that_of_the_first_order(all_images, name, view):
     network, real, images = a_network(), samples(40), samples(2, seed=5)
     _, first = gradient_cases(network, real, images, VIEWS[view], DISTANCES[name])
-    actual = gradient_effects(network, real, images, VIEWS[view], LABEL, DISTANCES[name], MANY, chance(), 7)
+    actual = effects_of(network, real, images, VIEWS[view], DISTANCES[name], MANY, chance(), 7)
     assert torch.allclose(actual, first, rtol=2e-2, atol=2e-3 * float(first.max()))
 
 
@@ -128,7 +136,7 @@ def test_with_all_directions_the_size_is_that_of_the_first_order_for_features_to
 def test_few_directions_rank_nearly_as_leaving_one_out_does(name):
     network, real, images = a_network(), samples(), samples(8, seed=5)
     out, _ = gradient_cases(network, real, images, VIEWS["as it is"], DISTANCES[name])
-    actual = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, DISTANCES[name], 16, chance(), 16)
+    actual = effects_of(network, real, images, VIEWS["as it is"], DISTANCES[name], 16, chance(), 16)
     assert rank(out, actual) >= 0.85
 
 
@@ -142,9 +150,7 @@ def test_the_sizes_do_not_depend_on_the_parts_and_are_drawn_from_the_generator()
     network, real, images = a_network(), samples(20), samples(3, seed=5)
 
     def actual(at_once, seed=0):
-        return gradient_effects(
-            network, real, images, VIEWS["rotated"], LABEL, class_distance, 4, chance(seed), at_once
-        )
+        return effects_of(network, real, images, VIEWS["rotated"], cosine_distance, 4, chance(seed), at_once)
 
     assert torch.equal(actual(5), actual(5))
     assert torch.allclose(actual(5), actual(100), rtol=1e-2)
@@ -161,7 +167,7 @@ def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
     network, real, images = a_network(seed), samples(60, seed=seed), samples(2, seed=seed + 5)
 
     def actual(real):
-        return gradient_effects(network, real, images, lambda x: x, LABEL, class_distance, 8, chance(), 1000)
+        return effects_of(network, real, images, lambda x: x, cosine_distance, 8, chance(), 1000)
 
     torch.testing.assert_close(actual(real * (1 + 1e-6)), actual(real), rtol=1e-4, atol=0)
 
@@ -169,23 +175,21 @@ def test_the_last_digits_of_the_samples_do_not_decide_the_sizes(seed):
 def test_one_direction_is_one_in_which_samples_have_effects():
     network, real, images = a_network(), samples(60), samples(1, seed=5)
     images = images * torch.tensor([0.0, *[1.0] * 7])  # the first pixels see no sample
-    seen = gradient_effects(
-        network, real, images, lambda x: x * (images != 0), LABEL, class_distance, 1, chance(), 1000
-    )
+    seen = effects_of(network, real, images, lambda x: x * (images != 0), cosine_distance, 1, chance(), 1000)
     assert bool((seen > 0).all())
 
 
 def test_no_more_images_go_through_the_network_at_once_than_asked():
     network, real, images, sizes = a_network(), samples(20), samples(30, seed=5), []
     network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    gradient_effects(network, real, images, lambda x: x, LABEL, class_distance, 4, chance(), 5)
+    effects_of(network, real, images, lambda x: x, cosine_distance, 4, chance(), 5)
     assert max(sizes) == 5
 
 
 def test_a_sample_alone_or_like_all_others_has_no_effect():
     network, images = a_network(), samples(2, seed=5)
     for real in (samples(1), samples(1).expand(4, *SHAPE)):
-        actual = gradient_effects(network, real, images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
+        actual = effects_of(network, real, images, VIEWS["as it is"], cosine_distance, 4, chance(), 4)
         assert actual.shape == (len(real),)
         assert float(actual.max()) < 1e-4
         actual = feature_effects(network.embed, network.embed(real), images, VIEWS["as it is"], 4, chance(), 4)
@@ -197,7 +201,7 @@ def test_a_dead_channel_does_not_spoil_the_sizes():
     network, images = a_network(), samples(2, seed=5)
     with torch.no_grad():
         network.features[1].bias[0] = -1e3
-    actual = gradient_effects(network, samples(10), images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
+    actual = effects_of(network, samples(10), images, VIEWS["as it is"], cosine_distance, 4, chance(), 4)
     assert torch.isfinite(actual).all()
     assert float(actual.max()) > 0
 
@@ -205,23 +209,23 @@ def test_a_dead_channel_does_not_spoil_the_sizes():
 def test_the_images_are_left_alone():
     network, images = a_network(), samples(2, seed=5).requires_grad_(True)
     before = images.detach().clone()
-    gradient_effects(network, samples(6), images, VIEWS["as it is"], LABEL, class_distance, 4, chance(), 4)
+    effects_of(network, samples(6), images, VIEWS["as it is"], cosine_distance, 4, chance(), 4)
     assert images.grad is None
     assert torch.equal(images, before)
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_clips_have_effects_too():
+def test_clips_have_effects_too(all_images):
     shape = (4, 1, 8, 8)
     network, real, images = a_network(shape=shape, name="convnet3d"), samples(12, shape), samples(2, shape, 5)
-    _, first = gradient_cases(network, real, images, ROTATED.apply, class_distance)
-    actual = gradient_effects(network, real, images, ROTATED.apply, LABEL, class_distance, MANY, chance(), 5)
+    _, first = gradient_cases(network, real, images, ROTATED.apply, cosine_distance)
+    actual = effects_of(network, real, images, ROTATED.apply, cosine_distance, MANY, chance(), 5)
     assert torch.allclose(actual, first, rtol=2e-2, atol=5e-3 * float(first.max()))
 
 
 def test_images_that_the_view_leaves_out_have_no_effects():
-    actual = gradient_effects(
-        a_network(), samples(6), samples(2, seed=5), lambda x: x[:1] * 0 + 1, LABEL, class_distance, 4, chance(), 4
+    actual = effects_of(
+        a_network(), samples(6), samples(2, seed=5), lambda x: x[:1] * 0 + 1, cosine_distance, 4, chance(), 4
     )
     assert torch.equal(actual, torch.zeros(6))
 
@@ -246,28 +250,25 @@ class Odd(nn.Module):
         return self.last(torch.tanh(self.rows(x)).flatten(1))
 
 
-@pytest.mark.parametrize("make", [Odd, a_network, lambda: a_network(name="alexnet", shape=SHAPE)])
-def test_projections_are_those_of_each_samples_gradient(make):
-    network, real = make(), samples(5)
-    directions = [torch.randn(3, *p.shape) for p in matched_parameters(network)]
-    actual = projections(network, real, LABEL, [None, *directions[1:]], 2)
-    for row, image in zip(actual, real, strict=True):
-        own = real_gradient(network, image[None], LABEL, 1)
-        expected = sum((d * g).flatten(1).sum(1) for d, g in zip(directions[1:], own[1:], strict=True))
-        assert torch.allclose(row, expected, rtol=1e-3, atol=1e-4 * float(actual.abs().max()))
-    both = projections(network, real, LABEL, directions, 5)
-    assert not torch.allclose(both, actual)
+def one_dimension():
+    return nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
 
 
-def test_a_signal_in_one_dimension_is_handled_alike():
-    network = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
-    real = torch.randn(6, 2, 16, generator=chance())
-    directions = [torch.randn(2, *p.shape) for p in matched_parameters(network)]
-    actual = projections(network, real, LABEL, directions, 4)
-    own = real_gradient(network, real[:1], LABEL, 1)
-    expected = sum((d * g).flatten(1).sum(1) for d, g in zip(directions, own, strict=True))
-    assert torch.allclose(actual[0], expected, rtol=1e-3, atol=1e-5)
-    assert (
-        sample_losses(network, real, torch.full((len(real),), LABEL), 4).shape
-        == F.cross_entropy(network(real), torch.ones(6).long(), reduction="none").shape
+@pytest.mark.parametrize(
+    ("make", "shape", "joint"), [(Odd, SHAPE, False), (a_network, SHAPE, True), (one_dimension, (2, 16), True)]
+)
+def test_each_sample_has_its_own_gradient(make, shape, joint):
+    network, real = make(), samples(5, shape)
+    actual = SampleGradients(network, LABEL, 2, joint)(real)
+    for k, image in enumerate(real):
+        for own, expected in zip(actual, real_gradient(network, image[None], LABEL, 1), strict=True):
+            assert torch.allclose(own[k], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_network_whose_samples_pass_one_by_one_gives_the_same_effects():
+    network, real, images = a_network(), samples(12), samples(2, seed=5)
+    one, many = (
+        effects_of(network, real, images, lambda x: x, cosine_distance, 4, chance(), 5, joint)
+        for joint in (False, True)
     )
+    assert torch.allclose(one, many, rtol=1e-2)

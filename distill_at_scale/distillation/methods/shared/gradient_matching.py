@@ -31,12 +31,11 @@ from distill_at_scale.distillation.methods.base import ImageMethod, MethodContex
 from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, supports_class_gradients
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     GradientDistance,
-    of_single_class,
     real_gradient,
     sample_losses,
     synthetic_gradient,
 )
-from distill_at_scale.distillation.methods.shared.treatment_effect import gradient_effects
+from distill_at_scale.distillation.methods.shared.treatment_effect import SampleGradients, gradient_effects
 from distill_at_scale.models.precision import autocast, resolve
 from distill_at_scale.models.spec import maybe_compile, mixes_samples, will_compile
 
@@ -179,8 +178,8 @@ class MatchingMethod(ImageMethod):
             labels = self.context.labels[first : first + size]
             params = [of_class[label] for label in labels]
             syn = self.images.detach()[first : first + size].requires_grad_(True)
-            batch_real = self._real_batches(net, syn.detach(), labels, params, (step, outer, update))
-            grad_real = self._real_gradients(net, batch_real, labels)
+            batch_real, known = self._real_batches(net, syn.detach(), labels, params, (step, outer, update))
+            grad_real = self._real_gradients(net, batch_real, labels, known)
             seen = self.shown(syn, labels, params, step, outer)
             group_distances, grad_seen = self._distances(net, seen, labels, grad_real)
             self.images.grad[first : first + size] = torch.autograd.grad(seen, syn, grad_seen)[0]
@@ -201,8 +200,11 @@ class MatchingMethod(ImageMethod):
     def _real_batches(
         self, net: nn.Module, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams],
         when: tuple[int, int, int],
-    ) -> list[Tensor]:  # fmt: skip
-        """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images."""
+    ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:  # fmt: skip
+        """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images.
+
+        Also the gradients of those batches for which the rule leads to them, by the position of the class.
+        """
         step, outer, update = when
         batches = self.real.draw(labels, self.real_batch, "real batch", step, outer)
         images, rated = self.augmented_batches(batches, params, update)
@@ -215,30 +217,54 @@ class MatchingMethod(ImageMethod):
             each = sample_losses(net, together, targets.to(together.device), self.at_once).split(counts)
             return dict(zip(rated, each, strict=True))
 
+        known: dict[int, list[Tensor]] = {}
+
         def effects(k: int) -> Tensor:
-            rng, distance = generator(self.context.seed, "probes", *when[:2], labels[k]), self.effect_distance
-            view = self.view(params[k], step, outer, labels[k])
-            return gradient_effects(
-                net, images[k], syn[k], view, labels[k], of_single_class(distance), self.pruning.probes, rng, self.at_once
-            )  # fmt: skip
+            rng, view = (
+                generator(self.context.seed, "probes", *when[:2], labels[k]),
+                self.view(params[k], step, outer, labels[k]),
+            )
+            sample_gradients = SampleGradients(net, labels[k], self.at_once, self.joint)
+            values, known[k] = gradient_effects(
+                sample_gradients, images[k], syn[k], view, self.effect_distance, self.pruning.probes, rng
+            )
+            return values
 
         for k in rated:
             kept = self.kept_mask(batches[k], partial(lambda k: losses()[k], k), partial(effects, k))
-            images[k] = images[k][kept.to(images[k].device)]
+            kept = kept.to(images[k].device)
+            if k in known:
+                known[k] = self._gradient_of_kept(net, images[k], labels[k], kept, known[k])
+            images[k] = images[k][kept]
         self.used += sum(map(len, images))
         self.drawn += sum(len(batch.rows) for batch in batches)
-        return images
+        return images, known
 
-    def _real_gradients(self, net: nn.Module, images: Sequence[Tensor], labels: Sequence[int]) -> list[Tensor]:
-        """Per matched parameter the gradients of the classes' real batches [classes, *parameter]."""
+    def _gradient_of_kept(
+        self, net: nn.Module, images: Tensor, label: int, kept: Tensor, whole: list[Tensor]
+    ) -> list[Tensor]:
+        """The gradient of a batch's kept samples; `whole` is that of all, from which that of few others is taken away."""
+        dropped = 1 - float(kept.float().mean())
+        if dropped > 0.5:
+            return real_gradient(net, images[kept], label, self.part, self.forward)
+        if not dropped:
+            return whole
+        others = real_gradient(net, images[~kept], label, self.part, self.forward)
+        return [(g - dropped * other) / (1 - dropped) for g, other in zip(whole, others, strict=True)]
+
+    def _real_gradients(
+        self, net: nn.Module, images: Sequence[Tensor], labels: Sequence[int], known: dict[int, list[Tensor]]
+    ) -> list[Tensor]:
+        """Per matched parameter the gradients of the classes' real batches [classes, *parameter], some of them known."""
         size = self._classes_per_pass(max(len(x) for x in images), self.first_order_images)
-        if self.compiled:
-            size = 1  # twice as fast as classes together that are not compiled
+        if self.compiled or known:
+            size = 1  # compiled code is twice as fast as classes together; known are those of all classes that drop samples
         parts = []
         for first in range(0, len(labels), size):
             some, own = images[first : first + size], labels[first : first + size]
             if len(own) == 1:
-                parts.append([g[None] for g in real_gradient(net, some[0], own[0], self.part, self.forward)])
+                single = known.get(first) or real_gradient(net, some[0], own[0], self.part, self.forward)
+                parts.append([g[None] for g in single])
                 continue
             # batches of any size, padded to the largest with copies of weight zero
             sizes = list(map(len, some))

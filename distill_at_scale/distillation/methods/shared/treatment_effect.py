@@ -1,9 +1,10 @@
 """The individual treatment effect (ITE) of a real sample on the gradient of the synthetic images, to first order.
 
 ITE_i = M' (g_i - g) / (n - 1) with M' = d2L / dS dg (`distillation/README.md`, "Runtime pruning"). Its norm is estimated in
-the few directions in which the batch's effects are large (a randomised range finder, Halko, Martinsson & Tropp 2011, arXiv
-0909.4061): a direction q is the effect of a random mixture of samples, orthonormalised. <q, ITE_i> = <M q, g_i - g> / (n - 1)
-needs one product with M per direction. Only a few images of the class are perturbed.
+the few directions in which effects are large (a randomised range finder, Halko, Martinsson & Tropp 2011, arXiv 0909.4061): a
+direction q is the effect of a mixture of samples, orthonormalised. <q, ITE_i> = <M q, g_i - g> / (n - 1), so the cost is two
+second derivatives of the loss per direction, and the gradients of the samples, which the step needs anyway. The effects on
+few of the images that the network sees stand for those on all.
 
 Not covered: networks whose output for a sample depends on the rest of the batch, and views that are not affine in the
 stored images (siamese augmentation and multi-formation are).
@@ -12,13 +13,14 @@ stored images (siamese augmentation and multi-formation are).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.distillation.methods.shared.class_gradients import is_plain, recorded, unfolded
+from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     GradientDistance,
     matched_parameters,
@@ -26,38 +28,78 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
 )
 
 View = Callable[[Tensor], Tensor]
-PERTURBED, PERTURBED_FOR_FEATURES = 4, 2  # images of a class whose gradients are considered
+PERTURBED, PERTURBED_FOR_FEATURES = 1, 2  # of the images that the network sees of a class: those considered
+MOVE = 1e-3  # of the norm of the images: by how much they are moved
+
+
+class SampleGradients(NamedTuple):
+    """The gradient of each image's cross-entropy under one network, in the matched parameters.
+
+    `joint`: whether `class_gradients` supports the network; if not, images pass it one by one.
+    """
+
+    network: nn.Module
+    label: int
+    at_once: int
+    joint: bool
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """[n, *shape] -> per parameter [n, *parameter]."""
+        if self.joint:
+            ones = images.new_ones(self.at_once)
+            each = [
+                class_gradients(self.network, part, [self.label] * len(part), ones[: len(part)])
+                for part in images.split(self.at_once)
+            ]
+            return [torch.cat(layer) for layer in zip(*each, strict=True)]
+        single = [real_gradient(self.network, image[None], self.label, 1) for image in images]
+        return [torch.stack(layer) for layer in zip(*single, strict=True)]
 
 
 def gradient_effects(
-    network: nn.Module, real: Tensor, images: Tensor, view: View, label: int, distance: GradientDistance, probes: int,
-    generator: torch.Generator, at_once: int,
-) -> Tensor:  # fmt: skip
-    """The norm of each real sample's effect under gradient matching [n]; 0 for a single sample.
+    sample_gradients: SampleGradients, real: Tensor, images: Tensor, view: View, distance: GradientDistance, probes: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The norm of each real sample's effect under gradient matching [n], and the mean gradient of the real batch.
 
     Args:
         real: the real batch as the network sees it [n, *shape].
         images: the class's stored synthetic images [m, *shape].
         view: stored images -> what the network sees of them; deterministic and affine.
-        distance: the matching loss of one class's gradients, a scalar.
+        distance: the matching loss of several classes.
         probes: the number of directions.
-        at_once: samples per forward pass.
     """
     if len(real) == 1:
-        return real.new_zeros(1)
+        return real.new_zeros(1), [g[0] for g in sample_gradients(real)]
+    network, label, at_once, _ = sample_gradients
+    leaf = images.detach().requires_grad_(True)
+    seen = view(leaf)
+    rows = torch.randperm(len(seen), generator=generator)[:PERTURBED].to(seen.device)
     order = torch.randperm(len(real), generator=generator).to(real.device)
-    parts = order.chunk(probes + 1)  # the effects of all parts sum to zero, so the last one is redundant
-    groups = [real_gradient(network, real[part], label, at_once) for part in parts]
-    shares = [len(part) / len(real) for part in parts]
-    mean = [sum(s * g for s, g in zip(shares, layer, strict=True)) for layer in zip(*groups, strict=True)]  # type: ignore[misc]
-    response = _Response(network, images.detach(), view, label, distance, mean, generator, at_once)
-    if not response.is_seen:
-        return real.new_zeros(len(real))
-    effects = [response.image_change([g - m for g, m in zip(group, mean, strict=True)]) for group in groups[:-1]]
-    changes = [response.gradient_change(direction) for direction in _orthonormal(torch.stack(effects))]
-    directions = [None if layer[0] is None else torch.stack(layer) for layer in zip(*changes, strict=True)]  # type: ignore[arg-type]
-    products = projections(network, real, label, directions, at_once)
-    return _norms(products) * math.sqrt(len(images) / len(response.perturbed))
+    first = sample_gradients(real[order[: 2 * probes + 2]])
+    mean = [g.mean(0) for g in first]
+    # mixtures of samples sum to zero, so the last one is redundant
+    parts = zip(*(g.chunk(probes + 1) for g in first), strict=True)
+    mixtures = [[own.mean(0) - m for own, m in zip(part, mean, strict=True)] for part in parts][:-1]
+    response = _Response(distance, mean, real_gradient(network, seen.detach(), label, at_once))
+    # the second derivatives of the loss in images and weights, taken from either side
+    targets = torch.full((len(rows),), label, device=seen.device)
+    loss = F.cross_entropy(network(seen[rows]), targets, reduction="sum") / len(seen)
+    parameters = [matched_parameters(network)[k] for k in response.matched]
+    in_images, *in_weights = torch.autograd.grad(loss, [leaf, *parameters], create_graph=True)
+    effects = [torch.autograd.grad(in_weights, leaf, response.slopes(m), retain_graph=True)[0] for m in mixtures]
+    moved = [
+        torch.autograd.grad(in_images, parameters, q, retain_graph=True) for q in _orthonormal(torch.stack(effects))
+    ]
+    stacked = [torch.stack(layer) for layer in zip(*map(response.back, moved), strict=True)]
+    directions = dict(zip(response.matched, stacked, strict=True))
+    products, total = [_products(first, directions)], [g.sum(0) for g in first]
+    for part in filter(len, order[len(first[0]) :].split(at_once)):
+        each = sample_gradients(real[part])
+        products.append(_products(each, directions))
+        total = [t + g.sum(0) for t, g in zip(total, each, strict=True)]
+    norms = _norms(torch.cat(products))[order.argsort()] * math.sqrt(len(seen) / len(rows))
+    return norms, [t / len(real) for t in total]
 
 
 def feature_effects(
@@ -70,79 +112,53 @@ def feature_effects(
     """
     if len(features) == 1:
         return features.new_zeros(1)
-    features, factor = features.detach(), 2 / len(images)
-    order = torch.randperm(len(images), generator=generator)
-    perturbed = images.detach()[order[:PERTURBED_FOR_FEATURES].to(images.device)]
+    features = features.detach()
+    rows = torch.randperm(len(images), generator=generator)[:PERTURBED_FOR_FEATURES].to(images.device)
+    leaf = images.detach()[rows].requires_grad_(True)
+    synthetic = embed(view(leaf))
     mixtures = torch.randn(probes, len(features), generator=generator).to(features) @ (features - features.mean(0))
-
-    def pull_back(rows: Tensor, cotangents: Tensor) -> Tensor:
-        rows = rows.detach().requires_grad_(True)
-        return torch.autograd.grad(embed(view(rows)), rows, cotangents)[0]
-
-    def push_forward(rows: Tensor, tangents: Tensor) -> Tensor:
-        seen = view(rows)
-        moves = view(rows + tangents) - seen
-        seen = seen.detach().requires_grad_(True)
-        return _jvp([embed(seen)], [seen])([moves])[0]
-
-    rows = perturbed.repeat(probes, *[1] * (perturbed.dim() - 1))  # direction by direction
-    cotangents = mixtures.repeat_interleave(len(perturbed), 0)
-    effects = torch.cat(list(map(pull_back, rows.split(at_once), cotangents.split(at_once))))
-    basis = _orthonormal(effects.unflatten(0, (probes, len(perturbed)))).flatten(0, 1)
-    changes = torch.cat(list(map(push_forward, rows[: len(basis)].split(at_once), basis.split(at_once))))
-    directions = factor * changes.unflatten(0, (-1, len(perturbed))).sum(1)  # directions x features
-    return _norms(features @ directions.T) * math.sqrt(len(images) / len(perturbed))
+    effects = [
+        torch.autograd.grad(synthetic, leaf, change.expand_as(synthetic), retain_graph=True)[0] for change in mixtures
+    ]
+    basis, step = _orthonormal(torch.stack(effects)), MOVE * leaf.detach().norm().clamp_min(1e-6)
+    # features are continuous, so their derivative may be a difference, of two plain passes
+    ends = torch.cat([view(leaf.detach() + sign * step * q) for sign in (1, -1) for q in basis])
+    with torch.no_grad():
+        moved = torch.cat([embed(part) for part in ends.split(at_once)]).unflatten(0, (2, len(basis), len(rows))).sum(2)
+    directions = (moved[0] - moved[1]) / (step * len(images))
+    return _norms(features @ directions.T) * math.sqrt(len(images) / len(rows))
 
 
 class _Response:
-    """Products with M and M': how the gradient in a few images and the mean real gradient depend on each other."""
+    """How the slopes of a distance in the synthetic gradient depend on the real gradient.
 
-    def __init__(
-        self, network: nn.Module, images: Tensor, view: View, label: int, distance: GradientDistance, mean: list[Tensor],
-        generator: torch.Generator, at_once: int,
-    ):  # fmt: skip
-        self.images, self.view, self.layers = images, view, len(mean)
-        self.perturbed = torch.randperm(len(images), generator=generator)[:PERTURBED].to(images.device)
-        real = [m.detach().requires_grad_(True) for m in mean]
-        self.seen = view(images)
-        synthetic = [g.requires_grad_(True) for g in real_gradient(network, self.seen, label, at_once)]
-        slopes = torch.autograd.grad(distance(real, synthetic), synthetic, create_graph=True, allow_unused=True)
-        self.matched = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
-        self.slopes, self.mean = [slopes[k] for k in self.matched], [real[k] for k in self.matched]
-        self.leaf = images[self.perturbed].requires_grad_(True)
-        self.rows = self._moves(torch.randn(self.leaf.shape, generator=generator).to(images)).flatten(1).any(1)
-        self.is_seen = bool(self.rows.any())  # whether the view shows any of the perturbed images
-        if self.is_seen:  # the part of the synthetic gradient that comes from the perturbed images
-            part = self.view(self.images.index_copy(0, self.perturbed, self.leaf))[self.rows]
-            targets = torch.full((len(part),), label, device=part.device)
-            loss = F.cross_entropy(network(part), targets, reduction="sum") / len(self.seen)
-            parameters = matched_parameters(network)
-            self.gradients = torch.autograd.grad(loss, [parameters[k] for k in self.matched], create_graph=True)
-            self.gradients_forward = _jvp(self.gradients, [part])
-            self.slopes_forward = _jvp(self.slopes, self.mean)
+    `matched` are the indices of the parameters that the distance depends on; changes of the others are left out.
+    """
 
-    def _moves(self, direction: Tensor) -> Tensor:
-        """The change of what the network sees if the perturbed images move by `direction`."""
-        return self.view(self.images.index_add(0, self.perturbed, direction)) - self.seen
+    def __init__(self, distance: GradientDistance, real: Sequence[Tensor], synthetic: Sequence[Tensor]):
+        leaves = [[x[None].detach().requires_grad_(True) for x in gradient] for gradient in (real, synthetic)]
+        found = torch.autograd.grad(distance(*leaves).sum(), leaves[1], create_graph=True, allow_unused=True)
+        self.matched = [k for k, slope in enumerate(found) if slope is not None and slope.requires_grad]
+        self.real, self.of_slopes = [leaves[0][k] for k in self.matched], [found[k] for k in self.matched]
+        self.weights = [torch.zeros_like(x, requires_grad=True) for x in self.real]
+        self.pulled = torch.autograd.grad(self.of_slopes, self.real, self.weights, create_graph=True)
 
-    def image_change(self, change: list[Tensor]) -> Tensor:
-        """M' change: the change of the gradient in the perturbed images with the mean real gradient [perturbed, *shape]."""
-        slopes = self.slopes_forward([change[k] for k in self.matched])
-        return torch.autograd.grad(self.gradients, self.leaf, slopes, retain_graph=True)[0]
+    def slopes(self, change: Sequence[Tensor]) -> list[Tensor]:
+        """A change of the real gradient, per parameter -> that of the slopes, per matched parameter."""
+        pushed = torch.autograd.grad(
+            self.pulled, self.weights, [change[k][None] for k in self.matched], retain_graph=True
+        )
+        return [x[0] for x in pushed]
 
-    def gradient_change(self, direction: Tensor) -> list[Tensor | None]:
-        """M direction, per layer; None for layers that the distance ignores."""
-        change = self.gradients_forward([self._moves(direction)[self.rows]])
-        products = torch.autograd.grad(self.slopes, self.mean, change, retain_graph=True)
-        by_layer = dict(zip(self.matched, products, strict=True))
-        return [by_layer.get(k) for k in range(self.layers)]
+    def back(self, change: Sequence[Tensor]) -> list[Tensor]:
+        """The transposed map, both per matched parameter."""
+        pulled = torch.autograd.grad(self.of_slopes, self.real, [x[None] for x in change], retain_graph=True)
+        return [x[0] for x in pulled]
 
 
-def _jvp(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    """The map from changes of the inputs to those of the outputs: the derivative of the backward pass in its weights."""
-    weights = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-    backwards = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
-    return lambda change: torch.autograd.grad(backwards, weights, change, retain_graph=True)
+def _products(gradients: Sequence[Tensor], directions: Mapping[int, Tensor]) -> Tensor:
+    """Gradients of samples, per parameter [n, *parameter], and directions [k, *parameter] -> [n, k]."""
+    return torch.stack([gradients[i].flatten(1) @ d.flatten(1).T for i, d in directions.items()]).sum(0)
 
 
 def _orthonormal(effects: Tensor) -> Tensor:
@@ -153,45 +169,3 @@ def _orthonormal(effects: Tensor) -> Tensor:
 def _norms(products: Tensor) -> Tensor:
     """<direction, statistic> of each sample [n, directions] -> the norm of its effect [n]."""
     return (products - products.mean(0)).norm(dim=1) / (len(products) - 1)
-
-
-def projections(
-    network: nn.Module, images: Tensor, label: int, directions: Sequence[Tensor | None], at_once: int
-) -> Tensor:
-    """<directions, gradient of a sample's cross-entropy> [n, directions], `at_once` samples at a time.
-
-    `directions` has a tensor [directions, *weight] for each of `matched_parameters`, or None for zero. The gradients of all
-    samples are not kept: for the weight of a plain convolution or linear layer they follow from the layer's input and the
-    gradient at its output. Other weights go through autograd twice per direction, which is slower. Not covered: the weight
-    of a convolution that the network also uses outside of its layer.
-    """
-    by_weight = {p: d for p, d in zip(matched_parameters(network), directions, strict=True) if d is not None}
-    layers = {m: by_weight[m.weight] for m in network.modules() if is_plain(m) and m.weight in by_weight}  # type: ignore[index]
-    others = {p: d for p, d in by_weight.items() if not any(p is m.weight for m in layers)}
-    parts = []
-    for part in images.split(at_once):
-        with recorded(layers) as uses:
-            targets = torch.full((len(part),), label, device=part.device)
-            losses = F.cross_entropy(network(part), targets, reduction="none")
-        result = losses.new_zeros(len(part), 1)
-        if others:  # the gradient of the weighted losses is linear in the weights of the samples
-            weights = torch.ones_like(losses, requires_grad=True)
-            gradients = torch.autograd.grad(losses, list(others), weights, create_graph=True)
-            columns = zip(*others.values(), strict=True)
-            products = [torch.autograd.grad(gradients, weights, list(c), retain_graph=True)[0] for c in columns]
-            result = torch.stack(products, 1)
-        outputs = torch.autograd.grad(losses.sum(), [edge for *_, edge in uses])
-        for (layer, x, _), g in zip(uses, outputs, strict=True):
-            result = result + _layer_products(layer, x.detach(), g, layers[layer])
-        parts.append(result)
-    return torch.cat(parts)
-
-
-def _layer_products(layer: nn.Module, x: Tensor, g: Tensor, directions: Tensor) -> Tensor:
-    """Input [n, ...] of a layer, gradient at its output [n, ...] and directions [k, *weight] -> [n, k]."""
-    if isinstance(layer, nn.Linear):
-        filtered = F.linear(x, directions.flatten(0, 1)).unflatten(-1, directions.shape[:2])  # n, ..., k, out
-        products = (filtered * g.unsqueeze(-2)).sum(-1)
-        return products.flatten(1, -2).sum(1) if products.dim() > 2 else products
-    gradients = torch.bmm(g.flatten(2), unfolded(x, layer))  # type: ignore[arg-type]  # n, out, in x kernel
-    return gradients.flatten(1) @ directions.flatten(1).T

@@ -264,7 +264,10 @@ def make_networks(
     total = len(method_class(config).networks(config))
     task = Task(MakeNetwork, config, vars(files), [unit(name) for name in names], files.networks, total)
     poll()  # what an interrupted training had seen
-    executor.run(task, lambda result: move(result["network"], samples or 1), poll)
+    def done(result: Result) -> None:
+        move(result["network"], samples or 1)
+
+    executor.run(task, done, poll)
 
 
 def distill(executor: Executor, config: Config, files: DistillPaths, report: Report) -> None:
@@ -318,7 +321,7 @@ class Evaluate(Worker):
     def run(self, units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
             note = ProgressNote(_note_path(self.paths["notes"], str(unit.work)), self.poll)
-            row = self.evaluator.run(unit.work, *unit.inputs, progressed=note)
+            row = self.evaluator.run(unit.work, next(iter(unit.inputs), None), note)
             note.remove()
             yield row
 

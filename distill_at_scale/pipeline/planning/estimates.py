@@ -224,8 +224,8 @@ class Planner:
         begin = 0.0 if not self.layout.local else START + self.measured.crew.start_seconds
         late = spread.side_by_side - 1 if self.layout.local is False or sum(seconds[1:]) > 2 * START else 0
         share = finish(seconds, [0.0, *[begin] * late]) / sum(seconds)
-        return [(name, share, Rate(sum(seconds), *(sum(count * getattr(rate, end) + rate.once for count, rate in units)
-                 for end in ("low", "high")), cold=max(rate.cold for _, rate in units)))]  # fmt: skip
+        low, high = (sum(count * getattr(rate, end) + rate.once for count, rate in units) for end in ("low", "high"))
+        return [(name, share, Rate(sum(seconds), low, high, cold=max(rate.cold for _, rate in units)))]
 
     def _rate(self, name: str, spread: Spread, **arguments: Any) -> Rate:
         return self._now(self.measured.rate(name, spread, **arguments), spread)

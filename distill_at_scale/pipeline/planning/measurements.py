@@ -31,8 +31,10 @@ class Measurements:
     ):  # fmt: skip
         self.seconds = dry_run.SECONDS if seconds is None else seconds
         self.config, self.facts, self.layout, self.prepared = config, facts, layout, prepared
-        self._rates, self._temporary, self._ingest = dict[Any, Rate](), tempfile.TemporaryDirectory(), None
-        self.folder, self._crew, device = Path(self._temporary.name), None, layout.device
+        self._rates, self._temporary = dict[Any, Rate](), tempfile.TemporaryDirectory()
+        self._ingest: tuple[Rate, Rate, float] | None = None
+        self._crew: Crew | None = None
+        self.folder, device = Path(self._temporary.name), layout.device
         self.others = 0 if device.type == "cuda" else min(layout.most - 1, OTHERS if others is None else others)
         wanted, score, short = config.distill, config.score, self.seconds / 3
         proxies = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
@@ -109,7 +111,8 @@ class Measurements:
 
     def made(self, name: str) -> Rate:
         """Of `networks` or `synthetic`, which are measured first."""
-        return self.crew and self._rates[name]
+        assert self.crew is not None  # it measures them when it is made
+        return self._rates[name]
 
     def close(self) -> None:
         if self._crew is not None:

@@ -264,6 +264,7 @@ def make_networks(
     total = len(method_class(config).networks(config))
     task = Task(MakeNetwork, config, vars(files), [unit(name) for name in names], files.networks, total)
     poll()  # what an interrupted training had seen
+
     def done(result: Result) -> None:
         move(result["network"], samples or 1)
 

@@ -80,9 +80,7 @@ class Setting:
 
     @property
     def keys(self) -> dict[str, Any]:
-        share = (
-            {"score.epochs": 1, "score.share": self.epochs} if self.epochs < 1 else {"score.epochs": int(self.epochs)}
-        )
+        share = {"score.epochs": max(1, int(self.epochs)), "score.share": min(1.0, self.epochs)}
         return {"score.width": self.width, "score.batch": self.batch, **share}
 
 
@@ -204,6 +202,7 @@ class Budget:
             self._train(config, trial, folder, seen)
             trained = time.process_time()
             if trial:  # a scorer reads trials 0 .. trials - 1
+                shutil.rmtree(folder / "trial-00", ignore_errors=True)
                 (folder / f"trial-{trial:02d}").rename(folder / "trial-00")
             parts, chunks = folder / "pieces", self.prepared.chunks("train")
             parts.mkdir(exist_ok=True)

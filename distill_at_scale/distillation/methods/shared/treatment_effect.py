@@ -28,7 +28,8 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
 )
 
 View = Callable[[Tensor], Tensor]
-PERTURBED, PERTURBED_FOR_FEATURES = 1, 2  # of the images that the network sees of a class: those considered
+PERTURBED, PERTURBED_FOR_FEATURES = 2, 2  # of the images that the network sees of a class: those considered
+HELD = 2**29  # bytes of samples' gradients that are held to be mixed; the more samples, the better the directions
 MOVE = 1e-3  # of the norm of the images: by how much they are moved
 
 
@@ -76,7 +77,8 @@ def gradient_effects(
     seen = view(leaf)
     rows = torch.randperm(len(seen), generator=generator)[:PERTURBED].to(seen.device)
     order = torch.randperm(len(real), generator=generator).to(real.device)
-    first = sample_gradients(real[order[: 2 * probes + 2]])
+    held = HELD // (4 * sum(p.numel() for p in matched_parameters(network)))
+    first = sample_gradients(real[order[: max(held, 2 * probes + 2)]])
     mean = [g.mean(0) for g in first]
     # mixtures of samples sum to zero, so the last one is redundant
     parts = zip(*(g.chunk(probes + 1) for g in first), strict=True)

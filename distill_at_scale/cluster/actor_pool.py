@@ -1,4 +1,4 @@
-"""Units of work through Ray actors that stay, and how many actors and cores the cluster has for it.
+"""Units of work through actors that stay, on a Ray of the command's own, and how many actors and cores a cluster has.
 
 Each call of an actor takes as many units as last about CALL_SECONDS, fewer towards the end, so that one driver bears many
 actors and all of them end together. The driver learns of finished calls by callbacks: its work does not grow with the actors.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import queue
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,8 +29,7 @@ from distill_at_scale.pipeline.executors.base import Poll, Result, Task, Unit, W
 
 CALLS = 2  # short calls that an actor has at a time, so that it never waits for the driver
 CALL_SECONDS, MOST_UNITS = 4.0, 256  # of one call, at most
-POLL, GROW = 0.5, 5.0  # seconds between two polls, and between two looks for room for more actors
-ANYWHERE = "SPREAD"  # scheduling strategy: not within the placement group of a sweep's trial
+POLL = 0.5  # seconds between two polls
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError,
         ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)  # fmt: skip
 
@@ -40,15 +38,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 Batch = list[Unit]
-
-
-def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, say: Say) -> None:
-    """Run all units on actors of this task alone; their number follows the cluster, if it grows or shrinks."""
-    pool = ActorPool(task.gpus)
-    try:
-        pool.run(task, lambda: actor_count(task.config, task.gpus, sharing), done, emit, say)
-    finally:
-        pool.close()
+Job = tuple[dict[str, Any], type[Worker], dict[str, str], int]  # packed configuration, kind of work, paths, threads
 
 
 def units_per_call(waiting: int, actors: int, seconds: float | None) -> int:
@@ -84,7 +74,7 @@ class ActorPool:
     def start(self) -> Any:
         """Start one actor, which this pool replaces if it is lost, not Ray, so that the pool can count the losses."""
         remote: Any = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)(PoolActor)
-        return remote.options(scheduling_strategy=ANYWHERE).remote([entry or os.getcwd() for entry in sys.path])
+        return remote.remote([entry or os.getcwd() for entry in sys.path])
 
     def ready(self, count: int) -> list[Actor]:
         """`count` actors, once they are ready. Raises what ended one before."""
@@ -102,18 +92,17 @@ class ActorPool:
             self.drop(actor)
 
     def run(
-        self, task: Task, size: Callable[[], int], done: Callable[[Result], None], emit: Emit, say: Say,
-        poll: Poll = no_poll, threads: int = 1,
+        self, task: Task, count: int, done: Callable[[Result], None], emit: Emit, say: Say, poll: Poll = no_poll,
+        threads: int = 1,
     ) -> None:  # fmt: skip
-        """Run all units on `size()` actors with `threads` threads each. Every unit is counted once.
+        """Run all units on `count` actors with `threads` threads each. Every unit is counted once.
 
         The units of an actor that is lost are repeated one by one, `cluster.max_failures` times each. Raises WorkersLost
         after more losses, and what a unit raised.
         """
-        cluster, job, long = task.config.cluster, _job(task, threads), task.worker.long
+        failures, job, long = task.config.cluster.max_failures, ray.put(job_of(task, threads)), task.worker.long
         waiting, left, seconds = deque(task.units), len(task.units), None
         busy, alone, losses, repeated = set[Actor](), set[int](), Counter[int](), 0
-        count, looked = size(), time.monotonic()
 
         def feed(actor: Actor) -> None:
             while waiting and actor.ready and (actor.calls or len(busy) < count):
@@ -125,10 +114,7 @@ class ActorPool:
 
         try:
             while left:
-                if time.monotonic() - looked > GROW:
-                    looked, count = time.monotonic(), size()
-                # an autoscaler adds nodes for actors that find no room
-                self.grow(min(left, 2 * count if cluster.grows and not cluster.actors else count))
+                self.grow(min(left, count))
                 if waiting and len(busy) < count:
                     for idle in [one for one in self._actors if not one.calls]:
                         feed(idle)
@@ -150,9 +136,9 @@ class ActorPool:
                     losses[first] += 1
                     repeated += len(lost)
                     emit(instant("lost", "workers of the pool", {"units": len(lost)}))
-                    if losses[first] > cluster.max_failures:
+                    if losses[first] > failures:
                         unit = [*lost, *waiting, *task.units][0]
-                        raise WorkersLost(_lost_for_good(losses[first], error, left, unit)) from None
+                        raise WorkersLost(lost_for_good(losses[first], error, left, unit)) from None
                     alone.update(map(id, lost))
                     waiting.extendleft(unit for call in reversed(actor.calls) for unit in reversed(call))
                     continue
@@ -172,8 +158,7 @@ class ActorPool:
             for actor in [actor for actor in self._actors if actor.calls]:
                 self.drop(actor)
         if repeated:
-            what = "1 unit of work was" if repeated == 1 else f"{repeated} units of work were"
-            say(f"  {what} repeated after losses, and counted once")
+            say(repeats(repeated))
 
     def _send(self, actor: Actor, job: Any, batch: Batch) -> None:
         if actor.job is not job:
@@ -186,15 +171,20 @@ class ActorPool:
         answer.future().add_done_callback(lambda future: self._ended.put((actor, batch, future)))
 
 
-def _job(task: Task, threads: int) -> Any:
-    """What an actor needs once for a task, in Ray's object store."""
-    return ray.put((pack(task.config), task.worker, {name: str(path) for name, path in task.paths.items()}, threads))
+def job_of(task: Task, threads: int = 1) -> Job:
+    """What an actor needs once for a task."""
+    return pack(task.config), task.worker, {name: str(path) for name, path in task.paths.items()}, threads
 
 
-def _lost_for_good(times: int, error: Exception, left: int, unit: Unit) -> str:
-    first = unit.outputs[-1] if unit.outputs else unit.work
+def repeats(units: int) -> str:
+    what = "1 unit of work was" if units == 1 else f"{units} units of work were"
+    return f"  {what} repeated after losses, and counted once"
+
+
+def lost_for_good(times: int, error: Exception | None, left: int, unit: Unit) -> str:
+    first, why = unit.outputs[-1] if unit.outputs else unit.work, f" ({str(error).splitlines()[0]})" if error else ""
     return (
-        f"workers were lost {times} times ({str(error).splitlines()[0]}); {left} units of work are left, the first one makes "
+        f"workers were lost {times} times{why}; {left} units of work are left, the first one makes "
         f"{first}. Finished work is kept. Run the same command again, with fewer cluster.actors if the workers ran out of "
         "memory. If it fails here again, a sample of that unit kills its process: `validate` finds such samples"
     )
@@ -212,7 +202,7 @@ class PoolActor:
         """Import what the work needs."""
         import distill_at_scale.pipeline.executors.tasks  # noqa: F401
 
-    def begin(self, job: tuple[dict[str, Any], type[Worker], dict[str, str], int]) -> None:
+    def begin(self, job: Job) -> None:
         self._forget()
         self.packed, self.kind, self.paths, self.threads = job
 

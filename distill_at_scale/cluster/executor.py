@@ -51,7 +51,9 @@ class RayExecutor:
             elif task.worker.long:
                 tasks.run(task, finished, _watched(poll, progressed), self.sharing, self.emit)
             else:
-                actor_pool.run(task, finished, self.sharing, self.emit, self.say)
+                from distill_at_scale.cluster import data_pool  # takes seconds
+
+                data_pool.run(task, finished, self.sharing, self.emit, self.say)
 
     def _run_warm(self, task: Task, done: Callable[[Result], None], poll: Poll) -> None:
         """Run units on the actors that stay; a long one takes the place of as many actors as it has threads."""
@@ -62,7 +64,7 @@ class RayExecutor:
         if task.worker.long:
             threads = actor_pool.cores_each(min(task.total, actor_pool.cores()))
             most = min(actor_pool.places(task.gpus), actor_pool.cores() // threads)
-        self._warm.run(task, lambda: most, done, self.emit, self.say, poll, threads)
+        self._warm.run(task, most, done, self.emit, self.say, poll, threads)
 
     def train(self, group: Group) -> None:
         with watched(group.stage, self.say) as progressed:

@@ -1,16 +1,18 @@
 """What saturates first on a large cluster: simulated actors behind the real driver, and the work that is done once.
 
-    python jobs/benchmarks/simulated.py [--actors 8 64] [--many 1000] [--parts actors,many,hand-out,once] [--rate 30000]
+    python jobs/benchmarks/simulated.py [--actors 8 64] [--many 1000] [--parts data,actors,many,hand-out,once] [--rate 30000]
 
-All parts score ImageNet-1K with 25 checkpoints through the product's own actor pool (`cluster/actor_pool.py`). actors: real
-processes that sleep as long as a GPU would take (`--rate`, images/s per checkpoint, an assumption) and then publish a real
-part file of scores. many: more actors than fit this machine: each is a lock in one of HOSTS real Ray actors, which sleeps
-alike and publishes nothing, so the driver and Ray do all they do for as many processes. hand-out: actors that do nothing, and
-calls of one chunk, so only the driver works. In steady state, with the CPU time of the driver and of Ray's services per call:
-a part saturates where it fills a core, independent of the other cores' load. once: `driver_parts.py`. The last table has, per
-part, the images per second it can handle, and the number of GPUs (scoring) or cores (decoding) that reach this limit.
+All parts score ImageNet-1K with 25 checkpoints. data: real processes behind Ray Data, as on a running cluster
+(`cluster/data_pool.py`). They sleep as long as a GPU would take (`--rate`, images/s per checkpoint, an assumption) and then
+publish a real part file of scores. actors: the same behind the pool of a Ray that the command starts
+(`cluster/actor_pool.py`). many: more actors of that pool than fit this machine: each is a lock in one of HOSTS real Ray
+actors, which sleeps alike and publishes nothing, so the driver and Ray do all they do for as many processes. hand-out: actors
+of that pool that do nothing, and calls of one chunk, so only the driver works. In steady state, with the CPU time of the
+driver and of Ray's services per call: a part saturates where it fills a core, independent of the other cores' load. once:
+`driver_parts.py`. The last table has, per part, the images per second it can handle, and the number of GPUs (scoring) or
+cores (decoding) that reach this limit.
 
-A simulated actor of the part `actors` is a process without torch (about 0.15 GB; on two cores it starts in some seconds, two
+A simulated actor of `data` or `actors` is a process without torch (about 0.15 GB; on two cores it starts in some seconds, two
 at a time). The script refuses to start more than fit free memory and swap. Prints tables and one JSON object.
 """
 
@@ -39,7 +41,7 @@ import ray
 from peaks import family, kind_of
 from side_by_side import columns
 
-from distill_at_scale.cluster import actor_pool
+from distill_at_scale.cluster import actor_pool, data_pool
 from distill_at_scale.cluster.actor_pool import ActorPool
 from distill_at_scale.cluster.session import quieten
 from distill_at_scale.config.load import Config, validate
@@ -116,7 +118,7 @@ def main() -> None:
     options = _options()
     parts, result = options.parts.split(","), {}
     with tempfile.TemporaryDirectory(prefix="simulated-", dir=options.folder) as folder:
-        if {"actors", "many", "hand-out"} & set(parts):
+        if {"data", "actors", "many", "hand-out"} & set(parts):
             result = _on_ray(options, parts, Path(folder))
         if "once" in parts:
             result["once"] = driver_parts.measure(Path(folder), options.merged)
@@ -129,7 +131,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--actors", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--many", type=int, nargs="+", default=[1000])
-    parser.add_argument("--parts", default="actors,many,hand-out,once")
+    parser.add_argument("--parts", default="data,actors,many,hand-out,once")
     parser.add_argument(
         "--rate", type=float, default=30_000, help="images/s of a GPU under one checkpoint: an assumption"
     )
@@ -143,7 +145,9 @@ def _options() -> argparse.Namespace:
 
 def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict[str, Any]:
     """The passes with actors, one after the other on one Ray."""
-    passes = [("actors", count, options.rate) for count in sorted(options.actors) if "actors" in parts]
+    passes = [
+        (part, count, options.rate) for part in ("data", "actors") for count in sorted(options.actors) if part in parts
+    ]
     passes += [("many", count, options.rate) for count in sorted(options.many) if "many" in parts]
     passes += [("hand-out", IDLE_ACTORS, None)] if "hand-out" in parts else []
     most = max([HOSTS, *(count for part, count, _ in passes if part != "many")])
@@ -151,7 +155,7 @@ def _on_ray(options: argparse.Namespace, parts: list[str], folder: Path) -> dict
     ray.init(address="local", num_cpus=most + 1, include_dashboard=False, log_to_driver=False,
              object_store_memory=STORE_MB * 2**20, _system_config={"enable_worker_prestart": False})  # fmt: skip
     quieten()
-    result: dict[str, Any] = {"actors": [], "many": [], "hand-out": []}
+    result: dict[str, Any] = {"data": [], "actors": [], "many": [], "hand-out": []}
     try:
         for part, count, rate in passes:
             row = _measured(part, count, rate, folder / f"pieces-{part}-{count}")
@@ -176,7 +180,7 @@ def _measured(part: str, actors: int, rate: float | None, folder: Path) -> dict[
     seconds, each = CHUNK * CHECKPOINTS / rate if rate else 0.0, EACH_OF_MANY if part == "many" else EACH
     config: Config = validate({"cluster": {"actors": actors}})
     total = each * actors if part == "many" else min(CHUNKS, each * actors) if rate else CHUNKS
-    chunks = [Unit((seconds, part == "actors"), (folder / f"chunk-{i:06d}.parquet",)) for i in range(total)]
+    chunks = [Unit((seconds, part in ("data", "actors")), (folder / f"chunk-{i:06d}.parquet",)) for i in range(total)]
     most, actor_pool.MOST_UNITS = actor_pool.MOST_UNITS, actor_pool.MOST_UNITS if rate else 1
     pool = ActorPool()
     if part == "many":
@@ -192,7 +196,11 @@ def _measured(part: str, actors: int, rate: float | None, folder: Path) -> dict[
             marks.append((time.perf_counter(), calls, units, _cpu_seconds()))
 
     try:
-        pool.run(Task(Sleeper, config, {}, chunks), lambda: actors, lambda result: None, note, print)
+        task = Task(Sleeper, config, {}, chunks)
+        if part == "data":
+            data_pool.run(task, lambda result: None, 1, note, print)
+        else:
+            pool.run(task, actors, lambda result: None, note, print)
     finally:
         pool.close()
         actor_pool.MOST_UNITS = most
@@ -230,7 +238,7 @@ def _store_used() -> float:
 def limits(result: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The parts by the images per second that they bear; a GPU scores rate / 25 of them, a core decodes `decode_rate`."""
     rates = dict(result.get("once", {}))
-    for part in ("actors", "many", "hand-out"):
+    for part in ("data", "actors", "many", "hand-out"):
         for row in result.get(part, [])[-1:]:
             each = CHUNK * row["chunks"] / row["calls"]
             for what in ("driver", "services"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +11,14 @@ import pytest
 from conftest import tiny_config
 
 from distill_at_scale.core.errors import Unreachable, UserError, WorkersLost
-from distill_at_scale.core.events import Event, TimeSpent
+from distill_at_scale.core.events import Event, TimeSpent, instant
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Task, Unit, Worker, no_poll
 from distill_at_scale.pipeline.monitoring.distillation_log import LogTail
 
 ray = pytest.importorskip("ray")
-from distill_at_scale.cluster import actor_pool, train_group  # noqa: E402
+from distill_at_scale.cluster import actor_pool, data_pool, train_group  # noqa: E402
 from distill_at_scale.cluster import tasks as ray_tasks  # noqa: E402
 
 LOST = ray.exceptions.WorkerCrashedError
@@ -143,14 +144,14 @@ def pool(monkeypatch):
                 event = Event("work", "x", 0.0, 0.01)
                 return LOST() if self.lost else ([{"unit": unit.work} for unit in batch], event)
 
-        remote = SimpleNamespace(options=lambda **o: SimpleNamespace(remote=lambda path: Handle()))
+        remote = SimpleNamespace(remote=lambda path: Handle())
         fake = SimpleNamespace(remote=lambda **o: lambda kind: remote, put=lambda job: job, kill=killed.append)
         monkeypatch.setattr(actor_pool, "ray", fake)
         done, events, lines = [], [], []
         task = Task(
             Worker, tiny_config("unused"), {}, [Unit(number, (Path(f"piece {number}"),)) for number in range(units)]
         )
-        actor_pool.ActorPool().run(task, lambda: 2, lambda r: done.append(r["unit"]), events.append, lines.append)
+        actor_pool.ActorPool().run(task, 2, lambda r: done.append(r["unit"]), events.append, lines.append)
         return sorted(done), events, lines
 
     return make
@@ -199,6 +200,64 @@ def test_units_that_are_lost_too_often_are_named(pool):
 )
 def test_a_call_has_as_many_units_as_take_seconds_and_leave_work_for_all_actors(waiting, actors, seconds, units):
     assert actor_pool.units_per_call(waiting, actors, seconds) == units
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(answers, units): a Ray Data pool. `answers(waiting, alone)` has the batches with a result in each pass, and None
+    where the pass ends because a node is lost."""
+
+    def make(answers, units):
+        asked, done, lines = [], [], []
+
+        def once(waiting, task, sharing, alone):
+            asked.append((alone, [len(batch) for batch in waiting.values()]))
+            for number in answers(dict(waiting), alone):
+                if number is None:
+                    raise LOST
+                yield number, [unit.work for unit in waiting[number]], instant("work", "x"), False
+
+        monkeypatch.setattr(data_pool, "_stream", once)
+        monkeypatch.setattr(data_pool, "actor_count", lambda config, gpus, sharing: 2)
+        task = Task(Worker, tiny_config("unused"), {}, [Unit(n, (Path(f"piece {n}"),)) for n in range(units)])
+        try:
+            data_pool.run(task, done.append, 1, lambda event: None, lines.append)
+        finally:
+            make.asked = asked
+        return sorted(done), asked, lines
+
+    return make
+
+
+def test_a_ray_data_pool_that_is_lost_after_its_last_unit_costs_nothing(passes):
+    done, asked, lines = passes(lambda waiting, alone: [*waiting, None], 40)
+    assert (done, len(asked), lines) == (list(range(40)), 1, [])
+
+
+def test_what_a_lost_node_left_is_sent_again_in_calls_of_several_units(passes):
+    done, asked, lines = passes(lambda waiting, alone: waiting if len(waiting[0]) < 10 else [0, None], 40)
+    assert done == list(range(40))
+    assert [(alone, len(sizes), max(sizes)) for alone, sizes in asked] == [(False, 14, 10), (False, 13, 7)]
+    assert lines == ["  workers were lost; sending 30 unfinished units of work again"]
+
+
+def test_the_units_of_a_call_that_kills_its_actors_are_sent_again_one_by_one_and_the_one_at_fault_is_named(passes):
+    def answers(waiting, alone):
+        return [number for number, batch in waiting.items() if all(unit.work != 7 for unit in batch)]
+
+    with pytest.raises(WorkersLost, match=r"lost 4 times; 1 units of work are left, the first one makes piece 7\."):
+        passes(answers, 40)
+    assert passes.asked[1:] == [(True, [1] * 10), (True, [1]), (True, [1])]
+
+
+@pytest.mark.parametrize(("units", "actors"), [(1, 8), (40, 2), (1310, 64), (100_000, 256)])
+def test_calls_are_large_first_and_few(units, actors):
+    calls = data_pool.grouped(list(range(units)), actors)
+    assert [unit for call in calls for unit in call] == list(range(units))
+    sizes = [len(call) for call in calls]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= max(1, units // (2 * actors))
+    assert len(calls) <= units / data_pool.MOST_UNITS + 2 * actors * (1 + math.log(max(1, units / actors)))
 
 
 def test_the_cores_of_an_evaluation_are_those_of_all_its_jobs(ray_tasks_alone):

@@ -21,11 +21,16 @@ from distill_at_scale.data.sources.base import listing
 def load_digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Images uint8 [1797, 8, 8] and labels int32 [1797]."""
     package = importlib.util.find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
-    # the file that sklearn.datasets.load_digits reads; importing scikit-learn takes seconds in each process
-    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
-    return np.round(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), rows[:, -1].astype(np.int32)
+    file = Path(package.origin or "" if package else "").parent / "datasets" / "data" / "digits.csv.gz"
+    if file.is_file():  # importing scikit-learn, which reads it, takes seconds in each process
+        rows = np.loadtxt(file, delimiter=",")
+        images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
+    else:
+        from sklearn import datasets
+
+        images, labels = datasets.load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8)
+    return np.round(images * (255 / 16)).astype(np.uint8), labels.astype(np.int32)
 
 
 class Digits:

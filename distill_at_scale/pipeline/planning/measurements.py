@@ -63,7 +63,7 @@ class Measurements:
             listing, count, seen = self.facts.listing, 2 * self.classes, list[tuple[int, float, float]]()
             assert listing is not None
             least = DECODE * self.seconds / 3
-            while len(seen) < 2 or (seen[-1][1] < least and seen[-1][0] < self.facts.samples):
+            while len(seen) < 2 or (seen[-1][1] < least and (len(seen) == 2 or seen[-1][0] > seen[-2][0])):
                 place = self.folder / f"ingest{len(seen)}"
                 seen.append(dry_data.ingested(self.config, listing, place, self.classes, count))
                 count *= 8 if len(seen) > 1 else 1

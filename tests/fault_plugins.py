@@ -31,6 +31,15 @@ class KillingSource(Digits):
         return super().read(rows)
 
 
+class DeadlySource(Digits):
+    """Kills each process that reads row 700."""
+
+    def read(self, rows):
+        if 700 in rows["row"].to_pylist():
+            os._exit(1)
+        return super().read(rows)
+
+
 class KillingBackend(DM):
     """DM whose worker dies in step 6, once; distill.options.marker names the file that remembers it."""
 

@@ -49,7 +49,7 @@ class Constants:
     decode: float = 2200
     merge: float = 28_000
     digest: float = 33_000
-    handed: float = 1700
+    handed: float = 240
     joined: float = 1_000_000
     flops: float = 12.7e12
     step: float = 0.02
@@ -67,7 +67,7 @@ SOURCES = {
     "decode": "measured, decode.py: images/s of a core, 500 x 375 to 64 x 64",
     "merge": "measured before the merge had threads, ingest.py: images/s of a core",
     "digest": "measured once beside heavy load, simulated.py: images/s of a core",
-    "handed": "derived: 0.59 ms of the driver's CPU time per call, with 1,000 simulated actors: simulated.py",
+    "handed": "derived: 4.2 ms of the driver's CPU time per call through Ray Data, one chunk a call: simulated.py",
     "joined": "rounded down from what selection.py measured: samples/s under 25 checkpoints, one process",
     "flops": "ASSUMED: sustained FLOP/s of a GPU; 30,000 images/s forward through a ConvNet-4 of width 128",
     "step": "ASSUMED: seconds of a distillation's step beside its arithmetic",

@@ -13,9 +13,10 @@ import torch
 
 from distill_at_scale.config.load import Config, validate
 from distill_at_scale.core import safetensors_io
-from distill_at_scale.core.errors import DistillationDiverged, UserError
+from distill_at_scale.core.errors import DistillationDiverged, UserError, WorkersLost
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest import plan as ingest
+from distill_at_scale.data.ingest.chunks import is_finished, part_path
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import synthetic_set
@@ -182,6 +183,18 @@ def test_a_killed_ingest_actor_loses_and_doubles_nothing(tmp_path, finished, bot
         PreparedDataset(Path(config.run.dir) / "prepared").fingerprint
         == PreparedDataset(finished / "prepared").fingerprint
     )
+
+
+@pytest.mark.slow
+def test_a_sample_that_kills_each_process_costs_only_its_own_chunk_and_is_named(tmp_path):
+    config = settings(tmp_path, data={"source": "fault_plugins:DeadlySource"}, cluster={"actors": 2, "max_failures": 1})
+    (parts := tmp_path / "parts").mkdir()
+    plan = ingest.plan(config).on_disk(parts)
+    with pytest.raises(WorkersLost, match=r"1 units of work are left, the first one makes") as error:
+        tasks.ingest(executor(config), config, plan, parts, lambda count: None)
+    paths = [part_path(parts, split, index) for split, index, _ in plan.chunks(200)]
+    (missing,) = (path for path in paths if not is_finished(path, False))
+    assert f"makes {missing.resolve()}. Finished" in str(error.value)
 
 
 @pytest.mark.slow

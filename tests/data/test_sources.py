@@ -65,6 +65,12 @@ def test_digits_are_the_embedded_set():
     assert source.digest("train") == SOURCES["digits"](DataSection()).digest("train")
 
 
+def test_digits_are_the_same_where_scikit_learn_keeps_its_file_elsewhere(monkeypatch):
+    expected = SOURCES["digits"](DataSection()).digest("train")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert SOURCES["digits"](DataSection()).digest("train") == expected
+
+
 def test_a_repeated_id_is_named():
     with pytest.raises(UserError, match="'b' occurs twice"):
         listing(["a", "b", "b"], [0, 0, 0], ["x"] * 3, [0, 1, 2])

@@ -43,18 +43,16 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
     unit raised.
     """
     failures, actors = task.config.cluster.max_failures, actor_count(task.config, task.gpus, sharing)
-    waiting, alone, repeated = dict(enumerate(grouped(task.units, actors))), False, 0
-
+    waiting, alone, losses, repeated = dict(enumerate(grouped(task.units, actors))), False, 0, 0
     for times in range(1, failures + 2):
         error: Exception | None = None
         try:
-            for number, results, event, restarted in _stream(waiting, task, sharing, alone):
-                batch = waiting.pop(number, None)
-                if batch is None:
+            for number, results, event, again in _stream(waiting, task, sharing, alone):
+                if waiting.pop(number, None) is None:
                     continue  # Ray repeats a finished call whose result was lost with its node
-                if restarted:
-                    repeated += len(batch)
-                    emit(instant("lost", "workers of the pool", {"units": len(batch)}))
+                if again:
+                    repeated += again
+                    emit(instant("lost", "workers of the pool", {"units": again}))
                 emit(event)
                 for result in results:
                     done(result)
@@ -64,8 +62,9 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
             break
         units = [unit for batch in waiting.values() for unit in batch]
         emit(instant("lost", "workers of the pool", {"units": len(units)}))
+        losses += 1 if alone or error else failures + 1
         if times > failures:
-            raise WorkersLost(lost_for_good(times, error, len(units), units[0])) from None
+            raise WorkersLost(lost_for_good(losses, error, len(units), units[0])) from None
         alone = error is None  # these calls alone were lost too often
         if alone:
             repeated += len(units)
@@ -88,8 +87,8 @@ def grouped(units: Sequence[Unit], actors: int) -> list[Batch]:
 
 def _stream(
     waiting: Mapping[int, Batch], task: Task, sharing: int, alone: bool
-) -> Iterator[tuple[int, list[Result], Event, bool]]:
-    """Send batches through a pool; yields (number, results, event, whether its actor was lost before) as they are finished.
+) -> Iterator[tuple[int, list[Result], Event, int]]:
+    """Send batches through a pool; yields (number, results, event, units repeated after a loss) as they are finished.
 
     It skips batches whose actor was lost too often. With `alone`, an actor has one call at a time, and its loss is one too
     many.
@@ -131,11 +130,14 @@ class DataActor(PoolActor):
         An error is an answer too, as a call without one counts as lost.
         """
         answer: Any
-        # whether this is the call in which the actor was lost
-        restarted = not self.called and ray.get_runtime_context().was_current_actor_reconstructed
-        self.called = True
+        units, again = pickle.loads(batch["units"][0].as_py()), 0
         try:
-            answer = (*self.run(pickle.loads(batch["units"][0].as_py())), restarted)
+            if (
+                not self.called and ray.get_runtime_context().was_current_actor_reconstructed
+            ):  # it was lost in this call
+                again = sum(not all(path.exists() for path in unit.at(self.space).outputs) for unit in units)
+            self.called = True
+            answer = (*self.run(units), again)
         except (UserError, OSError) as error:
             answer = error
         except Exception:

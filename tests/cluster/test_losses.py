@@ -215,7 +215,7 @@ def passes(monkeypatch):
             for number in answers(dict(waiting), alone):
                 if number is None:
                     raise LOST
-                yield number, [unit.work for unit in waiting[number]], instant("work", "x"), False
+                yield number, [unit.work for unit in waiting[number]], instant("work", "x"), 0
 
         monkeypatch.setattr(data_pool, "_stream", once)
         monkeypatch.setattr(data_pool, "actor_count", lambda config, gpus, sharing: 2)
@@ -245,7 +245,7 @@ def test_the_units_of_a_call_that_kills_its_actors_are_sent_again_one_by_one_and
     def answers(waiting, alone):
         return [number for number, batch in waiting.items() if all(unit.work != 7 for unit in batch)]
 
-    with pytest.raises(WorkersLost, match=r"lost 4 times; 1 units of work are left, the first one makes piece 7\."):
+    with pytest.raises(WorkersLost, match=r"lost 7 times; 1 units of work are left, the first one makes piece 7\."):
         passes(answers, 40)
     assert passes.asked[1:] == [(True, [1] * 10), (True, [1]), (True, [1])]
 

@@ -93,7 +93,8 @@ def run_local(config: Config, stages=("ingest", "score", "select")) -> Path:
 def distilled(config: Config, run: Path, work: Path, say=lambda text: None) -> synthetic_set.SyntheticSet:
     work.mkdir(parents=True, exist_ok=True)
     places = distill.DistillPaths(run / "prepared", run / "manifest.parquet", work, work / "metrics.jsonl")
-    tasks.distill(executor(config, say), config, places, lambda line: None)
+    tasks.distill(by := executor(config, say), config, places, lambda line: None)
+    by.release()
     return synthetic_set.load(work / "synthetic")
 
 

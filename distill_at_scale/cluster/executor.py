@@ -27,7 +27,11 @@ class RayExecutor:
         Raises UserError where it cannot be reached, or where no node has the GPUs of one worker.
         """
         self.session, self.say, self.sharing = connected(config.cluster, say), say, sharing
-        actor_pool.check_gpus(config.cluster)
+        try:
+            actor_pool.check_gpus(config.cluster)
+        except BaseException:
+            self.session.close()
+            raise
         self.emit: Emit = discard
         self._warm = ActorPool()  # on a Ray that this executor alone uses, the actors stay from one stage to the next
 
@@ -60,7 +64,7 @@ class RayExecutor:
         if self._warm.gpus != task.gpus:
             self.release()
             self._warm = ActorPool(task.gpus)
-        most, threads = actor_pool.actor_count(task.config, task.gpus), 1
+        most, threads = min(actor_pool.actor_count(task.config, task.gpus), actor_pool.places(task.gpus)), 1
         if task.worker.long:
             threads = actor_pool.cores_each(min(task.total, actor_pool.cores()))
             most = min(actor_pool.places(task.gpus), actor_pool.cores() // threads)

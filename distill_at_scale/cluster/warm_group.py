@@ -48,7 +48,7 @@ def run(group: Group, pool: ActorPool, threads: int, say: Say) -> None:
 
 
 def _attempt(group: Group, pool: ActorPool, threads: int) -> Exception | None:
-    """Run the processes once. Returns the error that ended them, of several that of a lost process or the lowest rank's."""
+    """Run the processes once. Returns what ended them: first an error that a user can act on, then a lost process."""
     assert isinstance(group.workers, int)
     parts = settings(group) | {"threads": threads}
     errors: dict[int, Exception] = {}
@@ -75,7 +75,9 @@ def _attempt(group: Group, pool: ActorPool, threads: int) -> Exception | None:
             lost = [rank for rank, error in errors.items() if isinstance(error, LOST)]
             for rank in {*running.values(), *lost}:
                 pool.drop(actors[rank])
-    return errors[min(lost or errors)] if errors else None
+    # the others end with errors of their own when one has ended
+    own = [rank for rank, error in errors.items() if isinstance(root_cause(error), UserError | OSError)]
+    return errors[min(own or lost or errors)] if errors else None
 
 
 def settings(group: Group) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class ScoreSection(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of proxy training")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of proxy training")
     compile: Literal["auto", "always", "never"] = Field(
-        "auto", description="use torch.compile; auto: for large networks"
+        "auto", description="use torch.compile; auto: if it saves more time than it takes"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

@@ -26,7 +26,8 @@ def dc_distiller(config: Config, prepared: PreparedDataset, device: torch.device
     section = config.score.monte_carlo
     if section.learn != "dc":
         return None
-    overrides = {"distill.method": "dc", "distill.ipc": 1, "distill.dc.init": "real", "runtime.rule": "none"}
+    overrides = {"distill.method": "dc", "distill.ipc": 1, "distill.dc.init": "real", "runtime.rule": "none",
+                 "distill.precision": config.score.precision}  # fmt: skip
     spec, normalization = spec_of(config, prepared), normalization_of(prepared, whitened=False)
 
     def distil(stored: Mapping[int, Tensor], subset: int) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from jobs.faults.bench import Bench
 from jobs.faults.hosts import LIMIT, Command, kill
 
-WORKING = re.compile(
-    r"ray::(PoolActor|RayTrainWorker|ImplicitFunc|_)"
-)  # actors and tasks of ours; not Ray's own agents
+# actors and tasks of ours; not Ray's own agents
+WORKING = re.compile(r"ray::(MapWorker|PoolActor|RayTrainWorker|ImplicitFunc|_)")
 BLOCKS = (2**20, 2**12)  # bytes; the ballast is laid in large blocks, and the rest in small ones
 
 

@@ -63,7 +63,7 @@ def test_the_gradient_of_the_kept_samples_follows_from_that_of_all(kept):
     """All but one, few and one of them are kept."""
     pool = make_sampler()
     method, images = make_method("dc", pool), all_images_of(pool, 1)
-    network, mask = method.context.spec.network, torch.arange(len(images)) < kept % len(images)
+    network, mask = method.new_network(0), torch.arange(len(images)) < kept % len(images)
     actual = method._gradient_of_kept(network, images, 1, mask, real_gradient(network, images, 1, 100))
     for own, expected in zip(actual, real_gradient(network, images[mask], 1, 100), strict=True):
         assert_close(own, expected)

@@ -419,7 +419,7 @@ def test_finished_rows_of_an_evaluation_are_not_recomputed(make_run, digits_run,
     rows.write_text(rows.read_text(encoding="utf-8") + '{"set": "distil', encoding="utf-8")  # a line that was cut short
     trained, run_job = [], evaluate.Evaluator.run
     monkeypatch.setattr(
-        evaluate.Evaluator, "run", lambda self, job, **more: trained.append(job) or run_job(self, job, **more)
+        evaluate.Evaluator, "run", lambda self, job, *rest: trained.append(job) or run_job(self, job, *rest)
     )
     make_run(tmp_path / "run").stages("evaluate")
     assert trained == evaluate.jobs(first.config)[2:]

@@ -237,7 +237,7 @@ class MakeNetwork(Worker):
 
 
 def _note_path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.progress"
+    return folder / f".{name}.progress"  # hidden files are not stored
 
 
 def make_networks(

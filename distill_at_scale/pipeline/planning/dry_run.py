@@ -107,7 +107,7 @@ def optimizer_steps(body: Callable[[], object], seconds: float | None) -> list[f
     times = [now()]
     hook = register_optimizer_step_post_hook(ticking(times, seconds))
     try:
-        with contextlib.suppress(Enough):
+        with contextlib.suppress(Enough, DistillationDiverged):  # another learning rate takes as long
             body()
     finally:
         hook.remove()
@@ -250,7 +250,7 @@ class DryRun(Worker):
         with contextlib.suppress(Enough):
             distillation.run()
         seen = rate(times)
-        if not engine.prunes(config) or config.runtime.refresh <= REFRESH or len(times) < 2 + REFRESH:
+        if not engine.prunes(config) or self.config.runtime.refresh <= REFRESH or len(times) < 2 + REFRESH:
             return seen
         units = [after - before for before, after in pairwise(times)]
         scored = statistics.fmean(units[REFRESH::REFRESH])

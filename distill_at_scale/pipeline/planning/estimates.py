@@ -115,7 +115,7 @@ class Planner:
             spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
             samples, workers = int(facts.train * score.share), spread.side_by_side if score.workers > 1 else 1
             batch = self._rate("proxies", spread, samples=samples)
-            epoch = max(1, samples // score.batch) * score.batch / self.measured.batch / workers
+            epoch = max(1, samples // score.batch) * min(samples, score.batch) / self.measured.batch / workers
             parts += self._units("proxies", [(epochs * epoch, batch)] * trials, Spread(1, 1) if workers > 1 else spread)
             sizes.append((spread.side_by_side, *memory.of_proxy(self.config, spec, facts, device)))
         spread = self.layout.actors()

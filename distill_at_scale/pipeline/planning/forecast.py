@@ -45,6 +45,8 @@ def make(
         UserError: too few samples or classes for the configuration. What does not fit is among the plan's problems instead.
     """
     engine.check_inputs(config, facts, facts.kept)
+    if config.select.keep == "auto":
+        require_test_split(facts)
     load, earlier = Load(), plans.read(path, config)
     time.sleep(LOOK)
     busy = load.others if load.others > QUIET else 0.0
@@ -65,7 +67,6 @@ def make(
     finally:
         planner.measured.close()
     if config.select.keep == "auto":
-        require_test_split(facts)
         estimates = _with_search(estimates, config, facts, layout)
     # once per command, in the first stage that needs it: Ray's start, or in this process the loading of torch
     part, seconds, having = ("start", RAY, "") if not layout.local else ("load", loading, "proxies steps")

@@ -27,7 +27,7 @@ from distill_at_scale.storage.run_dir import RunDir
 from distill_at_scale.storage.stage_record import StageInputs
 
 METHODS = tuple(name for name, field in DistillSection.model_fields.items() if isinstance(field.default, Section))
-ITE_KEYS = ("runtime.tail", "runtime.probes", "runtime.decay")  # of the thresholds of runtime.rule = ite
+ITE_KEYS = ("runtime.probes", "runtime.decay")  # that only runtime.rule = ite reads
 
 
 def inputs(config: Config, run: RunDir) -> StageInputs:
@@ -40,7 +40,8 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
     if not engine.prunes(config):
         values["runtime.rule"] = "none"
     else:
-        unused = () if config.runtime.rule == "ite" else ITE_KEYS
+        both_tails = engine.method_class(config).both_tails
+        unused = () if config.runtime.rule == "ite" else ITE_KEYS if both_tails else ("runtime.tail", *ITE_KEYS)
         values |= {k: v for k, v in result_values(config.runtime, "runtime.").items() if k not in unused}
     content = {stage: run.content(stage) for stage in ("ingest", "select")}
     try:  # the hash of a teacher's ready-made weights; where the file is gone, that of the finished stage

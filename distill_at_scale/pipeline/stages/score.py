@@ -103,6 +103,8 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     if checkpoints.exists():
         if (run_dir / "proxies").exists():
             shutil.rmtree(run_dir / "proxies")  # left by a score stage whose record the user removed
+        for trial in range(config.score.trials):
+            proxies.note_path(checkpoints, trial).unlink(missing_ok=True)  # of a process that ended early
         os.replace(checkpoints, run_dir / "proxies")
     display.say(f"  mean score {written['mean_score']:.4f} over {written['rows']} samples")
     seconds = {"train_seconds": round(trained - began, 3), "score_seconds": round(scored - trained, 3)}

@@ -206,12 +206,12 @@ class ProxyTrial:
         if self.compiled and (missing := -len(images) % size):
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
             labels = F.pad(labels, (0, missing), value=NO_LABEL)
-        gradients = []
+        gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
         for part, targets in zip(images.split(size), labels.split(size), strict=True):
             loss = F.cross_entropy(self.forward(part), targets, ignore_index=NO_LABEL, reduction="sum") / total
             parts = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-            gradients.append(torch.cat([part.reshape(-1) for part in parts]))
-        return sum(gradients[1:], gradients[0])
+            gradient += torch.cat([part.reshape(-1) for part in parts])
+        return gradient
 
     def _resume(self) -> int:
         done = 0

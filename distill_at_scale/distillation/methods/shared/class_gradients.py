@@ -105,6 +105,8 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, Tens
     uses: list[tuple[nn.Module, Tensor, GradientEdge]] = []
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            raise UnsupportedNetwork("the input of a matched layer does not depend on the images")
         uses.append((layer, inputs[0], get_gradient_edge(output)))
 
     handles = [layer.register_forward_hook(hook) for layer in layers]

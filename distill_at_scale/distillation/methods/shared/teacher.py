@@ -281,7 +281,8 @@ class TeacherTraining:
         self.network.load_state_dict(weights)
         for i, parameter in enumerate(self.network.parameters()):
             if f"momentum.{i}" in saved:
-                self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
+                buffer = torch.empty_like(parameter.detach()).copy_(saved[f"momentum.{i}"])  # in the same memory format
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
         return int(facts["epochs"]), float(facts["right"])
 
 

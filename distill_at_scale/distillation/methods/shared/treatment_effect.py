@@ -6,8 +6,7 @@ direction q is the effect of a mixture of samples, orthonormalised. <q, ITE_i> =
 second derivatives of the loss per direction, and the gradients of the samples, which the step needs anyway. The effects on
 few of the images that the network sees stand for those on all.
 
-Not covered: networks whose output for a sample depends on the rest of the batch, and views that are not affine in the
-stored images (siamese augmentation and multi-formation are).
+Not covered: networks whose output for a sample depends on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def gradient_effects(
     Args:
         real: the real batch as the network sees it [n, *shape].
         images: the class's stored synthetic images [m, *shape].
-        view: stored images -> what the network sees of them; deterministic and affine.
+        view: stored images -> what the network sees of them; deterministic.
         distance: the matching loss of several classes.
         probes: the number of directions.
     """
@@ -96,7 +95,7 @@ def gradient_effects(
     stacked = [torch.stack(layer) for layer in zip(*map(response.back, moved), strict=True)]
     directions = dict(zip(response.matched, stacked, strict=True))
     products, total = [_products(first, directions)], [g.sum(0) for g in first]
-    for part in filter(len, order[len(first[0]) :].split(at_once)):
+    for part in filter(len, order[len(first[0]) :].split(max(1, min(at_once, held)))):
         each = sample_gradients(real[part])
         products.append(_products(each, directions))
         total = [t + g.sum(0) for t, g in zip(total, each, strict=True)]

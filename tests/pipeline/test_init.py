@@ -294,7 +294,7 @@ def said():
     return lines, Display(Console(file=lines, width=300, highlight=False))
 
 
-def test_the_configuration_loads_and_fits_the_budget(tmp_path, quick, said, monkeypatch):
+def test_the_configuration_loads_and_names_the_next_commands(tmp_path, quick, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders(tmp_path / "pets", size=(48, 32))
     lines, display = said
@@ -305,11 +305,6 @@ def test_the_configuration_loads_and_fits_the_budget(tmp_path, quick, said, monk
     assert text.startswith("# yaml-language-server: $schema=")
     assert "published: 20,000 (distill about" in text
     assert all(f"distill-at-scale {command} {file}" in lines.getvalue() for command in ("validate", "plan", "run"))
-    inspection = inspected(tmp_path / "pets")
-    estimate = starter_config.Estimator(starter_config.machine.here(tmp_path))
-    assert (
-        sum(one.seconds for one in estimate(config, inspection.plan)) < 3 * 60
-    )  # measured again, in tests very shortly
 
 
 @pytest.mark.parametrize("most", [2, 6])

@@ -224,7 +224,7 @@ def test_where_only_val_is_there_it_can_be_distilled(tmp_path, shared_data):
 def test_compiled_proxies_and_scores_of_clips_agree_with_eager_ones(tmp_path, files, clip_run):
     results = []
     for compile in ("always", "never"):
-        config = settings(tmp_path / compile, files, score__compile=compile)
+        config = settings(tmp_path / compile, files, score__compile=compile, score__precision="fp32")
         run = Run(config.model_copy(update={"run": config.run.model_copy(update={"reuse": str(clip_run.dir)})}))
         results.append(pq.read_table(run.stages("ingest", "score").dir / "scores.parquet"))
     assert results[0]["sample_id"].equals(results[1]["sample_id"])

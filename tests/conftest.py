@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.load import Config
@@ -80,6 +82,18 @@ def tiny_config(folder: Path | str, **overrides: Any) -> Config:
 
 def _copied(value: Any) -> Any:
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class Calls(TorchDispatchMode):
+    """A context that counts the operators that torch calls, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class FixedNetwork(NetworkSpec):

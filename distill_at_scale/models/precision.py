@@ -24,7 +24,7 @@ def resolve(choice: str, on_gpu: bool) -> Precision:
 
 
 def used(choice: str, on_gpu: bool, compiled: bool) -> Precision:
-    """The precision that networks of proxies and of scoring compute in: bf16 on a CPU only in compiled code.
+    """The precision of proxies, scoring and matching: bf16 on a CPU only in compiled code.
 
     Eager code is faster in float32: training a ConvNet-3 of width 32 at 32 x 32 takes 1.7 times as long in bf16 on an EPYC
     core with AVX512-BF16, and a quarter of the time if it is compiled too.

@@ -32,6 +32,7 @@ MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that re
 # activation_bytes of forward passes below which compiling costs more (10 to 30 s) than it saves: about 1.5 s per 10**9, also
 # of training, where a step counts as three passes
 COMPILE_FROM = 10 * 10**9
+TRAINING_PASSES = 3  # of a sample in a training step: forward, and backward as much as two
 
 Build = Callable[["NetworkSpec"], nn.Module]
 
@@ -80,6 +81,12 @@ class NetworkSpec:
         """
         with rng.default_generator(seed):
             return builder("network", self.name)(self)
+
+    def renew(self, network: nn.Module, seed: int) -> None:
+        """Give a network of this specification, on any device, the weights of `build(seed)`, in place."""
+        own = network.state_dict()
+        for name, values in self.build(seed).state_dict().items():
+            own[name].copy_(values, non_blocking=True)
 
     def skeleton(self) -> nn.Module:
         """The network on torch's meta device; on the CPU if its constructor reads the values of its weights."""

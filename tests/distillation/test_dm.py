@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
+from conftest import Calls
 from matching_cases import CLASSES, all_images_of, assert_close, image_gradient, make_method, make_sampler
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -135,18 +133,6 @@ def test_clips_are_matched_under_every_rule(rule):
         method.step(step)
     assert torch.isfinite(method.images).all()
     assert not torch.equal(before, method.images.detach())
-
-
-class Calls(TorchDispatchMode):
-    """Counts operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_calls_as_many_operators_for_100_classes_as_for_10_and_reads_numbers_once(monkeypatch):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedNetwork
+from conftest import Calls, FixedNetwork
 from matching_cases import (
     CLASSES,
     CPU,
@@ -21,7 +20,6 @@ from matching_cases import (
     reference_distance,
     reference_gradient,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -454,18 +452,6 @@ def test_code_that_is_not_compiled_stays_in_float32():
     """On a CPU; eager code is slower in bf16."""
     spec = FixedNetwork(SPECS["images"])
     assert torch.equal(moved("dc", spec, outer=1, precision="bf16"), moved("dc", spec, outer=1, precision="fp32"))
-
-
-class Calls(TorchDispatchMode):
-    """Counts operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["dc", "dsa", "idc"])

@@ -21,12 +21,11 @@ from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
 from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
-from distill_at_scale.models.precision import autocast
-from distill_at_scale.models.spec import in_parts, maybe_compile, will_compile
+from distill_at_scale.models.precision import autocast, used
+from distill_at_scale.models.spec import TRAINING_PASSES, in_parts, maybe_compile, will_compile
 
 GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # of a group's images and activations
 KEPT_LAYERS = 5  # activations kept for the backward pass, in outputs of the widest layer
-TRAINED = 3  # passes of a synthetic image: forward, and backward as much as two
 COPIES = 4  # of a real batch at one time: drawn, normalised, augmented, concatenated with those of the other classes
 
 
@@ -57,14 +56,13 @@ class DM(ImageMethod):
         context, spec = self.context, self.context.spec
         most = max(min(self.real_batch, real.count(label)) for label in context.labels)
         most = context.workers.all_reduce_max(most)  # so that any number of workers compiles, or none does
-        work = spec.activation_bytes((most + TRAINED * self.ipc) * spec.classes * context.steps)
+        work = spec.activation_bytes((most + TRAINING_PASSES * self.ipc) * spec.classes * context.steps)
         compiled = will_compile("auto", work)
         group = min(self.group_size, len(context.labels))
         self.real_part, self.syn_part = (_even_parts(group * n, self.at_once) for n in (most, self.ipc))
         self.layout = spec.memory_format("match", context.device, compiled)
         self.layout.network(self.net)
-        eager_on_cpu = context.device.type == "cpu" and not compiled  # slower in bf16 (0.8 of fp32 on an AMD EPYC)
-        precision = "fp32" if eager_on_cpu else context.config.distill.precision
+        precision = used(context.config.distill.precision, context.device.type != "cpu", compiled)
 
         def embed_real(images: Tensor) -> Tensor:
             with autocast(precision, context.device):
@@ -80,7 +78,7 @@ class DM(ImageMethod):
 
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper: one random network, loss sum_c |mean embed(real_c) - mean embed(syn_c)|^2."""
-        self._new_network(i)
+        self.context.spec.renew(self.net, derive(self.context.seed, "network", i))
         self.optimizer.zero_grad()  # frees the old gradient before the new one is allocated
         gradient, losses = torch.empty_like(self.images.detach()), []
         chance = generator(self.context.seed, "siamese", i)
@@ -102,11 +100,6 @@ class DM(ImageMethod):
         numbers = self.update(torch.cat(losses).unbind(), i)
         self.raise_if_diverged()
         return {"loss": sum(numbers) / len(numbers), "real_share": used / drawn}
-
-    def _new_network(self, step: int) -> None:
-        own = self.net.state_dict()
-        for name, values in self.context.spec.build(derive(self.context.seed, "network", step)).state_dict().items():
-            own[name].copy_(values, non_blocking=True)
 
     def _real_means(
         self, syn: Tensor, labels: list[int], params: list[AugmentParams], step: int
@@ -130,9 +123,8 @@ class DM(ImageMethod):
 
         @cache
         def distances() -> tuple[Tensor, ...]:  # read from the device at one time
-            centres = means([np.ones(count) for count in counts])[
-                torch.from_numpy(owner).to(features.device, non_blocking=True)
-            ]
+            owners = torch.from_numpy(owner).to(features.device, non_blocking=True)
+            centres = means([np.ones(count) for count in counts])[owners]
             return (features - centres).square().sum(1).cpu().split(counts)
 
         def effects(k: int) -> Tensor:

@@ -24,7 +24,14 @@ from distill_at_scale.core.progress import Progressed, noted
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.models import precision
-from distill_at_scale.models.spec import NetworkSpec, compile_note, maybe_compile, mixes_samples, will_compile
+from distill_at_scale.models.spec import (
+    TRAINING_PASSES,
+    NetworkSpec,
+    compile_note,
+    maybe_compile,
+    mixes_samples,
+    will_compile,
+)
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 # of the section score: what only the training of proxies reads
@@ -39,8 +46,8 @@ def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kin
 
 
 def training_work(spec: NetworkSpec, config: ScoreSection, samples: int) -> int:
-    """The computation of one proxy, in activation bytes of forward passes: a training step is about three of them."""
-    return 3 * spec.activation_bytes(samples * config.epochs)
+    """The computation of one proxy, in activation bytes of forward passes."""
+    return TRAINING_PASSES * spec.activation_bytes(samples * config.epochs)
 
 
 def describe(prepared: PreparedDataset, config: Config) -> str:

@@ -36,15 +36,14 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
     synthetic_gradient,
 )
 from distill_at_scale.distillation.methods.shared.treatment_effect import SampleGradients, gradient_effects
-from distill_at_scale.models.precision import autocast, resolve
-from distill_at_scale.models.spec import maybe_compile, mixes_samples, will_compile
+from distill_at_scale.models.precision import autocast, used
+from distill_at_scale.models.spec import TRAINING_PASSES, maybe_compile, mixes_samples, will_compile
 
 MEMORY = {"cpu": 2**30, "cuda": 2**32}  # bytes that a group of classes may take
 FIRST_ORDER, SECOND_ORDER = 12, 40  # bytes of an image's graph, per byte of its widest layer
 COPIES = 4  # of a real batch at one time: drawn, augmented, concatenated with those of the other classes
 CPU_IMAGES = 2  # images per class up to which it pays on a CPU to match classes together
 NORM_BATCH, NORM_PER_CLASS = 256, 16  # real images that set batch norm's statistics: in total, and per class
-TRAINED = 3  # passes of a sample: forward, and backward as much as two
 
 View = Callable[[Tensor], Tensor]  # stored images of a class [ipc, *shape] -> what the network sees [m, *shape]
 
@@ -100,7 +99,7 @@ class MatchingMethod(ImageMethod):
         context, spec = self.context, self.context.spec
         largest = max(min(self.real_batch, real.count(label)) for label in context.labels)
         largest = context.workers.all_reduce_max(largest)  # so that any number of workers compiles, or none does
-        work = spec.activation_bytes(TRAINED * self.first_order_samples(largest) * context.steps)
+        work = spec.activation_bytes(TRAINING_PASSES * self.first_order_samples(largest) * context.steps)
         choice = "auto" if self.on_cpu else "never"  # on a GPU not measured
         self.compiled, self.part = will_compile(choice, work), self.first_order_images
         if self.compiled:
@@ -110,8 +109,7 @@ class MatchingMethod(ImageMethod):
             norm.eval()
         # whether classes may share a pass
         self.joint = supports_class_gradients(self.net, spec.shape, spec.classes, context.device)
-        slow = self.on_cpu and not self.compiled  # in bf16
-        self.precision = resolve("fp32" if slow else context.config.distill.precision, on_gpu=not self.on_cpu)
+        self.precision = used(context.config.distill.precision, not self.on_cpu, self.compiled)
         self.logits = maybe_compile(self._logits, choice, work)
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -126,9 +124,7 @@ class MatchingMethod(ImageMethod):
 
     def new_network(self, step: int) -> nn.Module:
         """The random network of a step, in training mode."""
-        own = self.net.state_dict()
-        for name, values in self.context.spec.build(derive(self.context.seed, "network", step)).state_dict().items():
-            own[name].copy_(values, non_blocking=True)
+        self.context.spec.renew(self.net, derive(self.context.seed, "network", step))
         return self.net.train()
 
     @property
@@ -220,10 +216,8 @@ class MatchingMethod(ImageMethod):
         known: dict[int, list[Tensor]] = {}
 
         def effects(k: int) -> Tensor:
-            rng, view = (
-                generator(self.context.seed, "probes", *when[:2], labels[k]),
-                self.view(params[k], step, outer, labels[k]),
-            )
+            rng = generator(self.context.seed, "probes", step, outer, labels[k])
+            view = self.view(params[k], step, outer, labels[k])
             sample_gradients = SampleGradients(net, labels[k], self.at_once, self.joint)
             values, known[k] = gradient_effects(
                 sample_gradients, images[k], syn[k], view, self.effect_distance, self.pruning.probes, rng

@@ -27,7 +27,7 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
 )
 
 View = Callable[[Tensor], Tensor]
-PERTURBED, PERTURBED_FOR_FEATURES = 2, 2  # of the images that the network sees of a class: those considered
+PERTURBED = 2  # of the images that the network sees of a class: those considered
 HELD = 2**29  # bytes of samples' gradients that are held to be mixed; the more samples, the better the directions
 MOVE = 1e-3  # of the norm of the images: by how much they are moved
 
@@ -114,7 +114,7 @@ def feature_effects(
     if len(features) == 1:
         return features.new_zeros(1)
     features = features.detach()
-    rows = torch.randperm(len(images), generator=generator)[:PERTURBED_FOR_FEATURES].to(images.device)
+    rows = torch.randperm(len(images), generator=generator)[:PERTURBED].to(images.device)
     leaf = images.detach()[rows].requires_grad_(True)
     synthetic = embed(view(leaf))
     mixtures = torch.randn(probes, len(features), generator=generator).to(features) @ (features - features.mean(0))

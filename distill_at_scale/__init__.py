@@ -143,8 +143,8 @@ def started_early(config: Config, display: Display, stages: Sequence[str]) -> It
         return
     from distill_at_scale.cluster import session
 
-    session.start_early(config.cluster, display.say)
     try:
+        session.start_early(config.cluster, display.say)
         yield
     finally:
         session.close_early()

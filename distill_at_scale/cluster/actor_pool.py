@@ -1,7 +1,8 @@
-"""Units of work through actors that stay, on a Ray of the command's own, and how many actors and cores a cluster has.
+"""Runs units of work on actors that stay for the whole command, and counts the actors and cores of a cluster.
 
-Each call of an actor takes as many units as last about CALL_SECONDS, fewer towards the end, so that one driver bears many
-actors and all of them end together. The driver learns of finished calls by callbacks: its work does not grow with the actors.
+Used on a Ray that the command itself starts. One call gives an actor as many units as take about CALL_SECONDS, fewer towards
+the end, so that one driver can serve many actors and all actors end together. Callbacks tell the driver which calls have
+finished, so that it does not poll every actor.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Actor:
 
 
 class ActorPool:
-    """Actors with one core, and `gpus` GPUs, each. They join the work when they are ready, and stay until `close`."""
+    """Actors with one core and `gpus` GPUs each. They start to work as soon as they are ready, and stay until `close`."""
 
     def __init__(self, gpus: float = 0.0):
         self.gpus = gpus
@@ -72,16 +73,19 @@ class ActorPool:
             self._watch(actor, None, actor.handle.ready.remote())
 
     def start(self) -> Any:
-        """Start one actor, which this pool replaces if it is lost, not Ray, so that the pool can count the losses."""
+        """Start one actor. If it is lost, this pool replaces it, not Ray, so that the pool can count the losses."""
         remote: Any = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)(PoolActor)
         return remote.remote([entry or os.getcwd() for entry in sys.path])
 
     def ready(self, count: int) -> list[Actor]:
-        """`count` actors, once they are ready. Raises what ended one before."""
+        """`count` actors, when they are ready; ends the others that are not. Raises the error if one was lost."""
         self.grow(count)
-        actors = list(self._actors)[:count]
-        ray.get([actor.handle.ready.remote() for actor in actors])
-        return actors
+        starting = {actor.handle.ready.remote(): actor for actor in self._actors}
+        answers, others = ray.wait(list(starting), num_returns=count)
+        ray.get(answers)
+        for answer in ray.wait(others, num_returns=len(others), timeout=0)[1] if others else ():
+            self.drop(starting[answer])  # it may wait for a core that never becomes free
+        return [starting[answer] for answer in answers]
 
     def drop(self, actor: Actor) -> None:
         self._actors.pop(actor, None)
@@ -97,8 +101,8 @@ class ActorPool:
     ) -> None:  # fmt: skip
         """Run all units on `count` actors with `threads` threads each. Every unit is counted once.
 
-        The units of an actor that is lost are repeated one by one, `cluster.max_failures` times each. Raises WorkersLost
-        after more losses, and what a unit raised.
+        The units of a lost actor are repeated one by one, at most `cluster.max_failures` times each. Raises WorkersLost
+        after more losses, and the error of a unit.
         """
         failures, job, long = task.config.cluster.max_failures, ray.put(job_of(task, threads)), task.worker.long
         waiting, left, seconds = deque(task.units), len(task.units), None
@@ -124,7 +128,7 @@ class ActorPool:
                 except queue.Empty:
                     continue
                 if actor not in self._actors or (batch is not None and batch not in actor.calls):
-                    continue  # given up before
+                    continue  # the actor was dropped, or the answer belongs to an earlier task
                 try:
                     with plain_errors():
                         result = answer.result()
@@ -162,12 +166,13 @@ class ActorPool:
 
     def _send(self, actor: Actor, job: Any, batch: Batch) -> None:
         if actor.job is not job:
-            actor.handle.begin.remote(job)
+            self._watch(actor, None, actor.handle.begin.remote(job))
             actor.job = job
         actor.calls.append(batch)
         self._watch(actor, batch, actor.handle.run.remote(batch))
 
     def _watch(self, actor: Actor, batch: Batch | None, answer: Any) -> None:
+        """Put the answer of a call into the queue when it is there; `batch` is None if the call is no work."""
         answer.future().add_done_callback(lambda future: self._ended.put((actor, batch, future)))
 
 
@@ -191,7 +196,7 @@ def lost_for_good(times: int, error: Exception | None, left: int, unit: Unit) ->
 
 
 class PoolActor:
-    """A process of a pool, for one task after the other. It loads what a task needs in its first call."""
+    """A process of a pool. It works on one task after another, and loads what a task needs in the first call of that task."""
 
     def __init__(self, path: list[str]):
         """`path` is the driver's sys.path; it is searched after the worker's own."""
@@ -207,7 +212,7 @@ class PoolActor:
         self.packed, self.kind, self.paths, self.threads = job
 
     def _forget(self) -> None:
-        """Release what the task before has loaded."""
+        """Release what the previous task loaded."""
         for name in ("space", "worker"):
             self.__dict__.pop(name, None)
 
@@ -243,7 +248,7 @@ class PoolActor:
 
 
 def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spent: TimeSpent) -> Worker:
-    """A worker in this process, once the files that it reads are here."""
+    """A worker in this process. Fetches the files that it reads first."""
     here = {name: space(path) for name, path in paths.items()}
     space.need(*kind.stages)
     if kind.fetches:
@@ -252,7 +257,7 @@ def load(space: WorkerRunDir, kind: type[Worker], paths: Mapping[str, str], spen
 
 
 def run_units(space: WorkerRunDir, worker: Worker, units: Sequence[Unit]) -> list[Result]:
-    """Run units, with their files fetched before and stored as they are published."""
+    """Run units. Fetches their input files first, and stores each output when it is published."""
     units = [unit.at(space) for unit in units]
     outputs = [path for unit in units for path in unit.outputs]
     if inputs := {path for unit in units for path in unit.inputs}:
@@ -295,7 +300,7 @@ def cores() -> int:
 
 
 def cores_each(tasks: int) -> int:
-    """Cores for each of `tasks` concurrent tasks, at least one, such that the nodes can hold all tasks."""
+    """Cores for each of `tasks` concurrent tasks: at least one, and few enough that the nodes can hold all tasks."""
     nodes = _per_node("CPU")
     each = max(1, min(max(nodes, default=1), cores() // max(1, tasks)))
     while each > 1 and sum(node // each for node in nodes) < tasks:
@@ -304,7 +309,7 @@ def cores_each(tasks: int) -> int:
 
 
 def check_gpus(cluster: ClusterSection) -> None:
-    """Raises UserError where no node has the GPUs of one worker or actor; Ray would wait for ever."""
+    """Raises UserError if no node has the GPUs of one worker or actor; Ray would wait for them without end."""
     share, most = cluster.gpus_per_worker, max(_per_node("GPU"), default=0)
     if share > most and not cluster.grows:
         raise UserError(

@@ -9,7 +9,6 @@ import pickle
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -31,16 +30,17 @@ from distill_at_scale.cluster.session import plain_errors
 from distill_at_scale.core.errors import UserError, WorkersLost
 from distill_at_scale.core.events import Emit, Event, instant
 from distill_at_scale.pipeline.executors.base import Result, Task, Unit
+from distill_at_scale.pipeline.executors.helpers import pickled_error
 
 CALLS, MOST_UNITS = 2, 64  # calls that an actor has at a time, and units of a call at most
 
 
 def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, say: Say) -> None:
-    """Run all units on actors of this task alone; their number follows the cluster, if it grows. Every unit is counted once.
+    """Run all units on actors that work for this task only. More actors start if the cluster grows. Every unit is counted once.
 
-    A killed actor restarts and repeats its call, `cluster.max_failures` times. What has no result then is sent again one by
-    one, as often; so is what was left when a node was lost with results. Raises WorkersLost after more losses, and what a
-    unit raised.
+    Ray restarts a killed actor and repeats its call, at most `cluster.max_failures` times. Units that still have no result
+    are sent again one by one, also at most `cluster.max_failures` times. If a node is lost with results, all unfinished units
+    are sent again. Raises WorkersLost after more losses, and the error of a unit.
     """
     failures, actors = task.config.cluster.max_failures, actor_count(task.config, task.gpus, sharing)
     waiting, alone, losses, repeated = dict(enumerate(grouped(task.units, actors))), False, 0, 0
@@ -49,7 +49,7 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
         try:
             for number, results, event, again in _stream(waiting, task, sharing, alone):
                 if waiting.pop(number, None) is None:
-                    continue  # Ray repeats a finished call whose result was lost with its node
+                    continue  # Ray repeated a finished call because its result was lost with a node
                 if again:
                     repeated += again
                     emit(instant("lost", "workers of the pool", {"units": again}))
@@ -58,14 +58,14 @@ def run(task: Task, done: Callable[[Result], None], sharing: int, emit: Emit, sa
                     done(result)
         except LOST as loss:
             error = loss
-        if not waiting:  # else actors were lost after their last call
+        if not waiting:  # also if actors were lost after their last call
             break
         units = [unit for batch in waiting.values() for unit in batch]
         emit(instant("lost", "workers of the pool", {"units": len(units)}))
         losses += 1 if alone or error else failures + 1
         if times > failures:
             raise WorkersLost(lost_for_good(losses, error, len(units), units[0])) from None
-        alone = error is None  # these calls alone were lost too often
+        alone = error is None  # only these calls were lost too often; the others have results
         if alone:
             repeated += len(units)
         else:
@@ -88,10 +88,10 @@ def grouped(units: Sequence[Unit], actors: int) -> list[Batch]:
 def _stream(
     waiting: Mapping[int, Batch], task: Task, sharing: int, alone: bool
 ) -> Iterator[tuple[int, list[Result], Event, int]]:
-    """Send batches through a pool; yields (number, results, event, units repeated after a loss) as they are finished.
+    """Send batches through a pool; yields (number, results, event, units repeated after a loss) when a batch is finished.
 
-    It skips batches whose actor was lost too often. With `alone`, an actor has one call at a time, and its loss is one too
-    many.
+    Yields nothing for a batch whose actor was lost too often. With `alone` an actor has one call at a time, and Ray does not
+    repeat a lost call.
     """
     cluster, size = task.config.cluster, min(actor_count(task.config, task.gpus, sharing), len(waiting))
     most = size if cluster.actors or sharing > 1 else len(waiting)  # an unlimited pool grows with the cluster
@@ -105,7 +105,7 @@ def _stream(
         )  # fmt: skip
     context = data.context
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # a call whose actor is lost ends no other
+    context.max_errored_blocks = -1  # the other calls go on after one was lost
     with plain_errors():
         for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(table, pa.Table)
@@ -125,21 +125,18 @@ class DataActor(PoolActor):
         self.called = False
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Takes one row with a `number` and pickled `units`; answers with that number, and results and event or an error.
+        """Takes one row with a `number` and pickled `units`; returns that number and a pickled answer.
 
-        An error is an answer too, as a call without one counts as lost.
+        The answer is (results, event, units repeated after a loss), or the error: a call that raises would count as lost.
         """
-        answer: Any
-        units, again = pickle.loads(batch["units"][0].as_py()), 0
         try:
-            if (
-                not self.called and ray.get_runtime_context().was_current_actor_reconstructed
-            ):  # it was lost in this call
+            units, again = pickle.loads(batch["units"][0].as_py()), 0
+            if not self.called and ray.get_runtime_context().was_current_actor_reconstructed:  # lost in this call
                 again = sum(not all(path.exists() for path in unit.at(self.space).outputs) for unit in units)
             self.called = True
-            answer = (*self.run(units), again)
+            answer = pickle.dumps((*self.run(units), again))
         except (UserError, OSError) as error:
-            answer = error
+            answer = pickled_error(error)
         except Exception:
-            answer = RuntimeError(traceback.format_exc())
-        return pa.table({"number": batch["number"], "answer": [pickle.dumps(answer)]})
+            answer = pickle.dumps(RuntimeError(traceback.format_exc()))
+        return pa.table({"number": batch["number"], "answer": [answer]})

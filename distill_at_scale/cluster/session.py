@@ -7,9 +7,11 @@ import errno
 import logging
 import os
 import secrets
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,19 +52,18 @@ class Session:
         self.config, self.say = config, say
         self.started = not ray.is_initialized()
         self.local = False  # whether it started a Ray of its own on this machine
-        self.environment = contextlib.ExitStack()  # what the session adds to the environment, until it ends
+        self.cleanup = contextlib.ExitStack()  # ends what the session started: Ray, and its token in the environment
         if self.started:
             with contextlib.ExitStack() as stack:
-                self.environment = stack
+                self.cleanup = stack
                 self._start()
-                self.environment = stack.pop_all()
+                self.cleanup = stack.pop_all()
         quieten()
 
     def close(self) -> None:
         """Shut Ray down if this session started it."""
         if self.started:
-            ray.shutdown()
-            self.environment.close()
+            self.cleanup.close()
             self.started = False
 
     def _start(self) -> None:
@@ -84,11 +85,12 @@ class Session:
             options["_temp_dir"] = ray_folder()
             if usable_cores() <= PRELOADING_CORES:
                 options["_system_config"] = {"preload_python_modules": PRELOADED}
-            self.environment.enter_context(token_in_environment())
+            self.cleanup.enter_context(token_in_environment())
         self.local = address is None
         self.say("starting Ray on this machine" if self.local else f"connecting to Ray at {address}")
+        self.cleanup.callback(ray.shutdown)
         try:
-            with _silent_stderr():
+            with _silent_stderr(), _interrupted_afterwards() if self.local else contextlib.nullcontext():
                 ray.init(address=address or "local", **options)
         except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             if address is None:
@@ -199,6 +201,32 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Delay Ctrl-C until the block has ended; a second Ctrl-C ends the block.
+
+    If an exception ends `ray.init`, Ray no longer knows the processes that it has started, and `ray.shutdown` leaves them.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():  # only that thread gets signals
+        yield
+        return
+    delayed = False
+
+    def delay(number: int, frame: object) -> None:
+        nonlocal delayed
+        delayed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, delay)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if delayed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def pack(config: Config) -> dict[str, Any]:

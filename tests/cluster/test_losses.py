@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import pickle
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from conftest import tiny_config
 
@@ -126,10 +128,13 @@ class Answer:
 
 @pytest.fixture
 def pool(monkeypatch):
-    """pool(killing, units): the results of a pool of two actors, each lost in the calls that hold the unit `killing`."""
+    """pool(killing, units): the results of a pool of two actors, each lost in the calls that hold the unit `killing`.
+
+    `begun` is the answer of an actor to a new task.
+    """
     killed = []
 
-    def make(killing, units):
+    def make(killing, units, begun=None):
         class Handle:
             lost = False
 
@@ -138,7 +143,7 @@ def pool(monkeypatch):
 
             def answer(self, name, *arguments):
                 if name != "run":
-                    return None
+                    return begun if name == "begin" else None
                 (batch,) = arguments
                 self.lost = self.lost or killing(batch)
                 event = Event("work", "x", 0.0, 0.01)
@@ -185,6 +190,83 @@ def test_units_that_are_lost_too_often_are_named(pool):
     with pytest.raises(WorkersLost, match=r"lost 4 times .*, the first one makes piece 7\.") as error:
         pool(lambda batch: any(unit.work == 7 for unit in batch), 40)
     assert "validate" in str(error.value)
+
+
+def test_an_actor_that_cannot_begin_a_task_ends_it_with_the_error(pool):
+    with pytest.raises(UserError, match="no such module"):
+        pool(lambda batch: False, 40, UserError("no such module"))
+
+
+def test_actors_that_are_lost_when_they_begin_a_task_count_as_lost(pool):
+    with pytest.raises(WorkersLost, match=r"lost 4 times .*; 40 units of work are left"):
+        pool(lambda batch: False, 40, LOST())
+
+
+class PendingAnswer:
+    def __init__(self, number):
+        self.number, self.future = number, Future
+
+
+def test_actors_that_find_no_core_are_ended_where_enough_others_are_ready(monkeypatch):
+    """The first of three actors waits for a core."""
+    started, killed = [], []
+
+    def start(path):
+        number = len(started)
+        ready = PendingAnswer(number)
+        started.append(SimpleNamespace(number=number, ready=SimpleNamespace(remote=lambda: ready)))
+        return started[-1]
+
+    def wait(answers, num_returns, timeout=None):
+        there = [answer for answer in answers if answer.number > 0]
+        first = there[:num_returns]
+        assert timeout == 0 or len(first) == num_returns, "Ray would wait without end"
+        return first, [answer for answer in answers if answer not in first]
+
+    fake = SimpleNamespace(
+        remote=lambda **options: lambda kind: SimpleNamespace(remote=start),
+        wait=wait,
+        get=lambda answers: None,
+        kill=lambda handle: killed.append(handle.number),
+    )
+    monkeypatch.setattr(actor_pool, "ray", fake)
+    pool = actor_pool.ActorPool()
+    pool.grow(3)
+    assert [actor.handle.number for actor in pool.ready(2)] == [1, 2]
+    assert killed == [0]
+    assert [actor.handle.number for actor in pool.ready(1)] == [1]
+    assert killed == [0], "an idle actor that is ready stays"
+
+
+class OddError(UserError):
+    """It can be pickled, but not unpickled."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "text"),
+    [
+        ([{"odd": lambda: None}], RuntimeError, "pickle"),
+        (OddError("a class", "its file"), RuntimeError, "OddError: a class and its file"),
+        (OSError(28, "No space left on device", "/data"), OSError, "/data"),
+        (KeyError("a defect"), RuntimeError, "KeyError: 'a defect'"),
+    ],
+)
+def test_what_a_ray_data_actor_cannot_send_is_an_error_and_no_loss(monkeypatch, outcome, kind, text):
+    def run(self, units):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome, instant("work", "x")
+
+    monkeypatch.setattr(data_pool.DataActor, "run", run)
+    actor = data_pool.DataActor(({}, Worker, {}, 1))
+    actor.called = True
+    (row,) = actor(pa.table({"number": [3], "units": [pickle.dumps([Unit(0)])]})).to_pylist()
+    error = pickle.loads(row["answer"])
+    assert (row["number"], type(error)) == (3, kind)
+    assert text in str(error)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ def connected(monkeypatch):
 
         monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
         monkeypatch.setattr(session.ray, "init", init)
+        monkeypatch.setattr(session.ray, "shutdown", lambda: None)
         monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 2})
         monkeypatch.setattr(session.ray, "nodes", lambda: [{}])
         lines: list[str] = []
@@ -73,11 +76,14 @@ def started_here(monkeypatch):
     monkeypatch.setattr(session.ray, "nodes", lambda: [{}])
     monkeypatch.setattr(session.ray, "shutdown", lambda: None)
 
-    def start(problem: Exception | None = None) -> dict[str, object]:
+    def start(problem: Exception | Callable[[], object] | None = None) -> dict[str, object]:
         facts: dict[str, object] = {}
 
         def init(**options):
             facts.update(options, token=os.environ.get("RAY_AUTH_TOKEN"))
+            if callable(problem):
+                problem()
+                pytest.fail("nothing ended it")
             if problem:
                 raise problem
 
@@ -146,6 +152,40 @@ def test_ray_gets_a_token_in_the_environment_where_the_home_folder_has_none(star
 def test_a_token_of_the_user_is_used(started_here, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
     assert started_here()["token"] == started_here()["token afterwards"] == "a" * 64
+
+
+@pytest.mark.parametrize("place", ["init", "nodes"])
+def test_ctrl_c_while_ray_starts_ends_what_was_started(monkeypatch, place):
+    """`ray.init` ends first, as Ray loses track of its processes when an exception ends it."""
+    from distill_at_scale.cluster import session
+
+    calls, handler = [], signal.getsignal(signal.SIGINT)
+
+    def called(name, value=None):
+        def call(**options):
+            calls.append(f"{name} begins")
+            if name == place:
+                signal.raise_signal(signal.SIGINT)
+            calls.append(f"{name} ends")
+            return value
+
+        return call
+
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    for name, value in (("init", None), ("shutdown", None), ("cluster_resources", {"CPU": 2}), ("nodes", [{}])):
+        monkeypatch.setattr(session.ray, name, called(name, value))
+    with pytest.raises(KeyboardInterrupt):
+        session.start_early(ClusterSection(), lambda text: None)
+    session.close_early()
+    assert calls[:2] == ["init begins", "init ends"]
+    assert calls[-2:] == ["shutdown begins", "shutdown ends"]
+    assert calls.count("shutdown ends") == 1
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_ctrl_c_ends_a_start_that_hangs(started_here):
+    with pytest.raises(KeyboardInterrupt):
+        started_here(lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
 
 
 def test_a_ray_that_does_not_start_is_not_explained_by_tokens(started_here):

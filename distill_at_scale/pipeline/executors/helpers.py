@@ -169,13 +169,15 @@ def serve() -> None:
             event = Event("work", worker.event, began, time.time(), values=worker.counts(result))
             answer = pickle.dumps((result, event))
         except Exception as error:
-            answer = _pickled(error)
+            answer = pickled_error(error)
         replies.write(answer)
         replies.flush()
 
 
-def _pickled(error: Exception) -> bytes:
+def pickled_error(error: Exception) -> bytes:
+    """An error for another process; one that cannot be unpickled there becomes a RuntimeError with its traceback."""
     try:
-        return pickle.dumps(error) if pickle.loads(pickle.dumps(error)) is not None else b""
+        pickle.loads(answer := pickle.dumps(error))
+        return answer
     except Exception:
-        return pickle.dumps(RuntimeError(traceback.format_exc()))
+        return pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import os
+import signal
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+
+# threads of torch sleep while they wait for each other: processes of several tests share the cores, also those that tests start
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import numpy as np
 import pytest
@@ -33,6 +38,8 @@ from distill_at_scale.pipeline.pipeline import Pipeline
 from distill_at_scale.storage import lock, object_store
 
 ROOT = Path(__file__).resolve().parents[1]
+
+LIMIT, CHAOS_LIMIT = 300, 900  # seconds of a phase of a test; `faulthandler_timeout` (pyproject.toml) is longer
 
 # in float32, so that tests compare with exact values on every machine
 TINY: dict[str, Any] = {
@@ -156,10 +163,48 @@ def leave_group() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray run in one process, which has the session's Ray; all others run in parallel to them."""
+    """Tests on Ray run in one process, which has the session's Ray; all others run in parallel to them.
+
+    Slow ones with the group "more ray" run in another process, on a Ray of its own.
+    """
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
+        if "ray_session" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    with limited(item, "the set-up"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with limited(item, "the test"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    with limited(item, "the clean-up"):
+        return (yield)
+
+
+@contextmanager
+def limited(item: pytest.Item, phase: str, seconds: float | None = None) -> Iterator[None]:
+    """Fail a phase of a test that waits without end. Where native code waits, faulthandler ends the process later."""
+    limit = seconds or (CHAOS_LIMIT if item.get_closest_marker("chaos") else LIMIT)
+
+    def late(number: int, frame: object) -> None:
+        pytest.fail(f"{item.nodeid}: {phase} takes more than {limit:g} s; the traceback shows what it waits for")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -233,7 +278,11 @@ def ray_session() -> Iterator[None]:
 
     from distill_at_scale.cluster.session import quieten
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less to start for each distillation
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20,
+        _system_config={"worker_niceness": 0},  # Ray's own is 15: tests that run meanwhile would stop its workers
+    )  # fmt: skip
     quieten()
     yield
     ray.shutdown()

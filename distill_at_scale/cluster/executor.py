@@ -60,7 +60,7 @@ class RayExecutor:
                 data_pool.run(task, finished, self.sharing, self.emit, self.say)
 
     def _run_warm(self, task: Task, done: Callable[[Result], None], poll: Poll) -> None:
-        """Run units on the actors that stay; a long one takes the place of as many actors as it has threads."""
+        """Run units on the actors that stay. A long unit has several threads; fewer actors work then."""
         if self._warm.gpus != task.gpus:
             self.release()
             self._warm = ActorPool(task.gpus)
@@ -85,7 +85,7 @@ class RayExecutor:
             train_group.run(group, self.sharing, self.say)
 
     def release(self) -> None:
-        """End the actors that stay, so that others find room."""
+        """End the actors, so that other work finds free cores."""
         self._warm.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One clear error when a cluster is lost. Ray's C++ core then ends the process or waits forever, without an exception.
+"""Reports a lost cluster as one clear error. Ray's C++ core would end the process or wait forever, without an exception.
 
 The command runs in a forked child. The parent waits, checks that the head still answers, and reports how the child ended.
 """
@@ -28,7 +28,7 @@ BY_RAY = (1, -signal.SIGABRT)  # exit codes with which Ray's core ends a process
 
 
 def gone(address: str) -> str:
-    return f"the Ray cluster at {address} is gone; start it again and give the same command again; what is finished is kept"
+    return f"the Ray cluster at {address} is gone; start it again and repeat the command; finished work is kept"
 
 
 def guarded(address: str, body: Callable[[], int]) -> int:

@@ -1,6 +1,6 @@
-"""Messages about missing resources: a line now and then while a stage waits because the cluster lacks room.
+"""Says which resources a stage waits for, every 30 s while the cluster lacks room.
 
-Ray waits for ever for cores that are busy or lost, without a message. What can never fit is refused before.
+Ray waits without end and without a message for cores that are busy or lost. A request that can never fit is refused earlier.
 """
 
 from __future__ import annotations

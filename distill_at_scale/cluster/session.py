@@ -127,7 +127,7 @@ def close_early() -> None:
 
 
 def ray_folder() -> str | None:
-    """The folder for the sockets and logs of a Ray that starts here; None where Ray's own choice is usable.
+    """The folder for the sockets and logs of a Ray that starts here; None if Ray's own choice is usable.
 
     Ray's own choice is RAY_TMPDIR, TMPDIR or /tmp. The path of a Unix socket is at most about 100 bytes long.
 

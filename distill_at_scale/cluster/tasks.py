@@ -20,10 +20,10 @@ POLL = 0.5  # seconds
 
 
 def run(task: Task, done: Callable[[Result], None], poll: Poll, sharing: int, emit: Emit) -> None:
-    """Run all units; Ray repeats one whose process is lost, `cluster.max_failures` times at most, then raises WorkersLost.
+    """Run all units. Ray repeats a unit whose process is lost, at most `cluster.max_failures` times.
 
-    A unit's cores follow from all units of the task, not from those that are left: the number of threads decides the last
-    bits of a network's weights.
+    The cores of a unit depend on the number of all units of the task, not of those that are left, because the number of
+    threads changes the last bits of a network's weights. Raises WorkersLost after more losses, and the error of a unit.
     """
     cpus = cores_each(min(task.total * sharing, cores()))
     retries, gpus = task.config.cluster.max_failures, task.gpus or None

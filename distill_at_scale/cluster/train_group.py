@@ -40,8 +40,8 @@ def run(group: Group, sharing: int, say: Say) -> None:
     each, so that their results depend on their number alone; it shrinks and grows with the cluster. Machines may come and go
     all day: after too many losses another attempt follows if there was progress.
 
-    Raises UserError where the workers cannot be placed, WorkersLost where they were lost too often without progress, and
-    what a worker raised if a user can act on it. If `group.poll` raises TrialStopped, the workers end before it is raised.
+    Raises UserError if the workers cannot be placed, WorkersLost if they were lost too often without progress, and the
+    error of a worker if a user can act on it. If `group.poll` raises TrialStopped, the workers end before it is raised.
     """
     while True:
         before = group.saved()
@@ -126,8 +126,8 @@ def _lost(error: BaseException) -> BaseException | None:
 def _worker(loop: dict[str, Any]) -> None:
     """One worker.
 
-    A divergence, on which all workers agree, is written to a note and ends the run. So is an error that a user can act on,
-    which ends it when Ray restarts the workers. After any other exception they resume.
+    All workers agree on a divergence; it is written to a note and ends the run. An error that a user can act on is written to
+    a note, too, and ends the run when Ray restarts the workers. After any other exception the workers resume.
     """
     torch.set_num_threads(loop["cpus"])
     space = WorkerRunDir(loop["packed"])
@@ -148,7 +148,7 @@ def _worker(loop: dict[str, Any]) -> None:
 
 
 def _noticing(notes: Notes, poll: Poll, restarted: Callable[[], None]) -> Callable[[], None]:
-    """`poll`, and `restarted` before it where the workers have another placement group than before."""
+    """A function that calls `poll`, and before it `restarted` if the workers have a new placement group."""
     known, checked = "", 0.0
 
     def check() -> None:
@@ -177,7 +177,7 @@ def release(notes: Notes) -> None:
 
 
 def release_all(config: Config) -> None:
-    """The same for all groups in a run's folder."""
+    """End the workers that earlier runs may have left, for all groups in a run's folder."""
     run = RunDir.of(config.run)
     if run.remote:
         paths = [run / name for name in run.remote.sync.store.listed(UNFINISHED) if name.endswith(f"/{GROUP}")]

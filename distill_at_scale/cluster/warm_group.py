@@ -1,7 +1,7 @@
-"""Groups of a fixed number of processes on the actors of a pool on this machine: without the start of Ray Train's processes.
+"""Runs groups of a fixed number of processes on the actors of a pool, on this machine. It starts no processes of Ray Train.
 
-After a loss all of them restart from the last checkpoint. On other clusters, on GPUs and with an elastic number of workers,
-`train_group.py` runs the group on Ray Train, which places it.
+After a loss all processes of the group restart from the last checkpoint. On other clusters, on GPUs and with an elastic number
+of workers, `train_group.py` runs the group on Ray Train.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENDING = 10.0  # seconds that the others may take to end after one has failed
 def run(group: Group, pool: ActorPool, threads: int, say: Say) -> None:
     """Run `group.workers` processes with `threads` threads each to their end.
 
-    Raises WorkersLost where they were lost more than `cluster.max_failures` times without progress, and what one raised.
+    Raises WorkersLost if processes were lost more than `cluster.max_failures` times without progress, and the error of one.
     """
     failures = 0
     while True:
@@ -48,7 +48,10 @@ def run(group: Group, pool: ActorPool, threads: int, say: Say) -> None:
 
 
 def _attempt(group: Group, pool: ActorPool, threads: int) -> Exception | None:
-    """Run the processes once. Returns what ended them: first an error that a user can act on, then a lost process."""
+    """Run the processes once. Returns the error that ended them, or None.
+
+    If there are several, an error that a user can act on comes first, then a lost process.
+    """
     assert isinstance(group.workers, int)
     parts = settings(group) | {"threads": threads}
     errors: dict[int, Exception] = {}
@@ -75,7 +78,7 @@ def _attempt(group: Group, pool: ActorPool, threads: int) -> Exception | None:
             lost = [rank for rank, error in errors.items() if isinstance(error, LOST)]
             for rank in {*running.values(), *lost}:
                 pool.drop(actors[rank])
-    # the others end with errors of their own when one has ended
+    # when one process fails, the others fail too, with other errors
     own = [rank for rank, error in errors.items() if isinstance(root_cause(error), UserError | OSError)]
     return errors[min(own or lost or errors)] if errors else None
 
@@ -100,7 +103,7 @@ def join(parts: dict[str, Any], store: str, rank: int, size: int) -> None:
 
 
 def work(space: WorkerRunDir, parts: dict[str, Any], first: bool, device: torch.device) -> None:
-    """The body of a group, with its files fetched before; the `first` process stores what it publishes."""
+    """Run the body of a group. Fetches its files first; the `first` process stores what the group publishes."""
     paths = {name: space(path) for name, path in parts["paths"].items()}
     fetches, renews, publishes = ([paths[name] for name in parts[key]] for key in ("fetches", "renews", "publishes"))
     space.need(*parts["stages"])

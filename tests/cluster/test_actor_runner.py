@@ -114,8 +114,10 @@ def test_actors_make_room_for_the_ordinary_executor_and_come_back(runner, run, t
 
 @pytest.fixture(scope="module")
 def pooled(tmp_path_factory):
-    """The run folder of the point sets; ingest and scores are computed once."""
-    return tmp_path_factory.mktemp("pooled") / "run"
+    """The run folder of the point sets. Ingest and scores are made without Ray, which is quicker."""
+    folder = tmp_path_factory.mktemp("pooled") / "run"
+    PointSet(tiny_config(folder, cluster__address=None), LocalRunner(), Display.silent()).shared({})
+    return folder
 
 
 def points() -> list[Point]:

@@ -26,7 +26,7 @@ FAST = {
 }
 SMALL = (
     'data.classes=["0","1","2"]', "score.trials=1", "score.epochs=2", "distill.workers=1", "distill.steps=120",
-    "evaluate.seeds=2", "evaluate.epochs=40", 'sweep.space={"select.keep": [0.3]}',
+    "evaluate.seeds=2", "evaluate.epochs=40", 'sweep.space={"select.keep": [0.3]}', "sweep.controls=[]",
 )  # fmt: skip
 
 

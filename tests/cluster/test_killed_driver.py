@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import fault_plugins
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, Run, tiny_config
 
 pytestmark = pytest.mark.xdist_group("ray")  # what arms the killing criterion is one file for all processes
 
@@ -34,16 +35,14 @@ def run_command(folder: Path, stage: str, run: str, *overrides: str) -> subproce
 
 @pytest.fixture
 def whole(tmp_path):
-    """The scores of a run that nothing disturbed."""
-    for stage in ("ingest", "score"):
-        done = run_command(tmp_path, stage, "whole")
-        assert done.returncode == 0, done.stderr
-    return (tmp_path / "whole" / "scores.parquet").read_bytes()
+    """The scores of a run that nothing disturbed. The folder "broken" has only the prepared data of that run."""
+    run = Run(tiny_config(tmp_path / "whole", score__criterion="fault_plugins:KillingLoss")).stages("ingest")
+    shutil.copytree(run.dir, tmp_path / "broken")
+    return (run.stages("score").dir / "scores.parquet").read_bytes()
 
 
 @pytest.mark.slow
 def test_a_command_killed_while_scoring_resumes_to_the_same_table(tmp_path, whole):
-    assert run_command(tmp_path, "ingest", "broken").returncode == 0
     fault_plugins.ARMED.touch()
     assert run_command(tmp_path, "score", "broken").returncode == 1
     assert not fault_plugins.ARMED.exists()
@@ -60,7 +59,6 @@ def test_a_command_killed_while_scoring_resumes_to_the_same_table(tmp_path, whol
 def test_kill_9_of_a_driver_on_ray_half_way_loses_only_the_chunks_in_flight(tmp_path, whole):
     """Actors score slowly, the driver is killed when a third of the chunks is there, and the command is given again."""
     on_ray = ("cluster.address=null", "cluster.actors=2")
-    assert run_command(tmp_path, "ingest", "broken").returncode == 0
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
     fault_plugins.SLOW.touch()
     try:
@@ -108,7 +106,7 @@ os._exit(code)  # the simulated cluster, which lost a node, ends with an error o
 
 @pytest.mark.chaos
 def test_a_node_lost_in_the_middle_of_scoring_changes_nothing(tmp_path, whole):
-    assert run_command(tmp_path, "ingest", "broken").returncode == 0
+    command(tmp_path, "score", "broken")  # writes the configuration
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
     arguments = [sys.executable, "-c", LOST_NODE, str(tmp_path / "broken"), str(tmp_path / "config.yaml"),
              str(tmp_path / "broken")]  # fmt: skip

@@ -88,7 +88,7 @@ def test_names_are_as_prometheus_wants_them(metrics):
 SCRAPED = """
 import socket, sys, time, urllib.request
 import ray
-from distill_at_scale.cluster.prometheus import Metrics
+from distill_at_scale.cluster.prometheus import PrometheusMetrics
 from distill_at_scale.core.events import Event
 
 with socket.socket() as one:
@@ -96,7 +96,7 @@ with socket.socket() as one:
     port = one.getsockname()[1]
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
          object_store_memory=100 * 2**20, _metrics_export_port=port)
-metrics = Metrics("mine")
+metrics = PrometheusMetrics("mine")
 metrics(Event("work", "score", 1.0, 2.5, "node-1", 1, {"samples": 64}, "score"))
 until = time.monotonic() + 120
 while time.monotonic() < until:

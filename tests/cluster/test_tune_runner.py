@@ -74,6 +74,7 @@ def test_too_many_trials_at_a_time_are_refused_before_anything_starts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("more ray")
 @pytest.mark.usefixtures("ray_session")
 def test_trials_of_two_workers_on_two_cores_end_and_a_failing_one_does_not_end_them(tmp_path):
     """rate 1e30 makes the images infinite: that trial is listed, the other is evaluated."""

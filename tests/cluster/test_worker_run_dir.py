@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -50,11 +51,19 @@ def on_ray(config):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("more ray")
 def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, local_digests):
     """Every stage, and the artefacts are the bytes of a run on a disk without Ray."""
-    config = apart("apart", cluster__address=None, distill__workers=1)
-    run = on_ray(config).stages("ingest", "score", "select", "distill", "evaluate")
+    config = apart("apart", cluster__address=None, cluster__actors=1, distill__workers=1)
+    run = on_ray(config).stages("ingest", "score", "select", "distill", "evaluate", "report")
     stored = stored_objects(s3, "apart")
+    assert b"<html" in stored["report.html"]
+    events = [json.loads(line) for line in stored["timeline.jsonl"].decode().splitlines()]
+    work = {
+        stage: {e["pid"] for e in events if e["what"] == "work" and e["stage"] == stage}
+        for stage in ("ingest", "score")
+    }
+    assert work["ingest"].isdisjoint(work["score"]), "each stage starts its own processes on a cluster"
     actual = artefact_digests(stored)
     same = [name for name in local_digests if name.startswith(("prepared", "scores", "manifest", "proxies"))]
     assert {name: actual[name] for name in same} == {name: local_digests[name] for name in same}
@@ -65,6 +74,7 @@ def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, lo
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("more ray")
 def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_session, apart, s3, tmp_path):
     """Trials and their workers have another copy than the driver. The first trial sets the mark; with one image per class made
     of noise and a rate of 0 the second cannot reach it.

@@ -221,6 +221,7 @@ def test_where_only_val_is_there_it_can_be_distilled(tmp_path, shared_data):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("more ray")
 def test_compiled_proxies_and_scores_of_clips_agree_with_eager_ones(tmp_path, files, clip_run):
     results = []
     for compile in ("always", "never"):
@@ -232,6 +233,7 @@ def test_compiled_proxies_and_scores_of_clips_agree_with_eager_ones(tmp_path, fi
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("more ray")
 @pytest.mark.usefixtures("ray_session")
 def test_ray_prepares_and_distils_the_same_clips(tmp_path, files, clip_run):
     ray = pytest.importorskip("ray")
@@ -240,7 +242,13 @@ def test_ray_prepares_and_distils_the_same_clips(tmp_path, files, clip_run):
 
     assert ray.is_initialized()
     config = settings(tmp_path / "run", files, cluster={"actors": 2})
-    Pipeline(config, lambda: RayExecutor(config, lambda text: None), clip_run.pipeline.display).run(
+
+    class Executor(RayExecutor):
+        def train(self, group):
+            self.session.local = True  # on the actors of the pool, which start faster than Ray Train
+            super().train(group)
+
+    Pipeline(config, lambda: Executor(config, lambda text: None), clip_run.pipeline.display).run(
         ("ingest", "score", "select", "distill")
     )
     for name in ("prepared", "scores.parquet", "manifest.parquet"):

@@ -1,7 +1,7 @@
 """Processes that help this one with long units of work, on the cores that other programs leave free.
 
-A helper is started once the work has lasted for as long as a start takes, and gets a pickled task; units and results go
-through pipes. A helper ends with this process, and this process repeats the unit of a helper that is lost.
+A helper starts when the work has lasted as long as the start of a helper takes. It gets a pickled task; units and results go
+through pipes. Helpers end with this process. If a helper is lost, this process repeats its unit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Helpers:
         return self._busy > 0 or not self._results.empty()
 
     def collect(self, done: Callable[[Result], None], emit: Emit) -> None:
-        """Deliver the results that came in; raises what a unit raised."""
+        """Deliver the results that have arrived. Raises the error of a unit."""
         while not self._results.empty():
             result = self._results.get()
             if isinstance(result, BaseException):
@@ -67,7 +67,7 @@ class Helpers:
                 process.wait()
 
     def _start(self) -> None:
-        """Start helpers when the work that is left is worth it, as many as there are free cores."""
+        """Start as many helpers as there are free cores, if enough work is left."""
         before, own = busy_seconds(), time.process_time()
         if self._ended.wait(START):
             return

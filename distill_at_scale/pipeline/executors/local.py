@@ -101,7 +101,7 @@ class LocalExecutor:
 
 
 def local_cores() -> int:
-    """The cores, and threads, of this process: what torch was set to (OMP_NUM_THREADS), at most what the machine lends."""
+    """The cores that this process uses: torch's number of threads (OMP_NUM_THREADS), at most the cores that it may use."""
     return min(torch.get_num_threads(), usable_cores())
 
 

@@ -1,7 +1,7 @@
-"""An executor whose workers may be on other machines, for a run folder on an object store.
+"""An executor for a run folder on an object store, whose workers may be on other machines.
 
-Before the work, what the driver published is stored; during the work and after it, what the workers stored is fetched.
-`cluster/worker_run_dir.py` has the workers' side.
+Before the work it uploads the files that the driver published. During and after the work it fetches the files that the workers
+uploaded. `cluster/worker_run_dir.py` has the workers' side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill_at_scale.storage.working_copy import WorkingCopy
 
 
 class SyncedExecutor:
-    """Wraps an executor."""
+    """Another executor, with this exchange of files around its work."""
 
     def __init__(self, executor: Executor, copy: WorkingCopy):
         self.executor, self.copy = executor, copy

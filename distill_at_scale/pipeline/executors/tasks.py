@@ -54,7 +54,7 @@ class Ingest(Worker):
 def ingest(
     executor: Executor, config: Config, plan: IngestPlan, parts: Path, advance: Advance, check: bool = False
 ) -> None:
-    """Decode a plan's chunks into `parts`, next to its listings (`check`: only list rejected). Advances by samples.
+    """Decode a plan's chunks into `parts`, next to its listings (`check`: only list rejected samples). Advances by samples.
 
     Raises UserError if a source of the user's own gives no usable sample.
     """

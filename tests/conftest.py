@@ -165,7 +165,8 @@ def leave_group() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on Ray run in one process, which has the session's Ray; all others run in parallel to them.
 
-    Slow ones with the group "more ray" run in another process, on a Ray of its own.
+    Slow ones with the group "more ray" run in another process, on a Ray of its own. They take as long, together with the
+    group "hosts", as all others on Ray.
     """
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:

@@ -23,6 +23,7 @@ from distill_at_scale.distillation.checkpoint import checkpoint_step
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 
 # one process group runs all of it, as starting processes costs seconds
+pytestmark = pytest.mark.xdist_group("distill workers")
 
 PAIRS = {
     "dm": {"distill__method": "dm", "distill__steps": 3, "runtime__rule": "loss"},

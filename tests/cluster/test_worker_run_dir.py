@@ -51,7 +51,6 @@ def on_ray(config):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("more ray")
 def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, local_digests):
     """Every stage, and the artefacts are the bytes of a run on a disk without Ray."""
     config = apart("apart", cluster__address=None, cluster__actors=1, distill__workers=1)
@@ -74,7 +73,6 @@ def test_driver_and_workers_meet_on_the_storage_alone(ray_session, apart, s3, lo
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("more ray")
 def test_trials_meet_on_the_storage_alone_and_asha_stops_what_lags_behind(ray_session, apart, s3, tmp_path):
     """Trials and their workers have another copy than the driver. The first trial sets the mark; with one image per class made
     of noise and a rate of 0 the second cannot reach it.

@@ -21,6 +21,8 @@ from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.distillation.methods import METHODS
 
+pytestmark = pytest.mark.xdist_group("parallel")  # one process makes the fixtures, which take half a minute
+
 CPU = torch.device("cpu")
 LOOPS = {"outer": 2, "inner": 2, "network_batch": 5, "network_lr": 0.05}
 CHEAP: dict[str, dict[str, Any]] = {  # smaller than their defaults; a method that is not named runs as it is

@@ -4,7 +4,8 @@ A key changes results unless its field says otherwise:
 
 - `execution_key`: how or where the work runs, or which runs are made. It never changes what one run computes.
 - `location_key`: where an input lies. The content of the input is hashed instead.
-- `later_key`: added after runs existed. It counts only when it differs from its default, so those runs stay valid.
+- `later_key`: added after runs existed. It counts only when it differs from what they used, so those runs stay valid.
+- `shorthand_key`: sets other keys, which count in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_origin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-ChangesResults = Literal["always", "never", "by content", "unless default"]
+ChangesResults = Literal["always", "never", "by content", "unless default", "by others"]
 
 
 class Section(BaseModel):
@@ -40,9 +41,14 @@ def location_key(default: Any, **field: Any) -> Any:
     return Field(default, json_schema_extra={"changes_results": "by content"}, **field)
 
 
-def later_key(default: Any, **field: Any) -> Any:
-    """A `Field` that changes results only when it differs from its default."""
-    return Field(default, json_schema_extra={"changes_results": "unless default"}, **field)
+def later_key(default: Any, earlier: Any = None, **field: Any) -> Any:
+    """A `Field` that changes results only when it differs from its default, and from `earlier`, which older runs used."""
+    return Field(default, json_schema_extra={"changes_results": "unless default", "earlier": earlier}, **field)
+
+
+def shorthand_key(default: Any, **field: Any) -> Any:
+    """A `Field` that changes results through the other keys that it sets."""
+    return Field(default, json_schema_extra={"changes_results": "by others"}, **field)
 
 
 def changes_results(field: FieldInfo) -> ChangesResults:
@@ -75,17 +81,23 @@ def result_values(
     values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value, kind = getattr(section, name), changes_results(field)
-        if kind == "never" or (kind == "by content" and not locations):
+        if kind in ("never", "by others") or (kind == "by content" and not locations):
             if not neutral:
                 continue
             value = field.get_default(call_default_factory=True)
-        elif kind == "unless default" and not (unused or neutral) and value == field.default:
+        elif kind == "unless default" and not (unused or neutral) and value in _neutral_values(field):
             continue
         if isinstance(value, BaseModel):
             values |= result_values(value, f"{prefix}{name}.", locations=locations, unused=unused, neutral=neutral)
         else:
             values |= flatten({name: value}, prefix)
     return values
+
+
+def _neutral_values(field: FieldInfo) -> tuple[Any, ...]:
+    extra = field.json_schema_extra
+    earlier = extra["earlier"] if isinstance(extra, dict) else None
+    return (field.default,) if earlier is None else (field.default, earlier)
 
 
 def explicit_keys(section: BaseModel, prefix: str = "") -> list[str]:

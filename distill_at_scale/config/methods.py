@@ -176,7 +176,9 @@ class DistillSection(Section):
     width: int = Field(128, ge=1, description="channels of that network")
     depth: int | None = Field(None, ge=1, le=8, description="blocks of that network; null: by image size")
     precision: Literal["auto", "fp32", "bf16"] = later_key(
-        "auto", description="precision of teachers, experts and forward passes of real data; auto: as score.precision"
+        "auto",
+        earlier="fp32",
+        description="precision of teachers, experts and forward passes of real data; auto: as score.precision",
     )
     evaluate_every: int = execution_key(
         0, ge=0, description="steps between two evaluations during distillation; 0: none; needed by sweep.search: asha"

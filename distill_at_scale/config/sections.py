@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from distill_at_scale.config.fields import Section, execution_key, later_key, location_key
+from distill_at_scale.config.fields import Section, execution_key, later_key, location_key, shorthand_key
 
 MAX_LR = 3e38  # the largest 32-bit float
 CLIPS_PER_CHUNK = 64
@@ -181,7 +181,7 @@ class MonteCarloSection(Section):
 class ScoreSection(Section):
     """Proxy networks and the criteria that score every training sample with them."""
 
-    preset: Literal["fast"] | None = later_key(
+    preset: Literal["fast"] | None = shorthand_key(
         None,
         description="sets trials, epochs, share, width and lr, unless they are given beside it or after it; fast: one narrow "
         "proxy, trained once on half of about 50,000 samples",
@@ -228,7 +228,8 @@ class ScoreSection(Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="precision of proxies and scoring; auto: bf16 on GPUs and on CPUs with bf16 units, else fp32",
+        description="precision of proxies and scoring; auto: bf16 on GPUs and, in compiled code, on CPUs with bf16 units; "
+        "else fp32",
     )
 
     @model_validator(mode="before")
@@ -354,7 +355,7 @@ class EvaluateSection(Section):
     )
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
     precision: Literal["auto", "fp32", "bf16"] = later_key(
-        "auto", description="precision of training and testing networks; auto: as score.precision"
+        "auto", earlier="fp32", description="precision of training and testing networks; auto: as score.precision"
     )
 
     @field_validator("networks", "controls", "bounds")

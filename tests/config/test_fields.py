@@ -6,6 +6,7 @@ import pytest
 
 from distill_at_scale.config.fields import changes_results, flatten, is_execution_key, result_values
 from distill_at_scale.config.load import Config, validate, with_overrides
+from distill_at_scale.config.sections import PRESETS
 
 
 def keys_of(model, wanted, prefix="") -> set[str]:
@@ -40,7 +41,7 @@ def test_the_keys_that_were_added_later():
         "data.value_column", "data.whiten", "data.train_split", "data.max_bytes", "data.transform", "data.imbalance",
         "data.copies", "data.variance_classes", "data.options",
         "data.label_pattern", "data.test_pattern", "data.rate", "data.seconds", "data.bands",
-        "score.preset", "score.early", "score.late", "score.features", "score.neighbours",
+        "score.early", "score.late", "score.features", "score.neighbours",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision",
     }  # fmt: skip
@@ -54,6 +55,23 @@ def test_the_keys_that_were_added_later():
 def test_values_do_not_depend_on_where_and_how_a_run_works(override):
     config = Config()
     assert result_values(with_overrides(config, override)) == result_values(config)
+
+
+def test_a_key_that_sets_others_counts_by_them_alone():
+    assert keys_of(Config, "by others") == {"score.preset"}
+    preset = validate({"score": {"preset": "fast"}})
+    explicit = validate({"score": PRESETS["fast"]})
+    for options in ({}, {"unused": True}, {"neutral": True, "locations": True}):
+        assert result_values(preset, **options) == result_values(explicit, **options)
+
+
+@pytest.mark.parametrize("section", ["distill", "evaluate"])
+def test_a_resolved_precision_counts_where_it_differs_from_that_of_older_runs(section):
+    def values(precision):
+        return result_values(validate({section: {"precision": precision}}))
+
+    assert values("fp32") == values("auto") == result_values(Config())
+    assert values("bf16") == result_values(Config()) | {f"{section}.precision": "bf16"}
 
 
 @pytest.mark.parametrize("override", [{"run.seed": 1}, {"data.copies": 6}, {"distill.dm.real_batch": 1}])

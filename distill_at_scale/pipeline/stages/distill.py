@@ -57,9 +57,8 @@ def network_inputs(config: Config, run: RunDir) -> StageInputs:
     """What decides the weights of a method's experts or teacher."""
     options = engine.method_class(config).network_options(config)
     content = {stage: run.content(stage) for stage in ("ingest", "select")}
-    return StageInputs(
-        {**options, "distill.seed": config.distill_seed, "distill.precision": config.distill.precision}, content
-    )
+    precision = {k: v for k, v in result_values(config.distill, "distill.").items() if k == "distill.precision"}
+    return StageInputs({**options, "distill.seed": config.distill_seed, **precision}, content)
 
 
 def run(context: RunContext, inputs: StageInputs) -> StageOutput:

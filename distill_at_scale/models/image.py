@@ -19,7 +19,7 @@ def instance_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels, channels)
 
 
-class AvgPool2d(nn.AvgPool2d):
+class FastAvgPool2d(nn.AvgPool2d):
     """Average pooling of 2 x 2 pixels; on a CPU, where torch's takes as long as the convolutions, a matrix product.
 
     Eager code with channels first, that is: torch's own is fast where channels are last, and the compiler has its own.
@@ -62,7 +62,7 @@ class ConvNet(EmbeddingNetwork):
         super().__init__()
         *time, channels, rows, columns = shape
         conv: Any = nn.Conv3d if time else nn.Conv2d
-        pool: Any = nn.AvgPool3d if time else AvgPool2d
+        pool: Any = nn.AvgPool3d if time else FastAvgPool2d
         depth = default_depth(rows) if depth is None else depth
         if min(rows, columns) >> depth < 1:
             raise UserError(

@@ -27,7 +27,7 @@ from distill_at_scale.core.environment import environment
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
-from distill_at_scale.models.image import AvgPool2d
+from distill_at_scale.models.image import FastAvgPool2d
 from distill_at_scale.models.spec import NetworkSpec
 
 CPU, EPOCHS, TESTED = torch.device("cpu"), 300, 10_000
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def with_torchs_pooling(run: Callable[[], object]) -> None:
-    with mock.patch.object(AvgPool2d, "forward", nn.AvgPool2d.forward):
+    with mock.patch.object(FastAvgPool2d, "forward", nn.AvgPool2d.forward):
         run()
 
 

@@ -30,19 +30,22 @@ def image_gradient(method: str, network: nn.Module, real: list[Tensor], images: 
     images = images.detach().clone().requires_grad_(True)
     loss = torch.zeros((), device=images.device)
     for label, batch in enumerate(real):
-        kept = batch if not drop else _kept(method, network, batch, images[label], label, drop)
+        kept = batch if not drop else _kept(method, network, batch, label, drop)
         loss = loss + LOSSES[method](network, kept, images[label], label)
     return torch.autograd.grad(loss, images)[0]
 
 
 @torch.no_grad()
-def _kept(method: str, network: nn.Module, real: Tensor, own: Tensor, label: int, drop: float) -> Tensor:
-    """Drops the largest losses (DM: distances to the synthetic mean), scored again in every step."""
+def _kept(method: str, network: nn.Module, real: Tensor, label: int, drop: float) -> Tensor:
+    """Drops the largest losses, rated again in every step (DM: the largest and the smallest distances to the real mean)."""
+    dropped = min(int(drop * len(real) + 1e-9), len(real) - 1)
     if method == "dm":
-        values = (network.embed(real) - network.embed(own).mean(0)).square().sum(1)
+        features = network.embed(real)
+        values, smallest = (features - features.mean(0)).square().sum(1), dropped // 2
     else:
-        values = F.cross_entropy(network(real), _targets(real, label), reduction="none")
-    return real[values.argsort(stable=True)[: max(1, len(real) - int(drop * len(real) + 1e-9))].sort().values]
+        values, smallest = F.cross_entropy(network(real), _targets(real, label), reduction="none"), 0
+    order = values.argsort(stable=True)
+    return real[order[smallest : len(real) - (dropped - smallest)].sort().values]
 
 
 def _targets(images: Tensor, label: int) -> Tensor:
